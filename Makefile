@@ -1,0 +1,32 @@
+# Every target prepares .venv first (tools/bootstrap.sh); once it is there, that takes no time.
+PYTHON_IN_VENV := .venv/bin/python
+PYTEST := $(PYTHON_IN_VENV) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-distributed test-all clean
+
+help: ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
+		while IFS='|' read -r target text; do printf '  %-18s %s\n' "$$target" "$$text"; done
+	@echo "Settings: PYTHON=/path/to/python3.12 (which Python), TORCH_INDEX_URL=URL (another build of torch),"
+	@echo "          SOLOPO_DATA=FOLDER (real data for the tests)."
+
+setup: ## find a Python, make .venv, install what is pinned in constraints.txt
+	@bash tools/bootstrap.sh
+
+demo: setup ## the whole method on this machine in 10 minutes, no GPU needed (QUICK=1: 3 minutes)
+	$(PYTHON_IN_VENV) examples/quickstart/demo.py $(if $(filter-out 0,$(QUICK)),--quick)
+
+test: setup ## unit tests and the commands as a user runs them
+	$(PYTEST) tests/unit tests/functional
+
+test-distributed: setup ## the same training over several processes
+	$(PYTEST) tests/distributed
+
+test-all: setup ## every test
+	$(PYTEST) tests
+
+clean: ## remove caches and build outputs (runs/ and .venv stay)
+	rm -rf build dist .pytest_cache ./*.egg-info
+	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf

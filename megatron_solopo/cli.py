@@ -1,0 +1,87 @@
+"""The `solopo` command: one sub-command for each program of the package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from megatron_solopo import __version__
+from megatron_solopo.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("megatron_solopo.training.run", "preference optimization or sft (pretrain_solopo.py under torchrun)"),
+    "prepare-data": ("megatron_solopo.data.prepare", "questions with documents -> short and long contexts"),
+    "sample-responses": ("megatron_solopo.data.sampling", "contexts -> responses sampled from a model"),
+    "build-pairs": ("megatron_solopo.data.pairs", "contexts and responses -> preference groups"),
+    "evaluate": ("megatron_solopo.evaluation.evaluate", "accuracy of a Hugging Face model by context length"),
+    "report": ("megatron_solopo.evaluation.report", "curves and tables of runs and evaluations, as PNG and Markdown"),
+    "ask": ("megatron_solopo.evaluation.ask", "one question about one document"),
+    "env": ("megatron_solopo.environment", "versions, devices, cores and memory of this machine"),
+}
+"""Sub-command -> (module with `main(argv) -> exit status`, one line of help)."""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([
+        "usage: solopo COMMAND [options]",
+        "",
+        *lines,
+        "",
+        "solopo COMMAND --help explains a command; solopo --version prints the version.",
+    ])
+
+
+def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Calls ``main(argv)`` and turns a user's mistake into one line on stderr.
+
+    Returns:
+        ``main``'s exit status; 2 after a `UserError`; 130 after Ctrl-C.
+    """
+    try:
+        return main(argv)
+    except UserError as error:
+        # Under torchrun all ranks write to one terminal, so all but the first say which they are.
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def dispatch(argv: list[str] | None = None) -> int:
+    """Runs the sub-command ``argv[0]`` with the rest of ``argv`` (default: the command line).
+
+    Raises:
+        UserError: there is no such sub-command; the nearest one is named.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"solopo {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else "the commands are " + ", ".join(COMMANDS)
+        raise UserError(f"solopo {name}: no such command; {hint}")
+    module = importlib.import_module(COMMANDS[name][0])
+    # argparse takes the name it prints in usage lines from here.
+    sys.argv = [f"solopo {name}", *rest]
+    return module.main(rest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console command."""
+    return run(dispatch, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Which options contradict each other, and which would have no effect."""
+
+from __future__ import annotations
+
+from megatron_solopo.config import Config, flag
+from megatron_solopo.errors import UserError
+
+
+def check(config: Config) -> None:
+    """Raises UserError at the first option that is missing, contradicted or without effect."""
+    _check_required(config)
+    _check_unused(config)
+    _check_parallel(config)
+    _check_training(config)
+
+
+def _check_required(config: Config) -> None:
+    for name, value, what in (
+        ("hf_path", config.model.hf_path, "the Hugging Face folder to start from"),
+        ("train_data", config.data.train_data, "a JSONL file of training examples"),
+        ("save", config.output.save, "the run folder"),
+    ):
+        if not value:
+            raise UserError(f"{flag(name)} is missing: give {what}")
+
+
+def unused(config: Config) -> dict[str, str]:
+    """Options that nothing would read in this run, and what they would need."""
+    method, model, training = config.method, config.model, config.training
+    preference = method.objective == "preference"
+    solo = preference and method.context_mode == "solo"
+    loss = method.preference_loss if preference else None
+    preference_only = ("preference_loss", "context_mode", "beta", "simpo_gamma", "orpo_lambda", "alignment_weight",
+                       "alignment_target", "alignment_stop_short_gradient", "alignment_reference", "reference_cache")
+    rules = [
+        *((name, preference, "needs --objective preference") for name in preference_only),
+        ("beta", loss in ("dpo", "simpo"), "needs --preference-loss dpo or simpo (ORPO's weight is --orpo-lambda)"),
+        ("simpo_gamma", loss == "simpo", "needs --preference-loss simpo"),
+        ("orpo_lambda", loss == "orpo", "needs --preference-loss orpo"),
+        ("alignment_weight", solo, "needs --context-mode solo"),
+        ("alignment_target", solo, "needs --context-mode solo"),
+        ("alignment_stop_short_gradient", solo, "needs --context-mode solo"),
+        ("alignment_reference", solo and loss == "dpo", "needs --context-mode solo and --preference-loss dpo (other rewards have no reference)"),
+        ("reference_cache", loss == "dpo", "needs --preference-loss dpo (other losses have no reference)"),
+        ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
+        ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
+        ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
+        ("force", config.output.save_hf is not None, "needs --save-hf"),
+        ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
+    ]
+    idle: dict[str, str] = {}
+    for name, used, why in rules:
+        if not used:
+            idle.setdefault(name, why)
+    return idle
+
+
+def _check_unused(config: Config) -> None:
+    """An option that somebody set and that nothing would read is a mistake, not a wish."""
+    for name, why in unused(config).items():
+        if name in config.explicit:
+            raise UserError(f"{flag(name)} would have no effect: it {why}")
+
+
+def _check_parallel(config: Config) -> None:
+    parallel = config.parallel
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        size = getattr(parallel, name)
+        if size != 1:
+            raise UserError(f"{flag(name)} {size}: this version trains data-parallel only; set it to 1")
+
+
+def _check_training(config: Config) -> None:
+    training = config.training
+    if (training.train_iters is None) == (training.train_epochs is None):
+        raise UserError("give either --train-iters or --train-epochs" + (", not both" if training.train_iters else ""))
+    if training.train_epochs is not None and training.train_epochs <= 0:
+        raise UserError(f"--train-epochs must be above 0, found {training.train_epochs}")
+    if training.lr <= 0:
+        raise UserError("--lr must be above 0")
+    if training.min_lr > training.lr:
+        raise UserError(f"--min-lr {training.min_lr} is above --lr {training.lr}; the decay goes down")
+    if training.lr_warmup_fraction >= 1:
+        raise UserError(f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be below 1")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(training, name) >= 1:
+            raise UserError(f"{flag(name)} {getattr(training, name)}: must be below 1")
+    if training.max_tokens_per_rank is not None and training.max_tokens_per_rank < config.data.seq_length:
+        raise UserError(f"--max-tokens-per-rank {training.max_tokens_per_rank} is below --seq-length {config.data.seq_length}: "
+                        "one example might not fit; raise it or lower --seq-length")
+    if config.model.random_init and config.method.objective == "preference" and config.method.preference_loss == "dpo" and config.output.load:
+        raise UserError("--random-init with --load and dpo: the reference weights cannot be rebuilt; give the original --hf-path")

@@ -1,0 +1,137 @@
+"""Which groups a step trains on, and which process computes which of them in which pack.
+
+Everything here is a function of (number of examples, seed, step, sizes): the same on every process, and the same
+when a run goes on from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_solopo.data.tokens import TokenGroup
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of examples over a whole run.
+
+    Attributes:
+        examples: examples in the training set.
+        global_batch_size: examples a step; the last step takes what is left.
+        total: examples the run consumes, over all epochs.
+        seed: of the shuffles, one for each epoch.
+        shuffle: False keeps the file's order in every epoch.
+    """
+
+    examples: int
+    global_batch_size: int
+    total: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.total / self.global_batch_size)
+
+    def step(self, number: int) -> list[int]:
+        """The examples of step 0, 1, ...; each example once an epoch."""
+        first = number * self.global_batch_size
+        return [self._example(place) for place in range(first, min(first + self.global_batch_size, self.total))]
+
+    def _example(self, place: int) -> int:
+        epoch, within = divmod(place, self.examples)
+        return int(_order(self.examples, self.seed, epoch)[within]) if self.shuffle else within
+
+
+@lru_cache(maxsize=2)
+def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+def make_schedule(examples: int, global_batch_size: int, iters: int | None, epochs: float | None, seed: int, shuffle: bool) -> Schedule:
+    """A schedule of ``iters`` full steps, or of ``epochs`` passes whose last step may be smaller."""
+    total = iters * global_batch_size if iters is not None else max(1, round(epochs * examples))
+    return Schedule(examples, global_batch_size, total, seed, shuffle)
+
+
+def attention_cost(group: TokenGroup, hidden_size: int, share_prompts: bool = True) -> float:
+    """Relative compute of a group: linear layers grow with its tokens, attention with pairs of tokens.
+
+    A transformer layer costs about 24 h^2 a token in its matrices and 4 h for each pair of tokens that attend.
+    """
+    pairs = 0
+    for prompt in group.prompts:
+        p = len(prompt.ids)
+        own = p * p / 2
+        pairs += own if share_prompts else own * len(prompt.continuations)
+        pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.continuations)
+    return group.tokens(share_prompts) + pairs / (6 * hidden_size)
+
+
+def plan(
+    costs: Sequence[float],
+    tokens: Sequence[int],
+    ranks: int,
+    most_groups: int,
+    most_tokens: int | None,
+) -> list[list[list[int]]]:
+    """Splits a step's groups over processes and packs: result[rank][micro-batch] = places in the step.
+
+    The dearest group goes to the cheapest process first (longest processing time first), then each process fills
+    packs the same way. Every process gets the same number of packs, because pipeline schedules want it; a pack may be
+    empty (weight zero). No group is left out and none appears twice.
+
+    Args:
+        costs: relative compute of each group.
+        tokens: tokens of each group.
+        ranks: data-parallel processes.
+        most_groups: the most groups of a pack.
+        most_tokens: the most tokens of a pack; None for no limit.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    shares = _spread(order, costs, ranks)
+    packs = max(max(_packs_needed(share, tokens, most_groups, most_tokens) for share in shares), 1)
+    while True:
+        result = [_fill(share, costs, tokens, packs, most_groups, most_tokens) for share in shares]
+        if all(filled is not None for filled in result):
+            return result
+        packs += 1  # the token limit did not work out with this many packs
+
+
+def _spread(order: Sequence[int], costs: Sequence[float], bins: int) -> list[list[int]]:
+    loads, shares = [0.0] * bins, [[] for _ in range(bins)]
+    for item in order:
+        target = min(range(bins), key=lambda b: (loads[b], len(shares[b]), b))
+        shares[target].append(item)
+        loads[target] += costs[item]
+    return shares
+
+
+def _packs_needed(share: Sequence[int], tokens: Sequence[int], most_groups: int, most_tokens: int | None) -> int:
+    needed = math.ceil(len(share) / most_groups)
+    if most_tokens is not None:
+        needed = max(needed, math.ceil(sum(tokens[i] for i in share) / most_tokens))
+    return needed
+
+
+def _fill(share, costs, tokens, packs: int, most_groups: int, most_tokens: int | None) -> list[list[int]] | None:
+    """The share in this many packs, each within the limits, or None. A group alone may exceed the token limit."""
+    filled: list[list[int]] = [[] for _ in range(packs)]
+    loads = [0.0] * packs
+    for item in share:
+        open_packs = [
+            b for b in range(packs)
+            if len(filled[b]) < most_groups
+            and (most_tokens is None or not filled[b] or sum(tokens[i] for i in filled[b]) + tokens[item] <= most_tokens)
+        ]
+        if not open_packs:
+            return None
+        target = min(open_packs, key=lambda b: (loads[b], b))
+        filled[target].append(item)
+        loads[target] += costs[item]
+    return filled

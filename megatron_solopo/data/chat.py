@@ -1,0 +1,132 @@
+"""Chats to token ids: the one place where a prompt ends and a response begins.
+
+A prompt is the chat template rendered with its generation prompt; a response is what the template adds
+after it, up to and including the end-of-turn token, once. Prompt and response are tokenised apart, as a
+generating model sees them, so that the ids of a prompt never depend on the response.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_solopo.data.schema import Message
+from megatron_solopo.errors import UserError
+
+
+def load_tokenizer(
+    folder: str | Path, chat_template: str | Path | None = None, eos_token: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder, with its own chat template or the one in a file.
+
+    Its ``eos_token`` is the token that ends a turn: ``eos_token`` if given, else the special token that the
+    chat template writes after an assistant's message, else the folder's. (Folders disagree with their
+    templates: base models name the end of a text there, a bare ``tokenizer.json`` names nothing.)
+
+    Raises:
+        UserError: no tokenizer in the folder, no chat template, or no end-of-turn (eos) token.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face folder with a tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; the first line says which file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: no tokenizer could be loaded ({reason})") from None
+    if chat_template is not None:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise UserError(f"--chat-template {path}: no such file; give a Jinja chat template")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
+                        "(examples/chat_templates/chatml.jinja is Qwen's)")
+    if eos_token is not None and eos_token not in tokenizer.get_vocab():
+        raise UserError(f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn")
+    end_of_turn = eos_token or _template_end_of_turn(tokenizer)
+    if end_of_turn is not None and end_of_turn != tokenizer.eos_token:
+        tokenizer.eos_token = end_of_turn
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer names no eos_token and the chat template writes no special token after "
+                        "a message; set eos_token in tokenizer_config.json to the token that ends a turn")
+    return tokenizer
+
+
+def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that the chat template writes right after an assistant's message, if any."""
+    marker = "solopo end of message"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}],
+                                             tokenize=False)
+    except jinja2.TemplateError:
+        return None  # a template with demands of its own; the folder's eos_token stands
+    tail = text.rpartition(marker)[2].lstrip()
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return max((token for token in special.union(tokenizer.all_special_tokens) if tail.startswith(token)), key=len, default=None)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> str:
+    """The prompt as text, ending where the response starts."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of already rendered text: the template has put every special token there."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> list[int]:
+    """Token ids of a prompt, ending where the response starts."""
+    return encode(tokenizer, render_prompt(tokenizer, messages, **template))
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, **template: Any) -> list[int]:
+    """Token ids of a response to ``messages``, its last id the end-of-turn token, exactly once.
+
+    Templates differ in what follows a turn (Qwen adds a newline that the model never generates);
+    everything after the first end-of-turn token is left out.
+    """
+    prompt = render_prompt(tokenizer, messages, **template)
+    full = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False, **template)
+    # Some templates rewrite the history (thinking tags); then the response is taken as it was sampled.
+    tail = full[len(prompt):] if full.startswith(prompt) else response
+    ids = encode(tokenizer, tail)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    if not ids:
+        raise UserError(f"the response {response!r} has no token before the end of turn")
+    return [*ids, tokenizer.eos_token_id]
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> tuple[list[int], list[int], list[bool]]:
+    """A conversation as (prompt ids, continuation ids, which continuation ids are learnt).
+
+    The prompt ends before the first assistant message; in the continuation the assistant's tokens, each
+    turn's end included, are marked True.
+    """
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = prompt_ids(tokenizer, messages[:first], **template)
+    rendered = render_prompt(tokenizer, messages[:first], **template)
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for index in range(first, last + 1):
+        if messages[index]["role"] != "assistant":
+            continue
+        before = render_prompt(tokenizer, messages[:index], **template)
+        if not before.startswith(rendered):
+            raise UserError("the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt in one pass; "
+                            "split it into one record a turn")
+        between = encode(tokenizer, before[len(rendered):])
+        response = response_ids(tokenizer, messages[:index], messages[index]["content"], **template)
+        ids += between + response
+        learnt += [False] * len(between) + [True] * len(response)
+        # What the template writes after the end of turn belongs to the next stretch.
+        full = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False, **template)
+        end = full.find(tokenizer.eos_token, len(before))
+        rendered = full[: end + len(tokenizer.eos_token)] if end >= 0 else full
+    return prompt, ids, learnt

@@ -1,0 +1,95 @@
+"""Groups laid side by side in one pack, without padding between them (pack.py tells what a pack is)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_solopo.data.tokens import Continuation, TokenGroup
+from megatron_solopo.pack import Pack, Piece
+
+
+def build_pack(
+    groups: Sequence[TokenGroup],
+    indices: Sequence[int],
+    share_prompts: bool = True,
+    multiple_of: int = 1,
+) -> Pack:
+    """Packs groups; with no group, a pack of padding that has no segment (weight zero).
+
+    Args:
+        groups: the groups.
+        indices: their indices in the data set.
+        share_prompts: False repeats the prompt before each of its continuations.
+        multiple_of: the number of tokens is padded up to a multiple of this.
+    """
+    builder = _Builder()
+    for number, group in enumerate(groups):
+        for prompt in group.prompts:
+            if share_prompts:
+                piece = builder.add_piece(prompt.ids, 0, None)
+                for continuation in prompt.continuations:
+                    builder.add_continuation(prompt.ids, continuation, piece, number)
+            else:
+                for continuation in prompt.continuations:
+                    builder.add_joined(prompt.ids, continuation, number)
+    size = len(builder.tokens)
+    padding = (-size) % multiple_of if size else multiple_of
+    if padding:
+        builder.add_piece([0] * padding, 0, None)
+    return builder.finish(tuple(indices), padding)
+
+
+class _Builder:
+    """Grows the lists of a pack."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.pieces: list[Piece] = []
+        self.predictors: list[int] = []
+        self.targets: list[int] = []
+        self.segments: list[int] = []
+        self.segment_groups: list[int] = []
+        self.segment_roles: list[str] = []
+        self.segment_lengths: list[int] = []
+
+    def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None) -> int:
+        self.pieces.append(Piece(len(self.tokens), len(ids), prompt))
+        self.tokens.extend(ids)
+        self.positions.extend(range(first_position, first_position + len(ids)))
+        return len(self.pieces) - 1
+
+    def add_continuation(self, prompt_ids: Sequence[int], continuation: Continuation, prompt: int, group: int) -> None:
+        prompt_end = self.pieces[prompt].start + self.pieces[prompt].length - 1
+        start = len(self.tokens)
+        if len(continuation.ids) > 1:
+            self.add_piece(continuation.ids[:-1], len(prompt_ids), prompt)
+        self._predict(continuation, lambda k: prompt_end if k == 0 else start + k - 1, group)
+
+    def add_joined(self, prompt_ids: Sequence[int], continuation: Continuation, group: int) -> None:
+        first = len(self.tokens) + len(prompt_ids)
+        self.add_piece([*prompt_ids, *continuation.ids[:-1]], 0, None)
+        self._predict(continuation, lambda k: first + k - 1, group)
+
+    def _predict(self, continuation: Continuation, predictor_of: Callable[[int], int], group: int) -> None:
+        segment = len(self.segment_roles)
+        learnt = [k for k in range(len(continuation.ids)) if continuation.learnt is None or continuation.learnt[k]]
+        self.predictors.extend(predictor_of(k) for k in learnt)
+        self.targets.extend(continuation.ids[k] for k in learnt)
+        self.segments.extend([segment] * len(learnt))
+        self.segment_groups.append(group)
+        self.segment_roles.append(continuation.role)
+        self.segment_lengths.append(len(learnt))
+
+    def finish(self, indices: tuple[int, ...], padding: int) -> Pack:
+        def integers(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64)
+
+        return Pack(
+            integers(self.tokens), integers(self.positions), tuple(self.pieces), integers(self.predictors), integers(self.targets),
+            integers(self.segments), integers(self.segment_groups), tuple(self.segment_roles), integers(self.segment_lengths),
+            indices, padding,
+        )

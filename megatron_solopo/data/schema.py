@@ -1,0 +1,201 @@
+"""What is stored on disk: questions with documents, preference groups, conversations.
+
+Every reader names ``file:line`` in its errors, and every record keeps the ``id`` it came with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+Message = dict[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    title: str
+    text: str
+    is_supporting: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its documents (MuSiQue's fields)."""
+
+    id: str
+    question: str
+    answer: str
+    answer_aliases: tuple[str, ...]
+    paragraphs: tuple[Paragraph, ...]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer, the main one first."""
+        return (self.answer, *self.answer_aliases)
+
+
+@dataclass(frozen=True)
+class PreferenceGroup:
+    """One training example: a question on a short and a long context, and two responses.
+
+    ``long_messages`` may be absent (plain preference data, ``--context-mode short`` only).
+    """
+
+    id: str
+    short_messages: list[Message]
+    long_messages: list[Message] | None
+    chosen: str
+    rejected: str
+    answers: list[str] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One example for ``--objective sft``; every assistant message is learnt."""
+
+    id: str
+    messages: list[Message]
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ``("file:line", record)`` for each non-empty line.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a JSONL file")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            yield where, record
+
+
+def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
+    """Writes dataclasses or dicts, one a line, aside first and renamed at the end; returns the count."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    count = 0
+    with aside.open("w", encoding="utf-8") as out:
+        for record in records:
+            if dataclasses.is_dataclass(record):
+                record = dataclasses.asdict(record)
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+    aside.replace(path)
+    return count
+
+
+def require(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """``record[key]``, checked to be there and of the kind.
+
+    Raises:
+        UserError: naming ``where`` and the key.
+    """
+    if key not in record:
+        known = ", ".join(sorted(record)) or "none"
+        raise UserError(f"{where}: the field '{key}' is missing (fields found: {known})")
+    value = record[key]
+    if not isinstance(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+        raise UserError(f"{where}: the field '{key}' must be {wanted}, found {type(value).__name__}")
+    return value
+
+
+def check_messages(value: Any, key: str, where: str) -> list[Message]:
+    """A chat: a non-empty list of ``{role, content}``."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: the field '{key}' must be a non-empty list of {{role, content}} messages")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(f"{where}: {key}[{index}] must be an object with a text 'content'")
+        if message.get("role") not in ROLES:
+            raise UserError(f"{where}: {key}[{index}] has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+    return value
+
+
+def read_groups(path: str | Path) -> Iterator[PreferenceGroup]:
+    """Reads preference groups; TRL's ``prompt / chosen / rejected`` is accepted too.
+
+    In TRL's form ``prompt`` is a text or a chat, ``chosen`` and ``rejected`` a text or a chat of one
+    assistant message; such a group has no long context.
+    """
+    seen: dict[str, str] = {}
+    for where, record in read_jsonl(path):
+        if "prompt" in record and "short_messages" not in record:
+            record = _from_trl(record, where)
+        short = check_messages(require(record, "short_messages", list, where), "short_messages", where)
+        long = record.get("long_messages")
+        if long is not None:
+            check_messages(long, "long_messages", where)
+        for key, chat in (("short_messages", short), ("long_messages", long)):
+            if chat and chat[-1]["role"] == "assistant":
+                raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
+        group = PreferenceGroup(
+            id=str(record.get("id", where)),
+            short_messages=short,
+            long_messages=long,
+            chosen=_response(record, "chosen", where),
+            rejected=_response(record, "rejected", where),
+            answers=list(record.get("answers") or []),
+            scores=dict(record.get("scores") or {}),
+            source=str(record.get("source", "")),
+        )
+        if group.chosen == group.rejected:
+            raise UserError(f"{where}: chosen and rejected are the same text; such a pair teaches nothing, remove it")
+        if group.id in seen:
+            raise UserError(f"{where}: the id {group.id!r} was used before at {seen[group.id]}; ids must be unique")
+        seen[group.id] = where
+        yield group
+
+
+def read_conversations(path: str | Path) -> Iterator[Conversation]:
+    """Reads ``{id, messages}`` records for ``--objective sft``."""
+    for where, record in read_jsonl(path):
+        messages = check_messages(require(record, "messages", list, where), "messages", where)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError(f"{where}: 'messages' holds no assistant message, so there is nothing to learn")
+        if messages[0]["role"] == "assistant":
+            raise UserError(f"{where}: 'messages' starts with an assistant message; a prompt must come first")
+        yield Conversation(id=str(record.get("id", where)), messages=messages)
+
+
+def _response(record: dict[str, Any], key: str, where: str) -> str:
+    value = require(record, key, str, where)
+    if not value.strip():
+        raise UserError(f"{where}: '{key}' is empty; a response needs at least one word")
+    return value
+
+
+def _from_trl(record: dict[str, Any], where: str) -> dict[str, Any]:
+    prompt = require(record, "prompt", (str, list), where)
+    converted = {**record, "short_messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+    for key in ("chosen", "rejected"):
+        value = require(record, key, (str, list), where)
+        if isinstance(value, list):
+            chat = check_messages(value, key, where)
+            if len(chat) != 1 or chat[0]["role"] != "assistant":
+                raise UserError(f"{where}: '{key}' must be one assistant message after 'prompt', found {len(chat)} messages")
+            converted[key] = chat[0]["content"]
+    return converted

@@ -1,0 +1,176 @@
+"""`solopo env`: what this machine and its packages can do, for a first look and for bug reports."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo import __version__
+
+PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, None when it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> float:
+    """Processor cores this process may use: its affinity, and the container's limit where there is one."""
+    cores = float(len(os.sched_getaffinity(0)))
+    limit = _first_line("/sys/fs/cgroup/cpu.max").split()
+    if len(limit) == 2 and limit[0] != "max":
+        cores = min(cores, int(limit[0]) / int(limit[1]))
+    return cores
+
+
+def memory_gib() -> dict[str, float]:
+    """Main memory in GiB: ``total`` (the container's limit where that is lower) and ``available``."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    limit = _first_line("/sys/fs/cgroup/memory.max")
+    if limit.isdigit() and int(limit) < total:
+        used = _first_line("/sys/fs/cgroup/memory.current")
+        total = int(limit)
+        available = min(available, total - int(used)) if used.isdigit() else min(available, total)
+    return {"total": round(total / 2**30, 1), "available": round(available / 2**30, 1)}
+
+
+def transformer_engine() -> dict[str, Any]:
+    """Whether Transformer Engine is installed, and whether its PyTorch part can be imported."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return {"found": False, "version": None, "note": "optional"}
+    import torch  # noqa: F401  Transformer Engine finds NCCL through torch, which must come first
+
+    version = package_version("transformer-engine")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a build for another torch or CUDA fails in many ways, none of them ours
+        return {"found": False, "version": version, "note": f"installed, but its import fails: {_brief(error)}"}
+    return {"found": True, "version": version, "note": ""}
+
+
+def nvidia_apex() -> dict[str, Any]:
+    """Whether NVIDIA Apex is installed; `apex` on PyPI is an unrelated package and does not count.
+
+    Looks at files only: importing the unrelated package can fail or do anything.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return {"found": False, "note": "optional"}
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        return {"found": False, "note": "the installed 'apex' is PyPI's unrelated package, not NVIDIA's"}
+    if importlib.util.find_spec("amp_C") is None:
+        return {"found": True, "note": "without its CUDA extensions, so Megatron Core does not use it"}
+    return {"found": True, "note": ""}
+
+
+def cuda() -> dict[str, Any]:
+    """The CUDA devices torch sees, and why there are none."""
+    import torch
+
+    driver = _first_line("/proc/driver/nvidia/version")
+    facts: dict[str, Any] = {
+        "found": torch.cuda.is_available(),
+        "torch_built_for": torch.version.cuda,
+        "driver": driver.split("Kernel Module")[-1].split("(")[0].strip() or None,
+        "devices": [],
+        "note": "",
+    }
+    if facts["found"]:
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            facts["devices"].append({
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "compute_capability": f"{properties.major}.{properties.minor}",
+            })
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    elif not facts["driver"]:
+        facts["note"] = "no NVIDIA driver on this machine"
+    elif torch.version.cuda is None:
+        facts["note"] = "there is an NVIDIA driver, but this torch is built without CUDA"
+    else:
+        facts["note"] = "there is an NVIDIA driver, but torch sees no device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return facts
+
+
+def collect() -> dict[str, Any]:
+    """All facts, as `solopo env --json` prints them."""
+    from megatron_solopo.parallel.platform import choose
+
+    gpu = cuda()
+    return {
+        "megatron_solopo": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "device": choose("auto"),
+        "cuda": gpu,
+        "transformer_engine": transformer_engine(),
+        "nvidia_apex": nvidia_apex(),
+        "cores": usable_cores(),
+        "memory_gib": memory_gib(),
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts as lines for a person."""
+    gpu = facts["cuda"]
+    rows = [("megatron_solopo", facts["megatron_solopo"]), ("python", facts["python"]), ("system", facts["system"])]
+    rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
+    if gpu["found"]:
+        rows.append(("CUDA", f"{gpu['torch_built_for']}, NCCL {gpu['nccl']}, driver {gpu['driver'] or 'unknown'}"))
+        for index, device in enumerate(gpu["devices"]):
+            capability = device["compute_capability"]
+            text = f"{device['name']}, {device['memory_gib']} GiB, compute capability {capability}"
+            rows.append((f"  GPU {index}", text))
+    else:
+        built = f"for CUDA {gpu['torch_built_for']}" if gpu["torch_built_for"] else "without CUDA"
+        rows.append(("CUDA", f"not found ({gpu['note']}; torch is built {built})"))
+    for label, key in (("Transformer Engine", "transformer_engine"), ("NVIDIA Apex", "nvidia_apex")):
+        fact = facts[key]
+        found = fact.get("version") or "found" if fact["found"] else "not found"
+        rows.append((label, f"{found} ({fact['note']})" if fact["note"] else found))
+    memory = facts["memory_gib"]
+    rows.append(("cores", f"{facts['cores']:g}"))
+    rows.append(("memory", f"{memory['total']} GiB, {memory['available']} GiB of it available"))
+    rows.append(("device", f"{facts['device']} (what --device auto takes here)"))
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Prints versions, devices, cores and memory of this machine.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for a person")
+    arguments = parser.parse_args(argv)
+    facts = collect()
+    print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
+    return 0
+
+
+def _first_line(path: str) -> str:
+    """The first line of a system file, empty where the file cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            return lines.readline().strip()
+    except OSError:
+        return ""
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,124 @@
+"""``solopo ask``: one question over a given document, answered by one or several models."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_solopo.data.chat import load_tokenizer, prompt_ids
+from megatron_solopo.data.contexts import PromptFormat
+from megatron_solopo.data.prepare import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.sampling import load_model
+from megatron_solopo.data.schema import Paragraph
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.evaluate import add_generation_options
+from megatron_solopo.evaluation.generation import check_reach, generate
+from megatron_solopo.evaluation.results import folder_names
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said; ``name`` tells its folder from the others."""
+
+    name: str
+    text: str
+    prompt_tokens: int
+
+
+def ask(
+    models: Sequence[str | Path],
+    document: str,
+    question: str,
+    prompt_format: PromptFormat,
+    max_new_tokens: int = 256,
+    tokenizer: str | Path | None = None,
+    chat_template: str | Path | None = None,
+    eos_token: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> list[Answer]:
+    """The answer of every model, one loaded at a time; the document is the only one, written by ``prompt_format``.
+
+    Raises:
+        UserError: a folder cannot be used, or the prompt is longer than a model reaches; both are
+            found before any model is loaded.
+    """
+    messages = prompt_format.messages(question, [Paragraph("", document)])
+    tokenizers = [load_tokenizer(tokenizer or folder, chat_template, eos_token) for folder in models]
+    prompts = [prompt_ids(one, messages) for one in tokenizers]
+    for folder, prompt in zip(models, prompts, strict=True):
+        check_reach(folder, len(prompt), max_new_tokens, "--document")
+    answers = []
+    for name, folder, one, prompt in zip(folder_names(models), models, tokenizers, prompts, strict=True):
+        [text] = generate(load_model(folder, device, dtype), one, [prompt], max_new_tokens)
+        answers.append(Answer(name, text, len(prompt)))
+    return answers
+
+
+def answer_lines(answers: Sequence[Answer], width: int) -> list[str]:
+    """Names on the left, answers on the right, wrapped to ``width`` columns."""
+    names = [f"{answer.name} ({answer.prompt_tokens:,} prompt tokens)" for answer in answers]
+    margin = max(map(len, names))
+    lines = []
+    for name, answer in zip(names, answers, strict=True):
+        wrapped = [
+            part for line in answer.text.splitlines() for part in textwrap.wrap(line, max(20, width - margin - 3))
+        ] or ["(no text)"]
+        lines += [f"{name if index == 0 else '':<{margin}} | {part}" for index, part in enumerate(wrapped)]
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solopo ask",
+        description="Ask one question over a document and show the answers of several models side by side.",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face folders")
+    group.add_argument("--document", required=True, metavar="FILE", help="a text file; - reads standard input")
+    group.add_argument("--question", required=True, metavar="TEXT")
+    add_tokenizer_options(parser, required=False)
+    add_prompt_options(parser, documents=False)
+    add_generation_options(parser.add_argument_group("generation (the most likely token each time)"))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``."""
+    options = build_parser().parse_args(argv)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: give 1 or more")
+    if options.document == "-":
+        document = sys.stdin.read()
+    else:
+        path = Path(options.document)
+        if not path.is_file():
+            raise UserError(f"--document {path}: no such file; give a text file, or - for standard input")
+        try:
+            document = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--document {path}: not a UTF-8 text; convert it to plain text first") from None
+    if not document.strip():
+        raise UserError(f"--document {options.document}: the document is empty")
+    answers = ask(
+        options.model,
+        document.strip(),
+        options.question,
+        prompt_format_of(options),
+        options.max_new_tokens,
+        options.tokenizer,
+        options.chat_template,
+        options.eos_token,
+        options.dtype,
+        options.device,
+    )
+    source = "standard input" if options.document == "-" else options.document
+    print(f"document: {len(document.split()):,} words from {source}")
+    print(f"question: {options.question}\n")
+    print("\n".join(answer_lines(answers, shutil.get_terminal_size((100, 24)).columns)))
+    return 0

@@ -1,0 +1,314 @@
+"""``solopo evaluate``: sub-EM, EM and F1 of a Hugging Face folder by context length."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from megatron_solopo.data.chat import load_tokenizer, prompt_ids
+from megatron_solopo.data.contexts import CannotBuild, DistractorPool, PromptFormat, build_contexts
+from megatron_solopo.data.prepare import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.sampling import DTYPES, load_model
+from megatron_solopo.data.schema import Message, write_jsonl
+from megatron_solopo.data.scoring import SCORERS
+from megatron_solopo.data.sources import SOURCES, read_pool
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, check_reach, generate
+from megatron_solopo.evaluation.results import METRICS, length_label, mean_interval
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question at every length: ``prompts[i]`` are the token ids of its prompt at the i-th length."""
+
+    id: str
+    question: str
+    answers: list[str]
+    prompts: list[list[int]]
+
+
+def build_items(
+    data: Sequence[str | Path],
+    sizes: Sequence[int],
+    unit: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    seed: int = 0,
+    pool: Sequence[str | Path] = (),
+    limit: int | None = None,
+    source: str = "musique",
+) -> tuple[list[Item], Counter[str]]:
+    """The questions that can be asked at every size, with their prompts; the others are counted by reason.
+
+    The context of a larger size holds that of a smaller one, so lengths differ in distractors only.
+
+    Args:
+        sizes: ascending, in ``unit``: ``documents`` (gold ones included) or ``tokens`` (of the whole prompt).
+        pool: further files of distractors; the paragraphs of all questions are always used.
+        limit: the first so many questions (the distractors still come from all).
+
+    Raises:
+        UserError: no question is left.
+    """
+    left_out: Counter[str] = Counter()
+    questions = list(SOURCES[source](data, left_out))
+
+    def count_texts(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def count_tokens(messages: list[Message]) -> int:
+        return len(prompt_ids(tokenizer, messages))
+
+    in_tokens = unit == "tokens"
+    paragraphs = [*(paragraph for question in questions for paragraph in question.paragraphs), *read_pool(pool)]
+    distractors = DistractorPool(paragraphs, prompt_format, count_texts if in_tokens else None)
+    items = []
+    for question in tqdm(questions[:limit], desc="contexts", unit="question", leave=False, disable=None):
+        try:
+            contexts = build_contexts(
+                question,
+                distractors,
+                sizes,
+                prompt_format=prompt_format,
+                seed=seed,
+                count_tokens=count_tokens if in_tokens else None,
+            )
+        except CannotBuild as reason:
+            left_out[str(reason)] += 1
+            continue
+        items.append(
+            Item(
+                question.id,
+                question.question,
+                list(question.answers),
+                [prompt_ids(tokenizer, context.messages) for context in contexts],
+            )
+        )
+    if not items:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in left_out.most_common()) or "the input is empty"
+        raise UserError(f"no question can be asked at every length ({reasons}); change the lengths, the data or --pool")
+    return items, left_out
+
+
+def score_responses(
+    items: Sequence[Item], index: int, label: str, responses: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics of one length and one record a question for the predictions file.
+
+    Args:
+        index: of the length in every item's ``prompts``.
+        responses: one a question, in the order of the items.
+    """
+    records = [
+        {
+            "id": item.id,
+            "length": label,
+            "question": item.question,
+            "answers": item.answers,
+            "prediction": response,
+            **{name: SCORERS[name](response, item.answers) for name in METRICS},
+            "prompt_tokens": len(item.prompts[index]),
+        }
+        for item, response in zip(items, responses, strict=True)
+    ]
+    values = {name: [record[name] for record in records] for name in METRICS}
+    metrics: dict[str, Any] = {name: statistics.fmean(values[name]) for name in METRICS}
+    metrics["count"] = len(records)
+    metrics["mean_prompt_tokens"] = statistics.fmean(record["prompt_tokens"] for record in records)
+    metrics["interval"] = {name: list(mean_interval(values[name])) for name in METRICS}
+    return metrics, records
+
+
+def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """The results for a terminal: a mean and its 95 % interval over questions for each metric and length."""
+    lines = [
+        f"{'context':<16}{'questions':>10}{'prompt tokens':>15}" + "".join(f"{METRICS[name]:>22}" for name in METRICS)
+    ]
+    for label, values in metrics.items():
+        cells = (
+            f"{values[name]:.3f} [{values['interval'][name][0]:.3f}, {values['interval'][name][1]:.3f}]"
+            for name in METRICS
+        )
+        lines.append(
+            f"{label:<16}{values['count']:>10,}{values['mean_prompt_tokens']:>15,.1f}"
+            + "".join(f"{cell:>22}" for cell in cells)
+        )
+    return lines
+
+
+def predictions_path(output: str | Path) -> Path:
+    """Where the predictions of a results file are: ``results.json`` -> ``results.predictions.jsonl``."""
+    return Path(output).with_suffix(".predictions.jsonl")
+
+
+def lengths_option(flag: str, value: str) -> list[int]:
+    """``"8,16,32"`` -> ascending lengths.
+
+    Raises:
+        UserError: not positive whole numbers separated by commas, or one given twice.
+    """
+    try:
+        lengths = [int(part) for part in value.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {value}: give whole numbers separated by commas, such as 8,16,32") from None
+    if min(lengths) < 1 or len(set(lengths)) < len(lengths):
+        raise UserError(f"{flag} {value}: give positive lengths, each once")
+    return sorted(lengths)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solopo evaluate",
+        description="Ask a model the same questions at several context lengths and score its answers.",
+    )
+    group = parser.add_argument_group("input and output")
+    group.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder (a training run's --save-hf)")
+    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help="question files")
+    group.add_argument(
+        "--source", choices=sorted(SOURCES), default="musique", help="format of the questions (default: %(default)s)"
+    )
+    group.add_argument(
+        "--pool",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="more distractors, JSONL of {title, text}; the paragraphs of all questions are always in the pool",
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="ask the first N questions (the pool keeps all of them)")
+    group.add_argument(
+        "--output", required=True, metavar="FILE.json", help="results; the predictions go to FILE.predictions.jsonl"
+    )
+    group = parser.add_argument_group("context lengths")
+    lengths = group.add_mutually_exclusive_group(required=True)
+    lengths.add_argument(
+        "--context-documents", metavar="N,N,...", help="documents, gold ones included, such as 8,16,32,64"
+    )
+    lengths.add_argument(
+        "--context-tokens",
+        metavar="N,N,...",
+        help="tokens of the whole prompt (98 %% to 100 %% of N), such as 1024,4096,8192",
+    )
+    add_tokenizer_options(parser, required=False)
+    add_prompt_options(parser)
+    group = parser.add_argument_group("generation (the most likely token each time)")
+    add_generation_options(group)
+    group.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=DEFAULT_BATCH_TOKENS,
+        metavar="N",
+        help="tokens in a batch, padding and responses included; lower it when memory runs out (default: %(default)s)",
+    )
+    group = parser.add_argument_group("randomness")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="with a question's id it decides its distractors and their order (default: 0)",
+    )
+    return parser
+
+
+def add_generation_options(group: argparse._ArgumentGroup) -> None:
+    """The options that ``evaluate`` and ``ask`` share."""
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="a response is cut after N tokens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="type of the weights; auto is the checkpoint's own on a GPU, float32 on a CPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto is cuda where there is one (default: %(default)s)",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``."""
+    options = build_parser().parse_args(argv)
+    unit = "documents" if options.context_documents is not None else "tokens"
+    flag = f"--context-{unit}"
+    sizes = lengths_option(flag, options.context_documents if unit == "documents" else options.context_tokens)
+    for name in ("limit", "max_new_tokens", "batch_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    prompt_format = prompt_format_of(options)
+    tokenizer = load_tokenizer(options.tokenizer or options.model, options.chat_template, options.eos_token)
+    if unit == "tokens":  # known before a minute is spent on building contexts
+        for size in sizes:
+            check_reach(options.model, size, options.max_new_tokens, f"{flag} {size}")
+    begin = time.monotonic()
+    items, left_out = build_items(
+        options.data, sizes, unit, tokenizer, prompt_format, options.seed, options.pool, options.limit, options.source
+    )
+    for index, size in enumerate(sizes):
+        check_reach(
+            options.model, max(len(item.prompts[index]) for item in items), options.max_new_tokens, f"{flag} {size}"
+        )
+    print(f"{len(items)} questions at each length, {left_out.total()} left out")
+    for reason, count in left_out.most_common():
+        print(f"  {count} left out: {reason}")
+    model = load_model(options.model, options.device, options.dtype)
+    metrics: dict[str, dict[str, Any]] = {}
+    records: list[dict[str, Any]] = []
+    for index, size in enumerate(sizes):
+        label = length_label(size, unit)
+        responses = generate(
+            model,
+            tokenizer,
+            [item.prompts[index] for item in items],
+            options.max_new_tokens,
+            options.batch_tokens,
+            progress=label,
+        )
+        metrics[label], some = score_responses(items, index, label, responses)
+        records += some
+    print("\n".join(table_lines(metrics)))
+    output = Path(options.output)
+    write_jsonl(predictions_path(output), records)
+    aside = output.with_name(output.name + ".partial")
+    aside.write_text(
+        json.dumps(
+            {
+                "model": str(options.model),
+                "data": ", ".join(options.data),
+                "metrics": metrics,
+                "settings": {
+                    **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "device": model.device.type,
+                    "left_out": dict(left_out),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    aside.replace(output)
+    print(f"wrote {output} and {predictions_path(output)} in {time.monotonic() - begin:.1f} s")
+    return 0

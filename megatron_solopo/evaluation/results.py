@@ -1,0 +1,249 @@
+"""What evaluations and training runs leave on disk, read back, and averaged over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.data.schema import read_jsonl, require
+from megatron_solopo.errors import UserError
+
+METRICS = {"sub_em": "sub-EM", "em": "EM", "f1": "F1"}
+"""Metrics of an evaluation: field -> name for people."""
+
+Z_95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def wilson_interval(mean: float, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion of ``count`` yes-or-no outcomes (Wilson 1927); honest near 0 and 1 too."""
+    if count == 0:
+        return 0.0, 1.0
+    shrink = 1 + Z_95**2 / count
+    centre = (mean + Z_95**2 / (2 * count)) / shrink
+    half = Z_95 / shrink * math.sqrt(mean * (1 - mean) / count + Z_95**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of values in [0, 1], by the normal approximation.
+
+    When all values are 0 or 1 it is the Wilson interval.
+    """
+    count = len(values)
+    mean = sum(values) / count if count else 0.0
+    if all(value in (0, 1) for value in values):
+        return wilson_interval(mean, count)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, count - 1)
+    half = Z_95 * math.sqrt(variance / count)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def length_label(length: int, unit: str) -> str:
+    """The key of a context length in an evaluation file: ``8 documents``, ``4096 tokens``."""
+    return f"{length} {unit}"
+
+
+@dataclass(frozen=True)
+class LengthResult:
+    """Scores at one context length.
+
+    Attributes:
+        length, unit: the length asked for and what it counts (``documents`` or ``tokens``).
+        means, intervals: by metric (`METRICS`); intervals are 95 % over questions.
+        count: number of questions.
+        mean_prompt_tokens: tokens of a whole prompt, on average.
+    """
+
+    length: int
+    unit: str
+    means: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    count: int
+    mean_prompt_tokens: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation file."""
+
+    label: str
+    path: Path
+    model: str
+    data: str
+    results: tuple[LengthResult, ...]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its metrics by step; a step written twice (after a resume) counts once, the last one."""
+
+    label: str
+    folder: Path
+    train: tuple[dict[str, Any], ...]
+    valid: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean over seeds with its spread: lowest to highest seed, or the 95 % interval of a single one."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def labelled(argument: str, fallback: str) -> tuple[str, Path]:
+    """``LABEL=PATH`` or ``PATH`` -> (label, path); a path that exists as written is never split."""
+    label, equals, path = argument.partition("=")
+    if equals and not Path(argument).exists():
+        if not label or not path:
+            raise UserError(f"{argument}: write LABEL=PATH, or PATH alone")
+        return label, Path(path)
+    return fallback, Path(argument)
+
+
+def folder_names(folders: Sequence[str | Path]) -> list[str]:
+    """The shortest path ends that tell the folders apart: ``runs/a/hf``, ``runs/b/hf`` -> ``a/hf``, ``b/hf``."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        depth = 1
+        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in set(parts)) > 1:
+            depth += 1
+        names.append("/".join(own[-depth:]))
+    return names
+
+
+def read_evaluation(argument: str) -> Evaluation:
+    """Reads an evaluation's JSON file, given as ``PATH`` or ``LABEL=PATH``; LABEL defaults to the model folder's name.
+
+    Raises:
+        UserError: the file is missing or is not an evaluation.
+    """
+    label, path = labelled(argument, "")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a results file written by evaluate")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); give a results file written by evaluate"
+        ) from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: expected a JSON object; give a results file written by evaluate")
+    results = []
+    for key, values in require(record, "metrics", dict, str(path)).items():
+        where = f"{path}: metrics['{key}']"
+        match = re.fullmatch(r"(\d+) (\w+)", key)
+        if not match:
+            raise UserError(f"{where}: a context length is written like '8 documents' or '4096 tokens'")
+        intervals = require(values, "interval", dict, where)
+        results.append(
+            LengthResult(
+                length=int(match[1]),
+                unit=match[2],
+                means={name: float(require(values, name, (int, float), where)) for name in METRICS},
+                intervals={name: tuple(require(intervals, name, list, where)) for name in METRICS},
+                count=require(values, "count", int, where),
+                mean_prompt_tokens=float(require(values, "mean_prompt_tokens", (int, float), where)),
+            )
+        )
+    if not results:
+        raise UserError(f"{path}: 'metrics' holds no context length")
+    model = require(record, "model", str, str(path))
+    return Evaluation(
+        label or Path(model).name,
+        path,
+        model,
+        require(record, "data", str, str(path)),
+        tuple(results),
+        dict(record.get("settings") or {}),
+    )
+
+
+def read_run(argument: str) -> Run:
+    """Reads the metrics of a run folder, given as ``DIR`` or ``LABEL=DIR``; the label defaults to the folder's name.
+
+    A last line that a killed run left unfinished is skipped with a note.
+
+    Raises:
+        UserError: no metrics in the folder.
+    """
+    label, folder = labelled(argument, "")
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder of a training run")
+    train: dict[int, dict[str, Any]] = {}
+    valid: dict[int, dict[str, Any]] = {}
+    lines = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    read = 0
+    try:
+        for where, record in read_jsonl(path):
+            read += 1
+            (valid if record.get("split") == "valid" else train)[require(record, "step", int, where)] = record
+    except UserError:
+        unfinished = read == lines - 1 and not path.read_text(encoding="utf-8").endswith("\n")
+        if not unfinished:
+            raise
+        print(f"note: {path}: the last line is unfinished and was skipped")
+    if not train and not valid:
+        raise UserError(f"{path}: no steps in it yet; wait for the first step of the run")
+    return Run(
+        label or folder.resolve().name,
+        folder,
+        tuple(train[step] for step in sorted(train)),
+        tuple(valid[step] for step in sorted(valid)),
+    )
+
+
+def labels_of(*groups: Iterable[Evaluation | Run]) -> list[str]:
+    """Every label once, in the order given."""
+    return list(dict.fromkeys(item.label for group in groups for item in group))
+
+
+def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str, metric: str) -> list[Point]:
+    """The scores of one label by context length, shortest first, averaged over its evaluations."""
+    by_length: dict[int, list[LengthResult]] = {}
+    for evaluation in evaluations:
+        if evaluation.label == label:
+            for result in evaluation.results:
+                if result.unit == unit:
+                    by_length.setdefault(result.length, []).append(result)
+    points = []
+    for length, results in sorted(by_length.items()):
+        values = [result.means[metric] for result in results]
+        low, high = results[0].intervals[metric] if len(results) == 1 else (min(values), max(values))
+        points.append(Point(length, sum(values) / len(values), low, high, len(values)))
+    return points
+
+
+def curve(runs: Iterable[Run], label: str, metric: str, split: str = "train") -> list[Point]:
+    """A metric of one label by step, averaged over its runs at the steps that all of them have."""
+    series = []
+    for run in runs:
+        if run.label == label:
+            values = {record["step"]: record[metric] for record in getattr(run, split) if finite(record.get(metric))}
+            if values:
+                series.append(values)
+    if not series:
+        return []
+    steps = sorted(set.intersection(*(set(values) for values in series)))
+    points = []
+    for step in steps:
+        values = [values[step] for values in series]
+        points.append(Point(step, sum(values) / len(values), min(values), max(values), len(values)))
+    return points
+
+
+def finite(value: Any) -> bool:
+    """Whether a value of metrics.jsonl is a number that can be drawn and averaged."""
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,149 @@
+"""Hugging Face config -> megatron-core GPTModel. The only room that touches GPTModel."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_solopo.config import Config, ModelConfig
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.attention import PackedAttention
+from megatron_solopo.model.families import family_of, head_dim
+from megatron_solopo.model.norm import RMSNorm
+from megatron_solopo.model.rope import RotaryFrequencies
+
+
+def read_hf_config(folder: str | Path) -> PretrainedConfig:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+        UserError: no folder, no config.json, or one that transformers cannot read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--hf-path {folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--hf-path {folder}: the folder holds no config.json")
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds; the first line says what is wrong
+        raise UserError(f"{folder}/config.json: not readable ({str(error).splitlines()[0]})") from None
+
+
+def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
+    """Rows of the vocabulary matrices; depends on the config only, never on the number of processes."""
+    return -(-hf_config.vocab_size // divisible_by) * divisible_by
+
+
+def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration of the model, portable implementation, no dropout."""
+    std = getattr(hf_config, "initializer_range", 0.02)
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        ffn_hidden_size=hf_config.intermediate_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        add_bias_linear=False,
+        init_method_std=std,
+        # mcore's defaults are 0.1; a dropped-out policy is not comparable with its reference.
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Random weights are drawn whole and then cut, so that they do not depend on the layout.
+        use_cpu_initialization=True,
+        perform_initialization=model.random_init,
+        # Fused kernels need CUDA extensions (Apex, TE); the portable implementation has none.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        # Packs differ in length; mcore wants this dispatcher beside it, for dense models too.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        recompute_granularity=model.recompute_granularity,
+        recompute_method=model.recompute_method if model.recompute_granularity else None,
+        recompute_num_layers=model.recompute_num_layers if model.recompute_granularity else None,
+        **family_of(hf_config).transformer_options(hf_config),
+    )
+
+
+def layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
+    """megatron-core's local transformer layer with our RMSNorm and packed attention."""
+    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    submodules.self_attention.submodules.core_attention = PackedAttention
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def build_model(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None) -> GPTModel:
+    """The GPTModel of a Hugging Face config, on the current device, weights not loaded.
+
+    Position embeddings are ours (model/rope.py), applied inside the attention, so mcore's are switched off.
+
+    Args:
+        dtype: parameter dtype; default by --bf16.
+    """
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns of GPTModel's age at every build
+    dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
+    settings = transformer_config(hf_config, config.model, dtype)
+    block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * get_num_layers_to_build(settings), layer_norm=RMSNorm)
+    model = GPTModel(
+        settings,
+        block,
+        vocab_size=padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by),
+        max_sequence_length=hf_config.max_position_embeddings,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+    )
+    return model.cuda(torch.cuda.current_device())
+
+
+def rotary_frequencies(hf_config: PretrainedConfig) -> RotaryFrequencies:
+    """The model's RoPE; see `check_length` for how far it reaches."""
+    return RotaryFrequencies(hf_config)
+
+
+def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
+    """Refuses sequences beyond what the model's positions cover.
+
+    Raises:
+        UserError: naming --seq-length.
+    """
+    if seq_length > hf_config.max_position_embeddings:
+        raise UserError(f"--seq-length {seq_length} is beyond the model's max_position_embeddings "
+                        f"{hf_config.max_position_embeddings} (config.json); lower it or take a longer model")
+
+
+def parameter_count(hf_config: PretrainedConfig) -> dict[str, int]:
+    """Parameters of the Hugging Face model, without building it: {"total", "embedding"}.
+
+    Counted on the meta device by transformers, so that vocabulary padding does not enter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(hf_config)
+    embedding = model.get_input_embeddings().weight.numel()
+    return {"total": sum(p.numel() for p in model.parameters()), "embedding": embedding}

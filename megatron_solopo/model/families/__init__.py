@@ -1,0 +1,66 @@
+"""Model families: what a Hugging Face config means for Megatron Core, and which tensors make which parameter.
+
+A family is one file. It is looked up by the config's ``model_type``; an unknown one is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.operators import Entry
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        model_type: of config.json.
+        check: refuses configs whose mathematics this family does not cover.
+        transformer_options: TransformerConfig fields beyond the common ones.
+        table: (config, padded vocabulary) -> every parameter.
+    """
+
+    model_type: str
+    check: Callable[[PretrainedConfig], None]
+    transformer_options: Callable[[PretrainedConfig], dict[str, Any]]
+    table: Callable[[PretrainedConfig, int], tuple[Entry, ...]]
+
+
+def family_of(hf_config: PretrainedConfig) -> Family:
+    """The family of a config, after its check.
+
+    Raises:
+        UserError: an unknown model_type, or a config field that the family does not cover.
+    """
+    from megatron_solopo.model.families.llama import LLAMA
+    from megatron_solopo.model.families.qwen2 import QWEN2
+
+    families = {family.model_type: family for family in (LLAMA, QWEN2)}
+    if hf_config.model_type not in families:
+        raise UserError(f"config.json: model_type {hf_config.model_type!r} is not supported; supported are {', '.join(sorted(families))}")
+    family = families[hf_config.model_type]
+    family.check(hf_config)
+    return family
+
+
+def head_dim(hf_config: PretrainedConfig) -> int:
+    """The size of an attention head; some configs leave it to hidden_size / heads."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def refuse(hf_config: PretrainedConfig, **allowed: Any) -> None:
+    """Refuses a config whose field differs from the one value that is covered.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for name, value in allowed.items():
+        found = getattr(hf_config, name, value)
+        if found != value:
+            raise UserError(f"config.json: {name} = {found!r} is not supported for {hf_config.model_type} (only {value!r} is)")

@@ -1,0 +1,47 @@
+"""Llama 2 / 3: RMSNorm, RoPE, grouped queries, SwiGLU, no biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.model.families import Family, head_dim, refuse
+from megatron_solopo.model.families.operators import Entry, InterleaveQKV, PadRows, Rename, StackGateUp
+
+
+def table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
+    """Every parameter of the Llama layout; families with the same layout add to it."""
+    qkv = InterleaveQKV(hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config))
+    vocabulary = PadRows(hf_config.vocab_size, padded_vocab_size)
+    megatron, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
+    entries = (
+        Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
+        Entry(megatron + "input_layernorm.weight", (hf + "input_layernorm.weight",), Rename()),
+        Entry(megatron + "self_attention.linear_qkv.weight", qkv_names(hf, "weight"), qkv),
+        Entry(megatron + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), Rename()),
+        Entry(megatron + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), Rename()),
+        Entry(megatron + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), StackGateUp()),
+        Entry(megatron + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), Rename()),
+        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Rename()),
+    )
+    if not hf_config.tie_word_embeddings:
+        entries += (Entry("output_layer.weight", ("lm_head.weight",), vocabulary),)
+    return entries
+
+
+def qkv_names(hf_layer: str, kind: str) -> tuple[str, str, str]:
+    """The names of a layer's query, key and value tensors."""
+    query, key, value = (f"{hf_layer}self_attn.{part}_proj.{kind}" for part in "qkv")
+    return query, key, value
+
+
+def _check(hf_config: PretrainedConfig) -> None:
+    refuse(hf_config, hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0, pretraining_tp=1)
+
+
+def _options(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {}
+
+
+LLAMA = Family("llama", _check, _options, table)

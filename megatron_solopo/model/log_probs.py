@@ -1,0 +1,95 @@
+"""Log-probs of response tokens from final hidden states, through the vocabulary-parallel output weight.
+
+Only positions that predict a learnt token get logits, a chunk at a time, in forward and again in backward; no
+vocabulary-wide tensor exists for other tokens, nor for all response tokens at once. Rows that pad the vocabulary are
+masked, so that log-probs do not depend on how far it was padded. Sums run in float32 (float64 stays float64).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight^T)[target] with logits recomputed in backward (the softmax's usual gradient:
+    (one-hot - p) times the incoming gradient)."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, real_rows: int, chunk: int, group) -> Tensor:
+        total = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        log_probs = torch.empty(targets.shape, dtype=total, device=hidden.device)
+        log_sums = torch.empty_like(log_probs)
+        for begin in range(0, targets.numel(), chunk):
+            part = slice(begin, begin + chunk)
+            logits = (hidden[part] @ weight.t()).to(total)
+            logits[:, real_rows:] = float("-inf")
+            largest = logits.amax(dim=-1)
+            local = targets[part] - first_row
+            here = (local >= 0) & (local < weight.shape[0])
+            picked = logits.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None])[:, 0].masked_fill(~here, 0)
+            if group is not None:
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+                dist.all_reduce(picked, group=group)
+            sums = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
+            if group is not None:
+                dist.all_reduce(sums, group=group)
+            log_sums[part] = largest + sums.log()
+            log_probs[part] = picked - log_sums[part]
+        ctx.save_for_backward(hidden, weight, targets, log_sums)
+        ctx.settings = first_row, real_rows, chunk, group, total
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, log_sums = ctx.saved_tensors
+        first_row, real_rows, chunk, group, total = ctx.settings
+        grad_hidden = torch.empty_like(hidden)
+        # bfloat16 would lose the sum over chunks.
+        grad_weight = torch.zeros(weight.shape, dtype=total, device=weight.device)
+        for begin in range(0, targets.numel(), chunk):
+            part = slice(begin, begin + chunk)
+            rows = (hidden[part] @ weight.t()).to(total).sub_(log_sums[part][:, None]).exp_().neg_()
+            rows[:, real_rows:] = 0
+            local = targets[part] - first_row
+            here = ((local >= 0) & (local < weight.shape[0])).to(total)
+            rows.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], here[:, None])
+            rows = rows.mul_(grad[part][:, None]).to(hidden.dtype)
+            grad_hidden[part] = rows @ weight
+            grad_weight += (rows.t() @ hidden[part]).to(total)
+        if group is not None:
+            dist.all_reduce(grad_hidden, group=group)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def response_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Log-probs of ``targets``.
+
+    Args:
+        hidden: [R, H], the states that predict each target.
+        weight: [V / tp, H], this process's rows of the padded output weight.
+        targets: [R] token ids.
+        vocab_size: real rows of the whole weight; what is beyond is padding.
+        chunk_size: rows whose logits exist at one time.
+        group: the tensor-parallel group, or None where the weight is whole.
+
+    Returns:
+        [R] float32 (float64 for float64 inputs), nats.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    first_row = rank * weight.shape[0]
+    real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
+    return _ChunkedLogProbs.apply(hidden, weight, targets, first_row, real_rows, chunk_size, group)
+
+
+def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:
+    """[count] sums of log-probs by segment; tokens of a segment stand together, so the sum's order is fixed."""
+    return log_probs.new_zeros(count).index_add(0, segments, log_probs)

@@ -1,0 +1,28 @@
+"""RMSNorm in pure PyTorch, for megatron-core's layer specs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 as Hugging Face models do (float64 stays float64).
+
+    megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, so that its
+    gradient is summed over the tensor-parallel group.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., hidden] -> [..., hidden], same dtype."""
+        high = x if x.dtype == torch.float64 else x.float()
+        normed = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)

@@ -1,0 +1,189 @@
+"""What megatron-core 0.19 needs to run on CPU and gloo: the only file that patches other people's modules.
+
+Megatron Core asks `torch.cuda` for its device, streams and random state, and writes ``device="cuda"`` in
+optimizer and schedule code. `install()` answers those questions with the CPU. Nothing happens on import;
+`install()` returns a function that undoes everything.
+
+Each patch names the megatron-core (0.19.2) place that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def _on_cpu(device: Any) -> Any:
+    if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
+        return CPU
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return CPU
+    return device
+
+
+class _CudaDevicesAreCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in torch calls; everything else passes through untouched."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if kwargs:
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            if kwargs.get("pin_memory"):  # optimizer/cpu_offloading and dist_checkpointing pin host memory
+                kwargs["pin_memory"] = False
+        else:
+            kwargs = {}
+        if func is torch.Tensor.cuda:  # tensor_parallel/layers.py: weights are built, then moved
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1:
+            args = (args[0], *(_on_cpu(a) if isinstance(a, str | torch.device) else a for a in args[1:]))
+        elif func is torch.Tensor.type and len(args) == 1:
+            # optimizer/distrib_optimizer.py compares with 'torch.cuda.FloatTensor' and friends
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class _Event:
+    """A CUDA event on a device whose work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 0.0
+
+
+class _Stream:
+    """A CUDA stream on a device that has only one order of work."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, *args: Any) -> None:
+        pass
+
+    def wait_event(self, *args: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class _CpuGenerators(list):
+    """`torch.cuda.default_generators[i]`: tensor_parallel/random.py reads its state."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
+    """TE imports without a GPU and mcore then takes TE paths that need one: make the import fail.
+
+    Raises:
+        RuntimeError: megatron.core was imported first and has already bound TE's modules.
+    """
+    bound = sys.modules.get("megatron.core.extensions.transformer_engine")
+    if bound is not None and getattr(bound, "HAVE_TE", False):
+        raise RuntimeError("the CPU platform must be installed before megatron.core is imported: "
+                           "Transformer Engine is already in use")
+    stack.enter_context(mock.patch.dict(sys.modules, {"transformer_engine": None, "transformer_engine.pytorch": None}))
+
+
+def install() -> Callable[[], None]:
+    """Makes megatron-core run on the CPU in this process; returns the function that undoes it.
+
+    Raises:
+        RuntimeError: if Transformer Engine was already bound by megatron-core.
+    """
+    with contextlib.ExitStack() as stack:
+        _hide_transformer_engine(stack)
+
+        def patch(module: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(module, name, value))
+
+        cuda = torch.cuda
+        patch(cuda, "current_device", lambda: CPU)  # everywhere in mcore
+        patch(cuda, "set_device", lambda *args: None)  # parallel_state.py
+        patch(cuda, "synchronize", lambda *args: None)  # schedules.py, timers.py
+        patch(cuda, "empty_cache", lambda: None)  # dist_checkpointing
+        patch(cuda, "Event", _Event)  # param_and_grad_buffer.py
+        patch(cuda, "Stream", _Stream)  # distributed_data_parallel.py
+        patch(cuda, "current_stream", lambda *args: _Stream())
+        patch(cuda, "stream", lambda stream: contextlib.nullcontext())
+        patch(cuda, "_lazy_init", lambda: None)  # tensor_parallel/random.py
+        patch(cuda, "default_generators", _CpuGenerators())
+        for random in (cuda, cuda.random):
+            patch(random, "get_rng_state", lambda *args: torch.get_rng_state())
+            patch(random, "set_rng_state", lambda state, *args: torch.set_rng_state(state))
+        patch(cuda, "manual_seed", lambda seed: torch.manual_seed(seed))
+        patch(cuda, "memory_allocated", lambda *args: 0)
+        patch(cuda, "max_memory_allocated", lambda *args: 0)
+        patch(cuda, "get_device_capability", lambda *args: (0, 0))  # dist_checkpointing, fp8 checks
+
+        import megatron.core.tensor_parallel.random as tensor_parallel_random  # only now: it looks for TE
+
+        patch(tensor_parallel_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+        patch(tensor_parallel_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+        _mend_optimizer_loading(patch)
+        stack.enter_context(_CudaDevicesAreCpu())
+        undo = stack.pop_all()
+    return undo.close
+
+
+def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
+    """torch's AdamW keeps a `step` tensor per parameter; the distributed optimizer expects none.
+
+    Without Transformer Engine or Apex, loading a checkpoint fails with KeyError: 'step'
+    (distrib_optimizer.py:1222), and afterwards all parameters share one `step` tensor (:1032), which
+    advances once for every parameter. Here the loaded state keeps its `step`, one clone a parameter.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+
+    def set_states_with_step(self, model_param, tensors):
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        state = self.optimizer.state[main_param]
+        if "step" in state:
+            tensors = dict(tensors, step=state["step"])
+        return set_states(self, model_param, tensors)
+
+    def load_with_own_steps(self, state_dict):
+        result = load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+        return result
+
+    patch(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_with_step)
+    patch(DistributedOptimizer, "load_state_dict", load_with_own_steps)

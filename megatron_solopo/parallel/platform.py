@@ -1,0 +1,103 @@
+"""The two platforms, CUDA with NCCL and CPU with gloo, behind one object."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_solopo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process computes.
+
+    Attributes:
+        name: ``cuda`` or ``cpu``.
+        device: the device of this process.
+        backend: torch.distributed's backend.
+        undo: takes back what `start` installed (the CPU answers for megatron-core).
+    """
+
+    name: str
+    device: torch.device
+    backend: str
+    undo: Callable[[], None]
+
+    def synchronize(self) -> None:
+        """Waits for queued kernels, so that a clock read next is true."""
+        if self.name == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory_gib(self) -> float:
+        """The most memory this process held so far, in GiB: device memory on CUDA, resident set on CPU."""
+        if self.name == "cuda":
+            return torch.cuda.max_memory_reserved() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def choose(device: str) -> str:
+    """``auto`` becomes ``cuda`` where a GPU is usable, else ``cpu``.
+
+    Raises:
+        UserError: ``cuda`` was asked for and torch sees no GPU.
+    """
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi")
+    return device
+
+
+def start(device: str, timeout_minutes: float = 30.0) -> Platform:
+    """Prepares this process: device, the CPU answers for megatron-core, and the default process group.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them
+    the process is alone. On CPU this must come before megatron.core is imported.
+    """
+    name = choose(device)
+    undo: Callable[[], None] = lambda: None
+    if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
+                            "lower torchrun's --nproc_per_node to that number")
+        torch.cuda.set_device(local_rank)
+        platform = Platform(name, torch.device("cuda", local_rank), "nccl", undo)
+    else:
+        from megatron_solopo.parallel import cpu_shim
+
+        undo = cpu_shim.install()
+        platform = Platform(name, torch.device("cpu"), "gloo", undo)
+    if not dist.is_initialized():
+        alone = "RANK" not in os.environ
+        dist.init_process_group(
+            platform.backend,
+            timeout=timedelta(minutes=timeout_minutes),
+            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        )
+    return platform
+
+
+def stop(platform: Platform) -> None:
+    """Ends the process groups and takes the CPU answers back."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    platform.undo()
+
+
+def max_over_processes(value: float, device: torch.device) -> float:
+    """The largest value of any process; collective."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()

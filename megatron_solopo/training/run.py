@@ -1,0 +1,256 @@
+"""The life of a training run, from the command line to the Hugging Face folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform as machine
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_solopo import config as configuration
+from megatron_solopo.config import Config
+from megatron_solopo.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``pretrain_solopo.py`` and ``solopo train``."""
+    config, dry_run = configuration.load(argv)
+    if dry_run:
+        from megatron_solopo.training.dry_run import describe
+
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(config))
+        return 0
+    from megatron_solopo.parallel import platform
+
+    _quiet()
+    here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
+    try:
+        train(here, config)
+    finally:
+        platform.stop(here)
+    return 0
+
+
+def _quiet() -> None:
+    """megatron-core warns of its own deprecations and of absent CUDA extensions at every import."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+@dataclass
+class RunData:
+    """Tokenised examples of a run."""
+
+    train: Any
+    valid: Any | None
+
+
+def load_data(config: Config) -> RunData:
+    """Tokenises training and validation data.
+
+    Raises:
+        UserError: see `tokenize`.
+    """
+    from megatron_solopo.data.chat import load_tokenizer
+    from megatron_solopo.data.tokens import tokenize
+    from megatron_solopo.losses.solopo import roles
+
+    tokenizer = load_tokenizer(config.model.hf_path, config.model.chat_template)
+    wanted = roles(config.method)
+
+    def read(path: str) -> Any:
+        return tokenize(path, tokenizer, wanted, config.data.seq_length, config.data.overlong)
+
+    return RunData(read(config.data.train_data), read(config.data.valid_data) if config.data.valid_data else None)
+
+
+def check_folders(config: Config) -> None:
+    """Refuses to write over an earlier run or an exported model before any work is done."""
+    from megatron_solopo.conversion.safetensors_folder import check_target
+    from megatron_solopo.training.checkpoint import latest_iteration
+
+    save, load = Path(config.output.save), config.output.load
+    if load is None and latest_iteration(save) is not None:
+        raise UserError(f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save}, or choose another folder")
+    if load is not None and latest_iteration(load) is None:
+        raise UserError(f"--load {load}: no complete checkpoint there; leave --load out to start anew")
+    if config.output.save_hf:
+        check_target(Path(config.output.save_hf), config.output.force)
+
+
+def train(here: Any, config: Config) -> None:
+    """Trains; see the module's first line. ``here`` is the started platform."""
+    import torch.distributed as dist
+
+    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.data.batches import make_schedule
+    from megatron_solopo.losses.solopo import needs_reference
+    from megatron_solopo.model.build import check_length, read_hf_config
+    from megatron_solopo.training import checkpoint, engine as engines
+    from megatron_solopo.training.log import RunLog
+    from megatron_solopo.training.reference import reference_log_probs
+
+    first = dist.get_rank() == 0
+    training, output = config.training, config.output
+    check_folders(config)
+    hf_config = read_hf_config(config.model.hf_path)
+    check_length(hf_config, config.data.seq_length)
+    data = load_data(config)
+    check_vocabulary(data, hf_config.vocab_size)
+    engines.initialize_parallel(config)
+    engine = engines.build_engine(here, hf_config, config)
+    schedule = make_schedule(len(data.train.groups), training.global_batch_size, training.train_iters, training.train_epochs, training.seed, config.data.shuffle)
+    resumed = checkpoint.latest_iteration(output.load) if output.load else 0
+    log = RunLog(Path(output.save), schedule.steps, resumed, first, output.tensorboard_dir, output.log_interval)
+    _announce(log, config, hf_config, data, schedule)
+    if first:
+        _write_settings(Path(output.save), config)
+
+    reference: dict[str, Any] = {"train": None, "valid": None}
+    if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
+        for split, dataset in (("train", data.train), ("valid", data.valid)):
+            if dataset is not None:
+                log.say(f"reference log-probs of {len(dataset.groups)} {split} examples ...")
+                reference[split] = reference_log_probs(engine, dataset, config)
+    optimizer, scheduler = engines.build_optimizer(engine, training, schedule.steps)
+    if output.load:
+        progress = checkpoint.load_checkpoint(output.load, engine, optimizer, scheduler)
+        _check_resume(progress, schedule, data, config)
+        log.say(f"going on after step {progress['iteration']} of {schedule.steps}")
+
+    progress = {"tokens": data.train.fingerprint, "global_batch_size": training.global_batch_size, "steps": schedule.steps}
+    for step in range(resumed, schedule.steps):
+        log.step(train_step(engine, optimizer, scheduler, data.train, schedule, step, config, reference["train"]))
+        number = step + 1
+        last = number == schedule.steps
+        if data.valid is not None and (last or (training.eval_interval and number % training.eval_interval == 0)):
+            log.step({"step": number, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
+        if last or (output.save_interval and number % output.save_interval == 0):
+            checkpoint.save_checkpoint(output.save, number, engine, optimizer, scheduler, progress)
+    log.close()
+    if output.save_hf:
+        save_folder(engine.gpt, hf_config, config.model.hf_path, output.save_hf, output.force)
+        if first and config.model.chat_template:
+            _carry_template(Path(output.save_hf), Path(config.model.chat_template))
+        log.say(f"Hugging Face folder: {output.save_hf}")
+
+
+def train_step(engine: Any, optimizer: Any, scheduler: Any, dataset: Any, schedule: Any, step: int, config: Config, reference: Any) -> dict[str, Any]:
+    """One optimizer step; returns its line of the log.
+
+    Raises:
+        UserError: the loss or the gradient is not finite; the weights are those of the step before.
+    """
+    from megatron_solopo.parallel.platform import max_over_processes
+    from megatron_solopo.training.step import make_packs, run_step
+
+    begin = time.perf_counter()
+    indices = schedule.step(step)
+    engine.model.zero_grad_buffer()
+    optimizer.zero_grad()
+    packs = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
+    sums = run_step(engine, packs, len(indices), config.method, reference)
+    means = sums.means()
+    if not math.isfinite(means["loss"]):
+        names = ", ".join(dataset.groups[i].id for i in indices[:8])
+        raise UserError(f"step {step + 1}: the loss is {means['loss']}; lower --lr, or look at the examples of this step ({names}, ...)")
+    scheduler.step(1)  # before the optimizer: see build_optimizer
+    _, grad_norm, _ = optimizer.step()
+    if not math.isfinite(grad_norm):
+        raise UserError(f"step {step + 1}: the gradient norm is {grad_norm}; lower --lr or --clip-grad")
+    engine.platform.synchronize()
+    seconds = time.perf_counter() - begin
+    return {
+        "step": step + 1,
+        "split": "train",
+        "epoch": round((step + 1) * schedule.global_batch_size / schedule.examples, 4),
+        **means,
+        "grad_norm": float(grad_norm),
+        "lr": optimizer.param_groups[0]["lr"],
+        "groups": sums.groups,
+        "tokens": sums.tokens,
+        "tokens_per_second": round(sums.tokens / seconds, 1),
+        "padding_share": sums.padding / max(sums.tokens, 1),
+        "memory_gib": round(max_over_processes(engine.platform.peak_memory_gib(), engine.platform.device), 3),
+        "seconds": round(seconds, 4),
+    }
+
+
+def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[str, float]:
+    """Means of the loss and its metrics over all validation examples."""
+    import torch
+
+    from megatron_solopo.training.step import make_packs, run_step
+
+    engine.model.eval()
+    totals: dict[str, float] = {}
+    batch = config.training.global_batch_size
+    with torch.no_grad():
+        for first in range(0, len(dataset.groups), batch):
+            indices = range(first, min(first + batch, len(dataset.groups)))
+            packs = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
+            for name, value in run_step(engine, packs, len(indices), config.method, reference, forward_only=True).values.items():
+                totals[name] = totals.get(name, 0.0) + value
+    engine.model.train()
+    return {name: value / len(dataset.groups) for name, value in totals.items()}
+
+
+def check_vocabulary(data: RunData, vocab_size: int) -> None:
+    """Refuses token ids that the model has no row for."""
+    for dataset in (data.train, data.valid):
+        for group in dataset.groups if dataset is not None else ():
+            for prompt in group.prompts:
+                largest = max(max(prompt.ids), max(max(c.ids) for c in prompt.continuations))
+                if largest >= vocab_size:
+                    raise UserError(f"example {group.id!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
+                                    "tokenizer and config.json do not belong together")
+
+
+def _check_resume(progress: dict[str, Any], schedule: Any, data: RunData, config: Config) -> None:
+    if progress["tokens"] != data.train.fingerprint:
+        raise UserError("--load: the checkpoint was trained on other examples (data, tokenizer or template changed); give the same --train-data, or start anew")
+    for name, value in (("global_batch_size", config.training.global_batch_size), ("steps", schedule.steps)):
+        if progress[name] != value:
+            raise UserError(f"--load: the checkpoint's run has {name} {progress[name]}, this one {value}; give the same batch size and length")
+
+
+def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:
+    train = data.train
+    log.say(f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
+            + (f", last step {schedule.total % schedule.global_batch_size}" if schedule.total % schedule.global_batch_size else ""))
+    for split, dataset in (("train", train), ("valid", data.valid)):
+        if dataset is not None and dataset.dropped:
+            log.say(f"{split}: dropped {len(dataset.dropped)} examples longer than {config.data.seq_length} tokens: "
+                    + ", ".join(f"{name} ({tokens})" for name, tokens in dataset.dropped[:10]) + (" ..." if len(dataset.dropped) > 10 else ""))
+
+
+def _write_settings(folder: Path, config: Config) -> None:
+    """config.yaml: the resolved options, readable by --config; versions.yaml: what they ran on."""
+    from importlib.metadata import version
+
+    options = {section: {k: v for k, v in values.items() if v is not None} for section, values in _effective(config).items()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    versions = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    versions |= {"python": machine.python_version(), "processes": int(os.environ.get("WORLD_SIZE", "1")), "command": sys.argv}
+    (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False), encoding="utf-8")
+
+
+def _effective(config: Config) -> dict[str, dict[str, Any]]:
+    """Options without those that have no effect in this run, so that config.yaml is accepted again."""
+    from megatron_solopo.config_checks import unused
+
+    idle = unused(config)
+    return {section: {k: v for k, v in values.items() if k not in idle} for section, values in config.as_dict().items()}
+
+
+def _carry_template(folder: Path, template: Path) -> None:
+    """The exported folder answers with the template it was trained with."""
+    (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")

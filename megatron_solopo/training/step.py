@@ -1,0 +1,153 @@
+"""One pass of megatron-core's schedule over a step's packs: the loss, its scaling, and what is summed for the log."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_solopo.config import MethodConfig, TrainingConfig
+from megatron_solopo.data.batches import attention_cost, plan
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import TokenDataset
+from megatron_solopo.losses.solopo import GroupLosses, roles, sft_loss, solopo_loss
+from megatron_solopo.model.forward import segment_log_probs
+from megatron_solopo.pack import Pack
+from megatron_solopo.training.engine import Engine, data_parallel
+
+
+@dataclass
+class StepSums:
+    """Sums over the groups of a step, on every process after `reduce`.
+
+    Attributes:
+        groups: groups in the step.
+        values: name -> sum over groups.
+        tokens: tokens computed, padding included.
+        padding: those of them that belong to no group.
+    """
+
+    groups: int
+    values: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    padding: int = 0
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.groups for name, value in self.values.items()}
+
+
+def make_packs(
+    dataset: TokenDataset,
+    indices: Sequence[int],
+    training: TrainingConfig,
+    share_prompts: bool,
+    hidden_size: int,
+    device: torch.device,
+) -> list[Pack]:
+    """This process's packs of a step, in order; the same number on every process."""
+    rank, size = data_parallel()
+    groups = [dataset.groups[i] for i in indices]
+    tokens = [group.tokens(share_prompts) for group in groups]
+    costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
+    shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
+    return [build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts).to(device) for share in shares]
+
+
+def group_losses(sums: Tensor, pack: Pack, reference: Tensor | None, method: MethodConfig) -> GroupLosses:
+    """The losses of a pack's groups from its segment sums.
+
+    Args:
+        sums: [N] segment log-probs.
+        reference: [examples, roles] of the whole data set, or None.
+    """
+    names = roles(method)
+    log_probs = {role: sums[pack.role(role)] for role in names}
+    lengths = {role: pack.segment_lengths[pack.role(role)].to(sums.dtype) for role in names}
+    if method.objective == "sft":
+        return sft_loss(log_probs, lengths)
+    known = None
+    if reference is not None:
+        rows = reference[list(pack.groups)].to(device=sums.device, dtype=sums.dtype)
+        known = {role: rows[:, column] for column, role in enumerate(names)}
+    return solopo_loss(log_probs, lengths, known, method)
+
+
+def run_packs(engine: Engine, packs: list[Pack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool) -> list[dict]:
+    """Runs megatron-core's schedule; returns what ``loss`` gave for each pack (last pipeline stage)."""
+
+    def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module):
+        pack = next(packs_left)
+        sums = segment_log_probs(model, pack, engine.head, engine.dtype)
+        return sums, lambda output: loss(output, pack)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(packs),
+        model=[engine.model],
+        num_microbatches=len(packs),
+        seq_length=1,  # packs carry their own lengths
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def run_step(
+    engine: Engine,
+    packs: list[Pack],
+    total_groups: int,
+    method: MethodConfig,
+    reference: Tensor | None,
+    forward_only: bool = False,
+) -> StepSums:
+    """Forward (and backward) of one step; gradients stand in the model's buffers afterwards.
+
+    Every group weighs 1 / total_groups however it was packed: the schedule divides by the number of packs and DDP by
+    the number of data-parallel processes, and the loss is multiplied by both.
+    """
+    _, ranks = data_parallel()
+    scale = len(packs) * ranks / total_groups
+
+    def loss(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
+        result = group_losses(output, pack, reference, method)
+        total = result.loss.sum()
+        # The schedule scales the loss in place, so the log keeps a copy.
+        sums = {"loss": total.detach().clone()} | {name: value.sum() for name, value in result.metrics.items()}
+        return total * scale, sums
+
+    parts = run_packs(engine, packs, loss, forward_only)
+    sums = StepSums(total_groups)
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=engine.platform.device))
+    for part in parts:
+        for name, value in part.items():
+            totals[name] = totals[name] + value.double()
+    counts = torch.tensor([sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)], dtype=torch.float64,
+                          device=engine.platform.device)
+    flat = torch.cat((torch.stack(list(totals.values())), counts))
+    dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+    values = flat.tolist()
+    sums.values = dict(zip(totals, values, strict=False))
+    sums.tokens, sums.padding = int(values[-2]), int(values[-1])
+    return sums
+
+
+def segment_table(engine: Engine, dataset: TokenDataset, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
+    """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
+    table = torch.zeros(len(indices), len(names), dtype=torch.float64, device=engine.platform.device)
+    row_of = {index: row for row, index in enumerate(indices)}
+
+    def keep(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
+        rows = torch.tensor([row_of[index] for index in pack.groups], dtype=torch.int64, device=table.device)
+        for column, role in enumerate(names):
+            table[rows, column] = output[pack.role(role)].double()
+        return output.sum(), {}
+
+    with torch.no_grad():
+        run_packs(engine, packs, keep, forward_only=True)
+    dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
+    return table

@@ -1,0 +1,62 @@
+"""Package description of megatron-solopo.
+
+Only lower bounds that the code needs, and megatron-core's minor version: a container that brings its own
+torch (NVIDIA's NGC images) keeps it. The exact versions the tests run with are in constraints.txt.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The version, from the one place that states it."""
+    text = (ROOT / "megatron_solopo" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="megatron-solopo",
+    version=version(),
+    description="SoLoPO, short-to-long preference optimization for long-context language models, on Megatron Core",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_solopo", "megatron_solopo.*"]),
+    package_data={"megatron_solopo": ["**/*.jinja", "**/*.yaml"]},
+    install_requires=[
+        "megatron-core>=0.19,<0.20",
+        "torch>=2.6",
+        "transformers>=5.0",
+        "huggingface-hub>=1.0",
+        "safetensors>=0.4.3",
+        "numpy>=1.26",
+        "jinja2>=3.1",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+        "psutil>=5.9",
+        "tensorboard>=2.14",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch,core_cu13]>=2.0"],
+        "test": ["pytest>=8.0", "trl>=1.0"],
+    },
+    entry_points={"console_scripts": ["solopo = megatron_solopo.cli:main"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,43 @@
+"""What all tests share: the folder with real data, and which tests run where."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# A test that reaches for a model hub must fail at once, not wait for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+NO_DATA = "SOLOPO_DATA is not set; give the folder with the real data sets"
+
+
+@pytest.fixture(scope="session")
+def solopo_data() -> Path:
+    """The folder named by SOLOPO_DATA; the test is skipped without it and fails when it does not exist."""
+    folder = os.environ.get("SOLOPO_DATA")
+    if not folder:
+        pytest.skip(NO_DATA)
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"SOLOPO_DATA={folder}: no such folder")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by folder and fixture, and skips those whose data or device is not here."""
+    for item in items:
+        if "distributed" in item.path.relative_to(Path(__file__).parent).parts[:-1]:
+            item.add_marker("distributed")
+        if "solopo_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_data")
+        if item.get_closest_marker("real_data") and not os.environ.get("SOLOPO_DATA"):
+            item.add_marker(pytest.mark.skip(reason=NO_DATA))
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_items:
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

@@ -1,0 +1,103 @@
+"""The `solopo` command, its twins in tools/, and `solopo env`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_solopo import __version__, cli, environment
+from megatron_solopo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def solopo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_solopo.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
+    code = "import sys; from megatron_solopo.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith("False\n")
+    assert all(re.search(rf"^  {name} ", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("evalaute", "evaluate"), ("build_pairs", "build-pairs"), ("sample", "sample-responses")]
+)
+def test_an_unknown_command_is_refused_with_the_nearest_name(given: str, meant: str) -> None:
+    done = solopo(given)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: solopo {given}: no such command; did you mean '{meant}'?\n"
+
+
+def test_version() -> None:
+    assert solopo("--version").stdout == f"solopo {__version__}\n"
+
+
+def test_every_command_has_its_module() -> None:
+    missing = [module for module, _ in cli.COMMANDS.values() if importlib.util.find_spec(module) is None]
+    assert missing == []
+
+
+def test_a_command_names_itself_in_its_usage() -> None:
+    done = solopo("env", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: solopo env ")
+
+
+def test_tools_call_the_functions_of_the_command() -> None:
+    for path in (ROOT / "tools").glob("*.py"):
+        module, _ = cli.COMMANDS[path.stem.replace("_", "-")]
+        assert f"from {module} import main\n" in path.read_text(encoding="utf-8"), path.name
+
+
+def test_a_mistake_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(argv: list[str] | None) -> int:
+        raise UserError("--alpha -1: must be positive")
+
+    def interrupt(argv: list[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.run(refuse, []) == 2
+    assert capsys.readouterr().err == "error: --alpha -1: must be positive\n"
+    monkeypatch.setenv("RANK", "3")
+    assert cli.run(refuse, []) == 2
+    assert capsys.readouterr().err == "error: rank 3: --alpha -1: must be positive\n"
+    assert cli.run(interrupt, []) == 130
+    assert cli.run(lambda argv: 0, []) == 0
+
+
+def test_env_as_json_and_as_text() -> None:
+    done = solopo("env", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["packages"]["torch"] and facts["packages"]["megatron-core"]
+    assert facts["device"] == ("cuda" if facts["cuda"]["found"] else "cpu")
+    assert facts["cores"] > 0 and 0 < facts["memory_gib"]["available"] <= facts["memory_gib"]["total"]
+    text = environment.describe(facts)
+    assert f"device              {facts['device']} " in text and "NVIDIA Apex" in text
+
+
+def test_env_tells_nvidia_apex_from_its_namesake_on_pypi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unrelated = tmp_path / "unrelated" / "apex"
+    unrelated.mkdir(parents=True)
+    (unrelated / "__init__.py").write_text("raise RuntimeError('must not be imported')\n")
+    nvidia = tmp_path / "nvidia" / "apex" / "multi_tensor_apply"
+    nvidia.mkdir(parents=True)
+    (nvidia.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "unrelated"))
+    assert environment.nvidia_apex()["found"] is False
+    assert "unrelated" in environment.nvidia_apex()["note"]
+    monkeypatch.syspath_prepend(str(tmp_path / "nvidia"))
+    assert environment.nvidia_apex()["found"] is True

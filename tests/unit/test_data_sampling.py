@@ -1,0 +1,309 @@
+"""Sampling against transformers without a cache, and a run killed with SIGKILL against one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.responses import read_responses
+from megatron_solopo.data.sampling import (
+    Statistics,
+    choose,
+    decode_responses,
+    main,
+    plan_batches,
+    sample_batch,
+    uniforms,
+)
+from megatron_solopo.errors import UserError
+
+WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *(f"w{index}" for index in range(36))]
+END = 1
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
+
+
+def tiny_model(family: str = "llama") -> PreTrainedModel:
+    torch.manual_seed(0)
+    kind = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
+    model = kind[0](kind[1](**SIZES, initializer_range=0.3)).eval()
+    # Hidden defaults of a real model's generation_config must not reach the samples.
+    model.generation_config.repetition_penalty = 1.7
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny model, and a contexts file of 40 questions beside it."""
+    path = tmp_path_factory.mktemp("model")
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>", extra_special_tokens=["<user>", "<assistant>"]
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    tokenizer.save_pretrained(path)
+    tiny_model().save_pretrained(path)
+    with (path / "contexts.jsonl").open("w", encoding="utf-8") as out:
+        for index in range(40):
+            chat = [{"role": "user", "content": " ".join(f"w{(index * 7 + k) % 36}" for k in range(3 + index % 5))}]
+            out.write(
+                json.dumps(
+                    {
+                        "id": f"q{index}",
+                        "question": "?",
+                        "answers": ["w1"],
+                        "short_messages": chat,
+                        "long_messages": chat * 2,
+                        "short_tokens": 5,
+                        "long_tokens": 9,
+                        "source": "test",
+                    }
+                )
+                + "\n"
+            )
+    return path
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--model",
+        str(folder),
+        "--contexts",
+        str(folder / "contexts.jsonl"),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        "--samples",
+        "6",
+        "--max-new-tokens",
+        "8",
+        "--batch-size",
+        "12",
+        *more,
+    ]
+
+
+def oracle_choice(logits: torch.Tensor, uniform: float, temperature: float, top_p: float) -> int:
+    """One token by hand in float64: walk the tokens until their probabilities exceed the uniform number."""
+    scores = logits.double().numpy() / temperature
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable") if top_p < 1 else np.arange(len(probabilities))
+    kept, mass = [], 0.0
+    for token in order:
+        if top_p < 1 and mass >= top_p:
+            break
+        kept.append(token)
+        mass += probabilities[token]
+    walked = 0.0
+    for token in kept:
+        walked += probabilities[token] / mass
+        if walked > uniform:
+            return int(token)
+    return int(kept[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.8)])
+def test_every_token_is_drawn_from_the_model_without_a_cache(family: str, temperature: float, top_p: float) -> None:
+    """Prompts of unequal length in one batch; each token is checked on a full forward pass of its own sequence."""
+    model = tiny_model(family)
+    prompts = [[4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
+    numbers = torch.stack([uniforms(3, f"q{index}", 7, 6) for index in range(3)])
+    sampled = sample_batch(model, prompts, numbers, temperature=temperature, top_p=top_p, stop_ids=[END, 20], pad_id=0)
+    ended = 0
+    for question, (prompt, responses) in enumerate(zip(prompts, sampled, strict=True)):
+        assert len(responses) == 7
+        for sample, response in enumerate(responses):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0]
+            for step, token in enumerate(response):
+                uniform = float(numbers[question, sample, step])
+                assert token == oracle_choice(logits[len(prompt) + step - 1], uniform, temperature, top_p)
+            stops = [step for step, token in enumerate(response) if token in (END, 20)]
+            assert stops in ([], [len(response) - 1])
+            assert stops or len(response) == 6
+            ended += bool(stops)
+    assert ended, "no sample met a stop token, so the case is not covered"
+
+
+def test_temperature_zero_is_transformers_greedy() -> None:
+    model = tiny_model()
+    prompts = [[4, 5, 6], [7], [8, 9]]
+    sampled = sample_batch(
+        model, prompts, torch.rand(3, 2, 9, dtype=torch.float64), temperature=0, top_p=1, stop_ids=[END], pad_id=0
+    )
+    for prompt, responses in zip(prompts, sampled, strict=True):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=9, repetition_penalty=1.0)[
+            0, len(prompt) :
+        ]
+        assert responses == [expected.tolist()] * 2
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    """200,000 draws over 5 tokens, one impossible: chi-squared with 3 degrees of freedom, p = 0.001."""
+    logits = torch.tensor([0.5, -1.0, 2.0, float("-inf"), 0.0])
+    draws = (
+        choose(logits.expand(200_000, -1), uniforms(0, "q", 200_000, 1)[:, 0], 0.85, 1.0).bincount(minlength=5).double()
+    )
+    expected = torch.softmax(logits.double() / 0.85, 0) * 200_000
+    assert draws[3] == 0
+    possible = expected > 0
+    assert ((draws - expected)[possible] ** 2 / expected[possible]).sum() < 16.3
+
+
+def test_extreme_uniforms_never_choose_the_impossible() -> None:
+    logits = torch.full((2, 6), float("-inf"))
+    logits[:, 2:4] = torch.tensor([0.0, -3.0])
+    assert choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
+    assert choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 0.9).tolist() == [2, 2]
+
+
+def test_batches_cover_every_prompt_once_longest_first() -> None:
+    batches = plan_batches([3, 9, 1, 9, 4], 2)
+    assert batches == [[1, 3], [4, 0], [2]]
+
+
+def test_responses_do_not_depend_on_batch_size_or_limit(folder: Path, tmp_path: Path) -> None:
+    assert main(command(folder, tmp_path / "a.jsonl")) == 0
+    assert main(command(folder, tmp_path / "b.jsonl", "--batch-size", "4")) == 0  # fewer rows than samples
+    assert main(command(folder, tmp_path / "c.jsonl", "--batch-size", "500", "--limit", "9")) == 0
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"q{index}" for index in range(40)]
+    assert (tmp_path / "b.jsonl").read_text().splitlines() == lines
+    assert (tmp_path / "c.jsonl").read_text().splitlines() == lines[:9]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_texts_and_marks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(command(folder, tmp_path / "a.jsonl", "--seed", "5"))
+    records = list(read_responses(tmp_path / "a.jsonl"))
+    assert all(len(record.responses) == len(record.finished) == 6 for record in records)
+    assert not any("<end>" in text for record in records for text in record.responses)
+    unfinished = sum(not end for record in records for end in record.finished)
+    assert 0 < unfinished < 240
+    assert all(
+        len(text.split()) < 8
+        for record in records
+        for text, end in zip(record.responses, record.finished, strict=True)
+        if end
+    )
+    assert f"unfinished after 8 tokens: {unfinished};" in capsys.readouterr().out
+    main(command(folder, tmp_path / "b.jsonl", "--seed", "6"))
+    assert (tmp_path / "a.jsonl").read_text() != (tmp_path / "b.jsonl").read_text()
+
+
+def test_the_token_that_ended_a_response_is_not_in_its_text(folder: Path) -> None:
+    """Also when it is a plain word that generation_config names, and only the last one."""
+    counts = Statistics()
+    tokenizer = load_tokenizer(folder)
+    responses = decode_responses(tokenizer, "q", [[4, 5, 20], [4, END], [20], [4, 5, 6]], {END, 20}, counts)
+    assert responses.responses == ["w0 w1", "w0", "", "w0 w1 w2"]
+    assert responses.finished == [True, True, True, False]
+    assert counts == Statistics(responses=4, tokens=9, unfinished=1, empty=1, mismatches=0)
+    decode_responses(tokenizer, "q", [[4, 2, 5, END]], {END}, counts)  # <user> is not in the text
+    assert counts.mismatches == 1
+
+
+def test_a_killed_run_resumes_without_loss_or_repetition(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(folder, tmp_path / "whole.jsonl", "--samples", "12"))
+    output = tmp_path / "killed.jsonl"
+    arguments = command(folder, output, "--samples", "12")
+    partial = Path(f"{output}.partial")
+    code = (
+        "import sys, time, megatron_solopo.data.sampling as s\n"
+        "fast = s.sample_batch\n"
+        "def slow(*a, **k):\n    time.sleep(0.2)\n    return fast(*a, **k)\n"
+        "s.sample_batch = slow\n"  # so that the kill falls in the middle
+        "s.main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = partial.read_bytes()
+    assert 5 <= written.count(b"\n") < 41 and not output.exists()
+    partial.write_bytes(written + written.splitlines()[2][:30])  # a line that the kill cut
+    capsys.readouterr()
+    main(arguments)
+    done = written.count(b"\n") - 1  # the first line holds the settings
+    printed = capsys.readouterr().out
+    assert f"resuming: {done} of 40 questions" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not partial.exists()
+
+
+def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    main(command(folder, output))
+    partial = Path(f"{output}.partial")
+    header = {"settings": {"temperature": 0.3}}
+    partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete the file to start again"):
+        main(command(folder, output, "--overwrite"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--samples", "0"], "--samples 0"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--top-p", "0"], "--top-p 0.0"),
+        (["--max-new-tokens", "125"], "exceed the model's 128 positions"),
+        (["--model", "nowhere", "--tokenizer", "FOLDER"], "--model nowhere: no such folder"),
+        (["--contexts", "nowhere"], "nowhere: no such file"),
+    ],
+)
+def test_wrong_input_is_one_line(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    more = [str(folder) if argument == "FOLDER" else argument for argument in more]
+    with pytest.raises(UserError) as error:
+        main(command(folder, tmp_path / "a.jsonl", *more))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_complete_output_is_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="--overwrite"):
+        main(command(folder, tmp_path / "a.jsonl"))

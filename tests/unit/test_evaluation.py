@@ -1,0 +1,357 @@
+"""Generation, evaluation by length and questions over a document, with tiny random models made here."""
+
+import json
+import random
+import re
+import string
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from megatron_solopo.data.contexts import PromptFormat
+from megatron_solopo.data.sampling import load_model
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation import ask, evaluate
+from megatron_solopo.evaluation.generation import batches_by_length, check_reach, generate, reach
+
+WORDS = [f"w{index}" for index in range(48)]
+SPECIAL = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}<end>"
+    "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write_model(folder, seed=0, positions=256, stored=None):
+    """A random Llama with a word-level tokenizer as a Hugging Face folder; large weights make responses vary."""
+    torch.manual_seed(seed)
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "?", ".", *WORDS])}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=vocabulary["<end>"],
+        pad_token_id=vocabulary["<pad>"],
+    )
+    model = LlamaForCausalLM(config)
+    if stored:
+        model.generation_config = GenerationConfig(**stored)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<end>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_questions(path, count=6, documents=12):
+    """MuSiQue-format questions: the answer stands in the one supporting document; each document has four words."""
+    rng = random.Random(0)
+    with open(path, "w") as out:
+        for number in range(count):
+            answer = f"w{40 + number % 8}"
+            gold = rng.randrange(documents)
+            paragraphs = []
+            for index in range(documents):
+                last = answer if index == gold else f"w{20 + index % 20}"
+                text = f"w{index} w{rng.randrange(40)} {last} ."
+                paragraphs.append(
+                    {"idx": index, "title": f"w{index}", "is_supporting": index == gold, "paragraph_text": text}
+                )
+            record = {"id": f"q{number}", "question": f"w{gold} ?", "answer": answer, "answer_aliases": []}
+            out.write(json.dumps({**record, "paragraphs": paragraphs}) + "\n")
+    return path
+
+
+PROMPT = ["--document-template", "{text}", "--document-separator", " ", "--prompt-template", "{documents} {question}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("data") / "questions.jsonl")
+
+
+def random_prompts(count, longest=40):
+    rng = random.Random(1)
+    return [
+        [rng.randrange(len(SPECIAL), len(SPECIAL) + 2 + len(WORDS)) for _ in range(rng.randint(1, longest))]
+        for _ in range(count)
+    ]
+
+
+def one_by_one(folder, prompts, max_new_tokens):
+    """Greedy responses by transformers alone, one prompt at a time, without padding."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts, lengths = [], []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )[0, len(prompt) :]
+        lengths.append(len(out))
+        texts.append(tokenizer.decode(out, skip_special_tokens=True))
+    return texts, lengths
+
+
+def test_batches_equal_one_by_one_generation(folder):
+    prompts = random_prompts(20)
+    expected, lengths = one_by_one(folder, prompts, 12)
+    assert min(lengths) < 12 == max(lengths)  # some responses stop, some are cut
+    model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
+    for batch_tokens in (150, 100_000):
+        found = generate(model, tokenizer, prompts, 12, batch_tokens)
+        assert found == expected
+
+
+def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folder, tmp_path):
+    stored = write_model(
+        tmp_path / "stored",
+        stored={
+            "repetition_penalty": 5.0,
+            "do_sample": True,
+            "temperature": 2.0,
+            "top_k": 3,
+            "eos_token_id": 4,
+            "pad_token_id": 0,
+        },
+    )
+    prompts = random_prompts(10)
+    expected, _ = one_by_one(folder, prompts, 8)
+    found = generate(load_model(stored, "cpu", "auto"), AutoTokenizer.from_pretrained(stored), prompts, 8)
+    assert found == expected
+
+
+def test_stop_tokens_of_the_generation_config_count_too(folder, tmp_path):
+    prompts = random_prompts(20)
+    free, _ = one_by_one(folder, prompts, 8)
+    word = next(text.split()[1] for text in free if len(text.split()) > 2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stop = tokenizer.convert_tokens_to_ids(word)
+    stored = write_model(tmp_path / "stops", stored={"eos_token_id": [4, stop], "pad_token_id": 0})
+    found = generate(load_model(stored, "cpu", "auto"), tokenizer, prompts, 8)
+    assert found == [
+        " ".join(text.split()[: text.split().index(word)]) if word in text.split() else text for text in free
+    ]
+    assert any(word in text.split() for text in free)
+
+
+def test_batches_hold_every_prompt_once_within_the_budget():
+    rng = random.Random(2)
+    lengths = [rng.randint(1, 300) for _ in range(500)] + [5000]
+    batches = batches_by_length(lengths, 16, 2000)
+    assert sorted(index for batch in batches for index in batch) == list(range(501))
+    assert batches[0] == [500]  # longer than the budget: alone
+    for batch in batches[1:]:
+        assert len(batch) * (max(lengths[index] for index in batch) + 16) <= 2000
+    # A batch is only closed when its successor's first prompt does not fit.
+    assert all((len(a) + 1) * (lengths[a[0]] + 16) > 2000 for a in batches[:-1])
+
+
+def test_reach_counts_yarn(tmp_path):
+    for scaling, expected in (
+        (None, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}, 64),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 64, "rope_scaling": scaling}))
+        assert reach(tmp_path) == expected
+    check_reach(tmp_path, 56, 8, "--document")
+    with pytest.raises(UserError, match=r"--document: .*57 tokens.*max_position_embeddings 64"):
+        check_reach(tmp_path, 57, 8, "--document")
+
+
+def run_evaluate(folder, questions, output, *extra, lengths=("--context-documents", "2,4,8"), prompt=PROMPT):
+    argv = [
+        "--model",
+        str(folder),
+        "--data",
+        str(questions),
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+        *lengths,
+        *prompt,
+    ]
+    return evaluate.main([*argv, *extra])
+
+
+def normalised(text):
+    """SQuAD's normalisation, written again."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b", " ", kept)).strip()
+
+
+def test_evaluate_scores_the_same_questions_at_every_length(folder, questions, tmp_path, capsys):
+    assert run_evaluate(folder, questions, tmp_path / "results.json") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    predictions = [json.loads(line) for line in (tmp_path / "results.predictions.jsonl").read_text().splitlines()]
+    assert list(results["metrics"]) == ["2 documents", "4 documents", "8 documents"]
+    for size, (label, metrics) in zip((2, 4, 8), results["metrics"].items(), strict=True):
+        rows = [row for row in predictions if row["length"] == label]
+        assert [row["id"] for row in rows] == [f"q{index}" for index in range(6)]
+        # <user>, four words a document, the two words of the question, <assistant>
+        assert {row["prompt_tokens"] for row in rows} == {4 * size + 4} == {metrics["mean_prompt_tokens"]}
+        right = sum(normalised(row["answers"][0]) in normalised(row["prediction"]) for row in rows)
+        assert metrics["sub_em"] == right / 6 and metrics["count"] == 6
+        assert metrics["em"] == sum(normalised(row["answers"][0]) == normalised(row["prediction"]) for row in rows) / 6
+    shown = capsys.readouterr().out
+    assert re.search(r"8 documents +6 +36\.0 +\d\.\d{3} \[", shown)
+    assert "6 questions at each length, 0 left out" in shown
+
+
+def test_scores_of_known_responses():
+    items = [evaluate.Item(str(index), "?", ["The red fox", "fox"], [[1] * (index + 1)]) for index in range(4)]
+    responses = ["Answer: red fox.", "the red fox", "wolf", "a red wolf"]
+    metrics, records = evaluate.score_responses(items, 0, "8 documents", responses)
+    assert (metrics["sub_em"], metrics["em"], metrics["count"], metrics["mean_prompt_tokens"]) == (0.5, 0.25, 4, 2.5)
+    assert metrics["f1"] == pytest.approx(
+        (4 / 5 + 1 + 0 + 1 / 2) / 4
+    )  # words in common: 2 of 3 + 2, all, none, 1 of 2 + 2
+    assert [record["sub_em"] for record in records] == [1, 1, 0, 0]
+    # Wilson's interval of 2 out of 4 is centred on 1/2, its half width z / (2 sqrt(n + z^2)).
+    half = 1.959964 / (2 * (4 + 1.959964**2) ** 0.5)
+    assert metrics["interval"]["sub_em"] == pytest.approx([0.5 - half, 0.5 + half])
+    assert re.search(
+        r"8 documents +4 +2\.5 +0\.500 \[0\.150, 0\.850\]", evaluate.table_lines({"8 documents": metrics})[1]
+    )
+
+
+def test_predictions_are_the_models_responses_to_each_length(folder, questions, tmp_path):
+    run_evaluate(folder, questions, tmp_path / "all.json")
+    lines = (tmp_path / "all.predictions.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    prompt_format = PromptFormat(
+        document_template="{text}", document_separator=" ", prompt_template="{documents} {question}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    items, left_out = evaluate.build_items([questions], [2, 4, 8], "documents", tokenizer, prompt_format)
+    assert not left_out
+    for index, size in enumerate((2, 4, 8)):
+        expected, _ = one_by_one(folder, [item.prompts[index] for item in items], 6)
+        assert [row["prediction"] for row in rows if row["length"] == f"{size} documents"] == expected
+    # The same seed gives the same file, with one prompt a batch too.
+    run_evaluate(folder, questions, tmp_path / "again.json", "--batch-tokens", "1")
+    assert (tmp_path / "again.predictions.jsonl").read_text() == lines
+
+
+def test_evaluate_by_tokens_stays_within_two_percent(folder, tmp_path):
+    questions = write_questions(tmp_path / "many.jsonl", count=6, documents=36)
+    assert run_evaluate(folder, questions, tmp_path / "r.json", lengths=("--context-tokens", "112,56")) == 0
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert list(metrics) == ["56 tokens", "112 tokens"]
+    assert all(
+        0.98 * size <= values["mean_prompt_tokens"] <= size
+        for size, values in zip((56, 112), metrics.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "lengths", "message"),
+    [
+        ([], ("--context-tokens", "32,1000"), r"--context-tokens 1000: .*max_position_embeddings 48"),
+        (
+            [],
+            ("--context-documents", "2,12"),
+            r"--context-documents 12: a prompt of 52 tokens .*max_position_embeddings 48",
+        ),
+        ([], ("--context-documents", "2,x"), r"--context-documents 2,x: give whole numbers"),
+        ([], ("--context-documents", "2,2"), r"--context-documents 2,2: .*each once"),
+        ([], ("--context-documents", "500"), r"no question can be asked at every length \(6 x too few distractors"),
+        (["--limit", "0"], ("--context-documents", "2"), r"--limit 0"),
+        (["--max-new-tokens", "0"], ("--context-documents", "2"), r"--max-new-tokens 0"),
+        (["--data", "nowhere.jsonl"], ("--context-documents", "2"), r"nowhere.jsonl: no such file"),
+        (["--model", "nowhere"], ("--context-documents", "2"), r"nowhere: no such folder"),
+        (
+            ["--model", "nowhere", "--tokenizer", "{folder}"],
+            ("--context-documents", "2"),
+            r"--model nowhere: no config.json",
+        ),
+    ],
+)
+def test_evaluate_refuses_by_name(questions, tmp_path, extra, lengths, message):
+    short = write_model(tmp_path / "short", positions=48)
+    with pytest.raises(UserError, match=message) as caught:
+        run_evaluate(
+            short, questions, tmp_path / "r.json", *(part.format(folder=short) for part in extra), lengths=lengths
+        )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_ask_shows_every_model_and_refuses_a_long_document(folder, tmp_path, capsys):
+    other = write_model(tmp_path / "runs" / "tiny", seed=1)
+    document = tmp_path / "document.txt"
+    document.write_text("w1 w2 w3 .\nw4 w5 w6 .\n")
+    argv = [
+        "--model",
+        str(folder),
+        str(other),
+        "--document",
+        str(document),
+        "--question",
+        "w1 ?",
+        "--max-new-tokens",
+        "5",
+        *PROMPT[4:],
+    ]
+    assert ask.main(argv) == 0
+    shown = capsys.readouterr().out
+    prompt = AutoTokenizer.from_pretrained(folder)(
+        "<user>w1 w2 w3 .\nw4 w5 w6 . w1 ?<assistant>", add_special_tokens=False
+    )["input_ids"]
+    for path in (folder, other):
+        [text], _ = one_by_one(path, [prompt], 5)
+        assert re.search(rf"{path.parent.name}/tiny \({len(prompt)} prompt tokens\) +\| {re.escape(text)}", shown)
+    document.write_text("w1 " * 300)
+    with pytest.raises(UserError, match=r"--document: a prompt of 304 tokens .*max_position_embeddings 256"):
+        ask.main(argv)
+    with pytest.raises(UserError, match="no such file"):
+        ask.main([*argv, "--document", str(tmp_path / "none.txt")])
+
+
+def test_importing_the_report_does_not_import_torch():
+    code = "import sys, megatron_solopo.evaluation.report; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
+        "False",
+        "False",
+    ]
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    with pytest.raises(UserError, match="token id 55 is beyond the 55 embeddings of .*tiny"):
+        generate(load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder), [[5, 55]], 2)

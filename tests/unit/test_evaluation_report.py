@@ -1,0 +1,224 @@
+"""Reading results and runs back, averaging over seeds, figures and the Markdown report."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation import report, results
+from megatron_solopo.evaluation.plots import look, spread
+
+
+def write_evaluation(path, scores, count=100, model="runs/model", unit="documents"):
+    """An evaluation file with the same score for every metric; ``scores`` is {length: score}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics = {}
+    for length, score in scores.items():
+        interval = list(results.wilson_interval(score, count))
+        metrics[f"{length} {unit}"] = {
+            "sub_em": score,
+            "em": score,
+            "f1": score,
+            "count": count,
+            "mean_prompt_tokens": 5.0 * length,
+            "interval": {"sub_em": interval, "em": interval, "f1": interval},
+        }
+    path.write_text(
+        json.dumps({"model": model, "data": "questions.jsonl", "metrics": metrics, "settings": {"seed": 0}})
+    )
+    return path
+
+
+def write_run(folder, steps=60, offset=0.0, preference=True):
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as out:
+        for step in range(1, steps + 1):
+            record = {
+                "step": step,
+                "loss": 2.0 / step + offset,
+                "tokens": 100,
+                "seconds": 0.5,
+                "memory_gib": 1.0 + step / 100,
+            }
+            if preference:
+                record |= {
+                    "margin": step / 10 + offset,
+                    "accuracy": step / steps,
+                    "short_long_gap_nats_per_token": 1.0 / step,
+                }
+            out.write(json.dumps(record) + "\n")
+            if step % 20 == 0:
+                out.write(json.dumps({**record, "split": "valid"}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("mean", "count"), [(0.5, 10), (0.9, 512), (0.0, 20), (1.0, 20), (0.17, 300)])
+def test_the_wilson_interval_inverts_the_score_test(mean, count):
+    """Each end p solves |mean - p| = z sqrt(p (1 - p) / n), unless it is 0 or 1."""
+    low, high = results.wilson_interval(mean, count)
+    assert low <= mean <= high
+    for p in (low, high):
+        if 0 < p < 1:
+            assert abs(mean - p) == pytest.approx(results.Z_95 * math.sqrt(p * (1 - p) / count), abs=1e-12)
+
+
+def test_interval_of_scores_that_are_not_yes_or_no():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(400):
+        low, high = results.mean_interval([rng.random() for _ in range(50)])
+        covered += low <= 0.5 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+    assert results.mean_interval([1.0, 0.0, 1.0, 1.0]) == results.wilson_interval(0.75, 4)
+
+
+def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
+    files = [
+        write_evaluation(tmp_path / f"{seed}.json", {8: score, 16: score - 0.1})
+        for seed, score in enumerate((0.9, 0.8, 1.0))
+    ]
+    evaluations = [results.read_evaluation(f"SoLoPO={path}") for path in files]
+    evaluations.append(results.read_evaluation(f"base={write_evaluation(tmp_path / 'base.json', {8: 0.5})}"))
+    first, second = results.accuracy_by_length(evaluations, "SoLoPO", "documents", "sub_em")
+    assert (first.x, first.low, first.high, first.seeds) == (8, 0.8, 1.0, 3) and first.mean == pytest.approx(0.9)
+    assert second.mean == pytest.approx(0.8)
+    [single] = results.accuracy_by_length(evaluations, "base", "documents", "sub_em")
+    assert (single.low, single.high) == results.wilson_interval(0.5, 100)
+    table = report.accuracy_table(evaluations, "documents").splitlines()
+    assert table[2].split("|")[1:-1] == [" SoLoPO ", " 0.90 [0.80, 1.00] ", " 0.80 [0.70, 0.90] "]
+    assert [cell.strip() for cell in table[3].split("|")[1:-1]] == ["base", "0.50 [0.40, 0.60]", "-"]
+
+
+def test_curves_are_averaged_where_all_seeds_are(tmp_path):
+    runs = [
+        results.read_run(f"a={write_run(tmp_path / str(seed), steps, offset)}")
+        for seed, (steps, offset) in enumerate(((60, 0.0), (40, 1.0)))
+    ]
+    points = results.curve(runs, "a", "margin")
+    assert [point.x for point in points] == list(range(1, 41))
+    assert points[9].mean == pytest.approx(1.5) and (points[9].low, points[9].high) == (1.0, 2.0)
+    assert [point.x for point in results.curve(runs, "a", "margin", "valid")] == [20, 40]
+
+
+def test_a_resumed_run_counts_each_step_once_and_an_unfinished_line_is_skipped(tmp_path, capsys):
+    path = write_run(tmp_path / "run", 5) / "metrics.jsonl"
+    with path.open("a") as out:
+        out.write(json.dumps({"step": 5, "loss": 77.0}) + "\n" + '{"step": 6, "lo')
+    run = results.read_run(str(tmp_path / "run"))
+    assert [record["step"] for record in run.train] == [1, 2, 3, 4, 5] and run.train[-1]["loss"] == 77.0
+    assert "unfinished" in capsys.readouterr().out
+    path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not valid JSON"):
+        results.read_run(str(tmp_path / "run"))
+
+
+def test_report_of_runs_and_evaluations(tmp_path, capsys):
+    arguments = ["--output", str(tmp_path / "out" / "report.md"), "--title", "Three methods", "--runs"]
+    for seed in (0, 1):
+        for label in ("SoLoPO", "short-PO"):
+            arguments.append(f"{label}={write_run(tmp_path / f'{label}-{seed}', offset=seed)}")
+    arguments.append(f"base={write_run(tmp_path / 'base', preference=False)}")
+    arguments += [
+        "--evaluations",
+        *(
+            f"{label}={write_evaluation(tmp_path / label / 'e.json', {8: 0.9, 64: score}, model=label)}"
+            for label, score in (("base", 0.2), ("short-PO", 0.3), ("SoLoPO", 0.95))
+        ),
+    ]
+    assert report.main(arguments) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Three methods\n")
+    for name in ("report-accuracy.png", "report-training.png", "report-supervised.png"):
+        assert f"]({name})" in text
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert "| 0.95 [0.89, 0.98] |" in text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report-accuracy.png",
+        "report-supervised.png",
+        "report-training.png",
+        "report.md",
+    ]
+    [row] = [
+        line
+        for line in text.splitlines()
+        if line.startswith("| base ") and "`" in line and "metrics" not in line and " 60 " in line
+    ]
+    assert "6,000" in row and " 0.5 " in row and " 1.60 " in row  # 60 x 100 tokens, 60 x 0.5 s, memory at the last step
+    assert "3 figures" in capsys.readouterr().out
+
+
+def test_both_units_have_their_own_figure_and_text_is_passed_through(tmp_path):
+    evaluations = [
+        results.read_evaluation(str(write_evaluation(tmp_path / "a.json", {8: 0.5, 16: 0.25}))),
+        results.read_evaluation(str(write_evaluation(tmp_path / "b.json", {1024: 0.5}, unit="tokens"))),
+    ]
+    path = report.write_report(tmp_path / "r.md", (), evaluations, text="What was done.", closing="## Next\n\nMore.")
+    text = path.read_text()
+    assert "\n\nWhat was done.\n\n" in text and text.endswith("## Next\n\nMore.\n")
+    assert {p.name for p in tmp_path.glob("*.png")} == {"r-accuracy-documents.png", "r-accuracy-tokens.png"}
+
+
+def test_steps_without_a_finite_loss_are_named(tmp_path):
+    folder = write_run(tmp_path / "bad", 20)
+    with (folder / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 21, "loss": NaN, "margin": NaN, "tokens": 100}\n')
+    path = report.write_report(tmp_path / "r.md", [results.read_run(str(folder))])
+    assert "The loss was not finite in bad (1 steps)" in path.read_text()
+    assert "nan" not in path.read_text().lower()
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_labels_never_overlap_and_stay_inside(count):
+    rng = random.Random(count)
+    for _ in range(200):
+        wanted = {str(index): rng.choice([0.0, 0.97, rng.random()]) for index in range(count)}
+        heights = {label: rng.choice([0.05, 0.1]) for label in wanted}
+        placed = spread(wanted, heights)
+        order = sorted(placed, key=placed.get)
+        assert [wanted[label] for label in order] == sorted(wanted.values())
+        for a, b in itertools.pairwise(order):
+            assert placed[b] - placed[a] >= (heights[a] + heights[b]) / 2 - 1e-9
+        assert all(-1e-9 <= place <= 1 + 1e-9 for place in placed.values())
+
+
+def test_labels_that_do_not_collide_stay_where_their_lines_end():
+    wanted = {"a": 0.2, "b": 0.5, "c": 0.9}
+    assert spread(wanted, dict.fromkeys(wanted, 0.1)) == pytest.approx(wanted)
+
+
+def test_every_label_looks_different():
+    looks = look([f"label {index}" for index in range(21)])
+    assert len({(one["color"], one["linestyle"]) for one in looks.values()}) == 21
+
+
+def test_names_tell_folders_apart():
+    assert results.folder_names(["runs/a/hf", "runs/b/hf", "base"]) == ["a/hf", "b/hf", "base"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not valid JSON"),
+        ("{}", "the field 'metrics' is missing"),
+        ('{"metrics": {}}', "holds no context length"),
+        ('{"metrics": {"eight": {}}}', r"metrics\['eight'\]: a context length is written like"),
+    ],
+)
+def test_evaluation_files_are_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "e.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        results.read_evaluation(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_to_report_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to report"):
+        report.main(["--output", str(tmp_path / "r.md")])
+    with pytest.raises(UserError, match="metrics.jsonl: no such file"):
+        report.main(["--output", str(tmp_path / "r.md"), "--runs", str(tmp_path)])

@@ -1,0 +1,143 @@
+"""The megatron-core model equals transformers: log-probs, packs, both directions of conversion."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from megatron_solopo.config import Config
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=211, max_position_embeddings=512)
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama3-rope": LlamaConfig(**SMALL, rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                                        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+}
+
+
+def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
+    """Prompts of random ids with continuations of these lengths."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(0, SMALL["vocab_size"], (n,), generator=g).tolist()
+
+    roles = iter(["short_chosen", "short_rejected", "long_chosen", "long_rejected"])
+    return TokenGroup(f"g{seed}", tuple(Prompt(ids(p), tuple(Continuation(next(roles), ids(c)) for c in cs)) for p, cs in prompts))
+
+
+@pytest.fixture
+def hf_folder(request, tmp_path):
+    """A Hugging Face folder of random weights, norms and biases included."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def megatron_model(folder, dtype):
+    from megatron_solopo.conversion.hf import load_weights
+    from megatron_solopo.model.build import build_model, read_hf_config
+
+    hf_config = read_hf_config(folder)
+    model = build_model(hf_config, Config(), dtype)
+    load_weights(model, hf_config, folder)
+    return hf_config, model
+
+
+def run_pack(hf_config, model, pack, dtype, chunk=7):
+    from megatron_solopo.model.build import rotary_frequencies
+    from megatron_solopo.model.forward import LogProbHead, segment_log_probs
+
+    return segment_log_probs(model, pack, LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config)), dtype)
+
+
+def transformers_log_probs(hf, group):
+    """Each prompt with each continuation, one by one, summed log-probs of the continuation."""
+    sums = []
+    for prompt in group.prompts:
+        for continuation in prompt.continuations:
+            ids = torch.tensor([list(prompt.ids) + list(continuation.ids)])
+            log_probs = hf(ids).logits[0, :-1].log_softmax(-1)
+            picked = log_probs.gather(1, ids[0, 1:, None])[len(prompt.ids) - 1 :, 0]
+            sums.append(picked.sum())
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_log_probs_equal_transformers(engine, hf_folder, share_prompts):
+    hf_config, model = megatron_model(hf_folder, torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
+    groups = [random_group(seed) for seed in (1, 2)] + [random_group(3, ((90, (4, 11)),))]
+    ours = run_pack(hf_config, model, build_pack(groups, range(3), share_prompts), torch.float32)
+    theirs = torch.cat([transformers_log_probs(hf, group) for group in groups])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied"], indirect=True)
+def test_gradients_equal_transformers_in_double(engine, hf_folder):
+    """Chunked head, shared prompts and padded vocabulary give transformers' gradient, tensor by tensor."""
+    from megatron_solopo.conversion.hf import named_entries
+
+    hf_config, model = megatron_model(hf_folder, torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float64)
+    keep_norms_in_double(hf)
+    groups = [random_group(1), random_group(2)]
+    weights = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = run_pack(hf_config, model, build_pack(groups, range(2)), torch.float64)
+    theirs = torch.cat([transformers_log_probs(hf, group) for group in groups])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-10)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    for entry, names, parameter in named_entries(model, hf_config):
+        for name, gradient in zip(names, entry.operator.to_hf(parameter.grad), strict=True):
+            assert (gradient - gradients[name]).norm() <= 1e-10 * gradients[name].norm(), name
+
+
+def keep_norms_in_double(hf):
+    """transformers' RMSNorm goes through float32 whatever the model's dtype."""
+
+    def double_norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for module in hf.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = double_norm.__get__(module)
+
+
+@pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)
+def test_round_trip_is_the_identity(engine, hf_folder, tmp_path):
+    from megatron_solopo.conversion.hf import save_folder
+
+    hf_config, model = megatron_model(hf_folder, torch.float32)
+    assert model.vocab_size == 256 and hf_config.vocab_size == 211
+    save_folder(model, hf_config, hf_folder, tmp_path / "back")
+    before, after = (load_file(folder / "model.safetensors") for folder in (hf_folder, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_pack_equals_its_groups_one_by_one(engine, tmp_path):
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
+    hf_config, model = megatron_model(tmp_path, torch.float64)
+    groups = [random_group(seed, ((20 + 7 * seed, (3, 4)), (50, (3,)))) for seed in range(4)]
+    together = run_pack(hf_config, model, build_pack(groups, range(4), multiple_of=64), torch.float64)
+    alone = torch.cat([run_pack(hf_config, model, build_pack([group], [i]), torch.float64) for i, group in enumerate(groups)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-11)
