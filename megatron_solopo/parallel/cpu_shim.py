@@ -1,4 +1,5 @@
-"""What megatron-core 0.19 needs to run on CPU and gloo: the only file that patches other people's modules.
+"""What megatron-core 0.19 needs to run on CPU and gloo (and its optimizer on CUDA without Transformer Engine): the only
+file that patches other people's modules.
 
 Megatron Core asks `torch.cuda` for its device, streams and random state, and writes ``device="cuda"`` in
 optimizer and schedule code. `install()` answers those questions with the CPU. Nothing happens on import;
@@ -158,17 +159,36 @@ def install() -> Callable[[], None]:
     return undo.close
 
 
+def mend_optimizer_loading() -> Callable[[], None]:
+    """The one cure that CUDA needs too, where neither Transformer Engine nor Apex is there; returns what undoes it."""
+    with contextlib.ExitStack() as stack:
+        _mend_optimizer_loading(lambda module, name, value: stack.enter_context(mock.patch.object(module, name, value)))
+        undo = stack.pop_all()
+    return undo.close
+
+
 def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
-    """torch's AdamW keeps a `step` tensor per parameter; the distributed optimizer expects none.
+    """torch's AdamW keeps a `step` tensor per parameter and has no state before its first step; the distributed
+    optimizer expects neither.
 
-    Without Transformer Engine or Apex, loading a checkpoint fails with KeyError: 'step'
-    (distrib_optimizer.py:1222), and afterwards all parameters share one `step` tensor (:1032), which
-    advances once for every parameter. Here the loaded state keeps its `step`, one clone a parameter.
+    Without Transformer Engine or Apex, loading a checkpoint fails with an AssertionError where the optimizer has not
+    stepped yet (distrib_optimizer.py:839), then with KeyError: 'step' (:1222), and afterwards all parameters share
+    one `step` tensor (:1032), which advances once for every parameter. Here the optimizer starts with a state of
+    zeros, and the loaded state keeps its `step`, one clone a parameter.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
+    if HAVE_APEX_OR_TE:
+        return
+    state_dict = DistributedOptimizer.state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
+
+    def state_dict_with_state(self):
+        if not self.optimizer.state:
+            for param in (param for group in self.optimizer.param_groups for param in group["params"]):
+                self.optimizer.state[param] = {"step": torch.zeros(()), **{key: torch.zeros_like(param) for key in self.optimizer_state_keys}}
+        return state_dict(self)
 
     def set_states_with_step(self, model_param, tensors):
         group_index, group_order = self.model_param_group_index_map[model_param]
@@ -185,5 +205,6 @@ def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
                 state["step"] = state["step"].clone()
         return result
 
+    patch(DistributedOptimizer, "state_dict", state_dict_with_state)
     patch(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_with_step)
     patch(DistributedOptimizer, "load_state_dict", load_with_own_steps)

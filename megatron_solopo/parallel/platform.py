@@ -62,20 +62,18 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them
     the process is alone. On CPU this must come before megatron.core is imported.
     """
+    from megatron_solopo.parallel import cpu_shim
+
     name = choose(device)
-    undo: Callable[[], None] = lambda: None
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
                             "lower torchrun's --nproc_per_node to that number")
         torch.cuda.set_device(local_rank)
-        platform = Platform(name, torch.device("cuda", local_rank), "nccl", undo)
+        platform = Platform(name, torch.device("cuda", local_rank), "nccl", cpu_shim.mend_optimizer_loading())
     else:
-        from megatron_solopo.parallel import cpu_shim
-
-        undo = cpu_shim.install()
-        platform = Platform(name, torch.device("cpu"), "gloo", undo)
+        platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
     if not dist.is_initialized():
         alone = "RANK" not in os.environ
         dist.init_process_group(
