@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,13 @@ class ModelConfig:
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
     transformer_impl: str = option("portable", "portable: pure PyTorch, every platform", ("portable",))
-    make_vocab_size_divisible_by: int = option(128, "the vocabulary is padded to a multiple of this; padding rows never count", minimum=1)
+    make_vocab_size_divisible_by: int = option(
+        128, "the vocabulary is padded to a multiple of this; padding rows never count", minimum=1
+    )
     logprob_chunk_size: int = option(256, "response tokens whose logits exist at one time", minimum=1)
-    recompute_granularity: str | None = option(None, "full: keep only layer inputs and recompute the rest in backward", ("full",))
+    recompute_granularity: str | None = option(
+        None, "full: keep only layer inputs and recompute the rest in backward", ("full",)
+    )
     recompute_method: str = option("uniform", "which layers are recomputed together", ("uniform", "block"))
     recompute_num_layers: int = option(1, "layers a recomputed chunk (uniform) or layers recomputed (block)", minimum=1)
 
@@ -50,7 +56,9 @@ class DataConfig:
     train_data: str | None = option(None, "JSONL of preference groups, or of conversations with --objective sft")
     valid_data: str | None = option(None, "the same for evaluation during training")
     seq_length: int = option(8192, "longest prompt plus response, tokens", minimum=2)
-    overlong: str = option("refuse", "examples beyond --seq-length: refuse the run, or drop and list them", ("refuse", "drop"))
+    overlong: str = option(
+        "refuse", "examples beyond --seq-length: refuse the run, or drop and list them", ("refuse", "drop")
+    )
     share_prompts: bool = option(True, "compute a prompt once for all its continuations")
     shuffle: bool = option(True, "a new order each epoch; off: the file's order")
 
@@ -59,17 +67,34 @@ class DataConfig:
 class MethodConfig:
     """What is learnt. Formulas: losses/solopo.py."""
 
-    objective: str = option("preference", "preference pairs, or sft: the negative log-likelihood of assistant messages", ("preference", "sft"))
+    objective: str = option(
+        "preference",
+        "preference pairs, or sft: the negative log-likelihood of assistant messages",
+        ("preference", "sft"),
+    )
     preference_loss: str = option("dpo", "the preference loss and its reward", ("dpo", "simpo", "orpo"))
-    context_mode: str = option("solo", "solo: pairs on the short context, chosen aligned to the long; short, long: plain preference optimization there", ("solo", "short", "long"))
+    context_mode: str = option(
+        "solo",
+        "solo: pairs on the short context, chosen aligned to the long; "
+        "short, long: plain preference optimization there",
+        ("solo", "short", "long"),
+    )
     beta: float | None = option(None, "reward scale; default 0.1 for dpo, 2.0 for simpo", minimum=0)
     simpo_gamma: float = option(1.0, "SimPO's target margin, in reward units", minimum=0)
     orpo_lambda: float = option(0.1, "ORPO's weight of the odds-ratio term", minimum=0)
-    alignment_weight: float | None = option(None, "alpha, the weight of the short-to-long alignment; default 3 for dpo, 1 for simpo and orpo", minimum=0)
+    alignment_weight: float | None = option(
+        None, "alpha, the weight of the short-to-long alignment; default 3 for dpo, 1 for simpo and orpo", minimum=0
+    )
     alignment_target: str = option("chosen", "which responses are aligned", ("chosen", "both"))
     alignment_stop_short_gradient: bool = option(False, "the alignment moves only the long side")
-    alignment_reference: str = option("per_context", "the reference log-prob in DPO's long reward: on its own context, or on the short one", ("per_context", "short"))
-    reference_cache: str | None = option(None, "folder of cached reference log-probs; default: reference/ beside the run folder")
+    alignment_reference: str = option(
+        "per_context",
+        "the reference log-prob in DPO's long reward: on its own context, or on the short one",
+        ("per_context", "short"),
+    )
+    reference_cache: str | None = option(
+        None, "folder of cached reference log-probs; default: reference/ beside the run folder"
+    )
 
 
 @dataclass
@@ -80,7 +105,9 @@ class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "processes that share each layer; 1 in this version", minimum=1)
     pipeline_model_parallel_size: int = option(1, "stages of layers; 1 in this version", minimum=1)
     context_parallel_size: int = option(1, "processes that share each sequence; 1 in this version", minimum=1)
-    distributed_timeout_minutes: float = option(30.0, "how long a collective waits for a slow process, minutes", minimum=0.1)
+    distributed_timeout_minutes: float = option(
+        30.0, "how long a collective waits for a slow process, minutes", minimum=0.1
+    )
 
 
 @dataclass
@@ -91,7 +118,11 @@ class TrainingConfig:
     train_epochs: float | None = option(None, "passes over the training examples", minimum=0)
     global_batch_size: int = option(32, "examples a step, over all processes", minimum=1)
     micro_batch_size: int = option(8, "most examples packed into one forward pass of a process", minimum=1)
-    max_tokens_per_rank: int | None = option(None, "most tokens packed into one forward pass of a process; default: no limit beyond --micro-batch-size", minimum=1)
+    max_tokens_per_rank: int | None = option(
+        None,
+        "most tokens packed into one forward pass of a process; default: no limit beyond --micro-batch-size",
+        minimum=1,
+    )
     lr: float = option(1e-6, "peak learning rate", minimum=0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0)
     lr_decay_style: str = option("cosine", "after warm-up", ("cosine", "linear", "constant"))
@@ -152,6 +183,7 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+@functools.cache  # evaluating annotations is slow, and every option asks
 def _base_type(kind: type, name: str) -> type:
     annotation = typing.get_type_hints(kind)[name]
     if isinstance(annotation, types.UnionType):
@@ -174,13 +206,13 @@ def _convert(name: str, value: Any, where: str) -> Any:
     if isinstance(value, bool) or isinstance(value, list | dict):
         raise UserError(f"{where}: must be {kind.__name__}, found {value!r}")
     try:
-        number = float(value) if kind is not str else None
-        converted = kind(value) if kind is not int else int(number)
-    except (TypeError, ValueError, OverflowError):
+        number = Decimal(str(value)) if kind is int else None  # exact, and 1e3 is a whole number
+        converted = int(number) if kind is int else kind(value)
+    except (TypeError, ValueError, ArithmeticError):
         raise UserError(f"{where}: must be {kind.__name__}, found {value!r}") from None
     if kind is int and number != converted:
         raise UserError(f"{where}: must be a whole number, found {value!r}")
-    if kind is not str and not math.isfinite(converted):
+    if kind is float and not math.isfinite(converted):
         raise UserError(f"{where}: must be finite, found {value!r}")
     choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
     if choices and converted not in choices:
@@ -194,8 +226,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line: one group a section; a flag that is not given leaves no trace."""
     parser = argparse.ArgumentParser(
         prog="pretrain_solopo.py",
-        description="Train a language model with SoLoPO on Megatron Core. Start it under torchrun for several processes.",
+        description="Train a language model with SoLoPO on Megatron Core. "
+        "Start it under torchrun for several processes.",
         allow_abbrev=False,
+        exit_on_error=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML with the sections " + ", ".join(_SECTIONS))
@@ -205,7 +239,8 @@ def build_parser() -> argparse.ArgumentParser:
         for spec in dataclasses.fields(kind):
             text = spec.metadata["help"].replace("%", "%%")
             if _base_type(kind, spec.name) is bool:
-                group.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, help=f"{text} (default: {'on' if spec.default else 'off'})")
+                text += f" (default: {'on' if spec.default else 'off'})"
+                group.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, help=text)
                 continue
             if spec.metadata["choices"]:
                 text += f" [{' | '.join(spec.metadata['choices'])}]"
@@ -213,6 +248,19 @@ def build_parser() -> argparse.ArgumentParser:
                 text += f" (default: {spec.default})"
             group.add_argument(flag(spec.name), metavar=_base_type(kind, spec.name).__name__.upper(), help=text)
     return parser
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML readers would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, tuple[Any, str]]:
@@ -226,16 +274,18 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, str]]:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: must hold the sections {', '.join(_SECTIONS)}")
     found: dict[str, tuple[Any, str]] = {}
     for section, values in document.items():
         if section not in _SECTIONS:
-            raise UserError(f"{path}: unknown section '{section}'{_nearest(str(section), _SECTIONS)}; sections are {', '.join(_SECTIONS)}")
+            hint = _nearest(str(section), _SECTIONS)
+            raise UserError(f"{path}: unknown section '{section}'{hint}; sections are {', '.join(_SECTIONS)}")
         if values is None:
             continue
         if not isinstance(values, dict):
@@ -256,7 +306,10 @@ def load(argv: list[str] | None = None) -> tuple[Config, bool]:
         UserError: see the module's first lines.
     """
     parser = build_parser()
-    given, unknown = parser.parse_known_args(argv)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name.split('/')[0]}: {error.message}") from None
     flags = [text for action in parser._actions for text in action.option_strings]
     for text in unknown:
         if text.startswith("--"):

@@ -40,7 +40,8 @@ def unused(config: Config) -> dict[str, str]:
         ("alignment_weight", solo, "needs --context-mode solo"),
         ("alignment_target", solo, "needs --context-mode solo"),
         ("alignment_stop_short_gradient", solo, "needs --context-mode solo"),
-        ("alignment_reference", solo and loss == "dpo", "needs --context-mode solo and --preference-loss dpo (other rewards have no reference)"),
+        ("alignment_reference", solo and loss == "dpo",
+         "needs --context-mode solo and --preference-loss dpo (other rewards have no reference)"),
         ("reference_cache", loss == "dpo", "needs --preference-loss dpo (other losses have no reference)"),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
@@ -85,8 +86,11 @@ def _check_training(config: Config) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(training, name) >= 1:
             raise UserError(f"{flag(name)} {getattr(training, name)}: must be below 1")
-    if training.max_tokens_per_rank is not None and training.max_tokens_per_rank < config.data.seq_length:
-        raise UserError(f"--max-tokens-per-rank {training.max_tokens_per_rank} is below --seq-length {config.data.seq_length}: "
+    most, longest = training.max_tokens_per_rank, config.data.seq_length
+    if most is not None and most < longest:
+        raise UserError(f"--max-tokens-per-rank {most} is below --seq-length {longest}: "
                         "one example might not fit; raise it or lower --seq-length")
-    if config.model.random_init and config.method.objective == "preference" and config.method.preference_loss == "dpo" and config.output.load:
-        raise UserError("--random-init with --load and dpo: the reference weights cannot be rebuilt; give the original --hf-path")
+    dpo = config.method.objective == "preference" and config.method.preference_loss == "dpo"
+    if config.model.random_init and dpo and config.output.load:
+        raise UserError("--random-init with --load and dpo: the reference weights cannot be rebuilt; "
+                        "give the original --hf-path")

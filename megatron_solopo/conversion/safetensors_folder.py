@@ -29,7 +29,10 @@ class TensorReader:
         self.folder = Path(folder)
         index = self.folder / INDEX
         if index.is_file():
-            self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            try:
+                self._file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{index}: not valid JSON with a 'weight_map'; copy or download it again") from None
         elif (self.folder / SINGLE).is_file():
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:

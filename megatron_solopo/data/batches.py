@@ -53,7 +53,9 @@ def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
-def make_schedule(examples: int, global_batch_size: int, iters: int | None, epochs: float | None, seed: int, shuffle: bool) -> Schedule:
+def make_schedule(
+    examples: int, global_batch_size: int, iters: int | None, epochs: float | None, seed: int, shuffle: bool
+) -> Schedule:
     """A schedule of ``iters`` full steps, or of ``epochs`` passes whose last step may be smaller."""
     total = iters * global_batch_size if iters is not None else max(1, round(epochs * examples))
     return Schedule(examples, global_batch_size, total, seed, shuffle)
@@ -115,19 +117,29 @@ def _spread(order: Sequence[int], costs: Sequence[float], bins: int) -> list[lis
 def _packs_needed(share: Sequence[int], tokens: Sequence[int], most_groups: int, most_tokens: int | None) -> int:
     needed = math.ceil(len(share) / most_groups)
     if most_tokens is not None:
-        needed = max(needed, math.ceil(sum(tokens[i] for i in share) / most_tokens))
+        # A group above the limit stands alone, in one pack.
+        needed = max(needed, math.ceil(sum(min(tokens[i], most_tokens) for i in share) / most_tokens))
     return needed
 
 
-def _fill(share, costs, tokens, packs: int, most_groups: int, most_tokens: int | None) -> list[list[int]] | None:
+def _fill(
+    share: Sequence[int],
+    costs: Sequence[float],
+    tokens: Sequence[int],
+    packs: int,
+    most_groups: int,
+    most_tokens: int | None,
+) -> list[list[int]] | None:
     """The share in this many packs, each within the limits, or None. A group alone may exceed the token limit."""
     filled: list[list[int]] = [[] for _ in range(packs)]
     loads = [0.0] * packs
     for item in share:
         open_packs = [
             b for b in range(packs)
-            if len(filled[b]) < most_groups
-            and (most_tokens is None or not filled[b] or sum(tokens[i] for i in filled[b]) + tokens[item] <= most_tokens)
+            if not filled[b] or (
+                len(filled[b]) < most_groups
+                and (most_tokens is None or sum(tokens[i] for i in filled[b]) + tokens[item] <= most_tokens)
+            )
         ]
         if not open_packs:
             return None

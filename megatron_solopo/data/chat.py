@@ -51,8 +51,8 @@ def load_tokenizer(
     if end_of_turn is not None and end_of_turn != tokenizer.eos_token:
         tokenizer.eos_token = end_of_turn
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer names no eos_token and the chat template writes no special token after "
-                        "a message; set eos_token in tokenizer_config.json to the token that ends a turn")
+        raise UserError(f"{folder}: the tokenizer names no eos_token and the chat template writes no special token "
+                        "after a message; set eos_token in tokenizer_config.json to the token that ends a turn")
     return tokenizer
 
 
@@ -60,18 +60,26 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The special token that the chat template writes right after an assistant's message, if any."""
     marker = "solopo end of message"
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}],
-                                             tokenize=False)
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
     except jinja2.TemplateError:
         return None  # a template with demands of its own; the folder's eos_token stands
     tail = text.rpartition(marker)[2].lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return max((token for token in special.union(tokenizer.all_special_tokens) if tail.startswith(token)), key=len, default=None)
+    endings = (token for token in special.union(tokenizer.all_special_tokens) if tail.startswith(token))
+    return max(endings, key=len, default=None)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> str:
     """The prompt as text, ending where the response starts."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+    return _render(tokenizer, messages, add_generation_prompt=True, **template)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
+        raise UserError(f"the chat template refuses the messages ({error})") from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -84,49 +92,57 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **te
     return encode(tokenizer, render_prompt(tokenizer, messages, **template))
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, **template: Any) -> list[int]:
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, **template: Any
+) -> list[int]:
     """Token ids of a response to ``messages``, its last id the end-of-turn token, exactly once.
 
     Templates differ in what follows a turn (Qwen adds a newline that the model never generates);
     everything after the first end-of-turn token is left out.
     """
     prompt = render_prompt(tokenizer, messages, **template)
-    full = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False, **template)
+    full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}], **template)
     # Some templates rewrite the history (thinking tags); then the response is taken as it was sampled.
-    tail = full[len(prompt):] if full.startswith(prompt) else response
-    ids = encode(tokenizer, tail)
+    return _one_turn(tokenizer, encode(tokenizer, full[len(prompt):] if full.startswith(prompt) else response))
+
+
+def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """The ids up to the first end of turn, which is put there if the template wrote none."""
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     if not ids:
-        raise UserError(f"the response {response!r} has no token before the end of turn")
+        raise UserError("a response has no token before its end of turn; remove the example")
     return [*ids, tokenizer.eos_token_id]
 
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> tuple[list[int], list[int], list[bool]]:
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any
+) -> tuple[list[int], list[int], list[bool]]:
     """A conversation as (prompt ids, continuation ids, which continuation ids are learnt).
 
     The prompt ends before the first assistant message; in the continuation the assistant's tokens, each
     turn's end included, are marked True.
     """
-    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = prompt_ids(tokenizer, messages[:first], **template)
-    rendered = render_prompt(tokenizer, messages[:first], **template)
-    ids: list[int] = []
-    learnt: list[bool] = []
-    for index in range(first, last + 1):
-        if messages[index]["role"] != "assistant":
-            continue
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    rendered = ""
+    texts: list[str] = []  # what stands before a response, the response; before the next, the next; ...
+    for index in turns:
         before = render_prompt(tokenizer, messages[:index], **template)
-        if not before.startswith(rendered):
-            raise UserError("the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt in one pass; "
-                            "split it into one record a turn")
-        between = encode(tokenizer, before[len(rendered):])
-        response = response_ids(tokenizer, messages[:index], messages[index]["content"], **template)
-        ids += between + response
-        learnt += [False] * len(between) + [True] * len(response)
+        full = _render(tokenizer, messages[: index + 1], **template)
+        if not before.startswith(rendered) or not full.startswith(before):
+            raise UserError("the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
+                            "in one pass; split it into one record a turn")
+        texts += [before[len(rendered):], full[len(before):]]
         # What the template writes after the end of turn belongs to the next stretch.
-        full = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False, **template)
         end = full.find(tokenizer.eos_token, len(before))
         rendered = full[: end + len(tokenizer.eos_token)] if end >= 0 else full
+    prompt, *stretches = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for number, stretch in enumerate(stretches):
+        response = number % 2 == 0
+        if response:
+            stretch = _one_turn(tokenizer, stretch)
+        ids += stretch
+        learnt += [response] * len(stretch)
     return prompt, ids, learnt

@@ -77,15 +77,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a JSONL file")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); "
+                                "save the file as UTF-8") from None
             except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object") from None
+                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
+                                "each line must be one JSON object") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
             yield where, record
@@ -153,13 +157,13 @@ def read_groups(path: str | Path) -> Iterator[PreferenceGroup]:
             if chat and chat[-1]["role"] == "assistant":
                 raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
         group = PreferenceGroup(
-            id=str(record.get("id", where)),
+            id=_id(record, where),
             short_messages=short,
             long_messages=long,
             chosen=_response(record, "chosen", where),
             rejected=_response(record, "rejected", where),
-            answers=list(record.get("answers") or []),
-            scores=dict(record.get("scores") or {}),
+            answers=_optional(record, "answers", list, where) or [],
+            scores=_optional(record, "scores", dict, where) or {},
             source=str(record.get("source", "")),
         )
         if group.chosen == group.rejected:
@@ -178,7 +182,15 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
             raise UserError(f"{where}: 'messages' holds no assistant message, so there is nothing to learn")
         if messages[0]["role"] == "assistant":
             raise UserError(f"{where}: 'messages' starts with an assistant message; a prompt must come first")
-        yield Conversation(id=str(record.get("id", where)), messages=messages)
+        yield Conversation(id=_id(record, where), messages=messages)
+
+
+def _id(record: dict[str, Any], where: str) -> str:
+    return where if record.get("id") is None else str(record["id"])
+
+
+def _optional(record: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    return None if record.get(key) is None else require(record, key, kind, where)
 
 
 def _response(record: dict[str, Any], key: str, where: str) -> str:
@@ -190,12 +202,14 @@ def _response(record: dict[str, Any], key: str, where: str) -> str:
 
 def _from_trl(record: dict[str, Any], where: str) -> dict[str, Any]:
     prompt = require(record, "prompt", (str, list), where)
-    converted = {**record, "short_messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    converted = {**record, "short_messages": chat}
     for key in ("chosen", "rejected"):
         value = require(record, key, (str, list), where)
         if isinstance(value, list):
-            chat = check_messages(value, key, where)
-            if len(chat) != 1 or chat[0]["role"] != "assistant":
-                raise UserError(f"{where}: '{key}' must be one assistant message after 'prompt', found {len(chat)} messages")
-            converted[key] = chat[0]["content"]
+            answer = check_messages(value, key, where)
+            if len(answer) != 1 or answer[0]["role"] != "assistant":
+                raise UserError(f"{where}: '{key}' must be one assistant message after 'prompt'; "
+                                f"found {', '.join(message['role'] for message in answer)}")
+            converted[key] = answer[0]["content"]
     return converted

@@ -51,7 +51,7 @@ class TokenGroup:
     def tokens(self, share_prompts: bool) -> int:
         """Tokens that one forward pass computes for this group (the last of a continuation is only predicted)."""
         return sum(
-            (len(p.ids) if share_prompts else len(p.ids) * len(p.continuations)) + sum(len(c.ids) - 1 for c in p.continuations)
+            len(p.ids) * (1 if share_prompts else len(p.continuations)) + sum(len(c.ids) - 1 for c in p.continuations)
             for p in self.prompts
         )
 
@@ -98,21 +98,25 @@ def tokenize(
     for group in _examples(path, tokenizer, roles):
         if group.longest > seq_length:
             if overlong == "refuse":
-                raise UserError(f"{path}: example {group.id!r} has {group.longest} tokens, above --seq-length {seq_length}; "
-                                "raise it, or drop such examples with --overlong drop")
+                raise UserError(f"{path}: example {group.id!r} has {group.longest} tokens, above --seq-length "
+                                f"{seq_length}; raise it, or drop such examples with --overlong drop")
             dropped.append((group.id, group.longest))
             continue
         _update(digest, group)
         groups.append(group)
     if not groups:
-        raise UserError(f"{path}: no usable example" + (f"; all {len(dropped)} are longer than --seq-length {seq_length}" if dropped else ""))
+        why = f"; all {len(dropped)} are longer than --seq-length {seq_length}" if dropped else ""
+        raise UserError(f"{path}: no usable example{why}")
     return TokenDataset(groups, dropped, digest.hexdigest())
 
 
 def _examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> Iterator[TokenGroup]:
     if roles == ("response",):
         for conversation in read_conversations(path):
-            yield tokenize_conversation(conversation, tokenizer)
+            try:
+                yield tokenize_conversation(conversation, tokenizer)
+            except UserError as error:
+                raise UserError(f"{path}: conversation {conversation.id!r}: {error}") from None
         return
     for group in read_groups(path):
         try:
@@ -143,8 +147,10 @@ def tokenize_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, r
         if messages is None:
             raise UserError("no long_messages; give long contexts, or train with --context-mode short")
         ids = prompt_ids(tokenizer, messages)
+        responses = (getattr(group, role.split("_")[1]) for role in wanted)
         continuations = tuple(
-            Continuation(role, array("i", response_ids(tokenizer, messages, getattr(group, role.split("_")[1])))) for role in wanted
+            Continuation(role, array("i", response_ids(tokenizer, messages, response)))
+            for role, response in zip(wanted, responses, strict=True)
         )
         if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
             raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")

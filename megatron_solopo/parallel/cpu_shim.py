@@ -115,7 +115,17 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
     if bound is not None and getattr(bound, "HAVE_TE", False):
         raise RuntimeError("the CPU platform must be installed before megatron.core is imported: "
                            "Transformer Engine is already in use")
-    stack.enter_context(mock.patch.dict(sys.modules, {"transformer_engine": None, "transformer_engine.pytorch": None}))
+    # Not mock.patch.dict: undoing it would forget every module that was imported meanwhile.
+    names = ("transformer_engine", "transformer_engine.pytorch")
+    before = {name: sys.modules[name] for name in names if name in sys.modules}
+
+    def show_again() -> None:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+
+    sys.modules.update(dict.fromkeys(names))
+    stack.callback(show_again)
 
 
 def install() -> Callable[[], None]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.training.engine import Engine
@@ -76,6 +77,36 @@ def save_checkpoint(
     return target
 
 
+def read_progress(folder: str | Path) -> dict[str, Any]:
+    """``progress`` and ``iteration`` of a run folder's latest checkpoint; no tensor is read.
+
+    Raises:
+        UserError: no complete checkpoint, or one that cannot be read.
+    """
+    source = _latest_checkpoint(folder)
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(source))
+        return dict(common["progress"]) | {"iteration": common["iteration"]}
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; a torn file fails in many ways
+        raise _unreadable(source, error) from None
+
+
+def _latest_checkpoint(folder: str | Path) -> Path:
+    iteration = latest_iteration(folder)
+    if iteration is None:
+        raise UserError(f"--load {folder}: no complete checkpoint there ({LATEST} is missing); leave --load out to start anew")
+    source = checkpoint_folder(folder, iteration)
+    if not source.is_dir():
+        raise UserError(f"--load {folder}: {LATEST} names iteration {iteration}, but {source.name} is missing; put an earlier iteration's number into {LATEST}")
+    return source
+
+
+def _unreadable(source: Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [""])[-1]
+    return UserError(f"--load: {source} cannot be read ({type(error).__name__}: {reason}); "
+                     f"it is damaged or another model's: put an earlier iteration's number into {LATEST}, or start anew")
+
+
 def load_checkpoint(
     folder: str | Path,
     engine: Engine,
@@ -87,15 +118,13 @@ def load_checkpoint(
     Raises:
         UserError: no complete checkpoint, or one that cannot be read.
     """
-    iteration = latest_iteration(folder)
-    if iteration is None:
-        raise UserError(f"--load {folder}: no complete checkpoint there ({LATEST} is missing); leave --load out to start anew")
-    source = checkpoint_folder(folder, iteration)
-    if not source.is_dir():
-        raise UserError(f"--load {folder}: {LATEST} names iteration {iteration}, but {source.name} is missing; put an earlier iteration's number into {LATEST}")
+    source = _latest_checkpoint(folder)
     state = _state(engine, optimizer, is_loading=True)
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
-    loaded = dist_checkpointing.load(state, str(source))
+    try:
+        loaded = dist_checkpointing.load(state, str(source))
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; a torn file or another model's shapes fail in many ways
+        raise _unreadable(source, error) from None
     engine.gpt.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])

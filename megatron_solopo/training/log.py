@@ -84,4 +84,6 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # half a line, cut by the kill
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)

@@ -78,6 +78,8 @@ def check_folders(config: Config) -> None:
     from megatron_solopo.training.checkpoint import latest_iteration
 
     save, load = Path(config.output.save), config.output.load
+    if save.exists() and not save.is_dir():
+        raise UserError(f"--save {save}: is not a folder; choose another name")
     if load is None and latest_iteration(save) is not None:
         raise UserError(f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save}, or choose another folder")
     if load is not None and latest_iteration(load) is None:
@@ -105,10 +107,15 @@ def train(here: Any, config: Config) -> None:
     check_length(hf_config, config.data.seq_length)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
+    schedule = make_schedule(len(data.train.groups), training.global_batch_size, training.train_iters, training.train_epochs, training.seed, config.data.shuffle)
+    progress = _progress(schedule, data, config)
+    resumed = 0
+    if output.load:
+        before = checkpoint.read_progress(output.load)
+        _check_resume(before, progress)
+        resumed = before["iteration"]
     engines.initialize_parallel(config)
     engine = engines.build_engine(here, hf_config, config)
-    schedule = make_schedule(len(data.train.groups), training.global_batch_size, training.train_iters, training.train_epochs, training.seed, config.data.shuffle)
-    resumed = checkpoint.latest_iteration(output.load) if output.load else 0
     log = RunLog(Path(output.save), schedule.steps, resumed, first, output.tensorboard_dir, output.log_interval)
     _announce(log, config, hf_config, data, schedule)
     if first:
@@ -122,11 +129,9 @@ def train(here: Any, config: Config) -> None:
                 reference[split] = reference_log_probs(engine, dataset, config)
     optimizer, scheduler = engines.build_optimizer(engine, training, schedule.steps)
     if output.load:
-        progress = checkpoint.load_checkpoint(output.load, engine, optimizer, scheduler)
-        _check_resume(progress, schedule, data, config)
-        log.say(f"going on after step {progress['iteration']} of {schedule.steps}")
+        checkpoint.load_checkpoint(output.load, engine, optimizer, scheduler)
+        log.say(f"going on after step {resumed} of {schedule.steps}")
 
-    progress = {"tokens": data.train.fingerprint, "global_batch_size": training.global_batch_size, "steps": schedule.steps}
     for step in range(resumed, schedule.steps):
         log.step(train_step(engine, optimizer, scheduler, data.train, schedule, step, config, reference["train"]))
         number = step + 1
@@ -147,7 +152,7 @@ def train_step(engine: Any, optimizer: Any, scheduler: Any, dataset: Any, schedu
     """One optimizer step; returns its line of the log.
 
     Raises:
-        UserError: the loss or the gradient is not finite; the weights are those of the step before.
+        UserError: the loss or the gradient is not finite; the last checkpoint holds good weights.
     """
     from megatron_solopo.parallel.platform import max_over_processes
     from megatron_solopo.training.step import make_packs, run_step
@@ -214,12 +219,21 @@ def check_vocabulary(data: RunData, vocab_size: int) -> None:
                                     "tokenizer and config.json do not belong together")
 
 
-def _check_resume(progress: dict[str, Any], schedule: Any, data: RunData, config: Config) -> None:
-    if progress["tokens"] != data.train.fingerprint:
+def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
+    """What fixes the order of the examples and the learning rate of each step; kept in every checkpoint."""
+    training = config.training
+    names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
+    return {"tokens": data.train.fingerprint, "steps": schedule.steps, "shuffle": config.data.shuffle,
+            **{name: getattr(training, name) for name in names}}
+
+
+def _check_resume(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on as another run; see `_progress`."""
+    if before["tokens"] != now["tokens"]:
         raise UserError("--load: the checkpoint was trained on other examples (data, tokenizer or template changed); give the same --train-data, or start anew")
-    for name, value in (("global_batch_size", config.training.global_batch_size), ("steps", schedule.steps)):
-        if progress[name] != value:
-            raise UserError(f"--load: the checkpoint's run has {name} {progress[name]}, this one {value}; give the same batch size and length")
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; give the same as before, or start anew")
 
 
 def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:

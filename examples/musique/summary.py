@@ -1,0 +1,72 @@
+"""The figures of training runs on one page: loss and margin at the start and at the end, speed, padding, memory.
+
+    python examples/musique/summary.py runs/musique/dpo runs/musique/simpo runs/musique/orpo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The training steps of a run folder.
+
+    Raises:
+        UserError: no metrics.jsonl, or no training step in it.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: no metrics.jsonl there; give a run folder (--save of the training)")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["split"] == "train"]
+    if not steps:
+        raise UserError(f"{path}: holds no training step")
+    return steps
+
+
+def lines_of(steps: Sequence[dict[str, Any]], count: int) -> list[str]:
+    """Means over the first and the last ``count`` steps, then what a step costs."""
+    names = [name for name in ("loss", "po_loss", "alignment_loss", "margin", "accuracy") if name in steps[0]]
+    lines = []
+    for name in names:
+        first, last = (statistics.mean(step[name] for step in part) for part in (steps[:count], steps[-count:]))
+        lines.append(f"{name:<24} {first:>9.4f} -> {last:>9.4f}   (mean of the first and the last {count} of {len(steps)} steps)")
+    speeds, seconds = ([step[name] for step in steps] for name in ("tokens_per_second", "seconds"))
+    tokens = [step["tokens"] for step in steps]
+    places = sorted({min(count, len(steps)), (len(steps) + 1) // 2, len(steps)})
+    memory = ", ".join(f"{steps[place - 1]['memory_gib']:.2f} after step {place}" for place in places)
+    return [
+        *lines,
+        f"{'seconds a step':<24} median {statistics.median(seconds):.2f} (min {min(seconds):.2f}, max {max(seconds):.2f})",
+        f"{'tokens a second':<24} median {statistics.median(speeds):.0f} (min {min(speeds):.0f}, max {max(speeds):.0f}), all processes",
+        f"{'tokens a step':<24} mean {statistics.mean(tokens):.0f}",
+        f"{'padding share':<24} largest {max(step['padding_share'] for step in steps):.4f}",
+        f"{'memory_gib':<24} {memory} (peak of the largest process so far)",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run folders")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps a mean is taken over (default: 5)")
+    given = parser.parse_args(argv)
+    if given.steps < 1:
+        raise UserError(f"--steps {given.steps}: give 1 or more")
+    for folder in given.runs:
+        print(f"{folder}\n  " + "\n  ".join(lines_of(read_steps(folder), given.steps)))
+    return 0
+
+
+if __name__ == "__main__":
+    from megatron_solopo.cli import run
+
+    sys.exit(run(main))

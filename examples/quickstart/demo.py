@@ -1,0 +1,259 @@
+"""The whole method on one small machine: questions, a base model, pairs, three ways to train, accuracy by length.
+
+Every stage is a command of the project, printed before it runs. Finished stages are skipped when the demo is
+started again with the same settings.
+
+    python examples/quickstart/demo.py [--quick] [--output-dir runs/demo] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, LlamaConfig
+
+from megatron_solopo.cli import run
+from megatron_solopo.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PROMPT = ["--document-template", "{text}", "--document-separator", " ", "--prompt-template", "{documents} {question}"]
+SHORT, LONG = 8, 64
+LENGTHS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the demo.
+
+    Attributes:
+        echoes, lookups: conversations the base learns from, each once.
+        questions: questions to sample responses for.
+        eval_questions: questions asked at every length.
+        samples: responses a question.
+        steps: optimizer steps of each preference run, 32 groups each.
+        processes: of every training run.
+    """
+
+    echoes: int = 44800
+    lookups: int = 12800
+    questions: int = 2560
+    eval_questions: int = 512
+    samples: int = 32
+    steps: int = 200
+    processes: int = 2
+
+
+QUICK = Settings(questions=1024, eval_questions=128, samples=16, steps=60)
+
+METHODS = {
+    "short-PO": ["--context-mode", "short"],
+    "long-PO": ["--context-mode", "long"],
+    "SoLo": ["--context-mode", "solo", "--alignment-weight", "1"],
+    "SoLo, short side stopped": ["--context-mode", "solo", "--alignment-weight", "1", "--alignment-stop-short-gradient"],
+}
+"""Label -> what sets it apart; all are ORPO from the same base on the same groups."""
+
+
+class Stages:
+    """Runs commands one after the other, and remembers which are done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.begin = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, budget: float, *commands: list[str], log: str | None = None) -> None:
+        """Runs the commands side by side; ``budget`` is what they should take on 2 idle cores, in seconds.
+
+        Raises:
+            UserError: a command failed; the stages before it stay done.
+        """
+        marker = self.folder / ".stages" / f"{name.replace(' ', '-').replace(',', '')}.json"
+        fingerprint = hashlib.sha256(json.dumps(commands).encode()).hexdigest()
+        if marker.is_file() and (done := json.loads(marker.read_text()))["fingerprint"] == fingerprint:
+            self.seconds[name] = done["seconds"]
+            print(f"[{self._clock()}] {name}: done before ({done['seconds']:.0f} s)", flush=True)
+            return
+        print(f"\n[{self._clock()}] {name} (about {budget:.0f} s)", flush=True)
+        begin = time.monotonic()
+        running = []
+        for command in commands:
+            print("  $ " + readable(command), flush=True)
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment(len(commands))))
+        codes = [process.wait() for process in running]
+        for command, code in zip(commands, codes, strict=True):
+            if code:
+                raise UserError(f"stage '{name}' failed with exit code {code}: {readable(command)}; finished stages are kept, "
+                                "run the demo again to go on from here")
+        self.seconds[name] = time.monotonic() - begin
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps({"fingerprint": fingerprint, "seconds": self.seconds[name]}))
+        print(f"[{self._clock()}] {name}: {self.seconds[name]:.0f} s", flush=True)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.begin), 60)
+        return f"{minutes:02d}:{seconds:02d}"
+
+
+def environment(side_by_side: int) -> dict[str, str]:
+    """One thread a training process; a lone command takes all cores."""
+    threads = max(1, (os.cpu_count() or 1) // max(side_by_side, 1))
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+                         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                         "PYTHONWARNINGS": "ignore"}
+
+
+def readable(command: list[str]) -> str:
+    """The command as a person would type it in the project's folder."""
+    words = ["python" if word == sys.executable else str(Path(word).relative_to(ROOT)) if word.startswith(str(ROOT)) else word for word in command]
+    text = shlex.join(words)
+    return text.replace("python -m torch.distributed.run", "torchrun").replace("python -m megatron_solopo.cli", "solopo")
+
+
+def solopo(*words: object) -> list[str]:
+    return [sys.executable, "-m", "megatron_solopo.cli", *map(str, words)]
+
+
+def train(settings: Settings, *words: object) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(settings.processes)]
+    return ["env", "OMP_NUM_THREADS=1", *launch, str(ROOT / "pretrain_solopo.py"), *map(str, words)]
+
+
+def write_initial_model(folder: Path, tokenizer_folder: Path) -> None:
+    """config.json of a tiny Llama (two layers look up: one marks, one finds) beside the demo's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output-dir", default=str(ROOT / "runs" / "demo"), metavar="DIR", help="everything the demo makes")
+    parser.add_argument("--seed", type=int, default=0, help="of questions, samples, pairs and training order")
+    parser.add_argument("--quick", action="store_true", help="fewer questions and steps, about 3 minutes; accuracies are rougher")
+    options = parser.parse_args(argv)
+    folder = Path(options.output_dir).resolve()
+    settings = QUICK if options.quick else Settings()
+    if options.quick:
+        folder = folder.with_name(folder.name + "-quick")
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = Stages(folder)
+    build(stages, settings, folder, options.seed)
+    evaluate_and_report(stages, settings, folder)
+    return 0
+
+
+def build(stages: Stages, settings: Settings, folder: Path, seed: int) -> None:
+    """Questions, base model, pairs, and one model a method."""
+    data, base = folder / "data", folder / "base-hf"
+    stages.run("questions", 10, [
+        sys.executable, str(HERE / "facts.py"), "--output-dir", str(data), "--seed", str(seed), "--echoes", str(settings.echoes),
+        "--lookups", str(settings.lookups), "--train-questions", str(settings.questions), "--eval-questions", str(settings.eval_questions),
+    ])
+    initial = folder / "initial"
+    if not (initial / "config.json").is_file():
+        write_initial_model(initial, data / "tokenizer")
+    steps = (settings.echoes + settings.lookups) // 64
+    stages.run("base", 150, train(
+        settings, "--hf-path", initial, "--random-init", "--objective", "sft", "--train-data", data / "conversations.jsonl", "--no-shuffle",
+        "--seq-length", 512, "--train-iters", steps, "--global-batch-size", 64, "--micro-batch-size", 32, "--lr", "3e-3",
+        "--lr-decay-style", "constant", "--weight-decay", 0.01, "--seed", seed, "--log-interval", 100, "--save", folder / "base",
+        "--save-hf", base, "--force"))
+    contexts, responses, groups = folder / "contexts.jsonl", folder / "responses.jsonl", folder / "groups.jsonl"
+    stages.run("contexts", 10, solopo("prepare-data", "--input", data / "train.jsonl", "--tokenizer", base, "--short-documents", SHORT,
+                                      "--long-documents", LONG, "--seed", seed, *PROMPT, "--output", contexts))
+    stages.run("responses", 20, solopo("sample-responses", "--contexts", contexts, "--model", base, "--samples", settings.samples, "--temperature", 1.0,
+                                       "--max-new-tokens", 3, "--batch-size", 1024, "--seed", seed, "--output", responses, "--overwrite"))
+    stages.run("pairs", 5, solopo("build-pairs", "--contexts", contexts, "--responses", responses, "--seed", seed, "--output", groups))
+    for label, words in METHODS.items():
+        name = slug(label)
+        stages.run(label, 25 if label == "short-PO" else 70, train(
+            settings, "--hf-path", base, "--preference-loss", "orpo", *words, "--train-data", groups, "--seq-length", 512,
+            "--train-iters", settings.steps, "--global-batch-size", 32, "--micro-batch-size", 16, "--lr", "3e-4", "--lr-warmup-fraction", 0.05,
+            "--seed", seed, "--log-interval", 50, "--save", folder / name, "--save-hf", folder / f"{name}-hf", "--force"))
+
+
+def slug(label: str) -> str:
+    """A label as a folder's name."""
+    return label.lower().replace(", short side stopped", "-stopped")
+
+
+def evaluate_and_report(stages: Stages, settings: Settings, folder: Path) -> None:
+    """Accuracy by length of the base and every method, the report, one document answered by all."""
+    from megatron_solopo.evaluation.report import accuracy_table, write_report
+    from megatron_solopo.evaluation.results import read_evaluation, read_run
+
+    models = {"base": folder / "base-hf"} | {label: folder / f"{slug(label)}-hf" for label in METHODS}
+    results = {label: folder / "evaluation" / f"{slug(label)}.json" for label in models}
+    labels = list(models)
+    for first in range(0, len(labels), 2):
+        pair = labels[first : first + 2]
+        stages.run("evaluate " + " and ".join(pair), 35, *(
+            solopo("evaluate", "--model", models[label], "--data", folder / "data" / "eval.jsonl", "--context-documents",
+                   ",".join(map(str, LENGTHS)), "--max-new-tokens", 3, "--device", "cpu", *PROMPT, "--output", results[label])
+            for label in pair))
+    evaluations = [read_evaluation(f"{label}={path}") for label, path in results.items()]
+    runs = [read_run(f"{label}={folder / slug(label)}") for label in ("base", *METHODS)]
+    table = accuracy_table(evaluations, "documents")
+    groups = sum(1 for _ in (folder / "groups.jsonl").open())
+    text = (f"sub-EM by the number of facts in the context, {settings.eval_questions} questions asked at each length, 95 % interval. "
+            f"{groups} preference groups from {settings.questions} questions; pairs sampled on {SHORT} facts, long contexts of {LONG}.")
+    commands = next_commands()
+    report = write_report(folder / "report.md", runs, evaluations, title="SoLoPO on invented facts", text=text, closing="## Next\n\n" + commands)
+    print(f"\n{text}\n\n{table}\n")
+    show_answers(folder, models)
+    print(f"\nThe report, with plots: {report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report}")
+    print(f"Time of the stages: {sum(stages.seconds.values()):.0f} s\n\nNext, for a model and questions of your own:\n\n{commands}")
+
+
+def show_answers(folder: Path, models: dict[str, Path]) -> None:
+    """One long document, answered by every model; the first question of the evaluation set, whoever is right."""
+    question = json.loads((folder / "data" / "eval.jsonl").open(encoding="utf-8").readline())
+    document = folder / "document.txt"
+    document.write_text(" ".join(paragraph["paragraph_text"] for paragraph in question["paragraphs"]) + "\n", encoding="utf-8")
+    print(f"One document of {len(question['paragraphs'])} facts ({document.name}); the right answer is '{question['answer']}':", flush=True)
+    command = solopo("ask", "--model", *models.values(), "--document", document, "--question", question["question"],
+                     "--prompt-template", "{documents} {question}", "--max-new-tokens", 3, "--device", "cpu")
+    print("  $ " + readable(command), flush=True)
+    if subprocess.run(command, cwd=ROOT, env=environment(1), check=False).returncode:
+        raise UserError("the last stage, asking all models, failed; its message is above")
+
+
+def next_commands() -> str:
+    """Three commands for an own model."""
+    return "\n".join([
+        "    solopo prepare-data --input QUESTIONS.jsonl --tokenizer MODEL --short-tokens 1024 --long-tokens 8192 --output contexts.jsonl",
+        "    solopo sample-responses --contexts contexts.jsonl --model MODEL --output responses.jsonl && \\",
+        "        solopo build-pairs --contexts contexts.jsonl --responses responses.jsonl --output groups.jsonl",
+        "    torchrun --nproc_per_node 8 pretrain_solopo.py --hf-path MODEL --train-data groups.jsonl --preference-loss orpo --bf16 \\",
+        "        --train-epochs 1 --save runs/solo --save-hf runs/solo-hf",
+    ])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,159 @@
+"""What every process of a test launch does: torchrun --nproc_per_node N worker.py JOB.json
+
+The job lists gradients to compute and trainer runs to do; one launch serves many checks. The first process writes
+``results.json`` and ``gradients.safetensors`` into the job's ``out`` folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_solopo import config as configuration
+from megatron_solopo.errors import UserError
+from megatron_solopo.parallel import platform
+
+
+def token_dataset(path: str) -> Any:
+    """The examples of a JSON file; see oracle.py for their form."""
+    from megatron_solopo.data.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+
+    groups = [
+        TokenGroup(example["id"], tuple(
+            Prompt(prompt["ids"], tuple(Continuation(c["role"], c["ids"], c["learnt"]) for c in prompt["continuations"]))
+            for prompt in example["prompts"]
+        ))
+        for example in json.loads(Path(path).read_text())
+    ]
+    return TokenDataset(groups, [], "")
+
+
+def build(here: platform.Platform, config: Any, dtype: torch.dtype) -> Any:
+    """The trainer's engine; in float64 the same parts without the cast of gradients to float32."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_solopo.conversion.hf import load_weights
+    from megatron_solopo.model.build import build_model, read_hf_config
+    from megatron_solopo.training.engine import build_engine
+
+    hf_config = read_hf_config(config.model.hf_path)
+    engine = build_engine(here, hf_config, config)
+    if dtype == torch.float32:
+        return engine
+    gpt = build_model(hf_config, config, dtype)
+    load_weights(gpt, hf_config, config.model.hf_path)
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    gpt.config.finalize_model_grads_func = engine.gpt.config.finalize_model_grads_func
+    return dataclasses.replace(engine, model=DistributedDataParallel(gpt.config, ddp, gpt), dtype=dtype)
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """The gradient by Hugging Face name, whole: each process of a distributed optimizer holds the sum of its shard."""
+    from megatron_solopo.conversion.hf import named_entries
+
+    for buffer in engine.model.buffers:
+        for bucket in buffer.buckets:
+            shards = [torch.empty_like(shard) for shard in bucket.grad_data.chunk(dist.get_world_size())]
+            dist.all_gather(shards, bucket.grad_data.chunk(dist.get_world_size())[dist.get_rank()].clone())
+            bucket.grad_data.copy_(torch.cat(shards))
+    found = {}
+    for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
+        for name, gradient in zip(names, entry.operator.to_hf(parameter.main_grad), strict=True):
+            found[name] = gradient.clone().contiguous()
+    return found
+
+
+def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
+    from megatron_solopo.data.packs import build_pack
+    from megatron_solopo.losses.solopo import roles
+    from megatron_solopo.training.step import make_packs, run_step, segment_table
+
+    dataset, indices = token_dataset(case["examples"]), case["indices"]
+    names = roles(config.method)
+    reference = None
+    if case["reference"]:
+        reference = torch.tensor([[row[name] for name in names] for row in case["reference"]], dtype=torch.float64)
+
+    def packs() -> list[Any]:
+        made = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
+        if case.get("multiple_of"):
+            made = [
+                build_pack([dataset.groups[i] for i in pack.groups], pack.groups, config.data.share_prompts, case["multiple_of"])
+                for pack in made
+            ]
+        return made
+
+    engine.model.zero_grad_buffer()
+    engine.model.train()
+    mine = packs()
+    sums = run_step(engine, mine, len(indices), config.method, reference)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [list(pack.groups) for pack in mine])
+    values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
+    found = gradients(engine)
+    values["table"] = segment_table(engine, dataset, names, indices, packs()).tolist()
+    return values, found
+
+
+def cut(source: Path, target: Path, iteration: int) -> None:
+    """A copy of a run folder as a kill leaves it: later checkpoints are missing or half written, later lines are there."""
+    shutil.copytree(source, target)
+    (target / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    for folder in target.glob("iter_*"):
+        if int(folder.name.removeprefix("iter_")) > iteration:
+            folder.rename(folder.with_name(folder.name + ".partial"))
+    with (target / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    here = platform.start("cpu", timeout_minutes=2)
+    from megatron.core import parallel_state
+
+    from megatron_solopo.training.engine import initialize_parallel
+    from megatron_solopo.training.run import train
+
+    results: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    engines: dict[str, Any] = {}
+    if job["gradients"]:
+        initialize_parallel(configuration.Config())
+    for case in job["gradients"]:
+        config, _ = configuration.load(case["argv"])
+        key = json.dumps([case["dtype"], dataclasses.asdict(config.model)])
+        if key not in engines:
+            engines[key] = build(here, config, getattr(torch, case["dtype"]))
+        results[case["name"]], found = gradient_case(engines[key], case, config)
+        tensors |= {f"{case['name']}|{name}": tensor for name, tensor in found.items()}
+    parallel_state.destroy_model_parallel()
+    engines.clear()
+    for run in job["runs"]:
+        if "cut" in run and dist.get_rank() == 0:
+            cut(*map(Path, run["cut"][:2]), run["cut"][2])
+        dist.barrier()
+        try:
+            train(here, configuration.load(run["argv"])[0])
+            results[run["name"]] = "done"
+        except UserError as error:
+            results[run["name"]] = str(error)
+        parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        out = Path(job["out"])
+        (out / "results.json").write_text(json.dumps(results))
+        save_file(tensors, out / "gradients.safetensors")
+    dist.barrier()
+    platform.stop(here)
+
+
+if __name__ == "__main__":
+    main()

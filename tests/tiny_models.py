@@ -1,0 +1,74 @@
+"""Tiny Hugging Face folders and data sets for tests that start a trainer."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+WORDS = [f"w{number}" for number in range(60)]
+SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<assistant> ' + m.content + ' <end> ' if m.role == 'assistant' else '<user> ' + m.content + ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+SHAPE: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                             vocab_size=len(WORDS) + len(SPECIAL), max_position_embeddings=256)
+
+
+def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int = 1, noise: float = 0.1, template: str | None = TEMPLATE) -> Path:
+    """A folder of config, random weights (norms and biases moved off their initial values) and word-level tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * noise)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", additional_special_tokens=SPECIAL[1:3])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _text(draw: random.Random, words: int) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+def _chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def preference_groups(count: int, seed: int = 0, long_is_short: bool = False) -> list[dict[str, Any]]:
+    """Preference groups of random words and very different lengths."""
+    draw = random.Random(seed)
+    records = []
+    for number in range(count):
+        short = _text(draw, draw.randint(4, 20))
+        long = short if long_is_short else _text(draw, draw.randint(10, 60)) + " " + short
+        chosen = _text(draw, draw.randint(1, 6))
+        rejected = "w0 " + _text(draw, draw.randint(1, 9))
+        records.append({"id": f"g{number}", "short_messages": _chat(short), "long_messages": _chat(long), "chosen": chosen, "rejected": rejected})
+    return records
+
+
+def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations whose answer is the prompt's first word again: easy to learn."""
+    draw = random.Random(seed)
+    records = []
+    for number in range(count):
+        word = draw.choice(WORDS[:8])
+        prompt = " ".join([word] * draw.randint(2, 9))
+        records.append({"id": f"c{number}", "messages": [*_chat(prompt), {"role": "assistant", "content": f"{word} {word}"}]})
+    return records
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

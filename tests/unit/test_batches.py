@@ -1,0 +1,126 @@
+"""Every example once an epoch, and a plan for every step that loses nothing and keeps its limits."""
+
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from megatron_solopo.data.batches import _order, attention_cost, make_schedule, plan
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_example_once_an_epoch(seed, shuffle):
+    draw = random.Random(seed)
+    examples, batch, epochs = draw.randint(1, 50), draw.randint(1, 60), draw.randint(1, 4)
+    schedule = make_schedule(examples, batch, None, float(epochs), seed, shuffle)
+    steps = [schedule.step(number) for number in range(schedule.steps)]
+    order = [example for step in steps for example in step]
+    assert len(order) == examples * epochs == schedule.total
+    for epoch in range(epochs):
+        assert sorted(order[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+    assert {len(step) for step in steps[:-1]} <= {batch}
+    assert len(steps[-1]) == (schedule.total - 1) % batch + 1  # the last step takes what is left, and is never empty
+    assert schedule.step(schedule.steps) == []
+    if not shuffle:
+        assert order == list(range(examples)) * epochs
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first = make_schedule(100, 100, None, 2.0, 1, True)
+    assert first.step(0) != first.step(1) != list(range(100))
+    assert make_schedule(100, 100, None, 2.0, 2, True).step(0) != first.step(0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_step_does_not_depend_on_the_steps_before_it(seed):
+    """What a resumed run sees at step k is what the unbroken run saw, though its caches are empty."""
+    draw = random.Random(seed)
+    sizes = draw.randint(1, 30), draw.randint(1, 40), draw.randint(2, 12), None, seed, True
+    unbroken = [make_schedule(*sizes).step(number) for number in range(sizes[2])]
+    for number in draw.sample(range(sizes[2]), sizes[2]):
+        _order.cache_clear()
+        assert make_schedule(*sizes).step(number) == unbroken[number]
+
+
+def test_iterations_are_full_steps_and_epochs_may_be_fractions():
+    schedule = make_schedule(10, 4, 7, None, 0, True)
+    assert schedule.steps == 7 and all(len(schedule.step(number)) == 4 for number in range(7))
+    assert make_schedule(10, 4, None, 0.5, 0, True).total == 5
+    assert make_schedule(10, 4, None, 0.001, 0, True).total == 1  # at least one example
+
+
+def draw_step(seed):
+    """Random costs, tokens and limits of one step."""
+    draw = random.Random(seed)
+    count, ranks, most_groups = draw.randint(0, 40), draw.randint(1, 6), draw.randint(1, 9)
+    tokens = [draw.randint(1, 100) if draw.random() < 0.8 else draw.randint(100, 400) for _ in range(count)]
+    costs = [t + draw.random() * t * t / 50 for t in tokens] if draw.random() < 0.8 else [float(draw.randint(0, 1)) for _ in tokens]
+    return costs, tokens, ranks, most_groups, draw.choice([None, 50, 200, 1000])
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_plan_loses_nothing_and_keeps_its_limits(block):
+    for seed in range(block * 60, block * 60 + 60):
+        costs, tokens, ranks, most_groups, most_tokens = draw_step(seed)
+        result = plan(costs, tokens, ranks, most_groups, most_tokens)
+        assert Counter(item for rank in result for pack in rank for item in pack) == Counter(range(len(costs)))
+        assert len(result) == ranks and len({len(rank) for rank in result}) == 1 and len(result[0]) >= 1
+        for pack in itertools.chain.from_iterable(result):
+            assert len(pack) <= most_groups
+            assert most_tokens is None or len(pack) <= 1 or sum(tokens[i] for i in pack) <= most_tokens
+        largest_share = max(sum(map(len, rank)) for rank in result)
+        if most_tokens is None:
+            assert len(result[0]) == max(1, math.ceil(largest_share / most_groups))
+        assert len(result[0]) <= max(1, largest_share)
+        assert result == plan(list(costs), list(tokens), ranks, most_groups, most_tokens)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_no_process_has_much_more_than_its_share(block):
+    """Graham's bound for a greedy schedule: no load is above the mean plus (1 - 1/ranks) of the dearest group."""
+    for seed in range(block * 60, block * 60 + 60):
+        costs, tokens, ranks, most_groups, most_tokens = draw_step(seed)
+        result = plan(costs, tokens, ranks, most_groups, most_tokens)
+        loads = [sum(costs[i] for pack in rank for i in pack) for rank in result]
+        assert max(loads) <= sum(costs) / ranks + (1 - 1 / ranks) * max(costs, default=0) + 1e-6
+
+
+def test_balance_is_within_four_thirds_of_the_best():
+    """Longest processing time first is at most 4/3 - 1/(3 ranks) of the optimum, here found by trying everything."""
+    draw = random.Random(0)
+    for _ in range(40):
+        count, ranks = draw.randint(1, 7), draw.randint(2, 3)
+        costs = [draw.uniform(1, 100) for _ in range(count)]
+        best = min(max(sum(c for c, r in zip(costs, choice, strict=True) if r == rank) for rank in range(ranks))
+                   for choice in itertools.product(range(ranks), repeat=count))
+        loads = [sum(costs[i] for pack in rank for i in pack) for rank in plan(costs, [1] * count, ranks, 8, None)]
+        assert max(loads) <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
+
+
+def test_fewer_groups_than_processes_leave_empty_packs():
+    result = plan([3.0, 1.0], [5, 5], 4, 8, None)
+    assert sorted(result) == [[[]], [[]], [[0]], [[1]]]
+    assert plan([], [], 2, 8, None) == [[[]], [[]]]
+
+
+def test_a_group_above_the_token_limit_stands_alone():
+    packs = plan([9.0, 1.0, 1.0], [500, 10, 10], 1, 8, 100)[0]
+    assert sorted(map(sorted, packs)) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("hidden", [64, 4096])
+def test_cost_counts_tokens_and_attended_pairs(share, hidden):
+    """Against the pairs counted in the pack that is really computed: 24 h^2 a token, 4 h a pair, per 24 h^2."""
+    group = TokenGroup("g", (Prompt([0] * 300, (Continuation("short_chosen", [0] * 40), Continuation("short_rejected", [0] * 60))),
+                             Prompt([0] * 900, (Continuation("long_chosen", [0] * 40),))))
+    pack = build_pack([group], [0], share)
+    pairs = sum(piece.length * (0 if piece.prompt is None else pack.pieces[piece.prompt].length) + piece.length * (piece.length + 1) / 2
+                for piece in pack.pieces)
+    counted = (24 * hidden**2 * len(pack.tokens) + 4 * hidden * pairs) / (24 * hidden**2)
+    assert attention_cost(group, hidden, share) == pytest.approx(counted, rel=0.01)

@@ -1,0 +1,221 @@
+"""Prompt and response ids are the template's own rendering, each end of turn exactly once; masks of conversations."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_solopo.data.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
+from megatron_solopo.data.tokens import tokenize
+from megatron_solopo.errors import UserError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHATML = EXAMPLES / "chat_templates" / "chatml.jinja"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|tail|>", "<|eot|>"]
+LLAMA3 = (  # a token before everything, contents trimmed, nothing after the end of turn
+    "<|endoftext|>{% for m in messages %}<|head|>{{ m.role }}<|tail|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|tail|>\n\n{% endif %}"
+)
+PLAIN = (  # writes no end of turn at all
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+THINKING = (  # shows thoughts in the last turn only
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENED = (  # the generation prompt opens a thought that a stored answer does not have
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ m.content }}<|eot|>{% endfor %}"
+
+
+def byte_tokenizer(template, eos="<|endoftext|>"):
+    """One token a byte, so that token boundaries cannot differ between a text and its parts."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({byte: index for index, byte in enumerate(bytes_)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def facts_tokenizer(folder):
+    spec = importlib.util.spec_from_file_location("quickstart_facts", EXAMPLES / "quickstart" / "facts.py")
+    facts = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = facts  # dataclasses look their module up
+    spec.loader.exec_module(facts)
+    facts.write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def make(name, folder):
+    """A tokenizer as `load_tokenizer` gives it from a folder."""
+    if name == "facts":
+        return facts_tokenizer(folder)
+    byte_tokenizer({"chatml": None, "llama3": LLAMA3, "plain": PLAIN, "thinking": THINKING, "opened": OPENED}[name]).save_pretrained(folder)
+    return load_tokenizer(folder, CHATML if name == "chatml" else None)
+
+
+@pytest.fixture(params=["facts", "chatml", "llama3", "plain"])
+def tokenizer(request, tmp_path):
+    return make(request.param, tmp_path)
+
+
+@pytest.fixture
+def qwen(solopo_data):
+    return load_tokenizer(solopo_data / "tokenizers" / "qwen2", CHATML)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ONE_TURN = [
+    ([user("What does Dorin sell?")], "lanterns"),
+    ([user("Dolka keeps owls. What does Dolka keep?")], "owls flutes."),
+    ([{"role": "system", "content": "What?"}, user("What does Dorin sell?"), assistant("keys"), user("What?")], "maps"),
+]
+
+
+def check_one_turn(tokenizer, messages, response):
+    prompt, answer = prompt_ids(tokenizer, messages), response_ids(tokenizer, messages, response)
+    ids = prompt + answer
+    assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert answer[-1] == tokenizer.eos_token_id and answer.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(answer[:-1]).strip() == response.strip()
+    rendered = tokenizer.apply_chat_template([*messages, assistant(response)], return_dict=False)
+    if tokenizer.eos_token_id in rendered:
+        assert rendered[: len(ids)] == ids  # what the template writes after the end of turn is left out
+    else:
+        assert rendered == ids[:-1]  # and the end of turn is put where the template writes none
+
+
+@pytest.mark.parametrize("messages,response", ONE_TURN)
+def test_prompt_and_response_are_the_templates_rendering(tokenizer, messages, response):
+    check_one_turn(tokenizer, messages, response)
+
+
+@pytest.mark.parametrize("messages,response", [*ONE_TURN, ([user("Où est 東京?\n\nSay: 12,5")], "In **Japan**, \n\n日本 — 3.5 %.")])
+def test_prompt_and_response_of_the_real_qwen2_tokenizer(qwen, messages, response):
+    check_one_turn(qwen, messages, response)
+    assert qwen.eos_token == "<|im_end|>" and qwen.eos_token_id == 151645
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_an_end_of_turn_inside_the_response_ends_it(name, tmp_path):
+    """Sampled texts may carry their own end of turn: it is not doubled, and nothing after it is learnt."""
+    tokenizer = make(name, tmp_path)
+    ids = response_ids(tokenizer, [user("hi")], f"yes{tokenizer.eos_token}no")
+    assert tokenizer.decode(ids) == "yes" + tokenizer.eos_token
+
+
+def test_an_answer_without_tokens_is_refused(tmp_path):
+    tokenizer = make("llama3", tmp_path)
+    with pytest.raises(UserError, match="no token before its end of turn"):
+        response_ids(tokenizer, [user("hi")], "  ")
+
+
+def test_templates_that_rewrite_keep_the_sampled_response(tmp_path):
+    tokenizer = make("opened", tmp_path)
+    ids = response_ids(tokenizer, [user("hi")], "sure</think>yes")
+    assert tokenizer.decode(ids) == "sure</think>yes<|im_end|>"
+
+
+CONVERSATIONS = [
+    [user("What does Dorin sell?"), assistant("lanterns"), user("What?"), assistant("keys flutes"), user("What does Dolka keep?"), assistant("owls")],
+    [{"role": "system", "content": "What?"}, user("What?"), assistant("keys")],
+    [user("What?"), user("What does Dorin sell?"), assistant("keys"), assistant("owls"), user("never answered")],
+]
+
+
+def check_conversation(tokenizer, messages):
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompt, ids, learnt = conversation_ids(tokenizer, messages)
+    assert len(ids) == len(learnt) and learnt[0] and learnt[-1]
+    assert prompt == prompt_ids(tokenizer, messages[: turns[0]])
+    wanted = [token for i in turns for token in response_ids(tokenizer, messages[:i], messages[i]["content"])]
+    assert [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt] == wanted
+    rendered = tokenizer.apply_chat_template(messages[: turns[-1] + 1], return_dict=False)
+    if tokenizer.eos_token_id in rendered:
+        assert rendered[: len(prompt) + len(ids)] == prompt + ids
+        assert tokenizer.decode(rendered[len(prompt) + len(ids):]).strip() == ""
+    for i in turns[1:]:  # the same sequence as the turn on its own
+        alone = prompt_ids(tokenizer, messages[:i])
+        if tokenizer.eos_token_id in rendered:
+            assert (prompt + ids)[: len(alone)] == alone
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_every_assistant_turn_is_learnt_and_nothing_else(tokenizer, messages):
+    check_conversation(tokenizer, messages)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_conversations_of_the_real_qwen2_tokenizer(qwen, messages):
+    check_conversation(qwen, messages)
+
+
+def test_a_conversation_is_learnt_turn_by_turn(tmp_path):
+    tokenizer = make("chatml", tmp_path)
+    prompt, ids, learnt = conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
+    stretches = [[], []]
+    for token, is_learnt in zip(ids, learnt, strict=True):
+        stretches[is_learnt].append(token)
+    assert tokenizer.decode(stretches[True]) == "b<|im_end|>d<|im_end|>"
+    assert tokenizer.decode(stretches[False]) == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompt).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_for_conversations(tmp_path):
+    tokenizer = make("thinking", tmp_path)
+    check_conversation(tokenizer, [user("a"), assistant("b")])
+    with pytest.raises(UserError, match="rewrites earlier turns.*one record a turn"):
+        conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
+
+
+def test_the_end_of_turn_is_the_templates(tmp_path):
+    """Folders name the end of a text; the token that ends a turn is what the template writes after an answer."""
+    assert {name: make(name, tmp_path / name).eos_token for name in ("facts", "chatml", "llama3", "plain")} == \
+        {"facts": "<end>", "chatml": "<|im_end|>", "llama3": "<|eot|>", "plain": "<|endoftext|>"}
+    assert load_tokenizer(tmp_path / "llama3", eos_token="<|im_end|>").eos_token == "<|im_end|>"
+
+
+def test_tokenizer_problems_get_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    byte_tokenizer(None).save_pretrained(tmp_path / "bare")
+    byte_tokenizer(PLAIN, eos=None).save_pretrained(tmp_path / "endless")
+    cases = [
+        ((tmp_path / "absent",), r"absent: no such folder"),
+        ((tmp_path / "empty",), r"empty: no tokenizer could be loaded \("),
+        ((tmp_path / "bare",), r"bare: the tokenizer has no chat template; give one with --chat-template"),
+        ((tmp_path / "bare", tmp_path / "absent.jinja"), r"--chat-template .*absent.jinja: no such file"),
+        ((tmp_path / "bare", CHATML, "<stop>"), r"--eos-token <stop>: no such token"),
+        ((tmp_path / "endless",), r"endless: the tokenizer names no eos_token"),
+    ]
+    for arguments, pattern in cases:
+        with pytest.raises(UserError, match=pattern) as caught:
+            load_tokenizer(*arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("record,role,pattern", [
+    ('{"id": "g7", "short_messages": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}', "short_chosen",
+     r"data.jsonl: group 'g7': the chat template refuses the messages \(System role not supported\)$"),
+    ('{"id": "g8", "short_messages": [{"role": "user", "content": "s"}], "chosen": "a", "rejected": "b"}', "long_chosen",
+     r"data.jsonl: group 'g8': no long_messages; give long contexts, or train with --context-mode short$"),
+    ('{"id": "c9", "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}]}', "response",
+     r"data.jsonl: conversation 'c9': the chat template refuses the messages"),
+])
+def test_what_a_template_refuses_is_named(tmp_path, record, role, pattern):
+    (tmp_path / "data.jsonl").write_text(record + "\n")
+    with pytest.raises(UserError, match=pattern):
+        tokenize(tmp_path / "data.jsonl", byte_tokenizer(STRICT, "<|eot|>"), (role,), 64)

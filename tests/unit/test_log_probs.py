@@ -1,0 +1,125 @@
+"""The chunked head against log_softmax: value, gradient, padding rows, dtypes, and what it keeps in memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_solopo.model.log_probs import response_log_probs, segment_sums
+
+TOKENS, HIDDEN, VOCABULARY, PADDED = 11, 6, 23, 32
+
+
+def draw(tokens=TOKENS, hidden=HIDDEN, real=VOCABULARY, rows=PADDED, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(tokens, hidden, dtype=torch.float64, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(rows, hidden, dtype=torch.float64, generator=g).to(dtype).requires_grad_()
+    return states, weight, torch.randint(0, real, (tokens,), generator=g)
+
+
+def whole(states, weight, targets, real=VOCABULARY):
+    """The same through one logits tensor, padding rows cut off."""
+    return (states @ weight[:real].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
+def test_value_and_gradient_equal_log_softmax(chunk):
+    states, weight, targets = draw()
+    factors = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
+    ours = response_log_probs(states, weight, targets, VOCABULARY, chunk)
+    theirs = whole(states, weight, targets)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for mine, other in zip(torch.autograd.grad((ours * factors).sum(), (states, weight)),
+                           torch.autograd.grad((theirs * factors).sum(), (states, weight)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16])
+def test_gradcheck(chunk):
+    states, weight, targets = draw(tokens=5, hidden=3, real=7, rows=8)
+    assert torch.autograd.gradcheck(lambda s, w: response_log_probs(s, w, targets, 7, chunk), (states, weight))
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e4, -1e4, 1e30, 1e300])
+def test_padding_rows_never_count(fill):
+    states, weight, targets = draw()
+    with torch.no_grad():
+        weight[VOCABULARY:] = fill
+    ours = response_log_probs(states, weight, targets, VOCABULARY, 4)
+    torch.testing.assert_close(ours, whole(states, weight, targets), rtol=1e-12, atol=1e-12)
+    ours.sum().backward()
+    assert weight.grad[VOCABULARY:].abs().max() == 0
+    assert states.grad.isfinite().all() and states.grad.abs().max() > 0
+
+
+def test_large_logits_do_not_overflow():
+    states, weight, targets = draw(dtype=torch.float32)
+    ours = response_log_probs(states * 1e4, weight, targets, VOCABULARY, 4)
+    theirs = whole(states.double() * 1e4, weight.double(), targets)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0.1)
+    ours.sum().backward()
+    assert states.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_sums_run_in_float32(dtype, tolerance):
+    states, weight, targets = draw(dtype=dtype)
+    ours = response_log_probs(states, weight, targets, VOCABULARY, 4)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), whole(states.double(), weight.double(), targets), rtol=tolerance, atol=tolerance)
+    ours.sum().backward()
+    assert states.grad.dtype == weight.grad.dtype == dtype
+
+
+def test_bfloat16_weight_gradient_does_not_lose_small_chunks():
+    """Sums over chunks are kept in float32: many chunks give the gradient of one."""
+    states, weight, targets = draw(tokens=512, dtype=torch.bfloat16)
+    gradients = [torch.autograd.grad(response_log_probs(states, weight, targets, VOCABULARY, chunk).sum(), weight)[0].double()
+                 for chunk in (1, 512)]
+    wide = weight.detach().double().requires_grad_()
+    exact, = torch.autograd.grad(whole(states.detach().double(), wide, targets).sum(), wide)
+    assert all((gradient - exact).norm() < 0.02 * exact.norm() for gradient in gradients)
+
+
+def test_no_token_gives_no_log_prob():
+    states, weight, _ = draw()
+    nothing = response_log_probs(states[:0], weight, torch.zeros(0, dtype=torch.int64), VOCABULARY, 4)
+    assert nothing.shape == (0,)
+    nothing.sum().backward()
+    assert weight.grad.abs().max() == 0 and states.grad.abs().max() == 0
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+        return result
+
+
+def largest(head, *inputs):
+    with Largest() as watched:
+        head(*inputs).sum().backward()
+    return watched.elements
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 32])
+def test_logits_of_all_tokens_never_exist(chunk):
+    tokens, hidden, rows = 96, 16, 640
+    states, weight, targets = draw(tokens, hidden, 600, rows)
+    bound = max(chunk * rows, weight.numel(), states.numel())
+    assert largest(lambda s, w: response_log_probs(s, w, targets, 600, chunk), states, weight) <= bound < tokens * rows
+    assert largest(lambda s, w: whole(s, w, targets, 600), states, weight) >= tokens * 600  # the watcher sees such tensors
+
+
+def test_segment_sums():
+    log_probs = torch.tensor([-1.0, -2.0, -4.0, -8.0], dtype=torch.float64, requires_grad=True)
+    segments = torch.tensor([0, 0, 2, 2])
+    assert segment_sums(log_probs, segments, 4).tolist() == [-3.0, 0.0, -12.0, 0.0]
+    assert torch.autograd.gradcheck(lambda x: segment_sums(x, segments, 4), (log_probs,))
+    assert segment_sums(log_probs[:0], segments[:0], 0).shape == (0,)

@@ -1,0 +1,122 @@
+"""Packs against a construction by brute force: what each predicting token sees is exactly what stands before its target."""
+
+import random
+
+import pytest
+import torch
+
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+
+ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
+
+
+def draw_group(draw, number):
+    """One to three prompts with one to three continuations, some of one token, some with unlearnt stretches."""
+
+    def ids(most):
+        return [draw.randint(1, 999) for _ in range(draw.randint(1, most))]
+
+    def continuation():
+        tokens = ids(8)
+        learnt = [draw.random() < 0.6 for _ in tokens] if draw.random() < 0.5 else None
+        return Continuation(draw.choice(ROLES), tokens, learnt)
+
+    return TokenGroup(f"g{number}", tuple(Prompt(ids(12), tuple(continuation() for _ in range(draw.randint(1, 3))))
+                                          for _ in range(draw.randint(1, 3))))
+
+
+def draw_pack(seed, share, multiple_of=1):
+    draw = random.Random(seed)
+    groups = [draw_group(draw, number) for number in range(draw.randint(1, 4))]
+    return groups, build_pack(groups, range(10, 10 + len(groups)), share, multiple_of)
+
+
+def seen_by(pack, row):
+    """The (position, token) pairs that a row of the pack attends to, in the order of positions."""
+    piece, = (p for p in pack.pieces if p.start <= row < p.start + p.length)
+    rows = list(range(piece.start, row + 1))
+    if piece.prompt is not None:
+        prompt = pack.pieces[piece.prompt]
+        assert prompt.prompt is None
+        rows += range(prompt.start, prompt.start + prompt.length)
+    return sorted((int(pack.positions[r]), int(pack.tokens[r])) for r in rows)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("seed", range(30))
+def test_each_target_is_predicted_from_exactly_its_past(seed, share):
+    groups, pack = draw_pack(seed, share, multiple_of=(1, 8)[seed % 2])
+    wanted, segments = [], []
+    for number, group in enumerate(groups):
+        for prompt in group.prompts:
+            for continuation in prompt.continuations:
+                full = [*prompt.ids, *continuation.ids]
+                learnt = continuation.learnt or [True] * len(continuation.ids)
+                wanted += [(len(segments), full[:k], full[k]) for k in range(len(prompt.ids), len(full)) if learnt[k - len(prompt.ids)]]
+                segments.append((number, continuation.role, sum(learnt)))
+    got = []
+    for predictor, target, segment in zip(pack.predictors.tolist(), pack.targets.tolist(), pack.segments.tolist(), strict=True):
+        past = seen_by(pack, predictor)
+        assert [position for position, _ in past] == list(range(len(past)))
+        got.append((segment, [token for _, token in past], target))
+    assert got == wanted
+    assert list(zip(pack.segment_groups.tolist(), pack.segment_roles, pack.segment_lengths.tolist(), strict=True)) == segments
+    assert pack.groups == tuple(range(10, 10 + len(groups)))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("multiple_of", [1, 7, 64])
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple_of):
+    groups, pack = draw_pack(seed, share, multiple_of)
+    size = sum(group.tokens(share) for group in groups)
+    assert len(pack.tokens) == len(pack.positions) == size + pack.padding
+    assert len(pack.tokens) % multiple_of == 0 and 0 <= pack.padding < multiple_of
+    assert [row for piece in pack.pieces for row in range(piece.start, piece.start + piece.length)] == list(range(len(pack.tokens)))
+    assert all(piece.length > 0 for piece in pack.pieces)
+    assert pack.predictors.numel() == 0 or int(pack.predictors.max()) < size
+
+
+def test_a_prompt_stands_once_when_it_is_shared():
+    group = TokenGroup("g", (Prompt([11, 12, 13], (Continuation("short_chosen", [21, 22]), Continuation("short_rejected", [31]))),))
+    shared, apart = build_pack([group], [0]), build_pack([group], [0], share_prompts=False)
+    assert shared.tokens.tolist() == [11, 12, 13, 21]  # the last token of a continuation is only predicted
+    assert shared.positions.tolist() == [0, 1, 2, 3]
+    assert (shared.predictors.tolist(), shared.targets.tolist()) == ([2, 3, 2], [21, 22, 31])
+    assert apart.tokens.tolist() == [11, 12, 13, 21, 11, 12, 13]
+    assert (apart.predictors.tolist(), apart.targets.tolist()) == ([2, 3, 6], [21, 22, 31])
+    assert group.separate_tokens() == 7 and group.longest == 5
+
+
+def test_only_learnt_tokens_of_a_conversation_are_predicted():
+    """Assistant 21 22, user 31 32, assistant 41: the user's tokens are context."""
+    learnt = [True, True, False, False, True]
+    group = TokenGroup("c", (Prompt([11, 12], (Continuation("response", [21, 22, 31, 32, 41], learnt),)),))
+    pack = build_pack([group], [0])
+    assert pack.tokens.tolist() == [11, 12, 21, 22, 31, 32]
+    assert (pack.predictors.tolist(), pack.targets.tolist()) == ([1, 2, 5], [21, 22, 41])
+    assert pack.segment_lengths.tolist() == [3] == [group.prompts[0].continuations[0].learnt_count]
+
+
+@pytest.mark.parametrize("multiple_of", [1, 16])
+def test_a_pack_without_groups_is_padding_alone(multiple_of):
+    pack = build_pack([], [], multiple_of=multiple_of)
+    assert len(pack.tokens) == pack.padding == multiple_of
+    assert pack.positions.tolist() == list(range(multiple_of))
+    assert pack.segment_roles == () and pack.groups == ()
+    for empty in (pack.predictors, pack.targets, pack.segments, pack.segment_groups, pack.segment_lengths):
+        assert empty.numel() == 0 and empty.dtype == torch.int64
+
+
+def test_role_gives_the_segment_of_each_group_in_order():
+    def group(number):
+        short = Prompt([1, 2], (Continuation("short_chosen", [3]), Continuation("short_rejected", [4, 5])))
+        return TokenGroup(f"g{number}", (short, Prompt([6, 7, 8], (Continuation("long_chosen", [3]),))))
+
+    pack = build_pack([group(0), group(1)], [4, 9]).to(torch.device("cpu"))
+    assert pack.role("short_chosen").tolist() == [0, 3]
+    assert pack.role("short_rejected").tolist() == [1, 4]
+    assert pack.role("long_chosen").tolist() == [2, 5]
+    assert pack.role("long_rejected").tolist() == []
+    assert pack.groups == (4, 9)
