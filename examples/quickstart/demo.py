@@ -44,8 +44,8 @@ class Settings:
         processes: of every training run.
     """
 
-    echoes: int = 44800
-    lookups: int = 12800
+    echoes: int = 11200
+    lookups: int = 640
     questions: int = 2560
     eval_questions: int = 512
     samples: int = 32
@@ -130,18 +130,18 @@ def train(settings: Settings, *words: object) -> list[str]:
 
 
 def write_initial_model(folder: Path, tokenizer_folder: Path) -> None:
-    """config.json of a tiny Llama (two layers look up: one marks, one finds) beside the demo's tokenizer."""
+    """config.json of a tiny Llama beside the demo's tokenizer; two layers look a fact up: one marks, one finds."""
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
     config = LlamaConfig(
         hidden_size=128,
-        intermediate_size=128,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         vocab_size=len(tokenizer),
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        initializer_range=0.05,
+        initializer_range=0.01,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -178,11 +178,11 @@ def build(stages: Stages, settings: Settings, folder: Path, seed: int) -> None:
     initial = folder / "initial"
     if not (initial / "config.json").is_file():
         write_initial_model(initial, data / "tokenizer")
-    steps = (settings.echoes + settings.lookups) // 64
+    steps = (settings.echoes + settings.lookups) // 32
     stages.run("base", 150, train(
         settings, "--hf-path", initial, "--random-init", "--objective", "sft", "--train-data", data / "conversations.jsonl", "--no-shuffle",
-        "--seq-length", 512, "--train-iters", steps, "--global-batch-size", 64, "--micro-batch-size", 32, "--lr", "3e-3",
-        "--lr-decay-style", "constant", "--weight-decay", 0.01, "--seed", seed, "--log-interval", 100, "--save", folder / "base",
+        "--seq-length", 512, "--train-iters", steps, "--global-batch-size", 32, "--micro-batch-size", 16, "--lr", "2e-3",
+        "--lr-decay-style", "constant", "--lr-warmup-fraction", 0.27, "--weight-decay", 0.01, "--seed", seed, "--log-interval", 100, "--save", folder / "base",
         "--save-hf", base, "--force"))
     contexts, responses, groups = folder / "contexts.jsonl", folder / "responses.jsonl", folder / "groups.jsonl"
     stages.run("contexts", 10, solopo("prepare-data", "--input", data / "train.jsonl", "--tokenizer", base, "--short-documents", SHORT,

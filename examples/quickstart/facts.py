@@ -1,6 +1,6 @@
 """The quickstart's data: short plain-English facts about invented entities, and a tokenizer that knows their words.
 
-A document is one fact, "Dorin sells lanterns."; a question asks for one of them, "What does Dorin sell?".
+A document is one fact, "They gave Dorin lanterns."; a question asks for one of them, "What did they give Dorin?".
 Every item draws its own facts, so that nothing can be learnt by heart: the answer stands in the documents
 or nowhere. Questions come in MuSiQue's JSONL format; conversations for ``--objective sft`` first repeat
 random words (which is how a small transformer comes to copy from its context), then look facts up.
@@ -30,8 +30,8 @@ ENTITIES = tuple(first + second for first, second in product(
     "Do Ve Ka Mi Ta Lu Sa Be Ro Ni Ga Fe".split(), "rin lka mo ven dal ris nu tor".split()))
 
 # (as a fact says it, as a question says it)
-VERBS = (("sells", "sell"), ("keeps", "keep"), ("paints", "paint"), ("draws", "draw"),
-         ("collects", "collect"), ("guards", "guard"), ("finds", "find"), ("trades", "trade"))
+VERBS = (("gave", "give"), ("sent", "send"), ("sold", "sell"), ("showed", "show"),
+         ("lent", "lend"), ("made", "make"), ("brought", "bring"), ("bought", "buy"))
 
 # One token each, and none is part of another: sub-EM counts substrings.
 THINGS = tuple("""
@@ -41,17 +41,21 @@ THINGS = tuple("""
     ponies puppets ribbons ropes saddles sails scarves shells shovels spoons stamps swords tables tents towers violins
     """.split())
 
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<user>", "<assistant>", "<end>")
-OTHER_WORDS = (".", "?", "What", "does")
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<end>")
+OTHER_WORDS = ("They", "What", "did", "they")
 
-# A turn costs two tokens beyond its words, and the entity of a question stands at a fixed distance before its answer.
+# A fact ends with "... Dorin lanterns" and a question with "... Dorin", right before its answer: to look a fact up
+# is then to find what followed the last word before, which is what the echoes teach. Markers between the turns would
+# make the same step many times slower to learn for a model of this size, so only an answer's end is marked.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'assistant' %}<assistant>{{ message.content }}<end>"
-    "{% else %}<user>{{ message.content }}{% endif %}"
+    "{% if not loop.first %} {% endif %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}<end>{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+BATCH = 32
+"""Conversations a training step of the base."""
 
 # One question in four is asked only in the evaluation set; as a mere fact it may occur anywhere.
 EVALUATION_SHARE = 4
@@ -67,11 +71,11 @@ class Fact:
 
     @property
     def text(self) -> str:
-        return f"{self.entity} {VERBS[self.verb][0]} {self.thing}."
+        return f"They {VERBS[self.verb][0]} {self.entity} {self.thing}."
 
     @property
     def question(self) -> str:
-        return f"What does {self.entity} {VERBS[self.verb][1]}?"
+        return f"What did they {VERBS[self.verb][1]} {self.entity}?"
 
     @property
     def held_out(self) -> bool:
@@ -129,15 +133,17 @@ def lookup_conversation(random_: random.Random, identifier: str, facts: int, que
 
 
 def echo_conversation(random_: random.Random, identifier: str, words: int) -> Conversation:
-    """A run of distinct random words, repeated by the assistant from a random place on and around.
+    """A run of distinct random words, repeated twice by the assistant, each time from a random place on and around.
 
     The shift differs each time, so the words can be found by what stands before them, not by a fixed distance.
     """
     run = random_.sample(content_words(), words)
-    shift = random_.randrange(1, words)
+    echoes: list[str] = []
+    for shift in (random_.randrange(1, words), random_.randrange(1, words)):
+        echoes += run[shift:] + run[:shift]
     return Conversation(identifier, [
         {"role": "user", "content": " ".join(run)},
-        {"role": "assistant", "content": " ".join(run[shift:] + run[:shift])},
+        {"role": "assistant", "content": " ".join(echoes)},
     ])
 
 
@@ -147,23 +153,32 @@ def content_words() -> list[str]:
 
 def curriculum(random_: random.Random, echoes: int, lookups: int, echo_words: tuple[int, int] = (6, 24),
                lookup_facts: tuple[int, int] = (4, 8), questions: int = 4) -> Iterator[Conversation]:
-    """The base's conversations, to be learnt in this order: ``echoes`` first, then ``lookups``; ranges are inclusive."""
+    """The base's conversations, to be learnt in this order: ``echoes`` first, then ``lookups``; ranges are inclusive.
+
+    Conversations of one batch (`BATCH` in a row) have one length: a batch of mixed lengths took many times longer
+    to make this small model copy by content.
+    """
     for index in range(echoes):
-        yield echo_conversation(random_, f"echo-{index}", random_.randint(*echo_words))
+        if index % BATCH == 0:
+            words = random_.randint(*echo_words)
+        yield echo_conversation(random_, f"echo-{index}", words)
     for index in range(lookups):
-        yield lookup_conversation(random_, f"lookup-{index}", random_.randint(*lookup_facts), questions)
+        if index % BATCH == 0:
+            facts = random_.randint(*lookup_facts)
+        yield lookup_conversation(random_, f"lookup-{index}", facts, questions)
 
 
 def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
     """Writes a word-level tokenizer in Hugging Face's format; returns the size of its vocabulary.
 
-    Words are split at white space and punctuation; the decoder puts the spaces back as English has them.
+    Words are split at white space; punctuation is left out, so that a fact is four tokens.
     """
     folder = Path(folder)
     vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *OTHER_WORDS, *content_words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins with spaces, none before . and ?
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(behavior="removed"), pre_tokenizers.WhitespaceSplit()])
+    tokenizer.decoder = decoders.WordPiece(prefix="##")  # joins with spaces
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -171,7 +186,6 @@ def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
         "pad_token": "<pad>",
         "unk_token": "<unk>",
         "eos_token": "<end>",
-        "additional_special_tokens": ["<user>", "<assistant>"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
@@ -195,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     sizes.add_argument("--train-questions", type=int, default=2560, metavar="N")
     sizes.add_argument("--eval-questions", type=int, default=256, metavar="N", help="questions that no other file asks")
     sizes.add_argument("--paragraphs", type=int, default=64, metavar="N", help="facts an item")
-    sizes.add_argument("--echoes", type=int, default=25600, metavar="N", help="conversations that repeat random words")
-    sizes.add_argument("--lookups", type=int, default=25600, metavar="N", help="conversations that look facts up")
+    sizes.add_argument("--echoes", type=int, default=11200, metavar="N", help="conversations that repeat random words")
+    sizes.add_argument("--lookups", type=int, default=640, metavar="N", help="conversations that look facts up")
     sizes.add_argument("--valid-conversations", type=int, default=256, metavar="N", help="held back from training, lookups only")
     args = parser.parse_args(argv)
     for name in ("train_questions", "eval_questions", "paragraphs", "echoes", "lookups", "valid_conversations"):

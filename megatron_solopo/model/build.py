@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import init_method_normal
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_solopo.config import Config, ModelConfig
@@ -62,6 +63,8 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: t
         layernorm_epsilon=hf_config.rms_norm_eps,
         add_bias_linear=False,
         init_method_std=std,
+        # As transformers draws them; Megatron's own default shrinks output layers with depth.
+        output_layer_init_method=init_method_normal(std),
         # mcore's defaults are 0.1; a dropped-out policy is not comparable with its reference.
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -7,14 +7,13 @@ import os
 import yaml
 
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.safetensors_folder import TensorReader
 from megatron_solopo.data.batches import make_schedule
 from megatron_solopo.losses.solopo import needs_reference, roles
-from megatron_solopo.model.build import check_length, padded_vocab_size, parameter_count, read_hf_config
-from megatron_solopo.model.families import family_of
+from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.training.checkpoint import LATEST, checkpoint_folder
-from megatron_solopo.training.run import check_folders, check_vocabulary, load_data
+from megatron_solopo.training.reference import cache_folder
+from megatron_solopo.training.run import check_folders, check_model, check_vocabulary, load_data
 
 
 def describe(config: Config) -> str:
@@ -25,11 +24,7 @@ def describe(config: Config) -> str:
     """
     check_folders(config)
     device = choose(config.parallel.device)
-    hf_config = read_hf_config(config.model.hf_path)
-    check_length(hf_config, config.data.seq_length)
-    family_of(hf_config)
-    if not config.model.random_init:
-        TensorReader(config.model.hf_path)  # refuses missing and cut files
+    hf_config = check_model(config)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     training, output = config.training, config.output
@@ -66,7 +61,7 @@ def describe(config: Config) -> str:
         + (f" (also every {output.save_interval} steps)" if output.save_interval else ""),
     ]
     if needs_reference(config.method):
-        lines.append(f"{config.method.reference_cache or 'reference/ beside ' + output.save}: reference log-probs")
+        lines.append(f"{cache_folder(config)}/: reference log-probs")
     if output.tensorboard_dir:
         lines.append(f"{output.tensorboard_dir}/: TensorBoard events")
     if output.save_hf:

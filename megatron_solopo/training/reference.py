@@ -41,6 +41,11 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def cache_folder(config: Config) -> Path:
+    """Where cache files lie: --reference-cache, or ``reference/`` beside the run folder."""
+    return Path(config.method.reference_cache or Path(config.output.save).parent / "reference")
+
+
 def reference_log_probs(engine: Engine, dataset: TokenDataset, config: Config, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """[examples, roles] float64 reference log-probs, from the cache or computed with the model as it is now.
 
@@ -54,7 +59,7 @@ def reference_log_probs(engine: Engine, dataset: TokenDataset, config: Config, p
     table = torch.zeros(len(dataset.groups), len(names), dtype=torch.float64, device=engine.platform.device)
     found = torch.zeros(1, device=engine.platform.device)
     if dist.get_rank() == 0:
-        path = Path(config.method.reference_cache or Path(config.output.save).parent / "reference") / f"{cache_key(config, dataset)}.safetensors"
+        path = cache_folder(config) / f"{cache_key(config, dataset)}.safetensors"
         cached = _read(path, tuple(table.shape))
         if cached is not None:
             table.copy_(cached)

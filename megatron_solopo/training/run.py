@@ -88,6 +88,24 @@ def check_folders(config: Config) -> None:
         check_target(Path(config.output.save_hf), config.output.force)
 
 
+def check_model(config: Config) -> Any:
+    """The Hugging Face config, after what can be refused without reading weights or data.
+
+    Raises:
+        UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
+    """
+    from megatron_solopo.conversion.safetensors_folder import TensorReader
+    from megatron_solopo.model.build import check_length, read_hf_config
+    from megatron_solopo.model.families import family_of
+
+    hf_config = read_hf_config(config.model.hf_path)
+    family_of(hf_config)
+    check_length(hf_config, config.data.seq_length)
+    if not config.model.random_init:
+        TensorReader(config.model.hf_path)
+    return hf_config
+
+
 def train(here: Any, config: Config) -> None:
     """Trains; see the module's first line. ``here`` is the started platform."""
     import torch.distributed as dist
@@ -95,7 +113,6 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.data.batches import make_schedule
     from megatron_solopo.losses.solopo import needs_reference
-    from megatron_solopo.model.build import check_length, read_hf_config
     from megatron_solopo.training import checkpoint, engine as engines
     from megatron_solopo.training.log import RunLog
     from megatron_solopo.training.reference import reference_log_probs
@@ -103,8 +120,7 @@ def train(here: Any, config: Config) -> None:
     first = dist.get_rank() == 0
     training, output = config.training, config.output
     check_folders(config)
-    hf_config = read_hf_config(config.model.hf_path)
-    check_length(hf_config, config.data.seq_length)
+    hf_config = check_model(config)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     schedule = make_schedule(len(data.train.groups), training.global_batch_size, training.train_iters, training.train_epochs, training.seed, config.data.shuffle)

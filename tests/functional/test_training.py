@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -60,7 +61,7 @@ def command(home: Home, argv: list[str]) -> list[str]:
 
 def as_a_user(home: Home, argv: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(home, argv), cwd=home.folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(home, argv), cwd=home.folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,8 @@ def test_config_yaml_starts_the_same_run_again(home: Home, dpo: str) -> None:
     path = home.folder / dpo / "config.yaml"
     again, _ = configuration.load(["--config", str(path)])
     first, _ = configuration.load(home.argv(dpo))
-    assert again.as_dict()["method"] == first.as_dict()["method"] and again.training == first.training
+    assert again.as_dict()["method"] == first.as_dict()["method"]
+    assert dataclasses.replace(again.training, eval_interval=0) == first.training
     assert run(main, ["--config", str(path), "--save", str(home.folder / "runs/again"), "--save-hf", str(home.folder / "again-hf")]) == 0
     assert losses(home, "runs/again") == pytest.approx(losses(home, dpo), rel=1e-5)
     assert set(yaml.safe_load(path.read_text())) == {"model", "data", "method", "parallel", "training", "output"}
@@ -200,7 +202,7 @@ def test_a_killed_run_goes_on(home: Home, dpo: str) -> None:
     assert run(main, home.argv("runs/unbroken", *flags)) == 0
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(home, home.argv("runs/killed", *flags)), cwd=home.folder, env=environment, stderr=subprocess.DEVNULL)
-    latest, deadline = home.folder / "runs/killed" / "latest_checkpointed_iteration.txt", time.monotonic() + 60
+    latest, deadline = home.folder / "runs/killed" / "latest_checkpointed_iteration.txt", time.monotonic() + 300
     while time.monotonic() < deadline and not (latest.is_file() and int(latest.read_text() or 0) >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -367,8 +369,8 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "resume with another batch": (_resume("batch", "--global-batch-size", 2), r"--load: the checkpoint's run has global_batch_size 4, this one 2"),
     "resume with another order": (_resume("order", "--seed", 7), r"--load: the checkpoint's run has seed 1234, this one 7"),
     "resume with another rate": (_resume("rate", "--lr", 2e-3), r"--load: the checkpoint's run has lr 0.001, this one 0.002"),
-    "resume with another model": (_resume("model", hf="wide"), r"iter_0000005: cannot be read"),
-    "checkpoint cut": (_resume("cut", damage=_torn_checkpoint), r"iter_0000005: cannot be read"),
+    "resume with another model": (_resume("model", hf="wide"), r"iter_0000005 cannot be read"),
+    "checkpoint cut": (_resume("cut", damage=_torn_checkpoint), r"iter_0000005 cannot be read"),
     "checkpoint gone": (_resume("gone", damage=lambda f: shutil.rmtree(f / "iter_0000005")), r"names iteration 5, but iter_0000005 is missing"),
 }
 ONLY_IN_A_RUN = ("tensor missing", "tensor left over", "tensor of another shape", "resume", "checkpoint")

@@ -59,7 +59,11 @@ def draw_step(seed):
     draw = random.Random(seed)
     count, ranks, most_groups = draw.randint(0, 40), draw.randint(1, 6), draw.randint(1, 9)
     tokens = [draw.randint(1, 100) if draw.random() < 0.8 else draw.randint(100, 400) for _ in range(count)]
-    costs = [t + draw.random() * t * t / 50 for t in tokens] if draw.random() < 0.8 else [float(draw.randint(0, 1)) for _ in tokens]
+    costs = (
+        [t + draw.random() * t * t / 50 for t in tokens]
+        if draw.random() < 0.8
+        else [float(draw.randint(0, 1)) for _ in tokens]
+    )
     return costs, tokens, ranks, most_groups, draw.choice([None, 50, 200, 1000])
 
 
@@ -96,8 +100,10 @@ def test_balance_is_within_four_thirds_of_the_best():
     for _ in range(40):
         count, ranks = draw.randint(1, 7), draw.randint(2, 3)
         costs = [draw.uniform(1, 100) for _ in range(count)]
-        best = min(max(sum(c for c, r in zip(costs, choice, strict=True) if r == rank) for rank in range(ranks))
-                   for choice in itertools.product(range(ranks), repeat=count))
+        best = min(
+            max(sum(c for c, r in zip(costs, choice, strict=True) if r == rank) for rank in range(ranks))
+            for choice in itertools.product(range(ranks), repeat=count)
+        )
         loads = [sum(costs[i] for pack in rank for i in pack) for rank in plan(costs, [1] * count, ranks, 8, None)]
         assert max(loads) <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
 
@@ -117,10 +123,18 @@ def test_a_group_above_the_token_limit_stands_alone():
 @pytest.mark.parametrize("hidden", [64, 4096])
 def test_cost_counts_tokens_and_attended_pairs(share, hidden):
     """Against the pairs counted in the pack that is really computed: 24 h^2 a token, 4 h a pair, per 24 h^2."""
-    group = TokenGroup("g", (Prompt([0] * 300, (Continuation("short_chosen", [0] * 40), Continuation("short_rejected", [0] * 60))),
-                             Prompt([0] * 900, (Continuation("long_chosen", [0] * 40),))))
+    group = TokenGroup(
+        "g",
+        (
+            Prompt([0] * 300, (Continuation("short_chosen", [0] * 40), Continuation("short_rejected", [0] * 60))),
+            Prompt([0] * 900, (Continuation("long_chosen", [0] * 40),)),
+        ),
+    )
     pack = build_pack([group], [0], share)
-    pairs = sum(piece.length * (0 if piece.prompt is None else pack.pieces[piece.prompt].length) + piece.length * (piece.length + 1) / 2
-                for piece in pack.pieces)
+    pairs = sum(
+        piece.length * (0 if piece.prompt is None else pack.pieces[piece.prompt].length)
+        + piece.length * (piece.length + 1) / 2
+        for piece in pack.pieces
+    )
     counted = (24 * hidden**2 * len(pack.tokens) + 4 * hidden * pairs) / (24 * hidden**2)
     assert attention_cost(group, hidden, share) == pytest.approx(counted, rel=0.01)

@@ -20,17 +20,22 @@ LLAMA3 = (  # a token before everything, contents trimmed, nothing after the end
     "{% if add_generation_prompt %}<|head|>assistant<|tail|>\n\n{% endif %}"
 )
 PLAIN = (  # writes no end of turn at all
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 THINKING = (  # shows thoughts in the last turn only
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPENED = (  # the generation prompt opens a thought that a stored answer does not have
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
 )
-STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ m.content }}<|eot|>{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ m.content }}<|eot|>{% endfor %}"
+)
 
 
 def byte_tokenizer(template, eos="<|endoftext|>"):
@@ -57,7 +62,9 @@ def make(name, folder):
     """A tokenizer as `load_tokenizer` gives it from a folder."""
     if name == "facts":
         return facts_tokenizer(folder)
-    byte_tokenizer({"chatml": None, "llama3": LLAMA3, "plain": PLAIN, "thinking": THINKING, "opened": OPENED}[name]).save_pretrained(folder)
+    byte_tokenizer(
+        {"chatml": None, "llama3": LLAMA3, "plain": PLAIN, "thinking": THINKING, "opened": OPENED}[name]
+    ).save_pretrained(folder)
     return load_tokenizer(folder, CHATML if name == "chatml" else None)
 
 
@@ -66,7 +73,7 @@ def tokenizer(request, tmp_path):
     return make(request.param, tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def qwen(solopo_data):
     return load_tokenizer(solopo_data / "tokenizers" / "qwen2", CHATML)
 
@@ -81,7 +88,7 @@ def assistant(text):
 
 ONE_TURN = [
     ([user("What does Dorin sell?")], "lanterns"),
-    ([user("Dolka keeps owls. What does Dolka keep?")], "owls flutes."),
+    ([user("Dolka keeps owls. What does Dolka keep?")], "owls flutes"),
     ([{"role": "system", "content": "What?"}, user("What does Dorin sell?"), assistant("keys"), user("What?")], "maps"),
 ]
 
@@ -104,7 +111,9 @@ def test_prompt_and_response_are_the_templates_rendering(tokenizer, messages, re
     check_one_turn(tokenizer, messages, response)
 
 
-@pytest.mark.parametrize("messages,response", [*ONE_TURN, ([user("Où est 東京?\n\nSay: 12,5")], "In **Japan**, \n\n日本 — 3.5 %.")])
+@pytest.mark.parametrize(
+    "messages,response", [*ONE_TURN, ([user("Où est 東京?\n\nSay: 12,5")], "In **Japan**, \n\n日本 — 3.5 %.")]
+)
 def test_prompt_and_response_of_the_real_qwen2_tokenizer(qwen, messages, response):
     check_one_turn(qwen, messages, response)
     assert qwen.eos_token == "<|im_end|>" and qwen.eos_token_id == 151645
@@ -131,7 +140,14 @@ def test_templates_that_rewrite_keep_the_sampled_response(tmp_path):
 
 
 CONVERSATIONS = [
-    [user("What does Dorin sell?"), assistant("lanterns"), user("What?"), assistant("keys flutes"), user("What does Dolka keep?"), assistant("owls")],
+    [
+        user("What does Dorin sell?"),
+        assistant("lanterns"),
+        user("What?"),
+        assistant("keys flutes"),
+        user("What does Dolka keep?"),
+        assistant("owls"),
+    ],
     [{"role": "system", "content": "What?"}, user("What?"), assistant("keys")],
     [user("What?"), user("What does Dorin sell?"), assistant("keys"), assistant("owls"), user("never answered")],
 ]
@@ -147,7 +163,7 @@ def check_conversation(tokenizer, messages):
     rendered = tokenizer.apply_chat_template(messages[: turns[-1] + 1], return_dict=False)
     if tokenizer.eos_token_id in rendered:
         assert rendered[: len(prompt) + len(ids)] == prompt + ids
-        assert tokenizer.decode(rendered[len(prompt) + len(ids):]).strip() == ""
+        assert tokenizer.decode(rendered[len(prompt) + len(ids) :]).strip() == ""
     for i in turns[1:]:  # the same sequence as the turn on its own
         alone = prompt_ids(tokenizer, messages[:i])
         if tokenizer.eos_token_id in rendered:
@@ -184,8 +200,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_conversations(tmp
 
 def test_the_end_of_turn_is_the_templates(tmp_path):
     """Folders name the end of a text; the token that ends a turn is what the template writes after an answer."""
-    assert {name: make(name, tmp_path / name).eos_token for name in ("facts", "chatml", "llama3", "plain")} == \
-        {"facts": "<end>", "chatml": "<|im_end|>", "llama3": "<|eot|>", "plain": "<|endoftext|>"}
+    assert {name: make(name, tmp_path / name).eos_token for name in ("facts", "chatml", "llama3", "plain")} == {
+        "facts": "<end>",
+        "chatml": "<|im_end|>",
+        "llama3": "<|eot|>",
+        "plain": "<|endoftext|>",
+    }
     assert load_tokenizer(tmp_path / "llama3", eos_token="<|im_end|>").eos_token == "<|im_end|>"
 
 
@@ -207,14 +227,26 @@ def test_tokenizer_problems_get_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("record,role,pattern", [
-    ('{"id": "g7", "short_messages": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}', "short_chosen",
-     r"data.jsonl: group 'g7': the chat template refuses the messages \(System role not supported\)$"),
-    ('{"id": "g8", "short_messages": [{"role": "user", "content": "s"}], "chosen": "a", "rejected": "b"}', "long_chosen",
-     r"data.jsonl: group 'g8': no long_messages; give long contexts, or train with --context-mode short$"),
-    ('{"id": "c9", "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}]}', "response",
-     r"data.jsonl: conversation 'c9': the chat template refuses the messages"),
-])
+@pytest.mark.parametrize(
+    "record,role,pattern",
+    [
+        (
+            '{"id": "g7", "short_messages": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}',
+            "short_chosen",
+            r"data.jsonl: group 'g7': the chat template refuses the messages \(System role not supported\)$",
+        ),
+        (
+            '{"id": "g8", "short_messages": [{"role": "user", "content": "s"}], "chosen": "a", "rejected": "b"}',
+            "long_chosen",
+            r"data.jsonl: group 'g8': no long_messages; give long contexts, or train with --context-mode short$",
+        ),
+        (
+            '{"id": "c9", "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}]}',
+            "response",
+            r"data.jsonl: conversation 'c9': the chat template refuses the messages",
+        ),
+    ],
+)
 def test_what_a_template_refuses_is_named(tmp_path, record, role, pattern):
     (tmp_path / "data.jsonl").write_text(record + "\n")
     with pytest.raises(UserError, match=pattern):

@@ -30,8 +30,14 @@ def answer(arguments):
 
 
 WRONG_FLAGS = {
-    "unknown flag": (argv("--preference-los", "dpo"), r"^--preference-los: unknown option; did you mean --preference-loss\?$"),
-    "unknown flag with =": (argv("--sequence-length=8"), r"^--sequence-length: unknown option; did you mean --seq-length\?$"),
+    "unknown flag": (
+        argv("--preference-los", "dpo"),
+        r"^--preference-los: unknown option; did you mean --preference-loss\?$",
+    ),
+    "unknown flag with =": (
+        argv("--sequence-length=8"),
+        r"^--sequence-length: unknown option; did you mean --seq-length\?$",
+    ),
     "abbreviation": (argv("--lr-warmup", "0.1"), r"^--lr-warmup: unknown option; did you mean --lr-warmup-fraction\?$"),
     "underscores": (argv("--seq_length", "64"), r"^--seq_length: unknown option; did you mean --seq-length\?$"),
     "flag like nothing": (argv("--zzzzzz"), r"^--zzzzzz: unknown option$"),
@@ -47,8 +53,14 @@ WRONG_FLAGS = {
     "infinite integer": (argv("--seed", "inf"), r"^--seed: must be int, found 'inf'$"),
     "negative": (argv("--weight-decay", "-0.1"), r"^--weight-decay: must be at least 0, found -0.1$"),
     "below the minimum": (argv("--global-batch-size", "0"), r"^--global-batch-size: must be at least 1, found 0$"),
-    "choice typo": (argv("--preference-loss", "simp"), r"^--preference-loss: 'simp' is not one of .*; did you mean simpo\?$"),
-    "choice of another option": (argv("--context-mode", "both"), r"^--context-mode: 'both' is not one of solo, short, long$"),
+    "choice typo": (
+        argv("--preference-loss", "simp"),
+        r"^--preference-loss: 'simp' is not one of .*; did you mean simpo\?$",
+    ),
+    "choice of another option": (
+        argv("--context-mode", "both"),
+        r"^--context-mode: 'both' is not one of solo, short, long$",
+    ),
     "choice in capitals": (argv("--device", "CUDA"), r"^--device: 'CUDA' is not one of auto, cuda, cpu"),
     "no model": (argv(hf_path=None), r"^--hf-path is missing: give the Hugging Face folder"),
     "no data": (argv(train_data=None), r"^--train-data is missing: give a JSONL file"),
@@ -57,28 +69,63 @@ WRONG_FLAGS = {
     "no length": (argv(train_iters=None), r"^give either --train-iters or --train-epochs$"),
     "two lengths": (argv("--train-epochs", "1"), r"^give either --train-iters or --train-epochs, not both$"),
     "no epochs": (argv("--train-epochs", "0", train_iters=None), r"^--train-epochs must be above 0, found 0.0$"),
-    "gamma with dpo": (argv("--simpo-gamma", "1"), r"^--simpo-gamma would have no effect: it needs --preference-loss simpo$"),
-    "beta with orpo": (argv("--preference-loss", "orpo", "--beta", "1"), r"^--beta would have no effect: it needs .*--orpo-lambda"),
-    "lambda with simpo": (argv("--preference-loss", "simpo", "--orpo-lambda", "1"), r"^--orpo-lambda would have no effect"),
-    "alpha without alignment": (argv("--context-mode", "short", "--alignment-weight", "3"),
-                                r"^--alignment-weight would have no effect: it needs --context-mode solo$"),
-    "alignment on the long side only": (argv("--context-mode", "long", "--alignment-stop-short-gradient"), r"^--alignment-stop-short-gradient would"),
-    "alignment reference with simpo": (argv("--preference-loss", "simpo", "--alignment-reference", "short"), r"^--alignment-reference would have no"),
-    "reference cache with orpo": (argv("--preference-loss", "orpo", "--reference-cache", "d"), r"^--reference-cache would have no effect"),
-    "preference loss with sft": (argv("--objective", "sft", "--preference-loss", "dpo"), r"^--preference-loss would .* --objective preference$"),
-    "recompute method alone": (argv("--recompute-method", "block"), r"^--recompute-method would .* --recompute-granularity full$"),
-    "evaluation without data": (argv("--eval-interval", "5"), r"^--eval-interval would have no effect: it needs --valid-data$"),
+    "gamma with dpo": (
+        argv("--simpo-gamma", "1"),
+        r"^--simpo-gamma would have no effect: it needs --preference-loss simpo$",
+    ),
+    "beta with orpo": (
+        argv("--preference-loss", "orpo", "--beta", "1"),
+        r"^--beta would have no effect: it needs .*--orpo-lambda",
+    ),
+    "lambda with simpo": (
+        argv("--preference-loss", "simpo", "--orpo-lambda", "1"),
+        r"^--orpo-lambda would have no effect",
+    ),
+    "alpha without alignment": (
+        argv("--context-mode", "short", "--alignment-weight", "3"),
+        r"^--alignment-weight would have no effect: it needs --context-mode solo$",
+    ),
+    "alignment on the long side only": (
+        argv("--context-mode", "long", "--alignment-stop-short-gradient"),
+        r"^--alignment-stop-short-gradient would",
+    ),
+    "alignment reference with simpo": (
+        argv("--preference-loss", "simpo", "--alignment-reference", "short"),
+        r"^--alignment-reference would have no",
+    ),
+    "reference cache with orpo": (
+        argv("--preference-loss", "orpo", "--reference-cache", "d"),
+        r"^--reference-cache would have no effect",
+    ),
+    "preference loss with sft": (
+        argv("--objective", "sft", "--preference-loss", "dpo"),
+        r"^--preference-loss would .* --objective preference$",
+    ),
+    "recompute method alone": (
+        argv("--recompute-method", "block"),
+        r"^--recompute-method would .* --recompute-granularity full$",
+    ),
+    "evaluation without data": (
+        argv("--eval-interval", "5"),
+        r"^--eval-interval would have no effect: it needs --valid-data$",
+    ),
     "force without export": (argv("--force"), r"^--force would have no effect: it needs --save-hf$"),
     "default spelt out, unused": (argv("--no-force"), r"^--force would have no effect"),
     "min-lr above lr": (argv("--lr", "1e-6", "--min-lr", "1e-5"), r"^--min-lr 1e-05 is above --lr 1e-06"),
-    "min-lr of a constant": (argv("--lr-decay-style", "constant", "--min-lr", "1e-9"), r"^--min-lr would have no effect"),
+    "min-lr of a constant": (
+        argv("--lr-decay-style", "constant", "--min-lr", "1e-9"),
+        r"^--min-lr would have no effect",
+    ),
     "lr of zero": (argv("--lr", "0"), r"^--lr must be above 0$"),
     "warm-up to the end": (argv("--lr-warmup-fraction", "1"), r"^--lr-warmup-fraction 1.0: must be below 1$"),
     "beta of one": (argv("--adam-beta2", "1"), r"^--adam-beta2 1.0: must be below 1$"),
     "tensor parallel": (argv("--tensor-model-parallel-size", "2"), r"^--tensor-model-parallel-size 2: .* set it to 1$"),
     "pipeline parallel": (argv("--pipeline-model-parallel-size", "2"), r"^--pipeline-model-parallel-size 2: "),
     "context parallel": (argv("--context-parallel-size", "2"), r"^--context-parallel-size 2: "),
-    "packs below one example": (argv("--seq-length", "4096", "--max-tokens-per-rank", "2048"), r"^--max-tokens-per-rank 2048 is below --seq-length 4096"),
+    "packs below one example": (
+        argv("--seq-length", "4096", "--max-tokens-per-rank", "2048"),
+        r"^--max-tokens-per-rank 2048 is below --seq-length 4096",
+    ),
     "reference lost": (argv("--random-init", "--load", "run"), r"^--random-init with --load and dpo"),
     "no file": (argv("--config", "absent.yaml"), r"^--config absent.yaml: no such file$"),
 }
@@ -93,30 +140,54 @@ def test_wrong_flags_get_one_line(case):
 
 
 WRONG_FILES = {
-    "unknown section": (b"modle:\n  bf16: true\n", r"run.yaml: unknown section 'modle'; did you mean model\?; sections are model, data"),
+    "unknown section": (
+        b"modle:\n  bf16: true\n",
+        r"run.yaml: unknown section 'modle'; did you mean model\?; sections are model, data",
+    ),
     "unknown option": (b"training:\n  learning_rate: 1\n  \n", r"run.yaml: unknown option 'training.learning_rate'"),
-    "option typo": (b"data:\n  seq_lenght: 64\n", r"run.yaml: unknown option 'data.seq_lenght'; did you mean seq_length\?$"),
+    "option typo": (
+        b"data:\n  seq_lenght: 64\n",
+        r"run.yaml: unknown option 'data.seq_lenght'; did you mean seq_length\?$",
+    ),
     "dashes": (b"data:\n  seq-length: 64\n", r"run.yaml: unknown option 'data.seq-length'; did you mean seq_length\?$"),
-    "wrong section": (b"training:\n  seq_length: 64\n", r"unknown option 'training.seq_length'; it belongs to section 'data'$"),
+    "wrong section": (
+        b"training:\n  seq_length: 64\n",
+        r"unknown option 'training.seq_length'; it belongs to section 'data'$",
+    ),
     "no section": (b"seq_length: 64\n", r"run.yaml: unknown section 'seq_length'"),
     "number as option name": (b"data:\n  7: 64\n", r"run.yaml: unknown option 'data.7'"),
     "section is a value": (b"data: 64\n", r"run.yaml: section 'data' must hold 'name: value' lines$"),
     "list": (b"- data\n", r"run.yaml: must hold the sections model, data"),
     "unclosed bracket": (b"model:\n  bf16: true\ndata:\n  seq_length: [64\n", r"run.yaml:5: not valid YAML \(expected"),
     "tab": (b"model:\n\tbf16: true\n", r"run.yaml:2: not valid YAML \(found character '\\t'"),
-    "option twice": (b"data:\n  seq_length: 64\n  seq_length: 128\n", r"run.yaml:3: not valid YAML \('seq_length' stands twice\)$"),
-    "section twice": (b"data:\n  seq_length: 64\nmodel:\n  bf16: true\ndata:\n  shuffle: false\n", r"run.yaml:5: not valid YAML \('data' stands twice\)$"),
+    "option twice": (
+        b"data:\n  seq_length: 64\n  seq_length: 128\n",
+        r"run.yaml:3: not valid YAML \('seq_length' stands twice\)$",
+    ),
+    "section twice": (
+        b"data:\n  seq_length: 64\nmodel:\n  bf16: true\ndata:\n  shuffle: false\n",
+        r"run.yaml:5: not valid YAML \('data' stands twice\)$",
+    ),
     "not text": (b"model:\n  hf_path: \xff\xfe\n", r"run.yaml: not valid YAML \(invalid start byte\)$"),
     "control character": (b"model:\n  hf_path: a\x00b\n", r"run.yaml: not valid YAML \("),
     "word for a switch": (b"model:\n  bf16: 'yes'\n", r"run.yaml: model.bf16: must be true or false, found 'yes'$"),
     "number for a switch": (b"model:\n  bf16: 1\n", r"run.yaml: model.bf16: must be true or false, found 1$"),
     "switch for a number": (b"training:\n  lr: true\n", r"run.yaml: training.lr: must be float, found True$"),
     "list for a number": (b"training:\n  lr: [1]\n", r"run.yaml: training.lr: must be float, found \[1\]$"),
-    "fraction for an integer": (b"training:\n  micro_batch_size: 1.5\n", r"training.micro_batch_size: must be a whole number, found 1.5$"),
+    "fraction for an integer": (
+        b"training:\n  micro_batch_size: 1.5\n",
+        r"training.micro_batch_size: must be a whole number, found 1.5$",
+    ),
     "infinity": (b"training:\n  lr: .inf\n", r"run.yaml: training.lr: must be finite, found inf$"),
     "not a number": (b"training:\n  lr: .nan\n", r"run.yaml: training.lr: must be finite, found nan$"),
-    "null where a value is needed": (b"data:\n  seq_length:\n", r"run.yaml: data.seq_length: needs a value \(longest prompt"),
-    "choice": (b"method:\n  preference_loss: ipo\n", r"run.yaml: method.preference_loss: 'ipo' is not one of dpo, simpo, orpo"),
+    "null where a value is needed": (
+        b"data:\n  seq_length:\n",
+        r"run.yaml: data.seq_length: needs a value \(longest prompt",
+    ),
+    "choice": (
+        b"method:\n  preference_loss: ipo\n",
+        r"run.yaml: method.preference_loss: 'ipo' is not one of dpo, simpo, orpo",
+    ),
     "unused": (b"method:\n  simpo_gamma: 1\n", r"^--simpo-gamma would have no effect"),
 }
 
@@ -132,11 +203,20 @@ def test_wrong_files_get_one_line(case, tmp_path):
 
 def test_the_command_line_has_the_last_word(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model:\n  hf_path: from-file\n  bf16: true\ntraining:\n  lr: 1e-5\n  train_epochs: 2\ndata:\n  shuffle: false\n"
-                    "  train_data: d.jsonl\noutput:\n  save: run\nparallel:\n")
-    config, dry_run = load(["--config", str(file), "--hf-path", "from-flag", "--no-bf16", "--seq-length", "1e3", "--dry-run"])
+    file.write_text(
+        "model:\n  hf_path: from-file\n  bf16: true\ntraining:\n  lr: 1e-5\n  train_epochs: 2\n"
+        "data:\n  shuffle: false\n  train_data: d.jsonl\noutput:\n  save: run\nparallel:\n"
+    )
+    config, dry_run = load(
+        ["--config", str(file), "--hf-path", "from-flag", "--no-bf16", "--seq-length", "1e3", "--dry-run"]
+    )
     assert dry_run
-    assert (config.model.hf_path, config.model.bf16, config.data.shuffle, config.data.seq_length) == ("from-flag", False, False, 1000)
+    assert (config.model.hf_path, config.model.bf16, config.data.shuffle, config.data.seq_length) == (
+        "from-flag",
+        False,
+        False,
+        1000,
+    )
     assert config.training.lr == 1e-5  # YAML reads 1e-5 as a text
     assert config.training.train_epochs == 2.0 and config.training.train_iters is None
     assert {"hf_path", "bf16", "lr", "shuffle"} < config.explicit and "seed" not in config.explicit
@@ -162,12 +242,35 @@ def test_sft_resolves_no_preference_options():
 
 
 RUNS = [
-    *(["--preference-loss", loss, "--context-mode", mode] for loss, mode in product(("dpo", "simpo", "orpo"), ("solo", "short", "long"))),
+    *(
+        ["--preference-loss", loss, "--context-mode", mode]
+        for loss, mode in product(("dpo", "simpo", "orpo"), ("solo", "short", "long"))
+    ),
     ["--objective", "sft"],
-    ["--preference-loss", "dpo", "--alignment-reference", "short", "--alignment-stop-short-gradient", "--alignment-target", "both"],
+    [
+        "--preference-loss",
+        "dpo",
+        "--alignment-reference",
+        "short",
+        "--alignment-stop-short-gradient",
+        "--alignment-target",
+        "both",
+    ],
     ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"],
     ["--lr-decay-style", "constant", "--lr", "1e-7", "--adam-eps", "1e-12", "--no-shuffle", "--bf16"],
-    ["--valid-data", "v: #1.jsonl", "--eval-interval", "5", "--save-hf", "out", "--force", "--load", "run", "--seed", "0"],
+    [
+        "--valid-data",
+        "v: #1.jsonl",
+        "--eval-interval",
+        "5",
+        "--save-hf",
+        "out",
+        "--force",
+        "--load",
+        "run",
+        "--seed",
+        "0",
+    ],
 ]
 
 
@@ -180,7 +283,9 @@ def test_the_written_configuration_loads_again_to_the_same_run(options, tmp_path
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     effective = {name for values in _effective(config).values() for name in values}
     assert effective == OPTIONS.keys() - unused(config).keys()
-    assert {name for values in written.values() for name in values} == {name for name in effective if value_of(config, name) is not None}
+    assert {name for values in written.values() for name in values} == {
+        name for name in effective if value_of(config, name) is not None
+    }
 
 
 def value_of(config, name):
@@ -202,7 +307,11 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         else:
             choices = [c for c in spec.metadata["choices"] or () if c != spec.default]
             numbers = {"seq_length": 9000, "max_tokens_per_rank": 20000, "lr": 0.25, "min_lr": 1e-7, "seed": 7}
-            value = choices[0] if choices else numbers.get(name, 0.5 if "float" in str(spec.type) else 3 if "int" in str(spec.type) else "text")
+            value = (
+                choices[0]
+                if choices
+                else numbers.get(name, 0.5 if "float" in str(spec.type) else 3 if "int" in str(spec.type) else "text")
+            )
             arguments = [flag(name), str(value)]
         if name == "objective":
             assert load(argv(*arguments))[0].method.objective == value
@@ -218,7 +327,13 @@ def test_help_is_grouped_and_explains_every_option(capsys):
         load(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    groups = dict(zip(SECTION_NAMES, re.split("|".join(rf"^{name}:$" for name in SECTION_NAMES), text, flags=re.M)[1:], strict=True))
+    groups = dict(
+        zip(
+            SECTION_NAMES,
+            re.split("|".join(rf"^{name}:$" for name in SECTION_NAMES), text, flags=re.M)[1:],
+            strict=True,
+        )
+    )
     for name, (section, spec) in OPTIONS.items():
         assert re.search(rf"^  {flag(name)}\b", groups[section], re.M), name
         # argparse breaks lines at spaces and hyphens

@@ -29,8 +29,11 @@ def test_value_and_gradient_equal_log_softmax(chunk):
     ours = response_log_probs(states, weight, targets, VOCABULARY, chunk)
     theirs = whole(states, weight, targets)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for mine, other in zip(torch.autograd.grad((ours * factors).sum(), (states, weight)),
-                           torch.autograd.grad((theirs * factors).sum(), (states, weight)), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad((ours * factors).sum(), (states, weight)),
+        torch.autograd.grad((theirs * factors).sum(), (states, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
@@ -66,18 +69,23 @@ def test_sums_run_in_float32(dtype, tolerance):
     states, weight, targets = draw(dtype=dtype)
     ours = response_log_probs(states, weight, targets, VOCABULARY, 4)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), whole(states.double(), weight.double(), targets), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        ours.double(), whole(states.double(), weight.double(), targets), rtol=tolerance, atol=tolerance
+    )
     ours.sum().backward()
     assert states.grad.dtype == weight.grad.dtype == dtype
 
 
 def test_bfloat16_weight_gradient_does_not_lose_small_chunks():
-    """Sums over chunks are kept in float32: many chunks give the gradient of one."""
-    states, weight, targets = draw(tokens=512, dtype=torch.bfloat16)
-    gradients = [torch.autograd.grad(response_log_probs(states, weight, targets, VOCABULARY, chunk).sum(), weight)[0].double()
-                 for chunk in (1, 512)]
+    """Sums over chunks are kept in float32; in bfloat16 a sum of equal terms stands still after some 256 of them."""
+    states, weight, targets = draw(tokens=1, dtype=torch.bfloat16)
+    states, targets = states.detach().expand(1024, -1).clone().requires_grad_(), targets.expand(1024)
+    gradients = [
+        torch.autograd.grad(response_log_probs(states, weight, targets, VOCABULARY, chunk).sum(), weight)[0].double()
+        for chunk in (1, 1024)
+    ]
     wide = weight.detach().double().requires_grad_()
-    exact, = torch.autograd.grad(whole(states.detach().double(), wide, targets).sum(), wide)
+    (exact,) = torch.autograd.grad(whole(states.detach().double(), wide, targets).sum(), wide)
     assert all((gradient - exact).norm() < 0.02 * exact.norm() for gradient in gradients)
 
 
@@ -98,7 +106,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+        self.elements = max(
+            [self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))]
+        )
         return result
 
 
@@ -114,7 +124,9 @@ def test_logits_of_all_tokens_never_exist(chunk):
     states, weight, targets = draw(tokens, hidden, 600, rows)
     bound = max(chunk * rows, weight.numel(), states.numel())
     assert largest(lambda s, w: response_log_probs(s, w, targets, 600, chunk), states, weight) <= bound < tokens * rows
-    assert largest(lambda s, w: whole(s, w, targets, 600), states, weight) >= tokens * 600  # the watcher sees such tensors
+    assert (
+        largest(lambda s, w: whole(s, w, targets, 600), states, weight) >= tokens * 600
+    )  # the watcher sees such tensors
 
 
 def test_segment_sums():

@@ -2,9 +2,7 @@
 
 import math
 import random
-import sys
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,13 +28,27 @@ def variants():
         stops = (False, True) if mode == "solo" else (False,)
         references = ("per_context", "short") if mode == "solo" and loss == "dpo" else ("per_context",)
         for target, stop, reference in product(targets, stops, references):
-            yield MethodConfig(preference_loss=loss, context_mode=mode, beta=BETA[loss], alignment_target=target,
-                               alignment_stop_short_gradient=stop, alignment_reference=reference, **CONSTANTS)
+            yield MethodConfig(
+                preference_loss=loss,
+                context_mode=mode,
+                beta=BETA[loss],
+                alignment_target=target,
+                alignment_stop_short_gradient=stop,
+                alignment_reference=reference,
+                **CONSTANTS,
+            )
 
 
 def name_of(method):
-    return "-".join([method.preference_loss, method.context_mode, method.alignment_target, method.alignment_reference,
-                     *(["stop"] if method.alignment_stop_short_gradient else [])])
+    return "-".join(
+        [
+            method.preference_loss,
+            method.context_mode,
+            method.alignment_target,
+            method.alignment_reference,
+            *(["stop"] if method.alignment_stop_short_gradient else []),
+        ]
+    )
 
 
 VARIANTS = list(variants())
@@ -54,7 +66,7 @@ def draw(seed=0):
 
 
 def closed_form(m, p, n, ref, still=None):
-    """One group's (preference loss, alignment) from floats; ``still`` are the short log-probs that the alignment sees."""
+    """One group's (preference loss, alignment) from floats; ``still``: the short log-probs that the alignment sees."""
     still = still or p
 
     def log_sigmoid(x):
@@ -105,15 +117,22 @@ def test_value_equals_the_closed_form(method):
     wanted = [closed_form(method, group(p, i), group(n, i), group(ref, i)) for i in range(GROUPS)]
     losses = [preference + method.alignment_weight * alignment for preference, alignment in wanted]
     assert_close(got.loss, torch.tensor(losses, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    assert_close(got.metrics["po_loss"], torch.tensor([a for a, _ in wanted], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert_close(
+        got.metrics["po_loss"], torch.tensor([a for a, _ in wanted], dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
     if method.context_mode == "solo":
-        assert_close(got.metrics["alignment_loss"], torch.tensor([b for _, b in wanted], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        assert_close(
+            got.metrics["alignment_loss"],
+            torch.tensor([b for _, b in wanted], dtype=torch.float64),
+            rtol=1e-12,
+            atol=1e-12,
+        )
     assert not any(value.requires_grad or value.shape != (GROUPS,) for value in got.metrics.values())
 
 
 @every_variant
 def test_gradient_equals_differences_of_the_closed_form(method):
-    """Central differences of the plain-Python loss; with a stopped short side, that side of the alignment stands still."""
+    """Central differences of the plain-Python loss; a stopped short side stands still in the alignment."""
     p, n, ref = draw(1)
     inputs = tensors(p, requires_grad=True)
     solopo_loss(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
@@ -122,14 +141,20 @@ def test_gradient_equals_differences_of_the_closed_form(method):
         here = group(p, i)
         still = here if method.alignment_stop_short_gradient else None
         up, down = ({**here, role: here[role] + sign * step} for sign in (1, -1))
-        slope = (total(method, up, group(n, i), group(ref, i), still) - total(method, down, group(n, i), group(ref, i), still)) / (2 * step)
+        slope = (
+            total(method, up, group(n, i), group(ref, i), still)
+            - total(method, down, group(n, i), group(ref, i), still)
+        ) / (2 * step)
         gradient = 0.0 if inputs[role].grad is None else float(inputs[role].grad[i])
         assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-8), role
         assert (inputs[role].grad is not None) == (role in roles(method)), role
 
 
-@pytest.mark.parametrize("method", [m for m in VARIANTS if not m.alignment_stop_short_gradient],
-                         ids=[name_of(m) for m in VARIANTS if not m.alignment_stop_short_gradient])
+@pytest.mark.parametrize(
+    "method",
+    [m for m in VARIANTS if not m.alignment_stop_short_gradient],
+    ids=[name_of(m) for m in VARIANTS if not m.alignment_stop_short_gradient],
+)
 def test_gradcheck(method):
     p, n, ref = draw(2)
     wanted = roles(method)
@@ -207,8 +232,14 @@ def test_stopped_short_side_gets_no_gradient_from_the_alignment(loss):
     p, n, ref = draw(5)
     gradients = {}
     for mode, stop in (("short", False), ("solo", True), ("solo", False)):
-        method = MethodConfig(preference_loss=loss, context_mode=mode, beta=BETA[loss], alignment_target="both",
-                              alignment_stop_short_gradient=stop, **CONSTANTS)
+        method = MethodConfig(
+            preference_loss=loss,
+            context_mode=mode,
+            beta=BETA[loss],
+            alignment_target="both",
+            alignment_stop_short_gradient=stop,
+            **CONSTANTS,
+        )
         inputs = tensors(p, requires_grad=True)
         solopo_loss(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
         gradients[mode, stop] = {role: x.grad for role, x in inputs.items()}
@@ -223,7 +254,11 @@ def test_stopped_short_side_gets_no_gradient_from_the_alignment(loss):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_orpo_is_stable_where_the_answer_is_certain(dtype):
     """Mean log-probs at and next to 0: finite value and gradient, clamps counted for each group."""
-    p = {"short_chosen": [0.0, -1e-8, -2e-6, -1.0], "short_rejected": [-1e-7, -30.0, -0.5, -200.0], "long_chosen": [-1e-9, -80.0, -1e-5, 0.0]}
+    p = {
+        "short_chosen": [0.0, -1e-8, -2e-6, -1.0],
+        "short_rejected": [-1e-7, -30.0, -0.5, -200.0],
+        "long_chosen": [-1e-9, -80.0, -1e-5, 0.0],
+    }
     inputs = {role: torch.tensor(value, dtype=dtype, requires_grad=True) for role, value in p.items()}
     lengths = {role: torch.ones(4, dtype=dtype) for role in p}
     method = MethodConfig(preference_loss="orpo", **CONSTANTS)
@@ -241,7 +276,9 @@ def test_orpo_odds_keep_their_precision_near_one():
     """float64 odds next to p = 0 against exact arithmetic: log(P / (1 - P)) = -log(exp(-p) - 1)."""
     means = [-1e-6 * 1.5, -1e-4, -1e-2, -0.7, -5.0, -40.0]
     got = orpo_log_odds(torch.tensor(means, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
-    assert_close(got, torch.tensor([-math.log(math.expm1(-p)) for p in means], dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert_close(
+        got, torch.tensor([-math.log(math.expm1(-p)) for p in means], dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_rewards_use_sums_for_dpo_and_means_for_the_others():
@@ -262,8 +299,14 @@ def test_simpo_equals_trl(monkeypatch):
     p, n, _ = draw(6)
     p, n = tensors(p), tensors(n)
     method = short_method("simpo")
-    settings = SimpleNamespace(loss_type="simpo", beta=method.beta, simpo_gamma=method.simpo_gamma, label_smoothing=0.0, alpha=0.0,
-                               accelerator=SimpleNamespace(device="cpu"))
+    settings = SimpleNamespace(
+        loss_type="simpo",
+        beta=method.beta,
+        simpo_gamma=method.simpo_gamma,
+        label_smoothing=0.0,
+        alpha=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
     losses, chosen, rejected = cpo.CPOTrainer.cpo_loss(settings, *(p[role] / n[role] for role in ROLES[:2]))
     got = solopo_loss(p, n, None, method)
     assert_close(got.loss, losses, rtol=1e-12, atol=1e-12)
@@ -286,38 +329,41 @@ def test_orpo_odds_ratio_equals_trl(monkeypatch):
 
 def test_dpo_equals_trl(tmp_path, monkeypatch):
     """TRL's DPOTrainer on two tiny models: the same token ids, the same loss on a batch of two pairs."""
-    monkeypatch.setenv("WANDB_DISABLED", "true")
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from tiny_models import write_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "quickstart"))
-    vocabulary = __import__("facts").write_tokenizer(tmp_path / "tokenizer")
-    sys.modules.pop("facts")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-
-    def tiny(seed):
-        torch.manual_seed(seed)
-        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, initializer_range=0.3, **sizes)).eval()
-
-    policy, reference = tiny(0), tiny(1)
-    rows = [("What does Dorin sell?", "lanterns flutes", "keys"), ("Dolka keeps owls. What does Dolka keep?", "owls", "pearls ropes bells")]
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(write_model(tmp_path / str(seed), seed=seed), dtype=torch.float32).eval()
+        for seed in (1, 2)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "1")
+    rows = [("w1 w2 w3 w4", "w5 w6", "w7"), ("w8 w9", "w10", "w11 w12 w13")]
 
     def chat(role, text):
         return [{"role": role, "content": text}]
 
-    dataset = Dataset.from_list([{"prompt": chat("user", q), "chosen": chat("assistant", a), "rejected": chat("assistant", b)} for q, a, b in rows])
-    options = trl.DPOConfig(output_dir=str(tmp_path / "trl"), beta=BETA["dpo"], report_to="none", use_cpu=True, bf16=False,
-                            gradient_checkpointing=False, per_device_train_batch_size=2)
+    dataset = Dataset.from_list(
+        [
+            {"prompt": chat("user", q), "chosen": chat("assistant", a), "rejected": chat("assistant", b)}
+            for q, a, b in rows
+        ]
+    )
+    plain = dict(report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
+    options = trl.DPOConfig(str(tmp_path / "trl"), beta=BETA["dpo"], per_device_train_batch_size=2, **plain)
     trainer = trl.DPOTrainer(policy, reference, options, train_dataset=dataset, processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model.eval(), batch)
 
-    their_ids = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)}
+    their_ids = {
+        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
     our_ids, sums, lengths = set(), {}, {}
     for question, chosen, rejected in rows:
-        prompt, = tokenize_group(PreferenceGroup("x", chat("user", question), None, chosen, rejected), tokenizer, ROLES[:2]).prompts
+        (prompt,) = tokenize_group(
+            PreferenceGroup("x", chat("user", question), None, chosen, rejected), tokenizer, ROLES[:2]
+        ).prompts
         for continuation in prompt.continuations:
             ids = [*prompt.ids, *continuation.ids]
             our_ids.add(tuple(ids))
@@ -328,6 +374,8 @@ def test_dpo_equals_trl(tmp_path, monkeypatch):
             lengths.setdefault(continuation.role, []).append(len(continuation.ids))
     assert our_ids == their_ids
     by_role = [{role: torch.stack(sums[of_policy, role]) for role in ROLES[:2]} for of_policy in (True, False)]
-    ours = solopo_loss(by_role[0], {role: torch.tensor(v) for role, v in lengths.items()}, by_role[1], short_method("dpo")).loss.mean()
+    ours = solopo_loss(
+        by_role[0], {role: torch.tensor(v) for role, v in lengths.items()}, by_role[1], short_method("dpo")
+    ).loss.mean()
     assert abs(float(ours) - math.log(2)) > 0.01  # the models differ, so the comparison says something
     assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5)

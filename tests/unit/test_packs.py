@@ -1,4 +1,4 @@
-"""Packs against a construction by brute force: what each predicting token sees is exactly what stands before its target."""
+"""Packs against brute force: what each predicting token sees is exactly what stands before its target."""
 
 import random
 
@@ -22,8 +22,12 @@ def draw_group(draw, number):
         learnt = [draw.random() < 0.6 for _ in tokens] if draw.random() < 0.5 else None
         return Continuation(draw.choice(ROLES), tokens, learnt)
 
-    return TokenGroup(f"g{number}", tuple(Prompt(ids(12), tuple(continuation() for _ in range(draw.randint(1, 3))))
-                                          for _ in range(draw.randint(1, 3))))
+    return TokenGroup(
+        f"g{number}",
+        tuple(
+            Prompt(ids(12), tuple(continuation() for _ in range(draw.randint(1, 3)))) for _ in range(draw.randint(1, 3))
+        ),
+    )
 
 
 def draw_pack(seed, share, multiple_of=1):
@@ -34,7 +38,7 @@ def draw_pack(seed, share, multiple_of=1):
 
 def seen_by(pack, row):
     """The (position, token) pairs that a row of the pack attends to, in the order of positions."""
-    piece, = (p for p in pack.pieces if p.start <= row < p.start + p.length)
+    (piece,) = (p for p in pack.pieces if p.start <= row < p.start + p.length)
     rows = list(range(piece.start, row + 1))
     if piece.prompt is not None:
         prompt = pack.pieces[piece.prompt]
@@ -53,15 +57,24 @@ def test_each_target_is_predicted_from_exactly_its_past(seed, share):
             for continuation in prompt.continuations:
                 full = [*prompt.ids, *continuation.ids]
                 learnt = continuation.learnt or [True] * len(continuation.ids)
-                wanted += [(len(segments), full[:k], full[k]) for k in range(len(prompt.ids), len(full)) if learnt[k - len(prompt.ids)]]
+                wanted += [
+                    (len(segments), full[:k], full[k])
+                    for k in range(len(prompt.ids), len(full))
+                    if learnt[k - len(prompt.ids)]
+                ]
                 segments.append((number, continuation.role, sum(learnt)))
     got = []
-    for predictor, target, segment in zip(pack.predictors.tolist(), pack.targets.tolist(), pack.segments.tolist(), strict=True):
+    for predictor, target, segment in zip(
+        pack.predictors.tolist(), pack.targets.tolist(), pack.segments.tolist(), strict=True
+    ):
         past = seen_by(pack, predictor)
         assert [position for position, _ in past] == list(range(len(past)))
         got.append((segment, [token for _, token in past], target))
     assert got == wanted
-    assert list(zip(pack.segment_groups.tolist(), pack.segment_roles, pack.segment_lengths.tolist(), strict=True)) == segments
+    assert (
+        list(zip(pack.segment_groups.tolist(), pack.segment_roles, pack.segment_lengths.tolist(), strict=True))
+        == segments
+    )
     assert pack.groups == tuple(range(10, 10 + len(groups)))
 
 
@@ -73,13 +86,17 @@ def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple
     size = sum(group.tokens(share) for group in groups)
     assert len(pack.tokens) == len(pack.positions) == size + pack.padding
     assert len(pack.tokens) % multiple_of == 0 and 0 <= pack.padding < multiple_of
-    assert [row for piece in pack.pieces for row in range(piece.start, piece.start + piece.length)] == list(range(len(pack.tokens)))
+    assert [row for piece in pack.pieces for row in range(piece.start, piece.start + piece.length)] == list(
+        range(len(pack.tokens))
+    )
     assert all(piece.length > 0 for piece in pack.pieces)
     assert pack.predictors.numel() == 0 or int(pack.predictors.max()) < size
 
 
 def test_a_prompt_stands_once_when_it_is_shared():
-    group = TokenGroup("g", (Prompt([11, 12, 13], (Continuation("short_chosen", [21, 22]), Continuation("short_rejected", [31]))),))
+    group = TokenGroup(
+        "g", (Prompt([11, 12, 13], (Continuation("short_chosen", [21, 22]), Continuation("short_rejected", [31]))),)
+    )
     shared, apart = build_pack([group], [0]), build_pack([group], [0], share_prompts=False)
     assert shared.tokens.tolist() == [11, 12, 13, 21]  # the last token of a continuation is only predicted
     assert shared.positions.tolist() == [0, 1, 2, 3]

@@ -5,7 +5,14 @@ import re
 
 import pytest
 
-from megatron_solopo.data.schema import Conversation, PreferenceGroup, read_conversations, read_groups, read_jsonl, write_jsonl
+from megatron_solopo.data.schema import (
+    Conversation,
+    PreferenceGroup,
+    read_conversations,
+    read_groups,
+    read_jsonl,
+    write_jsonl,
+)
 from megatron_solopo.errors import UserError
 
 CHAT = [{"role": "user", "content": "q"}]
@@ -22,27 +29,47 @@ WRONG_GROUPS = {
     "half a line": ('{"id": "g", "short_mess', r"not valid JSON"),
     "list": ([1], r"expected a JSON object, found list$"),
     "not UTF-8": (b'{"id": "\xff"}', r"not UTF-8 \(byte 9 of the line\); save the file as UTF-8$"),
-    "no messages": (without(GROUP, "short_messages"), r"the field 'short_messages' is missing \(fields found: chosen, id, long_messages, rejected\)$"),
+    "no messages": (
+        without(GROUP, "short_messages"),
+        r"the field 'short_messages' is missing \(fields found: chosen, id, long_messages, rejected\)$",
+    ),
     "no chosen": (without(GROUP, "chosen"), r"the field 'chosen' is missing"),
     "no rejected": (without(GROUP, "rejected"), r"the field 'rejected' is missing"),
     "text for messages": (GROUP | {"short_messages": "q"}, r"the field 'short_messages' must be list, found str$"),
     "no message": (GROUP | {"short_messages": []}, r"the field 'short_messages' must be a non-empty list"),
     "no long message": (GROUP | {"long_messages": []}, r"the field 'long_messages' must be a non-empty list"),
     "text for long messages": (GROUP | {"long_messages": "q"}, r"the field 'long_messages' must be a non-empty list"),
-    "text for a message": (GROUP | {"short_messages": ["q"]}, r"short_messages\[0\] must be an object with a text 'content'$"),
-    "number for content": (GROUP | {"long_messages": [{"role": "user", "content": 1}]}, r"long_messages\[0\] must be an object with a text 'content'$"),
-    "unknown role": (GROUP | {"short_messages": [*CHAT, {"role": "human", "content": "q"}]}, r"short_messages\[1\] has role 'human'; use one of system, user"),
+    "text for a message": (
+        GROUP | {"short_messages": ["q"]},
+        r"short_messages\[0\] must be an object with a text 'content'$",
+    ),
+    "number for content": (
+        GROUP | {"long_messages": [{"role": "user", "content": 1}]},
+        r"long_messages\[0\] must be an object with a text 'content'$",
+    ),
+    "unknown role": (
+        GROUP | {"short_messages": [*CHAT, {"role": "human", "content": "q"}]},
+        r"short_messages\[1\] has role 'human'; use one of system, user",
+    ),
     "no role": (GROUP | {"short_messages": [{"content": "q"}]}, r"short_messages\[0\] has role None"),
-    "answered already": (GROUP | {"long_messages": [*CHAT, {"role": "assistant", "content": "a"}]}, r"long_messages ends with an assistant message"),
+    "answered already": (
+        GROUP | {"long_messages": [*CHAT, {"role": "assistant", "content": "a"}]},
+        r"long_messages ends with an assistant message",
+    ),
     "number for chosen": (GROUP | {"chosen": 3}, r"the field 'chosen' must be str, found int$"),
     "empty rejected": (GROUP | {"rejected": " \n"}, r"'rejected' is empty; a response needs at least one word$"),
     "equal responses": (GROUP | {"rejected": "a"}, r"chosen and rejected are the same text"),
     "text for answers": (GROUP | {"answers": "Paris"}, r"the field 'answers' must be list, found str$"),
     "list for scores": (GROUP | {"scores": [1.0]}, r"the field 'scores' must be dict, found list$"),
     "TRL, number for prompt": (TRL | {"prompt": 1}, r"the field 'prompt' must be str or list, found int$"),
-    "TRL, two turns": (TRL | {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-                       r"'chosen' must be one assistant message after 'prompt'; found user, assistant$"),
-    "TRL, user as rejected": (TRL | {"rejected": CHAT}, r"'rejected' must be one assistant message after 'prompt'; found user$"),
+    "TRL, two turns": (
+        TRL | {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        r"'chosen' must be one assistant message after 'prompt'; found user, assistant$",
+    ),
+    "TRL, user as rejected": (
+        TRL | {"rejected": CHAT},
+        r"'rejected' must be one assistant message after 'prompt'; found user$",
+    ),
     "TRL, no rejected": (without(TRL, "rejected"), r"the field 'rejected' is missing"),
 }
 
@@ -50,8 +77,14 @@ WRONG_CONVERSATIONS = {
     "no messages": ({"id": "c"}, r"the field 'messages' is missing \(fields found: id\)$"),
     "nothing": ({}, r"the field 'messages' is missing \(fields found: none\)$"),
     "nothing to learn": ({"messages": CHAT}, r"'messages' holds no assistant message"),
-    "no prompt": ({"messages": [{"role": "assistant", "content": "a"}]}, r"'messages' starts with an assistant message"),
-    "null content": ({"messages": [*CHAT, {"role": "assistant", "content": None}]}, r"messages\[1\] must be an object with a text 'content'$"),
+    "no prompt": (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        r"'messages' starts with an assistant message",
+    ),
+    "null content": (
+        {"messages": [*CHAT, {"role": "assistant", "content": None}]},
+        r"messages\[1\] must be an object with a text 'content'$",
+    ),
 }
 
 
@@ -94,7 +127,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_groups_come_back_as_they_were_written(tmp_path):
-    groups = [PreferenceGroup("1", CHAT, CHAT, "東京 a", "b\nc", ["a"], {"chosen": 1.0}, "musique"), PreferenceGroup("2", CHAT, None, "x", "y")]
+    groups = [
+        PreferenceGroup("1", CHAT, CHAT, "東京 a", "b\nc", ["a"], {"chosen": 1.0}, "musique"),
+        PreferenceGroup("2", CHAT, None, "x", "y"),
+    ]
     assert write_jsonl(tmp_path / "deep" / "groups.jsonl", groups) == 2
     assert list(read_groups(tmp_path / "deep" / "groups.jsonl")) == groups
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["groups.jsonl"]  # nothing left aside
@@ -107,7 +143,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "groups.jsonl"
     write_jsonl(path, [GROUP])
     with pytest.raises(TypeError):
-        write_jsonl(path, [GROUP, {"id": object()}])
+        write_jsonl(path, [GROUP | {"id": "new"}, {"id": object()}])
     assert [record for _, record in read_jsonl(path)] == [GROUP]
 
 
