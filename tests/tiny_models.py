@@ -17,11 +17,24 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<assistant> ' + m.content + ' <end> ' if m.role == 'assistant' else '<user> ' + m.content + ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-SHAPE: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                             vocab_size=len(WORDS) + len(SPECIAL), max_position_embeddings=256)
+SHAPE: dict[str, Any] = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=len(WORDS) + len(SPECIAL),
+    max_position_embeddings=256,
+)
 
 
-def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int = 1, noise: float = 0.1, template: str | None = TEMPLATE) -> Path:
+def write_model(
+    folder: Path,
+    config: PretrainedConfig | None = None,
+    seed: int = 1,
+    noise: float = 0.1,
+    template: str | None = TEMPLATE,
+) -> Path:
     """A folder of config, random weights (norms and biases moved off their initial values) and word-level tokenizer."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SHAPE, tie_word_embeddings=False))
@@ -31,7 +44,9 @@ def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int 
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL + WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", additional_special_tokens=SPECIAL[1:3])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>", additional_special_tokens=SPECIAL[1:3]
+    )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
@@ -54,7 +69,15 @@ def preference_groups(count: int, seed: int = 0, long_is_short: bool = False) ->
         long = short if long_is_short else _text(draw, draw.randint(10, 60)) + " " + short
         chosen = _text(draw, draw.randint(1, 6))
         rejected = "w0 " + _text(draw, draw.randint(1, 9))
-        records.append({"id": f"g{number}", "short_messages": _chat(short), "long_messages": _chat(long), "chosen": chosen, "rejected": rejected})
+        records.append(
+            {
+                "id": f"g{number}",
+                "short_messages": _chat(short),
+                "long_messages": _chat(long),
+                "chosen": chosen,
+                "rejected": rejected,
+            }
+        )
     return records
 
 
@@ -65,7 +88,9 @@ def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     for number in range(count):
         word = draw.choice(WORDS[:8])
         prompt = " ".join([word] * draw.randint(2, 9))
-        records.append({"id": f"c{number}", "messages": [*_chat(prompt), {"role": "assistant", "content": f"{word} {word}"}]})
+        records.append(
+            {"id": f"c{number}", "messages": [*_chat(prompt), {"role": "assistant", "content": f"{word} {word}"}]}
+        )
     return records
 
 

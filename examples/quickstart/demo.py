@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -72,8 +73,11 @@ class Stages:
         self.begin = time.monotonic()
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, budget: float, *commands: list[str], log: str | None = None) -> None:
+    def run(self, name: str, budget: float, *commands: list[str], remakes: Path | None = None) -> None:
         """Runs the commands side by side; ``budget`` is what they should take on 2 idle cores, in seconds.
+
+        Args:
+            remakes: the run folder that the stage makes; what an unfinished or other run left there goes first.
 
         Raises:
             UserError: a command failed; the stages before it stay done.
@@ -85,6 +89,8 @@ class Stages:
             print(f"[{self._clock()}] {name}: done before ({done['seconds']:.0f} s)", flush=True)
             return
         print(f"\n[{self._clock()}] {name} (about {budget:.0f} s)", flush=True)
+        if remakes is not None:
+            shutil.rmtree(remakes, ignore_errors=True)
         begin = time.monotonic()
         running = []
         for command in commands:
@@ -183,7 +189,7 @@ def build(stages: Stages, settings: Settings, folder: Path, seed: int) -> None:
         settings, "--hf-path", initial, "--random-init", "--objective", "sft", "--train-data", data / "conversations.jsonl", "--no-shuffle",
         "--seq-length", 512, "--train-iters", steps, "--global-batch-size", 32, "--micro-batch-size", 16, "--lr", "2e-3",
         "--lr-decay-style", "constant", "--lr-warmup-fraction", 0.27, "--weight-decay", 0.01, "--seed", seed, "--log-interval", 100, "--save", folder / "base",
-        "--save-hf", base, "--force"))
+        "--save-hf", base, "--force"), remakes=folder / "base")
     contexts, responses, groups = folder / "contexts.jsonl", folder / "responses.jsonl", folder / "groups.jsonl"
     stages.run("contexts", 10, solopo("prepare-data", "--input", data / "train.jsonl", "--tokenizer", base, "--short-documents", SHORT,
                                       "--long-documents", LONG, "--seed", seed, *PROMPT, "--output", contexts))
@@ -195,7 +201,7 @@ def build(stages: Stages, settings: Settings, folder: Path, seed: int) -> None:
         stages.run(label, 25 if label == "short-PO" else 70, train(
             settings, "--hf-path", base, "--preference-loss", "orpo", *words, "--train-data", groups, "--seq-length", 512,
             "--train-iters", settings.steps, "--global-batch-size", 32, "--micro-batch-size", 16, "--lr", "3e-4", "--lr-warmup-fraction", 0.05,
-            "--seed", seed, "--log-interval", 50, "--save", folder / name, "--save-hf", folder / f"{name}-hf", "--force"))
+            "--seed", seed, "--log-interval", 50, "--save", folder / name, "--save-hf", folder / f"{name}-hf", "--force"), remakes=folder / name)
 
 
 def slug(label: str) -> str:

@@ -3,140 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import oracle
 import pytest
-from safetensors.torch import load_file
+from launches import (
+    METHODS,
+    SIX_STEPS,
+    Launch,
+    World,
+    common_runs,
+    gradient_cases,
+    launch,
+    method_roles,
+    token_examples,
+    training_run,
+)
 from tiny_models import SHAPE, conversations, preference_groups, write_lines, write_model
-from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
-
-ROOT = Path(__file__).resolve().parents[2]
-
-SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")
-SOLO = {"objective": "preference", "context_mode": "solo"}
-METHODS: dict[str, dict[str, Any]] = {
-    "dpo": SOLO | {"preference_loss": "dpo", "beta": 0.3, "alignment_weight": 3.0},
-    "simpo": SOLO | {"preference_loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "alignment_weight": 1.0},
-    "orpo": SOLO | {"preference_loss": "orpo", "orpo_lambda": 0.4, "alignment_weight": 1.5},
-    "sft": {"objective": "sft"},
-    "dpo-both-stopped-short-reference": SOLO | {
-        "preference_loss": "dpo", "beta": 0.1, "alignment_weight": 0.7, "alignment_target": "both",
-        "alignment_stop_short_gradient": True, "alignment_reference": "short",
-    },
-    "orpo-short": {"objective": "preference", "context_mode": "short", "preference_loss": "orpo", "orpo_lambda": 0.1},
-    "dpo-long": {"objective": "preference", "context_mode": "long", "preference_loss": "dpo", "beta": 0.1},
-}
-LAYOUTS: dict[str, list[Any]] = {
-    "packed": ["--micro-batch-size", 8],
-    "by-two": ["--micro-batch-size", 2],
-    "one-by-one": ["--micro-batch-size", 1],
-    "separate": ["--micro-batch-size", 3, "--no-share-prompts"],
-    "padded": ["--micro-batch-size", 2],  # with multiple_of
-    "by-tokens": ["--micro-batch-size", 8, "--max-tokens-per-rank", 160, "--seq-length", 160],
-    "small-chunks": ["--micro-batch-size", 8, "--logprob-chunk-size", 3],
-    "recompute": ["--micro-batch-size", 2, "--recompute-granularity", "full"],
-    "recompute-block": ["--micro-batch-size", 2, "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", 1],
-}
-BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4]}
-"""Seven and three do not divide by two processes; with one, the second process has an empty pack."""
-
-PLANS = [
-    *(("float64", method, "llama", layout, "seven") for method in METHODS for layout in ("packed", "one-by-one")),
-    *(("float64", "dpo", "llama", layout, "seven") for layout in LAYOUTS if layout not in ("packed", "one-by-one")),
-    *(("float64", "orpo", "qwen2", layout, "seven") for layout in ("by-two", "separate")),
-    *(("float64", method, "llama", "one-by-one", batch) for method in ("dpo", "sft") for batch in ("one", "three")),
-    *(("float32", method, "llama", "by-two", "seven") for method in ("dpo", "simpo", "orpo", "sft")),
-    *(("float32", "dpo", "llama", layout, "seven") for layout in ("one-by-one", "recompute")),
-    *(("float32", "dpo", "llama", "one-by-one", batch) for batch in ("one", "three")),
-    ("float32", "orpo", "qwen2", "by-two", "seven"),
-]
-"""(dtype, method, model, layout, batch) of every gradient that is computed."""
-
-
-def case_name(plan: tuple[str, ...]) -> str:
-    return " ".join(plan)
-
-
-def method_roles(method: dict[str, Any]) -> tuple[str, ...]:
-    if method["objective"] == "sft":
-        return ("response",)
-    both = method.get("alignment_target") == "both"
-    return {"short": SHORT, "long": LONG, "solo": SHORT + (LONG if both else LONG[:1])}[method["context_mode"]]
-
-
-def method_flags(method: dict[str, Any]) -> list[Any]:
-    flags: list[Any] = []
-    for name, value in method.items():
-        flags += ["--" + name.replace("_", "-")] + ([] if value is True else [value])
-    return flags
-
-
-def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any]]:
-    """Random ids; lengths from one token to many, so that no two packs are alike. In sft some tokens are not learnt."""
-    draw, examples = random.Random(5), []
-
-    def ids(length: int) -> list[int]:
-        return [draw.randrange(SHAPE["vocab_size"]) for _ in range(length)]
-
-    for number in range(count):
-        prompts = {"short": ids(draw.randint(2, 20)), "long": ids(draw.randint(20, 90)), "response": ids(draw.randint(2, 40))}
-        responses = {"chosen": ids(draw.randint(1, 9)), "rejected": ids(draw.randint(1, 9)), "response": ids(draw.randint(2, 30))}
-        learnt = [draw.random() < 0.6 for _ in responses["response"][:-1]] + [True]
-        examples.append({"id": f"g{number}", "prompts": [
-            {"ids": prompts[context], "continuations": [
-                {"role": role, "ids": responses[role.split("_")[-1]], "learnt": learnt if role == "response" else None}
-                for role in roles if role.split("_")[0] == context
-            ]}
-            for context in dict.fromkeys(role.split("_")[0] for role in roles)
-        ]})
-    return examples
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launch left behind.
-
-    Attributes:
-        results: case -> {"means", "tokens", "padding", "packs", "table"}; run -> "done" or its error.
-        gradients: case -> tensor name -> gradient.
-        folder: with one run folder for each run, ``NAME-hf`` for its export.
-    """
-
-    results: dict[str, Any]
-    gradients: dict[str, dict[str, Tensor]]
-    folder: Path
-
-    def metrics(self, run: str, split: str = "train") -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if line["split"] == split]
-
-    def weights(self, run: str) -> dict[str, Tensor]:
-        return load_file(self.folder / f"{run}-hf" / "model.safetensors")
-
-
-@dataclass(frozen=True)
-class World:
-    """Models and data that all launches use.
-
-    Attributes:
-        references: roles -> role -> log-prob of each example under the reference model, by the oracle.
-    """
-
-    folder: Path
-
-    def model(self, name: str) -> Path:
-        return self.folder / name
-
-    def examples(self, roles: tuple[str, ...]) -> Path:
-        return self.folder / ("-".join(roles) + ".json")
 
 
 @pytest.fixture(scope="session")
@@ -162,68 +45,42 @@ def references(world: World) -> dict[tuple[str, ...], list[dict[str, float]]]:
     return {roles: oracle.reference_table(world.model("reference"), token_examples(roles)) for roles in wanted}
 
 
-def gradient_cases(world: World, references: dict, out: Path) -> list[dict[str, Any]]:
-    cases = []
-    for plan in PLANS:
-        dtype, method_name, model, layout, batch = plan
-        method = METHODS[method_name]
-        argv = ["--hf-path", world.model(model), "--train-data", "none", "--save", out / "none", "--train-iters", 1,
-                *method_flags(method), *LAYOUTS[layout]]
-        cases.append({
-            "name": case_name(plan), "dtype": dtype, "indices": BATCHES[batch], "argv": list(map(str, argv)),
-            "examples": str(world.examples(method_roles(method))), "multiple_of": 16 if layout == "padded" else None,
-            "reference": references.get(method_roles(method)) if method.get("preference_loss") == "dpo" else None,
-        })
-    return cases
-
-
-def training_run(world: World, out: Path, name: str, *flags: Any, data: str = "groups", load: bool = False, cut: tuple | None = None) -> dict:
-    argv = ["--hf-path", world.model("llama"), "--train-data", world.folder / f"{data}.jsonl", "--save", out / name, "--save-hf", out / f"{name}-hf",
-            "--seq-length", 128, "--micro-batch-size", 2, *(["--load", out / name] if load else []), *flags]
-    return {"name": name, "argv": list(map(str, argv))} | ({"cut": [str(cut[0]), str(out / name), cut[1]]} if cut else {})
-
-
-SIX_STEPS = ["--train-iters", 6, "--global-batch-size", 5, "--lr", 1e-3, "--save-interval", 2, "--eval-interval", 3]
-
-
-def common_runs(world: World, out: Path) -> list[dict[str, Any]]:
-    """Runs that every number of processes does: three steps of each method, with a last step that is smaller."""
-    return [
-        training_run(world, out, f"three-{name}", *method_flags(METHODS[name]), "--lr", 1e-4, "--global-batch-size", 5, "--train-epochs", 1,
-                     "--lr-warmup-fraction", 0, data="chats" if name == "sft" else "groups")
-        for name in ("dpo", "simpo", "orpo", "sft")
-    ]
-
-
-def launch(processes: int, out: Path, cases: list[dict], runs: list[dict]) -> Launch:
-    out.mkdir(exist_ok=True)
-    job = out / "job.json"
-    job.write_text(json.dumps({"out": str(out), "gradients": cases, "runs": runs}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               str(Path(__file__).with_name("worker.py")), str(job)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(out / "gradients.safetensors").items():
-        case, _, name = key.partition("|")
-        found.setdefault(case, {})[name] = tensor
-    return Launch(json.loads((out / "results.json").read_text()), found, out)
-
-
 @pytest.fixture(scope="session")
 def two(world: World, references: dict, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Two processes."""
     out = tmp_path_factory.mktemp("two")
     valid = ["--valid-data", world.folder / "valid.jsonl"]
-    return launch(2, out, gradient_cases(world, references, out), [
-        *common_runs(world, out),
-        training_run(world, out, "unbroken", *SIX_STEPS, *valid),
-        training_run(world, out, "resumed", *SIX_STEPS, *valid, load=True, cut=(out / "unbroken", 4)),
-        training_run(world, out, "same-contexts", "--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3, data="same"),
-        training_run(world, out, "bfloat16", "--bf16", "--objective", "sft", "--train-iters", 20, "--global-batch-size", 6, "--lr", 1e-2, data="chats"),
-        training_run(world, out, "not-finite", "--train-iters", 3, "--lr", 1e30, "--clip-grad", 0, "--lr-warmup-fraction", 0),
-    ])
+    return launch(
+        2,
+        out,
+        gradient_cases(world, references, out),
+        [
+            *common_runs(world, out),
+            training_run(world, out, "unbroken", *SIX_STEPS, *valid),
+            training_run(world, out, "resumed", *SIX_STEPS, *valid, load=True, cut=(out / "unbroken", 4)),
+            training_run(
+                world, out, "same-contexts", "--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3, data="same"
+            ),
+            training_run(
+                world,
+                out,
+                "bfloat16",
+                "--bf16",
+                "--objective",
+                "sft",
+                "--train-iters",
+                20,
+                "--global-batch-size",
+                6,
+                "--lr",
+                1e-2,
+                data="chats",
+            ),
+            training_run(
+                world, out, "not-finite", "--train-iters", 3, "--lr", 1e30, "--clip-grad", 0, "--lr-warmup-fraction", 0
+            ),
+        ],
+    )
 
 
 @pytest.fixture(scope="session")
@@ -231,7 +88,12 @@ def one(world: World, references: dict, two: Launch, tmp_path_factory: pytest.Te
     """One process; it also goes on from a checkpoint of two."""
     out = tmp_path_factory.mktemp("one")
     valid = ["--valid-data", world.folder / "valid.jsonl"]
-    return launch(1, out, gradient_cases(world, references, out), [
-        *common_runs(world, out),
-        training_run(world, out, "from-two", *SIX_STEPS, *valid, load=True, cut=(two.folder / "unbroken", 2)),
-    ])
+    return launch(
+        1,
+        out,
+        gradient_cases(world, references, out),
+        [
+            *common_runs(world, out),
+            training_run(world, out, "from-two", *SIX_STEPS, *valid, load=True, cut=(two.folder / "unbroken", 2)),
+        ],
+    )

@@ -43,7 +43,9 @@ def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tens
     return sums, counts
 
 
-def loss_of(sums: dict[str, Tensor], counts: dict[str, int], reference: dict[str, float] | None, method: dict[str, Any]) -> Tensor:
+def loss_of(
+    sums: dict[str, Tensor], counts: dict[str, int], reference: dict[str, float] | None, method: dict[str, Any]
+) -> Tensor:
     """The loss of one example, by the paper's formulas written out (arXiv 2505.11166)."""
     if method["objective"] == "sft":
         return -sums["response"] / counts["response"]

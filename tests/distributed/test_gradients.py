@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import BATCHES, METHODS, PLANS, Launch, World, case_name, method_roles
+from launches import BATCHES, METHODS, PLANS, Launch, World, case_name, method_roles
 from torch import Tensor
 
 # float64 leaves room for the sums' order only; float32 is compared tensor by tensor, never element by element.
@@ -19,7 +19,10 @@ BOUND = {"float64": 1e-10, "float32": 1e-5}
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """|a - b| / |b| of each tensor."""
     assert ours.keys() == theirs.keys()
-    return {name: ((ours[name].double() - theirs[name].double()).norm() / theirs[name].double().norm()).item() for name in ours}
+    return {
+        name: ((ours[name].double() - theirs[name].double()).norm() / theirs[name].double().norm()).item()
+        for name in ours
+    }
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +36,9 @@ def expected(world: World, references: dict) -> Any:
             examples = json.loads(world.examples(roles).read_text())
             table = references.get(roles) if METHODS[method].get("preference_loss") == "dpo" else None
             rows = [table[i] for i in BATCHES[batch]] if table else None
-            known[model, method, batch] = oracle.batch(world.model(model), [examples[i] for i in BATCHES[batch]], rows, METHODS[method])
+            known[model, method, batch] = oracle.batch(
+                world.model(model), [examples[i] for i in BATCHES[batch]], rows, METHODS[method]
+            )
         return known[model, method, batch]
 
     return of
@@ -82,7 +87,9 @@ def test_the_layouts_are_as_unequal_as_their_names_say(one: Launch, two: Launch)
     assert sorted(map(sum, sizes)) == [3, 4] and any(0 in each for each in sizes)
     assert [len(p) for p in one.results["float64 dpo llama packed seven"]["packs"][0]] == [7]
     assert len(one.results["float64 dpo llama by-tokens seven"]["packs"][0]) > 1
-    packed, separate, padded = (one.results[f"float64 dpo llama {layout} seven"] for layout in ("packed", "separate", "padded"))
+    packed, separate, padded = (
+        one.results[f"float64 dpo llama {layout} seven"] for layout in ("packed", "separate", "padded")
+    )
     assert packed["tokens"] < separate["tokens"] and packed["padding"] == 0 < padded["padding"]
 
 
@@ -92,7 +99,11 @@ def test_the_reference_table_is_the_oracles(launched: Launch, world: World, mode
     roles = method_roles(METHODS["dpo"])
     rows = oracle.reference_table(world.model(model), json.loads(world.examples(roles).read_text()))
     table = torch.tensor([[row[role] for role in roles] for row in rows], dtype=torch.float64)
-    for layout, dtype, bound in (("one-by-one", "float64", 1e-10), ("separate", "float64", 1e-10), ("by-two", "float32", 1e-4)):
+    for layout, dtype, bound in (
+        ("one-by-one", "float64", 1e-10),
+        ("separate", "float64", 1e-10),
+        ("by-two", "float32", 1e-4),
+    ):
         found = torch.tensor(launched.results[f"{dtype} dpo llama {layout} seven"]["table"], dtype=torch.float64)
         torch.testing.assert_close(found, table, rtol=0, atol=bound)
     found = torch.tensor(launched.results["float64 dpo llama one-by-one three"]["table"], dtype=torch.float64)

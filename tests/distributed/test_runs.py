@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import Launch, World
+from launches import Launch, World
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,9 @@ def timeless(lines: list[dict]) -> list[dict]:
 
 def test_every_run_came_to_its_end(one: Launch, two: Launch) -> None:
     for launch in (one, two):
-        runs = {name: result for name, result in launch.results.items() if isinstance(result, str) and name != "not-finite"}
+        runs = {
+            name: result for name, result in launch.results.items() if isinstance(result, str) and name != "not-finite"
+        }
         assert runs and set(runs.values()) == {"done"}, runs
 
 
@@ -35,8 +37,12 @@ def test_three_steps_of_one_process_equal_two(one: Launch, two: Launch, world: W
     ours, theirs = (launch.metrics(f"three-{method}") for launch in (one, two))
     assert [line["groups"] for line in ours] == [5, 5, 1]  # 11 examples in steps of 5
     for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-        assert a["lr"] == b["lr"] and a["tokens"] - a["padding_share"] * a["tokens"] == pytest.approx(b["tokens"] - b["padding_share"] * b["tokens"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
+        assert a["lr"] == b["lr"] and a["tokens"] - a["padding_share"] * a["tokens"] == pytest.approx(
+            b["tokens"] - b["padding_share"] * b["tokens"]
+        )
     assert largest_difference(one.weights(f"three-{method}"), two.weights(f"three-{method}")) <= 1e-5
     before = load_file(world.model("llama") / "model.safetensors")
     after = two.weights(f"three-{method}")
@@ -87,14 +93,24 @@ def test_a_bfloat16_run_trains_and_exports(two: Launch) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(two: Launch) -> None:
     """Nothing is saved or exported from there."""
-    assert "the loss is nan; lower --lr" in two.results["not-finite"] or "the gradient norm is" in two.results["not-finite"]
+    assert (
+        "the loss is nan; lower --lr" in two.results["not-finite"]
+        or "the gradient norm is" in two.results["not-finite"]
+    )
     assert not (two.folder / "not-finite-hf").exists() and not list((two.folder / "not-finite").glob("iter_*"))
 
 
 def test_the_run_folder_says_what_ran(two: Launch) -> None:
     folder = two.folder / "unbroken"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"metrics.jsonl", "config.yaml", "versions.yaml", "latest_checkpointed_iteration.txt",
-                     "iter_0000002", "iter_0000004", "iter_0000006"}
+    assert names == {
+        "metrics.jsonl",
+        "config.yaml",
+        "versions.yaml",
+        "latest_checkpointed_iteration.txt",
+        "iter_0000002",
+        "iter_0000004",
+        "iter_0000006",
+    }
     assert "processes: 2" in (folder / "versions.yaml").read_text()
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

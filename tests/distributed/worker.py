@@ -27,10 +27,16 @@ def token_dataset(path: str) -> Any:
     from megatron_solopo.data.tokens import Continuation, Prompt, TokenDataset, TokenGroup
 
     groups = [
-        TokenGroup(example["id"], tuple(
-            Prompt(prompt["ids"], tuple(Continuation(c["role"], c["ids"], c["learnt"]) for c in prompt["continuations"]))
-            for prompt in example["prompts"]
-        ))
+        TokenGroup(
+            example["id"],
+            tuple(
+                Prompt(
+                    prompt["ids"],
+                    tuple(Continuation(c["role"], c["ids"], c["learnt"]) for c in prompt["continuations"]),
+                )
+                for prompt in example["prompts"]
+            ),
+        )
         for example in json.loads(Path(path).read_text())
     ]
     return TokenDataset(groups, [], "")
@@ -50,7 +56,9 @@ def build(here: platform.Platform, config: Any, dtype: torch.dtype) -> Any:
         return engine
     gpt = build_model(hf_config, config, dtype)
     load_weights(gpt, hf_config, config.model.hf_path)
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=False, use_distributed_optimizer=True, overlap_grad_reduce=False
+    )
     gpt.config.finalize_model_grads_func = engine.gpt.config.finalize_model_grads_func
     return dataclasses.replace(engine, model=DistributedDataParallel(gpt.config, ddp, gpt), dtype=dtype)
 
@@ -84,10 +92,22 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
         reference = torch.tensor([[row[name] for name in names] for row in case["reference"]], dtype=torch.float64)
 
     def packs() -> list[Any]:
-        made = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
+        made = make_packs(
+            dataset,
+            indices,
+            config.training,
+            config.data.share_prompts,
+            engine.hf_config.hidden_size,
+            engine.platform.device,
+        )
         if case.get("multiple_of"):
             made = [
-                build_pack([dataset.groups[i] for i in pack.groups], pack.groups, config.data.share_prompts, case["multiple_of"])
+                build_pack(
+                    [dataset.groups[i] for i in pack.groups],
+                    pack.groups,
+                    config.data.share_prompts,
+                    case["multiple_of"],
+                )
                 for pack in made
             ]
         return made

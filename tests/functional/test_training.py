@@ -30,9 +30,32 @@ from megatron_solopo.training.run import main
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds", "tokens_per_second", "memory_gib")
 
-EVERY_STEP = {"step", "split", "epoch", "loss", "lr", "grad_norm", "groups", "tokens", "tokens_per_second", "padding_share", "seconds", "memory_gib"}
-PREFERENCE = {"po_loss", "alignment_loss", "reward_chosen", "reward_rejected", "reward_long_chosen", "margin", "accuracy",
-              "short_long_gap_nats_per_token", "logp_chosen", "logp_rejected"}
+EVERY_STEP = {
+    "step",
+    "split",
+    "epoch",
+    "loss",
+    "lr",
+    "grad_norm",
+    "groups",
+    "tokens",
+    "tokens_per_second",
+    "padding_share",
+    "seconds",
+    "memory_gib",
+}
+PREFERENCE = {
+    "po_loss",
+    "alignment_loss",
+    "reward_chosen",
+    "reward_rejected",
+    "reward_long_chosen",
+    "margin",
+    "accuracy",
+    "short_long_gap_nats_per_token",
+    "logp_chosen",
+    "logp_rejected",
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +66,27 @@ class Home:
 
     def argv(self, save: str, *flags: Any, data: str = "groups.jsonl", hf: str = "hf") -> list[str]:
         """A command line of five short steps; a later flag overrides an earlier one."""
-        given = ["--hf-path", self.folder / hf, "--train-data", self.folder / data, "--save", self.folder / save, "--device", "cpu",
-                 "--seq-length", 128, "--train-iters", 5, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3, *flags]
+        given = [
+            "--hf-path",
+            self.folder / hf,
+            "--train-data",
+            self.folder / data,
+            "--save",
+            self.folder / save,
+            "--device",
+            "cpu",
+            "--seq-length",
+            128,
+            "--train-iters",
+            5,
+            "--global-batch-size",
+            4,
+            "--micro-batch-size",
+            2,
+            "--lr",
+            1e-3,
+            *flags,
+        ]
         return list(map(str, given))
 
     def metrics(self, save: str, split: str = "train") -> list[dict[str, Any]]:
@@ -60,8 +102,12 @@ def command(home: Home, argv: list[str]) -> list[str]:
 
 
 def as_a_user(home: Home, argv: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(home, argv), cwd=home.folder, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    return subprocess.run(
+        command(home, argv), cwd=home.folder, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +123,31 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture(scope="module")
 def sft(home: Home) -> subprocess.CompletedProcess[str]:
     """An sft run of 60 steps on an easy set."""
-    done = as_a_user(home, home.argv("sft", "--objective", "sft", "--train-iters", 60, "--global-batch-size", 8, "--micro-batch-size", 8,
-                                     "--lr", 2e-2, "--tensorboard-dir", home.folder / "board", "--save-hf", home.folder / "sft-hf",
-                                     "--valid-data", home.folder / "chats.jsonl", "--eval-interval", 30, data="chats.jsonl"))
+    done = as_a_user(
+        home,
+        home.argv(
+            "sft",
+            "--objective",
+            "sft",
+            "--train-iters",
+            60,
+            "--global-batch-size",
+            8,
+            "--micro-batch-size",
+            8,
+            "--lr",
+            2e-2,
+            "--tensorboard-dir",
+            home.folder / "board",
+            "--save-hf",
+            home.folder / "sft-hf",
+            "--valid-data",
+            home.folder / "chats.jsonl",
+            "--eval-interval",
+            30,
+            data="chats.jsonl",
+        ),
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -87,7 +155,16 @@ def sft(home: Home) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def dpo(home: Home) -> str:
     """A SoLo-DPO run of five steps with a checkpoint after every second."""
-    flags = ["--valid-data", home.folder / "valid.jsonl", "--eval-interval", 2, "--save-interval", 2, "--save-hf", home.folder / "dpo-hf"]
+    flags = [
+        "--valid-data",
+        home.folder / "valid.jsonl",
+        "--eval-interval",
+        2,
+        "--save-interval",
+        2,
+        "--save-hf",
+        home.folder / "dpo-hf",
+    ]
     assert run(main, home.argv("runs/dpo", *flags)) == 0
     return "runs/dpo"
 
@@ -123,14 +200,18 @@ def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> No
     for split, names in (("train", EVERY_STEP - {"step", "split"}), ("valid", {"loss", "nll"})):
         for name in names:
             events = [(event.step, event.value) for event in board.Scalars(f"{split}/{name}")]
-            assert events == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in home.metrics("sft", split)]
+            assert events == [
+                (line["step"], pytest.approx(line[name], rel=1e-6)) for line in home.metrics("sft", split)
+            ]
 
 
 def test_the_exported_folder_generates_what_was_taught(home: Home, sft: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(home.folder / "sft-hf")
     tokenizer = AutoTokenizer.from_pretrained(home.folder / "sft-hf")
     assert json.loads((home.folder / "sft-hf" / "config.json").read_text())["vocab_size"] == SHAPE["vocab_size"]
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "w3 w3 w3 w3"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "w3 w3 w3 w3"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(answer).split()[:3] == ["w3", "w3", "<end>"]
 
@@ -141,7 +222,20 @@ def test_config_yaml_starts_the_same_run_again(home: Home, dpo: str) -> None:
     first, _ = configuration.load(home.argv(dpo))
     assert again.as_dict()["method"] == first.as_dict()["method"]
     assert dataclasses.replace(again.training, eval_interval=0) == first.training
-    assert run(main, ["--config", str(path), "--save", str(home.folder / "runs/again"), "--save-hf", str(home.folder / "again-hf")]) == 0
+    assert (
+        run(
+            main,
+            [
+                "--config",
+                str(path),
+                "--save",
+                str(home.folder / "runs/again"),
+                "--save-hf",
+                str(home.folder / "again-hf"),
+            ],
+        )
+        == 0
+    )
     assert losses(home, "runs/again") == pytest.approx(losses(home, dpo), rel=1e-5)
     assert set(yaml.safe_load(path.read_text())) == {"model", "data", "method", "parallel", "training", "output"}
     versions = yaml.safe_load((path.parent / "versions.yaml").read_text())
@@ -200,8 +294,12 @@ def test_a_killed_run_goes_on(home: Home, dpo: str) -> None:
     """SIGKILL at an arbitrary moment; the same command with --load ends where the unbroken run ends."""
     flags = ["--train-iters", 12, "--save-interval", 1]
     assert run(main, home.argv("runs/unbroken", *flags)) == 0
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(home, home.argv("runs/killed", *flags)), cwd=home.folder, env=environment, stderr=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    process = subprocess.Popen(
+        command(home, home.argv("runs/killed", *flags)), cwd=home.folder, env=environment, stderr=subprocess.DEVNULL
+    )
     latest, deadline = home.folder / "runs/killed" / "latest_checkpointed_iteration.txt", time.monotonic() + 300
     while time.monotonic() < deadline and not (latest.is_file() and int(latest.read_text() or 0) >= 3):
         time.sleep(0.01)
@@ -214,6 +312,7 @@ def test_a_killed_run_goes_on(home: Home, dpo: str) -> None:
 
 
 # Wrong inputs. Each writes what is wrong below `home` and returns the flags that name it.
+
 
 def _copy(home: Home, name: str) -> Path:
     return Path(shutil.copytree(home.folder / "hf", home.folder / name))
@@ -265,7 +364,11 @@ def _other_shape(home: Home) -> dict[str, Any]:
 
 def _unknown_architecture(home: Home) -> dict[str, Any]:
     path = _copy(home, "gpt2") / "config.json"
-    path.write_text(json.dumps({"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}))
+    path.write_text(
+        json.dumps(
+            {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        )
+    )
     return {"hf": "gpt2"}
 
 
@@ -315,7 +418,9 @@ def _empty_run(home: Home) -> dict[str, Any]:
     return {"flags": ["--load", home.folder / "empty-run"]}
 
 
-def _resume(name: str, *flags: Any, damage: Callable[[Path], Any] = lambda folder: None, **given: Any) -> Callable[[Home], dict[str, Any]]:
+def _resume(
+    name: str, *flags: Any, damage: Callable[[Path], Any] = lambda folder: None, **given: Any
+) -> Callable[[Home], dict[str, Any]]:
     """Going on from a copy of the dpo run with something else than before."""
 
     def write(home: Home) -> dict[str, Any]:
@@ -348,30 +453,69 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "tensor of another shape": (_other_shape, r"model.norm.weight give shape \(16,\), config.json wants \(32,\)"),
     "unknown architecture": (_unknown_architecture, r"model_type 'gpt2' is not supported; supported are llama, qwen2"),
     "no chat template": (_no_template, r"the tokenizer has no chat template; give one with --chat-template"),
-    "token beyond the vocabulary": (_small_vocabulary, r"example 'g\d': token id \d+ is beyond the model's vocabulary of 40"),
+    "token beyond the vocabulary": (
+        _small_vocabulary,
+        r"example 'g\d': token id \d+ is beyond the model's vocabulary of 40",
+    ),
     "missing data": (lambda home: {"data": "nowhere.jsonl"}, r"nowhere.jsonl: no such file"),
     "empty data": (_empty, r"empty.jsonl: no usable example"),
     "cut data": (_half_line, r"half.jsonl:3: not valid JSON"),
-    "no long context": (_data("no-long", lambda r: r[1].pop("long_messages")), r"group 'g1': no long_messages; .*--context-mode short"),
-    "overlong": (_data("overlong", lambda r: r[2].update(chosen=" ".join(WORDS * 3))), r"example 'g2' has \d+ tokens, above --seq-length 128; .*--overlong drop"),
-    "chosen is rejected": (_data("same", lambda r: r[0].update(rejected=r[0]["chosen"])), r"same.jsonl:1: chosen and rejected are the same text"),
+    "no long context": (
+        _data("no-long", lambda r: r[1].pop("long_messages")),
+        r"group 'g1': no long_messages; .*--context-mode short",
+    ),
+    "overlong": (
+        _data("overlong", lambda r: r[2].update(chosen=" ".join(WORDS * 3))),
+        r"example 'g2' has \d+ tokens, above --seq-length 128; .*--overlong drop",
+    ),
+    "chosen is rejected": (
+        _data("same", lambda r: r[0].update(rejected=r[0]["chosen"])),
+        r"same.jsonl:1: chosen and rejected are the same text",
+    ),
     "chosen has rejected's ids": (_data("ids", _same_ids), r"group 'g1': chosen and rejected are the same token ids"),
     "id twice": (_data("twice", lambda r: r[1].update(id="g0")), r"twice.jsonl:2: the id 'g0' was used before"),
-    "context too long for the model": (lambda home: {"flags": ["--seq-length", 300]}, r"--seq-length 300 is beyond .*max_position_embeddings 256"),
-    "run folder in use": (lambda home: {"save": "runs/dpo"}, r"--save \S+: holds checkpoints of an earlier run; .*--load"),
+    "context too long for the model": (
+        lambda home: {"flags": ["--seq-length", 300]},
+        r"--seq-length 300 is beyond .*max_position_embeddings 256",
+    ),
+    "run folder in use": (
+        lambda home: {"save": "runs/dpo"},
+        r"--save \S+: holds checkpoints of an earlier run; .*--load",
+    ),
     "run folder is a file": (_occupied, r"--save \S+/file: is not a folder"),
     "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
     "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
     "unknown option": (lambda home: {"flags": ["--learning-rat", "1"]}, r"--learning-rat: unknown option"),
-    "option without effect": (lambda home: {"flags": ["--simpo-gamma", "1"]}, r"--simpo-gamma would have no effect: it needs --preference-loss simpo"),
-    "resume with other data": (_resume("data", data="other.jsonl"), r"--load: the checkpoint was trained on other examples"),
-    "resume with another length": (_resume("length", "--train-iters", 9), r"--load: the checkpoint's run has steps 5, this one 9"),
-    "resume with another batch": (_resume("batch", "--global-batch-size", 2), r"--load: the checkpoint's run has global_batch_size 4, this one 2"),
-    "resume with another order": (_resume("order", "--seed", 7), r"--load: the checkpoint's run has seed 1234, this one 7"),
-    "resume with another rate": (_resume("rate", "--lr", 2e-3), r"--load: the checkpoint's run has lr 0.001, this one 0.002"),
+    "option without effect": (
+        lambda home: {"flags": ["--simpo-gamma", "1"]},
+        r"--simpo-gamma would have no effect: it needs --preference-loss simpo",
+    ),
+    "resume with other data": (
+        _resume("data", data="other.jsonl"),
+        r"--load: the checkpoint was trained on other examples",
+    ),
+    "resume with another length": (
+        _resume("length", "--train-iters", 9),
+        r"--load: the checkpoint's run has steps 5, this one 9",
+    ),
+    "resume with another batch": (
+        _resume("batch", "--global-batch-size", 2),
+        r"--load: the checkpoint's run has global_batch_size 4, this one 2",
+    ),
+    "resume with another order": (
+        _resume("order", "--seed", 7),
+        r"--load: the checkpoint's run has seed 1234, this one 7",
+    ),
+    "resume with another rate": (
+        _resume("rate", "--lr", 2e-3),
+        r"--load: the checkpoint's run has lr 0.001, this one 0.002",
+    ),
     "resume with another model": (_resume("model", hf="wide"), r"iter_0000005 cannot be read"),
     "checkpoint cut": (_resume("cut", damage=_torn_checkpoint), r"iter_0000005 cannot be read"),
-    "checkpoint gone": (_resume("gone", damage=lambda f: shutil.rmtree(f / "iter_0000005")), r"names iteration 5, but iter_0000005 is missing"),
+    "checkpoint gone": (
+        _resume("gone", damage=lambda f: shutil.rmtree(f / "iter_0000005")),
+        r"names iteration 5, but iter_0000005 is missing",
+    ),
 }
 ONLY_IN_A_RUN = ("tensor missing", "tensor left over", "tensor of another shape", "resume", "checkpoint")
 """Weights and checkpoints are not read by a dry run."""

@@ -1,0 +1,75 @@
+"""The quickstart's questions, conversations and tokenizer."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_solopo.data.chat import conversation_ids, load_tokenizer
+from megatron_solopo.data.schema import read_conversations
+
+HERE = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "facts.py"
+
+
+@pytest.fixture(scope="module")
+def facts():
+    spec = importlib.util.spec_from_file_location("quickstart_facts", HERE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(facts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("facts")
+    sizes = ["--train-questions", "60", "--eval-questions", "20", "--echoes", "64", "--lookups", "64", "--valid-conversations", "8"]
+    assert facts.main(["--output-dir", str(folder), "--seed", "3", *sizes]) == 0
+    return folder
+
+
+def items(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_questions_are_answered_by_their_one_supporting_fact_only(folder):
+    for item in items(folder / "train.jsonl") + items(folder / "eval.jsonl"):
+        (gold,) = (p for p in item["paragraphs"] if p["is_supporting"])
+        assert gold["paragraph_text"].split()[-1] == item["answer"] + "."
+        assert all(len(p["paragraph_text"].split()) <= 6 for p in item["paragraphs"])
+        assert len({p["title"] for p in item["paragraphs"]}) == len(item["paragraphs"]) == 64
+        assert gold["title"] in item["question"]
+
+
+def test_no_evaluation_question_is_asked_in_training(folder):
+    asked = {item["question"] for item in items(folder / "train.jsonl")}
+    for conversation in read_conversations(folder / "conversations.jsonl"):
+        asked |= {m["content"].rsplit(". ", 1)[-1] for m in conversation.messages if m["role"] == "user"}
+    assert not asked & {item["question"] for item in items(folder / "eval.jsonl")}
+
+
+def test_the_same_seed_gives_the_same_bytes(facts, folder, tmp_path):
+    facts.main(["--output-dir", str(tmp_path), "--seed", "3", "--train-questions", "60", "--eval-questions", "20", "--echoes", "64",
+                "--lookups", "64", "--valid-conversations", "8"])
+    for name in ("train.jsonl", "eval.jsonl", "conversations.jsonl", "conversations_valid.jsonl", "tokenizer/tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_every_word_has_a_token_and_only_answers_are_learnt(folder):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    lookups = [c for c in read_conversations(folder / "conversations.jsonl") if c.id.startswith("lookup")]
+    for conversation in lookups:
+        prompt, ids, learnt = conversation_ids(tokenizer, conversation.messages)
+        assert tokenizer.unk_token_id not in prompt + ids
+        answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
+        assert tokenizer.decode([i for i, l in zip(ids, learnt) if l]).split() == [w for a in answers for w in (a, "<end>")]
+
+
+def test_conversations_of_a_batch_have_one_length(facts, folder):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    echoes = [c for c in read_conversations(folder / "conversations.jsonl") if c.id.startswith("echo")]
+    for first in range(0, len(echoes), facts.BATCH):
+        lengths = {len(conversation_ids(tokenizer, c.messages)[1]) for c in echoes[first : first + facts.BATCH]}
+        assert len(lengths) == 1
