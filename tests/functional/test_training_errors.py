@@ -1,0 +1,270 @@
+"""Wrong inputs of pretrain_solopo.py: each is answered with one line that names it, and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import SHAPE, WORDS, preference_groups, write_lines, write_model
+from training_home import Home, as_a_user, furnish
+from transformers import LlamaConfig
+
+from megatron_solopo.cli import run
+from megatron_solopo.training.run import main
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return furnish(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def dpo(home: Home) -> str:
+    """A finished run with checkpoints."""
+    assert run(main, home.argv("runs/dpo")) == 0
+    return "runs/dpo"
+
+
+# Each writes what is wrong below `home` and returns the flags that name it.
+
+
+def _copy(home: Home, name: str) -> Path:
+    return Path(shutil.copytree(home.folder / "hf", home.folder / name))
+
+
+def _no_config(home: Home) -> dict[str, Any]:
+    (_copy(home, "no-config") / "config.json").unlink()
+    return {"hf": "no-config"}
+
+
+def _broken_config(home: Home) -> dict[str, Any]:
+    (_copy(home, "broken-config") / "config.json").write_text('{"model_type": "llama",')
+    return {"hf": "broken-config"}
+
+
+def _no_weights(home: Home) -> dict[str, Any]:
+    (_copy(home, "no-weights") / "model.safetensors").unlink()
+    return {"hf": "no-weights"}
+
+
+def _truncated(home: Home) -> dict[str, Any]:
+    path = _copy(home, "truncated") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5000])
+    return {"hf": "truncated"}
+
+
+def _broken_index(home: Home) -> dict[str, Any]:
+    (_copy(home, "broken-index") / "model.safetensors.index.json").write_text("{")
+    return {"hf": "broken-index"}
+
+
+def _tensor_missing(home: Home) -> dict[str, Any]:
+    path = _copy(home, "tensor-missing") / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "model.norm.weight"}, path)
+    return {"hf": "tensor-missing"}
+
+
+def _tensor_left_over(home: Home) -> dict[str, Any]:
+    path = _copy(home, "left-over") / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, path)
+    return {"hf": "left-over"}
+
+
+def _other_shape(home: Home) -> dict[str, Any]:
+    path = _copy(home, "other-shape") / "model.safetensors"
+    save_file(load_file(path) | {"model.norm.weight": torch.ones(16)}, path)
+    return {"hf": "other-shape"}
+
+
+def _unknown_architecture(home: Home) -> dict[str, Any]:
+    path = _copy(home, "gpt2") / "config.json"
+    path.write_text(
+        json.dumps(
+            {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        )
+    )
+    return {"hf": "gpt2"}
+
+
+def _no_template(home: Home) -> dict[str, Any]:
+    write_model(home.folder / "no-template", template=None)
+    return {"hf": "no-template"}
+
+
+def _small_vocabulary(home: Home) -> dict[str, Any]:
+    write_model(home.folder / "small-vocabulary", LlamaConfig(**SHAPE | {"vocab_size": 40}, tie_word_embeddings=False))
+    return {"hf": "small-vocabulary"}
+
+
+def _data(name: str, change: Callable[[list[dict]], Any]) -> Callable[[Home], dict[str, Any]]:
+    def write(home: Home) -> dict[str, Any]:
+        records = preference_groups(3)
+        change(records)
+        write_lines(home.folder / f"{name}.jsonl", records)
+        return {"data": f"{name}.jsonl"}
+
+    return write
+
+
+def _half_line(home: Home) -> dict[str, Any]:
+    path = write_lines(home.folder / "half.jsonl", preference_groups(3))
+    path.write_text(path.read_text()[:-30])
+    return {"data": "half.jsonl"}
+
+
+def _empty(home: Home) -> dict[str, Any]:
+    (home.folder / "empty.jsonl").touch()
+    return {"data": "empty.jsonl"}
+
+
+def _occupied(home: Home) -> dict[str, Any]:
+    (home.folder / "file").touch()
+    return {"save": "file"}
+
+
+def _existing_export(home: Home) -> dict[str, Any]:
+    (home.folder / "mine").mkdir()
+    return {"flags": ["--save-hf", home.folder / "mine"]}
+
+
+def _empty_run(home: Home) -> dict[str, Any]:
+    (home.folder / "empty-run").mkdir()
+    return {"flags": ["--load", home.folder / "empty-run"]}
+
+
+def _resume(
+    name: str, *flags: Any, damage: Callable[[Path], Any] = lambda folder: None, **given: Any
+) -> Callable[[Home], dict[str, Any]]:
+    """Going on from a copy of the dpo run with something else than before."""
+
+    def write(home: Home) -> dict[str, Any]:
+        folder = Path(shutil.copytree(home.folder / "runs/dpo", home.folder / "runs" / name))
+        damage(folder)
+        (home.folder / "other.jsonl").write_text("".join(json.dumps(g) + "\n" for g in preference_groups(10, seed=7)))
+        return {"save": f"runs/{name}", "flags": ["--load", folder, *flags]} | given
+
+    return write
+
+
+def _torn_checkpoint(folder: Path) -> None:
+    largest = max((folder / "iter_0000005").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def _same_ids(records: list[dict]) -> None:
+    records[1].update(chosen="unseen", rejected="unknown")  # words beyond the vocabulary are one token
+
+
+WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
+    "missing folder": (lambda home: {"hf": "nowhere"}, r"--hf-path \S+/nowhere: no such folder"),
+    "no config.json": (_no_config, r"--hf-path \S+: the folder holds no config.json"),
+    "config.json cut": (_broken_config, r"config.json: not readable"),
+    "no weights": (_no_weights, r"no model.safetensors and no model.safetensors.index.json; .*--random-init"),
+    "truncated weights": (_truncated, r"model.safetensors: not a complete safetensors file"),
+    "index cut": (_broken_index, r"model.safetensors.index.json: not valid JSON"),
+    "tensor missing": (_tensor_missing, r"the tensor 'model.norm.weight' is missing"),
+    "tensor left over": (_tensor_left_over, r"the tensor 'model.layers.0.self_attn.q_proj.bias' is not part of llama"),
+    "tensor of another shape": (_other_shape, r"model.norm.weight give shape \(16,\), config.json wants \(32,\)"),
+    "unknown architecture": (_unknown_architecture, r"model_type 'gpt2' is not supported; supported are llama, qwen2"),
+    "no chat template": (_no_template, r"the tokenizer has no chat template; give one with --chat-template"),
+    "token beyond the vocabulary": (
+        _small_vocabulary,
+        r"example 'g\d': token id \d+ is beyond the model's vocabulary of 40",
+    ),
+    "missing data": (lambda home: {"data": "nowhere.jsonl"}, r"nowhere.jsonl: no such file"),
+    "empty data": (_empty, r"empty.jsonl: no usable example"),
+    "cut data": (_half_line, r"half.jsonl:3: not valid JSON"),
+    "no long context": (
+        _data("no-long", lambda r: r[1].pop("long_messages")),
+        r"group 'g1': no long_messages; .*--context-mode short",
+    ),
+    "overlong": (
+        _data("overlong", lambda r: r[2].update(chosen=" ".join(WORDS * 3))),
+        r"example 'g2' has \d+ tokens, above --seq-length 128; .*--overlong drop",
+    ),
+    "chosen is rejected": (
+        _data("same", lambda r: r[0].update(rejected=r[0]["chosen"])),
+        r"same.jsonl:1: chosen and rejected are the same text",
+    ),
+    "chosen has rejected's ids": (_data("ids", _same_ids), r"group 'g1': chosen and rejected are the same token ids"),
+    "id twice": (_data("twice", lambda r: r[1].update(id="g0")), r"twice.jsonl:2: the id 'g0' was used before"),
+    "context too long for the model": (
+        lambda home: {"flags": ["--seq-length", 300]},
+        r"--seq-length 300 is beyond .*max_position_embeddings 256",
+    ),
+    "run folder in use": (
+        lambda home: {"save": "runs/dpo"},
+        r"--save \S+: holds checkpoints of an earlier run; .*--load",
+    ),
+    "run folder is a file": (_occupied, r"--save \S+/file: is not a folder"),
+    "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
+    "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
+    "unknown option": (lambda home: {"flags": ["--learning-rat", "1"]}, r"--learning-rat: unknown option"),
+    "option without effect": (
+        lambda home: {"flags": ["--simpo-gamma", "1"]},
+        r"--simpo-gamma would have no effect: it needs --preference-loss simpo",
+    ),
+    "resume with other data": (
+        _resume("data", data="other.jsonl"),
+        r"--load: the checkpoint was trained on other examples",
+    ),
+    "resume with another length": (
+        _resume("length", "--train-iters", 9),
+        r"--load: the checkpoint's run has steps 5, this one 9",
+    ),
+    "resume with another batch": (
+        _resume("batch", "--global-batch-size", 2),
+        r"--load: the checkpoint's run has global_batch_size 4, this one 2",
+    ),
+    "resume with another order": (
+        _resume("order", "--seed", 7),
+        r"--load: the checkpoint's run has seed 1234, this one 7",
+    ),
+    "resume with another rate": (
+        _resume("rate", "--lr", 2e-3),
+        r"--load: the checkpoint's run has lr 0.001, this one 0.002",
+    ),
+    "resume with another model": (_resume("model", hf="wide"), r"iter_0000005 cannot be read"),
+    "checkpoint cut": (_resume("cut", damage=_torn_checkpoint), r"iter_0000005 cannot be read"),
+    "checkpoint gone": (
+        _resume("gone", damage=lambda f: shutil.rmtree(f / "iter_0000005")),
+        r"names iteration 5, but iter_0000005 is missing",
+    ),
+}
+ONLY_IN_A_RUN = ("tensor missing", "tensor left over", "tensor of another shape", "resume", "checkpoint")
+"""Weights and checkpoints are not read by a dry run."""
+
+
+@pytest.fixture(scope="module")
+def wrong(home: Home, dpo: str) -> dict[str, dict[str, Any]]:
+    write_model(home.folder / "wide", LlamaConfig(**SHAPE | {"intermediate_size": 64}, tie_word_embeddings=False))
+    return {name: write(home) for name, (write, _) in WRONG.items()}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line_and_status_2(
+    home: Home, wrong: dict[str, dict[str, Any]], capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    given = dict(wrong[name])
+    argv = home.argv(given.pop("save", "runs/wrong"), *given.pop("flags", []), **given)
+    modes = [[]] if name.startswith(ONLY_IN_A_RUN) else [[], ["--dry-run"]]
+    for dry in modes:
+        capfd.readouterr()
+        assert run(main, argv + dry) == 2
+        err = capfd.readouterr().err
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, err
+        assert re.search(WRONG[name][1], errors[0]), errors[0]
+
+
+def test_wrong_input_as_a_user_sees_it(home: Home, wrong: Any) -> None:
+    done = as_a_user(home, home.argv("runs/wrong", hf="no-weights"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
