@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 WORDS = [f"w{number}" for number in range(60)]
 SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<assistant> ' + m.content + ' <end> ' if m.role == 'assistant' else '<user> ' + m.content + ' ' }}"
+    "{% for m in messages %}"
+    "{{ '<assistant> ' + m.content + ' <end> ' if m.role == 'assistant' else '<user> ' + m.content + ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 SHAPE: dict[str, Any] = dict(

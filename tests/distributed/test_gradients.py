@@ -111,7 +111,7 @@ def test_the_reference_table_is_the_oracles(launched: Launch, world: World, mode
 
 
 def test_the_oracle_knows_the_step_zero_laws(world: World) -> None:
-    """At policy = reference DPO's loss is ln 2; with x_long = x_short the alignment is 0. (The trainer's: test_runs.py.)"""
+    """At policy = reference DPO's loss is ln 2; with x_long = x_short the alignment is 0."""
     roles = method_roles(METHODS["dpo"])
     examples = json.loads(world.examples(roles).read_text())[:2]
     for example in examples:

@@ -125,7 +125,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
 
 
 def cut(source: Path, target: Path, iteration: int) -> None:
-    """A copy of a run folder as a kill leaves it: later checkpoints are missing or half written, later lines are there."""
+    """A copy of a run folder as a kill leaves it: later checkpoints half written, later lines there."""
     shutil.copytree(source, target)
     (target / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
     for folder in target.glob("iter_*"):

@@ -17,41 +17,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE
+from training_home import ENVIRONMENT, Home, as_a_user, command, furnish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo import config as configuration
 from megatron_solopo.cli import run
 from megatron_solopo.training.run import main
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMES = ("seconds", "tokens_per_second", "memory_gib")
-
-EVERY_STEP = {
-    "step",
-    "split",
-    "epoch",
-    "loss",
-    "lr",
-    "grad_norm",
-    "groups",
-    "tokens",
-    "tokens_per_second",
-    "padding_share",
-    "seconds",
-    "memory_gib",
-}
-PREFERENCE = {
-    "po_loss",
-    "alignment_loss",
-    "reward_chosen",
-    "reward_rejected",
-    "reward_long_chosen",
-    "margin",
-    "accuracy",
-    "short_long_gap_nats_per_token",
-    "logp_chosen",
-    "logp_rejected",
-}
+EVERY_STEP = set(
+    "step split epoch loss lr grad_norm groups tokens tokens_per_second padding_share seconds memory_gib".split()
+)
+PREFERENCE = set(
+    "po_loss alignment_loss reward_chosen reward_rejected reward_long_chosen margin accuracy "
+    "short_long_gap_nats_per_token logp_chosen logp_rejected".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +212,8 @@ def test_a_killed_run_goes_on(home: Home, dpo: str) -> None:
     """SIGKILL at an arbitrary moment; the same command with --load ends where the unbroken run ends."""
     flags = ["--train-iters", 12, "--save-interval", 1]
     assert run(main, home.argv("runs/unbroken", *flags)) == 0
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
-        "OMP_NUM_THREADS": "1"
-    }
     process = subprocess.Popen(
-        command(home, home.argv("runs/killed", *flags)), cwd=home.folder, env=environment, stderr=subprocess.DEVNULL
+        command(home.argv("runs/killed", *flags)), cwd=home.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     latest, deadline = home.folder / "runs/killed" / "latest_checkpointed_iteration.txt", time.monotonic() + 300
     while time.monotonic() < deadline and not (latest.is_file() and int(latest.read_text() or 0) >= 3):

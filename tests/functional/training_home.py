@@ -13,6 +13,9 @@ from typing import Any
 from tiny_models import conversations, preference_groups, write_lines, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+    "OMP_NUM_THREADS": "1"
+}
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,12 @@ class Home:
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in self.folder.rglob("*")}
 
 
-def command(home: Home, argv: list[str]) -> list[str]:
+def command(argv: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / "pretrain_solopo.py"), *argv]
 
 
 def as_a_user(home: Home, argv: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    return subprocess.run(
-        command(home, argv), cwd=home.folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command(argv), cwd=home.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def furnish(folder: Path) -> Home:
