@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def references(world: World) -> dict[tuple[str, ...], list[dict[str, float]]]:
-    """Roles -> each example's log-prob sums under a model that is not the policy (at the policy the alignment has its kink)."""
+    """Roles -> each example's log-prob sums under another model: at the policy the alignment has its kink."""
     wanted = {method_roles(method) for method in METHODS.values() if method.get("preference_loss") == "dpo"}
     return {roles: oracle.reference_table(world.model("reference"), token_examples(roles)) for roles in wanted}
 
