@@ -27,13 +27,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([
-        "usage: solopo COMMAND [options]",
-        "",
-        *lines,
-        "",
-        "solopo COMMAND --help explains a command; solopo --version prints the version.",
-    ])
+    return "\n".join(
+        [
+            "usage: solopo COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "solopo COMMAND --help explains a command; solopo --version prints the version.",
+        ]
+    )
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:

@@ -30,8 +30,18 @@ def unused(config: Config) -> dict[str, str]:
     preference = method.objective == "preference"
     solo = preference and method.context_mode == "solo"
     loss = method.preference_loss if preference else None
-    preference_only = ("preference_loss", "context_mode", "beta", "simpo_gamma", "orpo_lambda", "alignment_weight",
-                       "alignment_target", "alignment_stop_short_gradient", "alignment_reference", "reference_cache")
+    preference_only = (
+        "preference_loss",
+        "context_mode",
+        "beta",
+        "simpo_gamma",
+        "orpo_lambda",
+        "alignment_weight",
+        "alignment_target",
+        "alignment_stop_short_gradient",
+        "alignment_reference",
+        "reference_cache",
+    )
     rules = [
         *((name, preference, "needs --objective preference") for name in preference_only),
         ("beta", loss in ("dpo", "simpo"), "needs --preference-loss dpo or simpo (ORPO's weight is --orpo-lambda)"),
@@ -40,8 +50,11 @@ def unused(config: Config) -> dict[str, str]:
         ("alignment_weight", solo, "needs --context-mode solo"),
         ("alignment_target", solo, "needs --context-mode solo"),
         ("alignment_stop_short_gradient", solo, "needs --context-mode solo"),
-        ("alignment_reference", solo and loss == "dpo",
-         "needs --context-mode solo and --preference-loss dpo (other rewards have no reference)"),
+        (
+            "alignment_reference",
+            solo and loss == "dpo",
+            "needs --context-mode solo and --preference-loss dpo (other rewards have no reference)",
+        ),
         ("reference_cache", loss == "dpo", "needs --preference-loss dpo (other losses have no reference)"),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
@@ -88,9 +101,12 @@ def _check_training(config: Config) -> None:
             raise UserError(f"{flag(name)} {getattr(training, name)}: must be below 1")
     most, longest = training.max_tokens_per_rank, config.data.seq_length
     if most is not None and most < longest:
-        raise UserError(f"--max-tokens-per-rank {most} is below --seq-length {longest}: "
-                        "one example might not fit; raise it or lower --seq-length")
+        raise UserError(
+            f"--max-tokens-per-rank {most} is below --seq-length {longest}: "
+            "one example might not fit; raise it or lower --seq-length"
+        )
     dpo = config.method.objective == "preference" and config.method.preference_loss == "dpo"
     if config.model.random_init and dpo and config.output.load:
-        raise UserError("--random-init with --load and dpo: the reference weights cannot be rebuilt; "
-                        "give the original --hf-path")
+        raise UserError(
+            "--random-init with --load and dpo: the reference weights cannot be rebuilt; give the original --hf-path"
+        )

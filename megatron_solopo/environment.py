@@ -93,11 +93,13 @@ def cuda() -> dict[str, Any]:
     if facts["found"]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            facts["devices"].append({
-                "name": properties.name,
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "compute_capability": f"{properties.major}.{properties.minor}",
-            })
+            facts["devices"].append(
+                {
+                    "name": properties.name,
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                    "compute_capability": f"{properties.major}.{properties.minor}",
+                }
+            )
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     elif not facts["driver"]:
         facts["note"] = "no NVIDIA driver on this machine"

@@ -22,7 +22,9 @@ VOCABULARY = 151_936
 """Rows of the embedding of Qwen2 up to 3B; its tokenizer uses 151,665 of them."""
 
 
-def write_folder(tokenizer: str | Path, output: str | Path, hidden: int, layers: int, heads: int, kv_heads: int, reach: int) -> None:
+def write_folder(
+    tokenizer: str | Path, output: str | Path, hidden: int, layers: int, heads: int, kv_heads: int, reach: int
+) -> None:
     """Writes config.json, tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
@@ -37,8 +39,10 @@ def write_folder(tokenizer: str | Path, output: str | Path, hidden: int, layers:
     if not source.is_file():
         raise UserError(f"--tokenizer {tokenizer}: no tokenizer.json there; give a folder with Qwen2's")
     if min(hidden, layers, heads, kv_heads, reach) < 1 or hidden % (2 * heads) or heads % kv_heads:
-        raise UserError(f"--hidden {hidden} --heads {heads} --kv-heads {kv_heads}: give positive numbers, hidden divisible by "
-                        "twice the heads, and heads by kv-heads")
+        raise UserError(
+            f"--hidden {hidden} --heads {heads} --kv-heads {kv_heads}: give positive numbers, hidden divisible by "
+            "twice the heads, and heads by kv-heads"
+        )
     ids = {token["content"]: token["id"] for token in json.loads(source.read_text(encoding="utf-8"))["added_tokens"]}
     missing = [token for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>") if token not in ids]
     if missing:
@@ -62,7 +66,9 @@ def write_folder(tokenizer: str | Path, output: str | Path, hidden: int, layers:
         "use_sliding_window": False,
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
-        "transformers_version": version("transformers"),  # without it transformers takes the tokenizer for an old Mistral's
+        "transformers_version": version(
+            "transformers"
+        ),  # without it transformers takes the tokenizer for an old Mistral's
     }
     names = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     given = parser.parse_args(argv)
     write_folder(given.tokenizer, given.output, given.hidden, given.layers, given.heads, given.kv_heads, given.reach)
-    print(f"wrote {given.output}: Qwen2, {given.layers} layers of {given.hidden}, vocabulary {VOCABULARY:,}, no weights")
+    print(
+        f"wrote {given.output}: Qwen2, {given.layers} layers of {given.hidden}, vocabulary {VOCABULARY:,}, no weights"
+    )
     return 0
 
 

@@ -1,6 +1,6 @@
 """The figures of training runs on one page: loss and margin at the start and at the end, speed, padding, memory.
 
-    python examples/musique/summary.py runs/musique/dpo runs/musique/simpo runs/musique/orpo
+python examples/musique/summary.py runs/musique/dpo runs/musique/simpo runs/musique/orpo
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def lines_of(steps: Sequence[dict[str, Any]], count: int) -> list[str]:
     lines = []
     for name in names:
         first, last = (statistics.mean(step[name] for step in part) for part in (steps[:count], steps[-count:]))
-        lines.append(f"{name:<24} {first:>9.4f} -> {last:>9.4f}   (mean of the first and the last {count} of {len(steps)} steps)")
+        lines.append(
+            f"{name:<24} {first:>9.4f} -> {last:>9.4f}   (mean of the first and the last {count} of {len(steps)} steps)"
+        )
     speeds, seconds = ([step[name] for step in steps] for name in ("tokens_per_second", "seconds"))
     tokens = [step["tokens"] for step in steps]
     places = sorted({min(count, len(steps)), (len(steps) + 1) // 2, len(steps)})

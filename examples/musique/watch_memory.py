@@ -62,8 +62,10 @@ def watch(command: list[str], output: Path, every: float) -> int:
     for name in ("resident", "proportional"):
         values = [line[f"{name}_gib"] for line in samples]
         middle, last = (statistics.median(line[f"{name}_gib"] for line in third or samples) for third in thirds)
-        print(f"memory of all processes, {name}: peak {max(values):.2f} GiB, median of the second third {middle:.2f}, "
-              f"of the last third {last:.2f} ({len(values)} samples in {samples[-1]['seconds']:.0f} s)")
+        print(
+            f"memory of all processes, {name}: peak {max(values):.2f} GiB, median of the second third {middle:.2f}, "
+            f"of the last third {last:.2f} ({len(values)} samples in {samples[-1]['seconds']:.0f} s)"
+        )
     return child.returncode
 
 

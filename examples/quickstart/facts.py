@@ -26,20 +26,32 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from megatron_solopo.data.schema import Conversation, write_jsonl
 from megatron_solopo.errors import UserError
 
-ENTITIES = tuple(first + second for first, second in product(
-    "Do Ve Ka Mi Ta Lu Sa Be Ro Ni Ga Fe".split(), "rin lka mo ven dal ris nu tor".split()))
+ENTITIES = tuple(
+    first + second
+    for first, second in product("Do Ve Ka Mi Ta Lu Sa Be Ro Ni Ga Fe".split(), "rin lka mo ven dal ris nu tor".split())
+)
 
 # (as a fact says it, as a question says it)
-VERBS = (("gave", "give"), ("sent", "send"), ("sold", "sell"), ("showed", "show"),
-         ("lent", "lend"), ("made", "make"), ("brought", "bring"), ("bought", "buy"))
+VERBS = (
+    ("gave", "give"),
+    ("sent", "send"),
+    ("sold", "sell"),
+    ("showed", "show"),
+    ("lent", "lend"),
+    ("made", "make"),
+    ("brought", "bring"),
+    ("bought", "buy"),
+)
 
 # One token each, and none is part of another: sub-EM counts substrings.
-THINGS = tuple("""
+THINGS = tuple(
+    """
     anchors apples arrows baskets bells benches bottles boxes bridges brooms candles carts chairs clocks coins combs
     crowns drums eagles feathers ferries flags flutes foxes gates gloves hammers harps herons horses jars keys
     kites ladders lanterns lemons looms maps masks melons mirrors needles onions orchids owls pearls pillows plates
     ponies puppets ribbons ropes saddles sails scarves shells shovels spoons stamps swords tables tents towers violins
-    """.split())
+    """.split()
+)
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<end>")
 OTHER_WORDS = ("They", "What", "did", "they")
@@ -90,8 +102,14 @@ def draw_facts(random_: random.Random, count: int) -> list[Fact]:
         UserError: more facts than entities.
     """
     if count > len(ENTITIES):
-        raise UserError(f"--paragraphs {count}: there are {len(ENTITIES)} entities with one fact each; ask for {len(ENTITIES)} or fewer")
-    return [Fact(entity, random_.randrange(len(VERBS)), random_.choice(THINGS)) for entity in random_.sample(ENTITIES, count)]
+        raise UserError(
+            f"--paragraphs {count}: there are {len(ENTITIES)} entities with one fact each; "
+            f"ask for {len(ENTITIES)} or fewer"
+        )
+    return [
+        Fact(entity, random_.randrange(len(VERBS)), random_.choice(THINGS))
+        for entity in random_.sample(ENTITIES, count)
+    ]
 
 
 def question_item(random_: random.Random, identifier: str, paragraphs: int, held_out: bool) -> dict[str, Any]:
@@ -141,18 +159,27 @@ def echo_conversation(random_: random.Random, identifier: str, words: int) -> Co
     echoes: list[str] = []
     for shift in (random_.randrange(1, words), random_.randrange(1, words)):
         echoes += run[shift:] + run[:shift]
-    return Conversation(identifier, [
-        {"role": "user", "content": " ".join(run)},
-        {"role": "assistant", "content": " ".join(echoes)},
-    ])
+    return Conversation(
+        identifier,
+        [
+            {"role": "user", "content": " ".join(run)},
+            {"role": "assistant", "content": " ".join(echoes)},
+        ],
+    )
 
 
 def content_words() -> list[str]:
     return [*ENTITIES, *(word for verb in VERBS for word in verb), *THINGS]
 
 
-def curriculum(random_: random.Random, echoes: int, lookups: int, echo_words: tuple[int, int] = (6, 24),
-               lookup_facts: tuple[int, int] = (4, 8), questions: int = 4) -> Iterator[Conversation]:
+def curriculum(
+    random_: random.Random,
+    echoes: int,
+    lookups: int,
+    echo_words: tuple[int, int] = (6, 24),
+    lookup_facts: tuple[int, int] = (4, 8),
+    questions: int = 4,
+) -> Iterator[Conversation]:
     """The base's conversations, to be learnt in this order: ``echoes`` first, then ``lookups``; ranges are inclusive.
 
     Conversations of one batch (`BATCH` in a row) have one length: a batch of mixed lengths took many times longer
@@ -177,7 +204,8 @@ def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
     vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *OTHER_WORDS, *content_words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Punctuation(behavior="removed"), pre_tokenizers.WhitespaceSplit()])
+        [pre_tokenizers.Punctuation(behavior="removed"), pre_tokenizers.WhitespaceSplit()]
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##")  # joins with spaces
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     config = {
@@ -200,10 +228,16 @@ def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", required=True, metavar="DIR",
-                        help="folder for train.jsonl, eval.jsonl, conversations.jsonl, conversations_valid.jsonl and tokenizer/")
+    output.add_argument(
+        "--output-dir",
+        required=True,
+        metavar="DIR",
+        help="folder for train.jsonl, eval.jsonl, conversations.jsonl, conversations_valid.jsonl and tokenizer/",
+    )
     output.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--train-questions", type=int, default=2560, metavar="N")
@@ -211,7 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     sizes.add_argument("--paragraphs", type=int, default=64, metavar="N", help="facts an item")
     sizes.add_argument("--echoes", type=int, default=11200, metavar="N", help="conversations that repeat random words")
     sizes.add_argument("--lookups", type=int, default=640, metavar="N", help="conversations that look facts up")
-    sizes.add_argument("--valid-conversations", type=int, default=256, metavar="N", help="held back from training, lookups only")
+    sizes.add_argument(
+        "--valid-conversations", type=int, default=256, metavar="N", help="held back from training, lookups only"
+    )
     args = parser.parse_args(argv)
     for name in ("train_questions", "eval_questions", "paragraphs", "echoes", "lookups", "valid_conversations"):
         value, least = getattr(args, name), 1 if name == "paragraphs" else 0
@@ -228,9 +264,15 @@ def main(argv: list[str] | None = None) -> int:
         items = (question_item(items_random, f"{name}-{index}", args.paragraphs, held_out) for index in range(count))
         written = write_jsonl(folder / f"{name}.jsonl", items)
         print(f"{folder / name}.jsonl: {written} questions over {args.paragraphs} facts each")
-    written = write_jsonl(folder / "conversations.jsonl", curriculum(stream("conversations"), args.echoes, args.lookups))
-    print(f"{folder / 'conversations.jsonl'}: {written} conversations ({args.echoes} echoes, then {args.lookups} lookups)")
-    written = write_jsonl(folder / "conversations_valid.jsonl", curriculum(stream("valid"), 0, args.valid_conversations))
+    written = write_jsonl(
+        folder / "conversations.jsonl", curriculum(stream("conversations"), args.echoes, args.lookups)
+    )
+    print(
+        f"{folder / 'conversations.jsonl'}: {written} conversations ({args.echoes} echoes, then {args.lookups} lookups)"
+    )
+    written = write_jsonl(
+        folder / "conversations_valid.jsonl", curriculum(stream("valid"), 0, args.valid_conversations)
+    )
     print(f"{folder / 'conversations_valid.jsonl'}: {written} lookups")
     size = write_tokenizer(folder / "tokenizer")
     print(f"{folder / 'tokenizer'}: {size} words")

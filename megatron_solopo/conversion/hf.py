@@ -22,7 +22,9 @@ NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and that the config defines."""
 
 
-def named_entries(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[Entry, tuple[str, ...], torch.nn.Parameter]]:
+def named_entries(
+    model: GPTModel, hf_config: PretrainedConfig
+) -> Iterator[tuple[Entry, tuple[str, ...], torch.nn.Parameter]]:
     """(entry, its Hugging Face names, the parameter on this process) for every parameter of the model.
 
     Raises:
@@ -57,18 +59,26 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
     """
     reader = TensorReader(folder)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    expected = {name for entry in family_of(hf_config).table(hf_config, model.vocab_size) for name in _all_layers(entry, hf_config)}
+    expected = {
+        name
+        for entry in family_of(hf_config).table(hf_config, model.vocab_size)
+        for name in _all_layers(entry, hf_config)
+    }
     left_over = {name for name in reader.names() - expected if not name.endswith(NEVER_WEIGHTS)}
     if hf_config.tie_word_embeddings:
         left_over.discard("lm_head.weight")
     if left_over:
-        raise UserError(f"{folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} ({len(left_over)} such); "
-                        "training would lose it")
+        raise UserError(
+            f"{folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} ({len(left_over)} such); "
+            "training would lose it"
+        )
     for entry, names, parameter in named_entries(model, hf_config):
         whole = entry.operator.to_megatron([reader.get(name) for name in names])
         part = entry.operator.cut(whole, rank, size, _cut_dimension(parameter))
         if part.shape != parameter.shape:
-            raise UserError(f"{folder}: {', '.join(names)} give shape {tuple(part.shape)}, config.json wants {tuple(parameter.shape)}")
+            raise UserError(
+                f"{folder}: {', '.join(names)} give shape {tuple(part.shape)}, config.json wants {tuple(parameter.shape)}"
+            )
         parameter.copy_(part)
 
 
@@ -92,12 +102,16 @@ def hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[s
         parts = [parameter.detach()]
         if size > 1 and dimension is not None:
             parts = [torch.empty_like(parameter) for _ in range(size)]
-            dist.all_gather(parts, parameter.detach().contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+            dist.all_gather(
+                parts, parameter.detach().contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+            )
         for name, tensor in zip(names, entry.operator.to_hf(entry.operator.join(parts, dimension)), strict=True):
             yield name, tensor.cpu().clone()
 
 
-def save_folder(model: GPTModel, hf_config: PretrainedConfig, source: str | Path, target: str | Path, force: bool = False) -> None:
+def save_folder(
+    model: GPTModel, hf_config: PretrainedConfig, source: str | Path, target: str | Path, force: bool = False
+) -> None:
     """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``.
 
     Collective; the first process writes.

@@ -17,8 +17,18 @@ from megatron_solopo.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-           "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 """Files that a trained folder takes over from the one it started from."""
 
 
@@ -36,7 +46,9 @@ class TensorReader:
         elif (self.folder / SINGLE).is_file():
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
-            raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; give a folder with safetensors weights, or start with --random-init")
+            raise UserError(
+                f"{folder}: no {SINGLE} and no {INDEX}; give a folder with safetensors weights, or start with --random-init"
+            )
         for name in sorted(set(self._file_of.values())):
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: the shard is missing (named in {INDEX})")
@@ -68,7 +80,14 @@ class TensorReader:
             return file.get_tensor(name)
 
 
-def write_folder(folder: Path, source: Path, config_json: str, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB", force: bool = False) -> None:
+def write_folder(
+    folder: Path,
+    source: Path,
+    config_json: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_size: str = "5GB",
+    force: bool = False,
+) -> None:
     """Writes config, tokenizer files and weights, aside first and renamed at the end.
 
     Raises:
@@ -84,14 +103,19 @@ def write_folder(folder: Path, source: Path, config_json: str, tensors: Iterable
         for file, names in split.filename_to_tensors.items():
             save_file({name: state[name] for name in names}, aside / file, metadata={"format": "pt"})
         if split.is_sharded:
-            (aside / INDEX).write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n", encoding="utf-8")
+            (aside / INDEX).write_text(
+                json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n",
+                encoding="utf-8",
+            )
         (aside / "config.json").write_text(config_json, encoding="utf-8")
         for name in CARRIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, aside / name)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere") from None
+        raise UserError(
+            f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere"
+        ) from None
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)

@@ -135,8 +135,10 @@ def _fill(
     loads = [0.0] * packs
     for item in share:
         open_packs = [
-            b for b in range(packs)
-            if not filled[b] or (
+            b
+            for b in range(packs)
+            if not filled[b]
+            or (
                 len(filled[b]) < most_groups
                 and (most_tokens is None or sum(tokens[i] for i in filled[b]) + tokens[item] <= most_tokens)
             )

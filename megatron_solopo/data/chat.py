@@ -43,16 +43,20 @@ def load_tokenizer(
             raise UserError(f"--chat-template {path}: no such file; give a Jinja chat template")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if not tokenizer.chat_template:
-        raise UserError(f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
-                        "(examples/chat_templates/chatml.jinja is Qwen's)")
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
+            "(examples/chat_templates/chatml.jinja is Qwen's)"
+        )
     if eos_token is not None and eos_token not in tokenizer.get_vocab():
         raise UserError(f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn")
     end_of_turn = eos_token or _template_end_of_turn(tokenizer)
     if end_of_turn is not None and end_of_turn != tokenizer.eos_token:
         tokenizer.eos_token = end_of_turn
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer names no eos_token and the chat template writes no special token "
-                        "after a message; set eos_token in tokenizer_config.json to the token that ends a turn")
+        raise UserError(
+            f"{folder}: the tokenizer names no eos_token and the chat template writes no special token "
+            "after a message; set eos_token in tokenizer_config.json to the token that ends a turn"
+        )
     return tokenizer
 
 
@@ -103,7 +107,7 @@ def response_ids(
     prompt = render_prompt(tokenizer, messages, **template)
     full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}], **template)
     # Some templates rewrite the history (thinking tags); then the response is taken as it was sampled.
-    return _one_turn(tokenizer, encode(tokenizer, full[len(prompt):] if full.startswith(prompt) else response))
+    return _one_turn(tokenizer, encode(tokenizer, full[len(prompt) :] if full.startswith(prompt) else response))
 
 
 def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -129,10 +133,15 @@ def conversation_ids(
     for index in turns:
         before = render_prompt(tokenizer, messages[:index], **template)
         full = _render(tokenizer, messages[: index + 1], **template)
+        if len(turns) == 1 and not full.startswith(before):
+            # Such templates open a thought after the prompt; the answer is taken as it stands, as in `response_ids`.
+            full = before + messages[index]["content"]
         if not before.startswith(rendered) or not full.startswith(before):
-            raise UserError("the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
-                            "in one pass; split it into one record a turn")
-        texts += [before[len(rendered):], full[len(before):]]
+            raise UserError(
+                "the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
+                "in one pass; split it into one record a turn"
+            )
+        texts += [before[len(rendered) :], full[len(before) :]]
         # What the template writes after the end of turn belongs to the next stretch.
         end = full.find(tokenizer.eos_token, len(before))
         rendered = full[: end + len(tokenizer.eos_token)] if end >= 0 else full

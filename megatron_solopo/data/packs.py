@@ -89,7 +89,15 @@ class _Builder:
             return torch.tensor(values, dtype=torch.int64)
 
         return Pack(
-            integers(self.tokens), integers(self.positions), tuple(self.pieces), integers(self.predictors), integers(self.targets),
-            integers(self.segments), integers(self.segment_groups), tuple(self.segment_roles), integers(self.segment_lengths),
-            indices, padding,
+            integers(self.tokens),
+            integers(self.positions),
+            tuple(self.pieces),
+            integers(self.predictors),
+            integers(self.targets),
+            integers(self.segments),
+            integers(self.segment_groups),
+            tuple(self.segment_roles),
+            integers(self.segment_lengths),
+            indices,
+            padding,
         )

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import ContextPair, read_contexts
+from megatron_solopo.data.hf_model import DTYPES, check_reach, check_rows, load_model, stop_ids
 from megatron_solopo.data.prepare import add_tokenizer_options
 from megatron_solopo.data.responses import PartialFile, Responses
 from megatron_solopo.errors import UserError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -152,7 +151,7 @@ def decode_responses(
     tokenizer: PreTrainedTokenizerBase,
     question_id: str,
     sampled: Sequence[Sequence[int]],
-    stop_ids: set[int],
+    stop_ids: Sequence[int],
     statistics: Statistics,
 ) -> Responses:
     """Texts without the end-of-turn token, counted into ``statistics``."""
@@ -242,46 +241,17 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def load_model(folder: str, device: str, dtype: str) -> PreTrainedModel:
-    """A causal language model ready to generate.
-
-    Raises:
-        UserError: no GPU where one is asked for, or no model in the folder.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not Path(folder).is_dir():
-        raise UserError(f"--model {folder}: no such folder; give a Hugging Face folder")
-    wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    return model.to(device).eval()
-
-
 def _encode_prompts(
+    options: argparse.Namespace,
     pairs: Sequence[ContextPair],
-    context: str,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-    max_new_tokens: int,
 ) -> list[list[int]]:
-    prompts = [prompt_ids(tokenizer, getattr(pair, f"{context}_messages")) for pair in pairs]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    rows = model.get_input_embeddings().num_embeddings
+    prompts = [prompt_ids(tokenizer, getattr(pair, f"{options.num_samples_context}_messages")) for pair in pairs]
+    longest = max(range(len(pairs)), key=lambda index: len(prompts[index]))
+    check_reach(options.model, len(prompts[longest]), options.max_new_tokens, f"question {pairs[longest].id!r}")
     for pair, prompt in zip(pairs, prompts, strict=True):
-        if limit and len(prompt) + max_new_tokens > limit:
-            raise UserError(
-                f"question {pair.id!r}: its prompt of {len(prompt)} tokens and --max-new-tokens {max_new_tokens} "
-                f"exceed the model's {limit} positions; use shorter contexts or fewer new tokens"
-            )
-        if max(prompt) >= rows:
-            raise UserError(
-                f"question {pair.id!r}: token id {max(prompt)} is beyond the model's {rows} embeddings; "
-                "the tokenizer is not this model's"
-            )
+        check_rows(model, prompt, f"question {pair.id!r}")
     return prompts
 
 
@@ -290,7 +260,7 @@ def _sample(
     model: PreTrainedModel,
     ids: Sequence[str],
     prompts: Sequence[Sequence[int]],
-    stop_ids: set[int],
+    stops: Sequence[int],
 ) -> list[list[list[int]]]:
     """Every sample of a batch of questions, ``--batch-size`` sequences at a time."""
     numbers = torch.stack(
@@ -304,8 +274,8 @@ def _sample(
             part,
             temperature=options.temperature,
             top_p=options.top_p,
-            stop_ids=sorted(stop_ids),
-            pad_id=min(stop_ids),
+            stop_ids=stops,
+            pad_id=stops[0],
         )
         for responses, more in zip(sampled, found, strict=True):
             responses += more
@@ -321,17 +291,15 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--contexts {options.contexts}: holds no question")
     tokenizer = load_tokenizer(options.tokenizer or options.model, options.chat_template, options.eos_token)
     model = load_model(options.model, options.device, options.dtype)
-    prompts = _encode_prompts(pairs, options.num_samples_context, tokenizer, model, options.max_new_tokens)
-
-    stop = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop] if stop is not None else [])}
+    prompts = _encode_prompts(options, pairs, tokenizer, model)
+    stops = stop_ids(model, tokenizer)
     # What decides a response; the batch size only changes rounding.
     settings = {
         "contexts": hashlib.sha256(Path(options.contexts).read_bytes()).hexdigest(),
         "model": str(Path(options.model).resolve()),
         "dtype": str(model.dtype),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        "stop_ids": sorted(stop_ids),
+        "stop_ids": stops,
         **{
             name: getattr(options, name)
             for name in ("limit", "num_samples_context", "samples", "temperature", "top_p", "max_new_tokens", "seed")
@@ -352,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             try:
                 sampled = _sample(
-                    options, model, [pairs[index].id for index in batch], [prompts[index] for index in batch], stop_ids
+                    options, model, [pairs[index].id for index in batch], [prompts[index] for index in batch], stops
                 )
             except torch.OutOfMemoryError:
                 raise UserError(
@@ -361,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
                 ) from None
             for index, ids in zip(batch, sampled, strict=True):
                 if index in todo:
-                    partial.add(decode_responses(tokenizer, pairs[index].id, ids, stop_ids, statistics))
+                    partial.add(decode_responses(tokenizer, pairs[index].id, ids, stops, statistics))
             bar.update(len(todo))
     seconds = time.monotonic() - begin
     partial.finish(Path(options.output), [pair.id for pair in pairs])

@@ -85,11 +85,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); "
-                                "save the file as UTF-8") from None
+                raise UserError(
+                    f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+                ) from None
             except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
-                                "each line must be one JSON object") from None
+                raise UserError(
+                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+                ) from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
             yield where, record
@@ -209,7 +211,9 @@ def _from_trl(record: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, list):
             answer = check_messages(value, key, where)
             if len(answer) != 1 or answer[0]["role"] != "assistant":
-                raise UserError(f"{where}: '{key}' must be one assistant message after 'prompt'; "
-                                f"found {', '.join(message['role'] for message in answer)}")
+                raise UserError(
+                    f"{where}: '{key}' must be one assistant message after 'prompt'; "
+                    f"found {', '.join(message['role'] for message in answer)}"
+                )
             converted[key] = answer[0]["content"]
     return converted

@@ -98,8 +98,10 @@ def tokenize(
     for group in _examples(path, tokenizer, roles):
         if group.longest > seq_length:
             if overlong == "refuse":
-                raise UserError(f"{path}: example {group.id!r} has {group.longest} tokens, above --seq-length "
-                                f"{seq_length}; raise it, or drop such examples with --overlong drop")
+                raise UserError(
+                    f"{path}: example {group.id!r} has {group.longest} tokens, above --seq-length "
+                    f"{seq_length}; raise it, or drop such examples with --overlong drop"
+                )
             dropped.append((group.id, group.longest))
             continue
         _update(digest, group)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import PromptFormat
+from megatron_solopo.data.hf_model import check_reach, load_model
 from megatron_solopo.data.prepare import add_prompt_options, add_tokenizer_options, prompt_format_of
-from megatron_solopo.data.sampling import load_model
 from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.evaluate import add_generation_options
-from megatron_solopo.evaluation.generation import check_reach, generate
+from megatron_solopo.evaluation.generation import generate
 from megatron_solopo.evaluation.results import folder_names
 
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import CannotBuild, DistractorPool, PromptFormat, build_contexts
+from megatron_solopo.data.hf_model import DTYPES, check_reach, load_model
 from megatron_solopo.data.prepare import add_prompt_options, add_tokenizer_options, prompt_format_of
-from megatron_solopo.data.sampling import DTYPES, load_model
 from megatron_solopo.data.schema import Message, write_jsonl
 from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.data.sources import SOURCES, read_pool
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, check_reach, generate
+from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, generate
 from megatron_solopo.evaluation.results import METRICS, length_label, mean_interval
 
 

@@ -2,67 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_solopo.errors import UserError
+from megatron_solopo.data.hf_model import check_rows, stop_ids
 
 DEFAULT_BATCH_TOKENS = 32768  # about 2 GB of keys and values for a 7B model with grouped-query attention in bf16
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: the tokenizer's end of turn and those of the model's generation config."""
-    own = model.generation_config.eos_token_id
-    ids = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
-    return sorted({tokenizer.eos_token_id, *ids})
-
-
-def reach(folder: str | Path) -> int | None:
-    """Positions the model of a folder covers: its ``max_position_embeddings``, more with YaRN.
-
-    Returns:
-        None where the config names no limit.
-
-    Raises:
-        UserError: there is no config.json.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"--model {folder}: no config.json there; give a Hugging Face folder with a model "
-            "(--save-hf of a training run writes one)"
-        )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
-    positions = config.get("max_position_embeddings")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
-        # Published YaRN configs keep max_position_embeddings at the length before the extension.
-        original = scaling.get("original_max_position_embeddings") or positions
-        positions = max(positions, int(original * scaling.get("factor", 1.0)))
-    return positions
-
-
-def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str) -> None:
-    """Refuses a prompt whose response could end beyond the positions the model covers.
-
-    Args:
-        where: what asked for this length, first in the message (a flag and its value).
-
-    Raises:
-        UserError: naming ``where``, the lengths and ``max_position_embeddings``.
-    """
-    positions = reach(folder)
-    if positions is not None and prompt_tokens + max_new_tokens > positions:
-        raise UserError(
-            f"{where}: a prompt of {prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens} go beyond the "
-            f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context"
-        )
 
 
 def batches_by_length(lengths: Sequence[int], new_tokens: int, batch_tokens: int) -> list[list[int]]:
@@ -105,13 +53,7 @@ def generate(
     Raises:
         UserError: the tokenizer has more ids than the model.
     """
-    rows = model.get_input_embeddings().num_embeddings
-    highest = max((max(prompt) for prompt in prompts), default=0)
-    if highest >= rows:
-        raise UserError(
-            f"token id {highest} is beyond the {rows:,} embeddings of {model.name_or_path}; "
-            "the tokenizer is not this model's"
-        )
+    check_rows(model, [max(prompt) for prompt in prompts], "--model")
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)

@@ -120,7 +120,9 @@ def _reward(
     if reference is None:
         raise KeyError("DPO needs reference log-probs")
     short_reference = method.context_mode == "solo" and method.alignment_reference == "short"
-    return dpo_reward(log_probs[role], reference[role.replace("long_", "short_") if short_reference else role], method.beta)
+    return dpo_reward(
+        log_probs[role], reference[role.replace("long_", "short_") if short_reference else role], method.beta
+    )
 
 
 def _preference_loss(margin: Tensor, chosen_log_prob: Tensor, chosen_length: Tensor, method: MethodConfig) -> Tensor:

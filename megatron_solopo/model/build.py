@@ -111,7 +111,9 @@ def build_model(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype 
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns of GPTModel's age at every build
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     settings = transformer_config(hf_config, config.model, dtype)
-    block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * get_num_layers_to_build(settings), layer_norm=RMSNorm)
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer_spec()] * get_num_layers_to_build(settings), layer_norm=RMSNorm
+    )
     model = GPTModel(
         settings,
         block,
@@ -135,8 +137,10 @@ def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
         UserError: naming --seq-length.
     """
     if seq_length > hf_config.max_position_embeddings:
-        raise UserError(f"--seq-length {seq_length} is beyond the model's max_position_embeddings "
-                        f"{hf_config.max_position_embeddings} (config.json); lower it or take a longer model")
+        raise UserError(
+            f"--seq-length {seq_length} is beyond the model's max_position_embeddings "
+            f"{hf_config.max_position_embeddings} (config.json); lower it or take a longer model"
+        )
 
 
 def parameter_count(hf_config: PretrainedConfig) -> dict[str, int]:

@@ -39,7 +39,11 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
     def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
         weight = output_layer.weight if output_weight is None else output_weight
         states = hidden_states[:, 0].index_select(0, pack.predictors)  # [S, 1, H] -> [R, H]
-        group = parallel_state.get_tensor_model_parallel_group() if parallel_state.get_tensor_model_parallel_world_size() > 1 else None
+        group = (
+            parallel_state.get_tensor_model_parallel_group()
+            if parallel_state.get_tensor_model_parallel_world_size() > 1
+            else None
+        )
         log_probs = response_log_probs(states, weight, pack.targets, head.vocab_size, head.chunk_size, group)
         return segment_sums(log_probs, pack.segments, len(pack.segment_roles))
 

@@ -17,7 +17,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     (one-hot - p) times the incoming gradient)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, real_rows: int, chunk: int, group) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, real_rows: int, chunk: int, group
+    ) -> Tensor:
         total = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         log_probs = torch.empty(targets.shape, dtype=total, device=hidden.device)
         log_sums = torch.empty_like(log_probs)

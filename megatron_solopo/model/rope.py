@@ -43,7 +43,9 @@ def inverse_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
     kind = parameters.get("rope_type", "default")
     if kind not in SUPPORTED_ROPE_TYPES:
-        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}")
+        raise UserError(
+            f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
     if kind != "default":
         inverse, scaling = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
         return inverse.float(), float(scaling)

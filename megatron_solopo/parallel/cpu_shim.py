@@ -113,8 +113,9 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
     """
     bound = sys.modules.get("megatron.core.extensions.transformer_engine")
     if bound is not None and getattr(bound, "HAVE_TE", False):
-        raise RuntimeError("the CPU platform must be installed before megatron.core is imported: "
-                           "Transformer Engine is already in use")
+        raise RuntimeError(
+            "the CPU platform must be installed before megatron.core is imported: Transformer Engine is already in use"
+        )
     # Not mock.patch.dict: undoing it would forget every module that was imported meanwhile.
     names = ("transformer_engine", "transformer_engine.pytorch")
     before = {name: sys.modules[name] for name in names if name in sys.modules}
@@ -197,7 +198,10 @@ def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
     def state_dict_with_state(self):
         if not self.optimizer.state:
             for param in (param for group in self.optimizer.param_groups for param in group["params"]):
-                self.optimizer.state[param] = {"step": torch.zeros(()), **{key: torch.zeros_like(param) for key in self.optimizer_state_keys}}
+                self.optimizer.state[param] = {
+                    "step": torch.zeros(()),
+                    **{key: torch.zeros_like(param) for key in self.optimizer_state_keys},
+                }
         return state_dict(self)
 
     def set_states_with_step(self, model_param, tensors):

@@ -52,7 +52,9 @@ def choose(device: str) -> str:
     if device == "auto":
         return "cuda" if available else "cpu"
     if device == "cuda" and not available:
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi")
+        raise UserError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
+        )
     return device
 
 
@@ -68,8 +70,10 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
-                            "lower torchrun's --nproc_per_node to that number")
+            raise UserError(
+                f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
+                "lower torchrun's --nproc_per_node to that number"
+            )
         torch.cuda.set_device(local_rank)
         platform = Platform(name, torch.device("cuda", local_rank), "nccl", cpu_shim.mend_optimizer_loading())
     else:

@@ -94,17 +94,23 @@ def read_progress(folder: str | Path) -> dict[str, Any]:
 def _latest_checkpoint(folder: str | Path) -> Path:
     iteration = latest_iteration(folder)
     if iteration is None:
-        raise UserError(f"--load {folder}: no complete checkpoint there ({LATEST} is missing); leave --load out to start anew")
+        raise UserError(
+            f"--load {folder}: no complete checkpoint there ({LATEST} is missing); leave --load out to start anew"
+        )
     source = checkpoint_folder(folder, iteration)
     if not source.is_dir():
-        raise UserError(f"--load {folder}: {LATEST} names iteration {iteration}, but {source.name} is missing; put an earlier iteration's number into {LATEST}")
+        raise UserError(
+            f"--load {folder}: {LATEST} names iteration {iteration}, but {source.name} is missing; put an earlier iteration's number into {LATEST}"
+        )
     return source
 
 
 def _unreadable(source: Path, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [""])[-1]
-    return UserError(f"--load: {source} cannot be read ({type(error).__name__}: {reason}); "
-                     f"it is damaged or another model's: put an earlier iteration's number into {LATEST}, or start anew")
+    return UserError(
+        f"--load: {source} cannot be read ({type(error).__name__}: {reason}); "
+        f"it is damaged or another model's: put an earlier iteration's number into {LATEST}, or start anew"
+    )
 
 
 def load_checkpoint(
@@ -123,7 +129,10 @@ def load_checkpoint(
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
     try:
         loaded = dist_checkpointing.load(state, str(source))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; a torn file or another model's shapes fail in many ways
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # the latter is no Exception; a torn file or another model's shapes fail in many ways
         raise _unreadable(source, error) from None
     engine.gpt.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])

@@ -28,7 +28,14 @@ def describe(config: Config) -> str:
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     training, output = config.training, config.output
-    schedule = make_schedule(len(data.train.groups), training.global_batch_size, training.train_iters, training.train_epochs, training.seed, config.data.shuffle)
+    schedule = make_schedule(
+        len(data.train.groups),
+        training.global_batch_size,
+        training.train_iters,
+        training.train_epochs,
+        training.seed,
+        config.data.shuffle,
+    )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     counts = parameter_count(hf_config)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -40,7 +47,10 @@ def describe(config: Config) -> str:
         "",
         f"# ranks ({processes} process{'es' if processes > 1 else ''} on {device})",
         "rank  tensor  context  pipeline  data   role",
-        *(f"{rank:>4}  {0:>6}  {0:>7}  {0:>8}  {rank:>4}   the whole model, 1/{processes} of each step's examples" for rank in range(processes)),
+        *(
+            f"{rank:>4}  {0:>6}  {0:>7}  {0:>8}  {rank:>4}   the whole model, 1/{processes} of each step's examples"
+            for rank in range(processes)
+        ),
         "",
         "# model",
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "

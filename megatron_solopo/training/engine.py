@@ -74,7 +74,9 @@ def build_engine(platform: Platform, hf_config: PretrainedConfig, config: Config
     return Engine(platform, hf_config, model, head, dtype)
 
 
-def build_optimizer(engine: Engine, training: TrainingConfig, steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def build_optimizer(
+    engine: Engine, training: TrainingConfig, steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam with the distributed optimizer, and its learning-rate schedule over ``steps`` steps."""
     config = OptimizerConfig(
         optimizer="adam",

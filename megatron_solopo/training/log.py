@@ -22,7 +22,9 @@ class RunLog:
         log_interval: steps between printed lines where standard error is not a terminal.
     """
 
-    def __init__(self, folder: Path, steps: int, first_step: int, active: bool, tensorboard_dir: str | None, log_interval: int) -> None:
+    def __init__(
+        self, folder: Path, steps: int, first_step: int, active: bool, tensorboard_dir: str | None, log_interval: int
+    ) -> None:
         self._active, self._steps, self._interval = active, steps, log_interval
         self._bar = self._file = self._board = None
         if not active:
@@ -70,7 +72,14 @@ class RunLog:
 
 
 def _summary(values: dict[str, Any]) -> str:
-    shown = {"loss": "loss", "accuracy": "acc", "margin": "margin", "alignment_loss": "align", "grad_norm": "grad", "tokens_per_second": "tok/s"}
+    shown = {
+        "loss": "loss",
+        "accuracy": "acc",
+        "margin": "margin",
+        "alignment_loss": "align",
+        "grad_norm": "grad",
+        "tokens_per_second": "tok/s",
+    }
     return " ".join(f"{short} {values[name]:.4g}" for name, short in shown.items() if name in values)
 
 

@@ -32,7 +32,9 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
     """16 hex digits over everything the log-probs depend on."""
     facts = {
         "format": FORMAT,
-        "weights": f"random seed {config.training.seed}" if config.model.random_init else state_fingerprint(TensorReader(config.model.hf_path)),
+        "weights": f"random seed {config.training.seed}"
+        if config.model.random_init
+        else state_fingerprint(TensorReader(config.model.hf_path)),
         "config": hashlib.sha256((Path(config.model.hf_path) / "config.json").read_bytes()).hexdigest(),
         "tokens": dataset.fingerprint,
         "roles": roles(config.method),
@@ -46,7 +48,9 @@ def cache_folder(config: Config) -> Path:
     return Path(config.method.reference_cache or Path(config.output.save).parent / "reference")
 
 
-def reference_log_probs(engine: Engine, dataset: TokenDataset, config: Config, progress: Callable[[int, int], None] | None = None) -> Tensor:
+def reference_log_probs(
+    engine: Engine, dataset: TokenDataset, config: Config, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
     """[examples, roles] float64 reference log-probs, from the cache or computed with the model as it is now.
 
     Must run before training changes the weights. The first process reads and writes; all get the table.
@@ -72,7 +76,14 @@ def reference_log_probs(engine: Engine, dataset: TokenDataset, config: Config, p
     batch = config.training.global_batch_size
     for first in range(0, len(dataset.groups), batch):
         indices = range(first, min(first + batch, len(dataset.groups)))
-        packs = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
+        packs = make_packs(
+            dataset,
+            indices,
+            config.training,
+            config.data.share_prompts,
+            engine.hf_config.hidden_size,
+            engine.platform.device,
+        )
         table[first : first + batch] = segment_table(engine, dataset, names, indices, packs)
         if progress is not None:
             progress(indices[-1] + 1, len(dataset.groups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform as machine
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """megatron-core warns of its own deprecations and of absent CUDA extensions at every import."""
+    """megatron-core warns of its own deprecations and of absent CUDA extensions at every import, as torch does."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
@@ -81,11 +83,21 @@ def check_folders(config: Config) -> None:
     if save.exists() and not save.is_dir():
         raise UserError(f"--save {save}: is not a folder; choose another name")
     if load is None and latest_iteration(save) is not None:
-        raise UserError(f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save}, or choose another folder")
+        raise UserError(
+            f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save}, or choose another folder"
+        )
+    if load is not None and not _same_folder(load, save) and latest_iteration(save) is not None:
+        raise UserError(
+            f"--save {save}: holds checkpoints of another run than --load {load}; go on in {load}, or choose an empty folder"
+        )
     if load is not None and latest_iteration(load) is None:
         raise UserError(f"--load {load}: no complete checkpoint there; leave --load out to start anew")
     if config.output.save_hf:
         check_target(Path(config.output.save_hf), config.output.force)
+
+
+def _same_folder(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def check_model(config: Config) -> Any:
@@ -113,7 +125,8 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.data.batches import make_schedule
     from megatron_solopo.losses.solopo import needs_reference
-    from megatron_solopo.training import checkpoint, engine as engines
+    from megatron_solopo.training import checkpoint
+    from megatron_solopo.training import engine as engines
     from megatron_solopo.training.log import RunLog
     from megatron_solopo.training.reference import reference_log_probs
 
@@ -123,7 +136,14 @@ def train(here: Any, config: Config) -> None:
     hf_config = check_model(config)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
-    schedule = make_schedule(len(data.train.groups), training.global_batch_size, training.train_iters, training.train_epochs, training.seed, config.data.shuffle)
+    schedule = make_schedule(
+        len(data.train.groups),
+        training.global_batch_size,
+        training.train_iters,
+        training.train_epochs,
+        training.seed,
+        config.data.shuffle,
+    )
     progress = _progress(schedule, data, config)
     resumed = 0
     if output.load:
@@ -164,7 +184,9 @@ def train(here: Any, config: Config) -> None:
         log.say(f"Hugging Face folder: {output.save_hf}")
 
 
-def train_step(engine: Any, optimizer: Any, scheduler: Any, dataset: Any, schedule: Any, step: int, config: Config, reference: Any) -> dict[str, Any]:
+def train_step(
+    engine: Any, optimizer: Any, scheduler: Any, dataset: Any, schedule: Any, step: int, config: Config, reference: Any
+) -> dict[str, Any]:
     """One optimizer step; returns its line of the log.
 
     Raises:
@@ -177,12 +199,21 @@ def train_step(engine: Any, optimizer: Any, scheduler: Any, dataset: Any, schedu
     indices = schedule.step(step)
     engine.model.zero_grad_buffer()
     optimizer.zero_grad()
-    packs = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
+    packs = make_packs(
+        dataset,
+        indices,
+        config.training,
+        config.data.share_prompts,
+        engine.hf_config.hidden_size,
+        engine.platform.device,
+    )
     sums = run_step(engine, packs, len(indices), config.method, reference)
     means = sums.means()
     if not math.isfinite(means["loss"]):
         names = ", ".join(dataset.groups[i].id for i in indices[:8])
-        raise UserError(f"step {step + 1}: the loss is {means['loss']}; lower --lr, or look at the examples of this step ({names}, ...)")
+        raise UserError(
+            f"step {step + 1}: the loss is {means['loss']}; lower --lr, or look at the examples of this step ({names}, ...)"
+        )
     scheduler.step(1)  # before the optimizer: see build_optimizer
     _, grad_norm, _ = optimizer.step()
     if not math.isfinite(grad_norm):
@@ -217,8 +248,17 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
     with torch.no_grad():
         for first in range(0, len(dataset.groups), batch):
             indices = range(first, min(first + batch, len(dataset.groups)))
-            packs = make_packs(dataset, indices, config.training, config.data.share_prompts, engine.hf_config.hidden_size, engine.platform.device)
-            for name, value in run_step(engine, packs, len(indices), config.method, reference, forward_only=True).values.items():
+            packs = make_packs(
+                dataset,
+                indices,
+                config.training,
+                config.data.share_prompts,
+                engine.hf_config.hidden_size,
+                engine.platform.device,
+            )
+            for name, value in run_step(
+                engine, packs, len(indices), config.method, reference, forward_only=True
+            ).values.items():
                 totals[name] = totals.get(name, 0.0) + value
     engine.model.train()
     return {name: value / len(dataset.groups) for name, value in totals.items()}
@@ -231,45 +271,70 @@ def check_vocabulary(data: RunData, vocab_size: int) -> None:
             for prompt in group.prompts:
                 largest = max(max(prompt.ids), max(max(c.ids) for c in prompt.continuations))
                 if largest >= vocab_size:
-                    raise UserError(f"example {group.id!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
-                                    "tokenizer and config.json do not belong together")
+                    raise UserError(
+                        f"example {group.id!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
+                        "tokenizer and config.json do not belong together"
+                    )
 
 
 def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
     """What fixes the order of the examples and the learning rate of each step; kept in every checkpoint."""
     training = config.training
     names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
-    return {"tokens": data.train.fingerprint, "steps": schedule.steps, "shuffle": config.data.shuffle,
-            **{name: getattr(training, name) for name in names}}
+    return {
+        "tokens": data.train.fingerprint,
+        "steps": schedule.steps,
+        "shuffle": config.data.shuffle,
+        **{name: getattr(training, name) for name in names},
+    }
 
 
 def _check_resume(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to go on as another run; see `_progress`."""
     if before["tokens"] != now["tokens"]:
-        raise UserError("--load: the checkpoint was trained on other examples (data, tokenizer or template changed); give the same --train-data, or start anew")
+        raise UserError(
+            "--load: the checkpoint was trained on other examples (data, tokenizer or template changed); give the same --train-data, or start anew"
+        )
     for name, value in now.items():
         if before.get(name) != value:
-            raise UserError(f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; give the same as before, or start anew")
+            raise UserError(
+                f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; give the same as before, or start anew"
+            )
 
 
 def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:
     train = data.train
-    log.say(f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
-            + (f", last step {schedule.total % schedule.global_batch_size}" if schedule.total % schedule.global_batch_size else ""))
+    log.say(
+        f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
+        + (
+            f", last step {schedule.total % schedule.global_batch_size}"
+            if schedule.total % schedule.global_batch_size
+            else ""
+        )
+    )
     for split, dataset in (("train", train), ("valid", data.valid)):
         if dataset is not None and dataset.dropped:
-            log.say(f"{split}: dropped {len(dataset.dropped)} examples longer than {config.data.seq_length} tokens: "
-                    + ", ".join(f"{name} ({tokens})" for name, tokens in dataset.dropped[:10]) + (" ..." if len(dataset.dropped) > 10 else ""))
+            log.say(
+                f"{split}: dropped {len(dataset.dropped)} examples longer than {config.data.seq_length} tokens: "
+                + ", ".join(f"{name} ({tokens})" for name, tokens in dataset.dropped[:10])
+                + (" ..." if len(dataset.dropped) > 10 else "")
+            )
 
 
 def _write_settings(folder: Path, config: Config) -> None:
     """config.yaml: the resolved options, readable by --config; versions.yaml: what they ran on."""
     from importlib.metadata import version
 
-    options = {section: {k: v for k, v in values.items() if v is not None} for section, values in _effective(config).items()}
+    options = {
+        section: {k: v for k, v in values.items() if v is not None} for section, values in _effective(config).items()
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     versions = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
-    versions |= {"python": machine.python_version(), "processes": int(os.environ.get("WORLD_SIZE", "1")), "command": sys.argv}
+    versions |= {
+        "python": machine.python_version(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+    }
     (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False), encoding="utf-8")
 
 

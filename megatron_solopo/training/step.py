@@ -56,7 +56,10 @@ def make_packs(
     tokens = [group.tokens(share_prompts) for group in groups]
     costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
     shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
-    return [build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts).to(device) for share in shares]
+    return [
+        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts).to(device)
+        for share in shares
+    ]
 
 
 def group_losses(sums: Tensor, pack: Pack, reference: Tensor | None, method: MethodConfig) -> GroupLosses:
@@ -78,7 +81,9 @@ def group_losses(sums: Tensor, pack: Pack, reference: Tensor | None, method: Met
     return solopo_loss(log_probs, lengths, known, method)
 
 
-def run_packs(engine: Engine, packs: list[Pack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool) -> list[dict]:
+def run_packs(
+    engine: Engine, packs: list[Pack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool
+) -> list[dict]:
     """Runs megatron-core's schedule; returns what ``loss`` gave for each pack (last pipeline stage)."""
 
     def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module):
@@ -126,8 +131,11 @@ def run_step(
     for part in parts:
         for name, value in part.items():
             totals[name] = totals[name] + value.double()
-    counts = torch.tensor([sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)], dtype=torch.float64,
-                          device=engine.platform.device)
+    counts = torch.tensor(
+        [sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)],
+        dtype=torch.float64,
+        device=engine.platform.device,
+    )
     flat = torch.cat((torch.stack(list(totals.values())), counts))
     dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
     values = flat.tolist()
@@ -136,7 +144,9 @@ def run_step(
     return sums
 
 
-def segment_table(engine: Engine, dataset: TokenDataset, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
+def segment_table(
+    engine: Engine, dataset: TokenDataset, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]
+) -> Tensor:
     """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
     table = torch.zeros(len(indices), len(names), dtype=torch.float64, device=engine.platform.device)
     row_of = {index: row for row, index in enumerate(indices)}

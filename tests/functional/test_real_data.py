@@ -42,22 +42,75 @@ def home(solopo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("musique")
     with (solopo_data / "musique" / "musique_ans_train_subset.jsonl").open(encoding="utf-8") as file:
         (folder / "questions.jsonl").write_text("".join(next(file) for _ in range(12)), encoding="utf-8")
-    example("random_qwen2").main(["--tokenizer", str(solopo_data / "tokenizers" / "qwen2"), "--output", str(folder / "start")])
-    arguments = ["--input", folder / "questions.jsonl", "--limit", 4, "--short-tokens", LENGTHS[0], "--long-tokens", LENGTHS[1],
-                 "--tokenizer", folder / "start", "--output", folder / "contexts.jsonl"]
+    example("random_qwen2").main(
+        ["--tokenizer", str(solopo_data / "tokenizers" / "qwen2"), "--output", str(folder / "start")]
+    )
+    arguments = [
+        "--input",
+        folder / "questions.jsonl",
+        "--limit",
+        4,
+        "--short-tokens",
+        LENGTHS[0],
+        "--long-tokens",
+        LENGTHS[1],
+        "--tokenizer",
+        folder / "start",
+        "--output",
+        folder / "contexts.jsonl",
+    ]
     assert prepare.main(list(map(str, arguments))) == 0
-    assert pairs.main(["--contexts", str(folder / "contexts.jsonl"), "--responses", "gold", "--output", str(folder / "pairs.jsonl")]) == 0
+    assert (
+        pairs.main(
+            [
+                "--contexts",
+                str(folder / "contexts.jsonl"),
+                "--responses",
+                "gold",
+                "--output",
+                str(folder / "pairs.jsonl"),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
     """SoLo-DPO in two processes with the recipe's settings, and an evaluation on the same pairs at the end."""
-    flags = ["--config", ROOT / "examples/recipes/musique_qwen2_smoke.yaml", "--hf-path", home / "start", "--train-data", home / "pairs.jsonl",
-             "--valid-data", home / "pairs.jsonl", "--train-iters", STEPS, "--save", home / "dpo", "--save-hf", home / "dpo-hf"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "pretrain_solopo.py", *flags]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    flags = [
+        "--config",
+        ROOT / "examples/recipes/musique_qwen2_smoke.yaml",
+        "--hf-path",
+        home / "start",
+        "--train-data",
+        home / "pairs.jsonl",
+        "--valid-data",
+        home / "pairs.jsonl",
+        "--train-iters",
+        STEPS,
+        "--save",
+        home / "dpo",
+        "--save-hf",
+        home / "dpo-hf",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        ROOT / "pretrain_solopo.py",
+        *flags,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    done = subprocess.run(
+        list(map(str, command)), cwd=home, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return home
 
@@ -70,8 +123,11 @@ def test_contexts_have_the_lengths_and_the_same_evidence(home: Path) -> None:
         gold = [p["paragraph_text"] for p in questions[record["id"]]["paragraphs"] if p["is_supporting"]]
         for length, which in zip(LENGTHS, ("short", "long"), strict=True):
             [message] = record[f"{which}_messages"]
-            text = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + message["content"]
-                    + "<|im_end|>\n<|im_start|>assistant\n")
+            text = (
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                + message["content"]
+                + "<|im_end|>\n<|im_start|>assistant\n"
+            )
             assert len(tokenizer.encode(text, add_special_tokens=False).ids) == record[f"{which}_tokens"]
             assert 0.98 * length <= record[f"{which}_tokens"] <= length
             assert all(paragraph.strip() in message["content"] for paragraph in gold)
@@ -82,7 +138,9 @@ def test_a_run_starts_at_the_law_and_holds_its_memory(trained: Path) -> None:
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     # Before the first update policy and reference are one model.
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and steps[0]["alignment_loss"] == 0
-    assert all(line["padding_share"] == 0 and 1.9 * sum(LENGTHS) < line["tokens"] < 2.1 * sum(LENGTHS) for line in steps)
+    assert all(
+        line["padding_share"] == 0 and 1.9 * sum(LENGTHS) < line["tokens"] < 2.1 * sum(LENGTHS) for line in steps
+    )
     assert steps[-1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
     assert max(line["memory_gib"] for line in steps) < 4  # of each process; 8 GiB in all
 
@@ -97,13 +155,15 @@ def test_the_exported_model_gives_the_same_log_probs_in_transformers(trained: Pa
     lengths = []
     groups = read(trained / "pairs.jsonl")
     for group in groups:
-        response = tokenizer.encode(group["chosen"], add_special_tokens=False) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        response = tokenizer.encode(group["chosen"], add_special_tokens=False) + [
+            tokenizer.convert_tokens_to_ids("<|im_end|>")
+        ]
         lengths.append(len(response))
         for which, values in sums.items():
             prompt = tokenizer.apply_chat_template(group[f"{which}_messages"], add_generation_prompt=True)["input_ids"]
             ids = torch.tensor([prompt + response])
             logits = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1]
-            values.append(logits.log_softmax(-1).gather(1, ids[0, -len(response):, None]).sum().item())
+            values.append(logits.log_softmax(-1).gather(1, ids[0, -len(response) :, None]).sum().item())
     gaps = [(short - long) / length for short, long, length in zip(sums["short"], sums["long"], lengths, strict=True)]
     assert valid["logp_chosen"] == pytest.approx(sum(sums["short"]) / len(groups), abs=5e-4)
     assert valid["short_long_gap_nats_per_token"] == pytest.approx(sum(gaps) / len(groups), abs=3e-5)
@@ -113,8 +173,21 @@ def test_the_exported_model_answers(trained: Path, capsys: pytest.CaptureFixture
     question = read(trained / "questions.jsonl")[0]
     document = trained / "document.txt"
     document.write_text("\n\n".join(p["paragraph_text"] for p in question["paragraphs"]), encoding="utf-8")
-    assert ask.main(["--model", str(trained / "dpo-hf"), "--document", str(document), "--question", question["question"],
-                     "--max-new-tokens", "4"]) == 0
+    assert (
+        ask.main(
+            [
+                "--model",
+                str(trained / "dpo-hf"),
+                "--document",
+                str(document),
+                "--question",
+                question["question"],
+                "--max-new-tokens",
+                "4",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert f"question: {question['question']}" in said
     [answer] = [line for line in said.splitlines() if line.startswith("dpo-hf (")]

@@ -55,20 +55,29 @@ class Machine:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The bootstrap asks with `-I -c CODE`; anything else goes to the real interpreter.
         ask = f'"{sys.executable}" -I -c "{prelude}; import sys; exec(sys.argv[1])" "$3"'
-        path.write_text("\n".join([
-            f"#!{self.bin}/bash",
-            "echo 'pyenv: command not found' >&2; exit 127" if prelude is None else "",
-            f'if [ "$2" = -c ]; then exec {ask}; fi',
-            f'exec "{sys.executable}" "$@"' if installs else '[ "$*" = "-m pip --version" ]',
-        ]) + "\n")
+        path.write_text(
+            "\n".join(
+                [
+                    f"#!{self.bin}/bash",
+                    "echo 'pyenv: command not found' >&2; exit 127" if prelude is None else "",
+                    f'if [ "$2" = -c ]; then exec {ask}; fi',
+                    f'exec "{sys.executable}" "$@"' if installs else '[ "$*" = "-m pip --version" ]',
+                ]
+            )
+            + "\n"
+        )
         path.chmod(0o755)
         return path
 
     def bootstrap(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.bin / "bash"), "tools/bootstrap.sh", *arguments],
-            cwd=self.root, env=self.environment | environment,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+            cwd=self.root,
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
 
     def found(self, **environment: str) -> str:
@@ -106,8 +115,10 @@ def test_uv_is_asked_for_the_pythons_it_manages(machine: Machine) -> None:
 def test_uv_installs_one_when_there_is_none(machine: Machine) -> None:
     good = machine.add_python(machine.home / "managed/python3", installs=False)
     uv = machine.bin / "uv"
-    uv.write_text(f'#!{machine.bin}/bash\n[ "$1 $2" = "python install" ] && echo installed >{machine.home}/done\n'
-                  f'[ "$1 $2" = "python find" ] && [ -f {machine.home}/done ] && echo {good}\nexit 0\n')
+    uv.write_text(
+        f'#!{machine.bin}/bash\n[ "$1 $2" = "python install" ] && echo installed >{machine.home}/done\n'
+        f'[ "$1 $2" = "python find" ] && [ -f {machine.home}/done ] && echo {good}\nexit 0\n'
+    )
     uv.chmod(0o755)
     done = machine.bootstrap()
     assert f"({good})" in done.stdout
@@ -131,8 +142,13 @@ def test_without_a_usable_python_it_says_what_it_looked_at_and_what_to_do(machin
     done = machine.bootstrap("--find-python")
     assert done.returncode == 1
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    for line in (f"{machine.bin}/python3.12 does not run", f"{machine.bin}/python3 is Python 3.11.2",
-                 "without the venv and ensurepip modules", f"apt install python{version}-venv", "uv python install"):
+    for line in (
+        f"{machine.bin}/python3.12 does not run",
+        f"{machine.bin}/python3 is Python 3.11.2",
+        "without the venv and ensurepip modules",
+        f"apt install python{version}-venv",
+        "uv python install",
+    ):
         assert line in done.stderr, done.stderr
     assert not (machine.root / ".venv").exists()
 
@@ -236,7 +252,9 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_downloaded(machine
     machine.add_python(machine.root / ".venv/bin/python", installs=False)
     df = machine.bin / "df"
     df.unlink()
-    df.write_text(f"#!{machine.bin}/bash\necho Filesystem Blocks Used Available Capacity On\necho /dev/x 9 9 51200 9% /\n")
+    df.write_text(
+        f"#!{machine.bin}/bash\necho Filesystem Blocks Used Available Capacity On\necho /dev/x 9 9 51200 9% /\n"
+    )
     df.chmod(0o755)
     done = machine.bootstrap(PIP_NO_INDEX="1")
     assert done.returncode == 1

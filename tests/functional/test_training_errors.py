@@ -204,6 +204,13 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         r"--save \S+: holds checkpoints of an earlier run; .*--load",
     ),
     "run folder is a file": (_occupied, r"--save \S+/file: is not a folder"),
+    "two runs in one folder": (
+        lambda home: {
+            "save": "runs/dpo",
+            "flags": ["--load", shutil.copytree(home.folder / "runs/dpo", home.folder / "runs/origin")],
+        },
+        r"--save \S+/runs/dpo: holds checkpoints of another run than --load \S+/runs/origin",
+    ),
     "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
     "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
     "unknown option": (lambda home: {"flags": ["--learning-rat", "1"]}, r"--learning-rat: unknown option"),

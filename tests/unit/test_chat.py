@@ -198,6 +198,15 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_conversations(tmp
         conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
 
 
+def test_a_template_that_opens_a_thought_learns_the_answer_of_one_turn(tmp_path):
+    tokenizer = make("opened", tmp_path)
+    prompt, ids, learnt = conversation_ids(tokenizer, [user("hi"), assistant("sure</think>yes")])
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>")
+    assert tokenizer.decode(ids) == "sure</think>yes<|im_end|>" and all(learnt)
+    with pytest.raises(UserError, match="one record a turn"):
+        conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
+
+
 def test_the_end_of_turn_is_the_templates(tmp_path):
     """Folders name the end of a text; the token that ends a turn is what the template writes after an answer."""
     assert {name: make(name, tmp_path / name).eos_token for name in ("facts", "chatml", "llama3", "plain")} == {

@@ -291,7 +291,7 @@ def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Pat
         (["--samples", "0"], "--samples 0"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--top-p", "0"], "--top-p 0.0"),
-        (["--max-new-tokens", "125"], "exceed the model's 128 positions"),
+        (["--max-new-tokens", "125"], "go beyond the max_position_embeddings 128"),
         (["--model", "nowhere", "--tokenizer", "FOLDER"], "--model nowhere: no such folder"),
         (["--contexts", "nowhere"], "nowhere: no such file"),
     ],

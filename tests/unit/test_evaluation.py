@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from megatron_solopo.data.contexts import PromptFormat
-from megatron_solopo.data.sampling import load_model
+from megatron_solopo.data.hf_model import check_reach, load_model, reach
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import ask, evaluate
-from megatron_solopo.evaluation.generation import batches_by_length, check_reach, generate, reach
+from megatron_solopo.evaluation.generation import batches_by_length, generate
 
 WORDS = [f"w{index}" for index in range(48)]
 SPECIAL = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]

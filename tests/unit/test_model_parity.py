@@ -11,13 +11,29 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
 
-SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=211, max_position_embeddings=512)
+SMALL = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=211,
+    max_position_embeddings=512,
+)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "llama3-rope": LlamaConfig(**SMALL, rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                                        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+    "llama3-rope": LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
 }
@@ -31,7 +47,9 @@ def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
         return torch.randint(0, SMALL["vocab_size"], (n,), generator=g).tolist()
 
     roles = iter(["short_chosen", "short_rejected", "long_chosen", "long_rejected"])
-    return TokenGroup(f"g{seed}", tuple(Prompt(ids(p), tuple(Continuation(next(roles), ids(c)) for c in cs)) for p, cs in prompts))
+    return TokenGroup(
+        f"g{seed}", tuple(Prompt(ids(p), tuple(Continuation(next(roles), ids(c)) for c in cs)) for p, cs in prompts)
+    )
 
 
 @pytest.fixture
@@ -60,7 +78,9 @@ def run_pack(hf_config, model, pack, dtype, chunk=7):
     from megatron_solopo.model.build import rotary_frequencies
     from megatron_solopo.model.forward import LogProbHead, segment_log_probs
 
-    return segment_log_probs(model, pack, LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config)), dtype)
+    return segment_log_probs(
+        model, pack, LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config)), dtype
+    )
 
 
 def transformers_log_probs(hf, group):
@@ -139,5 +159,7 @@ def test_a_pack_equals_its_groups_one_by_one(engine, tmp_path):
     hf_config, model = megatron_model(tmp_path, torch.float64)
     groups = [random_group(seed, ((20 + 7 * seed, (3, 4)), (50, (3,)))) for seed in range(4)]
     together = run_pack(hf_config, model, build_pack(groups, range(4), multiple_of=64), torch.float64)
-    alone = torch.cat([run_pack(hf_config, model, build_pack([group], [i]), torch.float64) for i, group in enumerate(groups)])
+    alone = torch.cat(
+        [run_pack(hf_config, model, build_pack([group], [i]), torch.float64) for i, group in enumerate(groups)]
+    )
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-11)

@@ -25,7 +25,18 @@ def facts():
 @pytest.fixture(scope="module")
 def folder(facts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("facts")
-    sizes = ["--train-questions", "60", "--eval-questions", "20", "--echoes", "64", "--lookups", "64", "--valid-conversations", "8"]
+    sizes = [
+        "--train-questions",
+        "60",
+        "--eval-questions",
+        "20",
+        "--echoes",
+        "64",
+        "--lookups",
+        "64",
+        "--valid-conversations",
+        "8",
+    ]
     assert facts.main(["--output-dir", str(folder), "--seed", "3", *sizes]) == 0
     return folder
 
@@ -51,9 +62,31 @@ def test_no_evaluation_question_is_asked_in_training(folder):
 
 
 def test_the_same_seed_gives_the_same_bytes(facts, folder, tmp_path):
-    facts.main(["--output-dir", str(tmp_path), "--seed", "3", "--train-questions", "60", "--eval-questions", "20", "--echoes", "64",
-                "--lookups", "64", "--valid-conversations", "8"])
-    for name in ("train.jsonl", "eval.jsonl", "conversations.jsonl", "conversations_valid.jsonl", "tokenizer/tokenizer.json"):
+    facts.main(
+        [
+            "--output-dir",
+            str(tmp_path),
+            "--seed",
+            "3",
+            "--train-questions",
+            "60",
+            "--eval-questions",
+            "20",
+            "--echoes",
+            "64",
+            "--lookups",
+            "64",
+            "--valid-conversations",
+            "8",
+        ]
+    )
+    for name in (
+        "train.jsonl",
+        "eval.jsonl",
+        "conversations.jsonl",
+        "conversations_valid.jsonl",
+        "tokenizer/tokenizer.json",
+    ):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
@@ -64,7 +97,9 @@ def test_every_word_has_a_token_and_only_answers_are_learnt(folder):
         prompt, ids, learnt = conversation_ids(tokenizer, conversation.messages)
         assert tokenizer.unk_token_id not in prompt + ids
         answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
-        assert tokenizer.decode([i for i, l in zip(ids, learnt) if l]).split() == [w for a in answers for w in (a, "<end>")]
+        assert tokenizer.decode([i for i, l in zip(ids, learnt) if l]).split() == [
+            w for a in answers for w in (a, "<end>")
+        ]
 
 
 def test_conversations_of_a_batch_have_one_length(facts, folder):

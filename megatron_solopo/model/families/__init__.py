@@ -43,7 +43,9 @@ def family_of(hf_config: PretrainedConfig) -> Family:
 
     families = {family.model_type: family for family in (LLAMA, QWEN2)}
     if hf_config.model_type not in families:
-        raise UserError(f"config.json: model_type {hf_config.model_type!r} is not supported; supported are {', '.join(sorted(families))}")
+        raise UserError(
+            f"config.json: model_type {hf_config.model_type!r} is not supported; supported are {', '.join(sorted(families))}"
+        )
     family = families[hf_config.model_type]
     family.check(hf_config)
     return family
@@ -63,4 +65,6 @@ def refuse(hf_config: PretrainedConfig, **allowed: Any) -> None:
     for name, value in allowed.items():
         found = getattr(hf_config, name, value)
         if found != value:
-            raise UserError(f"config.json: {name} = {found!r} is not supported for {hf_config.model_type} (only {value!r} is)")
+            raise UserError(
+                f"config.json: {name} = {found!r} is not supported for {hf_config.model_type} (only {value!r} is)"
+            )

@@ -21,7 +21,9 @@ def table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, .
         Entry(megatron + "self_attention.linear_qkv.weight", qkv_names(hf, "weight"), qkv),
         Entry(megatron + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), Rename()),
         Entry(megatron + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), Rename()),
-        Entry(megatron + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), StackGateUp()),
+        Entry(
+            megatron + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), StackGateUp()
+        ),
         Entry(megatron + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), Rename()),
         Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Rename()),
     )

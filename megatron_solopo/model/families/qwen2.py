@@ -12,7 +12,9 @@ from megatron_solopo.model.families.operators import Entry, InterleaveQKV
 
 def _table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
     qkv = InterleaveQKV(hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config))
-    bias = Entry("decoder.layers.{layer}.self_attention.linear_qkv.bias", llama.qkv_names("model.layers.{layer}.", "bias"), qkv)
+    bias = Entry(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias", llama.qkv_names("model.layers.{layer}.", "bias"), qkv
+    )
     return (*llama.table(hf_config, padded_vocab_size), bias)
 
 

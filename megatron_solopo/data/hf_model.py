@@ -1,0 +1,104 @@
+"""A Hugging Face model that answers: loading it, how far its positions reach, and which tokens end its responses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from megatron_solopo.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(folder: str, device: str, dtype: str) -> PreTrainedModel:
+    """A causal language model ready to generate.
+
+    Raises:
+        UserError: no GPU where one is asked for, or no model in the folder.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not Path(folder).is_dir():
+        raise UserError(f"--model {folder}: no such folder; give a Hugging Face folder")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    return model.to(device).eval()
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: the tokenizer's end of turn and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    ids = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+    return sorted({tokenizer.eos_token_id, *ids})
+
+
+def reach(folder: str | Path) -> int | None:
+    """Positions the model of a folder covers: its ``max_position_embeddings``, more with YaRN.
+
+    Returns:
+        None where the config names no limit.
+
+    Raises:
+        UserError: there is no config.json.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"--model {folder}: no config.json there; give a Hugging Face folder with a model "
+            "(--save-hf of a training run writes one)"
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    positions = config.get("max_position_embeddings")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
+        # Published YaRN configs keep max_position_embeddings at the length before the extension.
+        original = scaling.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(original * scaling.get("factor", 1.0)))
+    return positions
+
+
+def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str) -> None:
+    """Refuses a prompt whose response could end beyond the positions the model covers.
+
+    Args:
+        where: what asked for this length, first in the message (a flag and its value).
+
+    Raises:
+        UserError: naming ``where``, the lengths and ``max_position_embeddings``.
+    """
+    positions = reach(folder)
+    if positions is not None and prompt_tokens + max_new_tokens > positions:
+        raise UserError(
+            f"{where}: a prompt of {prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens} go beyond the "
+            f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context"
+        )
+
+
+def check_rows(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
+    """Refuses token ids that the model has no embedding for.
+
+    Args:
+        where: what holds them, first in the message.
+
+    Raises:
+        UserError: naming ``where`` and the largest id.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if ids and max(ids) >= rows:
+        raise UserError(
+            f"{where}: token id {max(ids)} is beyond the {rows:,} embeddings of {model.name_or_path}; "
+            "the tokenizer is not this model's"
+        )
