@@ -102,8 +102,11 @@ class ParallelConfig:
     """Processes and devices."""
 
     device: str = option("auto", "where to compute", ("auto", "cuda", "cpu"))
-    tensor_model_parallel_size: int = option(1, "processes that share each layer; 1 in this version", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "stages of layers; 1 in this version", minimum=1)
+    tensor_model_parallel_size: int = option(1, "processes that share each layer", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "stages that the layers are spread over", minimum=1)
+    sequence_parallel: bool = option(
+        False, "processes that share a layer also share its norms and residuals, by tokens"
+    )
     context_parallel_size: int = option(1, "processes that share each sequence; 1 in this version", minimum=1)
     distributed_timeout_minutes: float = option(
         30.0, "how long a collective waits for a slow process, minutes", minimum=0.1

@@ -59,6 +59,11 @@ def unused(config: Config) -> dict[str, str]:
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
+        (
+            "sequence_parallel",
+            config.parallel.tensor_model_parallel_size > 1,
+            "needs --tensor-model-parallel-size above 1",
+        ),
         ("force", config.output.save_hf is not None, "needs --save-hf"),
         ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
     ]
@@ -77,11 +82,9 @@ def _check_unused(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
-    parallel = config.parallel
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        size = getattr(parallel, name)
-        if size != 1:
-            raise UserError(f"{flag(name)} {size}: this version trains data-parallel only; set it to 1")
+    size = config.parallel.context_parallel_size
+    if size != 1:
+        raise UserError(f"--context-parallel-size {size}: this version does not split sequences; set it to 1")
 
 
 def _check_training(config: Config) -> None:

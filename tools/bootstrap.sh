@@ -292,6 +292,9 @@ if type -P flock >/dev/null && ! flock -n 9; then
 fi
 if [[ -f $stamp && $(head -n 1 "$stamp") == "$(wanted_key 2>/dev/null)" ]]; then exit 0; fi
 
+# Adapting another checkout's environment to this one would break it there.
+[[ -L $venv ]] && fail "$venv is a link to $(readlink "$venv"); remove it (rm .venv), then run the same command again"
+
 say "setting up megatron_solopo (once)"
 make_venv
 mend_moved_scripts

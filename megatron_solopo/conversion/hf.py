@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from megatron_solopo.model.families.operators import Entry
 NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and that the config defines."""
 
+EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
+"""With tied embeddings, the last of several pipeline stages holds a copy of the embedding, which Megatron keeps equal."""
+
 
 def named_entries(
     model: GPTModel, hf_config: PretrainedConfig
@@ -33,8 +37,10 @@ def named_entries(
     parameters = dict(model.named_parameters())
     for entry in family_of(hf_config).table(hf_config, model.vocab_size):
         if "{layer}" not in entry.megatron:
-            if entry.megatron in parameters:
+            if entry.megatron in parameters:  # the first and the last pipeline stage hold what is not in a layer
                 yield entry, entry.hf, parameters.pop(entry.megatron)
+            if entry.megatron == EMBEDDING and hf_config.tie_word_embeddings and TIED_COPY in parameters:
+                yield entry, entry.hf, parameters.pop(TIED_COPY)
             continue
         for local, layer in enumerate(model.decoder.layers):
             number = layer.layer_number - 1  # mcore counts from 1, over all pipeline stages
@@ -94,8 +100,65 @@ def _all_layers(entry: Entry, hf_config: PretrainedConfig) -> Iterator[str]:
 def hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor on the CPU), joined over tensor-parallel processes, padding removed.
 
-    Collective over the tensor-parallel group.
+    Collective over the tensor-parallel and pipeline groups. The first process gets the tensors of all stages, one at a
+    time; other processes get some or none.
     """
+    own = _own_hf_tensors(model, hf_config)
+    if parallel_state.is_pipeline_first_stage():
+        yield from own
+        for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if _on_writing_column() else ():
+            while (received := _receive_tensor(stage)) is not None:
+                yield received
+        return
+    for name, tensor in own:
+        if _on_writing_column() and name not in _names_of_first_stage(hf_config):
+            _send_tensor(name, tensor)
+    if _on_writing_column():
+        _send_tensor(None, None)
+
+
+def _on_writing_column() -> bool:
+    """Whether this process's pipeline group holds the process that writes; the others send nothing."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+
+
+def _names_of_first_stage(hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """A tied embedding's copy on the last stage is not sent."""
+    return ("model.embed_tokens.weight",) if hf_config.tie_word_embeddings else ()
+
+
+def _send_tensor(name: str | None, tensor: Tensor | None) -> None:
+    """To the same place of the first stage; None ends the stage's tensors."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    target = parallel_state.get_pipeline_model_parallel_first_rank()
+    dist.send_object_list([(name, None if tensor is None else (tensor.shape, tensor.dtype))], target, group=group)
+    if tensor is not None:
+        dist.send(tensor.to(_wire_device()), target, group=group)
+
+
+def _receive_tensor(stage: int) -> tuple[str, Tensor] | None:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    source = dist.get_global_rank(group, stage)
+    head: list[tuple[str | None, Any]] = [(None, None)]
+    dist.recv_object_list(head, source, group=group)
+    name, what = head[0]
+    if name is None:
+        return None
+    tensor = torch.empty(*what[:1], dtype=what[1], device=_wire_device())
+    dist.recv(tensor, source, group=group)
+    return name, tensor.cpu()
+
+
+def _wire_device() -> torch.device:
+    """NCCL sends device memory only."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of this pipeline stage, joined over tensor-parallel processes."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     for entry, names, parameter in named_entries(model, hf_config):
         dimension = _cut_dimension(parameter)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -17,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import init_method_normal
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_solopo.config import Config, ModelConfig
+from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.families import family_of, head_dim
@@ -47,10 +48,14 @@ def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
     return -(-hf_config.vocab_size // divisible_by) * divisible_by
 
 
-def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of the model, portable implementation, no dropout."""
     std = getattr(hf_config, "initializer_range", 0.02)
+    model, parallel = config.model, config.parallel
     return TransformerConfig(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,
@@ -110,7 +115,7 @@ def build_model(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype 
     """
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns of GPTModel's age at every build
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
-    settings = transformer_config(hf_config, config.model, dtype)
+    settings = transformer_config(hf_config, config, dtype)
     block = TransformerBlockSubmodules(
         layer_specs=[layer_spec()] * get_num_layers_to_build(settings), layer_norm=RMSNorm
     )
@@ -120,6 +125,8 @@ def build_model(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype 
         vocab_size=padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by),
         max_sequence_length=hf_config.max_position_embeddings,
         position_embedding_type="none",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
     )
     return model.cuda(torch.cuda.current_device())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_solopo.model.attention import layout_of
@@ -33,17 +35,19 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
     """Runs a pack through a GPTModel (or its DDP wrapper).
 
     Returns:
-        [N] summed log-probs of each segment's learnt tokens, nats, float32 or float64.
+        On the last pipeline stage [N] summed log-probs of each segment's learnt tokens, nats, float32 or float64;
+        on the others the hidden states that go on to the next stage.
     """
+
+    sequence_parallel = get_model_config(model).sequence_parallel
 
     def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
         weight = output_layer.weight if output_weight is None else output_weight
+        if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the processes itself
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         states = hidden_states[:, 0].index_select(0, pack.predictors)  # [S, 1, H] -> [R, H]
-        group = (
-            parallel_state.get_tensor_model_parallel_group()
-            if parallel_state.get_tensor_model_parallel_world_size() > 1
-            else None
-        )
+        shared = parallel_state.get_tensor_model_parallel_world_size() > 1
+        group = parallel_state.get_tensor_model_parallel_group() if shared else None
         log_probs = response_log_probs(states, weight, pack.targets, head.vocab_size, head.chunk_size, group)
         return segment_sums(log_probs, pack.segments, len(pack.segment_roles))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import yaml
 
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.batches import make_schedule
 from megatron_solopo.losses.solopo import needs_reference, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.platform import choose
+from megatron_solopo.parallel.topology import data_parallel_size, place_of, world_size
 from megatron_solopo.training.checkpoint import LATEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.run import check_folders, check_model, check_vocabulary, load_data
@@ -36,7 +35,7 @@ def describe(config: Config) -> str:
         training.seed,
         config.data.shuffle,
     )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     counts = parameter_count(hf_config)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     tokens = sum(group.tokens(config.data.share_prompts) for group in data.train.groups)
@@ -46,11 +45,7 @@ def describe(config: Config) -> str:
         yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
         "",
         f"# ranks ({processes} process{'es' if processes > 1 else ''} on {device})",
-        "rank  tensor  context  pipeline  data   role",
-        *(
-            f"{rank:>4}  {0:>6}  {0:>7}  {0:>8}  {rank:>4}   the whole model, 1/{processes} of each step's examples"
-            for rank in range(processes)
-        ),
+        *_rank_table(config.parallel, processes),
         "",
         "# model",
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
@@ -77,3 +72,27 @@ def describe(config: Config) -> str:
     if output.save_hf:
         lines.append(f"{output.save_hf}/: the trained model in Hugging Face format")
     return "\n".join(lines)
+
+
+def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
+    """One line a rank; long tables are cut in the middle, where they only repeat."""
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    copies = data_parallel_size(parallel, processes)
+    lines = []
+    for rank in range(processes):
+        place = place_of(rank, parallel, processes)
+        part = (
+            "the whole model"
+            if tensor * stages == 1
+            else " of ".join(
+                [
+                    *([f"1/{tensor} of each matrix"] if tensor > 1 else []),
+                    *([f"stage {place.pipeline}"] if stages > 1 else []),
+                ]
+            )
+        )
+        share = f", 1/{copies} of each step's examples" if copies > 1 else ""
+        lines.append(f"{rank:>4}  {place.tensor:>6}  {0:>7}  {place.pipeline:>8}  {place.data:>4}   {part}{share}")
+    if len(lines) > 64:
+        lines = [*lines[:32], "      ...", *lines[-32:]]
+    return ["rank  tensor  context  pipeline  data   role", *lines]

@@ -107,12 +107,15 @@ def check_model(config: Config) -> Any:
         UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
     """
     from megatron_solopo.conversion.safetensors_folder import TensorReader
-    from megatron_solopo.model.build import check_length, read_hf_config
+    from megatron_solopo.model.build import check_length, padded_vocab_size, read_hf_config
     from megatron_solopo.model.families import family_of
+    from megatron_solopo.parallel.topology import check_layout, world_size
 
     hf_config = read_hf_config(config.model.hf_path)
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
+    padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
+    check_layout(hf_config, config, padded, world_size())
     if not config.model.random_init:
         TensorReader(config.model.hf_path)
     return hf_config

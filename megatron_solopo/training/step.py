@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from megatron_solopo.config import MethodConfig, TrainingConfig
 from megatron_solopo.data.batches import attention_cost, plan
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.tokens import TokenDataset
-from megatron_solopo.losses.solopo import GroupLosses, roles, sft_loss, solopo_loss
+from megatron_solopo.losses.solopo import RESPONSE, GroupLosses, roles, sft_loss, solopo_loss
 from megatron_solopo.model.forward import segment_log_probs
 from megatron_solopo.pack import Pack
 from megatron_solopo.training.engine import Engine, data_parallel
@@ -56,8 +55,10 @@ def make_packs(
     tokens = [group.tokens(share_prompts) for group in groups]
     costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
     shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
+    # Sequence parallelism cuts a pack evenly; padding always costs less than a second layout of the packs.
+    multiple_of = parallel_state.get_tensor_model_parallel_world_size()
     return [
-        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts).to(device)
+        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(device)
         for share in shares
     ]
 
@@ -126,21 +127,32 @@ def run_step(
         return total * scale, sums
 
     parts = run_packs(engine, packs, loss, forward_only)
-    sums = StepSums(total_groups)
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=engine.platform.device))
-    for part in parts:
-        for name, value in part.items():
-            totals[name] = totals[name] + value.double()
-    counts = torch.tensor(
-        [sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)],
-        dtype=torch.float64,
-        device=engine.platform.device,
-    )
-    flat = torch.cat((torch.stack(list(totals.values())), counts))
-    dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
-    values = flat.tolist()
-    sums.values = dict(zip(totals, values, strict=False))
-    sums.tokens, sums.padding = int(values[-2]), int(values[-1])
+    names = metric_names(method)
+    on_last = parallel_state.is_pipeline_last_stage()
+    totals = [sum(part[name].double() for part in parts) if on_last else 0.0 for name in names]
+    counts = [sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)]
+    flat = torch.tensor([*totals, *counts], dtype=torch.float64, device=engine.platform.device)
+    *values, tokens, padding = _over_the_layout(flat).tolist()
+    return StepSums(total_groups, dict(zip(names, values, strict=True)), int(tokens), int(padding))
+
+
+def metric_names(method: MethodConfig) -> tuple[str, ...]:
+    """What `run_step` sums; the same on every pipeline stage, though only the last one computes losses."""
+    one = torch.ones(1)
+    if method.objective == "sft":
+        result = sft_loss({RESPONSE: -one}, {RESPONSE: one})
+    else:
+        names = roles(method)
+        result = solopo_loss(dict.fromkeys(names, -one), dict.fromkeys(names, one), dict.fromkeys(names, -one), method)
+    return ("loss", *result.metrics)
+
+
+def _over_the_layout(sums: Tensor) -> Tensor:
+    """The last pipeline stage's sums, added over data-parallel processes, on every process."""
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(sums, last, group=parallel_state.get_pipeline_model_parallel_group())
     return sums
 
 
@@ -159,5 +171,4 @@ def segment_table(
 
     with torch.no_grad():
         run_packs(engine, packs, keep, forward_only=True)
-    dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
-    return table
+    return _over_the_layout(table)

@@ -167,9 +167,11 @@ class World:
         return self.folder / ("-".join(roles) + ".json")
 
 
-def gradient_cases(world: World, references: dict, out: Path) -> list[dict[str, Any]]:
+def gradient_cases(
+    world: World, references: dict, out: Path, plans: list[tuple[str, ...]] = PLANS, flags: tuple[Any, ...] = ()
+) -> list[dict[str, Any]]:
     cases = []
-    for plan in PLANS:
+    for plan in plans:
         dtype, method_name, model, layout, batch = plan
         method = METHODS[method_name]
         argv = [
@@ -183,6 +185,7 @@ def gradient_cases(world: World, references: dict, out: Path) -> list[dict[str, 
             1,
             *method_flags(method),
             *LAYOUTS[layout],
+            *flags,
         ]
         cases.append(
             {

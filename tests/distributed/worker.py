@@ -64,18 +64,38 @@ def build(here: platform.Platform, config: Any, dtype: torch.dtype) -> Any:
 
 
 def gradients(engine: Any) -> dict[str, torch.Tensor]:
-    """The gradient by Hugging Face name, whole: each process of a distributed optimizer holds the sum of its shard."""
+    """The gradient by Hugging Face name, whole, on the first process.
+
+    Each process of a distributed optimizer holds the sum of its shard; tensor-parallel processes hold parts of a
+    matrix, pipeline stages some of the layers.
+    """
+    from megatron.core import parallel_state
+
     from megatron_solopo.conversion.hf import named_entries
 
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for buffer in engine.model.buffers:
         for bucket in buffer.buckets:
-            shards = [torch.empty_like(shard) for shard in bucket.grad_data.chunk(dist.get_world_size())]
-            dist.all_gather(shards, bucket.grad_data.chunk(dist.get_world_size())[dist.get_rank()].clone())
+            own = bucket.grad_data.chunk(dist.get_world_size(group))
+            shards = [torch.empty_like(shard) for shard in own]
+            dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
             bucket.grad_data.copy_(torch.cat(shards))
     found = {}
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
     for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
-        for name, gradient in zip(names, entry.operator.to_hf(parameter.main_grad), strict=True):
+        cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
+        dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)
+        if cut is None:  # kept whole on every process, and must stay equal
+            assert all(torch.equal(part, parts[0]) for part in parts), names
+        whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]
+        for name, gradient in zip(names, entry.operator.to_hf(whole), strict=True):
             found[name] = gradient.clone().contiguous()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    for other in everyone:
+        for name, gradient in other.items():
+            assert torch.equal(found.setdefault(name, gradient), gradient), name
     return found
 
 
@@ -146,10 +166,14 @@ def main() -> None:
     results: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     engines: dict[str, Any] = {}
-    if job["gradients"]:
-        initialize_parallel(configuration.Config())
+    layout = None
     for case in job["gradients"]:
         config, _ = configuration.load(case["argv"])
+        if layout != config.parallel:
+            parallel_state.destroy_model_parallel()
+            engines.clear()
+            initialize_parallel(config)
+            layout = config.parallel
         key = json.dumps([case["dtype"], dataclasses.asdict(config.model)])
         if key not in engines:
             engines[key] = build(here, config, getattr(torch, case["dtype"]))

@@ -1,0 +1,90 @@
+"""Tensor parallelism (with and without sequence parallelism) and pipeline parallelism train the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from launches import METHODS, SIX_STEPS, Launch, World, case_name, gradient_cases, launch, method_flags, training_run
+from test_gradients import BOUND, differences, expected  # noqa: F401 (a fixture)
+from test_runs import largest_difference
+
+CUTS: dict[str, tuple[Any, ...]] = {
+    "tensor": ("--tensor-model-parallel-size", 2),
+    "sequence": ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    "pipeline": ("--pipeline-model-parallel-size", 2),
+}
+PLANS = [
+    *(("float64", method, "llama", "by-two", "seven") for method in METHODS),
+    ("float64", "dpo", "llama", "separate", "seven"),
+    ("float64", "dpo", "llama", "recompute", "seven"),
+    ("float64", "dpo", "llama", "one-by-one", "one"),
+    ("float64", "orpo", "qwen2", "by-two", "seven"),  # tied embeddings, biases
+    ("float32", "dpo", "llama", "by-two", "seven"),
+    ("float32", "orpo", "qwen2", "by-two", "seven"),
+]
+
+
+@pytest.fixture(scope="session")
+def cut(world: World, references: dict, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Two processes that share one model, in each of the ways; they also go on from data-parallel checkpoints."""
+    out = tmp_path_factory.mktemp("cut")
+    cases, runs = [], []
+    for name, flags in CUTS.items():
+        more = gradient_cases(world, references, out, PLANS, CUTS[name])
+        cases += [case | {"name": f"{name} {case['name']}"} for case in more]
+        # A cached reference of another cut differs in the last bits, which the alignment's kink at 0 would show.
+        flags = (*flags, "--reference-cache", out / f"reference-{name}")
+        three = ["--train-epochs", 1, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
+        runs += [
+            training_run(world, out, f"three-{name}", *method_flags(METHODS["dpo"]), *three, *flags),
+            training_run(
+                world, out, f"from-two-{name}", *SIX_STEPS, "--valid-data", world.folder / "valid.jsonl", *flags,
+                load=True, cut=(two.folder / "unbroken", 2),
+            ),
+        ]  # fmt: skip
+    return launch(2, out, cases, runs)
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("plan", PLANS, ids=case_name)
+def test_a_cut_model_has_the_oracles_gradient(cut: Launch, expected: Any, name: str, plan: tuple[str, ...]) -> None:  # noqa: F811
+    dtype, method, model, _, batch = plan
+    losses, gradient = expected(model, method, batch)
+    mean = sum(losses) / len(losses)
+    case = f"{name} {case_name(plan)}"
+    assert abs(cut.results[case]["means"]["loss"] - mean) <= BOUND[dtype] * max(1, abs(mean))
+    worst = differences(cut.gradients[case], gradient)
+    assert max(worst.values()) <= BOUND[dtype], max(worst, key=worst.get)
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cut_model_logs_what_one_process_logs(cut: Launch, one: Launch, name: str) -> None:
+    plan = ("float64", "dpo", "llama", "recompute", "seven")
+    ours, theirs = cut.results[f"{name} {case_name(plan)}"]["means"], one.results[case_name(plan)]["means"]
+    assert ours.keys() == theirs.keys()
+    assert all(abs(ours[key] - theirs[key]) <= 1e-10 * max(1, abs(theirs[key])) for key in theirs)
+    table = torch.tensor(cut.results[f"{name} {case_name(plan)}"]["table"], dtype=torch.float64)
+    torch.testing.assert_close(
+        table, torch.tensor(one.results[case_name(plan)]["table"], dtype=torch.float64), rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_three_steps_of_a_cut_model_equal_one_process(cut: Launch, one: Launch, name: str) -> None:
+    assert cut.results[f"three-{name}"] == "done"
+    for ours, theirs in zip(cut.metrics(f"three-{name}"), one.metrics("three-dpo"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert largest_difference(cut.weights(f"three-{name}"), one.weights("three-dpo")) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cut_model_goes_on_from_a_checkpoint_of_whole_ones(cut: Launch, two: Launch, name: str) -> None:
+    assert cut.results[f"from-two-{name}"] == "done"
+    ours, theirs = cut.metrics(f"from-two-{name}"), two.metrics("unbroken")
+    assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["lr"] == b["lr"]
+    assert largest_difference(cut.weights(f"from-two-{name}"), two.weights("unbroken")) <= 1e-5
