@@ -97,7 +97,7 @@ def test_every_word_has_a_token_and_only_answers_are_learnt(folder):
         prompt, ids, learnt = conversation_ids(tokenizer, conversation.messages)
         assert tokenizer.unk_token_id not in prompt + ids
         answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
-        assert tokenizer.decode([i for i, l in zip(ids, learnt) if l]).split() == [
+        assert tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]).split() == [
             w for a in answers for w in (a, "<end>")
         ]
 
