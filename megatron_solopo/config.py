@@ -72,29 +72,76 @@ class MethodConfig:
         "preference pairs, or sft: the negative log-likelihood of assistant messages",
         ("preference", "sft"),
     )
-    preference_loss: str = option("dpo", "the preference loss and its reward", ("dpo", "simpo", "orpo"))
+    preference_loss: str = option(
+        "dpo",
+        "the preference loss and its reward; longpo is a baseline that compares the policy on the long context with "
+        "the reference on the short one",
+        ("dpo", "ipo", "simpo", "orpo", "longpo"),
+    )
     context_mode: str = option(
         "solo",
         "solo: pairs on the short context, chosen aligned to the long; "
         "short, long: plain preference optimization there",
         ("solo", "short", "long"),
     )
-    beta: float | None = option(None, "reward scale; default 0.1 for dpo, 2.0 for simpo", minimum=0)
+    beta: float | None = option(
+        None,
+        "reward scale; default 0.1 for dpo, ipo and longpo, 2.0 for simpo; ipo's margin aims at 1 / (2 beta) "
+        "nats per token",
+        minimum=0,
+    )
     simpo_gamma: float = option(1.0, "SimPO's target margin, in reward units", minimum=0)
     orpo_lambda: float = option(0.1, "ORPO's weight of the odds-ratio term", minimum=0)
+    longpo_lambda: float = option(
+        0.01, "LongPO's weight of the preference term, beside the chosen answer's likelihood at length", minimum=0
+    )
+    label_smoothing: float = option(
+        0.0, "probability that a pair's labels are swapped, below 0.5, for dpo and simpo", minimum=0
+    )
+    label_smoothing_form: str = option(
+        "conservative",
+        "how: with l(m) = -log sigmoid(m) and e the probability, conservative: (1 - e) l(m) + e l(-m), as TRL's CPO "
+        "trainer; robust: ((1 - e) l(m) - e l(-m)) / (1 - 2 e), as TRL's DPO trainer's loss type robust",
+        ("conservative", "robust"),
+    )
+    sft_weight: float = option(
+        0.0,
+        "weight of the chosen answer's negative log-likelihood, on the context of the preference loss (solo: short), "
+        "added to dpo, ipo or simpo; TRL's rpo_alpha, cpo_alpha and loss type sft, RPO's alpha",
+        minimum=0,
+    )
+    sft_normalization: str = option(
+        "sequence",
+        "of that likelihood and of LongPO's; sequence: the mean over each answer's tokens, every group the same "
+        "(RPO); token: the mean over the chosen tokens of the global batch (TRL)",
+        ("sequence", "token"),
+    )
     alignment_weight: float | None = option(
-        None, "alpha, the weight of the short-to-long alignment; default 3 for dpo, 1 for simpo and orpo", minimum=0
+        None,
+        "alpha, the weight of the short-to-long alignment; default 3 for dpo and ipo, 1 for simpo and orpo",
+        minimum=0,
     )
     alignment_target: str = option("chosen", "which responses are aligned", ("chosen", "both"))
+    alignment_distance: str = option(
+        "l1",
+        "of two rewards that differ by d; l1: |d|; l2: d^2; huber: d^2 / 2 up to --alignment-huber-delta, "
+        "delta (|d| - delta / 2) beyond",
+        ("l1", "l2", "huber"),
+    )
+    alignment_huber_delta: float = option(1.0, "where huber turns linear, in reward units", minimum=0)
     alignment_stop_short_gradient: bool = option(False, "the alignment moves only the long side")
     alignment_reference: str = option(
         "per_context",
-        "the reference log-prob in DPO's long reward: on its own context, or on the short one",
+        "the reference log-prob in the long reward of dpo and ipo: on its own context, or on the short one",
         ("per_context", "short"),
     )
     reference_cache: str | None = option(
         None, "folder of cached reference log-probs; default: reference/ beside the run folder"
     )
+
+
+LOSSES_WITH_REFERENCE = ("dpo", "ipo", "longpo")
+"""Preference losses that compare the policy with its starting weights."""
 
 
 @dataclass
@@ -341,7 +388,7 @@ def resolve(config: Config) -> None:
     method = config.method
     if method.objective == "preference":
         if method.beta is None and method.preference_loss != "orpo":
-            method.beta = {"dpo": 0.1, "simpo": 2.0}[method.preference_loss]
-        if method.alignment_weight is None and method.context_mode == "solo":
-            method.alignment_weight = {"dpo": 3.0, "simpo": 1.0, "orpo": 1.0}[method.preference_loss]
+            method.beta = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "longpo": 0.1}[method.preference_loss]
+        if method.alignment_weight is None and method.context_mode == "solo" and method.preference_loss != "longpo":
+            method.alignment_weight = {"dpo": 3.0, "ipo": 3.0, "simpo": 1.0, "orpo": 1.0}[method.preference_loss]
     check(config)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_solopo.config import Config, flag
+from megatron_solopo.config import LOSSES_WITH_REFERENCE, Config, flag
 from megatron_solopo.errors import UserError
 
 
 def check(config: Config) -> None:
     """Raises UserError at the first option that is missing, contradicted or without effect."""
     _check_required(config)
+    _check_method(config)
     _check_unused(config)
     _check_parallel(config)
     _check_training(config)
@@ -24,38 +25,89 @@ def _check_required(config: Config) -> None:
             raise UserError(f"{flag(name)} is missing: give {what}")
 
 
+def _check_method(config: Config) -> None:
+    method = config.method
+    if method.objective != "preference":
+        return
+    if method.preference_loss == "longpo" and method.context_mode != "long":
+        raise UserError(
+            f"--preference-loss longpo trains on the long context, not on --context-mode {method.context_mode}; "
+            "give --context-mode long"
+        )
+    if method.preference_loss == "ipo" and method.beta == 0:
+        raise UserError("--beta 0 with --preference-loss ipo: its margin aims at 1 / (2 beta); give a beta above 0")
+    if method.label_smoothing >= 0.5:
+        raise UserError(
+            f"--label-smoothing {method.label_smoothing}: must be below 0.5, where chosen and rejected are the same"
+        )
+    if method.alignment_huber_delta == 0:
+        raise UserError("--alignment-huber-delta must be above 0")
+
+
 def unused(config: Config) -> dict[str, str]:
     """Options that nothing would read in this run, and what they would need."""
     method, model, training = config.method, config.model, config.training
     preference = method.objective == "preference"
     solo = preference and method.context_mode == "solo"
     loss = method.preference_loss if preference else None
+    likelihood = loss in ("dpo", "ipo", "simpo")
     preference_only = (
         "preference_loss",
         "context_mode",
         "beta",
         "simpo_gamma",
         "orpo_lambda",
+        "longpo_lambda",
+        "label_smoothing",
+        "label_smoothing_form",
+        "sft_weight",
+        "sft_normalization",
         "alignment_weight",
         "alignment_target",
+        "alignment_distance",
+        "alignment_huber_delta",
         "alignment_stop_short_gradient",
         "alignment_reference",
         "reference_cache",
     )
     rules = [
         *((name, preference, "needs --objective preference") for name in preference_only),
-        ("beta", loss in ("dpo", "simpo"), "needs --preference-loss dpo or simpo (ORPO's weight is --orpo-lambda)"),
+        ("beta", loss != "orpo", "needs a --preference-loss other than orpo (its weight is --orpo-lambda)"),
         ("simpo_gamma", loss == "simpo", "needs --preference-loss simpo"),
         ("orpo_lambda", loss == "orpo", "needs --preference-loss orpo"),
+        ("longpo_lambda", loss == "longpo", "needs --preference-loss longpo"),
+        ("label_smoothing", loss in ("dpo", "simpo"), "needs --preference-loss dpo or simpo"),
+        ("label_smoothing_form", method.label_smoothing > 0, "needs --label-smoothing above 0"),
+        (
+            "sft_weight",
+            likelihood,
+            "needs --preference-loss dpo, ipo or simpo (orpo and longpo hold this term; weigh it against theirs with "
+            "--orpo-lambda or --longpo-lambda)",
+        ),
+        (
+            "sft_normalization",
+            loss == "longpo" or (likelihood and method.sft_weight > 0),
+            "needs --sft-weight above 0, or --preference-loss longpo",
+        ),
         ("alignment_weight", solo, "needs --context-mode solo"),
         ("alignment_target", solo, "needs --context-mode solo"),
+        ("alignment_distance", solo, "needs --context-mode solo"),
+        (
+            "alignment_huber_delta",
+            solo and method.alignment_distance == "huber",
+            "needs --context-mode solo and --alignment-distance huber",
+        ),
         ("alignment_stop_short_gradient", solo, "needs --context-mode solo"),
         (
             "alignment_reference",
-            solo and loss == "dpo",
-            "needs --context-mode solo and --preference-loss dpo (other rewards have no reference)",
+            solo and loss in ("dpo", "ipo"),
+            "needs --context-mode solo and --preference-loss dpo or ipo (other rewards have no reference)",
         ),
-        ("reference_cache", loss == "dpo", "needs --preference-loss dpo (other losses have no reference)"),
+        (
+            "reference_cache",
+            loss in LOSSES_WITH_REFERENCE,
+            "needs --preference-loss dpo, ipo or longpo (other losses have no reference)",
+        ),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
@@ -108,8 +160,10 @@ def _check_training(config: Config) -> None:
             f"--max-tokens-per-rank {most} is below --seq-length {longest}: "
             "one example might not fit; raise it or lower --seq-length"
         )
-    dpo = config.method.objective == "preference" and config.method.preference_loss == "dpo"
-    if config.model.random_init and dpo and config.output.load:
+    loss = config.method.preference_loss
+    compared = config.method.objective == "preference" and loss in LOSSES_WITH_REFERENCE
+    if config.model.random_init and compared and config.output.load:
         raise UserError(
-            "--random-init with --load and dpo: the reference weights cannot be rebuilt; give the original --hf-path"
+            f"--random-init with --load and {loss}: the reference weights cannot be rebuilt; "
+            "give the original --hf-path"
         )

@@ -161,7 +161,8 @@ def check_attention(here: Any, work: Path) -> Figures:
 def check_oracle(here: Any, work: Path) -> Figures:
     """Loss and gradient of one step against float64 transformers on the CPU."""
     import oracle
-    from launches import BATCHES, METHODS, World, case_name, gradient_cases, method_roles, token_examples
+    from launches import BATCHES, World, case_name, gradient_cases, token_examples
+    from methods import LONG, METHODS, SHORT, method_roles
     from tiny_models import SHAPE, write_model
     from transformers import LlamaConfig, Qwen2Config
     from worker import build, gradient_case
@@ -172,15 +173,13 @@ def check_oracle(here: Any, work: Path) -> Figures:
     write_model(work / "llama", LlamaConfig(**SHAPE, tie_word_embeddings=False))
     write_model(work / "qwen2", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=2)
     write_model(work / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
-    world, references = World(work), {}
-    for method in METHODS.values():
-        roles = method_roles(method)
+    world, reference = World(work), oracle.reference_table(work / "reference", token_examples(SHORT + LONG))
+    for roles in {method_roles(METHODS[plan[1]]) for plan in ORACLE_PLANS}:
         world.examples(roles).write_text(json.dumps(token_examples(roles)))
-        if method.get("preference_loss") == "dpo":
-            references[roles] = oracle.reference_table(work / "reference", token_examples(roles))
     figures: Figures = {}
     engines: dict[Any, Any] = {}
-    for plan, case in zip(ORACLE_PLANS, gradient_cases(world, references, work, ORACLE_PLANS), strict=True):
+    scores: dict[Any, Any] = {}
+    for plan, case in zip(ORACLE_PLANS, gradient_cases(world, reference, work, ORACLE_PLANS), strict=True):
         dtype, method_name, model, _, batch = plan
         config, _ = configuration.load(case["argv"])
         if not engines:
@@ -188,9 +187,12 @@ def check_oracle(here: Any, work: Path) -> Figures:
         if (model, dtype) not in engines:
             engines[model, dtype] = build(here, config, getattr(torch, dtype))
         values, found = gradient_case(engines[model, dtype], case, config)
-        method, examples = METHODS[method_name], json.loads(Path(case["examples"]).read_text())
-        rows = [case["reference"][i] for i in BATCHES[batch]] if case["reference"] else None
-        losses, gradient = oracle.batch(work / model, [examples[i] for i in BATCHES[batch]], rows, method)
+        method = METHODS[method_name]
+        kind = ("response",) if method["objective"] == "sft" else SHORT + LONG
+        if (model, kind) not in scores:
+            scores[model, kind] = oracle.scores(work / model, token_examples(kind))
+        chosen = [scores[model, kind][i] for i in BATCHES[batch]]
+        losses, gradient = oracle.batch(chosen, [reference[i] for i in BATCHES[batch]], method)
         mean = sum(losses) / len(losses)
         off = abs(values["means"]["loss"] - mean) / max(1, abs(mean))
         worst = max(

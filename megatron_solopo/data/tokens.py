@@ -48,6 +48,11 @@ class TokenGroup:
         """Tokens of the longest prompt with one continuation."""
         return max(len(p.ids) + len(c.ids) for p in self.prompts for c in p.continuations)
 
+    def with_roles(self, roles: Sequence[str]) -> TokenGroup:
+        """The same example with these roles only; see `TokenDataset.with_roles`."""
+        kept = (Prompt(p.ids, tuple(c for c in p.continuations if c.role in roles)) for p in self.prompts)
+        return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.continuations))
+
     def tokens(self, share_prompts: bool) -> int:
         """Tokens that one forward pass computes for this group (the last of a continuation is only predicted)."""
         return sum(
@@ -73,6 +78,19 @@ class TokenDataset:
     groups: list[TokenGroup]
     dropped: list[tuple[str, int]]
     fingerprint: str
+
+    def with_roles(self, roles: Sequence[str]) -> TokenDataset:
+        """The same examples with these roles only; a prompt without any of them goes too.
+
+        Policy and reference can score different roles of one data set, and then number its examples alike.
+        """
+        groups = [group.with_roles(roles) for group in self.groups]
+        if groups == self.groups:
+            return self
+        digest = hashlib.sha256()
+        for group in groups:
+            _update(digest, group)
+        return TokenDataset(groups, self.dropped, digest.hexdigest())
 
 
 def tokenize(

@@ -1,9 +1,15 @@
 """The SoLoPO loss of each preference group (arXiv 2505.11166):
 
-    L = L_PO(x_short, y_w, y_l) + alpha * | r(x_short, y_w) - r(x_long, y_w) |
+    L = L_PO(x_short, y_w, y_l) + alpha * s( r(x_short, y_w) - r(x_long, y_w) )
 
-with DPO, SimPO or ORPO as L_PO and r its reward. `--context-mode short | long` are plain preference
-optimization on that context; `--alignment-target both` adds the same alignment term for y_l.
+with DPO, IPO, SimPO or ORPO as L_PO, r its reward and s a distance (|.| unless `--alignment-distance` says another).
+`--context-mode short | long` are plain preference optimization on that context; `--alignment-target both` adds the
+same alignment term for y_l. `--sft-weight` adds the negative log-likelihood of y_w to DPO, IPO and SimPO.
+
+LongPO (arXiv 2502.13922) is a baseline beside it: the policy on the long context, the reference on the short one,
+
+    L = NLL(y_w | x_long) - lambda * log sigmoid( beta log [pi(y_w | x_long) / pi_ref(y_w | x_short)]
+                                                - beta log [pi(y_l | x_long) / pi_ref(y_l | x_short)] )
 """
 
 from __future__ import annotations
@@ -12,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_solopo.config import MethodConfig
+from megatron_solopo.config import LOSSES_WITH_REFERENCE, MethodConfig
 from megatron_solopo.losses.rewards import dpo_reward, orpo_clamped, orpo_log_odds, simpo_reward
+from megatron_solopo.losses.terms import alignment_distance, ipo_loss, logistic_loss, negative_log_likelihood
 
 SHORT_CHOSEN, SHORT_REJECTED = "short_chosen", "short_rejected"
 LONG_CHOSEN, LONG_REJECTED = "long_chosen", "long_rejected"
@@ -38,7 +44,7 @@ class GroupLosses:
 
 
 def roles(method: MethodConfig) -> tuple[str, ...]:
-    """The log-probs that the method needs of each group, short context first."""
+    """The log-probs of the policy that the method needs of each group, short context first."""
     if method.objective == "sft":
         return (RESPONSE,)
     short, long = (SHORT_CHOSEN, SHORT_REJECTED), (LONG_CHOSEN, LONG_REJECTED)
@@ -49,14 +55,52 @@ def roles(method: MethodConfig) -> tuple[str, ...]:
     return short + (long if method.alignment_target == "both" else long[:1])
 
 
+def reference_roles(method: MethodConfig) -> tuple[str, ...]:
+    """The log-probs of the reference model that the method reads of each group, short context first; () without one."""
+    if method.objective == "sft" or method.preference_loss not in LOSSES_WITH_REFERENCE:
+        return ()
+    return tuple(dict.fromkeys(_reference_role(role, method) for role in roles(method)))
+
+
+def _reference_role(role: str, method: MethodConfig) -> str:
+    """Which reference log-prob a policy role is compared with."""
+    on_short = method.preference_loss == "longpo" or (
+        method.context_mode == "solo" and method.alignment_reference == "short"
+    )
+    return role.replace("long_", "short_") if on_short else role
+
+
+def scored_roles(method: MethodConfig) -> tuple[str, ...]:
+    """What the policy or the reference scores, short context first."""
+    wanted = {*roles(method), *reference_roles(method)}
+    return tuple(
+        role for role in (SHORT_CHOSEN, SHORT_REJECTED, LONG_CHOSEN, LONG_REJECTED, RESPONSE) if role in wanted
+    )
+
+
 def needs_reference(method: MethodConfig) -> bool:
     """Whether the loss compares with reference log-probs."""
-    return method.objective == "preference" and method.preference_loss == "dpo"
+    return bool(reference_roles(method))
+
+
+def chosen_role(method: MethodConfig) -> str:
+    """The chosen answer on the context of the preference loss."""
+    return LONG_CHOSEN if method.context_mode == "long" else SHORT_CHOSEN
+
+
+def has_likelihood(method: MethodConfig) -> bool:
+    """Whether the chosen answer's negative log-likelihood is a term of its own (ORPO's is part of its loss)."""
+    return method.objective == "preference" and (method.preference_loss == "longpo" or method.sft_weight > 0)
+
+
+def needs_tokens_per_group(method: MethodConfig) -> bool:
+    """Whether the loss depends on the mean chosen length of the global batch."""
+    return has_likelihood(method) and method.sft_normalization == "token"
 
 
 def sft_loss(log_probs: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> GroupLosses:
     """The mean negative log-likelihood of each example's learnt tokens, in nats per token."""
-    loss = -log_probs[RESPONSE] / lengths[RESPONSE]
+    loss = negative_log_likelihood(log_probs[RESPONSE], lengths[RESPONSE])
     return GroupLosses(loss, {"nll": loss.detach()})
 
 
@@ -65,26 +109,29 @@ def solopo_loss(
     lengths: Mapping[str, Tensor],
     reference: Mapping[str, Tensor] | None,
     method: MethodConfig,
+    tokens_per_group: Tensor | None = None,
 ) -> GroupLosses:
     """The loss of each of n groups; nothing is averaged over groups.
 
     Args:
         log_probs: role -> [n], summed log-probs of the policy over a response's tokens, nats.
         lengths: role -> [n], the number of those tokens.
-        reference: role -> [n], the same sums under the reference model; None unless DPO.
+        reference: role -> [n], the sums of `reference_roles(method)` under the reference model; None without one.
         method: resolved options (beta and alignment_weight set).
+        tokens_per_group: [] the mean of ``lengths[chosen_role(method)]`` over the global batch, where
+            `needs_tokens_per_group(method)`.
 
     Raises:
-        KeyError: a role of `roles(method)` is missing.
+        KeyError: a role of `roles(method)` is missing, or the reference.
+        ValueError: ``tokens_per_group`` is missing.
     """
+    if needs_tokens_per_group(method) and tokens_per_group is None:
+        raise ValueError("--sft-normalization token needs the mean chosen length of the global batch")
     log_probs = {role: log_probs[role] for role in roles(method)}
     rewards = {role: _reward(role, log_probs, lengths, reference, method) for role in log_probs}
-    chosen, rejected = (LONG_CHOSEN, LONG_REJECTED) if method.context_mode == "long" else (SHORT_CHOSEN, SHORT_REJECTED)
+    chosen, rejected = chosen_role(method), chosen_role(method).replace("chosen", "rejected")
     margin = rewards[chosen] - rewards[rejected]
-    preference = _preference_loss(margin, log_probs[chosen], lengths[chosen], method)
-    loss = preference
     metrics = {
-        "po_loss": preference,
         "reward_chosen": rewards[chosen],
         "reward_rejected": rewards[rejected],
         "margin": margin,
@@ -92,8 +139,20 @@ def solopo_loss(
         "logp_chosen": log_probs[chosen],
         "logp_rejected": log_probs[rejected],
     }
+    if method.preference_loss == "ipo":
+        # The loss sees means over tokens, in nats; reward, margin and accuracy stay DPO's, as TRL logs them.
+        per_token = rewards[chosen] / lengths[chosen] - rewards[rejected] / lengths[rejected]
+        metrics["ipo_margin"] = margin = per_token / method.beta
     if method.preference_loss == "orpo":
         metrics["orpo_clamped"] = sum(orpo_clamped(log_probs[role], lengths[role]) for role in log_probs)
+    preference = _preference_loss(margin, log_probs[chosen], lengths[chosen], method)
+    metrics["po_loss"] = preference
+    loss = method.longpo_lambda * preference if method.preference_loss == "longpo" else preference
+    if has_likelihood(method):
+        mean_length = tokens_per_group if method.sft_normalization == "token" else None
+        likelihood = negative_log_likelihood(log_probs[chosen], lengths[chosen], mean_length)
+        loss = loss + (1.0 if method.preference_loss == "longpo" else method.sft_weight) * likelihood
+        metrics["sft_loss"] = likelihood
     if method.context_mode == "solo":
         alignment = _alignment(rewards, method)
         loss = loss + method.alignment_weight * alignment
@@ -118,28 +177,30 @@ def _reward(
     if method.preference_loss == "orpo":
         return orpo_log_odds(log_probs[role], lengths[role])
     if reference is None:
-        raise KeyError("DPO needs reference log-probs")
-    short_reference = method.context_mode == "solo" and method.alignment_reference == "short"
-    return dpo_reward(
-        log_probs[role], reference[role.replace("long_", "short_") if short_reference else role], method.beta
-    )
+        raise KeyError(f"{method.preference_loss} needs reference log-probs")
+    return dpo_reward(log_probs[role], reference[_reference_role(role, method)], method.beta)
 
 
 def _preference_loss(margin: Tensor, chosen_log_prob: Tensor, chosen_length: Tensor, method: MethodConfig) -> Tensor:
-    if method.preference_loss == "simpo":
-        return -F.logsigmoid(margin - method.simpo_gamma)
+    if method.preference_loss == "ipo":
+        return ipo_loss(margin, method.beta)
     if method.preference_loss == "orpo":
-        return -chosen_log_prob / chosen_length - method.orpo_lambda * F.logsigmoid(margin)
-    return -F.logsigmoid(margin)
+        return negative_log_likelihood(chosen_log_prob, chosen_length) + method.orpo_lambda * logistic_loss(margin)
+    if method.preference_loss == "longpo":
+        return logistic_loss(margin)
+    if method.preference_loss == "simpo":
+        margin = margin - method.simpo_gamma
+    return logistic_loss(margin, method.label_smoothing, method.label_smoothing_form)
 
 
 def _alignment(rewards: Mapping[str, Tensor], method: MethodConfig) -> Tensor:
-    """The l1 distance of short and long rewards; its gradient at 0 is 0 (torch.abs)."""
+    """The distance of short and long rewards, summed over the aligned responses."""
     pairs = [(SHORT_CHOSEN, LONG_CHOSEN)]
     if method.alignment_target == "both":
         pairs.append((SHORT_REJECTED, LONG_REJECTED))
-    distance = torch.zeros_like(rewards[SHORT_CHOSEN])
+    total = torch.zeros_like(rewards[SHORT_CHOSEN])
     for short, long in pairs:
         short_reward = rewards[short].detach() if method.alignment_stop_short_gradient else rewards[short]
-        distance = distance + (short_reward - rewards[long]).abs()
-    return distance
+        difference = short_reward - rewards[long]
+        total = total + alignment_distance(difference, method.alignment_distance, method.alignment_huber_delta)
+    return total

@@ -6,7 +6,7 @@ import yaml
 
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.batches import make_schedule
-from megatron_solopo.losses.solopo import needs_reference, roles
+from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import data_parallel_size, place_of, world_size
@@ -55,7 +55,8 @@ def describe(config: Config) -> str:
         f"train: {len(data.train.groups):,} examples, {tokens:,} tokens a pass ({tokens / separate:.2f} of laying every prompt out for each response), "
         f"longest {max(group.longest for group in data.train.groups):,}, dropped {len(data.train.dropped)}",
         *([f"valid: {len(data.valid.groups):,} examples, dropped {len(data.valid.dropped)}"] if data.valid else []),
-        f"scored responses: {', '.join(roles(config.method))}",
+        f"scored responses: {', '.join(roles(config.method))}"
+        + (f"; by the reference: {', '.join(reference_roles(config.method))}" if data.reference else ""),
         "",
         "# steps",
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all ({schedule.total / schedule.examples:.2f} epochs)",

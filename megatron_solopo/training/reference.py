@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.safetensors_folder import TensorReader, state_fingerprint
 from megatron_solopo.data.tokens import TokenDataset
-from megatron_solopo.losses.solopo import roles
+from megatron_solopo.losses.solopo import reference_roles
 from megatron_solopo.training.engine import Engine
 from megatron_solopo.training.step import make_packs, segment_table
 
@@ -37,7 +37,7 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
         else state_fingerprint(TensorReader(config.model.hf_path)),
         "config": hashlib.sha256((Path(config.model.hf_path) / "config.json").read_bytes()).hexdigest(),
         "tokens": dataset.fingerprint,
-        "roles": roles(config.method),
+        "roles": reference_roles(config.method),
         "dtype": "bfloat16" if config.model.bf16 else "float32",
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -51,14 +51,15 @@ def cache_folder(config: Config) -> Path:
 def reference_log_probs(
     engine: Engine, dataset: TokenDataset, config: Config, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """[examples, roles] float64 reference log-probs, from the cache or computed with the model as it is now.
+    """[examples, reference roles] float64 log-probs, from the cache or computed with the model as it is now.
 
     Must run before training changes the weights. The first process reads and writes; all get the table.
 
     Args:
+        dataset: the examples with the roles of `reference_roles`.
         progress: called with (examples done, examples in all).
     """
-    names = roles(config.method)
+    names = reference_roles(config.method)
     path: Path | None = None
     table = torch.zeros(len(dataset.groups), len(names), dtype=torch.float64, device=engine.platform.device)
     found = torch.zeros(1, device=engine.platform.device)

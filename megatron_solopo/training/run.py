@@ -49,10 +49,15 @@ def _quiet() -> None:
 
 @dataclass
 class RunData:
-    """Tokenised examples of a run."""
+    """Tokenised examples of a run.
+
+    Attributes:
+        reference: split -> the same examples with what the reference model scores; nothing without a reference.
+    """
 
     train: Any
     valid: Any | None
+    reference: dict[str, Any]
 
 
 def load_data(config: Config) -> RunData:
@@ -63,15 +68,19 @@ def load_data(config: Config) -> RunData:
     """
     from megatron_solopo.data.chat import load_tokenizer
     from megatron_solopo.data.tokens import tokenize
-    from megatron_solopo.losses.solopo import roles
+    from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
     tokenizer = load_tokenizer(config.model.hf_path, config.model.chat_template)
-    wanted = roles(config.method)
-
-    def read(path: str) -> Any:
-        return tokenize(path, tokenizer, wanted, config.data.seq_length, config.data.overlong)
-
-    return RunData(read(config.data.train_data), read(config.data.valid_data) if config.data.valid_data else None)
+    wanted = scored_roles(config.method)
+    read = {
+        split: tokenize(path, tokenizer, wanted, config.data.seq_length, config.data.overlong)
+        for split, path in (("train", config.data.train_data), ("valid", config.data.valid_data))
+        if path
+    }
+    policy = {split: dataset.with_roles(roles(config.method)) for split, dataset in read.items()}
+    compared = reference_roles(config.method)
+    reference = {split: dataset.with_roles(compared) for split, dataset in read.items()} if compared else {}
+    return RunData(policy["train"], policy.get("valid"), reference)
 
 
 def check_folders(config: Config) -> None:
@@ -162,10 +171,9 @@ def train(here: Any, config: Config) -> None:
 
     reference: dict[str, Any] = {"train": None, "valid": None}
     if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
-        for split, dataset in (("train", data.train), ("valid", data.valid)):
-            if dataset is not None:
-                log.say(f"reference log-probs of {len(dataset.groups)} {split} examples ...")
-                reference[split] = reference_log_probs(engine, dataset, config)
+        for split, dataset in data.reference.items():
+            log.say(f"reference log-probs of {len(dataset.groups)} {split} examples ...")
+            reference[split] = reference_log_probs(engine, dataset, config)
     optimizer, scheduler = engines.build_optimizer(engine, training, schedule.steps)
     if output.load:
         checkpoint.load_checkpoint(output.load, engine, optimizer, scheduler)
@@ -269,7 +277,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
 
 def check_vocabulary(data: RunData, vocab_size: int) -> None:
     """Refuses token ids that the model has no row for."""
-    for dataset in (data.train, data.valid):
+    for dataset in (data.train, data.valid, *data.reference.values()):
         for group in dataset.groups if dataset is not None else ():
             for prompt in group.prompts:
                 largest = max(max(prompt.ids), max(max(c.ids) for c in prompt.continuations))

@@ -15,7 +15,16 @@ from megatron_solopo.config import MethodConfig, TrainingConfig
 from megatron_solopo.data.batches import attention_cost, plan
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.tokens import TokenDataset
-from megatron_solopo.losses.solopo import RESPONSE, GroupLosses, roles, sft_loss, solopo_loss
+from megatron_solopo.losses.solopo import (
+    RESPONSE,
+    GroupLosses,
+    chosen_role,
+    needs_tokens_per_group,
+    reference_roles,
+    roles,
+    sft_loss,
+    solopo_loss,
+)
 from megatron_solopo.model.forward import segment_log_probs
 from megatron_solopo.pack import Pack
 from megatron_solopo.training.engine import Engine, data_parallel
@@ -63,12 +72,15 @@ def make_packs(
     ]
 
 
-def group_losses(sums: Tensor, pack: Pack, reference: Tensor | None, method: MethodConfig) -> GroupLosses:
+def group_losses(
+    sums: Tensor, pack: Pack, reference: Tensor | None, method: MethodConfig, tokens_per_group: Tensor | None = None
+) -> GroupLosses:
     """The losses of a pack's groups from its segment sums.
 
     Args:
         sums: [N] segment log-probs.
-        reference: [examples, roles] of the whole data set, or None.
+        reference: [examples, reference roles] of the whole data set, or None.
+        tokens_per_group: [] see `solopo_loss`.
     """
     names = roles(method)
     log_probs = {role: sums[pack.role(role)] for role in names}
@@ -78,8 +90,17 @@ def group_losses(sums: Tensor, pack: Pack, reference: Tensor | None, method: Met
     known = None
     if reference is not None:
         rows = reference[list(pack.groups)].to(device=sums.device, dtype=sums.dtype)
-        known = {role: rows[:, column] for column, role in enumerate(names)}
-    return solopo_loss(log_probs, lengths, known, method)
+        known = {role: rows[:, column] for column, role in enumerate(reference_roles(method))}
+    return solopo_loss(log_probs, lengths, known, method, tokens_per_group)
+
+
+def mean_chosen_length(packs: list[Pack], total_groups: int, method: MethodConfig, device: torch.device) -> Tensor:
+    """[] float64, the chosen tokens of a group on the preference loss's context, over all groups of the step."""
+    tokens = torch.zeros((), dtype=torch.float64, device=device)
+    for pack in packs:
+        tokens += pack.segment_lengths[pack.role(chosen_role(method))].sum()
+    dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+    return tokens / total_groups
 
 
 def run_packs(
@@ -118,9 +139,12 @@ def run_step(
     """
     _, ranks = data_parallel()
     scale = len(packs) * ranks / total_groups
+    length = None
+    if needs_tokens_per_group(method):
+        length = mean_chosen_length(packs, total_groups, method, engine.platform.device)
 
     def loss(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
-        result = group_losses(output, pack, reference, method)
+        result = group_losses(output, pack, reference, method, length)
         total = result.loss.sum()
         # The schedule scales the loss in place, so the log keeps a copy.
         sums = {"loss": total.detach().clone()} | {name: value.sum() for name, value in result.metrics.items()}
@@ -142,8 +166,8 @@ def metric_names(method: MethodConfig) -> tuple[str, ...]:
     if method.objective == "sft":
         result = sft_loss({RESPONSE: -one}, {RESPONSE: one})
     else:
-        names = roles(method)
-        result = solopo_loss(dict.fromkeys(names, -one), dict.fromkeys(names, one), dict.fromkeys(names, -one), method)
+        names, compared = roles(method), dict.fromkeys(reference_roles(method), -one)
+        result = solopo_loss(dict.fromkeys(names, -one), dict.fromkeys(names, one), compared, method, torch.ones(()))
     return ("loss", *result.metrics)
 
 

@@ -7,17 +7,18 @@ import json
 import oracle
 import pytest
 from launches import (
-    METHODS,
+    OPTION_PLANS,
+    PLANS,
     SIX_STEPS,
     Launch,
     World,
     common_runs,
     gradient_cases,
     launch,
-    method_roles,
     token_examples,
     training_run,
 )
+from methods import LONG, METHODS, SHORT, method_flags, method_roles
 from tiny_models import SHAPE, conversations, preference_groups, write_lines, write_model
 from transformers import LlamaConfig, Qwen2Config
 
@@ -28,8 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "llama", LlamaConfig(**SHAPE, tie_word_embeddings=False))
     write_model(folder / "qwen2", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=2)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
-    for method in METHODS.values():
-        roles = method_roles(method)
+    for roles in {method_roles(method) for method in METHODS.values()}:
         World(folder).examples(roles).write_text(json.dumps(token_examples(roles)))
     write_lines(folder / "groups.jsonl", preference_groups(11))
     write_lines(folder / "valid.jsonl", preference_groups(5, seed=9))
@@ -39,27 +39,35 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="session")
-def references(world: World) -> dict[tuple[str, ...], list[dict[str, float]]]:
-    """Roles -> each example's log-prob sums under another model: at the policy the alignment has its kink."""
-    wanted = {method_roles(method) for method in METHODS.values() if method.get("preference_loss") == "dpo"}
-    return {roles: oracle.reference_table(world.model("reference"), token_examples(roles)) for roles in wanted}
+def reference(world: World) -> list[dict[str, float]]:
+    """Each example's log-prob sums under another model: at the policy the alignment has its kink."""
+    return oracle.reference_table(world.model("reference"), token_examples(SHORT + LONG))
 
 
 @pytest.fixture(scope="session")
-def two(world: World, references: dict, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def two(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Two processes."""
     out = tmp_path_factory.mktemp("two")
     valid = ["--valid-data", world.folder / "valid.jsonl"]
     return launch(
         2,
         out,
-        gradient_cases(world, references, out),
+        gradient_cases(world, reference, out, PLANS + OPTION_PLANS),
         [
             *common_runs(world, out),
             training_run(world, out, "unbroken", *SIX_STEPS, *valid),
             training_run(world, out, "resumed", *SIX_STEPS, *valid, load=True, cut=(out / "unbroken", 4)),
             training_run(
                 world, out, "same-contexts", "--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3, data="same"
+            ),
+            training_run(
+                world,
+                out,
+                "longpo",
+                *method_flags(METHODS["longpo long token"]),
+                "--reference-cache",
+                out / "longpo-reference",
+                *("--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3, "--no-shuffle"),
             ),
             training_run(
                 world,
@@ -84,14 +92,14 @@ def two(world: World, references: dict, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def one(world: World, references: dict, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def one(world: World, reference: list, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """One process; it also goes on from a checkpoint of two."""
     out = tmp_path_factory.mktemp("one")
     valid = ["--valid-data", world.folder / "valid.jsonl"]
     return launch(
         1,
         out,
-        gradient_cases(world, references, out),
+        gradient_cases(world, reference, out, PLANS),
         [
             *common_runs(world, out),
             training_run(world, out, "from-two", *SIX_STEPS, *valid, load=True, cut=(two.folder / "unbroken", 2)),

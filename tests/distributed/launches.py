@@ -11,31 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from methods import METHODS, OPTIONS, has_reference, method_flags, method_roles
 from safetensors.torch import load_file
 from tiny_models import SHAPE
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")
-SOLO = {"objective": "preference", "context_mode": "solo"}
-METHODS: dict[str, dict[str, Any]] = {
-    "dpo": SOLO | {"preference_loss": "dpo", "beta": 0.3, "alignment_weight": 3.0},
-    "simpo": SOLO | {"preference_loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "alignment_weight": 1.0},
-    "orpo": SOLO | {"preference_loss": "orpo", "orpo_lambda": 0.4, "alignment_weight": 1.5},
-    "sft": {"objective": "sft"},
-    "dpo-both-stopped-short-reference": SOLO
-    | {
-        "preference_loss": "dpo",
-        "beta": 0.1,
-        "alignment_weight": 0.7,
-        "alignment_target": "both",
-        "alignment_stop_short_gradient": True,
-        "alignment_reference": "short",
-    },
-    "orpo-short": {"objective": "preference", "context_mode": "short", "preference_loss": "orpo", "orpo_lambda": 0.1},
-    "dpo-long": {"objective": "preference", "context_mode": "long", "preference_loss": "dpo", "beta": 0.1},
-}
 LAYOUTS: dict[str, list[Any]] = {
     "packed": ["--micro-batch-size", 8],
     "by-two": ["--micro-batch-size", 2],
@@ -59,8 +41,19 @@ LAYOUTS: dict[str, list[Any]] = {
 BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4]}
 """Seven and three do not divide by two processes; with one, the second process has an empty pack."""
 
+LAID_OUT = (
+    "dpo",
+    "simpo",
+    "orpo",
+    "sft",
+    "dpo solo both l1 short alignment stop short gradient",
+    "orpo short",
+    "dpo long",
+    "longpo long token",
+    "ipo solo 0.8 token",
+)
 PLANS = [
-    *(("float64", method, "llama", layout, "seven") for method in METHODS for layout in ("packed", "one-by-one")),
+    *(("float64", method, "llama", layout, "seven") for method in LAID_OUT for layout in ("packed", "one-by-one")),
     *(("float64", "dpo", "llama", layout, "seven") for layout in LAYOUTS if layout not in ("packed", "one-by-one")),
     *(("float64", "orpo", "qwen2", layout, "seven") for layout in ("by-two", "separate")),
     *(("float64", method, "llama", "one-by-one", batch) for method in ("dpo", "sft") for batch in ("one", "three")),
@@ -69,25 +62,16 @@ PLANS = [
     *(("float32", "dpo", "llama", "one-by-one", batch) for batch in ("one", "three")),
     ("float32", "orpo", "qwen2", "by-two", "seven"),
 ]
-"""(dtype, method, model, layout, batch) of every gradient that is computed."""
+"""(dtype, method, model, layout, batch) of every gradient that is computed by one process and by two."""
+
+OPTION_PLANS = [
+    (dtype, method, "llama", "one-by-one", "three") for dtype in ("float64", "float32") for method in OPTIONS
+]
+"""Those of two processes only: every option, each process with a pack of its own or an empty one."""
 
 
 def case_name(plan: tuple[str, ...]) -> str:
     return " ".join(plan)
-
-
-def method_roles(method: dict[str, Any]) -> tuple[str, ...]:
-    if method["objective"] == "sft":
-        return ("response",)
-    both = method.get("alignment_target") == "both"
-    return {"short": SHORT, "long": LONG, "solo": SHORT + (LONG if both else LONG[:1])}[method["context_mode"]]
-
-
-def method_flags(method: dict[str, Any]) -> list[Any]:
-    flags: list[Any] = []
-    for name, value in method.items():
-        flags += ["--" + name.replace("_", "-")] + ([] if value is True else [value])
-    return flags
 
 
 def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any]]:
@@ -168,7 +152,7 @@ class World:
 
 
 def gradient_cases(
-    world: World, references: dict, out: Path, plans: list[tuple[str, ...]] = PLANS, flags: tuple[Any, ...] = ()
+    world: World, reference: list[dict[str, float]], out: Path, plans: list, flags: tuple[Any, ...] = ()
 ) -> list[dict[str, Any]]:
     cases = []
     for plan in plans:
@@ -195,7 +179,8 @@ def gradient_cases(
                 "argv": list(map(str, argv)),
                 "examples": str(world.examples(method_roles(method))),
                 "multiple_of": 16 if layout == "padded" else None,
-                "reference": references.get(method_roles(method)) if method.get("preference_loss") == "dpo" else None,
+                "reference": reference if has_reference(method) else None,
+                "table": plan in PLANS,
             }
         )
     return cases

@@ -1,13 +1,17 @@
-"""A single-process float64 oracle in plain transformers: nothing of the package is used.
+"""A single-process float64 oracle in plain transformers and closed-form losses: nothing of the package is used.
 
 Examples and methods are plain dicts, as the worker gets them:
 
     {"id", "prompts": [{"ids", "continuations": [{"role", "ids", "learnt" (or null)}]}]}
     {"objective", "preference_loss", "context_mode", "beta", "alignment_weight", ...}
+
+A loss depends on the model only through the log-prob sum of each continuation. So the gradient of every sum is taken
+once, one sequence at a time, and a method's gradient is their combination by the chain rule.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +47,26 @@ def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tens
     return sums, counts
 
 
-def loss_of(
-    sums: dict[str, Tensor], counts: dict[str, int], reference: dict[str, float] | None, method: dict[str, Any]
-) -> Tensor:
-    """The loss of one example, by the paper's formulas written out (arXiv 2505.11166)."""
-    if method["objective"] == "sft":
-        return -sums["response"] / counts["response"]
-    kind, mode = method["preference_loss"], method["context_mode"]
+@dataclass(frozen=True)
+class Scores:
+    """An example under a model: role -> log-prob sum, its tokens, and its gradient by tensor."""
 
-    def reward(role: str) -> Tensor:
-        if kind == "dpo":
-            anchor = role
-            if mode == "solo" and method.get("alignment_reference") == "short":
-                anchor = role.replace("long", "short")
-            return method["beta"] * (sums[role] - reference[anchor])
-        mean = sums[role] / counts[role]
-        return method["beta"] * mean if kind == "simpo" else mean - torch.log1p(-torch.exp(mean))
+    sums: dict[str, Tensor]
+    counts: dict[str, int]
+    gradients: dict[str, dict[str, Tensor]]
 
-    side = "long" if mode == "long" else "short"
-    margin = reward(f"{side}_chosen") - reward(f"{side}_rejected")
-    if kind == "simpo":
-        margin = margin - method["simpo_gamma"]
-    loss = torch.log1p(torch.exp(-margin))
-    if kind == "orpo":
-        loss = -sums[f"{side}_chosen"] / counts[f"{side}_chosen"] + method["orpo_lambda"] * loss
-    if mode == "solo":
-        for response in ("chosen", "rejected") if method.get("alignment_target") == "both" else ("chosen",):
-            short = reward(f"short_{response}")
-            if method.get("alignment_stop_short_gradient"):
-                short = short.detach()
-            loss = loss + method["alignment_weight"] * (short - reward(f"long_{response}")).abs()
-    return loss
+
+def scores(folder: Path, examples: list[dict[str, Any]]) -> list[Scores]:
+    """Each example under the folder's model."""
+    model, found = load(folder), []
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for example in examples:
+        sums, counts = log_probs(model, example)
+        gradients = {
+            role: dict(zip(names, torch.autograd.grad(value, parameters), strict=True)) for role, value in sums.items()
+        }
+        found.append(Scores({role: value.detach() for role, value in sums.items()}, counts, gradients))
+    return found
 
 
 def reference_table(folder: Path, examples: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -83,18 +76,95 @@ def reference_table(folder: Path, examples: list[dict[str, Any]]) -> list[dict[s
         return [{role: value.item() for role, value in log_probs(model, example)[0].items()} for example in examples]
 
 
+def logistic(margin: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(-margin))
+
+
+def smoothed(margin: Tensor, method: dict[str, Any]) -> Tensor:
+    """The logistic loss of labels that are swapped with a probability."""
+    e = method.get("label_smoothing", 0.0)
+    right, wrong = logistic(margin), logistic(-margin)
+    if method.get("label_smoothing_form") == "robust":
+        return ((1 - e) * right - e * wrong) / (1 - 2 * e)
+    return (1 - e) * right + e * wrong
+
+
+def distance(difference: Tensor, method: dict[str, Any]) -> Tensor:
+    size = difference.abs()
+    if method.get("alignment_distance") == "l2":
+        return size**2
+    if method.get("alignment_distance") == "huber":
+        delta = method["alignment_huber_delta"]
+        return size**2 / 2 if size <= delta else delta * size - delta**2 / 2
+    return size
+
+
+def loss_of(
+    sums: dict[str, Tensor],
+    counts: dict[str, int],
+    reference: dict[str, float],
+    method: dict[str, Any],
+    mean_chosen_length: float,
+) -> Tensor:
+    """The loss of one example, by the papers' formulas written out (arXiv 2505.11166; LongPO: 2502.13922).
+
+    ``mean_chosen_length``: over the batch, of the chosen answers on the preference loss's context.
+    """
+    if method["objective"] == "sft":
+        return -sums["response"] / counts["response"]
+    kind, mode = method["preference_loss"], method["context_mode"]
+    side = "long" if mode == "long" else "short"
+    chosen, rejected = f"{side}_chosen", f"{side}_rejected"
+
+    def log_ratio(role: str) -> Tensor:
+        anchor = role
+        if kind == "longpo" or (mode == "solo" and method.get("alignment_reference") == "short"):
+            anchor = role.replace("long", "short")
+        return sums[role] - reference[anchor]
+
+    def reward(role: str) -> Tensor:
+        if kind in ("dpo", "ipo", "longpo"):
+            return method["beta"] * log_ratio(role)
+        mean = sums[role] / counts[role]
+        return method["beta"] * mean if kind == "simpo" else mean - torch.log1p(-torch.exp(mean))
+
+    per_token = method.get("sft_normalization") == "token"
+    likelihood = -sums[chosen] / (mean_chosen_length if per_token else counts[chosen])
+    margin = reward(chosen) - reward(rejected)
+    if kind == "ipo":
+        gap = log_ratio(chosen) / counts[chosen] - log_ratio(rejected) / counts[rejected]
+        loss = (gap - 1 / (2 * method["beta"])) ** 2
+    elif kind == "orpo":
+        loss = likelihood + method["orpo_lambda"] * logistic(margin)
+    elif kind == "longpo":
+        loss = likelihood + method["longpo_lambda"] * logistic(margin)
+    else:
+        loss = smoothed(margin - method["simpo_gamma"] if kind == "simpo" else margin, method)
+    loss = loss + method.get("sft_weight", 0.0) * likelihood
+    if mode == "solo":
+        for response in ("chosen", "rejected") if method.get("alignment_target") == "both" else ("chosen",):
+            short = reward(f"short_{response}")
+            if method.get("alignment_stop_short_gradient"):
+                short = short.detach()
+            loss = loss + method["alignment_weight"] * distance(short - reward(f"long_{response}"), method)
+    return loss
+
+
 def batch(
-    folder: Path, examples: list[dict[str, Any]], reference: list[dict[str, float]] | None, method: dict[str, Any]
+    examples: list[Scores], reference: list[dict[str, float]], method: dict[str, Any]
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """(loss of each example, gradient of their mean by tensor): the mean of gradients taken one example at a time."""
-    model = load(folder)
-    losses, total = [], {}
-    for number, example in enumerate(examples):
-        model.zero_grad()
-        sums, counts = log_probs(model, example)
-        loss = loss_of(sums, counts, reference[number] if reference else None, method)
+    """(loss of each example, gradient of their mean by tensor): every example weighs the same."""
+    side = "long_chosen" if method.get("context_mode") == "long" else "short_chosen"
+    mean_length = sum(example.counts.get(side, 0) for example in examples) / len(examples)
+    losses: list[float] = []
+    total: dict[str, Tensor] = {}
+    for example, row in zip(examples, reference, strict=True):
+        sums = {role: value.clone().requires_grad_() for role, value in example.sums.items()}
+        loss = loss_of(sums, example.counts, row, method, mean_length)
         loss.backward()
         losses.append(loss.item())
-        for name, parameter in model.named_parameters():
-            total[name] = total.get(name, 0) + parameter.grad / len(examples)
+        for role, value in sums.items():
+            if value.grad is not None:
+                for name, gradient in example.gradients[role].items():
+                    total[name] = total.get(name, 0) + value.grad * gradient / len(examples)
     return losses, total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from launches import BATCHES, METHODS, PLANS, Launch, World, case_name, method_roles
+from launches import BATCHES, LAID_OUT, OPTION_PLANS, PLANS, Launch, World, case_name, token_examples
+from methods import CONSTANTS, LONG, METHODS, OPTIONS, SHORT, method_roles
 from torch import Tensor
 
 # float64 leaves room for the sums' order only; float32 is compared tensor by tensor, never element by element.
@@ -26,22 +28,31 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str,
 
 
 @pytest.fixture(scope="session")
-def expected(world: World, references: dict) -> Any:
-    """(model, method, batch) -> the oracle's losses and gradient, computed once."""
-    known: dict[tuple[str, str, str], Any] = {}
+def expected(world: World, reference: list) -> Any:
+    """(model, method, batch) -> the oracle's losses and gradient."""
+    examples = {kind: token_examples(roles) for kind, roles in (("sft", ("response",)), ("preference", SHORT + LONG))}
+    scores: dict[tuple[str, str], list[oracle.Scores]] = {}
 
     def of(model: str, method: str, batch: str) -> Any:
-        if (model, method, batch) not in known:
-            roles = method_roles(METHODS[method])
-            examples = json.loads(world.examples(roles).read_text())
-            table = references.get(roles) if METHODS[method].get("preference_loss") == "dpo" else None
-            rows = [table[i] for i in BATCHES[batch]] if table else None
-            known[model, method, batch] = oracle.batch(
-                world.model(model), [examples[i] for i in BATCHES[batch]], rows, METHODS[method]
-            )
-        return known[model, method, batch]
+        kind = METHODS[method]["objective"]
+        if (model, kind) not in scores:
+            scores[model, kind] = oracle.scores(world.model(model), examples[kind])
+        chosen = [scores[model, kind][i] for i in BATCHES[batch]]
+        return oracle.batch(chosen, [reference[i] for i in BATCHES[batch]], METHODS[method])
 
     return of
+
+
+def check(launched: Launch, expected: Any, plan: tuple[str, ...], name: str | None = None) -> None:
+    """Loss and gradient of a plan are the oracle's: every pair weighs 1 / G."""
+    name = name or case_name(plan)
+    dtype, method, model, _, batch = plan
+    losses, gradient = expected(model, method, batch)
+    mean = sum(losses) / len(losses)
+    assert abs(launched.results[name]["means"]["loss"] - mean) <= BOUND[dtype] * max(1, abs(mean))
+    worst = differences(launched.gradients[name], gradient)
+    assert max(worst.values()) <= BOUND[dtype], max(worst, key=worst.get)
+    assert min(tensor.norm() for tensor in gradient.values()) > 0
 
 
 @pytest.fixture(params=["one", "two"])
@@ -51,14 +62,35 @@ def launched(request: pytest.FixtureRequest) -> Launch:
 
 @pytest.mark.parametrize("plan", PLANS, ids=case_name)
 def test_every_layout_equals_the_oracle(launched: Launch, expected: Any, plan: tuple[str, ...]) -> None:
-    """Every pair weighs 1 / G: the oracle's gradient is the mean of gradients taken one example at a time."""
-    dtype, method, model, _, batch = plan
-    losses, gradient = expected(model, method, batch)
-    mean = sum(losses) / len(losses)
-    assert abs(launched.results[case_name(plan)]["means"]["loss"] - mean) <= BOUND[dtype] * max(1, abs(mean))
-    worst = differences(launched.gradients[case_name(plan)], gradient)
-    assert max(worst.values()) <= BOUND[dtype], max(worst, key=worst.get)
-    assert min(tensor.norm() for tensor in gradient.values()) > 0
+    check(launched, expected, plan)
+
+
+@pytest.mark.parametrize("plan", OPTION_PLANS, ids=case_name)
+def test_every_option_equals_the_oracle(two: Launch, expected: Any, plan: tuple[str, ...]) -> None:
+    check(two, expected, plan)
+
+
+def test_every_option_is_a_loss_of_its_own(expected: Any) -> None:
+    """Otherwise an option that nobody reads would pass the comparison above: no two methods share a gradient."""
+    found: dict[str, Tensor] = {}
+    for name in OPTIONS:
+        gradient = torch.cat([tensor.flatten() for tensor in expected("llama", name, "three")[1].values()])
+        for other, known in found.items():
+            assert (gradient - known).norm() > 1e-4 * known.norm(), f"{name} = {other}"
+        found[name] = gradient
+
+
+def test_the_options_reach_every_value(world: World) -> None:
+    """A loss, context mode or alignment option that config.py gains must join the comparison."""
+    from megatron_solopo.config import MethodConfig
+
+    for field in dataclasses.fields(MethodConfig):
+        if field.metadata["choices"]:
+            used = {METHODS[name].get(field.name, field.default) for name in METHODS}
+            assert used == set(field.metadata["choices"]), field.name
+        elif field.name != "reference_cache":
+            assert any(field.name in method for method in METHODS.values()), field.name
+    assert set(LAID_OUT) <= METHODS.keys() and CONSTANTS.keys() == {m.get("preference_loss") for m in OPTIONS.values()}
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=case_name)
@@ -111,11 +143,14 @@ def test_the_reference_table_is_the_oracles(launched: Launch, world: World, mode
 
 
 def test_the_oracle_knows_the_step_zero_laws(world: World) -> None:
-    """At policy = reference DPO's loss is ln 2; with x_long = x_short the alignment is 0."""
-    roles = method_roles(METHODS["dpo"])
-    examples = json.loads(world.examples(roles).read_text())[:2]
+    """At policy = reference DPO's loss is ln 2, IPO's (1 / (2 beta))^2; with x_long = x_short the alignment is 0."""
+    examples = token_examples(SHORT + LONG)[:2]
     for example in examples:
         example["prompts"][1]["ids"] = example["prompts"][0]["ids"]
     table = oracle.reference_table(world.model("llama"), examples)
-    losses, _ = oracle.batch(world.model("llama"), examples, table, METHODS["dpo"])
-    assert losses == pytest.approx([math.log(2)] * 2, abs=1e-12)
+    scores = oracle.scores(world.model("llama"), examples)
+    for method, loss in (("dpo", math.log(2)), ("ipo solo both l2 per_context", (1 / 0.4) ** 2)):
+        assert oracle.batch(scores, table, METHODS[method])[0] == pytest.approx([loss] * 2, abs=1e-12)
+    likelihood, _ = oracle.batch(scores, table, METHODS["longpo long sequence"] | {"longpo_lambda": 0.0})
+    losses, _ = oracle.batch(scores, table, METHODS["longpo long sequence"])
+    assert losses == pytest.approx([each + 0.3 * math.log(2) for each in likelihood], abs=1e-12)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 
+import oracle
 import pytest
 import torch
 from launches import Launch, World
+from methods import METHODS, SHORT
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TIMES = ("seconds", "tokens_per_second", "memory_gib")
 
@@ -76,6 +78,36 @@ def test_step_zero_laws_through_the_trainer(two: Launch) -> None:
     first = two.metrics("unbroken")[0]
     assert first["po_loss"] == pytest.approx(math.log(2), abs=2e-6) and abs(first["margin"]) <= 1e-5
     assert first["short_long_gap_nats_per_token"] != pytest.approx(0, abs=1e-3)
+
+
+def test_longpo_compares_the_long_context_with_a_reference_on_the_short_one(two: Launch, world: World) -> None:
+    """The table on disk and the first step's loss are the oracle's, on token ids that this test writes down itself."""
+    tokenizer = AutoTokenizer.from_pretrained(world.model("llama"))
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    examples = []
+    for line in (world.folder / "groups.jsonl").read_text().splitlines():
+        group = json.loads(line)
+        prompts = []
+        for context in ("short", "long"):
+            prompt = ids(f"<user> {group[context + '_messages'][0]['content']} <assistant>")
+            continuations = [
+                {"role": f"{context}_{answer}", "ids": ids(group[answer] + " <end>"), "learnt": None}
+                for answer in ("chosen", "rejected")
+            ]
+            prompts.append({"ids": prompt, "continuations": continuations})
+        examples.append({"id": group["id"], "prompts": prompts})
+    rows = oracle.reference_table(world.model("llama"), examples)
+    (cache,) = (two.folder / "longpo-reference").iterdir()
+    wanted = torch.tensor([[row[role] for role in SHORT] for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(load_file(cache)["log_probs"], wanted, rtol=0, atol=1e-4)
+    method = METHODS["longpo long token"]
+    losses, _ = oracle.batch(oracle.scores(world.model("llama"), examples[:4]), rows[:4], method)
+    first, second = two.metrics("longpo")
+    assert first["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert first["po_loss"] != pytest.approx(math.log(2), abs=1e-3) and second["loss"] != first["loss"]
 
 
 def test_solo_equals_plain_optimization_where_contexts_are_the_same(two: Launch) -> None:

@@ -102,14 +102,15 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
 def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
     from megatron_solopo.data.packs import build_pack
-    from megatron_solopo.losses.solopo import roles
+    from megatron_solopo.losses.solopo import reference_roles, roles
     from megatron_solopo.training.step import make_packs, run_step, segment_table
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
     names = roles(config.method)
     reference = None
     if case["reference"]:
-        reference = torch.tensor([[row[name] for name in names] for row in case["reference"]], dtype=torch.float64)
+        compared = reference_roles(config.method)
+        reference = torch.tensor([[row[name] for name in compared] for row in case["reference"]], dtype=torch.float64)
 
     def packs() -> list[Any]:
         made = make_packs(
@@ -140,7 +141,8 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     dist.all_gather_object(everyone, [list(pack.groups) for pack in mine])
     values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
     found = gradients(engine)
-    values["table"] = segment_table(engine, dataset, names, indices, packs()).tolist()
+    if case["table"]:
+        values["table"] = segment_table(engine, dataset, names, indices, packs()).tolist()
     return values, found
 
 

@@ -81,6 +81,82 @@ WRONG_FLAGS = {
         argv("--preference-loss", "simpo", "--orpo-lambda", "1"),
         r"^--orpo-lambda would have no effect",
     ),
+    "ipo of beta 0": (
+        argv("--preference-loss", "ipo", "--beta", "0"),
+        r"^--beta 0 with --preference-loss ipo: .* give a beta above 0$",
+    ),
+    "longpo on pairs of both contexts": (
+        argv("--preference-loss", "longpo"),
+        r"^--preference-loss longpo trains on the long context, not on --context-mode solo; give --context-mode long$",
+    ),
+    "longpo on the short context": (
+        argv("--preference-loss", "longpo", "--context-mode", "short"),
+        r"^--preference-loss longpo .* not on --context-mode short; give",
+    ),
+    "longpo with alignment": (
+        argv("--preference-loss", "longpo", "--context-mode", "long", "--alignment-target", "both"),
+        r"^--alignment-target would have no effect: it needs --context-mode solo$",
+    ),
+    "longpo with a choice of reference": (
+        argv("--preference-loss", "longpo", "--context-mode", "long", "--alignment-reference", "short"),
+        r"^--alignment-reference would have no effect: it needs --context-mode solo and --preference-loss dpo or ipo",
+    ),
+    "longpo with sft weight": (
+        argv("--preference-loss", "longpo", "--context-mode", "long", "--sft-weight", "1"),
+        r"^--sft-weight would have no effect: it needs --preference-loss dpo, ipo or simpo \(orpo and longpo hold",
+    ),
+    "longpo's lambda with dpo": (
+        argv("--longpo-lambda", "0.1"),
+        r"^--longpo-lambda would have no effect: it needs --preference-loss longpo$",
+    ),
+    "smoothed ipo": (
+        argv("--preference-loss", "ipo", "--label-smoothing", "0.1"),
+        r"^--label-smoothing would have no effect: it needs --preference-loss dpo or simpo$",
+    ),
+    "smoothed orpo": (argv("--preference-loss", "orpo", "--label-smoothing", "0.1"), r"^--label-smoothing would have"),
+    "half the labels swapped": (argv("--label-smoothing", "0.5"), r"^--label-smoothing 0.5: must be below 0.5"),
+    "labels swapped back": (argv("--label-smoothing", "-0.1"), r"^--label-smoothing: must be at least 0, found -0.1$"),
+    "form of no smoothing": (
+        argv("--label-smoothing-form", "robust"),
+        r"^--label-smoothing-form would have no effect: it needs --label-smoothing above 0$",
+    ),
+    "form of robust smoothing": (
+        argv("--label-smoothing", "0.1", "--label-smoothing-form", "robus"),
+        r"^--label-smoothing-form: 'robus' is not one of conservative, robust; did you mean robust\?$",
+    ),
+    "sft weight with orpo": (
+        argv("--preference-loss", "orpo", "--sft-weight", "1"),
+        r"^--sft-weight would have no effect: it needs",
+    ),
+    "normalisation of nothing": (
+        argv("--sft-normalization", "token"),
+        r"^--sft-normalization would have no effect: it needs --sft-weight above 0, or --preference-loss longpo$",
+    ),
+    "normalisation of weight 0": (
+        argv("--sft-weight", "0", "--sft-normalization", "token"),
+        r"^--sft-normalization would have no effect",
+    ),
+    "sft weight with sft": (
+        argv("--objective", "sft", "--sft-weight", "1"),
+        r"^--sft-weight would have no effect: it needs --objective preference$",
+    ),
+    "distance without alignment": (
+        argv("--context-mode", "short", "--alignment-distance", "l2"),
+        r"^--alignment-distance would have no effect: it needs --context-mode solo$",
+    ),
+    "delta of l1": (
+        argv("--alignment-huber-delta", "2"),
+        r"^--alignment-huber-delta would have no effect: it needs --context-mode solo and --alignment-distance huber$",
+    ),
+    "delta of 0": (
+        argv("--alignment-distance", "huber", "--alignment-huber-delta", "0"),
+        r"^--alignment-huber-delta must be above 0$",
+    ),
+    "distance typo": (argv("--alignment-distance", "L1"), r"^--alignment-distance: 'L1' is not one of l1, l2, huber"),
+    "longpo's reference lost": (
+        argv("--random-init", "--load", "run", "--preference-loss", "longpo", "--context-mode", "long"),
+        r"^--random-init with --load and longpo: the reference",
+    ),
     "alpha without alignment": (
         argv("--context-mode", "short", "--alignment-weight", "3"),
         r"^--alignment-weight would have no effect: it needs --context-mode solo$",
@@ -187,8 +263,8 @@ WRONG_FILES = {
         r"run.yaml: data.seq_length: needs a value \(longest prompt",
     ),
     "choice": (
-        b"method:\n  preference_loss: ipo\n",
-        r"run.yaml: method.preference_loss: 'ipo' is not one of dpo, simpo, orpo",
+        b"method:\n  preference_loss: kto\n",
+        r"run.yaml: method.preference_loss: 'kto' is not one of dpo, ipo, simpo, orpo, longpo",
     ),
     "unused": (b"method:\n  simpo_gamma: 1\n", r"^--simpo-gamma would have no effect"),
 }
@@ -229,13 +305,20 @@ def test_large_integers_keep_every_digit():
     assert load(argv("--seed", "9007199254740993"))[0].training.seed == 9007199254740993
 
 
-@pytest.mark.parametrize("loss,beta,alpha", [("dpo", 0.1, 3.0), ("simpo", 2.0, 1.0), ("orpo", None, 1.0)])
+@pytest.mark.parametrize(
+    "loss,beta,alpha", [("dpo", 0.1, 3.0), ("ipo", 0.1, 3.0), ("simpo", 2.0, 1.0), ("orpo", None, 1.0)]
+)
 def test_defaults_of_each_loss(loss, beta, alpha):
     method = load(argv("--preference-loss", loss))[0].method
     assert (method.beta, method.alignment_weight) == (beta, alpha)
     assert load(argv("--preference-loss", loss, "--alignment-weight", "0.5"))[0].method.alignment_weight == 0.5
     plain = load(argv("--preference-loss", loss, "--context-mode", "short"))[0].method
     assert (plain.beta, plain.alignment_weight) == (beta, None)
+
+
+def test_longpo_has_the_papers_defaults():
+    method = load(argv("--preference-loss", "longpo", "--context-mode", "long"))[0].method
+    assert (method.beta, method.longpo_lambda, method.alignment_weight) == (0.1, 0.01, None)
 
 
 def test_sft_resolves_no_preference_options():
@@ -246,8 +329,11 @@ def test_sft_resolves_no_preference_options():
 RUNS = [
     *(
         ["--preference-loss", loss, "--context-mode", mode]
-        for loss, mode in product(("dpo", "simpo", "orpo"), ("solo", "short", "long"))
+        for loss, mode in product(("dpo", "ipo", "simpo", "orpo"), ("solo", "short", "long"))
     ),
+    ["--preference-loss", "longpo", "--context-mode", "long", "--sft-normalization", "token"],
+    ["--label-smoothing", "0.1", "--label-smoothing-form", "robust", "--sft-weight", "1"],
+    ["--preference-loss", "ipo", "--alignment-distance", "huber", "--alignment-huber-delta", "0.5"],
     ["--objective", "sft"],
     [
         "--preference-loss",
@@ -294,6 +380,16 @@ def value_of(config, name):
     return getattr(getattr(config, OPTIONS[name][0]), name)
 
 
+NEEDED_FOR = {
+    "simpo_gamma": ["--preference-loss", "simpo"],
+    "orpo_lambda": ["--preference-loss", "orpo"],
+    "longpo_lambda": ["--preference-loss", "longpo", "--context-mode", "long"],
+    "label_smoothing_form": ["--label-smoothing", "0.1"],
+    "sft_normalization": ["--sft-weight", "1"],
+    "alignment_huber_delta": ["--alignment-distance", "huber"],
+}
+
+
 def test_every_option_can_be_set_in_both_places(tmp_path):
     """A value other than the default, by flag and by file, arrives; none is forgotten by the parser."""
     for name, (section, spec) in OPTIONS.items():
@@ -302,8 +398,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         context = argv("--valid-data", "v", "--save-hf", "out", "--recompute-granularity", "full")
         if name == "sequence_parallel":
             context += ["--tensor-model-parallel-size", "2"]
-        if name in ("simpo_gamma", "orpo_lambda"):
-            context += ["--preference-loss", name.split("_")[0]]
+        context += NEEDED_FOR.get(name, [])
         if name == "train_epochs":
             context = [text for text in context if text not in ("--train-iters", "10")]
         if isinstance(spec.default, bool):
@@ -311,6 +406,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         else:
             choices = [c for c in spec.metadata["choices"] or () if c != spec.default]
             numbers = {"seq_length": 9000, "max_tokens_per_rank": 20000, "lr": 0.25, "min_lr": 1e-7, "seed": 7}
+            numbers["label_smoothing"] = 0.25
             value = (
                 choices[0]
                 if choices

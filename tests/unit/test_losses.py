@@ -3,52 +3,63 @@
 import math
 import random
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.schema import PreferenceGroup
-from megatron_solopo.data.tokens import tokenize_group
-from megatron_solopo.losses import dpo_reward, orpo_log_odds, sft_loss, simpo_reward, solopo_loss
-from megatron_solopo.losses.solopo import needs_reference, roles
+from megatron_solopo.losses import (
+    alignment_distance,
+    dpo_reward,
+    logistic_loss,
+    orpo_log_odds,
+    sft_loss,
+    simpo_reward,
+    solopo_loss,
+)
+from megatron_solopo.losses.solopo import (
+    chosen_role,
+    has_likelihood,
+    needs_reference,
+    reference_roles,
+    roles,
+    scored_roles,
+)
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-CONSTANTS = dict(simpo_gamma=0.7, orpo_lambda=0.4, alignment_weight=1.7)
-BETA = {"dpo": 0.3, "simpo": 2.1, "orpo": None}
+CONSTANTS = dict(simpo_gamma=0.7, orpo_lambda=0.4, longpo_lambda=0.6, alignment_huber_delta=1.2)
+BETA = {"dpo": 0.3, "ipo": 0.4, "simpo": 2.1, "orpo": None, "longpo": 0.2}
+ALPHA = 1.7
 GROUPS = 5
 
 
+def make(loss, mode, **options):
+    alpha = {"alignment_weight": ALPHA} if mode == "solo" else {}
+    return MethodConfig(preference_loss=loss, context_mode=mode, beta=BETA[loss], **CONSTANTS, **alpha, **options)
+
+
 def variants():
-    """Every loss x context mode x alignment option that has an effect."""
-    for loss, mode in product(("dpo", "simpo", "orpo"), ("solo", "short", "long")):
-        targets = ("chosen", "both") if mode == "solo" else ("chosen",)
-        stops = (False, True) if mode == "solo" else (False,)
-        references = ("per_context", "short") if mode == "solo" and loss == "dpo" else ("per_context",)
-        for target, stop, reference in product(targets, stops, references):
-            yield MethodConfig(
-                preference_loss=loss,
-                context_mode=mode,
-                beta=BETA[loss],
-                alignment_target=target,
-                alignment_stop_short_gradient=stop,
-                alignment_reference=reference,
-                **CONSTANTS,
-            )
+    """Every loss x context mode x alignment option that has an effect, then each further option on top."""
+    for loss in ("dpo", "ipo", "simpo", "orpo"):
+        yield from (make(loss, mode) for mode in ("short", "long"))
+        references = ("per_context", "short") if loss in ("dpo", "ipo") else ("per_context",)
+        for target, stop, reference in product(("chosen", "both"), (False, True), references):
+            alignment = dict(alignment_target=target, alignment_stop_short_gradient=stop, alignment_reference=reference)
+            yield make(loss, "solo", **alignment)
+            if (target == "both") != stop:
+                yield from (make(loss, "solo", **alignment, alignment_distance=name) for name in ("l2", "huber"))
+    for loss, mode, form in product(("dpo", "simpo"), ("solo", "long"), ("conservative", "robust")):
+        yield make(loss, mode, label_smoothing=0.15, label_smoothing_form=form)
+    for loss, mode, how in product(("dpo", "ipo", "simpo"), ("solo", "short", "long"), ("sequence", "token")):
+        yield make(loss, mode, sft_weight=0.8, sft_normalization=how)
+    yield from (make("longpo", "long", sft_normalization=how) for how in ("sequence", "token"))
 
 
 def name_of(method):
-    return "-".join(
-        [
-            method.preference_loss,
-            method.context_mode,
-            method.alignment_target,
-            method.alignment_reference,
-            *(["stop"] if method.alignment_stop_short_gradient else []),
-        ]
-    )
+    plain = make(method.preference_loss, method.context_mode)
+    changed = [str(v) for name, v in vars(method).items() if v != getattr(plain, name)]
+    return "-".join([method.preference_loss, method.context_mode, *changed])
 
 
 VARIANTS = list(variants())
@@ -65,45 +76,81 @@ def draw(seed=0):
     return log_probs, n, reference
 
 
-def closed_form(m, p, n, ref, still=None):
-    """One group's (preference loss, alignment) from floats; ``still``: the short log-probs that the alignment sees."""
-    still = still or p
+def closed_form(m, p, n, ref, mean_length, still=None):
+    """One group's (preference loss, chosen likelihood, alignment) from floats.
 
-    def log_sigmoid(x):
-        return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+    ``still``: the short log-probs that the alignment sees; ``mean_length``: of the chosen answers of all groups.
+    """
+    still = still or p
+    loss = m.preference_loss
+
+    def softplus(x):  # -log sigmoid(-x)
+        return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+    def ratio(role, values):
+        base = role
+        if loss == "longpo" or (m.context_mode == "solo" and m.alignment_reference == "short"):
+            base = "short_" + role.split("_")[1]
+        return values[role] - ref[base]
 
     def reward(role, values):
-        if m.preference_loss == "dpo":
-            base = role
-            if m.context_mode == "solo" and m.alignment_reference == "short":
-                base = "short_" + role.split("_")[1]
-            return m.beta * values[role] - m.beta * ref[base]
-        if m.preference_loss == "simpo":
+        if loss in ("dpo", "ipo", "longpo"):
+            return m.beta * ratio(role, values)
+        if loss == "simpo":
             return m.beta / n[role] * values[role]
         probability = math.exp(values[role] / n[role])
         return math.log(probability / (1 - probability))
 
+    def distance(d):
+        if m.alignment_distance == "l2":
+            return d * d
+        if m.alignment_distance == "huber":
+            delta = m.alignment_huber_delta
+            return d * d / 2 if abs(d) <= delta else delta * (abs(d) - delta / 2)
+        return abs(d)
+
     side = "long" if m.context_mode == "long" else "short"
-    margin = reward(side + "_chosen", p) - reward(side + "_rejected", p)
-    if m.preference_loss == "dpo":
-        preference = -log_sigmoid(margin)
-    elif m.preference_loss == "simpo":
-        preference = -log_sigmoid(margin - m.simpo_gamma)
+    chosen, rejected = side + "_chosen", side + "_rejected"
+    margin = reward(chosen, p) - reward(rejected, p)
+    likelihood = -p[chosen] / (mean_length if m.sft_normalization == "token" else n[chosen])
+    if loss == "simpo":
+        margin -= m.simpo_gamma
+    e = m.label_smoothing
+    if loss == "ipo":
+        preference = (ratio(chosen, p) / n[chosen] - ratio(rejected, p) / n[rejected] - 1 / (2 * m.beta)) ** 2
+    elif loss == "orpo":
+        preference = likelihood + m.orpo_lambda * softplus(-margin)
+    elif m.label_smoothing_form == "robust":
+        preference = ((1 - e) * softplus(-margin) - e * softplus(margin)) / (1 - 2 * e)
     else:
-        preference = -p[side + "_chosen"] / n[side + "_chosen"] - m.orpo_lambda * log_sigmoid(margin)
+        preference = (1 - e) * softplus(-margin) + e * softplus(margin)
     if m.context_mode != "solo":
-        return preference, 0.0
+        return preference, likelihood, 0.0
     aligned = ("chosen", "rejected") if m.alignment_target == "both" else ("chosen",)
-    return preference, sum(abs(reward(f"short_{y}", still) - reward(f"long_{y}", p)) for y in aligned)
+    return preference, likelihood, sum(distance(reward(f"short_{y}", still) - reward(f"long_{y}", p)) for y in aligned)
 
 
-def total(method, p, n, ref, still=None):
-    preference, alignment = closed_form(method, p, n, ref, still)
-    return preference + method.alignment_weight * alignment
+def total(m, *arguments):
+    preference, likelihood, alignment = closed_form(m, *arguments)
+    if m.preference_loss == "longpo":
+        return m.longpo_lambda * preference + likelihood
+    return preference + m.sft_weight * likelihood + (m.alignment_weight or 0) * alignment
+
+
+def mean_chosen_length(n):
+    return sum(n["short_chosen"]) / GROUPS
+
+
+def loss_of(p, n, ref, method):
+    return solopo_loss(p, n, ref, method, n[chosen_role(method)].mean())
 
 
 def tensors(values, **options):
     return {role: torch.tensor(value, dtype=torch.float64, **options) for role, value in values.items()}
+
+
+def doubles(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def group(values, i):
@@ -113,20 +160,15 @@ def group(values, i):
 @every_variant
 def test_value_equals_the_closed_form(method):
     p, n, ref = draw()
-    got = solopo_loss(tensors(p), tensors(n), tensors(ref), method)
-    wanted = [closed_form(method, group(p, i), group(n, i), group(ref, i)) for i in range(GROUPS)]
-    losses = [preference + method.alignment_weight * alignment for preference, alignment in wanted]
-    assert_close(got.loss, torch.tensor(losses, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    assert_close(
-        got.metrics["po_loss"], torch.tensor([a for a, _ in wanted], dtype=torch.float64), rtol=1e-12, atol=1e-12
-    )
-    if method.context_mode == "solo":
-        assert_close(
-            got.metrics["alignment_loss"],
-            torch.tensor([b for _, b in wanted], dtype=torch.float64),
-            rtol=1e-12,
-            atol=1e-12,
-        )
+    got = loss_of(tensors(p), tensors(n), tensors(ref), method)
+    arguments = [(group(p, i), group(n, i), group(ref, i), mean_chosen_length(n)) for i in range(GROUPS)]
+    parts = {"po_loss": 0, "sft_loss": 1, "alignment_loss": 2}
+    wanted = {name: [closed_form(method, *one)[place] for one in arguments] for name, place in parts.items()}
+    for name in ("sft_loss",) * (not has_likelihood(method)) + ("alignment_loss",) * (method.context_mode != "solo"):
+        del wanted[name]
+        assert name not in got.metrics
+    assert_close(got.loss, doubles([total(method, *one) for one in arguments]), rtol=1e-12, atol=1e-12)
+    assert_close({name: got.metrics[name] for name in wanted}, {k: doubles(v) for k, v in wanted.items()})
     assert not any(value.requires_grad or value.shape != (GROUPS,) for value in got.metrics.values())
 
 
@@ -135,18 +177,17 @@ def test_gradient_equals_differences_of_the_closed_form(method):
     """Central differences of the plain-Python loss; a stopped short side stands still in the alignment."""
     p, n, ref = draw(1)
     inputs = tensors(p, requires_grad=True)
-    solopo_loss(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
+    loss_of(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
     step = 1e-5
     for i, role in product(range(GROUPS), ROLES):
         here = group(p, i)
         still = here if method.alignment_stop_short_gradient else None
-        up, down = ({**here, role: here[role] + sign * step} for sign in (1, -1))
-        slope = (
-            total(method, up, group(n, i), group(ref, i), still)
-            - total(method, down, group(n, i), group(ref, i), still)
-        ) / (2 * step)
+        up, down = (
+            total(method, {**here, role: here[role] + h}, group(n, i), group(ref, i), mean_chosen_length(n), still)
+            for h in (step, -step)
+        )
         gradient = 0.0 if inputs[role].grad is None else float(inputs[role].grad[i])
-        assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-8), role
+        assert gradient == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=1e-8), role
         assert (inputs[role].grad is not None) == (role in roles(method)), role
 
 
@@ -161,7 +202,7 @@ def test_gradcheck(method):
     lengths, reference = tensors(n), tensors(ref)
 
     def loss(*values):
-        return solopo_loss(dict(zip(wanted, values, strict=True)), lengths, reference, method).loss
+        return loss_of(dict(zip(wanted, values, strict=True)), lengths, reference, method).loss
 
     assert torch.autograd.gradcheck(loss, tuple(tensors(p, requires_grad=True)[role] for role in wanted))
 
@@ -182,21 +223,47 @@ def test_roles_and_reference():
     assert roles(method(context_mode="long")) == ROLES[2:]
     assert roles(method()) == ROLES[:3]
     assert roles(method(alignment_target="both")) == ROLES
-    assert [needs_reference(method(preference_loss=loss)) for loss in ("dpo", "simpo", "orpo")] == [True, False, False]
-    assert not needs_reference(method(objective="sft"))
+    assert roles(method(preference_loss="longpo", context_mode="long")) == ROLES[2:]
+
+
+def test_the_reference_scores_what_the_loss_reads():
+    def read_of(**options):
+        """Which reference log-probs move the loss."""
+        p, n, ref = draw()
+        method = MethodConfig(beta=0.1, **{"alignment_weight": 1.0} | options)
+        ref = tensors(ref, requires_grad=True)
+        loss_of(tensors(p), tensors(n), ref, method).loss.sum().backward()
+        read = tuple(role for role in ROLES if ref[role].grad is not None)
+        assert read == reference_roles(method)
+        assert needs_reference(method) and scored_roles(method) == tuple(
+            role for role in ROLES if role in read + roles(method)
+        )
+        return read
+
+    for loss in ("dpo", "ipo"):
+        assert read_of(preference_loss=loss) == ROLES[:3]
+        assert read_of(preference_loss=loss, alignment_target="both") == ROLES
+        assert read_of(preference_loss=loss, alignment_reference="short", alignment_target="both") == ROLES[:2]
+        assert read_of(preference_loss=loss, context_mode="short") == ROLES[:2]
+        assert read_of(preference_loss=loss, context_mode="long") == ROLES[2:]
+    assert read_of(preference_loss="longpo", context_mode="long") == ROLES[:2]
+    for without in (dict(preference_loss="simpo"), dict(preference_loss="orpo"), dict(objective="sft")):
+        assert reference_roles(MethodConfig(**without)) == () and not needs_reference(MethodConfig(**without))
 
 
 @pytest.mark.parametrize("missing", ["short_chosen", "short_rejected", "long_chosen"])
 def test_a_missing_role_is_an_error(missing):
     p, n, ref = draw()
     with pytest.raises(KeyError, match=missing):
-        solopo_loss(tensors({r: v for r, v in p.items() if r != missing}), tensors(n), tensors(ref), VARIANTS[0])
+        solopo_loss(
+            tensors({r: v for r, v in p.items() if r != missing}), tensors(n), tensors(ref), make("dpo", "solo")
+        )
 
 
 def test_dpo_without_reference_is_an_error():
     p, n, _ = draw()
     with pytest.raises(KeyError, match="reference"):
-        solopo_loss(tensors(p), tensors(n), None, VARIANTS[0])
+        solopo_loss(tensors(p), tensors(n), None, make("dpo", "solo"))
 
 
 @pytest.mark.parametrize("mode", ["solo", "short", "long"])
@@ -211,12 +278,11 @@ def test_dpo_starts_at_ln_2(mode):
         assert_close(got.loss, got.metrics["po_loss"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("loss,target", list(product(("dpo", "simpo", "orpo"), ("chosen", "both"))))
+@pytest.mark.parametrize("loss,target", list(product(("dpo", "ipo", "simpo", "orpo"), ("chosen", "both"))))
 def test_equal_short_and_long_log_probs_leave_plain_preference_optimization(loss, target):
     p, n, ref = draw(4)
     p, ref = ({role: values["short_" + role.split("_")[1]] for role in ROLES} for values in (p, ref))
-    solo = MethodConfig(preference_loss=loss, beta=BETA[loss], alignment_target=target, **CONSTANTS)
-    short = MethodConfig(preference_loss=loss, beta=BETA[loss], context_mode="short", **CONSTANTS)
+    solo, short = make(loss, "solo", alignment_target=target), make(loss, "short")
     inputs = tensors(p, requires_grad=True)
     got = solopo_loss(inputs, tensors(n), tensors(ref), solo)
     assert got.metrics["alignment_loss"].tolist() == [0.0] * GROUPS
@@ -226,20 +292,13 @@ def test_equal_short_and_long_log_probs_leave_plain_preference_optimization(loss
     assert inputs["long_chosen"].grad.abs().max() == 0  # the subgradient of |x| at 0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
 def test_stopped_short_side_gets_no_gradient_from_the_alignment(loss):
     """The gradient on short log-probs is that of the short loss alone; the long side still moves."""
     p, n, ref = draw(5)
     gradients = {}
     for mode, stop in (("short", False), ("solo", True), ("solo", False)):
-        method = MethodConfig(
-            preference_loss=loss,
-            context_mode=mode,
-            beta=BETA[loss],
-            alignment_target="both",
-            alignment_stop_short_gradient=stop,
-            **CONSTANTS,
-        )
+        method = make(loss, mode, alignment_target="both", alignment_stop_short_gradient=stop)
         inputs = tensors(p, requires_grad=True)
         solopo_loss(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
         gradients[mode, stop] = {role: x.grad for role, x in inputs.items()}
@@ -261,7 +320,7 @@ def test_orpo_is_stable_where_the_answer_is_certain(dtype):
     }
     inputs = {role: torch.tensor(value, dtype=dtype, requires_grad=True) for role, value in p.items()}
     lengths = {role: torch.ones(4, dtype=dtype) for role in p}
-    method = MethodConfig(preference_loss="orpo", **CONSTANTS)
+    method = make("orpo", "solo")
     got = solopo_loss(inputs, lengths, None, method)
     got.loss.sum().backward()
     assert got.loss.isfinite().all()
@@ -288,94 +347,56 @@ def test_rewards_use_sums_for_dpo_and_means_for_the_others():
     assert orpo_log_odds(log_prob, length).tolist() == pytest.approx([math.log(math.exp(-2) / (1 - math.exp(-2)))])
 
 
-def short_method(loss):
-    return MethodConfig(preference_loss=loss, context_mode="short", beta=BETA[loss], **CONSTANTS)
+def test_further_laws_at_step_zero():
+    """Policy = reference: IPO starts at (1 / (2 beta))^2, smoothed DPO at ln 2, LongPO at ln 2 where contexts agree."""
+    p, n, _ = draw(3)
+    for mode in ("solo", "short", "long"):
+        got = loss_of(tensors(p), tensors(n), tensors(p), make("ipo", mode))
+        assert_close(got.loss, torch.full((GROUPS,), (1 / 0.8) ** 2, dtype=torch.float64), rtol=1e-12, atol=0)
+        assert got.metrics["ipo_margin"].abs().max() == 0
+    for form in ("conservative", "robust"):
+        smooth = make("dpo", "short", label_smoothing=0.2, label_smoothing_form=form)
+        got = loss_of(tensors(p), tensors(n), tensors(p), smooth)
+        assert_close(got.loss, torch.full((GROUPS,), math.log(2), dtype=torch.float64), rtol=1e-12, atol=0)
+    same = {role: p["short_" + role.split("_")[1]] for role in ROLES}
+    for values, is_same in ((same, True), (p, False)):
+        got = loss_of(tensors(values), tensors(n), tensors(values), make("longpo", "long"))
+        at_ln_2 = (got.metrics["po_loss"] - math.log(2)).abs() < 1e-12
+        assert at_ln_2.all() if is_same else not at_ln_2.any()
 
 
-def test_simpo_equals_trl(monkeypatch):
-    """TRL's CPOTrainer.cpo_loss reads five settings of its trainer and mean log-probs."""
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    cpo = pytest.importorskip("trl.experimental.cpo")
-    p, n, _ = draw(6)
-    p, n = tensors(p), tensors(n)
-    method = short_method("simpo")
-    settings = SimpleNamespace(
-        loss_type="simpo",
-        beta=method.beta,
-        simpo_gamma=method.simpo_gamma,
-        label_smoothing=0.0,
-        alpha=0.0,
-        accelerator=SimpleNamespace(device="cpu"),
-    )
-    losses, chosen, rejected = cpo.CPOTrainer.cpo_loss(settings, *(p[role] / n[role] for role in ROLES[:2]))
-    got = solopo_loss(p, n, None, method)
-    assert_close(got.loss, losses, rtol=1e-12, atol=1e-12)
-    assert_close(got.metrics["reward_chosen"], chosen, rtol=1e-12, atol=1e-12)
-    assert_close(got.metrics["reward_rejected"], rejected, rtol=1e-12, atol=1e-12)
+def test_token_normalization_gives_every_chosen_token_one_weight():
+    """The mean over groups is the mean over tokens, and packs of a batch agree on it."""
+    p, n, ref = draw(8)
+    method = make("dpo", "short", sft_weight=1.0, sft_normalization="token")
+    inputs = tensors(p, requires_grad=True)
+    likelihood = loss_of(inputs, tensors(n), tensors(ref), method).metrics["sft_loss"].mean()
+    assert float(likelihood) == pytest.approx(-sum(p["short_chosen"]) / sum(n["short_chosen"]))
+    with pytest.raises(ValueError, match="mean chosen length"):
+        solopo_loss(tensors(p), tensors(n), tensors(ref), method)
 
 
-def test_orpo_odds_ratio_equals_trl(monkeypatch):
-    """TRL's ORPOTrainer.odds_ratio_loss (float32) is the term that its trainer subtracts from the likelihood loss."""
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    orpo = pytest.importorskip("trl.experimental.orpo")
-    p, n, _ = draw(7)
-    p, n = tensors(p), tensors(n)
-    method = short_method("orpo")
-    settings = SimpleNamespace(beta=method.orpo_lambda, accelerator=SimpleNamespace(device="cpu"))
-    means = [p[role] / n[role] for role in ROLES[:2]]
-    odds_term = orpo.ORPOTrainer.odds_ratio_loss(settings, *means)[0]
-    assert_close(solopo_loss(p, n, None, method).loss.float(), -means[0].float() - odds_term, rtol=1e-5, atol=1e-6)
+def test_robust_smoothing_is_unbiased():
+    """Over labels that are swapped with probability e, the mean robust loss is the plain loss of true labels."""
+    margin = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    e = 0.3
+    robust, swapped = logistic_loss(margin, e, "robust"), logistic_loss(-margin, e, "robust")
+    assert_close((1 - e) * robust + e * swapped, logistic_loss(margin), rtol=1e-12, atol=1e-12)
+    # The conservative loss has its minimum where the model believes a pair as much as the labels deserve.
+    margin = torch.tensor(math.log((1 - e) / e), dtype=torch.float64, requires_grad=True)
+    logistic_loss(margin, e, "conservative").backward()
+    assert abs(float(margin.grad)) < 1e-15
 
 
-def test_dpo_equals_trl(tmp_path, monkeypatch):
-    """TRL's DPOTrainer on two tiny models: the same token ids, the same loss on a batch of two pairs."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tiny_models import write_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(write_model(tmp_path / str(seed), seed=seed), dtype=torch.float32).eval()
-        for seed in (1, 2)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "1")
-    rows = [("w1 w2 w3 w4", "w5 w6", "w7"), ("w8 w9", "w10", "w11 w12 w13")]
-
-    def chat(role, text):
-        return [{"role": role, "content": text}]
-
-    dataset = Dataset.from_list(
-        [
-            {"prompt": chat("user", q), "chosen": chat("assistant", a), "rejected": chat("assistant", b)}
-            for q, a, b in rows
-        ]
-    )
-    plain = dict(report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
-    options = trl.DPOConfig(str(tmp_path / "trl"), beta=BETA["dpo"], per_device_train_batch_size=2, **plain)
-    trainer = trl.DPOTrainer(policy, reference, options, train_dataset=dataset, processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(trainer.model.eval(), batch)
-
-    their_ids = {
-        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+def test_distances_of_known_differences():
+    d = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    wanted = {
+        "l1": ([3.0, 0.5, 0.0, 0.5, 3.0], [-1.0, -1.0, 0.0, 1.0, 1.0]),
+        "l2": ([9.0, 0.25, 0.0, 0.25, 9.0], [-6.0, -1.0, 0.0, 1.0, 6.0]),
+        "huber": ([4.0, 0.125, 0.0, 0.125, 4.0], [-2.0, -0.5, 0.0, 0.5, 2.0]),
     }
-    our_ids, sums, lengths = set(), {}, {}
-    for question, chosen, rejected in rows:
-        (prompt,) = tokenize_group(
-            PreferenceGroup("x", chat("user", question), None, chosen, rejected), tokenizer, ROLES[:2]
-        ).prompts
-        for continuation in prompt.continuations:
-            ids = [*prompt.ids, *continuation.ids]
-            our_ids.add(tuple(ids))
-            for model in (policy, reference):
-                with torch.no_grad():
-                    picked = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
-                sums.setdefault((model is policy, continuation.role), []).append(picked[len(prompt.ids) - 1 :].sum())
-            lengths.setdefault(continuation.role, []).append(len(continuation.ids))
-    assert our_ids == their_ids
-    by_role = [{role: torch.stack(sums[of_policy, role]) for role in ROLES[:2]} for of_policy in (True, False)]
-    ours = solopo_loss(
-        by_role[0], {role: torch.tensor(v) for role, v in lengths.items()}, by_role[1], short_method("dpo")
-    ).loss.mean()
-    assert abs(float(ours) - math.log(2)) > 0.01  # the models differ, so the comparison says something
-    assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5)
+    for name, (values, slopes) in wanted.items():
+        got = alignment_distance(d, name, huber_delta=2.0)
+        assert got.tolist() == values, name
+        (gradient,) = torch.autograd.grad(got.sum(), d)
+        assert gradient.tolist() == slopes, name

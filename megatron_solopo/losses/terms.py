@@ -1,0 +1,65 @@
+"""The terms of a group's loss, from rewards and log-probs: preference, alignment, likelihood of the chosen answer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def logistic_loss(margin: Tensor, label_smoothing: float = 0.0, form: str = "conservative") -> Tensor:
+    """l(m) = -log sigmoid(m) of a reward margin, with labels that are swapped with probability e = ``label_smoothing``.
+
+    ``conservative``: (1 - e) l(m) + e l(-m), the expected loss (cDPO; TRL 1.16's CPO trainer).
+    ``robust``: ((1 - e) l(m) - e l(-m)) / (1 - 2 e), whose expectation over swapped labels is l(m) of the true ones
+    (arXiv 2403.00409; TRL 1.16's DPO trainer, loss type robust).
+
+    Args:
+        margin: [n], in reward units.
+        label_smoothing: in [0, 0.5).
+    """
+    if label_smoothing == 0:
+        return -F.logsigmoid(margin)
+    kept = -(1 - label_smoothing) * F.logsigmoid(margin)
+    swapped = -label_smoothing * F.logsigmoid(-margin)
+    if form == "robust":
+        return (kept - swapped) / (1 - 2 * label_smoothing)
+    return kept + swapped
+
+
+def ipo_loss(margin: Tensor, beta: float) -> Tensor:
+    """(m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17; beta is its tau).
+
+    Args:
+        margin: [n], chosen minus rejected log-ratio log pi - log pi_ref, each the mean over its response's tokens, as
+            the paper's authors computed it and TRL 1.16's DPO trainer does.
+    """
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def alignment_distance(difference: Tensor, distance: str, huber_delta: float) -> Tensor:
+    """How far two rewards are apart; 0 with gradient 0 where they are equal.
+
+    ``l1`` is the upper bound that the paper derives for the logistic loss, up to a constant. ``l2`` and ``huber`` are
+    not the paper's: they pull less where the rewards nearly agree.
+
+    Args:
+        difference: [n], in reward units.
+        distance: l1: |d|; l2: d^2; huber: d^2 / 2 up to ``huber_delta``, huber_delta (|d| - huber_delta / 2) beyond.
+    """
+    if distance == "l2":
+        return difference**2
+    if distance == "huber":
+        return F.huber_loss(difference, difference.new_zeros(()).expand_as(difference), "none", huber_delta)
+    return difference.abs()
+
+
+def negative_log_likelihood(log_prob: Tensor, length: Tensor, tokens_per_group: Tensor | None = None) -> Tensor:
+    """-log pi(y|x) / |y|, in nats per token.
+
+    Args:
+        log_prob: [n] sums over the response's tokens.
+        length: [n] those tokens.
+        tokens_per_group: [] the mean of ``length`` over the global batch; in place of each group's own length it makes
+            the mean over groups the mean over tokens.
+    """
+    return -log_prob / (length if tokens_per_group is None else tokens_per_group)

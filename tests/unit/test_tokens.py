@@ -1,0 +1,68 @@
+"""One data set tokenised once, seen with the roles of the policy and with those of the reference."""
+
+from array import array
+
+from tiny_models import preference_groups, write_lines, write_model
+
+from megatron_solopo.config import MethodConfig
+from megatron_solopo.data.tokens import Continuation, Prompt, TokenDataset, TokenGroup, tokenize
+from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
+
+SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")
+LONGPO = MethodConfig(preference_loss="longpo", context_mode="long", beta=0.1)
+
+
+def ids(*values):
+    return array("i", values)
+
+
+def group(number):
+    responses = {"chosen": ids(number, 1), "rejected": ids(number, 2, 3)}
+    prompts = (("short", SHORT), ("long", LONG))
+    return TokenGroup(
+        f"g{number}",
+        tuple(
+            Prompt(ids(number), tuple(Continuation(role, responses[role.split("_")[1]]) for role in names))
+            for _, names in prompts
+        ),
+    )
+
+
+def names(dataset):
+    return [[c.role for p in g.prompts for c in p.continuations] for g in dataset.groups]
+
+
+def test_a_selection_keeps_order_drops_and_prompts_that_are_used():
+    both = TokenDataset([group(i) for i in range(3)], [("long one", 99)], "all")
+    short = both.with_roles(SHORT)
+    assert names(short) == [list(SHORT)] * 3 and [g.id for g in short.groups] == ["g0", "g1", "g2"]
+    assert [len(g.prompts) for g in short.groups] == [1] * 3 and short.dropped == both.dropped
+    solo = both.with_roles((*SHORT, "long_chosen"))
+    assert names(solo) == [[*SHORT, "long_chosen"]] * 3
+    assert both.with_roles((*SHORT, *LONG)) is both
+    assert len({both.fingerprint, short.fingerprint, solo.fingerprint, both.with_roles(LONG).fingerprint}) == 4
+
+
+def test_a_selection_is_what_tokenising_those_roles_gives(tmp_path):
+    """So a reference cache is the same whichever method filled it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    path = write_lines(tmp_path / "groups.jsonl", preference_groups(5))
+    both = tokenize(path, tokenizer, scored_roles(LONGPO), 128)
+    assert names(both) == [[*SHORT, *LONG]] * 5
+    for wanted in (roles(LONGPO), reference_roles(LONGPO)):
+        assert both.with_roles(wanted) == tokenize(path, tokenizer, wanted, 128)
+
+
+def test_policy_and_reference_drop_the_same_examples(tmp_path):
+    """An example whose long side is beyond the limit goes from the short side too: rows of the table stay in place."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    path = write_lines(tmp_path / "groups.jsonl", preference_groups(9))
+    both = tokenize(path, tokenizer, scored_roles(LONGPO), 60, "drop")
+    policy, reference = both.with_roles(roles(LONGPO)), both.with_roles(reference_roles(LONGPO))
+    assert both.dropped and len(policy.groups) == 9 - len(both.dropped)
+    assert [g.id for g in policy.groups] == [g.id for g in reference.groups]
+    assert len(tokenize(path, tokenizer, reference_roles(LONGPO), 60, "drop").groups) == 9
