@@ -182,6 +182,12 @@ class TrainingConfig:
     adam_beta2: float = option(0.95, "Adam's second decay", minimum=0)
     adam_eps: float = option(1e-8, "Adam's epsilon", minimum=0)
     clip_grad: float = option(1.0, "largest global gradient norm; 0 switches clipping off", minimum=0)
+    on_nonfinite: str = option(
+        "stop", "a step whose loss or gradient is not finite: stop, or skip and count it", ("stop", "skip")
+    )
+    spike_factor: float = option(
+        10.0, "warn of a loss or gradient norm above this many times its usual value; 0: never", minimum=0
+    )
     seed: int = option(1234, "order of the examples and random weights", minimum=0)
     eval_interval: int = option(0, "steps between evaluations on --valid-data; 0: only after the last step", minimum=0)
 

@@ -79,6 +79,17 @@ class TokenDataset:
     dropped: list[tuple[str, int]]
     fingerprint: str
 
+    def chosen_rejected_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of the chosen and the rejected answer of every group that has both on one context."""
+        found = []
+        for group in self.groups:
+            for prompt in group.prompts:
+                lengths = {c.role.partition("_")[2]: len(c.ids) for c in prompt.continuations}
+                if lengths.keys() == {"chosen", "rejected"}:
+                    found.append((lengths["chosen"], lengths["rejected"]))
+                    break
+        return found
+
     def with_roles(self, roles: Sequence[str]) -> TokenDataset:
         """The same examples with these roles only; a prompt without any of them goes too.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -103,3 +105,32 @@ def max_over_processes(value: float, device: torch.device) -> float:
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()
+
+
+def wait_for_all(name: str, told_every: float = 60.0) -> None:
+    """Waits until every process came here, however long that takes; a collective would end the run after
+    --distributed-timeout-minutes. Collective.
+
+    Args:
+        name: what everybody does, for the line that the first process writes every ``told_every`` seconds.
+    """
+    if dist.get_world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    number = _waits[name] = _waits.get(name, 0) + 1
+    keys = [f"solopo/wait/{name}/{number}/{other}" for other in range(size)]
+    store.set(keys[rank], "here")
+    told = time.monotonic()
+    pause = 0.001
+    while not store.check(keys):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+        if rank == 0 and time.monotonic() - told > told_every:
+            missing = [other for other in range(size) if not store.check([keys[other]])]
+            print(f"{name}: waiting for ranks {', '.join(map(str, missing[:16]))}", file=sys.stderr, flush=True)
+            told = time.monotonic()
+
+
+_waits: dict[str, int] = {}
+"""How often this process came to each wait; the same on every process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -108,6 +109,14 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def gradients_are_finite(engine: Engine) -> bool:
+    """Whether every gradient in the model's buffers is finite on every process; collective."""
+    norms = [torch.linalg.vector_norm(b.grad_data) for b in engine.model.buffers + engine.model.expert_parallel_buffers]
+    bad = (~torch.isfinite(torch.stack(norms))).any().float()
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
 
 
 def data_parallel() -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ class RunLog:
     ) -> None:
         self._active, self._steps, self._interval = active, steps, log_interval
         self._bar = self._file = self._board = None
+        self.earlier: list[dict[str, Any]] = []
+        """What the file held of steps before ``first_step``."""
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
-            _keep_until(path, first_step)
+            self.earlier = _keep_until(path, first_step)
         self._file = path.open("a" if first_step else "w", encoding="utf-8", buffering=1)
         if tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -46,12 +49,18 @@ class RunLog:
         if self._active:
             tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, file=sys.stderr, flush=True)
 
-    def step(self, values: dict[str, Any]) -> None:
-        """A training or evaluation step; ``values`` holds "step" and "split"."""
+    def step(self, values: dict[str, Any], warnings: Mapping[str, str] | None = None) -> None:
+        """A training or evaluation step; ``values`` holds "step" and "split".
+
+        Args:
+            warnings: name -> text of what this step warns about.
+        """
         if not self._active:
             return
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values | ({"warnings": sorted(warnings)} if warnings else {})) + "\n")
         number, split = values["step"], values["split"]
+        for text in [*([values["skipped"]] if "skipped" in values else []), *(warnings or {}).values()]:
+            self.say(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
@@ -80,19 +89,21 @@ def _summary(values: dict[str, Any]) -> str:
         "grad_norm": "grad",
         "tokens_per_second": "tok/s",
     }
-    return " ".join(f"{short} {values[name]:.4g}" for name, short in shown.items() if name in values)
+    return " ".join(f"{short} {values[name]:.4g}" for name, short in shown.items() if values.get(name) is not None)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Takes out lines of steps that a killed run did after its last checkpoint; they are done again."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Takes out lines of steps that a killed run did after its last checkpoint; they are done again. Returns the rest."""
+    kept, earlier = [], []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(text)
+                earlier.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # half a line, cut by the kill
     aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
     aside.replace(path)
+    return earlier

@@ -1,18 +1,26 @@
 """Reference log-probs: computed once through the training path, kept on disk, the same for every epoch and restart.
 
 A cache file is keyed by all that its numbers depend on: weights, token ids (and with them data, tokenizer and
-template), roles and precision. Anything else finds another file, never a wrong one.
+template), roles and precision. Anything else finds another file, never a wrong one. What is read is checked against
+its own checksum and against a few examples computed anew.
+
+Filling it is shared by all processes: each computes its share of the examples and keeps what it has in a partial file
+of its own, so that a killed run computes no example twice. Nobody waits in a collective until everybody is done: a
+slow process delays the others and never times them out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,12 +28,17 @@ from torch import Tensor
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.safetensors_folder import TensorReader, state_fingerprint
 from megatron_solopo.data.tokens import TokenDataset
+from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_roles
-from megatron_solopo.training.engine import Engine
-from megatron_solopo.training.step import make_packs, segment_table
+from megatron_solopo.parallel.platform import wait_for_all
+from megatron_solopo.training.engine import Engine, data_parallel
+from megatron_solopo.training.step import over_the_layout, own_segment_table, step_packs
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when the meaning of a cache file changes."""
+
+PARTIAL = ".partial.safetensors"
+SECONDS_BETWEEN_SAVES = 30.0
 
 
 def cache_key(config: Config, dataset: TokenDataset) -> str:
@@ -49,61 +62,146 @@ def cache_folder(config: Config) -> Path:
 
 
 def reference_log_probs(
-    engine: Engine, dataset: TokenDataset, config: Config, progress: Callable[[int, int], None] | None = None
+    engine: Engine, dataset: TokenDataset, config: Config, say: Callable[[str], None] = lambda text: None
 ) -> Tensor:
     """[examples, reference roles] float64 log-probs, from the cache or computed with the model as it is now.
 
-    Must run before training changes the weights. The first process reads and writes; all get the table.
+    Must run before training changes the weights. Collective.
 
     Args:
         dataset: the examples with the roles of `reference_roles`.
-        progress: called with (examples done, examples in all).
+        say: told in a line what is done.
+
+    Raises:
+        UserError: the cache file does not hold what the model computes.
     """
     names = reference_roles(config.method)
-    path: Path | None = None
-    table = torch.zeros(len(dataset.groups), len(names), dtype=torch.float64, device=engine.platform.device)
-    found = torch.zeros(1, device=engine.platform.device)
+    shape = (len(dataset.groups), len(names))
+    path = _shared(lambda: cache_folder(config) / f"{cache_key(config, dataset)}.safetensors")
+    table, done = _shared(lambda: _read_all(path, shape))
+    if not done.all():
+        say(
+            f"reference log-probs of {shape[0]} examples"
+            + (f", {int(done.sum())} of them computed before" if done.any() else "")
+        )
+        table = _fill(engine, dataset, config, names, path, table, done)
+        if dist.get_rank() == 0:
+            _write(path, table, torch.ones(shape[0], dtype=torch.bool))
+            for partial in _partial_files(path):
+                partial.unlink()
+    elif shape[0]:
+        _check(engine, dataset, config, names, path, table)
+    wait_for_all("reference")
+    return table
+
+
+def _shared(make: Callable[[], Any]) -> Any:
+    """What the first process makes (it alone reads files), on every process; the others wait without a time limit."""
+    made: list[Any] = [None]
     if dist.get_rank() == 0:
-        path = cache_folder(config) / f"{cache_key(config, dataset)}.safetensors"
-        cached = _read(path, tuple(table.shape))
-        if cached is not None:
-            table.copy_(cached)
-            found.fill_(1)
-    dist.broadcast(found, src=0)
-    if found.item():
-        dist.broadcast(table, src=0)
-        return table.cpu()
+        try:
+            made = [make()]
+        except UserError as error:
+            made = [error]
+    wait_for_all("reference")
+    dist.broadcast_object_list(made, src=0)
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return made[0]
+
+
+def _fill(
+    engine: Engine,
+    dataset: TokenDataset,
+    config: Config,
+    names: tuple[str, ...],
+    path: Path,
+    table: Tensor,
+    done: Tensor,
+) -> Tensor:
+    """The whole table: what was done before, and this and the other processes' shares of the rest."""
+    rank, _ = data_parallel()
+    own_file = path.with_name(f"{path.stem}.{rank}{PARTIAL}")
+    # The last stage has the numbers; of the processes that share its layers one writes.
+    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    todo = (~done).nonzero()[:, 0].tolist()
+    own, own_done = torch.zeros_like(table), torch.zeros_like(done)
+    saved = time.monotonic()
     engine.model.eval()
     batch = config.training.global_batch_size
-    for first in range(0, len(dataset.groups), batch):
-        indices = range(first, min(first + batch, len(dataset.groups)))
-        packs = make_packs(
-            dataset,
-            indices,
-            config.training,
-            config.data.share_prompts,
-            engine.hf_config.hidden_size,
-            engine.platform.device,
-        )
-        table[first : first + batch] = segment_table(engine, dataset, names, indices, packs)
-        if progress is not None:
-            progress(indices[-1] + 1, len(dataset.groups))
+    for first in range(0, len(todo), batch):
+        indices = todo[first : first + batch]
+        packs = step_packs(engine, dataset, indices, config)
+        own[indices] = own_segment_table(engine, names, indices, packs).cpu()
+        own_done[[index for pack in packs for index in pack.groups]] = True
+        if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            # Beside what was done before: another run may have had another number of processes.
+            _write(own_file, table + own, done | own_done)
+            saved = time.monotonic()
     engine.model.train()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".partial")
-        save_file({"log_probs": table.cpu()}, aside, metadata={"roles": " ".join(names), "tokens": dataset.fingerprint})
-        aside.replace(path)
-    return table.cpu()
+    wait_for_all("reference")
+    return table + over_the_layout(own.to(engine.platform.device)).cpu()
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """A complete cache file's table, or None: a damaged file is computed again."""
+def _check(
+    engine: Engine, dataset: TokenDataset, config: Config, names: tuple[str, ...], path: Path, table: Tensor
+) -> None:
+    """Computes a few examples anew: a cache that another model or code wrote must not become a wrong loss."""
+    _, size = data_parallel()
+    indices = list(range(min(size, len(dataset.groups))))
+    engine.model.eval()
+    found = own_segment_table(engine, names, indices, step_packs(engine, dataset, indices, config))
+    engine.model.train()
+    wait_for_all("reference")
+    found = over_the_layout(found).cpu()
+    # Rounding of another layout or number of processes; bfloat16 keeps 8 bits of each of a response's log-probs.
+    tolerance = 0.05 if config.model.bf16 else 1e-3
+    off = (found - table[indices]).abs() - tolerance * (1 + table[indices].abs())
+    if bool((off > 0).any()):
+        row, column = divmod(int(off.argmax()), off.shape[1])
+        raise UserError(
+            f"{path}: holds {table[row, column]:.4f} for {names[column]} of example {dataset.groups[row].id!r}, the model "
+            f"computes {found[row, column]:.4f}; delete the file, and it is computed again"
+        )
+
+
+def _read_all(path: Path, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(table, which examples are done) of the cache file, or else of the partial files beside it."""
+    complete = _read(path, shape)
+    if complete is not None and complete[1].all():
+        return complete
+    table, done = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.bool)
+    for partial in _partial_files(path):
+        part = _read(partial, shape)
+        if part is not None:
+            table[part[1]], done[part[1]] = part[0][part[1]], True
+    return table, done
+
+
+def _partial_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.*{PARTIAL}"))
+
+
+def _write(path: Path, table: Tensor, done: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".aside")
+    tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
+    save_file(tensors, aside, metadata={"sha256": _checksum(tensors)})
+    aside.replace(path)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in ("log_probs", "done"))).hexdigest()
+
+
+def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """A file's table and which of its rows are done, or None: a damaged file is computed again."""
     if not path.is_file():
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            table = file.get_tensor("log_probs")
+            tensors = {name: file.get_tensor(name) for name in ("log_probs", "done")}
+            whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
     except (SafetensorError, OSError):
         return None
-    return table if tuple(table.shape) == shape and bool(torch.isfinite(table).all()) else None
+    return (tensors["log_probs"], tensors["done"]) if whole and tuple(tensors["log_probs"].shape) == shape else None

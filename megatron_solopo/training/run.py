@@ -139,6 +139,7 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.losses.solopo import needs_reference
     from megatron_solopo.training import checkpoint
     from megatron_solopo.training import engine as engines
+    from megatron_solopo.training.health import Watch, length_bias
     from megatron_solopo.training.log import RunLog
     from megatron_solopo.training.reference import reference_log_probs
 
@@ -166,27 +167,33 @@ def train(here: Any, config: Config) -> None:
     engine = engines.build_engine(here, hf_config, config)
     log = RunLog(Path(output.save), schedule.steps, resumed, first, output.tensorboard_dir, output.log_interval)
     _announce(log, config, hf_config, data, schedule)
+    if bias := length_bias(data.train.chosen_rejected_lengths()):
+        log.say(f"warning: {bias}")
     if first:
         _write_settings(Path(output.save), config)
 
     reference: dict[str, Any] = {"train": None, "valid": None}
     if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
         for split, dataset in data.reference.items():
-            log.say(f"reference log-probs of {len(dataset.groups)} {split} examples ...")
-            reference[split] = reference_log_probs(engine, dataset, config)
+            reference[split] = reference_log_probs(engine, dataset, config, log.say)
     optimizer, scheduler = engines.build_optimizer(engine, training, schedule.steps)
     if output.load:
         checkpoint.load_checkpoint(output.load, engine, optimizer, scheduler)
         log.say(f"going on after step {resumed} of {schedule.steps}")
 
+    watch = Watch(training.spike_factor)
+    watch.replay(log.earlier)
     for step in range(resumed, schedule.steps):
-        log.step(train_step(engine, optimizer, scheduler, data.train, schedule, step, config, reference["train"]))
+        line = train_step(engine, optimizer, scheduler, data.train, schedule, step, config, reference["train"])
+        log.step(line, watch.see(line))
         number = step + 1
         last = number == schedule.steps
         if data.valid is not None and (last or (training.eval_interval and number % training.eval_interval == 0)):
             log.step({"step": number, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
         if last or (output.save_interval and number % output.save_interval == 0):
             checkpoint.save_checkpoint(output.save, number, engine, optimizer, scheduler, progress)
+    if watch.skipped:
+        log.say(f"skipped {watch.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
     log.close()
     if output.save_hf:
         save_folder(engine.gpt, hf_config, config.model.hf_path, output.save_hf, output.force)
@@ -201,34 +208,25 @@ def train_step(
     """One optimizer step; returns its line of the log.
 
     Raises:
-        UserError: the loss or the gradient is not finite; the last checkpoint holds good weights.
+        UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
     from megatron_solopo.parallel.platform import max_over_processes
-    from megatron_solopo.training.step import make_packs, run_step
+    from megatron_solopo.training.step import run_step, step_packs
 
     begin = time.perf_counter()
     indices = schedule.step(step)
     engine.model.zero_grad_buffer()
     optimizer.zero_grad()
-    packs = make_packs(
-        dataset,
-        indices,
-        config.training,
-        config.data.share_prompts,
-        engine.hf_config.hidden_size,
-        engine.platform.device,
-    )
+    packs = step_packs(engine, dataset, indices, config)
     sums = run_step(engine, packs, len(indices), config.method, reference)
     means = sums.means()
-    if not math.isfinite(means["loss"]):
-        names = ", ".join(dataset.groups[i].id for i in indices[:8])
-        raise UserError(
-            f"step {step + 1}: the loss is {means['loss']}; lower --lr, or look at the examples of this step ({names}, ...)"
-        )
-    scheduler.step(1)  # before the optimizer: see build_optimizer
+    scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
+    problem = _not_finite(sums, dataset, indices, engine)
+    if problem and config.training.on_nonfinite == "stop":
+        raise UserError(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
+    if problem:
+        return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}
     _, grad_norm, _ = optimizer.step()
-    if not math.isfinite(grad_norm):
-        raise UserError(f"step {step + 1}: the gradient norm is {grad_norm}; lower --lr or --clip-grad")
     engine.platform.synchronize()
     seconds = time.perf_counter() - begin
     return {
@@ -247,11 +245,25 @@ def train_step(
     }
 
 
+def _not_finite(sums: Any, dataset: Any, indices: list[int], engine: Any) -> str | None:
+    """What is not finite in this step, and in which examples; None where all is well. Collective."""
+    from megatron_solopo.training.engine import gradients_are_finite
+
+    def names(some: list[int]) -> str:
+        return ", ".join(dataset.groups[i].id for i in some[:8]) + (", ..." if len(some) > 8 else "")
+
+    if not math.isfinite(sums.values["loss"]):
+        return f"the loss is not finite for the examples {names(sums.not_finite or indices)}"
+    if not gradients_are_finite(engine):
+        return f"the gradient is not finite for one of the examples {names(indices)}"
+    return None
+
+
 def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[str, float]:
     """Means of the loss and its metrics over all validation examples."""
     import torch
 
-    from megatron_solopo.training.step import make_packs, run_step
+    from megatron_solopo.training.step import run_step, step_packs
 
     engine.model.eval()
     totals: dict[str, float] = {}
@@ -259,14 +271,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
     with torch.no_grad():
         for first in range(0, len(dataset.groups), batch):
             indices = range(first, min(first + batch, len(dataset.groups)))
-            packs = make_packs(
-                dataset,
-                indices,
-                config.training,
-                config.data.share_prompts,
-                engine.hf_config.hidden_size,
-                engine.platform.device,
-            )
+            packs = step_packs(engine, dataset, indices, config)
             for name, value in run_step(
                 engine, packs, len(indices), config.method, reference, forward_only=True
             ).values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.config import MethodConfig, TrainingConfig
+from megatron_solopo.config import Config, MethodConfig, TrainingConfig
 from megatron_solopo.data.batches import attention_cost, plan
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.tokens import TokenDataset
@@ -39,12 +40,14 @@ class StepSums:
         values: name -> sum over groups.
         tokens: tokens computed, padding included.
         padding: those of them that belong to no group.
+        not_finite: the examples whose loss is not finite, where the sum is not.
     """
 
     groups: int
     values: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     padding: int = 0
+    not_finite: list[int] = field(default_factory=list)
 
     def means(self) -> dict[str, float]:
         return {name: value / self.groups for name, value in self.values.items()}
@@ -70,6 +73,18 @@ def make_packs(
         build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(device)
         for share in shares
     ]
+
+
+def step_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[Pack]:
+    """`make_packs` with a run's options."""
+    return make_packs(
+        dataset,
+        indices,
+        config.training,
+        config.data.share_prompts,
+        engine.hf_config.hidden_size,
+        engine.platform.device,
+    )
 
 
 def group_losses(
@@ -139,12 +154,14 @@ def run_step(
     """
     _, ranks = data_parallel()
     scale = len(packs) * ranks / total_groups
+    each: list[tuple[Sequence[int], Tensor]] = []
     length = None
     if needs_tokens_per_group(method):
         length = mean_chosen_length(packs, total_groups, method, engine.platform.device)
 
     def loss(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
         result = group_losses(output, pack, reference, method, length)
+        each.append((pack.groups, result.loss.detach()))
         total = result.loss.sum()
         # The schedule scales the loss in place, so the log keeps a copy.
         sums = {"loss": total.detach().clone()} | {name: value.sum() for name, value in result.metrics.items()}
@@ -156,8 +173,19 @@ def run_step(
     totals = [sum(part[name].double() for part in parts) if on_last else 0.0 for name in names]
     counts = [sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)]
     flat = torch.tensor([*totals, *counts], dtype=torch.float64, device=engine.platform.device)
-    *values, tokens, padding = _over_the_layout(flat).tolist()
-    return StepSums(total_groups, dict(zip(names, values, strict=True)), int(tokens), int(padding))
+    *values, tokens, padding = over_the_layout(flat).tolist()
+    named = [] if math.isfinite(values[0]) else _not_finite(each)
+    return StepSums(total_groups, dict(zip(names, values, strict=True)), int(tokens), int(padding), named)
+
+
+def _not_finite(each: list[tuple[Sequence[int], Tensor]]) -> list[int]:
+    """The examples whose loss is not finite, from the (examples, losses) of every process; collective."""
+    own = {
+        i for groups, losses in each for i, loss in zip(groups, losses.tolist(), strict=True) if not math.isfinite(loss)
+    }
+    everyone: list[set[int]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return sorted(set().union(*everyone))
 
 
 def metric_names(method: MethodConfig) -> tuple[str, ...]:
@@ -171,7 +199,7 @@ def metric_names(method: MethodConfig) -> tuple[str, ...]:
     return ("loss", *result.metrics)
 
 
-def _over_the_layout(sums: Tensor) -> Tensor:
+def over_the_layout(sums: Tensor) -> Tensor:
     """The last pipeline stage's sums, added over data-parallel processes, on every process."""
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -180,10 +208,9 @@ def _over_the_layout(sums: Tensor) -> Tensor:
     return sums
 
 
-def segment_table(
-    engine: Engine, dataset: TokenDataset, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]
-) -> Tensor:
-    """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
+def own_segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
+    """[len(indices), len(names)] float64 log-prob sums: rows of this process's packs filled (on the last pipeline
+    stage), the others 0. No communication between data-parallel processes."""
     table = torch.zeros(len(indices), len(names), dtype=torch.float64, device=engine.platform.device)
     row_of = {index: row for row, index in enumerate(indices)}
 
@@ -195,4 +222,9 @@ def segment_table(
 
     with torch.no_grad():
         run_packs(engine, packs, keep, forward_only=True)
-    return _over_the_layout(table)
+    return table
+
+
+def segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
+    """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
+    return over_the_layout(own_segment_table(engine, names, indices, packs))

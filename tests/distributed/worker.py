@@ -142,7 +142,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
     found = gradients(engine)
     if case["table"]:
-        values["table"] = segment_table(engine, dataset, names, indices, packs()).tolist()
+        values["table"] = segment_table(engine, names, indices, packs()).tolist()
     return values, found
 
 

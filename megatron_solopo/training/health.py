@@ -1,0 +1,141 @@
+"""What goes wrong quietly in preference training, seen in the metrics of a run and told in a line.
+
+Everything here reads the lines of metrics.jsonl and nothing else, so that a resumed run, which reads its earlier lines
+again, sees what an unbroken one sees.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+WINDOW = 20
+"""Steps in a mean: noise of single steps must not warn."""
+MOST_SKIPPED = 10
+"""Skipped steps in a row that end a run: the weights are lost by then."""
+SPIKE_WINDOW = 64
+"""Steps that a spike is compared with."""
+FALL = 0.1
+"""A chosen log-prob fell if it lost this share of its first value (and at least 1 nat an answer)."""
+LENGTH_RATIO, LENGTH_SHARE = 1.5, 0.8
+"""Chosen against rejected length: a ratio of means, or a share of groups in one direction, that is worth a word."""
+
+DISPLACEMENT, SHORT_SIDE, SPIKE = "chosen_log_prob_falls", "short_side_falls", "spike"
+
+
+class Watch:
+    """Sees every training line of a run in order; a warning is told once, and again only after it was over.
+
+    Args:
+        spike_factor: a loss or gradient norm above this many times the median of the last `SPIKE_WINDOW` steps is a
+            spike; 0 switches the detector off.
+    """
+
+    def __init__(self, spike_factor: float) -> None:
+        self._spike_factor = spike_factor
+        self._first: list[Mapping[str, float]] = []
+        self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
+        self._history: dict[str, deque[float]] = {name: deque(maxlen=SPIKE_WINDOW) for name in ("loss", "grad_norm")}
+        self._told: set[str] = set()
+        self.skipped = self.skipped_in_a_row = 0
+
+    def see(self, line: Mapping[str, Any]) -> dict[str, str]:
+        """New warnings of this training line: name -> one line of text.
+
+        Raises:
+            UserError: the last `MOST_SKIPPED` steps were all skipped.
+        """
+        if line.get("skipped"):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == MOST_SKIPPED:
+                raise UserError(
+                    f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; the last "
+                    "checkpoint is kept: go on from it with a lower --lr"
+                )
+            return {}
+        self.skipped_in_a_row = 0
+        return self._warnings(line)
+
+    def _warnings(self, line: Mapping[str, Any]) -> dict[str, str]:
+        found = self._spikes(line)
+        if len(self._first) < WINDOW:
+            self._first.append(line)
+        self._recent.append(line)
+        if len(self._first) == WINDOW and self._recent[0]["step"] > self._first[-1]["step"]:
+            first, now = _means(self._first), _means(self._recent)
+            found |= _displacement(first, now) | _short_side(first, now)
+        new = {name: text for name, text in found.items() if name not in self._told}
+        self._told = set(found)
+        return new
+
+    def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Sees lines that an earlier process of this run told about."""
+        for line in lines:
+            if line.get("split") == "train" and not line.get("skipped"):
+                self._warnings(line)
+
+    def _spikes(self, line: Mapping[str, Any]) -> dict[str, str]:
+        found = []
+        for name, past in self._history.items():
+            value = line[name]
+            usual = median(past) if len(past) >= WINDOW else None
+            if self._spike_factor and usual is not None and value > self._spike_factor * usual > 0:
+                found.append(f"{name.replace('_', ' ')} {value:.4g} against a usual {usual:.4g}")
+            past.append(value)
+        return {SPIKE: f"a spike: {', '.join(found)}"} if found else {}
+
+
+def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = ("logp_chosen", "margin", "alignment_loss", "reward_chosen", "reward_long_chosen")
+    return {name: fmean(line[name] for line in lines) for name in names if name in lines[0]}
+
+
+def _displacement(first: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
+    """The margin grows while both answers become less likely (likelihood displacement, arXiv 2410.08847)."""
+    if "logp_chosen" not in first:
+        return {}
+    before, after = first["logp_chosen"], now["logp_chosen"]
+    if before - after < max(1.0, FALL * abs(before)) or now["margin"] <= first["margin"]:
+        return {}
+    return {
+        DISPLACEMENT: f"the chosen answers' log-prob fell from {before:.2f} to {after:.2f} nats while the margin grew "
+        f"from {first['margin']:.3g} to {now['margin']:.3g}; the model may be unlearning both answers: lower --lr, add "
+        "--sft-weight, or use ORPO"
+    }
+
+
+def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
+    """The alignment falls more because the short reward fell than because the long one rose."""
+    if "alignment_loss" not in first or now["alignment_loss"] >= first["alignment_loss"]:
+        return {}
+    fell = first["reward_chosen"] - now["reward_chosen"]
+    rose = now["reward_long_chosen"] - first["reward_long_chosen"]
+    if fell <= max(rose, 0) or fell < FALL * first["alignment_loss"]:
+        return {}
+    return {
+        SHORT_SIDE: f"the alignment fell from {first['alignment_loss']:.3g} to {now['alignment_loss']:.3g} mostly because "
+        f"the chosen answer's short-context reward fell by {fell:.3g} (the long one changed by {rose:+.3g}): add "
+        "--alignment-stop-short-gradient or lower --alignment-weight"
+    }
+
+
+def length_bias(lengths: Sequence[tuple[int, int]]) -> str | None:
+    """A warning about (chosen, rejected) lengths in tokens that differ so much that length itself is learnt, or None."""
+    if len(lengths) < WINDOW:
+        return None
+    chosen, rejected = fmean(c for c, _ in lengths), fmean(r for _, r in lengths)
+    longer = sum(c > r for c, r in lengths) / len(lengths)
+    shorter = sum(c < r for c, r in lengths) / len(lengths)
+    ratio = max(chosen, rejected) / min(chosen, rejected)
+    if ratio < LENGTH_RATIO and max(longer, shorter) < LENGTH_SHARE:
+        return None
+    return (
+        f"chosen answers have {chosen:.1f} tokens, rejected ones {rejected:.1f} (chosen longer in {longer:.0%} of the "
+        f"groups, shorter in {shorter:.0%}): the model may learn length; balance the pairs, or use a loss that divides "
+        "by length (simpo, orpo)"
+    )

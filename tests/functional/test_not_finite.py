@@ -1,0 +1,51 @@
+"""Steps that are not finite, as a user meets them: one example holds a token whose embedding is broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_models import preference_groups, write_lines
+from training_home import Home, furnish
+
+from megatron_solopo.cli import run
+from megatron_solopo.training.run import main
+
+BROKEN = "w59"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    home = furnish(tmp_path_factory.mktemp("home"))
+    # The word stands nowhere but in one context.
+    groups = json.loads(re.sub(rf"\b{BROKEN}\b", "w1", json.dumps(preference_groups(10))))
+    groups[3]["short_messages"][0]["content"] += f" {BROKEN}"
+    write_lines(home.folder / "groups.jsonl", groups)
+    path = Path(home.folder / "hf" / "model.safetensors")
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][4 + int(BROKEN[1:])] = float("nan")  # four special tokens stand before
+    save_file(tensors, path, metadata={"format": "pt"})
+    return home
+
+
+def test_the_run_stops_and_names_the_example(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(main, home.argv("runs/stop", "--preference-loss", "simpo")) == 2
+    [error] = [text for text in capfd.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert "the loss is not finite for the examples g3;" in error and "--on-nonfinite skip" in error
+
+
+def test_the_run_skips_and_counts(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--preference-loss", "simpo", "--on-nonfinite", "skip", "--train-iters", 6, "--global-batch-size", 2]
+    assert run(main, home.argv("runs/skip", *flags)) == 0
+    err = capfd.readouterr().err
+    lines = home.metrics("runs/skip")
+    skipped = [line for line in lines if "skipped" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and 1 <= len(skipped) <= 2
+    assert all(line["loss"] is None and "g3" in line["skipped"] for line in skipped)
+    assert all(line["loss"] > 0 for line in lines if "skipped" not in line)
+    assert (
+        f"skipped {len(skipped)} steps" in err and f"warning: step {skipped[0]['step']}: the loss is not finite" in err
+    )

@@ -1,0 +1,107 @@
+"""The cache of reference log-probs: resumable, checked when it is read, and patient with a slow process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_home import ENVIRONMENT, ROOT, Home, furnish
+
+from megatron_solopo.cli import run
+from megatron_solopo.training.run import main
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    home = furnish(tmp_path_factory.mktemp("home"))
+    assert run(main, home.argv("first/run")) == 0
+    return home
+
+
+def cache(home: Home) -> Path:
+    [path] = (home.folder / "first" / "reference").glob("*.safetensors")
+    return path
+
+
+def again(home: Home, name: str) -> int:
+    """The same run with its own cache folder."""
+    return run(main, home.argv(f"{name}/run", "--train-iters", 1, "--reference-cache", home.folder / name))
+
+
+def test_a_killed_fill_computes_no_example_twice(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    from megatron_solopo.training.reference import PARTIAL, _write
+
+    whole = load_file(cache(home))["log_probs"]
+    done = torch.zeros(len(whole), dtype=torch.bool)
+    done[torch.tensor([0, 3, 4, 8])] = True
+    folder = home.folder / "killed"
+    # What two processes of the killed run left; a wrong number shows whether it is used.
+    marked = whole.clone()
+    marked[3] += 1000
+    _write(folder / f"{cache(home).stem}.0{PARTIAL}", marked, done)
+    _write(folder / f"{cache(home).stem}.1{PARTIAL}", whole, ~done & (torch.arange(len(whole)) < 3))
+    assert again(home, "killed") == 0
+    assert "reference log-probs of 10 examples, 6 of them computed before" in capfd.readouterr().err
+    found = load_file(folder / cache(home).name)["log_probs"]
+    assert torch.equal(found[[0, 3, 4, 8]], marked[[0, 3, 4, 8]])
+    torch.testing.assert_close(found[[1, 2, 5, 6, 7, 9]], whole[[1, 2, 5, 6, 7, 9]], rtol=0, atol=1e-4)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [cache(home).name]
+
+
+def test_a_damaged_cache_is_computed_again(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = home.folder / "damaged"
+    folder.mkdir()
+    data = bytearray(cache(home).read_bytes())
+    data[-20] ^= 1  # one bit of a number
+    (folder / cache(home).name).write_bytes(data)
+    assert again(home, "damaged") == 0
+    assert "reference log-probs of 10 examples\n" in capfd.readouterr().err
+    found = load_file(folder / cache(home).name)["log_probs"]
+    torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
+
+
+def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    from megatron_solopo.training.reference import _write
+
+    whole = load_file(cache(home))
+    _write(home.folder / "foreign" / cache(home).name, whole["log_probs"] + 0.5, whole["done"])
+    assert again(home, "foreign") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and cache(home).name in errors[0] and "of example 'g0'" in errors[0]
+    assert not list((home.folder / "foreign" / "run").glob("iter_*"))
+
+
+SLOW = """
+import sys, time
+from megatron_solopo.training import reference
+from megatron_solopo.training.run import main
+own = reference.own_segment_table
+def slow(*arguments):
+    import torch.distributed as dist
+    time.sleep(15 if dist.get_rank() == 1 else 0)
+    return own(*arguments)
+reference.own_segment_table = slow
+if __name__ == "__main__":  # the checkpoint's writer imports this file again
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_slow_process_delays_the_others_and_never_times_them_out(home: Home, tmp_path: Path) -> None:
+    """A collective would give up after 9 seconds here."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    argv = home.argv(
+        "slow/run", "--train-iters", 1, "--global-batch-size", 10, "--distributed-timeout-minutes", 0.15,
+        "--reference-cache", home.folder / "slow",
+    )  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "slow.py"), *argv], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = load_file(home.folder / "slow" / cache(home).name)["log_probs"]
+    torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)

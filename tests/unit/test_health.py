@@ -1,0 +1,104 @@
+"""What a run warns about, from its metrics alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.training.health import (
+    DISPLACEMENT,
+    MOST_SKIPPED,
+    SHORT_SIDE,
+    SPIKE,
+    SPIKE_WINDOW,
+    WINDOW,
+    Watch,
+    length_bias,
+)
+
+
+def line(step, **values):
+    usual = {"loss": 1.0, "grad_norm": 2.0, "logp_chosen": -20.0, "margin": 0.5}
+    return {"step": step, "split": "train"} | usual | values
+
+
+def told(watch, lines):
+    """Step -> names of the warnings that are new there."""
+    return {each["step"]: sorted(new) for each in lines if (new := watch.see(each))}
+
+
+def test_a_quiet_run_is_not_warned_about():
+    quiet = [line(n, loss=1 / n, margin=n / 100, logp_chosen=-20 - n / 1000) for n in range(1, 200)]
+    assert told(Watch(10), quiet) == {}
+
+
+def test_a_spike_is_told_once_and_becomes_usual_if_it_stays():
+    lines = [line(n, grad_norm=30.0 if n == 50 or n > 90 else 2.0) for n in range(1, 91 + SPIKE_WINDOW)]
+    assert told(Watch(10), lines) == {50: [SPIKE], 91: [SPIKE]}
+    assert told(Watch(0), lines) == {} and told(Watch(20), lines) == {}
+    assert "grad norm 30 against a usual 2" in Watch_after(lines[:49]).see(lines[49])[SPIKE]
+
+
+def Watch_after(lines):
+    watch = Watch(10)
+    watch.replay(lines)
+    return watch
+
+
+def test_a_first_step_is_no_spike():
+    assert told(Watch(2), [line(n, grad_norm=100.0 / n) for n in range(1, WINDOW)]) == {}
+
+
+def test_chosen_answers_that_fall_while_margins_grow():
+    lines = [line(n, logp_chosen=-20 - n / 10, margin=n / 50) for n in range(1, 101)]
+    # Means over 20 steps: the fall reaches 10 % of the first mean of -21.05 a little after 2.1 nats are lost.
+    assert told(Watch(10), lines) == {42: [DISPLACEMENT]}
+    both = [line(n, logp_chosen=-20 - n / 10, margin=1 - n / 500) for n in range(1, 101)]
+    assert told(Watch(10), both) == {}  # the margin falls too: that is no displacement
+
+
+def solo(step, short, long):
+    return line(step, alignment_loss=abs(short - long), reward_chosen=short, reward_long_chosen=long)
+
+
+def test_an_alignment_met_by_the_short_side_alone():
+    """The collapse: the short reward comes down to the long one, which does not move."""
+    collapse = [solo(n, 4 - 0.03 * n, 0.5) for n in range(1, 101)]
+    new = told(Watch(10), collapse)
+    assert list(new.values()) == [[SHORT_SIDE]] and WINDOW < min(new) < 60
+    healthy = [solo(n, 4.0, 0.5 + 0.03 * n) for n in range(1, 101)]
+    half = [solo(n, 4 - 0.01 * n, 0.5 + 0.02 * n) for n in range(1, 101)]
+    assert told(Watch(10), healthy) == told(Watch(10), half) == {}
+
+
+def test_a_resumed_run_warns_where_an_unbroken_one_does():
+    lines = [solo(n, 4 - 0.03 * n, 0.5) for n in range(1, 101)]
+    unbroken = told(Watch(10), lines)
+    for cut in (5, 30, min(unbroken), 90):
+        expected = {step: names for step, names in unbroken.items() if step > cut}
+        assert told(Watch_after(lines[:cut]), lines[cut:]) == expected
+
+
+def test_skipped_steps_are_counted_and_end_a_run_when_they_do_not_end():
+    watch = Watch(10)
+    for step in (1, 2, 3):
+        watch.see({"step": step, "split": "train", "skipped": "why", "loss": None})
+    watch.see(line(4))
+    assert (watch.skipped, watch.skipped_in_a_row) == (3, 0)
+    with pytest.raises(UserError, match=rf"^step {4 + MOST_SKIPPED}: the {MOST_SKIPPED}th step in a row"):
+        for step in range(5, 100):
+            watch.see({"step": step, "split": "train", "skipped": "why", "loss": None})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "word"),
+    [
+        ([(10, 10), (12, 9), (9, 12)] * 10, None),
+        ([(30, 10), (32, 9)] * 10, "chosen longer in 100%"),
+        ([(10, 11)] * 30, "shorter in 100%"),
+        ([(30, 10)] * 3, None),  # too few to tell
+    ],
+)
+def test_length_bias(lengths, word):
+    warning = length_bias(lengths)
+    assert (warning is None) if word is None else (word in warning and "\n" not in warning)
