@@ -77,16 +77,27 @@ def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.C
 
 SLOW = """
 import sys, time
-from megatron_solopo.training import reference
-from megatron_solopo.training.run import main
+from megatron_solopo.config import load
+from megatron_solopo.parallel import platform
+
+config, _ = load(sys.argv[1:])
+here = platform.start("cpu", config.parallel.distributed_timeout_minutes)
+
+from megatron_solopo.training import engine, reference, run
+
 own = reference.own_segment_table
+
 def slow(*arguments):
-    import torch.distributed as dist
-    time.sleep(15 if dist.get_rank() == 1 else 0)
+    time.sleep(15 if platform.dist.get_rank() == 1 else 0)
     return own(*arguments)
+
 reference.own_segment_table = slow
-if __name__ == "__main__":  # the checkpoint's writer imports this file again
-    sys.exit(main(sys.argv[1:]))
+data = run.load_data(config)
+engine.initialize_parallel(config)
+built = engine.build_engine(here, run.check_model(config), config)
+platform.wait_for_all("start")
+reference.reference_log_probs(built, data.reference["train"], config)
+platform.stop(here)
 """
 
 
