@@ -3,7 +3,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-distributed test-all clean
+.PHONY: help setup demo test test-distributed test-all mutation-test clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -26,6 +26,9 @@ test-distributed: setup ## the same training over several processes
 
 test-all: setup ## every test
 	$(PYTEST) tests
+
+mutation-test: setup ## break the code in small ways; each must turn a named test red (half an hour)
+	$(PYTHON_IN_VENV) tests/mutation/run.py
 
 clean: ## remove caches and build outputs (runs/ and .venv stay)
 	rm -rf build dist .pytest_cache ./*.egg-info

@@ -1,0 +1,200 @@
+"""The small wrongs that the tests must notice: what is changed where, and which tests are to turn red."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOSSES = "tests/unit/test_losses.py"
+STEP = "tests/unit/test_step.py"
+PACKS = "tests/unit/test_packs.py"
+BATCHES = "tests/unit/test_batches.py"
+CHAT = "tests/unit/test_chat.py -k 'not qwen'"
+LOG_PROBS = "tests/unit/test_log_probs.py"
+PARITY = "tests/unit/test_model_parity.py -k 'one_by_one or double'"
+TOKENS = "tests/unit/test_tokens.py"
+CONFIG = "tests/unit/test_config.py"
+TRAINING = "tests/functional/test_training.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong: ``old`` stands once in ``file`` and becomes ``new``; ``tests`` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _in(file: str, tests: str, *wrongs: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(name, f"megatron_solopo/{file}", old, new, tests) for name, old, new in wrongs]
+
+
+MUTANTS: list[Mutant] = [
+    *_in(
+        "losses/rewards.py",
+        LOSSES,
+        ("reference left out of DPO's reward", "beta * (log_prob - reference_log_prob)", "beta * log_prob"),
+        ("sum for mean in SimPO", "beta * log_prob / length", "beta * log_prob"),
+        ("sum for mean in ORPO's odds", "mean = (log_prob / length)", "mean = log_prob"),
+        ("odds taken for their logarithm's inverse", "return mean - torch.log(", "return mean + torch.log("),
+        ("ORPO's clamp dropped", ".clamp(max=ORPO_LARGEST_MEAN)", ""),
+    ),
+    *_in(
+        "losses/terms.py",
+        LOSSES,
+        ("IPO's target twice as far", "1 / (2 * beta)", "1 / beta"),
+        ("label smoothing without the swapped half", "return kept + swapped", "return kept"),
+        ("robust smoothing not divided", "(kept - swapped) / (1 - 2 * label_smoothing)", "(kept - swapped)"),
+        ("half of the squared distance", "return difference**2", "return difference**2 / 2"),
+        ("Huber's delta ignored", '"none", huber_delta)', '"none", 1.0)'),
+        ("mean over the batch's tokens ignored", "length if tokens_per_group is None else tokens_per_group", "length"),
+    ),
+    *_in(
+        "losses/solopo.py",
+        LOSSES,
+        ("alpha dropped", "loss + method.alignment_weight * alignment", "loss + alignment"),
+        ("chosen and rejected swapped", "rewards[chosen] - rewards[rejected]", "rewards[rejected] - rewards[chosen]"),
+        ("sign of gamma", "margin - method.simpo_gamma", "margin + method.simpo_gamma"),
+        ("ORPO's lambda dropped", "method.orpo_lambda * logistic_loss", "logistic_loss"),
+        ("LongPO's lambda dropped", "method.longpo_lambda * preference", "preference"),
+        ("sum for mean in IPO", "rewards[chosen] / lengths[chosen]", "rewards[chosen]"),
+        (
+            "preference loss of mode long on the short side",
+            'LONG_CHOSEN if method.context_mode == "long" else SHORT_CHOSEN',
+            "SHORT_CHOSEN",
+        ),
+        (
+            "reference of the wrong context",
+            "reference[_reference_role(role, method)]",
+            'reference[role.replace("long_", "short_")]',
+        ),
+        ("LongPO's reference on the long context", 'method.preference_loss == "longpo" or (', "("),
+        (
+            "stop-gradient on the wrong side",
+            "difference = short_reward - rewards[long]",
+            "difference = rewards[short] - (rewards[long].detach() "
+            "if method.alignment_stop_short_gradient else rewards[long])",
+        ),
+        (
+            "alignment of the rejected answer forgotten",
+            "pairs.append((SHORT_REJECTED, LONG_REJECTED))",
+            "pairs.append((SHORT_CHOSEN, LONG_CHOSEN))",
+        ),
+        (
+            "weight of the likelihood dropped",
+            "else method.sft_weight) * likelihood",
+            "else 1.0) * likelihood",
+        ),
+        ("alignment's sign", "total + alignment_distance(", "total - alignment_distance("),
+    ),
+    *_in(
+        "training/step.py",
+        STEP,
+        ("weight by micro-batch, not by group", "scale = len(packs) * ranks / total_groups", "scale = ranks"),
+        ("mean over groups, then over packs", "total = result.loss.sum()", "total = result.loss.mean()"),
+        (
+            "reference row of another example",
+            "rows = reference[list(pack.groups)]",
+            "rows = reference[list(range(len(pack.groups)))]",
+        ),
+        (
+            "reference columns in the policy's order",
+            "for column, role in enumerate(reference_roles(method))}",
+            "for column, role in enumerate(names[: rows.shape[1]])}",
+        ),
+        (
+            "mean length of a pack, not of the batch",
+            "return tokens / total_groups",
+            "return tokens / sum(len(pack.groups) for pack in packs[:1])",
+        ),
+    ),
+    *_in(
+        "data/packs.py",
+        PACKS,
+        (
+            "position of a continuation off by one",
+            "self.add_piece(continuation.ids[:-1], len(prompt_ids), prompt)",
+            "self.add_piece(continuation.ids[:-1], len(prompt_ids) + 1, prompt)",
+        ),
+        ("positions restart at a continuation", "ids[:-1], len(prompt_ids), prompt)", "ids[:-1], 0, prompt)"),
+        ("labels not shifted", "prompt_end if k == 0 else start + k - 1", "start + k"),
+        ("labels shifted twice", "lambda k: first + k - 1, group", "lambda k: first + k - 2, group"),
+        (
+            "tokens of the user learnt",
+            "continuation.learnt is None or continuation.learnt[k]]",
+            "True]",
+        ),
+        (
+            "last token of a response not counted",
+            "self.segment_lengths.append(len(learnt))",
+            "self.segment_lengths.append(len(learnt) - 1)",
+        ),
+    ),
+    *_in(
+        "data/chat.py",
+        CHAT,
+        ("end-of-turn token missed", "return [*ids, tokenizer.eos_token_id]", "return ids"),
+        (
+            "end-of-turn token counted twice",
+            "ids = ids[: ids.index(tokenizer.eos_token_id)]",
+            "ids = ids[: ids.index(tokenizer.eos_token_id) + 1]",
+        ),
+    ),
+    *_in(
+        "data/batches.py",
+        BATCHES,
+        ("one order for all epochs", "default_rng([seed, epoch])", "default_rng([seed, 0])"),
+        (
+            "resume order shifted",
+            "first = number * self.global_batch_size",
+            "first = number * self.global_batch_size + min(number, 1)",
+        ),
+        ("a group trained twice", "shares[target].append(item)", "shares[target] += [item] * (1 + (item == 1))"),
+        ("token limit of a pack ignored", "+ tokens[item] <= most_tokens)", "<= most_tokens)"),
+    ),
+    *_in(
+        "data/tokens.py",
+        TOKENS,
+        ("the reference scores what the policy scores", "if c.role in roles)) for p", "if c.role)) for p"),
+    ),
+    *_in(
+        "model/log_probs.py",
+        LOG_PROBS,
+        ("padding rows of the vocabulary counted", 'logits[:, real_rows:] = float("-inf")', "pass"),
+        ("padding rows of the vocabulary moved", "rows[:, real_rows:] = 0", "pass"),
+        ("gradient of one chunk only", "grad_weight += (rows", "grad_weight = (rows"),
+        ("segments not summed", "log_probs.new_zeros(count).index_add(", "log_probs.new_zeros(count).index_copy("),
+    ),
+    *_in(
+        "model/attention.py",
+        PARITY,
+        ("a continuation's mask aligned to its first token", ".tril(seen - own)", ".tril(0)"),
+        (
+            "a continuation sees nothing of its prompt",
+            "keys.append(np.arange(start, start + prompt_length))",
+            "keys.append(span[:1].repeat(prompt_length))",
+        ),
+    ),
+    *_in(
+        "config_checks.py",
+        CONFIG,
+        (
+            "an unused option accepted",
+            '        ("simpo_gamma", loss == "simpo", "needs --preference-loss simpo"),\n',
+            "",
+        ),
+    ),
+    *_in(
+        "training/run.py",
+        TRAINING + " -k 'warms_up or killed'",
+        ("learning rate one step late", "scheduler.step(1)  # before", "scheduler.step(int(step > 0))  # before"),
+    ),
+    *_in(
+        "training/checkpoint.py",
+        TRAINING + " -k killed",
+        ("the schedule starts anew on resuming", 'scheduler.load_state_dict(loaded["scheduler"])', "pass"),
+        ("the optimizer starts anew on resuming", 'optimizer.load_state_dict(loaded["optimizer"])', "pass"),
+    ),
+]
