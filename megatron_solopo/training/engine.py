@@ -51,6 +51,7 @@ def initialize_parallel(config: Config) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)

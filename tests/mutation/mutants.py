@@ -31,6 +31,11 @@ def _in(file: str, tests: str, *wrongs: tuple[str, str, str]) -> list[Mutant]:
     return [Mutant(name, f"megatron_solopo/{file}", old, new, tests) for name, old, new in wrongs]
 
 
+CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
+HEALTH = "tests/unit/test_health.py"
+TOPOLOGY = "tests/unit/test_topology.py"
+REFERENCE = "tests/functional/test_reference_cache.py"
+
 MUTANTS: list[Mutant] = [
     *_in(
         "losses/rewards.py",
@@ -190,6 +195,40 @@ MUTANTS: list[Mutant] = [
         "training/run.py",
         TRAINING + " -k 'warms_up or killed'",
         ("learning rate one step late", "scheduler.step(1)  # before", "scheduler.step(int(step > 0))  # before"),
+    ),
+    *_in(
+        "training/health.py",
+        HEALTH,
+        ("a healthy alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
+        ("displacement told whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
+        ("a spike against the last value", "median(past) if", "past[-1] if"),
+    ),
+    *_in(
+        "parallel/topology.py",
+        TOPOLOGY,
+        (
+            "pipeline stages as neighbours",
+            "rank // tensor % data, rank // (tensor * data)",
+            "rank % data, rank // data",
+        ),
+        ("a layout that does not divide the model accepted", "if number % size:", "if size > number:"),
+    ),
+    *_in(
+        "training/reference.py",
+        REFERENCE,
+        ("a killed fill forgotten", "part = _read(partial, shape)", "part = None"),
+        ("a cache never checked against the model", "elif shape[0]:", "elif False:"),
+        ("a damaged cache used", "if whole and tuple(", "if tuple("),
+        (
+            "a slow process times the others out",
+            'engine.model.train()\n    wait_for_all("reference")\n    return table',
+            "engine.model.train()\n    return table",
+        ),
+    ),
+    *_in(
+        "model/forward.py",
+        CUT,
+        ("the gathered sequence's gradient summed twice", "tensor_parallel_output_grad=False", ""),
     ),
     *_in(
         "training/checkpoint.py",
