@@ -27,13 +27,14 @@ class RunLog:
     ) -> None:
         self._active, self._steps, self._interval = active, steps, log_interval
         self._bar = self._file = self._board = None
+        self._pending = b""
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             _keep_until(path, first_step)
-        self._file = path.open("a" if first_step else "w", encoding="utf-8", buffering=1)
+        self._file = path.open("ab" if first_step else "wb", buffering=0)
         if tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -50,7 +51,7 @@ class RunLog:
         """A training or evaluation step; ``values`` holds "step" and "split"."""
         if not self._active:
             return
-        self._file.write(json.dumps(values) + "\n")
+        self._write(json.dumps(values) + "\n")
         number, split = values["step"], values["split"]
         if self._board is not None:
             for name, value in values.items():
@@ -64,8 +65,24 @@ class RunLog:
         elif number % self._interval == 0 or number == self._steps:
             self.say(f"step {number}/{self._steps} " + _summary(values))
 
+    def _write(self, line: str) -> None:
+        """A full disk does not end the run: what did not fit is tried again with the next line."""
+        full = bool(self._pending)
+        self._pending += line.encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not full:
+                self.say(f"warning: {self._file.name} cannot be written ({error.strerror}); its lines wait for space")
+
     def close(self) -> None:
         """Ends the bar and closes the files."""
+        if self._pending:
+            self._write("")
+        if self._pending:
+            lost = self._pending.count(b"\n")
+            self.say(f"warning: the last {lost} lines of {self._file.name} could not be written")
         for thing in (self._bar, self._file, self._board):
             if thing is not None:
                 thing.close()
