@@ -198,8 +198,26 @@ class OutputConfig:
 
     save: str | None = option(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
     load: str | None = option(None, "run folder whose last checkpoint to go on from")
+    ckpt_step: int | None = option(None, "iteration of --load to go on from; default: the latest", minimum=1)
+    auto_resume: bool = option(
+        False, "go on from --save where it holds a checkpoint, else start anew; the same command again and again"
+    )
     save_interval: int = option(0, "steps between checkpoints; 0: only after the last step", minimum=0)
+    keep_last: int | None = option(
+        None, "complete checkpoints that stay; older ones are deleted once a new one is complete", minimum=1
+    )
+    save_retain_interval: int | None = option(
+        None, "checkpoints at multiples of this stay; without --keep-last only the last other one does", minimum=1
+    )
+    async_save: bool = option(False, "train on while another process writes the checkpoint")
+    exit_signal_handler: bool = option(False, "on SIGTERM or SIGUSR1 finish the step, save, and exit with 0")
+    exit_duration_in_mins: float | None = option(
+        None, "after so many minutes finish the step, save, and exit with 0", minimum=0
+    )
     save_hf: str | None = option(None, "folder for the trained model in Hugging Face format")
+    save_hf_interval: int = option(
+        0, "steps between Hugging Face folders iter_0000100 and so on inside --save-hf; 0: none", minimum=0
+    )
     force: bool = option(False, "overwrite an existing --save-hf folder")
     tensorboard_dir: str | None = option(None, "write TensorBoard events there")
     log_interval: int = option(10, "steps between printed lines where no progress bar is shown", minimum=1)

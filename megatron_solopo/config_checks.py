@@ -13,6 +13,7 @@ def check(config: Config) -> None:
     _check_unused(config)
     _check_parallel(config)
     _check_training(config)
+    _check_output(config)
 
 
 def _check_required(config: Config) -> None:
@@ -46,7 +47,8 @@ def _check_method(config: Config) -> None:
 
 def unused(config: Config) -> dict[str, str]:
     """Options that nothing would read in this run, and what they would need."""
-    method, model, training = config.method, config.model, config.training
+    method, model, training, output = config.method, config.model, config.training, config.output
+    stops = output.exit_signal_handler or output.exit_duration_in_mins is not None
     preference = method.objective == "preference"
     solo = preference and method.context_mode == "solo"
     loss = method.preference_loss if preference else None
@@ -116,6 +118,15 @@ def unused(config: Config) -> dict[str, str]:
             config.parallel.tensor_model_parallel_size > 1,
             "needs --tensor-model-parallel-size above 1",
         ),
+        ("ckpt_step", output.load is not None, "needs --load"),
+        (
+            "keep_last",
+            output.save_interval > 0 or stops,
+            "needs --save-interval, --exit-signal-handler or --exit-duration-in-mins (else there is one checkpoint)",
+        ),
+        ("save_retain_interval", output.save_interval > 0, "needs --save-interval"),
+        ("async_save", output.save_interval > 0, "needs --save-interval (the last save is always waited for)"),
+        ("save_hf_interval", output.save_hf is not None, "needs --save-hf"),
         ("force", config.output.save_hf is not None, "needs --save-hf"),
         ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
     ]
@@ -162,8 +173,23 @@ def _check_training(config: Config) -> None:
         )
     loss = config.method.preference_loss
     compared = config.method.objective == "preference" and loss in LOSSES_WITH_REFERENCE
-    if config.model.random_init and compared and config.output.load:
+    start = "--load" if config.output.load else "--auto-resume"
+    if config.model.random_init and compared and (config.output.load or config.output.auto_resume):
         raise UserError(
-            f"--random-init with --load and {loss}: the reference weights cannot be rebuilt; "
+            f"--random-init with {start} and {loss}: the reference weights cannot be rebuilt; "
             "give the original --hf-path"
         )
+
+
+def _check_output(config: Config) -> None:
+    output = config.output
+    if output.auto_resume and output.load:
+        raise UserError(
+            "--auto-resume goes on from --save, --load from another place: give one of them"
+            " (--load and --ckpt-step once to go back, --auto-resume afterwards)"
+        )
+    if output.exit_duration_in_mins == 0:
+        raise UserError("--exit-duration-in-mins must be above 0")
+    retained, every = output.save_retain_interval, output.save_interval
+    if retained and every and retained % every:
+        raise UserError(f"--save-retain-interval {retained}: must be a multiple of --save-interval {every}")

@@ -173,7 +173,12 @@ def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tu
 
 
 def save_folder(
-    model: GPTModel, hf_config: PretrainedConfig, source: str | Path, target: str | Path, force: bool = False
+    model: GPTModel,
+    hf_config: PretrainedConfig,
+    source: str | Path,
+    target: str | Path,
+    force: bool = False,
+    chat_template: str | Path | None = None,
 ) -> None:
     """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``.
 
@@ -191,4 +196,11 @@ def save_folder(
     document.pop("torch_dtype", None)
     document["dtype"] = dtype_name(next(model.parameters()).dtype)
     document.setdefault("architectures", [f"{hf_config.model_type.capitalize()}ForCausalLM"])
-    write_folder(Path(target), Path(source), json.dumps(document, indent=2) + "\n", tensors, force=force)
+    write_folder(
+        Path(target),
+        Path(source),
+        json.dumps(document, indent=2) + "\n",
+        tensors,
+        force=force,
+        chat_template=chat_template,
+    )

@@ -87,18 +87,22 @@ def write_folder(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: str = "5GB",
     force: bool = False,
+    chat_template: Path | None = None,
 ) -> None:
     """Writes config, tokenizer files and weights, aside first and renamed at the end.
 
+    Args:
+        chat_template: a file that takes the place of ``source``'s template.
+
     Raises:
-        UserError: the folder exists and ``force`` is off, or the disk is full.
+        UserError: the folder holds a model and ``force`` is off, or the disk is full.
     """
-    check_target(folder, force)
+    check_target(folder, force, filling=True)
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
+        state = {name: tensor.contiguous() for name, tensor in tensors}  # first: other processes send them
         aside.mkdir(parents=True)
-        state = {name: tensor.contiguous() for name, tensor in tensors}
         split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
         for file, names in split.filename_to_tensors.items():
             save_file({name: state[name] for name in names}, aside / file, metadata={"format": "pt"})
@@ -111,19 +115,37 @@ def write_folder(
         for name in CARRIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, aside / name)
+        if chat_template is not None:
+            shutil.copyfile(chat_template, aside / "chat_template.jinja")
+        _put_in_place(aside, folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere"
         ) from None
-    if folder.exists():
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """A folder of --save-hf-interval keeps its models; config.json comes last, so that half a model is not a model."""
+    if (folder / "config.json").is_file() and not list(folder.glob("iter_*")):
         shutil.rmtree(folder)
-    aside.rename(folder)
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    for path in (folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")):
+        path.unlink(missing_ok=True)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+    aside.rmdir()
 
 
-def check_target(folder: Path, force: bool) -> None:
-    """Refuses an existing target before any work is done."""
-    if folder.exists() and not force:
+def check_target(folder: Path, force: bool, filling: bool = False) -> None:
+    """Refuses an existing target before any work is done.
+
+    Args:
+        filling: a folder without config.json, as --save-hf-interval makes it, will do.
+    """
+    if folder.exists() and not force and not (filling and not (folder / "config.json").exists()):
         raise UserError(f"--save-hf {folder}: exists already; choose another folder, or overwrite it with --force")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -168,6 +168,19 @@ def install() -> Callable[[], None]:
         stack.enter_context(_CudaDevicesAreCpu())
         undo = stack.pop_all()
     return undo.close
+
+
+@contextlib.contextmanager
+def results_queue(queue: Any) -> Iterator[None]:
+    """Within it a planned checkpoint reports to ``queue`` (put, get_nowait), on both platforms.
+
+    dist_checkpointing/strategies/filesystem_async.py:45 starts a manager process for its queue, which is left behind
+    for ever, memory and all, when the training process is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with mock.patch.object(filesystem_async, "_results_queue", queue):
+        yield
 
 
 def mend_optimizer_loading() -> Callable[[], None]:

@@ -100,6 +100,13 @@ def stop(platform: Platform) -> None:
     platform.undo()
 
 
+def first_error(error: str | None) -> str | None:
+    """What the lowest-ranked process with an error says, on every process; collective."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, error)
+    return next((text for text in everyone if text), None)
+
+
 def max_over_processes(value: float, device: torch.device) -> float:
     """The largest value of any process; collective."""
     largest = torch.tensor(value, dtype=torch.float64, device=device)

@@ -1,41 +1,37 @@
-"""Checkpoints in megatron-core's distributed format: written aside, then renamed, then named as the latest."""
+"""Checkpoints in megatron-core's distributed format: written aside, marked, renamed, then named as the latest."""
 
 from __future__ import annotations
 
+import logging
+import pickle
+import queue
+import re
+import secrets
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.cpu_shim import results_queue
+from megatron_solopo.parallel.platform import first_error
+from megatron_solopo.training import retention
 from megatron_solopo.training.engine import Engine
-
-LATEST = "latest_checkpointed_iteration.txt"
-"""Megatron's name for the file that holds the number of the last complete checkpoint."""
+from megatron_solopo.training.manifest import checkpoint_folder, write_latest, write_manifest
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The optimizer's state by parameter, so that another layout can read it."""
-
-
-def latest_iteration(folder: str | Path) -> int | None:
-    """The last complete checkpoint of a run folder, or None."""
-    path = Path(folder) / LATEST
-    if not path.is_file():
-        return None
-    text = path.read_text().strip()
-    if not text.isdigit():
-        raise UserError(f"{path}: must hold the number of an iteration, found {text!r}")
-    return int(text)
-
-
-def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
-    """``iter_0000100``, as Megatron names it."""
-    return Path(folder) / f"iter_{iteration:07d}"
 
 
 def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
@@ -43,98 +39,242 @@ def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> di
     return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)}
 
 
-def save_checkpoint(
-    folder: str | Path,
-    iteration: int,
-    engine: Engine,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    progress: dict[str, Any],
-) -> Path:
-    """Saves a checkpoint; collective. A run killed here leaves the previous checkpoint as the latest.
+class _Results(logging.Handler):
+    """What a writer tells its training process: megatron-core's queue, and why a write failed.
+
+    A file instead of megatron-core's manager process, which lives on for ever when a run is killed. The writer only
+    logs the reason of a failure, so that is caught here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._reason = path, ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR and not self._reason:
+            self._reason = record.getMessage()
+
+    def put(self, value: Any) -> None:
+        if isinstance(value, Exception):
+            value = RuntimeError(self._reason or str(value))
+        try:
+            self._path.write_bytes(pickle.dumps(value))
+        except OSError as error:
+            self._reason = str(error)
+
+    def get_nowait(self) -> Any:
+        try:
+            value = pickle.loads(self._path.read_bytes())
+            self._path.unlink()
+        except (OSError, EOFError, pickle.UnpicklingError):
+            if self._reason:
+                return RuntimeError(self._reason)
+            raise queue.Empty from None
+        return value
+
+
+@dataclass
+class _Writing:
+    """A checkpoint on its way to the disk."""
+
+    iteration: int
+    aside: Path
+    request: AsyncRequest
+    results: _Results
+    caller: TemporalAsyncCaller | None = None
+
+
+class Checkpoints:
+    """Saves the checkpoints of a run; every method is collective.
+
+    A run killed at any moment leaves the previous checkpoint as the latest. A save that fails leaves it too, says so,
+    and stands in `unsaved` until a later one succeeds.
 
     Args:
-        progress: plain values that say where the run stands.
+        latest: iteration of the run folder's checkpoint that the run goes on from, or 0.
+        progress: plain values that say which run this is.
+        say: prints a line for a person, on the first process.
     """
-    target = checkpoint_folder(folder, iteration)
-    aside = target.with_name(target.name + ".partial")
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        latest: int,
+        progress: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._output, self._parallel = Path(config.output.save), config.output, config.parallel
+        self._engine, self._optimizer, self._scheduler = engine, optimizer, scheduler
+        self._progress, self._say = progress, say
+        self._latest, self._writing = latest, None
+        self.unsaved: str | None = None
+        """Why the newest save failed, or None."""
+        if dist.get_rank() == 0:
+            retention.delete_unfinished(self._folder)
+        dist.barrier()
+
+    def save(self, iteration: int) -> None:
+        """Saves, or with --async-save starts to; nothing happens when the iteration is saved already."""
+        self.finish()
+        if iteration == self._latest:
+            return
+        target = checkpoint_folder(self._folder, iteration)
+        # A new name each time: a writer that outlived its killed run may still be busy in the old one.
+        names = [f"{target.name}.partial-{secrets.token_hex(4)}"]
+        dist.broadcast_object_list(names, src=0)
+        aside = self._folder / names[0]
+        error = first_error(_on_first(lambda: aside.mkdir(parents=True)))
+        if error:
+            self._failed(iteration, aside, error)
+            return
+        state = _state(self._engine, self._optimizer, is_loading=False)
+        state |= {"iteration": iteration, "scheduler": self._scheduler.state_dict(), "progress": self._progress}
+        results = _Results(aside / f".results_{dist.get_rank()}")
+        with results_queue(results):
+            request = dist_checkpointing.save(state, str(aside), async_sharded_save=True, async_strategy="mcore")
+        self._writing = _Writing(iteration, aside, request, results)
+        self._log_to(results)
+        if self._output.async_save:
+            self._writing.caller = TemporalAsyncCaller()
+            self._writing.caller.schedule_async_call(request)
+            return
+        if request.async_fn is not None:  # None: this process holds nothing that another does not write
+            arguments = list(request.async_fn_args)
+            arguments[1] = request.preload_fn()
+            request.async_fn(*arguments, **request.async_fn_kwargs)
+        dist.barrier()
+        self._complete()
+
+    def poll(self) -> None:
+        """Completes an asynchronous save whose writers are done; does not wait."""
+        if self._writing is not None and self._writing.caller.is_current_async_call_done(blocking=False):
+            self._complete()
+
+    def finish(self) -> None:
+        """Waits for an asynchronous save and completes it."""
+        if self._writing is not None:
+            self._writing.caller.is_current_async_call_done(blocking=True)
+            dist.barrier()
+            self._complete()
+
+    def _complete(self) -> None:
+        """Everything is written: metadata, mark, the final name, the latest file, and older checkpoints' end."""
+        writing, self._writing = self._writing, None
+        error = self._finalize(writing.request)
+        self._log_to(None)
+        error = first_error(error or _on_first(lambda: self._publish(writing)))
+        if error:
+            self._failed(writing.iteration, writing.aside, error)
+        else:
+            self._latest, self.unsaved = writing.iteration, None
+
+    def _finalize(self, request: AsyncRequest) -> str | None:
+        """megatron-core's collective end of a save; returns what failed here or, after a failed write, anywhere."""
+
+        def tell_failure() -> None:
+            # state_dict_saver.py:263: the others wait for this flag when the first process could not write .metadata
+            failed = torch.ones(1, dtype=torch.int, device=self._engine.platform.device)
+            dist.broadcast(failed, src=0)
+
+        for function, release_others in zip(request.finalize_fns, (tell_failure, dist.barrier), strict=True):
+            try:
+                function()
+            except CheckpointException as error:  # raised on all processes; the first knows the reasons
+                causes = [cause for cause, _ in error.failures.values()]
+                return _reason(causes[0]) if causes else "another process could not write"
+            except Exception as error:
+                if dist.get_rank() == 0:
+                    release_others()
+                return _reason(error)
+        return None
+
+    def _publish(self, writing: _Writing) -> None:
+        parallel = self._parallel
+        layout = {
+            "processes": dist.get_world_size(),
+            "tensor": parallel.tensor_model_parallel_size,
+            "pipeline": parallel.pipeline_model_parallel_size,
+            "context": parallel.context_parallel_size,
+        }
+        for path in writing.aside.glob(".results_*"):
+            path.unlink()
+        write_manifest(writing.aside, writing.iteration, layout, self._progress)
+        target = checkpoint_folder(self._folder, writing.iteration)
+        retention.delete([target])
+        writing.aside.rename(target)
+        write_latest(self._folder, writing.iteration)
+        output = self._output
+        retention.delete(
+            retention.surplus(self._folder, writing.iteration, output.keep_last, output.save_retain_interval)
+        )
+
+    def _failed(self, iteration: int, aside: Path, error: str) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        last = f"the last complete one is iteration {self._latest}" if self._latest else "there is no earlier one"
+        self.unsaved = (
+            f"the checkpoint of step {iteration} was not saved in {self._folder} "
+            f"({error}; {_free_space(self._folder)}); {last}"
+        )
+        self._say(f"warning: {self.unsaved}")
+
+    @staticmethod
+    def _log_to(results: _Results | None) -> None:
+        """Sends the writer's log to ``results`` instead of the terminal, or back."""
+        logger = logging.getLogger(filesystem_async.__name__)
+        logger.handlers[:] = [] if results is None else [results]
+        logger.propagate = results is None
+
+
+def _on_first(work: Callable[[], Any]) -> str | None:
+    """Runs file work on the first process; returns what went wrong there."""
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    state = _state(engine, optimizer, is_loading=False)
-    state |= {"iteration": iteration, "scheduler": scheduler.state_dict(), "progress": progress}
-    # Asynchronous writing needs NVIDIA's resiliency extension; this save is synchronous.
-    dist_checkpointing.save(state, str(aside))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        latest = Path(folder) / LATEST
-        latest.with_name(LATEST + ".partial").write_text(f"{iteration}\n")
-        latest.with_name(LATEST + ".partial").replace(latest)
-    dist.barrier()
-    return target
+        try:
+            work()
+        except OSError as error:
+            return _reason(error)
+    return None
 
 
-def read_progress(folder: str | Path) -> dict[str, Any]:
-    """``progress`` and ``iteration`` of a run folder's latest checkpoint; no tensor is read.
+def _reason(error: BaseException) -> str:
+    """The system's words where there are any ("No space left on device"), else the error's last line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    system = re.search(r"\[Errno \d+\] ([^:'\"\n]+)", str(error))
+    return system[1].strip() if system else (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
-    Raises:
-        UserError: no complete checkpoint, or one that cannot be read.
-    """
-    source = _latest_checkpoint(folder)
+
+def _free_space(folder: Path) -> str:
     try:
-        common = dist_checkpointing.load_common_state_dict(str(source))
-        return dict(common["progress"]) | {"iteration": common["iteration"]}
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; a torn file fails in many ways
-        raise _unreadable(source, error) from None
-
-
-def _latest_checkpoint(folder: str | Path) -> Path:
-    iteration = latest_iteration(folder)
-    if iteration is None:
-        raise UserError(
-            f"--load {folder}: no complete checkpoint there ({LATEST} is missing); leave --load out to start anew"
-        )
-    source = checkpoint_folder(folder, iteration)
-    if not source.is_dir():
-        raise UserError(
-            f"--load {folder}: {LATEST} names iteration {iteration}, but {source.name} is missing; put an earlier iteration's number into {LATEST}"
-        )
-    return source
-
-
-def _unreadable(source: Path, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [""])[-1]
-    return UserError(
-        f"--load: {source} cannot be read ({type(error).__name__}: {reason}); "
-        f"it is damaged or another model's: put an earlier iteration's number into {LATEST}, or start anew"
-    )
+        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free there"
+    except OSError as error:
+        return f"free space unknown: {error.strerror}"
 
 
 def load_checkpoint(
-    folder: str | Path,
+    source: Path,
     engine: Engine,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-) -> dict[str, Any]:
-    """Loads the latest checkpoint of a run folder into model, optimizer and scheduler; returns its ``progress``.
+) -> None:
+    """Loads a complete checkpoint into model, optimizer and scheduler; collective.
 
     Raises:
-        UserError: no complete checkpoint, or one that cannot be read.
+        UserError: it belongs to another model.
     """
-    source = _latest_checkpoint(folder)
     state = _state(engine, optimizer, is_loading=True)
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
     try:
         loaded = dist_checkpointing.load(state, str(source))
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # the latter is no Exception; a torn file or another model's shapes fail in many ways
-        raise _unreadable(source, error) from None
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        raise UserError(
+            f"--load: {source} cannot be read ({type(error).__name__}: {reason}); its files are complete, so it is "
+            "another model's: give the --hf-path of its run, or start anew in another folder"
+        ) from None
     engine.gpt.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
-    return dict(loaded["progress"]) | {"iteration": loaded["iteration"]}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import yaml
 
-from megatron_solopo.config import Config, ParallelConfig
+from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.data.batches import make_schedule
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import data_parallel_size, place_of, world_size
-from megatron_solopo.training.checkpoint import LATEST, checkpoint_folder
+from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
-from megatron_solopo.training.run import check_folders, check_model, check_vocabulary, load_data
+from megatron_solopo.training.resume import check_folders, find_start, read_progress
+from megatron_solopo.training.run import check_model, check_vocabulary, load_data
 
 
 def describe(config: Config) -> str:
@@ -27,6 +28,7 @@ def describe(config: Config) -> str:
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     training, output = config.training, config.output
+    source = find_start(config)
     schedule = make_schedule(
         len(data.train.groups),
         training.global_batch_size,
@@ -60,11 +62,13 @@ def describe(config: Config) -> str:
         "",
         "# steps",
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all ({schedule.total / schedule.examples:.2f} epochs)",
+        *([f"goes on after step {read_progress(source)['iteration']}, from {source}"] if source else []),
         "",
         "# files",
         f"{output.save}/metrics.jsonl, config.yaml, versions.yaml",
-        f"{checkpoint_folder(output.save, schedule.steps)}/ and {output.save}/{LATEST}"
-        + (f" (also every {output.save_interval} steps)" if output.save_interval else ""),
+        f"{checkpoint_folder(output.save, schedule.steps)}/ ({MANIFEST} last) and {output.save}/{LATEST}"
+        + (f" (also every {output.save_interval} steps)" if output.save_interval else "")
+        + _kept(output),
     ]
     if needs_reference(config.method):
         lines.append(f"{cache_folder(config)}/: reference log-probs")
@@ -72,7 +76,20 @@ def describe(config: Config) -> str:
         lines.append(f"{output.tensorboard_dir}/: TensorBoard events")
     if output.save_hf:
         lines.append(f"{output.save_hf}/: the trained model in Hugging Face format")
+    if output.save_hf_interval:
+        lines.append(
+            f"{checkpoint_folder(output.save_hf, output.save_hf_interval)}/ and so on, every {output.save_hf_interval} "
+            "steps: the model so far in Hugging Face format"
+        )
     return "\n".join(lines)
+
+
+def _kept(output: OutputConfig) -> str:
+    """Which checkpoints stay, where not all do."""
+    if output.keep_last is None and output.save_retain_interval is None:
+        return ""
+    retained = f" and multiples of {output.save_retain_interval}" if output.save_retain_interval else ""
+    return f"; the last {output.keep_last or 1}{retained} stay"
 
 
 def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:

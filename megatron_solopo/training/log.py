@@ -30,13 +30,14 @@ class RunLog:
         self._bar = self._file = self._board = None
         self.earlier: list[dict[str, Any]] = []
         """What the file held of steps before ``first_step``."""
+        self._pending = b""
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)
-        self._file = path.open("a" if first_step else "w", encoding="utf-8", buffering=1)
+        self._file = path.open("ab" if first_step else "wb", buffering=0)
         if tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -57,7 +58,7 @@ class RunLog:
         """
         if not self._active:
             return
-        self._file.write(json.dumps(values | ({"warnings": sorted(warnings)} if warnings else {})) + "\n")
+        self._write(json.dumps(values | ({"warnings": sorted(warnings)} if warnings else {})) + "\n")
         number, split = values["step"], values["split"]
         for text in [*([values["skipped"]] if "skipped" in values else []), *(warnings or {}).values()]:
             self.say(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
@@ -73,8 +74,24 @@ class RunLog:
         elif number % self._interval == 0 or number == self._steps:
             self.say(f"step {number}/{self._steps} " + _summary(values))
 
+    def _write(self, line: str) -> None:
+        """A full disk does not end the run: what did not fit is tried again with the next line."""
+        full = bool(self._pending)
+        self._pending += line.encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not full:
+                self.say(f"warning: {self._file.name} cannot be written ({error.strerror}); its lines wait for space")
+
     def close(self) -> None:
         """Ends the bar and closes the files."""
+        if self._pending:
+            self._write("")
+        if self._pending:
+            lost = self._pending.count(b"\n")
+            self.say(f"warning: the last {lost} lines of {self._file.name} could not be written")
         for thing in (self._bar, self._file, self._board):
             if thing is not None:
                 thing.close()

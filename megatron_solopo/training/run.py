@@ -83,32 +83,6 @@ def load_data(config: Config) -> RunData:
     return RunData(policy["train"], policy.get("valid"), reference)
 
 
-def check_folders(config: Config) -> None:
-    """Refuses to write over an earlier run or an exported model before any work is done."""
-    from megatron_solopo.conversion.safetensors_folder import check_target
-    from megatron_solopo.training.checkpoint import latest_iteration
-
-    save, load = Path(config.output.save), config.output.load
-    if save.exists() and not save.is_dir():
-        raise UserError(f"--save {save}: is not a folder; choose another name")
-    if load is None and latest_iteration(save) is not None:
-        raise UserError(
-            f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save}, or choose another folder"
-        )
-    if load is not None and not _same_folder(load, save) and latest_iteration(save) is not None:
-        raise UserError(
-            f"--save {save}: holds checkpoints of another run than --load {load}; go on in {load}, or choose an empty folder"
-        )
-    if load is not None and latest_iteration(load) is None:
-        raise UserError(f"--load {load}: no complete checkpoint there; leave --load out to start anew")
-    if config.output.save_hf:
-        check_target(Path(config.output.save_hf), config.output.force)
-
-
-def _same_folder(one: str | Path, other: str | Path) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
-
-
 def check_model(config: Config) -> Any:
     """The Hugging Face config, after what can be refused without reading weights or data.
 
@@ -131,21 +105,29 @@ def check_model(config: Config) -> Any:
 
 
 def train(here: Any, config: Config) -> None:
-    """Trains; see the module's first line. ``here`` is the started platform."""
+    """Trains; see the module's first line. ``here`` is the started platform.
+
+    Raises:
+        UserError: a mistake that was found before the first step, a loss that is not finite, or work that could not be
+            saved at the end.
+    """
     import torch.distributed as dist
 
-    from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.data.batches import make_schedule
     from megatron_solopo.losses.solopo import needs_reference
-    from megatron_solopo.training import checkpoint
     from megatron_solopo.training import engine as engines
+    from megatron_solopo.training import resume
+    from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
+    from megatron_solopo.training.exits import StopRequests
+    from megatron_solopo.training.export import delete_earlier_exports, export_model
     from megatron_solopo.training.health import Watch, length_bias
     from megatron_solopo.training.log import RunLog
     from megatron_solopo.training.reference import reference_log_probs
 
     first = dist.get_rank() == 0
     training, output = config.training, config.output
-    check_folders(config)
+    stop = StopRequests(output.exit_signal_handler, output.exit_duration_in_mins)
+    resume.check_folders(config)
     hf_config = check_model(config)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
@@ -159,10 +141,16 @@ def train(here: Any, config: Config) -> None:
     )
     progress = _progress(schedule, data, config)
     resumed = 0
-    if output.load:
-        before = checkpoint.read_progress(output.load)
-        _check_resume(before, progress)
+    source = resume.find_start(config)
+    if source is not None:
+        before = resume.read_progress(source)
+        resume.check_same_run(before, progress)
         resumed = before["iteration"]
+    if resume.nothing_left(config, resumed, schedule.steps):
+        if first:
+            print(f"all {schedule.steps} steps are done and saved in {output.save}; nothing is left", file=sys.stderr)
+        stop.close()
+        return
     engines.initialize_parallel(config)
     engine = engines.build_engine(here, hf_config, config)
     log = RunLog(Path(output.save), schedule.steps, resumed, first, output.tensorboard_dir, output.log_interval)
@@ -177,29 +165,53 @@ def train(here: Any, config: Config) -> None:
         for split, dataset in data.reference.items():
             reference[split] = reference_log_probs(engine, dataset, config, log.say)
     optimizer, scheduler = engines.build_optimizer(engine, training, schedule.steps)
-    if output.load:
-        checkpoint.load_checkpoint(output.load, engine, optimizer, scheduler)
-        log.say(f"going on after step {resumed} of {schedule.steps}")
+    if source is None:
+        delete_earlier_exports(config)
+    else:
+        load_checkpoint(source, engine, optimizer, scheduler)
+        log.say(f"going on after step {resumed} of {schedule.steps} from {source}")
+        if first:
+            resume.go_back(config)
+    here_saved = resumed if source is not None and source.parent.resolve() == Path(output.save).resolve() else 0
+    checkpoints = Checkpoints(config, engine, optimizer, scheduler, here_saved, progress, log.say)
 
     watch = Watch(training.spike_factor)
     watch.replay(log.earlier)
-    for step in range(resumed, schedule.steps):
-        line = train_step(engine, optimizer, scheduler, data.train, schedule, step, config, reference["train"])
+    done, reason = resumed, stop.agreed(here.device)
+    while done < schedule.steps and not reason:
+        line = train_step(engine, optimizer, scheduler, data.train, schedule, done, config, reference["train"])
         log.step(line, watch.see(line))
-        number = step + 1
-        last = number == schedule.steps
-        if data.valid is not None and (last or (training.eval_interval and number % training.eval_interval == 0)):
-            log.step({"step": number, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
-        if last or (output.save_interval and number % output.save_interval == 0):
-            checkpoint.save_checkpoint(output.save, number, engine, optimizer, scheduler, progress)
+        done += 1
+        last = done == schedule.steps
+        checkpoints.poll()
+        if data.valid is not None and (last or _is_due(done, training.eval_interval)):
+            log.step({"step": done, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
+        if _is_due(done, output.save_interval):
+            checkpoints.save(done)
+        if _is_due(done, output.save_hf_interval) and not last:
+            error = export_model(engine, config, done)
+            log.say(f"warning: {error}" if error else f"Hugging Face folder of step {done} in {output.save_hf}")
+        reason = stop.agreed(here.device) if not last else None
+    if done:
+        checkpoints.save(done)
+        checkpoints.finish()
     if watch.skipped:
         log.say(f"skipped {watch.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
     log.close()
-    if output.save_hf:
-        save_folder(engine.gpt, hf_config, config.model.hf_path, output.save_hf, output.force)
-        if first and config.model.chat_template:
-            _carry_template(Path(output.save_hf), Path(config.model.chat_template))
+    stopped = f"stopped by {reason} after step {done} of {schedule.steps}" if reason else None
+    if stopped and not checkpoints.unsaved:
+        log.say(f"{stopped}; " + (f"saved in {output.save}" if done else "nothing was done yet"))
+    unfinished = export_model(engine, config, None) if output.save_hf and not stopped else None
+    if output.save_hf and not (stopped or unfinished):
         log.say(f"Hugging Face folder: {output.save_hf}")
+    stop.close()
+    problems = [text for text in (stopped, checkpoints.unsaved, unfinished) if text]
+    if checkpoints.unsaved or unfinished:
+        raise UserError("; ".join(problems))
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def train_step(
@@ -305,19 +317,6 @@ def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
     }
 
 
-def _check_resume(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on as another run; see `_progress`."""
-    if before["tokens"] != now["tokens"]:
-        raise UserError(
-            "--load: the checkpoint was trained on other examples (data, tokenizer or template changed); give the same --train-data, or start anew"
-        )
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; give the same as before, or start anew"
-            )
-
-
 def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:
     train = data.train
     log.say(
@@ -360,8 +359,3 @@ def _effective(config: Config) -> dict[str, dict[str, Any]]:
 
     idle = unused(config)
     return {section: {k: v for k, v in values.items() if k not in idle} for section, values in config.as_dict().items()}
-
-
-def _carry_template(folder: Path, template: Path) -> None:
-    """The exported folder answers with the template it was trained with."""
-    (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,0 +1,54 @@
+"""When a run stops before its last step: signals and the clock, agreed on by all processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What clusters send before they kill: SIGTERM (Kubernetes, Slurm's preemption, torchrun), SIGUSR1 (Slurm --signal)."""
+
+_CLOCK = 1000
+"""Above every signal's number."""
+
+
+class StopRequests:
+    """Remembers that a run should stop; the loop asks after each step.
+
+    Args:
+        on_signal: --exit-signal-handler: `SIGNALS` no longer end the process.
+        after_minutes: --exit-duration-in-mins, counted from here, or None.
+    """
+
+    def __init__(self, on_signal: bool, after_minutes: float | None) -> None:
+        self._active = on_signal or after_minutes is not None
+        self._deadline = None if after_minutes is None else time.monotonic() + after_minutes * 60
+        self._received = 0
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS} if on_signal else {}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def agreed(self, device: torch.device) -> str | None:
+        """Why all processes stop after this step, or None; collective.
+
+        A signal reaches processes at different steps, and some not at all: what one knows, all know.
+        """
+        if not self._active:
+            return None
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        code = torch.tensor(self._received or (_CLOCK if late else 0), device=device)
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        found = int(code.item())
+        if not found:
+            return None
+        return "--exit-duration-in-mins" if found == _CLOCK else signal.Signals(found).name
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

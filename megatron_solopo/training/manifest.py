@@ -1,0 +1,193 @@
+"""The completeness mark of a checkpoint: ``manifest.json``, written last, names every file with its size and digest.
+
+Nothing here needs Megatron: a run folder can be checked before the engine starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+LATEST = "latest_checkpointed_iteration.txt"
+"""Megatron's name for the file that holds the number of the last complete checkpoint."""
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Raised when the meaning of a checkpoint's content changes."""
+
+WHOLE = 64 * 2**20
+BLOCK, BLOCKS = 2**20, 64
+"""Files up to WHOLE bytes are hashed whole; of larger ones BLOCKS evenly spread blocks, the first and last included.
+
+So a mark costs the same for a checkpoint of any size. A cut, exchanged or zero-filled file is found; a single changed
+bit of a large file may not be.
+"""
+
+
+def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
+    """``iter_0000100``, as Megatron names it."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def iterations(folder: str | Path) -> list[int]:
+    """Numbers of the checkpoint folders of a run, ascending, complete or not."""
+    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in Path(folder).glob("iter_*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest_iteration(folder: str | Path) -> int | None:
+    """The last complete checkpoint of a run folder as its `LATEST` file names it, or None.
+
+    Raises:
+        UserError: the file holds something else than a number.
+    """
+    path = Path(folder) / LATEST
+    if not path.is_file():
+        return None
+    text = path.read_text(errors="replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(
+            f"{path}: must hold the number of an iteration, found {text[:20]!r}"
+            + (_offer(Path(folder)) or "; write the number of a complete one there, or start anew in another folder")
+        )
+    return int(text)
+
+
+def write_latest(folder: Path, iteration: int) -> None:
+    """Names an iteration as the last complete one; atomic."""
+    _write(folder / LATEST, f"{iteration}\n")
+
+
+def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progress: dict[str, Any]) -> None:
+    """Marks a folder whose files are all written as complete; see the module's first lines."""
+    document = {
+        "format": FORMAT,
+        "iteration": iteration,
+        "layout": layout,
+        "progress": progress,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(_files(folder))
+        },
+    }
+    _write(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether the mark was written, without reading what it names."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The mark of a checkpoint, its files not compared.
+
+    Raises:
+        ValueError: what is wrong with it, in a few words.
+    """
+    try:
+        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = document["format"]
+        if version == FORMAT:
+            document["iteration"], document["progress"], document["files"].items()
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing, so its writing was not finished") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise ValueError(f"{MANIFEST} is not readable") from None
+    if version != FORMAT:
+        raise ValueError(f"{MANIFEST} has format {version!r}, this version reads {FORMAT}")
+    return document
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, naming the file; None if it is complete and unchanged."""
+    if not folder.is_dir():
+        return "the folder is missing"
+    try:
+        document = read_manifest(folder)
+        if checkpoint_folder(folder.parent, document["iteration"]).name != folder.name:
+            return f"{MANIFEST} belongs to iteration {document['iteration']}"
+        present = {path.name: path for path in _files(folder)}
+        for name, written in document["files"].items():
+            if name not in present:
+                return f"{name} is missing"
+            size = present[name].stat().st_size
+            if size != written["bytes"]:
+                return f"{name} has {size:,} bytes, {written['bytes']:,} were written"
+            if _digest(present[name]) != written["sha256"]:
+                return f"{name} does not hold what was written"
+        left_over = sorted(present.keys() - document["files"].keys())
+    except ValueError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError) as error:
+        return f"{MANIFEST} or a file it names is not readable ({getattr(error, 'strerror', None) or error})"
+    return f"{left_over[0]} does not belong to it" if left_over else None
+
+
+def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--load") -> Path:
+    """The checkpoint to go on from: the latest, or that of ``ckpt_step``; every file compared with its mark.
+
+    Args:
+        option: the flag that named the folder.
+
+    Raises:
+        UserError: there is none, or it is incomplete or changed; names the file and the previous complete checkpoint.
+    """
+    folder = Path(folder)
+    iteration = latest_iteration(folder) if ckpt_step is None else ckpt_step
+    if iteration is None:
+        raise UserError(
+            f"{option} {folder}: no complete checkpoint there ({LATEST} is missing)"
+            + (_offer(folder) or f"; leave {option} out to start anew")
+        )
+    source = checkpoint_folder(folder, iteration)
+    problem = problem_of(source)
+    if problem:
+        named = f"{option} {folder}" if ckpt_step is None else f"--ckpt-step {ckpt_step}"
+        raise UserError(
+            f"{named}: the checkpoint {source} cannot be used: {problem}"
+            + (
+                _offer(folder, iteration, " in place of --auto-resume, once" if option == "--save" else "")
+                or "; no earlier complete checkpoint is there: start anew in another folder"
+            )
+        )
+    return source
+
+
+def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
+    """Half a sentence: the newest complete checkpoint before an iteration and the flags that take it; or nothing."""
+    for number in reversed(iterations(folder)):
+        if (before is None or number < before) and problem_of(checkpoint_folder(folder, number)) is None:
+            return f"; iteration {number} is complete: go on from it with --load {folder} --ckpt-step {number}{note}"
+    return ""
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a checkpoint consists of; ``.nfs*`` is what NFS leaves of deleted files that are still open."""
+    return [path for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith(".nfs")]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for block in range(BLOCKS):
+            file.seek((size - BLOCK) * block // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+        return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Aside, to the disk, then renamed: a reader sees the old content or the new, whatever happens."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,104 @@
+"""Where a run starts: anew, from a checkpoint of --load, or with --auto-resume from whatever --save holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.config import Config
+from megatron_solopo.conversion.safetensors_folder import check_target
+from megatron_solopo.errors import UserError
+from megatron_solopo.training.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
+
+
+def check_folders(config: Config) -> None:
+    """Refuses to write over an earlier run or an exported model before any work is done.
+
+    Raises:
+        UserError: naming the folder and what to do.
+    """
+    output = config.output
+    save, load = Path(output.save), output.load
+    if save.exists() and not save.is_dir():
+        raise UserError(f"--save {save}: is not a folder; choose another name")
+    begun = latest_iteration(save) is not None
+    if load is None and begun and not output.auto_resume:
+        raise UserError(
+            f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save} or --auto-resume, "
+            "or choose another folder"
+        )
+    if load is not None and not _same_folder(load, save) and begun:
+        raise UserError(
+            f"--save {save}: holds checkpoints of another run than --load {load}; "
+            f"go on in {load}, or choose an empty folder"
+        )
+    if load is not None and not Path(load).is_dir():
+        raise UserError(f"--load {load}: no such folder; leave --load out to start anew")
+    if load is not None and output.ckpt_step is None and latest_iteration(load) is None:
+        find_checkpoint(load, None)
+    if output.save_hf and not (output.auto_resume and begun):
+        going_on = load is not None and _same_folder(load, save)
+        check_target(Path(output.save_hf), output.force, filling=going_on and output.save_hf_interval > 0)
+
+
+def find_start(config: Config) -> Path | None:
+    """The checkpoint to go on from, every file compared with its mark; None starts anew.
+
+    Raises:
+        UserError: see `find_checkpoint`.
+    """
+    output = config.output
+    if output.load is not None:
+        return find_checkpoint(output.load, output.ckpt_step)
+    if output.auto_resume and latest_iteration(output.save) is not None:
+        return find_checkpoint(output.save, None, "--save")
+    return None
+
+
+def nothing_left(config: Config, resumed: int, steps: int) -> bool:
+    """Whether an earlier start of this very command did all its work.
+
+    Raises:
+        UserError: --save-hf is a model, but not of this run.
+    """
+    output = config.output
+    exported = output.save_hf is not None and (Path(output.save_hf) / "config.json").is_file()
+    if output.auto_resume and resumed and output.save_hf and not (exported and resumed == steps):
+        check_target(Path(output.save_hf), output.force, filling=True)
+    return output.auto_resume and resumed == steps and (exported or not output.save_hf)
+
+
+def read_progress(source: Path) -> dict[str, Any]:
+    """``progress`` and ``iteration`` of a complete checkpoint; no tensor is read."""
+    document = read_manifest(source)
+    return document["progress"] | {"iteration": document["iteration"]}
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on as another run: other examples, another order or another schedule.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if before["tokens"] != now["tokens"]:
+        raise UserError(
+            "--load: the checkpoint was trained on other examples (data, tokenizer or template changed); "
+            "give the same --train-data, or start anew"
+        )
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; "
+                "give the same as before, or start anew"
+            )
+
+
+def go_back(config: Config) -> None:
+    """After --ckpt-step in the same folder that iteration is the latest; later ones are written again."""
+    output = config.output
+    if output.ckpt_step is not None and _same_folder(output.load, output.save):
+        write_latest(Path(output.save), output.ckpt_step)
+
+
+def _same_folder(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
