@@ -220,6 +220,9 @@ class OutputConfig:
     )
     force: bool = option(False, "overwrite an existing --save-hf folder")
     tensorboard_dir: str | None = option(None, "write TensorBoard events there")
+    wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE=offline: to files)")
+    wandb_exp_name: str | None = option(None, "name of the Weights & Biases run; default: the run folder's name")
+    wandb_save_dir: str | None = option(None, "folder for Weights & Biases' files; default: the run folder")
     log_interval: int = option(10, "steps between printed lines where no progress bar is shown", minimum=1)
 
 

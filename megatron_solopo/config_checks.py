@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron_solopo.config import LOSSES_WITH_REFERENCE, Config, flag
 from megatron_solopo.errors import UserError
 
@@ -126,6 +128,8 @@ def unused(config: Config) -> dict[str, str]:
         ),
         ("save_retain_interval", output.save_interval > 0, "needs --save-interval"),
         ("async_save", output.save_interval > 0, "needs --save-interval (the last save is always waited for)"),
+        ("wandb_exp_name", output.wandb_project is not None, "needs --wandb-project"),
+        ("wandb_save_dir", output.wandb_project is not None, "needs --wandb-project"),
         ("save_hf_interval", output.save_hf is not None, "needs --save-hf"),
         ("force", config.output.save_hf is not None, "needs --save-hf"),
         ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
@@ -188,6 +192,8 @@ def _check_output(config: Config) -> None:
             "--auto-resume goes on from --save, --load from another place: give one of them"
             " (--load and --ckpt-step once to go back, --auto-resume afterwards)"
         )
+    if output.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb-project: the package wandb is not installed; pip install 'megatron-solopo[wandb]'")
     if output.exit_duration_in_mins == 0:
         raise UserError("--exit-duration-in-mins must be above 0")
     retained, every = output.save_retain_interval, output.save_interval

@@ -72,6 +72,8 @@ def describe(config: Config) -> str:
     ]
     if needs_reference(config.method):
         lines.append(f"{cache_folder(config)}/: reference log-probs")
+    if output.wandb_project:
+        lines.append(f"{output.wandb_save_dir or output.save}/wandb/: Weights & Biases, project {output.wandb_project}")
     if output.tensorboard_dir:
         lines.append(f"{output.tensorboard_dir}/: TensorBoard events")
     if output.save_hf:

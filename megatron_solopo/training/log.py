@@ -1,8 +1,9 @@
-"""What a run tells: one JSON line a step, TensorBoard when asked, a progress bar for a person."""
+"""What a run tells: one JSON line a step, TensorBoard and Weights & Biases when asked, a progress bar for a person."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,38 +11,99 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_solopo.config import OutputConfig
+from megatron_solopo.errors import UserError
+
+
+class TensorBoard:
+    """Scalars as ``train/loss`` and so on; steps after ``first_step`` of an earlier process are hidden."""
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._writer = SummaryWriter(folder, purge_step=first_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The same scalars under the same names, with the run's own step as axis.
+
+    The run's id is kept in the run folder, so that a resumed run goes on with the same curves; a step that is done
+    again after a kill is logged again.
+
+    Raises:
+        UserError: Weights & Biases cannot start (no login, no network).
+    """
+
+    def __init__(self, output: OutputConfig, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        folder = Path(output.save)
+        id_file = folder / "wandb_run_id.txt"
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=output.wandb_project,
+                name=output.wandb_exp_name or folder.name,
+                dir=output.wandb_save_dir or str(folder),
+                id=id_file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                config=dict(settings),
+            )
+        except wandb.Error as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--wandb-project: Weights & Biases cannot start ({reason}); log in with `wandb login`, or set "
+                "WANDB_MODE=offline"
+            ) from None
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()
+
 
 class RunLog:
     """Writes on the first process only; every method does nothing elsewhere.
 
     Args:
-        folder: the run folder; ``metrics.jsonl`` grows there.
+        output: ``metrics.jsonl`` grows in its ``save`` folder.
         steps: steps of the whole run.
         first_step: the step a resumed run goes on after.
         active: whether this process writes.
-        tensorboard_dir: where to write TensorBoard events, or None.
-        log_interval: steps between printed lines where standard error is not a terminal.
+        settings: resolved options by section, for Weights & Biases.
     """
 
     def __init__(
-        self, folder: Path, steps: int, first_step: int, active: bool, tensorboard_dir: str | None, log_interval: int
+        self, output: OutputConfig, steps: int, first_step: int, active: bool, settings: Mapping[str, Any] | None = None
     ) -> None:
-        self._active, self._steps, self._interval = active, steps, log_interval
-        self._bar = self._file = self._board = None
+        self._active, self._steps, self._interval = active, steps, output.log_interval
+        self._bar = self._file = None
+        self._boards: list[TensorBoard | WeightsAndBiases] = []
         self.earlier: list[dict[str, Any]] = []
         """What the file held of steps before ``first_step``."""
         self._pending = b""
         if not active:
             return
+        folder = Path(output.save)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)
         self._file = path.open("ab" if first_step else "wb", buffering=0)
-        if tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._board = SummaryWriter(tensorboard_dir, purge_step=first_step + 1)
+        if output.tensorboard_dir:
+            self._boards.append(TensorBoard(output.tensorboard_dir, first_step))
+        if output.wandb_project:
+            self._boards.append(WeightsAndBiases(output, settings or {}))
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -62,10 +124,9 @@ class RunLog:
         number, split = values["step"], values["split"]
         for text in [*([values["skipped"]] if "skipped" in values else []), *(warnings or {}).values()]:
             self.say(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"{split}/{name}", value, number)
+        scalars = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+        for board in self._boards:
+            board.write(number, scalars)
         if split == "valid":
             self.say(f"step {number} valid " + _summary(values))
         elif self._bar is not None:
@@ -92,7 +153,7 @@ class RunLog:
         if self._pending:
             lost = self._pending.count(b"\n")
             self.say(f"warning: the last {lost} lines of {self._file.name} could not be written")
-        for thing in (self._bar, self._file, self._board):
+        for thing in (self._bar, self._file, *self._boards):
             if thing is not None:
                 thing.close()
 

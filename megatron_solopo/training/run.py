@@ -153,7 +153,7 @@ def train(here: Any, config: Config) -> None:
         return
     engines.initialize_parallel(config)
     engine = engines.build_engine(here, hf_config, config)
-    log = RunLog(Path(output.save), schedule.steps, resumed, first, output.tensorboard_dir, output.log_interval)
+    log = RunLog(output, schedule.steps, resumed, first, _effective(config))
     _announce(log, config, hf_config, data, schedule)
     if bias := length_bias(data.train.chosen_rejected_lengths()):
         log.say(f"warning: {bias}")
