@@ -30,6 +30,8 @@ def told(watch, lines):
 def test_a_quiet_run_is_not_warned_about():
     quiet = [line(n, loss=1 / n, margin=n / 100, logp_chosen=-20 - n / 1000) for n in range(1, 200)]
     assert told(Watch(10), quiet) == {}
+    noisy = [line(n, grad_norm=0.1 if n % 4 == 0 else 2.0) for n in range(1, 200)]  # 20 times the step before, often
+    assert told(Watch(10), noisy) == {}
 
 
 def test_a_spike_is_told_once_and_becomes_usual_if_it_stays():
