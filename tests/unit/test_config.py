@@ -398,6 +398,7 @@ def value_of(config, name):
 
 
 NEEDED_FOR = {
+    "ckpt_step": ["--load", "run"],
     "simpo_gamma": ["--preference-loss", "simpo"],
     "orpo_lambda": ["--preference-loss", "orpo"],
     "longpo_lambda": ["--preference-loss", "longpo", "--context-mode", "long"],
