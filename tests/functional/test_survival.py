@@ -6,7 +6,10 @@ import itertools
 import json
 import os
 import random
+import re
+import shlex
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,8 @@ import pytest
 import torch
 from forked_runs import ForkedRun
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from training_home import Home, furnish
+from training_home import ENVIRONMENT, Home, command, furnish
+from transformers import AutoModelForCausalLM
 
 KILLS = int(os.environ.get("SOLOPO_KILLS", "3"))
 LATEST = "latest_checkpointed_iteration.txt"
@@ -116,3 +120,66 @@ def test_a_run_killed_again_and_again_is_the_unbroken_run(home: Home, processes:
     assert len(list((home.folder / save).glob("iter_???????"))) == 2 and not list(
         (home.folder / save).glob("*.partial*")
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_ends_all_at_the_same_step(home: Home, number: signal.Signals) -> None:
+    """With 0, saved; the same command goes on."""
+    save = f"signal-{number.name}"
+    argv = home.argv(save, "--train-iters", 10000, "--exit-signal-handler", "--auto-resume")
+    for _ in range(2):
+        run = begin(home, argv, 2)
+        goal = lines(home.folder / save) + 3
+        wait_for(lambda goal=goal: lines(home.folder / save) >= goal, run)
+        run.send(number, slice(1, 2))
+        assert run.wait() == [0, 0], run.text()
+        steps = len(timeless(home, save))
+        assert f"stopped by {number.name} after step {steps} of 10000; saved in" in run.text()
+        assert (home.folder / save / LATEST).read_text() == f"{steps}\n"
+    assert "going on after step" in run.text()
+
+
+def test_the_clock_ends_a_run(home: Home) -> None:
+    told = finish(home, home.argv("clock", "--train-iters", 10000, "--exit-duration-in-mins", 0.05))
+    assert "stopped by --exit-duration-in-mins after step" in told
+    assert (home.folder / "clock" / LATEST).read_text().strip() == str(len(timeless(home, "clock"))) or not timeless(
+        home, "clock"
+    )
+
+
+def test_old_checkpoints_go_and_multiples_stay(home: Home) -> None:
+    flags = ["--train-iters", 12, "--save-interval", 2, "--save-hf", home.folder / "kept-hf", "--save-hf-interval", 5]
+    told = finish(home, home.argv("kept", *flags, "--keep-last", 2, "--save-retain-interval", 4))
+    assert sorted(path.name for path in (home.folder / "kept").glob("iter_*")) == [
+        f"iter_{number:07d}" for number in (4, 8, 10, 12)
+    ]
+    for name in ("", "iter_0000005", "iter_0000010"):
+        assert AutoModelForCausalLM.from_pretrained(home.folder / "kept-hf" / name).num_parameters() > 0
+    assert not list((home.folder / "kept-hf").glob("*.partial")) and "Hugging Face folder: " in told
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
+def test_a_save_that_does_not_fit_leaves_the_one_before(home: Home, flags: list[str]) -> None:
+    """A real disk of 800 KiB: the first checkpoint fits, the second does not."""
+    disk = home.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    argv = home.argv(
+        "disk/run", "--train-iters", 6, "--save-interval", 2, "--objective", "sft", *flags, data="chats.jsonl"
+    )
+    script = (
+        f"mount -t tmpfs -o size=800k tmpfs {disk} || exit 77\n{shlex.join(command(argv))}\nstatus=$?\n"
+        f"cat {disk}/run/{LATEST}; wc -l < {disk}/run/metrics.jsonl; ls {disk}/run; exit $status"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("this machine lets no user mount a tmpfs")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    shown = (
+        r"the checkpoint of step {} was not saved in \S+/disk/run \(No space left on device; [\d.]+ MiB free there\); "
+    )
+    shown += "the last complete one is iteration 2"
+    assert re.search(r"^warning: " + shown.format(4) + "; training goes on$", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: " + shown.format(6) + "$", done.stderr, re.M), done.stderr
+    assert done.stdout.split()[:2] == ["2", "6"] and "partial" not in done.stdout
