@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
-import queue
 import re
 import secrets
 import shutil
@@ -42,13 +42,13 @@ def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> di
 class _Results(logging.Handler):
     """What a writer tells its training process: megatron-core's queue, and why a write failed.
 
-    A file instead of megatron-core's manager process, which lives on for ever when a run is killed. The writer only
-    logs the reason of a failure, so that is caught here.
+    Memory that a forked writer shares, instead of megatron-core's manager process, which lives on for ever when a run
+    is killed. The writer only logs the reason of a failure, so that is caught here.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._path, self._reason = path, ""
+        self._memory, self._reason = os.fdopen(os.memfd_create("results"), "w+b"), ""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR and not self._reason:
@@ -57,20 +57,13 @@ class _Results(logging.Handler):
     def put(self, value: Any) -> None:
         if isinstance(value, Exception):
             value = RuntimeError(self._reason or str(value))
-        try:
-            self._path.write_bytes(pickle.dumps(value))
-        except OSError as error:
-            self._reason = str(error)
+        pickle.dump(value, self._memory)
+        self._memory.flush()
 
     def get_nowait(self) -> Any:
-        try:
-            value = pickle.loads(self._path.read_bytes())
-            self._path.unlink()
-        except (OSError, EOFError, pickle.UnpicklingError):
-            if self._reason:
-                return RuntimeError(self._reason)
-            raise queue.Empty from None
-        return value
+        self._memory.seek(0)
+        written = self._memory.read()
+        return pickle.loads(written) if written else RuntimeError("the writing process was killed")
 
 
 @dataclass
@@ -87,13 +80,12 @@ class _Writing:
 class Checkpoints:
     """Saves the checkpoints of a run; every method is collective.
 
-    A run killed at any moment leaves the previous checkpoint as the latest. A save that fails leaves it too, says so,
-    and stands in `unsaved` until a later one succeeds.
+    A run killed at any moment leaves the previous checkpoint as the latest. A save that fails leaves it too, and
+    stands in `unsaved` until a later one succeeds.
 
     Args:
         latest: iteration of the run folder's checkpoint that the run goes on from, or 0.
         progress: plain values that say which run this is.
-        say: prints a line for a person, on the first process.
     """
 
     def __init__(
@@ -104,12 +96,10 @@ class Checkpoints:
         scheduler: OptimizerParamScheduler,
         latest: int,
         progress: dict[str, Any],
-        say: Callable[[str], None],
     ) -> None:
         self._folder, self._output, self._parallel = Path(config.output.save), config.output, config.parallel
         self._engine, self._optimizer, self._scheduler = engine, optimizer, scheduler
-        self._progress, self._say = progress, say
-        self._latest, self._writing = latest, None
+        self._progress, self._latest, self._writing = progress, latest, None
         self.unsaved: str | None = None
         """Why the newest save failed, or None."""
         if dist.get_rank() == 0:
@@ -132,7 +122,7 @@ class Checkpoints:
             return
         state = _state(self._engine, self._optimizer, is_loading=False)
         state |= {"iteration": iteration, "scheduler": self._scheduler.state_dict(), "progress": self._progress}
-        results = _Results(aside / f".results_{dist.get_rank()}")
+        results = _Results()
         with results_queue(results):
             request = dist_checkpointing.save(state, str(aside), async_sharded_save=True, async_strategy="mcore")
         self._writing = _Writing(iteration, aside, request, results)
@@ -199,8 +189,6 @@ class Checkpoints:
             "pipeline": parallel.pipeline_model_parallel_size,
             "context": parallel.context_parallel_size,
         }
-        for path in writing.aside.glob(".results_*"):
-            path.unlink()
         write_manifest(writing.aside, writing.iteration, layout, self._progress)
         target = checkpoint_folder(self._folder, writing.iteration)
         retention.delete([target])
@@ -219,7 +207,6 @@ class Checkpoints:
             f"the checkpoint of step {iteration} was not saved in {self._folder} "
             f"({error}; {_free_space(self._folder)}); {last}"
         )
-        self._say(f"warning: {self.unsaved}")
 
     @staticmethod
     def _log_to(results: _Results | None) -> None:

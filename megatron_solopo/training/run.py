@@ -173,7 +173,7 @@ def train(here: Any, config: Config) -> None:
         if first:
             resume.go_back(config)
     here_saved = resumed if source is not None and source.parent.resolve() == Path(output.save).resolve() else 0
-    checkpoints = Checkpoints(config, engine, optimizer, scheduler, here_saved, progress, log.say)
+    checkpoints = Checkpoints(config, engine, optimizer, scheduler, here_saved, progress)
 
     watch = Watch(training.spike_factor)
     watch.replay(log.earlier)
@@ -183,11 +183,14 @@ def train(here: Any, config: Config) -> None:
         log.step(line, watch.see(line))
         done += 1
         last = done == schedule.steps
+        lost = checkpoints.unsaved
         checkpoints.poll()
         if data.valid is not None and (last or _is_due(done, training.eval_interval)):
             log.step({"step": done, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
-        if _is_due(done, output.save_interval):
+        if _is_due(done, output.save_interval) and not last:
             checkpoints.save(done)
+        if checkpoints.unsaved not in (None, lost):
+            log.say(f"warning: {checkpoints.unsaved}; training goes on")
         if _is_due(done, output.save_hf_interval) and not last:
             error = export_model(engine, config, done)
             log.say(f"warning: {error}" if error else f"Hugging Face folder of step {done} in {output.save_hf}")

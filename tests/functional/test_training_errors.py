@@ -158,6 +158,19 @@ def _torn_checkpoint(folder: Path) -> None:
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+def _exchanged(folder: Path) -> None:
+    """The same size, other bytes."""
+    path = folder / "iter_0000005" / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _torn_with_an_earlier_one(folder: Path) -> None:
+    shutil.copytree(folder / "iter_0000005", folder / "iter_0000002")
+    manifest = folder / "iter_0000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"iteration": 5', '"iteration": 2'))
+    _torn_checkpoint(folder)
+
+
 def _same_ids(records: list[dict]) -> None:
     records[1].update(chosen="unseen", rejected="unknown")  # words beyond the vocabulary are one token
 
@@ -239,10 +252,41 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         r"--load: the checkpoint's run has lr 0.001, this one 0.002",
     ),
     "resume with another model": (_resume("model", hf="wide"), r"iter_0000005 cannot be read"),
-    "checkpoint cut": (_resume("cut", damage=_torn_checkpoint), r"iter_0000005 cannot be read"),
+    "checkpoint cut": (
+        _resume("cut", damage=_torn_checkpoint),
+        r"iter_0000005 cannot be used: __0_0.distcp has [\d,]+ bytes, [\d,]+ were written; no earlier",
+    ),
+    "checkpoint exchanged": (
+        _resume("exchanged", damage=_exchanged),
+        r"cannot be used: __0_0.distcp does not hold what was written; no earlier complete checkpoint is there",
+    ),
+    "checkpoint without metadata": (
+        _resume("headless", damage=lambda f: (f / "iter_0000005/.metadata").unlink()),
+        r"cannot be used: .metadata is missing",
+    ),
+    "checkpoint with a foreign file": (
+        _resume("foreign", damage=lambda f: (f / "iter_0000005/__9_0.distcp").touch()),
+        r"cannot be used: __9_0.distcp does not belong to it",
+    ),
+    "checkpoint without mark": (
+        _resume("unmarked", damage=lambda f: (f / "iter_0000005/manifest.json").unlink()),
+        r"cannot be used: manifest.json is missing, so its writing was not finished",
+    ),
+    "checkpoint cut, an earlier one complete": (
+        _resume("cut-again", damage=_torn_with_an_earlier_one),
+        r"cannot be used: .*; iteration 2 is complete: go on from it with --load \S+/cut-again --ckpt-step 2$",
+    ),
+    "checkpoint of another step": (
+        _resume("step", "--ckpt-step", 3),
+        r"--ckpt-step 3: the checkpoint \S+/iter_0000003 cannot be used: the folder is missing",
+    ),
+    "checkpoint number torn": (
+        _resume("number", damage=lambda f: (f / "latest_checkpointed_iteration.txt").write_text("")),
+        r"must hold the number of an iteration, found ''; iteration 5 is complete: go on from it with .*--ckpt-step 5",
+    ),
     "checkpoint gone": (
         _resume("gone", damage=lambda f: shutil.rmtree(f / "iter_0000005")),
-        r"names iteration 5, but iter_0000005 is missing",
+        r"iter_0000005 cannot be used: the folder is missing",
     ),
 }
 ONLY_IN_A_RUN = ("tensor missing", "tensor left over", "tensor of another shape", "resume", "checkpoint")

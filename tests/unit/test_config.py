@@ -205,6 +205,23 @@ WRONG_FLAGS = {
         r"^--max-tokens-per-rank 2048 is below --seq-length 4096",
     ),
     "reference lost": (argv("--random-init", "--load", "run"), r"^--random-init with --load and dpo"),
+    "checkpoint without --load": (argv("--ckpt-step", "4"), r"^--ckpt-step would have no effect: it needs --load$"),
+    "keeping the only one": (argv("--keep-last", "2"), r"^--keep-last would have no effect: it needs --save-interval"),
+    "retaining the only one": (argv("--save-retain-interval", "2"), r"^--save-retain-interval would have no effect"),
+    "asynchronous end": (argv("--async-save"), r"^--async-save would have no effect: it needs --save-interval"),
+    "export interval without export": (
+        argv("--save-hf-interval", "2"),
+        r"^--save-hf-interval would have no effect: it needs --save-hf$",
+    ),
+    "two starts": (
+        argv("--auto-resume", "--load", "run"),
+        r"^--auto-resume goes on from --save, --load from another place",
+    ),
+    "no minutes": (argv("--exit-duration-in-mins", "0"), r"^--exit-duration-in-mins must be above 0$"),
+    "retained but never saved": (
+        argv("--save-interval", "4", "--save-retain-interval", "6"),
+        r"^--save-retain-interval 6: must be a multiple of --save-interval 4$",
+    ),
     "no file": (argv("--config", "absent.yaml"), r"^--config absent.yaml: no such file$"),
 }
 
@@ -381,6 +398,7 @@ def value_of(config, name):
 
 
 NEEDED_FOR = {
+    "ckpt_step": ["--load", "run"],
     "simpo_gamma": ["--preference-loss", "simpo"],
     "orpo_lambda": ["--preference-loss", "orpo"],
     "longpo_lambda": ["--preference-loss", "longpo", "--context-mode", "long"],
@@ -395,7 +413,9 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
     for name, (section, spec) in OPTIONS.items():
         if name in ("context_parallel_size", "transformer_impl"):
             continue  # one value only in this version
-        context = argv("--valid-data", "v", "--save-hf", "out", "--recompute-granularity", "full")
+        context = argv(
+            "--valid-data", "v", "--save-hf", "out", "--recompute-granularity", "full", "--save-interval", "3"
+        )
         if name == "sequence_parallel":
             context += ["--tensor-model-parallel-size", "2"]
         context += NEEDED_FOR.get(name, [])

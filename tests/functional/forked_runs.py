@@ -1,0 +1,63 @@
+"""Training processes that start in a moment: forked from a server that has imported everything, and killable."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["preloaded"])
+
+
+def _process(argv: list[str], rank: int, processes: int, port: int, told: str) -> None:
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from megatron_solopo.cli import run
+    from megatron_solopo.training.run import main
+
+    sys.exit(run(main, argv))
+
+
+class ForkedRun:
+    """All processes of one start of a run, as torchrun starts them."""
+
+    def __init__(self, argv: list[str], processes: int, told: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told.unlink(missing_ok=True)
+        self.told = told
+        self.processes: list[BaseProcess] = [
+            _context.Process(target=_process, args=(argv, rank, processes, port, str(told)))
+            for rank in range(processes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def send(self, number: signal.Signals, ranks: slice = slice(None)) -> None:
+        for process in self.processes[ranks]:
+            os.kill(process.pid, number)
+
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def wait(self, seconds: float = 240) -> list[int | None]:
+        """Exit statuses; None: still running after ``seconds``, and killed now."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes
+
+    def text(self) -> str:
+        """What the run told on standard error."""
+        return self.told.read_text() if self.told.exists() else ""

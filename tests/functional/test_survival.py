@@ -1,0 +1,185 @@
+"""Runs that are killed, stopped and started again; full disks. SOLOPO_KILLS=20 kills 20 times instead of 3."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_runs import ForkedRun
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from training_home import ENVIRONMENT, Home, command, furnish
+from transformers import AutoModelForCausalLM
+
+KILLS = int(os.environ.get("SOLOPO_KILLS", "3"))
+LATEST = "latest_checkpointed_iteration.txt"
+TIMES = ("seconds", "tokens_per_second", "memory_gib")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return furnish(tmp_path_factory.mktemp("home"))
+
+
+def begin(home: Home, argv: list[str], processes: int = 1) -> ForkedRun:
+    return ForkedRun(argv, processes, home.folder / "stderr.txt")
+
+
+def finish(home: Home, argv: list[str], processes: int = 1) -> str:
+    """Runs to the end; returns what the run told."""
+    run = begin(home, argv, processes)
+    assert run.wait() == [0] * processes, run.text()[-3000:]
+    return run.text()
+
+
+def timeless(home: Home, save: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (home.folder / save / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def content(checkpoint: Path) -> dict[str, Any]:
+    """All that a checkpoint holds: weights, optimizer, schedule, step."""
+    dcp_to_torch_save(checkpoint, checkpoint.with_suffix(".pt"))
+    return torch.load(checkpoint.with_suffix(".pt"), weights_only=False)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def wait_for(moment: Callable[[], Any], run: ForkedRun, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not moment():
+        assert run.alive() and time.monotonic() < deadline, f"the moment did not come\n{run.text()[-3000:]}"
+        time.sleep(0.0005)
+
+
+def reach(kind: str, draw: random.Random, folder: Path, run: ForkedRun) -> None:
+    """Waits until a moment to kill has come."""
+    if kind == "saving":  # a save takes about as long as the random wait
+        seen = set(folder.glob("iter_*.partial-*"))
+        wait_for(lambda: set(folder.glob("iter_*.partial-*")) - seen, run)
+        time.sleep(draw.uniform(0, 0.06))
+    elif kind == "training":
+        goal = lines(folder) + draw.randint(3, 5)
+        wait_for(lambda: lines(folder) >= goal, run)
+        time.sleep(draw.uniform(0, 0.1))
+    else:
+        time.sleep(draw.uniform(0, 5))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_again_and_again_is_the_unbroken_run(home: Home, processes: int) -> None:
+    """Bit for bit: every line of metrics but the times, all that a checkpoint holds, and the exported weights."""
+    save, unbroken = f"killed-{processes}", f"unbroken-{processes}"
+    flags: list[Any] = ["--train-iters", 6 * KILLS + 10, "--save-interval", 2, "--keep-last", 2]
+    flags += ["--valid-data", home.folder / "valid.jsonl", "--eval-interval", 5]
+    finish(home, home.argv(unbroken, *flags, "--save-hf", home.folder / f"{unbroken}-hf"), processes)
+    argv = home.argv(save, *flags, "--save-hf", home.folder / f"{save}-hf", "--auto-resume")
+    draw = random.Random(processes)
+    moments = itertools.cycle(["training", "saving", "saving", "starting"])
+    for number, kind in zip(range(KILLS), moments, strict=False):
+        run = begin(home, argv + ["--async-save"] * (number % 2), processes)
+        reach(kind, draw, home.folder / save, run)
+        run.send(signal.SIGKILL)  # a process that writes in the background lives on
+        assert run.wait() == [-signal.SIGKILL] * processes
+        latest = home.folder / save / LATEST
+        reached = latest.read_text().strip() if latest.is_file() else "none"
+        print(f"kill {number + 1} of {KILLS} while {kind}: {lines(latest.parent)} lines, latest checkpoint {reached}")
+    assert "going on after step" in finish(home, argv, processes)
+    assert "nothing is left" in finish(home, argv, processes)
+    assert timeless(home, save) == timeless(home, unbroken)
+    last = f"iter_{6 * KILLS + 10:07d}"
+    ours, theirs = (content(home.folder / name / last) for name in (save, unbroken))
+    assert same(ours, theirs) and any("exp_avg_sq" in name for name in ours)
+    weights = [home.folder / f"{name}-hf" / "model.safetensors" for name in (save, unbroken)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert len(list((home.folder / save).glob("iter_???????"))) == 2 and not list(
+        (home.folder / save).glob("*.partial*")
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_ends_all_at_the_same_step(home: Home, number: signal.Signals) -> None:
+    """With 0, saved; the same command goes on."""
+    save = f"signal-{number.name}"
+    argv = home.argv(save, "--train-iters", 10000, "--exit-signal-handler", "--auto-resume")
+    for _ in range(2):
+        run = begin(home, argv, 2)
+        goal = lines(home.folder / save) + 3
+        wait_for(lambda goal=goal: lines(home.folder / save) >= goal, run)
+        run.send(number, slice(1, 2))
+        assert run.wait() == [0, 0], run.text()
+        steps = len(timeless(home, save))
+        assert f"stopped by {number.name} after step {steps} of 10000; saved in" in run.text()
+        assert (home.folder / save / LATEST).read_text() == f"{steps}\n"
+    assert "going on after step" in run.text()
+
+
+def test_the_clock_ends_a_run(home: Home) -> None:
+    told = finish(home, home.argv("clock", "--train-iters", 10000, "--exit-duration-in-mins", 0.05))
+    assert "stopped by --exit-duration-in-mins after step" in told
+    assert (home.folder / "clock" / LATEST).read_text().strip() == str(len(timeless(home, "clock"))) or not timeless(
+        home, "clock"
+    )
+
+
+def test_old_checkpoints_go_and_multiples_stay(home: Home) -> None:
+    flags = ["--train-iters", 12, "--save-interval", 2, "--save-hf", home.folder / "kept-hf", "--save-hf-interval", 5]
+    told = finish(home, home.argv("kept", *flags, "--keep-last", 2, "--save-retain-interval", 4))
+    assert sorted(path.name for path in (home.folder / "kept").glob("iter_*")) == [
+        f"iter_{number:07d}" for number in (4, 8, 10, 12)
+    ]
+    for name in ("", "iter_0000005", "iter_0000010"):
+        assert AutoModelForCausalLM.from_pretrained(home.folder / "kept-hf" / name).num_parameters() > 0
+    assert not list((home.folder / "kept-hf").glob("*.partial")) and "Hugging Face folder: " in told
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
+def test_a_save_that_does_not_fit_leaves_the_one_before(home: Home, flags: list[str]) -> None:
+    """A real disk of 800 KiB: the first checkpoint fits, the second does not."""
+    disk = home.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    argv = home.argv(
+        "disk/run", "--train-iters", 6, "--save-interval", 2, "--objective", "sft", *flags, data="chats.jsonl"
+    )
+    script = (
+        f"mount -t tmpfs -o size=800k tmpfs {disk} || exit 77\n{shlex.join(command(argv))}\nstatus=$?\n"
+        f"cat {disk}/run/{LATEST}; wc -l < {disk}/run/metrics.jsonl; ls {disk}/run; exit $status"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("this machine lets no user mount a tmpfs")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    shown = (
+        r"the checkpoint of step {} was not saved in \S+/disk/run \(No space left on device; [\d.]+ MiB free there\); "
+    )
+    shown += "the last complete one is iteration 2"
+    assert re.search(r"^warning: " + shown.format(4) + "; training goes on$", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: " + shown.format(6) + "$", done.stderr, re.M), done.stderr
+    assert done.stdout.split()[:2] == ["2", "6"] and "partial" not in done.stdout
