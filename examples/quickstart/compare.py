@@ -24,7 +24,7 @@ from megatron_solopo.evaluation.report import accuracy_table
 from megatron_solopo.evaluation.results import Evaluation, read_evaluation
 
 SIMPO = "--preference-loss simpo --beta 2 --simpo-gamma 1"
-DPO = "--preference-loss dpo --beta 0.1"
+DPO = "--preference-loss dpo --beta 0.1 --lr 3e-4"
 SHORT_REFERENCE = "--alignment-weight 3 --alignment-reference short"
 RUNS = {
     "SimPO short-PO": f"{SIMPO} --context-mode short",
