@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Runs in this process and runs as a user starts them are compared bit for bit, and sums depend on the threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 # A test that reaches for a model hub must fail at once, not wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

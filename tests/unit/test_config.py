@@ -404,6 +404,8 @@ NEEDED_FOR = {
     "longpo_lambda": ["--preference-loss", "longpo", "--context-mode", "long"],
     "label_smoothing_form": ["--label-smoothing", "0.1"],
     "sft_normalization": ["--sft-weight", "1"],
+    "wandb_exp_name": ["--wandb-project", "p"],
+    "wandb_save_dir": ["--wandb-project", "p"],
     "alignment_huber_delta": ["--alignment-distance", "huber"],
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tiny_models import conversations, preference_groups, write_lines, write_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
     "OMP_NUM_THREADS": "1"
 }
