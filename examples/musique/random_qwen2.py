@@ -1,4 +1,4 @@
-"""A folder to start from on a small machine: Qwen2's shape, vocabulary and tokenizer, few and narrow layers, no weights.
+"""A folder to start from on a small machine: Qwen2's shape, vocabulary and tokenizer, narrow layers, no weights.
 
 The vocabulary has the 151,936 rows of Qwen2's small models, so that log-probs cost what they cost in a real model;
 ``--random-init`` makes the weights. What such a model says means nothing: it is for trying out a set-up on real text.

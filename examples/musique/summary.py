@@ -47,8 +47,10 @@ def lines_of(steps: Sequence[dict[str, Any]], count: int) -> list[str]:
     memory = ", ".join(f"{steps[place - 1]['memory_gib']:.2f} after step {place}" for place in places)
     return [
         *lines,
-        f"{'seconds a step':<24} median {statistics.median(seconds):.2f} (min {min(seconds):.2f}, max {max(seconds):.2f})",
-        f"{'tokens a second':<24} median {statistics.median(speeds):.0f} (min {min(speeds):.0f}, max {max(speeds):.0f}), all processes",
+        f"{'seconds a step':<24} median {statistics.median(seconds):.2f} "
+        f"(min {min(seconds):.2f}, max {max(seconds):.2f})",
+        f"{'tokens a second':<24} median {statistics.median(speeds):.0f} "
+        f"(min {min(speeds):.0f}, max {max(speeds):.0f}), all processes",
         f"{'tokens a step':<24} mean {statistics.mean(tokens):.0f}",
         f"{'padding share':<24} largest {max(step['padding_share'] for step in steps):.4f}",
         f"{'memory_gib':<24} {memory} (peak of the largest process so far)",

@@ -23,7 +23,7 @@ NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and that the config defines."""
 
 EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
-"""With tied embeddings, the last of several pipeline stages holds a copy of the embedding, which Megatron keeps equal."""
+"""With tied embeddings the last of several pipeline stages holds a copy of the embedding; Megatron keeps it equal."""
 
 
 def named_entries(
@@ -75,15 +75,16 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
         left_over.discard("lm_head.weight")
     if left_over:
         raise UserError(
-            f"{folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} ({len(left_over)} such); "
-            "training would lose it"
+            f"{folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} "
+            f"({len(left_over)} such); training would lose it"
         )
     for entry, names, parameter in named_entries(model, hf_config):
         whole = entry.operator.to_megatron([reader.get(name) for name in names])
         part = entry.operator.cut(whole, rank, size, _cut_dimension(parameter))
         if part.shape != parameter.shape:
             raise UserError(
-                f"{folder}: {', '.join(names)} give shape {tuple(part.shape)}, config.json wants {tuple(parameter.shape)}"
+                f"{folder}: {', '.join(names)} give shape {tuple(part.shape)}, "
+                f"config.json wants {tuple(parameter.shape)}"
             )
         parameter.copy_(part)
 

@@ -47,7 +47,8 @@ class TensorReader:
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             raise UserError(
-                f"{folder}: no {SINGLE} and no {INDEX}; give a folder with safetensors weights, or start with --random-init"
+                f"{folder}: no {SINGLE} and no {INDEX}; give a folder with safetensors weights, "
+                "or start with --random-init"
             )
         for name in sorted(set(self._file_of.values())):
             if not (self.folder / name).is_file():

@@ -35,8 +35,8 @@ def data_parallel_size(parallel: ParallelConfig, world: int) -> int:
     if world % copy:
         raise UserError(
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} = {copy} processes a copy of the model, and {world} were started; "
-            f"start a multiple of {copy} (torchrun's --nproc_per_node and --nnodes)"
+            f"{parallel.pipeline_model_parallel_size} = {copy} processes a copy of the model, and {world} were "
+            f"started; start a multiple of {copy} (torchrun's --nproc_per_node and --nnodes)"
         )
     return world // copy
 

@@ -54,14 +54,16 @@ def describe(config: Config) -> str:
         f"vocabulary {hf_config.vocab_size:,} padded to {padded:,}",
         "",
         "# data",
-        f"train: {len(data.train.groups):,} examples, {tokens:,} tokens a pass ({tokens / separate:.2f} of laying every prompt out for each response), "
+        f"train: {len(data.train.groups):,} examples, {tokens:,} tokens a pass "
+        f"({tokens / separate:.2f} of laying every prompt out for each response), "
         f"longest {max(group.longest for group in data.train.groups):,}, dropped {len(data.train.dropped)}",
         *([f"valid: {len(data.valid.groups):,} examples, dropped {len(data.valid.dropped)}"] if data.valid else []),
         f"scored responses: {', '.join(roles(config.method))}"
         + (f"; by the reference: {', '.join(reference_roles(config.method))}" if data.reference else ""),
         "",
         "# steps",
-        f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all ({schedule.total / schedule.examples:.2f} epochs)",
+        f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "
+        f"({schedule.total / schedule.examples:.2f} epochs)",
         *([f"goes on after step {read_progress(source)['iteration']}, from {source}"] if source else []),
         "",
         "# files",

@@ -54,8 +54,8 @@ class Watch:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise UserError(
-                    f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; the last "
-                    "checkpoint is kept: go on from it with a lower --lr"
+                    f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; "
+                    "the last checkpoint is kept: go on from it with a lower --lr"
                 )
             return {}
         self.skipped_in_a_row = 0
@@ -118,14 +118,14 @@ def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[st
     if fell <= max(rose, 0) or fell < FALL * first["alignment_loss"]:
         return {}
     return {
-        SHORT_SIDE: f"the alignment fell from {first['alignment_loss']:.3g} to {now['alignment_loss']:.3g} mostly because "
-        f"the chosen answer's short-context reward fell by {fell:.3g} (the long one changed by {rose:+.3g}): add "
-        "--alignment-stop-short-gradient or lower --alignment-weight"
+        SHORT_SIDE: f"the alignment fell from {first['alignment_loss']:.3g} to {now['alignment_loss']:.3g} mostly "
+        f"because the chosen answer's short-context reward fell by {fell:.3g} (the long one changed by {rose:+.3g}): "
+        "add --alignment-stop-short-gradient or lower --alignment-weight"
     }
 
 
 def length_bias(lengths: Sequence[tuple[int, int]]) -> str | None:
-    """A warning about (chosen, rejected) lengths in tokens that differ so much that length itself is learnt, or None."""
+    """A warning about (chosen, rejected) lengths in tokens so different that length itself may be learnt, or None."""
     if len(lengths) < WINDOW:
         return None
     chosen, rejected = fmean(c for c, _ in lengths), fmean(r for _, r in lengths)

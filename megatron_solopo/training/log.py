@@ -171,7 +171,11 @@ def _summary(values: dict[str, Any]) -> str:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Takes out lines of steps that a killed run did after its last checkpoint; they are done again. Returns the rest."""
+    """Takes out lines of steps that a killed run did after its last checkpoint; they are done again.
+
+    Returns:
+        The lines that stay.
+    """
     kept, earlier = [], []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -160,8 +160,8 @@ def _check(
     if bool((off > 0).any()):
         row, column = divmod(int(off.argmax()), off.shape[1])
         raise UserError(
-            f"{path}: holds {table[row, column]:.4f} for {names[column]} of example {dataset.groups[row].id!r}, the model "
-            f"computes {found[row, column]:.4f}; delete the file, and it is computed again"
+            f"{path}: holds {table[row, column]:.4f} for {names[column]} of example {dataset.groups[row].id!r}, "
+            f"the model computes {found[row, column]:.4f}; delete the file, and it is computed again"
         )
 
 

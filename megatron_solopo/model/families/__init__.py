@@ -44,7 +44,8 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     families = {family.model_type: family for family in (LLAMA, QWEN2)}
     if hf_config.model_type not in families:
         raise UserError(
-            f"config.json: model_type {hf_config.model_type!r} is not supported; supported are {', '.join(sorted(families))}"
+            f"config.json: model_type {hf_config.model_type!r} is not supported; "
+            f"supported are {', '.join(sorted(families))}"
         )
     family = families[hf_config.model_type]
     family.check(hf_config)
