@@ -81,7 +81,8 @@ from megatron_solopo.config import load
 from megatron_solopo.parallel import platform
 
 config, _ = load(sys.argv[1:])
-here = platform.start("cpu", config.parallel.distributed_timeout_minutes)
+here = platform.start("cpu", 5)  # processes may take long to start; the short limit is that of the model's groups
+platform.wait_for_all("start")
 
 from megatron_solopo.training import engine, reference, run
 
@@ -93,9 +94,10 @@ def slow(*arguments):
 
 reference.own_segment_table = slow
 data = run.load_data(config)
+platform.wait_for_all("data")
 engine.initialize_parallel(config)
 built = engine.build_engine(here, run.check_model(config), config)
-platform.wait_for_all("start")
+platform.wait_for_all("engine")
 reference.reference_log_probs(built, data.reference["train"], config)
 platform.stop(here)
 """
