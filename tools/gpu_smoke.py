@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             except UserError as error:
                 figures, status = {"error": str(error)}, "failed"
             except Exception as error:  # whatever a machine does wrong is what this looks for
-                figures, status = {"error": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}, "failed"
+                figures, status = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, "failed"
             _end_model_parallel()
         results[name] = {"status": status, "seconds": round(time.monotonic() - started, 1), **figures}
         told = figures.get("error") or figures.get("skipped") or ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import yaml
 
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
-from megatron_solopo.data.batches import make_schedule
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.platform import choose
@@ -13,7 +12,7 @@ from megatron_solopo.parallel.topology import data_parallel_size, place_of, worl
 from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import check_folders, find_start, read_progress
-from megatron_solopo.training.run import check_model, check_vocabulary, load_data
+from megatron_solopo.training.run import check_model, check_vocabulary, load_data, run_schedule
 
 
 def describe(config: Config) -> str:
@@ -27,16 +26,9 @@ def describe(config: Config) -> str:
     hf_config = check_model(config)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
-    training, output = config.training, config.output
+    output = config.output
     source = find_start(config)
-    schedule = make_schedule(
-        len(data.train.groups),
-        training.global_batch_size,
-        training.train_iters,
-        training.train_epochs,
-        training.seed,
-        config.data.shuffle,
-    )
+    schedule = run_schedule(config, data)
     processes = world_size()
     counts = parameter_count(hf_config)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -116,5 +108,5 @@ def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
         share = f", 1/{copies} of each step's examples" if copies > 1 else ""
         lines.append(f"{rank:>4}  {place.tensor:>6}  {0:>7}  {place.pipeline:>8}  {place.data:>4}   {part}{share}")
     if len(lines) > 64:
-        lines = [*lines[:32], "      ...", *lines[-32:]]
+        lines = [*lines[:32], f"      ... {len(lines) - 64} more", *lines[-32:]]
     return ["rank  tensor  context  pipeline  data   role", *lines]

@@ -83,6 +83,21 @@ def load_data(config: Config) -> RunData:
     return RunData(policy["train"], policy.get("valid"), reference)
 
 
+def run_schedule(config: Config, data: RunData) -> Any:
+    """Which examples each step of the run trains on."""
+    from megatron_solopo.data.batches import make_schedule
+
+    training, examples = config.training, len(data.train.groups)
+    return make_schedule(
+        examples,
+        training.global_batch_size,
+        training.train_iters,
+        training.train_epochs,
+        training.seed,
+        config.data.shuffle,
+    )
+
+
 def check_model(config: Config) -> Any:
     """The Hugging Face config, after what can be refused without reading weights or data.
 
@@ -113,7 +128,6 @@ def train(here: Any, config: Config) -> None:
     """
     import torch.distributed as dist
 
-    from megatron_solopo.data.batches import make_schedule
     from megatron_solopo.losses.solopo import needs_reference
     from megatron_solopo.training import engine as engines
     from megatron_solopo.training import resume
@@ -131,14 +145,7 @@ def train(here: Any, config: Config) -> None:
     hf_config = check_model(config)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
-    schedule = make_schedule(
-        len(data.train.groups),
-        training.global_batch_size,
-        training.train_iters,
-        training.train_epochs,
-        training.seed,
-        config.data.shuffle,
-    )
+    schedule = run_schedule(config, data)
     progress = _progress(schedule, data, config)
     resumed = 0
     source = resume.find_start(config)

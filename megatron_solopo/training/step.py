@@ -67,7 +67,7 @@ def make_packs(
     tokens = [group.tokens(share_prompts) for group in groups]
     costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
     shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
-    # Sequence parallelism cuts a pack evenly; padding always costs less than a second layout of the packs.
+    # Sequence parallelism cuts a pack evenly; without it the few tokens cost little, and the packs stay the same.
     multiple_of = parallel_state.get_tensor_model_parallel_world_size()
     return [
         build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(device)

@@ -103,7 +103,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
     from megatron_solopo.data.packs import build_pack
     from megatron_solopo.losses.solopo import reference_roles, roles
-    from megatron_solopo.training.step import make_packs, run_step, segment_table
+    from megatron_solopo.training.step import run_step, segment_table, step_packs
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
     names = roles(config.method)
@@ -113,14 +113,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
         reference = torch.tensor([[row[name] for name in compared] for row in case["reference"]], dtype=torch.float64)
 
     def packs() -> list[Any]:
-        made = make_packs(
-            dataset,
-            indices,
-            config.training,
-            config.data.share_prompts,
-            engine.hf_config.hidden_size,
-            engine.platform.device,
-        )
+        made = step_packs(engine, dataset, indices, config)
         if case.get("multiple_of"):
             made = [
                 build_pack(

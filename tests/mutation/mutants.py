@@ -12,7 +12,7 @@ CHAT = "tests/unit/test_chat.py -k 'not qwen'"
 LOG_PROBS = "tests/unit/test_log_probs.py"
 PARITY = "tests/unit/test_model_parity.py -k 'one_by_one or double'"
 TOKENS = "tests/unit/test_tokens.py"
-CONFIG = "tests/unit/test_config.py"
+CONFIG = "tests/unit/test_config_wrong.py"
 TRAINING = "tests/functional/test_training.py"
 
 

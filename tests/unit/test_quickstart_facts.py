@@ -22,22 +22,13 @@ def facts():
     return module
 
 
+SIZES = "--train-questions 60 --eval-questions 20 --echoes 64 --lookups 64 --valid-conversations 8".split()
+
+
 @pytest.fixture(scope="module")
 def folder(facts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("facts")
-    sizes = [
-        "--train-questions",
-        "60",
-        "--eval-questions",
-        "20",
-        "--echoes",
-        "64",
-        "--lookups",
-        "64",
-        "--valid-conversations",
-        "8",
-    ]
-    assert facts.main(["--output-dir", str(folder), "--seed", "3", *sizes]) == 0
+    assert facts.main(["--output-dir", str(folder), "--seed", "3", *SIZES]) == 0
     return folder
 
 
@@ -62,24 +53,7 @@ def test_no_evaluation_question_is_asked_in_training(folder):
 
 
 def test_the_same_seed_gives_the_same_bytes(facts, folder, tmp_path):
-    facts.main(
-        [
-            "--output-dir",
-            str(tmp_path),
-            "--seed",
-            "3",
-            "--train-questions",
-            "60",
-            "--eval-questions",
-            "20",
-            "--echoes",
-            "64",
-            "--lookups",
-            "64",
-            "--valid-conversations",
-            "8",
-        ]
-    )
+    facts.main(["--output-dir", str(tmp_path), "--seed", "3", *SIZES])
     for name in (
         "train.jsonl",
         "eval.jsonl",
