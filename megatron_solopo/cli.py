@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_solopo import __version__
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("megatron_solopo.training.run", "preference optimization or sft (pretrain_solopo.py under torchrun)"),
@@ -42,7 +42,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     """Calls ``main(argv)`` and turns a user's mistake into one line on stderr.
 
     Returns:
-        ``main``'s exit status; 2 after a `UserError`; 130 after Ctrl-C.
+        ``main``'s exit status; 2 after a `UserError` or a file that cannot be read or written; 130 after Ctrl-C.
     """
     try:
         return main(argv)
@@ -50,6 +50,11 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         # Under torchrun all ranks write to one terminal, so all but the first say which they are.
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not error.filename:  # then a path alone would not explain it
+            raise
+        print(f"error: {error.filename}: {system_reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,27 +1,14 @@
 """Every option of a training run, once: its meaning, unit, default and section.
 
-Options come from a YAML file with the sections below (underscores) and from the command line (dashes, the
-last word). Names are Megatron's where Megatron has the option. `load` refuses what is unknown, what
-contradicts something else, and what would have no effect.
+Names are Megatron's where Megatron has the option. `config_load` reads them, `config_checks` refuses what contradicts
+something else or would have no effect.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import functools
-import math
-import types
-import typing
 from dataclasses import dataclass, field
-from decimal import Decimal
-from pathlib import Path
 from typing import Any
-
-import yaml
-
-from megatron_solopo.errors import UserError
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, minimum: float | None = None) -> Any:
@@ -246,176 +233,10 @@ class Config:
         return {name: dataclasses.asdict(section) for name, section in self.sections().items()}
 
 
-_SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "explicit"}
-_OWNER = {f.name: (section, f) for section, kind in _SECTIONS.items() for f in dataclasses.fields(kind)}
+SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "explicit"}
+OWNER = {f.name: (section, f) for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
 
 
 def flag(name: str) -> str:
     """``seq_length`` -> ``--seq-length``."""
     return "--" + name.replace("_", "-")
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-@functools.cache  # evaluating annotations is slow, and every option asks
-def _base_type(kind: type, name: str) -> type:
-    annotation = typing.get_type_hints(kind)[name]
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    return annotation
-
-
-def _convert(name: str, value: Any, where: str) -> Any:
-    """The value in the option's type, within its choices and minimum; errors name ``where``."""
-    section, spec = _OWNER[name]
-    kind = _base_type(_SECTIONS[section], name)
-    if value is None:
-        if spec.default is None:
-            return None
-        raise UserError(f"{where}: needs a value ({spec.metadata['help']})")
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{where}: must be true or false, found {value!r}")
-        return value
-    if isinstance(value, bool) or isinstance(value, list | dict):
-        raise UserError(f"{where}: must be {kind.__name__}, found {value!r}")
-    try:
-        number = Decimal(str(value)) if kind is int else None  # exact, and 1e3 is a whole number
-        converted = int(number) if kind is int else kind(value)
-    except (TypeError, ValueError, ArithmeticError):
-        raise UserError(f"{where}: must be {kind.__name__}, found {value!r}") from None
-    if kind is int and number != converted:
-        raise UserError(f"{where}: must be a whole number, found {value!r}")
-    if kind is float and not math.isfinite(converted):
-        raise UserError(f"{where}: must be finite, found {value!r}")
-    choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
-    if choices and converted not in choices:
-        raise UserError(f"{where}: {converted!r} is not one of {', '.join(choices)}{_nearest(str(converted), choices)}")
-    if minimum is not None and converted < minimum:
-        raise UserError(f"{where}: must be at least {minimum}, found {converted}")
-    return converted
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: one group a section; a flag that is not given leaves no trace."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain_solopo.py",
-        description="Train a language model with SoLoPO on Megatron Core. "
-        "Start it under torchrun for several processes.",
-        allow_abbrev=False,
-        exit_on_error=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", default=None, help="YAML with the sections " + ", ".join(_SECTIONS))
-    parser.add_argument("--dry-run", action="store_true", default=False, help="print what would happen; touch nothing")
-    for section, kind in _SECTIONS.items():
-        group = parser.add_argument_group(section, kind.__doc__)
-        for spec in dataclasses.fields(kind):
-            text = spec.metadata["help"].replace("%", "%%")
-            if _base_type(kind, spec.name) is bool:
-                text += f" (default: {'on' if spec.default else 'off'})"
-                group.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, help=text)
-                continue
-            if spec.metadata["choices"]:
-                text += f" [{' | '.join(spec.metadata['choices'])}]"
-            if spec.default is not None:
-                text += f" (default: {spec.default})"
-            group.add_argument(flag(spec.name), metavar=_base_type(kind, spec.name).__name__.upper(), help=text)
-    return parser
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML readers would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, tuple[Any, str]]:
-    """Options of a YAML file: ``{name: (value, "file: section.name")}``.
-
-    Raises:
-        UserError: unreadable YAML, an unknown section or option (with the nearest valid name), or an
-            option in the wrong section.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
-        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: must hold the sections {', '.join(_SECTIONS)}")
-    found: dict[str, tuple[Any, str]] = {}
-    for section, values in document.items():
-        if section not in _SECTIONS:
-            hint = _nearest(str(section), _SECTIONS)
-            raise UserError(f"{path}: unknown section '{section}'{hint}; sections are {', '.join(_SECTIONS)}")
-        if values is None:
-            continue
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: section '{section}' must hold 'name: value' lines")
-        names = [f.name for f in dataclasses.fields(_SECTIONS[section])]
-        for name, value in values.items():
-            if name not in names:
-                hint = f"; it belongs to section '{_OWNER[name][0]}'" if name in _OWNER else _nearest(str(name), names)
-                raise UserError(f"{path}: unknown option '{section}.{name}'{hint}")
-            found[name] = (value, f"{path}: {section}.{name}")
-    return found
-
-
-def load(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """The resolved configuration of a command line, and whether it is a dry run.
-
-    Raises:
-        UserError: see the module's first lines.
-    """
-    parser = build_parser()
-    try:
-        given, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name.split('/')[0]}: {error.message}") from None
-    flags = [text for action in parser._actions for text in action.option_strings]
-    for text in unknown:
-        if text.startswith("--"):
-            raise UserError(f"{text.split('=')[0]}: unknown option{_nearest(text.split('=')[0], flags)}")
-        raise UserError(f"'{text}': unexpected argument; options start with --")
-    values = vars(given)
-    path, dry_run = values.pop("config"), values.pop("dry_run")
-    options = read_yaml(path) if path else {}
-    options |= {name: (value, flag(name)) for name, value in values.items()}
-    config = Config()
-    for name, (value, where) in options.items():
-        setattr(getattr(config, _OWNER[name][0]), name, _convert(name, value, where))
-        config.explicit.add(name)
-    resolve(config)
-    return config, dry_run
-
-
-def resolve(config: Config) -> None:
-    """Fills defaults that depend on other options and refuses contradictions and unused options.
-
-    Raises:
-        UserError: naming the flag and what to change.
-    """
-    from megatron_solopo.config_checks import check
-
-    method = config.method
-    if method.objective == "preference":
-        if method.beta is None and method.preference_loss != "orpo":
-            method.beta = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "longpo": 0.1}[method.preference_loss]
-        if method.alignment_weight is None and method.context_mode == "solo" and method.preference_loss != "longpo":
-            method.alignment_weight = {"dpo": 3.0, "ipo": 3.0, "simpo": 1.0, "orpo": 1.0}[method.preference_loss]
-    check(config)

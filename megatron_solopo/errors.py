@@ -1,4 +1,8 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and what the system says of its own."""
+
+from __future__ import annotations
+
+import re
 
 
 class UserError(Exception):
@@ -7,3 +11,13 @@ class UserError(Exception):
     Commands print it as ``error: <message>`` and exit with status 2; a traceback would only
     hide the line that matters.
     """
+
+
+def system_reason(error: BaseException) -> str:
+    """The system's words where there are any ("No space left on device"), else the error's last line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    system = re.search(r"\[Errno \d+\] ([^:'\"\n]+)|I/O error: ([^(\n]+)", str(error))
+    if system:
+        return (system[1] or system[2]).strip()
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

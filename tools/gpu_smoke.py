@@ -167,7 +167,7 @@ def check_oracle(here: Any, work: Path) -> Figures:
     from transformers import LlamaConfig, Qwen2Config
     from worker import build, gradient_case
 
-    from megatron_solopo import config as configuration
+    from megatron_solopo import config_load
     from megatron_solopo.training.engine import initialize_parallel
 
     write_model(work / "llama", LlamaConfig(**SHAPE, tie_word_embeddings=False))
@@ -181,7 +181,7 @@ def check_oracle(here: Any, work: Path) -> Figures:
     scores: dict[Any, Any] = {}
     for plan, case in zip(ORACLE_PLANS, gradient_cases(world, reference, work, ORACLE_PLANS), strict=True):
         dtype, method_name, model, _, batch = plan
-        config, _ = configuration.load(case["argv"])
+        config, _ = config_load.load(case["argv"])
         if not engines:
             initialize_parallel(config)
         if (model, dtype) not in engines:
@@ -208,7 +208,7 @@ def check_training(here: Any, work: Path) -> Figures:
     from tiny_models import conversations, preference_groups, write_lines, write_model
     from transformers import AutoModelForCausalLM
 
-    from megatron_solopo import config as configuration
+    from megatron_solopo import config_load
     from megatron_solopo.training.run import train
 
     write_model(work / "start")
@@ -224,7 +224,7 @@ def check_training(here: Any, work: Path) -> Figures:
             "--lr", 1e-2 if objective == "sft" else 2e-3, "--device", here.name,
             "--save", out, "--save-hf", work / f"{objective}-hf",
         ]  # fmt: skip
-        train(here, configuration.load(list(map(str, argv)))[0])
+        train(here, config_load.load(list(map(str, argv)))[0])
         _end_model_parallel()
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         first, last = (sum(line["loss"] for line in part) / len(part) for part in (lines[:3], lines[-3:]))

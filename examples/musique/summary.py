@@ -26,7 +26,7 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{folder}: no metrics.jsonl there; give a run folder (--save of the training)")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["split"] == "train"]
+    steps = [line for line in lines if line["split"] == "train" and "skipped" not in line]
     if not steps:
         raise UserError(f"{path}: holds no training step")
     return steps

@@ -100,6 +100,20 @@ def stop(platform: Platform) -> None:
     platform.undo()
 
 
+def lost_process(error: RuntimeError) -> str | None:
+    """What a collective says when another process is gone or does not come, or None for any other error.
+
+    gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own kinds.
+    """
+    text = (str(error).strip().splitlines() or [""])[0]
+    if "Timed out" in text or "timeout" in text.lower():
+        return "another process did not come in time"
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    if "gloo" in text and any(words in text for words in gone) or isinstance(error, dist.DistError):
+        return "another process is gone"
+    return None
+
+
 def first_error(error: str | None) -> str | None:
     """What the lowest-ranked process with an error says, on every process; collective."""
     everyone: list[str | None] = [None] * dist.get_world_size()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.config import Config
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.parallel.cpu_shim import results_queue
 from megatron_solopo.parallel.platform import first_error
 from megatron_solopo.training import retention
@@ -174,11 +173,11 @@ class Checkpoints:
                 function()
             except CheckpointException as error:  # raised on all processes; the first knows the reasons
                 causes = [cause for cause, _ in error.failures.values()]
-                return _reason(causes[0]) if causes else "another process could not write"
+                return system_reason(causes[0]) if causes else "another process could not write"
             except Exception as error:
                 if dist.get_rank() == 0:
                     release_others()
-                return _reason(error)
+                return system_reason(error)
         return None
 
     def _publish(self, writing: _Writing) -> None:
@@ -222,16 +221,8 @@ def _on_first(work: Callable[[], Any]) -> str | None:
         try:
             work()
         except OSError as error:
-            return _reason(error)
+            return system_reason(error)
     return None
-
-
-def _reason(error: BaseException) -> str:
-    """The system's words where there are any ("No space left on device"), else the error's last line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    system = re.search(r"\[Errno \d+\] ([^:'\"\n]+)", str(error))
-    return system[1].strip() if system else (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _free_space(folder: Path) -> str:

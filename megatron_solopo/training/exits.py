@@ -15,6 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _CLOCK = 1000
 """Above every signal's number."""
 
+_STOP = "solopo/stop"
+"""Key of the rendezvous store."""
+
 
 class StopRequests:
     """Remembers that a run should stop; the loop asks after each step.
@@ -40,13 +43,29 @@ class StopRequests:
         """
         if not self._active:
             return None
-        late = self._deadline is not None and time.monotonic() >= self._deadline
-        code = torch.tensor(self._received or (_CLOCK if late else 0), device=device)
+        code = torch.tensor(self._own(), device=device)
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         found = int(code.item())
         if not found:
             return None
         return "--exit-duration-in-mins" if found == _CLOCK else signal.Signals(found).name
+
+    def heard(self) -> bool:
+        """Whether any process should stop, without waiting for the others; for work that they do side by side.
+
+        Once true it stays true, and `agreed` tells why.
+        """
+        if not self._active:
+            return False
+        store = dist.distributed_c10d._get_default_store()
+        if self._own():
+            store.set(_STOP, "stop")
+        return store.check([_STOP])
+
+    def _own(self) -> int:
+        """What this process knows: a signal's number, `_CLOCK`, or 0."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._received or (_CLOCK if late else 0)
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""

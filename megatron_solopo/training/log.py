@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_solopo.config import OutputConfig
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 
 
 class TensorBoard:
@@ -125,8 +125,12 @@ class RunLog:
         for text in [*([values["skipped"]] if "skipped" in values else []), *(warnings or {}).values()]:
             self.say(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
         scalars = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        for board in self._boards:
-            board.write(number, scalars)
+        for board in list(self._boards):
+            try:
+                board.write(number, scalars)
+            except OSError as error:
+                self._boards.remove(board)
+                self.say(f"warning: {type(board).__name__} ends at step {number} ({system_reason(error)})")
         if split == "valid":
             self.say(f"step {number} valid " + _summary(values))
         elif self._bar is not None:
@@ -144,7 +148,9 @@ class RunLog:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not full:
-                self.say(f"warning: {self._file.name} cannot be written ({error.strerror}); its lines wait for space")
+                self.say(
+                    f"warning: {self._file.name} cannot be written ({system_reason(error)}); its lines wait for space"
+                )
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
@@ -154,8 +160,11 @@ class RunLog:
             lost = self._pending.count(b"\n")
             self.say(f"warning: the last {lost} lines of {self._file.name} could not be written")
         for thing in (self._bar, self._file, *self._boards):
-            if thing is not None:
-                thing.close()
+            try:
+                if thing is not None:
+                    thing.close()
+            except OSError as error:
+                self.say(f"warning: the end of {type(thing).__name__} could not be written ({system_reason(error)})")
 
 
 def _summary(values: dict[str, Any]) -> str:

@@ -28,11 +28,11 @@ from torch import Tensor
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.safetensors_folder import TensorReader, state_fingerprint
 from megatron_solopo.data.tokens import TokenDataset
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_roles
 from megatron_solopo.parallel.platform import wait_for_all
 from megatron_solopo.training.engine import Engine, data_parallel
-from megatron_solopo.training.step import over_the_layout, own_segment_table, step_packs
+from megatron_solopo.training.step import make_packs, over_the_layout, own_segment_table
 
 FORMAT = "2"
 """Raised when the meaning of a cache file changes."""
@@ -62,8 +62,12 @@ def cache_folder(config: Config) -> Path:
 
 
 def reference_log_probs(
-    engine: Engine, dataset: TokenDataset, config: Config, say: Callable[[str], None] = lambda text: None
-) -> Tensor:
+    engine: Engine,
+    dataset: TokenDataset,
+    config: Config,
+    say: Callable[[str], None] = lambda text: None,
+    heard: Callable[[], bool] = lambda: False,
+) -> Tensor | None:
     """[examples, reference roles] float64 log-probs, from the cache or computed with the model as it is now.
 
     Must run before training changes the weights. Collective.
@@ -71,6 +75,10 @@ def reference_log_probs(
     Args:
         dataset: the examples with the roles of `reference_roles`.
         say: told in a line what is done.
+        heard: whether any process should stop, asked between batches; see `StopRequests.heard`.
+
+    Returns:
+        None if stopped; what was computed is kept.
 
     Raises:
         UserError: the cache file does not hold what the model computes.
@@ -84,11 +92,16 @@ def reference_log_probs(
             f"reference log-probs of {shape[0]} examples"
             + (f", {int(done.sum())} of them computed before" if done.any() else "")
         )
-        table = _fill(engine, dataset, config, names, path, table, done)
+        table = _fill(engine, dataset, config, names, path, table, done, heard)
+        if table is None:
+            return None
         if dist.get_rank() == 0:
-            _write(path, table, torch.ones(shape[0], dtype=torch.bool))
-            for partial in _partial_files(path):
-                partial.unlink()
+            problem = _write(path, table, torch.ones(shape[0], dtype=torch.bool))
+            if problem:
+                say(f"warning: {problem}; the run goes on, the next one computes them again")
+            else:
+                for partial in _partial_files(path):
+                    partial.unlink()
     elif shape[0]:
         _check(engine, dataset, config, names, path, table)
     wait_for_all("reference")
@@ -118,8 +131,9 @@ def _fill(
     path: Path,
     table: Tensor,
     done: Tensor,
-) -> Tensor:
-    """The whole table: what was done before, and this and the other processes' shares of the rest."""
+    heard: Callable[[], bool],
+) -> Tensor | None:
+    """The whole table: what was done before, and this and the other processes' shares of the rest; None if stopped."""
     rank, _ = data_parallel()
     own_file = path.with_name(f"{path.stem}.{rank}{PARTIAL}")
     # The last stage has the numbers; of the processes that share its layers one writes.
@@ -129,9 +143,15 @@ def _fill(
     saved = time.monotonic()
     engine.model.eval()
     batch = config.training.global_batch_size
+    stopped = torch.zeros((), device=engine.platform.device)
     for first in range(0, len(todo), batch):
+        # Processes that share a model compute together; the others are not waited for.
+        stopped.fill_(heard())
+        dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+        if stopped:
+            break
         indices = todo[first : first + batch]
-        packs = step_packs(engine, dataset, indices, config)
+        packs = make_packs(engine, dataset, indices, config)
         own[indices] = own_segment_table(engine, names, indices, packs).cpu()
         own_done[[index for pack in packs for index in pack.groups]] = True
         if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
@@ -140,6 +160,11 @@ def _fill(
             saved = time.monotonic()
     engine.model.train()
     wait_for_all("reference")
+    dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
+    if stopped:
+        if writes and own_done.any():
+            _write(own_file, table + own, done | own_done)
+        return None
     return table + over_the_layout(own.to(engine.platform.device)).cpu()
 
 
@@ -150,7 +175,7 @@ def _check(
     _, size = data_parallel()
     indices = list(range(min(size, len(dataset.groups))))
     engine.model.eval()
-    found = own_segment_table(engine, names, indices, step_packs(engine, dataset, indices, config))
+    found = own_segment_table(engine, names, indices, make_packs(engine, dataset, indices, config))
     engine.model.train()
     wait_for_all("reference")
     found = over_the_layout(found).cpu()
@@ -182,12 +207,18 @@ def _partial_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.*{PARTIAL}"))
 
 
-def _write(path: Path, table: Tensor, done: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, table: Tensor, done: Tensor) -> str | None:
+    """Writes a file in one piece or leaves the old one; returns what went wrong."""
     aside = path.with_name(path.name + ".aside")
     tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
-    save_file(tensors, aside, metadata={"sha256": _checksum(tensors)})
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, metadata={"sha256": _checksum(tensors)})
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        return f"{path} cannot be written ({system_reason(error)})"
+    return None
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from megatron_solopo import config as configuration
+from megatron_solopo import config_load
 from megatron_solopo.config import Config
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 
 
 def main(argv: list[str] | None = None) -> int:
     """``pretrain_solopo.py`` and ``solopo train``."""
-    config, dry_run = configuration.load(argv)
+    config, dry_run = config_load.load(argv)
     if dry_run:
         from megatron_solopo.training.dry_run import describe
 
@@ -35,9 +35,27 @@ def main(argv: list[str] | None = None) -> int:
     here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
         train(here, config)
+    except RuntimeError as error:
+        lost = platform.lost_process(error)
+        if lost is None:
+            raise
+        raise UserError(
+            f"{lost}; its own message says why, and a slow one needs a larger --distributed-timeout-minutes "
+            f"(now {config.parallel.distributed_timeout_minutes:g}). {resume_hint(config)}"
+        ) from None
     finally:
         platform.stop(here)
     return 0
+
+
+def resume_hint(config: Config) -> str:
+    """What to do after a run that died, in a sentence."""
+    from megatron_solopo.training.manifest import latest_iteration
+
+    iteration = latest_iteration(config.output.save)
+    if iteration is None:
+        return "No checkpoint was written yet: start the run again"
+    return f"The checkpoint of step {iteration} is complete: go on with --auto-resume"
 
 
 def _quiet() -> None:
@@ -170,7 +188,13 @@ def train(here: Any, config: Config) -> None:
     reference: dict[str, Any] = {"train": None, "valid": None}
     if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
         for split, dataset in data.reference.items():
-            reference[split] = reference_log_probs(engine, dataset, config, log.say)
+            reference[split] = reference_log_probs(engine, dataset, config, log.say, stop.heard)
+            if reference[split] is None:
+                reason = stop.agreed(here.device)
+                log.say(f"stopped by {reason} before the first step; the reference log-probs so far are kept")
+                log.close()
+                stop.close()
+                return
     optimizer, scheduler = engines.build_optimizer(engine, training, schedule.steps)
     if source is None:
         delete_earlier_exports(config)
@@ -233,13 +257,13 @@ def train_step(
         UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
     from megatron_solopo.parallel.platform import max_over_processes
-    from megatron_solopo.training.step import run_step, step_packs
+    from megatron_solopo.training.step import make_packs, run_step
 
     begin = time.perf_counter()
     indices = schedule.step(step)
     engine.model.zero_grad_buffer()
     optimizer.zero_grad()
-    packs = step_packs(engine, dataset, indices, config)
+    packs = make_packs(engine, dataset, indices, config)
     sums = run_step(engine, packs, len(indices), config.method, reference)
     means = sums.means()
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
@@ -285,7 +309,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
     """Means of the loss and its metrics over all validation examples."""
     import torch
 
-    from megatron_solopo.training.step import run_step, step_packs
+    from megatron_solopo.training.step import make_packs, run_step
 
     engine.model.eval()
     totals: dict[str, float] = {}
@@ -293,7 +317,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
     with torch.no_grad():
         for first in range(0, len(dataset.groups), batch):
             indices = range(first, min(first + batch, len(dataset.groups)))
-            packs = step_packs(engine, dataset, indices, config)
+            packs = make_packs(engine, dataset, indices, config)
             for name, value in run_step(
                 engine, packs, len(indices), config.method, reference, forward_only=True
             ).values.items():
@@ -353,14 +377,17 @@ def _write_settings(folder: Path, config: Config) -> None:
     options = {
         section: {k: v for k, v in values.items() if v is not None} for section, values in _effective(config).items()
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     versions = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
     versions |= {
         "python": machine.python_version(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "command": sys.argv,
     }
-    (folder / "versions.yaml").write_text(yaml.safe_dump(versions, sort_keys=False), encoding="utf-8")
+    for name, document in (("config.yaml", options), ("versions.yaml", versions)):
+        try:
+            (folder / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--save {folder}: {name} cannot be written ({system_reason(error)})") from None
 
 
 def _effective(config: Config) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.config import Config, MethodConfig, TrainingConfig
+from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.data.batches import attention_cost, plan
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.tokens import TokenDataset
@@ -53,38 +53,23 @@ class StepSums:
         return {name: value / self.groups for name, value in self.values.items()}
 
 
-def make_packs(
-    dataset: TokenDataset,
-    indices: Sequence[int],
-    training: TrainingConfig,
-    share_prompts: bool,
-    hidden_size: int,
-    device: torch.device,
-) -> list[Pack]:
+def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[Pack]:
     """This process's packs of a step, in order; the same number on every process."""
+    training, share_prompts = config.training, config.data.share_prompts
     rank, size = data_parallel()
     groups = [dataset.groups[i] for i in indices]
     tokens = [group.tokens(share_prompts) for group in groups]
-    costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
+    costs = [attention_cost(group, engine.hf_config.hidden_size, share_prompts) for group in groups]
     shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
-    # Sequence parallelism cuts a pack evenly; without it the few tokens cost little, and the packs stay the same.
-    multiple_of = parallel_state.get_tensor_model_parallel_world_size()
+    # Sequence parallelism cuts a pack into even parts.
+    parallel = config.parallel
+    multiple_of = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return [
-        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(device)
+        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(
+            engine.platform.device
+        )
         for share in shares
     ]
-
-
-def step_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[Pack]:
-    """`make_packs` with a run's options."""
-    return make_packs(
-        dataset,
-        indices,
-        config.training,
-        config.data.share_prompts,
-        engine.hf_config.hidden_size,
-        engine.platform.device,
-    )
 
 
 def group_losses(

@@ -139,6 +139,29 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(home: Home, number: s
     assert "going on after step" in run.text()
 
 
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [(signal.SIGKILL, "another process is gone"), (signal.SIGSTOP, "another process did not come in time")],
+)
+def test_a_lost_process_is_told_in_one_line(home: Home, number: signal.Signals, answer: str) -> None:
+    """A killed one closes its connections; a stopped one is noticed when the time of a collective is over."""
+    save = f"lost-{number.name}"
+    flags = ["--train-iters", 100000, "--save-interval", 2, "--keep-last", 1, "--distributed-timeout-minutes", 0.25]
+    run = begin(home, home.argv(save, *flags), 2)
+    wait_for((home.folder / save / LATEST).is_file, run)
+    run.send(number, slice(1, 2))
+    run.processes[0].join(120)
+    assert run.processes[0].exitcode == 2, run.text()
+    run.processes[1].kill()
+    told = [line for line in run.text().splitlines() if not line.startswith("step ")]
+    assert re.fullmatch(
+        rf"error: {answer}; its own message says why, and a slow one needs a larger --distributed-timeout-minutes "
+        r"\(now 0.25\). The checkpoint of step \d+ is complete: go on with --auto-resume",
+        told[-1],
+    ), run.text()
+    assert "Traceback" not in run.text()
+
+
 def test_the_clock_ends_a_run(home: Home) -> None:
     told = finish(home, home.argv("clock", "--train-iters", 10000, "--exit-duration-in-mins", 0.05))
     assert "stopped by --exit-duration-in-mins after step" in told

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_solopo import config as configuration
+from megatron_solopo import config_load
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import platform
 
@@ -103,7 +103,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
     from megatron_solopo.data.packs import build_pack
     from megatron_solopo.losses.solopo import reference_roles, roles
-    from megatron_solopo.training.step import run_step, segment_table, step_packs
+    from megatron_solopo.training.step import make_packs, run_step, segment_table
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
     names = roles(config.method)
@@ -113,7 +113,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
         reference = torch.tensor([[row[name] for name in compared] for row in case["reference"]], dtype=torch.float64)
 
     def packs() -> list[Any]:
-        made = step_packs(engine, dataset, indices, config)
+        made = make_packs(engine, dataset, indices, config)
         if case.get("multiple_of"):
             made = [
                 build_pack(
@@ -163,7 +163,7 @@ def main() -> None:
     engines: dict[str, Any] = {}
     layout = None
     for case in job["gradients"]:
-        config, _ = configuration.load(case["argv"])
+        config, _ = config_load.load(case["argv"])
         if layout != config.parallel:
             parallel_state.destroy_model_parallel()
             engines.clear()
@@ -181,7 +181,7 @@ def main() -> None:
             cut(*map(Path, run["cut"][:2]), run["cut"][2])
         dist.barrier()
         try:
-            train(here, configuration.load(run["argv"])[0])
+            train(here, config_load.load(run["argv"])[0])
             results[run["name"]] = "done"
         except UserError as error:
             results[run["name"]] = str(error)

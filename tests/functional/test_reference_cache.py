@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from training_home import ENVIRONMENT, ROOT, Home, furnish
 
 from megatron_solopo.cli import run
 from megatron_solopo.training.run import main
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.C
 
 SLOW = """
 import sys, time
-from megatron_solopo.config import load
+from megatron_solopo.config_load import load
 from megatron_solopo.parallel import platform
 
 config, _ = load(sys.argv[1:])
@@ -110,11 +113,47 @@ def test_a_slow_process_delays_the_others_and_never_times_them_out(home: Home, t
         "slow/run", "--train-iters", 1, "--global-batch-size", 10, "--distributed-timeout-minutes", 0.15,
         "--reference-cache", home.folder / "slow",
     )  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*launch, str(tmp_path / "slow.py"), *argv], env=environment, capture_output=True, text=True, timeout=300
+        [*TWO, str(tmp_path / "slow.py"), *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = load_file(home.folder / "slow" / cache(home).name)["log_probs"]
+    torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
+
+
+SIGNALLED = """
+import os, signal, sys
+from megatron_solopo.cli import run
+from megatron_solopo.training import reference, run as training
+
+own, calls = reference.own_segment_table, []
+
+def with_signal(*arguments):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return own(*arguments)
+
+reference.own_segment_table = with_signal
+sys.exit(run(training.main))
+"""
+
+
+def test_a_signal_while_the_reference_is_computed_keeps_what_is_done(home: Home, tmp_path: Path) -> None:
+    """It comes to one process in its second of five batches; both end with 0, and the next start goes on from there."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    flags = ["--train-iters", 2, "--global-batch-size", 2, "--exit-signal-handler", "--auto-resume"]
+    argv = home.argv("signalled/run", *flags, "--reference-cache", home.folder / "signalled")
+    done = subprocess.run(
+        [*TWO, str(tmp_path / "signalled.py"), *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "stopped by SIGUSR1 before the first step; the reference log-probs so far are kept\n" in done.stderr
+    assert not list((home.folder / "signalled" / "run").glob("iter_*"))
+    again = subprocess.run(
+        [*TWO, str(ROOT / "pretrain_solopo.py"), *argv], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert re.search(r"reference log-probs of 10 examples, [2-9] of them computed before", again.stderr)
+    found = load_file(home.folder / "signalled" / cache(home).name)["log_probs"]
     torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 import signal
 import subprocess
 import time
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -18,7 +20,7 @@ from tiny_models import SHAPE
 from training_home import ENVIRONMENT, Home, as_a_user, command, furnish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_solopo import config as configuration
+from megatron_solopo import config_load
 from megatron_solopo.cli import run
 from megatron_solopo.training.run import main
 
@@ -95,6 +97,16 @@ def test_the_loss_falls_on_an_easy_set(home: Home, sft: Any) -> None:
     assert lines[0]["tokens"] > 0 and lines[0]["padding_share"] == 0
 
 
+def test_training_draws_nothing(home: Home) -> None:
+    """Checkpoints hold no random state because none is used: a run leaves the generators as its seed set them."""
+    before = random.getstate(), numpy.random.get_state()[1].tolist()
+    assert run(main, home.argv("drawn/run", "--seed", 7, "--context-mode", "short", "--train-iters", 2)) == 0
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before
+    drawn = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
 def test_learning_rate_warms_up_and_decays(home: Home, sft: Any) -> None:
     rates = [line["lr"] for line in home.metrics("sft")]
     assert rates[:6] == pytest.approx([2e-2 * k / 6 for k in range(1, 7)])
@@ -134,8 +146,8 @@ def test_the_exported_folder_generates_what_was_taught(home: Home, sft: Any) -> 
 
 def test_config_yaml_starts_the_same_run_again(home: Home, dpo: str) -> None:
     path = home.folder / dpo / "config.yaml"
-    again, _ = configuration.load(["--config", str(path)])
-    first, _ = configuration.load(home.argv(dpo))
+    again, _ = config_load.load(["--config", str(path)])
+    first, _ = config_load.load(home.argv(dpo))
     assert again.as_dict()["method"] == first.as_dict()["method"]
     assert dataclasses.replace(again.training, eval_interval=0) == first.training
     assert (

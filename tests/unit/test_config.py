@@ -8,8 +8,9 @@ import pytest
 import yaml
 from option_lines import argv
 
-from megatron_solopo.config import Config, build_parser, flag, load
+from megatron_solopo.config import Config, flag
 from megatron_solopo.config_checks import unused
+from megatron_solopo.config_load import build_parser, load
 from megatron_solopo.training.run import _effective, _write_settings
 
 SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if f.name != "explicit"]

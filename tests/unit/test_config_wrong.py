@@ -5,7 +5,7 @@ import re
 import pytest
 from option_lines import argv
 
-from megatron_solopo.config import load
+from megatron_solopo.config_load import load
 from megatron_solopo.errors import UserError
 
 

@@ -86,12 +86,13 @@ def test_a_group_weighs_the_same_however_it_is_packed(trained: Any, name: str, m
     from megatron_solopo.training.step import make_packs, run_step
 
     engine, hf = trained
-    method, training = METHODS[name], TrainingConfig(micro_batch_size=micro_batch_size)
+    method = METHODS[name]
+    config = Config(method=method, training=TrainingConfig(micro_batch_size=micro_batch_size))
     dataset = draw(method)
     table = -10 * torch.rand(GROUPS, len(reference_roles(method)), generator=torch.Generator().manual_seed(1))
     loss, gradient = expected(hf, dataset, table, method)
     engine.model.zero_grad_buffer()
-    packs = make_packs(dataset, range(GROUPS), training, True, SHAPE["hidden_size"], engine.platform.device)
+    packs = make_packs(engine, dataset, range(GROUPS), config)
     assert sorted(len(pack.groups) for pack in packs) == {1: [1] * 5, 2: [1, 2, 2], 5: [5]}[micro_batch_size]
     sums = run_step(engine, packs, GROUPS, method, table)
     assert sums.means()["loss"] == pytest.approx(loss, rel=1e-5)
