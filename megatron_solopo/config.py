@@ -141,7 +141,10 @@ class ParallelConfig:
     sequence_parallel: bool = option(
         False, "processes that share a layer also share its norms and residuals, by tokens"
     )
-    context_parallel_size: int = option(1, "processes that share each sequence; 1 in this version", minimum=1)
+    context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
+    cp_comm_type: str = option(
+        "all_gather", "how they exchange keys and values; all_gather: those of one layer at a time", ("all_gather",)
+    )
     distributed_timeout_minutes: float = option(
         30.0, "how long a collective waits for a slow process, minutes", minimum=0.1
     )
@@ -157,7 +160,8 @@ class TrainingConfig:
     micro_batch_size: int = option(8, "most examples packed into one forward pass of a process", minimum=1)
     max_tokens_per_rank: int | None = option(
         None,
-        "most tokens packed into one forward pass of a process; default: no limit beyond --micro-batch-size",
+        "most tokens of a forward pass that one process computes (a pack holds --context-parallel-size times as many); "
+        "default: no limit beyond --micro-batch-size",
         minimum=1,
     )
     lr: float = option(1e-6, "peak learning rate", minimum=0)

@@ -120,6 +120,7 @@ def unused(config: Config) -> dict[str, str]:
             config.parallel.tensor_model_parallel_size > 1,
             "needs --tensor-model-parallel-size above 1",
         ),
+        ("cp_comm_type", config.parallel.context_parallel_size > 1, "needs --context-parallel-size above 1"),
         ("ckpt_step", output.load is not None, "needs --load"),
         (
             "keep_last",
@@ -150,8 +151,11 @@ def _check_unused(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     size = config.parallel.context_parallel_size
-    if size != 1:
-        raise UserError(f"--context-parallel-size {size}: this version does not split sequences; set it to 1")
+    if size > 1 and config.parallel.device == "cuda" and not config.model.bf16:
+        raise UserError(
+            f"--context-parallel-size {size} with --device cuda needs --bf16: its attention merges parts of a sequence "
+            "by the flash kernel's log-sum-exps, and that kernel takes 16 bits"
+        )
 
 
 def _check_training(config: Config) -> None:
@@ -169,10 +173,11 @@ def _check_training(config: Config) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(training, name) >= 1:
             raise UserError(f"{flag(name)} {getattr(training, name)}: must be below 1")
-    most, longest = training.max_tokens_per_rank, config.data.seq_length
-    if most is not None and most < longest:
+    most, longest, ranks = training.max_tokens_per_rank, config.data.seq_length, config.parallel.context_parallel_size
+    if most is not None and most * ranks < longest:
+        times = f" x --context-parallel-size {ranks}" if ranks > 1 else ""
         raise UserError(
-            f"--max-tokens-per-rank {most} is below --seq-length {longest}: "
+            f"--max-tokens-per-rank {most}{times} is below --seq-length {longest}: "
             "one example might not fit; raise it or lower --seq-length"
         )
     loss = config.method.preference_loss

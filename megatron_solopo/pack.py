@@ -17,11 +17,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` tokens of the pack from ``start``; ``prompt`` is the index of the piece it continues, if any."""
+    """``length`` tokens of the pack from ``start``, then ``padding`` that nothing else sees; ``prompt`` is the index of
+    the piece it continues, if any."""
 
     start: int
     length: int
     prompt: int | None = None
+    padding: int = 0
+
+    @property
+    def slot(self) -> int:
+        """Tokens with padding."""
+        return self.length + self.padding
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Pack:
         segment_roles: the role of each segment ("short_chosen", ...).
         segment_lengths: [N] int64, learnt tokens of each segment.
         groups: the indices of the groups in the data set; empty for a pack that only keeps others company.
-        padding: tokens at the end that belong to no group.
+        padding: tokens that belong to no group, behind pieces and at the end.
     """
 
     tokens: Tensor

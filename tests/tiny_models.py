@@ -28,6 +28,9 @@ SHAPE: dict[str, Any] = dict(
     max_position_embeddings=256,
 )
 
+WIDE = SHAPE | dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+"""Can be cut in four, by heads and by layers."""
+
 
 def write_model(
     folder: Path,

@@ -1,4 +1,4 @@
-"""Groups laid side by side in one pack, without padding between them (pack.py tells what a pack is)."""
+"""Groups laid side by side in one pack (pack.py tells what a pack is)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def build_pack(
     indices: Sequence[int],
     share_prompts: bool = True,
     multiple_of: int = 1,
+    piece_multiple_of: int = 1,
 ) -> Pack:
     """Packs groups; with no group, a pack of padding that has no segment (weight zero).
 
@@ -23,9 +24,10 @@ def build_pack(
         groups: the groups.
         indices: their indices in the data set.
         share_prompts: False repeats the prompt before each of its continuations.
-        multiple_of: the number of tokens is padded up to a multiple of this.
+        multiple_of: the number of tokens is padded up to a multiple of this, itself a multiple of the next.
+        piece_multiple_of: each piece is padded up to a multiple of this; context parallelism cuts it so.
     """
-    builder = _Builder()
+    builder = _Builder(piece_multiple_of)
     for number, group in enumerate(groups):
         for prompt in group.prompts:
             if share_prompts:
@@ -36,16 +38,17 @@ def build_pack(
                 for continuation in prompt.continuations:
                     builder.add_joined(prompt.ids, continuation, number)
     size = len(builder.tokens)
-    padding = (-size) % multiple_of if size else multiple_of
-    if padding:
-        builder.add_piece([0] * padding, 0, None)
-    return builder.finish(tuple(indices), padding)
+    at_the_end = (-size) % multiple_of if size else multiple_of
+    if at_the_end:
+        builder.add_piece([0] * at_the_end, 0, None)
+    return builder.finish(tuple(indices), builder.padding + at_the_end)
 
 
 class _Builder:
     """Grows the lists of a pack."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece_multiple_of: int) -> None:
+        self.piece_multiple_of, self.padding = piece_multiple_of, 0
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.pieces: list[Piece] = []
@@ -57,9 +60,12 @@ class _Builder:
         self.segment_lengths: list[int] = []
 
     def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None) -> int:
-        self.pieces.append(Piece(len(self.tokens), len(ids), prompt))
-        self.tokens.extend(ids)
-        self.positions.extend(range(first_position, first_position + len(ids)))
+        padding = -len(ids) % self.piece_multiple_of
+        piece = Piece(len(self.tokens), len(ids), prompt, padding)
+        self.pieces.append(piece)
+        self.tokens.extend([*ids, *[0] * padding])
+        self.positions.extend(range(first_position, first_position + piece.slot))
+        self.padding += padding
         return len(self.pieces) - 1
 
     def add_continuation(self, prompt_ids: Sequence[int], continuation: Continuation, prompt: int, group: int) -> None:

@@ -53,12 +53,16 @@ class TokenGroup:
         kept = (Prompt(p.ids, tuple(c for c in p.continuations if c.role in roles)) for p in self.prompts)
         return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.continuations))
 
-    def tokens(self, share_prompts: bool) -> int:
-        """Tokens that one forward pass computes for this group (the last of a continuation is only predicted)."""
-        return sum(
-            len(p.ids) * (1 if share_prompts else len(p.continuations)) + sum(len(c.ids) - 1 for c in p.continuations)
-            for p in self.prompts
-        )
+    def tokens(self, share_prompts: bool, multiple_of: int = 1) -> int:
+        """Tokens that one forward pass computes for this group (the last of a continuation is only predicted), each
+        piece padded to a multiple."""
+
+        def slot(length: int) -> int:
+            return -(-length // multiple_of) * multiple_of
+
+        if share_prompts:
+            return sum(slot(len(p.ids)) + sum(slot(len(c.ids) - 1) for c in p.continuations) for p in self.prompts)
+        return sum(slot(len(p.ids) + len(c.ids) - 1) for p in self.prompts for c in p.continuations)
 
     def separate_tokens(self) -> int:
         """Tokens of every prompt with every continuation, the count that sharing saves on."""

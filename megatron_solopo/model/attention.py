@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_solopo.model.context_attention import SpanLayout, span_attention
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.pack import Pack
+from megatron_solopo.parallel.context import rows_of, spans_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class PackLayout(PackedSeqParams):
         keys: [sum of count x seen] rows whose keys and values each block sees, prompt first; None likewise.
         order: [S] where each row's output stands in the blocks' outputs: the inverse of ``queries``.
         cos, sin: [S, 1, head_dim] of each token's position.
+        context: the attention of a pack that is spread over context-parallel ranks, in place of blocks; all above
+            then speaks of this rank's rows.
     """
 
     blocks: tuple[Block, ...] = ()
@@ -49,6 +54,7 @@ class PackLayout(PackedSeqParams):
     order: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    context: SpanLayout | None = None
 
 
 def layout_of(pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype) -> PackLayout:
@@ -56,7 +62,7 @@ def layout_of(pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype) ->
     shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, piece in enumerate(pack.pieces):
         prompt = 0 if piece.prompt is None else pack.pieces[piece.prompt].length
-        shapes[(prompt, piece.length)].append(number)
+        shapes[(prompt, piece.slot)].append(number)
     blocks, queries, keys = [], [], []
     for (prompt_length, own), numbers in shapes.items():
         blocks.append(Block(len(numbers), own, prompt_length + own))
@@ -79,6 +85,22 @@ def layout_of(pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype) ->
         cos=cos,
         sin=sin,
     )
+
+
+def split_layout(
+    pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype, group: dist.ProcessGroup
+) -> tuple[PackLayout, Tensor]:
+    """The layout of a rank's part of a pack, and [S / cp] the rows of the pack that it computes."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    gathered = np.concatenate([rows_of(pack.pieces, other, size) for other in range(size)])
+    device = pack.tokens.device
+    gathered_rows = torch.from_numpy(gathered).to(device)
+    own = gathered_rows.view(size, -1)[rank]
+    cos, sin = frequencies(pack.positions[own], dtype)
+    context = SpanLayout(
+        spans_of(pack.pieces, rank, size), gathered_rows, torch.from_numpy(np.argsort(gathered)).to(device), group
+    )
+    return PackLayout(qkv_format="thd", cos=cos, sin=sin, context=context), own
 
 
 def _rows(rows: np.ndarray, tokens: Tensor) -> Tensor | None:
@@ -120,6 +142,8 @@ class PackedAttention(nn.Module):
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
         query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
+        if layout.context is not None:
+            return span_attention(query, key, value, layout.context, self.softmax_scale).flatten(1)
         own = [block.count * block.own for block in layout.blocks]
         seen = [block.count * block.seen for block in layout.blocks]
         # One gather and one split: slicing block by block would cost a pack-sized gradient for each block.

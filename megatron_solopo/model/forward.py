@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_solopo.model.attention import layout_of
+from megatron_solopo.model.attention import layout_of, split_layout
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.pack import Pack
@@ -40,21 +44,34 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
     """
 
     sequence_parallel = get_model_config(model).sequence_parallel
+    context = None
+    tokens, predictors, targets, segments = pack.tokens, pack.predictors, pack.targets, pack.segments
+    if parallel_state.get_context_parallel_world_size() == 1:
+        layout = layout_of(pack, head.frequencies, dtype)
+    else:
+        context = parallel_state.get_context_parallel_group()
+        layout, own = split_layout(pack, head.frequencies, dtype, context)
+        place = torch.full_like(tokens, -1)
+        place[own] = torch.arange(own.numel(), device=own.device)
+        here = place[predictors] >= 0
+        tokens, predictors, targets, segments = tokens[own], place[predictors][here], targets[here], segments[here]
 
     def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
         weight = output_layer.weight if output_weight is None else output_weight
         if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the processes itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        states = hidden_states[:, 0].index_select(0, pack.predictors)  # [S, 1, H] -> [R, H]
+        states = hidden_states[:, 0].index_select(0, predictors)  # [S, 1, H] -> [R, H]
         shared = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if shared else None
-        log_probs = response_log_probs(states, weight, pack.targets, head.vocab_size, head.chunk_size, group)
-        return segment_sums(log_probs, pack.segments, len(pack.segment_roles))
+        log_probs = response_log_probs(states, weight, targets, head.vocab_size, head.chunk_size, group)
+        sums = segment_sums(log_probs, segments, len(pack.segment_roles))
+        # Every context-parallel rank goes on with the whole sums, and its gradient is that of its own tokens.
+        return sums if context is None else reduce_from_tensor_model_parallel_region(sums, context)
 
     return model(
-        input_ids=pack.tokens[None],
+        input_ids=tokens[None],
         position_ids=None,  # positions act through the layout's RoPE
         attention_mask=None,
-        packed_seq_params=layout_of(pack, head.frequencies, dtype),
+        packed_seq_params=layout,
         output_processor=process,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.config import Config, ParallelConfig
+from megatron_solopo.config import Config, ParallelConfig, flag
 from megatron_solopo.errors import UserError
 
 
@@ -16,6 +17,7 @@ class Place:
     """A process's place in each kind of parallelism, counted from 0."""
 
     tensor: int
+    context: int
     data: int
     pipeline: int
 
@@ -31,20 +33,42 @@ def data_parallel_size(parallel: ParallelConfig, world: int) -> int:
     Raises:
         UserError: the processes do not divide into whole copies.
     """
-    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    sizes = {
+        name: getattr(parallel, name)
+        for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+    }
+    copy = math.prod(sizes.values())
     if world % copy:
+        cuts = " x ".join(f"{flag(name)} {size}" for name, size in sizes.items() if size > 1)
         raise UserError(
-            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} = {copy} processes a copy of the model, and {world} were "
-            f"started; start a multiple of {copy} (torchrun's --nproc_per_node and --nnodes)"
+            f"{cuts} = {copy} processes a copy of the model, and {world} were started; start "
+            f"{_nearest_multiples(world, copy)} (torchrun's --nproc_per_node and --nnodes)"
         )
     return world // copy
 
 
+def _nearest_multiples(number: int, of: int) -> str:
+    """ "4 or 8" around 6; only the larger one where the smaller is none."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 def place_of(rank: int, parallel: ParallelConfig, world: int) -> Place:
-    """Megatron's order: tensor-parallel processes are neighbours, then data-parallel ones, then pipeline stages."""
-    tensor, data = parallel.tensor_model_parallel_size, data_parallel_size(parallel, world)
-    return Place(rank % tensor, rank // tensor % data, rank // (tensor * data))
+    """Megatron's order: tensor-parallel processes are neighbours, then context, data, and last pipeline stages."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    data = data_parallel_size(parallel, world)
+    rest, own_tensor = divmod(rank, tensor)
+    rest, own_context = divmod(rest, context)
+    own_pipeline, own_data = divmod(rest, data)
+    return Place(own_tensor, own_context, own_data, own_pipeline)
+
+
+def nearest_divisors(size: int, *numbers: int) -> str:
+    """The common divisors of ``numbers`` around ``size``: "2 or 4"."""
+    common = math.gcd(*numbers)
+    divisors = [d for d in range(1, common + 1) if common % d == 0]
+    below, above = [d for d in divisors if d < size][-1:], [d for d in divisors if d > size][:1]
+    return " or ".join(map(str, below + above))
 
 
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
@@ -69,8 +93,8 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
         for name, number in numbers.items():
             if number % size:
                 raise UserError(
-                    f"--{option.replace('_', '-')} {size}: does not divide the model's {name} {number}; "
-                    "choose a number that does"
+                    f"{flag(option)} {size}: does not divide the model's {name} {number}; nearest that do: "
+                    + nearest_divisors(size, *numbers.values())
                 )
     if config.model.random_init and parallel.pipeline_model_parallel_size > 1:
         raise UserError(

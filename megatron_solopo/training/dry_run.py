@@ -7,6 +7,7 @@ import yaml
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
+from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import data_parallel_size, place_of, world_size
 from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
@@ -91,6 +92,7 @@ def _kept(output: OutputConfig) -> str:
 def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
     """One line a rank; long tables are cut in the middle, where they only repeat."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
     copies = data_parallel_size(parallel, processes)
     lines = []
     for rank in range(processes):
@@ -106,7 +108,12 @@ def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
             )
         )
         share = f", 1/{copies} of each step's examples" if copies > 1 else ""
-        lines.append(f"{rank:>4}  {place.tensor:>6}  {0:>7}  {place.pipeline:>8}  {place.data:>4}   {part}{share}")
+        if context > 1:
+            chunks = " and ".join(str(place + 1) for place in chunk_places(place.context, context))
+            share += f", chunks {chunks} of {2 * context} of each sequence"
+        lines.append(
+            f"{rank:>4}  {place.tensor:>6}  {place.context:>7}  {place.pipeline:>8}  {place.data:>4}   {part}{share}"
+        )
     if len(lines) > 64:
         lines = [*lines[:32], f"      ... {len(lines) - 64} more", *lines[-32:]]
     return ["rank  tensor  context  pipeline  data   role", *lines]

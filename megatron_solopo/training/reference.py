@@ -136,8 +136,10 @@ def _fill(
     """The whole table: what was done before, and this and the other processes' shares of the rest; None if stopped."""
     rank, _ = data_parallel()
     own_file = path.with_name(f"{path.stem}.{rank}{PARTIAL}")
-    # The last stage has the numbers; of the processes that share its layers one writes.
-    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    # The last stage has the numbers; of the processes that share its layers and sequences one writes.
+    writes = parallel_state.is_pipeline_last_stage() and not (
+        parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
+    )
     todo = (~done).nonzero()[:, 0].tolist()
     own, own_done = torch.zeros_like(table), torch.zeros_like(done)
     saved = time.monotonic()
@@ -147,7 +149,8 @@ def _fill(
     for first in range(0, len(todo), batch):
         # Processes that share a model compute together; the others are not waited for.
         stopped.fill_(heard())
-        dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+        for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+            dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=group)
         if stopped:
             break
         indices = todo[first : first + batch]

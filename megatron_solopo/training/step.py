@@ -54,22 +54,26 @@ class StepSums:
 
 
 def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[Pack]:
-    """This process's packs of a step, in order; the same number on every process."""
-    training, share_prompts = config.training, config.data.share_prompts
+    """This process's packs of a step, in order; the same number on every process.
+
+    Processes that share a model get the same packs; context parallelism cuts them later (model/forward.py).
+    """
+    training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
     rank, size = data_parallel()
     groups = [dataset.groups[i] for i in indices]
-    tokens = [group.tokens(share_prompts) for group in groups]
+    context = parallel.context_parallel_size
+    of_pieces = 2 * context if context > 1 else 1
+    tokens = [group.tokens(share_prompts, of_pieces) for group in groups]
     costs = [attention_cost(group, engine.hf_config.hidden_size, share_prompts) for group in groups]
-    shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
-    # Sequence parallelism cuts a pack into even parts.
-    parallel = config.parallel
-    multiple_of = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return [
-        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(
-            engine.platform.device
-        )
+    most = training.max_tokens_per_rank and training.max_tokens_per_rank * context
+    shares = plan(costs, tokens, size, training.micro_batch_size, most)[rank]
+    # Sequence parallelism cuts what context parallelism left into even parts.
+    of_packs = math.lcm(of_pieces, context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1))
+    packs = (
+        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, of_packs, of_pieces)
         for share in shares
-    ]
+    )
+    return [pack.to(engine.platform.device) for pack in packs]
 
 
 def group_losses(

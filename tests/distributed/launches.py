@@ -23,7 +23,7 @@ LAYOUTS: dict[str, list[Any]] = {
     "by-two": ["--micro-batch-size", 2],
     "one-by-one": ["--micro-batch-size", 1],
     "separate": ["--micro-batch-size", 3, "--no-share-prompts"],
-    "padded": ["--micro-batch-size", 2],  # with multiple_of
+    "padded": ["--micro-batch-size", 1],  # with multiple_of, and every piece to half of it
     "by-tokens": ["--micro-batch-size", 8, "--max-tokens-per-rank", 160, "--seq-length", 160],
     "small-chunks": ["--micro-batch-size", 8, "--logprob-chunk-size", 3],
     "recompute": ["--micro-batch-size", 2, "--recompute-granularity", "full"],
@@ -187,11 +187,18 @@ def gradient_cases(
 
 
 def training_run(
-    world: World, out: Path, name: str, *flags: Any, data: str = "groups", load: bool = False, cut: tuple | None = None
+    world: World,
+    out: Path,
+    name: str,
+    *flags: Any,
+    data: str = "groups",
+    model: str = "llama",
+    load: bool = False,
+    cut: tuple | None = None,
 ) -> dict:
     argv = [
         "--hf-path",
-        world.model("llama"),
+        world.model(model),
         "--train-data",
         world.folder / f"{data}.jsonl",
         "--save",

@@ -121,6 +121,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
                     pack.groups,
                     config.data.share_prompts,
                     case["multiple_of"],
+                    case["multiple_of"] // 2,
                 )
                 for pack in made
             ]

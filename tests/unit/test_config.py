@@ -134,7 +134,7 @@ NEEDED_FOR = {
 def test_every_option_can_be_set_in_both_places(tmp_path):
     """A value other than the default, by flag and by file, arrives; none is forgotten by the parser."""
     for name, (section, spec) in OPTIONS.items():
-        if name in ("context_parallel_size", "transformer_impl"):
+        if name in ("cp_comm_type", "transformer_impl"):
             continue  # one value only in this version
         context = argv(
             "--valid-data", "v", "--save-hf", "out", "--recompute-granularity", "full", "--save-interval", "3"

@@ -185,7 +185,18 @@ WRONG_FLAGS = {
         argv("--sequence-parallel"),
         r"^--sequence-parallel would have no effect: it needs --tensor-model-parallel-size above 1$",
     ),
-    "context parallel": (argv("--context-parallel-size", "2"), r"^--context-parallel-size 2: "),
+    "context parallel in float32 on a GPU": (
+        argv("--context-parallel-size", "2", "--device", "cuda"),
+        r"^--context-parallel-size 2 with --device cuda needs --bf16: ",
+    ),
+    "how one process exchanges": (
+        argv("--cp-comm-type", "all_gather"),
+        r"^--cp-comm-type would have no effect: it needs --context-parallel-size above 1$",
+    ),
+    "exchange of another implementation": (
+        argv("--context-parallel-size", "2", "--cp-comm-type", "p2p"),
+        r"^--cp-comm-type: 'p2p' is not one of all_gather",
+    ),
     "packs below one example": (
         argv("--seq-length", "4096", "--max-tokens-per-rank", "2048"),
         r"^--max-tokens-per-rank 2048 is below --seq-length 4096",

@@ -1,0 +1,133 @@
+"""The matrix of parallel layouts: each trains the model that one process trains, and has the oracle's gradient.
+
+A layout is named by its sizes: "tp2 sp cp2 pp2" is eight processes that share one model; processes beyond those are
+data-parallel copies.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from launches import Launch, World, case_name, gradient_cases, launch, training_run
+from methods import METHODS, method_flags
+from test_gradients import check, expected  # noqa: F401 (a fixture)
+from test_runs import largest_difference
+
+LAYOUTS: dict[int, list[str]] = {
+    2: ["cp2", "cp2 separate"],
+    4: [
+        "dp4",
+        "tp4",
+        "tp4 sp",
+        "pp4",
+        "cp4",
+        "cp4 separate",
+        "tp2 pp2",
+        "tp2 sp pp2 separate",
+        "tp2 cp2",
+        "tp2 sp cp2",
+        "cp2 pp2",
+        "cp2 pp2 separate",
+        "tp2 sp",
+        "pp2",
+        "cp2",
+        "cp2 padded",
+    ],
+    8: ["tp2 sp cp2 pp2", "tp4 sp cp2", "tp2 cp4", "cp4 pp2", "cp2 pp4", "tp2 sp pp4", "tp2 sp cp2", "cp2 pp2", "tp4"],
+}
+FLAGS = {
+    "tp": "--tensor-model-parallel-size",
+    "cp": "--context-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "sp": "--sequence-parallel",
+}
+PLANS = [
+    ("float64", "dpo", "wide"),
+    ("float64", "simpo", "wide"),
+    ("float64", "orpo", "wide-tied"),
+    ("float32", "dpo", "wide"),
+    ("float32", "orpo", "wide-tied"),
+]
+THREE_STEPS = ["--train-iters", 3, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
+
+
+def flags_of(layout: str) -> list[Any]:
+    """The options of a layout's name; how packs are laid out is `pieces_of`'s."""
+    flags: list[Any] = []
+    for kind, size in re.findall(r"(tp|cp|pp|sp)(\d*)", layout):
+        flags += [FLAGS[kind], int(size)] if size else [FLAGS[kind]]
+    return flags
+
+
+def pieces_of(layout: str) -> str:
+    """The way its packs are laid out, one of launches.LAYOUTS."""
+    return next((name for name in ("separate", "padded") if name in layout), "by-two")
+
+
+def plans(layout: str) -> list[tuple[str, ...]]:
+    return [(dtype, method, model, pieces_of(layout), "seven") for dtype, method, model in PLANS]
+
+
+@pytest.fixture(scope="module")
+def base(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Three steps in one process."""
+    out = tmp_path_factory.mktemp("base")
+    return launch(1, out, gradient_cases(world, reference, out, []), runs(world, out, ["whole"]))
+
+
+def runs(world: World, out: Any, layouts: list[str]) -> list[dict]:
+    # A cached reference of another layout differs in the last bits, which the alignment's kink at 0 would show.
+    return [
+        training_run(
+            world, out, f"three {layout}", *method_flags(METHODS["dpo"]), *THREE_STEPS, *flags_of(layout),
+            "--reference-cache", out / f"reference {layout}", model="wide",
+        )
+        for layout in layouts
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launches(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """processes -> one launch with all layouts of that size, when it is asked for."""
+    done: dict[int, Launch] = {}
+
+    def of(processes: int) -> Launch:
+        if processes not in done:
+            out = tmp_path_factory.mktemp(f"layouts-{processes}")
+            cases = [
+                case | {"name": f"{layout} {case['name']}"}
+                for layout in LAYOUTS[processes]
+                for case in gradient_cases(world, reference, out, plans(layout), tuple(flags_of(layout)))
+            ]
+            done[processes] = launch(processes, out, cases, runs(world, out, LAYOUTS[processes]))
+        return done[processes]
+
+    return of
+
+
+CASES = [(size, layout) for size, layouts in LAYOUTS.items() for layout in layouts]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=" ".join)
+@pytest.mark.parametrize(("processes", "layout"), CASES, ids=lambda value: str(value))
+def test_every_layout_has_the_oracles_gradient(
+    launches: Any,
+    expected: Any,  # noqa: F811
+    processes: int,
+    layout: str,
+    plan: tuple[str, ...],
+) -> None:
+    whole = (*plan, pieces_of(layout), "seven")
+    check(launches(processes), expected, whole, f"{layout} {case_name(whole)}")
+
+
+@pytest.mark.parametrize(("processes", "layout"), CASES, ids=lambda value: str(value))
+def test_three_steps_equal_one_process(launches: Any, base: Launch, processes: int, layout: str) -> None:
+    launched = launches(processes)
+    assert launched.results[f"three {layout}"] == "done"
+    for ours, theirs in zip(launched.metrics(f"three {layout}"), base.metrics("three whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["groups"] == theirs["groups"] and ours["accuracy"] == theirs["accuracy"]
+    assert largest_difference(launched.weights(f"three {layout}"), base.weights("three whole")) <= 1e-5
