@@ -209,6 +209,7 @@ def check_training(here: Any, work: Path) -> Figures:
     from transformers import AutoModelForCausalLM
 
     from megatron_solopo import config_load
+    from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training.run import train
 
     write_model(work / "start")
@@ -225,7 +226,7 @@ def check_training(here: Any, work: Path) -> Figures:
             "--save", out, "--save-hf", work / f"{objective}-hf",
         ]  # fmt: skip
         train(here, config_load.load(list(map(str, argv)))[0])
-        _end_model_parallel()
+        end_model_parallel()
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         first, last = (sum(line["loss"] for line in part) / len(part) for part in (lines[:3], lines[-3:]))
         figures[objective] = {
@@ -293,12 +294,6 @@ CHECKS = {
 }
 
 
-def _end_model_parallel() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the checks; see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -325,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
                 figures, status = {"error": str(error)}, "failed"
             except Exception as error:  # whatever a machine does wrong is what this looks for
                 figures, status = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, "failed"
-            _end_model_parallel()
+            platform.end_model_parallel()
         results[name] = {"status": status, "seconds": round(time.monotonic() - started, 1), **figures}
         told = figures.get("error") or figures.get("skipped") or ""
         print(f"{name:<20} {status:<8} {results[name]['seconds']:6.1f} s  {told}", flush=True)

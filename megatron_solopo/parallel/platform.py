@@ -90,11 +90,24 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
     return platform
 
 
-def stop(platform: Platform) -> None:
-    """Ends the process groups and takes the CPU answers back."""
+def end_model_parallel() -> None:
+    """Ends megatron-core's process groups, so that another layout can be built; collective.
+
+    megatron-core 0.19.2 only forgets them (parallel_state.py, `destroy_model_parallel`), and every forgotten gloo group
+    keeps three threads that poll.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
+
+def stop(platform: Platform) -> None:
+    """Ends the process groups and takes the CPU answers back."""
+    end_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
     platform.undo()

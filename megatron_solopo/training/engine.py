@@ -57,14 +57,20 @@ def initialize_parallel(config: Config) -> None:
     model_parallel_cuda_manual_seed(config.training.seed)
 
 
-def build_engine(platform: Platform, hf_config: PretrainedConfig, config: Config) -> Engine:
-    """Builds the model, loads its weights and wraps it; process groups must exist."""
-    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+def build_engine(
+    platform: Platform, hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None
+) -> Engine:
+    """Builds the model, loads its weights and wraps it; process groups must exist.
+
+    Args:
+        dtype: of parameters, default by --bf16; float64 for comparisons (the optimizer does not take it).
+    """
+    dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     gpt = build_model(hf_config, config, dtype)
     if not config.model.random_init:
         load_weights(gpt, hf_config, config.model.hf_path)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=True,
         overlap_grad_reduce=False,
         overlap_param_gather=False,

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from megatron_solopo.parallel import platform
 
-    _quiet()
+    quiet()
     here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
         train(here, config)
@@ -58,7 +58,7 @@ def resume_hint(config: Config) -> str:
     return f"The checkpoint of step {iteration} is complete: go on with --auto-resume"
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """megatron-core warns of its own deprecations and of absent CUDA extensions at every import, as torch does."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")

@@ -91,7 +91,7 @@ def runs(world: World, out: Any, layouts: list[str]) -> list[dict]:
 @pytest.fixture(scope="module")
 def launches(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """processes -> one launch with all layouts of that size, when it is asked for."""
-    done: dict[int, Launch] = {}
+    done: dict[int, Launch | AssertionError] = {}
 
     def of(processes: int) -> Launch:
         if processes not in done:
@@ -101,8 +101,14 @@ def launches(world: World, reference: list, tmp_path_factory: pytest.TempPathFac
                 for layout in LAYOUTS[processes]
                 for case in gradient_cases(world, reference, out, plans(layout), tuple(flags_of(layout)))
             ]
-            done[processes] = launch(processes, out, cases, runs(world, out, LAYOUTS[processes]))
-        return done[processes]
+            try:
+                done[processes] = launch(processes, out, cases, runs(world, out, LAYOUTS[processes]))
+            except AssertionError as error:  # once for all tests of this size
+                done[processes] = error
+        launched = done[processes]
+        if isinstance(launched, AssertionError):
+            raise launched
+        return launched
 
     return of
 

@@ -42,67 +42,11 @@ def token_dataset(path: str) -> Any:
     return TokenDataset(groups, [], "")
 
 
-def build(here: platform.Platform, config: Any, dtype: torch.dtype) -> Any:
-    """The trainer's engine; in float64 the same parts without the cast of gradients to float32."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    from megatron_solopo.conversion.hf import load_weights
-    from megatron_solopo.model.build import build_model, read_hf_config
-    from megatron_solopo.training.engine import build_engine
-
-    hf_config = read_hf_config(config.model.hf_path)
-    engine = build_engine(here, hf_config, config)
-    if dtype == torch.float32:
-        return engine
-    gpt = build_model(hf_config, config, dtype)
-    load_weights(gpt, hf_config, config.model.hf_path)
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=False, use_distributed_optimizer=True, overlap_grad_reduce=False
-    )
-    gpt.config.finalize_model_grads_func = engine.gpt.config.finalize_model_grads_func
-    return dataclasses.replace(engine, model=DistributedDataParallel(gpt.config, ddp, gpt), dtype=dtype)
-
-
-def gradients(engine: Any) -> dict[str, torch.Tensor]:
-    """The gradient by Hugging Face name, whole, on the first process.
-
-    Each process of a distributed optimizer holds the sum of its shard; tensor-parallel processes hold parts of a
-    matrix, pipeline stages some of the layers.
-    """
-    from megatron.core import parallel_state
-
-    from megatron_solopo.conversion.hf import named_entries
-
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in engine.model.buffers:
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(dist.get_world_size(group))
-            shards = [torch.empty_like(shard) for shard in own]
-            dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
-            bucket.grad_data.copy_(torch.cat(shards))
-    found = {}
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
-    for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
-        cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
-        dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)
-        if cut is None:  # kept whole on every process, and must stay equal
-            assert all(torch.equal(part, parts[0]) for part in parts), names
-        whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]
-        for name, gradient in zip(names, entry.operator.to_hf(whole), strict=True):
-            found[name] = gradient.clone().contiguous()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    for other in everyone:
-        for name, gradient in other.items():
-            assert torch.equal(found.setdefault(name, gradient), gradient), name
-    return found
-
-
 def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
     from megatron_solopo.data.packs import build_pack
     from megatron_solopo.losses.solopo import reference_roles, roles
+    from megatron_solopo.training.gradients import whole_gradients
     from megatron_solopo.training.step import make_packs, run_step, segment_table
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
@@ -134,7 +78,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [list(pack.groups) for pack in mine])
     values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
-    found = gradients(engine)
+    found = whole_gradients(engine)
     if case["table"]:
         values["table"] = segment_table(engine, names, indices, packs()).tolist()
     return values, found
@@ -154,9 +98,8 @@ def cut(source: Path, target: Path, iteration: int) -> None:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     here = platform.start("cpu", timeout_minutes=2)
-    from megatron.core import parallel_state
-
-    from megatron_solopo.training.engine import initialize_parallel
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training.engine import build_engine, initialize_parallel
     from megatron_solopo.training.run import train
 
     results: dict[str, Any] = {}
@@ -166,16 +109,17 @@ def main() -> None:
     for case in job["gradients"]:
         config, _ = config_load.load(case["argv"])
         if layout != config.parallel:
-            parallel_state.destroy_model_parallel()
+            platform.end_model_parallel()
             engines.clear()
             initialize_parallel(config)
             layout = config.parallel
         key = json.dumps([case["dtype"], dataclasses.asdict(config.model)])
         if key not in engines:
-            engines[key] = build(here, config, getattr(torch, case["dtype"]))
+            hf_config = read_hf_config(config.model.hf_path)
+            engines[key] = build_engine(here, hf_config, config, getattr(torch, case["dtype"]))
         results[case["name"]], found = gradient_case(engines[key], case, config)
         tensors |= {f"{case['name']}|{name}": tensor for name, tensor in found.items()}
-    parallel_state.destroy_model_parallel()
+    platform.end_model_parallel()
     engines.clear()
     for run in job["runs"]:
         if "cut" in run and dist.get_rank() == 0:
@@ -186,7 +130,7 @@ def main() -> None:
             results[run["name"]] = "done"
         except UserError as error:
             results[run["name"]] = str(error)
-        parallel_state.destroy_model_parallel()
+        platform.end_model_parallel()
     if dist.get_rank() == 0:
         out = Path(job["out"])
         (out / "results.json").write_text(json.dumps(results))

@@ -1,0 +1,68 @@
+"""Names of parallel layouts: "tp2 sp cp2 pp2 dp2" for sixteen processes, "1" for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+
+from megatron_solopo.config import ParallelConfig
+from megatron_solopo.errors import UserError
+
+OPTIONS = {
+    "tp": "tensor_model_parallel_size",
+    "cp": "context_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+}
+"""Part of a name -> the option that it sets; each multiplies the processes of a copy of the model."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parallel layout.
+
+    Attributes:
+        name: as it was written.
+        options: fields of ParallelConfig that differ from one process.
+        copies: data-parallel copies of the model.
+    """
+
+    name: str
+    options: dict[str, int | bool] = field(default_factory=dict)
+    copies: int = 1
+
+    @property
+    def processes(self) -> int:
+        return self.copies * math.prod(self.options.get(option, 1) for option in OPTIONS.values())
+
+    def applied(self, parallel: ParallelConfig) -> ParallelConfig:
+        """This layout on the device and with the time limit of ``parallel``."""
+        kept = {name: getattr(parallel, name) for name in ("device", "distributed_timeout_minutes")}
+        return dataclasses.replace(ParallelConfig(), **kept, **self.options)
+
+
+def parse_layout(name: str) -> Layout:
+    """The layout of a name.
+
+    Raises:
+        UserError: a part that is none, or one that stands twice.
+    """
+    options: dict[str, int | bool] = {}
+    copies = 1
+    for part in name.split():
+        found = re.fullmatch(r"([a-z]*)(\d*)", part)
+        kind, size = (found[1], found[2]) if found else ("", "")
+        if kind == "sp" and not size and "sequence_parallel" not in options:
+            options["sequence_parallel"] = True
+        elif kind == "dp" and int(size or 0) and copies == 1:
+            copies = int(size)
+        elif kind in OPTIONS and int(size or 0) and OPTIONS[kind] not in options:
+            options[OPTIONS[kind]] = int(size)
+        elif part != "1":
+            raise UserError(
+                f"layout {name!r}: {part!r} is no part of a layout or stands twice; parts are sp, dp2, "
+                + ", ".join(f"{kind}2" for kind in OPTIONS)
+                + " and so on, or 1 for one process"
+            )
+    return Layout(name, options, copies)

@@ -1,0 +1,48 @@
+"""The whole gradient of a model that is spread over processes, by Hugging Face name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_solopo.conversion.hf import named_entries
+from megatron_solopo.training.engine import Engine
+
+
+def whole_gradients(engine: Engine) -> dict[str, Tensor]:
+    """Hugging Face name -> gradient of the last step, on the CPU of the first process; elsewhere parts. Collective.
+
+    Each process of a distributed optimizer holds the sum of its shard; tensor-parallel processes hold parts of a
+    matrix, pipeline stages some of the layers. What several processes hold is compared bit for bit.
+
+    Raises:
+        AssertionError: processes that must hold the same gradient do not.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for buffer in engine.model.buffers:
+        for bucket in buffer.buckets:
+            own = bucket.grad_data.chunk(dist.get_world_size(group))
+            shards = [torch.empty_like(shard) for shard in own]
+            dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
+            bucket.grad_data.copy_(torch.cat(shards))
+    found = {}
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
+        cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
+        dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)
+        if cut is None:  # kept whole on every process
+            assert all(torch.equal(part, parts[0]) for part in parts), names
+        whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]
+        for name, gradient in zip(names, entry.operator.to_hf(whole), strict=True):
+            found[name] = gradient.cpu().clone().contiguous()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(found, everyone if dist.get_rank() == 0 else None)
+    for other in everyone if dist.get_rank() == 0 else ():
+        for name, gradient in other.items():
+            assert torch.equal(found.setdefault(name, gradient), gradient), name
+    return found

@@ -1,0 +1,74 @@
+"""`solopo verify-parallelism` as a user runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from training_home import ENVIRONMENT, ROOT, Home, furnish
+
+from megatron_solopo.cli import run
+from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.layouts import parse_layout
+from megatron_solopo.training.verify import main
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return furnish(tmp_path_factory.mktemp("home"))
+
+
+def verify(home: Home, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "verify_parallelism.py"), *home.argv("none"), *flags]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=home.folder, capture_output=True, text=True, timeout=300)
+
+
+def test_layouts_agree_with_one_process(home: Home) -> None:
+    before = home.listing()
+    done = verify(home, "--float64", "--layouts", "cp2", "tp2 sp", "pp2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert re.match(r"one step of 4 examples in float64; base 1: loss [\d.]+, gradient norm [\d.]+", lines[0])
+    for name in ("cp2", "tp2 sp", "pp2"):
+        [line] = [line for line in lines if line.startswith(name + " ")]
+        loss, gradient = map(float, re.search(r" (\S+) +(\S+)  ", line).groups())
+        assert loss <= 1e-10 and gradient <= 1e-10 and line.count("model.") + line.count("lm_head") == 3
+    assert lines[-1] == "bound 1e-10: all layouts agree"
+    assert home.listing() == before
+
+
+def test_a_difference_above_the_bound_is_named(home: Home) -> None:
+    done = verify(home, "--layouts", "cp2", "--bound", "1e-12", "--preference-loss", "orpo")
+    assert done.returncode == 1 and "ABOVE THE BOUND" in done.stdout, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "bound 1e-12: 1 of 1 layouts differ"
+
+
+@pytest.mark.parametrize(
+    ("layout", "answer"),
+    [
+        ("xp2", "layout 'xp2': 'xp2' is no part of a layout or stands twice; parts are sp, dp2, tp2, cp2, pp2 "),
+        ("tp2 tp2", "layout 'tp2 tp2': 'tp2' is no part"),
+        ("tp", "layout 'tp': 'tp' is no part"),
+        ("tp0", "layout 'tp0': 'tp0' is no part"),
+        ("tp3", "layout 'tp3': --tensor-model-parallel-size 3: does not divide"),
+    ],
+)
+def test_a_wrong_layout_is_one_line(home: Home, layout: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, [*home.argv("none"), "--layouts", layout]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {answer}")
+
+
+def test_names_of_layouts() -> None:
+    layout = parse_layout("tp2 sp cp2 pp3 dp2")
+    assert layout.processes == 24 and layout.copies == 2
+    assert layout.options == {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "context_parallel_size": 2,
+        "pipeline_model_parallel_size": 3,
+    }
+    assert parse_layout("1").processes == 1 and parse_layout("1").options == {}
+    with pytest.raises(UserError):
+        parse_layout("2")
