@@ -60,9 +60,12 @@ def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], co
     groups = [dataset.groups[i] for i in indices]
     tokens = [group.tokens(share_prompts) for group in groups]
     costs = [attention_cost(group, engine.hf_config.hidden_size, share_prompts) for group in groups]
-    shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank)[rank]
-    # Sequence parallelism cuts a pack into even parts.
     parallel = config.parallel
+    # The interleaved schedule sends packs through the chunks in groups of one pack a stage.
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    whole = parallel.pipeline_model_parallel_size if interleaved else 1
+    shares = plan(costs, tokens, size, training.micro_batch_size, training.max_tokens_per_rank, whole)[rank]
+    # Sequence parallelism cuts a pack into even parts.
     multiple_of = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return [
         build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, multiple_of).to(
@@ -115,8 +118,8 @@ def run_packs(
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(packs),
-        model=[engine.model],
+        data_iterator=[iter(packs) for _ in engine.chunks],  # every chunk computes every pack
+        model=engine.chunks,
         num_microbatches=len(packs),
         seq_length=1,  # packs carry their own lengths
         micro_batch_size=1,

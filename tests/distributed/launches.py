@@ -187,11 +187,18 @@ def gradient_cases(
 
 
 def training_run(
-    world: World, out: Path, name: str, *flags: Any, data: str = "groups", load: bool = False, cut: tuple | None = None
+    world: World,
+    out: Path,
+    name: str,
+    *flags: Any,
+    model: str = "llama",
+    data: str = "groups",
+    load: bool = False,
+    cut: tuple | None = None,
 ) -> dict:
     argv = [
         "--hf-path",
-        world.model("llama"),
+        world.model(model),
         "--train-data",
         world.folder / f"{data}.jsonl",
         "--save",

@@ -43,24 +43,11 @@ def token_dataset(path: str) -> Any:
 
 
 def build(here: platform.Platform, config: Any, dtype: torch.dtype) -> Any:
-    """The trainer's engine; in float64 the same parts without the cast of gradients to float32."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    from megatron_solopo.conversion.hf import load_weights
-    from megatron_solopo.model.build import build_model, read_hf_config
+    """The trainer's engine."""
+    from megatron_solopo.model.build import read_hf_config
     from megatron_solopo.training.engine import build_engine
 
-    hf_config = read_hf_config(config.model.hf_path)
-    engine = build_engine(here, hf_config, config)
-    if dtype == torch.float32:
-        return engine
-    gpt = build_model(hf_config, config, dtype)
-    load_weights(gpt, hf_config, config.model.hf_path)
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=False, use_distributed_optimizer=True, overlap_grad_reduce=False
-    )
-    gpt.config.finalize_model_grads_func = engine.gpt.config.finalize_model_grads_func
-    return dataclasses.replace(engine, model=DistributedDataParallel(gpt.config, ddp, gpt), dtype=dtype)
+    return build_engine(here, read_hf_config(config.model.hf_path), config, dtype)
 
 
 def gradients(engine: Any) -> dict[str, torch.Tensor]:
@@ -74,7 +61,7 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
     from megatron_solopo.conversion.hf import named_entries
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in engine.model.buffers:
+    for buffer in (buffer for chunk in engine.chunks for buffer in chunk.buffers):
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(dist.get_world_size(group))
             shards = [torch.empty_like(shard) for shard in own]
@@ -82,7 +69,8 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
             bucket.grad_data.copy_(torch.cat(shards))
     found = {}
     tensor_group = parallel_state.get_tensor_model_parallel_group()
-    for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
+    every = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
+    for entry, names, parameter in every:
         cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
         parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
         dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)
@@ -126,8 +114,8 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
             ]
         return made
 
-    engine.model.zero_grad_buffer()
-    engine.model.train()
+    engine.zero_gradients()
+    engine.train()
     mine = packs()
     sums = run_step(engine, mine, len(indices), config.method, reference)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -135,6 +123,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
     found = gradients(engine)
     if case["table"]:
+        engine.eval()
         values["table"] = segment_table(engine, names, indices, packs()).tolist()
     return values, found
 

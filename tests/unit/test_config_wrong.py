@@ -185,6 +185,30 @@ WRONG_FLAGS = {
         argv("--sequence-parallel"),
         r"^--sequence-parallel would have no effect: it needs --tensor-model-parallel-size above 1$",
     ),
+    "virtual stages alone": (
+        argv("--num-virtual-stages-per-pipeline-rank", "2"),
+        r"^--num-virtual-stages-per-pipeline-rank would have no effect: it needs --pipeline-model-parallel-size above",
+    ),
+    "no virtual stage": (
+        argv("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "0"),
+        r"^--num-virtual-stages-per-pipeline-rank: must be at least 1",
+    ),
+    "first stage alone": (
+        argv("--decoder-first-pipeline-num-layers", "2"),
+        r"^--decoder-first-pipeline-num-layers would have no effect: it needs --pipeline-model-parallel-size above 1$",
+    ),
+    "last stage alone": (
+        argv("--decoder-last-pipeline-num-layers", "2"),
+        r"^--decoder-last-pipeline-num-layers would have no effect: it needs --pipeline-model-parallel-size above 1$",
+    ),
+    "gather overlapped alone": (
+        argv("--overlap-param-gather"),
+        r"^--overlap-param-gather would have no effect: it needs --overlap-grad-reduce$",
+    ),
+    "buckets without overlap": (
+        argv("--ddp-bucket-size", "1000"),
+        r"^--ddp-bucket-size would have no effect: it needs --overlap-grad-reduce$",
+    ),
     "context parallel": (argv("--context-parallel-size", "2"), r"^--context-parallel-size 2: "),
     "packs below one example": (
         argv("--seq-length", "4096", "--max-tokens-per-rank", "2048"),
