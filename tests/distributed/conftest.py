@@ -32,6 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)
     write_model(folder / "qwen2-4", Qwen2Config(**deep, tie_word_embeddings=True), seed=5)
+    write_model(folder / "tied-4", LlamaConfig(**deep, tie_word_embeddings=True), seed=6)
     for roles in {method_roles(method) for method in METHODS.values()}:
         World(folder).examples(roles).write_text(json.dumps(token_examples(roles)))
     write_lines(folder / "groups.jsonl", preference_groups(11))
