@@ -138,12 +138,29 @@ class ParallelConfig:
     device: str = option("auto", "where to compute", ("auto", "cuda", "cpu"))
     tensor_model_parallel_size: int = option(1, "processes that share each layer", minimum=1)
     pipeline_model_parallel_size: int = option(1, "stages that the layers are spread over", minimum=1)
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1, "model chunks a stage holds, whose layers interleave with the other stages' (a smaller bubble)", minimum=1
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first stage; default: as many as every other", minimum=1
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "layers of the last stage; default: as many as every other", minimum=1
+    )
     sequence_parallel: bool = option(
         False, "processes that share a layer also share its norms and residuals, by tokens"
     )
     context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
     cp_comm_type: str = option(
         "all_gather", "how they exchange keys and values; all_gather: those of one layer at a time", ("all_gather",)
+    )
+    overlap_grad_reduce: bool = option(False, "sum gradients over copies of the model while backward goes on")
+    overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass goes on")
+    ddp_bucket_size: int | None = option(
+        None,
+        "parameters of a bucket, the unit of overlapped communication; default: the larger of 40 million and "
+        "1 million x copies of the model",
+        minimum=1,
     )
     distributed_timeout_minutes: float = option(
         30.0, "how long a collective waits for a slow process, minutes", minimum=0.1

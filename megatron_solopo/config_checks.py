@@ -50,6 +50,8 @@ def _check_method(config: Config) -> None:
 def unused(config: Config) -> dict[str, str]:
     """Options that nothing would read in this run, and what they would need."""
     method, model, training, output = config.method, config.model, config.training, config.output
+    staged = config.parallel.pipeline_model_parallel_size > 1, "needs --pipeline-model-parallel-size above 1"
+    overlapped = config.parallel.overlap_grad_reduce, "needs --overlap-grad-reduce"
     stops = output.exit_signal_handler or output.exit_duration_in_mins is not None
     preference = method.objective == "preference"
     solo = preference and method.context_mode == "solo"
@@ -121,6 +123,11 @@ def unused(config: Config) -> dict[str, str]:
             "needs --tensor-model-parallel-size above 1",
         ),
         ("cp_comm_type", config.parallel.context_parallel_size > 1, "needs --context-parallel-size above 1"),
+        ("num_virtual_stages_per_pipeline_rank", *staged),
+        ("decoder_first_pipeline_num_layers", *staged),
+        ("decoder_last_pipeline_num_layers", *staged),
+        ("overlap_param_gather", *overlapped),
+        ("ddp_bucket_size", *overlapped),
         ("ckpt_step", output.load is not None, "needs --load"),
         (
             "keep_last",

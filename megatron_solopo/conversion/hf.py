@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,13 @@ def _all_layers(entry: Entry, hf_config: PretrainedConfig) -> Iterator[str]:
 
 
 @torch.no_grad()
-def hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor on the CPU), joined over tensor-parallel processes, padding removed.
 
     Collective over the tensor-parallel and pipeline groups. The first process gets the tensors of all stages, one at a
-    time; other processes get some or none.
+    time, a stage's model chunks one after the other; other processes get some or none.
     """
-    own = _own_hf_tensors(model, hf_config)
+    own = (named for chunk in chunks for named in _own_hf_tensors(chunk, hf_config))
     if parallel_state.is_pipeline_first_stage():
         yield from own
         for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if _on_writing_column() else ():
@@ -159,7 +159,7 @@ def _wire_device() -> torch.device:
 
 
 def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of this pipeline stage, joined over tensor-parallel processes."""
+    """The tensors of a model chunk, joined over tensor-parallel processes."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     for entry, names, parameter in named_entries(model, hf_config):
         dimension = _cut_dimension(parameter)
@@ -174,7 +174,7 @@ def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tu
 
 
 def save_folder(
-    model: GPTModel,
+    chunks: Sequence[GPTModel],
     hf_config: PretrainedConfig,
     source: str | Path,
     target: str | Path,
@@ -185,17 +185,20 @@ def save_folder(
 
     Collective; the first process writes.
 
+    Args:
+        chunks: the parts of the model that this process holds.
+
     Raises:
         UserError: see `write_folder`.
     """
-    tensors = hf_tensors(model, hf_config)
+    tensors = hf_tensors(chunks, hf_config)
     if dist.get_rank() != 0:
         for _ in tensors:
             pass
         return
     document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     document.pop("torch_dtype", None)
-    document["dtype"] = dtype_name(next(model.parameters()).dtype)
+    document["dtype"] = dtype_name(next(chunks[0].parameters()).dtype)
     document.setdefault("architectures", [f"{hf_config.model_type.capitalize()}ForCausalLM"])
     write_folder(
         Path(target),

@@ -81,6 +81,7 @@ def plan(
     ranks: int,
     most_groups: int,
     most_tokens: int | None,
+    packs_multiple_of: int = 1,
 ) -> list[list[list[int]]]:
     """Splits a step's groups over processes and packs: result[rank][micro-batch] = places in the step.
 
@@ -94,15 +95,17 @@ def plan(
         ranks: data-parallel processes.
         most_groups: the most groups of a pack.
         most_tokens: the most tokens of a pack; None for no limit.
+        packs_multiple_of: the number of packs of a process is a multiple of this.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     shares = _spread(order, costs, ranks)
     packs = max(max(_packs_needed(share, tokens, most_groups, most_tokens) for share in shares), 1)
+    packs += -packs % packs_multiple_of
     while True:
         result = [_fill(share, costs, tokens, packs, most_groups, most_tokens) for share in shares]
         if all(filled is not None for filled in result):
             return result
-        packs += 1  # the token limit did not work out with this many packs
+        packs += packs_multiple_of  # the token limit did not work out with this many packs
 
 
 def _spread(order: Sequence[int], costs: Sequence[float], bins: int) -> list[list[int]]:

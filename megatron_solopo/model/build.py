@@ -52,9 +52,20 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     """megatron-core's configuration of the model, portable implementation, no dropout."""
     std = getattr(hf_config, "initializer_range", 0.02)
     model, parallel = config.model, config.parallel
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if first is not None and parallel.pipeline_model_parallel_size == 2:
+        last = None  # follows from the first; transformer_layer.py:157 divides by the number of stages between them
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank if interleaved else None,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+        # Two stages that exchange several tensors in one batch mix them up: the interleaved schedule would be
+        # silently wrong with mcore's defaults.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         num_layers=hf_config.num_hidden_layers,
@@ -106,19 +117,22 @@ def layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def build_model(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None) -> GPTModel:
+def build_model(
+    hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None, vp_stage: int | None = None
+) -> GPTModel:
     """The GPTModel of a Hugging Face config, on the current device, weights not loaded.
 
     Position embeddings are ours (model/rope.py), applied inside the attention, so mcore's are switched off.
 
     Args:
         dtype: parameter dtype; default by --bf16.
+        vp_stage: which of this process's model chunks, with more than one.
     """
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns of GPTModel's age at every build
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     settings = transformer_config(hf_config, config, dtype)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec()] * get_num_layers_to_build(settings), layer_norm=RMSNorm
+        layer_specs=[layer_spec()] * get_num_layers_to_build(settings, vp_stage), layer_norm=RMSNorm
     )
     model = GPTModel(
         settings,
@@ -126,9 +140,10 @@ def build_model(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype 
         vocab_size=padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by),
         max_sequence_length=hf_config.max_position_embeddings,
         position_embedding_type="none",
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        vp_stage=vp_stage,
     )
     return model.cuda(torch.cuda.current_device())
 

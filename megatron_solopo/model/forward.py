@@ -57,6 +57,8 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
         tokens, predictors, targets, segments = tokens[own], place[predictors][here], targets[here], segments[here]
 
     def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, ())  # waits for this layer's overlapped parameter gather: its forward never runs
         weight = output_layer.weight if output_weight is None else output_weight
         if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the processes itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)

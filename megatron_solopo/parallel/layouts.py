@@ -17,6 +17,11 @@ OPTIONS = {
 }
 """Part of a name -> the option that it sets; each multiplies the processes of a copy of the model."""
 
+WITHIN = {"vpp": "num_virtual_stages_per_pipeline_rank"}
+"""The same, of options that take no further process."""
+
+PARTS = OPTIONS | WITHIN
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,12 +62,12 @@ def parse_layout(name: str) -> Layout:
             options["sequence_parallel"] = True
         elif kind == "dp" and int(size or 0) and copies == 1:
             copies = int(size)
-        elif kind in OPTIONS and int(size or 0) and OPTIONS[kind] not in options:
-            options[OPTIONS[kind]] = int(size)
+        elif kind in PARTS and int(size or 0) and PARTS[kind] not in options:
+            options[PARTS[kind]] = int(size)
         elif part != "1":
             raise UserError(
                 f"layout {name!r}: {part!r} is no part of a layout or stands twice; parts are sp, dp2, "
-                + ", ".join(f"{kind}2" for kind in OPTIONS)
+                + ", ".join(f"{kind}2" for kind in PARTS)
                 + " and so on, or 1 for one process"
             )
     return Layout(name, options, copies)

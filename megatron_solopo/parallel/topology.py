@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -71,14 +71,77 @@ def nearest_divisors(size: int, *numbers: int) -> str:
     return " or ".join(map(str, below + above))
 
 
+def stage_sizes(num_layers: int, parallel: ParallelConfig) -> list[int] | None:
+    """Layers of each pipeline stage; None where they cannot be spread so."""
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    asked = {0: parallel.decoder_first_pipeline_num_layers, stages - 1: parallel.decoder_last_pipeline_num_layers}
+    given = {stage: layers for stage, layers in asked.items() if layers is not None}
+    if stages == 1:
+        return None if given or chunks > 1 else [num_layers]
+    left, others = num_layers - sum(given.values()), stages - len(given)
+    if left < others or (left % others if others else left):
+        return None
+    sizes = [given[stage] if stage in given else left // others for stage in range(stages)]
+    return None if any(size % chunks for size in sizes) else sizes
+
+
+def layers_of_stage(stage: int, num_layers: int, parallel: ParallelConfig) -> list[range]:
+    """Layers, counted from 0, of each model chunk of a stage: every stage holds one chunk before any holds the next."""
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    sizes = [size // chunks for size in stage_sizes(num_layers, parallel)]
+    starts = [chunk * sum(sizes) + sum(sizes[:stage]) for chunk in range(chunks)]
+    return [range(start, start + sizes[stage]) for start in starts]
+
+
+def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
+    """Refuses stages that the layers cannot be spread over.
+
+    Raises:
+        UserError: naming the first option that a change of its own puts right, and its nearest valid value.
+    """
+    if stage_sizes(num_layers, parallel) is not None:
+        return
+
+    def nearest(name: str, base: ParallelConfig) -> int | None:
+        """The value of an option with which ``base`` is valid."""
+        valid = [size for size in range(1, num_layers + 1) if stage_sizes(num_layers, replace(base, **{name: size}))]
+        return min(valid, key=lambda size: abs(size - (getattr(parallel, name) or 0)), default=None)
+
+    stages, chunks = "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"
+    even = dict(decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
+    options = [name for name in even if getattr(parallel, name) is not None]
+    if getattr(parallel, chunks) > 1:
+        options.append(chunks)
+    if not options:
+        raise UserError(
+            f"{flag(stages)} {getattr(parallel, stages)}: does not divide the model's num_hidden_layers {num_layers}; "
+            f"the nearest valid size is {nearest(stages, parallel)} (or give the first or last stage a number of its "
+            f"own: {', '.join(map(flag, even))})"
+        )
+    words = ", ".join(f"{flag(name)} {getattr(parallel, name)}" for name in (stages, *options))
+    for name in (*options, stages):
+        size = nearest(name, parallel)
+        if size is not None:
+            raise UserError(
+                f"{flag(name)} {getattr(parallel, name)}: the model's num_hidden_layers {num_layers} cannot be spread "
+                f"so ({words}); the nearest valid size is {size}"
+            )
+    size = nearest(stages, replace(parallel, **even, **{chunks: 1}))
+    raise UserError(
+        f"{flag(stages)} {getattr(parallel, stages)}: the model's num_hidden_layers {num_layers} cannot be spread so "
+        f"({words}); the nearest valid size is {size}, without {' and '.join(map(flag, options))}"
+    )
+
+
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
     """Refuses a layout that this model cannot be cut into.
 
     Raises:
-        UserError: naming the option and the model's number that it does not divide.
+        UserError: naming the option and the model's number that does not fit.
     """
     parallel = config.parallel
     data_parallel_size(parallel, world)
+    _check_stages(hf_config.num_hidden_layers, parallel)
     counts = {
         "tensor_model_parallel_size": {
             "num_attention_heads": hf_config.num_attention_heads,
@@ -86,7 +149,6 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
             "intermediate_size": hf_config.intermediate_size,
             "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
         },
-        "pipeline_model_parallel_size": {"num_hidden_layers": hf_config.num_hidden_layers},
     }
     for option, numbers in counts.items():
         size = getattr(parallel, option)

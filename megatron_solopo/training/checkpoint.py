@@ -34,8 +34,16 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    model = engine.gpt.sharded_state_dict(metadata=METADATA)
-    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)}
+    engine.gather_parameters()
+    chunks = dict(zip(_chunk_names(engine), engine.models, strict=True))
+    models = {name: model.sharded_state_dict(metadata=METADATA) for name, model in chunks.items()}
+    return models | {"optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=METADATA)}
+
+
+def _chunk_names(engine: Engine) -> list[str]:
+    """Megatron's keys of the model chunks. The files know a tensor by its place in the whole model."""
+    count = len(engine.models)
+    return ["model"] if count == 1 else [f"model{number}" for number in range(count)]
 
 
 class _Results(logging.Handler):
@@ -186,6 +194,7 @@ class Checkpoints:
             "processes": dist.get_world_size(),
             "tensor": parallel.tensor_model_parallel_size,
             "pipeline": parallel.pipeline_model_parallel_size,
+            "virtual": parallel.num_virtual_stages_per_pipeline_rank,
             "context": parallel.context_parallel_size,
         }
         write_manifest(writing.aside, writing.iteration, layout, self._progress)
@@ -253,6 +262,7 @@ def load_checkpoint(
             f"--load: {source} cannot be read ({type(error).__name__}: {reason}); its files are complete, so it is "
             "another model's: give the --hf-path of its run, or start anew in another folder"
         ) from None
-    engine.gpt.load_state_dict(loaded["model"])
+    for name, model in zip(_chunk_names(engine), engine.models, strict=True):
+        model.load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])

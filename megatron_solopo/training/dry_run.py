@@ -9,7 +9,7 @@ from megatron_solopo.losses.solopo import needs_reference, reference_roles, role
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose
-from megatron_solopo.parallel.topology import data_parallel_size, place_of, world_size
+from megatron_solopo.parallel.topology import data_parallel_size, layers_of_stage, place_of, world_size
 from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import check_folders, find_start, read_progress
@@ -40,7 +40,7 @@ def describe(config: Config) -> str:
         yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
         "",
         f"# ranks ({processes} process{'es' if processes > 1 else ''} on {device})",
-        *_rank_table(config.parallel, processes),
+        *_rank_table(config.parallel, hf_config.num_hidden_layers, processes),
         "",
         "# model",
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
@@ -89,7 +89,7 @@ def _kept(output: OutputConfig) -> str:
     return f"; the last {output.keep_last or 1}{retained} stay"
 
 
-def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
+def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> list[str]:
     """One line a rank; long tables are cut in the middle, where they only repeat."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
@@ -97,13 +97,14 @@ def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
     lines = []
     for rank in range(processes):
         place = place_of(rank, parallel, processes)
+        layers = layers_of_stage(place.pipeline, num_layers, parallel)
         part = (
             "the whole model"
             if tensor * stages == 1
             else " of ".join(
                 [
                     *([f"1/{tensor} of each matrix"] if tensor > 1 else []),
-                    *([f"stage {place.pipeline}"] if stages > 1 else []),
+                    *([f"stage {place.pipeline} ({_named(layers)})"] if stages > 1 else []),
                 ]
             )
         )
@@ -117,3 +118,9 @@ def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
     if len(lines) > 64:
         lines = [*lines[:32], f"      ... {len(lines) - 64} more", *lines[-32:]]
     return ["rank  tensor  context  pipeline  data   role", *lines]
+
+
+def _named(layers: list[range]) -> str:
+    """``[range(0, 2), range(4, 5)]`` -> ``layers 0-1, 4``."""
+    spans = [f"{chunk.start}-{chunk.stop - 1}" if len(chunk) > 1 else str(chunk.start) for chunk in layers]
+    return ("layers " if len(spans) > 1 or len(layers[0]) > 1 else "layer ") + ", ".join(spans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import PretrainedConfig
 
-from megatron_solopo.config import Config, TrainingConfig
+from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
 from megatron_solopo.conversion.hf import load_weights
 from megatron_solopo.model.build import build_model, rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead
@@ -27,21 +28,51 @@ class Engine:
     """What one process trains with.
 
     Attributes:
-        model: the GPTModel in megatron-core's DDP.
-        head: what turns its hidden states into log-probs.
+        chunks: the GPTModels of this pipeline stage, each in megatron-core's DDP; one without virtual stages.
+        head: what turns the last one's hidden states into log-probs.
         dtype: of parameters and activations.
     """
 
     platform: Platform
     hf_config: PretrainedConfig
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     head: LogProbHead
     dtype: torch.dtype
 
     @property
-    def gpt(self) -> GPTModel:
-        """The model without its wrapper."""
-        return self.model.module
+    def models(self) -> list[GPTModel]:
+        """The chunks without their wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+    def train(self) -> None:
+        """Before training steps. With --overlap-param-gather forward passes gather the parameters they need."""
+        for chunk in self.chunks:
+            chunk.train()
+            if chunk.ddp_config.overlap_param_gather and not _gathers_in_forward(chunk):
+                chunk.enable_forward_pre_hook()
+
+    def eval(self) -> None:
+        """Before forward passes that other processes may not share; gathers what training left to do (collective)."""
+        for chunk in self.chunks:
+            chunk.eval()
+            if _gathers_in_forward(chunk):
+                chunk.disable_forward_pre_hook()
+
+    def gather_parameters(self) -> None:
+        """With --overlap-param-gather the optimizer's step leaves each process its own part of the new parameters:
+        needed before anything but a forward pass reads them. Collective."""
+        for chunk in self.chunks:
+            if _gathers_in_forward(chunk):
+                chunk.start_param_sync(force_sync=True)
+
+    def zero_gradients(self) -> None:
+        """Before a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+
+def _gathers_in_forward(chunk: DistributedDataParallel) -> bool:
+    return bool(chunk.remove_forward_pre_hook_handles)
 
 
 def initialize_parallel(config: Config) -> None:
@@ -50,11 +81,16 @@ def initialize_parallel(config: Config) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_chunks(parallel) if _chunks(parallel) > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
+
+
+def _chunks(parallel: ParallelConfig) -> int:
+    return parallel.num_virtual_stages_per_pipeline_rank
 
 
 def build_engine(
@@ -63,23 +99,50 @@ def build_engine(
     """Builds the model, loads its weights and wraps it; process groups must exist.
 
     Args:
-        dtype: of parameters, default by --bf16; float64 for comparisons (the optimizer does not take it).
+        dtype: of parameters and activations; default by --bf16. float64 has no optimizer, only gradients.
     """
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
-    gpt = build_model(hf_config, config, dtype)
-    if not config.model.random_init:
-        load_weights(gpt, hf_config, config.model.hf_path)
+    parallel = config.parallel
+    stages = range(_chunks(parallel)) if _chunks(parallel) > 1 else (None,)
+    models = [build_model(hf_config, config, dtype, vp_stage) for vp_stage in stages]
+    for model in models if not config.model.random_init else ():
+        load_weights(model, hf_config, config.model.hf_path)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=parallel.overlap_param_gather and len(models) > 1,
+        bucket_size=parallel.ddp_bucket_size,
     )
-    model = DistributedDataParallel(gpt.config, ddp, gpt)
-    gpt.config.finalize_model_grads_func = finalize_model_grads
-    gpt.config.calculate_per_token_loss = False
+    # A later chunk's communication is overlapped with the other chunks, so it needs no buckets of its own.
+    chunks = [
+        DistributedDataParallel(model.config, ddp, model, disable_bucketing=number > 0)
+        for number, model in enumerate(models)
+    ]
+    _set_schedule_functions(chunks, ddp)
     head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, rotary_frequencies(hf_config))
-    return Engine(platform, hf_config, model, head, dtype)
+    engine = Engine(platform, hf_config, chunks, head, dtype)
+    if ddp.overlap_param_gather:
+        for chunk in chunks:  # until `train`: nothing is to be gathered, and the reference pass must not communicate
+            chunk.disable_forward_pre_hook(param_sync=False)
+    return engine
+
+
+def _set_schedule_functions(chunks: list[DistributedDataParallel], ddp: DistributedDataParallelConfig) -> None:
+    """What the schedule calls of DDP, as Megatron's training loop sets it; it reads the first chunk's config."""
+    settings = chunks[0].config
+    settings.finalize_model_grads_func = finalize_model_grads
+    settings.calculate_per_token_loss = False
+
+    def one_or_each(functions: list[Any]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    if ddp.overlap_grad_reduce:
+        settings.no_sync_func = one_or_each([chunk.no_sync for chunk in chunks])
+        settings.grad_sync_func = one_or_each([chunk.start_grad_sync for chunk in chunks])
+    if ddp.align_param_gather:
+        settings.param_sync_func = one_or_each([chunk.start_param_sync for chunk in chunks])
 
 
 def build_optimizer(
@@ -98,8 +161,9 @@ def build_optimizer(
         bf16=engine.dtype == torch.bfloat16,
         params_dtype=engine.dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=engine.chunks[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [engine.model])
+    optimizer = get_megatron_optimizer(config, engine.chunks)
     # The scheduler counts before each step, so that no step has a learning rate of 0: step k of w warm-up
     # steps trains at lr * k / w, and min_lr would come one step after the last.
     scheduler = OptimizerParamScheduler(
@@ -120,7 +184,8 @@ def build_optimizer(
 
 def gradients_are_finite(engine: Engine) -> bool:
     """Whether every gradient in the model's buffers is finite on every process; collective."""
-    norms = [torch.linalg.vector_norm(b.grad_data) for b in engine.model.buffers + engine.model.expert_parallel_buffers]
+    buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
     bad = (~torch.isfinite(torch.stack(norms))).any().float()
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bad.item()

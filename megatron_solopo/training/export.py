@@ -24,9 +24,10 @@ def export_model(engine: Engine, config: Config, iteration: int | None) -> str |
     target = Path(config.output.save_hf)
     if iteration is not None:
         target = checkpoint_folder(target, iteration)
+    engine.gather_parameters()
     try:
         save_folder(
-            engine.gpt,
+            engine.models,
             engine.hf_config,
             config.model.hf_path,
             target,

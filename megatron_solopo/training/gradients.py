@@ -23,7 +23,7 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
         AssertionError: processes that must hold the same gradient do not.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in engine.model.buffers:
+    for buffer in (buffer for chunk in engine.chunks for buffer in chunk.buffers):
         for bucket in buffer.buckets:
             own = bucket.grad_data.chunk(dist.get_world_size(group))
             shards = [torch.empty_like(shard) for shard in own]
@@ -31,7 +31,8 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
             bucket.grad_data.copy_(torch.cat(shards))
     found = {}
     tensor_group = parallel_state.get_tensor_model_parallel_group()
-    for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
+    every = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
+    for entry, names, parameter in every:
         cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
         parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
         dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)

@@ -70,7 +70,7 @@ def reference_log_probs(
 ) -> Tensor | None:
     """[examples, reference roles] float64 log-probs, from the cache or computed with the model as it is now.
 
-    Must run before training changes the weights. Collective.
+    Must run before training changes the weights: until then `Engine.eval` communicates with nobody. Collective.
 
     Args:
         dataset: the examples with the roles of `reference_roles`.
@@ -143,7 +143,7 @@ def _fill(
     todo = (~done).nonzero()[:, 0].tolist()
     own, own_done = torch.zeros_like(table), torch.zeros_like(done)
     saved = time.monotonic()
-    engine.model.eval()
+    engine.eval()
     batch = config.training.global_batch_size
     stopped = torch.zeros((), device=engine.platform.device)
     for first in range(0, len(todo), batch):
@@ -161,7 +161,6 @@ def _fill(
             # Beside what was done before: another run may have had another number of processes.
             _write(own_file, table + own, done | own_done)
             saved = time.monotonic()
-    engine.model.train()
     wait_for_all("reference")
     dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
     if stopped:
@@ -177,9 +176,8 @@ def _check(
     """Computes a few examples anew: a cache that another model or code wrote must not become a wrong loss."""
     _, size = data_parallel()
     indices = list(range(min(size, len(dataset.groups))))
-    engine.model.eval()
+    engine.eval()
     found = own_segment_table(engine, names, indices, make_packs(engine, dataset, indices, config))
-    engine.model.train()
     wait_for_all("reference")
     found = over_the_layout(found).cpu()
     # Rounding of another layout or number of processes; bfloat16 keeps 8 bits of each of a response's log-probs.

@@ -208,6 +208,7 @@ def train(here: Any, config: Config) -> None:
 
     watch = Watch(training.spike_factor)
     watch.replay(log.earlier)
+    engine.train()
     done, reason = resumed, stop.agreed(here.device)
     while done < schedule.steps and not reason:
         line = train_step(engine, optimizer, scheduler, data.train, schedule, done, config, reference["train"])
@@ -261,7 +262,7 @@ def train_step(
 
     begin = time.perf_counter()
     indices = schedule.step(step)
-    engine.model.zero_grad_buffer()
+    engine.zero_gradients()
     optimizer.zero_grad()
     packs = make_packs(engine, dataset, indices, config)
     sums = run_step(engine, packs, len(indices), config.method, reference)
@@ -311,7 +312,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
 
     from megatron_solopo.training.step import make_packs, run_step
 
-    engine.model.eval()
+    engine.eval()
     totals: dict[str, float] = {}
     batch = config.training.global_batch_size
     with torch.no_grad():
@@ -322,7 +323,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
                 engine, packs, len(indices), config.method, reference, forward_only=True
             ).values.items():
                 totals[name] = totals.get(name, 0.0) + value
-    engine.model.train()
+    engine.train()
     return {name: value / len(dataset.groups) for name, value in totals.items()}
 
 

@@ -66,7 +66,10 @@ def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], co
     tokens = [group.tokens(share_prompts, of_pieces) for group in groups]
     costs = [attention_cost(group, engine.hf_config.hidden_size, share_prompts) for group in groups]
     most = training.max_tokens_per_rank and training.max_tokens_per_rank * context
-    shares = plan(costs, tokens, size, training.micro_batch_size, most)[rank]
+    # The interleaved schedule sends packs through the chunks in groups of one pack a stage.
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    whole = parallel.pipeline_model_parallel_size if interleaved else 1
+    shares = plan(costs, tokens, size, training.micro_batch_size, most, whole)[rank]
     # Sequence parallelism cuts what context parallelism left into even parts.
     of_packs = math.lcm(of_pieces, context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1))
     packs = (
@@ -119,8 +122,8 @@ def run_packs(
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(packs),
-        model=[engine.model],
+        data_iterator=[iter(packs) for _ in engine.chunks],  # every chunk computes every pack
+        model=engine.chunks,
         num_microbatches=len(packs),
         seq_length=1,  # packs carry their own lengths
         micro_batch_size=1,

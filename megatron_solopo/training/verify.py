@@ -198,7 +198,8 @@ def _step(here: Any, config: Config, dtype: Any, folder: Path) -> tuple[Any, Any
                 torch.save(found, table)
             dist.barrier()
         reference = torch.load(table)
-    engine.model.zero_grad_buffer()
+    engine.train()
+    engine.zero_gradients()
     packs = make_packs(engine, data.train, indices, config)
     return engine, run_step(engine, packs, len(indices), config.method, reference)
 

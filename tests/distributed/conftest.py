@@ -31,6 +31,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "wide", LlamaConfig(**WIDE, tie_word_embeddings=False), seed=4)
     write_model(folder / "wide-tied", Qwen2Config(**WIDE, tie_word_embeddings=True), seed=5)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
+    deep = SHAPE | {"num_hidden_layers": 4}
+    write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)
+    write_model(folder / "qwen2-4", Qwen2Config(**deep, tie_word_embeddings=True), seed=5)
+    write_model(folder / "tied-4", LlamaConfig(**deep, tie_word_embeddings=True), seed=6)
     for roles in {method_roles(method) for method in METHODS.values()}:
         World(folder).examples(roles).write_text(json.dumps(token_examples(roles)))
     write_lines(folder / "groups.jsonl", preference_groups(11))

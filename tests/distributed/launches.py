@@ -191,8 +191,8 @@ def training_run(
     out: Path,
     name: str,
     *flags: Any,
-    data: str = "groups",
     model: str = "llama",
+    data: str = "groups",
     load: bool = False,
     cut: tuple | None = None,
 ) -> dict:

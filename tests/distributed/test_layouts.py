@@ -6,7 +6,6 @@ data-parallel copies.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -14,6 +13,9 @@ from launches import Launch, World, case_name, gradient_cases, launch, training_
 from methods import METHODS, method_flags
 from test_gradients import check, expected  # noqa: F401 (a fixture)
 from test_runs import largest_difference
+
+from megatron_solopo.config import flag
+from megatron_solopo.parallel.layouts import parse_layout
 
 LAYOUTS: dict[int, list[str]] = {
     2: ["cp2", "cp2 separate"],
@@ -30,18 +32,25 @@ LAYOUTS: dict[int, list[str]] = {
         "tp2 sp cp2",
         "cp2 pp2",
         "cp2 pp2 separate",
+        "pp2 vpp2",
+        "cp2 pp2 vpp2",
         "tp2 sp",
         "pp2",
         "cp2",
         "cp2 padded",
     ],
-    8: ["tp2 sp cp2 pp2", "tp4 sp cp2", "tp2 cp4", "cp4 pp2", "cp2 pp4", "tp2 sp pp4", "tp2 sp cp2", "cp2 pp2", "tp4"],
-}
-FLAGS = {
-    "tp": "--tensor-model-parallel-size",
-    "cp": "--context-parallel-size",
-    "pp": "--pipeline-model-parallel-size",
-    "sp": "--sequence-parallel",
+    8: [
+        "tp2 sp cp2 pp2",
+        "tp4 sp cp2",
+        "tp2 cp4",
+        "cp4 pp2",
+        "tp2 cp2 pp2 vpp2",
+        "cp2 pp4",
+        "tp2 sp pp4",
+        "tp2 sp cp2",
+        "cp2 pp2",
+        "tp4",
+    ],
 }
 PLANS = [
     ("float64", "dpo", "wide"),
@@ -55,10 +64,9 @@ THREE_STEPS = ["--train-iters", 3, "--global-batch-size", 5, "--lr", 1e-4, "--lr
 
 def flags_of(layout: str) -> list[Any]:
     """The options of a layout's name; how packs are laid out is `pieces_of`'s."""
-    flags: list[Any] = []
-    for kind, size in re.findall(r"(tp|cp|pp|sp)(\d*)", layout):
-        flags += [FLAGS[kind], int(size)] if size else [FLAGS[kind]]
-    return flags
+    name = layout.removesuffix("separate").removesuffix("padded")
+    options = parse_layout(name).options.items()
+    return [part for option, size in options for part in ([flag(option)] if size is True else [flag(option), size])]
 
 
 def pieces_of(layout: str) -> str:

@@ -71,8 +71,8 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
             ]
         return made
 
-    engine.model.zero_grad_buffer()
-    engine.model.train()
+    engine.zero_gradients()
+    engine.train()
     mine = packs()
     sums = run_step(engine, mine, len(indices), config.method, reference)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -80,6 +80,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
     found = whole_gradients(engine)
     if case["table"]:
+        engine.eval()
         values["table"] = segment_table(engine, names, indices, packs()).tolist()
     return values, found
 
@@ -109,8 +110,8 @@ def main() -> None:
     for case in job["gradients"]:
         config, _ = config_load.load(case["argv"])
         if layout != config.parallel:
-            platform.end_model_parallel()
             engines.clear()
+            platform.end_model_parallel()
             initialize_parallel(config)
             layout = config.parallel
         key = json.dumps([case["dtype"], dataclasses.asdict(config.model)])
@@ -119,8 +120,8 @@ def main() -> None:
             engines[key] = build_engine(here, hf_config, config, getattr(torch, case["dtype"]))
         results[case["name"]], found = gradient_case(engines[key], case, config)
         tensors |= {f"{case['name']}|{name}": tensor for name, tensor in found.items()}
-    platform.end_model_parallel()
     engines.clear()
+    platform.end_model_parallel()
     for run in job["runs"]:
         if "cut" in run and dist.get_rank() == 0:
             cut(*map(Path, run["cut"][:2]), run["cut"][2])

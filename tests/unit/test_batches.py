@@ -114,6 +114,22 @@ def test_fewer_groups_than_processes_leave_empty_packs():
     assert plan([], [], 2, 8, None) == [[[]], [[]]]
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_the_interleaved_schedule_gets_whole_rounds_of_packs(stages):
+    """Nothing is lost, the limits hold, and there are at most one round's packs more than needed."""
+    for seed in range(200):
+        costs, tokens, ranks, most_groups, most_tokens = draw_step(seed)
+        result = plan(costs, tokens, ranks, most_groups, most_tokens, stages)
+        assert Counter(item for rank in result for pack in rank for item in pack) == Counter(range(len(costs)))
+        assert len(result) == ranks and len({len(rank) for rank in result}) == 1 and len(result[0]) % stages == 0
+        for pack in itertools.chain.from_iterable(result):
+            assert len(pack) <= most_groups
+            assert most_tokens is None or len(pack) <= 1 or sum(tokens[i] for i in pack) <= most_tokens
+        if most_tokens is None:
+            assert len(result[0]) < len(plan(costs, tokens, ranks, most_groups, None)[0]) + stages
+    assert plan([1.0], [5], 1, 8, None, 4) == [[[0], [], [], []]]
+
+
 def test_a_group_above_the_token_limit_stands_alone():
     packs = plan([9.0, 1.0, 1.0], [500, 10, 10], 1, 8, 100)[0]
     assert sorted(map(sorted, packs)) == [[0], [1, 2]]

@@ -128,6 +128,12 @@ NEEDED_FOR = {
     "wandb_exp_name": ["--wandb-project", "p"],
     "wandb_save_dir": ["--wandb-project", "p"],
     "alignment_huber_delta": ["--alignment-distance", "huber"],
+    "sequence_parallel": ["--tensor-model-parallel-size", "2"],
+    "num_virtual_stages_per_pipeline_rank": ["--pipeline-model-parallel-size", "2"],
+    "decoder_first_pipeline_num_layers": ["--pipeline-model-parallel-size", "2"],
+    "decoder_last_pipeline_num_layers": ["--pipeline-model-parallel-size", "2"],
+    "overlap_param_gather": ["--overlap-grad-reduce"],
+    "ddp_bucket_size": ["--overlap-grad-reduce"],
 }
 
 
@@ -139,8 +145,6 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         context = argv(
             "--valid-data", "v", "--save-hf", "out", "--recompute-granularity", "full", "--save-interval", "3"
         )
-        if name == "sequence_parallel":
-            context += ["--tensor-model-parallel-size", "2"]
         context += NEEDED_FOR.get(name, [])
         if name == "train_epochs":
             context = [text for text in context if text not in ("--train-iters", "10")]

@@ -197,6 +197,30 @@ WRONG_FLAGS = {
         argv("--context-parallel-size", "2", "--cp-comm-type", "p2p"),
         r"^--cp-comm-type: 'p2p' is not one of all_gather",
     ),
+    "virtual stages alone": (
+        argv("--num-virtual-stages-per-pipeline-rank", "2"),
+        r"^--num-virtual-stages-per-pipeline-rank would have no effect: it needs --pipeline-model-parallel-size above",
+    ),
+    "no virtual stage": (
+        argv("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "0"),
+        r"^--num-virtual-stages-per-pipeline-rank: must be at least 1",
+    ),
+    "first stage alone": (
+        argv("--decoder-first-pipeline-num-layers", "2"),
+        r"^--decoder-first-pipeline-num-layers would have no effect: it needs --pipeline-model-parallel-size above 1$",
+    ),
+    "last stage alone": (
+        argv("--decoder-last-pipeline-num-layers", "2"),
+        r"^--decoder-last-pipeline-num-layers would have no effect: it needs --pipeline-model-parallel-size above 1$",
+    ),
+    "gather overlapped alone": (
+        argv("--overlap-param-gather"),
+        r"^--overlap-param-gather would have no effect: it needs --overlap-grad-reduce$",
+    ),
+    "buckets without overlap": (
+        argv("--ddp-bucket-size", "1000"),
+        r"^--ddp-bucket-size would have no effect: it needs --overlap-grad-reduce$",
+    ),
     "packs below one example": (
         argv("--seq-length", "4096", "--max-tokens-per-rank", "2048"),
         r"^--max-tokens-per-rank 2048 is below --seq-length 4096",

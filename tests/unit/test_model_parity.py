@@ -144,7 +144,7 @@ def test_round_trip_is_the_identity(engine, hf_folder, tmp_path):
 
     hf_config, model = megatron_model(hf_folder, torch.float32)
     assert model.vocab_size == 256 and hf_config.vocab_size == 211
-    save_folder(model, hf_config, hf_folder, tmp_path / "back")
+    save_folder([model], hf_config, hf_folder, tmp_path / "back")
     before, after = (load_file(folder / "model.safetensors") for folder in (hf_folder, tmp_path / "back"))
     assert before.keys() == after.keys()
     for name in before:

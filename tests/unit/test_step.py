@@ -91,12 +91,12 @@ def test_a_group_weighs_the_same_however_it_is_packed(trained: Any, name: str, m
     dataset = draw(method)
     table = -10 * torch.rand(GROUPS, len(reference_roles(method)), generator=torch.Generator().manual_seed(1))
     loss, gradient = expected(hf, dataset, table, method)
-    engine.model.zero_grad_buffer()
+    engine.zero_gradients()
     packs = make_packs(engine, dataset, range(GROUPS), config)
     assert sorted(len(pack.groups) for pack in packs) == {1: [1] * 5, 2: [1, 2, 2], 5: [5]}[micro_batch_size]
     sums = run_step(engine, packs, GROUPS, method, table)
     assert sums.means()["loss"] == pytest.approx(loss, rel=1e-5)
     assert sums.tokens == sum(group.tokens(True) for group in dataset.groups) and sums.padding == 0
-    for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
+    for entry, names, parameter in named_entries(engine.models[0], engine.hf_config):
         for tensor, ours in zip(names, entry.operator.to_hf(parameter.main_grad), strict=True):
             assert (ours - gradient[tensor]).norm() <= 1e-5 * gradient[tensor].norm(), tensor

@@ -2,43 +2,142 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
+import torch
 from tiny_models import SHAPE
 from transformers import LlamaConfig
 
 from megatron_solopo.config import Config, ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.topology import Place, check_layout, place_of
+from megatron_solopo.parallel.topology import Place, check_layout, layers_of_stage, place_of, stage_sizes
 
 
-def layout(tensor: int, pipeline: int) -> ParallelConfig:
-    return ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+def layout(tensor: int, pipeline: int, context: int = 1) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+    )
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "world"), [(1, 1, 3), (2, 1, 4), (1, 2, 4), (2, 2, 8), (4, 3, 24)])
-def test_places_are_megatrons(tensor: int, pipeline: int, world: int) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "context", "pipeline", "world"),
+    [(1, 1, 1, 3), (2, 1, 1, 4), (1, 1, 2, 4), (2, 1, 2, 8), (4, 1, 3, 24), (1, 2, 1, 4), (2, 2, 2, 16), (2, 4, 3, 24)],
+)
+def test_places_are_megatrons(tensor: int, context: int, pipeline: int, world: int) -> None:
     from megatron.core.parallel_state import RankGenerator
 
-    data = world // (tensor * pipeline)
-    megatron = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=1, order="tp-cp-ep-dp-pp")
-    groups = {kind: megatron.get_ranks(kind) for kind in ("tp", "dp", "pp")}
+    data = world // (tensor * context * pipeline)
+    megatron = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order="tp-cp-ep-dp-pp")
+    groups = {kind: megatron.get_ranks(kind) for kind in ("tp", "cp", "dp", "pp")}
     for rank in range(world):
-        where = {kind: next(g.index(rank) for g in groups[kind] if rank in g) for kind in groups}
-        assert place_of(rank, layout(tensor, pipeline), world) == Place(where["tp"], where["dp"], where["pp"])
+        where = [next(g.index(rank) for g in groups[kind] if rank in g) for kind in groups]
+        assert place_of(rank, layout(tensor, pipeline, context), world) == Place(*where)
 
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "world", "message"),
     [
-        (2, 2, 6, r"--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 2 = 4 processes .* 6 were started"),
-        (4, 1, 4, r"--tensor-model-parallel-size 4: does not divide the model's num_key_value_heads 2"),
-        (3, 1, 3, r"--tensor-model-parallel-size 3: does not divide the model's num_attention_heads 4"),
+        (
+            2,
+            2,
+            6,
+            r"-parallel-size 2 x --pipeline-model-parallel-size 2 = 4 .* 6 were started; start 4 or 8 \(torchrun",
+        ),
+        (2, 2, 2, r"= 4 processes a copy of the model, and 2 were started; start 4 \(torchrun"),
+        (4, 1, 4, r"--tensor-model-parallel-size 4: does not divide the model's num_key_value_heads 2; .* do: 2$"),
+        (3, 1, 3, r"--tensor-model-parallel-size 3: does not divide the model's num_attention_heads 4; .* do: 2$"),
         (1, 3, 3, r"--pipeline-model-parallel-size 3: does not divide the model's num_hidden_layers 2"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_one_line(tensor: int, pipeline: int, world: int, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         check_layout(LlamaConfig(**SHAPE), Config(parallel=layout(tensor, pipeline)), 128, world)
+    assert "\n" not in str(caught.value)
+
+
+def cut(stages: int, first: int | None = None, last: int | None = None, chunks: int = 1) -> ParallelConfig:
+    return dataclasses.replace(
+        layout(1, stages),
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+        num_virtual_stages_per_pipeline_rank=chunks,
+    )
+
+
+def test_stages_hold_the_layers_that_megatron_builds_there() -> None:
+    """Every split of some layers over some stages: the same ones are possible, with the same layers."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megatron_solopo.model.build import transformer_config
+
+    shapes = [LlamaConfig(**SHAPE | {"num_hidden_layers": layers}) for layers in range(9)]
+    possible, ends = 0, (None, 1, 2, 4)
+    for layers, stages, chunks, first, last in itertools.product((4, 7, 8), (2, 3, 4), (1, 2), ends, ends):
+        parallel = cut(stages, first, last, chunks)
+        virtual = [None] if chunks == 1 else list(range(chunks))
+
+        def megatrons(layers=layers, parallel=parallel, virtual=virtual) -> list[list[range]] | None:
+            try:
+                settings = transformer_config(shapes[layers], Config(parallel=parallel), torch.float32)
+                return [
+                    [
+                        range(offset, offset + get_num_layers_to_build(settings, stage, rank))
+                        for stage in virtual
+                        for offset in [get_transformer_layer_offset(settings, stage, rank)]
+                    ]
+                    for rank in range(parallel.pipeline_model_parallel_size)
+                ]
+            except (ValueError, AssertionError):
+                return None
+
+        theirs = megatrons()
+        if stage_sizes(layers, parallel) is None:
+            # Megatron lets a stage without layers pass; of two stages it is told the first one's layers only.
+            if not (stages == 2 and first and last):
+                assert theirs is None or not all(map(len, itertools.chain(*theirs))), (layers, parallel)
+            continue
+        possible += 1
+        ours = [layers_of_stage(stage, layers, parallel) for stage in range(stages)]
+        assert ours == theirs, (layers, parallel)
+        assert sorted(itertools.chain(*itertools.chain(*ours))) == list(range(layers))
+    assert possible > 40
+
+
+@pytest.mark.parametrize(
+    ("layers", "parallel", "message"),
+    [
+        (
+            7,
+            cut(4),
+            r"--pipeline-model-parallel-size 4: does not .* num_hidden_layers 7; the nearest valid size is [17] ",
+        ),
+        (4, cut(2, first=4), r"--decoder-first-pipeline-num-layers 4: .* num_hidden_layers 4 .* size is 3$"),
+        (4, cut(2, last=9), r"--decoder-last-pipeline-num-layers 9: .* num_hidden_layers 4 .* size is 3$"),
+        (8, cut(3, first=3, last=3), None),
+        (8, cut(4, first=3, last=4), r"--decoder-first-pipeline-num-layers 3: .* the nearest valid size is 2$"),
+        (8, cut(2, chunks=3), r"--num-virtual-stages-per-pipeline-rank 3: .* the nearest valid size is [24]$"),
+        (8, cut(2, first=3, chunks=2), r"--decoder-first-pipeline-num-layers 3: .* the nearest valid size is [24]$"),
+        (8, cut(3, chunks=2), r"--pipeline-model-parallel-size 3: .* the nearest valid size is [24]$"),
+        (2, cut(4, chunks=2), r"--pipeline-model-parallel-size 4: .* size is 2, without --num-virtual-stages-per-"),
+    ],
+)
+def test_stages_that_the_layers_do_not_fill_are_one_line(
+    layers: int, parallel: ParallelConfig, message: str | None
+) -> None:
+    def check(parallel: ParallelConfig) -> None:
+        shape = LlamaConfig(**SHAPE | {"num_hidden_layers": layers})
+        check_layout(shape, Config(parallel=parallel), 128, parallel.pipeline_model_parallel_size)
+
+    if message is None:
+        check(parallel)
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        check(parallel)
     assert "\n" not in str(caught.value)
 
 
