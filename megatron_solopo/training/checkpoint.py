@@ -36,8 +36,9 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
     engine.gather_parameters()
     chunks = dict(zip(_chunk_names(engine), engine.models, strict=True))
-    models = {name: model.sharded_state_dict(metadata=METADATA) for name, model in chunks.items()}
-    return models | {"optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=METADATA)}
+    metadata = dict(METADATA)  # megatron-core writes its process groups into it
+    models = {name: model.sharded_state_dict(metadata=metadata) for name, model in chunks.items()}
+    return models | {"optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)}
 
 
 def _chunk_names(engine: Engine) -> list[str]:
