@@ -17,20 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-
-
-def load(folder: Path) -> nn.Module:
-    """The model in float64; transformers' RMSNorm would go through float32 whatever the model's dtype."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-
-    def double_norm(self: nn.Module, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = double_norm.__get__(module)
-    return model
+from transformers_in_double import by_file_name, load
 
 
 def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -63,7 +50,8 @@ def scores(folder: Path, examples: list[dict[str, Any]]) -> list[Scores]:
     for example in examples:
         sums, counts = log_probs(model, example)
         gradients = {
-            role: dict(zip(names, torch.autograd.grad(value, parameters), strict=True)) for role, value in sums.items()
+            role: by_file_name(model, dict(zip(names, torch.autograd.grad(value, parameters), strict=True)))
+            for role, value in sums.items()
         }
         found.append(Scores({role: value.detach() for role, value in sums.items()}, counts, gradients))
     return found
