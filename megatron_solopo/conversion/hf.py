@@ -110,8 +110,8 @@ def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
 def hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor on the CPU), joined over tensor-parallel processes, padding removed.
 
-    Collective over the tensor-parallel, expert-parallel and pipeline groups. The first process gets the tensors of all stages, one at a
-    time; other processes get some or none.
+    Collective over the tensor-parallel, expert-parallel and pipeline groups. The first process gets the tensors of all
+    stages, one at a time; other processes get some or none.
     """
     own = _own_hf_tensors(model, hf_config)
     if parallel_state.is_pipeline_first_stage():

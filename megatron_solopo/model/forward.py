@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_solopo.model.attention import layout_of
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
+from megatron_solopo.model.router import padding_mask
 from megatron_solopo.pack import Pack
 
 
@@ -56,5 +57,6 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
         position_ids=None,  # positions act through the layout's RoPE
         attention_mask=None,
         packed_seq_params=layout_of(pack, head.frequencies, dtype),
+        padding_mask=padding_mask(model, pack),
         output_processor=process,
     )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
+
+from megatron_solopo.pack import Pack
 
 
 class Router(TopKRouter):
@@ -61,6 +65,23 @@ class Router(TopKRouter):
         choices = load.sum().clamp(min=1)  # a micro-batch of padding has none, and its loss is 0
         tokens = choices / self.topk
         return self.config.num_moe_experts * (load.to(probs.dtype) / choices * probs.sum(0) / tokens).sum()
+
+
+def padding_mask(model: nn.Module, pack: Pack) -> Tensor | None:
+    """[1, S] true where a token is padding, as megatron-core takes it; None where no auxiliary loss asks for it.
+
+    mcore cuts it for sequence parallelism on the first pipeline stage only (gpt_model.py:352, version 0.19.2), so
+    here it is cut for the others.
+    """
+    config = get_model_config(model)
+    if not (config.num_moe_experts and config.moe_aux_loss_coeff):
+        return None
+    tokens = pack.tokens.numel()
+    mask = torch.arange(tokens, device=pack.tokens.device) >= tokens - pack.padding
+    if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+        group = parallel_state.get_tensor_model_parallel_group()
+        mask = mask.chunk(group.size())[group.rank()]
+    return mask[None]
 
 
 def take_aux_loss(model: nn.Module) -> Tensor | float:

@@ -187,6 +187,7 @@ class Checkpoints:
             "tensor": parallel.tensor_model_parallel_size,
             "pipeline": parallel.pipeline_model_parallel_size,
             "context": parallel.context_parallel_size,
+            "expert": parallel.expert_model_parallel_size,
         }
         write_manifest(writing.aside, writing.iteration, layout, self._progress)
         target = checkpoint_folder(self._folder, writing.iteration)

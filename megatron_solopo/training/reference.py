@@ -144,10 +144,13 @@ def _fill(
     engine.model.eval()
     batch = config.training.global_batch_size
     stopped = torch.zeros((), device=engine.platform.device)
+    sharing = parallel_state.get_model_parallel_group()
+    if engine.gpt.config.num_moe_experts and parallel_state.get_expert_tensor_and_model_parallel_world_size() > 1:
+        sharing = None  # tokens travel to the experts of other processes, whose examples are others
     for first in range(0, len(todo), batch):
         # Processes that share a model compute together; the others are not waited for.
         stopped.fill_(heard())
-        dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+        dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=sharing)
         if stopped:
             break
         indices = todo[first : first + batch]

@@ -19,8 +19,8 @@ from launches import (
     training_run,
 )
 from methods import LONG, METHODS, SHORT, method_flags, method_roles
-from tiny_models import SHAPE, conversations, preference_groups, write_lines, write_model
-from transformers import LlamaConfig, Qwen2Config
+from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, conversations, preference_groups, write_lines, write_model
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
     write_model(folder / "llama", LlamaConfig(**SHAPE, tie_word_embeddings=False))
     write_model(folder / "qwen2", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=2)
+    write_model(folder / "mixtral", MixtralConfig(**SHAPE, **EXPERTS), seed=4)
+    write_model(folder / "qwen3_moe", Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE), seed=5)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     for roles in {method_roles(method) for method in METHODS.values()}:
         World(folder).examples(roles).write_text(json.dumps(token_examples(roles)))

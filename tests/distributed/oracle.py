@@ -64,6 +64,33 @@ def reference_table(folder: Path, examples: list[dict[str, Any]]) -> list[dict[s
         return [{role: value.item() for role, value in log_probs(model, example)[0].items()} for example in examples]
 
 
+def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
+    """The auxiliary loss of a pack, added over its layers (Switch Transformers, arXiv 2101.03961, equations 4 to 6).
+
+    A layer's: experts x sum over experts of (share of all choices x mean probability), over the tokens that are
+    computed: each prompt once, and each continuation without its last token.
+    """
+    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    found: dict[nn.Module, list[Tensor]] = {router: [] for router in routers}
+    first = 0
+    hooks = [
+        router.register_forward_hook(lambda module, _, output: found[module].append(output[0][first:]))
+        for router in routers
+    ]
+    for prompt in (prompt for example in examples for prompt in example["prompts"]):
+        for place, continuation in enumerate(prompt["continuations"]):
+            first = len(prompt["ids"]) if place else 0
+            model(torch.tensor([prompt["ids"] + continuation["ids"][:-1]]))
+    for hook in hooks:
+        hook.remove()
+    total = torch.zeros((), dtype=torch.float64)
+    for router, parts in found.items():
+        probs = torch.cat(parts).softmax(-1)
+        choices = torch.zeros_like(probs).scatter(1, probs.topk(router.top_k).indices, 1.0)
+        total = total + probs.shape[1] * (choices.sum(0) / choices.sum() * probs.mean(0)).sum()
+    return total
+
+
 def logistic(margin: Tensor) -> Tensor:
     return torch.log1p(torch.exp(-margin))
 

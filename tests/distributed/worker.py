@@ -71,21 +71,22 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
     """
     from megatron.core import parallel_state
 
-    from megatron_solopo.conversion.hf import named_entries
+    from megatron_solopo.conversion.hf import named_entries, tensor_group
 
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in engine.model.buffers:
-        for bucket in buffer.buckets:
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    expert_copies = parallel_state.get_expert_data_parallel_group()
+    for buffers, group in ((engine.model.buffers, copies), (engine.model.expert_parallel_buffers, expert_copies)):
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
             own = bucket.grad_data.chunk(dist.get_world_size(group))
             shards = [torch.empty_like(shard) for shard in own]
             dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
             bucket.grad_data.copy_(torch.cat(shards))
     found = {}
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
     for entry, names, parameter in named_entries(engine.gpt, engine.hf_config):
+        group = tensor_group(entry)
         cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
-        dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)
+        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, parameter.main_grad.clone(), group=group)
         if cut is None:  # kept whole on every process, and must stay equal
             assert all(torch.equal(part, parts[0]) for part in parts), names
         whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]
@@ -169,7 +170,7 @@ def main() -> None:
             engines.clear()
             initialize_parallel(config)
             layout = config.parallel
-        key = json.dumps([case["dtype"], dataclasses.asdict(config.model)])
+        key = json.dumps([case["dtype"], dataclasses.asdict(config.model), config.training.moe_aux_loss_coeff])
         if key not in engines:
             engines[key] = build(here, config, getattr(torch, case["dtype"]))
         results[case["name"]], found = gradient_case(engines[key], case, config)

@@ -9,7 +9,6 @@ from transformers import PretrainedConfig
 from megatron_solopo.model.families import Family, head_dim, refuse
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV, PadRows, Rename, StackGateUp
 
-
 MEGATRON_LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
