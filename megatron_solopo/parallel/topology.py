@@ -47,6 +47,12 @@ def place_of(rank: int, parallel: ParallelConfig, world: int) -> Place:
     return Place(rank % tensor, rank // tensor % data, rank // (tensor * data))
 
 
+def expert_place(rank: int, parallel: ParallelConfig) -> int:
+    """Which part of the experts a process holds: expert-tensor-parallel processes are neighbours, then these."""
+    tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    return rank // tensor % parallel.expert_model_parallel_size
+
+
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
     """Refuses a layout that this model cannot be cut into.
 

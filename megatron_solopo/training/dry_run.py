@@ -8,7 +8,7 @@ from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.platform import choose
-from megatron_solopo.parallel.topology import data_parallel_size, place_of, world_size
+from megatron_solopo.parallel.topology import data_parallel_size, expert_place, place_of, world_size
 from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import check_folders, find_start, read_progress
@@ -105,6 +105,9 @@ def _rank_table(parallel: ParallelConfig, processes: int) -> list[str]:
                 ]
             )
         )
+        experts = parallel.expert_model_parallel_size
+        if experts > 1:
+            part += f", experts {expert_place(rank, parallel)} of {experts} parts"
         share = f", 1/{copies} of each step's examples" if copies > 1 else ""
         lines.append(f"{rank:>4}  {place.tensor:>6}  {0:>7}  {place.pipeline:>8}  {place.data:>4}   {part}{share}")
     if len(lines) > 64:

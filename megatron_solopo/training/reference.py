@@ -6,7 +6,7 @@ its own checksum and against a few examples computed anew.
 
 Filling it is shared by all processes: each computes its share of the examples and keeps what it has in a partial file
 of its own, so that a killed run computes no example twice. Nobody waits in a collective until everybody is done: a
-slow process delays the others and never times them out.
+slow process delays the others and never times them out. Only where experts are spread must processes compute in step.
 """
 
 from __future__ import annotations

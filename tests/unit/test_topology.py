@@ -9,7 +9,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 from megatron_solopo.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
-from megatron_solopo.parallel.topology import Place, check_layout, place_of
+from megatron_solopo.parallel.topology import Place, check_layout, expert_place, place_of
 
 
 def layout(tensor: int, pipeline: int) -> ParallelConfig:
@@ -26,6 +26,17 @@ def test_places_are_megatrons(tensor: int, pipeline: int, world: int) -> None:
     for rank in range(world):
         where = {kind: next(g.index(rank) for g in groups[kind] if rank in g) for kind in groups}
         assert place_of(rank, layout(tensor, pipeline), world) == Place(where["tp"], where["dp"], where["pp"])
+
+
+@pytest.mark.parametrize(("tensor", "experts", "world"), [(1, 2, 4), (2, 2, 8), (1, 4, 8), (2, 1, 4)])
+def test_expert_places_are_megatrons(tensor: int, experts: int, world: int) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    copies = world // (tensor * experts)
+    groups = RankGenerator(tp=tensor, ep=experts, dp=copies, pp=1, cp=1, order="tp-cp-ep-dp-pp").get_ranks("ep")
+    parallel = ParallelConfig(expert_model_parallel_size=experts, expert_tensor_parallel_size=tensor)
+    for rank in range(world):
+        assert expert_place(rank, parallel) == next(group.index(rank) for group in groups if rank in group)
 
 
 @pytest.mark.parametrize(
