@@ -124,7 +124,7 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
 def _check_divides(option: str, size: int, numbers: dict[str, int], note: str = "") -> None:
     valid = [n for n in range(1, max(numbers.values()) + 1) if all(number % n == 0 for number in numbers.values())]
     for name, number in numbers.items():
-        if number % size:
+        if number % size != 0:
             nearest = min(valid, key=lambda n: abs(n - size))
             raise UserError(
                 f"{flag(option)} {size}{note}: does not divide the {name}, {number}; the nearest that fits is {nearest}"
