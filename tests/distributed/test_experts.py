@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import oracle
@@ -38,8 +39,8 @@ BALANCED = [
     ("float64", "dpo", "mixtral", "one-by-one", "one"),
     ("float64", "dpo", "mixtral", "recompute", "seven"),
 ]
-"""With an auxiliary loss. Micro-batches are 1, 2 or 4: megatron-core keeps 1 / their number in float32 (schedules.py:361,
-version 0.19.2), and 7 of them differ from the oracle by 2e-8."""
+"""With an auxiliary loss. Micro-batches are 1, 2 or 4: megatron-core 0.19.2 keeps 1 / their number in float32
+(schedules.py:361), and 7 of them differ from the oracle by 2e-8."""
 COEFFICIENT = 0.5
 THREE_STEPS = ["--train-epochs", 1, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
 
@@ -122,6 +123,15 @@ def test_a_run_goes_on_with_experts_cut_otherwise(cut: Launch, run: str) -> None
     assert largest_difference(cut.weights(run), cut.weights(f"six {source}")) <= (0 if exact else 1e-5)
 
 
+@pytest.fixture(scope="session")
+def four(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Four processes: tensor with sequence and pipeline, whose later stages cut the padding themselves."""
+    out = tmp_path_factory.mktemp("four")
+    flags = (*SEQUENCE, *CUTS["pipeline"], "--moe-aux-loss-coeff", COEFFICIENT)
+    cases = gradient_cases(world, reference, out, BALANCED[:1], flags)
+    return launch(4, out, [case | {"name": f"four balanced {case['name']}"} for case in cases], [])
+
+
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("plan", BALANCED, ids=case_name)
 def test_the_auxiliary_loss_is_that_of_each_micro_batch(
@@ -131,12 +141,20 @@ def test_the_auxiliary_loss_is_that_of_each_micro_batch(
     name: str,
     plan: tuple[str, ...],
 ) -> None:
+    check_balanced(cut, expected, world, name, plan)
+
+
+def test_the_auxiliary_loss_of_a_stage_that_cuts_its_padding(four: Launch, expected: Any, world: World) -> None:  # noqa: F811
+    check_balanced(four, expected, world, "four", BALANCED[0])
+
+
+def check_balanced(launched: Launch, expected: Any, world: World, name: str, plan: tuple[str, ...]) -> None:  # noqa: F811
     """Preference gradient + coefficient x the mean over all packs, whatever shares them; padding never counts."""
     case = f"{name} balanced {case_name(plan)}"
     _, method, model_name, _, batch = plan
     losses, gradient = expected(model_name, method, batch)
     model = oracle.load(world.model(model_name))
-    parameters, packs = dict(model.named_parameters()), balanced_packs(cut, case)
+    parameters, packs = dict(model.named_parameters()), balanced_packs(launched, case)
     examples = token_examples(method_roles(METHODS[method]))
     total = sum(oracle.load_balancing(model, [examples[i] for i in pack]) for pack in packs if pack) / len(packs)
     found = torch.autograd.grad(COEFFICIENT * total, list(parameters.values()), allow_unused=True)
@@ -144,18 +162,17 @@ def test_the_auxiliary_loss_is_that_of_each_micro_batch(
         key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(parameters.items(), found, strict=True)
     }
     auxiliary = oracle.by_file_name(model, auxiliary)
-    means = cut.results[case]["means"]
+    means = launched.results[case]["means"]
     assert means["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-10)
     assert means["moe_aux_loss"] == pytest.approx(total.item() / model.config.num_hidden_layers, abs=1e-10)
     both = {key: gradient[key] + auxiliary[key] for key in gradient}
-    worst = differences(cut.gradients[case], both)
+    worst = differences(launched.gradients[case], both)
     assert max(worst.values()) <= 1e-10, max(worst, key=worst.get)
     router = next(key for key in both if key.endswith("gate.weight"))
     assert auxiliary[router].norm() > 1e-3 * gradient[router].norm()
 
 
-def balanced_packs(cut: Launch, case: str) -> list[list[int]]:
-    """Every pack of a case once; processes that share a pack tell it each."""
-    by_process = cut.results[case]["packs"]
-    shared = by_process[0] == by_process[1]
-    return by_process[0] if shared else [pack for packs in by_process for pack in packs]
+def balanced_packs(launched: Launch, case: str) -> list[list[int]]:
+    """Every pack of a case once; processes that share packs tell the same."""
+    shares = {json.dumps(packs): packs for packs in launched.results[case]["packs"]}
+    return [pack for packs in shares.values() for pack in packs]
