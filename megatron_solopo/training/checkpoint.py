@@ -34,8 +34,9 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    model = engine.gpt.sharded_state_dict(metadata=METADATA)
-    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)}
+    metadata = dict(METADATA)  # mcore writes this layout's process group into it (transformer/utils.py)
+    model = engine.gpt.sharded_state_dict(metadata=metadata)
+    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
 
 
 class _Results(logging.Handler):
