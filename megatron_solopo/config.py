@@ -147,6 +147,12 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = option(
         None, "layers of the last stage; default: as many as every other", minimum=1
     )
+    expert_model_parallel_size: int = option(
+        1, "processes that the experts of a layer are spread over; each still computes its own examples", minimum=1
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None, "processes that share each expert; default: --tensor-model-parallel-size", minimum=1
+    )
     sequence_parallel: bool = option(
         False, "processes that share a layer also share its norms and residuals, by tokens"
     )
@@ -189,6 +195,12 @@ class TrainingConfig:
     adam_beta1: float = option(0.9, "Adam's first decay", minimum=0)
     adam_beta2: float = option(0.95, "Adam's second decay", minimum=0)
     adam_eps: float = option(1e-8, "Adam's epsilon", minimum=0)
+    moe_aux_loss_coeff: float = option(
+        0.0,
+        "weight of the loss that balances the experts' load, in each layer and micro-batch; preference training needs "
+        "none",
+        minimum=0,
+    )
     clip_grad: float = option(1.0, "largest global gradient norm; 0 switches clipping off", minimum=0)
     on_nonfinite: str = option(
         "stop", "a step whose loss or gradient is not finite: stop, or skip and count it", ("stop", "skip")

@@ -18,7 +18,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Piece:
     """``length`` tokens of the pack from ``start``, then ``padding`` that nothing else sees; ``prompt`` is the index of
-    the piece it continues, if any."""
+    the piece it continues, if any. Padding behind all groups is a piece of no length."""
 
     start: int
     length: int
@@ -65,6 +65,13 @@ class Pack:
         """The same pack with its tensors on a device."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return Pack(**moved)
+
+    def is_padding(self) -> Tensor:
+        """[S] bool: the tokens that belong to no group."""
+        mask = torch.zeros(self.tokens.shape, dtype=torch.bool)
+        for piece in self.pieces:
+            mask[piece.start + piece.length : piece.start + piece.slot] = True
+        return mask.to(self.tokens.device)
 
     def role(self, name: str) -> Tensor:
         """[n] int64: the segment that holds this role in each group, groups in order."""

@@ -27,6 +27,8 @@ SHAPE: dict[str, Any] = dict(
     vocab_size=len(WORDS) + len(SPECIAL),
     max_position_embeddings=256,
 )
+EXPERTS: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=2)
+QWEN3_MOE: dict[str, Any] = dict(moe_intermediate_size=24, head_dim=16, norm_topk_prob=True)
 
 WIDE = SHAPE | dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
 """Can be cut in four, by heads and by layers."""

@@ -44,12 +44,22 @@ def named_entries(
             continue
         for local, layer in enumerate(model.decoder.layers):
             number = layer.layer_number - 1  # mcore counts from 1, over all pipeline stages
-            name = entry.megatron.format(layer=local)
-            if name not in parameters:
-                raise UserError(f"the model has no parameter {name!r}, which {hf_config.model_type}'s table names")
-            yield entry, tuple(hf.format(layer=number) for hf in entry.hf), parameters.pop(name)
+            # This process's experts, by their number in the whole model.
+            for place, expert in enumerate(layer.mlp.local_expert_indices if entry.of_experts else (0,)):
+                name = entry.megatron.format(layer=local, expert=place)
+                if name not in parameters:
+                    raise UserError(f"the model has no parameter {name!r}, which {hf_config.model_type}'s table names")
+                names = tuple(hf.format(layer=number, expert=expert) for hf in entry.hf)
+                yield entry, names, parameters.pop(name)
     if parameters:
         raise UserError(f"{hf_config.model_type}'s table makes no parameter {sorted(parameters)[0]!r}")
+
+
+def tensor_group(entry: Entry) -> dist.ProcessGroup:
+    """The processes that a parameter is cut over."""
+    if entry.of_experts:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def _cut_dimension(parameter: torch.nn.Parameter) -> int | None:
@@ -64,11 +74,10 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
         UserError: a tensor is missing, left over, or has the wrong shape.
     """
     reader = TensorReader(folder)
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     expected = {
         name
         for entry in family_of(hf_config).table(hf_config, model.vocab_size)
-        for name in _all_layers(entry, hf_config)
+        for name in _all_names(entry, hf_config)
     }
     left_over = {name for name in reader.names() - expected if not name.endswith(NEVER_WEIGHTS)}
     if hf_config.tie_word_embeddings:
@@ -80,7 +89,8 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
         )
     for entry, names, parameter in named_entries(model, hf_config):
         whole = entry.operator.to_megatron([reader.get(name) for name in names])
-        part = entry.operator.cut(whole, rank, size, _cut_dimension(parameter))
+        group = tensor_group(entry)
+        part = entry.operator.cut(whole, group.rank(), group.size(), _cut_dimension(parameter))
         if part.shape != parameter.shape:
             raise UserError(
                 f"{folder}: {', '.join(names)} give shape {tuple(part.shape)}, "
@@ -89,20 +99,19 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
         parameter.copy_(part)
 
 
-def _all_layers(entry: Entry, hf_config: PretrainedConfig) -> Iterator[str]:
-    for name in entry.hf:
-        if "{layer}" in name:
-            yield from (name.format(layer=layer) for layer in range(hf_config.num_hidden_layers))
-        else:
-            yield name
+def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
+    """The Hugging Face names of an entry in every layer, of every expert."""
+    experts = range(hf_config.num_experts if entry.of_experts else 1)
+    layers = range(hf_config.num_hidden_layers)
+    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
 
 
 @torch.no_grad()
 def hf_tensors(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor on the CPU), joined over tensor-parallel processes, padding removed.
 
-    Collective over the tensor-parallel and pipeline groups. The first process gets the tensors of all stages, one at a
-    time, a stage's model chunks one after the other; other processes get some or none.
+    Collective over the tensor-parallel, expert-parallel and pipeline groups. The first process gets the tensors of all
+    stages, one at a time, a stage's model chunks one after the other; other processes get some or none.
     """
     own = (named for chunk in chunks for named in _own_hf_tensors(chunk, hf_config))
     if parallel_state.is_pipeline_first_stage():
@@ -159,18 +168,34 @@ def _wire_device() -> torch.device:
 
 
 def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model chunk, joined over tensor-parallel processes."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    """The tensors of a model chunk, joined over tensor-parallel processes, of all its experts."""
     for entry, names, parameter in named_entries(model, hf_config):
         dimension = _cut_dimension(parameter)
         parts = [parameter.detach()]
-        if size > 1 and dimension is not None:
-            parts = [torch.empty_like(parameter) for _ in range(size)]
-            dist.all_gather(
-                parts, parameter.detach().contiguous(), group=parallel_state.get_tensor_model_parallel_group()
-            )
-        for name, tensor in zip(names, entry.operator.to_hf(entry.operator.join(parts, dimension)), strict=True):
-            yield name, tensor.cpu().clone()
+        if dimension is not None:
+            parts = _gather(parameter.detach(), tensor_group(entry))
+        whole = entry.operator.join(parts, dimension)
+        if entry.of_experts:
+            # Every process comes to its n-th expert at the same time.
+            group = parallel_state.get_expert_model_parallel_group()
+            everyone: list[Any] = [names] * group.size()
+            if group.size() > 1:
+                dist.all_gather_object(everyone, names, group=group)
+            found = zip(everyone, _gather(whole, group), strict=True)
+        else:
+            found = [(names, whole)]
+        for these, parameter_of_these in found:
+            for name, tensor in zip(these, entry.operator.to_hf(parameter_of_these), strict=True):
+                yield name, tensor.cpu().clone()
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensor of every process of a group; all have one shape."""
+    if group.size() == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return parts
 
 
 def save_folder(
@@ -199,7 +224,8 @@ def save_folder(
     document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     document.pop("torch_dtype", None)
     document["dtype"] = dtype_name(next(chunks[0].parameters()).dtype)
-    document.setdefault("architectures", [f"{hf_config.model_type.capitalize()}ForCausalLM"])
+    words = hf_config.model_type.split("_")
+    document.setdefault("architectures", ["".join(word.capitalize() for word in words) + "ForCausalLM"])
     write_folder(
         Path(target),
         Path(source),

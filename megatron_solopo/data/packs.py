@@ -40,8 +40,8 @@ def build_pack(
     size = len(builder.tokens)
     at_the_end = (-size) % multiple_of if size else multiple_of
     if at_the_end:
-        builder.add_piece([0] * at_the_end, 0, None)
-    return builder.finish(tuple(indices), builder.padding + at_the_end)
+        builder.add_piece([], 0, None, at_the_end)
+    return builder.finish(tuple(indices))
 
 
 class _Builder:
@@ -59,8 +59,8 @@ class _Builder:
         self.segment_roles: list[str] = []
         self.segment_lengths: list[int] = []
 
-    def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None) -> int:
-        padding = -len(ids) % self.piece_multiple_of
+    def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None, padding: int | None = None) -> int:
+        padding = -len(ids) % self.piece_multiple_of if padding is None else padding
         piece = Piece(len(self.tokens), len(ids), prompt, padding)
         self.pieces.append(piece)
         self.tokens.extend([*ids, *[0] * padding])
@@ -90,7 +90,7 @@ class _Builder:
         self.segment_roles.append(continuation.role)
         self.segment_lengths.append(len(learnt))
 
-    def finish(self, indices: tuple[int, ...], padding: int) -> Pack:
+    def finish(self, indices: tuple[int, ...]) -> Pack:
         def integers(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64)
 
@@ -105,5 +105,5 @@ class _Builder:
             tuple(self.segment_roles),
             integers(self.segment_lengths),
             indices,
-            padding,
+            self.padding,
         )

@@ -24,6 +24,7 @@ from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.families import family_of, head_dim
 from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.rope import RotaryFrequencies
+from megatron_solopo.model.router import Router
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -101,6 +102,12 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Packs differ in length; mcore wants this dispatcher beside it, for dense models too.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
+        moe_router_load_balancing_type="aux_loss" if config.training.moe_aux_loss_coeff else "none",
+        # Routing is a choice: bfloat16 logits would often choose by their rounding.
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method if model.recompute_granularity else None,
         recompute_num_layers=model.recompute_num_layers if model.recompute_granularity else None,
@@ -108,12 +115,17 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     )
 
 
-def layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
-    """megatron-core's local transformer layer with our RMSNorm and packed attention."""
-    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+def layer_spec(settings: TransformerConfig) -> ModuleSpec:
+    """megatron-core's local transformer layer with our RMSNorm, packed attention and router."""
+    submodules = get_gpt_layer_local_submodules(num_experts=settings.num_moe_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
-    submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if settings.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if settings.num_moe_experts:
+        submodules.mlp.keywords["submodules"].router = Router
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
@@ -132,7 +144,7 @@ def build_model(
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     settings = transformer_config(hf_config, config, dtype)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec()] * get_num_layers_to_build(settings, vp_stage), layer_norm=RMSNorm
+        layer_specs=[layer_spec(settings)] * get_num_layers_to_build(settings, vp_stage), layer_norm=RMSNorm
     )
     model = GPTModel(
         settings,
@@ -145,6 +157,11 @@ def build_model(
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         vp_stage=vp_stage,
     )
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # mcore does so only where experts are cut otherwise than the rest, and a checkpoint would then hold one
+            # optimizer where all are alike, and two elsewhere.
+            parameter.allreduce = False
     return model.cuda(torch.cuda.current_device())
 
 

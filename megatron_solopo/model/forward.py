@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_solopo.model.attention import layout_of, split_layout
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
+from megatron_solopo.model.router import padding_mask
 from megatron_solopo.pack import Pack
 
 
@@ -44,7 +45,7 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
     """
 
     sequence_parallel = get_model_config(model).sequence_parallel
-    context = None
+    context = own = None
     tokens, predictors, targets, segments = pack.tokens, pack.predictors, pack.targets, pack.segments
     if parallel_state.get_context_parallel_world_size() == 1:
         layout = layout_of(pack, head.frequencies, dtype)
@@ -75,5 +76,6 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
         position_ids=None,  # positions act through the layout's RoPE
         attention_mask=None,
         packed_seq_params=layout,
+        padding_mask=padding_mask(model, pack, own),
         output_processor=process,
     )

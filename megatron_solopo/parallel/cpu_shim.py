@@ -129,6 +129,38 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
     stack.callback(show_again)
 
 
+def _split_sizes_as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``gather`` where all parts are equal; parts of different lengths are padded to the longest and cut again."""
+
+    def gather_parts(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *options: Any) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, *options)
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros(longest, *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        parts = gather(padded, group, None).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    return gather_parts
+
+
+def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``scatter`` where all parts are equal; else every process gets the sum of all parts and keeps its own."""
+
+    def scatter_parts(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *options: Any) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, None, *options)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    return scatter_parts
+
+
 def install() -> Callable[[], None]:
     """Makes megatron-core run on the CPU in this process; returns the function that undoes it.
 
@@ -160,10 +192,17 @@ def install() -> Callable[[], None]:
         patch(cuda, "max_memory_allocated", lambda *args: 0)
         patch(cuda, "get_device_capability", lambda *args: (0, 0))  # dist_checkpointing, fp8 checks
 
-        import megatron.core.tensor_parallel.random as tensor_parallel_random  # only now: it looks for TE
+        import megatron.core.tensor_parallel.random as tensor_parallel_random  # only now: these look for TE
+        from megatron.core.tensor_parallel import mappings
+        from megatron.core.transformer.moe import token_dispatcher
 
         patch(tensor_parallel_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
         patch(tensor_parallel_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+        # moe/token_dispatcher.py:930: split sizes leave the device as numbers on CUDA, and stay tensors on the CPU
+        patch(token_dispatcher, "maybe_move_tensor_to_cpu", _split_sizes_as_numbers)
+        # tensor_parallel/mappings.py:154, 197: gloo gathers and scatters equal parts only
+        patch(mappings, "_gather_along_first_dim", _gather_unequal(mappings._gather_along_first_dim))
+        patch(mappings, "_reduce_scatter_along_first_dim", _scatter_unequal(mappings._reduce_scatter_along_first_dim))
         _mend_optimizer_loading(patch)
         stack.enter_context(_CudaDevicesAreCpu())
         undo = stack.pop_all()

@@ -17,7 +17,11 @@ OPTIONS = {
 }
 """Part of a name -> the option that it sets; each multiplies the processes of a copy of the model."""
 
-WITHIN = {"vpp": "num_virtual_stages_per_pipeline_rank"}
+WITHIN = {
+    "vpp": "num_virtual_stages_per_pipeline_rank",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
 """The same, of options that take no further process."""
 
 PARTS = OPTIONS | WITHIN

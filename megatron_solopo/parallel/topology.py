@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.config import Config, ParallelConfig, flag
+from megatron_solopo.config import OWNER, Config, ParallelConfig, flag
 from megatron_solopo.errors import UserError
 
 
@@ -133,6 +133,12 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
     )
 
 
+def expert_place(rank: int, parallel: ParallelConfig) -> int:
+    """Which part of the experts a process holds: expert-tensor-parallel processes are neighbours, then these."""
+    tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    return rank // tensor % parallel.expert_model_parallel_size
+
+
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
     """Refuses a layout that this model cannot be cut into.
 
@@ -142,11 +148,12 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     parallel = config.parallel
     data_parallel_size(parallel, world)
     _check_stages(hf_config.num_hidden_layers, parallel)
+    experts = getattr(hf_config, "num_experts", None)
     counts = {
         "tensor_model_parallel_size": {
             "num_attention_heads": hf_config.num_attention_heads,
             "num_key_value_heads": hf_config.num_key_value_heads,
-            "intermediate_size": hf_config.intermediate_size,
+            **({} if experts else {"intermediate_size": hf_config.intermediate_size}),
             "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
         },
     }
@@ -163,3 +170,48 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
             "--random-init with --pipeline-model-parallel-size above 1: random weights would depend on the number of "
             "stages; start from a folder with weights"
         )
+    if experts:
+        _check_experts(hf_config, config, world)
+    else:
+        _check_dense(hf_config, config)
+
+
+def _check_dense(hf_config: PretrainedConfig, config: Config) -> None:
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size", "moe_aux_loss_coeff"):
+        section = config.training if name == "moe_aux_loss_coeff" else config.parallel
+        value, default = getattr(section, name), OWNER[name][1].default
+        if value != default:
+            raise UserError(f"{flag(name)} {value}: {hf_config.model_type} has no experts; leave it out")
+
+
+def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> None:
+    """Each stage's processes are laid out twice: for experts as copies x expert parallel x expert tensor parallel."""
+    parallel = config.parallel
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}: a model with experts needs "
+            "--sequence-parallel beside it (else each process would route every token again)"
+        )
+    stage = world // parallel.pipeline_model_parallel_size
+    width = getattr(hf_config, "moe_intermediate_size", None) or hf_config.intermediate_size
+    tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    note = "" if parallel.expert_tensor_parallel_size else " (that of --tensor-model-parallel-size)"
+    processes = "processes of a pipeline stage"
+    _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
+    spread = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
+    _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, spread)
+    if config.model.random_init and parallel.expert_model_parallel_size > 1:
+        raise UserError(
+            "--random-init with --expert-model-parallel-size above 1: every process would draw the same experts; "
+            "start from a folder with weights"
+        )
+
+
+def _check_divides(option: str, size: int, numbers: dict[str, int], note: str = "") -> None:
+    valid = [n for n in range(1, max(numbers.values()) + 1) if all(number % n == 0 for number in numbers.values())]
+    for name, number in numbers.items():
+        if number % size != 0:
+            nearest = min(valid, key=lambda n: abs(n - size))
+            raise UserError(
+                f"{flag(option)} {size}{note}: does not divide the {name}, {number}; the nearest that fits is {nearest}"
+            )

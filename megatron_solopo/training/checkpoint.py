@@ -197,6 +197,7 @@ class Checkpoints:
             "pipeline": parallel.pipeline_model_parallel_size,
             "virtual": parallel.num_virtual_stages_per_pipeline_rank,
             "context": parallel.context_parallel_size,
+            "expert": parallel.expert_model_parallel_size,
         }
         write_manifest(writing.aside, writing.iteration, layout, self._progress)
         target = checkpoint_folder(self._folder, writing.iteration)

@@ -9,7 +9,13 @@ from megatron_solopo.losses.solopo import needs_reference, reference_roles, role
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose
-from megatron_solopo.parallel.topology import data_parallel_size, layers_of_stage, place_of, world_size
+from megatron_solopo.parallel.topology import (
+    data_parallel_size,
+    expert_place,
+    layers_of_stage,
+    place_of,
+    world_size,
+)
 from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import check_folders, find_start, read_progress
@@ -108,6 +114,9 @@ def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> li
                 ]
             )
         )
+        experts = parallel.expert_model_parallel_size
+        if experts > 1:
+            part += f", experts {expert_place(rank, parallel)} of {experts} parts"
         share = f", 1/{copies} of each step's examples" if copies > 1 else ""
         if context > 1:
             chunks = " and ".join(str(place + 1) for place in chunk_places(place.context, context))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_solopo.conversion.hf import named_entries
+from megatron_solopo.conversion.hf import named_entries, tensor_group
 from megatron_solopo.training.engine import Engine
 
 
@@ -17,25 +17,28 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
     """Hugging Face name -> gradient of the last step, on the CPU of the first process; elsewhere parts. Collective.
 
     Each process of a distributed optimizer holds the sum of its shard; tensor-parallel processes hold parts of a
-    matrix, pipeline stages some of the layers. What several processes hold is compared bit for bit.
+    matrix, pipeline stages some of the layers, expert-parallel processes some of the experts. What several processes
+    hold is compared bit for bit.
 
     Raises:
         AssertionError: processes that must hold the same gradient do not.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in (buffer for chunk in engine.chunks for buffer in chunk.buffers):
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(dist.get_world_size(group))
-            shards = [torch.empty_like(shard) for shard in own]
-            dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
-            bucket.grad_data.copy_(torch.cat(shards))
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    expert_copies = parallel_state.get_expert_data_parallel_group()
+    for chunk in engine.chunks:
+        for buffers, group in ((chunk.buffers, copies), (chunk.expert_parallel_buffers, expert_copies)):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                own = bucket.grad_data.chunk(dist.get_world_size(group))
+                shards = [torch.empty_like(shard) for shard in own]
+                dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
+                bucket.grad_data.copy_(torch.cat(shards))
     found = {}
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
     every = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
     for entry, names, parameter in every:
+        group = tensor_group(entry)
         cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(tensor_group))]
-        dist.all_gather(parts, parameter.main_grad.clone(), group=tensor_group)
+        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, parameter.main_grad.clone(), group=group)
         if cut is None:  # kept whole on every process
             assert all(torch.equal(part, parts[0]) for part in parts), names
         whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]

@@ -6,7 +6,7 @@ its own checksum and against a few examples computed anew.
 
 Filling it is shared by all processes: each computes its share of the examples and keeps what it has in a partial file
 of its own, so that a killed run computes no example twice. Nobody waits in a collective until everybody is done: a
-slow process delays the others and never times them out.
+slow process delays the others and never times them out. Only where experts are spread must processes compute in step.
 """
 
 from __future__ import annotations
@@ -146,10 +146,13 @@ def _fill(
     engine.eval()
     batch = config.training.global_batch_size
     stopped = torch.zeros((), device=engine.platform.device)
+    sharing = [parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()]
+    if engine.models[0].config.num_moe_experts and parallel_state.get_expert_tensor_and_model_parallel_world_size() > 1:
+        sharing = [None]  # tokens travel to the experts of other processes, whose examples are others
     for first in range(0, len(todo), batch):
         # Processes that share a model compute together; the others are not waited for.
         stopped.fill_(heard())
-        for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+        for group in sharing:
             dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=group)
         if stopped:
             break

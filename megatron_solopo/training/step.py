@@ -27,6 +27,7 @@ from megatron_solopo.losses.solopo import (
     solopo_loss,
 )
 from megatron_solopo.model.forward import segment_log_probs
+from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
 from megatron_solopo.training.engine import Engine, data_parallel
 
@@ -166,8 +167,21 @@ def run_step(
     counts = [sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)]
     flat = torch.tensor([*totals, *counts], dtype=torch.float64, device=engine.platform.device)
     *values, tokens, padding = over_the_layout(flat).tolist()
+    summed = dict(zip(names, values, strict=True))
+    settings = engine.models[0].config
+    if settings.num_moe_experts and settings.moe_aux_loss_coeff and not forward_only:
+        summed["moe_aux_loss"] = moe_aux_loss(engine, len(packs)) * total_groups
     named = [] if math.isfinite(values[0]) else _not_finite(each)
-    return StepSums(total_groups, dict(zip(names, values, strict=True)), int(tokens), int(padding), named)
+    return StepSums(total_groups, summed, int(tokens), int(padding), named)
+
+
+def moe_aux_loss(engine: Engine, packs: int) -> float:
+    """What balances the experts, without its coefficient: the mean over layers and all processes' packs; collective."""
+    _, ranks = data_parallel()
+    own = sum(take_aux_loss(model) for model in engine.models)
+    total = torch.zeros((), dtype=torch.float64, device=engine.platform.device) + own
+    dist.all_reduce(total)  # each layer of each part of each pack is on one process
+    return total.item() / (engine.models[0].config.num_layers * packs * ranks)
 
 
 def _not_finite(each: list[tuple[Sequence[int], Tensor]]) -> list[int]:

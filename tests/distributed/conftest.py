@@ -19,8 +19,8 @@ from launches import (
     training_run,
 )
 from methods import LONG, METHODS, SHORT, method_flags, method_roles
-from tiny_models import SHAPE, WIDE, conversations, preference_groups, write_lines, write_model
-from transformers import LlamaConfig, Qwen2Config
+from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, WIDE, conversations, preference_groups, write_lines, write_model
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "qwen2", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=2)
     write_model(folder / "wide", LlamaConfig(**WIDE, tie_word_embeddings=False), seed=4)
     write_model(folder / "wide-tied", Qwen2Config(**WIDE, tie_word_embeddings=True), seed=5)
+    write_model(folder / "mixtral", MixtralConfig(**SHAPE, **EXPERTS), seed=4)
+    write_model(folder / "qwen3_moe", Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE), seed=5)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

@@ -17,20 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-
-
-def load(folder: Path) -> nn.Module:
-    """The model in float64; transformers' RMSNorm would go through float32 whatever the model's dtype."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-
-    def double_norm(self: nn.Module, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = double_norm.__get__(module)
-    return model
+from transformers_in_double import by_file_name, load
 
 
 def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -63,7 +50,8 @@ def scores(folder: Path, examples: list[dict[str, Any]]) -> list[Scores]:
     for example in examples:
         sums, counts = log_probs(model, example)
         gradients = {
-            role: dict(zip(names, torch.autograd.grad(value, parameters), strict=True)) for role, value in sums.items()
+            role: by_file_name(model, dict(zip(names, torch.autograd.grad(value, parameters), strict=True)))
+            for role, value in sums.items()
         }
         found.append(Scores({role: value.detach() for role, value in sums.items()}, counts, gradients))
     return found
@@ -74,6 +62,33 @@ def reference_table(folder: Path, examples: list[dict[str, Any]]) -> list[dict[s
     model = load(folder)
     with torch.no_grad():
         return [{role: value.item() for role, value in log_probs(model, example)[0].items()} for example in examples]
+
+
+def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
+    """The auxiliary loss of a pack, added over its layers (Switch Transformers, arXiv 2101.03961, equations 4 to 6).
+
+    A layer's: experts x sum over experts of (share of all choices x mean probability), over the tokens that are
+    computed: each prompt once, and each continuation without its last token.
+    """
+    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    found: dict[nn.Module, list[Tensor]] = {router: [] for router in routers}
+    first = 0
+    hooks = [
+        router.register_forward_hook(lambda module, _, output: found[module].append(output[0][first:]))
+        for router in routers
+    ]
+    for prompt in (prompt for example in examples for prompt in example["prompts"]):
+        for place, continuation in enumerate(prompt["continuations"]):
+            first = len(prompt["ids"]) if place else 0
+            model(torch.tensor([prompt["ids"] + continuation["ids"][:-1]]))
+    for hook in hooks:
+        hook.remove()
+    total = torch.zeros((), dtype=torch.float64)
+    for router, parts in found.items():
+        probs = torch.cat(parts).softmax(-1)
+        choices = torch.zeros_like(probs).scatter(1, probs.topk(router.top_k).indices, 1.0)
+        total = total + probs.shape[1] * (choices.sum(0) / choices.sum() * probs.mean(0)).sum()
+    return total
 
 
 def logistic(margin: Tensor) -> Tensor:

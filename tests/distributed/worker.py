@@ -114,7 +114,7 @@ def main() -> None:
             platform.end_model_parallel()
             initialize_parallel(config)
             layout = config.parallel
-        key = json.dumps([case["dtype"], dataclasses.asdict(config.model)])
+        key = json.dumps([case["dtype"], dataclasses.asdict(config.model), config.training.moe_aux_loss_coeff])
         if key not in engines:
             hf_config = read_hf_config(config.model.hf_path)
             engines[key] = build_engine(here, hf_config, config, getattr(torch, case["dtype"]))

@@ -32,6 +32,7 @@ def _in(file: str, tests: str, *wrongs: tuple[str, str, str]) -> list[Mutant]:
 
 
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
+EXPERTS = "tests/distributed/test_experts.py -k 'oracles_gradient or auxiliary'"
 HEALTH = "tests/unit/test_health.py"
 TOPOLOGY = "tests/unit/test_topology.py"
 REFERENCE = "tests/functional/test_reference_cache.py"
@@ -231,6 +232,29 @@ MUTANTS: list[Mutant] = [
         "model/forward.py",
         CUT,
         ("the gathered sequence's gradient summed twice", "tensor_parallel_output_grad=False", ""),
+    ),
+    *_in(
+        "model/router.py",
+        PARITY,
+        ("a float64 model's router in float32", "torch.promote_types(logits.dtype, torch.float32)", "torch.float32"),
+        ("the chosen experts' weights not renormalised", "if not self.config.moe_router_pre_softmax:", "if False:"),
+    ),
+    *_in(
+        "model/router.py",
+        EXPERTS,
+        ("padding counts as load", "chosen = probs * real, chosen & real", "chosen = probs * real, chosen"),
+        ("the load of a part of the tokens", "if self.tp_cp_group.size() > 1:", "if False:"),
+        ("padding not cut on later stages", 'get_attr_wrapped_model(model, "pre_process")', "True"),
+    ),
+    *_in(
+        "conversion/hf.py",
+        EXPERTS,
+        (
+            "every process loads the first experts",
+            "hf.format(layer=number, expert=expert)",
+            "hf.format(layer=number, expert=place)",
+        ),
+        ("experts cut over the wrong processes", "if entry.of_experts:\n        return", "if False:\n        return"),
     ),
     *_in(
         "training/checkpoint.py",

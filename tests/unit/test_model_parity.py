@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers_in_double
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.packs import build_pack
@@ -20,6 +21,8 @@ SMALL = dict(
     vocab_size=211,
     max_position_embeddings=512,
 )
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+QWEN3_MOE = SMALL | EXPERTS | dict(moe_intermediate_size=40, head_dim=24)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -36,6 +39,9 @@ CONFIGS = {
     ),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "mixtral": MixtralConfig(**SMALL, **EXPERTS),
+    "qwen3-moe": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
+    "qwen3-moe-softmax-over-all": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=False, tie_word_embeddings=True),
 }
 
 
@@ -106,14 +112,16 @@ def test_log_probs_equal_transformers(engine, hf_folder, share_prompts):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied"], indirect=True)
+WITH_EXPERTS = ["mixtral", "qwen3-moe", "qwen3-moe-softmax-over-all"]
+
+
+@pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied", *WITH_EXPERTS], indirect=True)
 def test_gradients_equal_transformers_in_double(engine, hf_folder):
     """Chunked head, shared prompts and padded vocabulary give transformers' gradient, tensor by tensor."""
     from megatron_solopo.conversion.hf import named_entries
 
     hf_config, model = megatron_model(hf_folder, torch.float64)
-    hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float64)
-    keep_norms_in_double(hf)
+    hf = transformers_in_double.load(hf_folder)
     groups = [random_group(1), random_group(2)]
     weights = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours = run_pack(hf_config, model, build_pack(groups, range(2)), torch.float64)
@@ -122,20 +130,13 @@ def test_gradients_equal_transformers_in_double(engine, hf_folder):
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
     gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients = transformers_in_double.by_file_name(hf, gradients)
+    seen = set()
     for entry, names, parameter in named_entries(model, hf_config):
         for name, gradient in zip(names, entry.operator.to_hf(parameter.grad), strict=True):
-            assert (gradient - gradients[name]).norm() <= 1e-10 * gradients[name].norm(), name
-
-
-def keep_norms_in_double(hf):
-    """transformers' RMSNorm goes through float32 whatever the model's dtype."""
-
-    def double_norm(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    for module in hf.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = double_norm.__get__(module)
+            assert 0 < gradients[name].norm() and (gradient - gradients[name]).norm() <= 1e-10 * gradients[name].norm()
+            seen.add(name)
+    assert seen == gradients.keys()
 
 
 @pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)

@@ -89,7 +89,8 @@ def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple
     assert [row for piece in pack.pieces for row in range(piece.start, piece.start + piece.slot)] == list(
         range(len(pack.tokens))
     )
-    assert all(piece.length > 0 and piece.slot % of_pieces == 0 for piece in pack.pieces)
+    assert all(piece.slot > 0 and piece.slot % of_pieces == 0 for piece in pack.pieces)
+    assert pack.is_padding().sum() == pack.padding and not pack.is_padding()[pack.predictors].any()
     assert pack.predictors.numel() == 0 or int(pack.predictors.max()) < padded
 
 

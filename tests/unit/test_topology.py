@@ -7,12 +7,20 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import SHAPE
-from transformers import LlamaConfig
+from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
+from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from megatron_solopo.config import Config, ModelConfig, ParallelConfig
+from megatron_solopo.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.topology import Place, check_layout, layers_of_stage, place_of, stage_sizes
+from megatron_solopo.model.families import family_of
+from megatron_solopo.parallel.topology import (
+    Place,
+    check_layout,
+    expert_place,
+    layers_of_stage,
+    place_of,
+    stage_sizes,
+)
 
 
 def layout(tensor: int, pipeline: int, context: int = 1) -> ParallelConfig:
@@ -36,6 +44,17 @@ def test_places_are_megatrons(tensor: int, context: int, pipeline: int, world: i
     for rank in range(world):
         where = [next(g.index(rank) for g in groups[kind] if rank in g) for kind in groups]
         assert place_of(rank, layout(tensor, pipeline, context), world) == Place(*where)
+
+
+@pytest.mark.parametrize(("tensor", "experts", "world"), [(1, 2, 4), (2, 2, 8), (1, 4, 8), (2, 1, 4)])
+def test_expert_places_are_megatrons(tensor: int, experts: int, world: int) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    copies = world // (tensor * experts)
+    groups = RankGenerator(tp=tensor, ep=experts, dp=copies, pp=1, cp=1, order="tp-cp-ep-dp-pp").get_ranks("ep")
+    parallel = ParallelConfig(expert_model_parallel_size=experts, expert_tensor_parallel_size=tensor)
+    for rank in range(world):
+        assert expert_place(rank, parallel) == next(group.index(rank) for group in groups if rank in group)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +163,80 @@ def test_stages_that_the_layers_do_not_fill_are_one_line(
 def test_random_weights_need_one_stage() -> None:
     with pytest.raises(UserError, match="--random-init with --pipeline-model-parallel-size"):
         check_layout(LlamaConfig(**SHAPE), Config(model=ModelConfig(random_init=True), parallel=layout(1, 2)), 128, 2)
+
+
+SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        ({"expert_model_parallel_size": 3}, 3, r"--expert-model-parallel-size 3: .* number of experts, 4; .* is 1"),
+        ({"expert_model_parallel_size": 8}, 8, r"--expert-model-parallel-size 8: .* number of experts, 4; .* is 4"),
+        ({"expert_model_parallel_size": 4}, 2, r"--expert-model-parallel-size 4: .* pipeline stage .*, 2; .* is 2"),
+        ({"expert_tensor_parallel_size": 5}, 5, r"--expert-tensor-parallel-size 5: .* intermediate size, 24; .* is 1"),
+        ({"expert_tensor_parallel_size": 4}, 2, r"--expert-tensor-parallel-size 4: .* pipeline stage, 2; .* is 2"),
+        (SEQUENCE | {"expert_model_parallel_size": 2}, 2, r"--expert-model-parallel-size 2: .*, 1; .* is 1"),
+        ({"tensor_model_parallel_size": 2}, 2, r"--tensor-model-parallel-size 2: .* --sequence-parallel"),
+    ],
+)
+def test_experts_that_cannot_be_spread_so_are_one_line(parallel: dict, world: int, message: str) -> None:
+    hf_config = Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE)
+    with pytest.raises(UserError, match=message) as caught:
+        check_layout(hf_config, Config(parallel=ParallelConfig(**parallel)), 128, world)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world"),
+    [
+        ({"expert_model_parallel_size": 4}, 4),
+        ({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 4),
+        ({"expert_tensor_parallel_size": 3}, 3),
+        (SEQUENCE | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, 2),
+    ],
+)
+def test_experts_that_can(parallel: dict, world: int) -> None:
+    hf_config = Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE)
+    check_layout(hf_config, Config(parallel=ParallelConfig(**parallel)), 128, world)
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (Config(parallel=ParallelConfig(expert_model_parallel_size=2)), "--expert-model-parallel-size 2"),
+        (Config(parallel=ParallelConfig(expert_tensor_parallel_size=2)), "--expert-tensor-parallel-size 2"),
+        (Config(training=TrainingConfig(moe_aux_loss_coeff=0.1)), "--moe-aux-loss-coeff 0.1"),
+    ],
+)
+def test_a_model_without_experts_refuses_their_options(config: Config, flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag}: llama has no experts"):
+        check_layout(LlamaConfig(**SHAPE), config, 128, 2)
+
+
+def test_random_experts_are_not_spread() -> None:
+    config = Config(model=ModelConfig(random_init=True), parallel=ParallelConfig(expert_model_parallel_size=2))
+    with pytest.raises(UserError, match="--random-init with --expert-model-parallel-size"):
+        check_layout(MixtralConfig(**SHAPE, **EXPERTS), config, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (MixtralConfig, "sliding_window", 64),
+        (MixtralConfig, "router_jitter_noise", 0.1),
+        (MixtralConfig, "hidden_act", "gelu"),
+        (MixtralConfig, "num_experts_per_tok", 1),
+        (Qwen3MoeConfig, "use_sliding_window", True),
+        (Qwen3MoeConfig, "decoder_sparse_step", 2),
+        (Qwen3MoeConfig, "mlp_only_layers", [0]),
+        (Qwen3MoeConfig, "attention_bias", True),
+    ],
+)
+def test_what_a_family_with_experts_does_not_cover_is_refused(kind: type, field: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"config.json: {field} = "):
+        family_of(kind(**(SHAPE | EXPERTS | {field: value})))
+
+
+def test_a_sliding_window_that_hides_nothing_is_none() -> None:
+    assert family_of(MixtralConfig(**SHAPE, **EXPERTS, sliding_window=SHAPE["max_position_embeddings"]))

@@ -39,9 +39,11 @@ def family_of(hf_config: PretrainedConfig) -> Family:
         UserError: an unknown model_type, or a config field that the family does not cover.
     """
     from megatron_solopo.model.families.llama import LLAMA
+    from megatron_solopo.model.families.mixtral import MIXTRAL
     from megatron_solopo.model.families.qwen2 import QWEN2
+    from megatron_solopo.model.families.qwen3_moe import QWEN3_MOE
 
-    families = {family.model_type: family for family in (LLAMA, QWEN2)}
+    families = {family.model_type: family for family in (LLAMA, MIXTRAL, QWEN2, QWEN3_MOE)}
     if hf_config.model_type not in families:
         raise UserError(
             f"config.json: model_type {hf_config.model_type!r} is not supported; "

@@ -9,22 +9,30 @@ from transformers import PretrainedConfig
 from megatron_solopo.model.families import Family, head_dim, refuse
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV, PadRows, Rename, StackGateUp
 
+MEGATRON_LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+
 
 def table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
     """Every parameter of the Llama layout; families with the same layout add to it."""
+    gate_up = (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")
+    return (
+        *table_without_mlp(hf_config, padded_vocab_size),
+        Entry(MEGATRON_LAYER + "mlp.linear_fc1.weight", gate_up, StackGateUp()),
+        Entry(MEGATRON_LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), Rename()),
+    )
+
+
+def table_without_mlp(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
+    """Vocabulary, norms and attention, which families with another MLP share."""
     qkv = InterleaveQKV(hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config))
     vocabulary = PadRows(hf_config.vocab_size, padded_vocab_size)
-    megatron, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
+    megatron, hf = MEGATRON_LAYER, HF_LAYER
     entries = (
         Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
         Entry(megatron + "input_layernorm.weight", (hf + "input_layernorm.weight",), Rename()),
         Entry(megatron + "self_attention.linear_qkv.weight", qkv_names(hf, "weight"), qkv),
         Entry(megatron + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), Rename()),
         Entry(megatron + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), Rename()),
-        Entry(
-            megatron + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), StackGateUp()
-        ),
-        Entry(megatron + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), Rename()),
         Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Rename()),
     )
     if not hf_config.tie_word_embeddings:

@@ -101,8 +101,14 @@ class StackGateUp(Operator):
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter (``{layer}`` stands for the layer number) and the tensors it is made of."""
+    """One Megatron parameter (``{layer}`` and ``{expert}`` stand for numbers) and the tensors it is made of."""
 
     megatron: str
     hf: tuple[str, ...]
     operator: Operator
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether each expert has such a parameter: expert parallelism spreads them, and expert tensor parallelism
+        cuts them."""
+        return "{expert}" in self.megatron

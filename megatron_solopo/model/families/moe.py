@@ -1,0 +1,56 @@
+"""What families with experts share: a router and gated experts in every layer instead of the MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.model.families import refuse
+from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
+from megatron_solopo.model.families.operators import Entry, Rename, StackGateUp
+
+
+def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    """Router and experts of every layer.
+
+    transformers 5 holds a layer's experts in one tensor; its files have one tensor an expert and projection, as the
+    original models do.
+
+    Args:
+        hf_block: what a layer calls its block of experts.
+        gate, up, down: what an expert calls its projections.
+    """
+    experts = MEGATRON_LAYER + "mlp.experts.local_experts.{expert}."
+    gate, up, down = (f"{HF_LAYER}{hf_block}.experts.{{expert}}.{name}.weight" for name in (gate, up, down))
+    return (
+        Entry(MEGATRON_LAYER + "mlp.router.weight", (f"{HF_LAYER}{hf_block}.gate.weight",), Rename()),
+        Entry(experts + "linear_fc1.weight", (gate, up), StackGateUp()),
+        Entry(experts + "linear_fc2.weight", (down,), Rename()),
+    )
+
+
+def expert_options(hf_config: PretrainedConfig, ffn_hidden_size: int, renormalize: bool) -> dict[str, Any]:
+    """TransformerConfig fields of the experts.
+
+    Args:
+        ffn_hidden_size: of one expert.
+        renormalize: the weights of a token's experts sum to 1; else they are the softmax over all experts.
+    """
+    return {
+        "num_moe_experts": hf_config.num_experts,
+        "moe_ffn_hidden_size": ffn_hidden_size,
+        "moe_router_topk": hf_config.num_experts_per_tok,
+        "moe_router_pre_softmax": not renormalize,
+    }
+
+
+def check_experts(hf_config: PretrainedConfig, renormalize: bool) -> None:
+    """Refuses what no family with experts covers.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if renormalize and hf_config.num_experts_per_tok == 1:
+        # The one weight is always 1: the router would have no gradient, and megatron-core refuses it.
+        refuse(hf_config, num_experts_per_tok=2)

@@ -1,0 +1,97 @@
+"""The router of a layer with experts, for megatron-core's layer specs."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from torch import Tensor, nn
+
+from megatron_solopo.pack import Pack
+
+
+class Router(TopKRouter):
+    """Sends each token to its most probable experts.
+
+    megatron-core's own takes the softmax in float32 whatever the model's dtype (moe_utils.py:841, 936, version
+    0.19.2), and divides by 0 where a micro-batch is all padding (:138). This one keeps float64, and counts padding in
+    neither the load nor the probabilities. Padding does pass through the experts: no token is ever dropped for
+    another, so it changes nothing.
+
+    Attributes:
+        aux_loss: what the auxiliary loss of this process's tokens summed to since `take_aux_loss`, without coefficient.
+    """
+
+    aux_loss: Tensor | float = 0.0
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The weight of each expert in each token's output, and which experts those are.
+
+        Args:
+            logits: [S, 1, experts].
+            padding_mask: [S, 1], true where a token is padding.
+
+        Returns:
+            [S, experts] in the dtype of ``logits``, 0 where not chosen; [S, experts] bool.
+        """
+        logits = logits.flatten(0, 1)
+        probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        top, experts = probs.topk(self.topk, dim=-1)
+        if not self.config.moe_router_pre_softmax:
+            top = top / top.sum(-1, keepdim=True)
+        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, experts, True)
+        weights = torch.zeros_like(probs).scatter(1, experts, top).to(logits.dtype)
+        if self.config.moe_aux_loss_coeff and self.training and torch.is_grad_enabled():
+            loss = self._load_balancing_loss(probs, chosen, padding_mask)
+            self.aux_loss = self.aux_loss + loss.detach()
+            weights = MoEAuxLossAutoScaler.apply(weights, self.config.moe_aux_loss_coeff * loss)
+        return weights, chosen
+
+    def _load_balancing_loss(self, probs: Tensor, chosen: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Switch Transformers' (arXiv 2101.03961, equations 4 to 6) over the micro-batch's T tokens for the top k.
+
+        E sum_i f_i P_i with E experts, f_i the share of the k T choices that fell on expert i, and P_i its mean
+        probability; 1 where balanced. Where processes share a micro-batch, each returns its tokens' part of the sum.
+        """
+        if padding_mask is not None:
+            real = ~padding_mask.reshape(-1, 1)
+            probs, chosen = probs * real, chosen & real
+        load = chosen.sum(0)
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(load, group=self.tp_cp_group)
+        choices = load.sum().clamp(min=1)  # a micro-batch of padding has none, and its loss is 0
+        tokens = choices / self.topk
+        return self.config.num_moe_experts * (load.to(probs.dtype) / choices * probs.sum(0) / tokens).sum()
+
+
+def padding_mask(model: nn.Module, pack: Pack, own: Tensor | None) -> Tensor | None:
+    """[1, S] true where a token is padding, as megatron-core takes it; None where no auxiliary loss asks for it.
+
+    Args:
+        own: [S] the rows of the pack that this context-parallel rank computes, or None for all.
+
+    mcore cuts it for sequence parallelism on the first pipeline stage only (gpt_model.py:352, version 0.19.2), so
+    here it is cut for the others.
+    """
+    config = get_model_config(model)
+    if not (config.num_moe_experts and config.moe_aux_loss_coeff):
+        return None
+    mask = pack.is_padding()
+    if own is not None:
+        mask = mask[own]
+    if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+        group = parallel_state.get_tensor_model_parallel_group()
+        mask = mask.chunk(group.size())[group.rank()]
+    return mask[None]
+
+
+def take_aux_loss(model: nn.Module) -> Tensor | float:
+    """The sum of the auxiliary loss over this process's layers and micro-batches since it was last taken."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    total = sum(router.aux_loss for router in routers)
+    for router in routers:
+        router.aux_loss = 0.0
+    return total

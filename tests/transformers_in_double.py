@@ -1,0 +1,40 @@
+"""A transformers model that computes in float64 throughout, and its tensors under the names of its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def load(folder: Path) -> nn.Module:
+    """The model in float64; transformers' norms and routers would go through float32 whatever the model's dtype."""
+    # Its grouped experts take no float64.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _norm.__get__(module)
+        elif type(module).__name__.endswith("TopKRouter"):
+            module.forward = _router.__get__(module)
+    return model
+
+
+def _norm(self: nn.Module, x: Tensor) -> Tensor:
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def _router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
+    weights, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
+    if getattr(self, "norm_topk_prob", True):  # Mixtral always does
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights, experts
+
+
+def by_file_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter, such as gradients, as `save_pretrained` names and splits the parameters: one an expert."""
+    return revert_weight_conversion(model, tensors)
