@@ -122,6 +122,8 @@ def build_engine(
         DistributedDataParallel(model.config, ddp, model, disable_bucketing=number > 0)
         for number, model in enumerate(models)
     ]
+    for chunk in chunks:
+        _keep_padding_in_checkpoints(chunk)
     _set_schedule_functions(chunks, ddp)
     head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, rotary_frequencies(hf_config))
     engine = Engine(platform, hf_config, chunks, head, dtype)
@@ -129,6 +131,18 @@ def build_engine(
         for chunk in chunks:  # until `train`: nothing is to be gathered, and the reference pass must not communicate
             chunk.disable_forward_pre_hook(param_sync=False)
     return engine
+
+
+def _keep_padding_in_checkpoints(chunk: DistributedDataParallel) -> None:
+    """Counts the padding at the end of each bucket as part of it.
+
+    distrib_optimizer.py:1312 joins the optimizer's buckets without their padding when it saves, and :1750 cuts the
+    parameters out at their padded places: all that stands behind the first padding would be saved wrong, silently.
+    """
+    for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _set_schedule_functions(chunks: list[DistributedDataParallel], ddp: DistributedDataParallelConfig) -> None:
