@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_solopo.config import Config
 from megatron_solopo.data.tokens import TokenGroup
 
 
@@ -73,6 +74,49 @@ def attention_cost(group: TokenGroup, hidden_size: int, share_prompts: bool = Tr
         pairs += own if share_prompts else own * len(prompt.continuations)
         pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.continuations)
     return group.tokens(share_prompts) + pairs / (6 * hidden_size)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Who computes which groups of a step.
+
+    Attributes:
+        shares: data-parallel rank -> packs -> places in the step.
+        loads: estimated compute of each rank.
+        of_pieces, of_packs: pieces and packs are padded to multiples of these.
+    """
+
+    shares: list[list[list[int]]]
+    loads: list[float]
+    of_pieces: int
+    of_packs: int
+
+    @property
+    def imbalance(self) -> float:
+        """How much longer than the mean the dearest rank computes, as a share; the others wait for it."""
+        mean = sum(self.loads) / len(self.loads)
+        return max(self.loads) / mean - 1 if mean else 0.0
+
+
+def plan_step(groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config: Config) -> StepPlan:
+    """The plan of a step's groups over ``ranks`` data-parallel processes, the same on every process."""
+    training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
+    context = parallel.context_parallel_size
+    of_pieces = 2 * context if context > 1 else 1
+    costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
+    shares = plan(
+        costs,
+        [group.tokens(share_prompts, of_pieces) for group in groups],
+        ranks,
+        training.micro_batch_size,
+        training.max_tokens_per_rank and training.max_tokens_per_rank * context,
+        # The interleaved schedule sends packs through the chunks in groups of one pack a stage.
+        parallel.pipeline_model_parallel_size if parallel.num_virtual_stages_per_pipeline_rank > 1 else 1,
+    )
+    loads = [sum(costs[place] for pack in share for place in pack) for share in shares]
+    # Sequence parallelism cuts what context parallelism left into even parts.
+    even = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    return StepPlan(shares, loads, of_pieces, math.lcm(of_pieces, even))
 
 
 def plan(

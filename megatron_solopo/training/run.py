@@ -258,13 +258,14 @@ def train_step(
         UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
     from megatron_solopo.parallel.platform import max_over_processes
-    from megatron_solopo.training.step import make_packs, run_step
+    from megatron_solopo.training.step import make_packs, plan_of, run_step
 
     begin = time.perf_counter()
     indices = schedule.step(step)
     engine.zero_gradients()
     optimizer.zero_grad()
-    packs = make_packs(engine, dataset, indices, config)
+    plan = plan_of(engine, dataset, indices, config)
+    packs = make_packs(engine, dataset, indices, config, plan)
     sums = run_step(engine, packs, len(indices), config.method, reference)
     means = sums.means()
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
@@ -287,6 +288,7 @@ def train_step(
         "tokens": sums.tokens,
         "tokens_per_second": round(sums.tokens / seconds, 1),
         "padding_share": sums.padding / max(sums.tokens, 1),
+        "compute_imbalance": round(plan.imbalance, 6),
         "memory_gib": round(max_over_processes(engine.platform.peak_memory_gib(), engine.platform.device), 3),
         "seconds": round(seconds, 4),
     }

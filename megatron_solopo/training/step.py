@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.data.batches import attention_cost, plan
+from megatron_solopo.data.batches import StepPlan, plan_step
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.tokens import TokenDataset
 from megatron_solopo.losses.solopo import (
@@ -54,30 +54,31 @@ class StepSums:
         return {name: value / self.groups for name, value in self.values.items()}
 
 
-def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[Pack]:
+def plan_of(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> StepPlan:
+    """The plan of the given examples over this run's data-parallel processes."""
+    _, ranks = data_parallel()
+    return plan_step([dataset.groups[i] for i in indices], engine.hf_config.hidden_size, ranks, config)
+
+
+def make_packs(
+    engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config, plan: StepPlan | None = None
+) -> list[Pack]:
     """This process's packs of a step, in order; the same number on every process.
 
     Processes that share a model get the same packs; context parallelism cuts them later (model/forward.py).
+
+    Args:
+        plan: of the same examples, where it is known.
     """
-    training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
-    rank, size = data_parallel()
-    groups = [dataset.groups[i] for i in indices]
-    context = parallel.context_parallel_size
-    of_pieces = 2 * context if context > 1 else 1
-    tokens = [group.tokens(share_prompts, of_pieces) for group in groups]
-    costs = [attention_cost(group, engine.hf_config.hidden_size, share_prompts) for group in groups]
-    most = training.max_tokens_per_rank and training.max_tokens_per_rank * context
-    # The interleaved schedule sends packs through the chunks in groups of one pack a stage.
-    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
-    whole = parallel.pipeline_model_parallel_size if interleaved else 1
-    shares = plan(costs, tokens, size, training.micro_batch_size, most, whole)[rank]
-    # Sequence parallelism cuts what context parallelism left into even parts.
-    of_packs = math.lcm(of_pieces, context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1))
-    packs = (
-        build_pack([groups[i] for i in share], [indices[i] for i in share], share_prompts, of_packs, of_pieces)
-        for share in shares
-    )
-    return [pack.to(engine.platform.device) for pack in packs]
+    plan = plan or plan_of(engine, dataset, indices, config)
+    rank, _ = data_parallel()
+    chosen = ([indices[place] for place in share] for share in plan.shares[rank])
+    return [
+        build_pack(
+            [dataset.groups[i] for i in some], some, config.data.share_prompts, plan.of_packs, plan.of_pieces
+        ).to(engine.platform.device)
+        for some in chosen
+    ]
 
 
 def group_losses(

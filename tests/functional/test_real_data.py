@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.data import pairs, prepare
+from megatron_solopo.data.batches import make_schedule, plan_step
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import tokenize
 from megatron_solopo.evaluation import ask
+from megatron_solopo.losses.solopo import scored_roles
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (768, 3072)
@@ -192,3 +199,39 @@ def test_the_exported_model_answers(trained: Path, capsys: pytest.CaptureFixture
     assert f"question: {question['question']}" in said
     [answer] = [line for line in said.splitlines() if line.startswith("dpo-hf (")]
     assert answer.split(" | ")[1].strip()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ["--short-tokens", "1100", "--long-tokens", "7500"],  # groups of one length, as for a run
+        ["--short-documents", "5", "--long-documents", "40"],  # as long as the documents are
+    ],
+)
+def test_sixty_four_real_groups_a_step_are_spread_evenly(
+    home: Path, solopo_data: Path, lengths: list[str], tmp_path: Path
+) -> None:
+    """Padding up to 3 %, compute of the dearest process up to 10 % above the mean, for many layouts."""
+    source = solopo_data / "musique" / "musique_ans_train_subset.jsonl"
+    contexts, groups = tmp_path / "contexts.jsonl", tmp_path / "groups.jsonl"
+    arguments = ["--input", source, "--limit", 128, *lengths, "--tokenizer", home / "start", "--output", contexts]
+    assert prepare.main(list(map(str, arguments))) == 0
+    assert pairs.main(["--contexts", str(contexts), "--responses", "gold", "--output", str(groups)]) == 0
+    method = MethodConfig()
+    dataset = tokenize(groups, load_tokenizer(str(home / "start")), scored_roles(method), 32768)
+    schedule = make_schedule(len(dataset.groups), 64, 4, None, 0, shuffle=True)
+    for step, ranks, context in product(range(2), (2, 4, 8), (1, 8)):
+        config = Config(method=method)
+        config.parallel.context_parallel_size = context
+        config.training.micro_batch_size, config.training.max_tokens_per_rank = 8, 32768 // context
+        some = [dataset.groups[i] for i in schedule.step(step)]
+        plan = plan_step(some, 3584, ranks, config)
+        assert plan.imbalance <= 0.10, (ranks, plan.imbalance)
+        packs = [
+            build_pack([some[i] for i in share], share, True, plan.of_packs, plan.of_pieces)
+            for shares in plan.shares
+            for share in shares
+        ]
+        tokens = sum(pack.tokens.numel() for pack in packs)
+        assert sum(pack.padding for pack in packs) <= 0.03 * tokens
+        assert all(pack.tokens.numel() <= 32768 for pack in packs)

@@ -25,7 +25,8 @@ from megatron_solopo.cli import run
 from megatron_solopo.training.run import main
 
 EVERY_STEP = set(
-    "step split epoch loss lr grad_norm groups tokens tokens_per_second padding_share seconds memory_gib".split()
+    "step split epoch loss lr grad_norm groups tokens tokens_per_second padding_share compute_imbalance seconds "
+    "memory_gib".split()
 )
 PREFERENCE = set(
     "po_loss alignment_loss reward_chosen reward_rejected reward_long_chosen margin accuracy "
