@@ -38,7 +38,7 @@ LAYOUTS: dict[str, list[Any]] = {
         1,
     ],
 }
-BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4]}
+BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4], "four": [5, 0, 3, 1]}
 """Seven and three do not divide by two processes; with one, the second process has an empty pack."""
 
 LAID_OUT = (

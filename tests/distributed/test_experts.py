@@ -21,6 +21,8 @@ CUTS: dict[str, tuple[Any, ...]] = {
     "sequence": SEQUENCE,
     "sequence and expert": (*SEQUENCE, "--expert-model-parallel-size", 2, "--expert-tensor-parallel-size", 1),
     "pipeline": ("--pipeline-model-parallel-size", 2),
+    "context": ("--context-parallel-size", 2),
+    "context and expert": ("--context-parallel-size", 2, "--expert-model-parallel-size", 2),
 }
 PLANS = [
     *(
@@ -35,7 +37,7 @@ PLANS = [
     ("float32", "orpo", "qwen3_moe", "by-two", "seven"),
 ]
 BALANCED = [
-    ("float64", "dpo", "qwen3_moe", "padded", "seven"),
+    ("float64", "dpo", "qwen3_moe", "padded", "four"),
     ("float64", "dpo", "mixtral", "one-by-one", "one"),
     ("float64", "dpo", "mixtral", "recompute", "seven"),
 ]

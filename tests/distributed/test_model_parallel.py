@@ -1,4 +1,4 @@
-"""Tensor parallelism (with and without sequence parallelism) and pipeline parallelism train the same model."""
+"""Tensor parallelism (with and without sequence parallelism), pipeline and context parallelism train the same model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CUTS: dict[str, tuple[Any, ...]] = {
     "tensor": ("--tensor-model-parallel-size", 2),
     "sequence": ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
     "pipeline": ("--pipeline-model-parallel-size", 2),
+    "context": ("--context-parallel-size", 2),
 }
 PLANS = [
     *(("float64", method, "llama", "by-two", "seven") for method in ("dpo", "simpo", "orpo", "sft")),
