@@ -63,7 +63,7 @@ def place_of(rank: int, parallel: ParallelConfig, world: int) -> Place:
     return Place(own_tensor, own_context, own_data, own_pipeline)
 
 
-def nearest_divisors(size: int, *numbers: int) -> str:
+def _nearest_divisors(size: int, *numbers: int) -> str:
     """The common divisors of ``numbers`` around ``size``: "2 or 4"."""
     common = math.gcd(*numbers)
     divisors = [d for d in range(1, common + 1) if common % d == 0]
@@ -149,22 +149,13 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     data_parallel_size(parallel, world)
     _check_stages(hf_config.num_hidden_layers, parallel)
     experts = getattr(hf_config, "num_experts", None)
-    counts = {
-        "tensor_model_parallel_size": {
-            "num_attention_heads": hf_config.num_attention_heads,
-            "num_key_value_heads": hf_config.num_key_value_heads,
-            **({} if experts else {"intermediate_size": hf_config.intermediate_size}),
-            "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
-        },
+    matrices = {
+        "model's num_attention_heads": hf_config.num_attention_heads,
+        "model's num_key_value_heads": hf_config.num_key_value_heads,
+        **({} if experts else {"model's intermediate_size": hf_config.intermediate_size}),
+        "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
     }
-    for option, numbers in counts.items():
-        size = getattr(parallel, option)
-        for name, number in numbers.items():
-            if number % size:
-                raise UserError(
-                    f"{flag(option)} {size}: does not divide the model's {name} {number}; nearest that do: "
-                    + nearest_divisors(size, *numbers.values())
-                )
+    _check_divides("tensor_model_parallel_size", parallel.tensor_model_parallel_size, matrices)
     if config.model.random_init and parallel.pipeline_model_parallel_size > 1:
         raise UserError(
             "--random-init with --pipeline-model-parallel-size above 1: random weights would depend on the number of "
@@ -208,10 +199,9 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
 
 
 def _check_divides(option: str, size: int, numbers: dict[str, int], note: str = "") -> None:
-    valid = [n for n in range(1, max(numbers.values()) + 1) if all(number % n == 0 for number in numbers.values())]
     for name, number in numbers.items():
-        if number % size != 0:
-            nearest = min(valid, key=lambda n: abs(n - size))
+        if number % size:
             raise UserError(
-                f"{flag(option)} {size}{note}: does not divide the {name}, {number}; the nearest that fits is {nearest}"
+                f"{flag(option)} {size}{note}: does not divide the {name} {number}; nearest that do: "
+                + _nearest_divisors(size, *numbers.values())
             )

@@ -171,12 +171,12 @@ SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
-        ({"expert_model_parallel_size": 3}, 3, r"--expert-model-parallel-size 3: .* number of experts, 4; .* is 1"),
-        ({"expert_model_parallel_size": 8}, 8, r"--expert-model-parallel-size 8: .* number of experts, 4; .* is 4"),
-        ({"expert_model_parallel_size": 4}, 2, r"--expert-model-parallel-size 4: .* pipeline stage .*, 2; .* is 2"),
-        ({"expert_tensor_parallel_size": 5}, 5, r"--expert-tensor-parallel-size 5: .* intermediate size, 24; .* is 1"),
-        ({"expert_tensor_parallel_size": 4}, 2, r"--expert-tensor-parallel-size 4: .* pipeline stage, 2; .* is 2"),
-        (SEQUENCE | {"expert_model_parallel_size": 2}, 2, r"--expert-model-parallel-size 2: .*, 1; .* is 1"),
+        ({"expert_model_parallel_size": 3}, 3, r"--expert-model-parallel-size 3: .* number of experts 4; .* do: 1"),
+        ({"expert_model_parallel_size": 8}, 8, r"--expert-model-parallel-size 8: .* number of experts 4; .* do: 4"),
+        ({"expert_model_parallel_size": 4}, 2, r"--expert-model-parallel-size 4: .* pipeline stage .* 2; .* do: 2"),
+        ({"expert_tensor_parallel_size": 5}, 5, r"--expert-tensor-parallel-size 5: .* intermediate size 24; .* do: 1"),
+        ({"expert_tensor_parallel_size": 4}, 2, r"--expert-tensor-parallel-size 4: .* pipeline stage 2; .* do: 2"),
+        (SEQUENCE | {"expert_model_parallel_size": 2}, 2, r"--expert-model-parallel-size 2: .* 1; .* do: 1"),
         ({"tensor_model_parallel_size": 2}, 2, r"--tensor-model-parallel-size 2: .* --sequence-parallel"),
     ],
 )
