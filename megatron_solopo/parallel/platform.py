@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -94,10 +95,11 @@ def end_model_parallel() -> None:
     """Ends megatron-core's process groups, so that another layout can be built; collective.
 
     megatron-core 0.19.2 only forgets them (parallel_state.py, `destroy_model_parallel`), and every forgotten gloo group
-    keeps three threads that poll.
+    keeps three threads that poll. A group lives on while an engine refers to it, so drop engines first.
     """
     from megatron.core import parallel_state
 
+    gc.collect()  # models and optimizers refer to themselves
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):

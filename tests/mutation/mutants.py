@@ -32,6 +32,8 @@ def _in(file: str, tests: str, *wrongs: tuple[str, str, str]) -> list[Mutant]:
 
 
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
+CONTEXT = "tests/unit/test_context_parallel.py"
+CONTEXT_RUNS = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and context'"
 EXPERTS = "tests/distributed/test_experts.py -k 'oracles_gradient or auxiliary'"
 HEALTH = "tests/unit/test_health.py"
 TOPOLOGY = "tests/unit/test_topology.py"
@@ -209,8 +211,8 @@ MUTANTS: list[Mutant] = [
         TOPOLOGY,
         (
             "pipeline stages as neighbours",
-            "rank // tensor % data, rank // (tensor * data)",
-            "rank % data, rank // data",
+            "own_pipeline, own_data = divmod(rest, data)",
+            "own_data, own_pipeline = divmod(rest, max(rest // data, 1))",
         ),
         ("a layout that does not divide the model accepted", "if number % size:", "if size > number:"),
         ("a later chunk's layers right behind the first's", "chunk * sum(sizes) + sum", "chunk * sizes[stage] + sum"),
@@ -224,14 +226,42 @@ MUTANTS: list[Mutant] = [
         ("a damaged cache used", "if whole and tuple(", "if tuple("),
         (
             "a slow process times the others out",
-            '    wait_for_all("reference")\n    return table',
-            "    return table",
+            '    wait_for_all("reference")\n    dist.all_reduce(stopped',
+            "    dist.all_reduce(stopped",
         ),
     ),
     *_in(
         "model/forward.py",
         CUT,
         ("the gathered sequence's gradient summed twice", "tensor_parallel_output_grad=False", ""),
+    ),
+    *_in(
+        "parallel/context.py",
+        CONTEXT,
+        ("the first chunks to the first rank", "return rank, 2 * size - 1 - rank", "return 2 * rank, 2 * rank + 1"),
+        (
+            "a continuation sees the padding of its prompt",
+            "prompt.start, prompt.length, causal",
+            "prompt.start, prompt.slot, causal",
+        ),
+        ("a chunk sees its own future", "begin, length, causal=True", "begin, length, causal=False"),
+        ("earlier chunks unseen", "if begin > piece.start:", "if False:"),
+    ),
+    *_in(
+        "model/context_attention.py",
+        CONTEXT,
+        ("spans added without their weights", "output[rows] * before[..., None] + out", "output[rows] + out"),
+        ("gradient of one head of a group", "of_key.sum(1)", "of_key[:, 0]"),
+    ),
+    *_in(
+        "model/attention.py",
+        CONTEXT_RUNS,
+        ("positions of the whole pack", "pack.positions[own]", "pack.positions[: own.numel()]"),
+    ),
+    *_in(
+        "model/forward.py",
+        CONTEXT_RUNS,
+        ("each context-parallel rank its own part of the loss", "sums if context is None", "sums if True"),
     ),
     *_in(
         "model/router.py",
