@@ -70,6 +70,16 @@ class Engine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
+    def close(self) -> None:
+        """Before the process groups end (`platform.end_model_parallel`).
+
+        megatron-core's token dispatchers keep the last forward pass's graph, and that the hooks of the parameters and
+        with them the groups, in a circle through C++ that Python does not see.
+        """
+        for dispatcher in (getattr(m, "token_dispatcher", None) for model in self.models for m in model.modules()):
+            if dispatcher is not None:
+                dispatcher.probs = None
+
 
 def _gathers_in_forward(chunk: DistributedDataParallel) -> bool:
     return bool(chunk.remove_forward_pre_hook_handles)

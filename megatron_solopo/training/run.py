@@ -240,6 +240,7 @@ def train(here: Any, config: Config) -> None:
     if output.save_hf and not (stopped or unfinished):
         log.say(f"Hugging Face folder: {output.save_hf}")
     stop.close()
+    engine.close()
     problems = [text for text in (stopped, checkpoints.unsaved, unfinished) if text]
     if checkpoints.unsaved or unfinished:
         raise UserError("; ".join(problems))

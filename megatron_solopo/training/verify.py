@@ -165,6 +165,7 @@ def _worker(job_file: str) -> None:
                 save_file(gradients, folder / f"{name}.safetensors")
                 result = {"loss": sums.means()["loss"], "groups": sums.groups}
                 (folder / f"{name}.json").write_text(json.dumps(result))
+            engine.close()
             del engine, gradients
             platform.end_model_parallel()
     finally:

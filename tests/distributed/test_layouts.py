@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from launches import Launch, World, case_name, gradient_cases, launch, training_run
+from launches import SIX_STEPS, Launch, World, case_name, gradient_cases, launch, training_run
 from methods import METHODS, method_flags
 from test_gradients import check, expected  # noqa: F401 (a fixture)
 from test_runs import largest_difference
@@ -70,6 +70,8 @@ WITH_EXPERTS = [
     ("float64", "orpo", "qwen3_moe"),
     ("float32", "dpo", "qwen3_moe"),
 ]
+RESUMED = {"tp2 sp cp2": ["pp2 vpp2", "cp4"], "cp2 pp2": ["tp4 sp", "dp4"]}
+"""Layout of the first steps -> layouts that go on from their checkpoint, on four processes."""
 THREE_STEPS = ["--train-iters", 3, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
 
 
@@ -98,7 +100,8 @@ def model_of(layout: str) -> str:
 def base(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Three steps in one process."""
     out = tmp_path_factory.mktemp("base")
-    return launch(1, out, [], [three_steps(world, out, model, model, []) for model in ("wide", "qwen3_moe")])
+    three = [three_steps(world, out, model, model, []) for model in ("wide", "qwen3_moe")]
+    return launch(1, out, [], [*three, six_steps(world, out, "six", [])])
 
 
 def three_steps(world: World, out: Any, name: str, model: str, flags: list[Any]) -> dict:
@@ -107,6 +110,12 @@ def three_steps(world: World, out: Any, name: str, model: str, flags: list[Any])
         world, out, f"three {name}", *method_flags(METHODS["dpo"]), *THREE_STEPS, *flags,
         "--reference-cache", out / f"reference {name}", model=model,
     )  # fmt: skip
+
+
+def six_steps(world: World, out: Any, name: str, flags: list[Any], source: str | None = None) -> dict:
+    """Six steps, or those after the second of ``source``."""
+    start = {"load": True, "cut": (out / source, 2)} if source else {}
+    return training_run(world, out, name, *SIX_STEPS[:-2], "--preference-loss", "orpo", *flags, model="wide", **start)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +135,12 @@ def launches(world: World, reference: list, tmp_path_factory: pytest.TempPathFac
                 runs = [
                     three_steps(world, out, layout, model_of(layout), flags_of(layout)) for layout in LAYOUTS[processes]
                 ]
+                for source, targets in RESUMED.items() if processes == 4 else ():
+                    runs.append(six_steps(world, out, f"six {source}", flags_of(source)))
+                    runs += [
+                        six_steps(world, out, f"six {source} to {target}", flags_of(target), f"six {source}")
+                        for target in targets
+                    ]
                 done[processes] = launch(processes, out, cases, runs)
             except AssertionError as error:  # once for all tests of this size
                 done[processes] = error
@@ -167,3 +182,13 @@ def test_three_steps_equal_one_process(launches: Any, base: Launch, processes: i
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["groups"] == theirs["groups"] and ours["accuracy"] == theirs["accuracy"]
     assert largest_difference(launched.weights(f"three {layout}"), base.weights(whole)) <= 1e-5
+
+
+@pytest.mark.parametrize(("source", "target"), [(s, t) for s, targets in RESUMED.items() for t in targets])
+def test_a_run_goes_on_in_another_layout(launches: Any, base: Launch, source: str, target: str) -> None:
+    """Weights, optimizer and schedule of every step are those of one process that never stopped."""
+    launched, name = launches(4), f"six {source} to {target}"
+    assert launched.results[name] == "done"
+    for ours, theirs in zip(launched.metrics(name), base.metrics("six"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and ours["lr"] == theirs["lr"]
+    assert largest_difference(launched.weights(name), base.weights("six")) <= 1e-5

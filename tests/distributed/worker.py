@@ -96,6 +96,14 @@ def cut(source: Path, target: Path, iteration: int) -> None:
         file.write('{"step": 7, "lo')
 
 
+def end(engines: dict[str, Any]) -> None:
+    """Drops all engines and then their process groups."""
+    for engine in engines.values():
+        engine.close()
+    engines.clear()
+    platform.end_model_parallel()
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     here = platform.start("cpu", timeout_minutes=2)
@@ -110,8 +118,7 @@ def main() -> None:
     for case in job["gradients"]:
         config, _ = config_load.load(case["argv"])
         if layout != config.parallel:
-            engines.clear()
-            platform.end_model_parallel()
+            end(engines)
             initialize_parallel(config)
             layout = config.parallel
         key = json.dumps([case["dtype"], dataclasses.asdict(config.model), config.training.moe_aux_loss_coeff])
@@ -120,8 +127,7 @@ def main() -> None:
             engines[key] = build_engine(here, hf_config, config, getattr(torch, case["dtype"]))
         results[case["name"]], found = gradient_case(engines[key], case, config)
         tensors |= {f"{case['name']}|{name}": tensor for name, tensor in found.items()}
-    engines.clear()
-    platform.end_model_parallel()
+    end(engines)
     for run in job["runs"]:
         if "cut" in run and dist.get_rank() == 0:
             cut(*map(Path, run["cut"][:2]), run["cut"][2])
