@@ -116,7 +116,7 @@ def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> li
         )
         experts = parallel.expert_model_parallel_size
         if experts > 1:
-            part += f", experts {expert_place(rank, parallel)} of {experts} parts"
+            part += f", part {expert_place(rank, parallel) + 1} of {experts} of the experts"
         share = f", 1/{copies} of each step's examples" if copies > 1 else ""
         if context > 1:
             chunks = " and ".join(str(place + 1) for place in chunk_places(place.context, context))

@@ -23,6 +23,7 @@ from megatron_solopo.errors import UserError, system_reason
 def main(argv: list[str] | None = None) -> int:
     """``pretrain_solopo.py`` and ``solopo train``."""
     config, dry_run = config_load.load(argv)
+    quiet()
     if dry_run:
         from megatron_solopo.training.dry_run import describe
 
@@ -31,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from megatron_solopo.parallel import platform
 
-    quiet()
     here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
         train(here, config)
