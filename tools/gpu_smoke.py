@@ -158,6 +158,48 @@ def check_attention(here: Any, work: Path) -> Figures:
     return figures
 
 
+def check_context_attention(here: Any, work: Path) -> Figures:
+    """Each rank's part of context-parallel attention, output and gradient, against the whole pack's attention."""
+    from transformers import LlamaConfig
+
+    from megatron_solopo.data.packs import build_pack
+    from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.model.attention import PackedAttention, layout_of
+    from megatron_solopo.model.context_attention import SpanLayout, span_attention
+    from megatron_solopo.model.rope import RotaryFrequencies, rotate
+    from megatron_solopo.parallel.context import rows_of, spans_of
+
+    large, ranks = here.name == "cuda", 2
+    heads, kv_heads, size = (28, 4, 128) if large else (4, 2, 32)
+    prompt, dtype = (8191, torch.bfloat16) if large else (511, torch.float32)
+    continuations = (Continuation("long_chosen", [0] * 100), Continuation("long_rejected", [0] * 7))
+    pack = build_pack([TokenGroup("g", (Prompt([0] * prompt, continuations),))], [0], True, 2 * ranks, 2 * ranks)
+    pack = pack.to(here.device)
+    layout = layout_of(pack, RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads)), dtype)
+    attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))
+    whole = [torch.randn(*s, generator=generator).to(here.device, dtype).requires_grad_() for s in shapes]
+    parts = [x.detach().clone().requires_grad_() for x in whole]
+    expected = attention(*whole, None, packed_seq_params=layout)
+    expected.float().square().sum().backward()
+    everything = torch.arange(pack.tokens.numel(), device=here.device)
+    found = torch.zeros_like(expected)
+    for rank in range(ranks):
+        rows = torch.from_numpy(rows_of(pack.pieces, rank, ranks)).to(here.device)
+        query, key = (rotate(x, layout.cos, layout.sin) for x in parts[:2])
+        spans = SpanLayout(spans_of(pack.pieces, rank, ranks), everything, everything, None)
+        out = span_attention(query[rows], key, parts[2], spans, attention.softmax_scale).flatten(1)
+        out.float().square().sum().backward()
+        found[rows] = out.detach()
+    pairs = [(found, expected.detach()), *((ours.grad, theirs.grad) for ours, theirs in zip(parts, whole, strict=True))]
+    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs]
+    figures = {"tokens": pack.tokens.numel(), "dtype": str(dtype).removeprefix("torch.")}
+    figures |= dict(zip(("output_error", "query_error", "key_error", "value_error"), errors, strict=True))
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5  # both round to 8 bits
+    return require(max(errors) <= bound, f"relative error {max(errors):.1e}, bound {bound:.0e}", figures)
+
+
 def check_oracle(here: Any, work: Path) -> Figures:
     """Loss and gradient of one step against float64 transformers on the CPU."""
     import oracle
@@ -165,10 +207,11 @@ def check_oracle(here: Any, work: Path) -> Figures:
     from methods import LONG, METHODS, SHORT, method_roles
     from tiny_models import SHAPE, write_model
     from transformers import LlamaConfig, Qwen2Config
-    from worker import build, gradient_case
+    from worker import gradient_case
 
     from megatron_solopo import config_load
-    from megatron_solopo.training.engine import initialize_parallel
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training.engine import build_engine, initialize_parallel
 
     write_model(work / "llama", LlamaConfig(**SHAPE, tie_word_embeddings=False))
     write_model(work / "qwen2", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=2)
@@ -185,7 +228,8 @@ def check_oracle(here: Any, work: Path) -> Figures:
         if not engines:
             initialize_parallel(config)
         if (model, dtype) not in engines:
-            engines[model, dtype] = build(here, config, getattr(torch, dtype))
+            hf_config = read_hf_config(config.model.hf_path)
+            engines[model, dtype] = build_engine(here, hf_config, config, getattr(torch, dtype))
         values, found = gradient_case(engines[model, dtype], case, config)
         method = METHODS[method_name]
         kind = ("response",) if method["objective"] == "sft" else SHORT + LONG
@@ -288,6 +332,7 @@ def check_transformer_engine(here: Any, work: Path) -> Figures:
 CHECKS = {
     "platform": check_platform,
     "attention": check_attention,
+    "context_attention": check_context_attention,
     "oracle": check_oracle,
     "training": check_training,
     "transformer_engine": check_transformer_engine,

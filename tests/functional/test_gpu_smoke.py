@@ -21,6 +21,7 @@ def test_every_check_that_needs_no_gpu_passes(tmp_path: Path) -> None:
     assert {name: check["status"] for name, check in checks.items()} == {
         "platform": "passed",
         "attention": "passed",
+        "context_attention": "passed",
         "oracle": "passed",
         "training": "passed",
         "transformer_engine": "skipped",
