@@ -157,8 +157,14 @@ def _check_unused(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
+    if config.parallel.device == "cuda":
+        check_on_cuda(config)
+
+
+def check_on_cuda(config: Config) -> None:
+    """Refuses what only the CPU can do; where --device is auto, once it is known."""
     size = config.parallel.context_parallel_size
-    if size > 1 and config.parallel.device == "cuda" and not config.model.bf16:
+    if size > 1 and not config.model.bf16:
         raise UserError(
             f"--context-parallel-size {size} with --device cuda needs --bf16: its attention merges parts of a sequence "
             "by the flash kernel's log-sum-exps, and that kernel takes 16 bits"

@@ -17,6 +17,7 @@ import yaml
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
+from megatron_solopo.config_checks import check_on_cuda
 from megatron_solopo.errors import UserError, system_reason
 
 
@@ -125,8 +126,11 @@ def check_model(config: Config) -> Any:
     from megatron_solopo.conversion.safetensors_folder import TensorReader
     from megatron_solopo.model.build import check_length, padded_vocab_size, read_hf_config
     from megatron_solopo.model.families import family_of
+    from megatron_solopo.parallel.platform import choose
     from megatron_solopo.parallel.topology import check_layout, world_size
 
+    if choose(config.parallel.device) == "cuda":
+        check_on_cuda(config)
     hf_config = read_hf_config(config.model.hf_path)
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
