@@ -30,7 +30,7 @@ def test_layouts_agree_with_one_process(home: Home) -> None:
     done = verify(home, "--float64", "--layouts", "cp2", "tp2 sp", "pp2")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert re.match(r"one step of 4 examples in float64; base 1: loss [\d.]+, gradient norm [\d.]+", lines[0])
+    assert re.match(r"one step of 4 examples, float64; base 1: loss [\d.]+, gradient norm [\d.]+", lines[0])
     for name in ("cp2", "tp2 sp", "pp2"):
         [line] = [line for line in lines if line.startswith(name + " ")]
         loss, gradient = map(float, re.search(r" (\S+) +(\S+)  ", line).groups())
