@@ -185,7 +185,10 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "tensor missing": (_tensor_missing, r"the tensor 'model.norm.weight' is missing"),
     "tensor left over": (_tensor_left_over, r"the tensor 'model.layers.0.self_attn.q_proj.bias' is not part of llama"),
     "tensor of another shape": (_other_shape, r"model.norm.weight give shape \(16,\), config.json wants \(32,\)"),
-    "unknown architecture": (_unknown_architecture, r"model_type 'gpt2' is not supported; supported are llama, mixtral, qwen2, qwen3_moe"),
+    "unknown architecture": (
+        _unknown_architecture,
+        r"model_type 'gpt2' is not supported; supported are llama, mixtral, qwen2, qwen3_moe",
+    ),
     "no chat template": (_no_template, r"the tokenizer has no chat template; give one with --chat-template"),
     "token beyond the vocabulary": (
         _small_vocabulary,
