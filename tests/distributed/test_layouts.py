@@ -112,11 +112,9 @@ def base(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory
 
 
 def three_steps(world: World, out: Any, name: str, model: str, flags: list[Any]) -> dict:
-    # A cached reference of another layout differs in the last bits, which the alignment's kink at 0 would show.
-    return training_run(
-        world, out, f"three {name}", *method_flags(METHODS["dpo"]), *THREE_STEPS, *flags,
-        "--reference-cache", out / f"reference {name}", model=model,
-    )  # fmt: skip
+    # ORPO: a reference of the same weights would start at the alignment's kink, where the gradient is the sign of
+    # rounding noise, and packs of other lengths round otherwise.
+    return training_run(world, out, f"three {name}", *method_flags(METHODS["orpo"]), *THREE_STEPS, *flags, model=model)
 
 
 def six_steps(world: World, out: Any, name: str, flags: list[Any], source: str | None = None) -> dict:
