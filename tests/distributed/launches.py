@@ -257,7 +257,7 @@ def launch(processes: int, out: Path, cases: list[dict], runs: list[dict]) -> La
         str(job),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(out / "gradients.safetensors").items():
