@@ -26,6 +26,9 @@ WITHIN = {
 
 PARTS = OPTIONS | WITHIN
 
+KEPT = ("device", "distributed_timeout_minutes", "overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size")
+"""What a layout leaves as it is."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,8 +49,8 @@ class Layout:
         return self.copies * math.prod(self.options.get(option, 1) for option in OPTIONS.values())
 
     def applied(self, parallel: ParallelConfig) -> ParallelConfig:
-        """This layout on the device and with the time limit of ``parallel``."""
-        kept = {name: getattr(parallel, name) for name in ("device", "distributed_timeout_minutes")}
+        """This layout with the options of ``parallel`` that are not about who holds what."""
+        kept = {name: getattr(parallel, name) for name in KEPT}
         return dataclasses.replace(ParallelConfig(), **kept, **self.options)
 
 

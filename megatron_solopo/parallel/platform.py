@@ -118,15 +118,16 @@ def stop(platform: Platform) -> None:
 def lost_process(error: RuntimeError) -> str | None:
     """What a collective says when another process is gone or does not come, or None for any other error.
 
-    gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own kinds.
+    gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own kinds,
+    which also tell of mistakes.
     """
-    text = (str(error).strip().splitlines() or [""])[0]
-    if "Timed out" in text or "timeout" in text.lower():
+    text = str(error).lower()
+    if "gloo" not in text and not isinstance(error, dist.DistError):
+        return None
+    if "timed out" in text or "timeout" in text:
         return "another process did not come in time"
-    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    if "gloo" in text and any(words in text for words in gone) or isinstance(error, dist.DistError):
-        return "another process is gone"
-    return None
+    gone = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process")
+    return "another process is gone" if any(words in text for words in gone) else None
 
 
 def first_error(error: str | None) -> str | None:

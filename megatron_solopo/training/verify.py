@@ -31,7 +31,8 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. Returns 1 where a difference is above its bound."""
     parser = argparse.ArgumentParser(
-        description="Compares one step's loss and gradient under parallel layouts with those of one process.",
+        description="Compares one step's loss and gradient under parallel layouts with those of one process, from the "
+        "weights of --hf-path; stages are even.",
         epilog="Every other option is one of pretrain_solopo.py (--config FILE, --hf-path, --train-data, ...); "
         "--save is not needed and nothing is written.",
         allow_abbrev=False,
