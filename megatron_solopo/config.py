@@ -24,7 +24,24 @@ class ModelConfig:
     random_init: bool = option(False, "start from random weights of the folder's config instead of its weights")
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
-    transformer_impl: str = option("portable", "portable: pure PyTorch, every platform", ("portable",))
+    transformer_impl: str = option(
+        "portable",
+        "portable: pure PyTorch, every platform; transformer_engine: Transformer Engine's layers and attention, needs "
+        "CUDA and --bf16",
+        ("portable", "transformer_engine"),
+    )
+    fp8_format: str | None = option(
+        None,
+        "matrix products of the layers in FP8 (not the output head's), e4m3: everywhere; hybrid: e4m3 forward, e5m2 "
+        "for gradients",
+        ("e4m3", "hybrid"),
+    )
+    fp8_recipe: str = option(
+        "tensorwise",
+        "how FP8 values are scaled; tensorwise: by the tensor's largest value; delayed: by those of earlier batches; "
+        "blockwise: by blocks of 128 (Hopper); mxfp8: by blocks of 32 (Blackwell)",
+        ("tensorwise", "delayed", "blockwise", "mxfp8"),
+    )
     make_vocab_size_divisible_by: int = option(
         128, "the vocabulary is padded to a multiple of this; padding rows never count", minimum=1
     )
@@ -127,6 +144,9 @@ class MethodConfig:
     )
 
 
+FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
+"""Tokens of a process, and widths of its matrices, are multiples of this: what each --fp8-recipe's kernels take."""
+
 LOSSES_WITH_REFERENCE = ("dpo", "ipo", "longpo")
 """Preference losses that compare the policy with its starting weights."""
 
@@ -158,7 +178,10 @@ class ParallelConfig:
     )
     context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
     cp_comm_type: str = option(
-        "all_gather", "how they exchange keys and values; all_gather: those of one layer at a time", ("all_gather",)
+        "all_gather",
+        "how they exchange keys and values; all_gather: those of one layer at a time, with shared prompts too; p2p "
+        "(around a ring) and a2a (sequence for heads): Transformer Engine's, with --no-share-prompts",
+        ("all_gather", "p2p", "a2a"),
     )
     overlap_grad_reduce: bool = option(False, "sum gradients over copies of the model while backward goes on")
     overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass goes on")

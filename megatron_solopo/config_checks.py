@@ -12,6 +12,7 @@ def check(config: Config) -> None:
     """Raises UserError at the first option that is missing, contradicted or without effect."""
     _check_required(config)
     _check_method(config)
+    _check_implementation(config)
     _check_unused(config)
     _check_parallel(config)
     _check_training(config)
@@ -45,6 +46,34 @@ def _check_method(config: Config) -> None:
         )
     if method.alignment_huber_delta == 0:
         raise UserError("--alignment-huber-delta must be above 0")
+
+
+def _check_implementation(config: Config) -> None:
+    model, method, cp_comm_type = config.model, config.method, config.parallel.cp_comm_type
+    engine = model.transformer_impl == "transformer_engine"
+    if engine and not model.bf16:
+        raise UserError("--transformer-impl transformer_engine needs --bf16: its attention kernels take 16 bits")
+    if engine and config.parallel.device == "cpu":
+        raise UserError(
+            "--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; take portable"
+        )
+    if config.parallel.context_parallel_size > 1 and cp_comm_type != "all_gather":
+        if not engine:
+            raise UserError(
+                f"--cp-comm-type {cp_comm_type} is Transformer Engine's: add --transformer-impl transformer_engine, or "
+                "take all_gather"
+            )
+        if config.data.share_prompts:
+            raise UserError(
+                f"--cp-comm-type {cp_comm_type}: Transformer Engine's context parallelism cannot let continuations see "
+                "one shared prompt; add --no-share-prompts, or take all_gather"
+            )
+    compared = method.objective == "preference" and method.preference_loss in LOSSES_WITH_REFERENCE
+    if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
+        raise UserError(
+            f"--fp8-recipe delayed with {method.preference_loss}: it scales by earlier batches, and the reference is "
+            "computed before there are any; take tensorwise, or simpo or orpo"
+        )
 
 
 def unused(config: Config) -> dict[str, str]:
@@ -122,6 +151,8 @@ def unused(config: Config) -> dict[str, str]:
             config.parallel.tensor_model_parallel_size > 1,
             "needs --tensor-model-parallel-size above 1",
         ),
+        ("fp8_format", model.transformer_impl == "transformer_engine", "needs --transformer-impl transformer_engine"),
+        ("fp8_recipe", model.fp8_format is not None, "needs --fp8-format"),
         ("cp_comm_type", config.parallel.context_parallel_size > 1, "needs --context-parallel-size above 1"),
         ("num_virtual_stages_per_pipeline_rank", *staged),
         ("decoder_first_pipeline_num_layers", *staged),

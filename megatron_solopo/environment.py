@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo import __version__
+from megatron_solopo.config import FP8_MULTIPLES
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -49,17 +50,30 @@ def memory_gib() -> dict[str, float]:
 
 
 def transformer_engine() -> dict[str, Any]:
-    """Whether Transformer Engine is installed, and whether its PyTorch part can be imported."""
+    """Whether Transformer Engine is installed, whether its PyTorch part can be imported, and what it is used for."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {"found": False, "version": None, "note": "optional"}
-    import torch  # noqa: F401  Transformer Engine finds NCCL through torch, which must come first
+    import torch  # first: Transformer Engine finds NCCL through it
 
     version = package_version("transformer-engine")
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a build for another torch or CUDA fails in many ways, none of them ours
         return {"found": False, "version": version, "note": f"installed, but its import fails: {_brief(error)}"}
-    return {"found": True, "version": version, "note": ""}
+    if not torch.cuda.is_available():
+        return {"found": True, "version": version, "note": "not used: it needs a CUDA device"}
+    # megatron-core takes its fused Adam and gradient norms wherever it is found.
+    used = "used for the optimizer; for layers with --transformer-impl transformer_engine"
+    return {"found": True, "version": version, "note": used}
+
+
+def fp8_refusals() -> dict[str, str]:
+    """Why this process's GPU does not compute with each FP8 recipe, empty where it does; needs Transformer Engine."""
+    from transformer_engine.pytorch import quantization
+
+    checks = {"mxfp8": quantization.check_mxfp8_support, "blockwise": quantization.check_fp8_block_scaling_support}
+    answers = {recipe: checks.get(recipe, quantization.check_fp8_support)() for recipe in FP8_MULTIPLES}
+    return {recipe: "" if possible else reason.rstrip(".") for recipe, (possible, reason) in answers.items()}
 
 
 def nvidia_apex() -> dict[str, Any]:
@@ -114,7 +128,7 @@ def collect() -> dict[str, Any]:
     """All facts, as `solopo env --json` prints them."""
     from megatron_solopo.parallel.platform import choose
 
-    gpu = cuda()
+    gpu, engine = cuda(), transformer_engine()
     return {
         "megatron_solopo": __version__,
         "python": platform.python_version(),
@@ -122,7 +136,8 @@ def collect() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "device": choose("auto"),
         "cuda": gpu,
-        "transformer_engine": transformer_engine(),
+        "transformer_engine": engine,
+        "fp8_refusals": fp8_refusals() if gpu["found"] and engine["found"] else None,
         "nvidia_apex": nvidia_apex(),
         "cores": usable_cores(),
         "memory_gib": memory_gib(),
@@ -147,6 +162,8 @@ def describe(facts: dict[str, Any]) -> str:
         fact = facts[key]
         found = fact.get("version") or "found" if fact["found"] else "not found"
         rows.append((label, f"{found} ({fact['note']})" if fact["note"] else found))
+    for recipe, reason in (facts["fp8_refusals"] or {}).items():
+        rows.append((f"  FP8 {recipe}", f"not on this GPU ({reason})" if reason else "possible"))
     memory = facts["memory_gib"]
     rows.append(("cores", f"{facts['cores']:g}"))
     rows.append(("memory", f"{memory['total']} GiB, {memory['available']} GiB of it available"))

@@ -18,6 +18,7 @@ from megatron_solopo.conversion.safetensors_folder import TensorReader, dtype_na
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry
+from megatron_solopo.model.transformer_engine import portable_name
 
 NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and that the config defines."""
@@ -34,7 +35,7 @@ def named_entries(
     Raises:
         UserError: a parameter that no entry makes, or an entry without a parameter.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {portable_name(name): parameter for name, parameter in model.named_parameters()}
     for entry in family_of(hf_config).table(hf_config, model.vocab_size):
         if "{layer}" not in entry.megatron:
             if entry.megatron in parameters:  # the first and the last pipeline stage hold what is not in a layer

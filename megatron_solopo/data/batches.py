@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_solopo.config import Config
+from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokens import TokenGroup
 
 
@@ -114,8 +114,10 @@ def plan_step(groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config
         parallel.pipeline_model_parallel_size if parallel.num_virtual_stages_per_pipeline_rank > 1 else 1,
     )
     loads = [sum(costs[place] for pack in share for place in pack) for share in shares]
-    # Sequence parallelism cuts what context parallelism left into even parts.
+    # Sequence parallelism cuts what context parallelism left into even parts, each as FP8's kernels take it.
     even = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    if config.model.fp8_format is not None:
+        even *= FP8_MULTIPLES[config.model.fp8_recipe]
     return StepPlan(shares, loads, of_pieces, math.lcm(of_pieces, even))
 
 

@@ -41,6 +41,8 @@ def build_pack(
     at_the_end = (-size) % multiple_of if size else multiple_of
     if at_the_end:
         builder.add_piece([], 0, None, at_the_end)
+        # As the pack begins: FP8 scales a tensor by its largest value, and these tokens compute none of their own.
+        builder.tokens[size:] = (builder.tokens[:size] * at_the_end)[:at_the_end] or [0] * at_the_end
     return builder.finish(tuple(indices))
 
 

@@ -6,6 +6,7 @@ dot product attention.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,14 @@ class Block:
 class PackLayout(PackedSeqParams):
     """What every layer needs to know of a pack; travels through megatron-core as its packed sequence parameters.
 
+    Transformer Engine reads megatron-core's own fields (cumulated lengths) and ``keys``; the portable attention reads
+    the rest.
+
     Attributes:
         blocks: the attention calls.
         queries: [S] rows of the pack, block after block; None where that is the order they stand in.
-        keys: [sum of count x seen] rows whose keys and values each block sees, prompt first; None likewise.
+        keys: [sum of count x seen] rows whose keys and values each block (in Transformer Engine's layout, each piece)
+            sees, prompt first; None likewise.
         order: [S] where each row's output stands in the blocks' outputs: the inverse of ``queries``.
         cos, sin: [S, 1, head_dim] of each token's position.
         context: the attention of a pack that is spread over context-parallel ranks, in place of blocks; all above
@@ -87,6 +92,49 @@ def layout_of(pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype) ->
     )
 
 
+def sequences_layout(pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype) -> PackLayout:
+    """The layout of a pack for kernels of packed sequences, with every piece a sequence as it stands."""
+    queries = [piece.slot for piece in pack.pieces]
+    seen, keys = [], []
+    for piece in pack.pieces:
+        if piece.prompt is not None:
+            prompt = pack.pieces[piece.prompt]
+            keys.append(np.arange(prompt.start, prompt.start + prompt.length))
+        keys.append(np.arange(piece.start, piece.start + piece.slot))
+        seen.append(piece.slot + (0 if piece.prompt is None else prompt.length))
+    cos, sin = frequencies(pack.positions, dtype)
+    return PackLayout(
+        qkv_format="thd",
+        cu_seqlens_q=_cumulated(queries, pack.tokens),
+        cu_seqlens_kv=_cumulated(seen, pack.tokens),
+        max_seqlen_q=max(queries),
+        max_seqlen_kv=max(seen),
+        keys=_rows(np.concatenate(keys), pack.tokens),
+        cos=cos,
+        sin=sin,
+    )
+
+
+def _cumulated(lengths: list[int], tokens: Tensor) -> Tensor:
+    """[sequences + 1] int32: where each sequence begins, and the end."""
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=tokens.device)
+
+
+def split_sequences_layout(
+    pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype, group: dist.ProcessGroup
+) -> tuple[PackLayout, Tensor]:
+    """As `sequences_layout` for a rank's part of a pack without continuations, and [S / cp] the rows it computes.
+
+    Transformer Engine takes the lengths of the whole pack and divides them itself.
+    """
+    layout = sequences_layout(pack, frequencies, dtype)
+    if layout.keys is not None:
+        raise ValueError("Transformer Engine's context parallelism has no shared prompts")
+    own = torch.from_numpy(rows_of(pack.pieces, dist.get_rank(group), dist.get_world_size(group)))
+    own = own.to(pack.tokens.device)
+    return dataclasses.replace(layout, cos=layout.cos[own], sin=layout.sin[own]), own
+
+
 def split_layout(
     pack: Pack, frequencies: RotaryFrequencies, dtype: torch.dtype, group: dist.ProcessGroup
 ) -> tuple[PackLayout, Tensor]:
@@ -110,7 +158,8 @@ def _rows(rows: np.ndarray, tokens: Tensor) -> Tensor | None:
     return torch.from_numpy(rows).to(tokens.device)
 
 
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+def select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows of a tensor by an index of `PackLayout`."""
     return x if rows is None else x.index_select(0, rows)
 
 
@@ -147,11 +196,11 @@ class PackedAttention(nn.Module):
         own = [block.count * block.own for block in layout.blocks]
         seen = [block.count * block.seen for block in layout.blocks]
         # One gather and one split: slicing block by block would cost a pack-sized gradient for each block.
-        queries = _select(query, layout.queries).split(own)
-        keys = _select(key, layout.keys).split(seen)
-        values = _select(value, layout.keys).split(seen)
+        queries = select(query, layout.queries).split(own)
+        keys = select(key, layout.keys).split(seen)
+        values = select(value, layout.keys).split(seen)
         outputs = [self._attend(*part) for part in zip(layout.blocks, queries, keys, values, strict=True)]
-        output = _select(torch.cat(outputs), layout.order)
+        output = select(torch.cat(outputs), layout.order)
         return output.reshape(query.shape[0], -1)
 
     def _attend(self, block: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

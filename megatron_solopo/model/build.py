@@ -20,6 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
+from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.families import family_of, head_dim
 from megatron_solopo.model.norm import RMSNorm
@@ -50,7 +51,7 @@ def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
 
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's configuration of the model, portable implementation, no dropout."""
+    """megatron-core's configuration of the model, no dropout."""
     std = getattr(hf_config, "initializer_range", 0.02)
     model, parallel = config.model, config.parallel
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
@@ -69,6 +70,13 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
+        transformer_impl="local" if model.transformer_impl == "portable" else model.transformer_impl,
+        fp8=model.fp8_format,
+        fp8_recipe=model.fp8_recipe,
+        # Transformer Engine's own defaults of delayed scaling; mcore's look back one batch only.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,
@@ -92,7 +100,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Random weights are drawn whole and then cut, so that they do not depend on the layout.
         use_cpu_initialization=True,
         perform_initialization=model.random_init,
-        # Fused kernels need CUDA extensions (Apex, TE); the portable implementation has none.
+        # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers bring their own.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -102,6 +110,8 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Packs differ in length; mcore wants this dispatcher beside it, for dense models too.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        # One call for all experts of a process; without Transformer Engine they are computed one by one.
+        moe_grouped_gemm=model.transformer_impl == transformer_engine.NAME,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
@@ -115,8 +125,13 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     )
 
 
-def layer_spec(settings: TransformerConfig) -> ModuleSpec:
-    """megatron-core's local transformer layer with our RMSNorm, packed attention and router."""
+def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """A layer, and the norm behind the last one: Transformer Engine's, or megatron-core's local transformer layer with
+    our RMSNorm, packed attention and router."""
+    if settings.transformer_impl == transformer_engine.NAME:
+        from megatron_solopo.model import te_layers
+
+        return te_layers.layer_spec(settings), te_layers.FINAL_NORM
     submodules = get_gpt_layer_local_submodules(num_experts=settings.num_moe_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
@@ -126,7 +141,9 @@ def layer_spec(settings: TransformerConfig) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if settings.num_moe_experts:
         submodules.mlp.keywords["submodules"].router = Router
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+        # mcore's checkpoints would call it as in dense layers, which Transformer Engine's with experts do not.
+        submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    return ModuleSpec(module=TransformerLayer, submodules=submodules), RMSNorm
 
 
 def build_model(
@@ -143,8 +160,9 @@ def build_model(
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns of GPTModel's age at every build
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     settings = transformer_config(hf_config, config, dtype)
+    layer, final_norm = layer_spec(settings)
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(settings)] * get_num_layers_to_build(settings, vp_stage), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm
     )
     model = GPTModel(
         settings,

@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_solopo.model.attention import layout_of, split_layout
+from megatron_solopo.model import transformer_engine
+from megatron_solopo.model.attention import layout_of, sequences_layout, split_layout, split_sequences_layout
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import padding_mask
@@ -44,14 +45,20 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
         on the others the hidden states that go on to the next stage.
     """
 
-    sequence_parallel = get_model_config(model).sequence_parallel
+    settings = get_model_config(model)
+    sequence_parallel = settings.sequence_parallel
+    whole, split = layout_of, split_layout
+    if settings.transformer_impl == transformer_engine.NAME:
+        whole = sequences_layout
+        if settings.cp_comm_type != "all_gather":
+            split = split_sequences_layout
     context = own = None
     tokens, predictors, targets, segments = pack.tokens, pack.predictors, pack.targets, pack.segments
     if parallel_state.get_context_parallel_world_size() == 1:
-        layout = layout_of(pack, head.frequencies, dtype)
+        layout = whole(pack, head.frequencies, dtype)
     else:
         context = parallel_state.get_context_parallel_group()
-        layout, own = split_layout(pack, head.frequencies, dtype, context)
+        layout, own = split(pack, head.frequencies, dtype, context)
         place = torch.full_like(tokens, -1)
         place[own] = torch.arange(own.numel(), device=own.device)
         here = place[predictors] >= 0

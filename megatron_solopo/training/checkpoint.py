@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
 from megatron_solopo.parallel.cpu_shim import results_queue
 from megatron_solopo.parallel.platform import first_error
 from megatron_solopo.training import retention
@@ -33,12 +35,42 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The optimizer's state by parameter, so that another layout can read it."""
 
 
-def _state(engine: Engine, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+FP8_SCALES = "._extra_state"
+"""In the keys of what Transformer Engine's layers know of earlier batches. Only delayed scaling knows anything; other
+layers, and megatron-core's own, have empty entries, which would only tie a checkpoint to the implementation."""
+
+
+def _state(
+    engine: Engine, optimizer: MegatronOptimizer, source: Path | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, None]]]:
+    """What a checkpoint holds of model and optimizer, and the entries of `FP8_SCALES` left out, by model chunk.
+
+    Args:
+        source: the checkpoint that it is to be loaded from, or None when saving.
+
+    Raises:
+        UserError: the checkpoint holds scales that only an environment variable allows to load.
+    """
     engine.gather_parameters()
     chunks = dict(zip(_chunk_names(engine), engine.models, strict=True))
     metadata = dict(METADATA)  # megatron-core writes its process groups into it
     models = {name: model.sharded_state_dict(metadata=metadata) for name, model in chunks.items()}
-    return models | {"optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)}
+    keep = engine.models[0].config.fp8 is not None and engine.models[0].config.fp8_recipe == "delayed"
+    stored = load_sharded_metadata(str(source)).keys() if keep and source is not None else None
+    left_out: dict[str, dict[str, None]] = {}
+    for name, state in models.items():
+        scales = [key for key in state if FP8_SCALES in key]
+        missing = [key for key in scales if stored is not None and state[key].unique_key not in stored]
+        left_out[name] = dict.fromkeys(missing if keep else scales)
+        for key in left_out[name]:
+            del state[key]
+        if stored is not None and len(left_out[name]) < len(scales) and os.environ.get(UNSAFE_PICKLES) != "1":
+            raise UserError(
+                f"--fp8-recipe delayed: {source} holds FP8 scales that Transformer Engine keeps as Python pickles, "
+                f"which could run any code; if the checkpoint is your own, set {UNSAFE_PICKLES}=1 in the environment"
+            )
+    optimizer_state = optimizer.sharded_state_dict(models, is_loading=source is not None, metadata=metadata)
+    return models | {"optimizer": optimizer_state}, left_out
 
 
 def _chunk_names(engine: Engine) -> list[str]:
@@ -128,7 +160,7 @@ class Checkpoints:
         if error:
             self._failed(iteration, aside, error)
             return
-        state = _state(self._engine, self._optimizer, is_loading=False)
+        state, _ = _state(self._engine, self._optimizer)
         state |= {"iteration": iteration, "scheduler": self._scheduler.state_dict(), "progress": self._progress}
         results = _Results()
         with results_queue(results):
@@ -252,9 +284,9 @@ def load_checkpoint(
     """Loads a complete checkpoint into model, optimizer and scheduler; collective.
 
     Raises:
-        UserError: it belongs to another model.
+        UserError: it belongs to another model, or see `_state`.
     """
-    state = _state(engine, optimizer, is_loading=True)
+    state, left_out = _state(engine, optimizer, source)
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
     try:
         loaded = dist_checkpointing.load(state, str(source))
@@ -265,6 +297,6 @@ def load_checkpoint(
             "another model's: give the --hf-path of its run, or start anew in another folder"
         ) from None
     for name, model in zip(_chunk_names(engine), engine.models, strict=True):
-        model.load_state_dict(loaded[name])
+        model.load_state_dict(loaded[name] | left_out[name])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])

@@ -126,6 +126,7 @@ def check_model(config: Config) -> Any:
     from megatron_solopo.conversion.safetensors_folder import TensorReader
     from megatron_solopo.model.build import check_length, padded_vocab_size, read_hf_config
     from megatron_solopo.model.families import family_of
+    from megatron_solopo.model.transformer_engine import check_widths
     from megatron_solopo.parallel.platform import choose
     from megatron_solopo.parallel.topology import check_layout, world_size
 
@@ -136,6 +137,7 @@ def check_model(config: Config) -> Any:
     check_length(hf_config, config.data.seq_length)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     check_layout(hf_config, config, padded, world_size())
+    check_widths(hf_config, config)
     if not config.model.random_init:
         TensorReader(config.model.hf_path)
     return hf_config
@@ -151,6 +153,7 @@ def train(here: Any, config: Config) -> None:
     import torch.distributed as dist
 
     from megatron_solopo.losses.solopo import needs_reference
+    from megatron_solopo.model.transformer_engine import check_machine
     from megatron_solopo.training import engine as engines
     from megatron_solopo.training import resume
     from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
@@ -165,6 +168,7 @@ def train(here: Any, config: Config) -> None:
     stop = StopRequests(output.exit_signal_handler, output.exit_duration_in_mins)
     resume.check_folders(config)
     hf_config = check_model(config)
+    check_machine(config, here.name)
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     schedule = run_schedule(config, data)

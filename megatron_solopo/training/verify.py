@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         for layout in layouts:
             _check(arguments, layout)
         config, _ = config_load.load(arguments)
+        if given.float64 and config.model.transformer_impl != "portable":
+            raise UserError(f"--float64 with --transformer-impl {config.model.transformer_impl}: take portable")
         dtype = "float64" if given.float64 else "bfloat16" if config.model.bf16 else "float32"
         _measure(Path(folder), arguments, layouts, dtype)
         bound = given.bound if given.bound is not None else BOUNDS.get(dtype)
@@ -178,11 +180,13 @@ def _step(here: Any, config: Config, dtype: Any, folder: Path) -> tuple[Any, Any
     import torch.distributed as dist
 
     from megatron_solopo.losses.solopo import needs_reference, reference_roles
+    from megatron_solopo.model.transformer_engine import check_machine
     from megatron_solopo.training.engine import build_engine
     from megatron_solopo.training.run import check_model, load_data, run_schedule
     from megatron_solopo.training.step import make_packs, run_step, segment_table
 
     hf_config, data = check_model(config), load_data(config)
+    check_machine(config, here.name)
     indices = run_schedule(config, data).step(0)
     engine = build_engine(here, hf_config, config, dtype)
     reference = None

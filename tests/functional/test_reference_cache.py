@@ -80,11 +80,13 @@ def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.C
 
 SLOW = """
 import sys, time
+from datetime import timedelta
+
 from megatron_solopo.config_load import load
 from megatron_solopo.parallel import platform
 
 config, _ = load(sys.argv[1:])
-here = platform.start("cpu", 5)  # processes may take long to start; the short limit is that of the model's groups
+here = platform.start("cpu", 5)  # processes may take long to start; the short limit comes behind
 platform.wait_for_all("start")
 
 from megatron_solopo.training import engine, reference, run
@@ -101,6 +103,8 @@ platform.wait_for_all("data")
 engine.initialize_parallel(config)
 built = engine.build_engine(here, run.check_model(config), config)
 platform.wait_for_all("engine")
+dist = platform.dist
+dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.parallel.distributed_timeout_minutes), dist.group.WORLD)
 reference.reference_log_probs(built, data.reference["train"], config)
 platform.stop(here)
 """

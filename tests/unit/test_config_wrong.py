@@ -15,6 +15,8 @@ def answer(arguments):
     return str(caught.value)
 
 
+TE = ("--transformer-impl", "transformer_engine", "--bf16")
+
 WRONG_FLAGS = {
     "unknown flag": (
         argv("--preference-los", "dpo"),
@@ -55,6 +57,36 @@ WRONG_FLAGS = {
     "no length": (argv(train_iters=None), r"^give either --train-iters or --train-epochs$"),
     "two lengths": (argv("--train-epochs", "1"), r"^give either --train-iters or --train-epochs, not both$"),
     "no epochs": (argv("--train-epochs", "0", train_iters=None), r"^--train-epochs must be above 0, found 0.0$"),
+    "Transformer Engine in float32": (
+        argv("--transformer-impl", "transformer_engine"),
+        r"^--transformer-impl transformer_engine needs --bf16: its attention kernels take 16 bits$",
+    ),
+    "Transformer Engine on the CPU": (
+        argv(*TE, "--device", "cpu"),
+        r"^--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; take portable$",
+    ),
+    "FP8 without Transformer Engine": (
+        argv("--fp8-format", "e4m3"),
+        r"^--fp8-format would have no effect: it needs --transformer-impl transformer_engine$",
+    ),
+    "recipe without FP8": (
+        argv(*TE, "--fp8-recipe", "mxfp8"),
+        r"^--fp8-recipe would have no effect: it needs --fp8-format$",
+    ),
+    "reference by delayed scaling": (
+        argv(*TE, "--fp8-format", "hybrid", "--fp8-recipe", "delayed"),
+        r"^--fp8-recipe delayed with dpo: it scales by earlier batches, and the reference is computed before there are "
+        r"any; take tensorwise, or simpo or orpo$",
+    ),
+    "ring attention without Transformer Engine": (
+        argv("--context-parallel-size", "2", "--cp-comm-type", "p2p"),
+        r"^--cp-comm-type p2p is Transformer Engine's: add --transformer-impl transformer_engine, or take all_gather$",
+    ),
+    "ring attention of shared prompts": (
+        argv(*TE, "--context-parallel-size", "2", "--cp-comm-type", "a2a"),
+        r"^--cp-comm-type a2a: Transformer Engine's context parallelism cannot let continuations see one shared "
+        r"prompt; add --no-share-prompts, or take all_gather$",
+    ),
     "gamma with dpo": (
         argv("--simpo-gamma", "1"),
         r"^--simpo-gamma would have no effect: it needs --preference-loss simpo$",
@@ -192,10 +224,6 @@ WRONG_FLAGS = {
     "how one process exchanges": (
         argv("--cp-comm-type", "all_gather"),
         r"^--cp-comm-type would have no effect: it needs --context-parallel-size above 1$",
-    ),
-    "exchange of another implementation": (
-        argv("--context-parallel-size", "2", "--cp-comm-type", "p2p"),
-        r"^--cp-comm-type: 'p2p' is not one of all_gather",
     ),
     "virtual stages alone": (
         argv("--num-virtual-stages-per-pipeline-rank", "2"),

@@ -1,0 +1,71 @@
+"""megatron-core's Transformer Engine layers with attention over packs; importable only with Transformer Engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformer_engine.pytorch as te
+from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_solopo.model.attention import PackedAttention, PackLayout, select
+from megatron_solopo.model.rope import rotate
+from megatron_solopo.model.router import Router
+
+FINAL_NORM = TENorm
+
+
+class TEPackedAttention(TEDotProductAttention):
+    """Transformer Engine's attention over a pack: one call of its kernels for packed sequences (THD).
+
+    A continuation's keys are its prompt's and its own, aligned at the end (bottom right). With context parallelism
+    (p2p, a2a) every piece stands alone, and Transformer Engine's zig-zag is that of `parallel.context`.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackLayout | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
+        layout = packed_seq_params
+        query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
+        # megatron-core's own forward knows no bottom-right mask for packed sequences.
+        return te.DotProductAttention.forward(
+            self,
+            query,
+            select(key, layout.keys),
+            select(value, layout.keys),
+            None,
+            qkv_format="thd",
+            cu_seqlens_q=layout.cu_seqlens_q,
+            cu_seqlens_kv=layout.cu_seqlens_kv,
+            max_seqlen_q=layout.max_seqlen_q,
+            max_seqlen_kv=layout.max_seqlen_kv,
+            attn_mask_type="padding_causal" if layout.keys is None else "padding_causal_bottom_right",
+            pad_between_seqs=False,  # what pads a piece stands behind it and is computed like the rest
+        )
+
+
+def layer_spec(settings: TransformerConfig) -> ModuleSpec:
+    """megatron-core's Transformer Engine layer with attention over packs and our router."""
+    submodules = get_gpt_layer_with_transformer_engine_submodules(
+        num_experts=settings.num_moe_experts,
+        moe_grouped_gemm=settings.moe_grouped_gemm,
+        qk_layernorm=settings.qk_layernorm,
+    )
+    gathers = settings.context_parallel_size > 1 and settings.cp_comm_type == "all_gather"
+    submodules.self_attention.submodules.core_attention = PackedAttention if gathers else TEPackedAttention
+    if settings.num_moe_experts:
+        submodules.mlp.keywords["submodules"].router = Router
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)

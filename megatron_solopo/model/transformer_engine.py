@@ -1,0 +1,98 @@
+"""What --transformer-impl transformer_engine needs, and what its layers call a parameter.
+
+Imports no Transformer Engine; its layers are in te_layers.py, which can be imported only where it is installed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PretrainedConfig
+
+from megatron_solopo import environment
+from megatron_solopo.config import FP8_MULTIPLES, Config, flag
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.families import head_dim
+
+NAME = "transformer_engine"
+
+UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""The environment variable with which Transformer Engine loads the state of delayed scaling, a Python pickle."""
+
+FUSED = (
+    (re.compile(r"\bself_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
+    (re.compile(r"\bmlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    (re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
+)
+"""Parameters that its layers hold under another name: norms fused into the matrix behind them, experts in one group."""
+
+
+def portable_name(name: str) -> str:
+    """What the portable layers call the parameter ``name`` of either implementation."""
+    for pattern, replacement in FUSED:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
+    """Refuses a model whose matrices or heads the chosen kernels do not take.
+
+    Raises:
+        UserError: naming the option and the width.
+    """
+    model, parallel = config.model, config.parallel
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads = {
+        "num_attention_heads": hf_config.num_attention_heads // tensor,
+        "num_key_value_heads": hf_config.num_key_value_heads // tensor,
+    }
+    for name, count in heads.items():
+        if context > 1 and parallel.cp_comm_type == "a2a" and count % context:
+            raise UserError(
+                f"--cp-comm-type a2a: the model's {name} on a process, {count}, does not divide by "
+                f"--context-parallel-size {context}; lower it, or take p2p or all_gather"
+            )
+    if model.fp8_format is None:
+        return
+    size = head_dim(hf_config)
+    experts = getattr(hf_config, "num_experts", None)
+    expert_tensor = parallel.expert_tensor_parallel_size or tensor
+    inner = getattr(hf_config, "moe_intermediate_size", None) if experts else None
+    widths = {
+        "hidden_size": hf_config.hidden_size,
+        "width of attention": size * heads["num_attention_heads"],
+        "width of queries, keys and values": size * sum(heads.values()) + size * heads["num_key_value_heads"],
+        "width of the MLP": (inner or hf_config.intermediate_size) // (expert_tensor if experts else tensor),
+    }
+    multiple = FP8_MULTIPLES[model.fp8_recipe]
+    for name, width in widths.items():
+        if width % multiple:
+            raise UserError(
+                f"{flag('fp8_recipe')} {model.fp8_recipe}: the model's {name} on a process, {width}, is no multiple of "
+                f"{multiple}; leave --fp8-format out, or take another recipe or --tensor-model-parallel-size"
+            )
+
+
+def check_machine(config: Config, platform: str) -> None:
+    """Refuses a machine that cannot compute so; nothing happens with --transformer-impl portable.
+
+    Args:
+        platform: ``cuda`` (its device chosen) or ``cpu``.
+
+    Raises:
+        UserError: no CUDA device, no Transformer Engine, or a GPU without the FP8 that was asked for.
+    """
+    if config.model.transformer_impl != NAME:
+        return
+    if platform != "cuda":
+        raise UserError("--transformer-impl transformer_engine: torch sees no CUDA device here; take portable")
+    found = environment.transformer_engine()
+    if not found["found"]:
+        raise UserError(
+            f"--transformer-impl transformer_engine: Transformer Engine is not usable here ({found['note']}); install "
+            "it with pip install 'megatron-solopo[te]' and see `solopo env`, or take portable"
+        )
+    if config.model.fp8_format is not None:
+        reason = environment.fp8_refusals()[config.model.fp8_recipe]
+        if reason:
+            raise UserError(f"--fp8-recipe {config.model.fp8_recipe}: not on this GPU ({reason})")

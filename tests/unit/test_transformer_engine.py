@@ -1,0 +1,179 @@
+"""What Transformer Engine is asked for: names, widths, token counts, and sequences as its kernels take them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import EXPERTS, SHAPE
+from transformers import LlamaConfig, MixtralConfig
+
+from megatron_solopo.config import FP8_MULTIPLES, Config
+from megatron_solopo.data.batches import plan_step
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.errors import UserError
+from megatron_solopo.model import transformer_engine
+from megatron_solopo.model.attention import PackedAttention, layout_of, select, sequences_layout
+from megatron_solopo.model.rope import RotaryFrequencies, rotate
+
+
+def fp8(recipe: str = "tensorwise", **parallel: int | bool) -> Config:
+    config = Config()
+    config.model.bf16, config.model.transformer_impl = True, transformer_engine.NAME
+    config.model.fp8_format, config.model.fp8_recipe = "hybrid", recipe
+    for name, value in parallel.items():
+        setattr(config.parallel, name, value)
+    return config
+
+
+def draw_groups(count: int) -> list[TokenGroup]:
+    draw = torch.Generator().manual_seed(count)
+
+    def ids(longest: int) -> list[int]:
+        return torch.randint(1, 60, (int(torch.randint(1, longest, (1,), generator=draw)),), generator=draw).tolist()
+
+    return [
+        TokenGroup(
+            str(number),
+            tuple(Prompt(ids(40), tuple(Continuation(f"{side}{n}", ids(12)) for n in range(2))) for side in "sl"),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("recipe", FP8_MULTIPLES)
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (2, 1), (1, 2), (4, 2)])
+def test_every_process_computes_as_many_tokens_as_fp8_takes(
+    recipe: str, tensor: int, context: int, share: bool
+) -> None:
+    config = fp8(recipe, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1, context_parallel_size=context)
+    config.training.micro_batch_size, config.data.share_prompts = 3, share
+    groups = draw_groups(8)
+    plan = plan_step(groups, 32, 2, config)
+    for places in itertools.chain(*plan.shares, [[]]):
+        pack = build_pack([groups[i] for i in places], places, share, plan.of_packs, plan.of_pieces)
+        assert pack.tokens.numel() % (FP8_MULTIPLES[recipe] * tensor * context) == 0
+
+
+def test_padding_computes_nothing_that_the_pack_does_not() -> None:
+    """The largest value of a tensor is FP8's scale."""
+    group = draw_groups(1)[0]
+    pack = build_pack([group], [0], True, 128)
+    first, last = pack.pieces[0], pack.pieces[-1]
+    assert last.length == 0 and last.padding == pack.padding > first.length
+    same = slice(last.start, last.start + first.length)
+    assert pack.tokens[same].tolist() == pack.tokens[: first.length].tolist() == group.prompts[0].ids
+    assert pack.positions[same].tolist() == list(range(first.length))
+    assert set(pack.tokens[last.start :].tolist()) <= set(pack.tokens[: last.start].tolist())
+    assert build_pack([], [], True, 16).tokens.tolist() == [0] * 16
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout, scale: float) -> torch.Tensor:
+    """Each sequence of cumulated lengths alone, queries aligned to the end of the keys."""
+    query, key = rotate(query, layout.cos, layout.sin), select(rotate(key, layout.cos, layout.sin), layout.keys)
+    value, outputs = select(value, layout.keys), []
+    bounds = zip(itertools.pairwise(layout.cu_seqlens_q), itertools.pairwise(layout.cu_seqlens_kv), strict=True)
+    for (q, next_q), (k, next_k) in bounds:
+        mask = torch.ones(next_q - q, next_k - k, dtype=torch.bool).tril(int((next_k - k) - (next_q - q)))
+        parts = (x.transpose(0, 1) for x in (query[q:next_q], key[k:next_k], value[k:next_k]))
+        out = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=True)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs).flatten(1)
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+@pytest.mark.parametrize("share", [True, False])
+def test_sequences_see_what_pieces_see(share: bool, multiple: int) -> None:
+    pack = build_pack(draw_groups(3), [0, 1, 2], share, multiple)
+    frequencies = RotaryFrequencies(LlamaConfig(**SHAPE))
+    layout = sequences_layout(pack, frequencies, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(pack.tokens.numel(), heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    portable = PackedAttention(None, 1, None, "self", softmax_scale=0.4)
+    expected = portable(query, key, value, None, packed_seq_params=layout_of(pack, frequencies, torch.float64))
+    torch.testing.assert_close(attend(query, key, value, layout, 0.4), expected, rtol=0, atol=1e-13)
+    assert (layout.keys is None) == (not share)
+    assert layout.max_seqlen_q == max(layout.cu_seqlens_q.diff()) and layout.cu_seqlens_q.dtype == torch.int32
+    assert layout.max_seqlen_kv == max(layout.cu_seqlens_kv.diff())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", "decoder.layers.3.input_layernorm.weight"),
+        ("decoder.layers.3.mlp.linear_fc1.layer_norm_weight", "decoder.layers.3.pre_mlp_layernorm.weight"),
+        ("layers.0.mlp.experts.linear_fc2.weight12", "layers.0.mlp.experts.local_experts.12.linear_fc2.weight"),
+    ],
+)  # fmt: skip
+def test_fused_parameters_have_their_portable_names(theirs: str, ours: str) -> None:
+    assert transformer_engine.portable_name(theirs) == ours == transformer_engine.portable_name(ours)
+
+
+LARGE = SHAPE | dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "recipe", "parallel", "answer"),
+    [
+        (dict(hidden_size=1000), "tensorwise", {}, r"the model's hidden_size on a process, 1000, is no multiple of 16"),
+        (dict(intermediate_size=2816 + 16), "mxfp8", {}, r"the model's width of the MLP .* 2832, is no multiple of 32"),
+        (dict(), "mxfp8", dict(tensor_model_parallel_size=16), r"MLP on a process, 176, is no multiple of 32"),
+        (dict(head_dim=60), "delayed", {}, None),
+        (dict(head_dim=60), "mxfp8", {}, None),
+        (dict(head_dim=60), "blockwise", {}, r"width of attention on a process, 480, is no multiple of 128"),
+        (dict(num_key_value_heads=1, head_dim=8), "blockwise", {}, r"width of attention on a process, 64"),
+        (dict(), "blockwise", {}, None),
+    ],
+)  # fmt: skip
+def test_widths_that_fp8_does_not_take_are_one_line(
+    shape: dict, recipe: str, parallel: dict, answer: str | None
+) -> None:
+    hf_config = LlamaConfig(**LARGE | shape)
+    if parallel:
+        hf_config.num_attention_heads = hf_config.num_key_value_heads = 16
+    if answer is None:
+        transformer_engine.check_widths(hf_config, fp8(recipe, **parallel))
+        return
+    with pytest.raises(UserError, match=rf"^--fp8-recipe {recipe}: .*{answer}.*; leave --fp8-format out"):
+        transformer_engine.check_widths(hf_config, fp8(recipe, **parallel))
+
+
+def test_width_of_an_expert_counts_for_models_with_experts() -> None:
+    hf_config = MixtralConfig(**LARGE | EXPERTS | dict(intermediate_size=200))
+    with pytest.raises(UserError, match="width of the MLP on a process, 200, is no multiple of 16"):
+        transformer_engine.check_widths(hf_config, fp8())
+    hf_config.intermediate_size = 64
+    transformer_engine.check_widths(hf_config, fp8(expert_tensor_parallel_size=4))
+    with pytest.raises(UserError, match="width of the MLP on a process, 8, is no multiple of 16"):
+        transformer_engine.check_widths(hf_config, fp8(expert_tensor_parallel_size=8))
+
+
+def test_heads_that_cannot_be_exchanged_for_sequence_are_one_line() -> None:
+    config = fp8(context_parallel_size=8, tensor_model_parallel_size=1)
+    config.model.fp8_format, config.parallel.cp_comm_type = None, "a2a"
+    with pytest.raises(
+        UserError, match="^--cp-comm-type a2a: the model's num_key_value_heads on a process, 4, does not"
+    ):
+        transformer_engine.check_widths(LlamaConfig(**LARGE), config)
+    config.parallel.context_parallel_size = 4
+    transformer_engine.check_widths(LlamaConfig(**LARGE), config)
+    config.parallel.cp_comm_type, config.parallel.context_parallel_size = "p2p", 8
+    transformer_engine.check_widths(LlamaConfig(**LARGE), config)
+
+
+def test_a_machine_without_it_is_one_line() -> None:
+    with pytest.raises(UserError, match="^--transformer-impl transformer_engine: torch sees no CUDA device here"):
+        transformer_engine.check_machine(fp8(), "cpu")
+    transformer_engine.check_machine(Config(), "cpu")
+
+
+def test_a_machine_without_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"Transformer Engine is not usable here \(optional\); install it with pip"):
+        transformer_engine.check_machine(fp8(), "cuda")
