@@ -49,7 +49,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch,core_cu13]>=2.0"],
+        "te": ["transformer-engine[pytorch,core_cu13]>=2.20"],
         "wandb": ["wandb>=0.17"],
         "test": ["pytest>=8.0", "trl>=1.0", "wandb>=0.17"],
     },

@@ -172,7 +172,7 @@ def test_fp8_stays_within_its_bound(here: Any, folders: dict[str, Path], model: 
     exact = measure(here, config_of(folders[model], "float32"))
     found = distances(measure(here, config_of(folders[model], recipe)), exact)
     print(f"\n{model}, {recipe}: {found}")
-    if recipe == "delayed":  # the first step has no scales yet; see docs/precision.md
+    if recipe == "delayed":  # the first step has no scales yet; see docs/transformer-engine.md
         assert all(torch.isfinite(torch.tensor(list(found.values()))))
         return
     assert found["log_prob"] <= 3.0 and found["gradient"] <= 0.3
