@@ -34,15 +34,26 @@ def trained(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build_engine(engine, read_hf_config(folder), config), AutoModelForCausalLM.from_pretrained(folder)
 
 
-def draw(method: MethodConfig) -> TokenDataset:
+@pytest.fixture(scope="module")
+def double(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same in float64, where only another formula differs by more than 1e-10."""
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training.engine import build_engine
+
+    folder = write_model(tmp_path_factory.mktemp("double"))
+    config = Config(model=ModelConfig(hf_path=str(folder)))
+    return build_engine(engine, read_hf_config(folder), config, torch.float64)
+
+
+def draw(method: MethodConfig, count: int = GROUPS, seed: int = 3) -> TokenDataset:
     """Groups of very different lengths."""
-    draw = random.Random(3)
+    draw = random.Random(seed)
 
     def ids(most: int) -> list[int]:
         return [draw.randrange(SHAPE["vocab_size"]) for _ in range(draw.randint(1, most))]
 
     groups = []
-    for number in range(GROUPS):
+    for number in range(count):
         prompts, responses = {"short": ids(9), "long": ids(40)}, {"chosen": ids(12), "rejected": ids(6)}
         kept = {context: [r for r in roles(method) if r.startswith(context)] for context in prompts}
         groups.append(
@@ -100,3 +111,33 @@ def test_a_group_weighs_the_same_however_it_is_packed(trained: Any, name: str, m
     for entry, names, parameter in named_entries(engine.models[0], engine.hf_config):
         for tensor, ours in zip(names, entry.operator.to_hf(parameter.main_grad), strict=True):
             assert (ours - gradient[tensor]).norm() <= 1e-5 * gradient[tensor].norm(), tensor
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
+    """Random groups in random packs, some without groups, in any order, shared or separate, padded or not."""
+    from megatron_solopo.data.packs import build_pack
+    from megatron_solopo.training.step import run_step
+
+    chance = random.Random(seed)
+    method = METHODS[chance.choice(list(METHODS))]
+    dataset = draw(method, chance.randint(1, 7), seed)
+    count = len(dataset.groups)
+    table = -10 * torch.rand(count, len(reference_roles(method)), dtype=torch.float64)
+
+    def measure(packs: list[list[int]], share: bool, multiple: int, of_pieces: int) -> tuple[float, list[torch.Tensor]]:
+        built = [build_pack([dataset.groups[i] for i in some], some, share, multiple, of_pieces) for some in packs]
+        double.zero_gradients()
+        sums = run_step(double, built, count, method, table)
+        return sums.means()["loss"], [p.main_grad.clone() for p in double.models[0].parameters()]
+
+    loss, gradient = measure([[i] for i in range(count)], False, 1, 1)
+    for _ in range(3):
+        packs: list[list[int]] = [[] for _ in range(chance.randint(1, count + 2))]
+        for i in chance.sample(range(count), count):
+            chance.choice(packs).append(i)
+        of_pieces = chance.choice([1, 2, 8])
+        found, found_gradient = measure(packs, chance.random() < 0.7, of_pieces * chance.choice([1, 3, 16]), of_pieces)
+        assert found == pytest.approx(loss, rel=1e-12)
+        for ours, theirs in zip(found_gradient, gradient, strict=True):
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
