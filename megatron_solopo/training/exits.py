@@ -21,8 +21,8 @@ _STOP = "solopo/stop"
 """Key of the rendezvous store."""
 
 STOPPED_FILE = "SOLOPO_STOPPED_FILE"
-"""Environment variable in which examples/launch names a file of each node: empty, or why the run stopped before its last
-step. An exit status cannot tell: torchrun takes any but 0 for a failure, and starts the processes again."""
+"""Environment variable of examples/launch with the name of a file of each node: empty, or why the run stopped before
+its last step. An exit status cannot tell: torchrun takes any but 0 for a failure, and starts the processes again."""
 
 
 def tell_launcher(why: str) -> None:

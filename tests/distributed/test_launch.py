@@ -113,7 +113,7 @@ def told_by(runs: list[Started]) -> str:
 
 def test_two_nodes_go_on_by_themselves_after_a_kill(home: Home) -> None:
     """Both agents start their processes again, from the last checkpoint; bit for bit the unbroken run."""
-    flags = ["--train-iters", 30, "--save-interval", 2]
+    flags = ["--train-iters", 20, "--save-interval", 2]
     unbroken = ForkedRun(arguments(home, "unbroken", *flags), 4, home.folder / "unbroken.txt")
     assert unbroken.wait() == [0] * 4, unbroken.text()[-3000:]
     latest = home.folder / "killed" / LATEST
@@ -126,7 +126,7 @@ def test_two_nodes_go_on_by_themselves_after_a_kill(home: Home) -> None:
         assert statuses(nodes) == [0, 0], told_by(nodes)
     assert "going on after step" in told_by(nodes)
     assert timeless(home, "killed") == timeless(home, "unbroken")
-    assert latest.read_text() == "30\n"
+    assert latest.read_text() == "20\n"
 
 
 def test_a_stop_of_one_node_is_a_stop_of_all_and_work_remains(home: Home) -> None:
@@ -143,7 +143,7 @@ def test_a_stop_of_one_node_is_a_stop_of_all_and_work_remains(home: Home) -> Non
 
 @contextmanager
 def job(home: Home, argv: list[str], **settings: Any) -> Iterator[Started]:
-    """What Slurm does with a batch job of two nodes: runs a copy of the file in a folder of its own, with these variables.
+    """What Slurm does with a batch job of two nodes: it runs a copy of the file elsewhere, with these variables.
 
     The job's tasks are below `srun`, which is a child of the batch shell.
     """
