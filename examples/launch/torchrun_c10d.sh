@@ -10,7 +10,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # Without this, torch 2.11 hands the store of the first start to all later ones (_bootstrap_store_info in
-# elastic/rendezvous/dynamic_rendezvous.py): a node that comes anew waits for a key that nobody writes.
+# elastic/rendezvous/dynamic_rendezvous.py): processes that start again find the addresses of those that died there, and a
+# node that comes anew waits for a key that nobody writes.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 : "${RDZV_ID:=solopo}" "${RDZV_TIMEOUT:=900}"
 is_host=0
