@@ -51,7 +51,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch,core_cu13]>=2.20"],
         "wandb": ["wandb>=0.17"],
-        "test": ["pytest>=8.0", "trl>=1.0", "wandb>=0.17"],
+        "test": ["pytest>=8.0", "trl>=1.0", "wandb>=0.17", "kubernetes-validate>=1.31"],
     },
     entry_points={"console_scripts": ["solopo = megatron_solopo.cli:main"]},
     classifiers=[

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -17,6 +19,17 @@ _CLOCK = 1000
 
 _STOP = "solopo/stop"
 """Key of the rendezvous store."""
+
+STOPPED_FILE = "SOLOPO_STOPPED_FILE"
+"""Environment variable of examples/launch with the name of a file of each node: empty, or why the run stopped before
+its last step. An exit status cannot tell: torchrun takes any but 0 for a failure, and starts the processes again."""
+
+
+def tell_launcher(why: str) -> None:
+    """Writes `STOPPED_FILE`, by the first process of each node; an empty text: the run has not stopped."""
+    path = os.environ.get(STOPPED_FILE)
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(path).write_text(why, encoding="utf-8")
 
 
 class StopRequests:

@@ -157,7 +157,7 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.training import engine as engines
     from megatron_solopo.training import resume
     from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
-    from megatron_solopo.training.exits import StopRequests
+    from megatron_solopo.training.exits import StopRequests, tell_launcher
     from megatron_solopo.training.export import delete_earlier_exports, export_model
     from megatron_solopo.training.health import Watch, length_bias
     from megatron_solopo.training.log import RunLog
@@ -166,6 +166,7 @@ def train(here: Any, config: Config) -> None:
     first = dist.get_rank() == 0
     training, output = config.training, config.output
     stop = StopRequests(output.exit_signal_handler, output.exit_duration_in_mins)
+    tell_launcher("")
     resume.check_folders(config)
     hf_config = check_model(config)
     check_machine(config, here.name)
@@ -199,7 +200,9 @@ def train(here: Any, config: Config) -> None:
             reference[split] = reference_log_probs(engine, dataset, config, log.say, stop.heard)
             if reference[split] is None:
                 reason = stop.agreed(here.device)
-                log.say(f"stopped by {reason} before the first step; the reference log-probs so far are kept")
+                stopped = f"stopped by {reason} before the first step"
+                log.say(f"{stopped}; the reference log-probs so far are kept")
+                tell_launcher(stopped)
                 log.close()
                 stop.close()
                 return
@@ -244,6 +247,7 @@ def train(here: Any, config: Config) -> None:
     stopped = f"stopped by {reason} after step {done} of {schedule.steps}" if reason else None
     if stopped and not checkpoints.unsaved:
         log.say(f"{stopped}; " + (f"saved in {output.save}" if done else "nothing was done yet"))
+        tell_launcher(stopped)
     unfinished = export_model(engine, config, None) if output.save_hf and not stopped else None
     if output.save_hf and not (stopped or unfinished):
         log.say(f"Hugging Face folder: {output.save_hf}")
