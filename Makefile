@@ -18,8 +18,9 @@ setup: ## find a Python, make .venv, install what is pinned in constraints.txt
 demo: setup ## the whole method on this machine in 10 minutes, no GPU needed (QUICK=1: 3 minutes)
 	$(PYTHON_IN_VENV) examples/quickstart/demo.py $(if $(filter-out 0,$(QUICK)),--quick)
 
-test: setup ## unit tests and the commands as a user runs them
+test: setup ## unit tests, the commands as a user runs them, and a minute of four processes
 	$(PYTEST) tests/unit tests/functional
+	SOLOPO_LAYOUTS=cheap $(PYTEST) tests/distributed/test_layouts.py
 
 test-distributed: setup ## the same training over several processes
 	$(PYTEST) tests/distributed

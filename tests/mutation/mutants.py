@@ -38,6 +38,7 @@ EXPERTS = "tests/distributed/test_experts.py -k 'oracles_gradient or auxiliary'"
 HEALTH = "tests/unit/test_health.py"
 TOPOLOGY = "tests/unit/test_topology.py"
 REFERENCE = "tests/functional/test_reference_cache.py"
+ENGINE = "tests/unit/test_transformer_engine.py"
 
 MUTANTS: list[Mutant] = [
     *_in(
@@ -291,5 +292,31 @@ MUTANTS: list[Mutant] = [
         TRAINING + " -k killed",
         ("the schedule starts anew on resuming", 'scheduler.load_state_dict(loaded["scheduler"])', "pass"),
         ("the optimizer starts anew on resuming", 'optimizer.load_state_dict(loaded["optimizer"])', "pass"),
+    ),
+    *_in(
+        "model/attention.py",
+        ENGINE,
+        (
+            "a sequence's keys without its prompt's",
+            "seen.append(piece.slot + (0 if piece.prompt is None else prompt.length))",
+            "seen.append(piece.slot)",
+        ),
+        (
+            "the prompt's padding among a sequence's keys",
+            "keys.append(np.arange(prompt.start, prompt.start + prompt.length))",
+            "keys.append(np.arange(prompt.start, prompt.start + prompt.slot + 1))",
+        ),
+    ),
+    *_in(
+        "data/batches.py", ENGINE, ("FP8's multiple forgotten", "even *= FP8_MULTIPLES", "even *= 1 or FP8_MULTIPLES")
+    ),
+    *_in(
+        "data/packs.py", ENGINE, ("padding of tokens of its own", "(builder.tokens[:size] * at_the_end)", "([] or [7])")
+    ),
+    *_in(
+        "model/transformer_engine.py",
+        ENGINE,
+        ("widths of another recipe", "FP8_MULTIPLES[model.fp8_recipe]", "16"),
+        ("an expert under another's name", r"local_experts.\2.\1.weight", r"local_experts.0.\1.weight"),
     ),
 ]
