@@ -38,7 +38,6 @@ setup(
         "megatron-core>=0.19,<0.20",
         "torch>=2.6",
         "transformers>=5.0",
-        "huggingface-hub>=1.0",
         "safetensors>=0.4.3",
         "numpy>=1.26",
         "jinja2>=3.1",

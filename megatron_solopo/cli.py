@@ -19,6 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("megatron_solopo.evaluation.evaluate", "accuracy of a Hugging Face model by context length"),
     "report": ("megatron_solopo.evaluation.report", "curves and tables of runs and evaluations, as PNG and Markdown"),
     "ask": ("megatron_solopo.evaluation.ask", "one question about one document"),
+    "convert-checkpoint": (
+        "megatron_solopo.training.convert",
+        "weights between Hugging Face and Megatron",
+    ),
     "verify-parallelism": ("megatron_solopo.training.verify", "a step's loss and gradient under parallel layouts"),
     "env": ("megatron_solopo.environment", "versions, devices, cores and memory of this machine"),
 }

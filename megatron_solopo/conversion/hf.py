@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_solopo.conversion.safetensors_folder import TensorReader, dtype_name, write_folder
+from megatron_solopo.conversion.hf_folder import MAX_SHARD_SIZE, TensorReader, dtype_name, write_folder
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry
@@ -206,6 +206,8 @@ def save_folder(
     target: str | Path,
     force: bool = False,
     chat_template: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``.
 
@@ -213,6 +215,7 @@ def save_folder(
 
     Args:
         chunks: the parts of the model that this process holds.
+        dtype: of the files; default the model's.
 
     Raises:
         UserError: see `write_folder`.
@@ -224,14 +227,16 @@ def save_folder(
         return
     document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     document.pop("torch_dtype", None)
-    document["dtype"] = dtype_name(next(chunks[0].parameters()).dtype)
+    dtype = dtype or next(chunks[0].parameters()).dtype
+    document["dtype"] = dtype_name(dtype)
     words = hf_config.model_type.split("_")
     document.setdefault("architectures", ["".join(word.capitalize() for word in words) + "ForCausalLM"])
     write_folder(
         Path(target),
         Path(source),
         json.dumps(document, indent=2) + "\n",
-        tensors,
+        ((name, tensor.to(dtype)) for name, tensor in tensors),
+        max_shard_size=max_shard_size,
         force=force,
         chat_template=chat_template,
     )

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ def lost_process(error: RuntimeError) -> str | None:
         return "another process did not come in time"
     gone = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process")
     return "another process is gone" if any(words in text for words in gone) else None
+
+
+def on_first(work: Callable[[], object]) -> str | None:
+    """Runs file work on the first process; returns what went wrong there, and None on the others."""
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            return system_reason(error)
+    return None
 
 
 def first_error(error: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
+from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.parallel.context import chunk_places
@@ -16,7 +17,6 @@ from megatron_solopo.parallel.topology import (
     place_of,
     world_size,
 )
-from megatron_solopo.training.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import check_folders, find_start, read_progress
 from megatron_solopo.training.run import check_model, check_vocabulary, load_data, run_schedule

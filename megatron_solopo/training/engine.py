@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
-from megatron_solopo.conversion.hf import load_weights
+from megatron_solopo.conversion.start import load_start
 from megatron_solopo.model.build import build_model, rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead
 from megatron_solopo.parallel.platform import Platform
@@ -105,6 +105,12 @@ def _chunks(parallel: ParallelConfig) -> int:
     return parallel.num_virtual_stages_per_pipeline_rank
 
 
+def build_chunks(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> list[GPTModel]:
+    """The parts of the model that this process holds, one without virtual stages; weights not loaded."""
+    chunks = _chunks(config.parallel)
+    return [build_model(hf_config, config, dtype, stage) for stage in (range(chunks) if chunks > 1 else (None,))]
+
+
 def build_engine(
     platform: Platform, hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None
 ) -> Engine:
@@ -115,10 +121,9 @@ def build_engine(
     """
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     parallel = config.parallel
-    stages = range(_chunks(parallel)) if _chunks(parallel) > 1 else (None,)
-    models = [build_model(hf_config, config, dtype, vp_stage) for vp_stage in stages]
-    for model in models if not config.model.random_init else ():
-        load_weights(model, hf_config, config.model.hf_path)
+    models = build_chunks(hf_config, config, dtype)
+    if not config.model.random_init:
+        load_start(models, hf_config, config.model.hf_path)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=True,

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.hf import save_folder
+from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error
 from megatron_solopo.training.engine import Engine
-from megatron_solopo.training.manifest import checkpoint_folder
 
 
 def export_model(engine: Engine, config: Config, iteration: int | None) -> str | None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.safetensors_folder import TensorReader, state_fingerprint
+from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_roles
@@ -47,7 +47,7 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
         "format": FORMAT,
         "weights": f"random seed {config.training.seed}"
         if config.model.random_init
-        else state_fingerprint(TensorReader(config.model.hf_path)),
+        else weights_fingerprint(config.model.hf_path),
         "config": hashlib.sha256((Path(config.model.hf_path) / "config.json").read_bytes()).hexdigest(),
         "tokens": dataset.fingerprint,
         "roles": reference_roles(config.method),

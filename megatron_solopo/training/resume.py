@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.safetensors_folder import check_target
+from megatron_solopo.conversion.hf_folder import check_target
+from megatron_solopo.conversion.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
 from megatron_solopo.errors import UserError
-from megatron_solopo.training.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
 
 
 def check_folders(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_solopo.training.manifest import MANIFEST, checkpoint_folder, is_marked, iterations
+from megatron_solopo.conversion.manifest import MANIFEST, checkpoint_folder, is_marked, iterations
 
 
 def surplus(folder: Path, latest: int, keep_last: int | None, retain_interval: int | None) -> list[Path]:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def resume_hint(config: Config) -> str:
     """What to do after a run that died, in a sentence."""
-    from megatron_solopo.training.manifest import latest_iteration
+    from megatron_solopo.conversion.manifest import latest_iteration
 
     iteration = latest_iteration(config.output.save)
     if iteration is None:
@@ -63,6 +63,9 @@ def quiet() -> None:
     """megatron-core warns of its own deprecations and of absent CUDA extensions at every import, as torch does."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    # The CPU platform sees every torch call, so torch's warnings of what megatron-core does name it as their place.
+    warnings.filterwarnings("ignore", module=r"megatron_solopo\.parallel\.cpu_shim")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
@@ -123,7 +126,7 @@ def check_model(config: Config) -> Any:
     Raises:
         UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
     """
-    from megatron_solopo.conversion.safetensors_folder import TensorReader
+    from megatron_solopo.conversion.start import check_weights
     from megatron_solopo.model.build import check_length, padded_vocab_size, read_hf_config
     from megatron_solopo.model.families import family_of
     from megatron_solopo.model.transformer_engine import check_widths
@@ -139,7 +142,7 @@ def check_model(config: Config) -> Any:
     check_layout(hf_config, config, padded, world_size())
     check_widths(hf_config, config)
     if not config.model.random_init:
-        TensorReader(config.model.hf_path)
+        check_weights(config.model.hf_path)
     return hf_config
 
 

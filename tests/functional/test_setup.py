@@ -303,7 +303,7 @@ def imported_modules() -> set[str]:
 
 
 def test_what_the_package_imports_is_what_it_asks_for() -> None:
-    module_of = {"megatron-core": "megatron", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+    module_of = {"megatron-core": "megatron", "pyyaml": "yaml"}
     described = description()
     required = {module_of.get(name, name) for name in names(described.install_requires)}
     optional = {name.replace("-", "_") for name in names(sum(described.extras_require.values(), []))}

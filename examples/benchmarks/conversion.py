@@ -1,0 +1,145 @@
+"""Time and memory of converting a checkpoint, beside copying its files.
+
+    python examples/benchmarks/conversion.py --gigabytes 4
+
+A random model in the shape of a small Qwen2.5 (bfloat16, tied embeddings of 151,936 rows), converted from Hugging Face
+to Megatron and back by processes of their own. Their peak memory is compared with the weights, the largest tensor and
+1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from megatron_solopo.conversion.hf_folder import write_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+HIDDEN, INNER, HEADS, KV_HEADS, ROWS = 2048, 8192, 16, 4, 151_936
+
+
+def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors, one at a time; their values do not matter, but each is another."""
+    own, shared = HIDDEN, HIDDEN // HEADS * KV_HEADS
+    shapes = {
+        "self_attn.q_proj.weight": (own, HIDDEN),
+        "self_attn.k_proj.weight": (shared, HIDDEN),
+        "self_attn.v_proj.weight": (shared, HIDDEN),
+        "self_attn.q_proj.bias": (own,),
+        "self_attn.k_proj.bias": (shared,),
+        "self_attn.v_proj.bias": (shared,),
+        "self_attn.o_proj.weight": (HIDDEN, own),
+        "mlp.gate_proj.weight": (INNER, HIDDEN),
+        "mlp.up_proj.weight": (INNER, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INNER),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(-30000, 30000, shape, dtype=torch.int16).view(torch.bfloat16)
+
+    yield "model.embed_tokens.weight", draw(ROWS, HIDDEN)
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            yield f"model.layers.{layer}.{name}", draw(*shape)
+    yield "model.norm.weight", draw(HIDDEN)
+
+
+def config(layers: int) -> Qwen2Config:
+    return Qwen2Config(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=ROWS,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        dtype="bfloat16",
+        architectures=["Qwen2ForCausalLM"],
+    )
+
+
+def tiny(folder: Path) -> Path:
+    """A model of no size."""
+    shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    AutoModelForCausalLM.from_config(Qwen2Config(**shape, num_key_value_heads=2)).save_pretrained(folder)
+    return folder
+
+
+def convert(processes: int, *arguments: object) -> tuple[float, float]:
+    """(seconds, peak resident memory of the largest process in GB) of a conversion."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*start, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    with subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(map(str, arguments))} failed")
+    return time.monotonic() - begin, usage.ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of weights, about (default: %(default)s)")
+    parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
+    given = parser.parse_args()
+    embedding = 2 * ROWS * HIDDEN
+    a_layer = 2 * sum(tensor.numel() for name, tensor in tensors(1)) - embedding
+    layers = max(1, round((given.gigabytes * 1e9 - embedding) / a_layer))
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        work = Path(name)
+        (work / "empty").mkdir()
+        write_folder(work / "hf", work / "empty", config(layers).to_json_string(), tensors(layers), "5GB")
+        size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
+        bound = size + embedding / 1e9 + 1
+        print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")
+        begin = time.monotonic()
+        shutil.copytree(work / "hf", work / "copy")
+        os.sync()
+        copied = time.monotonic() - begin
+        shutil.rmtree(work / "copy")
+        idle, _ = convert(1, "verify", "--hf-path", tiny(work / "tiny"))
+        print(f"imports and a tiny model: {idle:.1f} s, taken off below")
+        print(f"{'':<16} {'seconds':>8} {'of copying':>11} {'peak GB':>8}")
+        print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f}")
+        for label, arguments in {
+            "hf-to-megatron": ("hf-to-megatron", "--hf-path", work / "hf", "--save", work / "megatron"),
+            "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back",
+                               "--max-shard-size", "1GB"),
+        }.items():  # fmt: skip
+            begin = time.monotonic()
+            _, peak = convert(1, *arguments)
+            os.sync()
+            seconds = time.monotonic() - begin - idle
+            print(f"{label:<16} {seconds:>8.1f} {seconds / copied:>11.2f} {peak:>8.2f}", flush=True)
+        same = same_tensors(work / "hf", work / "back")
+        print("every tensor came back bit by bit" if same else "TENSORS DIFFER")
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    from megatron_solopo.conversion.hf_folder import TensorReader
+
+    ours, theirs = TensorReader(one), TensorReader(other)
+    if ours.names() != theirs.names():
+        return False
+    return all(torch.equal(ours.get(n).view(torch.int16), theirs.get(n).view(torch.int16)) for n in ours.names())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Whether a Megatron model computes what transformers does from the same weights, by token and by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.build import rotary_frequencies
+from megatron_solopo.model.forward import LogProbHead, segment_log_probs
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome. A train from the one to the other takes about "
+    "eleven hours, with a change in Milan or in Zurich.",
+    "def mean(numbers):\n    total = 0.0\n    for number in numbers:\n        total += number\n"
+    "    return total / len(numbers)",
+    "Es war einmal ein König, der hatte drei Söhne. 从前有一位国王。 Il était une fois 1,234.56 € — 7 × 8 = 56.",
+)
+"""Prose, code, and other languages, digits and signs."""
+
+
+@dataclass
+class Comparison:
+    """Differences between the two models.
+
+    Attributes:
+        prompts: (tokens, largest difference of a token's log-prob in nats, its place) of each prompt.
+        layers: relative difference of the hidden states behind each layer, the last behind the final norm; the
+            largest of all prompts.
+    """
+
+    prompts: list[tuple[int, float, int]] = field(default_factory=list)
+    layers: list[float] = field(default_factory=list)
+
+    @property
+    def largest(self) -> float:
+        return max(difference for _, difference, _ in self.prompts)
+
+    @property
+    def worst_layer(self) -> int:
+        """The layer, counted from 0, that adds most to the difference."""
+        before = [0.0, *self.layers[:-1]]
+        return max(range(len(self.layers)), key=lambda layer: self.layers[layer] - before[layer])
+
+
+def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConfig) -> list[list[int]]:
+    """Token ids of the lines of a file, or of the built-in prompts.
+
+    A folder without a usable tokenizer is compared on random ids, which test a conversion as well as text does.
+
+    Raises:
+        UserError: no such file, or a line of fewer than two tokens.
+    """
+    lines: Sequence[str] = PROMPTS
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"--prompts {path}: no such file; give a text file with a prompt a line")
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    longest = hf_config.max_position_embeddings
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        made = [list(tokenizer(line)["input_ids"])[:longest] for line in lines]
+    except Exception as error:  # transformers raises many kinds
+        if path is not None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--prompts {path}: {folder} has no tokenizer that can be loaded ({reason})") from None
+        made = []
+    usable = bool(made) and all(len(ids) > 1 and max(ids) < hf_config.vocab_size for ids in made)
+    if path is None and not usable:
+        generator = torch.Generator().manual_seed(0)
+        shape = (3, min(64, longest))
+        made = torch.randint(0, hf_config.vocab_size, shape, generator=generator).tolist()
+    for number, ids in enumerate(made, start=1):
+        if len(ids) < 2:
+            raise UserError(f"{path}:{number}: a prompt of {len(ids)} tokens; at least two are compared")
+        if max(ids) >= hf_config.vocab_size:
+            raise UserError(
+                f"{path}:{number}: token id {max(ids)} is beyond vocab_size {hf_config.vocab_size} of {folder}; the "
+                "tokenizer is not this model's"
+            )
+    if not made:
+        raise UserError(f"--prompts {path}: holds no text")
+    return made
+
+
+@torch.no_grad()
+def compare(
+    model: GPTModel, hf_config: PretrainedConfig, folder: str | Path, prompts: Sequence[Sequence[int]]
+) -> Comparison | None:
+    """Runs both models on prompts; collective over the processes that share the Megatron model.
+
+    Args:
+        model: all layers, in float32 or bfloat16.
+        folder: the Hugging Face folder that transformers loads, in the same dtype.
+
+    Returns:
+        The comparison on the first process, None on others.
+    """
+    parameter = next(model.parameters())
+    first = dist.get_rank() == 0
+    theirs = None
+    if first:
+        theirs = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=parameter.dtype)
+        theirs = theirs.eval().to(parameter.device)
+    head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config))
+    model.eval()
+    found = Comparison(layers=[0.0] * hf_config.num_hidden_layers)
+    for ids in prompts:
+        log_probs, states = _ours(model, head, ids, parameter)
+        if theirs is None:
+            continue
+        output = theirs(torch.tensor([ids], device=parameter.device), output_hidden_states=True)
+        scores = output.logits[0, :-1].float().log_softmax(-1)
+        expected = scores[range(len(ids) - 1), ids[1:]]
+        difference = (log_probs - expected).abs()
+        found.prompts.append((len(ids), difference.max().item(), int(difference.argmax()) + 1))
+        for layer, (own, other) in enumerate(zip(states, output.hidden_states[1:], strict=True)):
+            # One less: the last token predicts nothing and is not computed.
+            other = other[0, :-1].float()
+            relative = ((own.float() - other).norm() / other.norm()).item()
+            found.layers[layer] = max(found.layers[layer], relative)
+    return found if first else None
+
+
+def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """([n - 1] log-probs of the tokens behind the first, the hidden states [n - 1, H] behind each layer)."""
+    states: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)
+        states.append(hidden[: len(ids) - 1, 0])
+
+    modules = [*model.decoder.layers[:-1], model.decoder.final_layernorm]
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    group = TokenGroup("prompt", (Prompt(list(ids[:1]), (Continuation("text", list(ids[1:])),)),))
+    multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    pack = build_pack([group], [0], False, multiple)
+    # Every token a segment of its own: the head sums log-probs by segment.
+    pack = dataclasses.replace(pack, segments=torch.arange(len(ids) - 1), segment_roles=("text",) * (len(ids) - 1)).to(
+        parameter.device
+    )
+    try:
+        log_probs = segment_log_probs(model, pack, head, parameter.dtype)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return log_probs, states
+
+
+def report(found: Comparison, dtype: str, bound: float | None) -> int:
+    """Prints a comparison; 1 where the largest difference is above the bound, else 0."""
+    for number, (tokens, difference, place) in enumerate(found.prompts, start=1):
+        print(f"prompt {number}: {tokens} tokens, log-probs differ by up to {difference:.2e} nats (token {place})")
+    worst = found.worst_layer
+    print(f"worst layer: {worst} of {len(found.layers)} (hidden states differ by {found.layers[worst]:.2e} behind it)")
+    good = bound is None or found.largest <= bound
+    limit = f"bound {bound:g}" if bound is not None else "no bound"
+    print(f"{'agrees' if good else 'DIFFERS'} in {dtype}: {found.largest:.2e} nats, {limit}")
+    return 0 if good else 1

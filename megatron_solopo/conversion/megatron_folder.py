@@ -1,0 +1,255 @@
+"""Weights of a model in megatron-core's distributed format: any layout writes them, any other reads them.
+
+A run's checkpoints hold them beside the optimizer. A Megatron folder (`save_megatron_folder`) holds only them, as
+iteration 0, with the config and tokenizer files of the Hugging Face folder it was made from, and stands wherever a
+Hugging Face folder does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_solopo.conversion.hf_folder import CARRIED
+from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
+from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
+from megatron_solopo.parallel.cpu_shim import results_queue
+from megatron_solopo.parallel.platform import first_error, on_first
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""The optimizer's state by parameter, so that another layout can read it."""
+
+FP8_SCALES = "._extra_state"
+"""In the keys of what Transformer Engine's layers know of earlier batches. Only delayed scaling knows anything; other
+layers, and megatron-core's own, have empty entries, which would only tie a checkpoint to the implementation."""
+
+
+class _Results(logging.Handler):
+    """What a writer tells its training process: megatron-core's queue, and why a write failed.
+
+    Memory that a forked writer shares, instead of megatron-core's manager process, which lives on for ever when a run
+    is killed. The writer only logs the reason of a failure, so that is caught here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory, self._reason = os.fdopen(os.memfd_create("results"), "w+b"), ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR and not self._reason:
+            self._reason = record.getMessage()
+
+    def put(self, value: Any) -> None:
+        if isinstance(value, Exception):
+            value = RuntimeError(self._reason or str(value))
+        pickle.dump(value, self._memory)
+        self._memory.flush()
+
+    def get_nowait(self) -> Any:
+        self._memory.seek(0)
+        written = self._memory.read()
+        return pickle.loads(written) if written else RuntimeError("the writing process was killed")
+
+
+class ShardedWrite:
+    """The writing of a sharded state into a folder, from its plan (when made) to its metadata (`finish`).
+
+    Args:
+        device: of this process's collectives.
+    """
+
+    def __init__(self, state: dict[str, Any], folder: Path, device: torch.device) -> None:
+        self._device, results = device, _Results()
+        with results_queue(results):
+            self.request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+        _log_to(results)
+
+    def run(self) -> None:
+        """Writes this process's part, here and now; collective. Not with a caller that runs `request` elsewhere.
+
+        dist_checkpointing's own synchronous way starts an interpreter for each writer.
+        """
+        request = self.request
+        if request.async_fn is not None:  # None: this process holds nothing that another does not write
+            arguments = list(request.async_fn_args)
+            arguments[1] = request.preload_fn()
+            request.async_fn(*arguments, **request.async_fn_kwargs)
+        dist.barrier()
+
+    def finish(self) -> str | None:
+        """megatron-core's collective end of a save; returns what failed here or, after a failed write, anywhere."""
+        try:
+            return self._finalize()
+        finally:
+            _log_to(None)
+
+    def _finalize(self) -> str | None:
+        def tell_failure() -> None:
+            # state_dict_saver.py:263: the others wait for this flag when the first process could not write .metadata
+            failed = torch.ones(1, dtype=torch.int, device=self._device)
+            dist.broadcast(failed, src=0)
+
+        for function, release_others in zip(self.request.finalize_fns, (tell_failure, dist.barrier), strict=True):
+            try:
+                function()
+            except CheckpointException as error:  # raised on all processes; the first knows the reasons
+                causes = [cause for cause, _ in error.failures.values()]
+                return system_reason(causes[0]) if causes else "another process could not write"
+            except Exception as error:
+                if dist.get_rank() == 0:
+                    release_others()
+                return system_reason(error)
+        return None
+
+
+def _log_to(results: _Results | None) -> None:
+    """Sends the writer's log to ``results`` instead of the terminal, or back."""
+    logger = logging.getLogger(filesystem_async.__name__)
+    logger.handlers[:] = [] if results is None else [results]
+    logger.propagate = results is None
+
+
+def chunk_names(models: Sequence[GPTModel]) -> list[str]:
+    """Megatron's keys of the model chunks. The files know a tensor by its place in the whole model."""
+    return ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
+
+
+def model_states(
+    models: Sequence[GPTModel], source: Path | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, None]]]:
+    """What a checkpoint holds of the chunks of a model, and the entries of `FP8_SCALES` left out, both by chunk.
+
+    Args:
+        source: the checkpoint that it is to be loaded from, or None when saving.
+
+    Raises:
+        UserError: the checkpoint holds scales that only an environment variable allows to load.
+    """
+    states = {
+        name: model.sharded_state_dict(metadata=dict(METADATA))
+        for name, model in zip(chunk_names(models), models, strict=True)
+    }
+    keep = models[0].config.fp8 is not None and models[0].config.fp8_recipe == "delayed"
+    stored = load_sharded_metadata(str(source)).keys() if keep and source is not None else None
+    left_out: dict[str, dict[str, None]] = {}
+    for name, state in states.items():
+        scales = [key for key in state if FP8_SCALES in key]
+        missing = [key for key in scales if stored is not None and state[key].unique_key not in stored]
+        left_out[name] = dict.fromkeys(missing if keep else scales)
+        for key in left_out[name]:
+            del state[key]
+        if stored is not None and len(left_out[name]) < len(scales) and os.environ.get(UNSAFE_PICKLES) != "1":
+            raise UserError(
+                f"--fp8-recipe delayed: {source} holds FP8 scales that Transformer Engine keeps as Python pickles, "
+                f"which could run any code; if the checkpoint is your own, set {UNSAFE_PICKLES}=1 in the environment"
+            )
+    return states, left_out
+
+
+def load_models(models: Sequence[GPTModel], loaded: dict[str, Any], left_out: dict[str, dict[str, None]]) -> None:
+    """Puts loaded states of `model_states` into the chunks."""
+    for name, model in zip(chunk_names(models), models, strict=True):
+        model.load_state_dict(loaded[name] | left_out[name])
+
+
+def load_weights_from(source: Path, models: Sequence[GPTModel]) -> None:
+    """The weights of a complete checkpoint, without its optimizer, into the chunks of a model; collective.
+
+    Raises:
+        UserError: it belongs to another model.
+    """
+    states, _ = model_states(models, source)
+    # Parts of a parameter that are stored apart (gate and up) are read into their places; merged by megatron-core's
+    # factories, all of them would stand in memory twice.
+    apply_factories(states)
+    try:
+        loaded = dist_checkpointing.load(states, str(source))
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
+        raise UserError(
+            f"{source} cannot be read ({reason_of(error)}); its files are complete, so it is another model's: give the "
+            "--hf-path of its run"
+        ) from None
+    for sharded, tensor in _pairs(states, loaded):
+        if tensor.data_ptr() != sharded.data.data_ptr():  # torch reads in place, but does not promise it
+            sharded.data.copy_(tensor)
+
+
+def _pairs(states: Any, loaded: Any) -> Iterator[tuple[ShardedTensor, torch.Tensor]]:
+    """Each sharded tensor of nested states, and what stands in its place in another."""
+    if isinstance(states, ShardedTensor):
+        yield states, loaded
+    elif isinstance(states, dict | list):
+        for key, value in states.items() if isinstance(states, dict) else enumerate(states):
+            yield from _pairs(value, loaded[key])
+
+
+def reason_of(error: BaseException) -> str:
+    """The last line of what megatron-core and torch say of a checkpoint that does not fit."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def stored_dtype(source: Path) -> torch.dtype:
+    """Of the weights in a checkpoint."""
+    return dist_checkpointing.load_tensors_metadata(str(source))["embedding.word_embeddings.weight"].dtype
+
+
+def save_megatron_folder(models: Sequence[GPTModel], source: Path, target: Path) -> None:
+    """Writes a Megatron folder; collective. ``target`` must not exist yet.
+
+    Args:
+        source: the Hugging Face folder whose config and tokenizer files it takes over.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    aside = target.with_name(target.name + ".partial")
+    step = checkpoint_folder(aside, 0)
+    problem = first_error(on_first(lambda: (shutil.rmtree(aside, ignore_errors=True), step.mkdir(parents=True))))
+    if problem is None:
+        states, _ = model_states(models)
+        apply_factories(states)
+        for sharded, _ in _pairs(states, states):
+            sharded.data = _in_a_storage_of_its_own(sharded.data)
+        write = ShardedWrite(states, step, next(models[0].parameters()).device)
+        write.run()
+        problem = first_error(write.finish())
+    if problem is None:
+        problem = first_error(on_first(lambda: _publish(aside, source, target)))
+    if problem is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"--save {target}: not written ({problem})")
+
+
+def _in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:
+    """The same memory, not as a part of a larger tensor: megatron-core's writer would copy such a part on the CPU."""
+    part = part.detach()
+    if part.device.type != "cpu" or not part.is_contiguous():
+        return part
+    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
+
+
+def _publish(aside: Path, source: Path, target: Path) -> None:
+    write_manifest(checkpoint_folder(aside, 0), 0, {}, {})
+    for name in ("config.json", *CARRIED):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, aside / name)
+    write_latest(aside, 0)
+    if target.exists():
+        shutil.rmtree(target)  # --force
+    aside.rename(target)

@@ -1,0 +1,240 @@
+"""`solopo convert-checkpoint`: weights from Hugging Face to Megatron and back, and a comparison with transformers.
+
+Runs in one process, or under torchrun with any layout; layouts of the two sides need not be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_solopo.config import OWNER, Config, flag
+from megatron_solopo.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(": ", 1)[1], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    to_megatron = _command(
+        commands,
+        "hf-to-megatron",
+        "writes a Hugging Face folder's weights in megatron-core's format, which --hf-path of a training run takes",
+    )
+    to_megatron.add_argument("--hf-path", required=True, metavar="FOLDER", help="Hugging Face folder")
+    to_megatron.add_argument("--save", required=True, metavar="FOLDER", help="the new Megatron folder")
+
+    to_hf = _command(
+        commands, "megatron-to-hf", "writes a checkpoint of a run, or a Megatron folder, as a Hugging Face folder"
+    )
+    _add_checkpoint(to_hf, required=True)
+    to_hf.add_argument("--save-hf", required=True, metavar="FOLDER", help="the new Hugging Face folder")
+    to_hf.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help="of a file (default: %(default)s)")
+
+    for command in (to_megatron, to_hf):
+        command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
+        command.add_argument("--force", action="store_true", help="overwrite an existing folder")
+
+    verify = _command(
+        commands,
+        "verify",
+        "compares log-probs of tokens, and what each layer computes, with transformers on the same weights",
+    )
+    _add_checkpoint(verify, required=False)
+    verify.add_argument("--prompts", metavar="FILE", help="a text a line (default: three built-in ones)")
+    verify.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of both models (default: %(default)s)")
+    verify.add_argument(
+        "--bound",
+        type=float,
+        help="largest difference of a log-prob, nats (default: 1e-3 in float32, else none)",
+    )
+    given = parser.parse_args(argv)
+    work = {"hf-to-megatron": _to_megatron, "megatron-to-hf": _to_hf, "verify": _verify}[given.command]
+    return _with_engine(given, work)
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where (default: auto)")
+    command.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help="as in training; default: the run's, else 128",
+    )
+    for option in LAYOUT:
+        spec = OWNER[option][1]
+        command.add_argument(flag(option), type=int, metavar="N", default=spec.default, help=spec.metadata["help"])
+    return command
+
+
+def _add_checkpoint(command: argparse.ArgumentParser, required: bool) -> None:
+    command.add_argument("--load", required=required, metavar="FOLDER", help="run folder, or Megatron folder")
+    command.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
+    command.add_argument(
+        "--hf-path",
+        required=not required,
+        metavar="FOLDER",
+        help="whose config and tokenizer these weights have (default: what the run started from)"
+        if required
+        else "Hugging Face folder that transformers loads; alone, it is converted in memory and compared with itself",
+    )
+
+
+def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, Config, Any], int]) -> int:
+    """Checks what needs no process group, then starts the platform and does the work."""
+    from megatron_solopo.parallel import platform
+    from megatron_solopo.training.run import quiet
+
+    quiet()
+    config = _config(given)
+    target = getattr(given, "save", None) or getattr(given, "save_hf", None)
+    if target is not None:
+        _check_target(Path(target), "--save" if given.command == "hf-to-megatron" else "--save-hf", given.force)
+    here = platform.start(given.device)
+    try:
+        from megatron_solopo.model.build import padded_vocab_size, read_hf_config
+        from megatron_solopo.model.families import family_of
+        from megatron_solopo.parallel.topology import check_layout, world_size
+        from megatron_solopo.training.engine import initialize_parallel
+
+        hf_config = read_hf_config(config.model.hf_path)
+        family_of(hf_config)
+        padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
+        check_layout(hf_config, config, padded, world_size())
+        initialize_parallel(config)
+        return work(given, config, hf_config)
+    finally:
+        platform.stop(here)
+
+
+def _config(given: argparse.Namespace) -> Config:
+    """The options as a training run would have them; those of a run folder come from its config.yaml."""
+    config = Config()
+    run: dict[str, Any] = {}
+    if getattr(given, "load", None) is not None:
+        if not Path(given.load).is_dir():
+            raise UserError(f"--load {given.load}: no such folder")
+        path = Path(given.load) / "config.yaml"
+        run = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model", {}) if path.is_file() else {}
+    alone = given.load if getattr(given, "load", None) and (Path(given.load) / "config.json").is_file() else None
+    config.model.hf_path = given.hf_path or alone or run.get("hf_path")
+    if config.model.hf_path is None:
+        raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
+    config.model.chat_template = run.get("chat_template")
+    config.model.make_vocab_size_divisible_by = given.make_vocab_size_divisible_by or run.get(
+        "make_vocab_size_divisible_by", config.model.make_vocab_size_divisible_by
+    )
+    if config.model.make_vocab_size_divisible_by < 1:
+        raise UserError(f"--make-vocab-size-divisible-by {given.make_vocab_size_divisible_by}: must be at least 1")
+    for option in LAYOUT:
+        value = getattr(given, option)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(option)} {value}: must be at least 1")
+        setattr(config.parallel, option, value)
+    # What changes no weight, but without which Megatron does not cut experts.
+    config.parallel.sequence_parallel = config.parallel.tensor_model_parallel_size > 1
+    return config
+
+
+def _check_target(target: Path, option: str, force: bool) -> None:
+    if target.exists() and not force:
+        raise UserError(f"{option} {target}: exists already; choose another folder, or overwrite it with --force")
+    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise UserError(f"{option} {target}: holds no model, so --force does not overwrite it; choose another folder")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
+    import torch.distributed as dist
+
+    from megatron_solopo.conversion.hf_folder import TensorReader
+    from megatron_solopo.conversion.megatron_folder import save_megatron_folder
+    from megatron_solopo.conversion.start import is_megatron_folder, load_start
+    from megatron_solopo.training.engine import build_chunks
+
+    if is_megatron_folder(given.hf_path):
+        raise UserError(f"--hf-path {given.hf_path}: holds Megatron's weights already")
+    dtype = _dtype(given.dtype) if given.dtype else TensorReader(given.hf_path).dtype()
+    models = build_chunks(hf_config, config, dtype)
+    load_start(models, hf_config, given.hf_path)
+    save_megatron_folder(models, Path(given.hf_path), Path(given.save))
+    if dist.get_rank() == 0:
+        print(f"wrote {given.save} ({str(dtype).removeprefix('torch.')}); train from it with --hf-path {given.save}")
+    return 0
+
+
+def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
+    import torch.distributed as dist
+
+    from megatron_solopo.conversion.hf import save_folder
+    from megatron_solopo.conversion.hf_folder import parse_size
+    from megatron_solopo.conversion.manifest import find_checkpoint
+    from megatron_solopo.conversion.megatron_folder import load_weights_from, stored_dtype
+    from megatron_solopo.parallel.platform import first_error
+    from megatron_solopo.training.engine import build_chunks
+
+    parse_size(given.max_shard_size)
+    source = find_checkpoint(given.load, given.ckpt_step)
+    models = build_chunks(hf_config, config, stored_dtype(source))
+    load_weights_from(source, models)
+    problem = None
+    try:
+        save_folder(
+            models,
+            hf_config,
+            config.model.hf_path,
+            given.save_hf,
+            force=given.force,
+            chat_template=config.model.chat_template,
+            dtype=_dtype(given.dtype) if given.dtype else None,
+            max_shard_size=given.max_shard_size,
+        )
+    except UserError as error:
+        problem = str(error)
+    if problem := first_error(problem):
+        raise UserError(problem)
+    if dist.get_rank() == 0:
+        print(f"wrote {given.save_hf} from {source}")
+    return 0
+
+
+def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
+    from megatron_solopo.conversion.compare import compare, read_prompts, report
+    from megatron_solopo.conversion.manifest import find_checkpoint
+    from megatron_solopo.conversion.megatron_folder import load_weights_from
+    from megatron_solopo.conversion.start import load_start
+    from megatron_solopo.training.engine import build_chunks
+
+    if config.parallel.pipeline_model_parallel_size > 1:
+        raise UserError("verify compares layer by layer in one stage: leave --pipeline-model-parallel-size out")
+    prompts = read_prompts(given.prompts, config.model.hf_path, hf_config)
+    models = build_chunks(hf_config, config, _dtype(given.dtype))
+    if given.load is None:
+        load_start(models, hf_config, config.model.hf_path)
+    else:
+        load_weights_from(find_checkpoint(given.load, given.ckpt_step), models)
+    found = compare(models[0], hf_config, config.model.hf_path, prompts)
+    bound = given.bound if given.bound is not None else 1e-3 if given.dtype == "float32" else None
+    return report(found, given.dtype, bound) if found is not None else 0
