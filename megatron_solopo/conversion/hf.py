@@ -16,6 +16,8 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.conversion.safetensors_folder import TensorReader, dtype_name, write_folder
 from megatron_solopo.errors import UserError
+from megatron_solopo.model import rope_scaling
+from megatron_solopo.model.build import read_hf_config
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.transformer_engine import portable_name
@@ -207,7 +209,8 @@ def save_folder(
     force: bool = False,
     chat_template: str | Path | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``.
+    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``, in config.json the
+    positions of a model that --rope-scaling extended.
 
     Collective; the first process writes.
 
@@ -223,6 +226,8 @@ def save_folder(
             pass
         return
     document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    if read_hf_config(source).rope_parameters != hf_config.rope_parameters:
+        rope_scaling.write(document, hf_config)
     document.pop("torch_dtype", None)
     document["dtype"] = dtype_name(next(chunks[0].parameters()).dtype)
     words = hf_config.model_type.split("_")
