@@ -199,9 +199,10 @@ def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
     """
     covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
     if seq_length > covered:
+        scaled = hf_config.rope_parameters["rope_type"] != "default"
         raise UserError(
             f"--seq-length {seq_length} is beyond the model's max_position_embeddings {covered} (config.json); "
-            "lower it, extend the model with --rope-scaling, or take a longer model"
+            f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or take a longer model"
         )
     window = attention_window(hf_config)
     if window is not None and seq_length > window:
