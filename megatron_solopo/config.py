@@ -24,6 +24,11 @@ class ModelConfig:
     random_init: bool = option(False, "start from random weights of the folder's config instead of its weights")
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
+    rope_scaling: str | None = option(
+        None,
+        "TYPE:FACTOR:ORIGINAL, such as yarn:4:32768 or linear:2:4096: extend a model trained on ORIGINAL tokens to "
+        "FACTOR times as many, in training and in --save-hf",
+    )
     transformer_impl: str = option(
         "portable",
         "portable: pure PyTorch, every platform; transformer_engine: Transformer Engine's layers and attention, needs "

@@ -18,6 +18,7 @@ import yaml
 from megatron_solopo.config import OWNER, SECTIONS, Config, flag
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.rope_scaling import parse as parse_rope_scaling
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -175,7 +176,9 @@ def resolve(config: Config) -> None:
     Raises:
         UserError: naming the flag and what to change.
     """
-    method = config.method
+    method, model = config.method, config.model
+    if model.rope_scaling is not None:
+        model.rope_scaling = str(parse_rope_scaling(model.rope_scaling))  # one text for one scaling
     if method.objective == "preference":
         if method.beta is None and method.preference_loss != "orpo":
             method.beta = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "longpo": 0.1}[method.preference_loss]

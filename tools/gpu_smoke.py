@@ -228,7 +228,7 @@ def check_oracle(here: Any, work: Path) -> Figures:
         if not engines:
             initialize_parallel(config)
         if (model, dtype) not in engines:
-            hf_config = read_hf_config(config.model.hf_path)
+            hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
             engines[model, dtype] = build_engine(here, hf_config, config, getattr(torch, dtype))
         values, found = gradient_case(engines[model, dtype], case, config)
         method = METHODS[method_name]

@@ -16,6 +16,8 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.conversion.hf_folder import MAX_SHARD_SIZE, TensorReader, dtype_name, write_folder
 from megatron_solopo.errors import UserError
+from megatron_solopo.model import rope_scaling
+from megatron_solopo.model.build import read_hf_config
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.transformer_engine import portable_name
@@ -209,7 +211,8 @@ def save_folder(
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``.
+    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``, in config.json the
+    positions of a model that --rope-scaling extended.
 
     Collective; the first process writes.
 
@@ -226,6 +229,8 @@ def save_folder(
             pass
         return
     document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    if read_hf_config(source).rope_parameters != hf_config.rope_parameters:
+        rope_scaling.write(document, hf_config)
     document.pop("torch_dtype", None)
     dtype = dtype or next(chunks[0].parameters()).dtype
     document["dtype"] = dtype_name(dtype)

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.rope import reach as reach_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,12 +63,8 @@ def reach(folder: str | Path) -> int | None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config = config.get("text_config") or config
     positions = config.get("max_position_embeddings")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
-        # Published YaRN configs keep max_position_embeddings at the length before the extension.
-        original = scaling.get("original_max_position_embeddings") or positions
-        positions = max(positions, int(original * scaling.get("factor", 1.0)))
-    return positions
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    return positions and reach_of(positions, scaling)
 
 
 def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str) -> None:

@@ -22,17 +22,18 @@ from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention
-from megatron_solopo.model.families import family_of, head_dim
+from megatron_solopo.model.families import attention_window, family_of, head_dim
 from megatron_solopo.model.norm import RMSNorm
-from megatron_solopo.model.rope import RotaryFrequencies
+from megatron_solopo.model.rope import RotaryFrequencies, reach
+from megatron_solopo.model.rope_scaling import extended
 from megatron_solopo.model.router import Router
 
 
-def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """config.json of a Hugging Face folder.
+def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
+    """config.json of a Hugging Face folder, extended by --rope-scaling: the one place that makes a model's config.
 
     Raises:
-        UserError: no folder, no config.json, or one that transformers cannot read.
+        UserError: no folder, no config.json, one that transformers cannot read, or that cannot be extended so.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -40,9 +41,10 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"--hf-path {folder}: the folder holds no config.json")
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds; the first line says what is wrong
         raise UserError(f"{folder}/config.json: not readable ({str(error).splitlines()[0]})") from None
+    return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
@@ -190,15 +192,24 @@ def rotary_frequencies(hf_config: PretrainedConfig) -> RotaryFrequencies:
 
 
 def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
-    """Refuses sequences beyond what the model's positions cover.
+    """Refuses sequences beyond what the model's positions cover, or its sliding window: ours is full attention, which
+    is the same as long as no sequence is longer than the window.
 
     Raises:
         UserError: naming --seq-length.
     """
-    if seq_length > hf_config.max_position_embeddings:
+    covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
+    if seq_length > covered:
+        scaled = hf_config.rope_parameters["rope_type"] != "default"
         raise UserError(
-            f"--seq-length {seq_length} is beyond the model's max_position_embeddings "
-            f"{hf_config.max_position_embeddings} (config.json); lower it or take a longer model"
+            f"--seq-length {seq_length} is beyond the model's max_position_embeddings {covered} (config.json); "
+            f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or take a longer model"
+        )
+    window = attention_window(hf_config)
+    if window is not None and seq_length > window:
+        raise UserError(
+            f"--seq-length {seq_length} is longer than the model's sliding_window {window} (config.json), and "
+            f"attention in a window is not supported; lower it to {window}, or take a model without one"
         )
 
 

@@ -6,15 +6,29 @@ go on from its prompt. Frequencies come from transformers, so that every field o
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families import head_dim
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Scalings whose frequencies do not depend on the length of the sequence at hand."""
+_ALWAYS = {"rope_type", "type", "rope_theta"}
+ROPE_FIELDS = {
+    "default": _ALWAYS,
+    "linear": _ALWAYS | {"factor"},
+    "llama3": _ALWAYS | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": _ALWAYS
+    | {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+    | {"mscale", "mscale_all_dim", "truncate"},
+}
+"""Scalings whose frequencies do not depend on the length of the sequence at hand, and the fields that act in each."""
+
+INERT_FIELDS = {"original_max_position_embeddings", "finetuned"}
+"""Notes that published configs carry where nothing reads them."""
 
 
 class RotaryFrequencies(nn.Module):
@@ -34,24 +48,63 @@ class RotaryFrequencies(nn.Module):
         return ((both.cos() * self.attention_scaling).to(dtype), (both.sin() * self.attention_scaling).to(dtype))
 
 
+def check_rope(hf_config: PretrainedConfig) -> None:
+    """Refuses what `inverse_frequencies` does not cover.
+
+    Raises:
+        UserError: naming the rope_type, or the field of rope_parameters.
+    """
+    parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_FIELDS:
+        why = ": its frequencies depend on the length at hand" if kind in ("dynamic", "longrope") else ""
+        raise UserError(
+            f"config.json: rope_type {kind!r} is not supported{why}; supported are {', '.join(ROPE_FIELDS)}"
+        )
+    if parameters.get("partial_rotary_factor") == 1:
+        parameters.pop("partial_rotary_factor")
+    for name, value in parameters.items():
+        if name not in ROPE_FIELDS[kind] | INERT_FIELDS and value is not None:
+            raise UserError(
+                f"config.json: {name} = {value!r} is not known for rope_type {kind!r} and might change the frequencies"
+            )
+    factor = parameters.get("factor", 1.0)
+    if factor is not None and (not isinstance(factor, int | float) or factor < 1):
+        raise UserError(f"config.json: the factor of rope_type {kind!r} must be a number of at least 1, found {factor}")
+
+
 def inverse_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     """([head_dim / 2] float32 inverse frequencies, the factor on cos and sin) of a Hugging Face config.
 
     Raises:
-        UserError: a scaling whose frequencies change with the sequence length.
+        UserError: see `check_rope`.
     """
-    parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
-    kind = parameters.get("rope_type", "default")
-    if kind not in SUPPORTED_ROPE_TYPES:
-        raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
+    check_rope(hf_config)
+    parameters = hf_config.rope_parameters
+    kind, size = parameters.get("rope_type", "default"), head_dim(hf_config)
     if kind != "default":
-        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+        # transformers writes into the config it is given, and its yarn takes a head_dim of None (Mixtral's) as one.
+        own = copy.deepcopy(hf_config)
+        own.head_dim = size
+        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](own, torch.device("cpu"))
         return inverse.float(), float(scaling)
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+
+
+def reach(positions: int, parameters: dict[str, object] | None) -> int:
+    """How far a model's positions reach.
+
+    Args:
+        positions: ``max_position_embeddings``.
+        parameters: ``rope_parameters`` or ``rope_scaling`` of the same config.
+    """
+    parameters = parameters or {}
+    if (parameters.get("rope_type") or parameters.get("type")) != "yarn":
+        return positions
+    # Published YaRN configs keep max_position_embeddings at the length before the extension.
+    original = parameters.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * (parameters.get("factor") or 1.0)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

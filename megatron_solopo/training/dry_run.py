@@ -8,6 +8,8 @@ from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
+from megatron_solopo.model.families import attention_window
+from megatron_solopo.model.rope import reach
 from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import (
@@ -37,6 +39,7 @@ def describe(config: Config) -> str:
     source = find_start(config)
     schedule = run_schedule(config, data)
     processes = world_size()
+    window = attention_window(hf_config)
     counts = parameter_count(hf_config)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     tokens = sum(group.tokens(config.data.share_prompts) for group in data.train.groups)
@@ -51,6 +54,9 @@ def describe(config: Config) -> str:
         "# model",
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
         f"vocabulary {hf_config.vocab_size:,} padded to {padded:,}",
+        f"positions: {reach(hf_config.max_position_embeddings, hf_config.rope_parameters):,} "
+        f"(RoPE {hf_config.rope_parameters['rope_type']})"
+        + (f", sliding window {window:,}, which --seq-length stays within" if window else ""),
         "",
         "# data",
         f"train: {len(data.train.groups):,} examples, {tokens:,} tokens a pass "

@@ -53,6 +53,8 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
         "roles": reference_roles(config.method),
         "dtype": "bfloat16" if config.model.bf16 else "float32",
     }
+    if config.model.rope_scaling is not None:
+        facts["rope_scaling"] = config.model.rope_scaling
     if config.model.transformer_impl != "portable":
         model = config.model
         facts["kernels"] = [model.transformer_impl, model.fp8_format, model.fp8_format and model.fp8_recipe]

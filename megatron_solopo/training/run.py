@@ -135,7 +135,7 @@ def check_model(config: Config) -> Any:
 
     if choose(config.parallel.device) == "cuda":
         check_on_cuda(config)
-    hf_config = read_hf_config(config.model.hf_path)
+    hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -359,13 +359,14 @@ def check_vocabulary(data: RunData, vocab_size: int) -> None:
 
 
 def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
-    """What fixes the order of the examples and the learning rate of each step; kept in every checkpoint."""
+    """What fixes the model, the order of the examples and the learning rate of each step; kept in every checkpoint."""
     training = config.training
     names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
     return {
         "tokens": data.train.fingerprint,
         "steps": schedule.steps,
         "shuffle": config.data.shuffle,
+        "rope_scaling": config.model.rope_scaling,
         **{name: getattr(training, name) for name in names},
     }
 

@@ -78,7 +78,7 @@ def _check(argv: list[str], layout: Layout) -> None:
     from megatron_solopo.parallel.topology import check_layout
 
     config = _config(argv, layout)
-    hf_config = read_hf_config(config.model.hf_path)
+    hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     try:
         check_layout(hf_config, config, padded, layout.processes)

@@ -123,7 +123,7 @@ def main() -> None:
             layout = config.parallel
         key = json.dumps([case["dtype"], dataclasses.asdict(config.model), config.training.moe_aux_loss_coeff])
         if key not in engines:
-            hf_config = read_hf_config(config.model.hf_path)
+            hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
             engines[key] = build_engine(here, hf_config, config, getattr(torch, case["dtype"]))
         results[case["name"]], found = gradient_case(engines[key], case, config)
         tensors |= {f"{case['name']}|{name}": tensor for name, tensor in found.items()}

@@ -187,7 +187,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "tensor of another shape": (_other_shape, r"model.norm.weight give shape \(16,\), config.json wants \(32,\)"),
     "unknown architecture": (
         _unknown_architecture,
-        r"model_type 'gpt2' is not supported; supported are llama, mixtral, qwen2, qwen3_moe",
+        r"model_type 'gpt2' is not supported; supported are llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
     ),
     "no chat template": (_no_template, r"the tokenizer has no chat template; give one with --chat-template"),
     "token beyond the vocabulary": (
@@ -214,6 +214,10 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "context too long for the model": (
         lambda home: {"flags": ["--seq-length", 300]},
         r"--seq-length 300 is beyond .*max_position_embeddings 256",
+    ),
+    "scaling from another length": (
+        lambda home: {"flags": ["--rope-scaling", "yarn:2:100"]},
+        r"--rope-scaling yarn:2:100: ORIGINAL is 100, config.json has max_position_embeddings 256; give 256",
     ),
     "run folder in use": (
         lambda home: {"save": "runs/dpo"},

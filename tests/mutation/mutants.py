@@ -39,6 +39,10 @@ HEALTH = "tests/unit/test_health.py"
 TOPOLOGY = "tests/unit/test_topology.py"
 REFERENCE = "tests/functional/test_reference_cache.py"
 ENGINE = "tests/unit/test_transformer_engine.py"
+FAMILIES = "tests/unit/test_families.py -k 'not real_shapes'"
+TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
+ROPE = "tests/unit/test_rope.py"
+LONGER = "tests/functional/test_rope_scaling.py"
 
 MUTANTS: list[Mutant] = [
     *_in(
@@ -318,5 +322,72 @@ MUTANTS: list[Mutant] = [
         ENGINE,
         ("widths of another recipe", "FP8_MULTIPLES[model.fp8_recipe]", "16"),
         ("an expert under another's name", r"local_experts.\2.\1.weight", r"local_experts.0.\1.weight"),
+    ),
+    *_in(
+        "model/families/llama.py",
+        TABLES,
+        ("queries taken for keys", 'for part in "qkv")', 'for part in "kqv")'),
+        (
+            "gate and up swapped",
+            '(HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")',
+            '(HF_LAYER + "mlp.up_proj.weight", HF_LAYER + "mlp.gate_proj.weight")',
+        ),
+        ("the queries' norm on the keys", 'self_attn.{x}_norm.weight"', 'self_attn.{"qk"[x == "q"]}_norm.weight"'),
+    ),
+    *_in(
+        "model/families/fields.py",
+        FAMILIES,
+        ("an unknown field of config.json accepted", "if not _is_off(value):", "if False:"),
+    ),
+    *_in(
+        "model/families/__init__.py",
+        FAMILIES,
+        (
+            "a window of some layers overlooked",
+            'return window if "sliding_attention" in kinds else None',
+            "return None",
+        ),
+    ),
+    *_in(
+        "model/build.py",
+        FAMILIES,
+        ("a sequence one token longer than the window", "seq_length > window:", "seq_length > window + 1:"),
+    ),
+    *_in(
+        "model/rope.py",
+        ROPE,
+        ("yarn's attention factor dropped", "inverse.float(), float(scaling)", "inverse.float(), 1.0"),
+        ("scaled frequencies left out", 'if kind != "default":', "if False:"),
+        ("an unknown field of the scaling accepted", "and value is not None:", "and False:"),
+    ),
+    *_in(
+        "model/rope_scaling.py",
+        ROPE,
+        ("another length than the model's accepted", "if scaling.original not in trained:", "if False:"),
+        (
+            "positions of the shorter model exported",
+            'document["max_position_embeddings"] = hf_config.max_position_embeddings',
+            "pass",
+        ),
+    ),
+    *_in("model/build.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")),
+    *_in(
+        "conversion/hf.py",
+        LONGER,
+        (
+            "the scaling not exported",
+            "if read_hf_config(source).rope_parameters != hf_config.rope_parameters:",
+            "if 0:",
+        ),
+    ),
+    *_in(
+        "training/reference.py",
+        LONGER,
+        ("one reference for all scalings", "if config.model.rope_scaling is not None:", "if False:"),
+    ),
+    *_in(
+        "training/run.py",
+        LONGER,
+        ("resumed with another scaling", '"rope_scaling": config.model.rope_scaling,', ""),
     ),
 ]

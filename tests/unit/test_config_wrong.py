@@ -65,6 +65,27 @@ WRONG_FLAGS = {
         argv(*TE, "--device", "cpu"),
         r"^--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; take portable$",
     ),
+    "scaling without a length": (
+        argv("--rope-scaling", "yarn:4"),
+        r"^--rope-scaling yarn:4: must be TYPE:FACTOR:ORIGINAL, such as yarn:4:32768$",
+    ),
+    "scaling of a word": (argv("--rope-scaling", "yarn:four:32768"), r"^--rope-scaling yarn:four:32768: must be TYPE"),
+    "scaling by the length at hand": (
+        argv("--rope-scaling", "dynamic:4:32768"),
+        r"^--rope-scaling dynamic:4:32768: TYPE 'dynamic' is not one of yarn, linear$",
+    ),
+    "llama3's scaling": (
+        argv("--rope-scaling", "llama3:8:8192"),
+        r"^--rope-scaling llama3:8:8192: llama3 comes from config.json only; take yarn or linear$",
+    ),
+    "scaling by 1": (
+        argv("--rope-scaling", "linear:1:4096"),
+        r"^--rope-scaling linear:1:4096: FACTOR must be a number above 1$",
+    ),
+    "scaling to half a token": (
+        argv("--rope-scaling", "yarn:1.3:4096"),
+        r"^--rope-scaling yarn:1.3:4096: ORIGINAL and FACTOR x ORIGINAL must be whole numbers above 0$",
+    ),
     "FP8 without Transformer Engine": (
         argv("--fp8-format", "e4m3"),
         r"^--fp8-format would have no effect: it needs --transformer-impl transformer_engine$",

@@ -6,7 +6,15 @@ import pytest
 import torch
 import transformers_in_double
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.packs import build_pack
@@ -23,6 +31,7 @@ SMALL = dict(
 )
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 QWEN3_MOE = SMALL | EXPERTS | dict(moe_intermediate_size=40, head_dim=24)
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -39,6 +48,20 @@ CONFIGS = {
     ),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2-yarn": Qwen2Config(**SMALL, tie_word_embeddings=False, rope_parameters=YARN),
+    "qwen2-window-of-some-layers": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=101, max_window_layers=1, tie_word_embeddings=False
+    ),
+    "qwen3": Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=False),
+    "qwen3-tied-yarn": Qwen3Config(
+        **SMALL, head_dim=24, tie_word_embeddings=True, rope_parameters=YARN | {"attention_factor": 1.3}
+    ),
+    "mistral": MistralConfig(**SMALL, head_dim=24, sliding_window=None, tie_word_embeddings=False),
+    # As long as the longest sequence of these tests, which it must not touch.
+    "mistral-window": MistralConfig(**SMALL, sliding_window=101, tie_word_embeddings=False),
+    "mistral-linear": MistralConfig(
+        **SMALL, sliding_window=None, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
     "mixtral": MixtralConfig(**SMALL, **EXPERTS),
     "qwen3-moe": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
     "qwen3-moe-softmax-over-all": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=False, tie_word_embeddings=True),
@@ -115,7 +138,27 @@ def test_log_probs_equal_transformers(engine, hf_folder, share_prompts):
 WITH_EXPERTS = ["mixtral", "qwen3-moe", "qwen3-moe-softmax-over-all"]
 
 
-@pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied", *WITH_EXPERTS], indirect=True)
+@pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)
+def test_greedy_tokens_equal_transformers(engine, hf_folder):
+    """Every token of the vocabulary as a continuation of its own gives the whole distribution of the next one."""
+    hf_config, model = megatron_model(hf_folder, torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
+    ids = list(random_group(5, ((90, (1,)),)).prompts[0].ids)
+    for _ in range(6):
+        every = tuple(Continuation("response", [token]) for token in range(hf_config.vocab_size))
+        pack = build_pack([TokenGroup("next", (Prompt(ids, every),))], [0])
+        with torch.no_grad():
+            ours = run_pack(hf_config, model, pack, torch.float32, chunk=64)
+            theirs = hf(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert ours.argmax() == theirs.argmax()
+        ids.append(int(theirs.argmax()))
+
+
+NEW_IN_DOUBLE = ["qwen3", "qwen3-tied-yarn", "mistral", "mistral-window", "mistral-linear"]
+
+
+@pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied", *NEW_IN_DOUBLE, *WITH_EXPERTS], indirect=True)
 def test_gradients_equal_transformers_in_double(engine, hf_folder):
     """Chunked head, shared prompts and padded vocabulary give transformers' gradient, tensor by tensor."""
     from megatron_solopo.conversion.hf import named_entries

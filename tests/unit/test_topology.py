@@ -223,11 +223,9 @@ def test_random_experts_are_not_spread() -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [
-        (MixtralConfig, "sliding_window", 64),
         (MixtralConfig, "router_jitter_noise", 0.1),
         (MixtralConfig, "hidden_act", "gelu"),
         (MixtralConfig, "num_experts_per_tok", 1),
-        (Qwen3MoeConfig, "use_sliding_window", True),
         (Qwen3MoeConfig, "decoder_sparse_step", 2),
         (Qwen3MoeConfig, "mlp_only_layers", [0]),
         (Qwen3MoeConfig, "attention_bias", True),
@@ -236,7 +234,3 @@ def test_random_experts_are_not_spread() -> None:
 def test_what_a_family_with_experts_does_not_cover_is_refused(kind: type, field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"config.json: {field} = "):
         family_of(kind(**(SHAPE | EXPERTS | {field: value})))
-
-
-def test_a_sliding_window_that_hides_nothing_is_none() -> None:
-    assert family_of(MixtralConfig(**SHAPE, **EXPERTS, sliding_window=SHAPE["max_position_embeddings"]))

@@ -21,15 +21,17 @@ class Family:
 
     Attributes:
         model_type: of config.json.
-        check: refuses configs whose mathematics this family does not cover.
-        transformer_options: TransformerConfig fields beyond the common ones.
         table: (config, padded vocabulary) -> every parameter.
+        check: refuses configs whose mathematics this family does not cover, beyond what `family_of` refuses for all.
+        transformer_options: TransformerConfig fields beyond the common ones.
+        fields: of config.json that only this family reads or checks; see families/fields.py.
     """
 
     model_type: str
-    check: Callable[[PretrainedConfig], None]
-    transformer_options: Callable[[PretrainedConfig], dict[str, Any]]
     table: Callable[[PretrainedConfig, int], tuple[Entry, ...]]
+    check: Callable[[PretrainedConfig], None] = lambda hf_config: None
+    transformer_options: Callable[[PretrainedConfig], dict[str, Any]] = lambda hf_config: {}
+    fields: frozenset[str] = frozenset()
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
@@ -38,25 +40,54 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     Raises:
         UserError: an unknown model_type, or a config field that the family does not cover.
     """
+    from megatron_solopo.model.families.fields import refuse_unknown
     from megatron_solopo.model.families.llama import LLAMA
+    from megatron_solopo.model.families.mistral import MISTRAL
     from megatron_solopo.model.families.mixtral import MIXTRAL
     from megatron_solopo.model.families.qwen2 import QWEN2
+    from megatron_solopo.model.families.qwen3 import QWEN3
     from megatron_solopo.model.families.qwen3_moe import QWEN3_MOE
+    from megatron_solopo.model.rope import check_rope
 
-    families = {family.model_type: family for family in (LLAMA, MIXTRAL, QWEN2, QWEN3_MOE)}
+    families = {family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
     if hf_config.model_type not in families:
         raise UserError(
             f"config.json: model_type {hf_config.model_type!r} is not supported; "
             f"supported are {', '.join(sorted(families))}"
         )
     family = families[hf_config.model_type]
+    refuse(hf_config, hidden_act="silu", attention_dropout=0.0)
     family.check(hf_config)
+    check_rope(hf_config)
+    attention_window(hf_config)
+    refuse_unknown(hf_config, family.fields)
     return family
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:
     """The size of an attention head; some configs leave it to hidden_size / heads."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def attention_window(hf_config: PretrainedConfig) -> int | None:
+    """The shortest sliding window of any layer, tokens: a token sees itself and the window - 1 before it.
+
+    In a sequence that is no longer it hides nothing; see `model.build.check_length`.
+
+    Raises:
+        UserError: a layer whose attention is neither full nor that of a given window.
+    """
+    window = getattr(hf_config, "sliding_window", None)
+    if not getattr(hf_config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(hf_config, "layer_types", None)
+    if kinds is None:
+        return window
+    known = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(f"config.json: layer_types has {kind!r} with sliding_window = {window}: not supported")
+    return window if "sliding_attention" in kinds else None
 
 
 def refuse(hf_config: PretrainedConfig, **allowed: Any) -> None:

@@ -1,8 +1,6 @@
-"""Llama 2 / 3: RMSNorm, RoPE, grouped queries, SwiGLU, no biases."""
+"""Llama 2 / 3 / 3.1 / 3.2: RMSNorm, RoPE, grouped queries, SwiGLU, no biases."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -46,12 +44,18 @@ def qkv_names(hf_layer: str, kind: str) -> tuple[str, str, str]:
     return query, key, value
 
 
+def head_norms() -> tuple[Entry, ...]:
+    """The norms over each head of queries and keys that some families add."""
+    return tuple(
+        Entry(
+            f"{MEGATRON_LAYER}self_attention.{x}_layernorm.weight", (f"{HF_LAYER}self_attn.{x}_norm.weight",), Rename()
+        )
+        for x in "qk"
+    )
+
+
 def _check(hf_config: PretrainedConfig) -> None:
-    refuse(hf_config, hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0, pretraining_tp=1)
+    refuse(hf_config, attention_bias=False, mlp_bias=False)
 
 
-def _options(hf_config: PretrainedConfig) -> dict[str, Any]:
-    return {}
-
-
-LLAMA = Family("llama", _check, _options, table)
+LLAMA = Family("llama", table, _check)

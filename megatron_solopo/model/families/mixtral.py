@@ -18,10 +18,7 @@ def _table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, 
 
 
 def _check(hf_config: PretrainedConfig) -> None:
-    refuse(hf_config, hidden_act="silu", attention_dropout=0.0, router_jitter_noise=0.0)
-    window = hf_config.sliding_window
-    if window is not None and window < hf_config.max_position_embeddings:  # a longer one never hides a token
-        refuse(hf_config, sliding_window=None)
+    refuse(hf_config, router_jitter_noise=0.0)
     moe.check_experts(hf_config, renormalize=True)
 
 
@@ -29,4 +26,4 @@ def _options(hf_config: PretrainedConfig) -> dict[str, Any]:
     return moe.expert_options(hf_config, hf_config.intermediate_size, renormalize=True)
 
 
-MIXTRAL = Family("mixtral", _check, _options, _table)
+MIXTRAL = Family("mixtral", _table, _check, _options, moe.FIELDS)

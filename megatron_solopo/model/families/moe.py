@@ -10,6 +10,18 @@ from megatron_solopo.model.families import refuse
 from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
 from megatron_solopo.model.families.operators import Entry, Rename, StackGateUp
 
+FIELDS = frozenset(
+    {
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        # Not read: --moe-aux-loss-coeff takes their place.
+        "router_aux_loss_coef",
+        "output_router_logits",
+    }
+)
+"""Of config.json, what every family with experts reads."""
+
 
 def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
     """Router and experts of every layer.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families import Family, head_dim, llama, refuse
+from megatron_solopo.model.families import Family, head_dim, llama
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV
 
 
@@ -18,12 +16,4 @@ def _table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, 
     return (*llama.table(hf_config, padded_vocab_size), bias)
 
 
-def _check(hf_config: PretrainedConfig) -> None:
-    refuse(hf_config, hidden_act="silu", use_sliding_window=False, attention_dropout=0.0)
-
-
-def _options(hf_config: PretrainedConfig) -> dict[str, Any]:
-    return {"add_qkv_bias": True}
-
-
-QWEN2 = Family("qwen2", _check, _options, _table)
+QWEN2 = Family("qwen2", _table, transformer_options=lambda hf_config: {"add_qkv_bias": True})

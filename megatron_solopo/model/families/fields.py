@@ -1,0 +1,92 @@
+"""Which fields of config.json are covered. A field that nobody here knows must be switched off in the file.
+
+The lists hold what is read or checked, not what transformers knows: a field that a later transformers acts upon is
+refused until a family reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from megatron_solopo.errors import UserError
+
+READ = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "partial_rotary_factor",  # stands in rope_parameters as well, where model/rope.py looks at it
+        "sliding_window",
+        "use_sliding_window",
+        "layer_types",
+        # Which layers have the window; the shortest window of any layer bounds the length, whichever they are.
+        "max_window_layers",
+    }
+)
+"""Read or checked for every family: by model/build.py, model/rope.py, the tables and `attention_window`."""
+
+HARMLESS = frozenset(
+    {
+        "use_cache",
+        "pretraining_tp",  # the same products, summed in slices
+        "attn_implementation",
+        "gradient_checkpointing",
+        "auto_map",
+        "model_max_length",
+        "max_sequence_length",
+        "tokenizer_class",
+        "pad_token",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "is_llama_config",
+        "unsloth_fixed",
+        "transformers.js_config",
+    }
+)
+"""Say nothing about the logits of a token: how the model is run, saved, tokenised or called."""
+
+HARMLESS_ENDINGS = ("_token_id", "_token_ids", "_version")
+
+OFF = (None, False, 0, "", [], {})
+
+
+def refuse_unknown(hf_config: PretrainedConfig, own: frozenset[str]) -> None:
+    """Refuses a field that is neither covered nor switched off.
+
+    Args:
+        own: fields that the family reads or checks beside `READ`.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if getattr(hf_config, "is_heterogeneous", False):
+        raise UserError("config.json: per_layer_config is set; layers that differ are not supported")
+    known = READ | HARMLESS | own | GenerationConfig().to_dict().keys()
+    for name, value in vars(hf_config).items():
+        # transformers keeps notes of its own on the object; the base class's fields say nothing about a decoder.
+        if name in known or name.startswith("_") or name.endswith(HARMLESS_ENDINGS) or hasattr(PretrainedConfig, name):
+            continue
+        if name == "quantization_config" and value is not None:
+            raise UserError("config.json: quantization_config is set; give the folder of the unquantized weights")
+        if not _is_off(value):
+            raise UserError(
+                f"config.json: {name} = {value!r} is not known for {hf_config.model_type} and might change its "
+                "mathematics; take the field out if it does not"
+            )
+
+
+def _is_off(value: Any) -> bool:
+    return any(type(value) is type(off) and value == off for off in (*OFF, 0.0))

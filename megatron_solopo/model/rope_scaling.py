@@ -1,0 +1,100 @@
+"""--rope-scaling TYPE:FACTOR:ORIGINAL, a longer model of a folder: its config as trained and as exported."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+FORM = "TYPE:FACTOR:ORIGINAL"
+TYPES = ("yarn", "linear")
+"""llama3's scaling has two more numbers, and models that were trained with it say so in config.json."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A model trained on sequences of ``original`` tokens, extended to ``factor`` times as many."""
+
+    kind: str
+    factor: float
+    original: int
+
+    def __str__(self) -> str:
+        """As given on the command line, one text for one scaling."""
+        return f"{self.kind}:{self.factor!r}:{self.original}".replace(".0:", ":")
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sequence of the extended model."""
+        return int(self.factor * self.original)
+
+
+def parse(text: str) -> RopeScaling:
+    """``yarn:4:32768`` -> its parts.
+
+    Raises:
+        UserError: naming --rope-scaling and what is wrong.
+    """
+    kind, *numbers = text.split(":")
+    try:
+        factor, original = float(numbers[0]), int(numbers[1])
+    except (ValueError, IndexError):
+        numbers = []
+    if len(numbers) != 2:
+        raise UserError(f"--rope-scaling {text}: must be {FORM}, such as yarn:4:32768")
+    if kind == "llama3":
+        raise UserError(f"--rope-scaling {text}: llama3 comes from config.json only; take {' or '.join(TYPES)}")
+    if kind not in TYPES:
+        raise UserError(f"--rope-scaling {text}: TYPE {kind!r} is not one of {', '.join(TYPES)}")
+    if not 1 < factor < float("inf"):
+        raise UserError(f"--rope-scaling {text}: FACTOR must be a number above 1")
+    if original < 1 or factor * original % 1:
+        raise UserError(f"--rope-scaling {text}: ORIGINAL and FACTOR x ORIGINAL must be whole numbers above 0")
+    return RopeScaling(kind, factor, original)
+
+
+def extended(hf_config: Any, text: str) -> Any:
+    """The config of the extended model.
+
+    Raises:
+        UserError: config.json has a scaling already, or was trained on another length than ORIGINAL.
+    """
+    scaling = parse(text)
+    before, positions = hf_config.rope_parameters, hf_config.max_position_embeddings
+    if before.get("rope_type", "default") != "default":
+        raise UserError(
+            f"--rope-scaling {text}: config.json already has rope_type {before['rope_type']!r}; leave the option out"
+        )
+    # Qwen3's config.json counts 8,192 tokens for the answer on top of the 32,768 it was trained on.
+    trained = {positions, 1 << (positions.bit_length() - 1)}
+    if scaling.original not in trained:
+        raise UserError(
+            f"--rope-scaling {text}: ORIGINAL is {scaling.original}, config.json has max_position_embeddings "
+            f"{positions}; give {' or '.join(map(str, sorted(trained)))}"
+        )
+    if scaling.positions <= positions:
+        raise UserError(
+            f"--rope-scaling {text}: reaches {scaling.positions} tokens, no further than max_position_embeddings "
+            f"{positions} of config.json; give a larger FACTOR"
+        )
+    result = copy.deepcopy(hf_config)
+    result.max_position_embeddings = scaling.positions
+    result.rope_parameters = before | {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":  # which divides all positions, whatever the model was trained on
+        result.rope_parameters["original_max_position_embeddings"] = scaling.original
+    return result
+
+
+def write(document: dict[str, Any], hf_config: Any) -> None:
+    """Writes an extended model's positions into its config.json.
+
+    transformers 5 saves ``rope_parameters``, with rope_theta in it, and reads both that and the older fields (these
+    win); transformers 4, and what is built on it, reads ``rope_scaling`` and a ``rope_theta`` beside it and knows
+    nothing of ``rope_parameters``. With all three every reader finds the same numbers.
+    """
+    document["max_position_embeddings"] = hf_config.max_position_embeddings
+    document["rope_parameters"] = dict(hf_config.rope_parameters)
+    document["rope_scaling"] = dict(hf_config.rope_parameters)
+    document["rope_theta"] = document["rope_scaling"].pop("rope_theta")
