@@ -86,6 +86,7 @@ def convert(processes: int, *arguments: object) -> tuple[float, float]:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*start, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    os.sync()  # what an earlier part left to write is not this one's
     begin = time.monotonic()
     with subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
@@ -109,6 +110,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
         bound = size + embedding / 1e9 + 1
         print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")
+        os.sync()
         begin = time.monotonic()
         shutil.copytree(work / "hf", work / "copy")
         os.sync()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -112,6 +114,8 @@ def compare(
     first = dist.get_rank() == 0
     theirs = None
     if first:
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
         theirs = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=parameter.dtype)
         theirs = theirs.eval().to(parameter.device)
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config))

@@ -14,7 +14,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_solopo.conversion.hf_folder import MAX_SHARD_SIZE, TensorReader, dtype_name, write_folder
+from megatron_solopo.conversion.hf_folder import (
+    MAX_SHARD_SIZE,
+    TensorReader,
+    dtype_name,
+    in_a_storage_of_its_own,
+    write_folder,
+)
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import rope_scaling
 from megatron_solopo.model.build import read_hf_config
@@ -91,15 +97,17 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
             f"({len(left_over)} such); training would lose it"
         )
     for entry, names, parameter in named_entries(model, hf_config):
-        whole = entry.operator.to_megatron([reader.get(name) for name in names])
-        group = tensor_group(entry)
-        part = entry.operator.cut(whole, group.rank(), group.size(), _cut_dimension(parameter))
-        if part.shape != parameter.shape:
+        tensors = [reader.get(name) for name in names]
+        dimension = _cut_dimension(parameter)
+        place = (0, 1) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size())
+        try:
+            entry.operator.fill(parameter, tensors, *place, dimension)
+        except (ValueError, RuntimeError):  # torch's kind, where a tensor cannot even be laid out so
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True))
             raise UserError(
-                f"{folder}: {', '.join(names)} give shape {tuple(part.shape)}, "
-                f"config.json wants {tuple(parameter.shape)}"
-            )
-        parameter.copy_(part)
+                f"{folder}: {shapes} do not make the {tuple(parameter.shape)} of {entry.megatron} on this process, "
+                "which config.json wants"
+            ) from None
 
 
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
@@ -189,7 +197,7 @@ def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tu
             found = [(names, whole)]
         for these, parameter_of_these in found:
             for name, tensor in zip(these, entry.operator.to_hf(parameter_of_these), strict=True):
-                yield name, tensor.cpu().clone()
+                yield name, in_a_storage_of_its_own(tensor.cpu().contiguous())
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

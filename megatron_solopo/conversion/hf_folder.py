@@ -244,6 +244,17 @@ class _Shards:
         return self.folder
 
 
+def in_a_storage_of_its_own(part: Tensor) -> Tensor:
+    """The same memory on the CPU, not as a part of a larger tensor.
+
+    Writers copy such parts (megatron-core's) or refuse them (safetensors'), because they might overlap.
+    """
+    part = part.detach()
+    if part.device.type != "cpu" or not part.is_contiguous() or part.dim() == 0:
+        return part
+    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
+
+
 def _put_in_place(aside: Path, folder: Path) -> None:
     """A folder of --save-hf-interval keeps its models; config.json comes last, so that half a model is not a model."""
     if (folder / "config.json").is_file() and not list(folder.glob("iter_*")):

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_solopo.conversion.hf_folder import CARRIED
+from megatron_solopo.conversion.hf_folder import CARRIED, in_a_storage_of_its_own
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
@@ -75,6 +75,9 @@ class ShardedWrite:
 
     def __init__(self, state: dict[str, Any], folder: Path, device: torch.device) -> None:
         self._device, results = device, _Results()
+        # A manifest holds digests of the files; torch's checksum of every tensor, which it does not read, takes longer
+        # than writing.
+        torch.serialization.set_crc32_options(False)
         with results_queue(results):
             self.request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         _log_to(results)
@@ -224,7 +227,7 @@ def save_megatron_folder(models: Sequence[GPTModel], source: Path, target: Path)
         states, _ = model_states(models)
         apply_factories(states)
         for sharded, _ in _pairs(states, states):
-            sharded.data = _in_a_storage_of_its_own(sharded.data)
+            sharded.data = in_a_storage_of_its_own(sharded.data)
         write = ShardedWrite(states, step, next(models[0].parameters()).device)
         write.run()
         problem = first_error(write.finish())
@@ -234,14 +237,6 @@ def save_megatron_folder(models: Sequence[GPTModel], source: Path, target: Path)
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"--save {target}: not written ({problem})")
-
-
-def _in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:
-    """The same memory, not as a part of a larger tensor: megatron-core's writer would copy such a part on the CPU."""
-    part = part.detach()
-    if part.device.type != "cpu" or not part.is_contiguous():
-        return part
-    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
 
 
 def _publish(aside: Path, source: Path, target: Path) -> None:

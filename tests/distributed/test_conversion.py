@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tiny_models import EXPERTS, QWEN3_MOE, WIDE, write_model
-from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 WORKER = Path(__file__).parent / "convert_worker.py"
 DENSE = ["dp4", "tp2", "tp4 sp", "pp2", "pp4", "pp2 vpp2", "tp2 pp2", "tp2 sp pp2 vpp2"]
@@ -19,8 +19,8 @@ WITH_EXPERTS = ["ep2", "ep4", "tp2 sp", "pp2 vpp2", "tp2 sp ep2", "tp2 sp etp1 e
 SHAPE = WIDE | dict(vocab_size=67)  # no multiple of anything
 MODELS: dict[str, tuple[Any, list[str]]] = {
     "llama": (LlamaConfig(**SHAPE, head_dim=24, tie_word_embeddings=False), DENSE),
-    "llama-tied": (LlamaConfig(**SHAPE, tie_word_embeddings=True), DENSE),
-    "qwen2": (Qwen2Config(**SHAPE, tie_word_embeddings=False), DENSE),
+    "mistral": (MistralConfig(**SHAPE, sliding_window=None, tie_word_embeddings=False), DENSE),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True), DENSE),
     "qwen2-tied": (Qwen2Config(**SHAPE, tie_word_embeddings=True), DENSE),
     "mixtral": (MixtralConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False), WITH_EXPERTS),
     "qwen3_moe": (

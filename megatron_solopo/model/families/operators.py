@@ -29,9 +29,29 @@ class Operator(ABC):
         """The part of a tensor-parallel process."""
         return parameter if dimension is None else parameter.chunk(size, dimension)[rank]
 
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        """Copies a process's part of these Hugging Face tensors into its parameter, each number once.
+
+        The same as copying ``cut(to_megatron(tensors), ...)``, which would make the whole first.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        whole = self.to_megatron(tensors)
+        if dimension is not None and whole.shape[dimension] != parameter.shape[dimension] * size:
+            raise ValueError(f"{whole.shape[dimension]} for {size} x {parameter.shape[dimension]}")
+        _copy(parameter, self.cut(whole, rank, size, dimension))
+
     def join(self, parts: Sequence[Tensor], dimension: int | None) -> Tensor:
         """The whole parameter from the parts of all tensor-parallel processes; the inverse of `cut`."""
         return parts[0] if dimension is None else torch.cat(list(parts), dimension)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Unlike torch's own copy, without broadcasting."""
+    if target.shape != source.shape:
+        raise ValueError(f"{tuple(source.shape)} for {tuple(target.shape)}")
+    target.copy_(source)
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,15 @@ class PadRows(Rename):
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
         return [parameter[: self.rows]]
 
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        (tensor,) = tensors
+        if tensor.shape[0] != self.rows:
+            raise ValueError(f"{tensor.shape[0]} rows for {self.rows}")
+        own = self.padded // size
+        part = tensor[rank * own : (rank + 1) * own]
+        _copy(parameter[: part.shape[0]], part)
+        parameter[part.shape[0] :].zero_()
+
 
 @dataclass(frozen=True)
 class InterleaveQKV(Operator):
@@ -79,6 +108,13 @@ class InterleaveQKV(Operator):
         groups = parameter.reshape(self.kv_heads, -1, *parameter.shape[1:])
         return [part.flatten(0, 1) for part in groups.split((own, self.head_dim, self.head_dim), dim=1)]
 
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        own = self.heads // self.kv_heads * self.head_dim
+        groups = parameter.view(self.kv_heads // size, -1, *parameter.shape[1:])
+        for target, tensor in zip(groups.split((own, self.head_dim, self.head_dim), dim=1), tensors, strict=True):
+            whole = tensor.reshape(self.kv_heads, -1, *tensor.shape[1:])
+            _copy(target, whole.chunk(size)[rank])
+
 
 @dataclass(frozen=True)
 class StackGateUp(Operator):
@@ -93,6 +129,12 @@ class StackGateUp(Operator):
 
     def cut(self, parameter: Tensor, rank: int, size: int, dimension: int | None) -> Tensor:
         return torch.cat([half.chunk(size)[rank] for half in parameter.chunk(2)])
+
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        for target, tensor in zip(parameter.chunk(2), tensors, strict=True):
+            if tensor.shape[0] != target.shape[0] * size:
+                raise ValueError(f"{tensor.shape[0]} for {size} x {target.shape[0]}")
+            _copy(target, tensor.chunk(size)[rank])
 
     def join(self, parts: Sequence[Tensor], dimension: int | None) -> Tensor:
         halves = zip(*(part.chunk(2) for part in parts), strict=True)

@@ -1,0 +1,157 @@
+"""`solopo convert-checkpoint`: there and back, from a run's checkpoint, into a run, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import SHAPE, write_model
+from training_home import ENVIRONMENT, Home, as_a_user, furnish
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from megatron_solopo.cli import run
+from megatron_solopo.conversion.hf_folder import TensorReader
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return furnish(tmp_path_factory.mktemp("home"))
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def succeed(*arguments: object) -> str:
+    done = convert(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def same(one: Path, other: Path) -> bool:
+    ours, theirs = TensorReader(one), TensorReader(other)
+    return ours.names() == theirs.names() and all(torch.equal(ours.get(n), theirs.get(n)) for n in ours.names())
+
+
+@pytest.fixture(scope="module")
+def megatron(home: Home) -> Path:
+    """A Megatron folder of the home's model."""
+    told = succeed("hf-to-megatron", "--hf-path", home.folder / "hf", "--save", home.folder / "megatron")
+    assert (
+        told == f"wrote {home.folder / 'megatron'} (float32); train from it with --hf-path {home.folder / 'megatron'}\n"
+    )
+    return home.folder / "megatron"
+
+
+def test_there_and_back_is_the_same_folder(home: Home, megatron: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    assert succeed("megatron-to-hf", "--load", megatron, "--save-hf", back, "--max-shard-size", "20kB").startswith(
+        "wrote"
+    )
+    assert same(home.folder / "hf", back) and len(list(back.glob("model-*.safetensors"))) > 2
+    files = {path.name for path in (home.folder / "hf").iterdir()} - {"model.safetensors"}
+    assert files <= {path.name for path in back.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(back)
+    assert model.generate(torch.tensor([[1, 5, 2]]), max_new_tokens=4, do_sample=False).shape[1] > 3
+
+
+def test_a_run_starts_from_a_megatron_folder(home: Home, megatron: Path) -> None:
+    """The same run as from the Hugging Face folder; its checkpoint exports to the same files as the run did."""
+    flags = ["--train-iters", 3, "--save-interval", 2]
+    runs = {}
+    for name, start in (("from-hf", home.folder / "hf"), ("from-megatron", megatron)):
+        argv = home.argv(name, *flags, "--save-hf", home.folder / f"{name}-hf", hf=str(start))
+        done = as_a_user(home, argv)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = [line["loss"] for line in home.metrics(name)]
+    assert runs["from-hf"] == runs["from-megatron"]
+    assert same(home.folder / "from-hf-hf", home.folder / "from-megatron-hf")
+    succeed("megatron-to-hf", "--load", home.folder / "from-hf", "--save-hf", home.folder / "exported")
+    assert same(home.folder / "from-hf-hf", home.folder / "exported")
+    earlier = ["--ckpt-step", 2, "--dtype", "bfloat16", "--save-hf", home.folder / "earlier"]
+    succeed("megatron-to-hf", "--load", home.folder / "from-megatron", *earlier)
+    assert TensorReader(home.folder / "earlier").dtype() == torch.bfloat16
+
+
+def test_verify_agrees_and_names_the_layer_that_does_not(home: Home, megatron: Path, tmp_path: Path) -> None:
+    assert "agrees in float32" in succeed("verify", "--hf-path", home.folder / "hf")
+    (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw4 w5 w6 w7\n")
+    told = succeed("verify", "--hf-path", home.folder / "hf", "--load", megatron, "--prompts", tmp_path / "prompts.txt")
+    assert told.startswith("prompt 1: 3 tokens") and "prompt 2: 4 tokens" in told
+    wrong = write_model(tmp_path / "wrong", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=3)
+    succeed("hf-to-megatron", "--hf-path", wrong, "--save", tmp_path / "m")
+    tensors = load_file(wrong / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+    done = convert("verify", "--hf-path", wrong, "--load", tmp_path / "m")
+    assert done.returncode == 1 and "worst layer: 1 of 2" in done.stdout and "DIFFERS in float32" in done.stdout
+
+
+WRONG = {
+    "no folder": (
+        ["hf-to-megatron", "--hf-path", "{nowhere}", "--save", "{new}"],
+        r"--hf-path \S+nowhere: no such folder",
+    ),
+    "existing target": (["hf-to-megatron", "--hf-path", "{hf}", "--save", "{hf}"], r"--save \S+/hf: exists already"),
+    "no model to overwrite": (
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{folder}", "--force"],
+        r"holds no model, so --force does not overwrite it",
+    ),
+    "Megatron already": (
+        ["hf-to-megatron", "--hf-path", "{megatron}", "--save", "{new}"],
+        r"--hf-path \S+: holds Megatron's weights already",
+    ),
+    "no run": (["megatron-to-hf", "--load", "{nowhere}", "--save-hf", "{new}"], r"--load \S+nowhere: no such folder"),
+    "not a run": (
+        ["megatron-to-hf", "--load", "{folder}", "--save-hf", "{new}"],
+        r"--hf-path is missing: \S+ has no config",
+    ),
+    "no such step": (
+        ["megatron-to-hf", "--load", "{megatron}", "--ckpt-step", "9", "--save-hf", "{new}"],
+        r"--ckpt-step 9: the checkpoint \S+ cannot be used: the folder is missing",
+    ),
+    "size": (
+        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", "{new}", "--max-shard-size", "5 files"],
+        r"--max-shard-size 5 files: must be a size",
+    ),
+    "layout": (
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{new}", "--tensor-model-parallel-size", "2"],
+        r"--tensor-model-parallel-size 2 = 2 processes a copy of the model, and 1 were started",
+    ),
+    "no prompts": (["verify", "--hf-path", "{hf}", "--prompts", "{nowhere}"], r"--prompts \S+nowhere: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_inputs_are_one_line(
+    home: Home, megatron: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_solopo.training.convert import main
+
+    arguments, answer = WRONG[name]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    places = {"hf": home.folder / "hf", "megatron": megatron, "folder": tmp_path / "folder"}
+    places |= {"nowhere": tmp_path / "nowhere", "new": tmp_path / "new"}
+    capfd.readouterr()
+    assert run(main, [text.format(**places) for text in arguments]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(answer, lines[0]), lines[0]
+    assert not (tmp_path / "new").exists() and (tmp_path / "folder" / "notes.txt").read_text() == "mine"
+
+
+def test_the_weights_of_another_model_are_refused(home: Home, megatron: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", Qwen2Config(**SHAPE | dict(hidden_size=64)))
+    done = convert("megatron-to-hf", "--load", megatron, "--hf-path", other, "--save-hf", tmp_path / "new")
+    assert done.returncode == 2 and "it is another model's" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()

@@ -1,0 +1,151 @@
+"""Reading and writing Hugging Face folders: old and new files, shards, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_solopo.conversion.hf_folder import TensorReader, parse_size, write_folder
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.operators import InterleaveQKV, Operator, PadRows, Rename, StackGateUp
+
+TENSORS = {f"layer.{number}.weight": torch.arange(6.0).view(2, 3) + number for number in range(5)}
+
+
+def test_shards_are_written_as_they_fill_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_folder(tmp_path / "new", tmp_path, "{}", iter(TENSORS.items()), max_shard_size="50B")
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert names == ["config.json", *shards, "model.safetensors.index.json", "tokenizer.json"]
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 5 * 24 and index["weight_map"].keys() == TENSORS.keys()
+    assert [len(load_file(tmp_path / "new" / name)) for name in shards] == [2, 2, 1]
+    reader = TensorReader(tmp_path / "new")
+    assert all(torch.equal(reader.get(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_one_shard_has_no_index(tmp_path: Path) -> None:
+    write_folder(tmp_path / "new", tmp_path, "{}", iter(TENSORS.items()))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_all_tensors_are_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """Other processes send them; stopping to listen would leave those waiting."""
+    (tmp_path / "file").write_text("")
+    read = []
+    with pytest.raises(UserError, match="^--save-hf .*: Not a directory; the checkpoint of the run is complete"):
+        write_folder(
+            tmp_path / "file" / "new", tmp_path, "{}", ((name, read.append(name) or t) for name, t in TENSORS.items())
+        )
+    assert len(read) == 5
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("7B", 7), ("3kB", 3000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "-1GB", "0GB", "5GiB", "five"])
+def test_wrong_sizes_are_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="^--max-shard-size .*: must be a size such as 5GB or 500MB$"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["torch", "torch before 1.6"])
+def test_bin_files_are_read(tmp_path: Path, zipped: bool) -> None:
+    parts = dict(list(TENSORS.items())[:2]), dict(list(TENSORS.items())[2:])
+    for number, part in enumerate(parts):
+        torch.save(part, tmp_path / f"{number}.bin", _use_new_zipfile_serialization=zipped)
+    weights = {name: f"{number}.bin" for number, part in enumerate(parts) for name in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weights}))
+    reader = TensorReader(tmp_path)
+    assert all(torch.equal(reader.get(name), tensor) for name, tensor in TENSORS.items())
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
+    assert TensorReader(tmp_path).names() == TENSORS.keys()
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return print, ("code of a checkpoint ran",)
+
+
+def break_folder(folder: Path, how: str) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file(dict(list(TENSORS.items())[:2]), folder / shards[0])
+    save_file(dict(list(TENSORS.items())[2:]), folder / shards[1])
+    weights = {name: shards[number >= 2] for number, name in enumerate(TENSORS)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weights}))
+    if how == "missing shard":
+        (folder / shards[1]).unlink()
+    elif how == "truncated shard":
+        (folder / shards[1]).write_bytes((folder / shards[1]).read_bytes()[:-7])
+    elif how == "tensor in another shard":
+        index.write_text(json.dumps({"weight_map": weights | {"layer.4.weight": shards[0]}}))
+    elif how == "index without map":
+        index.write_text("{}")
+    elif how in ("code", "half a bin", "no weights"):
+        for path in (index, *map(folder.joinpath, shards)):
+            path.unlink()
+        if how == "code":
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Code()}))
+        elif how == "half a bin":
+            torch.save(TENSORS, folder / "pytorch_model.bin")
+            (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-200])
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    ("how", "answer"),
+    [
+        ("missing shard", r"/model-00002-of-00002.safetensors: the shard is missing"),
+        ("truncated shard", r"/model-00002-of-00002.safetensors: not a complete safetensors file"),
+        ("tensor in another shard", r"/model-00001-of-00002.safetensors: the tensor 'layer.4.weight' is missing there"),
+        ("index without map", r"index.json: not valid JSON with a 'weight_map'"),
+        ("code", r"/pytorch_model.bin: holds more than tensors, which could run code; convert it to safetensors"),
+        ("half a bin", r"/pytorch_model.bin: not a complete file of torch.save; copy or download it again"),
+        ("no weights", r": no model.safetensors, .* give a folder with weights"),
+    ],
+)
+def test_broken_folders_are_one_line(tmp_path: Path, how: str, answer: str, capfd: pytest.CaptureFixture[str]) -> None:
+    break_folder(tmp_path, how)
+    with pytest.raises(UserError, match=answer) as caught:
+        reader = TensorReader(tmp_path)
+        for name in reader.names():
+            reader.get(name)
+    assert "\n" not in str(caught.value) and "ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("operator", "shapes", "dimension"),
+    [
+        (Rename(), [(8, 12)], 0),
+        (Rename(), [(8, 12)], 1),
+        (Rename(), [(8,)], None),
+        (PadRows(13, 16), [(13, 3)], 0),
+        (PadRows(5, 16), [(5, 3)], 0),
+        (InterleaveQKV(8, 4, 6), [(48, 5), (24, 5), (24, 5)], 0),
+        (InterleaveQKV(8, 4, 6), [(48,), (24,), (24,)], 0),
+        (StackGateUp(), [(16, 3), (16, 3)], 0),
+    ],
+)
+def test_a_parameter_is_filled_with_its_cut(operator: Operator, shapes: list, dimension: int | None, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    for rank in range(size if dimension is not None else 1):
+        count = size if dimension is not None else 1
+        expected = operator.cut(operator.to_megatron(tensors), rank, count, dimension)
+        parameter = torch.full(expected.shape, 7.0)
+        operator.fill(parameter, tensors, rank, count, dimension)
+        assert torch.equal(parameter, expected)
+        with pytest.raises((ValueError, RuntimeError)):
+            operator.fill(parameter, [tensor[:-1] for tensor in tensors], rank, count, dimension)
