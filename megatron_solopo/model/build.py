@@ -99,9 +99,9 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Random weights are drawn whole on the CPU and then cut, so that they do not depend on the layout. Else nothing
-        # is drawn, and memory is taken where the weights will be.
-        use_cpu_initialization=model.random_init,
+        # Random weights are drawn whole on the CPU and then cut, so that they do not depend on the layout. Transformer
+        # Engine's layers would make the whole matrix there even if nothing is drawn.
+        use_cpu_initialization=model.random_init or model.transformer_impl == "portable",
         perform_initialization=model.random_init,
         # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers bring their own.
         gradient_accumulation_fusion=False,

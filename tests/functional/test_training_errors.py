@@ -179,12 +179,18 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "missing folder": (lambda home: {"hf": "nowhere"}, r"--hf-path \S+/nowhere: no such folder"),
     "no config.json": (_no_config, r"--hf-path \S+: the folder holds no config.json"),
     "config.json cut": (_broken_config, r"config.json: not readable"),
-    "no weights": (_no_weights, r"no model.safetensors and no model.safetensors.index.json; .*--random-init"),
+    "no weights": (
+        _no_weights,
+        r"no model.safetensors, model.safetensors.index.json, pytorch_model.bin or .*--random-init",
+    ),
     "truncated weights": (_truncated, r"model.safetensors: not a complete safetensors file"),
     "index cut": (_broken_index, r"model.safetensors.index.json: not valid JSON"),
     "tensor missing": (_tensor_missing, r"the tensor 'model.norm.weight' is missing"),
     "tensor left over": (_tensor_left_over, r"the tensor 'model.layers.0.self_attn.q_proj.bias' is not part of llama"),
-    "tensor of another shape": (_other_shape, r"model.norm.weight give shape \(16,\), config.json wants \(32,\)"),
+    "tensor of another shape": (
+        _other_shape,
+        r"model.norm.weight \(16,\) do not make the \(32,\) of decoder.final_layernorm.weight",
+    ),
     "unknown architecture": (
         _unknown_architecture,
         r"model_type 'gpt2' is not supported; supported are llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
