@@ -105,7 +105,8 @@ def compare(
 
     Args:
         model: all layers, in float32 or bfloat16.
-        folder: the Hugging Face folder that transformers loads, in the same dtype.
+        hf_config: of both, extended as the run's --rope-scaling says.
+        folder: the Hugging Face folder whose weights transformers loads, in the same dtype.
 
     Returns:
         The comparison on the first process, None on others.
@@ -116,7 +117,9 @@ def compare(
     if first:
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
-        theirs = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=parameter.dtype)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            str(folder), config=hf_config, local_files_only=True, dtype=parameter.dtype
+        )
         theirs = theirs.eval().to(parameter.device)
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config))
     model.eval()

@@ -114,7 +114,7 @@ def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, 
         from megatron_solopo.parallel.topology import check_layout, world_size
         from megatron_solopo.training.engine import initialize_parallel
 
-        hf_config = read_hf_config(config.model.hf_path)
+        hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
         family_of(hf_config)
         padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
         check_layout(hf_config, config, padded, world_size())
@@ -137,7 +137,7 @@ def _config(given: argparse.Namespace) -> Config:
     config.model.hf_path = given.hf_path or alone or run.get("hf_path")
     if config.model.hf_path is None:
         raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
-    config.model.chat_template = run.get("chat_template")
+    config.model.chat_template, config.model.rope_scaling = run.get("chat_template"), run.get("rope_scaling")
     config.model.make_vocab_size_divisible_by = given.make_vocab_size_divisible_by or run.get(
         "make_vocab_size_divisible_by", config.model.make_vocab_size_divisible_by
     )
@@ -224,9 +224,14 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     from megatron_solopo.conversion.compare import compare, read_prompts, report
     from megatron_solopo.conversion.manifest import find_checkpoint
     from megatron_solopo.conversion.megatron_folder import load_weights_from
-    from megatron_solopo.conversion.start import load_start
+    from megatron_solopo.conversion.start import is_megatron_folder, load_start
     from megatron_solopo.training.engine import build_chunks
 
+    if is_megatron_folder(config.model.hf_path):
+        raise UserError(
+            f"--hf-path {config.model.hf_path}: holds Megatron's weights, which transformers does not load; give it as "
+            "--load, and the Hugging Face folder here"
+        )
     if config.parallel.pipeline_model_parallel_size > 1:
         raise UserError("verify compares layer by layer in one stage: leave --pipeline-model-parallel-size out")
     prompts = read_prompts(given.prompts, config.model.hf_path, hf_config)

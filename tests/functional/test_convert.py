@@ -138,8 +138,23 @@ WRONG = {
         ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{new}", "--tensor-model-parallel-size", "2"],
         r"--tensor-model-parallel-size 2 = 2 processes a copy of the model, and 1 were started",
     ),
+    "verify of Megatron's": (
+        ["verify", "--hf-path", "{megatron}"],
+        r"holds Megatron's weights, which transformers does not",
+    ),
     "no prompts": (["verify", "--hf-path", "{hf}", "--prompts", "{nowhere}"], r"--prompts \S+nowhere: no such file"),
 }
+
+
+def test_an_extended_model_stays_extended(home: Home) -> None:
+    """A run's --rope-scaling is written by the export of its checkpoints too, and verify compares with it."""
+    flags = ["--train-iters", 1, "--rope-scaling", "yarn:4:256", "--save-hf", home.folder / "extended-hf"]
+    assert as_a_user(home, home.argv("extended", *flags)).returncode == 0
+    back = home.folder / "extended-back"
+    succeed("megatron-to-hf", "--load", home.folder / "extended", "--save-hf", back)
+    ours, theirs = ((folder / "config.json").read_text() for folder in (back, home.folder / "extended-hf"))
+    assert ours == theirs and '"yarn"' in ours
+    assert "agrees" in succeed("verify", "--hf-path", back)
 
 
 @pytest.mark.parametrize("name", WRONG)
