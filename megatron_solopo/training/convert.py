@@ -227,6 +227,8 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     from megatron_solopo.conversion.start import is_megatron_folder, load_start
     from megatron_solopo.training.engine import build_chunks
 
+    if given.ckpt_step is not None and given.load is None:
+        raise UserError("--ckpt-step would have no effect: it needs --load")
     if is_megatron_folder(config.model.hf_path):
         raise UserError(
             f"--hf-path {config.model.hf_path}: holds Megatron's weights, which transformers does not load; give it as "

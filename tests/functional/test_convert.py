@@ -142,6 +142,7 @@ WRONG = {
         ["verify", "--hf-path", "{megatron}"],
         r"holds Megatron's weights, which transformers does not",
     ),
+    "step of nothing": (["verify", "--hf-path", "{hf}", "--ckpt-step", "3"], r"--ckpt-step would have no effect"),
     "no prompts": (["verify", "--hf-path", "{hf}", "--prompts", "{nowhere}"], r"--prompts \S+nowhere: no such file"),
 }
 
