@@ -11,10 +11,19 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_solopo.data.schema import Message, Paragraph, Question, check_messages, read_jsonl, require
+from megatron_solopo.data.schema import (
+    DocumentSpan,
+    Message,
+    Paragraph,
+    Question,
+    check_messages,
+    check_spans,
+    read_jsonl,
+    require,
+)
 from megatron_solopo.data.scoring import normalise, normalised_answers
 from megatron_solopo.errors import UserError
 
@@ -108,6 +117,8 @@ class ContextPair:
     long_documents: int = 0
     short_gold: tuple[int, ...] = ()
     long_gold: tuple[int, ...] = ()
+    short_spans: list[DocumentSpan] = field(default_factory=list)
+    long_spans: list[DocumentSpan] = field(default_factory=list)
 
 
 def read_contexts(path: str | Path) -> Iterator[ContextPair]:
@@ -131,6 +142,8 @@ def read_contexts(path: str | Path) -> Iterator[ContextPair]:
             long_documents=record.get("long_documents", 0),
             short_gold=tuple(record.get("short_gold", ())),
             long_gold=tuple(record.get("long_gold", ())),
+            short_spans=check_spans(record.get("short_spans"), record["short_messages"], "short_spans", where),
+            long_spans=check_spans(record.get("long_spans"), record["long_messages"], "long_spans", where),
         )
         if not pair.answers or not all(isinstance(answer, str) for answer in pair.answers):
             raise UserError(f"{where}: the field 'answers' must be a non-empty list of texts")

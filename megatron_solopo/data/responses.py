@@ -13,11 +13,15 @@ from megatron_solopo.errors import UserError
 
 @dataclass(frozen=True)
 class Responses:
-    """A line of a responses file; ``finished[i]`` says whether ``responses[i]`` ended by itself."""
+    """A line of a responses file; ``finished[i]`` says whether ``responses[i]`` ended by itself.
+
+    ``token_ids[i]`` are the ids that were sampled, without the end-of-turn token; None where only texts are known.
+    """
 
     id: str
     responses: list[str]
     finished: list[bool]
+    token_ids: list[list[int]] | None = None
 
 
 def read_responses(path: str | Path) -> Iterator[Responses]:
@@ -40,7 +44,10 @@ def read_responses(path: str | Path) -> Iterator[Responses]:
                 f"{where}: the id {question_id!r} was used before at {seen[question_id]}; ids must be unique"
             )
         seen[question_id] = where
-        yield Responses(question_id, texts, [bool(value) for value in finished])
+        token_ids = record.get("token_ids")
+        if token_ids is not None and (not isinstance(token_ids, list) or len(token_ids) != len(texts)):
+            raise UserError(f"{where}: the field 'token_ids' must be a list as long as 'responses' ({len(texts)})")
+        yield Responses(question_id, texts, [bool(value) for value in finished], token_ids)
 
 
 class PartialFile:

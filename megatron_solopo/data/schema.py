@@ -19,6 +19,9 @@ Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant", "tool")
 
+DocumentSpan = tuple[int, int, bool]
+"""(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -48,6 +51,11 @@ class PreferenceGroup:
     """One training example: a question on a short and a long context, and two responses.
 
     ``long_messages`` may be absent (plain preference data, ``--context-mode short`` only).
+
+    Attributes:
+        short_spans, long_spans: the documents of the last message of each chat, in order; empty where not known.
+        chosen_ids, rejected_ids: the token ids that were sampled, without the end-of-turn token; None where only
+            the text is known.
     """
 
     id: str
@@ -58,6 +66,11 @@ class PreferenceGroup:
     answers: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     source: str = ""
+    question: str = ""
+    short_spans: list[DocumentSpan] = field(default_factory=list)
+    long_spans: list[DocumentSpan] = field(default_factory=list)
+    chosen_ids: list[int] | None = None
+    rejected_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,34 @@ def check_messages(value: Any, key: str, where: str) -> list[Message]:
     return value
 
 
+def check_spans(value: Any, messages: list[Message] | None, key: str, where: str) -> list[DocumentSpan]:
+    """Documents of a chat's last message: ``[start, end, gold]`` in order, within its content; None is no document."""
+    if value is None:
+        return []
+    size, last, spans = len(messages[-1]["content"]) if messages else 0, 0, []
+    if not isinstance(value, list):
+        raise UserError(f"{where}: the field '{key}' must be a list of [start, end, gold]")
+    for index, span in enumerate(value):
+        if not isinstance(span, list) or [type(part) for part in span] != [int, int, bool]:
+            raise UserError(f"{where}: {key}[{index}] must be [start, end, gold]: two whole numbers, then true or false")
+        start, end, gold = span
+        if not last <= start <= end <= size:
+            raise UserError(
+                f"{where}: {key}[{index}] is {start} to {end}; spans must follow each other within the "
+                f"{size} characters of the last message"
+            )
+        last = end
+        spans.append((start, end, gold))
+    return spans
+
+
+def check_ids(value: Any, key: str, where: str) -> list[int] | None:
+    """Token ids of a response, or None."""
+    if value is not None and not (isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value)):
+        raise UserError(f"{where}: the field '{key}' must be a non-empty list of token ids")
+    return value
+
+
 def read_groups(path: str | Path) -> Iterator[PreferenceGroup]:
     """Reads preference groups; TRL's ``prompt / chosen / rejected`` is accepted too.
 
@@ -167,6 +208,11 @@ def read_groups(path: str | Path) -> Iterator[PreferenceGroup]:
             answers=_optional(record, "answers", list, where) or [],
             scores=_optional(record, "scores", dict, where) or {},
             source=str(record.get("source", "")),
+            question=_optional(record, "question", str, where) or "",
+            short_spans=check_spans(record.get("short_spans"), short, "short_spans", where),
+            long_spans=check_spans(record.get("long_spans"), long, "long_spans", where),
+            chosen_ids=check_ids(record.get("chosen_ids"), "chosen_ids", where),
+            rejected_ids=check_ids(record.get("rejected_ids"), "rejected_ids", where),
         )
         if group.chosen == group.rejected:
             raise UserError(f"{where}: chosen and rejected are the same text; such a pair teaches nothing, remove it")
