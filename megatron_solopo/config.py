@@ -62,11 +62,17 @@ class ModelConfig:
 class DataConfig:
     """The examples: preference groups, or conversations for --objective sft."""
 
-    train_data: str | None = option(None, "JSONL of preference groups, or of conversations with --objective sft")
+    train_data: str | None = option(
+        None,
+        "JSONL or Parquet of preference groups, or of conversations with --objective sft, or a folder of tokenize-data",
+    )
     valid_data: str | None = option(None, "the same for evaluation during training")
     seq_length: int = option(8192, "longest prompt plus response, tokens", minimum=2)
     overlong: str = option(
-        "refuse", "examples beyond --seq-length: refuse the run, or drop and list them", ("refuse", "drop")
+        "refuse",
+        "examples beyond --seq-length; refuse: the run; drop: leave them out and list them; cut: shorten their contexts "
+        "by distractor text, list them, and drop what that cannot shorten enough",
+        ("refuse", "drop", "cut"),
     )
     share_prompts: bool = option(True, "compute a prompt once for all its continuations")
     shuffle: bool = option(True, "a new order each epoch; off: the file's order")

@@ -22,7 +22,7 @@ def check(config: Config) -> None:
 def _check_required(config: Config) -> None:
     for name, value, what in (
         ("hf_path", config.model.hf_path, "the Hugging Face folder to start from"),
-        ("train_data", config.data.train_data, "a JSONL file of training examples"),
+        ("train_data", config.data.train_data, "a file of training examples, or a folder of solopo tokenize-data"),
         ("save", config.output.save, "the run folder"),
     ):
         if not value:
@@ -32,6 +32,8 @@ def _check_required(config: Config) -> None:
 def _check_method(config: Config) -> None:
     method = config.method
     if method.objective != "preference":
+        if config.data.overlong == "cut":
+            raise UserError("--overlong cut with --objective sft: conversations have no documents to cut; take drop")
         return
     if method.preference_loss == "longpo" and method.context_mode != "long":
         raise UserError(

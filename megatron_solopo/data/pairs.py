@@ -4,54 +4,40 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_solopo.data.contexts import ContextPair, read_contexts
+from megatron_solopo.data.lengths import Lengths
+from megatron_solopo.data.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
+from megatron_solopo.data.records import write_records
 from megatron_solopo.data.responses import Responses, read_responses
-from megatron_solopo.data.schema import PreferenceGroup, write_jsonl
-from megatron_solopo.data.scoring import sub_em
+from megatron_solopo.data.schema import PreferenceGroup, check_ids
+from megatron_solopo.data.scoring import SCORERS, Scorer, load_scorer
 from megatron_solopo.errors import UserError
 
 GOLD = "gold"
-"""The name that stands for a responses file in a dry run without a model."""
+"""The name that stands for a responses file in a dry run without a model, and for what ``--all-wrong`` may take."""
 
-Pair = tuple[str, str]
-"""(chosen, rejected)."""
-
-
-def random_pairs(right: Sequence[str], wrong: Sequence[str], rng: random.Random) -> Iterator[Pair]:
-    """A right and a wrong response, both uniform over the samples (a frequent one is taken more often)."""
-    while True:
-        yield rng.choice(right), rng.choice(wrong)
+TWO_VALUED = ("sub_em", "em")
+"""Scorers that know 0 and 1 only; their scores cannot rank right responses among themselves."""
 
 
-def shortest_correct_pairs(right: Sequence[str], wrong: Sequence[str], rng: random.Random) -> Iterator[Pair]:
-    """The right responses from the shortest on, each with a random wrong one."""
-    while True:
-        for chosen in sorted(right, key=words):
-            yield chosen, rng.choice(wrong)
+@dataclass(frozen=True)
+class Pairing:
+    """How pairs are made; see ``--help``."""
 
-
-def length_matched_pairs(right: Sequence[str], wrong: Sequence[str], rng: random.Random) -> Iterator[Pair]:
-    """A random right response with the wrong one nearest to it in words, against a length bias."""
-    while True:
-        chosen = rng.choice(right)
-        yield chosen, min(rng.sample(wrong, len(wrong)), key=lambda text: abs(words(text) - words(chosen)))
-
-
-POLICIES: dict[str, Callable[[Sequence[str], Sequence[str], random.Random], Iterator[Pair]]] = {
-    "random": random_pairs,
-    "shortest_correct": shortest_correct_pairs,
-    "length_matched": length_matched_pairs,
-}
-"""Every way to pick pairs, by the name ``--policy`` knows it under."""
-
-
-def words(text: str) -> int:
-    return len(text.split())
+    scorer: Scorer
+    right_above: float = 0.5
+    wrong_below: float = 0.5
+    policy: Policy = POLICIES["random"]
+    per_question: int = 1
+    all_right: str = "skip"
+    all_wrong: str = "skip"
+    keep_unfinished: bool = False
+    seed: int = 0
+    count_tokens: Callable[[str], int] | None = None
 
 
 @dataclass
@@ -62,11 +48,18 @@ class Counts:
     paired: int = 0
     all_right: int = 0
     all_wrong: int = 0
+    undecided: int = 0
     no_response: int = 0
+    ranked: int = 0
+    gold: int = 0
+    groups: int = 0
+    with_ids: int = 0
     dropped_responses: Counter[str] = field(default_factory=Counter)
     right_responses: int = 0
+    undecided_responses: int = 0
     scored_responses: int = 0
-    lengths: list[tuple[int, int]] = field(default_factory=list)
+    words: Lengths = field(default_factory=lambda: Lengths("words"))
+    tokens: Lengths = field(default_factory=lambda: Lengths("tokens"))
 
     def lines(self) -> list[str]:
         """The counts for a person."""
@@ -74,132 +67,205 @@ class Counts:
         def share(count: int) -> str:
             return f"{count} ({count / max(self.questions, 1):.1%})"
 
-        right = self.right_responses / max(self.scored_responses, 1)
+        responses = max(self.scored_responses, 1)
         lines = [
             f"questions: {self.questions}",
             f"  yield, a right and a wrong answer: {share(self.paired)}",
             f"  all right: {share(self.all_right)}, all wrong: {share(self.all_wrong)}, "
             f"no usable response: {share(self.no_response)}",
-            f"responses scored: {self.scored_responses}, right: {right:.1%}",
         ]
-        lines += [f"  {count} responses dropped: {reason}" for reason, count in self.dropped_responses.most_common()]
-        if self.lengths:
-            chosen, rejected = zip(*self.lengths, strict=True)
-            longer = sum(c > r for c, r in self.lengths) / len(self.lengths)
-            equal = sum(c == r for c, r in self.lengths) / len(self.lengths)
+        if self.undecided:
+            lines.append(f"  neither right nor wrong: {share(self.undecided)}")
+        if self.ranked:
+            lines.append(f"  all right or all wrong, paired by score: {share(self.ranked)}")
+        if self.gold:
             lines.append(
-                f"length in words: chosen mean {statistics.mean(chosen):.1f} median {statistics.median(chosen):.0f}, "
-                f"rejected mean {statistics.mean(rejected):.1f} median {statistics.median(rejected):.0f}; "
-                f"chosen longer in {longer:.1%} of groups, equal in {equal:.1%}"
+                f"  all wrong, paired with the gold answer in a sentence: {share(self.gold)}; the model did not sample "
+                "it (off-policy)"
             )
+        lines.append(
+            f"responses scored: {self.scored_responses}, right: {self.right_responses / responses:.1%}"
+            + (f", undecided: {self.undecided_responses / responses:.1%}" if self.undecided_responses else "")
+        )
+        lines += [f"  {count} responses dropped: {reason}" for reason, count in self.dropped_responses.most_common()]
+        if self.groups:
+            lines.append(f"groups with the token ids of both responses: {self.with_ids} of {self.groups}")
+        measured = [lengths for lengths in (self.words, self.tokens) if len(lengths)]
+        lines += [lengths.line() for lengths in measured]
+        lines += [f"warning: {bias}" for lengths in measured if (bias := lengths.bias())][:1]
         return lines
 
 
 def build_groups(
-    pairs: Sequence[ContextPair],
-    responses: dict[str, Responses],
-    *,
-    policy: str,
-    per_question: int,
-    seed: int,
-    keep_unfinished: bool,
-    counts: Counts,
+    pairs: Iterator[ContextPair], responses: Callable[[str], Responses | None], how: Pairing, counts: Counts
 ) -> Iterator[PreferenceGroup]:
-    """Yields the groups of every question with a right and a wrong response (sub-EM 1 and 0).
+    """Yields the groups of every question that has a pair.
 
-    Up to ``per_question`` different pairs a question; from the second on a group's id ends in ``#2``, ``#3``.
+    Up to ``how.per_question`` different pairs a question; from the second on a group's id ends in ``#2``, ``#3``.
     The choice depends on the seed and the question's id only.
+
+    Args:
+        responses: what was sampled for a question's id, None where nothing was.
     """
     for pair in pairs:
         counts.questions += 1
-        right, wrong = _split(pair, responses.get(pair.id), keep_unfinished, counts)
+        scored = _score(pair, responses(pair.id), how, counts)
+        right = [response for response in scored if response.score > how.right_above]
+        wrong = [response for response in scored if response.score < how.wrong_below]
+        counts.scored_responses += len(scored)
         counts.right_responses += len(right)
-        counts.scored_responses += len(right) + len(wrong)
-        if not right and not wrong:
+        counts.undecided_responses += len(scored) - len(right) - len(wrong)
+        more: dict[str, float] = {}
+        rng = random.Random(f"{how.seed}\0{pair.id}")
+        if not scored:
             counts.no_response += 1
-        elif not wrong:
-            counts.all_right += 1
-        elif not right:
-            counts.all_wrong += 1
-        else:
+            continue
+        if right and wrong:
             counts.paired += 1
-            share = len(right) / (len(right) + len(wrong))
-            rng = random.Random(f"{seed}\0{pair.id}")
-            picked = _distinct(POLICIES[policy](right, wrong, rng), per_question, len(set(right)) * len(set(wrong)))
-            for number, (chosen, rejected) in enumerate(picked, 1):
-                yield _group(pair, number, chosen, rejected, share, counts)
+            candidates = how.policy(right, wrong, rng)
+        elif right or wrong:
+            choice = how.all_right if right else how.all_wrong
+            counts.all_right += bool(right)
+            counts.all_wrong += bool(wrong)
+            if choice == "skip":
+                continue
+            if choice == GOLD:
+                counts.gold += 1
+                more = {"chosen_is_gold": 1.0}
+                right = [_scored(_sentence(pair.answers[0]), None, pair, how)]
+                candidates = how.policy(right, wrong, rng)
+            else:
+                lowest, highest = min(r.score for r in scored), max(r.score for r in scored)
+                if lowest == highest:
+                    continue
+                counts.ranked += 1
+                right = [response for response in scored if response.score == highest]
+                wrong = [response for response in scored if response.score == lowest]
+                candidates = best_worst_pairs(right, wrong, rng)
+        else:
+            counts.undecided += 1
+            continue
+        share = {"share_right": round(sum(r.score > how.right_above for r in scored) / len(scored), 4)}
+        possible = len({r.text for r in right}) * len({r.text for r in wrong})
+        for number, found in enumerate(distinct(candidates, how.per_question, possible), 1):
+            yield _group(pair, number, found, share | more, how, counts)
 
 
-def build_gold_groups(pairs: Sequence[ContextPair], *, seed: int, counts: Counts) -> Iterator[PreferenceGroup]:
+def build_gold_groups(
+    pairs: Iterator[ContextPair], others: Sequence[str], how: Pairing, counts: Counts
+) -> Iterator[PreferenceGroup]:
     """Groups without any model: the question's answer in a sentence against another question's answer.
 
     For dry runs only: such responses were never sampled, and nothing is learnt from them about documents.
+
+    Args:
+        others: the answers of all questions, each once, in a fixed order.
     """
-    others = sorted({pair.answers[0] for pair in pairs})
     for pair in pairs:
         counts.questions += 1
-        rng = random.Random(f"{seed}\0{pair.id}")
-        wrong = next(
-            (text for text in map(_sentence, rng.sample(others, len(others))) if not sub_em(text, pair.answers)), None
-        )
+        rng = random.Random(f"{how.seed}\0{pair.id}")
+        drawn = (_scored(_sentence(other), None, pair, how) for other in _shuffled(others, rng))
+        wrong = next((response for response in drawn if response.score < how.wrong_below), None)
         if wrong is None:
             counts.all_right += 1
             continue
         counts.paired += 1
         counts.right_responses += 1
         counts.scored_responses += 2
-        yield _group(pair, 1, _sentence(pair.answers[0]), wrong, 0.5, counts)
+        right = _scored(_sentence(pair.answers[0]), None, pair, how)
+        yield _group(pair, 1, (right, wrong), {"share_right": 0.5, "chosen_is_gold": 1.0}, how, counts)
 
 
 def _sentence(answer: str) -> str:
     return f"The answer is {answer}."
 
 
-def _split(
-    pair: ContextPair, sampled: Responses | None, keep_unfinished: bool, counts: Counts
-) -> tuple[list[str], list[str]]:
-    right: list[str] = []
-    wrong: list[str] = []
+def _shuffled(items: Sequence[str], rng: random.Random) -> Iterator[str]:
+    """The items in a random order, most of them never drawn: a few at random, then all of them."""
+    yield from rng.sample(items, min(len(items), 16))
+    yield from rng.sample(items, len(items))
+
+
+def _score(pair: ContextPair, sampled: Responses | None, how: Pairing, counts: Counts) -> list[Scored]:
+    """The usable responses of a question with their scores."""
+    scored = []
     if sampled is None:
-        return right, wrong
-    for text, finished in zip(sampled.responses, sampled.finished, strict=True):
+        return scored
+    ids = sampled.token_ids or [None] * len(sampled.responses)
+    for text, finished, own_ids in zip(sampled.responses, sampled.finished, ids, strict=True):
         if not text.strip():
             counts.dropped_responses["empty"] += 1
-        elif not finished and not keep_unfinished:
+        elif not finished and not how.keep_unfinished:
             counts.dropped_responses["not ended within --max-new-tokens (--keep-unfinished keeps them)"] += 1
         else:
-            (right if sub_em(text, pair.answers) else wrong).append(text)
-    return right, wrong
+            scored.append(_scored(text, own_ids, pair, how))
+    return scored
 
 
-def _distinct(candidates: Iterator[Pair], wanted: int, possible: int) -> list[Pair]:
-    """The first ``wanted`` different pairs; a policy that keeps repeating itself ends the search."""
-    found: dict[Pair, None] = {}
-    for _, pair in zip(range(20 * wanted), candidates, strict=False):
-        found[pair] = None
-        if len(found) == min(wanted, possible):
-            break
-    return list(found)
+def _scored(text: str, ids: object, pair: ContextPair, how: Pairing) -> Scored:
+    checked = check_ids(ids, "token_ids", f"responses of question {pair.id!r}")
+    return Scored(text, how.scorer(text, pair.answers, pair.question), None if checked is None else tuple(checked))
 
 
-def _group(pair: ContextPair, number: int, chosen: str, rejected: str, share: float, counts: Counts) -> PreferenceGroup:
-    counts.lengths.append((words(chosen), words(rejected)))
+def _group(
+    pair: ContextPair, number: int, found: Pair, scores: dict[str, float], how: Pairing, counts: Counts
+) -> PreferenceGroup:
+    chosen, rejected = found
+    counts.groups += 1
+    counts.with_ids += chosen.ids is not None and rejected.ids is not None
+    counts.words.add(words(chosen.text), words(rejected.text))
+    if how.count_tokens is not None:
+        counts.tokens.add(how.count_tokens(chosen.text), how.count_tokens(rejected.text))
     return PreferenceGroup(
         id=pair.id if number == 1 else f"{pair.id}#{number}",
         short_messages=pair.short_messages,
         long_messages=pair.long_messages,
-        chosen=chosen,
-        rejected=rejected,
+        chosen=chosen.text,
+        rejected=rejected.text,
         answers=pair.answers,
-        scores={"chosen": 1.0, "rejected": 0.0, "share_right": round(share, 4)},
+        scores={"chosen": chosen.score, "rejected": rejected.score, **scores},
         source=pair.source,
+        question=pair.question,
+        short_spans=pair.short_spans,
+        long_spans=pair.long_spans,
+        chosen_ids=None if chosen.ids is None else list(chosen.ids),
+        rejected_ids=None if rejected.ids is None else list(rejected.ids),
     )
+
+
+class _InStep:
+    """Responses of a file, asked for in the order of the contexts and read once.
+
+    A file in that order, which is how ``sample-responses`` writes it, needs no memory; what comes earlier in the file
+    than it is asked for waits here.
+
+    Raises:
+        UserError: a malformed responses file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._left = {record.id for record in read_responses(path)}
+        self._records = read_responses(path)
+        self._waiting: dict[str, Responses] = {}
+
+    def __call__(self, question_id: str) -> Responses | None:
+        if question_id not in self._left:
+            return None
+        self._left.remove(question_id)
+        while question_id not in self._waiting:
+            record = next(self._records)
+            self._waiting[record.id] = record
+        return self._waiting.pop(question_id)
+
+    def unasked(self) -> set[str]:
+        """The ids that nobody asked for."""
+        return self._left
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solopo build-pairs",
-        description="Score responses by sub-EM and pair a right with a wrong one for every question that has both.",
+        description="Score responses and pair a right with a wrong one for every question that has both.",
     )
     group = parser.add_argument_group("input and output")
     group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
@@ -210,61 +276,127 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what sample-responses wrote, or '{GOLD}': a dry run without a model, the gold answer in a sentence "
         "against another question's answer",
     )
-    group.add_argument("--output", required=True, metavar="FILE", help="preference groups, JSONL")
+    group.add_argument(
+        "--output", required=True, metavar="FILE", help="preference groups: Parquet if it ends in .parquet, else JSONL"
+    )
+    group = parser.add_argument_group("scoring")
+    group.add_argument(
+        "--scorer",
+        default="sub_em",
+        metavar="NAME",
+        help=f"{', '.join(SCORERS)}, or module:function of your own, called with the response, the list of accepted "
+        "answers and, if it has such a parameter, question=...; it returns a number (default: sub_em)",
+    )
+    group.add_argument(
+        "--right-above", type=float, default=0.5, metavar="X", help="a score above X is right (default: 0.5)"
+    )
+    group.add_argument(
+        "--wrong-below",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="a score below X is wrong; what is neither is in no pair and counted (default: 0.5)",
+    )
     group = parser.add_argument_group("pairing")
     group.add_argument(
         "--policy",
         choices=sorted(POLICIES),
         default="random",
-        help="random: any right, any wrong; shortest_correct: shortest right, any wrong; "
-        "length_matched: any right, the wrong one nearest in length (default: random)",
+        help="random: any right, any wrong; shortest_correct: shortest right, any wrong; length_matched: any right, "
+        "the wrong one nearest in length; best_worst: highest score, lowest score; most_frequent: the right and the "
+        "wrong final answer (after the last 'Answer:') that came up most often (default: random)",
     )
     group.add_argument(
         "--pairs-per-question", type=int, default=1, metavar="N", help="at most N different pairs (default: 1)"
     )
     group.add_argument(
+        "--all-right",
+        choices=("skip", "ranked"),
+        default="skip",
+        help="questions without a wrong response; skip: no group; ranked: highest against lowest score, where they "
+        "differ (default: skip)",
+    )
+    group.add_argument(
+        "--all-wrong",
+        choices=("skip", "ranked", GOLD),
+        default="skip",
+        help="questions without a right response; gold: the gold answer in a sentence is chosen, though the model did "
+        "not sample it (off-policy) (default: skip)",
+    )
+    group.add_argument(
         "--keep-unfinished", action="store_true", help="use responses that were cut at --max-new-tokens too"
     )
     group.add_argument("--seed", type=int, default=0, help="with a question's id it decides its pairs (default: 0)")
+    group = parser.add_argument_group("lengths: words are always counted")
+    group.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too")
+    group.add_argument("--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none")
     return parser
+
+
+def _pairing(options: argparse.Namespace) -> Pairing:
+    if options.pairs_per_question < 1:
+        raise UserError(f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1")
+    if not options.wrong_below <= options.right_above:
+        raise UserError(
+            f"--wrong-below {options.wrong_below:g} is above --right-above {options.right_above:g}: "
+            "a response could be both; lower it"
+        )
+    for flag in ("all_right", "all_wrong"):
+        if getattr(options, flag) == "ranked" and options.scorer in TWO_VALUED:
+            raise UserError(
+                f"--{flag.replace('_', '-')} ranked with --scorer {options.scorer}: its scores are 0 and 1 only, so "
+                "equal responses have no rank; take f1 or a function of your own"
+            )
+    if options.chat_template and not options.tokenizer:
+        raise UserError("--chat-template would have no effect: it needs --tokenizer")
+    count = None
+    if options.tokenizer:
+        from megatron_solopo.data.chat import encode, load_tokenizer  # with torch, which the rest does without
+
+        tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+        count = lambda text: len(encode(tokenizer, text))  # noqa: E731
+    return Pairing(
+        scorer=load_scorer(options.scorer),
+        right_above=options.right_above,
+        wrong_below=options.wrong_below,
+        policy=POLICIES[options.policy],
+        per_question=options.pairs_per_question,
+        all_right=options.all_right,
+        all_wrong=options.all_wrong,
+        keep_unfinished=options.keep_unfinished,
+        seed=options.seed,
+        count_tokens=count,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
-    if options.pairs_per_question < 1:
-        raise UserError(f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1")
-    pairs = list(read_contexts(options.contexts))
-    counts = Counts()
+    how, counts, source = _pairing(options), Counts(), None
     if options.responses == GOLD:
-        groups = build_gold_groups(pairs, seed=options.seed, counts=counts)
+        others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
+        groups = build_gold_groups(read_contexts(options.contexts), others, how, counts)
     else:
-        responses = {record.id: record for record in read_responses(options.responses)}
-        strangers = responses.keys() - {pair.id for pair in pairs}
-        if strangers:
-            raise UserError(
-                f"--responses {options.responses}: {len(strangers)} ids are not in {options.contexts} (one is "
-                f"{min(strangers)!r}); give the contexts file the responses were sampled from"
-            )
-        groups = build_groups(
-            pairs,
-            responses,
-            policy=options.policy,
-            per_question=options.pairs_per_question,
-            seed=options.seed,
-            keep_unfinished=options.keep_unfinished,
-            counts=counts,
-        )
-    written = write_jsonl(options.output, _not_empty(groups, counts))
+        source = _InStep(options.responses)
+        groups = build_groups(read_contexts(options.contexts), source, how, counts)
+    written = write_records(options.output, _checked(groups, counts, source, options))
     print("\n".join(counts.lines()))
     print(f"wrote {written} preference groups to {options.output}")
     return 0
 
 
-def _not_empty(groups: Iterator[PreferenceGroup], counts: Counts) -> Iterator[PreferenceGroup]:
-    """Passes groups on and refuses an empty result before the output is renamed into place."""
+def _checked(
+    groups: Iterator[PreferenceGroup], counts: Counts, source: _InStep | None, options: argparse.Namespace
+) -> Iterator[PreferenceGroup]:
+    """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
     yield from groups
-    if not counts.paired:
+    strangers = source.unasked() if source else set()
+    if strangers:
+        raise UserError(
+            f"--responses {options.responses}: {len(strangers)} ids are not in {options.contexts} (one is "
+            f"{min(strangers)!r}); give the contexts file the responses were sampled from"
+        )
+    if not counts.groups:
         raise UserError(
             f"no question has both a right and a wrong response ({counts.questions} questions: "
             f"{counts.all_right} all right, {counts.all_wrong} all wrong, {counts.no_response} without a usable "

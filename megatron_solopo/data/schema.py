@@ -1,17 +1,18 @@
 """What is stored on disk: questions with documents, preference groups, conversations.
 
-Every reader names ``file:line`` in its errors, and every record keeps the ``id`` it came with.
+Every reader names ``file:line`` (in Parquet ``file:row N``) in its errors, and every record keeps the ``id`` it came with.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.data.records import Part, read_records
+from megatron_solopo.data.records import read_jsonl as read_jsonl
+from megatron_solopo.data.records import write_jsonl as write_jsonl
 from megatron_solopo.errors import UserError
 
 Message = dict[str, str]
@@ -81,51 +82,6 @@ class Conversation:
     messages: list[Message]
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ``("file:line", record)`` for each non-empty line.
-
-    Raises:
-        UserError: the file is missing, or a line is not a JSON object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a JSONL file")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
-                ) from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
-            yield where, record
-
-
-def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
-    """Writes dataclasses or dicts, one a line, aside first and renamed at the end; returns the count."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    count = 0
-    with aside.open("w", encoding="utf-8") as out:
-        for record in records:
-            if dataclasses.is_dataclass(record):
-                record = dataclasses.asdict(record)
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += 1
-    aside.replace(path)
-    return count
-
-
 def require(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """``record[key]``, checked to be there and of the kind.
 
@@ -182,14 +138,17 @@ def check_ids(value: Any, key: str, where: str) -> list[int] | None:
     return value
 
 
-def read_groups(path: str | Path) -> Iterator[PreferenceGroup]:
-    """Reads preference groups; TRL's ``prompt / chosen / rejected`` is accepted too.
+def read_groups(path: str | Path, part: Part | None = None) -> Iterator[PreferenceGroup]:
+    """Reads preference groups, JSONL or Parquet; TRL's ``prompt / chosen / rejected`` is accepted too.
 
     In TRL's form ``prompt`` is a text or a chat, ``chosen`` and ``rejected`` a text or a chat of one
     assistant message; such a group has no long context.
+
+    Args:
+        part: read only this part of the file; ids are then unique within it.
     """
     seen: dict[str, str] = {}
-    for where, record in read_jsonl(path):
+    for where, record in read_records(path, part):
         if "prompt" in record and "short_messages" not in record:
             record = _from_trl(record, where)
         short = check_messages(require(record, "short_messages", list, where), "short_messages", where)
@@ -222,9 +181,9 @@ def read_groups(path: str | Path) -> Iterator[PreferenceGroup]:
         yield group
 
 
-def read_conversations(path: str | Path) -> Iterator[Conversation]:
-    """Reads ``{id, messages}`` records for ``--objective sft``."""
-    for where, record in read_jsonl(path):
+def read_conversations(path: str | Path, part: Part | None = None) -> Iterator[Conversation]:
+    """Reads ``{id, messages}`` records for ``--objective sft``, all or those of a part of the file."""
+    for where, record in read_records(path, part):
         messages = check_messages(require(record, "messages", list, where), "messages", where)
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{where}: 'messages' holds no assistant message, so there is nothing to learn")

@@ -2,15 +2,23 @@
 
 Normalisation is SQuAD's (Rajpurkar et al., EMNLP 2016): lower case, no ASCII punctuation, no English
 articles, single spaces. A gold answer that normalises to nothing ("The", "?") matches nothing, because the
-empty string is a substring of every text.
+empty string is a substring of every text. A user's own function takes their place as ``module:function``.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
+import os
 import re
 import string
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+
+from megatron_solopo.errors import UserError
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -51,3 +59,74 @@ def f1(prediction: str, answers: Iterable[str]) -> float:
 
 SCORERS: dict[str, Callable[[str, Iterable[str]], float]] = {"sub_em": sub_em, "em": em, "f1": f1}
 """Every metric by the name the commands know it under."""
+
+Scorer = Callable[[str, Sequence[str], str], float]
+"""(response, accepted answers, question) -> a finite score; higher is better."""
+
+
+def load_scorer(name: str) -> Scorer:
+    """A metric of `SCORERS`, or a user's function named ``module:function``.
+
+    The module is looked for in the current folder first, then where Python looks. The function is called as
+    ``function(response, answers)``, with ``question=...`` if it has such a parameter, and returns a number or a bool.
+
+    Raises:
+        UserError: there is no such metric, module or function. Later, from the scorer: the function raised, or
+            what it returned is not a finite number.
+    """
+    flag = f"--scorer {name}"
+    if name in SCORERS:
+        metric = SCORERS[name]
+        return lambda response, answers, question: metric(response, answers)
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise UserError(f"{flag}: give {', '.join(SCORERS)}, or a function of your own as module:function")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module does when it is read
+        raise UserError(
+            f"{flag}: the module {module_name} cannot be imported ({_told(error)}); put {module_name}.py into the "
+            "current folder or on PYTHONPATH"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        kind = "is not a function" if hasattr(module, function_name) else "is not there"
+        raise UserError(f"{flag}: {function_name} {kind} in {module.__file__ or module_name}")
+    return _UserScorer(flag, function)
+
+
+class _UserScorer:
+    """A user's function, whose mistakes are told by the response they were made on."""
+
+    def __init__(self, flag: str, function: Callable[..., object]) -> None:
+        self._flag, self._function = flag, function
+        try:
+            self._with_question = "question" in inspect.signature(function).parameters
+        except (TypeError, ValueError):  # some functions written in C do not tell their parameters
+            self._with_question = False
+
+    def __call__(self, response: str, answers: Sequence[str], question: str) -> float:
+        more = {"question": question} if self._with_question else {}
+        try:
+            score = self._function(response, list(answers), **more)
+        except Exception as error:
+            raise UserError(f"{self._flag}: raised {_told(error)} for the response {_short(response)}") from None
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise UserError(
+                f"{self._flag}: returned {_short(score)} for the response {_short(response)}; a score is a finite "
+                "number, or True or False"
+            )
+        return float(score)
+
+
+def _told(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.chat import conversation_ids, prompt_ids, response_ids
-from megatron_solopo.data.schema import Conversation, PreferenceGroup, read_conversations, read_groups
+from megatron_solopo.data.overlong import cut_context
+from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, read_conversations, read_groups
 from megatron_solopo.errors import UserError
+
+RESPONSE = "response"
+"""The one role of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,13 @@ class TokenGroup:
         """Tokens of the longest prompt with one continuation."""
         return max(len(p.ids) + len(c.ids) for p in self.prompts for c in p.continuations)
 
+    def sequences(self) -> Iterator[Sequence[int]]:
+        """The ids of every prompt and continuation."""
+        for prompt in self.prompts:
+            yield prompt.ids
+            for continuation in prompt.continuations:
+                yield continuation.ids
+
     def with_roles(self, roles: Sequence[str]) -> TokenGroup:
         """The same example with these roles only; see `TokenDataset.with_roles`."""
         kept = (Prompt(p.ids, tuple(c for c in p.continuations if c.role in roles)) for p in self.prompts)
@@ -69,19 +81,84 @@ class TokenGroup:
         return self.tokens(share_prompts=False)
 
 
+class Dropped(NamedTuple):
+    """An example that was left out for its length."""
+
+    id: str
+    tokens: int
+    reason: str = ""
+
+
+class Shortened(NamedTuple):
+    """A context that lost distractor text: tokens of the prompt before and after."""
+
+    id: str
+    context: str
+    before: int
+    after: int
+
+
+@dataclass
+class Report:
+    """What became of the examples, and of the token ids that came with their responses.
+
+    Attributes:
+        ids_used: responses whose own token ids are trained on.
+        ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenised instead.
+    """
+
+    dropped: list[Dropped] = field(default_factory=list)
+    cut: list[Shortened] = field(default_factory=list)
+    ids_used: int = 0
+    ids_mismatched: int = 0
+
+    def add(self, other: Report) -> None:
+        self.dropped += other.dropped
+        self.cut += other.cut
+        self.ids_used += other.ids_used
+        self.ids_mismatched += other.ids_mismatched
+
+    def lines(self, seq_length: int | None) -> list[str]:
+        """The counts for a person, with the first ten examples of each list."""
+        lines = []
+        if self.dropped:
+            told = (f"{d.id} ({d.tokens}{', ' + d.reason if d.reason else ''})" for d in self.dropped[:10])
+            lines.append(
+                f"dropped {len(self.dropped)} examples longer than {seq_length} tokens: "
+                + ", ".join(told)
+                + (" ..." if len(self.dropped) > 10 else "")
+            )
+        if self.cut:
+            told = (f"{c.id} {c.context} ({c.before} to {c.after})" for c in self.cut[:10])
+            lines.append(
+                f"cut distractors of {len(self.cut)} contexts to fit {seq_length} tokens: "
+                + ", ".join(told)
+                + (" ..." if len(self.cut) > 10 else "")
+            )
+        if self.ids_mismatched:
+            lines.append(
+                f"token ids of {self.ids_mismatched} responses are not this tokenizer's for their text, which was "
+                f"tokenised instead ({self.ids_used} used as sampled)"
+            )
+        return lines
+
+
 @dataclass(frozen=True)
 class TokenDataset:
     """Tokenised examples in file order.
 
     Attributes:
-        groups: the examples.
-        dropped: (id, tokens) of those beyond the length limit.
+        groups: the examples; from a folder (token_store.py) they are made when they are looked at, and the length of
+            their ids is known without reading them.
+        dropped: those beyond the length limit.
         fingerprint: sha256 over all ids and roles; equal data, tokenizer and template give equal fingerprints.
+        report: what else became of the examples.
     """
 
-    groups: list[TokenGroup]
-    dropped: list[tuple[str, int]]
+    groups: Sequence[TokenGroup]
+    dropped: list[Dropped]
     fingerprint: str
+    report: Report = field(default_factory=Report, compare=False)
 
     def chosen_rejected_lengths(self) -> list[tuple[int, int]]:
         """Tokens of the chosen and the rejected answer of every group that has both on one context."""
@@ -94,6 +171,12 @@ class TokenDataset:
                     break
         return found
 
+    def largest_token(self) -> tuple[int, str]:
+        """(the largest token id, an example that has it)."""
+        return max(
+            ((max(ids), group.id) for group in self.groups for ids in group.sequences()), key=lambda found: found[0]
+        )
+
     def with_roles(self, roles: Sequence[str]) -> TokenDataset:
         """The same examples with these roles only; a prompt without any of them goes too.
 
@@ -102,10 +185,7 @@ class TokenDataset:
         groups = [group.with_roles(roles) for group in self.groups]
         if groups == self.groups:
             return self
-        digest = hashlib.sha256()
-        for group in groups:
-            _update(digest, group)
-        return TokenDataset(groups, self.dropped, digest.hexdigest())
+        return replace(self, groups=groups, fingerprint=fingerprint(groups))
 
 
 def tokenize(
@@ -114,90 +194,186 @@ def tokenize(
     roles: tuple[str, ...],
     seq_length: int,
     overlong: str = "refuse",
+    template: Mapping[str, Any] | None = None,
 ) -> TokenDataset:
-    """Reads and tokenises a JSONL file of groups, or of conversations when ``roles`` is ("response",).
+    """Reads and tokenises a file of groups, or of conversations when ``roles`` is ("response",), into memory.
 
     Args:
         roles: which (context, response) pairs the method scores, e.g. ("short_chosen", "short_rejected",
             "long_chosen").
         seq_length: the longest prompt plus continuation, in tokens.
-        overlong: ``refuse`` or ``drop`` what is longer.
+        overlong: what is longer: ``refuse``, ``drop``, or ``cut`` out of its distractors.
+        template: what the chat template is told beside the messages.
 
     Raises:
         UserError: a malformed record, a group without long context where one is needed, an example beyond
             seq_length with ``refuse``, or no example at all.
     """
-    groups, dropped, digest = [], [], hashlib.sha256()
-    for group in _examples(path, tokenizer, roles):
-        if group.longest > seq_length:
-            if overlong == "refuse":
-                raise UserError(
-                    f"{path}: example {group.id!r} has {group.longest} tokens, above --seq-length "
-                    f"{seq_length}; raise it, or drop such examples with --overlong drop"
-                )
-            dropped.append((group.id, group.longest))
-            continue
-        _update(digest, group)
-        groups.append(group)
-    if not groups:
-        why = f"; all {len(dropped)} are longer than --seq-length {seq_length}" if dropped else ""
-        raise UserError(f"{path}: no usable example{why}")
-    return TokenDataset(groups, dropped, digest.hexdigest())
-
-
-def _examples(path: str | Path, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> Iterator[TokenGroup]:
-    if roles == ("response",):
-        for conversation in read_conversations(path):
-            try:
-                yield tokenize_conversation(conversation, tokenizer)
-            except UserError as error:
-                raise UserError(f"{path}: conversation {conversation.id!r}: {error}") from None
-        return
-    for group in read_groups(path):
+    encoder = Encoder(tokenizer, seq_length, overlong, template or {})
+    read = read_conversations if roles == (RESPONSE,) else read_groups
+    groups = []
+    for record in read(path):
         try:
-            yield tokenize_group(group, tokenizer, roles)
+            group = encoder.encode(record, roles)
         except UserError as error:
-            raise UserError(f"{path}: group {group.id!r}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
+        if group is not None:
+            groups.append(group)
+    report = encoder.report
+    if not groups:
+        raise UserError(no_example(path, len(report.dropped), seq_length))
+    return TokenDataset(groups, report.dropped, fingerprint(groups), report)
 
 
-def tokenize_conversation(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> TokenGroup:
-    """The first turns as the prompt, everything after as one continuation."""
-    prompt, ids, learnt = conversation_ids(tokenizer, conversation.messages)
-    continuation = Continuation("response", array("i", ids), None if all(learnt) else learnt)
-    return TokenGroup(conversation.id, (Prompt(array("i", prompt), (continuation,)),))
+def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
+    """What to say of a file without a usable example."""
+    return f"{path}: no usable example" + (
+        f"; all {dropped} are longer than --seq-length {seq_length}" if dropped else ""
+    )
 
 
-def tokenize_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> TokenGroup:
-    """The prompts and continuations that ``roles`` name.
+class Encoder:
+    """Turns records into token groups within a length, and keeps count.
 
-    Raises:
-        UserError: a long role is asked for and the group has no long context, or the chosen and rejected
-            responses have the same token ids.
+    Args:
+        seq_length: the longest prompt plus continuation, in tokens; None for no limit.
+        overlong: what happens to longer ones: ``refuse``, ``drop`` or ``cut``.
+        template: what the chat template is told beside the messages.
     """
-    prompts = []
-    for context, messages in (("short", group.short_messages), ("long", group.long_messages)):
-        wanted = [role for role in roles if role.startswith(context)]
-        if not wanted:
-            continue
-        if messages is None:
-            raise UserError("no long_messages; give long contexts, or train with --context-mode short")
-        ids = prompt_ids(tokenizer, messages)
-        responses = (getattr(group, role.split("_")[1]) for role in wanted)
-        continuations = tuple(
-            Continuation(role, array("i", response_ids(tokenizer, messages, response)))
-            for role, response in zip(wanted, responses, strict=True)
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_length: int | None,
+        overlong: str,
+        template: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer, self.seq_length, self.overlong, self.template = tokenizer, seq_length, overlong, template
+        self.report = Report()
+
+    def encode(self, record: PreferenceGroup | Conversation, roles: tuple[str, ...]) -> TokenGroup | None:
+        """The example with these roles, or None where it is too long and dropped.
+
+        Raises:
+            UserError: a long role is asked for and the group has no long context, chosen and rejected have the same
+                token ids, the chat template refuses the messages, or the example is too long with ``refuse``.
+        """
+        is_group = isinstance(record, PreferenceGroup)
+        cut: list[Shortened] = []
+        whys: list[str] = []
+        try:
+            if is_group:
+                group = self._preference(record, roles, cut, whys)
+            else:
+                group = self._conversation(record)
+        except UserError as error:
+            kind = "group" if is_group else "conversation"
+            raise UserError(f"{kind} {record.id!r}: {error}") from None
+        if self.seq_length is None or group.longest <= self.seq_length:
+            self.report.cut += cut
+            return group
+        if self.overlong == "refuse":
+            ways = "drop such examples with --overlong drop" + (
+                ", or shorten their distractors with --overlong cut" if is_group else ""
+            )
+            raise UserError(
+                f"example {record.id!r} has {group.longest} tokens, above --seq-length {self.seq_length}; raise it, "
+                f"{ways}"
+            )
+        self.report.dropped.append(Dropped(record.id, group.longest, "; ".join(whys)))
+        return None
+
+    def _conversation(self, conversation: Conversation) -> TokenGroup:
+        """The first turns as the prompt, everything after as one continuation."""
+        prompt, ids, learnt = conversation_ids(self.tokenizer, conversation.messages, **self.template)
+        continuation = Continuation(RESPONSE, array("i", ids), None if all(learnt) else learnt)
+        return TokenGroup(conversation.id, (Prompt(array("i", prompt), (continuation,)),))
+
+    def _preference(
+        self, group: PreferenceGroup, roles: tuple[str, ...], cut: list[Shortened], whys: list[str]
+    ) -> TokenGroup:
+        """The prompts and continuations that ``roles`` name; notes what was cut, and why something could not be."""
+        prompts = []
+        sampled = {
+            name: self._sampled(getattr(group, name), getattr(group, f"{name}_ids")) for name in ("chosen", "rejected")
+        }
+        for context in ("short", "long"):
+            wanted = [role for role in roles if role.startswith(context)]
+            if not wanted:
+                continue
+            messages = getattr(group, f"{context}_messages")
+            if messages is None:
+                raise UserError("no long_messages; give long contexts, or train with --context-mode short")
+            continuations = []
+            for role in wanted:
+                name = role.partition("_")[2]
+                ids = sampled[name]
+                if ids is None:
+                    ids = response_ids(self.tokenizer, messages, getattr(group, name), **self.template)
+                continuations.append(Continuation(role, array("i", ids)))
+            if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
+                raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
+            ids = self._prompt(messages)
+            if self.overlong == "cut" and self.seq_length is not None:
+                limit = self.seq_length - max(len(continuation.ids) for continuation in continuations)
+                if len(ids) > limit:
+                    shorter = self._cut(group, context, limit, whys)
+                    if shorter is not None:
+                        cut.append(Shortened(group.id, context, len(ids), len(shorter)))
+                        ids = shorter
+            prompts.append(Prompt(array("i", ids), tuple(continuations)))
+        return TokenGroup(group.id, tuple(prompts))
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        return prompt_ids(self.tokenizer, messages, **self.template)
+
+    def _cut(self, group: PreferenceGroup, context: str, limit: int, whys: list[str]) -> list[int] | None:
+        """Token ids of the shortened prompt, or None, and why is noted."""
+        spans = getattr(group, f"{context}_spans")
+        if not spans:
+            whys.append(f"no {context}_spans say where its documents are")
+            return None
+        cut = cut_context(
+            getattr(group, f"{context}_messages"),
+            spans,
+            limit,
+            lambda messages: len(self._prompt(messages)),
+            lambda texts: [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]],
         )
-        if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
-            raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
-        prompts.append(Prompt(array("i", ids), continuations))
-    return TokenGroup(group.id, tuple(prompts))
+        if cut is None:
+            whys.append(f"the distractors of its {context} context are not enough")
+            return None
+        return self._prompt(cut.messages)
+
+    def _sampled(self, text: str, ids: Sequence[int] | None) -> list[int] | None:
+        """The ids a response was sampled as, its end of turn once; None where they are not this tokenizer's."""
+        if ids is None:
+            return None
+        end = self.tokenizer.eos_token_id
+        body = list(ids[: ids.index(end)] if end in ids else ids)
+        if body and max(body) < len(self.tokenizer):
+            texts = (self.tokenizer.decode(body, skip_special_tokens=skip) for skip in (True, False))
+            if text in texts:
+                self.report.ids_used += 1
+                return [*body, end]
+        self.report.ids_mismatched += 1
+        return None
 
 
-def _update(digest: hashlib._Hash, group: TokenGroup) -> None:
-    for prompt in group.prompts:
-        digest.update(len(prompt.ids).to_bytes(8, "little") + array("i", prompt.ids).tobytes())
-        for continuation in prompt.continuations:
-            digest.update(continuation.role.encode() + len(continuation.ids).to_bytes(8, "little"))
-            digest.update(array("i", continuation.ids).tobytes())
-            if continuation.learnt is not None:
-                digest.update(bytes(continuation.learnt))
+def fingerprint(groups: Iterable[TokenGroup]) -> str:
+    """sha256 over the ids, roles and learnt tokens of examples in order."""
+    digest = hashlib.sha256()
+    for group in groups:
+        for prompt in group.prompts:
+            digest.update(digest_of(prompt.ids))
+            for continuation in prompt.continuations:
+                digest.update(continuation.role.encode() + digest_of(continuation.ids))
+                if continuation.learnt is not None:
+                    digest.update(bytes(continuation.learnt))
+    return digest.hexdigest()
+
+
+def digest_of(ids: Sequence[int]) -> bytes:
+    """sha256 of ids as 32-bit integers; that of stored ids is known without reading them."""
+    known = getattr(ids, "digest", None)
+    return hashlib.sha256(array("i", ids).tobytes()).digest() if known is None else known

@@ -61,7 +61,8 @@ def describe(config: Config) -> str:
         "# data",
         f"train: {len(data.train.groups):,} examples, {tokens:,} tokens a pass "
         f"({tokens / separate:.2f} of laying every prompt out for each response), "
-        f"longest {max(group.longest for group in data.train.groups):,}, dropped {len(data.train.dropped)}",
+        f"longest {max(group.longest for group in data.train.groups):,}, dropped {len(data.train.dropped)}, "
+        f"cut {len(data.train.report.cut)}",
         *([f"valid: {len(data.valid.groups):,} examples, dropped {len(data.valid.dropped)}"] if data.valid else []),
         f"scored responses: {', '.join(roles(config.method))}"
         + (f"; by the reference: {', '.join(reference_roles(config.method))}" if data.reference else ""),

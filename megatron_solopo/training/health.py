@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from megatron_solopo.data.lengths import Lengths
 from megatron_solopo.errors import UserError
 
 WINDOW = 20
@@ -21,8 +22,6 @@ SPIKE_WINDOW = 64
 """Steps that a spike is compared with."""
 FALL = 0.1
 """A chosen log-prob fell if it lost this share of its first value (and at least 1 nat an answer)."""
-LENGTH_RATIO, LENGTH_SHARE = 1.5, 0.8
-"""Chosen against rejected length: a ratio of means, or a share of groups in one direction, that is worth a word."""
 
 DISPLACEMENT, SHORT_SIDE, SPIKE = "chosen_log_prob_falls", "short_side_falls", "spike"
 
@@ -126,16 +125,4 @@ def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[st
 
 def length_bias(lengths: Sequence[tuple[int, int]]) -> str | None:
     """A warning about (chosen, rejected) lengths in tokens so different that length itself may be learnt, or None."""
-    if len(lengths) < WINDOW:
-        return None
-    chosen, rejected = fmean(c for c, _ in lengths), fmean(r for _, r in lengths)
-    longer = sum(c > r for c, r in lengths) / len(lengths)
-    shorter = sum(c < r for c, r in lengths) / len(lengths)
-    ratio = max(chosen, rejected) / min(chosen, rejected)
-    if ratio < LENGTH_RATIO and max(longer, shorter) < LENGTH_SHARE:
-        return None
-    return (
-        f"chosen answers have {chosen:.1f} tokens, rejected ones {rejected:.1f} (chosen longer in {longer:.0%} of the "
-        f"groups, shorter in {shorter:.0%}): the model may learn length; balance the pairs, or use a loss that divides "
-        "by length (simpo, orpo)"
-    )
+    return Lengths.of("tokens", lengths).bias()

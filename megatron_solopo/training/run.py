@@ -83,22 +83,26 @@ class RunData:
 
 
 def load_data(config: Config) -> RunData:
-    """Tokenises training and validation data.
+    """Training and validation data: files are tokenised, folders of token ids opened.
 
     Raises:
-        UserError: see `tokenize`.
+        UserError: see `tokenize` and `open_tokens`.
     """
     from megatron_solopo.data.chat import load_tokenizer
+    from megatron_solopo.data.text_facts import text_facts
+    from megatron_solopo.data.token_store import is_store, open_tokens
     from megatron_solopo.data.tokens import tokenize
     from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
     tokenizer = load_tokenizer(config.model.hf_path, config.model.chat_template)
-    wanted = scored_roles(config.method)
-    read = {
-        split: tokenize(path, tokenizer, wanted, config.data.seq_length, config.data.overlong)
-        for split, path in (("train", config.data.train_data), ("valid", config.data.valid_data))
-        if path
-    }
+    wanted, data = scored_roles(config.method), config.data
+    read = {}
+    for split, path in (("train", data.train_data), ("valid", data.valid_data)):
+        if path and is_store(path):
+            facts = text_facts(config.model.hf_path, tokenizer)
+            read[split] = open_tokens(path, facts, wanted, data.seq_length, data.overlong)
+        elif path:
+            read[split] = tokenize(path, tokenizer, wanted, data.seq_length, data.overlong)
     policy = {split: dataset.with_roles(roles(config.method)) for split, dataset in read.items()}
     compared = reference_roles(config.method)
     reference = {split: dataset.with_roles(compared) for split, dataset in read.items()} if compared else {}
@@ -196,6 +200,7 @@ def train(here: Any, config: Config) -> None:
         log.say(f"warning: {bias}")
     if first:
         _write_settings(Path(output.save), config)
+        _write_overlong(Path(output.save), data)
 
     reference: dict[str, Any] = {"train": None, "valid": None}
     if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
@@ -348,14 +353,14 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
 def check_vocabulary(data: RunData, vocab_size: int) -> None:
     """Refuses token ids that the model has no row for."""
     for dataset in (data.train, data.valid, *data.reference.values()):
-        for group in dataset.groups if dataset is not None else ():
-            for prompt in group.prompts:
-                largest = max(max(prompt.ids), max(max(c.ids) for c in prompt.continuations))
-                if largest >= vocab_size:
-                    raise UserError(
-                        f"example {group.id!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
-                        "tokenizer and config.json do not belong together"
-                    )
+        if dataset is None:
+            continue
+        largest, example = dataset.largest_token()
+        if largest >= vocab_size:
+            raise UserError(
+                f"example {example!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
+                "tokenizer and config.json do not belong together"
+            )
 
 
 def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
@@ -382,12 +387,8 @@ def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule:
         )
     )
     for split, dataset in (("train", train), ("valid", data.valid)):
-        if dataset is not None and dataset.dropped:
-            log.say(
-                f"{split}: dropped {len(dataset.dropped)} examples longer than {config.data.seq_length} tokens: "
-                + ", ".join(f"{name} ({tokens})" for name, tokens in dataset.dropped[:10])
-                + (" ..." if len(dataset.dropped) > 10 else "")
-            )
+        for line in dataset.report.lines(config.data.seq_length) if dataset is not None else ():
+            log.say(f"{split}: {line}")
 
 
 def _write_settings(folder: Path, config: Config) -> None:
@@ -408,6 +409,22 @@ def _write_settings(folder: Path, config: Config) -> None:
             (folder / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--save {folder}: {name} cannot be written ({system_reason(error)})") from None
+
+
+def _write_overlong(folder: Path, data: RunData) -> None:
+    """overlong.jsonl: every example that was dropped or cut for its length, where there are any."""
+    from megatron_solopo.data.records import write_jsonl
+    from megatron_solopo.data.token_store import overlong_records
+
+    reports = {"train": data.train.report} | ({"valid": data.valid.report} if data.valid is not None else {})
+    records = [{"split": split} | record for split, report in reports.items() for record in overlong_records(report)]
+    try:
+        if records:
+            write_jsonl(folder / "overlong.jsonl", records)
+        else:
+            (folder / "overlong.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {folder}: overlong.jsonl cannot be written ({system_reason(error)})") from None
 
 
 def _effective(config: Config) -> dict[str, dict[str, Any]]:

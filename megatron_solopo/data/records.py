@@ -1,0 +1,135 @@
+"""Records in files: JSONL or Parquet, read one by one, whole or in parts, and written in one piece.
+
+A file whose name ends in ``.parquet`` is Parquet, every other one JSONL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.data import parquet
+from megatron_solopo.errors import UserError
+
+Record = dict[str, Any]
+
+PART_BYTES = 4 << 20
+"""A part of a JSONL file ends with the line that makes it this long; it fits in memory many times over."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a file that can be read by itself.
+
+    Attributes:
+        start: the byte where it begins; of a Parquet file, the row group.
+        first: the number of its first line or row in the file, from 1.
+        count: its lines, empty ones included, or rows.
+    """
+
+    start: int
+    first: int
+    count: int
+
+
+def is_parquet(path: str | Path) -> bool:
+    return Path(path).suffix == ".parquet"
+
+
+def read_records(path: str | Path, part: Part | None = None) -> Iterator[tuple[str, Record]]:
+    """Yields (where, record) of a JSONL or Parquet file or of a part of it; where is ``file:line`` or ``file:row N``.
+
+    Raises:
+        UserError: the file is missing or not of its kind, or a line is not a JSON object.
+    """
+    if not is_parquet(path):
+        return read_jsonl(path, part)
+    return parquet.read_rows(path) if part is None else parquet.read_rows(path, part.start, part.first)
+
+
+def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str, Record]]:
+    """Yields ``("file:line", record)`` for each non-empty line of a file, or of a part of it.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a JSONL file")
+    start, first, count = (part.start, part.first, part.count) if part else (0, 1, None)
+    with path.open("rb") as lines:
+        lines.seek(start)
+        for number, line in enumerate(lines, first):
+            if number - first == count:
+                return
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+                ) from None
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+                ) from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            yield where, record
+
+
+def scan(path: str | Path) -> tuple[str, list[Part]]:
+    """(sha256 in hex, parts in order) of a file. The parts depend on the file's bytes alone.
+
+    Raises:
+        UserError: the file is missing, or a Parquet file is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file")
+    if is_parquet(path):
+        sizes = parquet.row_group_sizes(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, [Part(group, 1 + sum(sizes[:group]), size) for group, size in enumerate(sizes)]
+    digest, parts = hashlib.sha256(), []
+    start = size = count = 0
+    first = 1
+    with path.open("rb") as lines:
+        for line in lines:
+            digest.update(line)
+            size, count = size + len(line), count + 1
+            if size >= PART_BYTES:
+                parts.append(Part(start, first, count))
+                start, first, size, count = start + size, first + count, 0, 0
+    if count:
+        parts.append(Part(start, first, count))
+    return digest.hexdigest(), parts
+
+
+def write_records(path: str | Path, records: Iterable[Any]) -> int:
+    """Writes preference groups as JSONL or Parquet, aside first and renamed at the end; returns the count."""
+    return parquet.write_groups(path, records) if is_parquet(path) else write_jsonl(path, records)
+
+
+def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
+    """Writes dataclasses or dicts, one a line, aside first and renamed at the end; returns the count."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    count = 0
+    with aside.open("w", encoding="utf-8") as out:
+        for record in records:
+            if dataclasses.is_dataclass(record):
+                record = dataclasses.asdict(record)
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+    aside.replace(path)
+    return count

@@ -1,0 +1,67 @@
+"""What the token ids of a data set depend on beside its texts: the tokenizer, its chat template and how it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_NOT_THE_TOKENIZER = ("chat_template", "is_local", "local_files_only", "model_max_length", "name_or_path")
+"""Fields of tokenizer_config.json that change no id; the template is compared as it is used."""
+
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+)
+
+
+def text_facts(
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What turns a chat into ids: digests of the tokenizer's files and of its chat template, and how it is used.
+
+    Args:
+        folder: the tokenizer's.
+        template: what the chat template is told beside the messages.
+    """
+    files = {}
+    for name in dict.fromkeys((*_FILES, *tokenizer.vocab_files_names.values())):
+        path = Path(folder) / name
+        if path.is_file():
+            data = path.read_bytes()
+            if name == "tokenizer_config.json":
+                fields = json.loads(data)
+                data = _canonical({key: fields[key] for key in fields if key not in _NOT_THE_TOKENIZER})
+            files[name] = hashlib.sha256(data).hexdigest()
+    chosen = tokenizer.chat_template
+    return {
+        "tokenizer": files,
+        "chat_template": hashlib.sha256(chosen.encode() if isinstance(chosen, str) else _canonical(chosen)).hexdigest(),
+        "chat_template_kwargs": dict(template or {}),
+        "end_of_turn": tokenizer.eos_token,
+    }
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def text_differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, how two results of `text_facts` differ."""
+    told = []
+    made_files, files = made["tokenizer"], now["tokenizer"]
+    for name in sorted(made_files.keys() | files.keys()):
+        if made_files.get(name) != files.get(name):
+            lacks = "" if name in made_files and name in files else " (only one of them has it)"
+            told.append(f"another tokenizer ({name} differs{lacks})")
+            break
+    if made["chat_template"] != now["chat_template"]:
+        told.append("another chat template")
+    for key, what in (("chat_template_kwargs", "--chat-template-kwargs"), ("end_of_turn", "end of turn")):
+        if made[key] != now[key]:
+            told.append(f"{what} {made[key]!r} where the run has {now[key]!r}")
+    return told

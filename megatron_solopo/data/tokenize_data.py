@@ -1,0 +1,397 @@
+"""``solopo tokenize-data``: a data file to a folder of token ids that training opens by mmap (token_store.py).
+
+The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
+other into a file of its own; then all are put together in order. So the result does not depend on the number of workers,
+memory not on the size of the file, and a killed run goes on with the parts that are not there yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo import __version__
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.records import Part, read_records, scan, write_jsonl
+from megatron_solopo.data.schema import read_conversations, read_groups
+from megatron_solopo.data.text_facts import text_facts
+from megatron_solopo.data.token_store import (
+    ALL_ROLES,
+    FORMAT,
+    LAYOUTS,
+    MANIFEST,
+    SHORT_ROLES,
+    indexed_dataset,
+    overlong_records,
+    read_manifest,
+    sequences_of,
+)
+from megatron_solopo.data.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
+from megatron_solopo.errors import UserError, system_reason
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker does to its parts."""
+
+    source: str
+    tokenizer: str
+    chat_template: str | None
+    template: dict[str, Any]
+    objective: str
+    seq_length: int | None
+    overlong: str
+    parts: Path
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.tokenizer, self.chat_template)
+
+    def part_file(self, number: int) -> Path:
+        return self.parts / f"{number:06}.npz"
+
+
+def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, part: Part) -> None:
+    """Writes the part's file, aside first; a file that is there is whole."""
+    encoder = Encoder(tokenizer, job.seq_length, job.overlong, job.template)
+    read = read_conversations if job.objective == "sft" else read_groups
+    ids: list[str] = []
+    tokens: list[np.ndarray] = []
+    lengths: list[list[int]] = []
+    digests: list[bytes] = []
+    largest: tuple[int, str] = (-1, "")
+    for record in read(job.source, part):
+        if job.objective == "sft":
+            roles: tuple[str, ...] = (RESPONSE,)
+        else:
+            roles = SHORT_ROLES if record.long_messages is None else ALL_ROLES
+        try:
+            group = encoder.encode(record, roles)
+        except UserError as error:
+            raise UserError(f"{job.source}: {error}") from None
+        if group is None:
+            continue
+        sequences = sequences_of(group, job.objective)
+        ids.append(group.id)
+        tokens += [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        lengths.append([len(sequence) for sequence in sequences])
+        digests += [digest_of(sequence) for sequence in sequences]
+        largest = max(largest, (max(max(sequence) for sequence in group.sequences()), group.id), key=lambda f: f[0])
+    words = {"ids": ids, "report": asdict(encoder.report), "largest": largest}
+    aside = job.part_file(number).with_suffix(f".{os.getpid()}.aside")
+    with aside.open("wb") as file:
+        np.savez(
+            file,
+            tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
+            lengths=np.array(lengths, dtype=np.int32).reshape(-1, len(LAYOUTS[job.objective])),
+            digests=np.frombuffer(b"".join(digests), dtype=np.uint8),
+            words=np.frombuffer(json.dumps(words).encode(), dtype=np.uint8),
+        )
+    aside.replace(job.part_file(number))
+
+
+def read_part(path: Path, *names: str) -> list[Any]:
+    """Arrays of a part's file; ``words`` as the object that was written.
+
+    Raises:
+        UserError: the file is damaged; it is removed, so that the next run writes it anew.
+    """
+    try:
+        with np.load(path) as file:
+            found = [file[name] for name in names]
+            return [json.loads(a.tobytes()) if n == "words" else a for n, a in zip(names, found, strict=True)]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        path.unlink()
+        raise UserError(f"{path}: damaged ({error}); it was removed: run the same command again") from None
+
+
+# One worker process. The tokenizer's own threads are off: processes are what --workers counts.
+
+_job: Job
+_tokenizer: PreTrainedTokenizerBase
+
+
+def _start_worker(job: Job) -> None:
+    global _job, _tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job, _tokenizer = job, job.load_tokenizer()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _work(number: int, part: Part) -> int:
+    tokenize_part(_job, _tokenizer, number, part)
+    return number
+
+
+def _tokenize_parts(job: Job, todo: dict[int, Part], workers: int) -> Iterator[int]:
+    """Tokenises parts and yields the number of each when it is done, in order."""
+    if workers == 1 or len(todo) == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        tokenizer = job.load_tokenizer()
+        for number, part in todo.items():
+            tokenize_part(job, tokenizer, number, part)
+            yield number
+        return
+    # A fork server has no threads yet that a fork could break, and imports this module once for all workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (job,))
+    try:
+        yield from pool.map(_work, todo.keys(), todo.values())
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed (out of memory?); what is done is kept: run the same command again, with "
+            "fewer --workers if memory is short"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Putting parts together.
+
+
+def _merge(job: Job, count: int, result: Path) -> tuple[dict[str, Any], Report]:
+    """Writes all files of the result but the manifest; returns the manifest's part about them, and the report."""
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    builder = indexed_dataset().IndexedDatasetBuilder(str(result / "tokens.bin"), dtype=np.int32)
+    digest, report, largest, total = hashlib.sha256(), Report(), (-1, ""), 0
+    with (result / "digests.bin").open("wb") as digests, (result / "ids.jsonl").open("w", encoding="utf-8") as ids:
+        for number in range(count):
+            tokens, lengths, own_digests, words = read_part(
+                job.part_file(number), "tokens", "lengths", "digests", "words"
+            )
+            digest.update(tokens.tobytes())
+            ends = lengths.sum(axis=1).cumsum()
+            for document, of in zip(np.split(tokens, ends[:-1]) if len(ends) else (), lengths.tolist(), strict=True):
+                builder.add_document(document, of)
+            digests.write(own_digests.tobytes())
+            ids.writelines(json.dumps(name, ensure_ascii=False) + "\n" for name in words["ids"])
+            report.add(_report(words["report"]))
+            largest = max(largest, tuple(words["largest"]), key=lambda found: found[0])
+            total += tokens.size
+    builder.finalize(str(result / "tokens.idx"))
+    write_jsonl(result / "overlong.jsonl", overlong_records(report))
+    files = {}
+    for name in ("tokens.bin", "tokens.idx", "digests.bin", "ids.jsonl", "overlong.jsonl"):
+        path = result / name
+        if name != "tokens.bin":
+            with path.open("rb") as file:
+                digest_of_file = hashlib.file_digest(file, "sha256")
+        files[name] = {
+            "bytes": path.stat().st_size,
+            "sha256": (digest if name == "tokens.bin" else digest_of_file).hexdigest(),
+        }
+    groups = len(builder.document_indices) - 1
+    counts = {
+        "groups": groups,
+        "tokens": int(total),
+        "dropped": len(report.dropped),
+        "cut": len(report.cut),
+        "ids_used": report.ids_used,
+        "ids_mismatched": report.ids_mismatched,
+    }
+    found = {"counts": counts, "largest_token": {"id": largest[0], "group": largest[1]}, "files": files}
+    return found, report
+
+
+def _report(fields: dict[str, Any]) -> Report:
+    return Report(
+        [Dropped(*values) for values in fields["dropped"]],
+        [Shortened(*values) for values in fields["cut"]],
+        fields["ids_used"],
+        fields["ids_mismatched"],
+    )
+
+
+def _differences(made: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """The names of settings that are not equal, nested ones joined by dots."""
+    told = []
+    for key in sorted(made.keys() | now.keys()):
+        before, after = made.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            told += _differences(before, after, f"{where}{key}.")
+        elif before != after:
+            told.append(f"{where}{key}")
+    return told
+
+
+def _check_ids(job: Job, number: int, seen: set[str]) -> int:
+    """Refuses an id that an earlier part has; returns the number of ids."""
+    (words,) = read_part(job.part_file(number), "words")
+    for name in words["ids"]:
+        if name in seen:
+            places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
+            raise UserError(f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique")
+        seen.add(name)
+    return len(words["ids"]) + len(words["report"]["dropped"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solopo tokenize-data",
+        description="Tokenise a data file once, into a folder that --train-data and --valid-data take. A killed run "
+        "continues where it was when the command is repeated.",
+    )
+    parser.add_argument(
+        "--train-data", required=True, metavar="FILE", help="preference groups or conversations, JSONL or Parquet"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder of the model to train")
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template; training must be given the same")
+    parser.add_argument(
+        "--objective", choices=sorted(LAYOUTS), default="preference", help="what the file holds (default: preference)"
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="longest prompt plus response in tokens, on both contexts (default: no limit; training has its own)",
+    )
+    parser.add_argument(
+        "--overlong",
+        choices=("refuse", "drop", "cut"),
+        help="what is longer: refuse the file, drop and list it, or cut text out of its distractors (default: refuse)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: one for each core)",
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: give a number of at least 1")
+    if options.seq_length is not None and options.seq_length < 2:
+        raise UserError(f"--seq-length {options.seq_length}: give a number of at least 2")
+    if options.overlong is not None and options.seq_length is None:
+        raise UserError(f"--overlong {options.overlong} would have no effect: it needs --seq-length")
+    if options.overlong == "cut" and options.objective == "sft":
+        raise UserError("--overlong cut with --objective sft: conversations have no documents to cut; take drop")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``."""
+    options = _parser().parse_args(argv)
+    _check(options)
+    output = Path(options.output)
+    partial = output.with_name(output.name + ".partial")
+    job = Job(
+        source=options.train_data,
+        tokenizer=options.tokenizer,
+        chat_template=options.chat_template,
+        template={},
+        objective=options.objective,
+        seq_length=options.seq_length,
+        overlong=options.overlong or "refuse",
+        parts=partial / "parts",
+    )
+    try:
+        return _run(job, output, partial, options.workers)
+    except OSError as error:
+        if error.filename not in (None, str(output)) and not str(error.filename).startswith(str(partial)):
+            raise
+        raise UserError(
+            f"--output {output}: cannot be written ({system_reason(error)}); what is done is kept: mend that and run "
+            "the same command again"
+        ) from None
+
+
+def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
+    begin = time.monotonic()
+    tokenizer = job.load_tokenizer()
+    sha256, parts = scan(job.source)
+    settings = {
+        "format": FORMAT,
+        "version": __version__,
+        "objective": job.objective,
+        "options": {"seq_length": job.seq_length, "overlong": job.overlong if job.seq_length else None},
+        "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
+        "text": text_facts(job.tokenizer, tokenizer, job.template),
+    }
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        manifest = read_manifest(output) if output.is_dir() else {}
+        if told := _differences({key: manifest.get(key) for key in settings}, settings):
+            raise UserError(
+                f"--output {output}: is there already, made with another {', '.join(told)}; give another name, or "
+                "delete it"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"{output} is complete: {manifest['counts']['groups']} groups; nothing is left to do")
+        return 0
+    _begin(partial, settings)
+    done = {number for number in range(len(parts)) if job.part_file(number).is_file()}
+    seen: set[str] = set()
+    with tqdm(unit="group", disable=None) as bar:
+        for number in sorted(done):
+            bar.update(_check_ids(job, number, seen))
+        todo = {number: part for number, part in enumerate(parts) if number not in done}
+        for number in _tokenize_parts(job, todo, workers) if todo else ():
+            bar.update(_check_ids(job, number, seen))
+    result = partial / "result"
+    found, report = _merge(job, len(parts), result)
+    counts = found["counts"]
+    if not counts["groups"]:
+        raise UserError(no_example(job.source, counts["dropped"], job.seq_length))
+    manifest = settings | {"file": str(job.source), "sequences": LAYOUTS[job.objective]} | found
+    (result / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    result.replace(output)
+    shutil.rmtree(partial)
+    print("\n".join(report.lines(job.seq_length)) or "nothing was left out")
+    print(
+        f"wrote {counts['groups']} groups of {counts['tokens']:,} tokens to {output} in "
+        f"{time.monotonic() - begin:.1f} s with {workers} workers"
+        + (f"; {len(done)} of {len(parts)} parts were done before" if done else "")
+    )
+    return 0
+
+
+def _begin(partial: Path, settings: dict[str, Any]) -> None:
+    """The folder of what is not complete yet, new or with the same settings."""
+    (partial / "parts").mkdir(parents=True, exist_ok=True)
+    path = partial / "settings.json"
+    if path.is_file():
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            made = {}
+        if told := _differences(made, settings):
+            raise UserError(
+                f"{partial}: begun with another {', '.join(told)}; repeat the first command to go on, or delete the "
+                "folder to start again"
+            )
+        for aside in (partial / "parts").glob("*.aside"):
+            aside.unlink()
+        return
+    if any((partial / "parts").iterdir()):
+        raise UserError(f"{partial}: holds no settings.json, so nothing can go on from it; delete the folder")
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+    aside.replace(path)
