@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from tiny_models import write_model
 
+from megatron_solopo.data.lengths import Lengths
 from megatron_solopo.data.pairs import main
 from megatron_solopo.data.schema import PreferenceGroup, read_groups
 from megatron_solopo.errors import UserError
@@ -90,6 +95,179 @@ def test_counts_and_the_one_group(files: list[str], tmp_path: Path, capsys: pyte
         "responses scored: 10, right: 60.0%",
     ):
         assert line in printed
+
+
+GRADES = """
+def grade(response, answers):
+    return int(response.split()[0]) / 10
+
+def with_question(response, answers, question):
+    return question == "?" and response in answers
+
+def flag(response, answers):
+    return response in answers
+
+def raises(response, answers):
+    raise KeyError("no such grade")
+
+def nothing(response, answers):
+    return None
+
+def nan(response, answers):
+    return float("nan")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Responses that begin with their own grade, and a module `grades` in the current folder that reads it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "grades", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "grades.py").write_text(GRADES)
+    sampled = {
+        "both": ["9 best", "7 good", "5 so so", "2 bad", "1 worst", "3 poor"],
+        "high": ["9 best", "7 good", "8 fine"],
+        "low": ["2 bad", "1 worst"],
+        "even": ["1 bad", "1 worse"],
+        "between": ["5 so so", "5 or so"],
+    }
+    made = contexts(tmp_path / "contexts.jsonl", {name: ["gold"] for name in sampled})
+    asked = responses(tmp_path / "responses.jsonl", sampled)
+    return ["--contexts", str(made), "--responses", str(asked), "--scorer", "grades:grade"]
+
+
+def test_graded_scores_by_threshold_and_policy(
+    graded: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ["--right-above", "0.6", "--wrong-below", "0.4"]
+    drawn = {(g.chosen, g.rejected) for s in range(40) for g in build(graded, tmp_path, *limits, "--seed", str(s))}
+    assert drawn == {(c, r) for c in ("9 best", "7 good") for r in ("2 bad", "1 worst", "3 poor")}
+    capsys.readouterr()
+    groups = build(graded, tmp_path, *limits, "--policy", "best_worst", "--pairs-per-question", "9")
+    assert [(g.chosen[0], g.rejected[0]) for g in groups] == [tuple(p) for p in ("91", "92", "71", "72", "93", "73")]
+    assert groups[0].scores == {"chosen": 0.9, "rejected": 0.1, "share_right": round(2 / 6, 4)}
+    printed = capsys.readouterr().out
+    assert "all right: 1 (20.0%), all wrong: 2 (40.0%), no usable response: 0" in printed
+    assert "neither right nor wrong: 1 (20.0%)" in printed and "undecided: 20.0%" in printed
+
+
+def test_questions_all_right_or_all_wrong_by_choice(
+    graded: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chosen(*more: str) -> dict[str, tuple[str, str]]:
+        return {g.id: (g.chosen, g.rejected) for g in build(graded, tmp_path, *more) if g.id != "both"}
+
+    assert chosen() == {}
+    assert chosen("--all-right", "ranked") == {"high": ("9 best", "7 good")}
+    assert chosen("--all-wrong", "ranked") == {"low": ("2 bad", "1 worst")}  # even: no score is above another
+    capsys.readouterr()
+    files = ["--scorer", "grades:flag", "--all-wrong", "gold"]
+    groups = build([*graded[:4], *files], tmp_path)
+    assert [(g.id, g.chosen, g.scores["chosen_is_gold"]) for g in groups] == [
+        (name, "The answer is gold.", 1.0) for name in ("both", "high", "low", "even", "between")
+    ]
+    printed = capsys.readouterr().out
+    assert "all wrong, paired with the gold answer in a sentence: 5 (100.0%); the model did not sample it" in printed
+
+
+def test_a_scorer_may_ask_for_the_question(graded: list[str], tmp_path: Path) -> None:
+    responses(tmp_path / "responses.jsonl", {"both": ["gold", "lead"]})
+    (group,) = build([*graded[:4], "--scorer", "grades:with_question"], tmp_path)
+    assert (group.chosen, group.rejected) == ("gold", "lead")
+
+
+WRONG_OPTIONS = {
+    "unknown": (["--scorer", "bleu"], r"--scorer bleu: give sub_em, em, f1, or a function of your own as module:func"),
+    "no module": (["--scorer", "absent:f"], r"--scorer absent:f: the module absent cannot be imported \(ModuleNotFound"),
+    "no function": (["--scorer", "grades:f"], r"--scorer grades:f: f is not there in .*grades.py$"),
+    "a number": (["--scorer", "grades:number"], r"number is not a function in .*grades.py$"),
+    "raises": (["--scorer", "grades:raises"], r"raised KeyError: 'no such grade' for the response '9 best'$"),
+    "None": (["--scorer", "grades:nothing"], r"returned None for the response '9 best'; a score is a finite number"),
+    "not a number": (["--scorer", "grades:nan"], r"returned nan for the response '9 best'; a score is a finite"),
+    "both at once": (
+        ["--right-above", "0.3", "--wrong-below", "0.4"],
+        r"--wrong-below 0.4 is above --right-above 0.3: a response could be both",
+    ),
+    "no rank": (["--all-right", "ranked", "--scorer", "em"], r"--all-right ranked with --scorer em: its scores are 0"),
+    "no pairs": (["--pairs-per-question", "0"], r"--pairs-per-question 0: give a number of at least 1$"),
+    "no tokenizer": (["--chat-template", "x"], r"--chat-template would have no effect: it needs --tokenizer$"),
+    "no folder": (["--tokenizer", "absent"], r"absent: no such folder; give a Hugging Face folder with a tokenizer$"),
+    "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all right"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_wrong_options_are_one_line_and_leave_no_output(graded: list[str], case: str, tmp_path: Path) -> None:
+    flags, pattern = WRONG_OPTIONS[case]
+    with pytest.raises(UserError, match=pattern) as caught:
+        build([*graded, *flags], tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "groups.jsonl").exists()
+
+
+def test_the_commonest_answers_are_paired(tmp_path: Path) -> None:
+    texts = ["A. Answer: Rome", "B. Answer: Roma", "C. Answer: Rome.", "D. Answer: Oslo", "E. Answer: oslo", "Bern"]
+    files = [
+        "--contexts",
+        str(contexts(tmp_path / "c.jsonl", {"q": ["Rome", "Roma"]})),
+        "--responses",
+        str(responses(tmp_path / "r.jsonl", {"q": texts})),
+    ]
+    drawn = {
+        (g.chosen[0], g.rejected[0])
+        for seed in range(20)
+        for g in build(files, tmp_path, "--policy", "most_frequent", "--seed", str(seed))
+    }
+    assert drawn == {("A", "D"), ("A", "E"), ("C", "D"), ("C", "E")}
+
+
+def test_what_a_question_came_with_goes_on(tmp_path: Path) -> None:
+    """Question, documents' places and sampled ids; in any order of the responses, to either kind of file."""
+    made, asked = tmp_path / "c.jsonl", tmp_path / "r.jsonl"
+    contexts(made, {f"q{n}": ["Rome"] for n in range(9)})
+    spans = {"short_spans": [[0, 5, True]], "long_spans": [[0, 4, True], [5, 6, False]]}
+    made.write_text("".join(json.dumps(json.loads(r) | spans) + "\n" for r in made.read_text().splitlines()))
+    records = [
+        {"id": f"q{n}", "responses": ["", "Rome", f"Bern {n}"], "token_ids": [[], [n + 1, 2], None if n == 8 else [n + 7]]}
+        for n in range(9)
+        if n != 4
+    ]
+    asked.write_text("".join(json.dumps(record) + "\n" for record in records))
+    groups = build(["--contexts", str(made), "--responses", str(asked)], tmp_path)
+    assert [(g.id, g.chosen_ids, g.rejected_ids) for g in groups] == [
+        (f"q{n}", [n + 1, 2], None if n == 8 else [n + 7]) for n in range(9) if n != 4
+    ]
+    assert {g.question for g in groups} == {"?"} and groups[3].long_spans == [(0, 4, True), (5, 6, False)]
+    asked.write_text("".join(json.dumps(record) + "\n" for record in reversed(records)))
+    assert main(["--contexts", str(made), "--responses", str(asked), "--output", str(tmp_path / "g.parquet")]) == 0
+    assert list(read_groups(tmp_path / "g.parquet")) == groups
+
+
+def test_a_length_bias_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = contexts(tmp_path / "c.jsonl", {f"q{n}": ["Rome"] for n in range(30)})
+    asked = responses(tmp_path / "r.jsonl", {f"q{n}": ["It is Rome , I think", "Bern"] for n in range(30)})
+    folder = write_model(tmp_path / "hf")
+    build(["--contexts", str(made), "--responses", str(asked), "--tokenizer", str(folder)], tmp_path)
+    printed = capsys.readouterr().out
+    for unit in ("words", "tokens"):
+        assert f"length in {unit}: chosen mean 6.0, median 6, 6 to 6; rejected mean 1.0, median 1, 1 to 1" in printed
+    assert printed.count("warning: chosen answers have 6.0 words, rejected ones 1.0 (chosen longer in 100%") == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_lengths_are_those_of_the_statistics_module(seed: int) -> None:
+    draw = random.Random(seed)
+    pairs = [(draw.randint(0, 30), draw.randint(0, 9)) for _ in range(draw.randint(1, 50))]
+    chosen, rejected = zip(*pairs, strict=True)
+    line = Lengths.of("words", pairs).line()
+    for which, values in (("chosen", chosen), ("rejected", rejected)):
+        assert (
+            f"{which} mean {statistics.mean(values):.1f}, median {statistics.median_low(values)}, "
+            f"{min(values)} to {max(values)}"
+        ) in line
+    assert f"chosen longer in {sum(c > r for c, r in pairs) / len(pairs):.1%}" in line
 
 
 def test_unfinished_responses_by_choice(files: list[str], tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from array import array
 from tiny_models import preference_groups, write_lines, write_model
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenDataset, TokenGroup, tokenize
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.tokens import Continuation, Prompt, Report, TokenDataset, TokenGroup, tokenize
 from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
 SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")
@@ -66,3 +67,35 @@ def test_policy_and_reference_drop_the_same_examples(tmp_path):
     assert both.dropped and len(policy.groups) == 9 - len(both.dropped)
     assert [g.id for g in policy.groups] == [g.id for g in reference.groups]
     assert len(tokenize(path, tokenizer, reference_roles(LONGPO), 60, "drop").groups) == 9
+
+
+def test_sampled_ids_are_trained_on_where_they_are_the_text(tmp_path):
+    """Another split of the same text into tokens is kept; ids of another tokenizer are not, and are counted."""
+    tokenizer = load_tokenizer(write_model(tmp_path / "model"))
+    end, (w1, w2) = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(["w1", "w2"])
+    group = {**preference_groups(1)[0], "chosen": "w1 w2", "rejected": "w2"}
+    special = tokenizer.convert_tokens_to_ids("<user>")  # skipped when decoded: not how the text is tokenised
+    cases = {
+        "own": ([w1, w2], [w2], [w1, w2], 2),
+        "ended": ([w1, w2, end], [w2, end, end], [w1, w2], 2),
+        "special": ([w1, special, w2], [w2], [w1, special, w2], 2),
+        "other text": ([w2, w1], [w2], [w1, w2], 1),
+        "beyond the vocabulary": ([w1, 10**9], [w2], [w1, w2], 1),
+        "only the end": ([end], [w2], [w1, w2], 1),
+        "text only": (None, None, [w1, w2], 0),
+    }
+    for name, (chosen, rejected, expected, used) in cases.items():
+        path = write_lines(tmp_path / "g.jsonl", [group | {"chosen_ids": chosen, "rejected_ids": rejected}])
+        data = tokenize(path, tokenizer, (*SHORT, *LONG), 128)
+        for prompt in data.groups[0].prompts:
+            assert [list(c.ids) for c in prompt.continuations] == [[*expected, end], [w2, end]], name
+        assert (data.report.ids_used, data.report.ids_mismatched) == (used, 0 if chosen is None else 2 - used), name
+    assert "token ids of 1 responses are not this tokenizer's" in Report(ids_mismatched=1).lines(9)[0]
+
+
+def test_the_template_is_told_its_options(tmp_path):
+    tokenizer = load_tokenizer(write_model(tmp_path / "model"))
+    tokenizer.chat_template = "{{ word }} " + tokenizer.chat_template
+    path = write_lines(tmp_path / "g.jsonl", preference_groups(1))
+    data = tokenize(path, tokenizer, SHORT, 128, template={"word": "w7"})
+    assert data.groups[0].prompts[0].ids[0] == tokenizer.convert_tokens_to_ids("w7")

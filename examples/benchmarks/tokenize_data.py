@@ -1,0 +1,156 @@
+"""Speed and memory of `solopo tokenize-data`: against the tokenizer library's own batches, and by number of groups.
+
+    python examples/benchmarks/tokenize_data.py --data $SOLOPO_DATA --groups 1000 3000 10000 --output runs/tokenize
+
+The groups have contexts of about 1K and 8K tokens made of Wikipedia paragraphs in a random order, so that no two are
+alike. For each number of groups the whole command is timed in a process of its own, with the peak of the summed resident
+memory of its process tree (shared pages counted once: proportional set sizes). The library's speed is that of the
+same texts in batches of 64, `tokenizer(texts)`, on as many of its own threads as there are workers. With `--workers 1`
+both speeds are by processor time, which other work on the machine changes little; else by the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = ROOT / "examples" / "chat_templates" / "chatml.jinja"
+CHARACTERS_A_TOKEN = 4.4
+"""Of English Wikipedia in Qwen2's vocabulary, roughly."""
+
+
+def groups(data: Path, count: int, lengths: tuple[int, int] = (1024, 8192)) -> Iterator[dict[str, Any]]:
+    """Preference groups with contexts of about these numbers of tokens."""
+    with (data / "hotpotqa" / "hotpot_corpus.jsonl").open(encoding="utf-8") as lines:
+        passages = [json.loads(line) for line in lines]
+    draw = random.Random(0)
+    for number in range(count):
+        contexts = []
+        for tokens in lengths:
+            parts, size = [], 0
+            while size < tokens * CHARACTERS_A_TOKEN:
+                passage = draw.choice(passages)
+                parts.append(f"Document {len(parts) + 1}: {passage['title']}\n{passage['text']}")
+                size += len(parts[-1])
+            contexts.append([{"role": "user", "content": "\n\n".join(parts) + "\n\nQuestion: what is meant?"}])
+        chosen, rejected = (" ".join(draw.choice(passages)["text"].split()[:100]) for _ in range(2))
+        yield {
+            "id": f"g{number}",
+            "short_messages": contexts[0],
+            "long_messages": contexts[1],
+            "chosen": f"1. {chosen}",
+            "rejected": f"2. {rejected}",
+        }
+
+
+def write(data: Path, count: int, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        for group in groups(data, count):
+            out.write(json.dumps(group, ensure_ascii=False) + "\n")
+
+
+def watched(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak GiB of the process tree) of a command."""
+    begin, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    tree = psutil.Process(process.pid)
+    while process.poll() is None:
+        size = 0
+        for member in (tree, *tree.children(recursive=True)):
+            try:
+                size += member.memory_full_info().pss
+            except psutil.Error:
+                continue
+        peak = max(peak, size)
+        time.sleep(1)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return time.monotonic() - begin, peak / 2**30
+
+
+Clock = Callable[[], float]
+
+
+def library_speed(path: Path, tokenizer_folder: Path, limit: int, clock: Clock) -> tuple[float, int]:
+    """(tokens a second, tokens) of the library's own batches over the texts that the command tokenises."""
+    from megatron_solopo.data.chat import load_tokenizer, render_prompt
+
+    tokenizer = load_tokenizer(tokenizer_folder, TEMPLATE)
+    texts = []
+    with path.open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(limit), strict=False):
+            group = json.loads(line)
+            texts += [render_prompt(tokenizer, group[name]) for name in ("short_messages", "long_messages")]
+            texts += [group["chosen"], group["rejected"]]
+    begin, tokens = clock(), 0
+    for first in range(0, len(texts), 64):
+        tokens += sum(map(len, tokenizer(texts[first : first + 64], add_special_tokens=False)["input_ids"]))
+    return tokens / (clock() - begin), tokens
+
+
+def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, clock: Clock) -> tuple[float, int]:
+    """(tokens a second, tokens) of the command's workers once they are there: no start, no merge."""
+    from megatron_solopo.data import tokenize_data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    job = tokenize_data.Job(str(path), str(tokenizer_folder), str(TEMPLATE), {}, "preference", None, "refuse", folder)
+    _, parts = tokenize_data.scan(path)
+    times = []
+    for number in tokenize_data._tokenize_parts(job, dict(enumerate(parts)), workers):
+        times.append((clock(), tokenize_data.read_part(job.part_file(number), "tokens")[0].size))
+        job.part_file(number).unlink()
+    rest = times[workers:-workers]  # from the first round of parts to the last: all workers are busy
+    return sum(size for _, size in rest) / (rest[-1][0] - times[workers - 1][0]), sum(size for _, size in rest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="SOLOPO_DATA")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder for what is generated")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1000], metavar="N", help="sizes (default: 1000)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--speed-groups", type=int, default=600, metavar="N", help="groups of the speed test")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = options.data / "tokenizers" / "qwen2"
+    os.environ |= {"RAYON_NUM_THREADS": str(options.workers), "TOKENIZERS_PARALLELISM": "true"}
+    if options.speed_groups:
+        path = options.output / "speed.jsonl"
+        write(options.data, options.speed_groups, path)
+        clock = time.process_time if options.workers == 1 else time.monotonic
+        for _ in range(3):  # by turns, since other work on the machine comes and goes
+            library, tokens = library_speed(path, tokenizer, options.speed_groups // 2, clock)
+            ours, own_tokens = part_speed(path, tokenizer, options.output / "speed", options.workers, clock)
+            print(
+                f"library {library:,.0f} tokens/s ({tokens:,}), ours {ours:,.0f} ({own_tokens:,}), "
+                f"ratio {ours / library:.2f}",
+                flush=True,
+            )
+    for count in options.groups:
+        path, store = options.output / f"{count}.jsonl", options.output / f"{count}.tokens"
+        write(options.data, count, path)
+        command = [sys.executable, str(ROOT / "tools" / "tokenize_data.py"), "--train-data", str(path)]
+        command += ["--output", str(store), "--tokenizer", str(tokenizer), "--chat-template", str(TEMPLATE)]
+        seconds, peak = watched([*command, "--workers", str(options.workers)])
+        size = sum(file.stat().st_size for file in store.iterdir()) / 2**30
+        print(
+            f"{count:>7,} groups ({path.stat().st_size / 2**30:.2f} GiB): {seconds:.0f} s, {count / seconds:.1f} a "
+            f"second, peak {peak:.2f} GiB, folder {size:.2f} GiB",
+            flush=True,
+        )
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Groups in Parquet: what was written comes back, in pieces, and a wrong file or row is one line."""
+
+import random
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_solopo.data import parquet
+from megatron_solopo.data.records import read_records, scan, write_records
+from megatron_solopo.data.schema import PreferenceGroup, read_conversations, read_groups, write_jsonl
+from megatron_solopo.errors import UserError
+
+CHAT = [{"role": "user", "content": "q"}]
+ROW = {"id": "g", "short_messages": CHAT, "chosen": "a", "rejected": "b"}
+
+
+def draw_group(number):
+    draw = random.Random(number)
+
+    def text():
+        return "".join(draw.choices('ab 東\n"\\\u2028é', k=draw.randint(1, 30))) + str(draw.random())
+
+    content = text()
+    cuts = sorted(draw.sample(range(len(content) + 1), 4))
+    spans = [(cuts[0], cuts[1], True), (cuts[2], cuts[3], False)]
+    chat = [{"role": "system", "content": text()}, {"role": "user", "content": content}]
+    return PreferenceGroup(
+        id=f"g{number}",
+        short_messages=chat,
+        long_messages=draw.choice([None, chat]),
+        chosen=text(),
+        rejected=text(),
+        answers=[text() for _ in range(draw.randint(0, 3))],
+        scores={name: draw.random() for name in draw.sample(["chosen", "rejected", "x"], draw.randint(0, 3))},
+        source=draw.choice(["", text()]),
+        question=draw.choice(["", text()]),
+        short_spans=draw.choice([[], spans]),
+        long_spans=[],
+        chosen_ids=draw.choice([None, [draw.randint(0, 2**31 - 1)]]),
+        rejected_ids=draw.choice([None, [1, 2, 3]]),
+    )
+
+
+def test_groups_come_back_from_either_file(tmp_path):
+    groups = [draw_group(number) for number in range(150)]
+    for name in ("a.parquet", "a.jsonl"):
+        assert write_records(tmp_path / name, iter(groups)) == 150
+        assert list(read_groups(tmp_path / name)) == groups
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_the_parts_are_the_whole(name, tmp_path, monkeypatch):
+    """Each with the places of its records in the file."""
+    monkeypatch.setattr("megatron_solopo.data.records.PART_BYTES", 2000)
+    path = tmp_path / name
+    write_records(path, [draw_group(number) for number in range(150)])
+    if name == "a.jsonl":
+        path.write_text("\n\n" + path.read_text().replace("}\n", "}\n\n"), encoding="utf-8")
+    digest, parts = scan(path)
+    assert len(parts) > 2 and scan(path) == (digest, parts)
+    assert [found for part in parts for found in read_records(path, part)] == list(read_records(path))
+
+
+def test_foreign_parquet_with_the_columns_is_read(tmp_path):
+    """Row groups of another size, scores as a struct, columns of its own, TRL's form."""
+    rows = [{**ROW, "id": f"g{n}", "scores": {"x": 0.5}, "extra": n, "long_messages": None} for n in range(100)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1000)
+    groups = list(read_groups(tmp_path / "a.parquet"))
+    assert [group.id for group in groups] == [f"g{n}" for n in range(100)] and groups[5].scores == {"x": 0.5}
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    assert [(g.short_messages, g.id) for g in read_groups(tmp_path / "b.parquet")] == [
+        (CHAT, f"{tmp_path / 'b.parquet'}:row 1")
+    ]
+    chat = {"id": "c", "messages": [*CHAT, {"role": "assistant", "content": "a"}]}
+    pq.write_table(pa.Table.from_pylist([chat]), tmp_path / "c.parquet")
+    assert next(read_conversations(tmp_path / "c.parquet")).messages == chat["messages"]
+
+
+WRONG = {
+    "another table": ([{"x": 1}], r"row 1: the field 'short_messages' is missing \(fields found: x\)$"),
+    "a null": ([ROW, {**ROW, "id": "h", "chosen": None}], r"row 2: the field 'chosen' is missing"),
+    "a number": ([{**ROW, "chosen": 3}], r"row 1: the field 'chosen' must be str, found int$"),
+    "texts for messages": ([{**ROW, "short_messages": ["q"]}], r"row 1: short_messages\[0\] must be an object"),
+    "span beyond the text": (
+        [{**ROW, "short_spans": [{"start": 0, "end": 9, "gold": True}]}],
+        r"row 1: short_spans\[0\] is 0 to 9; spans must follow each other within the 1 characters",
+    ),
+    "span without its end": (
+        [{**ROW, "short_spans": [{"start": 0, "gold": True}]}],
+        r"row 1: short_spans\[0\] must be \[start, end, gold\]",
+    ),
+    "same id": ([ROW, ROW], r"row 2: the id 'g' was used before at .*row 1; ids must be unique$"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_row_is_named(case, tmp_path):
+    rows, pattern = WRONG[case]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(UserError) as caught:
+        list(read_groups(path))
+    assert str(caught.value).startswith(f"{path}:row ") and "\n" not in str(caught.value)
+    assert re.search(pattern, str(caught.value)), caught.value
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_records(path, [draw_group(number) for number in range(150)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"a.parquet: not a Parquet file \(.*\); a JSONL file ends in .jsonl$"):
+        list(read_groups(path))
+    start = len(whole) // 2
+    path.write_bytes(whole[:start] + bytes(200) + whole[start + 200 :])
+    with pytest.raises(UserError, match=r"a.parquet:row \d+: damaged from here on \(.*\); write the file anew$"):
+        list(read_groups(path))
+    write_jsonl(tmp_path / "b.parquet", [ROW])
+    with pytest.raises(UserError, match=r"b.parquet: not a Parquet file"):
+        list(read_groups(tmp_path / "b.parquet"))
+
+
+def test_an_aborted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_records(path, [draw_group(1)])
+
+    def broken():
+        yield draw_group(2)
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        write_records(path, broken())
+    assert [group.id for group in read_groups(path)] == ["g1"]
+
+
+def test_rows_are_read_and_written_a_few_at_a_time(tmp_path):
+    """Whatever the number of groups: the largest row group has 64 rows."""
+    write_records(tmp_path / "a.parquet", (draw_group(number) for number in range(1000)))
+    assert max(parquet.row_group_sizes(tmp_path / "a.parquet")) == parquet.ROWS == 64

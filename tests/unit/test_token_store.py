@@ -1,0 +1,364 @@
+"""Folders of token ids: the same examples as tokenised in memory, whatever kills the command, and one line for the rest."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_models import WORDS, conversations, preference_groups, write_lines, write_model
+
+from megatron_solopo.data import records, tokenize_data
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.records import write_records
+from megatron_solopo.data.schema import read_groups
+from megatron_solopo.data.text_facts import text_facts
+from megatron_solopo.data.token_store import ALL_ROLES, learnt_marks, learnt_stretches, open_tokens
+from megatron_solopo.data.tokens import tokenize
+from megatron_solopo.errors import UserError
+
+SHORT, SOLO = ALL_ROLES[:2], ALL_ROLES[:3]
+FILES = ("digests.bin", "ids.jsonl", "manifest.json", "overlong.jsonl", "tokens.bin", "tokens.idx")
+
+
+def multi_turn(number: int) -> dict:
+    draw = random.Random(number)
+    turns = ("user", "assistant") * draw.randint(1, 3)
+    return {
+        "id": f"m{number}",
+        "messages": [{"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 5)))} for role in turns],
+    }
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Files of groups, some without a long context, and of conversations; and folders made from them in small parts."""
+    folder = tmp_path_factory.mktemp("home")
+    write_model(folder / "hf")
+    write_lines(folder / "groups.jsonl", preference_groups(40))
+    write_lines(folder / "chats.jsonl", [*conversations(5), *map(multi_turn, range(20))])
+    short = [group | {"long_messages": None} if number % 3 else group for number, group in enumerate(preference_groups(9))]
+    write_lines(folder / "short.jsonl", short)
+    tokenizer = load_tokenizer(folder / "hf")
+    here = SimpleNamespace(
+        folder=folder, tokenizer=tokenizer, facts=text_facts(folder / "hf", tokenizer), groups=folder / "groups"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "PART_BYTES", 3000)
+        for name, more in (("groups", ()), ("chats", ("--objective", "sft")), ("short", ())):
+            make(here, f"{name}.jsonl", name, *more)
+    return here
+
+
+def make(home, data: str, output: str, *more: str) -> Path:
+    argv = ["--train-data", home.folder / data, "--output", home.folder / output, "--tokenizer", home.folder / "hf"]
+    assert tokenize_data.main([*map(str, argv), "--workers", "1", *map(str, more)]) == 0
+    assert not (home.folder / f"{output}.partial").exists()
+    return home.folder / output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("roles", [SHORT, ALL_ROLES[2:], SOLO, ALL_ROLES])
+def test_a_folder_holds_what_is_tokenised_in_memory(home, roles):
+    """Equal fingerprints too: a reference cache serves both."""
+    limit = 20 if roles == SHORT else 60
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, roles, limit, "drop")
+    folder = open_tokens(home.groups, home.facts, roles, limit, "drop")
+    assert memory.dropped and folder.dropped == memory.dropped
+    assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
+    assert folder.chosen_rejected_lengths() == memory.chosen_rejected_lengths()
+    assert [len(ids) for g in folder.groups for ids in g.sequences()] == [
+        len(ids) for g in memory.groups for ids in g.sequences()
+    ]
+    for some in (SHORT, SOLO, ("long_chosen",)):
+        kept = tuple(role for role in some if role in roles)
+        if kept:
+            assert folder.with_roles(kept).fingerprint == memory.with_roles(kept).fingerprint
+            assert list(folder.with_roles(kept).groups) == memory.with_roles(kept).groups
+
+
+def test_conversations_of_several_turns(home):
+    memory = tokenize(home.folder / "chats.jsonl", home.tokenizer, ("response",), 60, "drop")
+    folder = open_tokens(home.folder / "chats", home.facts, ("response",), 60, "drop")
+    assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
+    learnt = [c.learnt for g in folder.groups for p in g.prompts for c in p.continuations]
+    assert any(marks and False in marks for marks in learnt) and None in learnt
+
+
+def test_groups_without_a_long_context_serve_the_short_one(home):
+    memory = tokenize(home.folder / "short.jsonl", home.tokenizer, SHORT, 128)
+    folder = open_tokens(home.folder / "short", home.facts, SHORT, 128)
+    assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
+    with pytest.raises(UserError, match=r"group 'g1': no long_messages; .*--context-mode short$"):
+        open_tokens(home.folder / "short", home.facts, SOLO, 128)
+
+
+def test_megatrons_own_reader_sees_one_document_a_group(home):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    found = IndexedDataset(str(home.groups / "tokens"))
+    documents = [
+        np.concatenate([found[i] for i in range(first, last)]).tolist()
+        for first, last in zip(found.document_indices[:-1], found.document_indices[1:], strict=True)
+    ]
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 1000)
+    for document, group in zip(documents, memory.groups, strict=True):
+        short, long = group.prompts
+        # The long context's responses are the short one's, and stored once.
+        answers = [i for c in short.continuations for i in c.ids]
+        assert answers == [i for c in long.continuations for i in c.ids]
+        assert document == [*short.ids, *answers, *long.ids]
+    assert set(contents(home.groups)) == set(FILES)
+
+
+def test_nothing_but_lengths_is_read_before_a_group_is_looked_at(home, monkeypatch):
+    monkeypatch.setattr("megatron_solopo.data.token_store.StoredIds.ids", property(lambda ids: pytest.fail("read")))
+    folder = open_tokens(home.groups, home.facts, ALL_ROLES, 1000)
+    assert sum(g.tokens(True) for g in folder.groups) and max(g.longest for g in folder.groups)
+    assert folder.largest_token()[0] < 64 and folder.with_roles(SOLO).fingerprint
+
+
+def test_parquet_gives_the_same_tokens(home):
+    write_records(home.folder / "groups.parquet", read_groups(home.folder / "groups.jsonl"))
+    make(home, "groups.parquet", "from_parquet")
+    for name in set(FILES) - {"manifest.json"}:
+        assert (home.folder / "from_parquet" / name).read_bytes() == (home.groups / name).read_bytes()
+
+
+def die_in(name: str, call: int) -> Callable[[], None]:
+    """Makes the call of this number of a function of tokenize_data the last thing a process does (kill -9)."""
+
+    def arm() -> None:
+        own, left = getattr(tokenize_data, name), [call]
+
+        def dies(*arguments, **more):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*arguments, **more)
+
+        setattr(tokenize_data, name, dies)
+
+    return arm
+
+
+STAGES = {
+    "before anything": die_in("scan", 1),
+    "before the first part": die_in("tokenize_part", 1),
+    "between parts": die_in("tokenize_part", 4),
+    "in a part": die_in("digest_of", 50),
+    "parts are done": die_in("_merge", 1),
+    "merging": die_in("read_part", 9),
+    "merged": die_in("overlong_records", 1),
+    "all but renamed": lambda: setattr(Path, "replace", _dies_renaming(Path.replace)),
+    "renamed": lambda: setattr(shutil, "rmtree", _dies_removing(shutil.rmtree)),
+}
+
+
+def _dies_renaming(own):
+    return lambda path, to: os.kill(os.getpid(), signal.SIGKILL) if path.name == "result" else own(path, to)
+
+
+def _dies_removing(own):
+    def remove(path, **more):
+        if Path(path).name.endswith(".partial"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        own(path, **more)
+
+    return remove
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_command_goes_on_to_the_same_bytes(home, stage, monkeypatch, capsys):
+    monkeypatch.setattr(records, "PART_BYTES", 3000)
+    name = stage.replace(" ", "_")
+
+    def child() -> None:
+        STAGES[stage]()
+        make(home, "groups.jsonl", name)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (home.folder / name).exists() is (stage == "renamed")
+    make(home, "groups.jsonl", name)
+    assert contents(home.folder / name) == contents(home.groups)
+    printed = capsys.readouterr().out
+    if stage in ("between parts", "in a part", "merging"):
+        assert int(re.search(r"(\d+) of \d+ parts were done before", printed)[1]) >= 1
+
+
+def _replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def _manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return edit
+
+
+def _flip(data: bytes) -> bytes:
+    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+
+
+DAMAGED = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"a folder without manifest.json; give a JSONL or"),
+    "half a manifest": (_replace("manifest.json", lambda d: d[:200]), r"manifest.json: not a manifest of solopo"),
+    "a foreign manifest": (_manifest(lambda m: m.pop("text")), r"manifest.json: not a manifest of solopo"),
+    "a later format": (_manifest(lambda m: m.update(format=2)), r"of format 2, this version reads 1; tokenise again$"),
+    "tokens cut": (_replace("tokens.bin", lambda d: d[:-8]), r"tokens.bin: has [\d,]+ bytes, [\d,]+ were written"),
+    "index changed": (_replace("tokens.idx", _flip), r"tokens.idx: not what was written \(its sha256"),
+    "digests cut": (_replace("digests.bin", lambda d: d[:-32]), r"digests.bin: has [\d,]+ bytes"),
+    "ids gone": (lambda f: (f / "ids.jsonl").unlink(), r"ids.jsonl: is missing; copy it again"),
+    "other tokenizer": (
+        _manifest(lambda m: m["text"]["tokenizer"].update({"tokenizer.json": "0"})),
+        r"made with another tokenizer \(tokenizer.json differs\); train with what it was made with",
+    ),
+    "other files": (
+        _manifest(lambda m: m["text"]["tokenizer"].update({"vocab.json": "0"})),
+        r"another tokenizer \(vocab.json differs \(only one of them has it\)\)",
+    ),
+    "other template": (_manifest(lambda m: m["text"].update(chat_template="0")), r"made with another chat template;"),
+    "other template options": (
+        _manifest(lambda m: m["text"].update(chat_template_kwargs={"enable_thinking": False})),
+        r"made with --chat-template-kwargs \{'enable_thinking': False\} where the run has \{\}",
+    ),
+    "other end of turn": (
+        _manifest(lambda m: m["text"].update(end_of_turn="</s>")),
+        r"made with end of turn '</s>' where the run has '<end>'",
+    ),
+    "other objective": (
+        _manifest(lambda m: m.update(objective="sft")),
+        r"holds data of --objective sft, the run has preference$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_folder_that_does_not_fit_is_refused_in_one_line(home, case, tmp_path):
+    damage, pattern = DAMAGED[case]
+    folder = shutil.copytree(home.groups, tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(UserError, match=pattern) as caught:
+        open_tokens(folder, home.facts, SOLO, 128)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_changed_token_is_found_when_its_group_is_looked_at(home, tmp_path):
+    folder = shutil.copytree(home.groups, tmp_path / "copy")
+    _replace("tokens.bin", _flip)(folder)  # of the last long prompt
+    groups = open_tokens(folder, home.facts, SOLO, 128).groups
+    assert list(groups[0].prompts[1].ids)
+    with pytest.raises(UserError, match=r"long_prompt of group 'g39' is not what was written; .*tokens.bin"):
+        list(groups[39].prompts[1].ids)
+
+
+def test_limits_of_training_are_its_own(home):
+    with pytest.raises(UserError, match=r"example '\w+' has \d+ tokens, above --seq-length 60; .*--overlong drop$"):
+        open_tokens(home.groups, home.facts, SOLO, 60)
+    with pytest.raises(UserError, match=r"tokenize-data --seq-length 60 --overlong cut$"):
+        open_tokens(home.groups, home.facts, SOLO, 60, "cut")
+    with pytest.raises(UserError, match=r"no usable example; all 40 are longer than --seq-length 2"):
+        open_tokens(home.groups, home.facts, SOLO, 2, "drop")
+
+
+def test_what_was_dropped_is_listed_in_the_folder_and_in_training(home):
+    folder = make(home, "groups.jsonl", "dropped", "--seq-length", 60, "--overlong", "drop")
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 60, "drop")
+    assert open_tokens(folder, home.facts, SHORT, 60).dropped == memory.dropped
+    listed = [json.loads(line) for line in (folder / "overlong.jsonl").read_text().splitlines()]
+    assert [(record["id"], record["tokens"]) for record in listed] == [(d.id, d.tokens) for d in memory.dropped]
+
+
+WRONG = {
+    "no workers": (["--workers", "0"], r"--workers 0: give a number of at least 1$"),
+    "limit of nothing": (["--seq-length", "1"], r"--seq-length 1: give a number of at least 2$"),
+    "no limit": (["--overlong", "drop"], r"--overlong drop would have no effect: it needs --seq-length$"),
+    "cut conversations": (
+        ["--overlong", "cut", "--seq-length", "9", "--objective", "sft"],
+        r"conversations have no documents to cut; take drop$",
+    ),
+    "no file": (["--train-data", "absent.jsonl"], r"absent.jsonl: no such file; give the path of a JSONL or Parquet"),
+    "chats for groups": (["--objective", "sft"], r"groups.jsonl:1: the field 'messages' is missing"),
+    "too long": (["--seq-length", "60"], r"groups.jsonl: example 'g\d+' has \d+ tokens, above --seq-length 60"),
+    "all too long": (["--seq-length", "2", "--overlong", "drop"], r"no usable example; all 40 are longer"),
+    "not a folder of ours": (["--output", "hf"], r"hf: a folder without manifest.json"),
+    "another folder of ours": (
+        ["--output", "groups", "--seq-length", "300"],
+        r"is there already, made with another options.overlong, options.seq_length; give another name, or delete it$",
+    ),
+    "begun otherwise": (["--output", "begun"], r"begun.partial: begun with another source.sha256; repeat the first"),
+    "not Parquet": (["--train-data", "text.parquet"], r"text.parquet: not a Parquet file"),
+    "same id twice": (["--train-data", "twice.jsonl"], r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids must"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_is_one_line(home, case, monkeypatch):
+    flags, pattern = WRONG[case]
+    monkeypatch.chdir(home.folder)
+    monkeypatch.setattr(records, "PART_BYTES", 3000)
+    Path("text.parquet").write_text("id,chosen\n")
+    lines = Path("groups.jsonl").read_text().splitlines()
+    Path("twice.jsonl").write_text("\n\n".join([*lines, lines[0]]))
+    settings = {"source": {"sha256": "0"}} | {
+        key: value
+        for key, value in json.loads(Path("groups/manifest.json").read_text()).items()
+        if key in ("format", "version", "objective", "options", "text")
+    }
+    settings["source"]["bytes"] = Path("groups.jsonl").stat().st_size
+    Path("begun.partial/parts").mkdir(parents=True, exist_ok=True)
+    Path("begun.partial/settings.json").write_text(json.dumps(settings))
+    shutil.rmtree("wrong.partial", ignore_errors=True)
+    argv = ["--train-data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
+    with pytest.raises(UserError, match=pattern) as caught:
+        tokenize_data.main(argv)
+    assert "\n" not in str(caught.value) and not Path("wrong").exists()
+
+
+def test_a_damaged_part_is_written_anew(home, monkeypatch):
+    monkeypatch.setattr(records, "PART_BYTES", 3000)
+    monkeypatch.setattr(tokenize_data, "_merge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(home, "groups.jsonl", "damaged")
+    monkeypatch.undo()
+    monkeypatch.setattr(records, "PART_BYTES", 3000)
+    part = home.folder / "damaged.partial" / "parts" / "000002.npz"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"000002.npz: damaged .*; it was removed: run the same command again$"):
+        make(home, "groups.jsonl", "damaged")
+    assert contents(make(home, "groups.jsonl", "damaged")) == contents(home.groups)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_marks_come_back_from_their_stretches(seed):
+    draw = random.Random(seed)
+    marks = [draw.random() < 0.7 for _ in range(draw.randint(1, 40))]
+    stretches = learnt_stretches(marks)
+    assert learnt_marks(stretches) == marks and 0 not in stretches[1:]
+
+
+def test_the_manifest_tells_what_the_folder_was_made_from(home):
+    manifest = json.loads((home.groups / "manifest.json").read_text())
+    assert manifest["source"]["sha256"] == hashlib.sha256((home.folder / "groups.jsonl").read_bytes()).hexdigest()
+    assert manifest["files"]["tokens.bin"]["sha256"] == hashlib.sha256((home.groups / "tokens.bin").read_bytes()).hexdigest()
+    assert manifest["text"] == home.facts and manifest["counts"]["groups"] == 40
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 1000)
+    assert manifest["largest_token"]["id"] == memory.largest_token()[0]
