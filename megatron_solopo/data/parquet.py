@@ -68,12 +68,13 @@ def _row(group: Any) -> dict[str, Any]:
 
 
 def read_rows(
-    path: str | Path, row_group: int | None = None, first_row: int = 1
+    path: str | Path, row_group: int | None = None, first_row: int = 1, skip: int = 0, count: int | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ``("file:row N", record)``; a null is an absent field.
 
     Args:
-        row_group: only this one, whose first row is ``first_row``.
+        row_group: only this one, and of it ``count`` rows after the first ``skip``.
+        first_row: the number of the first row that is yielded.
 
     Raises:
         UserError: the file is missing, not Parquet or damaged.
@@ -83,7 +84,12 @@ def read_rows(
     try:
         wanted = None if row_group is None else [row_group]
         for batch in file.iter_batches(batch_size=ROWS, row_groups=wanted):
-            for row in batch.to_pylist():
+            passed = min(skip, batch.num_rows)
+            skip -= passed
+            left = None if count is None else first_row + count - number
+            if left == 0:
+                return
+            for row in batch.slice(passed, left).to_pylist():
                 yield f"{path}:row {number}", _record(row)
                 number += 1
     except (pa.ArrowException, OSError) as error:

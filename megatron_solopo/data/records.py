@@ -20,6 +20,8 @@ Record = dict[str, Any]
 
 PART_BYTES = 4 << 20
 """A part of a JSONL file ends with the line that makes it this long; it fits in memory many times over."""
+PART_ROWS = 1024
+"""The most rows of a part of a Parquet file; our own row groups have `parquet.ROWS`."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Part:
         start: the byte where it begins; of a Parquet file, the row group.
         first: the number of its first line or row in the file, from 1.
         count: its lines, empty ones included, or rows.
+        skip: the rows of the row group before it.
     """
 
     start: int
     first: int
     count: int
+    skip: int = 0
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -49,7 +53,9 @@ def read_records(path: str | Path, part: Part | None = None) -> Iterator[tuple[s
     """
     if not is_parquet(path):
         return read_jsonl(path, part)
-    return parquet.read_rows(path) if part is None else parquet.read_rows(path, part.start, part.first)
+    if part is None:
+        return parquet.read_rows(path)
+    return parquet.read_rows(path, part.start, part.first, part.skip, part.count)
 
 
 def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str, Record]]:
@@ -95,10 +101,15 @@ def scan(path: str | Path) -> tuple[str, list[Part]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file")
     if is_parquet(path):
-        sizes = parquet.row_group_sizes(path)
+        parts, first = [], 1
+        for group, size in enumerate(parquet.row_group_sizes(path)):
+            # Other writers put a million rows in a row group; what comes before a part is then read again for it.
+            for skip in range(0, size, PART_ROWS):
+                count = min(PART_ROWS, size - skip)
+                parts.append(Part(group, first, count, skip))
+                first += count
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest, [Part(group, 1 + sum(sizes[:group]), size) for group, size in enumerate(sizes)]
+            return hashlib.file_digest(file, "sha256").hexdigest(), parts
     digest, parts = hashlib.sha256(), []
     start = size = count = 0
     first = 1

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 import zipfile
@@ -131,6 +132,7 @@ _tokenizer: PreTrainedTokenizerBase
 def _start_worker(job: Job) -> None:
     global _job, _tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and waits for the parts begun
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _job, _tokenizer = job, job.load_tokenizer()
 
@@ -243,7 +245,7 @@ def _check_ids(job: Job, number: int, seen: set[str]) -> int:
     """Refuses an id that an earlier part has; returns the number of ids."""
     (words,) = read_part(job.part_file(number), "words")
     for name in words["ids"]:
-        if name in seen:
+        if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
             places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
             raise UserError(f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique")
         seen.add(name)

@@ -55,6 +55,7 @@ def test_groups_come_back_from_either_file(tmp_path):
 def test_the_parts_are_the_whole(name, tmp_path, monkeypatch):
     """Each with the places of its records in the file."""
     monkeypatch.setattr("megatron_solopo.data.records.PART_BYTES", 2000)
+    monkeypatch.setattr("megatron_solopo.data.records.PART_ROWS", 30)
     path = tmp_path / name
     write_records(path, [draw_group(number) for number in range(150)])
     if name == "a.jsonl":
@@ -62,6 +63,8 @@ def test_the_parts_are_the_whole(name, tmp_path, monkeypatch):
     digest, parts = scan(path)
     assert len(parts) > 2 and scan(path) == (digest, parts)
     assert [found for part in parts for found in read_records(path, part)] == list(read_records(path))
+    if name == "a.parquet":
+        assert [part.count for part in parts] == [30, 30, 4, 30, 30, 4, 22]
 
 
 def test_foreign_parquet_with_the_columns_is_read(tmp_path):

@@ -158,12 +158,19 @@ STAGES = {
     "before the first part": die_in("tokenize_part", 1),
     "between parts": die_in("tokenize_part", 4),
     "in a part": die_in("digest_of", 50),
+    "writing a part": lambda: setattr(np, "savez", _dies_writing),
     "parts are done": die_in("_merge", 1),
     "merging": die_in("read_part", 9),
     "merged": die_in("overlong_records", 1),
     "all but renamed": lambda: setattr(Path, "replace", _dies_renaming(Path.replace)),
     "renamed": lambda: setattr(shutil, "rmtree", _dies_removing(shutil.rmtree)),
 }
+
+
+def _dies_writing(file, **arrays):
+    file.write(b"PK half a part")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _dies_renaming(own):
