@@ -3,10 +3,10 @@
     python examples/benchmarks/tokenize_data.py --data $SOLOPO_DATA --groups 1000 3000 10000 --output runs/tokenize
 
 The groups have contexts of about 1K and 8K tokens made of Wikipedia paragraphs in a random order, so that no two are
-alike. For each number of groups the whole command is timed in a process of its own, with the peak of the summed resident
-memory of its process tree (shared pages counted once: proportional set sizes). The library's speed is that of the
-same texts in batches of 64, `tokenizer(texts)`, on as many of its own threads as there are workers. With `--workers 1`
-both speeds are by processor time, which other work on the machine changes little; else by the clock.
+alike. For each number of groups the whole command is timed in a process of its own, with the peak of its process tree's
+resident memory (shared pages counted once: proportional set sizes). The library's speed is that of the same texts in
+batches of 64, `tokenizer(texts)`, on as many of its own threads as there are workers. With `--workers 1` both speeds
+are by processor time, which other work on the machine changes little; else by the clock.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="SOLOPO_DATA")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder for what is generated")
-    parser.add_argument("--groups", type=int, nargs="+", default=[1000], metavar="N", help="sizes (default: 1000)")
+    parser.add_argument("--groups", type=int, nargs="*", default=[], metavar="N", help="sizes of the whole command")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--word-level", action="store_true", help="tokens are words: memory at larger sizes, sooner")
     parser.add_argument("--speed-groups", type=int, default=600, metavar="N", help="groups of the speed test")

@@ -119,7 +119,7 @@ def _reason(error: BaseException) -> str:
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     record = {name: value for name, value in row.items() if value is not None}
     scores = record.get("scores")
-    if isinstance(scores, list) and all(isinstance(score, dict) and score.keys() == {"name", "value"} for score in scores):
+    if isinstance(scores, list) and all(isinstance(s, dict) and s.keys() == {"name", "value"} for s in scores):
         record["scores"] = {score["name"]: score["value"] for score in scores}
     for name in ("short_spans", "long_spans"):
         if isinstance(record.get(name), list):

@@ -1,6 +1,7 @@
 """What is stored on disk: questions with documents, preference groups, conversations.
 
-Every reader names ``file:line`` (in Parquet ``file:row N``) in its errors, and every record keeps the ``id`` it came with.
+Every reader names ``file:line`` (in Parquet ``file:row N``) in its errors, and every record keeps the ``id`` it came
+with.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def check_spans(value: Any, messages: list[Message] | None, key: str, where: str
         raise UserError(f"{where}: the field '{key}' must be a list of [start, end, gold]")
     for index, span in enumerate(value):
         if not isinstance(span, list) or [type(part) for part in span] != [int, int, bool]:
-            raise UserError(f"{where}: {key}[{index}] must be [start, end, gold]: two whole numbers, then true or false")
+            raise UserError(f"{where}: {key}[{index}] must be [start, end, gold], two whole numbers and true or false")
         start, end, gold = span
         if not last <= start <= end <= size:
             raise UserError(

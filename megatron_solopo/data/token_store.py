@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
 from megatron_solopo.data.text_facts import text_differences
 from megatron_solopo.data.tokens import (
     RESPONSE,
@@ -227,7 +228,7 @@ def open_tokens(
         facts: `text_facts` of the run.
         roles: which (context, response) pairs the method scores.
         seq_length: the longest prompt plus continuation of these roles, in tokens.
-        overlong: what is longer: ``refuse`` or ``drop``; ``cut`` is done when the texts are tokenised, and refused here.
+        overlong: what is longer: ``refuse`` or ``drop``; ``cut`` needs the texts, and is refused where it is needed.
 
     Raises:
         UserError: the folder is not complete, damaged, made for another objective or with another tokenizer or

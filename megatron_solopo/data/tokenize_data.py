@@ -1,8 +1,8 @@
 """``solopo tokenize-data``: a data file to a folder of token ids that training opens by mmap (token_store.py).
 
 The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
-other into a file of its own; then all are put together in order. So the result does not depend on the number of workers,
-memory not on the size of the file, and a killed run goes on with the parts that are not there yet.
+other into a file of its own; then all are put together in order. So the result does not depend on the number of
+workers, memory not on the size of the file, and a killed run goes on with the parts that are not there yet.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ WRONG_FLAGS = {
     ),
     "choice in capitals": (argv("--device", "CUDA"), r"^--device: 'CUDA' is not one of auto, cuda, cpu"),
     "no model": (argv(hf_path=None), r"^--hf-path is missing: give the Hugging Face folder"),
-    "no data": (argv(train_data=None), r"^--train-data is missing: give a JSONL file"),
+    "no data": (argv(train_data=None), r"^--train-data is missing: give a file of training examples"),
     "empty data": (argv(train_data=""), r"^--train-data is missing"),
     "no run folder": (argv(save=None), r"^--save is missing: give the run folder"),
     "no length": (argv(train_iters=None), r"^give either --train-iters or --train-epochs$"),

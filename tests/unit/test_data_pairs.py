@@ -181,7 +181,7 @@ def test_a_scorer_may_ask_for_the_question(graded: list[str], tmp_path: Path) ->
 
 WRONG_OPTIONS = {
     "unknown": (["--scorer", "bleu"], r"--scorer bleu: give sub_em, em, f1, or a function of your own as module:func"),
-    "no module": (["--scorer", "absent:f"], r"--scorer absent:f: the module absent cannot be imported \(ModuleNotFound"),
+    "no module": (["--scorer", "absent:f"], r"--scorer absent:f: the module absent cannot be imported \(Module"),
     "no function": (["--scorer", "grades:f"], r"--scorer grades:f: f is not there in .*grades.py$"),
     "a number": (["--scorer", "grades:number"], r"number is not a function in .*grades.py$"),
     "raises": (["--scorer", "grades:raises"], r"raised KeyError: 'no such grade' for the response '9 best'$"),
@@ -195,7 +195,7 @@ WRONG_OPTIONS = {
     "no pairs": (["--pairs-per-question", "0"], r"--pairs-per-question 0: give a number of at least 1$"),
     "no tokenizer": (["--chat-template", "x"], r"--chat-template would have no effect: it needs --tokenizer$"),
     "no folder": (["--tokenizer", "absent"], r"absent: no such folder; give a Hugging Face folder with a tokenizer$"),
-    "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all right"),
+    "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all"),
 }
 
 
@@ -230,7 +230,11 @@ def test_what_a_question_came_with_goes_on(tmp_path: Path) -> None:
     spans = {"short_spans": [[0, 5, True]], "long_spans": [[0, 4, True], [5, 6, False]]}
     made.write_text("".join(json.dumps(json.loads(r) | spans) + "\n" for r in made.read_text().splitlines()))
     records = [
-        {"id": f"q{n}", "responses": ["", "Rome", f"Bern {n}"], "token_ids": [[], [n + 1, 2], None if n == 8 else [n + 7]]}
+        {
+            "id": f"q{n}",
+            "responses": ["", "Rome", f"Bern {n}"],
+            "token_ids": [[], [n + 1, 2], None if n == 8 else [n + 7]],
+        }
         for n in range(9)
         if n != 4
     ]

@@ -1,4 +1,4 @@
-"""Folders of token ids: the same examples as tokenised in memory, whatever kills the command, and one line for the rest."""
+"""Folders of token ids: the examples that memory holds, whatever kills the command, and one line for the rest."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def home(tmp_path_factory):
     write_model(folder / "hf")
     write_lines(folder / "groups.jsonl", preference_groups(40))
     write_lines(folder / "chats.jsonl", [*conversations(5), *map(multi_turn, range(20))])
-    short = [group | {"long_messages": None} if number % 3 else group for number, group in enumerate(preference_groups(9))]
+    short = [group | ({"long_messages": None} if n % 3 else {}) for n, group in enumerate(preference_groups(9))]
     write_lines(folder / "short.jsonl", short)
     tokenizer = load_tokenizer(folder / "hf")
     here = SimpleNamespace(
@@ -313,7 +313,7 @@ WRONG = {
     ),
     "begun otherwise": (["--output", "begun"], r"begun.partial: begun with another source.sha256; repeat the first"),
     "not Parquet": (["--train-data", "text.parquet"], r"text.parquet: not a Parquet file"),
-    "same id twice": (["--train-data", "twice.jsonl"], r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids must"),
+    "same id twice": (["--train-data", "twice.jsonl"], r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids"),
 }
 
 
@@ -363,9 +363,12 @@ def test_marks_come_back_from_their_stretches(seed):
 
 
 def test_the_manifest_tells_what_the_folder_was_made_from(home):
+    def sha256(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
     manifest = json.loads((home.groups / "manifest.json").read_text())
-    assert manifest["source"]["sha256"] == hashlib.sha256((home.folder / "groups.jsonl").read_bytes()).hexdigest()
-    assert manifest["files"]["tokens.bin"]["sha256"] == hashlib.sha256((home.groups / "tokens.bin").read_bytes()).hexdigest()
+    assert manifest["source"]["sha256"] == sha256(home.folder / "groups.jsonl")
+    assert manifest["files"]["tokens.bin"]["sha256"] == sha256(home.groups / "tokens.bin")
     assert manifest["text"] == home.facts and manifest["counts"]["groups"] == 40
     memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 1000)
     assert manifest["largest_token"]["id"] == memory.largest_token()[0]
