@@ -337,13 +337,18 @@ def main(argv: list[str] | None = None) -> int:
     work = WorkFolder(output.with_name(output.name + ".work"), _settings(options, build, excluded))
     try:
         prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
+        read = time.monotonic() - begin
         summary = _build(work, options, build, prepared, tokenizer)
     except UserError:
         if not (work.path / PROGRESS).is_file():
             work.remove()  # nothing was built that a repeated command could go on from
         raise
     print("\n".join([*prepared.notes, *summary.lines()]))
-    print(f"wrote {summary.counts['kept']} questions to {_targets(options)} in {time.monotonic() - begin:.1f} s")
+    seconds = time.monotonic() - begin
+    print(
+        f"wrote {summary.counts['kept']} questions to {_targets(options)} in {seconds:.1f} s "
+        f"(reading and lengths {read:.1f} s, contexts {seconds - read:.1f} s)"
+    )
     return 0
 
 
