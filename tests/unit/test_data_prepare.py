@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
 
 from megatron_solopo.data import progress
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids, response_ids
@@ -18,28 +17,14 @@ from megatron_solopo.data.contexts import read_contexts
 from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.prepare import main
 from megatron_solopo.errors import UserError
+from tests.word_tokenizer import save_word_tokenizer
 
 CHATML = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
-SPECIAL = ["<pad>", "<text_end>", "<turn_end>", "<user>", "<assistant>"]
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}> {{ message.content }} <turn_end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        eos_token="<text_end>",
-        pad_token="<pad>",
-        extra_special_tokens=["<turn_end>", "<user>", "<assistant>"],
-    )
-    made.chat_template = TEMPLATE
-    made.save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
+    return save_word_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.fixture
