@@ -128,7 +128,8 @@ class Summary:
         lines = [f"questions kept: {counts['kept']}, left out: {self.left_out.total()}"]
         lines += [f"  {count} left out: {reason}" for reason, count in self.left_out.most_common()]
         if counts["validation"]:
-            lines.append(f"  {counts['kept'] - counts['validation']} for training, {counts['validation']} for validation")
+            training = counts["kept"] - counts["validation"]
+            lines.append(f"  {training} for training, {counts['validation']} for validation")
         if counts["yes_or_no"]:
             lines.append(f"  answer is yes or no, which distractors cannot be checked for: {counts['yes_or_no']}")
         if counts["kept"]:

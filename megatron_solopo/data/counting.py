@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 from megatron_solopo.data.chat import render_prompt
 from megatron_solopo.data.schema import Message
 
@@ -14,7 +16,7 @@ class TokenCounter:
     Tokenizers without a Rust backend are called through transformers.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         if not hasattr(self._backend, "encode_batch_fast"):

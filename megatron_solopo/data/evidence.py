@@ -86,7 +86,8 @@ class LogProbFinder:
         messages = self._format.messages(question.question, paragraphs)
         prompt = prompt_ids(self._tokenizer, messages)
         response = response_ids(self._tokenizer, messages, question.answer)
-        check_reach(self._model.name_or_path, len(prompt), len(response), f"question {question.id!r}, --evidence log-prob")
+        where = f"question {question.id!r}, --evidence log-prob"
+        check_reach(self._model.name_or_path, len(prompt), len(response), where)
         with torch.inference_mode():
             ids = torch.tensor([prompt + response], device=self._model.device)
             logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]

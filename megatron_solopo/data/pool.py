@@ -1,6 +1,6 @@
 """Distractors on disk: their texts in one file, in memory only where each stands and how long it is.
 
-A paragraph takes 24 bytes of memory (shared between processes that open the same folder), however long it is;
+A paragraph takes 28 bytes on disk that processes map and share, and 12 in the memory of each, however long it is;
 its text is read when it is drawn. The files are read with ``pread`` and not mapped, so that what the system
 caches of them is not counted as the process's memory.
 """
@@ -133,7 +133,8 @@ class DistractorPool:
     def open(cls, folder: Path, prompt_format: PromptFormat, count: CountTexts | None = None) -> DistractorPool:
         """The pool that `write_pool` left in a folder."""
         file = (folder / _TEXTS).open("rb")
-        rows, by_length = (np.load(folder / name, mmap_mode="r") for name in (_INDEX, _BY_LENGTH))
+        # As plain arrays: every access to a memmap makes another object.
+        rows, by_length = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in (_INDEX, _BY_LENGTH))
         return cls(file, rows, by_length, prompt_format, count)
 
     def __len__(self) -> int:

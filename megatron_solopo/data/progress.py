@@ -11,6 +11,9 @@ from typing import Any
 from megatron_solopo.errors import UserError
 
 
+_PROGRESS = "progress.json"
+
+
 class WorkFolder:
     """A folder beside the output that holds a run's unfinished work and the settings it was begun with.
 
@@ -29,7 +32,7 @@ class WorkFolder:
         if self.ready:
             made = json.loads(self._state.read_text(encoding="utf-8"))["settings"]
             changed = [name for name in self._settings | made if made.get(name) != self._settings.get(name)]
-            if changed and (path / PROGRESS).is_file():
+            if changed and self.done:
                 name = changed[0]
                 raise UserError(
                     f"{path}: begun with {name} = {made.get(name)!r}, now {self._settings.get(name)!r}; "
@@ -39,6 +42,12 @@ class WorkFolder:
         if not self.ready and path.is_dir():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def done(self) -> int:
+        """Items that a `Progress` in the folder has finished."""
+        path = self.path / _PROGRESS
+        return json.loads(path.read_text(encoding="utf-8"))["done"] if path.is_file() else 0
 
     @property
     def prepared(self) -> Any:
@@ -53,9 +62,6 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-PROGRESS = "progress.json"
-
-
 class Progress:
     """Output files that grow together, each cut back to its length at the last `add` when a run goes on.
 
@@ -64,7 +70,7 @@ class Progress:
     """
 
     def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
-        self._path = folder / PROGRESS
+        self._path = folder / _PROGRESS
         self.done, self.state = 0, None
         sizes = dict.fromkeys(names, 0)
         if self._path.is_file():

@@ -115,9 +115,8 @@ def _hotpotqa(record: dict[str, Any], question_id: str, where: str, labelled: bo
     JSON text. 2WikiMultihopQA has the same records.
     """
     context = _pairs(record, "context", ("title", "sentences"), where)
-    facts = _pairs(record, "supporting_facts", ("title", "sent_id"), where) if labelled else []
-    if not labelled and record.get("supporting_facts"):
-        facts = _pairs(record, "supporting_facts", ("title", "sent_id"), where)
+    marked = labelled or record.get("supporting_facts")
+    facts = _pairs(record, "supporting_facts", ("title", "sent_id"), where) if marked else []
     supporting = {title for title, _ in facts}
     paragraphs = []
     for index, (title, sentences) in enumerate(context):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from word_tokenizer import save_word_tokenizer
 
 from megatron_solopo.data.building import Summary
 from megatron_solopo.data.chat import load_tokenizer
@@ -16,7 +17,6 @@ from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.sources import CannotUse, LeftOut, read_questions
 from megatron_solopo.errors import UserError
-from tests.word_tokenizer import save_word_tokenizer
 
 DOCUMENTS = (
     Paragraph("Rain", "Rain fell in Paris on the old river."),

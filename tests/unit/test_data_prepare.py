@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
+from word_tokenizer import save_word_tokenizer
 
 from megatron_solopo.data import progress
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids, response_ids
@@ -17,7 +18,6 @@ from megatron_solopo.data.contexts import read_contexts
 from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.prepare import main
 from megatron_solopo.errors import UserError
-from tests.word_tokenizer import save_word_tokenizer
 
 CHATML = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
 
@@ -148,7 +148,7 @@ def many(questions: Path, command: list[str]) -> list[str]:
     with questions.open("w", encoding="utf-8") as out:
         for copy in range(6):
             for record in records:
-                wording = f"{record['question']} of {copy} things" if copy < 5 else f"the {record['question']} of 0 things"
+                wording = f"{'the ' * (copy == 5)}{record['question']} of {copy % 5} things"
                 gold = 12 if copy == 2 and record["id"] == "q1" else 0
                 extra = [{"title": f"g{i}", "paragraph_text": "w", "is_supporting": True} for i in range(gold)]
                 fields = {"id": f"{record['id']}-{copy}", "question": wording}
@@ -255,7 +255,7 @@ def test_killed_and_repeated_it_writes_the_same_bytes(
 def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: Path) -> None:
     assert killed(lambda: main(many), 4, True)
     work = tmp_path / "contexts.jsonl.work"
-    with pytest.raises(UserError, match=r"contexts\.jsonl\.work: begun with seed = 0, now 1; repeat the first settings"):
+    with pytest.raises(UserError, match=r"contexts\.jsonl\.work: begun with seed = 0, now 1; repeat the first"):
         main([*many, "--seed", "1"])
     with pytest.raises(UserError, match=r"begun with input = "):
         (tmp_path / "more.jsonl").write_bytes((tmp_path / "q.jsonl").read_bytes())
@@ -330,7 +330,10 @@ def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
         ([*SIZES, "--left-out", "x", "--validation-output", "./x", "--validation-share", "0.5"], "different files"),
         ([*SIZES, "--evidence-documents", "3"], "--evidence-documents: the labels say"),
         ([*SIZES, "--evidence", "log-prob"], "--evidence log-prob and --evidence-model DIR need each other"),
-        ([*SIZES, "--evidence", "log-prob", "--evidence-model", "m", "--workers", "2"], "--workers: --evidence log-prob"),
+        (
+            [*SIZES, "--evidence", "log-prob", "--evidence-model", "m", "--workers", "2"],
+            "--workers: --evidence log-prob",
+        ),
         ([*SIZES, "--device", "cuda"], "--device cuda: only --evidence log-prob"),
         ([*SIZES, "--exclude-ids", "nowhere"], "--exclude-ids nowhere: no such file"),
         ([*SIZES, "--pool", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
