@@ -54,7 +54,7 @@ def _hub_parts(text: str) -> tuple[str, str | None, str]:
     """(name, config, split) of ``hub:NAME[:CONFIG][:SPLIT]``."""
     name, *rest = text.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
-        raise UserError(f"--input {text}: give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+        raise UserError(f"{text}: give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     config, split = [*rest, "", ""][:2]
     return name, config or None, split or "train"
 
@@ -69,7 +69,7 @@ def _rows(
     except Exception as error:  # a missing name, a wrong split, a broken file: datasets raises many kinds
         # The outer error of a broken file only says that generating failed; its cause says why.
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise UserError(f"--input {given}: datasets cannot load it ({reason[:300]})") from None
+        raise UserError(f"{given}: datasets cannot load it ({reason[:300]})") from None
     for number, row in enumerate(rows, 1):
         yield f"{given}, row {number}", row
 

@@ -16,8 +16,8 @@ TOKEN_TOLERANCE = 0.02
 # over their borders and the digits of their numbers are not in it); one is usually enough.
 _ROUNDS = 12
 
-# Paragraphs of the pool that are looked at for one context before it counts as impossible, so that a question
-# whose answer stands in nearly every document does not read the whole of a large pool.
+# Paragraphs of the pool that are read for one question before it counts as impossible, so that a question whose
+# answer stands in nearly every document does not read the whole of a large pool again and again.
 _MOST_READ = 50_000
 
 NEVER_IN_DOCUMENTS = frozenset({"yes", "no"})
@@ -40,6 +40,7 @@ class Distractors:
     def __init__(self, question: Question, pool: DistractorPool, rng: random.Random) -> None:
         self._pool = pool
         self._rng = rng
+        self._unread = _MOST_READ
         self._answers = [answer for answer in normalised_answers(question.answers) if answer not in NEVER_IN_DOCUMENTS]
         gold = pool.candidates_for(paragraph for paragraph in question.paragraphs if paragraph.is_supporting)
         self._gold_titles = {candidate.title_key for candidate in gold}
@@ -104,19 +105,20 @@ class Distractors:
             lengths = own[0], own[-1]
         shortest, large = lengths
         stream = self._stream()
-        too_long = False
         while missing > window:
-            # Near the end one paragraph of the right length closes the gap.
-            if missing <= 2 * large and (last := self._fitting(missing - window, missing)):
-                self._take(last)
-                return False
-            candidate = next(stream, None)
-            if candidate is None:
-                return not too_long
-            # Leave room for one more, or the gap could not be closed.
-            if candidate.tokens > missing - shortest:
-                too_long = True
-            elif self._take(candidate):
+            if missing > 2 * large:
+                candidate = next(stream, None)
+                if candidate is None:
+                    return True
+            else:
+                # Near the end one paragraph of the right length closes the gap; any other must leave room for one.
+                if last := self._fitting(missing - window, missing):
+                    self._take(last)
+                    return False
+                candidate = self._fitting(1, missing - shortest)
+                if candidate is None:
+                    return False
+            if candidate.tokens <= missing - shortest and self._take(candidate):
                 missing -= candidate.tokens
         return False
 
@@ -127,9 +129,10 @@ class Distractors:
                 return candidate
         rows = self._pool.of_length(low, high)
         offset = self._rng.randrange(len(rows)) if len(rows) else 0
-        for step in range(min(len(rows), _MOST_READ)):
-            candidate = self._pool[rows[(offset + step) % len(rows)]]
-            if candidate.title_key not in self._titles and self._allowed(candidate):
+        for step in range(len(rows)):
+            if not self._unread:
+                break
+            if candidate := self._read(rows[(offset + step) % len(rows)]):
                 return candidate
         return None
 
@@ -138,12 +141,20 @@ class Distractors:
         yield from self._own
         total = len(self._pool)
         moved: dict[int, int] = {}  # a Fisher-Yates shuffle that only remembers what it moved
-        for index in range(min(total, _MOST_READ)):
+        for index in range(total):
+            if not self._unread:
+                return
             other = self._rng.randrange(index, total)
-            candidate = self._pool[moved.get(other, other)]
+            row = moved.get(other, other)
             moved[other] = moved.get(index, index)
-            if candidate.title_key not in self._titles and self._allowed(candidate):
+            if candidate := self._read(row):
                 yield candidate
+
+    def _read(self, row: int) -> Candidate | None:
+        """A paragraph of the pool, if it may be taken."""
+        self._unread -= 1
+        candidate = self._pool[row]
+        return candidate if candidate.title_key not in self._titles and self._allowed(candidate) else None
 
     def _take(self, candidate: Candidate) -> bool:
         if candidate.title_key in self._titles:
