@@ -70,8 +70,8 @@ class DataConfig:
     seq_length: int = option(8192, "longest prompt plus response, tokens", minimum=2)
     overlong: str = option(
         "refuse",
-        "examples beyond --seq-length; refuse: the run; drop: leave them out and list them; cut: shorten their contexts "
-        "by distractor text, list them, and drop what that cannot shorten enough",
+        "examples beyond --seq-length; refuse: the run; drop: leave them out and list them; cut: shorten their "
+        "contexts by distractor text, list them, and drop what that cannot shorten enough",
         ("refuse", "drop", "cut"),
     )
     share_prompts: bool = option(True, "compute a prompt once for all its continuations")

@@ -1,204 +1,119 @@
-"""``solopo prepare-data``: question sets to short and long contexts."""
+"""``solopo prepare-data``: question sets to short and long contexts.
+
+A first pass (`ingest`) reads and checks everything and puts questions and distractors on disk; a second
+(`building`) builds the contexts, in any number of processes, and can be killed and repeated at any moment.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import dataclasses
+import hashlib
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data import contexts
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.contexts import CannotBuild, ContextPair, DistractorPool, PromptFormat, build_contexts
-from megatron_solopo.data.schema import Message, Paragraph, Question, write_jsonl
-from megatron_solopo.data.sources import SOURCES, read_pool
+from megatron_solopo.data.building import LEFT_OUT, TRAIN, VALIDATION, BuildSettings, Summary, build_all, left_out_line
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.counting import TokenCounter
+from megatron_solopo.data.evidence import FINDERS
+from megatron_solopo.data.ingest import Ingested, ingest
+from megatron_solopo.data.inputs import local_files
+from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.progress import Progress, WorkFolder
+from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.sources import SOURCES
 from megatron_solopo.errors import UserError
 
-
-@dataclass
-class Summary:
-    """What became of the questions; lengths in tokens, chat template included."""
-
-    kept: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    short_tokens: list[int] = field(default_factory=list)
-    long_tokens: list[int] = field(default_factory=list)
-    short_documents: list[int] = field(default_factory=list)
-    long_documents: list[int] = field(default_factory=list)
-
-    def add(self, pair: ContextPair) -> None:
-        self.kept += 1
-        for name in ("short_tokens", "long_tokens", "short_documents", "long_documents"):
-            getattr(self, name).append(getattr(pair, name))
-
-    def lines(self) -> list[str]:
-        """The summary for a person."""
-        lines = [f"questions kept: {self.kept}, left out: {self.left_out.total()}"]
-        lines += [f"  {count} left out: {reason}" for reason, count in self.left_out.most_common()]
-        if self.kept:
-            for name in ("short", "long"):
-                tokens, documents = getattr(self, f"{name}_tokens"), getattr(self, f"{name}_documents")
-                lines.append(f"{name} contexts: {spread(tokens)} tokens, {spread(documents)} documents")
-            ratios = [short / long for short, long in zip(self.short_tokens, self.long_tokens, strict=True)]
-            lines.append(
-                f"compression ratio rho = short / long: mean {statistics.mean(ratios):.3f} "
-                f"(min {min(ratios):.3f}, max {max(ratios):.3f})"
-            )
-        return lines
-
-
-def spread(values: Sequence[int]) -> str:
-    return f"mean {statistics.mean(values):.1f} (min {min(values)}, max {max(values)})"
-
-
-def prepare(
-    questions: Sequence[Question],
-    pool: DistractorPool,
-    sizes: tuple[int, int],
-    *,
-    prompt_format: PromptFormat,
-    seed: int,
-    count_tokens: Callable[[list[Message]], int],
-    in_tokens: bool,
-    source: str,
-    summary: Summary,
-) -> Iterator[ContextPair]:
-    """Yields the context pair of each question that has one; the others are counted in ``summary``.
-
-    Args:
-        sizes: short and long, in tokens of the whole prompt when ``in_tokens``, else in documents.
-    """
-    for question in questions:
-        try:
-            short, long = build_contexts(
-                question,
-                pool,
-                sizes,
-                prompt_format=prompt_format,
-                seed=seed,
-                count_tokens=count_tokens if in_tokens else None,
-            )
-        except CannotBuild as reason:
-            summary.left_out[str(reason)] += 1
-            continue
-        pair = ContextPair(
-            id=question.id,
-            question=question.question,
-            answers=list(dict.fromkeys(question.answers)),
-            short_messages=short.messages,
-            long_messages=long.messages,
-            short_tokens=short.tokens or count_tokens(short.messages),
-            long_tokens=long.tokens or count_tokens(long.messages),
-            source=source,
-            short_documents=len(short.paragraphs),
-            long_documents=len(long.paragraphs),
-            short_gold=short.gold_positions,
-            long_gold=long.gold_positions,
-        )
-        summary.add(pair)
-        yield pair
-
-
-def text_option(flag: str, value: str) -> str:
-    r"""The text of an option given as text (``\n`` and ``\t`` are line break and tab) or as ``@FILE``.
-
-    One line break at the end of the file is not part of the text.
-    """
-    if not value.startswith("@"):
-        return value.replace("\\n", "\n").replace("\\t", "\t")
-    path = Path(value[1:])
-    if not path.is_file():
-        raise UserError(f"{flag} {value}: no such file; give @FILE or the text itself")
-    return path.read_text(encoding="utf-8").removesuffix("\n")
-
-
-def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that every command with a tokenizer has; where it is not required, the model's folder has one."""
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--tokenizer",
-        required=required,
-        metavar="DIR",
-        help="Hugging Face folder" + (" of the model to train" if required else " (default: the model's)"),
-    )
-    group.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none or another is wanted"
-    )
-    group.add_argument(
-        "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
-    )
-
-
-def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) -> None:
-    """The options that `prompt_format_of` reads; without ``documents`` a document is used as it is, and only one."""
-    group = parser.add_argument_group(r"prompt (each is a text, in which \n is a line break, or @FILE)")
-    if documents:
-        group.add_argument(
-            "--document-template",
-            default=contexts.DEFAULT_DOCUMENT_TEMPLATE,
-            metavar="TEXT",
-            help="one document, with {number}, {title}, {text} (default: %(default)r)",
-        )
-        group.add_argument(
-            "--document-separator",
-            default=contexts.DEFAULT_DOCUMENT_SEPARATOR,
-            metavar="TEXT",
-            help="between documents (default: %(default)r)",
-        )
-    else:
-        parser.set_defaults(document_template="{text}", document_separator="")
-    group.add_argument(
-        "--prompt-template",
-        default=contexts.DEFAULT_PROMPT_TEMPLATE,
-        metavar="TEXT",
-        help="the user message, with {documents} and {question} (default: asks for a short chain of thought, "
-        "then the answer)",
-    )
-    group.add_argument(
-        "--system-prompt", metavar="TEXT", help="a system message before it (default: none but the chat template's own)"
-    )
-
-
-def prompt_format_of(options: argparse.Namespace) -> PromptFormat:
-    """The prompt format that the options of `add_prompt_options` describe."""
-    return PromptFormat(
-        document_template=text_option("--document-template", options.document_template),
-        document_separator=text_option("--document-separator", options.document_separator),
-        prompt_template=text_option("--prompt-template", options.prompt_template),
-        system_prompt=text_option("--system-prompt", options.system_prompt) if options.system_prompt else None,
-    )
+TRL = "trl"
+DEFAULT_EVIDENCE_DOCUMENTS = 4
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solopo prepare-data",
-        description="Build, for each question, a short and a long context that hold the same gold paragraphs.",
+        description="Build, for each question, a short and a long context that hold the same gold paragraphs. "
+        "A killed run goes on where it was when the command is repeated.",
     )
     group = parser.add_argument_group("input and output")
     group.add_argument(
-        "--source", choices=sorted(SOURCES), default="musique", help="format of the input (default: musique)"
+        "--source",
+        choices=sorted([*SOURCES, TRL]),
+        default="musique",
+        help="format of the input's records (default: musique); jsonl: {question, answer or answers, documents}",
     )
-    group.add_argument("--input", nargs="+", required=True, metavar="FILE", help="question files")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="INPUT",
+        help="question files (.jsonl, .json, .parquet, .csv), folders of them, or hub:NAME[:CONFIG][:SPLIT] for a "
+        "data set of the Hugging Face hub (default split: train)",
+    )
     group.add_argument(
         "--pool",
         nargs="+",
         default=[],
-        metavar="FILE",
-        help="more distractors, JSONL of {title, text}; the paragraphs of all questions are always in the pool",
+        metavar="INPUT",
+        help="more distractors, records of {title, text}; the paragraphs of all questions are always in the pool",
     )
     group.add_argument("--output", required=True, metavar="FILE", help="contexts, JSONL")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (the pool keeps all of them)")
+    group.add_argument("--exclude-ids", metavar="FILE", help="ids to leave out, one a line, or JSONL with an id")
+    group.add_argument("--left-out", metavar="FILE", help="write every question left out, JSONL of {id, reason}")
+    group.add_argument(
+        "--validation-share",
+        type=float,
+        metavar="F",
+        help="share of the questions for --validation-output; near-duplicate questions stay together",
+    )
+    group.add_argument("--validation-output", metavar="FILE", help="contexts for validation, JSONL")
+    group.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes; the output is the same (default: 1)"
+    )
     group = parser.add_argument_group(
         "sizes: tokens of the whole prompt (98 % to 100 % of N), or documents, gold ones included"
     )
     for unit in ("tokens", "documents"):
         for which in ("short", "long"):
             group.add_argument(f"--{which}-{unit}", type=int, metavar="N")
+    group = parser.add_argument_group("evidence")
+    group.add_argument(
+        "--gold-depth",
+        default="uniform",
+        metavar="D",
+        help="uniform: gold documents anywhere (default); 0 to 1: together, from the start to the end",
+    )
+    group.add_argument(
+        "--drop-gold-share",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="imperfect compression: leave this share of the gold documents out of the short contexts, at least one "
+        "stays (default: 0)",
+    )
+    group.add_argument(
+        "--evidence",
+        choices=FINDERS,
+        default="labels",
+        help="which documents are gold: the data's labels (default), or those that BM25 or a model's log-prob of the "
+        "answer finds; recall is printed where there are labels",
+    )
+    group.add_argument(
+        "--evidence-documents",
+        type=int,
+        metavar="K",
+        help=f"gold documents to find for each question (default: {DEFAULT_EVIDENCE_DOCUMENTS})",
+    )
+    group.add_argument("--evidence-model", metavar="DIR", help="Hugging Face folder, for --evidence log-prob")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --evidence-model (default: auto)"
+    )
     add_tokenizer_options(parser)
     add_prompt_options(parser)
     group = parser.add_argument_group("randomness")
@@ -230,48 +145,201 @@ def _sizes(options: argparse.Namespace) -> tuple[tuple[int, int], bool]:
     return sizes, in_tokens
 
 
+def _gold_depth(value: str) -> float | None:
+    if value == "uniform":
+        return None
+    try:
+        depth = float(value)
+    except ValueError:
+        depth = -1.0
+    if not 0 <= depth <= 1:
+        raise UserError(f"--gold-depth {value}: give uniform, or a number from 0 (start) to 1 (end)")
+    return depth
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.source == TRL:
+        raise UserError(
+            "--source trl: prompt / chosen / rejected records have no documents to build contexts from; give the file "
+            "to training as it is, --train-data FILE --context-mode short"
+        )
+    for flag, value in (
+        ("--limit", options.limit),
+        ("--workers", options.workers),
+        ("--evidence-documents", options.evidence_documents),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: give a number of at least 1")
+    if not 0 <= options.drop_gold_share < 1:
+        raise UserError(f"--drop-gold-share {options.drop_gold_share}: give a share from 0 up to, not including, 1")
+    if (options.validation_share is None) != (options.validation_output is None):
+        raise UserError("give --validation-share and --validation-output together, or neither")
+    if options.validation_share is not None and not 0 < options.validation_share < 1:
+        raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1")
+    if options.evidence == "labels" and options.evidence_documents is not None:
+        raise UserError("--evidence-documents: the labels say which documents are gold; use it with --evidence bm25")
+    if (options.evidence == "log-prob") != (options.evidence_model is not None):
+        raise UserError("--evidence log-prob and --evidence-model DIR need each other; give both or neither")
+    if options.evidence == "log-prob" and options.workers > 1:
+        raise UserError("--workers: --evidence log-prob runs one model in one process; give --workers 1")
+    if options.device != "auto" and options.evidence != "log-prob":
+        raise UserError(f"--device {options.device}: only --evidence log-prob runs a model; leave it out")
+    targets = [options.output, options.validation_output, options.left_out]
+    resolved = [Path(target).resolve() for target in targets if target]
+    if len(set(resolved)) < len(resolved):
+        raise UserError("--output, --validation-output and --left-out must be different files")
+
+
+def _excluded(path: str | None) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    if not Path(path).is_file():
+        raise UserError(f"--exclude-ids {path}: no such file; give a file with one id a line")
+    with Path(path).open(encoding="utf-8") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    if not first:
+        raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
+    if not first.lstrip().startswith("{"):
+        return frozenset(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
+    ids = set()
+    for where, record in read_jsonl(path):
+        found = record.get("id", record.get("_id"))
+        if not isinstance(found, str | int):
+            raise UserError(f"--exclude-ids {where}: the record has no 'id' that is a text or a number")
+        ids.add(str(found))
+    return frozenset(ids)
+
+
+def _fingerprint(given: list[str]) -> list[list[str]]:
+    """Inputs by name and content; a data set of the hub by its name."""
+    found = []
+    for name in given:
+        files = local_files(name)
+        if not files:
+            found.append([name, ""])
+        for path in files:
+            with path.open("rb") as file:
+                found.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return found
+
+
+def _settings(options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str]) -> dict[str, Any]:
+    """Everything that decides the output's bytes."""
+    tokenizer = [str(p) for p in sorted(Path(options.tokenizer).glob("*")) if p.suffix in (".json", ".model", ".jinja")]
+    return {
+        **dataclasses.asdict(build),
+        "input": _fingerprint(options.input),
+        "pool": _fingerprint(options.pool),
+        "tokenizer": [digest for _, digest in _fingerprint(tokenizer)],
+        "chat_template": _fingerprint([options.chat_template]) if options.chat_template else None,
+        "exclude_ids": hashlib.sha256(json.dumps(sorted(excluded)).encode()).hexdigest(),
+        "limit": options.limit,
+        "validation_share": options.validation_share,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
     sizes, in_tokens = _sizes(options)
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit {options.limit}: give a number of questions of at least 1")
-    prompt_format = prompt_format_of(options)
-    begin = time.monotonic()
-    summary = Summary()
-    questions = list(SOURCES[options.source](options.input, summary.left_out))
-    extra = list(read_pool(options.pool))
-    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.eos_token)
-
-    def count_texts(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-    paragraphs: list[Paragraph] = [*(p for question in questions for p in question.paragraphs), *extra]
-    pool = DistractorPool(paragraphs, prompt_format, count_texts if in_tokens else None)
-    print(f"{len(questions)} questions, {len(pool)} distinct paragraphs to draw distractors from")
-    pairs = prepare(
-        questions[: options.limit],
-        pool,
-        sizes,
-        prompt_format=prompt_format,
-        seed=options.seed,
-        count_tokens=lambda messages: len(prompt_ids(tokenizer, messages)),
+    _check(options)
+    excluded = _excluded(options.exclude_ids)
+    build = BuildSettings(
+        tokenizer=options.tokenizer,
+        chat_template=options.chat_template,
+        eos_token=options.eos_token,
+        prompt_format=prompt_format_of(options),
+        sizes=sizes,
         in_tokens=in_tokens,
         source=options.source,
-        summary=summary,
+        seed=options.seed,
+        gold_depth=_gold_depth(options.gold_depth),
+        drop_gold_share=options.drop_gold_share,
+        evidence=options.evidence,
+        evidence_documents=options.evidence_documents or DEFAULT_EVIDENCE_DOCUMENTS,
+        evidence_model=options.evidence_model,
+        device=options.device,
     )
-    total = min(len(questions), options.limit or len(questions))
-    written = write_jsonl(options.output, tqdm(_not_empty(pairs, summary), total=total, unit="question", disable=None))
-    print("\n".join(summary.lines()))
-    print(f"wrote {written} questions to {options.output} in {time.monotonic() - begin:.1f} s")
+    begin = time.monotonic()
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.eos_token)
+    output = Path(options.output)
+    work = WorkFolder(output.with_name(output.name + ".work"), _settings(options, build, excluded))
+    try:
+        prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
+        read = time.monotonic() - begin
+        summary = _build(work, options, build, prepared, tokenizer)
+    except UserError:
+        if not work.done:  # nothing was built that a repeated command could go on from
+            work.remove()
+        raise
+    print("\n".join([*prepared.notes, *summary.lines()]))
+    seconds = time.monotonic() - begin
+    print(
+        f"wrote {summary.counts['kept']} questions to {_targets(options)} in {seconds:.1f} s "
+        f"(reading and lengths {read:.1f} s, contexts {seconds - read:.1f} s)"
+    )
     return 0
 
 
-def _not_empty(pairs: Iterator[ContextPair], summary: Summary) -> Iterator[ContextPair]:
-    """Passes pairs on and refuses an empty result before the output is renamed into place."""
-    yield from pairs
-    if not summary.kept:
-        reasons = (
-            "; ".join(f"{count} x {reason}" for reason, count in summary.left_out.most_common()) or "the input is empty"
+def _prepared(
+    work: WorkFolder, options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], counter: TokenCounter
+) -> Ingested:
+    """What the first pass found, now or in a killed run of the same settings."""
+    if not work.ready:
+        found = ingest(
+            work.path,
+            source=options.source,
+            inputs=options.input,
+            pool=options.pool,
+            prompt_format=build.prompt_format,
+            count=counter.texts if build.in_tokens else None,
+            labelled=options.evidence == "labels",
+            exclude=excluded,
+            limit=options.limit,
+            validation_share=options.validation_share or 0.0,
+            seed=options.seed,
         )
-        raise UserError(f"no question could be used ({reasons}); change the sizes, the input or --pool")
+        work.mark_ready(dataclasses.asdict(found))
+    prepared = Ingested(**work.prepared)
+    print(f"{prepared.questions} questions, {prepared.paragraphs} distinct paragraphs to draw distractors from")
+    return prepared
+
+
+def _build(
+    work: WorkFolder,
+    options: argparse.Namespace,
+    build: BuildSettings,
+    prepared: Ingested,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Summary:
+    """Builds what a killed run has not built yet, and puts the files in their places."""
+    progress = Progress(work.path, (TRAIN, VALIDATION, LEFT_OUT))
+    if progress.state is None:
+        summary = Summary(left_out=Counter(reason for _, reason in prepared.left_out))
+        lines = b"".join(left_out_line(question_id, reason) for question_id, reason in prepared.left_out)
+        progress.add(0, {LEFT_OUT: lines}, summary.to_json())
+    else:
+        summary = Summary.from_json(progress.state)
+        print(f"resuming: {progress.done} of {prepared.questions} questions were done before")
+    batches = build_all(
+        work.path, build, tokenizer, start=progress.done, stop=prepared.questions, workers=options.workers
+    )
+    with tqdm(total=prepared.questions, initial=progress.done, unit="question", disable=None) as bar:
+        for batch in batches:
+            summary.merge(batch.summary)
+            bar.update(batch.stop - progress.done)
+            progress.add(batch.stop, batch.parts, summary.to_json())
+    if not summary.counts["kept"]:
+        work.remove()  # there is nothing in it
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in summary.left_out.most_common())
+        raise UserError(
+            f"no question could be used ({reasons or 'the input is empty'}); change the sizes, the input or --pool"
+        )
+    targets = {TRAIN: options.output, VALIDATION: options.validation_output, LEFT_OUT: options.left_out}
+    progress.finish({name: Path(target) for name, target in targets.items() if target})
+    work.remove()
+    return summary
+
+
+def _targets(options: argparse.Namespace) -> str:
+    return " and ".join(filter(None, (options.output, options.validation_output)))

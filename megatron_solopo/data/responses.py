@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_solopo.data.schema import read_jsonl, require
+from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import ContextPair, read_contexts
 from megatron_solopo.data.hf_model import DTYPES, check_reach, check_rows, load_model, stop_ids
-from megatron_solopo.data.prepare import add_tokenizer_options
+from megatron_solopo.data.options import add_tokenizer_options
 from megatron_solopo.data.responses import PartialFile, Responses
 from megatron_solopo.errors import UserError
 

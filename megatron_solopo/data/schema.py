@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.data.records import Part, read_records
-from megatron_solopo.data.records import read_jsonl as read_jsonl
-from megatron_solopo.data.records import write_jsonl as write_jsonl
 from megatron_solopo.errors import UserError
 
 Message = dict[str, str]

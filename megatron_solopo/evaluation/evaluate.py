@@ -17,12 +17,16 @@ import transformers
 from tqdm import tqdm
 
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.contexts import CannotBuild, DistractorPool, PromptFormat, build_contexts
+from megatron_solopo.data.contexts import build_contexts
+from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.hf_model import DTYPES, check_reach, load_model
-from megatron_solopo.data.prepare import add_prompt_options, add_tokenizer_options, prompt_format_of
-from megatron_solopo.data.schema import Message, write_jsonl
+from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.pool import DistractorPool
+from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.records import write_jsonl
 from megatron_solopo.data.scoring import SCORERS
-from megatron_solopo.data.sources import SOURCES, read_pool
+from megatron_solopo.data.selection import CannotBuild
+from megatron_solopo.data.sources import SOURCES, LeftOut, read_pool, read_questions
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, generate
 from megatron_solopo.evaluation.results import METRICS, length_label, mean_interval
@@ -61,18 +65,12 @@ def build_items(
     Raises:
         UserError: no question is left.
     """
-    left_out: Counter[str] = Counter()
-    questions = list(SOURCES[source](data, left_out))
-
-    def count_texts(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-    def count_tokens(messages: list[Message]) -> int:
-        return len(prompt_ids(tokenizer, messages))
-
+    left_out = LeftOut()
+    questions = list(read_questions(source, data, left_out))
+    counter = TokenCounter(tokenizer)
     in_tokens = unit == "tokens"
     paragraphs = [*(paragraph for question in questions for paragraph in question.paragraphs), *read_pool(pool)]
-    distractors = DistractorPool(paragraphs, prompt_format, count_texts if in_tokens else None)
+    distractors = DistractorPool.of(paragraphs, prompt_format, counter.texts if in_tokens else None)
     items = []
     for question in tqdm(questions[:limit], desc="contexts", unit="question", leave=False, disable=None):
         try:
@@ -82,10 +80,10 @@ def build_items(
                 sizes,
                 prompt_format=prompt_format,
                 seed=seed,
-                count_tokens=count_tokens if in_tokens else None,
+                count_tokens=counter.chat if in_tokens else None,
             )
         except CannotBuild as reason:
-            left_out[str(reason)] += 1
+            left_out.add(question.id, str(reason))
             continue
         items.append(
             Item(
@@ -96,9 +94,10 @@ def build_items(
             )
         )
     if not items:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in left_out.most_common()) or "the input is empty"
+        found = left_out.counts.most_common()
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in found) or "the input is empty"
         raise UserError(f"no question can be asked at every length ({reasons}); change the lengths, the data or --pool")
-    return items, left_out
+    return items, left_out.counts
 
 
 def score_responses(

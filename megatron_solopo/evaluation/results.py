@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data.schema import read_jsonl, require
+from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 
 METRICS = {"sub_em": "sub-EM", "em": "EM", "f1": "F1"}

@@ -5,14 +5,19 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.contexts import CannotBuild, Context, DistractorPool, PromptFormat, build_contexts
+from megatron_solopo.data.contexts import Context, build_contexts
+from megatron_solopo.data.counting import TokenCounter
+from megatron_solopo.data.pool import DistractorPool, PoolWriter, open_writer, write_pool
+from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Message, Paragraph, Question
-from megatron_solopo.data.sources import read_musique
+from megatron_solopo.data.selection import CannotBuild, mentions
+from megatron_solopo.data.sources import LeftOut, read_questions
 from megatron_solopo.errors import UserError
 
 FORMAT = PromptFormat(document_template="{number} {title} : {text}", prompt_template="{documents} ? {question}")
@@ -50,14 +55,14 @@ def corpus(questions: int = 60, seed: int = 0) -> list[Question]:
 
 
 def pool_of(questions: list[Question], extra: tuple[Paragraph, ...] = ()) -> DistractorPool:
-    return DistractorPool([*(p for q in questions for p in q.paragraphs), *extra], FORMAT, count_words)
+    return DistractorPool.of([*(p for q in questions for p in q.paragraphs), *extra], FORMAT, count_words)
 
 
 def build(
-    question: Question, pool: DistractorPool, sizes: list[int], seed: int = 1, tokens: bool = True
+    question: Question, pool: DistractorPool, sizes: list[int], seed: int = 1, tokens: bool = True, **how: float
 ) -> list[Context]:
     return build_contexts(
-        question, pool, sizes, prompt_format=FORMAT, seed=seed, count_tokens=count_chat if tokens else None
+        question, pool, sizes, prompt_format=FORMAT, seed=seed, count_tokens=count_chat if tokens else None, **how
     )
 
 
@@ -109,7 +114,7 @@ def test_forbidden_distractors_are_never_taken() -> None:
         Paragraph("Good", "also nothing"),
     ]
     question = Question("q", "?", "Old-Town", ("Old Town", "the"), (first_hop, gold, *forbidden[:2]))
-    pool = DistractorPool([*forbidden, *fine], FORMAT)
+    pool = DistractorPool.of([*forbidden, *fine], FORMAT)
     for seed in range(20):
         (context,) = build(question, pool, [4], seed=seed, tokens=False)
         assert {p.title.lower() for p in context.paragraphs} == {"hop", "the gold", "fine", "good"}
@@ -160,7 +165,103 @@ def test_what_cannot_be_built_says_why() -> None:
     same_length = [Paragraph(f"t{i}", "x " * 57) for i in range(50)]  # 60 words each: 2 % of 140 is never hit
     question = Question("q", "?", "yes", (), (Paragraph("g", "yes " * 10, True),))
     with pytest.raises(CannotBuild, match="no choice of distractors comes within 2%"):
-        build(question, DistractorPool(same_length, FORMAT, count_words), [120])
+        build(question, DistractorPool.of(same_length, FORMAT, count_words), [120])
+
+
+@pytest.mark.parametrize("how", [{}, {"gold_depth": 0.5}, {"drop_gold_share": 0.5}])
+def test_spans_are_the_documents_as_written(how: dict[str, float]) -> None:
+    questions = corpus(20)
+    prompt_format = PromptFormat(
+        document_template="<{number}> {title}\n{text}", prompt_template="Of {question}:\n{documents}\n{question}?"
+    )
+    pool = pool_of(questions)
+    for question in questions[::5]:
+        for context in build_contexts(question, pool, [3, 9], prompt_format=prompt_format, seed=0, **how):
+            content = context.messages[-1]["content"]
+            assert len(context.spans) == len(context.paragraphs)
+            for number, (start, end, gold) in enumerate(context.spans, 1):
+                title, text = content[start:end].split("\n")
+                assert title.startswith(f"<{number}> ")
+                written = Paragraph(title.removeprefix(f"<{number}> "), text, gold)
+                assert gold == (written in gold_of(question)) and (gold or written in paragraphs_of(questions))
+            between = [content[a[1] : b[0]] for a, b in zip(context.spans, context.spans[1:], strict=False)]
+            assert set(between) == {"\n\n"}
+            assert content[context.spans[-1][1] :] == f"\n{question.question}?"
+
+
+def paragraphs_of(questions: Sequence[Question]) -> set[Paragraph]:
+    return {Paragraph(p.title, p.text) for question in questions for p in question.paragraphs}
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_chosen_depth(tokens: bool) -> None:
+    questions = corpus(20)
+    pool = pool_of(questions)
+    for depth in (0.0, 0.25, 1.0):
+        for context in build(questions[3], pool, [200, 700] if tokens else [4, 12], tokens=tokens, gold_depth=depth):
+            first, second = context.gold_positions
+            assert second == first + 1 and first == round(depth * (len(context.paragraphs) - 2))
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: bool) -> None:
+    questions = corpus()
+    pool = pool_of(questions)
+    kept = Counter()
+    for question in questions:
+        sizes = [200, 700] if tokens else [4, 12]
+        short, long = build(question, pool, sizes, tokens=tokens, drop_gold_share=0.25)
+        assert [p for p in long.paragraphs if p.is_supporting] == gold_of(question)
+        here = [p for p in short.paragraphs if p.is_supporting]
+        assert here and set(here) <= set(gold_of(question))
+        kept[len(here)] += 1
+        # What was dropped does not come back as a distractor, and the long context holds the short one's.
+        others = {(p.title, p.text) for p in short.paragraphs if not p.is_supporting}
+        assert not others & {(p.title, p.text) for p in gold_of(question)}
+        assert others <= {(p.title, p.text) for p in long.paragraphs}
+        if tokens:
+            for size, context in zip(sizes, (short, long), strict=True):
+                assert 0.98 * size <= count_chat(context.messages) <= size
+    # A quarter of 2 paragraphs is half a paragraph: one of them in half of the questions (60, p = 0.001).
+    assert 17 <= kept[1] <= 43 and kept[1] + kept[2] == len(questions)
+    # However much is dropped, one paragraph stays.
+    assert len(build(questions[0], pool, [4], tokens=False, drop_gold_share=0.99)[0].gold_positions) == 1
+
+
+def test_short_answers_count_as_words_and_yes_and_no_not_at_all() -> None:
+    assert mentions("us army of 5", "us") and mentions("us army of 5", "5") and mentions("in 1960s", "1960")
+    assert not mentions("a status of 15", "us") and not mentions("a status of 15", "5")
+    documents = [Paragraph(f"t{i}", f"it is yes or no {i}") for i in range(5)]
+    question = Question("q", "?", "Yes", ("no",), (Paragraph("g", "gold", True),))
+    assert len(build(question, DistractorPool.of(documents, FORMAT), [6], tokens=False)[0].paragraphs) == 6
+
+
+def test_a_pool_on_disk_is_the_pool_in_memory(tmp_path: Path) -> None:
+    questions = corpus(20)
+    paragraphs = [Paragraph("Zoë \u2028", 'line\nbreak "quoted"'), *(p for q in questions for p in q.paragraphs)]
+    writer = open_writer(tmp_path)
+    for paragraph in [*reversed(paragraphs), *paragraphs]:  # twice, in another order
+        writer.add(paragraph)
+    assert write_pool(tmp_path, writer, FORMAT, count_words) == len(paragraphs)
+    here, there = DistractorPool.open(tmp_path, FORMAT), DistractorPool.of(paragraphs, FORMAT, count_words)
+    assert [here[i] for i in range(len(here))] == [there[i] for i in range(len(there))]
+    assert {here[i].paragraph for i in range(len(here))} == {Paragraph(p.title, p.text) for p in paragraphs}
+    for candidate in here.candidates_for(paragraphs):
+        text = FORMAT.document(candidate.paragraph, 10) + FORMAT.document_separator
+        assert candidate.tokens == len(text.split())
+    lengths = [here[row].tokens for row in here.of_length(20, 30)]
+    assert lengths == sorted(t for t in (here[i].tokens for i in range(len(here))) if 20 <= t <= 30) and lengths
+    stranger = Paragraph("not", "in the pool")
+    assert [c.tokens for c in there.candidates_for([stranger])] == [len(f"10 not : {stranger.text}".split())]
+
+
+def test_memory_of_a_paragraph_does_not_grow_with_its_text(tmp_path: Path) -> None:
+    with (tmp_path / "texts").open("w+b") as file:
+        writer = PoolWriter(file)
+        for index in range(50):
+            writer.add(Paragraph(str(index), "x" * 10_000))
+        rows = writer.index(FORMAT, None)
+        assert rows.nbytes == 24 * 50 and file.seek(0, 2) > 500_000
 
 
 def test_values_with_braces_are_not_templates() -> None:
@@ -174,6 +275,7 @@ def test_values_with_braces_are_not_templates() -> None:
     [
         ({"document_template": "{title}"}, "--document-template: the template has no {text}"),
         ({"prompt_template": "{documents}"}, "--prompt-template: the template has no {question}"),
+        ({"prompt_template": "{documents} {question} {documents}"}, "--prompt-template: the template has {documents}"),
     ],
 )
 def test_a_template_without_its_placeholder_is_refused(fields: dict[str, str], message: str) -> None:
@@ -185,13 +287,12 @@ def test_real_musique_at_1k_and_8k(solopo_data: Path) -> None:
     """Ten questions with the Qwen2 tokenizer: within 2 %, gold complete, no answer among the distractors."""
     template = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
     tokenizer = load_tokenizer(solopo_data / "tokenizers" / "qwen2", template)
-    questions = list(read_musique([solopo_data / "musique" / "musique_ans_train_subset.jsonl"], Counter()))[:120]
+    path = solopo_data / "musique" / "musique_ans_train_subset.jsonl"
+    questions = list(read_questions("musique", [path], LeftOut()))[:120]
     prompt_format = PromptFormat()
 
-    def count(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-    pool = DistractorPool((p for q in questions for p in q.paragraphs), prompt_format, count)
+    counter = TokenCounter(tokenizer)
+    pool = DistractorPool.of((p for q in questions for p in q.paragraphs), prompt_format, counter.texts)
     failed = 0
     for question in questions[::12]:
         try:
@@ -201,19 +302,22 @@ def test_real_musique_at_1k_and_8k(solopo_data: Path) -> None:
                 [1024, 8192],
                 prompt_format=prompt_format,
                 seed=0,
-                count_tokens=lambda messages: len(prompt_ids(tokenizer, messages)),
+                count_tokens=counter.chat,
             )
         except CannotBuild:
             failed += 1
             continue
         for size, context in zip((1024, 8192), contexts, strict=True):
             ids = tokenizer.apply_chat_template(context.messages, add_generation_prompt=True, return_dict=False)
+            assert len(ids) == context.tokens == len(prompt_ids(tokenizer, context.messages))
             assert 0.98 * size <= len(ids) <= size
             content = context.messages[-1]["content"]
             assert all(gold.text in content for gold in gold_of(question))
             kept = [p for p in context.paragraphs if not p.is_supporting]
             for answer in question.answers:
-                pattern = re.compile(r"\W*".join(re.escape(word) for word in re.findall(r"\w+", answer)), re.I)
+                edge = r"\b" if len(answer) <= 3 else ""  # "hi" is part of nearly every document's words
+                words = r"\W*".join(re.escape(word) for word in re.findall(r"\w+", answer))
+                pattern = re.compile(f"{edge}{words}{edge}", re.I)
                 assert not any(pattern.search(f"{p.title} {p.text}") for p in kept), (question.id, answer)
             assert not {p.title for p in kept} & {p.title for p in gold_of(question)}
     assert failed <= 1

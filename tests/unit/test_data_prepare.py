@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from word_tokenizer import save_word_tokenizer
 
+from megatron_solopo.data import progress
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.contexts import read_contexts
+from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.prepare import main
 from megatron_solopo.errors import UserError
 
 CHATML = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
-SPECIAL = ["<pad>", "<text_end>", "<turn_end>", "<user>", "<assistant>"]
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}> {{ message.content }} <turn_end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        eos_token="<text_end>",
-        pad_token="<pad>",
-        extra_special_tokens=["<turn_end>", "<user>", "<assistant>"],
-    )
-    made.chat_template = TEMPLATE
-    made.save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
+    return save_word_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.fixture
@@ -88,6 +78,15 @@ def test_records_and_summary(
                 == len(f"<user> {messages[0]['content']} <turn_end> <assistant>".split())
             )
             assert messages[0]["content"].count(pair.answers[0]) == 1
+        for spans, messages, gold in (
+            (pair.short_spans, pair.short_messages, pair.short_gold),
+            (pair.long_spans, pair.long_messages, pair.long_gold),
+        ):
+            assert tuple(index for index, span in enumerate(spans) if span[2]) == gold
+            ((start, end, _),) = [span for span in spans if span[2]]
+            number = spans.index((start, end, True)) + 1
+            document = messages[0]["content"][start:end]
+            assert document.startswith(f"Document {number}: t{pair.id[1:]}.1\n") and document.endswith(pair.answers[0])
     printed = capsys.readouterr().out
     rho = sum(pair.short_tokens / pair.long_tokens for pair in pairs) / len(pairs)
     for line in (
@@ -139,6 +138,167 @@ def test_limit_and_seed_and_pool(command: list[str], tmp_path: Path) -> None:
     assert len(run("--pool", str(tmp_path / "pool.jsonl"), "--long-documents", "150")) == 11
 
 
+SIZES = ("--short-documents", "3", "--long-documents", "10")
+
+
+@pytest.fixture
+def many(questions: Path, command: list[str]) -> list[str]:
+    """The command on 72 questions: five batches, some questions left out."""
+    records = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
+    with questions.open("w", encoding="utf-8") as out:
+        for copy in range(6):
+            for record in records:
+                wording = f"{'the ' * (copy == 5)}{record['question']} of {copy % 5} things"
+                gold = 12 if copy == 2 and record["id"] == "q1" else 0
+                extra = [{"title": f"g{i}", "paragraph_text": "w", "is_supporting": True} for i in range(gold)]
+                fields = {"id": f"{record['id']}-{copy}", "question": wording}
+                out.write(json.dumps({**record, **fields, "paragraphs": record["paragraphs"] + extra}) + "\n")
+    return [*command, *SIZES]
+
+
+def outputs(folder: Path) -> list[str]:
+    return [
+        "--left-out", str(folder / "left.jsonl"), "--validation-share", "0.25",
+        "--validation-output", str(folder / "valid.jsonl"),
+    ]  # fmt: skip
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("contexts.jsonl", "valid.jsonl", "left.jsonl")}
+
+
+def test_everything_is_written_or_listed(many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ids.txt").write_text("q3-0\n\n q4-1 \nnot-there\n", encoding="utf-8")
+    main([*many, *outputs(tmp_path), "--exclude-ids", str(tmp_path / "ids.txt")])
+    train, valid = (list(read_contexts(tmp_path / name)) for name in ("contexts.jsonl", "valid.jsonl"))
+    left = [json.loads(line) for line in (tmp_path / "left.jsonl").read_text().splitlines()]
+    assert {record["id"]: record["reason"] for record in left} == {
+        **{f"q11-{copy}": "not answerable from its paragraphs" for copy in range(6)},
+        "q3-0": "listed in --exclude-ids",
+        "q4-1": "listed in --exclude-ids",
+        "q1-2": "more gold paragraphs than the 3 documents wanted",
+    }
+    ids = [pair.id for pair in [*train, *valid]]
+    assert len(ids) == len(set(ids)) == 72 - len(left)
+    assert len(valid) in (15, 16)  # a quarter of 64; the one left out after the split may be among them
+    # "of 0 things" was asked twice, with another article: both are on one side.
+    sides = {pair.id: name for name, side in (("train", train), ("valid", valid)) for pair in side}
+    for number in range(11):
+        if number != 3:
+            assert sides[f"q{number}-0"] == sides[f"q{number}-5"]
+    printed = capsys.readouterr().out
+    for line in (
+        "ids to exclude: 2 of 3 are in the input",
+        "validation: 16 of 64 questions; 10 near-duplicates",
+        "questions kept: 63, left out: 9",
+        "6 left out: not answerable from its paragraphs",
+        f"{len(train)} for training, {len(valid)} for validation",
+    ):
+        assert line in printed
+    # Neither file nor the folder of the work stays.
+    assert sorted(path.name for path in tmp_path.iterdir() if "contexts" in path.name) == ["contexts.jsonl"]
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"id": "q0-0"}) + "\n", encoding="utf-8")
+    main([*many, "--exclude-ids", str(tmp_path / "ids.jsonl")])
+    assert "q0-0" not in {pair.id for pair in read_contexts(tmp_path / "contexts.jsonl")}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(many: list[str], tmp_path: Path) -> None:
+    main([*many, *outputs(tmp_path)])
+    one = read_all(tmp_path)
+    main([*many, *outputs(tmp_path), "--workers", "2"])
+    assert read_all(tmp_path) == one
+
+
+def killed(run: Callable[[], object], at: int, after: bool) -> bool:
+    """Runs in a child that kills itself with SIGKILL at its ``at``-th note of progress, before or after it is made."""
+    child = os.fork()
+    if not child:
+        calls, write = [], progress.write_aside
+
+        def write_or_die(path: Path, value: object) -> None:
+            calls.append(path)
+            if len(calls) == at:
+                if after:
+                    write(path, value)
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, value)
+
+        progress.write_aside = write_or_die
+        try:
+            run()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_killed_and_repeated_it_writes_the_same_bytes(
+    many: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*many, *outputs(tmp_path)]
+    main(arguments)
+    whole = read_all(tmp_path)
+    # Notes of progress: the first pass is done, 0 questions, then one a batch of 16.
+    for at, after in ((1, False), (1, True), (2, True), (4, False), (4, True), (7, True)):
+        for name in whole:
+            (tmp_path / name).unlink()
+        assert killed(lambda: main(arguments), at, after)
+        assert not (tmp_path / "contexts.jsonl").exists()
+        capfd.readouterr()
+        main(arguments)
+        assert read_all(tmp_path) == whole, (at, after)
+        done = 16 * (at - 3 + after)
+        assert (f"resuming: {min(done, 66)} of 66" in capfd.readouterr().out) == (at > 2 or (at == 2 and after))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: Path) -> None:
+    assert killed(lambda: main(many), 4, True)
+    work = tmp_path / "contexts.jsonl.work"
+    with pytest.raises(UserError, match=r"contexts\.jsonl\.work: begun with seed = 0, now 1; repeat the first"):
+        main([*many, "--seed", "1"])
+    with pytest.raises(UserError, match=r"begun with input = "):
+        (tmp_path / "more.jsonl").write_bytes((tmp_path / "q.jsonl").read_bytes())
+        main([*many, "--input", str(tmp_path / "more.jsonl")])
+    assert work.is_dir()
+    main([*many, "--workers", "1"])
+    assert not work.exists()
+    # Where no context was built there is nothing to lose.
+    assert killed(lambda: main(many), 1, True) and work.is_dir()
+    main([*many, "--seed", "1"])
+
+
+def test_found_evidence_and_its_recall(
+    many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*many, "--evidence", "bm25", "--evidence-documents", "2"])
+    for pair in read_contexts(tmp_path / "contexts.jsonl"):
+        assert len(pair.long_gold) == len(pair.short_gold) == 2
+        gold = [pair.long_messages[0]["content"][start:end] for start, end, is_gold in pair.long_spans if is_gold]
+        assert any(pair.answers[0] in document for document in gold)
+    assert "recall against the labels (share of questions with all of it), 66 questions: @2 " in capsys.readouterr().out
+
+
+def test_imperfect_compression_is_counted(many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*many, "--evidence", "bm25", "--evidence-documents", "2", "--drop-gold-share", "0.5", "--gold-depth", "1"])
+    for pair in read_contexts(tmp_path / "contexts.jsonl"):
+        assert (pair.dropped_gold, pair.short_gold, pair.long_gold) == (1, (2,), (8, 9))
+    assert "imperfect compression: 66 of 132 gold documents are missing from the short contexts of 66" in (
+        capsys.readouterr().out
+    )
+
+
+def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
+    loaded = load_tokenizer(tokenizer)
+    loaded.backend_tokenizer.enable_truncation(3)  # a tokenizer.json may bring this along
+    loaded.backend_tokenizer.enable_padding(length=50)
+    counter = TokenCounter(loaded)
+    texts = ["", "a b", "a b c d e f", "x " * 100]
+    chat = [{"role": "user", "content": "a b c d e"}]
+    assert counter.texts(texts) == [0, 2, 6, 100]
+    assert counter.chat(chat) == len(prompt_ids(loaded, chat)) == 8
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -159,6 +319,25 @@ def test_limit_and_seed_and_pool(command: list[str], tmp_path: Path) -> None:
             ["--short-documents", "3", "--long-documents", "9", "--eos-token", "<nope>"],
             "--eos-token <nope>: no such token",
         ),
+        ([*SIZES, "--source", "trl"], "--train-data FILE --context-mode short"),
+        ([*SIZES, "--workers", "0"], "--workers 0"),
+        ([*SIZES, "--gold-depth", "1.5"], "--gold-depth 1.5: give uniform, or a number from 0"),
+        ([*SIZES, "--gold-depth", "middle"], "--gold-depth middle"),
+        ([*SIZES, "--drop-gold-share", "1"], "--drop-gold-share 1.0: give a share from 0"),
+        ([*SIZES, "--validation-share", "0.5"], "give --validation-share and --validation-output together"),
+        ([*SIZES, "--validation-share", "2", "--validation-output", "v"], "--validation-share 2.0"),
+        ([*SIZES, "--validation-share", "0.01", "--validation-output", "v"], "of 11 questions 0 would be"),
+        ([*SIZES, "--left-out", "x", "--validation-output", "./x", "--validation-share", "0.5"], "different files"),
+        ([*SIZES, "--evidence-documents", "3"], "--evidence-documents: the labels say"),
+        ([*SIZES, "--evidence", "log-prob"], "--evidence log-prob and --evidence-model DIR need each other"),
+        (
+            [*SIZES, "--evidence", "log-prob", "--evidence-model", "m", "--workers", "2"],
+            "--workers: --evidence log-prob",
+        ),
+        ([*SIZES, "--device", "cuda"], "--device cuda: only --evidence log-prob"),
+        ([*SIZES, "--exclude-ids", "nowhere"], "--exclude-ids nowhere: no such file"),
+        ([*SIZES, "--pool", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        ([*SIZES, "--chat-template", "nowhere"], "--chat-template nowhere: no such file"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_no_output(
@@ -167,7 +346,17 @@ def test_wrong_input_is_one_line_and_leaves_no_output(
     with pytest.raises(UserError) as error:
         main([*command, *more])
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "contexts.jsonl").exists()
+    assert not (tmp_path / "contexts.jsonl").exists() and not (tmp_path / "contexts.jsonl.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("\n", "holds no id"), ('{"id": 1}\n{"name": "x"}\n', ":2: the record has no 'id'"), ('{"id"\n', ":1: not valid")],
+)
+def test_a_wrong_list_of_ids(command: list[str], tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "ids").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        main([*command, *SIZES, "--exclude-ids", str(tmp_path / "ids")])
 
 
 def test_the_end_of_turn_comes_from_the_template(tokenizer: Path) -> None:

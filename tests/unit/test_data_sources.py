@@ -1,17 +1,19 @@
-"""Reading MuSiQue: what is yielded, what is left out and counted, and the line of every mistake."""
+"""Reading question sets: what is yielded, what is left out and counted, and the place of every mistake."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_solopo.data.sources import read_musique, read_pool
+from megatron_solopo.data.inputs import read_records
+from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.sources import LeftOut, read_pool, read_questions
 from megatron_solopo.errors import UserError
 
-GOOD = {
+MUSIQUE = {
     "id": "2hop__1",
     "question": "Who?",
     "answer": "Ada",
@@ -22,75 +24,162 @@ GOOD = {
         {"idx": 1, "title": "U", "paragraph_text": "Rain fell.", "is_supporting": False},
     ],
 }
+HOTPOT = {
+    "_id": "5a7",
+    "question": "Who?",
+    "answer": "Ada",
+    "supporting_facts": [["T", 0], ["T", 1]],
+    "context": [["T", ["Ada was", " first."]], ["U", ["Rain fell."]]],
+}
+JSONL = {
+    "id": "j1",
+    "question": "Who?",
+    "answers": ["Ada", "Ada L."],
+    "documents": [{"title": "T", "text": "Ada was first.", "is_supporting": True}, "Rain fell."],
+}
+GOLD = [Paragraph("T", "Ada was first.", True)]
 
 
-def write(path: Path, *records: dict) -> Path:
+def write(path: Path, *records: Any) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
-def changed(**fields: object) -> dict:
-    return {**GOOD, **fields}
+def read(source: str, *inputs: Any, **how: Any) -> list[Question]:
+    return list(read_questions(source, inputs, LeftOut(), **how))
 
 
-def paragraph(**fields: object) -> dict:
-    return changed(paragraphs=[GOOD["paragraphs"][0], {**GOOD["paragraphs"][1], **fields}])
+def musique(**fields: Any) -> dict:
+    return {**MUSIQUE, **fields}
 
 
-def without(key: str) -> dict:
-    return {name: value for name, value in GOOD.items() if name != key}
+def paragraph(**fields: Any) -> dict:
+    return musique(paragraphs=[MUSIQUE["paragraphs"][0], {**MUSIQUE["paragraphs"][1], **fields}])
 
 
-def test_fields_arrive(tmp_path: Path) -> None:
-    left_out: Counter[str] = Counter()
-    (question,) = read_musique([write(tmp_path / "q.jsonl", GOOD)], left_out)
-    assert question.answers == ("Ada", "Ada L.")
-    assert [(p.title, p.text, p.is_supporting) for p in question.paragraphs] == [
-        ("T", "Ada was first.", True),
-        ("U", "Rain fell.", False),
-    ]
-    assert not left_out
-
-
-def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
-    left_out: Counter[str] = Counter()
-    nothing_gold = changed(id="c", paragraphs=GOOD["paragraphs"][1:])
-    path = write(
-        tmp_path / "q.jsonl", changed(id="a", answerable=False), changed(id="b", answer="The"), nothing_gold, GOOD
-    )
-    assert [question.id for question in read_musique([path], left_out)] == ["2hop__1"]
-    assert sorted(left_out.values()) == [1, 1, 1]
-    assert "not answerable from its paragraphs" in left_out
+def without(key: str, record: dict = MUSIQUE) -> dict:
+    return {name: value for name, value in record.items() if name != key}
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("source", "record", "second"),
     [
-        (without("answer"), "'answer' is missing"),
-        (changed(question="  "), "'question' is empty"),
-        (changed(answer=7), "'answer' must be str"),
-        (changed(answer_aliases="Ada"), "'answer_aliases' must be a list of texts"),
-        (changed(answerable="yes"), "'answerable' must be bool"),
-        (changed(paragraphs=[]), "'paragraphs' is empty"),
-        (changed(paragraphs=["text"]), "paragraphs[0]: expected an object, found str"),
-        (paragraph(is_supporting=1), "paragraphs[1]: the field 'is_supporting' must be bool"),
-        (paragraph(paragraph_text=""), "paragraphs[1]: the field 'paragraph_text' is empty"),
-        (paragraph(title=None), "paragraphs[1]: the field 'title' must be str"),
-        (changed(id="first"), "was used before at"),
+        ("musique", MUSIQUE, Paragraph("U", "Rain fell.")),
+        ("hotpotqa", HOTPOT, Paragraph("U", "Rain fell.")),
+        ("2wiki", {**HOTPOT, "context": json.dumps(HOTPOT["context"])}, Paragraph("U", "Rain fell.")),
+        (
+            "hotpotqa",  # as the hub has it
+            {
+                **without("_id", HOTPOT),
+                "id": "5a7",
+                "context": {"title": ["T", "U"], "sentences": [["Ada was", "first."], ["Rain fell."]]},
+                "supporting_facts": {"title": ["T"], "sent_id": [0]},
+            },
+            Paragraph("U", "Rain fell."),
+        ),
+        ("jsonl", JSONL, Paragraph("Rain fell.", "Rain fell.")),
     ],
 )
-def test_a_mistake_names_its_line(tmp_path: Path, record: dict, message: str) -> None:
-    path = write(tmp_path / "q.jsonl", changed(id="first"), record)
+def test_fields_arrive(tmp_path: Path, source: str, record: dict, second: Paragraph) -> None:
+    left_out = LeftOut()
+    (question,) = read_questions(source, [write(tmp_path / "q.jsonl", record)], left_out)
+    assert question.id == (record.get("id") or record["_id"]) and question.question == "Who?"
+    assert question.answers == (("Ada",) if source in ("hotpotqa", "2wiki") else ("Ada", "Ada L."))
+    assert list(question.paragraphs) == [*GOLD, second]
+    assert not left_out.counts
+
+
+def test_a_record_without_id_keeps_one_of_its_own(tmp_path: Path) -> None:
+    record = without("id", JSONL)
+    (one,) = read("jsonl", write(tmp_path / "a.jsonl", record))
+    (_, other) = read("jsonl", write(tmp_path / "b.jsonl", {**record, "question": "Which?"}, record))
+    assert one.id == other.id
+
+
+def test_documents_without_labels(tmp_path: Path) -> None:
+    record = {**JSONL, "documents": ["Ada was first.", {"text": "Rain fell."}]}
+    path = write(tmp_path / "q.jsonl", record)
+    (question,) = read("jsonl", path, labelled=False)
+    assert not any(p.is_supporting for p in question.paragraphs)
+    with pytest.raises(UserError, match=r"q\.jsonl:1: no document has 'is_supporting'.*--evidence bm25"):
+        read("jsonl", path)
+    plain = musique(paragraphs=[{"title": "T", "paragraph_text": "Ada was first."}])
+    assert len(read("musique", write(tmp_path / "m.jsonl", plain), labelled=False)) == 1
+
+
+def test_what_cannot_be_used_is_left_out_and_listed(tmp_path: Path) -> None:
+    left_out = LeftOut()
+    nothing_gold = musique(id="c", paragraphs=MUSIQUE["paragraphs"][1:])
+    path = write(
+        tmp_path / "q.jsonl", musique(id="a", answerable=False), musique(id="b", answer="The"), nothing_gold,
+        musique(id="d"), MUSIQUE,
+    )  # fmt: skip
+    found = read_questions("musique", [path], left_out, exclude={"d", "stranger"})
+    assert [question.id for question in found] == ["2hop__1"]
+    assert dict(left_out.entries) == {
+        "a": "not answerable from its paragraphs",
+        "b": "the answer is only articles or punctuation, so no response can be scored",
+        "c": "no document is marked as supporting",
+        "d": "listed in --exclude-ids",
+    }
+    assert sorted(left_out.counts.values()) == [1, 1, 1, 1]
+    other = {**HOTPOT, "supporting_facts": [["V", 0]]}
+    assert not list(read_questions("hotpotqa", [write(tmp_path / "h.jsonl", other)], left_out))
+    assert left_out.entries[-1] == ("5a7", "1 titles of supporting_facts are not among the documents")
+
+
+@pytest.mark.parametrize(
+    ("source", "record", "message"),
+    [
+        ("musique", without("id"), "'id' is missing"),
+        ("musique", without("answer"), "'answer' is missing (fields found: answer_aliases, answerable"),
+        ("musique", musique(question="  "), "'question' is empty"),
+        ("musique", musique(answer=7), "'answer' must be str"),
+        ("musique", musique(answer_aliases="Ada"), "'answer_aliases' must be a list of texts"),
+        ("musique", musique(answerable="yes"), "'answerable' must be bool"),
+        ("musique", musique(paragraphs=[]), "'paragraphs' is empty"),
+        ("musique", musique(paragraphs="[]x"), "'paragraphs' is a text and no JSON list"),
+        ("musique", musique(paragraphs=["text"]), "paragraphs[0]: expected an object, found str"),
+        ("musique", paragraph(is_supporting=1), "paragraphs[1]: the field 'is_supporting' must be bool"),
+        ("musique", paragraph(paragraph_text=""), "paragraphs[1]: the field 'paragraph_text' is empty"),
+        ("musique", paragraph(title=None), "paragraphs[1]: the field 'title' must be str"),
+        ("musique", musique(question="half \ud83d"), "half of a surrogate pair"),
+        ("musique", musique(id="2hop__1", question="?"), "was used before at"),
+        ("hotpotqa", without("context", HOTPOT), "'context' is missing"),
+        ("hotpotqa", without("supporting_facts", HOTPOT), "'supporting_facts' is missing"),
+        ("hotpotqa", {**HOTPOT, "context": [["T"]]}, "context[0] must be a pair that begins with a title"),
+        ("hotpotqa", {**HOTPOT, "context": [["T", "text"]]}, "context[0] must be a title and a list of sentences"),
+        ("hotpotqa", {**HOTPOT, "context": [["T", [" "]]]}, "'context' is empty"),
+        ("hotpotqa", {**HOTPOT, "context": {"title": ["T"], "sentences": []}}, "'context' differ in length (1, 0)"),
+        ("2wiki", {**HOTPOT, "context": {"title": ["T"]}}, "context: the field 'sentences' is missing"),
+        ("jsonl", without("documents", JSONL), "'documents' is missing"),
+        ("jsonl", {**JSONL, "documents": [7]}, "documents[0]: expected a text or an object, found int"),
+        ("jsonl", {**JSONL, "documents": [{"title": "T"}]}, "documents[0]: the field 'text' is missing"),
+        ("jsonl", {**JSONL, "documents": [{"title": 1, "text": "x"}]}, "the field 'title' must be str, found int"),
+        ("jsonl", {**JSONL, "answers": []}, "'answers' must be a non-empty list of texts"),
+        ("jsonl", without("answers", JSONL), "'answer' is missing"),
+        ("jsonl", ["list"], "expected a JSON object, found list"),
+    ],
+)
+def test_a_mistake_names_its_line(tmp_path: Path, source: str, record: Any, message: str) -> None:
+    good = {"musique": MUSIQUE, "hotpotqa": HOTPOT, "2wiki": HOTPOT, "jsonl": JSONL}[source]
+    if isinstance(record, dict) and record.get("id") != "2hop__1" and "id" in record:
+        record = {**record, "id": "second"}
+    elif isinstance(record, dict) and "_id" in record:
+        record = {**record, "_id": "second"}
+    if message != "was used before at":
+        good = {**good, "id" if "id" in good else "_id": "first"}
+    path = write(tmp_path / "q.jsonl", good, record)
     with pytest.raises(UserError) as error:
-        list(read_musique([path], Counter()))
+        read(source, path)
     assert str(error.value).startswith(f"{path}:2") and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_ids_are_unique_over_files(tmp_path: Path) -> None:
-    paths = [write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", GOOD)]
+    paths = [write(tmp_path / "a.jsonl", MUSIQUE), write(tmp_path / "b.jsonl", MUSIQUE)]
     with pytest.raises(UserError, match=r"b\.jsonl:1.*a\.jsonl:1"):
-        list(read_musique(paths, Counter()))
+        read("musique", *paths)
 
 
 def test_pool(tmp_path: Path) -> None:
@@ -99,8 +188,92 @@ def test_pool(tmp_path: Path) -> None:
         list(read_pool([path]))
 
 
-def test_real_musique(solopo_data: Path) -> None:
-    left_out: Counter[str] = Counter()
-    questions = list(read_musique([solopo_data / "musique" / "musique_ans_train_subset.jsonl"], left_out))
-    assert len(questions) == 310 and not left_out
+def test_an_array_is_read_one_object_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps([HOTPOT, {**HOTPOT, "_id": "other"}], indent=1), encoding="utf-8")
+    assert [question.id for question in read("hotpotqa", path)] == ["5a7", "other"]
+    places = [where for where, _ in read_records([path])]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert places == [f"{path}:{number}" for number, line in enumerate(lines, 1) if line == " {"]
+    path.write_text("[]", encoding="utf-8")
+    assert not list(read_records([path]))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ('[{"a": 1},\n{"a" 2}]', 2, "not valid JSON"),
+        ('[{"a": 1},\n 7]', 2, "expected a JSON object, found int"),
+        ('[{"a": 1}\n', 2, "not valid JSON"),
+        ('[{"a": 1}]\n\n[]', 3, "more text follows the array"),
+    ],
+)
+def test_a_broken_array_names_its_line(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = tmp_path / "q.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        list(read_records([path]))
+    assert str(error.value).startswith(f"{path}:{line}: ") and message in str(error.value)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` converts stays in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_tables_and_folders_go_through_datasets(tmp_path: Path, cache: None) -> None:
+    import pandas
+
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    frame = pandas.DataFrame([MUSIQUE, musique(id="other")])
+    frame.to_parquet(folder / "train-00000-of-00001.parquet")
+    frame.head(1).to_parquet(folder / "test-00000-of-00001.parquet")
+    csv = tmp_path / "pool.csv"
+    pandas.DataFrame([{"title": "A", "text": "Some text."}]).to_csv(csv, index=False)
+    jsonl = write(tmp_path / "q.jsonl", MUSIQUE, musique(id="other"))
+    expected = read("musique", jsonl)
+    assert read("musique", folder / "train-00000-of-00001.parquet") == expected
+    assert read("musique", tmp_path / "set") == expected == read("musique", f"hub:{tmp_path / 'set'}")
+    assert read("musique", f"hub:{tmp_path / 'set'}::test") == expected[:1]
+    assert list(read_pool([csv])) == [Paragraph("A", "Some text.")]
+    frame.drop(columns="question").to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=r"bad\.parquet, row 1: the field 'question' is missing \(fields found: answer"):
+        read("musique", tmp_path / "bad.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    for given, message in (
+        (f"hub:{tmp_path / 'set'}:default:validation", r"default:validation: datasets cannot load it .*validation"),
+        (f"hub:{tmp_path / 'set'}:nowhere:train", "datasets cannot load it .*nowhere"),
+        ("hub:a:b:c:d", "give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"),
+        ("hub:", "give hub:NAME"),
+        (tmp_path / "broken.parquet", r"broken\.parquet: datasets cannot load it"),
+        (tmp_path / "missing.parquet", "no such file"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            read("musique", given)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "count"),
+    [
+        ("musique", "musique/musique_ans_train_subset.jsonl", 310),
+        ("hotpotqa", "hotpotqa/hotpot_train_distractor_subset.jsonl", 200),
+        ("2wiki", "2wikimultihopqa/2wiki_train_subset.jsonl", 500),
+    ],
+)
+def test_real_sets(solopo_data: Path, source: str, file: str, count: int) -> None:
+    left_out = LeftOut()
+    questions = list(read_questions(source, [solopo_data / file], left_out))
+    assert len(questions) == count and not left_out.counts
     assert all(2 <= sum(p.is_supporting for p in question.paragraphs) <= 4 for question in questions)
+    # Most facts stand in their evidence (comparisons are answered by yes, no or a judgement).
+    stated = sum(
+        any(answer.lower() in f"{p.title} {p.text}".lower() for p in question.paragraphs if p.is_supporting)
+        for question in questions
+        for answer in [question.answer]
+    )
+    assert stated >= 0.85 * count

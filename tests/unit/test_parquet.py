@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_solopo.data import parquet
-from megatron_solopo.data.records import read_records, scan, write_records
-from megatron_solopo.data.schema import PreferenceGroup, read_conversations, read_groups, write_jsonl
+from megatron_solopo.data.records import read_records, scan, write_jsonl, write_records
+from megatron_solopo.data.schema import PreferenceGroup, read_conversations, read_groups
 from megatron_solopo.errors import UserError
 
 CHAT = [{"role": "user", "content": "q"}]

@@ -5,14 +5,8 @@ import re
 
 import pytest
 
-from megatron_solopo.data.schema import (
-    Conversation,
-    PreferenceGroup,
-    read_conversations,
-    read_groups,
-    read_jsonl,
-    write_jsonl,
-)
+from megatron_solopo.data.records import read_jsonl, write_jsonl
+from megatron_solopo.data.schema import Conversation, PreferenceGroup, read_conversations, read_groups
 from megatron_solopo.errors import UserError
 
 CHAT = [{"role": "user", "content": "q"}]

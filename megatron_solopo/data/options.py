@@ -1,0 +1,80 @@
+"""Options that several commands share, and what they describe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_solopo.data import prompt
+from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.errors import UserError
+
+
+def text_option(flag: str, value: str) -> str:
+    r"""The text of an option given as text (``\n`` and ``\t`` are line break and tab) or as ``@FILE``.
+
+    One line break at the end of the file is not part of the text.
+    """
+    if not value.startswith("@"):
+        return value.replace("\\n", "\n").replace("\\t", "\t")
+    path = Path(value[1:])
+    if not path.is_file():
+        raise UserError(f"{flag} {value}: no such file; give @FILE or the text itself")
+    return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options that every command with a tokenizer has; where it is not required, the model's folder has one."""
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer",
+        required=required,
+        metavar="DIR",
+        help="Hugging Face folder" + (" of the model to train" if required else " (default: the model's)"),
+    )
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none or another is wanted"
+    )
+    group.add_argument(
+        "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) -> None:
+    """The options that `prompt_format_of` reads; without ``documents`` a document is used as it is, and only one."""
+    group = parser.add_argument_group(r"prompt (each is a text, in which \n is a line break, or @FILE)")
+    if documents:
+        group.add_argument(
+            "--document-template",
+            default=prompt.DEFAULT_DOCUMENT_TEMPLATE,
+            metavar="TEXT",
+            help="one document, with {number}, {title}, {text} (default: %(default)r)",
+        )
+        group.add_argument(
+            "--document-separator",
+            default=prompt.DEFAULT_DOCUMENT_SEPARATOR,
+            metavar="TEXT",
+            help="between documents (default: %(default)r)",
+        )
+    else:
+        parser.set_defaults(document_template="{text}", document_separator="")
+    group.add_argument(
+        "--prompt-template",
+        default=prompt.DEFAULT_PROMPT_TEMPLATE,
+        metavar="TEXT",
+        help="the user message, with {documents} and {question} (default: asks for a short chain of thought, "
+        "then the answer)",
+    )
+    group.add_argument(
+        "--system-prompt", metavar="TEXT", help="a system message before it (default: none but the chat template's own)"
+    )
+
+
+def prompt_format_of(options: argparse.Namespace) -> PromptFormat:
+    """The prompt format that the options of `add_prompt_options` describe."""
+    return PromptFormat(
+        document_template=text_option("--document-template", options.document_template),
+        document_separator=text_option("--document-separator", options.document_separator),
+        prompt_template=text_option("--prompt-template", options.prompt_template),
+        system_prompt=text_option("--system-prompt", options.system_prompt) if options.system_prompt else None,
+    )

@@ -1,0 +1,116 @@
+"""Files written in order by a run that may be killed at any moment, and go on from where it stood."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+_PROGRESS = "progress.json"
+
+
+class WorkFolder:
+    """A folder beside the output that holds a run's unfinished work and the settings it was begun with.
+
+    ``ready`` says whether a first run finished its preparations there (`mark_ready`); what an earlier run left
+    unprepared, or prepared with other settings and built nothing of, is deleted.
+
+    Raises:
+        UserError: work that is worth something was begun with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self._settings = json.loads(json.dumps(settings))
+        self._state = path / "ready.json"
+        self.ready = self._state.is_file()
+        if self.ready:
+            made = json.loads(self._state.read_text(encoding="utf-8"))["settings"]
+            changed = [name for name in self._settings | made if made.get(name) != self._settings.get(name)]
+            if changed and self.done:
+                name = changed[0]
+                raise UserError(
+                    f"{path}: begun with {name} = {made.get(name)!r}, now {self._settings.get(name)!r}; "
+                    "repeat the first settings to resume, or delete the folder to start again"
+                )
+            self.ready = not changed
+        if not self.ready and path.is_dir():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def done(self) -> int:
+        """Items that a `Progress` in the folder has finished."""
+        path = self.path / _PROGRESS
+        return json.loads(path.read_text(encoding="utf-8"))["done"] if path.is_file() else 0
+
+    @property
+    def prepared(self) -> Any:
+        """What `mark_ready` was given."""
+        return json.loads(self._state.read_text(encoding="utf-8"))["prepared"]
+
+    def mark_ready(self, prepared: Any) -> None:
+        write_aside(self._state, {"settings": self._settings, "prepared": prepared})
+        self.ready = True
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Progress:
+    """Output files that grow together, each cut back to its length at the last `add` when a run goes on.
+
+    Attributes:
+        done: items finished; ``state`` is what the last `add` was given (None at the start).
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
+        self._path = folder / _PROGRESS
+        self.done, self.state = 0, None
+        sizes = dict.fromkeys(names, 0)
+        if self._path.is_file():
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            # After a power failure a file may be shorter than what was noted; then all is built again.
+            if all(_size(folder / name) >= size for name, size in kept["sizes"].items()):
+                self.done, self.state, sizes = kept["done"], kept["state"], kept["sizes"]
+        self._files = {}
+        for name, size in sizes.items():
+            file = (folder / name).open("ab")
+            file.truncate(size)
+            file.seek(size)
+            self._files[name] = file
+
+    def add(self, done: int, parts: Mapping[str, bytes], state: Any) -> None:
+        """Appends to the files and notes that ``done`` items are finished."""
+        for name, part in parts.items():
+            self._files[name].write(part)
+            self._files[name].flush()
+        self.done, self.state = done, state
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        write_aside(self._path, {"done": done, "sizes": sizes, "state": state})
+
+    def finish(self, targets: Mapping[str, Path]) -> None:
+        """Moves each named file to its place, complete."""
+        for file in self._files.values():
+            file.close()
+        for name, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # The work folder is beside the output, but a target may lie on another disk.
+            aside = target.with_name(target.name + ".complete")
+            shutil.move(self._path.with_name(name), aside)
+            aside.replace(target)
+
+
+def write_aside(path: Path, value: Any) -> None:
+    """Writes JSON beside ``path`` and renames it, so that a reader sees the old or the new, never a part."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    aside.replace(path)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

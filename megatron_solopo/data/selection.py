@@ -1,0 +1,179 @@
+"""Which distractors join a question's evidence: clean ones, of the right total length, drawn from seed and question."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from megatron_solopo.data.pool import Candidate, DistractorPool
+from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.scoring import normalise, normalised_answers
+
+TOKEN_TOLERANCE = 0.02
+"""A context of a target of N tokens has between 0.98 N and N of them."""
+
+# A few rounds correct the estimate of a prompt's length (documents are counted one by one, so what merges
+# over their borders and the digits of their numbers are not in it); one is usually enough.
+_ROUNDS = 12
+
+# Paragraphs of the pool that are read for one question before it counts as impossible, so that a question whose
+# answer stands in nearly every document does not read the whole of a large pool again and again.
+_MOST_READ = 50_000
+
+NEVER_IN_DOCUMENTS = frozenset({"yes", "no"})
+"""Normalised answers that no document is searched for: they are judgements, not facts a document states."""
+
+_SHORT_ANSWER = 3
+
+
+class CannotBuild(Exception):
+    """A question that no context of the wanted size can be built for; the message is the reason to count."""
+
+
+class Distractors:
+    """The distractors of one question, growing from size to size.
+
+    None has the title of a gold paragraph or of another distractor, none repeats a gold paragraph's text, and
+    none contains an answer (`mentions`). The question's own paragraphs come first, in a random order.
+    """
+
+    def __init__(self, question: Question, pool: DistractorPool, rng: random.Random) -> None:
+        self._pool = pool
+        self._rng = rng
+        self._unread = _MOST_READ
+        self._answers = [answer for answer in normalised_answers(question.answers) if answer not in NEVER_IN_DOCUMENTS]
+        gold = pool.candidates_for(paragraph for paragraph in question.paragraphs if paragraph.is_supporting)
+        self._gold_titles = {candidate.title_key for candidate in gold}
+        self._gold_texts = tuple(filter(None, (normalise(candidate.paragraph.text) for candidate in gold)))
+        own = pool.candidates_for(paragraph for paragraph in question.paragraphs if not paragraph.is_supporting)
+        self._own = [candidate for candidate in own if self._allowed(candidate)]
+        rng.shuffle(self._own)
+        self._chosen: list[Candidate] = []
+        self._titles: set[str] = set()
+
+    @property
+    def paragraphs(self) -> list[Paragraph]:
+        return [candidate.paragraph for candidate in self._chosen]
+
+    def grow_to(self, count: int) -> None:
+        """Adds distractors until there are ``count``.
+
+        Raises:
+            CannotBuild: there are fewer.
+        """
+        stream = self._stream()
+        while len(self._chosen) < count:
+            candidate = next(stream, None)
+            if candidate is None:
+                raise CannotBuild("too few distractors for {size} without the answer or a gold title")
+            self._take(candidate)
+
+    def grow_to_tokens(self, size: int, here: int, count: Callable[[], int]) -> None:
+        """Adds distractors until the prompt has 98 % to 100 % of ``size`` tokens.
+
+        Args:
+            here: tokens of the prompt with the distractors so far, at least about.
+            count: tokens of the prompt with the distractors chosen now.
+
+        Raises:
+            CannotBuild: no choice comes within the window.
+        """
+        slack = int(TOKEN_TOLERANCE * size)
+        start = list(self._chosen)
+        missing = size - here
+        for _ in range(_ROUNDS):
+            self._chosen = list(start)
+            self._titles = {candidate.title_key for candidate in start}
+            # Aim at the middle of the window: the estimate errs to either side.
+            exhausted = self._fill(missing - slack // 4, slack // 2)
+            tokens = count()
+            if size - slack <= tokens <= size:
+                return
+            if exhausted:
+                raise CannotBuild("too few distractors for {size} without the answer or a gold title")
+            estimated = here + sum(candidate.tokens for candidate in self._chosen[len(start) :])
+            missing = size - here - (tokens - estimated)
+        raise CannotBuild(f"no choice of distractors comes within {TOKEN_TOLERANCE:.0%} of {{size}}")
+
+    def _fill(self, missing: int, window: int) -> bool:
+        """Takes distractors of ``missing - window .. missing`` tokens in all, if it can; True when none was left."""
+        lengths = self._pool.typical_lengths()
+        if lengths is None:
+            if not self._own:
+                return True
+            own = sorted(candidate.tokens for candidate in self._own)
+            lengths = own[0], own[-1]
+        shortest, large = lengths
+        stream = self._stream()
+        while missing > window:
+            if missing > 2 * large:
+                candidate = next(stream, None)
+                if candidate is None:
+                    return True
+            else:
+                # Near the end one paragraph of the right length closes the gap; any other must leave room for one.
+                if last := self._fitting(missing - window, missing):
+                    self._take(last)
+                    return False
+                candidate = self._fitting(1, missing - shortest)
+                if candidate is None:
+                    return False
+            if candidate.tokens <= missing - shortest and self._take(candidate):
+                missing -= candidate.tokens
+        return False
+
+    def _fitting(self, low: int, high: int) -> Candidate | None:
+        """An unused distractor of ``low`` to ``high`` tokens, an own one if there is any."""
+        for candidate in self._own:
+            if low <= candidate.tokens <= high and candidate.title_key not in self._titles:
+                return candidate
+        rows = self._pool.of_length(low, high)
+        offset = self._rng.randrange(len(rows)) if len(rows) else 0
+        for step in range(len(rows)):
+            if not self._unread:
+                break
+            if candidate := self._read(rows[(offset + step) % len(rows)]):
+                return candidate
+        return None
+
+    def _stream(self) -> Iterator[Candidate]:
+        """Every distractor in the order of use: own ones, then the pool's in a random order, drawn lazily."""
+        yield from self._own
+        total = len(self._pool)
+        moved: dict[int, int] = {}  # a Fisher-Yates shuffle that only remembers what it moved
+        for index in range(total):
+            if not self._unread:
+                return
+            other = self._rng.randrange(index, total)
+            row = moved.get(other, other)
+            moved[other] = moved.get(index, index)
+            if candidate := self._read(row):
+                yield candidate
+
+    def _read(self, row: int) -> Candidate | None:
+        """A paragraph of the pool, if it may be taken."""
+        self._unread -= 1
+        candidate = self._pool[row]
+        return candidate if candidate.title_key not in self._titles and self._allowed(candidate) else None
+
+    def _take(self, candidate: Candidate) -> bool:
+        if candidate.title_key in self._titles:
+            return False
+        self._chosen.append(candidate)
+        self._titles.add(candidate.title_key)
+        return True
+
+    def _allowed(self, candidate: Candidate) -> bool:
+        return (
+            candidate.title_key not in self._gold_titles
+            and not any(mentions(candidate.text_key, answer) for answer in self._answers)
+            and not candidate.text_key.endswith(self._gold_texts)
+        )
+
+
+def mentions(text_key: str, answer: str) -> bool:
+    """Whether a normalised text contains a normalised answer: as a substring, up to three characters as whole words.
+
+    "5" and "US" are part of nearly every document's words; a longer answer counts within words too, as in sub-EM.
+    """
+    return f" {answer} " in f" {text_key} " if len(answer) <= _SHORT_ANSWER else answer in text_key
