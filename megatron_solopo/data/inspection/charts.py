@@ -11,15 +11,17 @@ from markupsafe import Markup, escape
 from megatron_solopo.data.inspection.statistics import Distribution
 from megatron_solopo.data.inspection.view import ContextView
 
-WIDTH, HEIGHT = 360, 168
+WIDTH, HEIGHT = 300, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 10, 24
 _BARS = 24
 _FEWEST_BARS = 6
+_TAIL = 0.02
+"""Share of the values on either side that the last bar gathers, where they would stretch the axis by half or more."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One distribution of a chart; ``style`` is a CSS class of the page."""
+    """One distribution of a chart; ``style`` is a CSS class of the page, or "signed": by the sign of the values."""
 
     name: str
     style: str
@@ -34,14 +36,13 @@ def nice_step(span: float, most: int) -> float:
 
 
 def bins(series: Sequence[Series], limits: tuple[float, float] | None) -> tuple[float, float, list[list[int]]]:
-    """(start, width of a bin, counts of each series); every value is in one bin.
+    """(start, width of a bin, counts of each series); every value is in one bin, long tails in the first and last.
 
     Args:
         limits: the axis, where it is known (a share: 0 to 1); else that of the values.
     """
-    values = [value for one in series for value, _ in one.values.values]
     step = max(one.values.step for one in series)
-    low, high = limits or (min(values), max(values))
+    low, high = limits or _range(series)
     width = nice_step(max(high - low, step), _BARS)
     if step >= 1:  # whole numbers: bins of one width hold as many of them
         width = max(1.0, math.ceil(width))
@@ -55,6 +56,15 @@ def bins(series: Sequence[Series], limits: tuple[float, float] | None) -> tuple[
         for value, count in one.values.values:
             row[min(max(math.floor((value - start) / width + 1e-9), 0), number - 1)] += count
     return start, width, counts
+
+
+def _range(series: Sequence[Series]) -> tuple[float, float]:
+    """The smallest and the largest value, or where the bulk ends if a few values are far from it."""
+    low = min(one.values.values[0][0] for one in series)
+    high = max(one.values.values[-1][0] for one in series)
+    bulk_low = min(one.values.quantile(_TAIL) for one in series)
+    bulk_high = max(one.values.quantile(1 - _TAIL) for one in series)
+    return (bulk_low, bulk_high) if high - low > 1.5 * (bulk_high - bulk_low) > 0 else (low, high)
 
 
 def histogram(series: Sequence[Series], unit: str, limits: tuple[float, float] | None = None) -> Markup:
@@ -95,10 +105,14 @@ def histogram(series: Sequence[Series], unit: str, limits: tuple[float, float] |
             low = start + place * width
             high = low + width - 1 if whole else low + width
             span = _number(low) if whole and width == 1 else f"{_number(low)} to {_number(high)}"
+            if place == 0 and one.values.values[0][0] < low:
+                span = f"{_number(high)} or less"
+            if place == number - 1 and one.values.values[-1][0] > low + width:
+                span = f"{_number(low)} or more"
             bar = inner_width / number
             gap = min(1.0, bar / 8)
             parts.append(
-                f'<rect class="{one.style}" x="{x(low) + gap / 2:.1f}" y="{y(count):.1f}" '
+                f'<rect class="{_style(one.style, low, high)}" x="{x(low) + gap / 2:.1f}" y="{y(count):.1f}" '
                 f'width="{bar - gap:.1f}" height="{floor - y(count):.1f}"><title>{escape(one.name)}, '
                 f"{span} {escape(unit)}: {count:,} ({count / one.values.total:.1%})</title></rect>"
             )
@@ -132,6 +146,12 @@ def strip(context: ContextView) -> Markup:
             f"<title>document {document.number}, {kind}, {document.tokens:,} tokens</title></rect>"
         )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _style(style: str, low: float, high: float) -> str:
+    if style != "signed":
+        return style
+    return "neutral" if low == high == 0 else "chosen" if low >= 0 else "rejected"
 
 
 def _ticks(low: float, high: float, whole: bool) -> list[float]:

@@ -101,12 +101,12 @@ def tiles(statistics: Statistics) -> list[tuple[str, str]]:
     found = [("examples", f"{statistics.examples:,}")]
     for name in ("short", "long"):
         if name in statistics.tokens:
-            found.append((f"{name} context, median tokens", f"{statistics.tokens[name].quantile(0.5):,.0f}"))
+            found.append((f"median tokens, {name} context", f"{statistics.tokens[name].quantile(0.5):,.0f}"))
     if statistics.ratio.total:
-        found.append(("median ratio short / long", f"{statistics.ratio.quantile(0.5):.3f}"))
+        found.append(("median ratio, short / long", f"{statistics.ratio.quantile(0.5):.3f}"))
     for name in ("chosen", "rejected"):
         if name in statistics.tokens:
-            found.append((f"{name}, median tokens", f"{statistics.tokens[name].quantile(0.5):,.0f}"))
+            found.append((f"median tokens, {name}", f"{statistics.tokens[name].quantile(0.5):,.0f}"))
     return found
 
 
@@ -124,18 +124,18 @@ def figures(statistics: Statistics) -> list[Figure]:
         if statistics.depths[name].total:
             made.append(
                 _figure(
-                    f"Where the evidence stands, {name} context",
+                    f"Evidence depth, {name} context",
                     [Series("depth", "evidence", statistics.depths[name])],
-                    "of the way from the first document (0) to the last (1)",
+                    "of the way from the first document to the last",
                     (0, 1),
-                    "Even positions give a flat chart.",
+                    "0: as the first document, 1: as the last. Where documents are few, more stand at the ends.",
                 )
             )
     both = [Series(name, name, statistics.tokens[name]) for name in ("chosen", "rejected") if name in statistics.tokens]
     if both:
         made.append(_figure("Tokens of the responses", both, "tokens", note="The end of turn counts."))
-        series = [Series("chosen - rejected", "neutral", statistics.difference)]
-        made.append(_figure("Chosen minus rejected", series, "tokens", note="Right of 0 chosen is longer."))
+        series = [Series("chosen - rejected", "signed", statistics.difference)]
+        made.append(_figure("Chosen minus rejected", series, "tokens", note="Right of 0, chosen is longer."))
     for name in ("short", "long"):
         if statistics.documents[name].total:
             series = [Series(name, name, statistics.documents[name])]
@@ -187,5 +187,5 @@ def _cut(document: Document) -> str:
 
 def _spaces(text: str) -> Markup:
     """A token with its spaces and line breaks to be seen."""
-    shown = re.sub(r"\n", "\u23ce\n", re.sub(r"\t", "\u21e5", text))
-    return Markup(re.sub(r"^ | $", '<i class="space">\u00b7</i>', str(escape(visible(shown)))))
+    shown = visible(text.replace("\n", "\u23ce").replace("\t", "\u21e5"))
+    return Markup(re.sub(r"^ | $", '<i class="space">\u00b7</i>', str(escape(shown))))

@@ -101,7 +101,7 @@ class Statistics:
     without_answers: int = 0
     without_long: int = 0
     tokens: dict[str, Distribution] = field(default_factory=dict)
-    ratio: Distribution = field(default_factory=lambda: Distribution(0.001))
+    ratio: Distribution = field(default_factory=lambda: Distribution(0.0001))
     difference: Distribution = field(default_factory=Distribution)
     depths: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution(0.001) for name in CONTEXTS})
     documents: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in CONTEXTS})

@@ -50,6 +50,7 @@ class Printer:
     def __init__(self, to: Console, full: bool = False) -> None:
         self._to, self._full = to, full
         self._plain = not to.is_terminal or to.no_color
+        self._pattern: re.Pattern[str] | None = None
 
     def print(self, view: View, file: str | Path, method: MethodConfig) -> None:
         """The whole example: question, contexts, responses, and the pack that the loss sees."""
@@ -91,7 +92,7 @@ class Printer:
         else:
             self._to.print(Rule(Text(text, style), align="left", style=MUTED))
 
-    def _line(self, *parts: str | tuple[str, str]) -> None:
+    def _line(self, *parts: str | Text | tuple[str, str]) -> None:
         self._to.print(Text.assemble(*parts))
 
     def _marked(self, text: str, style: str = "") -> Text:
@@ -109,7 +110,7 @@ class Printer:
         self._heading(title)
         if context.documents:
             at = ", ".join(f"{depth:.2f}" for depth in context.depths)
-            self._line(self._strip(context), f"  evidence{' at depth ' + at if at else ''} (0 first, 1 last document)")
+            self._to.print(self._strip(context).append(f"  evidence at depth {at}" if at else ""))
         else:
             self._line(("where its documents stand is not recorded", MUTED))
         for message in context.before:
@@ -135,7 +136,12 @@ class Printer:
             mark = ">>" if document.gold else "--"
             of = f"document {document.number} of {len(context.documents)}"
             self._line((f"{mark} {kind}, {of}, {_many(document.tokens, 'token')}{where}{depth}", style))
-        self._to.print(self._marked(document.text, EVIDENCE if document.gold else DISTRACTOR))
+        text = self._marked(document.text, DISTRACTOR if document.number and not document.gold else "")
+        if not document.gold:
+            self._to.print(text)
+            return
+        for line in text.wrap(self._to, self._to.width - 2):
+            self._line(("> " if self._plain else "\u2503 ", EVIDENCE), line)
 
     def _strip(self, context: ContextView) -> Text:
         """The documents as a bar, each cell the kind of what stands there; evidence is never hidden by rounding."""
