@@ -1,4 +1,4 @@
-"""inspect-data: what is shown is what training computes, what is counted is what is there, and nothing in the data runs."""
+"""inspect-data: what is shown is what training computes, what is counted is there, and nothing in the data runs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data import inspect
 from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.contexts import DistractorPool, PromptFormat, build_contexts
+from megatron_solopo.data.contexts import PromptFormat
 from megatron_solopo.data.inspection import text as terminal
 from megatron_solopo.data.inspection.charts import Series, bins
 from megatron_solopo.data.inspection.examples import FLAGS, Example, Reservoir, measure, read_examples
 from megatron_solopo.data.inspection.statistics import Distribution, Repeats, Statistics
 from megatron_solopo.data.inspection.view import View, make_view, uses
-from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_roles, roles, solopo_loss
 
@@ -63,43 +63,31 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def groups(count: int, seed: int = 0, sizes: tuple[int, int] = (4, 24)) -> list[dict[str, Any]]:
-    """Groups over real contexts of invented questions; the long context holds many more documents."""
+    """Groups of invented questions: two documents are evidence, the contexts differ in the others."""
     draw = random.Random(seed)
 
     def text() -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(12, 40)))
 
-    questions = [
-        Question(
-            f"q{i}",
-            f"where is thing {i}",
-            f"Harbour{i}x",
-            (),
-            (
-                Paragraph(f"Thing {i}", f"{text()} Harbour{i}x {text()}", True),
-                Paragraph(f"Place {i}", text(), True),
-                *(Paragraph(f"Other {i} {j}", text()) for j in range(6)),
-            ),
-        )
-        for i in range(max(count, 12))
-    ]
-    pool = DistractorPool((p for q in questions for p in q.paragraphs), FORMAT)
     made = []
-    for question in questions[:count]:
-        record: dict[str, Any] = {"id": question.id, "question": question.question, "answers": [question.answer]}
-        for name, context in zip(
-            ("short", "long"), build_contexts(question, pool, sizes, prompt_format=FORMAT, seed=seed), strict=True
-        ):
-            content, spans, at = context.messages[-1]["content"], [], 0
-            for number, paragraph in enumerate(context.paragraphs, 1):
+    for i in range(count):
+        record: dict[str, Any] = {"id": f"q{i}", "question": f"where is thing {i}", "answers": [f"Harbour{i}x"]}
+        gold = [Paragraph(f"Thing {i}", f"{text()} Harbour{i}x {text()}", True), Paragraph(f"Place {i}", text(), True)]
+        for name, size in zip(("short", "long"), sizes, strict=True):
+            paragraphs = [Paragraph(f"Other {i} {j}", text()) for j in range(size - 2)]
+            for paragraph, place in zip(gold, sorted(draw.sample(range(size), 2)), strict=True):
+                paragraphs.insert(place, paragraph)
+            messages = FORMAT.messages(record["question"], paragraphs)
+            content, spans, at = messages[-1]["content"], [], 0
+            for number, paragraph in enumerate(paragraphs, 1):
                 document = FORMAT.document(paragraph, number)
                 at = content.index(document, at)
-                spans.append([at, at + len(document), number - 1 in context.gold_positions])
+                spans.append([at, at + len(document), paragraph.is_supporting])
                 at += len(document)
-            record |= {f"{name}_messages": context.messages, f"{name}_spans": spans}
+            record |= {f"{name}_messages": messages, f"{name}_spans": spans}
         record |= {
-            "chosen": f"It stands near the bridge.\nAnswer: {question.answer}",
-            "rejected": f"No document says it, {question.id}.",
+            "chosen": f"It stands near the bridge.\nAnswer: Harbour{i}x",
+            "rejected": f"No document says it, q{i}.",
             "scores": {"chosen": 1.0, "rejected": 0.0, "share_right": draw.randint(1, 31) / 32},
             "source": "test",
         }

@@ -178,6 +178,15 @@ class Facts:
     refused: str | None
 
 
+def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> TokenGroup:
+    """The token ids that training makes of a group.
+
+    Raises:
+        UserError: why training refuses it.
+    """
+    return tokenize_group(group, tokenizer, roles)
+
+
 ALL_ROLES = tuple(f"{context}_{response}" for context in CONTEXTS for response in ("chosen", "rejected"))
 
 
@@ -197,7 +206,7 @@ def measure(
         if group is None:
             tokens = {name: len(prompt_ids(tokenizer, chat)) for name, chat in example.chats.items()}
         else:
-            made = tokenize_group(group, tokenizer, tuple(r for r in ALL_ROLES if r.split("_")[0] in example.chats))
+            made = token_group(group, tokenizer, tuple(r for r in ALL_ROLES if r.split("_")[0] in example.chats))
             tokens = _lengths(made)
             missing = [role for role in roles if role.split("_")[0] not in example.chats]
             if missing:
@@ -205,7 +214,7 @@ def measure(
             if seq_length is not None and made.with_roles(roles).longest > seq_length:
                 flags.add("too_long")
     except UserError as error:
-        refused = str(error)
+        refused = str(error).removeprefix(f"group {example.id!r}: ")  # so that equal reasons are counted together
         flags.add("refused")
     flags |= set(_answer_flags(example)) | set(_evidence_flags(example))
     if LONG in tokens and tokens[LONG] <= tokens[SHORT]:
@@ -213,7 +222,7 @@ def measure(
     if tokens and any(tokens[name] != length for name, length in example.recorded.items()):
         flags.add("other_length")
     for ids, text in ((group.chosen_ids, group.chosen), (group.rejected_ids, group.rejected)) if group else ():
-        if ids is not None and tokenizer.decode(ids) != text:
+        if ids is not None and text not in (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)):
             flags.add("other_ids")
     spans = {name: found for name, found in example.spans.items() if found}
     return Facts(

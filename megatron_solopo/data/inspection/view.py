@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.chat import encode, render_prompt
-from megatron_solopo.data.inspection.examples import Example, Facts, depths, measure
+from megatron_solopo.data.inspection.examples import Example, Facts, depths, measure, token_group
 from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.scoring import sub_em
-from megatron_solopo.data.tokens import tokenize_group
 from megatron_solopo.losses.solopo import chosen_role, has_likelihood, reference_roles, roles, scored_roles
 
 # Where documents are not known, this many characters stay around an answer and at both ends.
@@ -157,7 +156,7 @@ def make_view(
         view.responses.append(Response(name, text, facts.tokens.get(name, 0), found))
     if facts.refused is not None:
         return view
-    tokens = tokenize_group(example.group, tokenizer, wanted)
+    tokens = token_group(example.group, tokenizer, wanted)
     pack = build_pack([tokens], [0])
     continuations = [(prompt, one) for prompt in tokens.prompts for one in prompt.continuations]
     for number, (prompt, continuation) in enumerate(continuations):
