@@ -30,7 +30,7 @@ from megatron_solopo.data.inspection import text as terminal
 from megatron_solopo.data.inspection.charts import Series, bins
 from megatron_solopo.data.inspection.examples import FLAGS, Example, Reservoir, measure, read_examples
 from megatron_solopo.data.inspection.statistics import Distribution, Repeats, Statistics
-from megatron_solopo.data.inspection.view import View, make_view, uses
+from megatron_solopo.data.inspection.view import View, answer_pattern, make_view, marked, uses
 from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_roles, roles, solopo_loss
@@ -273,6 +273,23 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
     assert refused.facts.flags == ("refused",) and "--context-mode short" in printed(refused)
 
 
+def test_answers_inside_other_words_are_told_apart() -> None:
+    text = "It was with it, IT! 19 in 1919. \u4e2d\u56fd\u4eba"
+    parts = list(marked(text, answer_pattern(["it", "19", "\u56fd"])))
+    assert "".join(part for part, _ in parts) == text
+    assert [found for found in parts if found[1]] == [
+        ("It", "word"),
+        ("it", "inside"),
+        ("it", "word"),
+        ("IT", "word"),
+        ("19", "word"),
+        ("19", "inside"),
+        ("19", "inside"),
+        ("\u56fd", "word"),
+    ]
+    assert answer_pattern(["?", ""]) is None and list(marked(text, None)) == [(text, "")]
+
+
 def test_control_characters_do_not_reach_the_terminal(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (record,) = groups(1)
     record |= {"chosen": "red \x1b[31m and\x07 \r x", "id": "\x1b]0;title\x07", "question": "\x9b?"}
@@ -417,6 +434,8 @@ def test_every_oddity_is_counted_where_it_is(tokenizer: PreTrainedTokenizerBase,
     expected["q9"] |= {"answer_not_in_evidence", "answer_in_distractor"} if answer_there else set()
     records[10]["chosen"] += " and more" * 300
     expected["q10"] = {"too_long"}
+    records[0]["answers"].append("By!")
+    expected["q0"] = {"short_answer", "answer_in_distractor"}  # "by" is one of the words of all documents
     longest = max(
         len(tokenizer.apply_chat_template(r["long_messages"], add_generation_prompt=True)["input_ids"])
         for r in records

@@ -67,6 +67,13 @@ def _range(series: Sequence[Series]) -> tuple[float, float]:
     return (bulk_low, bulk_high) if high - low > 1.5 * (bulk_high - bulk_low) > 0 else (low, high)
 
 
+def gathers(series: Sequence[Series], limits: tuple[float, float] | None) -> bool:
+    """Whether the first or the last bar stands for values beyond the axis too."""
+    start, width, counts = bins(series, limits)
+    end = start + width * len(counts[0])
+    return any(one.values.values[0][0] < start or one.values.values[-1][0] > end for one in series)
+
+
 def histogram(series: Sequence[Series], unit: str, limits: tuple[float, float] | None = None) -> Markup:
     """A histogram of one or more distributions over each other, with a tooltip on every bar.
 

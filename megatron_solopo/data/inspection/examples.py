@@ -27,6 +27,7 @@ FLAGS = {
     "too_long": "longer than --seq-length",
     "chosen_lacks_answer": "chosen does not contain an answer",
     "rejected_has_answer": "rejected contains an answer",
+    "short_answer": "an answer of one or two characters, which sub-EM finds inside other words",
     "answer_not_in_short": "no answer in the short context",
     "answer_not_in_long": "no answer in the long context",
     "answer_not_in_evidence": "no answer in the evidence documents",
@@ -248,6 +249,9 @@ def _answer_flags(example: Example) -> Iterator[str]:
     answers = normalised_answers(example.answers)
     if not answers:
         return
+
+    if min(map(len, answers)) <= 2:
+        yield "short_answer"
 
     def occurs(text: str) -> bool:
         found = normalise(text)

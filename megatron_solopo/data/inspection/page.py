@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.inspection.charts import Series, histogram, strip
+from megatron_solopo.data.inspection.charts import Series, gathers, histogram, strip
 from megatron_solopo.data.inspection.examples import FLAGS
 from megatron_solopo.data.inspection.statistics import Distribution, Statistics
 from megatron_solopo.data.inspection.text import runs, visible
@@ -152,6 +152,8 @@ def _figure(
     title: str, series: list[Series], unit: str, limits: tuple[float, float] | None = None, note: str = ""
 ) -> Figure:
     lines = [(one.name, one.style, _spread(one.values)) for one in series]
+    if gathers(series, limits):
+        note = f"{note} The outer bars gather what lies beyond.".strip()
     return Figure(title, histogram(series, unit, limits), lines, note)
 
 
@@ -162,12 +164,12 @@ def _spread(values: Distribution) -> str:
 
 
 def _marks(view: View, text: str) -> Markup:
-    """Text with answers in ``<mark>``."""
-    parts = (
-        Markup("<mark>{}</mark>").format(visible(part)) if found else escape(visible(part))
-        for part, found in marked(text, answer_pattern(view.example.answers))
-    )
-    return Markup("").join(parts)
+    """Text with answers in ``<mark>``, another one where they are inside other words."""
+    made = []
+    for part, kind in marked(text, answer_pattern(view.example.answers)):
+        around = {"word": "<mark>{}</mark>", "inside": '<mark class="inside">{}</mark>'}.get(kind, "{}")
+        made.append(Markup(around).format(visible(part)))
+    return Markup("").join(made)
 
 
 def _shown_segments(view: View) -> dict[str, str]:

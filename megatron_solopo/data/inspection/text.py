@@ -24,7 +24,7 @@ from megatron_solopo.data.inspection.view import (
     marked,
 )
 
-ANSWER, EVIDENCE, DISTRACTOR = "bold black on yellow", "yellow", "dim"
+ANSWER, INSIDE, EVIDENCE, DISTRACTOR = "bold black on yellow", "underline", "yellow", "dim"
 CHOSEN, REJECTED, WARNING, MUTED, HEADING = "green", "red", "bold red", "dim", "bold"
 _PLAIN_WIDTH = 110
 _STRIP_WIDTH = 60
@@ -96,11 +96,12 @@ class Printer:
         self._to.print(Text.assemble(*parts))
 
     def _marked(self, text: str, style: str = "") -> Text:
-        """Text with answers highlighted, ``[[so]]`` without colours."""
+        """Text with answers highlighted, ``[[so]]`` without colours; inside other words they are underlined."""
         made = Text(style=style)
-        for part, found in marked(text, self._pattern):
+        for part, kind in marked(text, self._pattern):
             part = visible(part)
-            made.append(f"[[{part}]]" if found and self._plain else part, ANSWER if found else None)
+            whole = kind == "word" and self._plain
+            made.append(f"[[{part}]]" if whole else part, {"word": ANSWER, "inside": INSIDE}.get(kind))
         return made
 
     def _context(self, context: ContextView) -> None:
@@ -119,7 +120,8 @@ class Printer:
         self._line((f"[{context.role}]", MUTED))
         for piece in context.pieces:
             if piece.kind == "text":
-                self._to.print(self._marked(piece.text.strip("\n")))
+                text = piece.text.strip("\n")  # instructions and question, where documents are known
+                self._to.print(Text(visible(text)) if context.documents else self._marked(text))
             elif piece.kind == "gold":
                 self._document(piece.documents[0], context)
             elif self._full:

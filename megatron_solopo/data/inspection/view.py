@@ -229,16 +229,25 @@ def answer_pattern(answers: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(words), re.IGNORECASE) if words else None
 
 
-def marked(text: str, pattern: re.Pattern[str] | None) -> Iterator[tuple[str, bool]]:
-    """The text in parts, those True that match."""
+def marked(text: str, pattern: re.Pattern[str] | None) -> Iterator[tuple[str, str]]:
+    """The text in parts: ("...", "") between answers, "word" an answer, "inside" one that is part of a longer word.
+
+    Sub-EM finds both, so a short answer ("it") can count as found where nobody gave it.
+    """
     last = 0
     for match in pattern.finditer(text) if pattern else ():
         if match.start() > last:
-            yield text[last : match.start()], False
-        yield match[0], True
+            yield text[last : match.start()], ""
+        yield match[0], "word" if _is_word(match) else "inside"
         last = match.end()
     if last < len(text):
-        yield text[last:], False
+        yield text[last:], ""
+
+
+def _is_word(match: re.Match[str]) -> bool:
+    """Whether no letter or digit goes on before or after; in scripts without cases words are not parted."""
+    around = match.string[max(match.start() - 1, 0) : match.start()] + match.string[match.end() : match.end() + 1]
+    return not any(c.isdigit() or c.lower() != c.upper() for c in around)
 
 
 class _Ruler:
@@ -310,7 +319,8 @@ def _around_answers(example: Example, name: str, ruler: _Ruler) -> list[Piece]:
     """The ends of the text and what surrounds the answers; the rest in folds."""
     content, pattern = example.content(name), answer_pattern(example.answers)
     kept = [(0, _AROUND), (len(content) - 2 * _AROUND, len(content))]
-    kept += [(m.start() - _AROUND, m.end() + _AROUND) for m in (pattern.finditer(content) if pattern else ())]
+    found = filter(_is_word, pattern.finditer(content) if pattern else ())
+    kept += [(match.start() - _AROUND, match.end() + _AROUND) for match in found]
     pieces: list[Piece] = []
     start = end = 0
 
