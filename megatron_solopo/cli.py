@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample-responses": ("megatron_solopo.data.sampling", "contexts -> responses sampled from a model"),
     "build-pairs": ("megatron_solopo.data.pairs", "contexts and responses -> preference groups"),
     "tokenize-data": ("megatron_solopo.data.tokenize_data", "preference groups -> token ids that training opens"),
+    "inspect-data": ("megatron_solopo.data.inspect", "one group as the loss sees it; a page about a whole file"),
     "evaluate": ("megatron_solopo.evaluation.evaluate", "accuracy of a Hugging Face model by context length"),
     "report": ("megatron_solopo.evaluation.report", "curves and tables of runs and evaluations, as PNG and Markdown"),
     "ask": ("megatron_solopo.evaluation.ask", "one question about one document"),

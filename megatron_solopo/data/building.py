@@ -170,9 +170,7 @@ class Batch:
 class Builder:
     """Builds the contexts of the questions that `ingest` left in a folder."""
 
-    def __init__(
-        self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._settings = settings
         if tokenizer is None:
             tokenizer = load_tokenizer(settings.tokenizer, settings.chat_template, settings.eos_token)

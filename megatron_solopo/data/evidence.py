@@ -60,9 +60,7 @@ class LogProbFinder:
     Each context is one forward pass, without padding, so that a score does not depend on the others.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
         self._model, self._tokenizer, self._format = model, tokenizer, prompt_format
 
     def __call__(self, question: Question) -> list[int]:

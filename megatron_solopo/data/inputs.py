@@ -59,9 +59,7 @@ def _hub_parts(text: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
-def _rows(
-    given: str, name: str, config: str | None, split: str, **files: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(given: str, name: str, config: str | None, split: str, **files: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets  # takes a second, and most inputs do not need it
 
     try:

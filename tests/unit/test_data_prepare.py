@@ -268,9 +268,7 @@ def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: 
     main([*many, "--seed", "1"])
 
 
-def test_found_evidence_and_its_recall(
-    many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_found_evidence_and_its_recall(many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*many, "--evidence", "bm25", "--evidence-documents", "2"])
     for pair in read_contexts(tmp_path / "contexts.jsonl"):
         assert len(pair.long_gold) == len(pair.short_gold) == 2

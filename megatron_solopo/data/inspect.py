@@ -1,0 +1,210 @@
+"""``solopo inspect-data``: one example on the terminal, as a reader and as the loss sees it; a whole file as a page."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo.config import OWNER, Config, flag
+from megatron_solopo.config_load import load
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.inspection.examples import (
+    Example,
+    Reservoir,
+    holds_groups,
+    measure,
+    measure_all,
+    read_examples,
+)
+from megatron_solopo.data.inspection.page import Source, write_page
+from megatron_solopo.data.inspection.statistics import Statistics
+from megatron_solopo.data.inspection.text import Printer, console
+from megatron_solopo.data.inspection.view import make_view
+from megatron_solopo.data.prepare import add_tokenizer_options
+from megatron_solopo.errors import UserError
+from megatron_solopo.losses.solopo import scored_roles
+
+METHOD_OPTIONS = (
+    "context_mode",
+    "preference_loss",
+    "alignment_target",
+    "alignment_reference",
+    "alignment_stop_short_gradient",
+    "sft_weight",
+)
+"""Options of training that decide which responses are scored on which context, and what they enter."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solopo inspect-data",
+        description="Show one preference group, or one question's contexts, as a reader and as the loss sees it, and "
+        "write a page with distributions, oddities and samples of the whole file.",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="preference groups, JSONL or Parquet (also TRL's prompt / chosen / rejected), or what prepare-data wrote",
+    )
+    add_tokenizer_options(parser)
+    group = parser.add_argument_group("which example to print (default: the first, or none with --html)")
+    group.add_argument("--id", metavar="ID", help="the one with this id")
+    group.add_argument("--index", type=int, metavar="N", help="the N-th of the file, from 0")
+    group.add_argument("--random", action="store_true", help="one drawn with --seed")
+    group.add_argument("--full", action="store_true", help="fold no document, and cut none on the page")
+    group = parser.add_argument_group("page")
+    group.add_argument("--html", metavar="FILE", help="write a page about the whole file, one file without network")
+    group.add_argument("--samples", type=int, metavar="N", help="examples to page through (default: 50)")
+    group.add_argument("--limit", type=int, metavar="N", help="count the first N examples only (default: all)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="threads that tokenise (default: as many as there are cores)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --random and of the page's sample (default: 0)")
+    group = parser.add_argument_group("what the loss sees; options of training, with its defaults")
+    group.add_argument("--config", metavar="FILE", help="take them, and the chat template, from a run's YAML file")
+    group.add_argument(
+        "--seq-length", type=int, metavar="N", help="count what is longer than a run's --seq-length (default: do not)"
+    )
+    for name in METHOD_OPTIONS:
+        spec = OWNER[name][1]
+        text = spec.metadata["help"].replace("%", "%%")
+        if isinstance(spec.default, bool):
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            choices = spec.metadata["choices"]
+            group.add_argument(
+                flag(name), metavar="|".join(choices) if choices else "X", help=f"{text} (default: {spec.default})"
+            )
+    return parser
+
+
+def training_config(options: argparse.Namespace) -> Config:
+    """The configuration of the training run that the options describe, with training's own checks.
+
+    Raises:
+        UserError: what training itself would refuse, in its words.
+    """
+    argv = ["--hf-path", options.tokenizer, "--train-data", options.data, "--save", "-", "--train-iters", "1"]
+    if options.config:
+        argv = ["--config", options.config, *argv[:-2]]
+    if options.seq_length is not None:
+        argv += ["--seq-length", str(options.seq_length)]
+    for name in METHOD_OPTIONS:
+        value = getattr(options, name)
+        if isinstance(value, bool):
+            argv.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        elif value is not None:
+            argv += [flag(name), value]
+    config, _ = load(argv)
+    if config.method.objective != "preference":
+        raise UserError(f"--config {options.config}: --objective sft has no preference groups; give a preference run")
+    return config
+
+
+def _check(options: argparse.Namespace, groups: bool) -> None:
+    picked = [name for name in ("--id", "--index", "--random") if getattr(options, name[2:]) not in (None, False)]
+    if len(picked) > 1:
+        raise UserError(f"{picked[0]} and {picked[1]}: give one of them; each names one example")
+    if options.index is not None and options.index < 0:
+        raise UserError(f"--index {options.index}: examples are counted from 0")
+    for name in ("samples", "limit", "workers"):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if not options.html:
+            raise UserError(f"{flag(name)} has no effect without --html")
+        if value < 1:
+            raise UserError(f"{flag(name)} {value}: give a number of at least 1")
+    if options.seed is not None and not (options.html or options.random):
+        raise UserError("--seed has no effect without --random or --html")
+    if not groups:
+        given = [name for name in (*METHOD_OPTIONS, "seq_length", "config") if getattr(options, name) is not None]
+        if given:
+            raise UserError(
+                f"{flag(given[0])}: {options.data} holds contexts without responses, so no loss sees them; "
+                "give the groups that build-pairs made of them"
+            )
+    if options.html and Path(options.html).resolve() == Path(options.data).resolve():
+        raise UserError(f"--html {options.html}: is the data itself; give another file")
+
+
+def find(options: argparse.Namespace) -> Example:
+    """The example that --id, --index or --random names, else the first.
+
+    Raises:
+        UserError: there is no such example; the nearest ids or the range are named.
+    """
+    drawn = Reservoir(1, options.seed or 0)
+    ids = []
+    for example in read_examples(options.data):
+        if options.random:
+            drawn.add(example)
+        elif options.id is not None:
+            if example.id == options.id:
+                return example
+        elif example.index == (options.index or 0):
+            return example
+        ids.append(example.id)
+    if options.random and ids:
+        return drawn.examples()[0]
+    if options.id is not None:
+        near = difflib.get_close_matches(options.id, ids, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"--id {options.id}: no such id among the {len(ids):,} of {options.data}{hint}")
+    if not ids:
+        raise UserError(f"--data {options.data}: holds no record")
+    raise UserError(f"--index {options.index}: {options.data} holds {len(ids):,} examples, 0 to {len(ids) - 1}")
+
+
+def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, config: Config | None) -> None:
+    seed, method = options.seed or 0, config.method if config else None
+    limit = config.data.seq_length if config and "seq_length" in config.explicit else None
+    sample, statistics = Reservoir(options.samples or 50, seed), Statistics()
+    count = partial(measure, tokenizer=tokenizer, roles=scored_roles(method) if method else (), seq_length=limit)
+    examples = (example for example in read_examples(options.data))
+    if options.limit is not None:
+        examples = (example for _, example in zip(range(options.limit), examples, strict=False))
+    workers = options.workers or len(os.sched_getaffinity(0))
+    measured = measure_all(examples, count, workers)
+    for example, facts in tqdm(measured, unit=" examples", disable=not sys.stderr.isatty()):
+        statistics.add(example, facts)
+        sample.add(example)
+    if not statistics.examples:
+        raise UserError(f"--data {options.data}: holds no record")
+    method_or_default = method or Config().method
+    views = [make_view(example, tokenizer, method_or_default, limit) for example in sample.examples()]
+    kind = "contexts" if method is None else "groups"
+    source = Source(Path(options.data).name, kind, options.tokenizer, method, seed, options.full, limit)
+    size = write_page(Path(options.html), source, statistics, views)
+    found = [f"{number} {words}" for _, words, number in statistics.checks() if number]
+    print(f"{statistics.examples:,} {kind} counted, {len(views)} sampled")
+    if bias := statistics.length_bias():
+        print(("warning: " if bias[1] else "") + bias[0])
+    print("oddities: " + ("; ".join(found) or "none"))
+    print(f"wrote {options.html} ({size / 1e6:.1f} MB)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``."""
+    options = _parser().parse_args(argv)
+    groups = holds_groups(options.data)
+    _check(options, groups)
+    config = training_config(options) if groups else None
+    template = options.chat_template or (config and config.model.chat_template)
+    tokenizer = load_tokenizer(options.tokenizer, template, options.eos_token)
+    if not options.html or options.id is not None or options.index is not None or options.random:
+        limit = config.data.seq_length if config and "seq_length" in config.explicit else None
+        method = config.method if config else Config().method
+        view = make_view(find(options), tokenizer, method, limit)
+        Printer(console(), options.full).print(view, options.data, method)
+    if options.html:
+        _page(options, tokenizer, config)
+    return 0

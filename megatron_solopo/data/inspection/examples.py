@@ -1,0 +1,296 @@
+"""What a data file holds, one example at a time, and the facts about an example that are counted over a file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo.data.chat import prompt_ids
+from megatron_solopo.data.contexts import ContextPair, read_contexts
+from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups, read_jsonl
+from megatron_solopo.data.scoring import normalise, normalised_answers
+from megatron_solopo.data.tokens import TokenGroup, tokenize_group
+from megatron_solopo.errors import UserError
+
+SHORT, LONG = "short", "long"
+CONTEXTS = (SHORT, LONG)
+
+FLAGS = {
+    "refused": "training refuses it",
+    "too_long": "longer than --seq-length",
+    "chosen_lacks_answer": "chosen does not contain an answer",
+    "rejected_has_answer": "rejected contains an answer",
+    "short_answer": "an answer of one or two characters, which sub-EM finds inside other words",
+    "answer_not_in_short": "no answer in the short context",
+    "answer_not_in_long": "no answer in the long context",
+    "answer_not_in_evidence": "no answer in the evidence documents",
+    "answer_in_distractor": "an answer in a distractor",
+    "less_evidence_in_short": "less evidence in the short context than in the long one",
+    "evidence_only_in_short": "evidence of the short context missing from the long one",
+    "long_not_longer": "the long context is not longer than the short one",
+    "other_ids": "sampled token ids that this tokenizer decodes to another text",
+    "other_length": "recorded length of a context differs from this tokenizer's",
+}
+"""What may be wrong with an example: key -> plain words. An answer "occurs" as sub-EM has it (normalised substring)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A preference group, or the contexts of a question before there are responses.
+
+    Attributes:
+        index: its place in the file, from 0.
+        chats: "short" and, where there is one, "long" -> messages.
+        spans: "short", "long" -> the documents of the last message; empty where not known.
+        group: the preference group; None for contexts.
+        recorded: "short", "long" -> prompt tokens as the file says; empty for groups.
+    """
+
+    index: int
+    id: str
+    question: str
+    answers: list[str]
+    source: str
+    chats: dict[str, list[Message]]
+    spans: dict[str, list[DocumentSpan]]
+    scores: dict[str, float] = field(default_factory=dict)
+    group: PreferenceGroup | None = None
+    recorded: dict[str, int] = field(default_factory=dict)
+
+    def content(self, context: str) -> str:
+        """The text of the last message, where documents and question stand."""
+        return self.chats[context][-1]["content"]
+
+    def documents(self, context: str) -> list[tuple[str, bool]]:
+        """(text, gold) of each document; the whole content as one unlabelled text where documents are not known."""
+        content = self.content(context)
+        return [(content[start:end], gold) for start, end, gold in self.spans[context]]
+
+
+def _from_group(index: int, group: PreferenceGroup) -> Example:
+    chats = {SHORT: group.short_messages} | ({LONG: group.long_messages} if group.long_messages else {})
+    spans = {SHORT: group.short_spans, LONG: group.long_spans}
+    scores = {name: float(v) for name, v in group.scores.items() if isinstance(v, int | float) and math.isfinite(v)}
+    answers = [str(answer) for answer in group.answers]
+    return Example(index, group.id, group.question, answers, group.source, chats, spans, scores, group)
+
+
+def _from_contexts(index: int, pair: ContextPair) -> Example:
+    chats, spans = {SHORT: pair.short_messages, LONG: pair.long_messages}, {SHORT: pair.short_spans}
+    recorded = {SHORT: pair.short_tokens, LONG: pair.long_tokens}
+    spans[LONG] = pair.long_spans
+    return Example(index, pair.id, pair.question, pair.answers, pair.source, chats, spans, recorded=recorded)
+
+
+def holds_groups(path: str | Path) -> bool:
+    """Whether a file holds preference groups (else the contexts that prepare-data writes), by its first record.
+
+    Raises:
+        UserError: it is missing, empty, or holds something else, which is named with the command that reads it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--data {path}: is a folder; give the JSONL or Parquet file it was made from")
+    if path.suffix == ".parquet":
+        return True
+    where, record = next(read_jsonl(path), (None, None))
+    if record is None:
+        raise UserError(f"--data {path}: holds no record; give groups of build-pairs or contexts of prepare-data")
+    if {"chosen", "rejected"} & record.keys():
+        return True
+    if {"short_messages", "short_tokens"} <= record.keys():
+        return False
+    for key, what in (
+        ("paragraphs", "questions; give what 'solopo prepare-data --input' makes of them"),
+        ("responses", "responses; give what 'solopo build-pairs --responses' makes of them"),
+        ("messages", "conversations for --objective sft, which have no contexts to compare; give preference groups"),
+    ):
+        if key in record:
+            raise UserError(f"{where}: this file holds {what}")
+    found = ", ".join(sorted(record)) or "none"
+    raise UserError(f"{where}: neither a preference group nor contexts (fields found: {found}); see docs/data.md")
+
+
+def read_examples(path: str | Path) -> Iterator[Example]:
+    """Yields the examples of a file of groups (JSONL, Parquet, TRL's form) or of contexts, one in memory at a time.
+
+    Raises:
+        UserError: naming file:line and the field.
+    """
+    if holds_groups(path):
+        yield from itertools.starmap(_from_group, enumerate(read_groups(path)))
+    else:
+        yield from itertools.starmap(_from_contexts, enumerate(read_contexts(path)))
+
+
+class Reservoir:
+    """A uniform sample of fixed size from a stream of unknown length (Vitter's algorithm R)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._draw, self._seen = size, random.Random(seed), 0
+        self._kept: list[Example] = []
+
+    def add(self, example: Example) -> None:
+        if len(self._kept) < self._size:
+            self._kept.append(example)
+        elif (place := self._draw.randrange(self._seen + 1)) < self._size:
+            self._kept[place] = example
+        self._seen += 1
+
+    def examples(self) -> list[Example]:
+        """The sample in the file's order."""
+        return sorted(self._kept, key=lambda example: example.index)
+
+
+def depths(spans: Sequence[DocumentSpan]) -> list[float]:
+    """Where each gold document begins: 0 as the first document does, 1 as the last, by characters between them.
+
+    Empty where there is one document or none.
+    """
+    if len(spans) < 2 or spans[-1][0] == spans[0][0]:
+        return []
+    first, last = spans[0][0], spans[-1][0]
+    return [(start - first) / (last - first) for start, _, gold in spans if gold]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is counted of one example.
+
+    Attributes:
+        tokens: "short", "long" (prompts), "chosen", "rejected" (responses with end of turn) -> tokens.
+        depths: "short", "long" -> `depths`.
+        documents: "short", "long" -> number of documents, where known.
+        flags: keys of `FLAGS`.
+        refused: why training refuses it, if so.
+    """
+
+    tokens: dict[str, int]
+    depths: dict[str, list[float]]
+    documents: dict[str, int]
+    flags: tuple[str, ...]
+    refused: str | None
+
+
+def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> TokenGroup:
+    """The token ids that training makes of a group.
+
+    Raises:
+        UserError: why training refuses it.
+    """
+    return tokenize_group(group, tokenizer, roles)
+
+
+ALL_ROLES = tuple(f"{context}_{response}" for context in CONTEXTS for response in ("chosen", "rejected"))
+
+
+def measure(
+    example: Example, tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = (), seq_length: int | None = None
+) -> Facts:
+    """The facts about one example.
+
+    Args:
+        roles: what the loss scores of a group; a group that lacks its context is one that training refuses.
+        seq_length: the longest prompt plus response that training takes, if it is to be checked.
+    """
+    tokens: dict[str, int] = {}
+    refused, flags = None, set()
+    group = example.group
+    try:
+        if group is None:
+            tokens = {name: len(prompt_ids(tokenizer, chat)) for name, chat in example.chats.items()}
+        else:
+            made = token_group(group, tokenizer, tuple(r for r in ALL_ROLES if r.split("_")[0] in example.chats))
+            tokens = _lengths(made)
+            missing = [role for role in roles if role.split("_")[0] not in example.chats]
+            if missing:
+                raise UserError("no long_messages; give long contexts, or train with --context-mode short")
+            if seq_length is not None and made.with_roles(roles).longest > seq_length:
+                flags.add("too_long")
+    except UserError as error:
+        refused = str(error).removeprefix(f"group {example.id!r}: ")  # so that equal reasons are counted together
+        flags.add("refused")
+    flags |= set(_answer_flags(example)) | set(_evidence_flags(example))
+    if LONG in tokens and tokens[LONG] <= tokens[SHORT]:
+        flags.add("long_not_longer")
+    if tokens and any(tokens[name] != length for name, length in example.recorded.items()):
+        flags.add("other_length")
+    for ids, text in ((group.chosen_ids, group.chosen), (group.rejected_ids, group.rejected)) if group else ():
+        if ids is not None and text not in (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)):
+            flags.add("other_ids")
+    spans = {name: found for name, found in example.spans.items() if found}
+    return Facts(
+        tokens,
+        {name: depths(found) for name, found in spans.items()},
+        {name: len(found) for name, found in spans.items()},
+        tuple(key for key in FLAGS if key in flags),
+        refused,
+    )
+
+
+def _lengths(group: TokenGroup) -> dict[str, int]:
+    tokens = {}
+    for prompt in group.prompts:
+        for continuation in prompt.continuations:
+            context, response = continuation.role.split("_")
+            tokens |= {context: len(prompt.ids)}
+            tokens.setdefault(response, len(continuation.ids))
+    return tokens
+
+
+def _answer_flags(example: Example) -> Iterator[str]:
+    answers = normalised_answers(example.answers)
+    if not answers:
+        return
+
+    if min(map(len, answers)) <= 2:
+        yield "short_answer"
+
+    def occurs(text: str) -> bool:
+        found = normalise(text)
+        return any(answer in found for answer in answers)
+
+    if example.group is not None:
+        if not occurs(example.group.chosen):
+            yield "chosen_lacks_answer"
+        if occurs(example.group.rejected):
+            yield "rejected_has_answer"
+    for name in example.chats:
+        documents = [(occurs(text), gold) for text, gold in example.documents(name)]
+        if not any(found for found, _ in documents) and (documents or not occurs(example.content(name))):
+            yield f"answer_not_in_{name}"
+        if any(gold for _, gold in documents):
+            if not any(found and gold for found, gold in documents):
+                yield "answer_not_in_evidence"
+            if any(found and not gold for found, gold in documents):
+                yield "answer_in_distractor"
+
+
+def _evidence_flags(example: Example) -> Iterator[str]:
+    if not all(example.spans.get(name) for name in CONTEXTS):
+        return
+    # Numbers of documents differ between the contexts; what stands in them does not.
+    words = {
+        name: {"".join(c for c in normalise(text) if not c.isdigit()) for text, gold in example.documents(name) if gold}
+        for name in CONTEXTS
+    }
+    if words[LONG] - words[SHORT]:
+        yield "less_evidence_in_short"
+    if words[SHORT] - words[LONG]:
+        yield "evidence_only_in_short"
+
+
+def measure_all(
+    examples: Iterable[Example], measure_one: Callable[[Example], Facts], workers: int
+) -> Iterator[tuple[Example, Facts]]:
+    """Measures a stream in order on ``workers`` threads (tokenizers work outside Python's lock), a batch in memory."""
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in itertools.batched(examples, 8 * workers):
+            yield from zip(batch, pool.map(measure_one, batch), strict=True)

@@ -1,0 +1,175 @@
+"""Distributions and oddities of a whole file, from one pass that keeps no text.
+
+A distribution counts rounded values, so its memory depends on how many different values there are, not on how many
+examples. Only repeated texts need something an example: an 8-byte digest and a count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_solopo.data.inspection.examples import CONTEXTS, FLAGS, LONG, SHORT, Example, Facts
+
+LOPSIDED_SHARE = 0.6
+LOPSIDED_DEVIATIONS = 3.0
+"""Lengths are called lopsided when one side is longer in this share of the groups that differ, and that is as many
+standard deviations away from an even split (sign test)."""
+_EXCERPT = 160
+
+
+class Distribution:
+    """Numbers counted by value, rounded to ``step``."""
+
+    def __init__(self, step: float = 1) -> None:
+        self.step = step
+        self._counts: Counter[int] = Counter()
+
+    def add(self, value: float) -> None:
+        self._counts[round(value / self.step)] += 1
+
+    @property
+    def total(self) -> int:
+        return self._counts.total()
+
+    @property
+    def values(self) -> list[tuple[float, int]]:
+        """(value, count), ascending."""
+        return [(key * self.step, count) for key, count in sorted(self._counts.items())]
+
+    @property
+    def mean(self) -> float:
+        return sum(value * count for value, count in self.values) / self.total
+
+    def quantile(self, share: float) -> float:
+        """The smallest value that at least ``share`` of the numbers do not exceed."""
+        seen = 0
+        for value, count in self.values:
+            seen += count
+            if seen >= share * self.total:
+                return value
+        raise ValueError("a distribution of nothing has no quantile")
+
+    def count(self, low: float = -math.inf, high: float = math.inf) -> int:
+        """How many numbers are above ``low`` and below ``high``."""
+        return sum(count for value, count in self.values if low < value < high)
+
+
+class Repeats:
+    """How often each text came; the texts themselves are not kept but for the beginnings of repeated ones."""
+
+    def __init__(self) -> None:
+        self._counts: dict[bytes, int] = {}
+        self._excerpts: dict[bytes, str] = {}
+
+    def add(self, text: str) -> None:
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        self._counts[key] = count = self._counts.get(key, 0) + 1
+        if count == 2:
+            self._excerpts[key] = text[:_EXCERPT].replace("\0", " / ") + ("..." if len(text) > _EXCERPT else "")
+
+    @property
+    def repeated(self) -> int:
+        """Examples whose text came before."""
+        return sum(self._counts.values()) - len(self._counts)
+
+    def most(self, number: int) -> list[tuple[str, int]]:
+        """(beginning, times) of the texts that came most often, at least twice."""
+        keys = sorted(self._excerpts, key=lambda key: (-self._counts[key], self._excerpts[key]))
+        return [(self._excerpts[key], self._counts[key]) for key in keys[:number]]
+
+
+@dataclass
+class Statistics:
+    """What a file holds.
+
+    Attributes:
+        tokens: "short", "long" (prompts), "chosen", "rejected" (responses) -> tokens.
+        ratio: rho = short / long prompt tokens.
+        difference: chosen - rejected tokens.
+        depths: "short", "long" -> where the evidence stands, 0 to 1.
+        documents: "short", "long" -> documents of a context.
+        scores: name -> values as recorded.
+        flags: key of `FLAGS` -> examples; ``refusals``: why training refuses -> examples.
+        repeats: what is compared -> how often it came.
+    """
+
+    examples: int = 0
+    without_answers: int = 0
+    without_long: int = 0
+    tokens: dict[str, Distribution] = field(default_factory=dict)
+    ratio: Distribution = field(default_factory=lambda: Distribution(0.0001))
+    difference: Distribution = field(default_factory=Distribution)
+    depths: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution(0.001) for name in CONTEXTS})
+    documents: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in CONTEXTS})
+    scores: dict[str, Distribution] = field(default_factory=dict)
+    flags: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    repeats: dict[str, Repeats] = field(default_factory=dict)
+
+    def add(self, example: Example, facts: Facts) -> None:
+        self.examples += 1
+        self.without_answers += not example.answers
+        self.without_long += LONG not in example.chats
+        self.sources[example.source] += 1
+        for name, length in facts.tokens.items():
+            self.tokens.setdefault(name, Distribution()).add(length)
+        if {SHORT, LONG} <= facts.tokens.keys():
+            self.ratio.add(facts.tokens[SHORT] / facts.tokens[LONG])
+        if {"chosen", "rejected"} <= facts.tokens.keys():
+            self.difference.add(facts.tokens["chosen"] - facts.tokens["rejected"])
+        for name in facts.documents:
+            self.documents[name].add(facts.documents[name])
+            for depth in facts.depths[name]:
+                self.depths[name].add(depth)
+        for name, value in example.scores.items():
+            self.scores.setdefault(name, Distribution(0.001)).add(value)
+        self.flags.update(facts.flags)
+        if facts.refused is not None:
+            self.refusals[facts.refused] += 1
+        for what, text in _compared(example):
+            self.repeats.setdefault(what, Repeats()).add(text)
+
+    def checks(self) -> list[tuple[str, str, int]]:
+        """(key, plain words, examples) of every flag that could have been raised."""
+        return [(key, words, self.flags[key]) for key, words in FLAGS.items()]
+
+    def length_bias(self) -> tuple[str, bool] | None:
+        """What the lengths of chosen and rejected say in plain words, and whether that is a warning; None without
+        responses."""
+        total = self.difference.total
+        if not total:
+            return None
+        longer, shorter = self.difference.count(low=0), self.difference.count(high=0)
+        equal = total - longer - shorter
+        mean = self.difference.mean
+        said = (
+            f"Chosen is longer than rejected in {longer / total:.0%} of the groups, shorter in {shorter / total:.0%}, "
+            f"of equal length in {equal / total:.0%}; on average it is {abs(mean):.1f} tokens "
+            f"{'longer' if mean >= 0 else 'shorter'}."
+        )
+        unequal, most = longer + shorter, max(longer, shorter)
+        # Under an even split the larger side is above one half by sqrt(n) / 2 in one standard deviation.
+        deviations = (most - unequal / 2) / (math.sqrt(unequal) / 2) if unequal else 0.0
+        if unequal and most / unequal >= LOPSIDED_SHARE and deviations >= LOPSIDED_DEVIATIONS:
+            kind = "longer" if longer > shorter else "shorter"
+            return (
+                f"{said} That is lopsided: a model can learn to be {kind} instead of right. "
+                "build-pairs --policy length_matched pairs responses of like length.",
+                True,
+            )
+        return f"{said} That is no length bias to speak of.", False
+
+
+def _compared(example: Example) -> Iterator[tuple[str, str]]:
+    if example.question:
+        yield "question", example.question
+    yield "short context", example.content(SHORT)
+    if example.group is not None:
+        yield "chosen", example.group.chosen
+        yield "rejected", example.group.rejected
+        yield "pair of chosen and rejected", f"{example.group.chosen}\0{example.group.rejected}"

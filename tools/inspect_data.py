@@ -1,0 +1,9 @@
+"""The same as `solopo inspect-data`; `--help` explains it."""
+
+import sys
+
+from megatron_solopo.cli import run
+from megatron_solopo.data.inspect import main
+
+if __name__ == "__main__":
+    sys.exit(run(main))
