@@ -130,6 +130,12 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
         "--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none or another is wanted"
     )
     group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""values for variables of the chat template, such as '{"enable_thinking": false}' (default: those of """
+        "the folder's tokenizer_config.json, which a training run with this option writes)",
+    )
+    group.add_argument(
         "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
     )
 
@@ -241,7 +247,9 @@ def main(argv: list[str] | None = None) -> int:
     summary = Summary()
     questions = list(SOURCES[options.source](options.input, summary.left_out))
     extra = list(read_pool(options.pool))
-    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.eos_token)
+    tokenizer = load_tokenizer(
+        options.tokenizer, options.chat_template, options.eos_token, options.chat_template_kwargs
+    )
 
     def count_texts(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

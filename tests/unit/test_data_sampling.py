@@ -25,15 +25,9 @@ from transformers import (
 
 from megatron_solopo.data.chat import load_tokenizer
 from megatron_solopo.data.responses import read_responses
-from megatron_solopo.data.sampling import (
-    Statistics,
-    choose,
-    decode_responses,
-    main,
-    plan_batches,
-    sample_batch,
-    uniforms,
-)
+from megatron_solopo.data.sampled import Prompt, Statistics, from_ids
+from megatron_solopo.data.sampler import choose, plan_batches, sample_batch, uniforms
+from megatron_solopo.data.sampling import main
 from megatron_solopo.errors import UserError
 
 WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *(f"w{index}" for index in range(36))]
@@ -231,12 +225,16 @@ def test_the_token_that_ended_a_response_is_not_in_its_text(folder: Path) -> Non
     """Also when it is a plain word that generation_config names, and only the last one."""
     counts = Statistics()
     tokenizer = load_tokenizer(folder)
-    responses = decode_responses(tokenizer, "q", [[4, 5, 20], [4, END], [20], [4, 5, 6]], {END, 20}, counts)
+    prompt = Prompt("q", [{"role": "user", "content": "w9"}], [2, 13, END, 3])
+    sampled = [[4, 5, 20], [4, END], [20], [4, 5, 6]]
+    responses = from_ids(tokenizer, prompt, sampled, [True, True, True, False], {END, 20}, counts)
     assert responses.responses == ["w0 w1", "w0", "", "w0 w1 w2"]
     assert responses.finished == [True, True, True, False]
     assert counts == Statistics(responses=4, tokens=9, unfinished=1, empty=1, mismatches=0)
-    decode_responses(tokenizer, "q", [[4, 2, 5, END]], {END}, counts)  # <user> is not in the text
-    assert counts.mismatches == 1
+    assert responses.token_ids is None
+    responses = from_ids(tokenizer, prompt, [[4, END], [4, 2, 5, END]], [True, True], {END}, counts)
+    assert responses.responses == ["w0", "w0 w1"]
+    assert responses.token_ids == [None, [4, 2, 5]] and counts.mismatches == 1  # <user> is not in the text
 
 
 def test_a_killed_run_resumes_without_loss_or_repetition(
@@ -247,11 +245,11 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     arguments = command(folder, output, "--samples", "12")
     partial = Path(f"{output}.partial")
     code = (
-        "import sys, time, megatron_solopo.data.sampling as s\n"
+        "import sys, time, megatron_solopo.data.sampler as s, megatron_solopo.data.sampling as command\n"
         "fast = s.sample_batch\n"
         "def slow(*a, **k):\n    time.sleep(0.2)\n    return fast(*a, **k)\n"
         "s.sample_batch = slow\n"  # so that the kill falls in the middle
-        "s.main(sys.argv[1:])"
+        "command.main(sys.argv[1:])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
