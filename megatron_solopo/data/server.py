@@ -127,8 +127,8 @@ class FromServer:
     async def _by_paths(self, client: openai.AsyncOpenAI) -> str:
         """``transformers serve`` is told by the paths it serves."""
         root = self._options.server.rstrip("/").removesuffix("/v1")
-        try:
-            description = await client.get(f"{root}/openapi.json", cast_to=object)
+        try:  # after a failed listing it closes the connection, which the client sees when it uses it again
+            description = await client.with_options(max_retries=2).get(f"{root}/openapi.json", cast_to=object)
         except (openai.OpenAIError, ValueError):
             return "other"
         paths = description.get("paths") if isinstance(description, dict) else None
