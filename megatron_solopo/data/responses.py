@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.data.schema import check_ids, read_jsonl, require
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PartialFile:
         self.path = output.with_name(output.name + ".partial")
         self._parts: dict[str, dict[int, Responses]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
         try:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 self._lock()
@@ -161,16 +161,27 @@ class PartialFile:
         self._write({"first": first, **responses.record()})
 
     def _write(self, record: dict[str, object]) -> None:
-        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        try:
+            if self._file.write(line) == len(line):
+                return
+            why = "the disk is full"
+        except OSError as error:
+            why = system_reason(error)
+        raise UserError(f"{self.path}: {why}; make room and repeat the command, what is finished is kept")
 
     def finish(self, output: Path, ids: Sequence[str]) -> None:
         """Writes the output, questions in the order of ``ids`` and samples in that of their numbers; removes this."""
         aside = output.with_name(output.name + ".complete")
-        with aside.open("w", encoding="utf-8") as out:
-            for question_id in ids:
-                parts = self._parts[question_id]
-                whole = joined([parts[first] for first in sorted(parts)])
-                out.write(json.dumps(whole.record(), ensure_ascii=False) + "\n")
+        try:
+            with aside.open("w", encoding="utf-8") as out:
+                for question_id in ids:
+                    parts = self._parts[question_id]
+                    whole = joined([parts[first] for first in sorted(parts)])
+                    out.write(json.dumps(whole.record(), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{aside}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"
+            ) from None
         aside.replace(output)
         self.path.unlink()

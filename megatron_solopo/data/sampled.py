@@ -48,11 +48,11 @@ def from_ids(
 ) -> Responses:
     """Responses whose ids are known.
 
-    Ids are kept where training would not find them again by tokenising the text (merges across its tokens, spaces that
-    the template strips, special tokens inside): all of them would be twice as large on disk as the texts.
+    Ids are kept where training would not find them again by tokenising the text (other merges, spaces that the template
+    strips, special tokens inside). All of them would more than double the file.
 
     Args:
-        sampled: the ids of each response, its end of turn included where the model's server or we kept it.
+        sampled: the ids of each response, with or without its end of turn.
         finished: which of them ended by themselves; the last id of those is dropped where it is one of ``stop_ids``.
     """
     bodies = [

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
@@ -145,6 +146,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--samples-per-request {options.samples_per_request} with --temperature 0: servers answer such a request "
             "with one response; leave it out"
         )
+    if options.server and not _is_url(options.server):
+        raise UserError(f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1")
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():
         raise UserError(
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
@@ -154,6 +157,14 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"--output {options.output}: is already complete; give another name, or --overwrite to sample again"
         )
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -89,8 +89,13 @@ class FromServer:
         self._kind = asyncio.run(self._look())
         self._texts = self._prompt_texts() if options.server_api == "completions" else {}
         self._foreign = False
-        # What decides a response here; another host may go on with what this one began.
-        self.settings: dict[str, Any] = {"backend": "server", "server_api": options.server_api}
+        # What decides a response here. Another host may go on with what this one began, in smaller requests too.
+        self.settings: dict[str, Any] = {
+            "backend": "server",
+            "server_api": options.server_api,
+            "server_kind": self._kind,
+            "stop_ids": self._stops,
+        }
 
     def _client(self) -> openai.AsyncOpenAI:
         options = self._options
@@ -111,7 +116,9 @@ class FromServer:
                 refuse_at_start(options, error)
                 listed = None  # transformers serve fails here without a hub cache
             except (openai.APIConnectionError, ValueError) as error:
-                raise UserError(f"--server {options.server}: {reason(error)}; start it, or correct the URL") from None
+                raise UserError(
+                    f"--server {options.server}: cannot be reached ({reason(error)}); start it, or correct the URL"
+                ) from None
             entries = listed.get("data") if isinstance(listed, dict) else None
             models = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
             owners = {entry.get("owned_by") for entry in models.values()}
@@ -119,8 +126,8 @@ class FromServer:
             if kind == "auto":
                 kind = next((kind for kind in ("vllm", "sglang") if kind in owners), None)
                 kind = kind or await self._by_paths(client)
-            # The name of an adapter may follow that of its model after a colon.
-            if kind in ("vllm", "sglang") and not {options.model, options.model.partition(":")[0]} & models.keys():
+            named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
+            if kind in ("vllm", "sglang") and models and not named & models.keys():
                 raise UserError(f"--model {options.model}: the server has no such model; it has {', '.join(models)}")
             return kind
 

@@ -334,7 +334,7 @@ def test_a_slow_server_is_one_line(folder: Path, serve: Callable[..., Scripted],
 
 
 def test_a_server_that_is_not_there_is_one_line_at_once(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--server http://127.0.0.1:9/v1: .*; start it, or correct the URL"):
+    with pytest.raises(UserError, match=r"--server http://127.0.0.1:9/v1: cannot be reached \(.*\); start it, or correct"):
         main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl"))
     assert not list(tmp_path.iterdir())
 
@@ -353,6 +353,9 @@ def test_a_name_that_vllm_does_not_list_is_refused_before_a_request(
     [
         (["--device", "cpu"], "--device would have no effect: leave --server out"),
         (["--batch-size", "4"], "--batch-size would have no effect: leave --server out"),
+        (["--server", "localhost:8000"], "--server localhost:8000: not a URL; give one such as http://localhost:8000"),
+        (["--server", "http://localhost:port/v1"], "--server http://localhost:port/v1: not a URL"),
+        (["--concurrency", "1001"], "--concurrency 1001: the client has 1000 connections; give at most that"),
         (["--concurrency", "0"], "--concurrency 0: give a number of at least 1"),
         (["--request-timeout", "0"], "--request-timeout 0.0: give a positive number"),
         (["--max-retries", "-1"], "--max-retries -1: give a number of at least 0"),
