@@ -34,8 +34,8 @@ class ModelConfig:
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     chat_template_kwargs: str | None = option(
         None,
-        """JSON object of values for the chat template's variables, such as '{"enable_thinking": false}'; default: those """
-        "of the folder's tokenizer_config.json; --save-hf writes them there",
+        """JSON object of values for the chat template's variables, such as '{"enable_thinking": false}'; default: """
+        "those of the folder's tokenizer_config.json; --save-hf writes them there",
         mapping=True,
     )
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")

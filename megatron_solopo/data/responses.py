@@ -134,7 +134,7 @@ class PartialFile:
                 )
         for where, record in records:
             part = _responses(record, where)
-            self._parts.setdefault(part.id, {})[int(record.get("first", 0))] = part
+            self._parts.setdefault(part.id, {})[require(record, "first", int, where)] = part
 
     def __contains__(self, question_id: str) -> bool:
         return question_id in self._parts

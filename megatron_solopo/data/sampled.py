@@ -61,7 +61,7 @@ def from_ids(
     ]
     texts = tokenizer.batch_decode(bodies, skip_special_tokens=True)
     kept = [
-        body if body and text.strip() and response_ids(tokenizer, prompt.messages, text)[:-1] != body else None
+        body if text.strip() and _learnt(tokenizer, prompt, text) != body else None
         for body, text in zip(bodies, texts, strict=True)
     ]
     _count(statistics, texts, finished, sum(map(len, sampled)), sum(ids is not None for ids in kept))
@@ -84,10 +84,15 @@ def from_texts(
     parts = [text.partition(tokenizer.eos_token) for text in texts]
     texts = [text for text, _, _ in parts]
     finished = [end or bool(mark) for end, (_, mark, _) in zip(finished, parts, strict=True)]
-    again = sum(len(encode(tokenizer, text)) + end for text, end in zip(texts, finished, strict=True))
+    again = sum(len(_learnt(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True))
     differs = tokens is not None and tokens != again
     _count(statistics, texts, finished, again if tokens is None else tokens, int(differs))
     return Responses(prompt.id, texts, finished)
+
+
+def _learnt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
+    """The ids that training finds for a text, without the end of turn; a text of spaces is never trained on."""
+    return response_ids(tokenizer, prompt.messages, text)[:-1] if text.strip() else encode(tokenizer, text)
 
 
 def _count(statistics: Statistics, texts: Sequence[str], finished: Sequence[bool], tokens: int, changed: int) -> None:

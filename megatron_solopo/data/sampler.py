@@ -158,9 +158,7 @@ class InProcess:
         if partial.questions:
             print(f"resuming: {partial.questions} of {len(prompts)} questions were sampled before")
         # Planned over all questions, done or not, so that a resumed run computes the very same batches.
-        batches = plan_batches(
-            [len(prompt.ids) for prompt in prompts], max(1, options.batch_size // options.samples)
-        )
+        batches = plan_batches([len(prompt.ids) for prompt in prompts], max(1, options.batch_size // options.samples))
         with tqdm(total=len(prompts), initial=partial.questions, unit="question", disable=None) as bar:
             for batch in ([prompts[index] for index in indices] for indices in batches):
                 todo = [prompt for prompt in batch if prompt.id not in partial]

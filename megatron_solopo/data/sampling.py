@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -100,16 +101,16 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="responses asked for in one request (default: 8; 1 at temperature 0 and where the server gives only one)",
     )
-    group.add_argument(
-        "--request-timeout", type=float, metavar="S", help="seconds a request may take (default: 600)"
-    )
+    group.add_argument("--request-timeout", type=float, metavar="S", help="seconds a request may take (default: 600)")
     group.add_argument(
         "--max-retries",
         type=int,
         metavar="N",
         help="times a failed request is repeated, after 0.5 s, 1 s, 2 s and so on up to 8 s (default: 8)",
     )
-    group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key (default: no key)")
+    group.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable that holds the key (default: no key)"
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -146,6 +147,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--samples-per-request {options.samples_per_request} with --temperature 0: servers answer such a request "
             "with one response; leave it out"
         )
+    if options.server and importlib.util.find_spec("openai") is None:
+        raise UserError("--server: the package openai is not installed; pip install 'megatron-solopo[serve]'")
     if options.server and not _is_url(options.server):
         raise UserError(f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1")
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import openai
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -28,11 +29,6 @@ from megatron_solopo.data.responses import PartialFile, Responses
 from megatron_solopo.data.sampled import Prompt, Statistics, from_ids, from_texts
 from megatron_solopo.data.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.errors import UserError
-
-try:
-    import openai
-except ImportError:
-    raise UserError("--server: the package openai is not installed; pip install 'megatron-solopo[serve]'") from None
 
 SAMPLES_PER_REQUEST = 8
 FINISHED = {"stop": True, "length": False}
@@ -64,7 +60,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> list[int]:
     """Ids that end a response, as far as they are known here: the tokenizer's end of turn, and those of the folder's
     generation_config.json."""
     path = Path(folder) / "generation_config.json"
-    own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    try:
+        own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: not a JSON object; copy it again from where the model came from") from None
     ids = [] if own is None else own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *ids})
 
@@ -220,28 +219,24 @@ class FromServer:
 
         async def work() -> None:
             for request in requests:
+                # Some servers give one response whatever ``n`` says; then the rest is asked for.
+                while request.count and not failures:
+                    try:
+                        responses = await self._ask(client, request, statistics)
+                        partial.add(responses, request.first)
+                    except UserError as error:
+                        failures.append(error)
+                        return
+                    got = len(responses.responses)
+                    bar.update(got)
+                    request = Request(request.prompt, request.first + got, request.count - got)
                 if failures:
                     return
-                try:
-                    await self._fill(client, request, partial, statistics, bar)
-                except UserError as error:
-                    failures.append(error)
 
         async with self._client() as client:
             await asyncio.gather(*(work() for _ in range(self._options.concurrency)))
         if failures:
             raise failures[0]
-
-    async def _fill(
-        self, client: openai.AsyncOpenAI, request: Request, partial: PartialFile, statistics: Statistics, bar: tqdm
-    ) -> None:
-        """Asks until all samples of the request are there; some servers give one response whatever ``n`` says."""
-        while request.count:
-            responses = await self._ask(client, request, statistics)
-            partial.add(responses, request.first)
-            got = len(responses.responses)
-            bar.update(got)
-            request = Request(request.prompt, request.first + got, request.count - got)
 
     async def _ask(self, client: openai.AsyncOpenAI, request: Request, statistics: Statistics) -> Responses:
         options = self._options
@@ -279,6 +274,7 @@ class FromServer:
         read = [_choice(choice, self._options.server_api) for choice in choices]
         finished = [end for _, _, end in read]
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+        usage = {name: count for name, count in usage.items() if isinstance(count, int)}
         self._compare_prompts(request.prompt, usage.get("prompt_tokens"))
         ids = [ids for _, ids, _ in read]
         if None not in ids:
@@ -286,11 +282,11 @@ class FromServer:
         texts = [text for text, _, _ in read]
         if None in texts:
             raise UserError(
-                f"--server {self._options.server}: request {request.name}: the server took reasoning or a tool call out "
-                "of the response; start it without a parser for them, or use --server-api completions"
+                f"--server {self._options.server}: request {request.name}: the server took reasoning or a tool call "
+                "out of the response; start it without a parser for them, or use --server-api completions"
             )
-        tokens = usage.get("completion_tokens")
-        return from_texts(self._tokenizer, request.prompt, texts, finished, tokens, statistics)
+        count = usage.get("completion_tokens")
+        return from_texts(self._tokenizer, request.prompt, texts, finished, count, statistics)
 
     def _compare_prompts(self, prompt: Prompt, tokens: int | None) -> None:
         """Warns once if the server's prompts are not those that training will see."""
@@ -313,13 +309,13 @@ def _choice(choice: Any, api: str) -> tuple[str | None, list[int] | None, bool]:
     if not isinstance(choice, dict) or choice.get("finish_reason") not in FINISHED:
         found = choice.get("finish_reason") if isinstance(choice, dict) else choice
         raise BadAnswer(f"a response has the finish_reason {found!r}, known are {', '.join(FINISHED)}")
+    finished, ids = FINISHED[choice["finish_reason"]], choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+        raise BadAnswer("token_ids is not a list of numbers")
     message = choice.get("message") if api == "chat" else choice
     text = message.get("content" if api == "chat" else "text") if isinstance(message, dict) else None
     if isinstance(message, dict) and any(message.get(key) for key in PARSED_OUT):
-        text = None
-    elif not isinstance(text, str):
+        return None, ids, finished
+    if ids is None and not isinstance(text, str):
         raise BadAnswer("a response has no text")
-    ids = choice.get("token_ids")
-    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
-        raise BadAnswer("token_ids is not a list of numbers")
-    return text, ids, FINISHED[choice["finish_reason"]]
+    return text, ids, finished

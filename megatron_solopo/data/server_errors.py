@@ -74,8 +74,8 @@ def explain(options: argparse.Namespace, name: str, error: Exception) -> str:
             return _wrong_key(options, error)
         if status == 404:
             return (
-                f"--model {options.model}: {server} does not know it, or its URL is not the API's, which mostly ends in "
-                f"/v1 ({what})"
+                f"--model {options.model}: {server} does not know it, or its URL is not the API's, which mostly ends "
+                f"in /v1 ({what})"
             )
         if status == 429:
             return f"{server}: {what} ({tries}); lower --concurrency or raise --max-retries ({KEPT})"

@@ -50,7 +50,9 @@ def ask(
             found before any model is loaded.
     """
     messages = prompt_format.messages(question, [Paragraph("", document)])
-    tokenizers = [load_tokenizer(tokenizer or folder, chat_template, eos_token, chat_template_kwargs) for folder in models]
+    tokenizers = [
+        load_tokenizer(tokenizer or folder, chat_template, eos_token, chat_template_kwargs) for folder in models
+    ]
     prompts = [prompt_ids(one, messages) for one in tokenizers]
     for folder, prompt in zip(models, prompts, strict=True):
         check_reach(folder, len(prompt), max_new_tokens, "--document")

@@ -1,4 +1,4 @@
-"""Pairs sampled through a real `transformers serve`, killed at random requests; SOLOPO_KILLS=10 kills 10 times, not 2."""
+"""Pairs sampled through a real `transformers serve`, killed at random requests (SOLOPO_KILLS=10: 10 times, not 2)."""
 
 from __future__ import annotations
 
@@ -58,11 +58,8 @@ def train_a_little(folder: Path) -> None:
     """Until the model is right sometimes: cross-entropy of the answer to questions that are never sampled on."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    prompts = [question(number) for number in range(1000, 3000)]
-    rows = [
-        (prompt_ids(tokenizer, one["short_messages"]), response_ids(tokenizer, one["short_messages"], one["answers"][0]))
-        for one in prompts
-    ]
+    asked = [(one["short_messages"], one["answers"][0]) for one in map(question, range(1000, 3000))]
+    rows = [(prompt_ids(tokenizer, chat), response_ids(tokenizer, chat, answer)) for chat, answer in asked]
     ids = torch.tensor([prompt + answer for prompt, answer in rows])
     labels = torch.tensor([[-100] * len(prompt) + answer for prompt, answer in rows])
     for step in range(60):
@@ -251,6 +248,6 @@ def plain_template(folder: Path) -> Path:
 
 def test_a_name_that_the_server_does_not_have_is_one_line(serving: Serving, tmp_path: Path) -> None:
     arguments = command(serving, tmp_path / "a.jsonl", "--model", "other", "--tokenizer", str(serving.folder))
-    with pytest.raises(UserError, match=r"refuses request q\d+/\d+: 400: Server is pinned to .*requested 'other'") as caught:
+    with pytest.raises(UserError, match=r"request q\d+/\d+: 400: Server is pinned to .*requested 'other'") as caught:
         sample(arguments)
     assert "\n" not in str(caught.value)

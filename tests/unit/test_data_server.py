@@ -297,9 +297,7 @@ def test_a_bad_server_is_one_line_and_costs_nothing_finished(
 
 
 @pytest.mark.parametrize("name", ["too many", "its fault", "cut", "not JSON", "no choices"])
-def test_what_passes_is_asked_again(
-    name: str, folder: Path, serve: Callable[..., Scripted], tmp_path: Path
-) -> None:
+def test_what_passes_is_asked_again(name: str, folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     status, document, _ = BAD[name]
     server = serve(failing(status, document, times=1))
     main(command(folder, server, tmp_path / "a.jsonl", "--limit", "1", "--samples", "1"))
@@ -307,9 +305,7 @@ def test_what_passes_is_asked_again(
     assert server.asked[0] == server.asked[1]
 
 
-def test_a_failure_waits_for_what_is_in_flight(
-    folder: Path, serve: Callable[..., Scripted], tmp_path: Path
-) -> None:
+def test_a_failure_waits_for_what_is_in_flight(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None and body["messages"][-1]["content"].startswith("w0"):
             time.sleep(0.1)
@@ -334,7 +330,7 @@ def test_a_slow_server_is_one_line(folder: Path, serve: Callable[..., Scripted],
 
 
 def test_a_server_that_is_not_there_is_one_line_at_once(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--server http://127.0.0.1:9/v1: cannot be reached \(.*\); start it, or correct"):
+    with pytest.raises(UserError, match=r"--server http://127.0.0.1:9/v1: cannot be reached \(.*\); start it"):
         main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl"))
     assert not list(tmp_path.iterdir())
 
@@ -377,9 +373,13 @@ def test_options_of_the_other_backend_are_refused(folder: Path, tmp_path: Path) 
         main([*arguments, "--model", "tiny", "--server", "http://127.0.0.1:9/v1"])
 
 
-def test_two_processes_never_write_one_output(
-    folder: Path, serve: Callable[..., Scripted], tmp_path: Path
-) -> None:
+def test_without_the_client_package_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the package openai is not installed; pip install 'megatron-solopo\[serve\]'"):
+        main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl"))
+
+
+def test_two_processes_never_write_one_output(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None and len(server.asked) == 1:
             with pytest.raises(UserError, match="another process is writing it"):

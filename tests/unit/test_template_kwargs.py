@@ -72,7 +72,8 @@ def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) 
     """They stand in tokenizer_config.json, every command takes them from there, and the option overrules them."""
     tensors = [("weight", torch.zeros(2))]
     write_folder(tmp_path / "hf", folder, "{}", tensors, chat_template_kwargs=OFF)
-    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["chat_template_kwargs"] == json.loads(OFF)
+    written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert written["chat_template_kwargs"] == {"enable_thinking": False}
     off, default = (prompt_ids(load_tokenizer(folder, chat_template_kwargs=text), CHAT) for text in (OFF, None))
     assert prompt_ids(load_tokenizer(tmp_path / "hf"), CHAT) == off != default
     assert prompt_ids(load_tokenizer(tmp_path / "hf", chat_template_kwargs="{}"), CHAT) == default
