@@ -11,9 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, minimum: float | None = None) -> Any:
-    """A field of a section: default, one line of help, allowed values or the smallest allowed number."""
-    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    mapping: bool = False,
+) -> Any:
+    """A field of a section: default, one line of help, allowed values or the smallest allowed number.
+
+    With ``mapping`` it is a JSON object in a text, which a YAML file may also give as a mapping.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "mapping": mapping})
 
 
 @dataclass
@@ -23,6 +32,12 @@ class ModelConfig:
     hf_path: str | None = option(None, "Hugging Face folder: config.json, tokenizer and (unless --random-init) weights")
     random_init: bool = option(False, "start from random weights of the folder's config instead of its weights")
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
+    chat_template_kwargs: str | None = option(
+        None,
+        """JSON object of values for the chat template's variables, such as '{"enable_thinking": false}'; default: """
+        "those of the folder's tokenizer_config.json; --save-hf writes them there",
+        mapping=True,
+    )
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
     rope_scaling: str | None = option(
         None,

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.config import OWNER, SECTIONS, Config, flag
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import UserError
@@ -46,6 +48,8 @@ def _convert(name: str, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{where}: must be true or false, found {value!r}")
         return value
+    if isinstance(value, dict) and spec.metadata["mapping"]:
+        value = json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool) or isinstance(value, list | dict):
         raise UserError(f"{where}: must be {kind.__name__}, found {value!r}")
     try:
@@ -179,6 +183,8 @@ def resolve(config: Config) -> None:
     method, model = config.method, config.model
     if model.rope_scaling is not None:
         model.rope_scaling = str(parse_rope_scaling(model.rope_scaling))  # one text for one scaling
+    if model.chat_template_kwargs is not None:
+        model.chat_template_kwargs = template_kwargs.canonical(model.chat_template_kwargs)
     if method.objective == "preference":
         if method.beta is None and method.preference_loss != "orpo":
             method.beta = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "longpo": 0.1}[method.preference_loss]

@@ -216,6 +216,7 @@ def save_folder(
     target: str | Path,
     force: bool = False,
     chat_template: str | Path | None = None,
+    chat_template_kwargs: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
@@ -252,4 +253,5 @@ def save_folder(
         max_shard_size=max_shard_size,
         force=force,
         chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
     )

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -144,6 +145,7 @@ def write_folder(
     max_shard_size: str = MAX_SHARD_SIZE,
     force: bool = False,
     chat_template: Path | None = None,
+    chat_template_kwargs: str | None = None,
 ) -> None:
     """Writes config, tokenizer files and weights, aside first and renamed at the end.
 
@@ -153,6 +155,7 @@ def write_folder(
     Args:
         max_shard_size: "5GB", "500MB", ...; decimal units as in the names of the hub.
         chat_template: a file that takes the place of ``source``'s template.
+        chat_template_kwargs: a JSON object that takes the place of the values in ``source``'s tokenizer_config.json.
 
     Raises:
         UserError: the folder holds a model and ``force`` is off, or the disk is full.
@@ -169,6 +172,11 @@ def write_folder(
                 shutil.copyfile(source / name, aside / name)
         if chat_template is not None:
             shutil.copyfile(chat_template, aside / "chat_template.jinja")
+        if chat_template_kwargs is not None:
+            path = aside / "tokenizer_config.json"
+            document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            document[template_kwargs.KEY] = json.loads(chat_template_kwargs)
+            path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _put_in_place(aside, folder)
     except OSError as error:
         shutil.rmtree(shards.folder, ignore_errors=True)

@@ -43,6 +43,7 @@ class BuildSettings:
     tokenizer: str
     chat_template: str | None
     eos_token: str | None
+    chat_template_kwargs: str | None
     prompt_format: PromptFormat
     sizes: tuple[int, int]
     in_tokens: bool
@@ -173,7 +174,9 @@ class Builder:
     def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._settings = settings
         if tokenizer is None:
-            tokenizer = load_tokenizer(settings.tokenizer, settings.chat_template, settings.eos_token)
+            tokenizer = load_tokenizer(
+                settings.tokenizer, settings.chat_template, settings.eos_token, settings.chat_template_kwargs
+            )
         self._counter = TokenCounter(tokenizer)
         self._questions = QuestionFile(folder)
         count = self._counter.texts if settings.in_tokens else None

@@ -8,26 +8,33 @@ generating model sees them, so that the ids of a prompt never depend on the resp
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.data.schema import Message
 from megatron_solopo.errors import UserError
 
 
 def load_tokenizer(
-    folder: str | Path, chat_template: str | Path | None = None, eos_token: str | None = None
+    folder: str | Path,
+    chat_template: str | Path | None = None,
+    eos_token: str | None = None,
+    chat_template_kwargs: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, with its own chat template or the one in a file.
+
+    ``chat_template_kwargs`` is a JSON object of values for the template's variables; None takes those that the
+    folder came with, if any (`template_kwargs`).
 
     Its ``eos_token`` is the token that ends a turn: ``eos_token`` if given, else the special token that the
     chat template writes after an assistant's message, else the folder's. (Folders disagree with their
     templates: base models name the end of a text there, a bare ``tokenizer.json`` names nothing.)
 
     Raises:
-        UserError: no tokenizer in the folder, no chat template, or no end-of-turn (eos) token.
+        UserError: no tokenizer in the folder, no chat template, no variable of it by that name, or no end-of-turn
+            (eos) token.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -47,6 +54,7 @@ def load_tokenizer(
             f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
             "(examples/chat_templates/chatml.jinja is Qwen's)"
         )
+    template_kwargs.give(tokenizer, chat_template_kwargs, str(folder))
     if eos_token is not None and eos_token not in tokenizer.get_vocab():
         raise UserError(f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn")
     end_of_turn = eos_token or _template_end_of_turn(tokenizer)
@@ -65,7 +73,7 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     marker = "solopo end of message"
     try:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.of(tokenizer))
     except jinja2.TemplateError:
         return None  # a template with demands of its own; the folder's eos_token stands
     tail = text.rpartition(marker)[2].lstrip()
@@ -74,14 +82,16 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return max(endings, key=len, default=None)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """The prompt as text, ending where the response starts."""
-    return _render(tokenizer, messages, add_generation_prompt=True, **template)
+    return _render(tokenizer, messages, add_generation_prompt=True)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **template)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs.of(tokenizer)
+        )
     except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
         raise UserError(f"the chat template refuses the messages ({error})") from None
 
@@ -91,21 +101,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """Token ids of a prompt, ending where the response starts."""
-    return encode(tokenizer, render_prompt(tokenizer, messages, **template))
+    return encode(tokenizer, render_prompt(tokenizer, messages))
 
 
-def response_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, **template: Any
-) -> list[int]:
+def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:
     """Token ids of a response to ``messages``, its last id the end-of-turn token, exactly once.
 
     Templates differ in what follows a turn (Qwen adds a newline that the model never generates);
     everything after the first end-of-turn token is left out.
     """
-    prompt = render_prompt(tokenizer, messages, **template)
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}], **template)
+    prompt = render_prompt(tokenizer, messages)
+    full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
     # Some templates rewrite the history (thinking tags); then the response is taken as it was sampled.
     return _one_turn(tokenizer, encode(tokenizer, full[len(prompt) :] if full.startswith(prompt) else response))
 
@@ -120,7 +128,7 @@ def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], **template: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], list[int], list[bool]]:
     """A conversation as (prompt ids, continuation ids, which continuation ids are learnt).
 
@@ -131,8 +139,8 @@ def conversation_ids(
     rendered = ""
     texts: list[str] = []  # what stands before a response, the response; before the next, the next; ...
     for index in turns:
-        before = render_prompt(tokenizer, messages[:index], **template)
-        full = _render(tokenizer, messages[: index + 1], **template)
+        before = render_prompt(tokenizer, messages[:index])
+        full = _render(tokenizer, messages[: index + 1])
         if len(turns) == 1 and not full.startswith(before):
             # Such templates open a thought after the prompt; the answer is taken as it stands, as in `response_ids`.
             full = before + messages[index]["content"]

@@ -27,7 +27,7 @@ from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
-from megatron_solopo.data.prepare import add_tokenizer_options
+from megatron_solopo.data.options import add_tokenizer_options
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import scored_roles
 
@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     _check(options, groups)
     config = training_config(options) if groups else None
     template = options.chat_template or (config and config.model.chat_template)
-    tokenizer = load_tokenizer(options.tokenizer, template, options.eos_token)
+    kwargs = options.chat_template_kwargs or (config and config.model.chat_template_kwargs)
+    tokenizer = load_tokenizer(options.tokenizer, template, options.eos_token, kwargs)
     if not options.html or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method

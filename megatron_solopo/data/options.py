@@ -36,6 +36,12 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
         "--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none or another is wanted"
     )
     group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""values for variables of the chat template, such as '{"enable_thinking": false}' (default: those of """
+        "the folder's tokenizer_config.json, which a training run with this option writes)",
+    )
+    group.add_argument(
         "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
     )
 

@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,
         eos_token=options.eos_token,
+        chat_template_kwargs=options.chat_template_kwargs,
         prompt_format=prompt_format_of(options),
         sizes=sizes,
         in_tokens=in_tokens,
@@ -261,7 +262,9 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
     )
     begin = time.monotonic()
-    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.eos_token)
+    tokenizer = load_tokenizer(
+        options.tokenizer, options.chat_template, options.eos_token, options.chat_template_kwargs
+    )
     output = Path(options.output)
     work = WorkFolder(output.with_name(output.name + ".work"), _settings(options, build, excluded))
     try:

@@ -10,8 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_NOT_THE_TOKENIZER = ("chat_template", "is_local", "local_files_only", "model_max_length", "name_or_path")
-"""Fields of tokenizer_config.json that change no id; the template is compared as it is used."""
+from megatron_solopo import template_kwargs
+
+_NOT_THE_TOKENIZER = (
+    *("chat_template", template_kwargs.KEY),
+    *("is_local", "local_files_only", "model_max_length", "name_or_path"),
+)
+"""Fields of tokenizer_config.json that change no id; the template and its values are compared as they are used."""
 
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -19,14 +24,11 @@ _FILES = (
 )
 
 
-def text_facts(
-    folder: str | Path, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What turns a chat into ids: digests of the tokenizer's files and of its chat template, and how it is used.
 
     Args:
         folder: the tokenizer's.
-        template: what the chat template is told beside the messages.
     """
     files = {}
     for name in dict.fromkeys((*_FILES, *tokenizer.vocab_files_names.values())):
@@ -41,7 +43,7 @@ def text_facts(
     return {
         "tokenizer": files,
         "chat_template": hashlib.sha256(chosen.encode() if isinstance(chosen, str) else _canonical(chosen)).hexdigest(),
-        "chat_template_kwargs": dict(template or {}),
+        "chat_template_kwargs": template_kwargs.of(tokenizer),
         "end_of_turn": tokenizer.eos_token,
     }
 

@@ -56,14 +56,14 @@ class Job:
     source: str
     tokenizer: str
     chat_template: str | None
-    template: dict[str, Any]
+    chat_template_kwargs: str | None
     objective: str
     seq_length: int | None
     overlong: str
     parts: Path
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.tokenizer, self.chat_template)
+        return load_tokenizer(self.tokenizer, self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
 
     def part_file(self, number: int) -> Path:
         return self.parts / f"{number:06}.npz"
@@ -71,7 +71,7 @@ class Job:
 
 def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, part: Part) -> None:
     """Writes the part's file, aside first; a file that is there is whole."""
-    encoder = Encoder(tokenizer, job.seq_length, job.overlong, job.template)
+    encoder = Encoder(tokenizer, job.seq_length, job.overlong)
     read = read_conversations if job.objective == "sft" else read_groups
     ids: list[str] = []
     tokens: list[np.ndarray] = []
@@ -265,6 +265,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder of the model to train")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template; training must be given the same")
     parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help="values for its variables; training must be given the same"
+    )
+    parser.add_argument(
         "--objective", choices=sorted(LAYOUTS), default="preference", help="what the file holds (default: preference)"
     )
     parser.add_argument(
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         source=options.train_data,
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,
-        template={},
+        chat_template_kwargs=options.chat_template_kwargs,
         objective=options.objective,
         seq_length=options.seq_length,
         overlong=options.overlong or "refuse",
@@ -336,7 +339,7 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         "objective": job.objective,
         "options": {"seq_length": job.seq_length, "overlong": job.overlong if job.seq_length else None},
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
-        "text": text_facts(job.tokenizer, tokenizer, job.template),
+        "text": text_facts(job.tokenizer, tokenizer),
     }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         manifest = read_manifest(output) if output.is_dir() else {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -194,7 +194,6 @@ def tokenize(
     roles: tuple[str, ...],
     seq_length: int,
     overlong: str = "refuse",
-    template: Mapping[str, Any] | None = None,
 ) -> TokenDataset:
     """Reads and tokenises a file of groups, or of conversations when ``roles`` is ("response",), into memory.
 
@@ -203,13 +202,12 @@ def tokenize(
             "long_chosen").
         seq_length: the longest prompt plus continuation, in tokens.
         overlong: what is longer: ``refuse``, ``drop``, or ``cut`` out of its distractors.
-        template: what the chat template is told beside the messages.
 
     Raises:
         UserError: a malformed record, a group without long context where one is needed, an example beyond
             seq_length with ``refuse``, or no example at all.
     """
-    encoder = Encoder(tokenizer, seq_length, overlong, template or {})
+    encoder = Encoder(tokenizer, seq_length, overlong)
     read = read_conversations if roles == (RESPONSE,) else read_groups
     groups = []
     for record in read(path):
@@ -238,17 +236,10 @@ class Encoder:
     Args:
         seq_length: the longest prompt plus continuation, in tokens; None for no limit.
         overlong: what happens to longer ones: ``refuse``, ``drop`` or ``cut``.
-        template: what the chat template is told beside the messages.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        seq_length: int | None,
-        overlong: str,
-        template: Mapping[str, Any],
-    ) -> None:
-        self.tokenizer, self.seq_length, self.overlong, self.template = tokenizer, seq_length, overlong, template
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_length: int | None, overlong: str) -> None:
+        self.tokenizer, self.seq_length, self.overlong = tokenizer, seq_length, overlong
         self.report = Report()
 
     def encode(self, record: PreferenceGroup | Conversation, roles: tuple[str, ...]) -> TokenGroup | None:
@@ -285,7 +276,7 @@ class Encoder:
 
     def _conversation(self, conversation: Conversation) -> TokenGroup:
         """The first turns as the prompt, everything after as one continuation."""
-        prompt, ids, learnt = conversation_ids(self.tokenizer, conversation.messages, **self.template)
+        prompt, ids, learnt = conversation_ids(self.tokenizer, conversation.messages)
         continuation = Continuation(RESPONSE, array("i", ids), None if all(learnt) else learnt)
         return TokenGroup(conversation.id, (Prompt(array("i", prompt), (continuation,)),))
 
@@ -309,7 +300,7 @@ class Encoder:
                 name = role.partition("_")[2]
                 ids = sampled[name]
                 if ids is None:
-                    ids = response_ids(self.tokenizer, messages, getattr(group, name), **self.template)
+                    ids = response_ids(self.tokenizer, messages, getattr(group, name))
                 continuations.append(Continuation(role, array("i", ids)))
             if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
                 raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
@@ -325,7 +316,7 @@ class Encoder:
         return TokenGroup(group.id, tuple(prompts))
 
     def _prompt(self, messages: list[Message]) -> list[int]:
-        return prompt_ids(self.tokenizer, messages, **self.template)
+        return prompt_ids(self.tokenizer, messages)
 
     def _cut(self, group: PreferenceGroup, context: str, limit: int, whys: list[str]) -> list[int] | None:
         """Token ids of the shortened prompt, or None, and why is noted."""

@@ -39,6 +39,7 @@ def ask(
     tokenizer: str | Path | None = None,
     chat_template: str | Path | None = None,
     eos_token: str | None = None,
+    chat_template_kwargs: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
 ) -> list[Answer]:
@@ -49,7 +50,9 @@ def ask(
             found before any model is loaded.
     """
     messages = prompt_format.messages(question, [Paragraph("", document)])
-    tokenizers = [load_tokenizer(tokenizer or folder, chat_template, eos_token) for folder in models]
+    tokenizers = [
+        load_tokenizer(tokenizer or folder, chat_template, eos_token, chat_template_kwargs) for folder in models
+    ]
     prompts = [prompt_ids(one, messages) for one in tokenizers]
     for folder, prompt in zip(models, prompts, strict=True):
         check_reach(folder, len(prompt), max_new_tokens, "--document")
@@ -114,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         options.tokenizer,
         options.chat_template,
         options.eos_token,
+        options.chat_template_kwargs,
         options.dtype,
         options.device,
     )

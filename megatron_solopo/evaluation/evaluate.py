@@ -253,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     prompt_format = prompt_format_of(options)
-    tokenizer = load_tokenizer(options.tokenizer or options.model, options.chat_template, options.eos_token)
+    tokenizer = load_tokenizer(
+        options.tokenizer or options.model, options.chat_template, options.eos_token, options.chat_template_kwargs
+    )
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:
             check_reach(options.model, size, options.max_new_tokens, f"{flag} {size}")

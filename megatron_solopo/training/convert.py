@@ -138,6 +138,7 @@ def _config(given: argparse.Namespace) -> Config:
     if config.model.hf_path is None:
         raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
     config.model.chat_template, config.model.rope_scaling = run.get("chat_template"), run.get("rope_scaling")
+    config.model.chat_template_kwargs = run.get("chat_template_kwargs")
     config.model.make_vocab_size_divisible_by = given.make_vocab_size_divisible_by or run.get(
         "make_vocab_size_divisible_by", config.model.make_vocab_size_divisible_by
     )
@@ -208,6 +209,7 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
             given.save_hf,
             force=given.force,
             chat_template=config.model.chat_template,
+            chat_template_kwargs=config.model.chat_template_kwargs,
             dtype=_dtype(given.dtype) if given.dtype else None,
             max_shard_size=given.max_shard_size,
         )

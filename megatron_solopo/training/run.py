@@ -94,7 +94,11 @@ def load_data(config: Config) -> RunData:
     from megatron_solopo.data.tokens import tokenize
     from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
-    tokenizer = load_tokenizer(config.model.hf_path, config.model.chat_template)
+    tokenizer = load_tokenizer(
+        config.model.hf_path,
+        config.model.chat_template,
+        chat_template_kwargs=config.model.chat_template_kwargs,
+    )
     wanted, data = scored_roles(config.method), config.data
     read = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):

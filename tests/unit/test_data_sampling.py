@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,16 +26,10 @@ from transformers import (
 )
 
 from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.responses import read_responses
-from megatron_solopo.data.sampling import (
-    Statistics,
-    choose,
-    decode_responses,
-    main,
-    plan_batches,
-    sample_batch,
-    uniforms,
-)
+from megatron_solopo.data.responses import PartialFile, Responses, read_responses
+from megatron_solopo.data.sampled import Prompt, Statistics, from_ids
+from megatron_solopo.data.sampler import choose, plan_batches, sample_batch, uniforms
+from megatron_solopo.data.sampling import main
 from megatron_solopo.errors import UserError
 
 WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *(f"w{index}" for index in range(36))]
@@ -231,12 +227,16 @@ def test_the_token_that_ended_a_response_is_not_in_its_text(folder: Path) -> Non
     """Also when it is a plain word that generation_config names, and only the last one."""
     counts = Statistics()
     tokenizer = load_tokenizer(folder)
-    responses = decode_responses(tokenizer, "q", [[4, 5, 20], [4, END], [20], [4, 5, 6]], {END, 20}, counts)
+    prompt = Prompt("q", [{"role": "user", "content": "w9"}], [2, 13, END, 3])
+    sampled = [[4, 5, 20], [4, END], [20], [4, 5, 6]]
+    responses = from_ids(tokenizer, prompt, sampled, [True, True, True, False], {END, 20}, counts)
     assert responses.responses == ["w0 w1", "w0", "", "w0 w1 w2"]
     assert responses.finished == [True, True, True, False]
     assert counts == Statistics(responses=4, tokens=9, unfinished=1, empty=1, mismatches=0)
-    decode_responses(tokenizer, "q", [[4, 2, 5, END]], {END}, counts)  # <user> is not in the text
-    assert counts.mismatches == 1
+    assert responses.token_ids is None
+    responses = from_ids(tokenizer, prompt, [[4, END], [4, 2, 5, END]], [True, True], {END}, counts)
+    assert responses.responses == ["w0", "w0 w1"]
+    assert responses.token_ids == [None, [4, 2, 5]] and counts.mismatches == 1  # <user> is not in the text
 
 
 def test_a_killed_run_resumes_without_loss_or_repetition(
@@ -247,11 +247,11 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     arguments = command(folder, output, "--samples", "12")
     partial = Path(f"{output}.partial")
     code = (
-        "import sys, time, megatron_solopo.data.sampling as s\n"
+        "import sys, time, megatron_solopo.data.sampler as s, megatron_solopo.data.sampling as command\n"
         "fast = s.sample_batch\n"
         "def slow(*a, **k):\n    time.sleep(0.2)\n    return fast(*a, **k)\n"
         "s.sample_batch = slow\n"  # so that the kill falls in the middle
-        "s.main(sys.argv[1:])"
+        "command.main(sys.argv[1:])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -273,6 +273,56 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     assert f"resuming: {done} of 40 questions" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tmp_path: Path) -> None:
+    """The limit falls into the third line, which the next start drops."""
+    output = tmp_path / "a.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with PartialFile(output, {"seed": 1}) as partial:
+        partial.add(Responses("q0", ["w1"] * 5, [True] * 5))
+        size = partial.path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+        try:
+            with pytest.raises(UserError, match=r"partial: the disk is full; make room and repeat the command"):
+                partial.add(Responses("q1", ["w1"], [True]))
+            with pytest.raises(UserError, match=r"partial: File too large; make room and repeat the command"):
+                partial.add(Responses("q1", ["w1"], [True]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with PartialFile(output, {"seed": 1}) as partial:
+        assert (partial.path.stat().st_size, "q0" in partial, "q1" in partial) == (size, True, False)
+
+
+def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    with PartialFile(output, {}) as partial:
+        partial.add(Responses("q", ["c"], [False]), 2)
+        partial.add(Responses("q", ["a", "b"], [True, True], [None, [7]]), 0)
+        assert partial.missing("q", 5) == [3, 4] and partial.missing("other", 2) == [0, 1]
+    with PartialFile(output, {}) as partial:
+        assert partial.missing("q", 5) == [3, 4] and (partial.questions, partial.responses) == (1, 3)
+        partial.finish(output, ["q"])
+    [record] = read_responses(output)
+    assert record == Responses("q", ["a", "b", "c"], [True, True, False], [None, [7], None])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("token_ids", [[1]], "the field 'token_ids' must be a list as long as 'responses' (2)"),
+        ("token_ids", [[1], []], "the field 'token_ids[1]' must be a non-empty list of token ids"),
+        ("token_ids", [[1], [-1]], "the field 'token_ids[1]' must be a non-empty list of token ids"),
+        ("finished", [True], "the field 'finished' must be a list as long as 'responses' (2)"),
+        ("responses", ["a", 1], "the field 'responses' must be a list of texts"),
+    ],
+)
+def test_malformed_responses_are_named(tmp_path: Path, field: str, value: Any, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"id": "q", "responses": ["a", "b"], field: value}) + "\n")
+    with pytest.raises(UserError) as error:
+        list(read_responses(path))
+    assert str(error.value) == f"{path}:1: {message}"
 
 
 def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.chat import prompt_ids
 from megatron_solopo.data.contexts import ContextPair, read_contexts
-from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups, read_jsonl
+from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups
 from megatron_solopo.data.scoring import normalise, normalised_answers
 from megatron_solopo.data.tokens import TokenGroup, tokenize_group
 from megatron_solopo.errors import UserError

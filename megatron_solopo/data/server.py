@@ -1,0 +1,321 @@
+"""Sampling from an OpenAI-compatible server: many requests in flight, each answer on disk when it arrives.
+
+A request is named ``ID/NUMBER`` after its question and the first of its samples, and carries that name as
+``X-Request-ID``. What is on disk is never asked for again; what was in flight when the process died is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched, groupby
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import openai
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo import template_kwargs
+from megatron_solopo.data.chat import render_prompt
+from megatron_solopo.data.responses import PartialFile, Responses
+from megatron_solopo.data.sampled import Prompt, Statistics, from_ids, from_texts
+from megatron_solopo.data.server_errors import BadAnswer, explain, reason, refuse_at_start
+from megatron_solopo.errors import UserError
+
+SAMPLES_PER_REQUEST = 8
+FINISHED = {"stop": True, "length": False}
+"""What a server's ``finish_reason`` says of a response."""
+PARSED_OUT = ("reasoning_content", "reasoning", "tool_calls")
+"""Where servers put what they take out of a message's text."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples ``first`` to ``first + count - 1`` of a question, asked for at once."""
+
+    prompt: Prompt
+    first: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt.id}/{self.first}"
+
+
+def request_seed(seed: int, question_id: str, first: int) -> int:
+    """31 bits that depend on the run's seed, the question and the number of a request's first sample."""
+    digest = hashlib.sha256(f"{seed}\0{question_id}\0{first}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> list[int]:
+    """Ids that end a response, as far as they are known here: the tokenizer's end of turn, and those of the folder's
+    generation_config.json."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: not a JSON object; copy it again from where the model came from") from None
+    ids = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *ids})
+
+
+class FromServer:
+    """The model ``--model`` of the server at ``--server``.
+
+    Raises:
+        UserError: the server cannot be used, or an option cannot be honoured by it.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    ) -> None:
+        self._options, self._tokenizer, self._prompts = options, tokenizer, prompts
+        self._key = "none"
+        if options.api_key_env is not None:
+            self._key = os.environ.get(options.api_key_env, "")
+            if not self._key:
+                raise UserError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
+        self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
+        self._kind = asyncio.run(self._look())
+        self._texts = self._prompt_texts() if options.server_api == "completions" else {}
+        self._foreign = False
+        # What decides a response here. Another host may go on with what this one began, in smaller requests too.
+        self.settings: dict[str, Any] = {
+            "backend": "server",
+            "server_api": options.server_api,
+            "server_kind": self._kind,
+            "stop_ids": self._stops,
+        }
+
+    def _client(self) -> openai.AsyncOpenAI:
+        options = self._options
+        return openai.AsyncOpenAI(
+            base_url=options.server,
+            api_key=self._key,
+            max_retries=options.max_retries,
+            timeout=openai.Timeout(options.request_timeout, connect=min(options.request_timeout, 30)),
+        )
+
+    async def _look(self) -> str:
+        """Which kind of server this is; one that is not there, or does not have the model, is refused at once."""
+        options = self._options
+        async with self._client().with_options(max_retries=0, timeout=min(options.request_timeout, 30)) as client:
+            try:
+                listed = await client.get("/models", cast_to=object)
+            except openai.APIStatusError as error:
+                refuse_at_start(options, error)
+                listed = None  # transformers serve fails here without a hub cache
+            except (openai.APIConnectionError, ValueError) as error:
+                raise UserError(
+                    f"--server {options.server}: cannot be reached ({reason(error)}); start it, or correct the URL"
+                ) from None
+            entries = listed.get("data") if isinstance(listed, dict) else None
+            models = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
+            owners = {entry.get("owned_by") for entry in models.values()}
+            kind = options.server_kind
+            if kind == "auto":
+                kind = next((kind for kind in ("vllm", "sglang") if kind in owners), None)
+                kind = kind or await self._by_paths(client)
+            named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
+            if kind in ("vllm", "sglang") and models and not named & models.keys():
+                raise UserError(f"--model {options.model}: the server has no such model; it has {', '.join(models)}")
+            return kind
+
+    async def _by_paths(self, client: openai.AsyncOpenAI) -> str:
+        """``transformers serve`` is told by the paths it serves."""
+        root = self._options.server.rstrip("/").removesuffix("/v1")
+        try:  # after a failed listing it closes the connection, which the client sees when it uses it again
+            description = await client.with_options(max_retries=2).get(f"{root}/openapi.json", cast_to=object)
+        except (openai.OpenAIError, ValueError):
+            return "other"
+        paths = description.get("paths") if isinstance(description, dict) else None
+        return "transformers" if "/load_model" in (paths or ()) else "other"
+
+    def _prompt_texts(self) -> dict[str, str]:
+        """transformers serve takes prompts as text, and puts the tokenizer's own start token before it."""
+        if self._kind != "transformers":
+            return {}
+        texts = {}
+        for prompt in self._prompts:
+            text = render_prompt(self._tokenizer, prompt.messages).removeprefix(self._tokenizer.bos_token or "")
+            texts[prompt.id] = next(
+                (
+                    form
+                    for form in (text, (self._tokenizer.bos_token or "") + text)
+                    if self._tokenizer(form)["input_ids"] == prompt.ids
+                ),
+                "",
+            )
+            if not texts[prompt.id]:
+                raise UserError(
+                    f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat"
+                )
+        return texts
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        options, kind, prompt = self._options, self._kind, request.prompt
+        body: dict[str, Any] = {
+            "model": options.model,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_tokens": options.max_new_tokens,
+            "seed": request_seed(options.seed, prompt.id, request.first),
+        }
+        if request.count > 1:
+            body["n"] = request.count
+        if options.server_api == "completions":
+            body["prompt"] = self._texts.get(prompt.id, prompt.ids)
+        else:
+            body["messages"] = prompt.messages
+            if values := template_kwargs.of(self._tokenizer):
+                body["chat_template_kwargs"] = values
+        # A server takes what is not given from the checkpoint's generation_config.json.
+        if kind in ("vllm", "sglang"):
+            body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            body |= {"stop_token_ids": self._stops, "return_token_ids": True}
+        if kind == "sglang" and options.server_api == "chat":
+            body["separate_reasoning"] = False
+        if kind == "transformers":
+            config = {"do_sample": options.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
+            config |= {"eos_token_id": self._stops, "max_new_tokens": options.max_new_tokens}
+            body["generation_config"] = json.dumps(config)
+        return body
+
+    def run(self, partial: PartialFile, statistics: Statistics) -> None:
+        """Asks for what ``partial`` lacks.
+
+        Raises:
+            UserError: a request failed for good; the answers to those in flight are waited for and kept.
+        """
+        total = len(self._prompts) * self._options.samples
+        if partial.responses:
+            print(f"resuming: {partial.responses} of {total} responses were sampled before")
+        with tqdm(total=total, initial=partial.responses, unit="response", disable=None) as bar:
+            asyncio.run(self._run(partial, statistics, bar))
+
+    def _requests(self, partial: PartialFile) -> Iterator[Request]:
+        options = self._options
+        several = options.temperature > 0 and self._kind != "transformers"
+        count = options.samples_per_request or (SAMPLES_PER_REQUEST if several else 1)
+        for prompt in self._prompts:
+            missing = partial.missing(prompt.id, options.samples)
+            # A request asks for neighbours; samples that are there already can lie between the missing ones.
+            for _, neighbours in groupby(enumerate(missing), lambda place: place[1] - place[0]):
+                for some in batched((number for _, number in neighbours), count):
+                    yield Request(prompt, some[0], len(some))
+
+    async def _run(self, partial: PartialFile, statistics: Statistics, bar: tqdm) -> None:
+        requests = self._requests(partial)
+        failures: list[UserError] = []
+
+        async def work() -> None:
+            for request in requests:
+                # Some servers give one response whatever ``n`` says; then the rest is asked for.
+                while request.count and not failures:
+                    try:
+                        responses = await self._ask(client, request, statistics)
+                        partial.add(responses, request.first)
+                    except UserError as error:
+                        failures.append(error)
+                        return
+                    got = len(responses.responses)
+                    bar.update(got)
+                    request = Request(request.prompt, request.first + got, request.count - got)
+                if failures:
+                    return
+
+        async with self._client() as client:
+            await asyncio.gather(*(work() for _ in range(self._options.concurrency)))
+        if failures:
+            raise failures[0]
+
+    async def _ask(self, client: openai.AsyncOpenAI, request: Request, statistics: Statistics) -> Responses:
+        options = self._options
+        path = "/chat/completions" if options.server_api == "chat" else "/completions"
+        for attempt in range(options.max_retries + 1):
+            try:
+                answer = await client.post(
+                    path,
+                    cast_to=object,
+                    body=self._body(request),
+                    options={"headers": {"X-Request-ID": quote(request.name)}},
+                )
+                return self._read(request, answer, statistics)
+            except (BadAnswer, json.JSONDecodeError) as error:
+                if attempt == options.max_retries:
+                    raise UserError(explain(options, request.name, error)) from None
+                await asyncio.sleep(min(0.5 * 2**attempt, 8))
+            except openai.OpenAIError as error:  # the client has repeated it already, where that can help
+                raise UserError(explain(options, request.name, error)) from None
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read(self, request: Request, answer: Any, statistics: Statistics) -> Responses:
+        """The responses of an answer.
+
+        Raises:
+            BadAnswer: it is not what the API promises.
+        """
+        if not isinstance(answer, dict):
+            raise BadAnswer("the answer is not a JSON object")
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise BadAnswer("the answer has no choices")
+        if len(choices) > request.count:
+            raise BadAnswer(f"the answer has {len(choices)} choices, {request.count} were asked for")
+        read = [_choice(choice, self._options.server_api) for choice in choices]
+        finished = [end for _, _, end in read]
+        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+        usage = {name: count for name, count in usage.items() if isinstance(count, int)}
+        self._compare_prompts(request.prompt, usage.get("prompt_tokens"))
+        ids = [ids for _, ids, _ in read]
+        if None not in ids:
+            return from_ids(self._tokenizer, request.prompt, ids, finished, self._stops, statistics)
+        texts = [text for text, _, _ in read]
+        if None in texts:
+            raise UserError(
+                f"--server {self._options.server}: request {request.name}: the server took reasoning or a tool call "
+                "out of the response; start it without a parser for them, or use --server-api completions"
+            )
+        count = usage.get("completion_tokens")
+        return from_texts(self._tokenizer, request.prompt, texts, finished, count, statistics)
+
+    def _compare_prompts(self, prompt: Prompt, tokens: int | None) -> None:
+        """Warns once if the server's prompts are not those that training will see."""
+        if tokens is None or tokens == len(prompt.ids) or self._foreign:
+            return
+        self._foreign = True
+        print(
+            f"warning: question {prompt.id!r} has {tokens} prompt tokens on the server and {len(prompt.ids)} here: its "
+            "chat template or tokenizer is another one; give the same, or use --server-api completions",
+            file=sys.stderr,
+        )
+
+
+def _choice(choice: Any, api: str) -> tuple[str | None, list[int] | None, bool]:
+    """The text of a response (None: not as it was sampled), its token ids (None: not told) and whether it ended.
+
+    Raises:
+        BadAnswer: it is not what the API promises.
+    """
+    if not isinstance(choice, dict) or choice.get("finish_reason") not in FINISHED:
+        found = choice.get("finish_reason") if isinstance(choice, dict) else choice
+        raise BadAnswer(f"a response has the finish_reason {found!r}, known are {', '.join(FINISHED)}")
+    finished, ids = FINISHED[choice["finish_reason"]], choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+        raise BadAnswer("token_ids is not a list of numbers")
+    message = choice.get("message") if api == "chat" else choice
+    text = message.get("content" if api == "chat" else "text") if isinstance(message, dict) else None
+    if isinstance(message, dict) and any(message.get(key) for key in PARSED_OUT):
+        return None, ids, finished
+    if ids is None and not isinstance(text, str):
+        raise BadAnswer("a response has no text")
+    return text, ids, finished

@@ -1,0 +1,85 @@
+"""What went wrong with a server, in one line that says what to change."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import openai
+
+from megatron_solopo.errors import UserError
+
+KEPT = "what is finished is kept, repeat the command to go on"
+
+
+class BadAnswer(Exception):
+    """An answer with status 200 that is not what the API promises; the message says what is wrong."""
+
+
+def reason(error: Exception) -> str:
+    """A few words of an error: the server's own, or the connection's."""
+    if isinstance(error, openai.APIStatusError):
+        return f"{error.status_code}: {_said(error)}"
+    if isinstance(error, openai.APITimeoutError):
+        return "no answer in time"
+    if isinstance(error, openai.APIConnectionError):
+        return _short(str(error.__cause__ or "") or "the connection failed")
+    if isinstance(error, ValueError):
+        return "the answer is not valid JSON"
+    return _short(str(error))
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """The message of an error's body: OpenAI's ``message``, FastAPI's ``detail``, or its text."""
+    body: Any = error.body
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body.get("error") or body
+    return _short(str(body) if body else error.response.text or error.response.reason_phrase)
+
+
+def _short(text: str, most: int = 200) -> str:
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= most else text[:most] + " ..."
+
+
+def refuse_at_start(options: argparse.Namespace, error: openai.APIStatusError) -> None:
+    """Raises UserError where no request can succeed: a wrong key."""
+    if error.status_code in (401, 403):
+        raise UserError(_wrong_key(options, error))
+
+
+def _wrong_key(options: argparse.Namespace, error: openai.APIStatusError) -> str:
+    key = f"--api-key-env {options.api_key_env}" if options.api_key_env else "--api-key-env is missing"
+    return f"{key}: the server refuses the key ({reason(error)}); name an environment variable that holds a valid one"
+
+
+def explain(options: argparse.Namespace, name: str, error: Exception) -> str:
+    """The whole line for a request that failed for good.
+
+    Args:
+        name: of the request.
+    """
+    server, tries = f"--server {options.server}", f"retries: {options.max_retries}"
+    what = f"request {name}: {reason(error)}"
+    if isinstance(error, openai.APITimeoutError):
+        return (
+            f"{server}: {what}; raise --request-timeout {options.request_timeout:g} or lower --concurrency "
+            f"({tries}; {KEPT})"
+        )
+    if isinstance(error, openai.APIConnectionError):
+        return f"{server}: {what} ({tries}); see whether it still runs ({KEPT})"
+    if isinstance(error, openai.APIStatusError):
+        status = error.status_code
+        if status in (401, 403):
+            return _wrong_key(options, error)
+        if status == 404:
+            return (
+                f"--model {options.model}: {server} does not know it, or its URL is not the API's, which mostly ends "
+                f"in /v1 ({what})"
+            )
+        if status == 429:
+            return f"{server}: {what} ({tries}); lower --concurrency or raise --max-retries ({KEPT})"
+        if status >= 500:
+            return f"{server}: the server failed: {what} ({tries}); its log says why ({KEPT})"
+        return f"{server}: the server refuses {what} ({KEPT})"
+    return f"{server}: {what} ({tries}); is this an OpenAI-compatible server? ({KEPT})"
