@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.schema import PreferenceGroup
-from megatron_solopo.data.tokens import tokenize_group
+from megatron_solopo.data.tokens import Encoder
 from megatron_solopo.losses import solopo_loss
 
 ROLES = ("short_chosen", "short_rejected")
@@ -104,9 +104,8 @@ def ours(trainer):
     """(token ids of each sequence, policy sums, lengths, reference sums) of the same rows by our tokens."""
     tokenizer, found, sums, lengths = trainer.processing_class, set(), {}, {}
     for question, chosen, rejected in ROWS:
-        (prompt,) = tokenize_group(
-            PreferenceGroup("x", chat("user", question), None, chosen, rejected), tokenizer, ROLES
-        ).prompts
+        group = PreferenceGroup("x", chat("user", question), None, chosen, rejected)
+        (prompt,) = Encoder(tokenizer, None, "refuse").encode(group, ROLES).prompts
         for continuation in prompt.continuations:
             ids = [*prompt.ids, *continuation.ids]
             found.add(tuple(ids))

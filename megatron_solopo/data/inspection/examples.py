@@ -17,7 +17,7 @@ from megatron_solopo.data.contexts import ContextPair, read_contexts
 from megatron_solopo.data.records import read_jsonl
 from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups
 from megatron_solopo.data.scoring import normalise, normalised_answers
-from megatron_solopo.data.tokens import TokenGroup, tokenize_group
+from megatron_solopo.data.tokens import Encoder, TokenGroup
 from megatron_solopo.errors import UserError
 
 SHORT, LONG = "short", "long"
@@ -186,7 +186,7 @@ def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, role
     Raises:
         UserError: why training refuses it.
     """
-    return tokenize_group(group, tokenizer, roles)
+    return Encoder(tokenizer, None, "refuse").encode(group, roles)
 
 
 ALL_ROLES = tuple(f"{context}_{response}" for context in CONTEXTS for response in ("chosen", "rejected"))
