@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER, HEADS, KV_HEADS, ROWS = 2048, 8192, 16, 4, 151_936
 
 
-def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors, one at a time; their values do not matter, but each is another."""
+def shapes(layers: int) -> dict[str, torch.Size]:
+    """Of every tensor of the model."""
     own, shared = HIDDEN, HIDDEN // HEADS * KV_HEADS
-    shapes = {
+    of_a_layer = {
         "self_attn.q_proj.weight": (own, HIDDEN),
         "self_attn.k_proj.weight": (shared, HIDDEN),
         "self_attn.v_proj.weight": (shared, HIDDEN),
@@ -46,15 +47,17 @@ def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
         "input_layernorm.weight": (HIDDEN,),
         "post_attention_layernorm.weight": (HIDDEN,),
     }
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randint(-30000, 30000, shape, dtype=torch.int16).view(torch.bfloat16)
-
-    yield "model.embed_tokens.weight", draw(ROWS, HIDDEN)
+    found = {"model.embed_tokens.weight": (ROWS, HIDDEN)}
     for layer in range(layers):
-        for name, shape in shapes.items():
-            yield f"model.layers.{layer}.{name}", draw(*shape)
-    yield "model.norm.weight", draw(HIDDEN)
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in of_a_layer.items()}
+    found["model.norm.weight"] = (HIDDEN,)
+    return {name: torch.Size(shape) for name, shape in found.items()}
+
+
+def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors, one at a time; their values do not matter, but each is another."""
+    for name, shape in shapes(layers).items():
+        yield name, torch.randint(-30000, 30000, shape, dtype=torch.int16).view(torch.bfloat16)
 
 
 def config(layers: int) -> Qwen2Config:
@@ -101,12 +104,13 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
     given = parser.parse_args()
     embedding = 2 * ROWS * HIDDEN
-    a_layer = 2 * sum(tensor.numel() for name, tensor in tensors(1)) - embedding
+    a_layer = 2 * sum(shape.numel() for shape in shapes(1).values()) - embedding
     layers = max(1, round((given.gigabytes * 1e9 - embedding) / a_layer))
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         work = Path(name)
         (work / "empty").mkdir()
-        write_folder(work / "hf", work / "empty", config(layers).to_json_string(), tensors(layers), "5GB")
+        companions = Companions(work / "empty", config(layers).to_json_string())
+        write_folder(work / "hf", companions, shapes(layers), torch.bfloat16, tensors(layers))
         size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
         bound = size + embedding / 1e9 + 1
         print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")
@@ -122,8 +126,7 @@ def main() -> None:
         print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f}")
         for label, arguments in {
             "hf-to-megatron": ("hf-to-megatron", "--hf-path", work / "hf", "--save", work / "megatron"),
-            "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back",
-                               "--max-shard-size", "1GB"),
+            "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back"),
         }.items():  # fmt: skip
             begin = time.monotonic()
             _, peak = convert(1, *arguments)

@@ -33,6 +33,7 @@ def export_model(engine: Engine, config: Config, iteration: int | None) -> str |
             target,
             force=config.output.force or iteration is not None,  # a killed run may have written this one already
             chat_template=config.model.chat_template,
+            added_tokens=config.model.add_special_tokens,
         )
         return first_error(None)
     except UserError as error:

@@ -92,7 +92,9 @@ def load_data(config: Config) -> RunData:
     from megatron_solopo.data.tokens import tokenize
     from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
-    tokenizer = load_tokenizer(config.model.hf_path, config.model.chat_template)
+    tokenizer = load_tokenizer(
+        config.model.hf_path, config.model.chat_template, added_tokens=config.model.add_special_tokens
+    )
     wanted = scored_roles(config.method)
     read = {
         split: tokenize(path, tokenizer, wanted, config.data.seq_length, config.data.overlong)
@@ -126,8 +128,8 @@ def check_model(config: Config) -> Any:
     Raises:
         UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
     """
-    from megatron_solopo.conversion.start import check_weights
-    from megatron_solopo.model.build import check_length, padded_vocab_size, read_hf_config
+    from megatron_solopo.conversion.start import check_weights, model_config
+    from megatron_solopo.model.build import check_length, padded_vocab_size
     from megatron_solopo.model.families import family_of
     from megatron_solopo.model.transformer_engine import check_widths
     from megatron_solopo.parallel.platform import choose
@@ -135,7 +137,7 @@ def check_model(config: Config) -> Any:
 
     if choose(config.parallel.device) == "cuda":
         check_on_cuda(config)
-    hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
+    hf_config = model_config(config.model)
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -367,6 +369,7 @@ def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
         "steps": schedule.steps,
         "shuffle": config.data.shuffle,
         "rope_scaling": config.model.rope_scaling,
+        "add_special_tokens": config.model.add_special_tokens,
         **{name: getattr(training, name) for name in names},
     }
 

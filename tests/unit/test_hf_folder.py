@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_solopo.conversion.hf_folder import TensorReader, parse_size, write_folder
+from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
+from megatron_solopo.conversion.shards import parse_size
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import InterleaveQKV, Operator, PadRows, Rename, StackGateUp
+
+def write(folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]], **options: Any) -> None:
+    """A folder of `TENSORS`, which come from ``tensors``."""
+    shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
+    write_folder(folder, Companions(source, "{}"), shapes, torch.float32, tensors, **options)
+
 
 TENSORS = {f"layer.{number}.weight": torch.arange(6.0).view(2, 3) + number for number in range(5)}
 
 
 def test_shards_are_written_as_they_fill_and_read_again(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    write_folder(tmp_path / "new", tmp_path, "{}", iter(TENSORS.items()), max_shard_size="50B")
+    write(tmp_path / "new", tmp_path, iter(TENSORS.items()), max_shard_size="50B")
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert names == ["config.json", *shards, "model.safetensors.index.json", "tokenizer.json"]
@@ -32,7 +41,7 @@ def test_shards_are_written_as_they_fill_and_read_again(tmp_path: Path) -> None:
 
 
 def test_one_shard_has_no_index(tmp_path: Path) -> None:
-    write_folder(tmp_path / "new", tmp_path, "{}", iter(TENSORS.items()))
+    write(tmp_path / "new", tmp_path, iter(TENSORS.items()))
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -41,9 +50,7 @@ def test_all_tensors_are_read_where_nothing_can_be_written(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     read = []
     with pytest.raises(UserError, match="^--save-hf .*: Not a directory; the checkpoint of the run is complete"):
-        write_folder(
-            tmp_path / "file" / "new", tmp_path, "{}", ((name, read.append(name) or t) for name, t in TENSORS.items())
-        )
+        write(tmp_path / "file" / "new", tmp_path, ((name, read.append(name) or t) for name, t in TENSORS.items()))
     assert len(read) == 5
 
 
