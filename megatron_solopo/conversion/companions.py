@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from megatron_solopo.data.tokenizer import add_special_tokens, read_tokenizer
+from megatron_solopo.data.tokenizer import add_special_tokens, find_model, read_tokenizer
 from megatron_solopo.model import rope_scaling
 
 CARRIED = (
@@ -49,7 +49,8 @@ class Companions:
     added_tokens: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Writes them into a folder.
+        """Writes them into a folder; a tokenizer.json too where the source has only what makes one, so that every
+        reader finds the same tokenizer.
 
         Raises:
             OSError: as the system says it.
@@ -57,9 +58,10 @@ class Companions:
         (folder / "config.json").write_text(self.config_json, encoding="utf-8")
         for path in (path for pattern in CARRIED for path in sorted(self.source.glob(pattern))):
             shutil.copyfile(path, folder / path.name)
-        if self.added_tokens is not None:
+        if self.added_tokens is not None or find_model(self.source) is not None:
             tokenizer = read_tokenizer(self.source)
-            add_special_tokens(tokenizer, self.added_tokens, self.source)
+            if self.added_tokens is not None:
+                add_special_tokens(tokenizer, self.added_tokens, self.source)
             try:
                 tokenizer.save_pretrained(folder)
             except OSError:

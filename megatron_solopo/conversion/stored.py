@@ -109,5 +109,6 @@ class StoredWeights:
         return torch.from_numpy(numbers).view(head.dtype).as_strided(head.shape, head.stride(), head.storage_offset())
 
     def release(self, parameter: torch.nn.Parameter) -> None:
-        """Gives a parameter's memory back; it must not be used any more."""
-        parameter.untyped_storage().resize_(0)
+        """Gives a parameter's memory back; it is empty afterwards."""
+        del self._parts[id(parameter)]  # which see its memory
+        parameter.data = parameter.data.new_empty(0)
