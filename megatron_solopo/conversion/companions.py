@@ -55,7 +55,6 @@ class Companions:
         Raises:
             OSError: as the system says it.
         """
-        (folder / "config.json").write_text(self.config_json, encoding="utf-8")
         for path in (path for pattern in CARRIED for path in sorted(self.source.glob(pattern))):
             shutil.copyfile(path, folder / path.name)
         if self.added_tokens is not None or find_model(self.source) is not None:
@@ -71,6 +70,7 @@ class Companions:
                 raise OSError(number, os.strerror(number)) from None
         if self.chat_template is not None:
             shutil.copyfile(self.chat_template, folder / "chat_template.jinja")
+        (folder / "config.json").write_text(self.config_json, encoding="utf-8")  # last: without it nothing loads
 
 
 def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.places import aside_of, put_in_place, restore
 from megatron_solopo.conversion.shards import INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
 
@@ -139,8 +140,9 @@ def write_folder(
     Raises:
         UserError: the folder holds a model and ``force`` is off, or the disk is full.
     """
+    restore(folder)
     check_target(folder, force, filling=True)
-    aside = folder.with_name(folder.name + ".partial")
+    aside = aside_of(folder)
     shards = Shards(aside, shapes, dtype, parse_size(max_shard_size))
     for name, tensor in tensors:
         shards.add(name, tensor)
@@ -157,10 +159,8 @@ def write_folder(
 
 def _put_in_place(aside: Path, folder: Path) -> None:
     """A folder of --save-hf-interval keeps its models; config.json comes last, so that half a model is not a model."""
-    if (folder / "config.json").is_file() and not list(folder.glob("iter_*")):
-        shutil.rmtree(folder)
-    if not folder.exists():
-        aside.rename(folder)
+    if not (folder.exists() and (list(folder.glob("iter_*")) or not (folder / "config.json").is_file())):
+        put_in_place(aside, folder)
         return
     for path in (folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
+from megatron_solopo.conversion.places import aside_of, put_in_place, restore
 from megatron_solopo.conversion.stored import StoredWeights, sharded_tensors
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
@@ -205,9 +206,15 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    aside = target.with_name(target.name + ".partial")
+    aside = aside_of(target)
     step = checkpoint_folder(aside, 0)
-    problem = first_error(on_first(lambda: (shutil.rmtree(aside, ignore_errors=True), step.mkdir(parents=True))))
+
+    def begin() -> None:
+        restore(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        step.mkdir(parents=True)
+
+    problem = first_error(on_first(begin))
     if problem is None:
         states, _ = model_states(models)
         apply_factories(states)
@@ -236,6 +243,4 @@ def _publish(aside: Path, companions: Companions, target: Path) -> None:
     write_manifest(checkpoint_folder(aside, 0), 0, {}, {})
     companions.write(aside)
     write_latest(aside, 0)
-    if target.exists():
-        shutil.rmtree(target)  # --force
-    aside.rename(target)
+    put_in_place(aside, target)

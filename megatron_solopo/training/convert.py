@@ -6,6 +6,7 @@ Runs in one process, or under torchrun with any layout; layouts of the two sides
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
+from megatron_solopo.conversion.places import restore
 from megatron_solopo.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -163,6 +165,8 @@ def _config(given: argparse.Namespace) -> Config:
 
 
 def _check_target(target: Path, option: str, force: bool) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        restore(target)
     if target.exists() and not force:
         raise UserError(f"{option} {target}: exists already; choose another folder, or overwrite it with --force")
     if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
