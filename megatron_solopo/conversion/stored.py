@@ -1,8 +1,8 @@
 """Reading the weights of a checkpoint in megatron-core's distributed format, a parameter at a time and in place.
 
-torch's own reader holds the bytes of a stored tensor and the tensor beside the parameter, and loads everything at once.
-Here the part of the file that a parameter needs is mapped and copied straight into it. A process reads what it holds and
-asks nobody.
+torch's own reader holds the bytes of a stored tensor and the tensor beside the parameter, and loads everything at
+once. Here the part of the file that a parameter needs is mapped and copied straight into it. A process reads what it
+holds and asks nobody.
 """
 
 from __future__ import annotations

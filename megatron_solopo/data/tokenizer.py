@@ -47,7 +47,8 @@ def find_model(folder: Path) -> Path | None:
     """The SentencePiece model or rank file of a folder without tokenizer.json."""
     if (folder / "tokenizer.json").is_file():
         return None
-    return next((path for pattern in ("tokenizer.model*", "tiktoken.model") for path in sorted(folder.glob(pattern))), None)
+    found = (path for pattern in ("tokenizer.model*", "tiktoken.model") for path in sorted(folder.glob(pattern)))
+    return next(found, None)
 
 
 def _require(package: str, model: Path) -> None:

@@ -205,9 +205,9 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     import torch.distributed as dist
 
     from megatron_solopo.conversion.hf import save_folder
-    from megatron_solopo.conversion.shards import parse_size
     from megatron_solopo.conversion.manifest import find_checkpoint
     from megatron_solopo.conversion.megatron_folder import stored_dtype, stored_weights
+    from megatron_solopo.conversion.shards import parse_size
     from megatron_solopo.parallel.platform import first_error
     from megatron_solopo.training.engine import build_chunks
 
@@ -256,8 +256,8 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
         raise UserError("verify compares layer by layer in one stage: leave --pipeline-model-parallel-size out")
     if config.model.add_special_tokens is not None:
         raise UserError(
-            f"--load {given.load}: its run added special tokens, whose rows {config.model.hf_path} does not have; write "
-            "the checkpoint with megatron-to-hf, and compare that folder with itself"
+            f"--load {given.load}: its run added special tokens, whose rows {config.model.hf_path} does not have; "
+            "write the checkpoint with megatron-to-hf, and compare that folder with itself"
         )
     prompts = read_prompts(given.prompts, config.model.hf_path, hf_config)
     models = build_chunks(hf_config, config, _dtype(given.dtype))

@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import multiprocessing
-import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from convert_child import convert
 from training_home import Home, furnish
 
 from megatron_solopo.cli import run
@@ -25,9 +20,6 @@ from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.start import check_weights, is_megatron_folder
 from megatron_solopo.errors import UserError
 from megatron_solopo.training.convert import main
-
-CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile"}
-"""What Python tells of a change of files, before it happens."""
 
 
 @pytest.fixture(scope="module")
@@ -53,40 +45,6 @@ def command(home: Home, direction: str, target: Path) -> list[str]:
         "megatron-to-hf": ["--load", home.folder / "megatron", "--save-hf", target, "--max-shard-size", "20kB"],
     }
     return [direction, *map(str, ways[direction])]
-
-
-def in_a_child(argv: list[str], before: Callable[[], None], told: Path) -> int:
-    """Exit status of a command in a process forked from this one, in which ``before`` runs first."""
-
-    def work() -> None:
-        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(2, 1)
-        before()
-        status = run(main, argv)
-        print("left:", os.listdir(Path(argv[4]).parent), flush=True)  # a disk of this process ends with it
-        os._exit(status)
-
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join(120)
-    return child.exitcode
-
-
-def kill_at(moment: int, folder: Path) -> None:
-    """Kills this process, as SIGKILL does, before its ``moment``-th change of files in a folder."""
-    left = [moment]
-
-    def see(event: str, arguments: tuple) -> None:
-        if event not in CHANGES or not isinstance(arguments[0], str | bytes | os.PathLike):
-            return
-        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        if os.fsdecode(arguments[0]).startswith(str(folder)):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(see)
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -124,7 +82,7 @@ def test_a_killed_conversion(home: Home, direction: str, existing: bool, tmp_pat
         target.parent.mkdir()
         if existing:
             shutil.copytree(home.folder / f"earlier-{kind}", target)
-        status = in_a_child(argv, lambda moment=moment: kill_at(moment, target.parent), tmp_path / "told")
+        status = convert(argv, tmp_path / "told", moment=moment)
         if status == 0:
             break
         killed += 1
@@ -140,31 +98,12 @@ def test_a_killed_conversion(home: Home, direction: str, existing: bool, tmp_pat
     assert killed >= 5 and same(contents(target), wanted)
 
 
-def small_disk(folder: Path, size: int) -> None:
-    """A real disk of so many bytes in a folder, seen by this process alone; where no user may mount one, a limit on the
-    size of a file."""
-    user, group = os.getuid(), os.getgid()
-    try:
-        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    except (OSError, subprocess.CalledProcessError):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 8, resource.RLIM_INFINITY))
-
-
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_a_full_disk_is_one_line(home: Home, direction: str, tmp_path: Path) -> None:
     """And leaves nothing behind."""
     disk, told = tmp_path / "disk", tmp_path / "told"
     disk.mkdir()
-
-    def before() -> None:
-        small_disk(disk, 48 * 1024)
-
-    assert in_a_child(command(home, direction, disk / "target"), before, told) == 2, told.read_text()
+    assert convert(command(home, direction, disk / "target"), told, disk=48 * 1024) == 2, told.read_text()
     full = r"(No space left on device|File too large)"
     answers = {
         "hf-to-megatron": rf"^error: --save \S+/disk/target: not written \({full}\)$",

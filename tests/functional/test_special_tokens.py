@@ -41,7 +41,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def with_means(before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The folder's matrices with two more rows, in the plainest way."""
-    return before | {name: torch.cat((before[name], before[name].mean(0, keepdim=True).repeat(2, 1))) for name in MATRICES}
+    return before | {
+        name: torch.cat((before[name], before[name].mean(0, keepdim=True).repeat(2, 1))) for name in MATRICES
+    }
 
 
 @pytest.fixture(scope="module")

@@ -399,14 +399,22 @@ MUTANTS += [
     *_in(
         "model/families/operators.py",
         CUTS,
-        ("the first part for every process", "parameter.chunk(size, dimension)[rank]", "parameter.chunk(size, dimension)[0]"),
+        (
+            "the first part for every process",
+            "parameter.chunk(size, dimension)[rank]",
+            "parameter.chunk(size, dimension)[0]",
+        ),
         ("one part for the whole", "else torch.cat(list(parts), dimension)", "else parts[0]"),
         ("a copy that broadcasts", "if target.shape != source.shape:", "if False:"),
         ("the vocabulary's first rows for every process", "tensor[rank * own : (rank + 1) * own]", "tensor[:own]"),
         ("padding rows left as they were", "parameter[part.shape[0] :].zero_()", "pass"),
         ("padding rows exported", "return [parameter[: self.rows]]", "return [parameter]"),
         ("keys before queries", "torch.cat((query, key, value), dim=1)", "torch.cat((key, query, value), dim=1)"),
-        ("the first heads for every process", "_copy(target, whole.chunk(size)[rank])", "_copy(target, whole.chunk(size)[0])"),
+        (
+            "the first heads for every process",
+            "_copy(target, whole.chunk(size)[rank])",
+            "_copy(target, whole.chunk(size)[0])",
+        ),
         ("heads exported in reverse", "for part in groups.split(", "for part in groups.flip(0).split("),
         ("up above gate", "return torch.cat((gate, up))", "return torch.cat((up, gate))"),
         ("gate and up exchanged on export", "return list(parameter.chunk(2))", "return list(parameter.chunk(2))[::-1]"),
@@ -421,20 +429,32 @@ MUTANTS += [
     *_in(
         "model/families/llama.py",
         TABLES,
-        ("the second norm for the first", '(hf + "input_layernorm.weight",)', '(hf + "post_attention_layernorm.weight",)'),
+        (
+            "the second norm for the first",
+            '(hf + "input_layernorm.weight",)',
+            '(hf + "post_attention_layernorm.weight",)',
+        ),
         ("an output layer tied to the embedding", '("lm_head.weight",)', '("model.embed_tokens.weight",)'),
     ),
     *_in(
         "model/families/qwen2.py",
         "tests/unit/test_model_parity.py -k 'log_probs_equal and qwen2'",
-        ("biases of keys and values exchanged", '"bias"), qkv', '"bias")[::2] + ("model.layers.{layer}.self_attn.k_proj.bias",), qkv'),
+        (
+            "biases of keys and values exchanged",
+            '"bias"), qkv',
+            '"bias")[::2] + ("model.layers.{layer}.self_attn.k_proj.bias",), qkv',
+        ),
     ),
     *_in(
         "model/families/moe.py",
         "tests/unit/test_model_parity.py -k 'log_probs_equal and (mixtral or moe)'",
         ("an expert's gate and up exchanged", "(gate, up), StackGateUp()", "(up, gate), StackGateUp()"),
         ("every expert the first", '.experts.{{expert}}.{name}.weight"', '.experts.0.{name}.weight"'),
-        ("weights renormalised where they are not", '"moe_router_pre_softmax": not renormalize', '"moe_router_pre_softmax": False'),
+        (
+            "weights renormalised where they are not",
+            '"moe_router_pre_softmax": not renormalize',
+            '"moe_router_pre_softmax": False',
+        ),
     ),
     *_in(
         "model/families/mixtral.py",
@@ -454,7 +474,11 @@ MUTANTS += [
         ("a tokenizer that differs accepted", "for text in PROBES if", "for text in () if"),
         ("ranks of any family as Llama 3's", 'if kind != "llama":', "if False:"),
         ("an existing token added", "if token in vocabulary:", "if False:"),
-        ("the special tokens it had forgotten", "replace_extra_special_tokens=False", "replace_extra_special_tokens=True"),
+        (
+            "the special tokens it had forgotten",
+            "replace_extra_special_tokens=False",
+            "replace_extra_special_tokens=True",
+        ),
     ),
     *_in(
         "conversion/new_tokens.py",
@@ -491,7 +515,11 @@ MUTANTS += [
     *_in(
         "conversion/stored.py",
         "tests/functional/test_convert.py",
-        ("a stored part at another's place", "narrow_tensor_by_index(target, item.dest_offsets", "narrow_tensor_by_index(target, item.storage_offsets"),
+        (
+            "a stored part at another's place",
+            "narrow_tensor_by_index(target, item.dest_offsets",
+            "narrow_tensor_by_index(target, item.storage_offsets",
+        ),
         ("another model's weights accepted", "if problem:", "if False:"),
     ),
 ]

@@ -18,6 +18,7 @@ from megatron_solopo.conversion.shards import parse_size
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import InterleaveQKV, Operator, PadRows, Rename, StackGateUp
 
+
 def write(folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]], **options: Any) -> None:
     """A folder of `TENSORS`, which come from ``tensors``."""
     shapes = {name: tensor.shape for name, tensor in TENSORS.items()}

@@ -1,4 +1,4 @@
-"""Tokenizers that are no tokenizer.json have the ids of sentencepiece and tiktoken; special tokens are added by name."""
+"""Tokenizers without a tokenizer.json have the ids of sentencepiece and tiktoken; special tokens are added by name."""
 
 from __future__ import annotations
 
