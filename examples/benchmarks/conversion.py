@@ -4,7 +4,8 @@
 
 A random model in the shape of a small Qwen2.5 (bfloat16, tied embeddings of 151,936 rows), converted from Hugging Face
 to Megatron and back by processes of their own. Their peak memory is compared with the weights, the largest tensor and
-1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files.
+1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files. The
+processor's seconds (user and system) stand beside the clock's, which other work on the machine makes longer.
 """
 
 from __future__ import annotations
@@ -82,12 +83,9 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def convert(processes: int, *arguments: object) -> tuple[float, float]:
-    """(seconds, peak resident memory of the largest process in GB) of a conversion."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*start, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
+def convert(*arguments: object) -> tuple[float, float, float]:
+    """(seconds until all is on the disk, the processor's seconds, peak resident memory in GB) of a conversion."""
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     os.sync()  # what an earlier part left to write is not this one's
     begin = time.monotonic()
@@ -95,7 +93,17 @@ def convert(processes: int, *arguments: object) -> tuple[float, float]:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(map(str, arguments))} failed")
-    return time.monotonic() - begin, usage.ru_maxrss * 1024 / 1e9
+    os.sync()
+    return time.monotonic() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+
+
+def copy(source: Path, target: Path) -> tuple[float, float]:
+    """(seconds until all is on the disk, the processor's seconds) of copying a folder."""
+    os.sync()
+    begin, before = time.monotonic(), time.process_time()
+    shutil.copytree(source, target)
+    os.sync()
+    return time.monotonic() - begin, time.process_time() - before
 
 
 def main() -> None:
@@ -114,25 +122,19 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
         bound = size + embedding / 1e9 + 1
         print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")
-        os.sync()
-        begin = time.monotonic()
-        shutil.copytree(work / "hf", work / "copy")
-        os.sync()
-        copied = time.monotonic() - begin
+        copied, copied_cpu = copy(work / "hf", work / "copy")
         shutil.rmtree(work / "copy")
-        idle, _ = convert(1, "verify", "--hf-path", tiny(work / "tiny"))
-        print(f"imports and a tiny model: {idle:.1f} s, taken off below")
-        print(f"{'':<16} {'seconds':>8} {'of copying':>11} {'peak GB':>8}")
-        print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f}")
+        idle, idle_cpu, _ = convert("verify", "--hf-path", tiny(work / "tiny"))
+        print(f"imports and a tiny model: {idle:.1f} s, of the processor {idle_cpu:.1f} s, taken off below")
+        print(f"{'':<16} {'seconds':>8} {'of copying':>11} {'processor':>10} {'peak GB':>8}")
+        print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f} {copied_cpu:>10.1f}")
         for label, arguments in {
             "hf-to-megatron": ("hf-to-megatron", "--hf-path", work / "hf", "--save", work / "megatron"),
             "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back"),
         }.items():  # fmt: skip
-            begin = time.monotonic()
-            _, peak = convert(1, *arguments)
-            os.sync()
-            seconds = time.monotonic() - begin - idle
-            print(f"{label:<16} {seconds:>8.1f} {seconds / copied:>11.2f} {peak:>8.2f}", flush=True)
+            seconds, cpu, peak = convert(*arguments)
+            seconds, cpu = seconds - idle, cpu - idle_cpu
+            print(f"{label:<16} {seconds:>8.1f} {seconds / copied:>11.2f} {cpu:>10.1f} {peak:>8.2f}", flush=True)
         same = same_tensors(work / "hf", work / "back")
         print("every tensor came back bit by bit" if same else "TENSORS DIFFER")
 
