@@ -44,6 +44,11 @@ class ModelConfig:
         "TYPE:FACTOR:ORIGINAL, such as yarn:4:32768 or linear:2:4096: extend a model trained on ORIGINAL tokens to "
         "FACTOR times as many, in training and in --save-hf",
     )
+    add_special_tokens: str | None = option(
+        None,
+        "TOKEN,TOKEN,...: new special tokens, such as '<think>,</think>'; their rows start as the mean of the others', "
+        "and --save-hf has them in weights and tokenizer",
+    )
     transformer_impl: str = option(
         "portable",
         "portable: pure PyTorch, every platform; transformer_engine: Transformer Engine's layers and attention, needs "
@@ -172,6 +177,9 @@ class MethodConfig:
 
 FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
 """Tokens of a process, and widths of its matrices, are multiples of this: what each --fp8-recipe's kernels take."""
+
+MAX_SHARD_SIZE = "5GB"
+"""Of a weight file in a Hugging Face folder, unless convert-checkpoint is told otherwise."""
 
 LOSSES_WITH_REFERENCE = ("dpo", "ipo", "longpo")
 """Preference losses that compare the policy with its starting weights."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_solopo.errors import UserError
@@ -46,6 +47,18 @@ def canonical(text: str) -> str:
 def of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The values a tokenizer renders its chats with."""
     return tokenizer.init_kwargs.get(KEY) or {}
+
+
+def write(folder: Path, text: str) -> None:
+    """Writes the values into a folder's tokenizer_config.json.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    path = folder / "tokenizer_config.json"
+    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    document[KEY] = parse(text)
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def give(tokenizer: PreTrainedTokenizerBase, text: str | None, folder: str) -> None:

@@ -4,7 +4,8 @@
 
 A random model in the shape of a small Qwen2.5 (bfloat16, tied embeddings of 151,936 rows), converted from Hugging Face
 to Megatron and back by processes of their own. Their peak memory is compared with the weights, the largest tensor and
-1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files.
+1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files. The
+processor's seconds (user and system) stand beside the clock's, which other work on the machine makes longer.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER, HEADS, KV_HEADS, ROWS = 2048, 8192, 16, 4, 151_936
 
 
-def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors, one at a time; their values do not matter, but each is another."""
+def shapes(layers: int) -> dict[str, torch.Size]:
+    """Of every tensor of the model."""
     own, shared = HIDDEN, HIDDEN // HEADS * KV_HEADS
-    shapes = {
+    of_a_layer = {
         "self_attn.q_proj.weight": (own, HIDDEN),
         "self_attn.k_proj.weight": (shared, HIDDEN),
         "self_attn.v_proj.weight": (shared, HIDDEN),
@@ -46,15 +48,17 @@ def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
         "input_layernorm.weight": (HIDDEN,),
         "post_attention_layernorm.weight": (HIDDEN,),
     }
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randint(-30000, 30000, shape, dtype=torch.int16).view(torch.bfloat16)
-
-    yield "model.embed_tokens.weight", draw(ROWS, HIDDEN)
+    found = {"model.embed_tokens.weight": (ROWS, HIDDEN)}
     for layer in range(layers):
-        for name, shape in shapes.items():
-            yield f"model.layers.{layer}.{name}", draw(*shape)
-    yield "model.norm.weight", draw(HIDDEN)
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in of_a_layer.items()}
+    found["model.norm.weight"] = (HIDDEN,)
+    return {name: torch.Size(shape) for name, shape in found.items()}
+
+
+def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors, one at a time; their values do not matter, but each is another."""
+    for name, shape in shapes(layers).items():
+        yield name, torch.randint(-30000, 30000, shape, dtype=torch.int16).view(torch.bfloat16)
 
 
 def config(layers: int) -> Qwen2Config:
@@ -79,12 +83,9 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def convert(processes: int, *arguments: object) -> tuple[float, float]:
-    """(seconds, peak resident memory of the largest process in GB) of a conversion."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*start, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
+def convert(*arguments: object) -> tuple[float, float, float]:
+    """(seconds until all is on the disk, the processor's seconds, peak resident memory in GB) of a conversion."""
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     os.sync()  # what an earlier part left to write is not this one's
     begin = time.monotonic()
@@ -92,7 +93,17 @@ def convert(processes: int, *arguments: object) -> tuple[float, float]:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(map(str, arguments))} failed")
-    return time.monotonic() - begin, usage.ru_maxrss * 1024 / 1e9
+    os.sync()
+    return time.monotonic() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+
+
+def copy(source: Path, target: Path) -> tuple[float, float]:
+    """(seconds until all is on the disk, the processor's seconds) of copying a folder."""
+    os.sync()
+    begin, before = time.monotonic(), time.process_time()
+    shutil.copytree(source, target)
+    os.sync()
+    return time.monotonic() - begin, time.process_time() - before
 
 
 def main() -> None:
@@ -101,35 +112,29 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
     given = parser.parse_args()
     embedding = 2 * ROWS * HIDDEN
-    a_layer = 2 * sum(tensor.numel() for name, tensor in tensors(1)) - embedding
+    a_layer = 2 * sum(shape.numel() for shape in shapes(1).values()) - embedding
     layers = max(1, round((given.gigabytes * 1e9 - embedding) / a_layer))
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         work = Path(name)
         (work / "empty").mkdir()
-        write_folder(work / "hf", work / "empty", config(layers).to_json_string(), tensors(layers), "5GB")
+        companions = Companions(work / "empty", config(layers).to_json_string())
+        write_folder(work / "hf", companions, shapes(layers), torch.bfloat16, tensors(layers))
         size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
         bound = size + embedding / 1e9 + 1
         print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")
-        os.sync()
-        begin = time.monotonic()
-        shutil.copytree(work / "hf", work / "copy")
-        os.sync()
-        copied = time.monotonic() - begin
+        copied, copied_cpu = copy(work / "hf", work / "copy")
         shutil.rmtree(work / "copy")
-        idle, _ = convert(1, "verify", "--hf-path", tiny(work / "tiny"))
-        print(f"imports and a tiny model: {idle:.1f} s, taken off below")
-        print(f"{'':<16} {'seconds':>8} {'of copying':>11} {'peak GB':>8}")
-        print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f}")
+        idle, idle_cpu, _ = convert("verify", "--hf-path", tiny(work / "tiny"))
+        print(f"imports and a tiny model: {idle:.1f} s, of the processor {idle_cpu:.1f} s, taken off below")
+        print(f"{'':<16} {'seconds':>8} {'of copying':>11} {'processor':>10} {'peak GB':>8}")
+        print(f"{'copy':<16} {copied:>8.1f} {1:>11.2f} {copied_cpu:>10.1f}")
         for label, arguments in {
             "hf-to-megatron": ("hf-to-megatron", "--hf-path", work / "hf", "--save", work / "megatron"),
-            "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back",
-                               "--max-shard-size", "1GB"),
+            "megatron-to-hf": ("megatron-to-hf", "--load", work / "megatron", "--save-hf", work / "back"),
         }.items():  # fmt: skip
-            begin = time.monotonic()
-            _, peak = convert(1, *arguments)
-            os.sync()
-            seconds = time.monotonic() - begin - idle
-            print(f"{label:<16} {seconds:>8.1f} {seconds / copied:>11.2f} {peak:>8.2f}", flush=True)
+            seconds, cpu, peak = convert(*arguments)
+            seconds, cpu = seconds - idle, cpu - idle_cpu
+            print(f"{label:<16} {seconds:>8.1f} {seconds / copied:>11.2f} {cpu:>10.1f} {peak:>8.2f}", flush=True)
         same = same_tensors(work / "hf", work / "back")
         print("every tensor came back bit by bit" if same else "TENSORS DIFFER")
 

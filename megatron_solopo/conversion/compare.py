@@ -15,9 +15,10 @@ import transformers
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_solopo.data.packs import build_pack
+from megatron_solopo.data.tokenizer import read_tokenizer
 from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
@@ -72,12 +73,12 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
         lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     longest = hf_config.max_position_embeddings
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = read_tokenizer(folder)
         made = [list(tokenizer(line)["input_ids"])[:longest] for line in lines]
     except Exception as error:  # transformers raises many kinds
         if path is not None:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--prompts {path}: {folder} has no tokenizer that can be loaded ({reason})") from None
+            raise UserError(f"--prompts {path}: needs the tokenizer: {reason}") from None
         made = []
     usable = bool(made) and all(len(ids) > 1 and max(ids) < hf_config.vocab_size for ids in made)
     if path is None and not usable:

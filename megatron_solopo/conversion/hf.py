@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_solopo.conversion.hf_folder import (
-    MAX_SHARD_SIZE,
-    TensorReader,
-    dtype_name,
-    in_a_storage_of_its_own,
-    write_folder,
-)
+from megatron_solopo.config import MAX_SHARD_SIZE
+from megatron_solopo.conversion.companions import Companions, config_json
+from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
+from megatron_solopo.conversion.new_tokens import NewRows
+from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
-from megatron_solopo.model import rope_scaling
-from megatron_solopo.model.build import read_hf_config
 from megatron_solopo.model.families import family_of
-from megatron_solopo.model.families.operators import Entry
+from megatron_solopo.model.families.operators import Entry, PadRows
 from megatron_solopo.model.transformer_engine import portable_name
 
 NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
@@ -76,8 +71,13 @@ def _cut_dimension(parameter: torch.nn.Parameter) -> int | None:
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Path) -> None:
+def load_weights(
+    model: GPTModel, hf_config: PretrainedConfig, folder: str | Path, new_rows: NewRows | None = None
+) -> None:
     """Copies a folder's weights into the model, cut for this process, converted to the model's dtype.
+
+    Args:
+        new_rows: of tokens that the folder's model does not have.
 
     Raises:
         UserError: a tensor is missing, left over, or has the wrong shape.
@@ -98,6 +98,8 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
         )
     for entry, names, parameter in named_entries(model, hf_config):
         tensors = [reader.get(name) for name in names]
+        if new_rows is not None and isinstance(entry.operator, PadRows):
+            tensors = [new_rows.grown(tensor) for tensor in tensors]
         dimension = _cut_dimension(parameter)
         place = (0, 1) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size())
         try:
@@ -117,14 +119,43 @@ def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
     return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
 
 
+def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Hugging Face name -> shape of every tensor of the model; of all of them on the first process.
+
+    Nothing is read. Collective over the expert-parallel and pipeline groups.
+    """
+    shapes: dict[str, torch.Size] = {}
+    for chunk in chunks:
+        for entry, names, parameter in named_entries(chunk, hf_config):
+            dimension = _cut_dimension(parameter)
+            count = 1 if dimension is None else tensor_group(entry).size()
+            whole = entry.operator.join([torch.empty_like(parameter, device="meta")] * count, dimension)
+            shapes |= {name: part.shape for name, part in zip(names, entry.operator.to_hf(whole), strict=True)}
+    for group in (
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        everyone: list[Any] = [shapes] * group.size()
+        if group.size() > 1:
+            dist.all_gather_object(everyone, shapes, group=group)
+        shapes = {name: shape for some in everyone for name, shape in some.items()}
+    return shapes
+
+
 @torch.no_grad()
-def hf_tensors(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(
+    chunks: Sequence[GPTModel], hf_config: PretrainedConfig, stored: StoredWeights | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor on the CPU), joined over tensor-parallel processes, padding removed.
 
     Collective over the tensor-parallel, expert-parallel and pipeline groups. The first process gets the tensors of all
     stages, one at a time, a stage's model chunks one after the other; other processes get some or none.
+
+    Args:
+        stored: where each parameter is read when it is wanted; it is given up afterwards. Without it the model is
+            loaded already, and stays.
     """
-    own = (named for chunk in chunks for named in _own_hf_tensors(chunk, hf_config))
+    own = (named for chunk in chunks for named in _own_hf_tensors(chunk, hf_config, stored))
     if parallel_state.is_pipeline_first_stage():
         yield from own
         for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if _on_writing_column() else ():
@@ -178,9 +209,13 @@ def _wire_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def _own_hf_tensors(
+    model: GPTModel, hf_config: PretrainedConfig, stored: StoredWeights | None
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model chunk, joined over tensor-parallel processes, of all its experts."""
     for entry, names, parameter in named_entries(model, hf_config):
+        if stored is not None:
+            stored.fill(parameter)
         dimension = _cut_dimension(parameter)
         parts = [parameter.detach()]
         if dimension is not None:
@@ -197,7 +232,9 @@ def _own_hf_tensors(model: GPTModel, hf_config: PretrainedConfig) -> Iterator[tu
             found = [(names, whole)]
         for these, parameter_of_these in found:
             for name, tensor in zip(these, entry.operator.to_hf(parameter_of_these), strict=True):
-                yield name, in_a_storage_of_its_own(tensor.cpu().contiguous())
+                yield name, tensor.cpu().contiguous()
+        if stored is not None:
+            stored.release(parameter)
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -217,41 +254,33 @@ def save_folder(
     force: bool = False,
     chat_template: str | Path | None = None,
     chat_template_kwargs: str | None = None,
+    added_tokens: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    stored: StoredWeights | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``, in config.json the
-    positions of a model that --rope-scaling extended.
+    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``, changed as training
+    options changed the model.
 
     Collective; the first process writes.
 
     Args:
         chunks: the parts of the model that this process holds.
+        added_tokens: --add-special-tokens of the model.
         dtype: of the files; default the model's.
+        stored: see `hf_tensors`.
 
     Raises:
         UserError: see `write_folder`.
     """
-    tensors = hf_tensors(chunks, hf_config)
+    shapes = hf_shapes(chunks, hf_config)
+    tensors = hf_tensors(chunks, hf_config, stored)
     if dist.get_rank() != 0:
         for _ in tensors:
             pass
         return
-    document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    if read_hf_config(source).rope_parameters != hf_config.rope_parameters:
-        rope_scaling.write(document, hf_config)
-    document.pop("torch_dtype", None)
     dtype = dtype or next(chunks[0].parameters()).dtype
-    document["dtype"] = dtype_name(dtype)
-    words = hf_config.model_type.split("_")
-    document.setdefault("architectures", ["".join(word.capitalize() for word in words) + "ForCausalLM"])
-    write_folder(
-        Path(target),
-        Path(source),
-        json.dumps(document, indent=2) + "\n",
-        ((name, tensor.to(dtype)) for name, tensor in tensors),
-        max_shard_size=max_shard_size,
-        force=force,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
+    companions = Companions(
+        Path(source), config_json(source, hf_config, dtype), chat_template, chat_template_kwargs, added_tokens
     )
+    write_folder(Path(target), companions, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

@@ -11,21 +11,23 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_solopo.conversion.hf_folder import CARRIED, in_a_storage_of_its_own
+from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
+from megatron_solopo.conversion.places import aside_of, put_in_place, restore
+from megatron_solopo.conversion.stored import StoredWeights, sharded_tensors
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
 from megatron_solopo.parallel.cpu_shim import results_queue
@@ -171,34 +173,18 @@ def load_models(models: Sequence[GPTModel], loaded: dict[str, Any], left_out: di
 
 
 def load_weights_from(source: Path, models: Sequence[GPTModel]) -> None:
-    """The weights of a complete checkpoint, without its optimizer, into the chunks of a model; collective.
+    """The weights of a complete checkpoint, without its optimizer, into the chunks of a model.
 
     Raises:
         UserError: it belongs to another model.
     """
+    stored_weights(source, models).fill_all()
+
+
+def stored_weights(source: Path, models: Sequence[GPTModel]) -> StoredWeights:
+    """The same, to be read a parameter at a time."""
     states, _ = model_states(models, source)
-    # Parts of a parameter that are stored apart (gate and up) are read into their places; merged by megatron-core's
-    # factories, all of them would stand in memory twice.
-    apply_factories(states)
-    try:
-        loaded = dist_checkpointing.load(states, str(source))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
-        raise UserError(
-            f"{source} cannot be read ({reason_of(error)}); its files are complete, so it is another model's: give the "
-            "--hf-path of its run"
-        ) from None
-    for sharded, tensor in _pairs(states, loaded):
-        if tensor.data_ptr() != sharded.data.data_ptr():  # torch reads in place, but does not promise it
-            sharded.data.copy_(tensor)
-
-
-def _pairs(states: Any, loaded: Any) -> Iterator[tuple[ShardedTensor, torch.Tensor]]:
-    """Each sharded tensor of nested states, and what stands in its place in another."""
-    if isinstance(states, ShardedTensor):
-        yield states, loaded
-    elif isinstance(states, dict | list):
-        for key, value in states.items() if isinstance(states, dict) else enumerate(states):
-            yield from _pairs(value, loaded[key])
+    return StoredWeights(source, models, [states[name] for name in chunk_names(models)])
 
 
 def reason_of(error: BaseException) -> str:
@@ -211,40 +197,50 @@ def stored_dtype(source: Path) -> torch.dtype:
     return dist_checkpointing.load_tensors_metadata(str(source))["embedding.word_embeddings.weight"].dtype
 
 
-def save_megatron_folder(models: Sequence[GPTModel], source: Path, target: Path) -> None:
-    """Writes a Megatron folder; collective. ``target`` must not exist yet.
+def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, target: Path) -> None:
+    """Writes a Megatron folder; collective. A model in ``target`` is replaced once all is written.
 
     Args:
-        source: the Hugging Face folder whose config and tokenizer files it takes over.
+        companions: config and tokenizer files that go beside the weights.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    aside = target.with_name(target.name + ".partial")
+    aside = aside_of(target)
     step = checkpoint_folder(aside, 0)
-    problem = first_error(on_first(lambda: (shutil.rmtree(aside, ignore_errors=True), step.mkdir(parents=True))))
+
+    def begin() -> None:
+        restore(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        step.mkdir(parents=True)
+
+    problem = first_error(on_first(begin))
     if problem is None:
         states, _ = model_states(models)
         apply_factories(states)
-        for sharded, _ in _pairs(states, states):
+        for sharded in sharded_tensors(states):
             sharded.data = in_a_storage_of_its_own(sharded.data)
         write = ShardedWrite(states, step, next(models[0].parameters()).device)
         write.run()
         problem = first_error(write.finish())
     if problem is None:
-        problem = first_error(on_first(lambda: _publish(aside, source, target)))
+        problem = first_error(on_first(lambda: _publish(aside, companions, target)))
     if problem is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"--save {target}: not written ({problem})")
 
 
-def _publish(aside: Path, source: Path, target: Path) -> None:
+def in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:
+    """The same memory on the CPU, not as a part of a larger tensor, which megatron-core's writer would copy."""
+    part = part.detach()
+    if part.device.type != "cpu" or not part.is_contiguous() or part.dim() == 0:
+        return part
+    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
+
+
+def _publish(aside: Path, companions: Companions, target: Path) -> None:
     write_manifest(checkpoint_folder(aside, 0), 0, {}, {})
-    for name in ("config.json", *CARRIED):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, aside / name)
+    companions.write(aside)
     write_latest(aside, 0)
-    if target.exists():
-        shutil.rmtree(target)  # --force
-    aside.rename(target)
+    put_in_place(aside, target)

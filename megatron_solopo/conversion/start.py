@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.config import ModelConfig, flag
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, find_checkpoint
+from megatron_solopo.conversion.new_tokens import new_rows
+from megatron_solopo.errors import UserError
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
     """Whether weights lie there in megatron-core's format (the folder of a run has no config.json)."""
     return (Path(folder) / LATEST).is_file() and (Path(folder) / "config.json").is_file()
+
+
+def model_config(options: ModelConfig) -> Any:
+    """The Hugging Face config of the model that --hf-path, --rope-scaling and --add-special-tokens describe.
+
+    Raises:
+        UserError: see `read_hf_config` and `new_rows`.
+    """
+    from megatron_solopo.model.build import read_hf_config
+
+    hf_config = read_hf_config(options.hf_path, options.rope_scaling)
+    if options.add_special_tokens is None:
+        return hf_config
+    if is_megatron_folder(options.hf_path):
+        raise UserError(
+            f"{flag('add_special_tokens')} with the Megatron folder {options.hf_path}: its matrices have no rows for "
+            "them; give the option to convert-checkpoint hf-to-megatron, which makes such folders"
+        )
+    grown = copy.deepcopy(hf_config)
+    grown.vocab_size = new_rows(options.hf_path, hf_config.vocab_size, options.add_special_tokens).rows
+    return grown
 
 
 def check_weights(folder: str | Path) -> None:
@@ -40,17 +65,27 @@ def weights_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_start(models: Sequence[Any], hf_config: Any, folder: str | Path) -> None:
+def load_start(
+    models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None = None
+) -> None:
     """Copies a folder's weights into the chunks of a model, cut for this process, in the model's dtype.
+
+    Args:
+        hf_config: of the model, see `model_config`.
+        add_special_tokens: of a Hugging Face folder's model.
 
     Raises:
         UserError: a tensor is missing, left over, or has the wrong shape.
     """
     from megatron_solopo.conversion.hf import load_weights
     from megatron_solopo.conversion.megatron_folder import load_weights_from
+    from megatron_solopo.model.build import read_hf_config
 
     if is_megatron_folder(folder):
         load_weights_from(find_checkpoint(folder, None, "--hf-path"), models)
         return
+    rows = None
+    if add_special_tokens is not None:
+        rows = new_rows(folder, read_hf_config(folder).vocab_size, add_special_tokens)
     for model in models:
-        load_weights(model, hf_config, folder)
+        load_weights(model, hf_config, folder, rows)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.schema import Message
+from megatron_solopo.data.tokenizer import add_special_tokens, read_tokenizer
 from megatron_solopo.errors import UserError
 
 
@@ -22,6 +23,7 @@ def load_tokenizer(
     chat_template: str | Path | None = None,
     eos_token: str | None = None,
     chat_template_kwargs: str | None = None,
+    added_tokens: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, with its own chat template or the one in a file.
 
@@ -32,18 +34,16 @@ def load_tokenizer(
     chat template writes after an assistant's message, else the folder's. (Folders disagree with their
     templates: base models name the end of a text there, a bare ``tokenizer.json`` names nothing.)
 
+    Args:
+        added_tokens: --add-special-tokens of a training run; folders that a run exported hold them already.
+
     Raises:
-        UserError: no tokenizer in the folder, no chat template, no variable of it by that name, or no end-of-turn
-            (eos) token.
+        UserError: no tokenizer in the folder, no chat template, no variable of it by that name, no end-of-turn (eos)
+            token, or see `add_special_tokens`.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face folder with a tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here; the first line says which file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: no tokenizer could be loaded ({reason})") from None
+    tokenizer = read_tokenizer(folder)
+    if added_tokens is not None:
+        add_special_tokens(tokenizer, added_tokens, folder)
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():

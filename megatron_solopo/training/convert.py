@@ -6,13 +6,15 @@ Runs in one process, or under torchrun with any layout; layouts of the two sides
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_solopo.config import OWNER, Config, flag
+from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
+from megatron_solopo.conversion.places import restore
 from megatron_solopo.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,13 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     to_megatron.add_argument("--hf-path", required=True, metavar="FOLDER", help="Hugging Face folder")
     to_megatron.add_argument("--save", required=True, metavar="FOLDER", help="the new Megatron folder")
+    to_megatron.add_argument(
+        flag("add_special_tokens"), metavar="TOKENS", help=OWNER["add_special_tokens"][1].metadata["help"]
+    )
 
     to_hf = _command(
         commands, "megatron-to-hf", "writes a checkpoint of a run, or a Megatron folder, as a Hugging Face folder"
     )
     _add_checkpoint(to_hf, required=True)
     to_hf.add_argument("--save-hf", required=True, metavar="FOLDER", help="the new Hugging Face folder")
-    to_hf.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help="of a file (default: %(default)s)")
+    to_hf.add_argument(
+        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a file (default: %(default)s)"
+    )
 
     for command in (to_megatron, to_hf):
         command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
@@ -109,12 +116,13 @@ def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, 
         _check_target(Path(target), "--save" if given.command == "hf-to-megatron" else "--save-hf", given.force)
     here = platform.start(given.device)
     try:
-        from megatron_solopo.model.build import padded_vocab_size, read_hf_config
+        from megatron_solopo.conversion.start import model_config
+        from megatron_solopo.model.build import padded_vocab_size
         from megatron_solopo.model.families import family_of
         from megatron_solopo.parallel.topology import check_layout, world_size
         from megatron_solopo.training.engine import initialize_parallel
 
-        hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
+        hf_config = model_config(config.model)
         family_of(hf_config)
         padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
         check_layout(hf_config, config, padded, world_size())
@@ -137,8 +145,10 @@ def _config(given: argparse.Namespace) -> Config:
     config.model.hf_path = given.hf_path or alone or run.get("hf_path")
     if config.model.hf_path is None:
         raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
-    config.model.chat_template, config.model.rope_scaling = run.get("chat_template"), run.get("rope_scaling")
-    config.model.chat_template_kwargs = run.get("chat_template_kwargs")
+    for name in ("chat_template", "chat_template_kwargs", "rope_scaling", "add_special_tokens"):
+        setattr(config.model, name, run.get(name))
+    if getattr(given, "add_special_tokens", None) is not None:
+        config.model.add_special_tokens = given.add_special_tokens
     config.model.make_vocab_size_divisible_by = given.make_vocab_size_divisible_by or run.get(
         "make_vocab_size_divisible_by", config.model.make_vocab_size_divisible_by
     )
@@ -155,6 +165,8 @@ def _config(given: argparse.Namespace) -> Config:
 
 
 def _check_target(target: Path, option: str, force: bool) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        restore(target)
     if target.exists() and not force:
         raise UserError(f"{option} {target}: exists already; choose another folder, or overwrite it with --force")
     if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
@@ -170,6 +182,7 @@ def _dtype(name: str) -> Any:
 def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     import torch.distributed as dist
 
+    from megatron_solopo.conversion.companions import Companions, config_json
     from megatron_solopo.conversion.hf_folder import TensorReader
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.start import is_megatron_folder, load_start
@@ -179,8 +192,10 @@ def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> i
         raise UserError(f"--hf-path {given.hf_path}: holds Megatron's weights already")
     dtype = _dtype(given.dtype) if given.dtype else TensorReader(given.hf_path).dtype()
     models = build_chunks(hf_config, config, dtype)
-    load_start(models, hf_config, given.hf_path)
-    save_megatron_folder(models, Path(given.hf_path), Path(given.save))
+    added = config.model.add_special_tokens
+    load_start(models, hf_config, given.hf_path, added)
+    companions = Companions(Path(given.hf_path), config_json(given.hf_path, hf_config, dtype), added_tokens=added)
+    save_megatron_folder(models, companions, Path(given.save))
     if dist.get_rank() == 0:
         print(f"wrote {given.save} ({str(dtype).removeprefix('torch.')}); train from it with --hf-path {given.save}")
     return 0
@@ -190,16 +205,16 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     import torch.distributed as dist
 
     from megatron_solopo.conversion.hf import save_folder
-    from megatron_solopo.conversion.hf_folder import parse_size
     from megatron_solopo.conversion.manifest import find_checkpoint
-    from megatron_solopo.conversion.megatron_folder import load_weights_from, stored_dtype
+    from megatron_solopo.conversion.megatron_folder import stored_dtype, stored_weights
+    from megatron_solopo.conversion.shards import parse_size
     from megatron_solopo.parallel.platform import first_error
     from megatron_solopo.training.engine import build_chunks
 
     parse_size(given.max_shard_size)
     source = find_checkpoint(given.load, given.ckpt_step)
     models = build_chunks(hf_config, config, stored_dtype(source))
-    load_weights_from(source, models)
+    stored = stored_weights(source, models)
     problem = None
     try:
         save_folder(
@@ -210,8 +225,10 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
             force=given.force,
             chat_template=config.model.chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
+            added_tokens=config.model.add_special_tokens,
             dtype=_dtype(given.dtype) if given.dtype else None,
             max_shard_size=given.max_shard_size,
+            stored=stored,
         )
     except UserError as error:
         problem = str(error)
@@ -238,6 +255,11 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
         )
     if config.parallel.pipeline_model_parallel_size > 1:
         raise UserError("verify compares layer by layer in one stage: leave --pipeline-model-parallel-size out")
+    if config.model.add_special_tokens is not None:
+        raise UserError(
+            f"--load {given.load}: its run added special tokens, whose rows {config.model.hf_path} does not have; "
+            "write the checkpoint with megatron-to-hf, and compare that folder with itself"
+        )
     prompts = read_prompts(given.prompts, config.model.hf_path, hf_config)
     models = build_chunks(hf_config, config, _dtype(given.dtype))
     if given.load is None:

@@ -123,7 +123,7 @@ def build_engine(
     parallel = config.parallel
     models = build_chunks(hf_config, config, dtype)
     if not config.model.random_init:
-        load_start(models, hf_config, config.model.hf_path)
+        load_start(models, hf_config, config.model.hf_path, config.model.add_special_tokens)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=True,

@@ -34,6 +34,7 @@ def export_model(engine: Engine, config: Config, iteration: int | None) -> str |
             force=config.output.force or iteration is not None,  # a killed run may have written this one already
             chat_template=config.model.chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
+            added_tokens=config.model.add_special_tokens,
         )
         return first_error(None)
     except UserError as error:

@@ -55,6 +55,8 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
     }
     if config.model.rope_scaling is not None:
         facts["rope_scaling"] = config.model.rope_scaling
+    if config.model.add_special_tokens is not None:
+        facts["add_special_tokens"] = config.model.add_special_tokens
     if config.model.transformer_impl != "portable":
         model = config.model
         facts["kernels"] = [model.transformer_impl, model.fp8_format, model.fp8_format and model.fp8_recipe]

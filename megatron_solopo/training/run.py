@@ -98,6 +98,7 @@ def load_data(config: Config) -> RunData:
         config.model.hf_path,
         config.model.chat_template,
         chat_template_kwargs=config.model.chat_template_kwargs,
+        added_tokens=config.model.add_special_tokens,
     )
     wanted, data = scored_roles(config.method), config.data
     read = {}
@@ -134,8 +135,8 @@ def check_model(config: Config) -> Any:
     Raises:
         UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
     """
-    from megatron_solopo.conversion.start import check_weights
-    from megatron_solopo.model.build import check_length, padded_vocab_size, read_hf_config
+    from megatron_solopo.conversion.start import check_weights, model_config
+    from megatron_solopo.model.build import check_length, padded_vocab_size
     from megatron_solopo.model.families import family_of
     from megatron_solopo.model.transformer_engine import check_widths
     from megatron_solopo.parallel.platform import choose
@@ -143,7 +144,7 @@ def check_model(config: Config) -> Any:
 
     if choose(config.parallel.device) == "cuda":
         check_on_cuda(config)
-    hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
+    hf_config = model_config(config.model)
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -376,6 +377,7 @@ def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
         "steps": schedule.steps,
         "shuffle": config.data.shuffle,
         "rope_scaling": config.model.rope_scaling,
+        "add_special_tokens": config.model.add_special_tokens,
         **{name: getattr(training, name) for name in names},
     }
 

@@ -73,12 +73,13 @@ def _check(argv: list[str], layout: Layout) -> None:
     """Refuses what this model or machine cannot do, before anything starts."""
     import torch
 
-    from megatron_solopo.model.build import padded_vocab_size, read_hf_config
+    from megatron_solopo.conversion.start import model_config
+    from megatron_solopo.model.build import padded_vocab_size
     from megatron_solopo.parallel.platform import choose
     from megatron_solopo.parallel.topology import check_layout
 
     config = _config(argv, layout)
-    hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
+    hf_config = model_config(config.model)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     try:
         check_layout(hf_config, config, padded, layout.processes)

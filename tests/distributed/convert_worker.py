@@ -29,6 +29,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def convert(here: platform.Platform, source: Path, layout: str, work: Path, before: Path | None) -> dict[str, list]:
     """What comes back from a layout: from the Hugging Face folder, and from the Megatron folder of another layout."""
+    from megatron_solopo.conversion.companions import Companions, config_json
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.start import load_start
@@ -48,7 +49,8 @@ def convert(here: platform.Platform, source: Path, layout: str, work: Path, befo
         save_folder(models, hf_config, source, work / f"{name}-hf", max_shard_size="40KB")
         dist.barrier()
         found[name] = differences(source, work / f"{name}-hf") if dist.get_rank() == 0 else []
-    save_megatron_folder(models, source, work / "megatron")
+    companions = Companions(source, config_json(source, hf_config, torch.float32))
+    save_megatron_folder(models, companions, work / "megatron")
     del models
     platform.end_model_parallel()
     return found

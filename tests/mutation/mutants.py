@@ -372,13 +372,9 @@ MUTANTS: list[Mutant] = [
     ),
     *_in("model/build.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")),
     *_in(
-        "conversion/hf.py",
+        "conversion/companions.py",
         LONGER,
-        (
-            "the scaling not exported",
-            "if read_hf_config(source).rope_parameters != hf_config.rope_parameters:",
-            "if 0:",
-        ),
+        ("the scaling not exported", "if before.rope_parameters != hf_config.rope_parameters:", "if 0:"),
     ),
     *_in(
         "training/reference.py",
@@ -389,5 +385,141 @@ MUTANTS: list[Mutant] = [
         "training/run.py",
         LONGER,
         ("resumed with another scaling", '"rope_scaling": config.model.rope_scaling,', ""),
+    ),
+]
+
+CUTS = "tests/unit/test_hf_folder.py -k 'filled or joined or interleaved'"
+ROUND_TRIP = "tests/unit/test_model_parity.py -k round_trip"
+TOKENIZERS = "tests/unit/test_tokenizer.py"
+NEW_TOKENS = "tests/functional/test_special_tokens.py"
+KILLS = "tests/functional/test_convert_survival.py"
+WRITING = "tests/unit/test_hf_folder.py tests/functional/test_convert.py"
+
+MUTANTS += [
+    *_in(
+        "model/families/operators.py",
+        CUTS,
+        (
+            "the first part for every process",
+            "parameter.chunk(size, dimension)[rank]",
+            "parameter.chunk(size, dimension)[0]",
+        ),
+        ("one part for the whole", "else torch.cat(list(parts), dimension)", "else parts[0]"),
+        ("a copy that broadcasts", "if target.shape != source.shape:", "if False:"),
+        ("the vocabulary's first rows for every process", "tensor[rank * own : (rank + 1) * own]", "tensor[:own]"),
+        ("padding rows left as they were", "parameter[part.shape[0] :].zero_()", "pass"),
+        ("padding rows exported", "return [parameter[: self.rows]]", "return [parameter]"),
+        ("keys before queries", "torch.cat((query, key, value), dim=1)", "torch.cat((key, query, value), dim=1)"),
+        (
+            "the first heads for every process",
+            "_copy(target, whole.chunk(size)[rank])",
+            "_copy(target, whole.chunk(size)[0])",
+        ),
+        ("heads exported in reverse", "for part in groups.split(", "for part in groups.flip(0).split("),
+        ("up above gate", "return torch.cat((gate, up))", "return torch.cat((up, gate))"),
+        ("gate and up exchanged on export", "return list(parameter.chunk(2))", "return list(parameter.chunk(2))[::-1]"),
+        ("gate and up exchanged on import", "zip(parameter.chunk(2), tensors", "zip(parameter.chunk(2)[::-1], tensors"),
+        (
+            "gate and up cut as one",
+            "torch.cat([half.chunk(size)[rank] for half in parameter.chunk(2)])",
+            "parameter.chunk(size)[rank]",
+        ),
+        ("gate and up joined as one", "torch.cat([torch.cat(half) for half in halves])", "torch.cat(list(parts))"),
+    ),
+    *_in(
+        "model/families/llama.py",
+        TABLES,
+        (
+            "the second norm for the first",
+            '(hf + "input_layernorm.weight",)',
+            '(hf + "post_attention_layernorm.weight",)',
+        ),
+        ("an output layer tied to the embedding", '("lm_head.weight",)', '("model.embed_tokens.weight",)'),
+    ),
+    *_in(
+        "model/families/qwen2.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and qwen2'",
+        (
+            "biases of keys and values exchanged",
+            '"bias"), qkv',
+            '"bias")[::2] + ("model.layers.{layer}.self_attn.k_proj.bias",), qkv',
+        ),
+    ),
+    *_in(
+        "model/families/moe.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and (mixtral or moe)'",
+        ("an expert's gate and up exchanged", "(gate, up), StackGateUp()", "(up, gate), StackGateUp()"),
+        ("every expert the first", '.experts.{{expert}}.{name}.weight"', '.experts.0.{name}.weight"'),
+        (
+            "weights renormalised where they are not",
+            '"moe_router_pre_softmax": not renormalize',
+            '"moe_router_pre_softmax": False',
+        ),
+    ),
+    *_in(
+        "model/families/mixtral.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and mixtral'",
+        ("Mixtral's gate and up exchanged", 'gate="w1", up="w3"', 'gate="w3", up="w1"'),
+    ),
+    *_in(
+        "model/families/qwen3_moe.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and moe'",
+        ("Qwen3-MoE's gate and up exchanged", 'gate="gate_proj", up="up_proj"', 'gate="up_proj", up="gate_proj"'),
+    ),
+    *_in(
+        "data/tokenizer.py",
+        TOKENIZERS,
+        ("SentencePiece without its prefix", "backend.normalizer = converter.normalizer(converter.proto)", "pass"),
+        ("merges by id", "generate_merges(ids, scores)", "generate_merges(ids, None)"),
+        ("a tokenizer that differs accepted", "for text in PROBES if", "for text in () if"),
+        ("ranks of any family as Llama 3's", 'if kind != "llama":', "if False:"),
+        ("an existing token added", "if token in vocabulary:", "if False:"),
+        (
+            "the special tokens it had forgotten",
+            "replace_extra_special_tokens=False",
+            "replace_extra_special_tokens=True",
+        ),
+    ),
+    *_in(
+        "conversion/new_tokens.py",
+        NEW_TOKENS,
+        ("new rows of zeros", "result[list(self.ids)] =", "_ ="),
+        ("unused rows in the mean", "known = matrix[: self.known]", "known = matrix"),
+    ),
+    *_in(
+        "training/run.py",
+        NEW_TOKENS,
+        ("resumed with other tokens", '"add_special_tokens": config.model.add_special_tokens,', ""),
+    ),
+    *_in(
+        "conversion/companions.py",
+        NEW_TOKENS,
+        ("the larger vocabulary not exported", 'document["vocab_size"] = hf_config.vocab_size', "pass"),
+    ),
+    *_in(
+        "conversion/places.py",
+        KILLS,
+        (
+            "the earlier model deleted first",
+            "folder.rename(_replaced(folder))\n    aside",
+            "shutil.rmtree(folder)\n    aside",
+        ),
+        ("the earlier model not given back", "earlier.rename(folder)", "pass"),
+    ),
+    *_in(
+        "conversion/shards.py",
+        WRITING,
+        ("a file begins with its tensors", "file.seek(len(self._heads[number]) +", "file.seek("),
+        ("a tensor forgotten", "if missing is not None:", "if False:"),
+    ),
+    *_in(
+        "conversion/stored.py",
+        "tests/functional/test_convert.py",
+        (
+            "a stored part at another's place",
+            "narrow_tensor_by_index(target, item.dest_offsets",
+            "narrow_tensor_by_index(target, item.storage_offsets",
+        ),
+        ("another model's weights accepted", "if problem:", "if False:"),
     ),
 ]

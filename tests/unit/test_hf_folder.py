@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_solopo.conversion.hf_folder import TensorReader, parse_size, write_folder
+from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
+from megatron_solopo.conversion.shards import parse_size
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import InterleaveQKV, Operator, PadRows, Rename, StackGateUp
+
+
+def write(folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]], **options: Any) -> None:
+    """A folder of `TENSORS`, which come from ``tensors``."""
+    shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
+    write_folder(folder, Companions(source, "{}"), shapes, torch.float32, tensors, **options)
+
 
 TENSORS = {f"layer.{number}.weight": torch.arange(6.0).view(2, 3) + number for number in range(5)}
 
 
 def test_shards_are_written_as_they_fill_and_read_again(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    write_folder(tmp_path / "new", tmp_path, "{}", iter(TENSORS.items()), max_shard_size="50B")
+    write(tmp_path / "new", tmp_path, iter(TENSORS.items()), max_shard_size="50B")
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert names == ["config.json", *shards, "model.safetensors.index.json", "tokenizer.json"]
@@ -32,7 +42,7 @@ def test_shards_are_written_as_they_fill_and_read_again(tmp_path: Path) -> None:
 
 
 def test_one_shard_has_no_index(tmp_path: Path) -> None:
-    write_folder(tmp_path / "new", tmp_path, "{}", iter(TENSORS.items()))
+    write(tmp_path / "new", tmp_path, iter(TENSORS.items()))
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -41,9 +51,7 @@ def test_all_tensors_are_read_where_nothing_can_be_written(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     read = []
     with pytest.raises(UserError, match="^--save-hf .*: Not a directory; the checkpoint of the run is complete"):
-        write_folder(
-            tmp_path / "file" / "new", tmp_path, "{}", ((name, read.append(name) or t) for name, t in TENSORS.items())
-        )
+        write(tmp_path / "file" / "new", tmp_path, ((name, read.append(name) or t) for name, t in TENSORS.items()))
     assert len(read) == 5
 
 
@@ -124,20 +132,20 @@ def test_broken_folders_are_one_line(tmp_path: Path, how: str, answer: str, capf
     assert "\n" not in str(caught.value) and "ran" not in capfd.readouterr().out
 
 
+OPERATORS: list[tuple[Operator, list, int | None]] = [
+    (Rename(), [(8, 12)], 0),
+    (Rename(), [(8, 12)], 1),
+    (Rename(), [(8,)], None),
+    (PadRows(13, 16), [(13, 3)], 0),
+    (PadRows(5, 16), [(5, 3)], 0),
+    (InterleaveQKV(8, 4, 6), [(48, 5), (24, 5), (24, 5)], 0),
+    (InterleaveQKV(8, 4, 6), [(48,), (24,), (24,)], 0),
+    (StackGateUp(), [(16, 3), (16, 3)], 0),
+]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("operator", "shapes", "dimension"),
-    [
-        (Rename(), [(8, 12)], 0),
-        (Rename(), [(8, 12)], 1),
-        (Rename(), [(8,)], None),
-        (PadRows(13, 16), [(13, 3)], 0),
-        (PadRows(5, 16), [(5, 3)], 0),
-        (InterleaveQKV(8, 4, 6), [(48, 5), (24, 5), (24, 5)], 0),
-        (InterleaveQKV(8, 4, 6), [(48,), (24,), (24,)], 0),
-        (StackGateUp(), [(16, 3), (16, 3)], 0),
-    ],
-)
+@pytest.mark.parametrize(("operator", "shapes", "dimension"), OPERATORS)
 def test_a_parameter_is_filled_with_its_cut(operator: Operator, shapes: list, dimension: int | None, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -149,3 +157,33 @@ def test_a_parameter_is_filled_with_its_cut(operator: Operator, shapes: list, di
         assert torch.equal(parameter, expected)
         with pytest.raises((ValueError, RuntimeError)):
             operator.fill(parameter, [tensor[:-1] for tensor in tensors], rank, count, dimension)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("operator", "shapes", "dimension"), OPERATORS)
+def test_parts_joined_are_the_tensors_again(operator: Operator, shapes: list, dimension: int | None, size: int) -> None:
+    """Of processes that filled their parts; all parts together hold every number once, beside rows of padding."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    whole = operator.to_megatron(tensors)
+    count = size if dimension is not None else 1
+    parts = []
+    for rank in range(count):
+        shape = list(whole.shape)
+        if dimension is not None:
+            shape[dimension] //= size
+        parts.append(torch.full(shape, 7.0))
+        operator.fill(parts[-1], tensors, rank, count, dimension)
+    back = operator.to_hf(operator.join(parts, dimension))
+    assert all(torch.equal(one, other) for one, other in zip(back, tensors, strict=True))
+    numbers = torch.cat([part.flatten() for part in parts])
+    wanted = torch.cat([tensor.flatten() for tensor in tensors])
+    assert torch.equal(numbers[numbers != 0].sort().values, wanted.sort().values)
+
+
+def test_interleaved_heads_stand_by_group() -> None:
+    """Megatron's order, written out: a key-value head's query heads, its key, its value."""
+    rows = {"q": 4, "k": 2, "v": 2}  # heads of one row: 4 query heads, 2 of keys and values
+    tensors = [torch.arange(count, dtype=torch.float) + 10 * place for place, count in enumerate(rows.values())]
+    assert InterleaveQKV(4, 2, 1).to_megatron(tensors).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert StackGateUp().to_megatron([torch.tensor([1.0, 2]), torch.tensor([3.0, 4])]).tolist() == [1, 2, 3, 4]

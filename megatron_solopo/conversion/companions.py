@@ -1,0 +1,106 @@
+"""What lies beside the weights of an exported folder: config.json, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_solopo import template_kwargs
+from megatron_solopo.data.tokenizer import add_special_tokens, find_model, read_tokenizer
+from megatron_solopo.model import rope_scaling
+
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model*",
+    "tiktoken.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that a trained folder takes over from the one it started from. Mistral's SentencePiece models are called
+``tokenizer.model.v3`` too."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files beside the weights of a folder that is to be written.
+
+    Attributes:
+        source: the Hugging Face folder that config and tokenizer files come from.
+        config_json: the text of config.json.
+        chat_template: a file that takes the place of the source's template.
+        chat_template_kwargs: a JSON object that takes the place of the values in the source's tokenizer_config.json.
+        added_tokens: --add-special-tokens, for the tokenizer.
+    """
+
+    source: Path
+    config_json: str
+    chat_template: str | Path | None = None
+    chat_template_kwargs: str | None = None
+    added_tokens: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Writes them into a folder; a tokenizer.json too where the source has only what makes one, so that every
+        reader finds the same tokenizer.
+
+        Raises:
+            OSError: as the system says it.
+        """
+        for path in (path for pattern in CARRIED for path in sorted(self.source.glob(pattern))):
+            shutil.copyfile(path, folder / path.name)
+        if self.added_tokens is not None or find_model(self.source) is not None:
+            tokenizer = read_tokenizer(self.source)
+            if self.added_tokens is not None:
+                add_special_tokens(tokenizer, self.added_tokens, self.source)
+            try:
+                tokenizer.save_pretrained(folder)
+            except OSError:
+                raise
+            except Exception as error:  # the tokenizers library's only kind
+                number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+                raise OSError(number, os.strerror(number)) from None
+        if self.chat_template is not None:
+            shutil.copyfile(self.chat_template, folder / "chat_template.jinja")
+        if self.chat_template_kwargs is not None:
+            template_kwargs.write(folder, self.chat_template_kwargs)
+        (folder / "config.json").write_text(self.config_json, encoding="utf-8")  # last: without it nothing loads
+
+
+def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> str:
+    """config.json of a folder, with what training options changed of the model.
+
+    Args:
+        source: the folder the model started from.
+        hf_config: of the model, see `start.model_config`.
+        dtype: of the weights.
+    """
+    from megatron_solopo.model.build import read_hf_config
+
+    document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    before = read_hf_config(source)
+    if before.rope_parameters != hf_config.rope_parameters:
+        rope_scaling.write(document, hf_config)
+    if before.vocab_size != hf_config.vocab_size:
+        document["vocab_size"] = hf_config.vocab_size
+    document.pop("torch_dtype", None)
+    document["dtype"] = dtype_name(dtype)
+    words = hf_config.model_type.split("_")
+    document.setdefault("architectures", ["".join(word.capitalize() for word in words) + "ForCausalLM"])
+    return json.dumps(document, indent=2) + "\n"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``bfloat16``, as config.json writes it."""
+    return str(dtype).removeprefix("torch.")

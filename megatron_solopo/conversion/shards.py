@@ -1,0 +1,154 @@
+"""Safetensors files whose tensors are written as they arrive: heads first, then each tensor at its place.
+
+The safetensors library writes a file at once, all its tensors in memory. The format is eight bytes with the length of
+a JSON head, the head with every tensor's type, shape and place, and the tensors
+(https://huggingface.co/docs/safetensors, "Format"), so a head can be written before there is any tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_solopo.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""What the format calls the types of weights."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" or "500MB".
+
+    Raises:
+        UserError: naming --max-shard-size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.I)
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be a size such as 5GB or 500MB")
+    return size
+
+
+class Shards:
+    """The weight files of a folder.
+
+    A failed write is told by `finish`, so that whoever brings the tensors can go on to the end.
+
+    Args:
+        folder: made anew.
+        shapes: of every tensor, in the order of the files.
+        dtype: of all of them.
+        limit: bytes of a file, which a single larger tensor may exceed.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, limit: int) -> None:
+        self.folder, self._shapes, self._dtype = folder, shapes, dtype
+        self._error: OSError | None = None
+        self._open: dict[int, BinaryIO] = {}
+        self._closing: list[Future[None]] = []
+        self._closer = ThreadPoolExecutor(1)
+        self._files = self._cut(limit)
+        self._left = [set(tensors) for tensors in self._files]
+        self._names = [
+            SINGLE if len(self._files) == 1 else f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            for number in range(1, len(self._files) + 1)
+        ]
+        self._heads = [_head(tensors, shapes, dtype) for tensors in self._files]
+        self._file_of = {name: number for number, tensors in enumerate(self._files) for name in tensors}
+        shutil.rmtree(folder, ignore_errors=True)
+        self._try(lambda: folder.mkdir(parents=True))
+
+    def _cut(self, limit: int) -> list[dict[str, int]]:
+        """The tensors of each file, and where behind its head each begins."""
+        files: list[dict[str, int]] = [{}]
+        end = 0
+        for name, shape in self._shapes.items():
+            size = shape.numel() * self._dtype.itemsize
+            if files[-1] and end + size > limit:
+                files.append({})
+                end = 0
+            files[-1][name] = end
+            end += size
+        return files
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        if self._error is None:
+            try:
+                work()
+            except OSError as error:
+                self._error = error
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Writes a tensor, of any dtype, and closes its file when it was the last one missing there."""
+        if tensor.shape != self._shapes[name]:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
+        number = self._file_of[name]
+        self._left[number].remove(name)
+        self._try(lambda: self._write(number, name, tensor.to(self._dtype).contiguous()))
+        if not self._left[number] and number in self._open:
+            self._closing.append(self._closer.submit(_to_the_disk, self._open.pop(number)))
+
+    def _write(self, number: int, name: str, tensor: Tensor) -> None:
+        if number not in self._open:
+            self._open[number] = (self.folder / self._names[number]).open("wb", buffering=0)
+            _write_all(self._open[number], memoryview(self._heads[number]))
+        file = self._open[number]
+        file.seek(len(self._heads[number]) + self._files[number][name])
+        _write_all(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+    def finish(self) -> None:
+        """Writes the index, once all is on the disk.
+
+        Raises:
+            OSError: a write failed.
+        """
+        for closing in self._closing:
+            self._try(closing.result)
+        self._closer.shutdown()
+        for file in self._open.values():
+            file.close()
+        if self._error is not None:
+            raise self._error
+        missing = next((name for names in self._left for name in names), None)
+        if missing is not None:
+            raise ValueError(f"{missing} was not written")
+        if len(self._files) > 1:
+            total = sum(shape.numel() for shape in self._shapes.values()) * self._dtype.itemsize
+            files = {name: self._names[number] for name, number in sorted(self._file_of.items())}
+            document = {"metadata": {"total_size": total}, "weight_map": files}
+            (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _head(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
+    """The length and the JSON head of a file, padded so that the tensors begin at a multiple of eight bytes."""
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, begin in tensors.items():
+        end = begin + shapes[name].numel() * dtype.itemsize
+        document[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    """A single call may write a part only: at most 2 GB, or what fits on the disk."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _to_the_disk(file: BinaryIO) -> None:
+    with file:
+        os.fsync(file.fileno())

@@ -1,0 +1,114 @@
+"""Reading the weights of a checkpoint in megatron-core's distributed format, a parameter at a time and in place.
+
+torch's own reader holds the bytes of a stored tensor and the tensor beside the parameter, and loads everything at
+once. Here the part of the file that a parameter needs is mapped and copied straight into it. A process reads what it
+holds and asks nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_solopo.errors import UserError
+
+
+def sharded_tensors(states: Any) -> Iterator[ShardedTensor]:
+    """Those in nested states; `apply_factories` first."""
+    if isinstance(states, ShardedTensor):
+        yield states
+    elif isinstance(states, dict | list):
+        for value in states.values() if isinstance(states, dict) else states:
+            yield from sharded_tensors(value)
+
+
+class StoredWeights:
+    """The weights of a complete checkpoint, for the chunks of a model.
+
+    Args:
+        source: the folder of the checkpoint.
+        models: the chunks; their parameters may have any dtype.
+        states: of each chunk, see `megatron_folder.model_states`.
+
+    Raises:
+        UserError: the checkpoint is another model's.
+    """
+
+    def __init__(self, source: Path, models: Sequence[GPTModel], states: Sequence[dict[str, Any]]) -> None:
+        self._source, self._reader = source, FileSystemReader(source)
+        self._stored = self._reader.read_metadata()
+        self._parts: dict[int, list[ShardedTensor]] = {}
+        self._parameters = [parameter for model in models for parameter in model.parameters()]
+        for model, state in zip(models, states, strict=True):
+            apply_factories(state)
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            for name, value in state.items():
+                if name in parameters:
+                    self._parts[id(parameters[name])] = parts = list(sharded_tensors(value))
+                    for part in parts:
+                        self._check(part)
+
+    def _check(self, part: ShardedTensor) -> None:
+        stored = self._stored.state_dict_metadata.get(part.key)
+        problem = None
+        if not isinstance(stored, TensorStorageMetadata):
+            problem = f"it has no {part.key}"
+        # Padding rows of the vocabulary are allowed to differ, as megatron-core marks them.
+        elif stored.size[int(part.allow_shape_mismatch) :] != part.global_shape[int(part.allow_shape_mismatch) :]:
+            problem = f"its {part.key} has the shape {tuple(stored.size)}, the model's {tuple(part.global_shape)}"
+        if problem:
+            raise UserError(
+                f"{self._source} cannot be read ({problem}); its files are complete, so it is another model's: give "
+                "the --hf-path of its run"
+            )
+
+    def fill_all(self) -> None:
+        """Every parameter of the model."""
+        for parameter in self._parameters:
+            self.fill(parameter)
+
+    @torch.no_grad()
+    def fill(self, parameter: torch.nn.Parameter) -> None:
+        """Copies a parameter's part of the checkpoint into it, converted to its dtype."""
+        for part in self._parts[id(parameter)]:
+            sizes = torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))
+            target = part.data.view(sizes)
+            stored = self._stored.state_dict_metadata[part.key]
+            if part.allow_shape_mismatch:
+                target.zero_()
+            for item in create_read_items_for_chunk_list(
+                part.key, stored, [ChunkStorageMetadata(torch.Size(part.global_offset), sizes)]
+            ):
+                tensor = self._mapped(self._stored.storage_data[item.storage_index])
+                narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(
+                    narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+                )
+
+    def _mapped(self, place: Any) -> Tensor:
+        """The tensor that torch.save wrote at a place of a file, its memory being the file.
+
+        Only the head is read: loaded to the device ``meta``, a storage says where its numbers stand
+        (torch/serialization.py, ``_checkpoint_offset``).
+        """
+        path = self._source / place.relative_path
+        with path.open("rb") as file:
+            head = torch.load(self._reader._slice_file(file, place), map_location="meta", weights_only=True)
+        storage = head.untyped_storage()
+        numbers = np.memmap(path, np.uint8, "c", place.offset + storage._checkpoint_offset, storage.nbytes())
+        return torch.from_numpy(numbers).view(head.dtype).as_strided(head.shape, head.stride(), head.storage_offset())
+
+    def release(self, parameter: torch.nn.Parameter) -> None:
+        """Gives a parameter's memory back; it is empty afterwards."""
+        del self._parts[id(parameter)]  # which see its memory
+        parameter.data = parameter.data.new_empty(0)

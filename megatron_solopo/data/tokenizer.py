@@ -1,0 +1,161 @@
+"""Tokenizers of Hugging Face folders, read by transformers whatever their form, and special tokens added to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, tokenization_utils_tokenizers
+from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
+
+from megatron_solopo.errors import UserError
+
+PROBES = ("The quick brown fox, 1,234.56 € in 2026.", "  two spaces\n\n\ttab ", "Größe 東京 🙂 \u00a0½")
+"""What a converted SentencePiece model is compared on with the sentencepiece library."""
+
+TRAINED_BPE = 2
+"""model_type in a SentencePiece model."""
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder: tokenizer.json, or else what transformers makes of a SentencePiece model or of
+    tiktoken's ranks (``tokenizer.model``, ``tiktoken.model``), or of vocab.json and merges.txt.
+
+    Raises:
+        UserError: no such folder, no tokenizer in it, or one whose conversion would be another tokenizer.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face folder with a tokenizer")
+    model = find_model(folder)
+    try:
+        if model is None:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return _from_ranks(folder, model) if _is_ranks(model) else _from_sentencepiece(folder, model)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds here; the first line says which file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: no tokenizer could be loaded ({reason})") from None
+
+
+def find_model(folder: Path) -> Path | None:
+    """The SentencePiece model or rank file of a folder without tokenizer.json."""
+    if (folder / "tokenizer.json").is_file():
+        return None
+    found = (path for pattern in ("tokenizer.model*", "tiktoken.model") for path in sorted(folder.glob(pattern)))
+    return next(found, None)
+
+
+def _require(package: str, model: Path) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{model}: transformers reads it with the package {package}, which is not installed; pip install "
+            f"{package}, or give a folder with a tokenizer.json"
+        )
+
+
+def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
+    """transformers 5.17 leaves out what SentencePiece does before it cuts a text (AutoTokenizer: no space at the
+    begin), or half of it (LlamaTokenizer: none before a space); its converters of older versions know it."""
+    _require("sentencepiece", model)
+    from sentencepiece import SentencePieceProcessor
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    settings = folder / "tokenizer_config.json"
+    legacy = json.loads(settings.read_text(encoding="utf-8")).get("legacy") if settings.is_file() else None
+    original = SimpleNamespace(vocab_file=str(model), add_prefix_space=True, legacy=legacy is not False)
+    converter = LlamaConverter(original)
+    if converter.proto.trainer_spec.model_type != TRAINED_BPE:
+        converter = SpmConverter(original)
+    else:
+        scores = {piece.piece: piece.score for piece in converter.proto.pieces}
+        ids = {piece: number for number, piece in enumerate(scores)}
+        # from_pretrained orders merges by id; SentencePiece by score, which differs for runs of spaces.
+        tokenizer.backend_tokenizer.model = BPE(
+            ids,
+            generate_merges(ids, scores),
+            unk_token=converter.proto.trainer_spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=converter.proto.trainer_spec.byte_fallback,
+        )
+    prefix = original.add_prefix_space = converter.proto.normalizer_spec.add_dummy_prefix
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = converter.normalizer(converter.proto)
+    backend.pre_tokenizer = converter.pre_tokenizer("\u2581", prefix)
+    backend.decoder = converter.decoder("\u2581", prefix)
+    theirs = SentencePieceProcessor(model_file=str(model))
+    for text in PROBES if original.legacy else ():
+        if theirs.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise UserError(
+                f"{model}: as transformers reads it, {text!r} has other tokens than in SentencePiece; give a folder "
+                "with a tokenizer.json"
+            )
+    return tokenizer
+
+
+def _from_ranks(folder: Path, model: Path) -> PreTrainedTokenizerBase:
+    """A rank file does not say how a text is cut into words first; transformers takes Llama 3's way."""
+    _require("tiktoken", model)
+    config = folder / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if kind != "llama":
+        raise UserError(
+            f"{model}: tiktoken's ranks, which do not say how a text is cut into words; they are read as Llama 3's "
+            f"where config.json has model_type llama, and it has {kind}; give a folder with a tokenizer.json"
+        )
+    told = logging.getLogger(tokenization_utils_tokenizers.__name__)
+    before = told.level
+    told.setLevel(logging.ERROR)  # transformers tries SentencePiece first, and warns that it is none
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    finally:
+        told.setLevel(before)
+
+
+def _is_ranks(path: Path) -> bool:
+    """Whether a file holds tiktoken's ranks: lines of base64 and a number; a SentencePiece model is binary."""
+    with path.open("rb") as file:
+        token, _, rank = file.readline(1024).strip().partition(b" ")
+    return bool(token) and rank.isdigit()
+
+
+def parse_tokens(text: str) -> list[str]:
+    """``<think>,</think>`` -> its tokens.
+
+    Raises:
+        UserError: naming --add-special-tokens.
+    """
+    tokens = [token.strip() for token in text.split(",")]
+    if not all(tokens):
+        raise UserError(f"--add-special-tokens {text}: an empty token; give them as '<think>,</think>'")
+    twice = next((token for token in tokens if tokens.count(token) > 1), None)
+    if twice is not None:
+        raise UserError(f"--add-special-tokens {text}: {twice} stands twice")
+    return tokens
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: str | Path) -> list[int]:
+    """Adds the tokens of --add-special-tokens, never split and left out of decoded text like other special ones.
+
+    Returns:
+        Their ids, which follow the tokenizer's largest.
+
+    Raises:
+        UserError: a token that the tokenizer of ``folder`` has already.
+    """
+    tokens, vocabulary = parse_tokens(text), tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens)
+    for token in tokens:
+        if token in vocabulary:
+            kind = "a special" if token in special else "an ordinary"
+            raise UserError(
+                f"--add-special-tokens {token}: the tokenizer of {folder} has it already as {kind} token (id "
+                f"{vocabulary[token]}); leave it out, or give another"
+            )
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    return tokenizer.convert_tokens_to_ids(tokens)

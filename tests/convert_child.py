@@ -1,0 +1,96 @@
+"""`solopo convert-checkpoint` in a process that is killed at a chosen moment, or has a small disk.
+
+It is forked from a server that has imported everything: gloo does not live on in a process forked from one that used
+it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_solopo.parallel import cpu_shim
+
+_undo = cpu_shim.install()
+
+import megatron_solopo.conversion.hf  # noqa: E402
+import megatron_solopo.conversion.megatron_folder  # noqa: E402
+import megatron_solopo.training.convert  # noqa: E402
+import megatron_solopo.training.engine  # noqa: E402, F401
+from megatron_solopo.cli import run  # noqa: E402
+
+_undo()
+
+_context = multiprocessing.get_context("forkserver")
+# The second is tests/distributed/forked_runs.py's, where that folder is tested too: there is one server.
+_context.set_forkserver_preload(["convert_child", "preloaded"])
+
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile"}
+"""What Python tells of a change of files, before it happens."""
+
+
+def convert(argv: list[str], told: Path, moment: int | None = None, disk: int | None = None) -> int | None:
+    """Exit status of a command that writes into a folder of its own; None: it ran for too long.
+
+    Args:
+        argv: of the command, the folder's option last but one.
+        told: a file for its output, and a line of what is left in the folder around.
+        moment: before which change of files there SIGKILL comes, counted from 1.
+        disk: bytes of the disk around, see `_small_disk`.
+    """
+    child = _context.Process(target=_work, args=(argv, told, moment, disk))
+    child.start()
+    child.join(200)
+    status = child.exitcode
+    child.kill()
+    return status
+
+
+def _work(argv: list[str], told: Path, moment: int | None, disk: int | None) -> None:
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(2, 1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder = Path(argv[4]).parent
+    if disk is not None:
+        _small_disk(folder, disk)
+    if moment is not None:
+        _kill_at(moment, folder)
+    status = run(megatron_solopo.training.convert.main, argv)
+    print("left:", os.listdir(folder), flush=True)  # a disk of this process ends with it
+    os._exit(status)
+
+
+def _kill_at(moment: int, folder: Path) -> None:
+    left = [moment]
+
+    def see(event: str, arguments: tuple) -> None:
+        if event not in CHANGES or not isinstance(arguments[0], str | bytes | os.PathLike):
+            return
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if os.fsdecode(arguments[0]).startswith(str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(see)
+
+
+def _small_disk(folder: Path, size: int) -> None:
+    """A real disk of so many bytes, seen by this process alone; where no user may mount one, a limit on the size of a
+    file."""
+    user, group = os.getuid(), os.getgid()
+    try:
+        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 8, resource.RLIM_INFINITY))

@@ -1,0 +1,113 @@
+"""A conversion killed at any moment, or out of disk, leaves nothing that loads and no finished model the worse."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from convert_child import convert
+from training_home import Home, furnish
+
+from megatron_solopo.cli import run
+from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.start import check_weights, is_megatron_folder
+from megatron_solopo.errors import UserError
+from megatron_solopo.training.convert import main
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """The home's model in both forms, and the same with other weights as `earlier` ones."""
+    home = furnish(tmp_path_factory.mktemp("home"))
+    succeed(["hf-to-megatron", "--hf-path", home.folder / "hf", "--save", home.folder / "megatron"])
+    write = ["megatron-to-hf", "--load", home.folder / "megatron", "--dtype", "bfloat16"]
+    succeed([*write, "--save-hf", home.folder / "earlier-hf"])
+    succeed(["hf-to-megatron", "--hf-path", home.folder / "earlier-hf", "--save", home.folder / "earlier-megatron"])
+    return home
+
+
+def succeed(command: list) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert run(main, list(map(str, command))) == 0, said.getvalue()
+
+
+def command(home: Home, direction: str, target: Path) -> list[str]:
+    ways = {
+        "hf-to-megatron": ["--hf-path", home.folder / "hf", "--save", target],
+        "megatron-to-hf": ["--load", home.folder / "megatron", "--save-hf", target, "--max-shard-size", "20kB"],
+    }
+    return [direction, *map(str, ways[direction])]
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a complete Hugging Face folder, marks of a complete Megatron folder, None of anything else."""
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        check_weights(folder)
+    except UserError:
+        return None
+    if is_megatron_folder(folder):
+        return {path.name: torch.tensor(path.stat().st_size) for path in (folder / "iter_0000000").glob("*.distcp")}
+    reader = TensorReader(folder)
+    return {name: reader.get(name) for name in sorted(reader.names())}
+
+
+def same(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor] | None) -> bool:
+    if one is None or other is None or one.keys() != other.keys():
+        return one is other
+    return all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
+def test_a_killed_conversion(home: Home, direction: str, existing: bool, tmp_path: Path) -> None:
+    """At every third change of files, the first and the last ones: the folder is what it was, and the same command
+    ends well. Only between two renames at the end an earlier model stands under another name for a moment."""
+    kind = direction.rpartition("-")[2]
+    earlier, wanted = (contents(home.folder / name) for name in (f"earlier-{kind}", kind))
+    target = tmp_path / "work" / "target"
+    argv = [*command(home, direction, target), *(["--force"] if existing else [])]
+    killed = 0
+    for moment in itertools.chain([1, 2], itertools.count(3, 3)):
+        shutil.rmtree(target.parent, ignore_errors=True)
+        target.parent.mkdir()
+        if existing:
+            shutil.copytree(home.folder / f"earlier-{kind}", target)
+        status = convert(argv, tmp_path / "told", moment=moment)
+        if status == 0:
+            break
+        killed += 1
+        assert status == -signal.SIGKILL, (tmp_path / "told").read_text()
+        found = contents(target)
+        if existing and found is None:
+            assert not target.exists() and same(contents(target.with_name("target.replaced")), earlier)
+        else:
+            assert found is None or same(found, earlier if existing else wanted) or same(found, wanted)
+            assert existing or found is None or moment > 3
+        succeed([*argv, *([] if existing or found is None else ["--force"])])
+        assert same(contents(target), wanted) and [path.name for path in target.parent.iterdir()] == ["target"]
+    assert killed >= 5 and same(contents(target), wanted)
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_full_disk_is_one_line(home: Home, direction: str, tmp_path: Path) -> None:
+    """And leaves nothing behind."""
+    disk, told = tmp_path / "disk", tmp_path / "told"
+    disk.mkdir()
+    assert convert(command(home, direction, disk / "target"), told, disk=48 * 1024) == 2, told.read_text()
+    full = r"(No space left on device|File too large)"
+    answers = {
+        "hf-to-megatron": rf"^error: --save \S+/disk/target: not written \({full}\)$",
+        "megatron-to-hf": rf"^error: --save-hf \S+/disk/target: {full}; .*export it elsewhere$",
+    }
+    assert re.search(answers[direction], told.read_text(), re.M), told.read_text()
+    assert "left: []" in told.read_text() and "Traceback" not in told.read_text()
