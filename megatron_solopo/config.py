@@ -21,7 +21,9 @@ class ModelConfig:
     """The model: a Hugging Face folder, its precision, its implementation."""
 
     hf_path: str | None = option(None, "Hugging Face folder: config.json, tokenizer and (unless --random-init) weights")
-    random_init: bool = option(False, "start from random weights of the folder's config instead of its weights")
+    random_init: bool = option(
+        False, "start from random weights, by the folder's config.json and --seed, the same on every layout"
+    )
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
     rope_scaling: str | None = option(

@@ -75,6 +75,13 @@ def _cut_dimension(parameter: torch.nn.Parameter) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
+def own_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int | None]:
+    """(number of the part that this process holds, how many parts, the dimension that is cut) of a parameter, as
+    `Operator.fill` takes them; (0, 1, None) of one that is not cut."""
+    dimension = _cut_dimension(parameter)
+    return (0, 1, None) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size(), dimension)
+
+
 @torch.no_grad()
 def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Path) -> None:
     """Copies a folder's weights into the model, cut for this process, converted to the model's dtype.
@@ -98,10 +105,8 @@ def load_weights(model: GPTModel, hf_config: PretrainedConfig, folder: str | Pat
         )
     for entry, names, parameter in named_entries(model, hf_config):
         tensors = [reader.get(name) for name in names]
-        dimension = _cut_dimension(parameter)
-        place = (0, 1) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size())
         try:
-            entry.operator.fill(parameter, tensors, *place, dimension)
+            entry.operator.fill(parameter, tensors, *own_part(entry, parameter))
         except (ValueError, RuntimeError):  # torch's kind, where a tensor cannot even be laid out so
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True))
             raise UserError(

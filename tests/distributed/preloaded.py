@@ -4,6 +4,9 @@ from megatron_solopo.parallel import cpu_shim
 
 _undo = cpu_shim.install()
 
+import convert_worker  # noqa: E402, F401
+import worker  # noqa: E402, F401
+
 import megatron_solopo.data.chat  # noqa: E402, F401
 import megatron_solopo.losses.solopo  # noqa: E402, F401
 import megatron_solopo.training.checkpoint  # noqa: E402, F401
