@@ -1,5 +1,5 @@
-"""Weights come back bit by bit from every layout, from Hugging Face and from another layout's Megatron folder; random ones
-are the same on all."""
+"""Weights come back bit by bit from every layout, from Hugging Face and from another layout's Megatron folder; random
+ones are the same on all."""
 
 from __future__ import annotations
 

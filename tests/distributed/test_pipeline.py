@@ -43,6 +43,8 @@ BFLOAT16 = ("bfloat16", "dpo", "llama-4", "by-two", "seven")
 THREE_STEPS = ("--train-epochs", 1, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0)
 THREE = {"llama-4": "dpo", "tied-4": "orpo"}
 """Three steps of every layout: model -> method; a third run, "drawn", starts from random weights."""
+ROUGH = 0.05
+"""How far from the oracle bfloat16 may be at all, relative to a tensor's norm."""
 LARGE_LR = 1e-2
 """In bfloat16 a step must be larger than the rounding of the weights."""
 
@@ -152,34 +154,35 @@ def of(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", [*CUTS, *FOUR])
-def test_a_gradient_in_bfloat16_is_as_near_as_that_of_one_process(
+def test_a_gradient_in_bfloat16_is_as_near_the_oracle_as_one_process(
     of: Any, alone: Launch, expected: Any, name: str
 ) -> None:
-    """Each activation is rounded to 8 bits wherever the model is cut, so no layout may be farther from the oracle than
-    one process, but for the luck of rounding: twice as far, tensor by tensor."""
+    """Each activation is rounded to 8 bits, wherever the model is cut, so no layout may be farther away than one
+    process, tensor by tensor; twice as far is the luck of rounding, and a gradient of wrong code is elsewhere."""
     _, method, model, _, batch = BFLOAT16
     losses, gradient = expected(model, method, batch)
-    ours, theirs = of(name), alone
     case, whole = f"{name} {case_name(BFLOAT16)}", case_name(BFLOAT16)
-    distance, allowed = differences(ours.gradients[case], gradient), differences(theirs.gradients[whole], gradient)
-    print(name, sum(losses)/len(losses), ours.results[case]["means"]["loss"], theirs.results[whole]["means"]["loss"])
-    for tensor in gradient:
-        print(f"{distance[tensor]:.4f} {allowed[tensor]:.4f} {differences(ours.gradients[case], theirs.gradients[whole])[tensor]:.4f} {tensor}")
-    assert all(distance[tensor] <= 2 * allowed[tensor] for tensor in gradient)
-    assert max(allowed.values()) < 0.1
+    ours, theirs = (differences(x, gradient) for x in (of(name).gradients[case], alone.gradients[whole]))
+    assert max(theirs.values()) < ROUGH
+    assert all(ours[tensor] <= 2 * theirs[tensor] for tensor in gradient)
+    mean = sum(losses) / len(losses)
+    assert of(name).results[case]["means"]["loss"] == pytest.approx(mean, rel=ROUGH)
 
 
 @pytest.mark.parametrize("name", [*CUTS, *FOUR])
-def test_three_steps_in_bfloat16_move_the_weights_as_one_process_does(of: Any, alone: Launch, world: World, name: str) -> None:
-    ours, theirs = of(name), alone
+def test_three_steps_in_bfloat16_go_where_one_process_goes(of: Any, alone: Launch, world: World, name: str) -> None:
+    """A weight moves by about the learning rate each step, whatever its gradient; where that is rounding noise, the
+    directions differ. Parameters that were not gathered, or a step too late, would be as far away as they moved."""
     run, whole = f"bfloat16-{name}", "bfloat16-alone"
-    assert (ours.results[run], theirs.results[whole]) == ("done", "done")
+    assert (of(name).results[run], alone.results[whole]) == ("done", "done")
+    for ours, theirs in zip(of(name).metrics(run), alone.metrics(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2**-8)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=ROUGH)
     before = load_file(world.model("llama-4") / "model.safetensors")
-    for a, b in zip(ours.metrics(run), theirs.metrics(whole), strict=True):
-        print(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"])
-    a, b = ours.weights(run), theirs.weights(whole)
-    for tensor in a:
-        print(tensor, ((a[tensor].double()-b[tensor].double()).norm() / (b[tensor].double()-before[tensor].double()).norm()).item())
+    after, one = of(name).weights(run), alone.weights(whole)
+    for tensor, start in before.items():
+        moved = (one[tensor].double() - start.double()).norm()
+        assert (after[tensor].double() - one[tensor].double()).norm() < moved / 4, tensor
 
 
 @pytest.mark.parametrize("name", ["virtual", "data-to-virtual", "virtual-to-data", "virtual-to-first-3"])

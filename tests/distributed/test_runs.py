@@ -86,9 +86,9 @@ def timeless(lines: list[dict]) -> list[dict]:
 
 
 def test_every_run_came_to_its_end(one: Launch, two: Launch) -> None:
-    for launch in (one, two):
+    for launched in (one, two):
         runs = {
-            name: result for name, result in launch.results.items() if isinstance(result, str) and name != "not-finite"
+            name: result for name, result in launched.results.items() if isinstance(result, str) and name != "not-finite"
         }
         assert runs and set(runs.values()) == {"done"}, runs
 

@@ -148,4 +148,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    import preloaded  # noqa: F401
+
     sys.exit(main(sys.argv[1:]))
