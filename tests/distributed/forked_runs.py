@@ -45,9 +45,7 @@ class ForkedRun:
         work: a function of a module: the arguments -> the exit status.
     """
 
-    def __init__(
-        self, argv: list[str], processes: int, told: Path, work: Callable[[list[str]], int] = train
-    ) -> None:
+    def __init__(self, argv: list[str], processes: int, told: Path, work: Callable[[list[str]], int] = train) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -182,7 +182,8 @@ def test_three_steps_in_bfloat16_go_where_one_process_goes(of: Any, alone: Launc
     after, one = of(name).weights(run), alone.weights(whole)
     for tensor, start in before.items():
         moved = (one[tensor].double() - start.double()).norm()
-        assert (after[tensor].double() - one[tensor].double()).norm() < moved / 4, tensor
+        rounding = 2**-8 * start.double().norm()
+        assert (after[tensor].double() - one[tensor].double()).norm() < moved / 4 + rounding < moved, tensor
 
 
 @pytest.mark.parametrize("name", ["virtual", "data-to-virtual", "virtual-to-data", "virtual-to-first-3"])
