@@ -1,6 +1,8 @@
 # Every target prepares .venv first (tools/bootstrap.sh); once it is there, that takes no time.
 PYTHON_IN_VENV := .venv/bin/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
+# A test computes with one thread; whole files go to as many workers as there are cores.
+WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-distributed test-all mutation-test clean
@@ -19,14 +21,13 @@ demo: setup ## the whole method on this machine in 10 minutes, no GPU needed (QU
 	$(PYTHON_IN_VENV) examples/quickstart/demo.py $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: setup ## unit tests, the commands as a user runs them, and a minute of four processes
-	$(PYTEST) tests/unit tests/functional
-	SOLOPO_LAYOUTS=cheap $(PYTEST) tests/distributed/test_layouts.py
+	SOLOPO_LAYOUTS=cheap $(PYTEST) $(WORKERS) tests/unit tests/functional tests/distributed/test_layouts.py
 
 test-distributed: setup ## the same training over several processes
-	$(PYTEST) tests/distributed
+	$(PYTEST) $(WORKERS) tests/distributed
 
 test-all: setup ## every test
-	$(PYTEST) tests
+	$(PYTEST) $(WORKERS) tests
 
 mutation-test: setup ## break the code in small ways; each must turn a named test red (half an hour)
 	$(PYTHON_IN_VENV) tests/mutation/run.py

@@ -30,7 +30,9 @@ class ModelConfig:
     """The model: a Hugging Face folder, its precision, its implementation."""
 
     hf_path: str | None = option(None, "Hugging Face folder: config.json, tokenizer and (unless --random-init) weights")
-    random_init: bool = option(False, "start from random weights of the folder's config instead of its weights")
+    random_init: bool = option(
+        False, "start from random weights, by the folder's config.json and --seed, the same on every layout"
+    )
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     chat_template_kwargs: str | None = option(
         None,

@@ -70,6 +70,13 @@ def _cut_dimension(parameter: torch.nn.Parameter) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
+def own_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int | None]:
+    """(number of the part that this process holds, how many parts, the dimension that is cut) of a parameter, as
+    `Operator.fill` takes them; (0, 1, None) of one that is not cut."""
+    dimension = _cut_dimension(parameter)
+    return (0, 1, None) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size(), dimension)
+
+
 @torch.no_grad()
 def load_weights(
     model: GPTModel, hf_config: PretrainedConfig, folder: str | Path, new_rows: NewRows | None = None
@@ -100,10 +107,8 @@ def load_weights(
         tensors = [reader.get(name) for name in names]
         if new_rows is not None and isinstance(entry.operator, PadRows):
             tensors = [new_rows.grown(tensor) for tensor in tensors]
-        dimension = _cut_dimension(parameter)
-        place = (0, 1) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size())
         try:
-            entry.operator.fill(parameter, tensors, *place, dimension)
+            entry.operator.fill(parameter, tensors, *own_part(entry, parameter))
         except (ValueError, RuntimeError):  # torch's kind, where a tensor cannot even be laid out so
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True))
             raise UserError(
@@ -280,7 +285,6 @@ def save_folder(
             pass
         return
     dtype = dtype or next(chunks[0].parameters()).dtype
-    companions = Companions(
-        Path(source), config_json(source, hf_config, dtype), chat_template, chat_template_kwargs, added_tokens
-    )
+    document = config_json(source, hf_config, dtype)
+    companions = Companions(Path(source), document, chat_template, chat_template_kwargs, added_tokens)
     write_folder(Path(target), companions, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

@@ -329,7 +329,6 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, default=0, help="with a question's id it decides its pairs (default: 0)")
     group = parser.add_argument_group("lengths: words are always counted")
     group.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too")
-    group.add_argument("--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none")
     return parser
 
 
@@ -347,13 +346,12 @@ def _pairing(options: argparse.Namespace) -> Pairing:
                 f"--{flag.replace('_', '-')} ranked with --scorer {options.scorer}: its scores are 0 and 1 only, so "
                 "equal responses have no rank; take f1 or a function of your own"
             )
-    if options.chat_template and not options.tokenizer:
-        raise UserError("--chat-template would have no effect: it needs --tokenizer")
     count = None
     if options.tokenizer:
-        from megatron_solopo.data.chat import encode, load_tokenizer  # with torch, which the rest does without
+        from megatron_solopo.data.chat import encode  # with torch, which the rest does without
+        from megatron_solopo.data.tokenizer import read_tokenizer
 
-        tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+        tokenizer = read_tokenizer(options.tokenizer)
         count = lambda text: len(encode(tokenizer, text))  # noqa: E731
     return Pairing(
         scorer=load_scorer(options.scorer),

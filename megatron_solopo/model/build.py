@@ -15,7 +15,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import init_method_normal
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_solopo.config import Config
@@ -54,7 +53,6 @@ def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of the model, no dropout."""
-    std = getattr(hf_config, "initializer_range", 0.02)
     model, parallel = config.model, config.parallel
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
@@ -90,19 +88,16 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
         add_bias_linear=False,
-        init_method_std=std,
-        # As transformers draws them; Megatron's own default shrinks output layers with depth.
-        output_layer_init_method=init_method_normal(std),
         # mcore's defaults are 0.1; a dropped-out policy is not comparable with its reference.
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Random weights are drawn whole on the CPU and then cut, so that they do not depend on the layout. Transformer
-        # Engine's layers would make the whole matrix there even if nothing is drawn.
-        use_cpu_initialization=model.random_init or model.transformer_impl == "portable",
-        perform_initialization=model.random_init,
+        # Every weight is loaded, or drawn by conversion/random_start.py. Portable layers are then made on the CPU;
+        # Transformer Engine's would make whole matrices there.
+        perform_initialization=False,
+        use_cpu_initialization=model.transformer_impl == "portable",
         # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers bring their own.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,

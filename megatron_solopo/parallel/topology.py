@@ -156,11 +156,6 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
         "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
     }
     _check_divides("tensor_model_parallel_size", parallel.tensor_model_parallel_size, matrices)
-    if config.model.random_init and parallel.pipeline_model_parallel_size > 1:
-        raise UserError(
-            "--random-init with --pipeline-model-parallel-size above 1: random weights would depend on the number of "
-            "stages; start from a folder with weights"
-        )
     if experts:
         _check_experts(hf_config, config, world)
     else:
@@ -191,17 +186,6 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
     spread = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
     _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, spread)
-    grouped = config.model.transformer_impl == "transformer_engine"
-    if config.model.random_init and grouped and tensor > 1:
-        raise UserError(
-            f"--random-init with experts cut over {tensor} processes under --transformer-impl transformer_engine: "
-            "every process would draw the same part; start from a folder with weights"
-        )
-    if config.model.random_init and parallel.expert_model_parallel_size > 1:
-        raise UserError(
-            "--random-init with --expert-model-parallel-size above 1: every process would draw the same experts; "
-            "start from a folder with weights"
-        )
 
 
 def _check_divides(option: str, size: int, numbers: dict[str, int], note: str = "") -> None:

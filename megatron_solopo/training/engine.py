@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
+from megatron_solopo.conversion.random_start import draw_start
 from megatron_solopo.conversion.start import load_start
 from megatron_solopo.model.build import build_model, rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead
@@ -114,7 +115,7 @@ def build_chunks(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype
 def build_engine(
     platform: Platform, hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None
 ) -> Engine:
-    """Builds the model, loads its weights and wraps it; process groups must exist.
+    """Builds the model, loads or draws its weights and wraps it; process groups must exist.
 
     Args:
         dtype: of parameters and activations; default by --bf16. float64 has no optimizer, only gradients.
@@ -122,7 +123,9 @@ def build_engine(
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     parallel = config.parallel
     models = build_chunks(hf_config, config, dtype)
-    if not config.model.random_init:
+    if config.model.random_init:
+        draw_start(models, hf_config, config.training.seed)
+    else:
         load_start(models, hf_config, config.model.hf_path, config.model.add_special_tokens)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,

@@ -45,7 +45,7 @@ def cache_key(config: Config, dataset: TokenDataset) -> str:
     """16 hex digits over everything the log-probs depend on."""
     facts = {
         "format": FORMAT,
-        "weights": f"random seed {config.training.seed}"
+        "weights": f"drawn by name, seed {config.training.seed}"
         if config.model.random_init
         else weights_fingerprint(config.model.hf_path),
         "config": hashlib.sha256((Path(config.model.hf_path) / "config.json").read_bytes()).hexdigest(),

@@ -1,26 +1,16 @@
-"""One launch with two processes and one with one, each doing everything the tests of this folder look at."""
+"""Models, data and the oracle's results that all launches of this folder use."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import oracle
 import pytest
-from launches import (
-    OPTION_PLANS,
-    PLANS,
-    SIX_STEPS,
-    Launch,
-    World,
-    common_runs,
-    gradient_cases,
-    launch,
-    token_examples,
-    training_run,
-)
-from methods import LONG, METHODS, SHORT, method_flags, method_roles
+from launches import BATCHES, World, token_examples
+from methods import LONG, METHODS, SHORT, method_roles
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, WIDE, conversations, preference_groups, write_lines, write_model
-from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +20,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "qwen2", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=2)
     write_model(folder / "wide", LlamaConfig(**WIDE, tie_word_embeddings=False), seed=4)
     write_model(folder / "wide-tied", Qwen2Config(**WIDE, tie_word_embeddings=True), seed=5)
+    write_model(folder / "wide-qwen3", Qwen3Config(**WIDE, head_dim=16, tie_word_embeddings=False), seed=6)
+    mistral = MistralConfig(**WIDE, head_dim=12, sliding_window=None, tie_word_embeddings=False)
+    write_model(folder / "wide-mistral", mistral, seed=7)
     write_model(folder / "mixtral", MixtralConfig(**SHAPE, **EXPERTS), seed=4)
     write_model(folder / "qwen3_moe", Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE), seed=5)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
@@ -53,63 +46,16 @@ def reference(world: World) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="session")
-def two(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Two processes."""
-    out = tmp_path_factory.mktemp("two")
-    valid = ["--valid-data", world.folder / "valid.jsonl"]
-    return launch(
-        2,
-        out,
-        gradient_cases(world, reference, out, PLANS + OPTION_PLANS),
-        [
-            *common_runs(world, out),
-            training_run(world, out, "unbroken", *SIX_STEPS, *valid),
-            training_run(world, out, "resumed", *SIX_STEPS, *valid, load=True, cut=(out / "unbroken", 4)),
-            training_run(
-                world, out, "same-contexts", "--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3, data="same"
-            ),
-            training_run(
-                world,
-                out,
-                "longpo",
-                *method_flags(METHODS["longpo long token"]),
-                "--reference-cache",
-                out / "longpo-reference",
-                *("--train-iters", 2, "--global-batch-size", 4, "--lr", 1e-3, "--no-shuffle"),
-            ),
-            training_run(
-                world,
-                out,
-                "bfloat16",
-                "--bf16",
-                "--objective",
-                "sft",
-                "--train-iters",
-                20,
-                "--global-batch-size",
-                6,
-                "--lr",
-                1e-2,
-                data="chats",
-            ),
-            training_run(
-                world, out, "not-finite", "--train-iters", 3, "--lr", 1e30, "--clip-grad", 0, "--lr-warmup-fraction", 0
-            ),
-        ],
-    )
+def expected(world: World, reference: list) -> Any:
+    """(model, method, batch) -> the oracle's losses and gradient."""
+    examples = {kind: token_examples(roles) for kind, roles in (("sft", ("response",)), ("preference", SHORT + LONG))}
+    scores: dict[tuple[str, str], list[oracle.Scores]] = {}
 
+    def of(model: str, method: str, batch: str) -> Any:
+        kind = METHODS[method]["objective"]
+        if (model, kind) not in scores:
+            scores[model, kind] = oracle.scores(world.model(model), examples[kind])
+        chosen = [scores[model, kind][i] for i in BATCHES[batch]]
+        return oracle.batch(chosen, [reference[i] for i in BATCHES[batch]], METHODS[method])
 
-@pytest.fixture(scope="session")
-def one(world: World, reference: list, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """One process; it also goes on from a checkpoint of two."""
-    out = tmp_path_factory.mktemp("one")
-    valid = ["--valid-data", world.folder / "valid.jsonl"]
-    return launch(
-        1,
-        out,
-        gradient_cases(world, reference, out, PLANS),
-        [
-            *common_runs(world, out),
-            training_run(world, out, "from-two", *SIX_STEPS, *valid, load=True, cut=(two.folder / "unbroken", 2)),
-        ],
-    )
+    return of

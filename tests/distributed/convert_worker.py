@@ -1,20 +1,22 @@
-"""Converts models under layouts, in one launch: Hugging Face to Megatron to Hugging Face; run by test_conversion.py."""
+"""Converts models under layouts, in one launch: Hugging Face to Megatron to Hugging Face, and draws random ones; see
+test_conversion.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
-warnings.filterwarnings("ignore")
+import torch
+import torch.distributed as dist
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+from megatron_solopo.config import Config
+from megatron_solopo.parallel import platform
+from megatron_solopo.parallel.layouts import parse_layout
 
-from megatron_solopo.config import Config  # noqa: E402
-from megatron_solopo.parallel import platform  # noqa: E402
-from megatron_solopo.parallel.layouts import parse_layout  # noqa: E402
+SEED = 11
+"""Of the random weights."""
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -27,49 +29,58 @@ def differences(one: Path, other: Path) -> list[str]:
     return sorted(wrong)
 
 
-def convert(here: platform.Platform, source: Path, layout: str, work: Path, before: Path | None) -> dict[str, list]:
-    """What comes back from a layout: from the Hugging Face folder, and from the Megatron folder of another layout."""
+def convert(config: Config, source: Path, work: Path, before: Path | None) -> dict[str, list[str]]:
+    """What comes back from a layout otherwise than it was: from the Hugging Face folder, from the Megatron folder of
+    the layout before, and of the weights that the layout before drew."""
     from megatron_solopo.conversion.companions import Companions, config_json
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
+    from megatron_solopo.conversion.random_start import draw_start
     from megatron_solopo.conversion.start import load_start
     from megatron_solopo.model.build import read_hf_config
-    from megatron_solopo.training.engine import build_chunks, initialize_parallel
+    from megatron_solopo.training.engine import build_chunks
 
-    config = Config()
-    config.parallel = parse_layout(layout).applied(config.parallel)
-    hf_config = read_hf_config(source)
-    initialize_parallel(config)
-    found = {}
-    for name, start in {"hugging face": source, "megatron": before}.items():
-        if start is None:
-            continue
+    hf_config, found = read_hf_config(source), {}
+
+    def compare(name: str, models: Any, expected: Path | None) -> None:
+        save_folder(models, hf_config, source, work / name, max_shard_size="40KB")
+        if expected is not None:
+            found[name] = differences(expected, work / name) if dist.get_rank() == 0 else []
+
+    models = build_chunks(hf_config, config, torch.float32)
+    draw_start(models, hf_config, SEED)
+    compare("drawn", models, before / "drawn" if before else None)
+    load_start(models, hf_config, source)
+    compare("hugging face", models, source)
+    if before:
         models = build_chunks(hf_config, config, torch.float32)
-        load_start(models, hf_config, start)
-        save_folder(models, hf_config, source, work / f"{name}-hf", max_shard_size="40KB")
-        dist.barrier()
-        found[name] = differences(source, work / f"{name}-hf") if dist.get_rank() == 0 else []
+        load_start(models, hf_config, before / "megatron")
+        compare("megatron", models, source)
     companions = Companions(source, config_json(source, hf_config, torch.float32))
     save_megatron_folder(models, companions, work / "megatron")
-    del models
-    platform.end_model_parallel()
     return found
 
 
-def main(plan: Path) -> None:
-    here = platform.start("cpu")
+def main(argv: list[str]) -> int:
+    """Reads a plan, {"layouts": layout -> names of models, "folder"}, and writes ``found.json`` beside it."""
+    from megatron_solopo.training.engine import initialize_parallel
+
+    plan = Path(argv[0])
+    warnings.filterwarnings("ignore")
+    here = platform.start("cpu", timeout_minutes=2)
     cases = json.loads(plan.read_text())
-    found = {}
-    for name, layouts in cases["models"].items():
-        before = None
-        for number, layout in enumerate(layouts):
-            work = plan.parent / f"{name}-{number}"
-            found[f"{name} {layout}"] = convert(here, Path(cases["folder"]) / name, layout, work, before)
-            before = work / "megatron"
+    found: dict[str, dict[str, list[str]]] = {}
+    before: dict[str, Path] = {}
+    for layout, names in cases["layouts"].items():
+        config = Config()
+        config.parallel = parse_layout(layout).applied(config.parallel)
+        initialize_parallel(config)
+        for name in names:
+            work = plan.parent / f"{name} {layout}"
+            found[f"{name} {layout}"] = convert(config, Path(cases["folder"]) / name, work, before.get(name))
+            before[name] = work
+        platform.end_model_parallel()
     if dist.get_rank() == 0:
         (plan.parent / "found.json").write_text(json.dumps(found))
     platform.stop(here)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return 0

@@ -1,4 +1,4 @@
-"""Training processes that start in a moment: forked from a server that has imported everything, and killable."""
+"""Processes of a run that start in a moment: forked from a server that has imported everything, and killable."""
 
 from __future__ import annotations
 
@@ -7,36 +7,55 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["preloaded"])
 
 
-def _process(argv: list[str], rank: int, processes: int, port: int, told: str) -> None:
+def train(argv: list[str]) -> int:
+    """What pretrain_solopo.py does."""
+    from megatron_solopo.cli import run
+    from megatron_solopo.training.run import main
+
+    return run(main, argv)
+
+
+def _process(
+    work: Callable[[list[str]], int], argv: list[str], rank: int, processes: int, port: int, told: str
+) -> None:
+    assert "preloaded" in sys.modules, "the server passes over what it cannot import"
     os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from megatron_solopo.cli import run
-    from megatron_solopo.training.run import main
-
-    sys.exit(run(main, argv))
+    sys.exit(work(argv))
 
 
 class ForkedRun:
-    """All processes of one start of a run, as torchrun starts them."""
+    """All processes of one start of a run, as torchrun starts them.
 
-    def __init__(self, argv: list[str], processes: int, told: Path) -> None:
+    Args:
+        told: the file that gets what they tell on standard error.
+        work: a function of a module: the arguments -> the exit status.
+    """
+
+    def __init__(self, argv: list[str], processes: int, told: Path, work: Callable[[list[str]], int] = train) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         told.unlink(missing_ok=True)
         self.told = told
+        # The server of Python 3.12.1 has no sys.path but its own (python/cpython 117378).
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            forkserver.ensure_running()
         self.processes: list[BaseProcess] = [
-            _context.Process(target=_process, args=(argv, rank, processes, port, str(told)))
+            _context.Process(target=_process, args=(work, argv, rank, processes, port, str(told)))
             for rank in range(processes)
         ]
         for process in self.processes:

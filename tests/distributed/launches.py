@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import worker
+from forked_runs import ForkedRun
 from methods import METHODS, OPTIONS, has_reference, method_flags, method_roles
 from safetensors.torch import load_file
 from tiny_models import SHAPE
@@ -242,23 +244,21 @@ def common_runs(world: World, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def launch(processes: int, out: Path, cases: list[dict], runs: list[dict]) -> Launch:
+def launch(processes: int, out: Path, cases: list[dict], runs: list[dict], torchrun: bool = False) -> Launch:
+    """Does the cases and then the runs with so many processes, forked ones or, as a user starts them, torchrun's."""
     out.mkdir(exist_ok=True)
     job = out / "job.json"
     job.write_text(json.dumps({"out": str(out), "gradients": cases, "runs": runs}))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        str(Path(__file__).with_name("worker.py")),
-        str(job),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    if torchrun:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*start, worker.__file__, str(job)], env=environment, cwd=out, capture_output=True, text=True, timeout=1500
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    else:
+        run = ForkedRun([str(job)], processes, out / "stderr.txt", worker.main)
+        assert run.wait(1500) == [0] * processes, run.text()[-8000:]
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(out / "gradients.safetensors").items():
         case, _, name = key.partition("|")

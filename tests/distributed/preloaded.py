@@ -1,4 +1,6 @@
-"""What a process of forked_runs.py has imported when it starts; the CPU's answers are installed only meanwhile."""
+"""What a process of the tests has imported when it starts; the CPU's answers are installed only meanwhile."""
+
+import gc
 
 from megatron_solopo.parallel import cpu_shim
 
@@ -13,3 +15,5 @@ import megatron_solopo.training.reference  # noqa: E402, F401
 import megatron_solopo.training.run  # noqa: E402, F401
 
 _undo()
+# Every end of a run collects garbage, which these modules' half a million objects are not.
+gc.freeze()

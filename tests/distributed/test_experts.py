@@ -8,10 +8,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from comparisons import check, differences, largest_difference
 from launches import SIX_STEPS, Launch, World, case_name, gradient_cases, launch, token_examples, training_run
 from methods import METHODS, method_flags, method_roles
-from test_gradients import check, differences, expected  # noqa: F401 (a fixture)
-from test_runs import largest_difference
 
 SEQUENCE = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 CUTS: dict[str, tuple[Any, ...]] = {
@@ -44,17 +43,19 @@ BALANCED = [
 """With an auxiliary loss. Micro-batches are 1, 2 or 4: megatron-core 0.19.2 keeps 1 / their number in float32
 (schedules.py:361), and 7 of them differ from the oracle by 2e-8."""
 COEFFICIENT = 0.5
+DRAWN = "drawn"
+"""A run from random weights."""
 THREE_STEPS = ["--train-epochs", 1, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
 
 
-def three_steps(world: World, out: Any, name: str, *flags: Any) -> dict[str, Any]:
+def three_steps(world: World, out: Any, name: str, *flags: Any, method: str = "dpo") -> dict[str, Any]:
     # A cached reference of another cut differs in the last bits, which the alignment's kink at 0 would show.
-    cache = ("--reference-cache", out / f"reference {name}")
-    options = (*method_flags(METHODS["dpo"]), *THREE_STEPS, "--hf-path", world.model("qwen3_moe"))
+    cache = ("--reference-cache", out / f"reference {name}") if method == "dpo" else ()
+    options = (*method_flags(METHODS[method]), *THREE_STEPS, "--hf-path", world.model("qwen3_moe"))
     return training_run(world, out, f"three {name}", *options, *cache, *flags)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cut(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Two processes, in each of the ways; they also go on from a checkpoint of whole models, and of spread experts."""
     out = tmp_path_factory.mktemp("experts")
@@ -66,6 +67,7 @@ def cut(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory)
         balanced = gradient_cases(world, reference, out, BALANCED, (*flags, "--moe-aux-loss-coeff", COEFFICIENT))
         cases += [case | {"name": f"{name} balanced {case['name']}"} for case in balanced]
         runs.append(three_steps(world, out, name, *flags))
+    runs.append(three_steps(world, out, DRAWN, *CUTS["context and expert"], "--random-init", method="orpo"))
     six = [*SIX_STEPS, "--valid-data", world.folder / "valid.jsonl", "--hf-path", world.model("mixtral")]
     for name in ("data", "expert"):
         cache = ("--reference-cache", out / f"reference six {name}")
@@ -90,27 +92,29 @@ RESUMED = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """One process."""
     out = tmp_path_factory.mktemp("whole")
     plan = ("float32", "sft", "mixtral", "by-two", "one")
-    return launch(1, out, gradient_cases(world, [], out, [plan]), [three_steps(world, out, "whole")])
+    runs = [three_steps(world, out, "whole"), three_steps(world, out, "whole drawn", "--random-init", method="orpo")]
+    return launch(1, out, gradient_cases(world, [], out, [plan]), runs)
 
 
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("plan", PLANS, ids=case_name)
-def test_experts_have_the_oracles_gradient(cut: Launch, expected: Any, name: str, plan: tuple[str, ...]) -> None:  # noqa: F811
+def test_experts_have_the_oracles_gradient(cut: Launch, expected: Any, name: str, plan: tuple[str, ...]) -> None:
     check(cut, expected, plan, f"{name} {case_name(plan)}")
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", [*CUTS, DRAWN])
 def test_three_steps_equal_one_process(cut: Launch, whole: Launch, name: str) -> None:
-    assert (cut.results[f"three {name}"], whole.results["three whole"]) == ("done", "done")
-    for ours, theirs in zip(cut.metrics(f"three {name}"), whole.metrics("three whole"), strict=True):
+    run, one = f"three {name}", "three whole drawn" if name == DRAWN else "three whole"
+    assert (cut.results[run], whole.results[one]) == ("done", "done")
+    for ours, theirs in zip(cut.metrics(run), whole.metrics(one), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert largest_difference(cut.weights(f"three {name}"), whole.weights("three whole")) <= 1e-5
+    assert largest_difference(cut.weights(run), whole.weights(one)) <= 1e-5
 
 
 @pytest.mark.parametrize("run", RESUMED)
@@ -125,7 +129,7 @@ def test_a_run_goes_on_with_experts_cut_otherwise(cut: Launch, run: str) -> None
     assert largest_difference(cut.weights(run), cut.weights(f"six {source}")) <= (0 if exact else 1e-5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Four processes: tensor with sequence and pipeline, whose later stages cut the padding themselves."""
     out = tmp_path_factory.mktemp("four")
@@ -138,7 +142,7 @@ def four(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("plan", BALANCED, ids=case_name)
 def test_the_auxiliary_loss_is_that_of_each_micro_batch(
     cut: Launch,
-    expected: Any,  # noqa: F811
+    expected: Any,
     world: World,
     name: str,
     plan: tuple[str, ...],
@@ -146,11 +150,11 @@ def test_the_auxiliary_loss_is_that_of_each_micro_batch(
     check_balanced(cut, expected, world, name, plan)
 
 
-def test_the_auxiliary_loss_of_a_stage_that_cuts_its_padding(four: Launch, expected: Any, world: World) -> None:  # noqa: F811
+def test_the_auxiliary_loss_of_a_stage_that_cuts_its_padding(four: Launch, expected: Any, world: World) -> None:
     check_balanced(four, expected, world, "four", BALANCED[0])
 
 
-def check_balanced(launched: Launch, expected: Any, world: World, name: str, plan: tuple[str, ...]) -> None:  # noqa: F811
+def check_balanced(launched: Launch, expected: Any, world: World, name: str, plan: tuple[str, ...]) -> None:
     """Preference gradient + coefficient x the mean over all packs, whatever shares them; padding never counts."""
     case = f"{name} balanced {case_name(plan)}"
     _, method, model_name, _, batch = plan

@@ -10,49 +10,35 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from launches import BATCHES, LAID_OUT, OPTION_PLANS, PLANS, Launch, World, case_name, token_examples
+from comparisons import BOUND, check, differences
+from launches import (
+    BATCHES,
+    LAID_OUT,
+    OPTION_PLANS,
+    PLANS,
+    Launch,
+    World,
+    case_name,
+    gradient_cases,
+    launch,
+    token_examples,
+)
 from methods import CONSTANTS, LONG, METHODS, OPTIONS, SHORT, method_roles
 from torch import Tensor
 
-# float64 leaves room for the sums' order only; float32 is compared tensor by tensor, never element by element.
-BOUND = {"float64": 1e-10, "float32": 1e-5}
+
+@pytest.fixture(scope="module")
+def two(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Two processes."""
+    out = tmp_path_factory.mktemp("two")
+    return launch(2, out, gradient_cases(world, reference, out, PLANS + OPTION_PLANS), [])
 
 
-def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """|a - b| / |b| of each tensor."""
-    assert ours.keys() == theirs.keys()
-    return {
-        name: ((ours[name].double() - theirs[name].double()).norm() / theirs[name].double().norm()).item()
-        for name in ours
-    }
-
-
-@pytest.fixture(scope="session")
-def expected(world: World, reference: list) -> Any:
-    """(model, method, batch) -> the oracle's losses and gradient."""
-    examples = {kind: token_examples(roles) for kind, roles in (("sft", ("response",)), ("preference", SHORT + LONG))}
-    scores: dict[tuple[str, str], list[oracle.Scores]] = {}
-
-    def of(model: str, method: str, batch: str) -> Any:
-        kind = METHODS[method]["objective"]
-        if (model, kind) not in scores:
-            scores[model, kind] = oracle.scores(world.model(model), examples[kind])
-        chosen = [scores[model, kind][i] for i in BATCHES[batch]]
-        return oracle.batch(chosen, [reference[i] for i in BATCHES[batch]], METHODS[method])
-
-    return of
-
-
-def check(launched: Launch, expected: Any, plan: tuple[str, ...], name: str | None = None) -> None:
-    """Loss and gradient of a plan are the oracle's: every pair weighs 1 / G."""
-    name = name or case_name(plan)
-    dtype, method, model, _, batch = plan
-    losses, gradient = expected(model, method, batch)
-    mean = sum(losses) / len(losses)
-    assert abs(launched.results[name]["means"]["loss"] - mean) <= BOUND[dtype] * max(1, abs(mean))
-    worst = differences(launched.gradients[name], gradient)
-    assert max(worst.values()) <= BOUND[dtype], max(worst, key=worst.get)
-    assert min(tensor.norm() for tensor in gradient.values()) > 0
+@pytest.fixture(scope="module")
+def one(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """One process."""
+    out = tmp_path_factory.mktemp("one")
+    return launch(1, out, gradient_cases(world, reference, out, PLANS), [])
 
 
 @pytest.fixture(params=["one", "two"])

@@ -10,10 +10,9 @@ import os
 from typing import Any
 
 import pytest
+from comparisons import check, largest_difference
 from launches import SIX_STEPS, Launch, World, case_name, gradient_cases, launch, training_run
 from methods import METHODS, method_flags
-from test_gradients import check, expected  # noqa: F401 (a fixture)
-from test_runs import largest_difference
 
 from megatron_solopo.config import flag
 from megatron_solopo.parallel.layouts import parse_layout
@@ -60,16 +59,20 @@ LAYOUTS: dict[int, list[str]] = {
 }
 PLANS = [
     ("float64", "dpo", "wide"),
-    ("float64", "simpo", "wide"),
+    ("float64", "simpo", "wide-qwen3"),
     ("float64", "orpo", "wide-tied"),
-    ("float32", "dpo", "wide"),
+    ("float32", "dpo", "wide-mistral"),
+    ("float32", "simpo", "wide-qwen3"),
     ("float32", "orpo", "wide-tied"),
 ]
+"""Llama, Qwen3 (norms over heads), Qwen2 (tied, with biases), Mistral (heads wider than hidden size / heads)."""
 WITH_EXPERTS = [
     ("float64", "dpo", "qwen3_moe"),
     ("float64", "simpo", "mixtral"),
     ("float64", "orpo", "qwen3_moe"),
     ("float32", "dpo", "qwen3_moe"),
+    ("float32", "simpo", "mixtral"),
+    ("float32", "orpo", "qwen3_moe"),
 ]
 STEPPED = {
     2: ["cp2"],
@@ -97,9 +100,8 @@ def pieces_of(layout: str) -> str:
     return next((name for name in ("separate", "padded") if name in layout), "by-two")
 
 
-def plans(layout: str, processes: int = 1) -> list[tuple[str, ...]]:
+def plans(layout: str) -> list[tuple[str, ...]]:
     some = WITH_EXPERTS if any(part.startswith("ep") for part in layout.split()) else PLANS
-    some = [plan for plan in some if processes < 8 or plan != ("float32", "orpo", "wide-tied")]
     return [(dtype, method, model, pieces_of(layout), "seven") for dtype, method, model in some]
 
 
@@ -138,7 +140,7 @@ def launches(world: World, reference: list, tmp_path_factory: pytest.TempPathFac
             cases = [
                 case | {"name": f"{layout} {case['name']}"}
                 for layout in LAYOUTS[processes]
-                for case in gradient_cases(world, reference, out, plans(layout, processes), tuple(flags_of(layout)))
+                for case in gradient_cases(world, reference, out, plans(layout), tuple(flags_of(layout)))
             ]
             try:
                 runs = [
@@ -151,7 +153,7 @@ def launches(world: World, reference: list, tmp_path_factory: pytest.TempPathFac
                         six_steps(world, out, f"six {source} to {target}", flags_of(target), f"six {source}")
                         for target in targets
                     ]
-                done[processes] = launch(processes, out, cases, runs)
+                done[processes] = launch(processes, out, cases, runs, torchrun=True)
             except AssertionError as error:  # once for all tests of this size
                 done[processes] = error
         launched = done[processes]
@@ -171,12 +173,12 @@ def identifier(value: Any) -> str:
 
 @pytest.mark.parametrize(
     ("processes", "layout", "plan"),
-    [(size, layout, plan) for size, layout in CASES for plan in plans(layout, size)],
+    [(size, layout, plan) for size, layout in CASES for plan in plans(layout)],
     ids=identifier,
 )
 def test_every_layout_has_the_oracles_gradient(
     launches: Any,
-    expected: Any,  # noqa: F811
+    expected: Any,
     processes: int,
     layout: str,
     plan: tuple[str, ...],

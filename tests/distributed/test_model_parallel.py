@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import check, largest_difference
 from launches import SIX_STEPS, Launch, World, case_name, gradient_cases, launch, training_run
 from methods import METHODS, method_flags
-from test_gradients import check, expected  # noqa: F401 (a fixture)
-from test_runs import largest_difference
 
 CUTS: dict[str, tuple[Any, ...]] = {
     "tensor": ("--tensor-model-parallel-size", 2),
@@ -30,7 +29,28 @@ PLANS = [
 ]
 
 
-@pytest.fixture(scope="session")
+TABLED = ("float64", "dpo", "llama", "recompute", "seven")
+"""Whose every metric, and the table of the reference, is compared with one process."""
+THREE_STEPS = ["--train-epochs", 1, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
+
+
+@pytest.fixture(scope="module")
+def one(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """One process."""
+    out = tmp_path_factory.mktemp("one")
+    run = training_run(world, out, "three", *method_flags(METHODS["dpo"]), *THREE_STEPS)
+    return launch(1, out, gradient_cases(world, reference, out, [TABLED]), [run])
+
+
+@pytest.fixture(scope="module")
+def two(world: World, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Two copies of the model."""
+    out = tmp_path_factory.mktemp("two")
+    run = training_run(world, out, "unbroken", *SIX_STEPS, "--valid-data", world.folder / "valid.jsonl")
+    return launch(2, out, [], [run])
+
+
+@pytest.fixture(scope="module")
 def cut(world: World, reference: list, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Two processes that share one model, in each of the ways; they also go on from data-parallel checkpoints."""
     out = tmp_path_factory.mktemp("cut")
@@ -40,9 +60,8 @@ def cut(world: World, reference: list, two: Launch, tmp_path_factory: pytest.Tem
         cases += [case | {"name": f"{name} {case['name']}"} for case in more]
         # A cached reference of another cut differs in the last bits, which the alignment's kink at 0 would show.
         flags = (*flags, "--reference-cache", out / f"reference-{name}")
-        three = ["--train-epochs", 1, "--global-batch-size", 5, "--lr", 1e-4, "--lr-warmup-fraction", 0]
         runs += [
-            training_run(world, out, f"three-{name}", *method_flags(METHODS["dpo"]), *three, *flags),
+            training_run(world, out, f"three-{name}", *method_flags(METHODS["dpo"]), *THREE_STEPS, *flags),
             training_run(
                 world, out, f"from-two-{name}", *SIX_STEPS, "--valid-data", world.folder / "valid.jsonl", *flags,
                 load=True, cut=(two.folder / "unbroken", 2),
@@ -53,29 +72,29 @@ def cut(world: World, reference: list, two: Launch, tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("plan", PLANS, ids=case_name)
-def test_a_cut_model_has_the_oracles_gradient(cut: Launch, expected: Any, name: str, plan: tuple[str, ...]) -> None:  # noqa: F811
+def test_a_cut_model_has_the_oracles_gradient(cut: Launch, expected: Any, name: str, plan: tuple[str, ...]) -> None:
     check(cut, expected, plan, f"{name} {case_name(plan)}")
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_model_logs_what_one_process_logs(cut: Launch, one: Launch, name: str) -> None:
-    plan = ("float64", "dpo", "llama", "recompute", "seven")
-    ours, theirs = cut.results[f"{name} {case_name(plan)}"]["means"], one.results[case_name(plan)]["means"]
+    ours, theirs = cut.results[f"{name} {case_name(TABLED)}"]["means"], one.results[case_name(TABLED)]["means"]
     assert ours.keys() == theirs.keys()
     assert all(abs(ours[key] - theirs[key]) <= 1e-10 * max(1, abs(theirs[key])) for key in theirs)
-    table = torch.tensor(cut.results[f"{name} {case_name(plan)}"]["table"], dtype=torch.float64)
-    torch.testing.assert_close(
-        table, torch.tensor(one.results[case_name(plan)]["table"], dtype=torch.float64), rtol=0, atol=1e-10
-    )
+    tables = [
+        torch.tensor(results[case]["table"], dtype=torch.float64)
+        for results, case in ((cut.results, f"{name} {case_name(TABLED)}"), (one.results, case_name(TABLED)))
+    ]
+    torch.testing.assert_close(*tables, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_three_steps_of_a_cut_model_equal_one_process(cut: Launch, one: Launch, name: str) -> None:
     assert cut.results[f"three-{name}"] == "done"
-    for ours, theirs in zip(cut.metrics(f"three-{name}"), one.metrics("three-dpo"), strict=True):
+    for ours, theirs in zip(cut.metrics(f"three-{name}"), one.metrics("three"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert largest_difference(cut.weights(f"three-{name}"), one.weights("three-dpo")) <= 1e-5
+    assert largest_difference(cut.weights(f"three-{name}"), one.weights("three")) <= 1e-5
 
 
 @pytest.mark.parametrize("name", CUTS)

@@ -1,4 +1,4 @@
-"""What every process of a test launch does: torchrun --nproc_per_node N worker.py JOB.json
+"""What every process of a test launch does (`launches.launch`): worker.py JOB.json
 
 The job lists gradients to compute and trainer runs to do; one launch serves many checks. The first process writes
 ``results.json`` and ``gradients.safetensors`` into the job's ``out`` folder.
@@ -104,8 +104,8 @@ def end(engines: dict[str, Any]) -> None:
     platform.end_model_parallel()
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def main(argv: list[str]) -> int:
+    job = json.loads(Path(argv[0]).read_text())
     here = platform.start("cpu", timeout_minutes=2)
     from megatron_solopo.model.build import read_hf_config
     from megatron_solopo.training.engine import build_engine, initialize_parallel
@@ -144,7 +144,10 @@ def main() -> None:
         save_file(tensors, out / "gradients.safetensors")
     dist.barrier()
     platform.stop(here)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    import preloaded  # noqa: F401
+
+    sys.exit(main(sys.argv[1:]))

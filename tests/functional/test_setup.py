@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -225,10 +224,8 @@ def test_set_up_installs_once_mends_itself_and_moves(machine: Machine, tmp_path:
     assert str(python) in first.stdout and re.search(r"download +\d+\.\d GiB .* GiB on disk", first.stdout)
     assert (machine.root / ".venv/bin/solopo").is_file()
 
-    began = time.monotonic()
     second = machine.bootstrap(PIP_NO_INDEX="1")
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
-    assert time.monotonic() - began < 1
 
     # The checkout is moved, a pin changes, and a package was cut off half-way: all three are mended in one call.
     machine.root = machine.root.rename(machine.root.with_name("moved"))

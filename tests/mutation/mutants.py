@@ -43,6 +43,7 @@ FAMILIES = "tests/unit/test_families.py -k 'not real_shapes'"
 TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
 ROPE = "tests/unit/test_rope.py"
 LONGER = "tests/functional/test_rope_scaling.py"
+DRAWN = "tests/unit/test_random_start.py"
 
 MUTANTS: list[Mutant] = [
     *_in(
@@ -385,6 +386,19 @@ MUTANTS: list[Mutant] = [
         "training/run.py",
         LONGER,
         ("resumed with another scaling", '"rope_scaling": config.model.rope_scaling,', ""),
+    ),
+    *_in(
+        "conversion/random_start.py",
+        DRAWN,
+        ("one draw for all tensors", 'f"{seed} {name}"', 'f"{seed}"'),
+        ("a draw without the seed", 'f"{seed} {name}"', 'f"{name}"'),
+        ("norms drawn like matrices", "if len(shape) == 1:", "if False:"),
+        ("the config's deviation ignored", "dtype=np.float32)) * std", "dtype=np.float32)) * 0.02"),
+    ),
+    *_in(
+        "conversion/random_start.py",
+        "tests/distributed/test_conversion.py",
+        ("each process draws a part of its own", 'f"{seed} {name}"', 'f"{seed} {name} {torch.distributed.get_rank()}"'),
     ),
 ]
 

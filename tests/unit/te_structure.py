@@ -25,14 +25,23 @@ warnings.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, write_model  # noqa: E402
-from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_solopo.config import Config  # noqa: E402
 from megatron_solopo.parallel import cpu_shim, platform  # noqa: E402
 
 MODELS = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None, tie_word_embeddings=False),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
     "mixtral": MixtralConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
     "qwen3_moe": Qwen3MoeConfig(**SHAPE, **QWEN3_MOE, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
 }

@@ -193,7 +193,6 @@ WRONG_OPTIONS = {
     ),
     "no rank": (["--all-right", "ranked", "--scorer", "em"], r"--all-right ranked with --scorer em: its scores are 0"),
     "no pairs": (["--pairs-per-question", "0"], r"--pairs-per-question 0: give a number of at least 1$"),
-    "no tokenizer": (["--chat-template", "x"], r"--chat-template would have no effect: it needs --tokenizer$"),
     "no folder": (["--tokenizer", "absent"], r"absent: no such folder; give a Hugging Face folder with a tokenizer$"),
     "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all"),
 }

@@ -50,7 +50,7 @@ def test_parameters_are_the_portable_ones(found: list[dict[str, Any]]) -> None:
 
 def test_checkpoints_interchange(found: list[dict[str, Any]]) -> None:
     for process in found:
-        assert len(process["checkpoints"]) == 8
+        assert len(process["checkpoints"]) == 2 * len(process["models"]) == 12
         for name, checkpoint in process["checkpoints"].items():
             assert all(checkpoint.values()), (name, checkpoint)
 

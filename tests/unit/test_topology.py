@@ -10,7 +10,7 @@ import torch
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from megatron_solopo.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
 from megatron_solopo.parallel.topology import (
@@ -160,11 +160,6 @@ def test_stages_that_the_layers_do_not_fill_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_random_weights_need_one_stage() -> None:
-    with pytest.raises(UserError, match="--random-init with --pipeline-model-parallel-size"):
-        check_layout(LlamaConfig(**SHAPE), Config(model=ModelConfig(random_init=True), parallel=layout(1, 2)), 128, 2)
-
-
 SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
@@ -212,12 +207,6 @@ def test_experts_that_can(parallel: dict, world: int) -> None:
 def test_a_model_without_experts_refuses_their_options(config: Config, flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag}: llama has no experts"):
         check_layout(LlamaConfig(**SHAPE), config, 128, 2)
-
-
-def test_random_experts_are_not_spread() -> None:
-    config = Config(model=ModelConfig(random_init=True), parallel=ParallelConfig(expert_model_parallel_size=2))
-    with pytest.raises(UserError, match="--random-init with --expert-model-parallel-size"):
-        check_layout(MixtralConfig(**SHAPE, **EXPERTS), config, 128, 2)
 
 
 @pytest.mark.parametrize(
