@@ -155,14 +155,16 @@ class Statistics:
         unequal, most = longer + shorter, max(longer, shorter)
         # Under an even split the larger side is above one half by sqrt(n) / 2 in one standard deviation.
         deviations = (most - unequal / 2) / (math.sqrt(unequal) / 2) if unequal else 0.0
-        if unequal and most / unequal >= LOPSIDED_SHARE and deviations >= LOPSIDED_DEVIATIONS:
+        if not unequal or most / unequal < LOPSIDED_SHARE:
+            return f"{said} That is no length bias to speak of.", False
+        if deviations >= LOPSIDED_DEVIATIONS:
             kind = "longer" if longer > shorter else "shorter"
             return (
                 f"{said} That is lopsided: a model can learn to be {kind} instead of right. "
                 "build-pairs --policy length_matched pairs responses of like length.",
                 True,
             )
-        return f"{said} That is no length bias to speak of.", False
+        return f"{said} With so few groups that may be chance.", False
 
 
 def _compared(example: Example) -> Iterator[tuple[str, str]]:
