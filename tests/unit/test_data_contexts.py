@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.data import selection
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import Context, build_contexts
 from megatron_solopo.data.counting import TokenCounter
@@ -262,6 +263,25 @@ def test_memory_of_a_paragraph_does_not_grow_with_its_text(tmp_path: Path) -> No
             writer.add(Paragraph(str(index), "x" * 10_000))
         rows = writer.index(FORMAT, None)
         assert rows.nbytes == 24 * 50 and file.seek(0, 2) > 500_000
+
+
+def test_an_impossible_question_reads_little_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    whole = DistractorPool.__getitem__
+    monkeypatch.setattr(DistractorPool, "__getitem__", lambda pool, row: reads.append(row) or whole(pool, row))
+    question = Question("q", "?", "yes sir", (), (Paragraph("g", "gold " * 100, True),))
+    here = count_chat(FORMAT.messages("?", question.paragraphs))
+    pool = DistractorPool.of([Paragraph(f"t{i}", "x " * (40 + i % 20)) for i in range(1000)], FORMAT, count_words)
+    with pytest.raises(CannotBuild, match="no choice of distractors"):  # the gap is shorter than any paragraph
+        build(question, pool, [here + 20])
+    assert len(reads) < 20
+    monkeypatch.setattr(selection, "_MOST_READ", 50)
+    pool = DistractorPool.of([Paragraph(f"t{i}", "x yes sir " * 9) for i in range(1000)], FORMAT, count_words)
+    for size, tokens in ((600, True), (here + 30, True), (9, False)):  # the answer is in every paragraph
+        reads.clear()
+        with pytest.raises(CannotBuild):
+            build(question, pool, [size], tokens=tokens)
+        assert 0 < len(reads) < 60
 
 
 def test_values_with_braces_are_not_templates() -> None:
