@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.data import selection
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import Context, build_contexts
 from megatron_solopo.data.counting import TokenCounter
@@ -207,7 +208,7 @@ def test_a_chosen_depth(tokens: bool) -> None:
 def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: bool) -> None:
     questions = corpus()
     pool = pool_of(questions)
-    kept = Counter()
+    kept, firsts = Counter(), set()
     for question in questions:
         sizes = [200, 700] if tokens else [4, 12]
         short, long = build(question, pool, sizes, tokens=tokens, drop_gold_share=0.25)
@@ -215,6 +216,7 @@ def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: b
         here = [p for p in short.paragraphs if p.is_supporting]
         assert here and set(here) <= set(gold_of(question))
         kept[len(here)] += 1
+        firsts.add(gold_of(question).index(here[0]))
         # What was dropped does not come back as a distractor, and the long context holds the short one's.
         others = {(p.title, p.text) for p in short.paragraphs if not p.is_supporting}
         assert not others & {(p.title, p.text) for p in gold_of(question)}
@@ -224,6 +226,7 @@ def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: b
                 assert 0.98 * size <= count_chat(context.messages) <= size
     # A quarter of 2 paragraphs is half a paragraph: one of them in half of the questions (60, p = 0.001).
     assert 17 <= kept[1] <= 43 and kept[1] + kept[2] == len(questions)
+    assert firsts == {0, 1}  # either may go
     # However much is dropped, one paragraph stays.
     assert len(build(questions[0], pool, [4], tokens=False, drop_gold_share=0.99)[0].gold_positions) == 1
 
@@ -262,6 +265,25 @@ def test_memory_of_a_paragraph_does_not_grow_with_its_text(tmp_path: Path) -> No
             writer.add(Paragraph(str(index), "x" * 10_000))
         rows = writer.index(FORMAT, None)
         assert rows.nbytes == 24 * 50 and file.seek(0, 2) > 500_000
+
+
+def test_an_impossible_question_reads_little_of_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    whole = DistractorPool.__getitem__
+    monkeypatch.setattr(DistractorPool, "__getitem__", lambda pool, row: reads.append(row) or whole(pool, row))
+    question = Question("q", "?", "yes sir", (), (Paragraph("g", "gold " * 100, True),))
+    here = count_chat(FORMAT.messages("?", question.paragraphs))
+    pool = DistractorPool.of([Paragraph(f"t{i}", "x " * (40 + i % 20)) for i in range(1000)], FORMAT, count_words)
+    with pytest.raises(CannotBuild, match="no choice of distractors"):  # the gap is shorter than any paragraph
+        build(question, pool, [here + 20])
+    assert len(reads) < 20
+    monkeypatch.setattr(selection, "_MOST_READ", 50)
+    pool = DistractorPool.of([Paragraph(f"t{i}", "x yes sir " * 9) for i in range(1000)], FORMAT, count_words)
+    for size, tokens in ((600, True), (here + 30, True), (9, False)):  # the answer is in every paragraph
+        reads.clear()
+        with pytest.raises(CannotBuild):
+            build(question, pool, [size], tokens=tokens)
+        assert 0 < len(reads) < 60
 
 
 def test_values_with_braces_are_not_templates() -> None:
