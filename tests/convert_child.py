@@ -40,7 +40,8 @@ def convert(argv: list[str], told: Path, moment: int | None = None, disk: int | 
     Args:
         argv: of the command, the folder's option last but one.
         told: a file for its output, and a line of what is left in the folder around.
-        moment: before which change of files there SIGKILL comes, counted from 1.
+        moment: before which change of files there SIGKILL comes, counted from 1; 0: none, a line tells how many there
+            were.
         disk: bytes of the disk around, see `_small_disk`.
     """
     child = _context.Process(target=_work, args=(argv, told, moment, disk))
@@ -58,15 +59,16 @@ def _work(argv: list[str], told: Path, moment: int | None, disk: int | None) -> 
     folder = Path(argv[4]).parent
     if disk is not None:
         _small_disk(folder, disk)
-    if moment is not None:
-        _kill_at(moment, folder)
+    seen = _kill_at(moment, folder) if moment is not None else [0]
     status = run(megatron_solopo.training.convert.main, argv)
+    print("changes:", seen[0], flush=True)
     print("left:", os.listdir(folder), flush=True)  # a disk of this process ends with it
     os._exit(status)
 
 
-def _kill_at(moment: int, folder: Path) -> None:
-    left = [moment]
+def _kill_at(moment: int, folder: Path) -> list[int]:
+    """Counts changes of files from now on; returns where."""
+    count = [0]
 
     def see(event: str, arguments: tuple) -> None:
         if event not in CHANGES or not isinstance(arguments[0], str | bytes | os.PathLike):
@@ -74,11 +76,12 @@ def _kill_at(moment: int, folder: Path) -> None:
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
         if os.fsdecode(arguments[0]).startswith(str(folder)):
-            left[0] -= 1
-            if left[0] == 0:
+            count[0] += 1
+            if count[0] == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(see)
+    return count
 
 
 def _small_disk(folder: Path, size: int) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.tokenizer import add_special_tokens, find_model, read_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.model import rope_scaling
 
 CARRIED = (
@@ -60,10 +61,8 @@ class Companions:
         """
         for path in (path for pattern in CARRIED for path in sorted(self.source.glob(pattern))):
             shutil.copyfile(path, folder / path.name)
-        if self.added_tokens is not None or find_model(self.source) is not None:
-            tokenizer = read_tokenizer(self.source)
-            if self.added_tokens is not None:
-                add_special_tokens(tokenizer, self.added_tokens, self.source)
+        tokenizer = self._tokenizer()
+        if tokenizer is not None:
             try:
                 tokenizer.save_pretrained(folder)
             except OSError:
@@ -76,6 +75,19 @@ class Companions:
         if self.chat_template_kwargs is not None:
             template_kwargs.write(folder, self.chat_template_kwargs)
         (folder / "config.json").write_text(self.config_json, encoding="utf-8")  # last: without it nothing loads
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """One that the carried files do not hold yet."""
+        if self.added_tokens is not None:
+            tokenizer = read_tokenizer(self.source)  # was read once before the work began
+            add_special_tokens(tokenizer, self.added_tokens, self.source)
+            return tokenizer
+        if find_model(self.source) is None:
+            return None
+        try:
+            return read_tokenizer(self.source)
+        except UserError:
+            return None  # weights that are done do not wait for a package; the files go along as they are
 
 
 def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> str:

@@ -47,8 +47,8 @@ def find_model(folder: Path) -> Path | None:
     """The SentencePiece model or rank file of a folder without tokenizer.json."""
     if (folder / "tokenizer.json").is_file():
         return None
-    found = (path for pattern in ("tokenizer.model*", "tiktoken.model") for path in sorted(folder.glob(pattern)))
-    return next(found, None)
+    paths = (folder / name for name in ("tokenizer.model", "tiktoken.model"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _require(package: str, model: Path) -> None:

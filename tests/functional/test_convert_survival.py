@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import re
 import shutil
 import signal
@@ -69,33 +68,38 @@ def same(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor] | N
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
-def test_a_killed_conversion(home: Home, direction: str, existing: bool, tmp_path: Path) -> None:
-    """At every third change of files, the first and the last ones: the folder is what it was, and the same command
-    ends well. Only between two renames at the end an earlier model stands under another name for a moment."""
+def test_a_conversion_killed_again_and_again(home: Home, direction: str, existing: bool, tmp_path: Path) -> None:
+    """At changes of files from the first to the last one, each time with what the kill before left: the folder is what
+    it was, and the same command ends well. Only between two renames at the end an earlier model stands under another
+    name."""
     kind = direction.rpartition("-")[2]
     earlier, wanted = (contents(home.folder / name) for name in (f"earlier-{kind}", kind))
-    target = tmp_path / "work" / "target"
-    argv = [*command(home, direction, target), *(["--force"] if existing else [])]
-    killed = 0
-    for moment in itertools.chain([1, 2], itertools.count(3, 3)):
-        shutil.rmtree(target.parent, ignore_errors=True)
-        target.parent.mkdir()
+    target, told = tmp_path / "work" / "target", tmp_path / "told"
+    target.parent.mkdir()
+
+    def begin() -> None:
+        shutil.rmtree(target, ignore_errors=True)
         if existing:
             shutil.copytree(home.folder / f"earlier-{kind}", target)
-        status = convert(argv, tmp_path / "told", moment=moment)
-        if status == 0:
-            break
-        killed += 1
-        assert status == -signal.SIGKILL, (tmp_path / "told").read_text()
+
+    argv = [*command(home, direction, target), *(["--force"] if existing else [])]
+    begin()
+    assert convert(argv, told, moment=0) == 0, told.read_text()
+    last = int(re.search(r"changes: (\d+)", told.read_text())[1])
+    begin()
+    seen = []
+    for moment in sorted({1, last // 3, 2 * last // 3, last - 2, last - 1, last}):
+        assert convert(argv, told, moment=moment) == -signal.SIGKILL, told.read_text()
         found = contents(target)
-        if existing and found is None:
-            assert not target.exists() and same(contents(target.with_name("target.replaced")), earlier)
-        else:
-            assert found is None or same(found, earlier if existing else wanted) or same(found, wanted)
-            assert existing or found is None or moment > 3
-        succeed([*argv, *([] if existing or found is None else ["--force"])])
-        assert same(contents(target), wanted) and [path.name for path in target.parent.iterdir()] == ["target"]
-    assert killed >= 5 and same(contents(target), wanted)
+        seen.append("wanted" if same(found, wanted) else "earlier" if same(found, earlier) else "none")
+        if found is None:
+            assert not target.exists()
+            assert not existing or same(contents(target.with_name("target.replaced")), earlier)
+        elif seen[-1] == "wanted":
+            begin()
+    assert seen[:3] == ["earlier" if existing else "none"] * 3 and (not existing or "none" in seen), seen
+    succeed(argv)
+    assert same(contents(target), wanted) and [path.name for path in target.parent.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])

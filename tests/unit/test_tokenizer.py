@@ -144,6 +144,9 @@ def test_an_absent_package_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"tokenizer.model: .* the package {package}, which is not installed; pip inst"):
         read_tokenizer(folder)
+    (tmp_path / "out").mkdir()
+    Companions(folder, "{}").write(tmp_path / "out")  # weights that are done get the files as they are
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "tokenizer.model"]
 
 
 def test_added_tokens_are_one_id_each(tmp_path: Path) -> None:
