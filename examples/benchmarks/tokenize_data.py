@@ -120,7 +120,17 @@ def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, c
     from megatron_solopo.data import tokenize_data
 
     folder.mkdir(parents=True, exist_ok=True)
-    job = tokenize_data.Job(str(path), str(tokenizer_folder), str(TEMPLATE), None, "preference", None, "refuse", folder)
+    job = tokenize_data.Job(
+        source=str(path),
+        tokenizer=str(tokenizer_folder),
+        chat_template=str(TEMPLATE),
+        chat_template_kwargs=None,
+        added_tokens=None,
+        objective="preference",
+        seq_length=None,
+        overlong="refuse",
+        parts=folder,
+    )
     _, parts = tokenize_data.scan(path)
     times = []
     for number in tokenize_data._tokenize_parts(job, dict(enumerate(parts)), workers):

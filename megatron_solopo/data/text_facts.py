@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.tokenizer import find_model
 
 _NOT_THE_TOKENIZER = (
     *("chat_template", template_kwargs.KEY),
@@ -24,14 +25,19 @@ _FILES = (
 )
 
 
+TEXT_FACTS = ("tokenizer", "added_tokens", "chat_template", "chat_template_kwargs", "end_of_turn")
+"""The keys of `text_facts`."""
+
+
 def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What turns a chat into ids: digests of the tokenizer's files and of its chat template, and how it is used.
 
     Args:
         folder: the tokenizer's.
     """
-    files = {}
-    for name in dict.fromkeys((*_FILES, *tokenizer.vocab_files_names.values())):
+    files, model = {}, find_model(Path(folder))
+    names = (*_FILES, *tokenizer.vocab_files_names.values(), *([model.name] if model else []))
+    for name in dict.fromkeys(names):
         path = Path(folder) / name
         if path.is_file():
             data = path.read_bytes()
@@ -42,6 +48,7 @@ def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     chosen = tokenizer.chat_template
     return {
         "tokenizer": files,
+        "added_tokens": dict(sorted(tokenizer.get_added_vocab().items())),
         "chat_template": hashlib.sha256(chosen.encode() if isinstance(chosen, str) else _canonical(chosen)).hexdigest(),
         "chat_template_kwargs": template_kwargs.of(tokenizer),
         "end_of_turn": tokenizer.eos_token,
@@ -61,6 +68,9 @@ def text_differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
             lacks = "" if name in made_files and name in files else " (only one of them has it)"
             told.append(f"another tokenizer ({name} differs{lacks})")
             break
+    if not told and made["added_tokens"] != now["added_tokens"]:
+        other = sorted(token for token, _ in made["added_tokens"].items() ^ now["added_tokens"].items())
+        told.append(f"other --add-special-tokens ({', '.join(dict.fromkeys(other))})")
     if made["chat_template"] != now["chat_template"]:
         told.append("another chat template")
     for key, what in (("chat_template_kwargs", "--chat-template-kwargs"), ("end_of_turn", "end of turn")):

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_solopo.data.text_facts import text_differences
+from megatron_solopo.data.text_facts import TEXT_FACTS, text_differences
 from megatron_solopo.data.tokens import (
     RESPONSE,
     Continuation,
@@ -314,7 +314,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["format"]
         complete = found != FORMAT or (
             manifest["objective"] in LAYOUTS
-            and {"tokenizer", "chat_template", "chat_template_kwargs", "end_of_turn"} <= manifest["text"].keys()
+            and set(TEXT_FACTS) == manifest["text"].keys()
             and {"ids_used", "ids_mismatched", "groups"} <= manifest["counts"].keys()
             and {"id", "group"} <= manifest["largest_token"].keys()
             and {"tokens.bin", "tokens.idx", "digests.bin", "ids.jsonl", "overlong.jsonl"} == manifest["files"].keys()

@@ -57,13 +57,19 @@ class Job:
     tokenizer: str
     chat_template: str | None
     chat_template_kwargs: str | None
+    added_tokens: str | None
     objective: str
     seq_length: int | None
     overlong: str
     parts: Path
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.tokenizer, self.chat_template, chat_template_kwargs=self.chat_template_kwargs)
+        return load_tokenizer(
+            self.tokenizer,
+            self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            added_tokens=self.added_tokens,
+        )
 
     def part_file(self, number: int) -> Path:
         return self.parts / f"{number:06}.npz"
@@ -268,6 +274,9 @@ def _parser() -> argparse.ArgumentParser:
         "--chat-template-kwargs", metavar="JSON", help="values for its variables; training must be given the same"
     )
     parser.add_argument(
+        "--add-special-tokens", metavar="TOKEN,...", help="new special tokens; training must be given the same"
+    )
+    parser.add_argument(
         "--objective", choices=sorted(LAYOUTS), default="preference", help="what the file holds (default: preference)"
     )
     parser.add_argument(
@@ -313,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,
         chat_template_kwargs=options.chat_template_kwargs,
+        added_tokens=options.add_special_tokens,
         objective=options.objective,
         seq_length=options.seq_length,
         overlong=options.overlong or "refuse",
