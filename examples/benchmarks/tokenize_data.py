@@ -121,7 +121,15 @@ def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, c
 
     folder.mkdir(parents=True, exist_ok=True)
     job = tokenize_data.Job(
-        str(path), str(tokenizer_folder), str(TEMPLATE), None, None, "preference", None, "refuse", folder
+        source=str(path),
+        tokenizer=str(tokenizer_folder),
+        chat_template=str(TEMPLATE),
+        chat_template_kwargs=None,
+        added_tokens=None,
+        objective="preference",
+        seq_length=None,
+        overlong="refuse",
+        parts=folder,
     )
     _, parts = tokenize_data.scan(path)
     times = []

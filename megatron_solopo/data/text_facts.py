@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.tokenizer import parse_tokens
+from megatron_solopo.data.tokenizer import find_model
 
 _NOT_THE_TOKENIZER = (
     *("chat_template", template_kwargs.KEY),
@@ -19,26 +19,25 @@ _NOT_THE_TOKENIZER = (
 )
 """Fields of tokenizer_config.json that change no id; the template and its values are compared as they are used."""
 
-TEXT_FACTS = {"tokenizer", "chat_template", "chat_template_kwargs", "end_of_turn", "add_special_tokens"}
-"""The keys of `text_facts`."""
-
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
 )
 
 
-def text_facts(
-    folder: str | Path, tokenizer: PreTrainedTokenizerBase, added_tokens: str | None = None
-) -> dict[str, Any]:
+TEXT_FACTS = ("tokenizer", "added_tokens", "chat_template", "chat_template_kwargs", "end_of_turn")
+"""The keys of `text_facts`."""
+
+
+def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What turns a chat into ids: digests of the tokenizer's files and of its chat template, and how it is used.
 
     Args:
         folder: the tokenizer's.
-        added_tokens: --add-special-tokens, which the tokenizer has and the folder has not.
     """
-    files = {}
-    for name in dict.fromkeys((*_FILES, *tokenizer.vocab_files_names.values())):
+    files, model = {}, find_model(Path(folder))
+    names = (*_FILES, *tokenizer.vocab_files_names.values(), *([model.name] if model else []))
+    for name in dict.fromkeys(names):
         path = Path(folder) / name
         if path.is_file():
             data = path.read_bytes()
@@ -49,10 +48,10 @@ def text_facts(
     chosen = tokenizer.chat_template
     return {
         "tokenizer": files,
+        "added_tokens": dict(sorted(tokenizer.get_added_vocab().items())),
         "chat_template": hashlib.sha256(chosen.encode() if isinstance(chosen, str) else _canonical(chosen)).hexdigest(),
         "chat_template_kwargs": template_kwargs.of(tokenizer),
         "end_of_turn": tokenizer.eos_token,
-        "add_special_tokens": parse_tokens(added_tokens) if added_tokens is not None else [],
     }
 
 
@@ -69,13 +68,12 @@ def text_differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
             lacks = "" if name in made_files and name in files else " (only one of them has it)"
             told.append(f"another tokenizer ({name} differs{lacks})")
             break
+    if not told and made["added_tokens"] != now["added_tokens"]:
+        other = sorted(token for token, _ in made["added_tokens"].items() ^ now["added_tokens"].items())
+        told.append(f"other --add-special-tokens ({', '.join(dict.fromkeys(other))})")
     if made["chat_template"] != now["chat_template"]:
         told.append("another chat template")
-    for key, what in (
-        ("chat_template_kwargs", "--chat-template-kwargs"),
-        ("end_of_turn", "end of turn"),
-        ("add_special_tokens", "--add-special-tokens"),
-    ):
+    for key, what in (("chat_template_kwargs", "--chat-template-kwargs"), ("end_of_turn", "end of turn")):
         if made[key] != now[key]:
             told.append(f"{what} {made[key]!r} where the run has {now[key]!r}")
     return told

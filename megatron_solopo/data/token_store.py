@@ -314,7 +314,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["format"]
         complete = found != FORMAT or (
             manifest["objective"] in LAYOUTS
-            and manifest["text"].keys() == TEXT_FACTS
+            and set(TEXT_FACTS) == manifest["text"].keys()
             and {"ids_used", "ids_mismatched", "groups"} <= manifest["counts"].keys()
             and {"id", "group"} <= manifest["largest_token"].keys()
             and {"tokens.bin", "tokens.idx", "digests.bin", "ids.jsonl", "overlong.jsonl"} == manifest["files"].keys()

@@ -57,7 +57,7 @@ class Job:
     tokenizer: str
     chat_template: str | None
     chat_template_kwargs: str | None
-    add_special_tokens: str | None
+    added_tokens: str | None
     objective: str
     seq_length: int | None
     overlong: str
@@ -68,7 +68,7 @@ class Job:
             self.tokenizer,
             self.chat_template,
             chat_template_kwargs=self.chat_template_kwargs,
-            added_tokens=self.add_special_tokens,
+            added_tokens=self.added_tokens,
         )
 
     def part_file(self, number: int) -> Path:
@@ -274,9 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         "--chat-template-kwargs", metavar="JSON", help="values for its variables; training must be given the same"
     )
     parser.add_argument(
-        "--add-special-tokens",
-        metavar="TOKEN,TOKEN",
-        help="new special tokens, where training is given the same; folders that a run exported hold them already",
+        "--add-special-tokens", metavar="TOKEN,...", help="new special tokens; training must be given the same"
     )
     parser.add_argument(
         "--objective", choices=sorted(LAYOUTS), default="preference", help="what the file holds (default: preference)"
@@ -324,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,
         chat_template_kwargs=options.chat_template_kwargs,
-        add_special_tokens=options.add_special_tokens,
+        added_tokens=options.add_special_tokens,
         objective=options.objective,
         seq_length=options.seq_length,
         overlong=options.overlong or "refuse",
@@ -351,7 +349,7 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         "objective": job.objective,
         "options": {"seq_length": job.seq_length, "overlong": job.overlong if job.seq_length else None},
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
-        "text": text_facts(job.tokenizer, tokenizer, job.add_special_tokens),
+        "text": text_facts(job.tokenizer, tokenizer),
     }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         manifest = read_manifest(output) if output.is_dir() else {}

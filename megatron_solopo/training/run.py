@@ -104,7 +104,7 @@ def load_data(config: Config) -> RunData:
     read = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):
         if path and is_store(path):
-            facts = text_facts(config.model.hf_path, tokenizer, config.model.add_special_tokens)
+            facts = text_facts(config.model.hf_path, tokenizer)
             read[split] = open_tokens(path, facts, wanted, data.seq_length, data.overlong)
         elif path:
             read[split] = tokenize(path, tokenizer, wanted, data.seq_length, data.overlong)

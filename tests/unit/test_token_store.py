@@ -242,6 +242,10 @@ DAMAGED = {
         _manifest(lambda m: m["text"]["tokenizer"].update({"vocab.json": "0"})),
         r"another tokenizer \(vocab.json differs \(only one of them has it\)\)",
     ),
+    "other special tokens": (
+        _manifest(lambda m: m["text"]["added_tokens"].update({"<think>": 64})),
+        r"made with other --add-special-tokens \(<think>\); train with what it was made with",
+    ),
     "other template": (_manifest(lambda m: m["text"].update(chat_template="0")), r"made with another chat template;"),
     "other template options": (
         _manifest(lambda m: m["text"].update(chat_template_kwargs={"enable_thinking": False})),
@@ -360,6 +364,20 @@ def test_marks_come_back_from_their_stretches(seed):
     marks = [draw.random() < 0.7 for _ in range(draw.randint(1, 40))]
     stretches = learnt_stretches(marks)
     assert learnt_marks(stretches) == marks and 0 not in stretches[1:]
+
+
+def test_added_special_tokens_are_part_of_the_folder(home):
+    """A folder without them holds their letters where the run has one token."""
+    flags, name = ["--add-special-tokens", "<think>"], "thinking"
+    groups = [group | {"chosen": "<think> w1"} for group in preference_groups(3)]
+    write_lines(home.folder / "think.jsonl", groups)
+    make(home, "think.jsonl", name, *flags)
+    tokenizer = load_tokenizer(home.folder / "hf", added_tokens="<think>")
+    memory = tokenize(home.folder / "think.jsonl", tokenizer, SOLO, 128)
+    found = open_tokens(home.folder / name, text_facts(home.folder / "hf", tokenizer), SOLO, 128)
+    assert found.fingerprint == memory.fingerprint and found.largest_token()[0] == len(tokenizer) - 1
+    with pytest.raises(UserError, match=r"other --add-special-tokens \(<think>\)"):
+        open_tokens(home.folder / name, home.facts, SOLO, 128)
 
 
 def test_the_manifest_tells_what_the_folder_was_made_from(home):
