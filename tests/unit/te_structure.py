@@ -80,7 +80,7 @@ def engine_of(here: Any, folder: Path, implementation: str, **model: Any) -> Any
 
 
 def compare_models(here: Any, folder: Path) -> dict[str, Any]:
-    """Parameters of both implementations from one folder, and what the export makes of them."""
+    """Parameters of both implementations from one folder, what the export makes of them, and random ones."""
     from megatron_solopo.conversion.hf import hf_tensors
     from megatron_solopo.model.transformer_engine import portable_name
 
@@ -88,11 +88,16 @@ def compare_models(here: Any, folder: Path) -> dict[str, Any]:
     ours, theirs = (dict(engine.models[0].named_parameters()) for engine in engines)
     renamed = {portable_name(name): parameter for name, parameter in theirs.items()}
     exports = [dict(hf_tensors(engine.models, engine.hf_config)) for engine in engines]
+    drawn = [
+        {portable_name(name): parameter for name, parameter in engine.models[0].named_parameters()}
+        for engine in (engine_of(here, folder, name, random_init=True) for name in ("portable", "transformer_engine"))
+    ]
     return {
         "kinds": sorted({type(module).__name__ for module in engines[1].models[0].modules()}),
         "fused": sorted(set(theirs) - set(ours)),
         "same_names": ours.keys() == renamed.keys(),
         "same_values": all(torch.equal(ours[name], renamed[name]) for name in ours),
+        "same_drawn": all(torch.equal(drawn[0][name], drawn[1][name]) for name in ours),
         "other_marks": [
             [name, key]
             for name, parameter in ours.items()

@@ -45,7 +45,7 @@ def test_parameters_are_the_portable_ones(found: list[dict[str, Any]]) -> None:
         assert not {"PackedAttention", "SequentialMLP"} & set(model["kinds"])
         assert ("TEGroupedMLP" in model["kinds"]) == ("mixtral" in name or "moe" in name)
         assert model["fused"] and model["other_marks"] == []
-        assert model["same_names"] and model["same_values"] and model["same_export"], name
+        assert model["same_names"] and model["same_values"] and model["same_drawn"] and model["same_export"], name
 
 
 def test_checkpoints_interchange(found: list[dict[str, Any]]) -> None:
