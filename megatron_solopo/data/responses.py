@@ -75,7 +75,8 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
         if not isinstance(token_ids, list) or len(token_ids) != len(texts):
             raise UserError(f"{where}: the field 'token_ids' must be a list as long as 'responses' ({len(texts)})")
         for index, ids in enumerate(token_ids):
-            check_ids(ids, f"token_ids[{index}]", where)
+            if ids != []:  # an empty response
+                check_ids(ids, f"token_ids[{index}]", where)
     return Responses(question_id, texts, [bool(value) for value in finished], token_ids)
 
 

@@ -31,7 +31,8 @@ from megatron_solopo.data.inspection.charts import Series, bins
 from megatron_solopo.data.inspection.examples import FLAGS, Example, Reservoir, measure, read_examples
 from megatron_solopo.data.inspection.statistics import Distribution, Repeats, Statistics
 from megatron_solopo.data.inspection.view import View, answer_pattern, make_view, marked, token_text, uses
-from megatron_solopo.data.schema import Paragraph
+from megatron_solopo.data.parquet import write_groups
+from megatron_solopo.data.schema import Paragraph, read_groups
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_roles, roles, solopo_loss
 
@@ -644,3 +645,13 @@ def test_every_position_of_the_pack_is_accounted_for(tokenizer: PreTrainedTokeni
     for segment in view.segments:
         places = list(itertools.chain(*(range(first, last + 1) for first, last in segment.predictors)))
         assert len(set(places)) == len(segment.tokens) and max(places) < view.pack_tokens
+
+
+def test_parquet_shows_what_jsonl_shows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = write(tmp_path / "groups.jsonl", groups(3))
+    assert write_groups(tmp_path / "groups.parquet", read_groups(lines)) == 3
+    said = []
+    for path in (lines, tmp_path / "groups.parquet"):
+        assert inspect.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q2"]) == 0
+        said.append(capsys.readouterr().out.replace(str(path), "FILE"))
+    assert said[0] == said[1] and "[[Harbour2x]]" in said[0]

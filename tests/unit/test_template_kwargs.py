@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_models import TEMPLATE, preference_groups, write_lines, write_model
 from transformers import AutoTokenizer
 
 from megatron_solopo.config_load import load
-from megatron_solopo.conversion.hf_folder import write_folder
+from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.data.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.prepare import main as prepare_data
 from megatron_solopo.data.sampling import main as sample_responses
@@ -70,14 +69,15 @@ def test_a_training_run_tokenises_with_them(folder: Path, tmp_path: Path) -> Non
 
 def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) -> None:
     """They stand in tokenizer_config.json, every command takes them from there, and the option overrules them."""
-    tensors = [("weight", torch.zeros(2))]
-    write_folder(tmp_path / "hf", folder, "{}", tensors, chat_template_kwargs=OFF)
+    (tmp_path / "hf").mkdir()
+    Companions(folder, "{}", chat_template_kwargs=OFF).write(tmp_path / "hf")
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert written["chat_template_kwargs"] == {"enable_thinking": False}
     off, default = (prompt_ids(load_tokenizer(folder, chat_template_kwargs=text), CHAT) for text in (OFF, None))
     assert prompt_ids(load_tokenizer(tmp_path / "hf"), CHAT) == off != default
     assert prompt_ids(load_tokenizer(tmp_path / "hf", chat_template_kwargs="{}"), CHAT) == default
-    write_folder(tmp_path / "again", tmp_path / "hf", "{}", tensors)
+    (tmp_path / "again").mkdir()
+    Companions(tmp_path / "hf", "{}").write(tmp_path / "again")
     assert prompt_ids(load_tokenizer(tmp_path / "again"), CHAT) == off
 
 

@@ -91,11 +91,3 @@ def test_sampled_ids_are_trained_on_where_they_are_the_text(tmp_path):
             assert [list(c.ids) for c in prompt.continuations] == [[*expected, end], [w2, end]], name
         assert (data.report.ids_used, data.report.ids_mismatched) == (used, 0 if chosen is None else 2 - used), name
     assert "token ids of 1 responses are not this tokenizer's" in Report(ids_mismatched=1).lines(9)[0]
-
-
-def test_the_template_is_told_its_options(tmp_path):
-    tokenizer = load_tokenizer(write_model(tmp_path / "model"))
-    tokenizer.chat_template = "{{ word }} " + tokenizer.chat_template
-    path = write_lines(tmp_path / "g.jsonl", preference_groups(1))
-    data = tokenize(path, tokenizer, SHORT, 128, template={"word": "w7"})
-    assert data.groups[0].prompts[0].ids[0] == tokenizer.convert_tokens_to_ids("w7")
