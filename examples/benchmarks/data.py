@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--chat-template", metavar="FILE")
     parser.add_argument("--questions", type=int, nargs="+", default=[1000, 3000, 10_000], metavar="N")
     parser.add_argument("--sizes", type=int, nargs=2, default=[1024, 8192], metavar="N", help="short and long")
-    parser.add_argument("--unit", choices=("tokens", "documents"), default="tokens", help="of --sizes (default: tokens)")
+    parser.add_argument("--unit", choices=("tokens", "documents"), default="tokens", help="of --sizes")
     parser.add_argument("--limit", type=int, metavar="N", help="build the contexts of the first N questions only")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--extrapolate", type=int, default=100_000, metavar="N")
