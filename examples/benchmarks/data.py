@@ -130,13 +130,16 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, metavar="DIR")
     parser.add_argument("--chat-template", metavar="FILE")
     parser.add_argument("--questions", type=int, nargs="+", default=[1000, 3000, 10_000], metavar="N")
-    parser.add_argument("--sizes", type=int, nargs=2, default=[1024, 8192], metavar="N", help="tokens, short and long")
+    parser.add_argument("--sizes", type=int, nargs=2, default=[1024, 8192], metavar="N", help="short and long")
+    parser.add_argument("--unit", choices=("tokens", "documents"), default="tokens", help="of --sizes")
+    parser.add_argument("--limit", type=int, metavar="N", help="build the contexts of the first N questions only")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--extrapolate", type=int, default=100_000, metavar="N")
     given = parser.parse_args()
     real = [record for _, record in read_jsonl(given.input)]
 
-    speed(given, real)
+    if given.unit == "tokens":
+        speed(given, real)
     print(
         f"{'questions':>9} {'paragraphs':>10} {'seconds':>8} {'reading':>8} {'contexts':>8} {'CPU s':>8} "
         f"{'peak GB':>8} {'tokens/s':>10}"
@@ -148,7 +151,8 @@ def main() -> None:
             write_corpus(corpus, real, questions)
             command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", str(corpus)]
             command += ["--output", str(output), "--tokenizer", given.tokenizer, "--workers", str(given.workers)]
-            command += ["--short-tokens", str(given.sizes[0]), "--long-tokens", str(given.sizes[1])]
+            command += [f"--short-{given.unit}", str(given.sizes[0]), f"--long-{given.unit}", str(given.sizes[1])]
+            command += ["--limit", str(given.limit)] if given.limit else []
             command += ["--chat-template", given.chat_template] if given.chat_template else []
             printed, seconds, used, peak = run(command)
             paragraphs = int(re.search(r"(\d+) distinct paragraphs", printed)[1])
