@@ -20,8 +20,10 @@ _undo = cpu_shim.install()
 
 import megatron_solopo.conversion.hf  # noqa: E402
 import megatron_solopo.conversion.megatron_folder  # noqa: E402
+import megatron_solopo.conversion.start  # noqa: E402
 import megatron_solopo.training.convert  # noqa: E402
-import megatron_solopo.training.engine  # noqa: E402, F401
+import megatron_solopo.training.engine  # noqa: E402
+import megatron_solopo.training.run  # noqa: E402, F401
 from megatron_solopo.cli import run  # noqa: E402
 
 _undo()
