@@ -7,14 +7,20 @@ alike. For each number of groups the whole command is timed in a process of its 
 resident memory (shared pages counted once: proportional set sizes). The library's speed is that of the same texts in
 batches of 64, `tokenizer(texts)`, on as many of its own threads as there are workers. With `--workers 1` both speeds
 are by processor time, which other work on the machine changes little; else by the clock.
+
+`--merge N` measures what alone sees all groups: parts of N made-up groups (random ids) are put together, opened as
+training opens them, and a step of 8 groups is read; in one process, with its peak resident memory so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +147,60 @@ def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, c
     return sum(size for _, size in rest) / (rest[-1][0] - times[workers - 1][0]), sum(size for _, size in rest)
 
 
+def made_up_part(path: Path, number: int, size: int = 100) -> None:
+    """A part's file of groups with contexts of 1K and 8K random ids."""
+    draw = np.random.default_rng(number)
+    lengths = np.tile(np.array([1024, 100, 100, 8192, 0, 0], dtype=np.int32), (size, 1))
+    tokens = draw.integers(0, 150_000, lengths.sum(), dtype=np.int32)
+    sequences = np.split(tokens, lengths.ravel().cumsum()[:-1])
+    digests = b"".join(hashlib.sha256(sequence.tobytes()).digest() for sequence in sequences)
+    report = {"dropped": [], "cut": [], "ids_used": 0, "ids_mismatched": 0}
+    words = {"ids": [f"g{number}-{i}" for i in range(size)], "report": report, "largest": [149_999, "g0-0"]}
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            tokens=tokens,
+            lengths=lengths,
+            digests=np.frombuffer(digests, dtype=np.uint8),
+            words=np.frombuffer(json.dumps(words).encode(), dtype=np.uint8),
+        )
+
+
+def merge(folder: Path, count: int) -> None:
+    """Puts the parts of so many groups together, opens the result and reads from it; prints times and memory."""
+    from megatron_solopo.data import tokenize_data
+    from megatron_solopo.data.text_facts import TEXT_FACTS
+    from megatron_solopo.data.token_store import ALL_ROLES, FORMAT, indexed_dataset, open_tokens
+
+    indexed_dataset()  # the import is no part of the times
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "parts").mkdir(parents=True)
+    job = tokenize_data.Job("", "", None, None, None, "preference", None, "refuse", folder / "parts")
+    parts, seen = count // 100, set()
+    for number in range(parts):
+        made_up_part(job.part_file(number), number)
+    begin = time.process_time()
+    for number in range(parts):
+        tokenize_data._check_ids(job, number, seen)
+    found, _ = tokenize_data._merge(job, parts, folder / "store")
+    merged = time.process_time() - begin
+    facts = dict.fromkeys(TEXT_FACTS, {})
+    manifest = {"format": FORMAT, "objective": "preference", "text": facts} | found
+    (folder / "store" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    begin = time.process_time()
+    dataset = open_tokens(folder / "store", facts, ALL_ROLES, 8292).with_roles(ALL_ROLES[:3])
+    opened = time.process_time() - begin
+    read = sum(len(list(ids)) for place in range(8) for ids in dataset.groups[place * parts].sequences())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    size = (folder / "store" / "tokens.bin").stat().st_size / 2**30
+    print(
+        f"{count:>7,} groups, tokens.bin {size:.2f} GiB: merged in {merged:.1f} s of processor time, opened in "
+        f"{opened:.1f} s, {read:,} tokens read; peak so far {peak:.2f} GiB",
+        flush=True,
+    )
+    shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="SOLOPO_DATA")
@@ -148,8 +209,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--word-level", action="store_true", help="tokens are words: memory at larger sizes, sooner")
     parser.add_argument("--speed-groups", type=int, default=600, metavar="N", help="groups of the speed test")
+    parser.add_argument("--merge", type=int, nargs="*", default=[], metavar="N", help="sizes of the second half alone")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    for count in options.merge:
+        merge(options.output / "merge", count)
     tokenizer = options.data / "tokenizers" / "qwen2"
     if options.word_level:
         tokenizer = word_level(options.data, options.output / "words")

@@ -357,4 +357,7 @@ def _open(folder: Path) -> _Store:
     digests = np.memmap(folder / "digests.bin", dtype=np.uint8, mode="r").reshape(-1, DIGEST_BYTES)
     with (folder / "ids.jsonl").open(encoding="utf-8") as lines:
         ids = [json.loads(line) for line in lines]
-    return _Store(folder, manifest, indexed_dataset().IndexedDataset(str(folder / "tokens")), digests, ids)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"megatron\.core")  # it misses a rank, where none is needed
+        tokens = indexed_dataset().IndexedDataset(str(folder / "tokens"))
+    return _Store(folder, manifest, tokens, digests, ids)
