@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.tokenizer import add_special_tokens, read_tokenizer
+from megatron_solopo.data.tokenizer import add_special_tokens, encode, read_tokenizer
 from megatron_solopo.errors import UserError
 
 
@@ -96,13 +96,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_gen
         raise UserError(f"the chat template refuses the messages ({error})") from None
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of already rendered text: the template has put every special token there."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Token ids of a prompt, ending where the response starts."""
+    """Token ids of a prompt, ending where the response starts; the template has put every special token there."""
     return encode(tokenizer, render_prompt(tokenizer, messages))
 
 

@@ -348,8 +348,7 @@ def _pairing(options: argparse.Namespace) -> Pairing:
             )
     count = None
     if options.tokenizer:
-        from megatron_solopo.data.chat import encode  # with torch, which the rest does without
-        from megatron_solopo.data.tokenizer import read_tokenizer
+        from megatron_solopo.data.tokenizer import encode, read_tokenizer  # with torch, which the rest does without
 
         tokenizer = read_tokenizer(options.tokenizer)
         count = lambda text: len(encode(tokenizer, text))  # noqa: E731

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+from tokenizers import Encoding
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, tokenization_utils_tokenizers
 from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
@@ -122,6 +124,29 @@ def _is_ranks(path: Path) -> bool:
     with path.open("rb") as file:
         token, _, rank = file.readline(1024).strip().partition(b" ")
     return bool(token) and rank.isdigit()
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
+    """The tokens of each text, no special tokens added: ids, or the Rust tokenizer's encodings, whose ids are made
+    when they are asked for.
+
+    The Rust tokenizer is called directly: transformers builds ids, masks and offsets as Python objects for every
+    text, which takes longer than the tokenisation. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
+    Tokenizers without a Rust backend are called through transformers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "encode_batch_fast"):
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    # A tokenizer.json may carry both; transformers switches them off on each call.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, no special tokens added."""
+    (tokens,) = encode_batch(tokenizer, [text])
+    return tokens if isinstance(tokens, list) else tokens.ids
 
 
 def parse_tokens(text: str) -> list[str]:
