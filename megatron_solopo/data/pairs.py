@@ -88,8 +88,8 @@ class Counts:
             + (f", undecided: {self.undecided_responses / responses:.1%}" if self.undecided_responses else "")
         )
         lines += [f"  {count} responses dropped: {reason}" for reason, count in self.dropped_responses.most_common()]
-        if self.groups:
-            lines.append(f"groups with the token ids of both responses: {self.with_ids} of {self.groups}")
+        if self.with_ids:
+            lines.append(f"groups with responses whose text gives other token ids than were sampled: {self.with_ids}")
         measured = [lengths for lengths in (self.words, self.tokens) if len(lengths)]
         lines += [lengths.line() for lengths in measured]
         lines += [f"warning: {bias}" for lengths in measured if (bias := lengths.bias())][:1]
@@ -212,7 +212,7 @@ def _group(
 ) -> PreferenceGroup:
     chosen, rejected = found
     counts.groups += 1
-    counts.with_ids += chosen.ids is not None and rejected.ids is not None
+    counts.with_ids += chosen.ids is not None or rejected.ids is not None
     counts.words.add(words(chosen.text), words(rejected.text))
     if how.count_tokens is not None:
         counts.tokens.add(how.count_tokens(chosen.text), how.count_tokens(rejected.text))
