@@ -107,7 +107,7 @@ def _add_checkpoint(command: argparse.ArgumentParser, required: bool) -> None:
 def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, Config, Any], int]) -> int:
     """Checks what needs no process group, then starts the platform and does the work."""
     from megatron_solopo.parallel import platform
-    from megatron_solopo.training.run import quiet
+    from megatron_solopo.training.preparation import quiet
 
     quiet()
     config = _config(given)

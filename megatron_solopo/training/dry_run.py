@@ -19,9 +19,9 @@ from megatron_solopo.parallel.topology import (
     place_of,
     world_size,
 )
+from megatron_solopo.training.preparation import check_model, check_vocabulary, load_data, run_schedule
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import check_folders, find_start, read_progress
-from megatron_solopo.training.run import check_model, check_vocabulary, load_data, run_schedule
 
 
 def describe(config: Config) -> str:

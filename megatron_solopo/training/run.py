@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import platform as machine
 import sys
 import time
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ import yaml
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
-from megatron_solopo.config_checks import check_on_cuda
 from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.training.preparation import RunData, check_model, check_vocabulary, load_data, quiet, run_schedule
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,102 +54,6 @@ def resume_hint(config: Config) -> str:
     if iteration is None:
         return "No checkpoint was written yet: start the run again"
     return f"The checkpoint of step {iteration} is complete: go on with --auto-resume"
-
-
-def quiet() -> None:
-    """megatron-core warns of its own deprecations and of absent CUDA extensions at every import, as torch does."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-    # The CPU platform sees every torch call, so torch's warnings of what megatron-core does name it as their place.
-    warnings.filterwarnings("ignore", module=r"megatron_solopo\.parallel\.cpu_shim")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-
-
-@dataclass
-class RunData:
-    """Tokenised examples of a run.
-
-    Attributes:
-        reference: split -> the same examples with what the reference model scores; nothing without a reference.
-    """
-
-    train: Any
-    valid: Any | None
-    reference: dict[str, Any]
-
-
-def load_data(config: Config) -> RunData:
-    """Training and validation data: files are tokenised, folders of token ids opened.
-
-    Raises:
-        UserError: see `tokenize` and `open_tokens`.
-    """
-    from megatron_solopo.data.chat import load_tokenizer
-    from megatron_solopo.data.text_facts import text_facts
-    from megatron_solopo.data.token_store import is_store, open_tokens
-    from megatron_solopo.data.tokens import tokenize
-    from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
-
-    tokenizer = load_tokenizer(
-        config.model.hf_path,
-        config.model.chat_template,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-        added_tokens=config.model.add_special_tokens,
-    )
-    wanted, data = scored_roles(config.method), config.data
-    read = {}
-    for split, path in (("train", data.train_data), ("valid", data.valid_data)):
-        if path and is_store(path):
-            facts = text_facts(config.model.hf_path, tokenizer)
-            read[split] = open_tokens(path, facts, wanted, data.seq_length, data.overlong)
-        elif path:
-            read[split] = tokenize(path, tokenizer, wanted, data.seq_length, data.overlong)
-    policy = {split: dataset.with_roles(roles(config.method)) for split, dataset in read.items()}
-    compared = reference_roles(config.method)
-    reference = {split: dataset.with_roles(compared) for split, dataset in read.items()} if compared else {}
-    return RunData(policy["train"], policy.get("valid"), reference)
-
-
-def run_schedule(config: Config, data: RunData) -> Any:
-    """Which examples each step of the run trains on."""
-    from megatron_solopo.data.batches import make_schedule
-
-    training, examples = config.training, len(data.train.groups)
-    return make_schedule(
-        examples,
-        training.global_batch_size,
-        training.train_iters,
-        training.train_epochs,
-        training.seed,
-        config.data.shuffle,
-    )
-
-
-def check_model(config: Config) -> Any:
-    """The Hugging Face config, after what can be refused without reading weights or data.
-
-    Raises:
-        UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
-    """
-    from megatron_solopo.conversion.start import check_weights, model_config
-    from megatron_solopo.model.build import check_length, padded_vocab_size
-    from megatron_solopo.model.families import family_of
-    from megatron_solopo.model.transformer_engine import check_widths
-    from megatron_solopo.parallel.platform import choose
-    from megatron_solopo.parallel.topology import check_layout, world_size
-
-    if choose(config.parallel.device) == "cuda":
-        check_on_cuda(config)
-    hf_config = model_config(config.model)
-    family_of(hf_config)
-    check_length(hf_config, config.data.seq_length)
-    padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
-    check_layout(hf_config, config, padded, world_size())
-    check_widths(hf_config, config)
-    if not config.model.random_init:
-        check_weights(config.model.hf_path)
-    return hf_config
 
 
 def train(here: Any, config: Config) -> None:
@@ -353,19 +254,6 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
                 totals[name] = totals.get(name, 0.0) + value
     engine.train()
     return {name: value / len(dataset.groups) for name, value in totals.items()}
-
-
-def check_vocabulary(data: RunData, vocab_size: int) -> None:
-    """Refuses token ids that the model has no row for."""
-    for dataset in (data.train, data.valid, *data.reference.values()):
-        if dataset is None:
-            continue
-        largest, example = dataset.largest_token()
-        if largest >= vocab_size:
-            raise UserError(
-                f"example {example!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
-                "tokenizer and config.json do not belong together"
-            )
 
 
 def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import Layout, parse_layout
-from megatron_solopo.training.run import quiet
+from megatron_solopo.training.preparation import quiet
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 """Room for the order of sums. bfloat16 rounds every activation to 8 bits, so it has no bound of its own."""
@@ -183,7 +183,7 @@ def _step(here: Any, config: Config, dtype: Any, folder: Path) -> tuple[Any, Any
     from megatron_solopo.losses.solopo import needs_reference, reference_roles
     from megatron_solopo.model.transformer_engine import check_machine
     from megatron_solopo.training.engine import build_engine
-    from megatron_solopo.training.run import check_model, load_data, run_schedule
+    from megatron_solopo.training.preparation import check_model, load_data, run_schedule
     from megatron_solopo.training.step import make_packs, run_step, segment_table
 
     hf_config, data = check_model(config), load_data(config)
