@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_solopo.data.contexts import ContextPair, read_contexts
 from megatron_solopo.data.lengths import Lengths
+from megatron_solopo.data.options import check_outputs
 from megatron_solopo.data.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.records import write_records
 from megatron_solopo.data.responses import Responses, read_responses
@@ -370,6 +371,8 @@ def _pairing(options: argparse.Namespace) -> Pairing:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
+    read = {"--contexts": [options.contexts], "--responses": [options.responses]}
+    check_outputs({"--output": options.output}, read)
     how, counts, source = _pairing(options), Counts(), None
     if options.responses == GOLD:
         others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})

@@ -18,7 +18,7 @@ class Prompt:
 
     id: str
     messages: list[Message]
-    ids: list[int]
+    ids: Sequence[int]
 
 
 @dataclass
