@@ -44,6 +44,7 @@ class BuildSettings:
     chat_template: str | None
     eos_token: str | None
     chat_template_kwargs: str | None
+    added_tokens: str | None
     prompt_format: PromptFormat
     sizes: tuple[int, int]
     in_tokens: bool
@@ -55,6 +56,11 @@ class BuildSettings:
     evidence_documents: int = 0
     evidence_model: str | None = None
     device: str = "auto"
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(
+            self.tokenizer, self.chat_template, self.eos_token, self.chat_template_kwargs, self.added_tokens
+        )
 
 
 @dataclass
@@ -173,10 +179,7 @@ class Builder:
 
     def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._settings = settings
-        if tokenizer is None:
-            tokenizer = load_tokenizer(
-                settings.tokenizer, settings.chat_template, settings.eos_token, settings.chat_template_kwargs
-            )
+        tokenizer = tokenizer or settings.load_tokenizer()
         self._counter = TokenCounter(tokenizer)
         self._questions = QuestionFile(folder)
         count = self._counter.texts if settings.in_tokens else None
@@ -185,7 +188,7 @@ class Builder:
         if settings.evidence == "log-prob":
             from megatron_solopo.data.hf_model import load_model
 
-            model = load_model(settings.evidence_model, settings.device, "auto")
+            model = load_model(settings.evidence_model, settings.device, "auto", "--evidence-model")
             self._rank = LogProbFinder(model, tokenizer, settings.prompt_format)
 
     def build(self, start: int, stop: int) -> Batch:

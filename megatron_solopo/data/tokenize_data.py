@@ -250,12 +250,13 @@ def _differences(made: dict[str, Any], now: dict[str, Any], where: str = "") -> 
 def _check_ids(job: Job, number: int, seen: set[str]) -> int:
     """Refuses an id that an earlier part has; returns the number of ids."""
     (words,) = read_part(job.part_file(number), "words")
-    for name in words["ids"]:
+    names = [*words["ids"], *(dropped[0] for dropped in words["report"]["dropped"])]
+    for name in names:
         if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
             places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
             raise UserError(f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique")
         seen.add(name)
-    return len(words["ids"]) + len(words["report"]["dropped"])
+    return len(names)
 
 
 def _parser() -> argparse.ArgumentParser:
