@@ -31,7 +31,7 @@ from megatron_solopo.data.options import (
     check_outputs,
     prompt_format_of,
 )
-from megatron_solopo.data.progress import Progress, WorkFolder
+from megatron_solopo.data.progress import Progress, WorkFolder, held
 from megatron_solopo.data.records import read_jsonl
 from megatron_solopo.data.sources import SOURCES
 from megatron_solopo.data.text_facts import text_facts
@@ -280,15 +280,18 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     tokenizer = build.load_tokenizer()
     output = Path(options.output)
-    work = WorkFolder(output.with_name(output.name + ".work"), _settings(options, build, excluded, tokenizer))
-    try:
-        prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
-        read = time.monotonic() - begin
-        summary = _build(work, options, build, prepared, tokenizer)
-    except UserError:
-        if not work.done:  # nothing was built that a repeated command could go on from
-            work.remove()
-        raise
+    folder = output.with_name(output.name + ".work")
+    settings = _settings(options, build, excluded, tokenizer)
+    with held(folder):
+        work = WorkFolder(folder, settings)
+        try:
+            prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
+            read = time.monotonic() - begin
+            summary = _build(work, options, build, prepared, tokenizer)
+        except UserError:
+            if not work.done:  # nothing was built that a repeated command could go on from
+                work.remove()
+            raise
     print("\n".join([*prepared.notes, *summary.lines()]))
     seconds = time.monotonic() - begin
     print(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import types
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_solopo.data.progress import hold, refuse_other_settings
 from megatron_solopo.data.records import parse_line, read_jsonl
 from megatron_solopo.data.schema import check_ids, require
 from megatron_solopo.errors import UserError, system_reason
@@ -81,6 +80,35 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
     return Responses(question_id, texts, [bool(value) for value in finished], token_ids)
 
 
+class InStep:
+    """Responses of a file, asked for in the order of the contexts and read once.
+
+    A file in that order, which is how ``sample-responses`` writes it, needs no memory; what comes earlier in the file
+    than it is asked for waits here.
+
+    Raises:
+        UserError: a malformed responses file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._left = {record.id for record in read_responses(path)}
+        self._records = read_responses(path)
+        self._waiting: dict[str, Responses] = {}
+
+    def __call__(self, question_id: str) -> Responses | None:
+        if question_id not in self._left:
+            return None
+        self._left.remove(question_id)
+        while question_id not in self._waiting:
+            record = next(self._records)
+            self._waiting[record.id] = record
+        return self._waiting.pop(question_id)
+
+    def unasked(self) -> set[str]:
+        """The ids that nobody asked for."""
+        return self._left
+
+
 class _Line(NamedTuple):
     """Where a line of a `PartialFile` begins, and how many responses it holds."""
 
@@ -106,8 +134,7 @@ class PartialFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
         try:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                self._lock()
+            hold(self._file.fileno(), self.path)
             self._resume(settings)
         except UserError:
             self._file.close()
@@ -121,12 +148,6 @@ class PartialFile:
     ) -> None:
         self._file.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is writing it; wait for its end, or end it first") from None
-
     def _resume(self, settings: dict[str, object]) -> None:
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -135,7 +156,7 @@ class PartialFile:
                 where = f"{self.path}:{number}"
                 record = parse_line(line, where)
                 if number == 1:
-                    self._compare(settings, require(record, "settings", dict, where))
+                    refuse_other_settings(self.path, require(record, "settings", dict, where), settings)
                 else:
                     part = _responses(record, where)
                     place = _Line(self._size, len(part.responses))
@@ -144,14 +165,6 @@ class PartialFile:
         self._file.truncate(self._size)
         if self._size == 0:
             self._write({"settings": settings})
-
-    def _compare(self, settings: dict[str, object], made: dict[str, object]) -> None:
-        for name in sorted(settings.keys() | made.keys()):
-            if made.get(name) != settings.get(name):
-                raise UserError(
-                    f"{self.path}: begun with {name} = {made.get(name)!r}, now {settings.get(name)!r}; "
-                    "repeat the first settings to resume, or delete the file to start again"
-                )
 
     def __contains__(self, question_id: str) -> bool:
         return question_id in self._parts

@@ -353,7 +353,7 @@ def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Pat
     partial = Path(f"{output}.partial")
     header = {"settings": {"temperature": 0.3}}
     partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete the file to start again"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete it to start again"):
         main(command(folder, output, "--overwrite"))
 
 
@@ -371,7 +371,7 @@ def test_another_tokenizer_is_refused_on_resume(folder: Path, tmp_path: Path, mo
     shutil.copytree(folder, other)
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text.replace('"w35"', '"v35"'), encoding="utf-8")
-    with pytest.raises(UserError, match=r"partial: begun with tokenizer = "):
+    with pytest.raises(UserError, match=r"partial: begun with tokenizer\.tokenizer\.json = "):
         main(command(folder, output, "--limit", "1", "--tokenizer", str(other)))
 
 
