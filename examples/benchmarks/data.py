@@ -101,6 +101,7 @@ def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
             chat_template=given.chat_template,
             eos_token=None,
             chat_template_kwargs=None,
+            added_tokens=None,
             prompt_format=prompt_format,
             sizes=tuple(given.sizes),
             in_tokens=True,

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +22,7 @@ from megatron_solopo.data.schema import Question
 from megatron_solopo.data.scoring import normalise
 from megatron_solopo.data.selection import NEVER_IN_DOCUMENTS, CannotBuild
 from megatron_solopo.data.sources import CannotUse
-from megatron_solopo.errors import UserError
+from megatron_solopo.data.workers import map_in_order
 
 TRAIN, VALIDATION, LEFT_OUT = "contexts.jsonl", "validation.jsonl", "left_out.jsonl"
 """The files of a work folder that questions end up in."""
@@ -44,6 +39,7 @@ class BuildSettings:
     chat_template: str | None
     eos_token: str | None
     chat_template_kwargs: str | None
+    added_tokens: str | None
     prompt_format: PromptFormat
     sizes: tuple[int, int]
     in_tokens: bool
@@ -55,6 +51,11 @@ class BuildSettings:
     evidence_documents: int = 0
     evidence_model: str | None = None
     device: str = "auto"
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(
+            self.tokenizer, self.chat_template, self.eos_token, self.chat_template_kwargs, self.added_tokens
+        )
 
 
 @dataclass
@@ -173,10 +174,7 @@ class Builder:
 
     def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._settings = settings
-        if tokenizer is None:
-            tokenizer = load_tokenizer(
-                settings.tokenizer, settings.chat_template, settings.eos_token, settings.chat_template_kwargs
-            )
+        tokenizer = tokenizer or settings.load_tokenizer()
         self._counter = TokenCounter(tokenizer)
         self._questions = QuestionFile(folder)
         count = self._counter.texts if settings.in_tokens else None
@@ -185,7 +183,7 @@ class Builder:
         if settings.evidence == "log-prob":
             from megatron_solopo.data.hf_model import load_model
 
-            model = load_model(settings.evidence_model, settings.device, "auto")
+            model = load_model(settings.evidence_model, settings.device, "auto", "--evidence-model")
             self._rank = LogProbFinder(model, tokenizer, settings.prompt_format)
 
     def build(self, start: int, stop: int) -> Batch:
@@ -270,27 +268,7 @@ def build_all(
             builder = Builder(folder, settings, tokenizer)
             yield from (builder.build(*part) for part in ranges)
         return
-    # Forking this process, whose tokenizer has started threads, could hang; a fork server has none.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    waiting: deque = deque()
-    with ProcessPoolExecutor(
-        min(workers, len(ranges)), mp_context=context, initializer=_start_worker, initargs=(folder, settings)
-    ) as executor:
-        try:
-            for part in ranges:
-                waiting.append(executor.submit(_build, *part))
-                if len(waiting) > 2 * workers:  # results wait in order, so that memory does not grow with the input
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"--workers {workers}: a worker was killed (out of memory?); repeat the command to go on, "
-                "with fewer workers if need be"
-            ) from None
-        finally:
-            executor.shutdown(cancel_futures=True)
+    yield from map_in_order(_build, ranges, min(workers, len(ranges)), _start_worker, (folder, settings))
 
 
 _builder: Builder | None = None
@@ -298,13 +276,6 @@ _builder: Builder | None = None
 
 def _start_worker(folder: Path, settings: BuildSettings) -> None:
     global _builder
-
-    def leave_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    # A killed parent cannot end its workers.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
     _builder = Builder(folder, settings)
 
 

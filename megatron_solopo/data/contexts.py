@@ -82,7 +82,7 @@ def read_contexts(path: str | Path) -> Iterator[ContextPair]:
             long_messages=check_messages(require(record, "long_messages", list, where), "long_messages", where),
             short_tokens=require(record, "short_tokens", int, where),
             long_tokens=require(record, "long_tokens", int, where),
-            source=str(record.get("source", "")),
+            source=str(record.get("source") or ""),
             short_documents=record.get("short_documents", 0),
             long_documents=record.get("long_documents", 0),
             short_gold=tuple(record.get("short_gold", ())),

@@ -79,13 +79,14 @@ class LogProbFinder:
     def _log_prob(self, question: Question, paragraphs: Sequence) -> float:
         import torch
 
-        from megatron_solopo.data.hf_model import check_reach
+        from megatron_solopo.data.hf_model import check_reach, check_rows
 
         messages = self._format.messages(question.question, paragraphs)
         prompt = prompt_ids(self._tokenizer, messages)
         response = response_ids(self._tokenizer, messages, question.answer)
         where = f"question {question.id!r}, --evidence log-prob"
-        check_reach(self._model.name_or_path, len(prompt), len(response), where)
+        check_reach(self._model.name_or_path, len(prompt), len(response), where, "an answer of")
+        check_rows(self._model, prompt + response, where)
         with torch.inference_mode():
             ids = torch.tensor([prompt + response], device=self._model.device)
             logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]

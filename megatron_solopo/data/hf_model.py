@@ -17,8 +17,8 @@ from megatron_solopo.model.rope import reach as reach_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(folder: str, device: str, dtype: str) -> PreTrainedModel:
-    """A causal language model ready to generate.
+def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> PreTrainedModel:
+    """A causal language model ready to generate; ``flag`` named its folder.
 
     Raises:
         UserError: no GPU where one is asked for, or no model in the folder.
@@ -27,14 +27,14 @@ def load_model(folder: str, device: str, dtype: str) -> PreTrainedModel:
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not Path(folder).is_dir():
-        raise UserError(f"--model {folder}: no such folder; give a Hugging Face folder")
+        raise UserError(f"{flag} {folder}: no such folder; give a Hugging Face folder")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag} {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.to(device).eval()
 
 
@@ -67,11 +67,14 @@ def reach(folder: str | Path) -> int | None:
     return positions and reach_of(positions, scaling)
 
 
-def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str) -> None:
+def check_reach(
+    folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str, response: str = "--max-new-tokens"
+) -> None:
     """Refuses a prompt whose response could end beyond the positions the model covers.
 
     Args:
         where: what asked for this length, first in the message (a flag and its value).
+        response: what ``max_new_tokens`` is the length of.
 
     Raises:
         UserError: naming ``where``, the lengths and ``max_position_embeddings``.
@@ -79,7 +82,7 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
     positions = reach(folder)
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
-            f"{where}: a prompt of {prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens} go beyond the "
+            f"{where}: a prompt of {prompt_tokens:,} tokens and {response} {max_new_tokens} go beyond the "
             f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context"
         )
 

@@ -1,19 +1,22 @@
-"""Records of question sets: JSON files read as they lie, tables and hub data sets through ``datasets``."""
+"""Records of question sets: files read as they lie, other tables and hub data sets through ``datasets``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data import records
+from megatron_solopo.data.records import HALF, check_encodes
 from megatron_solopo.errors import UserError
 
 HUB = "hub:"
 """What an input of the form ``hub:NAME[:CONFIG][:SPLIT]`` starts with."""
 
-_TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_TABLES = {".csv": "csv", ".arrow": "arrow"}
+_CHUNK = 1 << 20
+_SPACES = " \t\r\n"
 
 
 def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -39,7 +42,7 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
         elif path.suffix == ".json" and path.is_file() and _starts_an_array(path):
             yield from _array(path)
         else:
-            yield from read_jsonl(path)
+            yield from records.read_records(path)
 
 
 def local_files(given: str | Path) -> list[Path]:
@@ -78,34 +81,55 @@ def _starts_an_array(path: Path) -> bool:
 
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of one JSON array, decoded one at a time; an error names the line an object starts in."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-
-    def skip(position: int, characters: str) -> int:
-        while position < len(text) and text[position] in characters:
-            position += 1
-        return position
-
-    while True:
-        position = skip(position, " \t\r\n,")
-        line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}"
-        if position < len(text) and text[position] == "]":
-            if (after := skip(position + 1, " \t\r\n")) < len(text):
-                line += text.count("\n", position, after)
-                raise UserError(f"{path}:{line}: more text follows the array; keep one array in the file")
-            return
+    """The objects of one JSON array, one in memory at a time; an error names the line an object starts in."""
+    with path.open(encoding="utf-8") as file:
         try:
-            record, position = decoder.raw_decode(text, position)
+            yield from _objects(path, file)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+
+
+def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    decoder, text, position, line = json.JSONDecoder(), "", 0, 1
+
+    def more() -> bool:
+        nonlocal text, position
+        # As much as is there already, so that an object longer than a chunk is decoded again a few times only.
+        chunk = file.read(max(_CHUNK, len(text) - position))
+        text, position = text[position:] + chunk, 0
+        return bool(chunk)
+
+    def skip(characters: str) -> str:
+        """The next character that is none of these, "" at the end of the file."""
+        nonlocal position, line
+        while True:
+            while position < len(text) and text[position] in characters:
+                line += text[position] == "\n"
+                position += 1
+            if position < len(text) or not more():
+                return text[position : position + 1]
+
+    skip(_SPACES)
+    position += 1
+    while skip(_SPACES + ",") != "]":
+        try:
+            record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
+            number = line + text.count("\n", position, error.pos)
+            if more():
+                continue
             raise UserError(
-                f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
+                f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
                 "the file must be one array of objects"
             ) from None
+        where = f"{path}:{line}"
+        if HALF.search(text, position, end):
+            check_encodes(record, where)
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
         yield where, record
+        line += text.count("\n", position, end)
+        position = end
+    position += 1
+    if skip(_SPACES):
+        raise UserError(f"{path}:{line}: more text follows the array; keep one array in the file")

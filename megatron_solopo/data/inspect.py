@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
-from megatron_solopo.data.options import add_tokenizer_options
+from megatron_solopo.data.options import add_tokenizer_options, check_outputs
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import scored_roles
 
@@ -69,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of --random and of the page's sample (default: 0)")
     group = parser.add_argument_group("what the loss sees; options of training, with its defaults")
-    group.add_argument("--config", metavar="FILE", help="take them, and the chat template, from a run's YAML file")
+    group.add_argument(
+        "--config", metavar="FILE", help="take them, the chat template and new special tokens from a run's YAML file"
+    )
     group.add_argument(
         "--seq-length", type=int, metavar="N", help="count what is longer than a run's --seq-length (default: do not)"
     )
@@ -132,8 +135,7 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
                 f"{flag(given[0])}: {options.data} holds contexts without responses, so no loss sees them; "
                 "give the groups that build-pairs made of them"
             )
-    if options.html and Path(options.html).resolve() == Path(options.data).resolve():
-        raise UserError(f"--html {options.html}: is the data itself; give another file")
+    check_outputs({"--html": options.html}, {"--data": [options.data]})
 
 
 def find(options: argparse.Namespace) -> Example:
@@ -169,9 +171,7 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     limit = config.data.seq_length if config and "seq_length" in config.explicit else None
     sample, statistics = Reservoir(options.samples or 50, seed), Statistics()
     count = partial(measure, tokenizer=tokenizer, roles=scored_roles(method) if method else (), seq_length=limit)
-    examples = (example for example in read_examples(options.data))
-    if options.limit is not None:
-        examples = (example for _, example in zip(range(options.limit), examples, strict=False))
+    examples = islice(read_examples(options.data), options.limit)
     workers = options.workers or len(os.sched_getaffinity(0))
     measured = measure_all(examples, count, workers)
     for example, facts in tqdm(measured, unit=" examples", disable=not sys.stderr.isatty()):
@@ -200,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     config = training_config(options) if groups else None
     template = options.chat_template or (config and config.model.chat_template)
     kwargs = options.chat_template_kwargs or (config and config.model.chat_template_kwargs)
-    tokenizer = load_tokenizer(options.tokenizer, template, options.eos_token, kwargs)
+    added = options.add_special_tokens or (config and config.model.add_special_tokens)
+    tokenizer = load_tokenizer(options.tokenizer, template, options.eos_token, kwargs, added)
     if not options.html or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method

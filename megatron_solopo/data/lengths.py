@@ -63,8 +63,8 @@ class Lengths:
             return None
         return (
             f"chosen answers have {chosen:.1f} {self.unit}, rejected ones {rejected:.1f} (chosen longer in "
-            f"{longer:.0%} of the groups, shorter in {shorter:.0%}): the model may learn length; balance the pairs, "
-            "or use a loss that divides by length (simpo, orpo)"
+            f"{longer:.0%} of the groups, shorter in {shorter:.0%}): the model may learn length; balance the pairs "
+            "(build-pairs --policy length_matched), or use a loss that divides by length (simpo, orpo)"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_solopo.data import prompt
 from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.records import is_parquet
 from megatron_solopo.errors import UserError
 
 
@@ -21,6 +23,27 @@ def text_option(flag: str, value: str) -> str:
     if not path.is_file():
         raise UserError(f"{flag} {value}: no such file; give @FILE or the text itself")
     return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Iterable[str]]) -> None:
+    """Refuses an output that would replace an input, or another output.
+
+    Args:
+        outputs: flag -> its file, None where it is not given.
+        inputs: flag -> the files it reads.
+    """
+    taken = {Path(path).resolve(): flag for flag, paths in inputs.items() for path in paths}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if (other := taken.setdefault(Path(path).resolve(), flag)) != flag:
+            raise UserError(f"{flag} {path}: is the file of {other} too; give another")
+
+
+def check_jsonl(flag: str, path: str | None) -> None:
+    """Refuses a name of Parquet for a file that is written as JSONL, since readers go by the name."""
+    if path is not None and is_parquet(path):
+        raise UserError(f"{flag} {path}: is written as JSONL; give a name that does not end in .parquet")
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -44,6 +67,10 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
     group.add_argument(
         "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
     )
+    if required:  # a model that answers has rows for its tokenizer's tokens only
+        group.add_argument(
+            "--add-special-tokens", metavar="TOKEN,...", help="new special tokens; training must be given the same"
+        )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from megatron_solopo.data.contexts import ContextPair, read_contexts
 from megatron_solopo.data.lengths import Lengths
+from megatron_solopo.data.options import check_outputs
 from megatron_solopo.data.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.records import write_records
-from megatron_solopo.data.responses import Responses, read_responses
+from megatron_solopo.data.responses import InStep, Responses
 from megatron_solopo.data.schema import PreferenceGroup, check_ids
 from megatron_solopo.data.scoring import SCORERS, Scorer, load_scorer
 from megatron_solopo.errors import UserError
@@ -233,35 +234,6 @@ def _group(
     )
 
 
-class _InStep:
-    """Responses of a file, asked for in the order of the contexts and read once.
-
-    A file in that order, which is how ``sample-responses`` writes it, needs no memory; what comes earlier in the file
-    than it is asked for waits here.
-
-    Raises:
-        UserError: a malformed responses file.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._left = {record.id for record in read_responses(path)}
-        self._records = read_responses(path)
-        self._waiting: dict[str, Responses] = {}
-
-    def __call__(self, question_id: str) -> Responses | None:
-        if question_id not in self._left:
-            return None
-        self._left.remove(question_id)
-        while question_id not in self._waiting:
-            record = next(self._records)
-            self._waiting[record.id] = record
-        return self._waiting.pop(question_id)
-
-    def unasked(self) -> set[str]:
-        """The ids that nobody asked for."""
-        return self._left
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solopo build-pairs",
@@ -369,12 +341,14 @@ def _pairing(options: argparse.Namespace) -> Pairing:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
+    read = {"--contexts": [options.contexts], "--responses": [options.responses]}
+    check_outputs({"--output": options.output}, read)
     how, counts, source = _pairing(options), Counts(), None
     if options.responses == GOLD:
         others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
         groups = build_gold_groups(read_contexts(options.contexts), others, how, counts)
     else:
-        source = _InStep(options.responses)
+        source = InStep(options.responses)
         groups = build_groups(read_contexts(options.contexts), source, how, counts)
     written = write_records(options.output, _checked(groups, counts, source, options))
     print("\n".join(counts.lines()))
@@ -383,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _checked(
-    groups: Iterator[PreferenceGroup], counts: Counts, source: _InStep | None, options: argparse.Namespace
+    groups: Iterator[PreferenceGroup], counts: Counts, source: InStep | None, options: argparse.Namespace
 ) -> Iterator[PreferenceGroup]:
     """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
     yield from groups

@@ -18,16 +18,23 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo import __version__
 from megatron_solopo.data.building import LEFT_OUT, TRAIN, VALIDATION, BuildSettings, Summary, build_all, left_out_line
-from megatron_solopo.data.chat import load_tokenizer
 from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.evidence import FINDERS
 from megatron_solopo.data.ingest import Ingested, ingest
 from megatron_solopo.data.inputs import local_files
-from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
-from megatron_solopo.data.progress import Progress, WorkFolder
+from megatron_solopo.data.options import (
+    add_prompt_options,
+    add_tokenizer_options,
+    check_jsonl,
+    check_outputs,
+    prompt_format_of,
+)
+from megatron_solopo.data.progress import Progress, WorkFolder, held
 from megatron_solopo.data.records import read_jsonl
 from megatron_solopo.data.sources import SOURCES
+from megatron_solopo.data.text_facts import text_facts
 from megatron_solopo.errors import UserError
 
 TRL = "trl"
@@ -184,10 +191,15 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--workers: --evidence log-prob runs one model in one process; give --workers 1")
     if options.device != "auto" and options.evidence != "log-prob":
         raise UserError(f"--device {options.device}: only --evidence log-prob runs a model; leave it out")
-    targets = [options.output, options.validation_output, options.left_out]
-    resolved = [Path(target).resolve() for target in targets if target]
-    if len(set(resolved)) < len(resolved):
-        raise UserError("--output, --validation-output and --left-out must be different files")
+    outputs = {
+        "--output": options.output,
+        "--validation-output": options.validation_output,
+        "--left-out": options.left_out,
+    }
+    excluded = [options.exclude_ids] if options.exclude_ids else []
+    check_outputs(outputs, {"--input": options.input, "--pool": options.pool, "--exclude-ids": excluded})
+    for flag, path in outputs.items():
+        check_jsonl(flag, path)
 
 
 def _excluded(path: str | None) -> frozenset[str]:
@@ -223,15 +235,18 @@ def _fingerprint(given: list[str]) -> list[list[str]]:
     return found
 
 
-def _settings(options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str]) -> dict[str, Any]:
+def _settings(
+    options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
-    tokenizer = [str(p) for p in sorted(Path(options.tokenizer).glob("*")) if p.suffix in (".json", ".model", ".jinja")]
+    how = dataclasses.asdict(build)
+    del how["eos_token"]  # told by the end of turn
     return {
-        **dataclasses.asdict(build),
+        **how,
+        **text_facts(build.tokenizer, tokenizer),
+        "version": __version__,
         "input": _fingerprint(options.input),
         "pool": _fingerprint(options.pool),
-        "tokenizer": [digest for _, digest in _fingerprint(tokenizer)],
-        "chat_template": _fingerprint([options.chat_template]) if options.chat_template else None,
         "exclude_ids": hashlib.sha256(json.dumps(sorted(excluded)).encode()).hexdigest(),
         "limit": options.limit,
         "validation_share": options.validation_share,
@@ -249,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         chat_template=options.chat_template,
         eos_token=options.eos_token,
         chat_template_kwargs=options.chat_template_kwargs,
+        added_tokens=options.add_special_tokens,
         prompt_format=prompt_format_of(options),
         sizes=sizes,
         in_tokens=in_tokens,
@@ -262,19 +278,20 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
     )
     begin = time.monotonic()
-    tokenizer = load_tokenizer(
-        options.tokenizer, options.chat_template, options.eos_token, options.chat_template_kwargs
-    )
+    tokenizer = build.load_tokenizer()
     output = Path(options.output)
-    work = WorkFolder(output.with_name(output.name + ".work"), _settings(options, build, excluded))
-    try:
-        prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
-        read = time.monotonic() - begin
-        summary = _build(work, options, build, prepared, tokenizer)
-    except UserError:
-        if not work.done:  # nothing was built that a repeated command could go on from
-            work.remove()
-        raise
+    folder = output.with_name(output.name + ".work")
+    settings = _settings(options, build, excluded, tokenizer)
+    with held(folder):
+        work = WorkFolder(folder, settings)
+        try:
+            prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
+            read = time.monotonic() - begin
+            summary = _build(work, options, build, prepared, tokenizer)
+        except UserError:
+            if not work.done:  # nothing was built that a repeated command could go on from
+                work.remove()
+            raise
     print("\n".join([*prepared.notes, *summary.lines()]))
     seconds = time.monotonic() - begin
     print(

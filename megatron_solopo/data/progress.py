@@ -1,10 +1,13 @@
-"""Files written in order by a run that may be killed at any moment, and go on from where it stood."""
+"""What a run that may be killed at any moment leaves, so that it goes on from there: files, settings, a lock."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,54 @@ from megatron_solopo.errors import UserError
 _PROGRESS = "progress.json"
 
 
+def differences(made: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, value then, value now) of settings that are not equal; names of nested ones are joined by dots."""
+    told = []
+    for key in sorted(made.keys() | now.keys()):
+        before, after = made.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            told += differences(before, after, f"{where}{key}.")
+        elif before != after:
+            told.append((f"{where}{key}", before, after))
+    return told
+
+
+def refuse_other_settings(path: Path, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError where unfinished work was begun with other settings."""
+    for name, before, after in differences(made, now):
+        raise UserError(
+            f"{path}: begun with {name} = {before!r}, now {after!r}; repeat the first settings to resume, or delete it "
+            "to start again"
+        )
+
+
+def hold(descriptor: int, path: Path) -> None:
+    """Locks an open file or folder until it is closed, so that no second process writes there.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing it; wait for its end, or end it first") from None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be and holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        hold(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class WorkFolder:
-    """A folder beside the output that holds a run's unfinished work and the settings it was begun with.
+    """A folder, `held` by the run, with its unfinished work and the settings it was begun with.
 
     ``ready`` says whether a first run finished its preparations there (`mark_ready`); what an earlier run left
     unprepared, or prepared with other settings and built nothing of, is deleted.
@@ -30,17 +79,12 @@ class WorkFolder:
         self.ready = self._state.is_file()
         if self.ready:
             made = json.loads(self._state.read_text(encoding="utf-8"))["settings"]
-            changed = [name for name in self._settings | made if made.get(name) != self._settings.get(name)]
-            if changed and self.done:
-                name = changed[0]
-                raise UserError(
-                    f"{path}: begun with {name} = {made.get(name)!r}, now {self._settings.get(name)!r}; "
-                    "repeat the first settings to resume, or delete the folder to start again"
-                )
-            self.ready = not changed
-        if not self.ready and path.is_dir():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
+            if self.done:
+                refuse_other_settings(path, made, self._settings)
+            self.ready = made == self._settings
+        if not self.ready:  # the folder itself stays, for the lock is on it
+            for name in path.iterdir():
+                name.unlink()
 
     @property
     def done(self) -> int:

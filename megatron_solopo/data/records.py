@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from megatron_solopo.data import parquet
 from megatron_solopo.errors import UserError
 
 Record = dict[str, Any]
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""What JSON text that holds half of a surrogate pair has in it (texts with whole pairs have it too)."""
 
 PART_BYTES = 4 << 20
 """A part of a JSONL file ends with the line that makes it this long; it fits in memory many times over."""
@@ -73,22 +77,47 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
         for number, line in enumerate(lines, first):
             if number - first == count:
                 return
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
-                ) from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
-            yield where, record
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, parse_line(line, where)
+
+
+def parse_line(line: bytes, where: str) -> Record:
+    """The record of one line of a JSONL file.
+
+    Raises:
+        UserError: naming ``where``; not UTF-8, not JSON, or not an object of texts that can be written again.
+    """
+    try:
+        text = line.decode("utf-8")
+        record = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+        ) from None
+    if HALF.search(text):
+        check_encodes(record, where)
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def check_encodes(value: Any, where: str) -> None:
+    """JSON can hold halves of surrogate pairs (``"\\ud83d"``), which no tokenizer and no file takes.
+
+    Raises:
+        UserError: naming ``where`` and what stands before the half.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[max(error.start - 20, 0) : error.start]
+        raise UserError(
+            f"{where}: the character after {before!r} is half of a surrogate pair; repair the text"
+        ) from None
 
 
 def scan(path: str | Path) -> tuple[str, list[Part]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
+import os
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.progress import hold, refuse_other_settings
+from megatron_solopo.data.records import parse_line, read_jsonl
 from megatron_solopo.data.schema import check_ids, require
 from megatron_solopo.errors import UserError, system_reason
 
@@ -75,16 +75,53 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
         if not isinstance(token_ids, list) or len(token_ids) != len(texts):
             raise UserError(f"{where}: the field 'token_ids' must be a list as long as 'responses' ({len(texts)})")
         for index, ids in enumerate(token_ids):
-            if ids != []:  # an empty response
+            if ids != [] or texts[index].strip():
                 check_ids(ids, f"token_ids[{index}]", where)
     return Responses(question_id, texts, [bool(value) for value in finished], token_ids)
+
+
+class InStep:
+    """Responses of a file, asked for in the order of the contexts and read once.
+
+    A file in that order, which is how ``sample-responses`` writes it, needs no memory; what comes earlier in the file
+    than it is asked for waits here.
+
+    Raises:
+        UserError: a malformed responses file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._left = {record.id for record in read_responses(path)}
+        self._records = read_responses(path)
+        self._waiting: dict[str, Responses] = {}
+
+    def __call__(self, question_id: str) -> Responses | None:
+        if question_id not in self._left:
+            return None
+        self._left.remove(question_id)
+        while question_id not in self._waiting:
+            record = next(self._records)
+            self._waiting[record.id] = record
+        return self._waiting.pop(question_id)
+
+    def unasked(self) -> set[str]:
+        """The ids that nobody asked for."""
+        return self._left
+
+
+class _Line(NamedTuple):
+    """Where a line of a `PartialFile` begins, and how many responses it holds."""
+
+    start: int
+    responses: int
 
 
 class PartialFile:
     """Responses written so far, next to the output, with the settings they were sampled under.
 
     A line is what was sampled at once: the samples of a question from number ``first`` on. Opening the file drops an
-    unfinished last line and locks it, so that no second process samples the same.
+    unfinished last line and locks it, so that no second process samples the same. Memory holds where the lines are, not
+    what is in them.
 
     Raises:
         UserError: the file was made with other settings, is not such a file, or another process writes it.
@@ -92,12 +129,12 @@ class PartialFile:
 
     def __init__(self, output: Path, settings: dict[str, object]) -> None:
         self.path = output.with_name(output.name + ".partial")
-        self._parts: dict[str, dict[int, Responses]] = {}
+        self._parts: dict[str, dict[int, _Line]] = {}
+        self._size = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
         try:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                self._lock()
+            hold(self._file.fileno(), self.path)
             self._resume(settings)
         except UserError:
             self._file.close()
@@ -111,32 +148,23 @@ class PartialFile:
     ) -> None:
         self._file.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is writing it; wait for its end, or end it first") from None
-
     def _resume(self, settings: dict[str, object]) -> None:
-        text = self.path.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        if whole < len(text):
-            self._file.truncate(whole)
-        if whole == 0:
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                where = f"{self.path}:{number}"
+                record = parse_line(line, where)
+                if number == 1:
+                    refuse_other_settings(self.path, require(record, "settings", dict, where), settings)
+                else:
+                    part = _responses(record, where)
+                    place = _Line(self._size, len(part.responses))
+                    self._parts.setdefault(part.id, {})[require(record, "first", int, where)] = place
+                self._size += len(line)
+        self._file.truncate(self._size)
+        if self._size == 0:
             self._write({"settings": settings})
-            return
-        records = read_jsonl(self.path)
-        where, first = next(records)
-        made = require(first, "settings", dict, where)
-        for name in sorted(settings.keys() | made.keys()):
-            if made.get(name) != settings.get(name):
-                raise UserError(
-                    f"{self.path}: begun with {name} = {made.get(name)!r}, now {settings.get(name)!r}; "
-                    "repeat the first settings to resume, or delete the file to start again"
-                )
-        for where, record in records:
-            part = _responses(record, where)
-            self._parts.setdefault(part.id, {})[require(record, "first", int, where)] = part
 
     def __contains__(self, question_id: str) -> bool:
         return question_id in self._parts
@@ -144,7 +172,7 @@ class PartialFile:
     @property
     def responses(self) -> int:
         """How many are there."""
-        return sum(len(part.responses) for parts in self._parts.values() for part in parts.values())
+        return sum(line.responses for parts in self._parts.values() for line in parts.values())
 
     @property
     def questions(self) -> int:
@@ -154,33 +182,41 @@ class PartialFile:
     def missing(self, question_id: str, samples: int) -> list[int]:
         """The numbers of the samples that are not there yet, ascending."""
         parts = self._parts.get(question_id, {})
-        there = {first + index for first, part in parts.items() for index in range(len(part.responses))}
+        there = {first + index for first, line in parts.items() for index in range(line.responses)}
         return [number for number in range(samples) if number not in there]
 
     def add(self, responses: Responses, first: int = 0) -> None:
         """Writes what was sampled, at once; ``first`` is the number of its first sample."""
-        self._parts.setdefault(responses.id, {})[first] = responses
+        start = self._size
         self._write({"first": first, **responses.record()})
+        self._parts.setdefault(responses.id, {})[first] = _Line(start, len(responses.responses))
 
     def _write(self, record: dict[str, object]) -> None:
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         try:
             if self._file.write(line) == len(line):
+                self._size += len(line)
                 return
             why = "the disk is full"
         except OSError as error:
             why = system_reason(error)
+        self._file.truncate(self._size)  # answers to other requests may still come, and find room
         raise UserError(f"{self.path}: {why}; make room and repeat the command, what is finished is kept")
 
     def finish(self, output: Path, ids: Sequence[str]) -> None:
         """Writes the output, questions in the order of ``ids`` and samples in that of their numbers; removes this."""
         aside = output.with_name(output.name + ".complete")
         try:
-            with aside.open("w", encoding="utf-8") as out:
+            with self.path.open("rb") as lines, aside.open("w", encoding="utf-8") as out:
                 for question_id in ids:
-                    parts = self._parts[question_id]
-                    whole = joined([parts[first] for first in sorted(parts)])
-                    out.write(json.dumps(whole.record(), ensure_ascii=False) + "\n")
+                    parts = []
+                    for _, line in sorted(self._parts[question_id].items()):
+                        lines.seek(line.start)
+                        where = f"{self.path}, byte {line.start}"
+                        parts.append(_responses(parse_line(lines.readline(), where), where))
+                    out.write(json.dumps(joined(parts).record(), ensure_ascii=False) + "\n")
+                out.flush()
+                os.fsync(out.fileno())  # what it is made of is removed
         except OSError as error:
             raise UserError(
                 f"{aside}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"

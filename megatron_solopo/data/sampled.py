@@ -19,7 +19,7 @@ class Prompt:
 
     id: str
     messages: list[Message]
-    ids: list[int]
+    ids: Sequence[int]
 
 
 @dataclass

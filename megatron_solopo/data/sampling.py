@@ -6,16 +6,21 @@ import argparse
 import hashlib
 import importlib.util
 import time
+from array import array
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_solopo import template_kwargs
+from transformers import PreTrainedTokenizerBase
+
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import read_contexts
 from megatron_solopo.data.hf_model import DTYPES
-from megatron_solopo.data.options import add_tokenizer_options
+from megatron_solopo.data.options import add_tokenizer_options, check_jsonl, check_outputs
 from megatron_solopo.data.responses import PartialFile
 from megatron_solopo.data.sampled import Prompt, Statistics
+from megatron_solopo.data.text_facts import text_facts
 from megatron_solopo.errors import UserError
 
 IN_PROCESS = {"device": "auto", "dtype": "auto", "batch_size": 64}
@@ -156,6 +161,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
             "folder of its tokenizer"
         )
+    check_outputs({"--output": options.output}, {"--contexts": [options.contexts]})
+    check_jsonl("--output", options.output)
     if Path(options.output).exists() and not options.overwrite:
         raise UserError(
             f"--output {options.output}: is already complete; give another name, or --overwrite to sample again"
@@ -170,28 +177,32 @@ def _is_url(text: str) -> bool:
         return False
 
 
+def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+    for pair in read_contexts(options.contexts):
+        chat = getattr(pair, f"{options.num_samples_context}_messages")
+        yield Prompt(pair.id, chat, array("i", prompt_ids(tokenizer, chat)))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
     _check(options)
-    pairs = list(read_contexts(options.contexts))[: options.limit]
-    if not pairs:
+    folder = options.tokenizer or options.model
+    tokenizer = load_tokenizer(folder, options.chat_template, options.eos_token, options.chat_template_kwargs)
+    prompts = list(islice(_prompts(options, tokenizer), options.limit))
+    if not prompts:
         raise UserError(f"--contexts {options.contexts}: holds no question")
-    tokenizer = load_tokenizer(
-        options.tokenizer or options.model, options.chat_template, options.eos_token, options.chat_template_kwargs
-    )
-    chats = [getattr(pair, f"{options.num_samples_context}_messages") for pair in pairs]
-    prompts = [Prompt(pair.id, chat, prompt_ids(tokenizer, chat)) for pair, chat in zip(pairs, chats, strict=True)]
     if options.server:  # its client is an optional package
         from megatron_solopo.data.server import FromServer as Backend
     else:
         from megatron_solopo.data.sampler import InProcess as Backend
     backend = Backend(options, tokenizer, prompts)
+    with Path(options.contexts).open("rb") as file:
+        contexts = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
-        "contexts": hashlib.sha256(Path(options.contexts).read_bytes()).hexdigest(),
+        "contexts": contexts,
         "model": str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
-        "chat_template": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
-        "chat_template_kwargs": template_kwargs.of(tokenizer),
+        **text_facts(folder, tokenizer),
         **{
             name: getattr(options, name)
             for name in ("limit", "num_samples_context", "samples", "temperature", "top_p", "max_new_tokens", "seed")
@@ -203,8 +214,8 @@ def main(argv: list[str] | None = None) -> int:
         begin = time.monotonic()
         backend.run(partial, statistics)
         seconds = time.monotonic() - begin
-        partial.finish(Path(options.output), [pair.id for pair in pairs])
-    print(f"wrote {len(pairs)} questions x {options.samples} responses to {options.output}")
+        partial.finish(Path(options.output), [prompt.id for prompt in prompts])
+    print(f"wrote {len(prompts)} questions x {options.samples} responses to {options.output}")
     if statistics.responses:
         speed, mean = statistics.tokens / max(seconds, 1e-9), statistics.tokens / statistics.responses
         print(

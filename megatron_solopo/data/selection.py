@@ -65,7 +65,7 @@ class Distractors:
         while len(self._chosen) < count:
             candidate = next(stream, None)
             if candidate is None:
-                raise CannotBuild("too few distractors for {size} without the answer or a gold title")
+                raise CannotBuild(self._too_few())
             self._take(candidate)
 
     def grow_to_tokens(self, size: int, here: int, count: Callable[[], int]) -> None:
@@ -90,10 +90,14 @@ class Distractors:
             if size - slack <= tokens <= size:
                 return
             if exhausted:
-                raise CannotBuild("too few distractors for {size} without the answer or a gold title")
+                raise CannotBuild(self._too_few())
             estimated = here + sum(candidate.tokens for candidate in self._chosen[len(start) :])
             missing = size - here - (tokens - estimated)
         raise CannotBuild(f"no choice of distractors comes within {TOKEN_TOLERANCE:.0%} of {{size}}")
+
+    def _too_few(self) -> str:
+        looked = "" if self._unread else f" among the {_MOST_READ:,} paragraphs looked at"
+        return f"too few distractors for {{size}} without the answer or a gold title{looked}"
 
     def _fill(self, missing: int, window: int) -> bool:
         """Takes distractors of ``missing - window .. missing`` tokens in all, if it can; True when none was left."""

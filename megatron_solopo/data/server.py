@@ -151,7 +151,7 @@ class FromServer:
                 (
                     form
                     for form in (text, (self._tokenizer.bos_token or "") + text)
-                    if self._tokenizer(form)["input_ids"] == prompt.ids
+                    if self._tokenizer(form)["input_ids"] == list(prompt.ids)
                 ),
                 "",
             )
@@ -173,7 +173,7 @@ class FromServer:
         if request.count > 1:
             body["n"] = request.count
         if options.server_api == "completions":
-            body["prompt"] = self._texts.get(prompt.id, prompt.ids)
+            body["prompt"] = self._texts.get(prompt.id) or list(prompt.ids)
         else:
             body["messages"] = prompt.messages
             if values := template_kwargs.of(self._tokenizer):

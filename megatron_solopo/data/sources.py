@@ -46,7 +46,7 @@ def read_questions(
     labelled: bool = True,
     exclude: Collection[str] = (),
 ) -> Iterator[Question]:
-    """Yields the questions of the inputs (see `records.read_records`), in their order.
+    """Yields the questions of the inputs (see `inputs.read_records`), in their order.
 
     Args:
         source: a name of `SOURCES`, the format of the records.
@@ -68,7 +68,6 @@ def read_questions(
         seen[question_id] = where
         try:
             question = SOURCES[source](record, question_id, where, labelled)
-            _check_text(question, where)
             if question_id in exclude:
                 raise CannotUse("listed in --exclude-ids")
             if labelled and not any(paragraph.is_supporting for paragraph in question.paragraphs):
@@ -88,9 +87,7 @@ def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
         UserError: naming ``file:line`` and the field.
     """
     for where, record in read_records(paths):
-        paragraph = Paragraph(title=require(record, "title", str, where), text=_text(record, "text", where))
-        _check_encodes(where, paragraph.title, paragraph.text)
-        yield paragraph
+        yield Paragraph(title=require(record, "title", str, where), text=_text(record, "text", where))
 
 
 def _musique(record: dict[str, Any], question_id: str, where: str, labelled: bool) -> Question:
@@ -247,20 +244,3 @@ def _flag(record: dict[str, Any], key: str, where: str, default: bool | None = N
     if default is not None and record.get(key) is None:
         return default
     return require(record, key, bool, where)
-
-
-def _check_text(question: Question, where: str) -> None:
-    _check_encodes(where, question.id, question.question, *question.answers)
-    for paragraph in question.paragraphs:
-        _check_encodes(where, paragraph.title, paragraph.text)
-
-
-def _check_encodes(where: str, *texts: str) -> None:
-    """JSON can hold halves of surrogate pairs (``"\\ud83d"``), which no tokenizer and no file takes."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: character {error.start + 1} of {text[:20]!r}... is half of a surrogate pair; repair the text"
-            ) from None

@@ -10,18 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__
 from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.progress import differences, held, refuse_other_settings, write_aside
 from megatron_solopo.data.records import Part, read_records, scan, write_jsonl
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.data.text_facts import text_facts
@@ -46,6 +41,7 @@ from megatron_solopo.data.token_store import (
     sequences_of,
 )
 from megatron_solopo.data.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
+from megatron_solopo.data.workers import map_in_order
 from megatron_solopo.errors import UserError, system_reason
 
 
@@ -137,16 +133,8 @@ _tokenizer: PreTrainedTokenizerBase
 
 def _start_worker(job: Job) -> None:
     global _job, _tokenizer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and waits for the parts begun
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _job, _tokenizer = job, job.load_tokenizer()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _work(number: int, part: Part) -> int:
@@ -163,19 +151,7 @@ def _tokenize_parts(job: Job, todo: dict[int, Part], workers: int) -> Iterator[i
             tokenize_part(job, tokenizer, number, part)
             yield number
         return
-    # A fork server has no threads yet that a fork could break, and imports this module once for all workers.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (job,))
-    try:
-        yield from pool.map(_work, todo.keys(), todo.values())
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed (out of memory?); what is done is kept: run the same command again, with "
-            "fewer --workers if memory is short"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from map_in_order(_work, todo.items(), min(workers, len(todo)), _start_worker, (job,))
 
 
 # Putting parts together.
@@ -235,27 +211,16 @@ def _report(fields: dict[str, Any]) -> Report:
     )
 
 
-def _differences(made: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """The names of settings that are not equal, nested ones joined by dots."""
-    told = []
-    for key in sorted(made.keys() | now.keys()):
-        before, after = made.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            told += _differences(before, after, f"{where}{key}.")
-        elif before != after:
-            told.append(f"{where}{key}")
-    return told
-
-
 def _check_ids(job: Job, number: int, seen: set[str]) -> int:
     """Refuses an id that an earlier part has; returns the number of ids."""
     (words,) = read_part(job.part_file(number), "words")
-    for name in words["ids"]:
+    names = [*words["ids"], *(dropped[0] for dropped in words["report"]["dropped"])]
+    for name in names:
         if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
             places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
             raise UserError(f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique")
         seen.add(name)
-    return len(words["ids"]) + len(words["report"]["dropped"])
+    return len(names)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -353,15 +318,28 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     }
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         manifest = read_manifest(output) if output.is_dir() else {}
-        if told := _differences({key: manifest.get(key) for key in settings}, settings):
+        if told := differences({key: manifest.get(key) for key in settings}, settings):
+            names = ", ".join(name for name, _, _ in told)
             raise UserError(
-                f"--output {output}: is there already, made with another {', '.join(told)}; give another name, or "
-                "delete it"
+                f"--output {output}: is there already, made with another {names}; give another name, or delete it"
             )
         shutil.rmtree(partial, ignore_errors=True)
         print(f"{output} is complete: {manifest['counts']['groups']} groups; nothing is left to do")
         return 0
-    _begin(partial, settings)
+    with held(partial):
+        _begin(partial, settings)
+        return _make(job, output, partial, workers, parts, settings, begin)
+
+
+def _make(
+    job: Job,
+    output: Path,
+    partial: Path,
+    workers: int,
+    parts: list[Part],
+    settings: dict[str, Any],
+    begin: float,
+) -> int:
     done = {number for number in range(len(parts)) if job.part_file(number).is_file()}
     seen: set[str] = set()
     with tqdm(unit="group", disable=None) as bar:
@@ -397,16 +375,10 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
             made = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             made = {}
-        if told := _differences(made, settings):
-            raise UserError(
-                f"{partial}: begun with another {', '.join(told)}; repeat the first command to go on, or delete the "
-                "folder to start again"
-            )
+        refuse_other_settings(partial, made, settings)
         for aside in (partial / "parts").glob("*.aside"):
             aside.unlink()
         return
     if any((partial / "parts").iterdir()):
         raise UserError(f"{partial}: holds no settings.json, so nothing can go on from it; delete the folder")
-    aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, settings)

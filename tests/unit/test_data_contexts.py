@@ -281,9 +281,11 @@ def test_an_impossible_question_reads_little_of_the_pool(monkeypatch: pytest.Mon
     pool = DistractorPool.of([Paragraph(f"t{i}", "x yes sir " * 9) for i in range(1000)], FORMAT, count_words)
     for size, tokens in ((600, True), (here + 30, True), (9, False)):  # the answer is in every paragraph
         reads.clear()
-        with pytest.raises(CannotBuild):
+        with pytest.raises(CannotBuild) as reason:
             build(question, pool, [size], tokens=tokens)
         assert 0 < len(reads) < 60
+        # Near the end of a context only paragraphs of the right length are looked at.
+        assert ("among the 50 paragraphs looked at" in str(reason.value)) == (size != here + 30)
 
 
 def test_values_with_braces_are_not_templates() -> None:

@@ -13,6 +13,7 @@ from word_tokenizer import save_word_tokenizer
 from megatron_solopo.data.building import Summary
 from megatron_solopo.data.chat import load_tokenizer
 from megatron_solopo.data.evidence import LogProbFinder, mark, rank_by_bm25
+from megatron_solopo.data.hf_model import load_model
 from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.sources import CannotUse, LeftOut, read_questions
@@ -102,5 +103,12 @@ def test_log_prob_falls_as_transformers_computes_it(tmp_path: Path, model: Qwen2
     assert finder.drops(QUESTION) == pytest.approx(expected, abs=1e-4)
     assert finder(QUESTION) == sorted(range(4), key=lambda index: -expected[index])
     long = Question("long", "?", "Zavrazhye", (), (Paragraph("t", "word " * 90),))
-    with pytest.raises(UserError, match=r"question 'long', --evidence log-prob: .* max_position_embeddings 80"):
+    with pytest.raises(
+        UserError, match=r"question 'long', --evidence log-prob: .* and an answer of 2 go beyond .*embeddings 80"
+    ):
         finder(long)
+    model.resize_token_embeddings(3)
+    with pytest.raises(UserError, match=r"question 'q', --evidence log-prob: token id \d+ is beyond the 3 embeddings"):
+        finder(QUESTION)
+    with pytest.raises(UserError, match="--evidence-model nowhere: no such folder"):
+        load_model("nowhere", "cpu", "auto", "--evidence-model")

@@ -35,6 +35,7 @@ from megatron_solopo.data.parquet import write_groups
 from megatron_solopo.data.schema import Paragraph, read_groups
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_roles, roles, solopo_loss
+from megatron_solopo.training.health import length_bias
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "examples" / "chat_templates" / "chatml.jinja"
 WORDS = "the river town was founded near a bridge by settlers who sold wool and salt in spring fairs every year".split()
@@ -522,20 +523,22 @@ def test_no_more_examples_live_than_the_sample_and_a_batch(
 @pytest.mark.parametrize(
     ("pairs", "warned", "words"),
     [
-        ([(30, 10)] * 40 + [(10, 30)] * 10, True, "longer instead of right"),
-        ([(10, 30)] * 40 + [(30, 10)] * 10, True, "shorter instead of right"),
-        ([(30, 10)] * 22 + [(10, 30)] * 18, False, "longer than rejected in 55%"),
-        ([(30, 10)] * 4 + [(10, 30)] * 1, False, "may be chance"),
-        ([(10, 10)] * 40, False, "of equal length in 100%"),
-        ([(10, 10)] * 40, False, "no length bias"),
+        ([(30, 10)] * 40 + [(10, 30)] * 10, True, "Chosen answers have 26.0 tokens, rejected ones 14.0"),
+        ([(10, 30)] * 40 + [(30, 10)] * 10, True, "the model may learn length"),
+        ([(30, 10)] * 22 + [(10, 30)] * 18, False, "chosen longer in 55.0% of the groups, shorter in 45.0%"),
+        ([(30, 10)] * 4 + [(10, 30)] * 1, False, "With so few groups"),
+        ([(10, 10)] * 40, False, "No length bias"),
+        ([(24, 12)] * 30 + [(10, 12)] * 10, True, "75% of the groups"),
+        ([(11, 10)] * 28 + [(9, 10)] * 12, False, "No length bias"),
     ],
 )
 def test_the_length_bias_in_words(pairs: list[tuple[int, int]], warned: bool, words: str) -> None:
+    """It is that of build-pairs and of training."""
     statistics = Statistics()
     for chosen, rejected in pairs:
-        statistics.difference.add(chosen - rejected)
+        statistics.lengths.add(chosen, rejected)
     said, lopsided = statistics.length_bias()
-    assert lopsided == warned and words in said
+    assert lopsided == warned == (length_bias(pairs) is not None) and words in said
 
 
 def test_repeated_texts() -> None:
@@ -590,7 +593,7 @@ WRONG = {
         [{"short_messages": [], "short_tokens": 1}],
         "holds contexts without responses, so no loss sees them",
     ),
-    "page over the data": (["--html", "groups.jsonl"], lambda g: g, "is the data itself; give another file"),
+    "page over the data": (["--html", "groups.jsonl"], lambda g: g, "is the file of --data too; give another"),
     "no tokenizer": (["--tokenizer", "nowhere"], lambda g: g, "nowhere: no such folder"),
 }
 
@@ -633,6 +636,19 @@ def test_a_runs_configuration_decides_what_is_shown(
     run.write_text("method: {objective: sft}\ntraining: {train_iters: 3}\n")
     with pytest.raises(UserError, match="--objective sft has no preference groups"):
         inspect.main(base)
+
+
+def test_new_special_tokens_of_a_run_are_shown_as_training_has_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (record,) = groups(1)
+    path = write(tmp_path / "groups.jsonl", [{**record, "chosen": f"<think>{record['chosen']}"}])
+    run = tmp_path / "run.yaml"
+    run.write_text("model: {add_special_tokens: <think>}\ntraining: {train_iters: 3}\n")
+    base = ["--data", str(path), "--tokenizer", str(folder)]
+    for more, whole in ([], False), (["--config", str(run)], True), (["--add-special-tokens", "<think>"], True):
+        assert inspect.main([*base, *more]) == 0
+        assert ("|<think>|" in capsys.readouterr().out) == whole, more
 
 
 def test_every_position_of_the_pack_is_accounted_for(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def build(files: list[str], tmp_path: Path, *more: str) -> list[PreferenceGroup]
     return list(read_groups(tmp_path / "groups.jsonl"))
 
 
+def test_contexts_and_responses_are_never_replaced(files: list[str], tmp_path: Path) -> None:
+    before = {path: Path(path).read_bytes() for path in files if path.startswith(str(tmp_path))}
+    for flag, path in zip(("--contexts", "--responses"), before, strict=True):
+        with pytest.raises(UserError, match=f"--output {path}: is the file of {flag} too; give another"):
+            main([*files, "--output", path])
+    assert {path: Path(path).read_bytes() for path in before} == before
+
+
 def test_counts_and_the_one_group(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (group,) = build(files, tmp_path)
     assert group.id == "mixed" and group.answers == ["Paris", "City of Light"] and group.source == "test"

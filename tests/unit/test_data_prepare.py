@@ -260,7 +260,13 @@ def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: 
     with pytest.raises(UserError, match=r"begun with input = "):
         (tmp_path / "more.jsonl").write_bytes((tmp_path / "q.jsonl").read_bytes())
         main([*many, "--input", str(tmp_path / "more.jsonl")])
+    with pytest.raises(UserError, match=r"begun with added_tokens\.<new> = None, now"):
+        main([*many, "--add-special-tokens", "<new>"])
+    with progress.held(work), pytest.raises(UserError, match=r"contexts\.jsonl\.work: another process is writing it"):
+        main(many)
     assert work.is_dir()
+    # What belongs to the model alone decides nothing here.
+    (Path(many[many.index("--tokenizer") + 1]) / "generation_config.json").write_text("{}")
     main([*many, "--workers", "1"])
     assert not work.exists()
     # Where no context was built there is nothing to lose.
@@ -325,7 +331,9 @@ def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
         ([*SIZES, "--validation-share", "0.5"], "give --validation-share and --validation-output together"),
         ([*SIZES, "--validation-share", "2", "--validation-output", "v"], "--validation-share 2.0"),
         ([*SIZES, "--validation-share", "0.01", "--validation-output", "v"], "of 11 questions 0 would be"),
-        ([*SIZES, "--left-out", "x", "--validation-output", "./x", "--validation-share", "0.5"], "different files"),
+        ([*SIZES, "--left-out", "x", "--validation-output", "./x", "--validation-share", "0.5"], "is the file of --v"),
+        ([*SIZES, "--output", "INPUT"], "q.jsonl: is the file of --input too; give another"),
+        ([*SIZES, "--left-out", "x.parquet"], "--left-out x.parquet: is written as JSONL"),
         ([*SIZES, "--evidence-documents", "3"], "--evidence-documents: the labels say"),
         ([*SIZES, "--evidence", "log-prob"], "--evidence log-prob and --evidence-model DIR need each other"),
         (
@@ -341,6 +349,7 @@ def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
 def test_wrong_input_is_one_line_and_leaves_no_output(
     command: list[str], tmp_path: Path, more: list[str], message: str
 ) -> None:
+    more = [command[1] if argument == "INPUT" else argument for argument in more]
     with pytest.raises(UserError) as error:
         main([*command, *more])
     assert message in str(error.value) and "\n" not in str(error.value)

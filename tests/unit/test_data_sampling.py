@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +278,7 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tmp_path: Path) -> None:
-    """The limit falls into the third line, which the next start drops."""
+    """The limit falls into a line, which goes at once; one that a kill cut goes at the next start."""
     output = tmp_path / "a.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with PartialFile(output, {"seed": 1}) as partial:
@@ -286,12 +288,32 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tmp_path: Path) -> None
         try:
             with pytest.raises(UserError, match=r"partial: the disk is full; make room and repeat the command"):
                 partial.add(Responses("q1", ["w1"], [True]))
-            with pytest.raises(UserError, match=r"partial: File too large; make room and repeat the command"):
-                partial.add(Responses("q1", ["w1"], [True]))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "q1" not in partial
+        partial.add(Responses("q2", ["w2"], [True]))  # the answer to another request, which finds room
+        more = partial.path.stat().st_size
+        with partial.path.open("ab") as file:
+            file.write(b'{"first": 0, "id": "q3", "resp')
+    assert more > size
     with PartialFile(output, {"seed": 1}) as partial:
-        assert (partial.path.stat().st_size, "q0" in partial, "q1" in partial) == (size, True, False)
+        assert partial.path.stat().st_size == more
+        assert [name for name in ("q0", "q1", "q2", "q3") if name in partial] == ["q0", "q2"]
+
+
+def test_responses_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
+    output, text = tmp_path / "a.jsonl", "w" * 50_000
+    tracemalloc.start()
+    try:
+        with PartialFile(output, {}) as partial:
+            for number in range(200):
+                partial.add(Responses(f"q{number}", [text], [True]))
+        with PartialFile(output, {}) as partial:
+            partial.finish(output, [f"q{number}" for number in range(200)])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert output.stat().st_size > 200 * len(text) > 10 * peak
 
 
 def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:
@@ -331,8 +353,26 @@ def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Pat
     partial = Path(f"{output}.partial")
     header = {"settings": {"temperature": 0.3}}
     partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete the file to start again"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete it to start again"):
         main(command(folder, output, "--overwrite"))
+
+
+def test_another_tokenizer_is_refused_on_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same template, same stops, other words: ids of the first half would be another tokenizer's."""
+    output, other = tmp_path / "a.jsonl", tmp_path / "other"
+
+    def stop(*_: object) -> None:
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFile, "finish", stop)
+        with pytest.raises(UserError, match="stopped"):
+            main(command(folder, output, "--limit", "1"))
+    shutil.copytree(folder, other)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace('"w35"', '"v35"'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"partial: begun with tokenizer\.tokenizer\.json = "):
+        main(command(folder, output, "--limit", "1", "--tokenizer", str(other)))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_solopo.data import inputs
 from megatron_solopo.data.inputs import read_records
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.sources import LeftOut, read_pool, read_questions
@@ -241,7 +244,7 @@ def test_tables_and_folders_go_through_datasets(tmp_path: Path, cache: None) -> 
     assert read("musique", f"hub:{tmp_path / 'set'}::test") == expected[:1]
     assert list(read_pool([csv])) == [Paragraph("A", "Some text.")]
     frame.drop(columns="question").to_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match=r"bad\.parquet, row 1: the field 'question' is missing \(fields found: answer"):
+    with pytest.raises(UserError, match=r"bad\.parquet:row 1: the field 'question' is missing \(fields found: answer"):
         read("musique", tmp_path / "bad.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     for given, message in (
@@ -249,12 +252,38 @@ def test_tables_and_folders_go_through_datasets(tmp_path: Path, cache: None) -> 
         (f"hub:{tmp_path / 'set'}:nowhere:train", "datasets cannot load it .*nowhere"),
         ("hub:a:b:c:d", "give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"),
         ("hub:", "give hub:NAME"),
-        (tmp_path / "broken.parquet", r"broken\.parquet: datasets cannot load it"),
+        (tmp_path / "broken.parquet", r"broken\.parquet: not a Parquet file"),
         (tmp_path / "missing.parquet", "no such file"),
     ):
         with pytest.raises(UserError, match=message) as error:
             read("musique", given)
         assert "\n" not in str(error.value)
+
+
+def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces, the same records and the same line in an error; and never the whole file in memory."""
+    path, bad = tmp_path / "a.json", tmp_path / "bad.json"
+    found = [{"id": i, "text": 'Zoë \\ " ]}, ' * i, "of": [1, {"a": None}]} for i in range(9)]
+    texts = [json.dumps(one, indent=1, ensure_ascii=False) for one in found]
+    path.write_text("\n [" + ",\n\n".join(texts) + "\n]\n", encoding="utf-8")
+    lines = itertools.accumulate((text.count("\n") + 2 for text in texts[:-1]), initial=2)
+    bad.write_text('[{"a": 1},\n{"a": 2},\n\n{"a": \n}]')
+    expected = list(inputs.read_records([path]))
+    assert [record for _, record in expected] == found
+    assert [where for where, _ in expected] == [f"{path}:{line}" for line in lines]
+    for size in 1, 2, 7, 100:
+        monkeypatch.setattr(inputs, "_CHUNK", size)
+        assert list(inputs.read_records([path])) == expected
+        with pytest.raises(UserError, match=r"bad\.json:5: not valid JSON \(Expecting value at column"):
+            list(inputs.read_records([bad]))
+    monkeypatch.undo()
+    path.write_text("[" + ",".join([json.dumps({"text": "x" * 100_000})] * 300) + "]")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in inputs.read_records([path])) == 300
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 3
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

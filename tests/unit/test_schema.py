@@ -23,6 +23,10 @@ WRONG_GROUPS = {
     "half a line": ('{"id": "g", "short_mess', r"not valid JSON"),
     "list": ([1], r"expected a JSON object, found list$"),
     "not UTF-8": (b'{"id": "\xff"}', r"not UTF-8 \(byte 9 of the line\); save the file as UTF-8$"),
+    "half of a surrogate pair": (
+        '{"id": "g", "chosen": "smile \\ud83d"}',
+        r"the character after '.*smile ' is half of a surrogate pair; repair the text$",
+    ),
     "no messages": (
         without(GROUP, "short_messages"),
         r"the field 'short_messages' is missing \(fields found: chosen, id, long_messages, rejected\)$",

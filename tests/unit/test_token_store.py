@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_models import WORDS, conversations, preference_groups, write_lines, write_model
 
-from megatron_solopo.data import records, tokenize_data
+from megatron_solopo.data import progress, records, tokenize_data
 from megatron_solopo.data.chat import load_tokenizer
 from megatron_solopo.data.records import write_records
 from megatron_solopo.data.schema import read_groups
@@ -315,9 +315,16 @@ WRONG = {
         ["--output", "groups", "--seq-length", "300"],
         r"is there already, made with another options.overlong, options.seq_length; give another name, or delete it$",
     ),
-    "begun otherwise": (["--output", "begun"], r"begun.partial: begun with another source.sha256; repeat the first"),
+    "begun otherwise": (
+        ["--output", "begun"],
+        r"begun.partial: begun with source.sha256 = '0', now '\w{64}'; repeat the first",
+    ),
     "not Parquet": (["--train-data", "text.parquet"], r"text.parquet: not a Parquet file"),
     "same id twice": (["--train-data", "twice.jsonl"], r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids"),
+    "same id twice, dropped": (
+        ["--train-data", "twice.jsonl", "--seq-length", "2", "--overlong", "drop"],
+        r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids",
+    ),
 }
 
 
@@ -342,6 +349,12 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
     with pytest.raises(UserError, match=pattern) as caught:
         tokenize_data.main(argv)
     assert "\n" not in str(caught.value) and not Path("wrong").exists()
+
+
+def test_two_commands_never_write_one_folder(home):
+    with progress.held(home.folder / "two.partial"), pytest.raises(UserError, match=r"two.partial: another process is"):
+        make(home, "groups.jsonl", "two")
+    assert contents(make(home, "groups.jsonl", "two")).keys() == contents(home.groups).keys()
 
 
 def test_a_damaged_part_is_written_anew(home, monkeypatch):

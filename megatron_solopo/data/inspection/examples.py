@@ -70,7 +70,7 @@ class Example:
         return self.chats[context][-1]["content"]
 
     def documents(self, context: str) -> list[tuple[str, bool]]:
-        """(text, gold) of each document; the whole content as one unlabelled text where documents are not known."""
+        """(text, gold) of each document; none where documents are not known."""
         content = self.content(context)
         return [(content[start:end], gold) for start, end, gold in self.spans[context]]
 
@@ -116,7 +116,9 @@ def holds_groups(path: str | Path) -> bool:
         if key in record:
             raise UserError(f"{where}: this file holds {what}")
     found = ", ".join(sorted(record)) or "none"
-    raise UserError(f"{where}: neither a preference group nor contexts (fields found: {found}); see docs/data.md")
+    raise UserError(
+        f"{where}: neither a preference group nor contexts (fields found: {found}); see docs/data-storage.md"
+    )
 
 
 def read_examples(path: str | Path) -> Iterator[Example]:
@@ -204,11 +206,12 @@ def measure(
     tokens: dict[str, int] = {}
     refused, flags = None, set()
     group = example.group
+    encoder = Encoder(tokenizer, None, "refuse")
     try:
         if group is None:
             tokens = {name: len(prompt_ids(tokenizer, chat)) for name, chat in example.chats.items()}
         else:
-            made = token_group(group, tokenizer, tuple(r for r in ALL_ROLES if r.split("_")[0] in example.chats))
+            made = encoder.encode(group, tuple(r for r in ALL_ROLES if r.split("_")[0] in example.chats))
             tokens = _lengths(made)
             missing = [role for role in roles if role.split("_")[0] not in example.chats]
             if missing:
@@ -223,9 +226,8 @@ def measure(
         flags.add("long_not_longer")
     if tokens and any(tokens[name] != length for name, length in example.recorded.items()):
         flags.add("other_length")
-    for ids, text in ((group.chosen_ids, group.chosen), (group.rejected_ids, group.rejected)) if group else ():
-        if ids is not None and text not in (tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)):
-            flags.add("other_ids")
+    if encoder.report.ids_mismatched:
+        flags.add("other_ids")
     spans = {name: found for name, found in example.spans.items() if found}
     return Facts(
         tokens,

@@ -7,17 +7,13 @@ examples. Only repeated texts need something an example: an 8-byte digest and a 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_solopo.data.inspection.examples import CONTEXTS, FLAGS, LONG, SHORT, Example, Facts
+from megatron_solopo.data.lengths import FEWEST, Lengths
 
-LOPSIDED_SHARE = 0.6
-LOPSIDED_DEVIATIONS = 3.0
-"""Lengths are called lopsided when one side is longer in this share of the groups that differ, and that is as many
-standard deviations away from an even split (sign test)."""
 _EXCERPT = 160
 
 
@@ -53,10 +49,6 @@ class Distribution:
                 return value
         raise ValueError("a distribution of nothing has no quantile")
 
-    def count(self, low: float = -math.inf, high: float = math.inf) -> int:
-        """How many numbers are above ``low`` and below ``high``."""
-        return sum(count for value, count in self.values if low < value < high)
-
 
 class Repeats:
     """How often each text came; the texts themselves are not kept but for the beginnings of repeated ones."""
@@ -89,7 +81,7 @@ class Statistics:
     Attributes:
         tokens: "short", "long" (prompts), "chosen", "rejected" (responses) -> tokens.
         ratio: rho = short / long prompt tokens.
-        difference: chosen - rejected tokens.
+        difference: chosen - rejected tokens; ``lengths`` counts both sides for `length_bias`.
         depths: "short", "long" -> where the evidence stands, 0 to 1.
         documents: "short", "long" -> documents of a context.
         scores: name -> values as recorded.
@@ -103,6 +95,7 @@ class Statistics:
     tokens: dict[str, Distribution] = field(default_factory=dict)
     ratio: Distribution = field(default_factory=lambda: Distribution(0.0001))
     difference: Distribution = field(default_factory=Distribution)
+    lengths: Lengths = field(default_factory=lambda: Lengths("tokens"))
     depths: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution(0.001) for name in CONTEXTS})
     documents: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in CONTEXTS})
     scores: dict[str, Distribution] = field(default_factory=dict)
@@ -122,6 +115,7 @@ class Statistics:
             self.ratio.add(facts.tokens[SHORT] / facts.tokens[LONG])
         if {"chosen", "rejected"} <= facts.tokens.keys():
             self.difference.add(facts.tokens["chosen"] - facts.tokens["rejected"])
+            self.lengths.add(facts.tokens["chosen"], facts.tokens["rejected"])
         for name in facts.documents:
             self.documents[name].add(facts.documents[name])
             for depth in facts.depths[name]:
@@ -141,30 +135,13 @@ class Statistics:
     def length_bias(self) -> tuple[str, bool] | None:
         """What the lengths of chosen and rejected say in plain words, and whether that is a warning; None without
         responses."""
-        total = self.difference.total
-        if not total:
+        if not len(self.lengths):
             return None
-        longer, shorter = self.difference.count(low=0), self.difference.count(high=0)
-        equal = total - longer - shorter
-        mean = self.difference.mean
-        said = (
-            f"Chosen is longer than rejected in {longer / total:.0%} of the groups, shorter in {shorter / total:.0%}, "
-            f"of equal length in {equal / total:.0%}; on average it is {abs(mean):.1f} tokens "
-            f"{'longer' if mean >= 0 else 'shorter'}."
-        )
-        unequal, most = longer + shorter, max(longer, shorter)
-        # Under an even split the larger side is above one half by sqrt(n) / 2 in one standard deviation.
-        deviations = (most - unequal / 2) / (math.sqrt(unequal) / 2) if unequal else 0.0
-        if not unequal or most / unequal < LOPSIDED_SHARE:
-            return f"{said} That is no length bias to speak of.", False
-        if deviations >= LOPSIDED_DEVIATIONS:
-            kind = "longer" if longer > shorter else "shorter"
-            return (
-                f"{said} That is lopsided: a model can learn to be {kind} instead of right. "
-                "build-pairs --policy length_matched pairs responses of like length.",
-                True,
-            )
-        return f"{said} With so few groups that may be chance.", False
+        if bias := self.lengths.bias():
+            return f"{bias[0].upper()}{bias[1:]}.", True
+        verdict = "With so few groups nothing is told by that." if len(self.lengths) < FEWEST else "No length bias."
+        line = self.lengths.line()
+        return f"{line[0].upper()}{line[1:]}. {verdict}", False
 
 
 def _compared(example: Example) -> Iterator[tuple[str, str]]:
