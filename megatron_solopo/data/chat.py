@@ -13,6 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.records import read_text
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.tokenizer import add_special_tokens, encode, read_tokenizer
 from megatron_solopo.errors import UserError
@@ -48,7 +49,7 @@ def load_tokenizer(
         path = Path(chat_template)
         if not path.is_file():
             raise UserError(f"--chat-template {path}: no such file; give a Jinja chat template")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text("--chat-template", path)
     if not tokenizer.chat_template:
         raise UserError(
             f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "

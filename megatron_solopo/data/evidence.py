@@ -15,8 +15,8 @@ import numpy as np
 from megatron_solopo.data.chat import prompt_ids, response_ids
 from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Question
-from megatron_solopo.data.scoring import normalise, normalised_answers
-from megatron_solopo.data.selection import NEVER_IN_DOCUMENTS, mentions
+from megatron_solopo.data.scoring import normalise
+from megatron_solopo.data.selection import mentions, stated_answers
 from megatron_solopo.data.sources import CannotUse
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def mark(question: Question, ranking: Sequence[int], documents: int) -> Question
     Raises:
         CannotUse: no document contains an answer, and the answer is not yes or no.
     """
-    answers = [answer for answer in normalised_answers(question.answers) if answer not in NEVER_IN_DOCUMENTS]
+    answers = stated_answers(question.answers)
 
     def has_answer(index: int) -> bool:
         paragraph = question.paragraphs[index]

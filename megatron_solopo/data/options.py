@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_solopo.data import prompt
 from megatron_solopo.data.prompt import PromptFormat
-from megatron_solopo.data.records import is_parquet
+from megatron_solopo.data.records import is_parquet, read_text
 from megatron_solopo.errors import UserError
 
 
@@ -22,7 +22,7 @@ def text_option(flag: str, value: str) -> str:
     path = Path(value[1:])
     if not path.is_file():
         raise UserError(f"{flag} {value}: no such file; give @FILE or the text itself")
-    return path.read_text(encoding="utf-8").removesuffix("\n")
+    return read_text(flag, path).removesuffix("\n")
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Iterable[str]]) -> None:

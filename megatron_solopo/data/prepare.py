@@ -32,7 +32,7 @@ from megatron_solopo.data.options import (
     prompt_format_of,
 )
 from megatron_solopo.data.progress import Progress, WorkFolder, held
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.records import read_jsonl, read_text
 from megatron_solopo.data.sources import SOURCES
 from megatron_solopo.data.text_facts import text_facts
 from megatron_solopo.errors import UserError
@@ -207,12 +207,11 @@ def _excluded(path: str | None) -> frozenset[str]:
         return frozenset()
     if not Path(path).is_file():
         raise UserError(f"--exclude-ids {path}: no such file; give a file with one id a line")
-    with Path(path).open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    if not first:
+    text = read_text("--exclude-ids", path)
+    if not text.strip():
         raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
-    if not first.lstrip().startswith("{"):
-        return frozenset(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
+    if not text.lstrip().startswith("{"):
+        return frozenset(filter(None, map(str.strip, text.splitlines())))
     ids = set()
     for where, record in read_jsonl(path):
         found = record.get("id", record.get("_id"))
@@ -289,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
             read = time.monotonic() - begin
             summary = _build(work, options, build, prepared, tokenizer)
         except UserError:
-            if not work.done:  # nothing was built that a repeated command could go on from
+            if not work.ready:  # there is nothing that a repeated command could go on from
                 work.remove()
             raise
     print("\n".join([*prepared.notes, *summary.lines()]))

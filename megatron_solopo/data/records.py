@@ -120,6 +120,18 @@ def check_encodes(value: Any, where: str) -> None:
         ) from None
 
 
+def read_text(flag: str, path: str | Path) -> str:
+    """The text of a file that an option names.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+
+
 def scan(path: str | Path) -> tuple[str, list[Part]]:
     """(sha256 in hex, parts in order) of a file. The parts depend on the file's bytes alone.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from megatron_solopo.data.pool import Candidate, DistractorPool
 from megatron_solopo.data.schema import Paragraph, Question
@@ -41,7 +41,7 @@ class Distractors:
         self._pool = pool
         self._rng = rng
         self._unread = _MOST_READ
-        self._answers = [answer for answer in normalised_answers(question.answers) if answer not in NEVER_IN_DOCUMENTS]
+        self._answers = stated_answers(question.answers)
         gold = pool.candidates_for(paragraph for paragraph in question.paragraphs if paragraph.is_supporting)
         self._gold_titles = {candidate.title_key for candidate in gold}
         self._gold_texts = tuple(filter(None, (normalise(candidate.paragraph.text) for candidate in gold)))
@@ -173,6 +173,11 @@ class Distractors:
             and not any(mentions(candidate.text_key, answer) for answer in self._answers)
             and not candidate.text_key.endswith(self._gold_texts)
         )
+
+
+def stated_answers(answers: Iterable[str]) -> list[str]:
+    """The normalised answers that documents are searched for."""
+    return [answer for answer in normalised_answers(answers) if answer not in NEVER_IN_DOCUMENTS]
 
 
 def mentions(text_key: str, answer: str) -> bool:

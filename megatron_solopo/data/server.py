@@ -318,4 +318,6 @@ def _choice(choice: Any, api: str) -> tuple[str | None, list[int] | None, bool]:
         return None, ids, finished
     if ids is None and not isinstance(text, str):
         raise BadAnswer("a response has no text")
+    if ids is None and any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadAnswer("a response holds half of a surrogate pair")
     return text, ids, finished

@@ -521,6 +521,24 @@ def test_no_more_examples_live_than_the_sample_and_a_batch(
 
 
 @pytest.mark.parametrize(
+    ("answer", "text", "flagged"),
+    [("no", "Nobody knows.", False), ("US", "It must be.", False), ("US", "In the US.", True), ("Oslo", "Oslos", True)],
+)
+def test_answers_in_distractors_are_those_that_prepare_data_keeps_out(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, answer: str, text: str, flagged: bool
+) -> None:
+    (record,) = groups(1)
+    record |= {
+        "answers": [answer],
+        "chosen": answer,
+        "long_messages": [{"role": "user", "content": f"{answer} {text}"}],
+    }
+    record["long_spans"] = [[0, len(answer), True], [len(answer) + 1, len(answer) + 1 + len(text), False]]
+    [example] = read_examples(write(tmp_path / "groups.jsonl", [record]))
+    assert ("answer_in_distractor" in measure(example, tokenizer).flags) == flagged
+
+
+@pytest.mark.parametrize(
     ("pairs", "warned", "words"),
     [
         ([(30, 10)] * 40 + [(10, 30)] * 10, True, "Chosen answers have 26.0 tokens, rejected ones 14.0"),

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from word_tokenizer import save_word_tokenizer
 
-from megatron_solopo.data import progress
+from megatron_solopo.data import prepare, progress
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.contexts import read_contexts
 from megatron_solopo.data.counting import TokenCounter
@@ -354,6 +354,29 @@ def test_wrong_input_is_one_line_and_leaves_no_output(
         main([*command, *more])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "contexts.jsonl").exists() and not (tmp_path / "contexts.jsonl.work").exists()
+
+
+def test_what_the_first_pass_found_outlives_a_killed_worker(
+    many: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("a worker was killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "build_all", fail)
+        with pytest.raises(UserError, match="a worker was killed"):
+            main(many)
+    monkeypatch.setattr(prepare, "ingest", fail)
+    assert main(many) == 0
+
+
+@pytest.mark.parametrize("flag", ["--exclude-ids", "--chat-template", "--prompt-template"])
+def test_a_file_that_is_not_utf8_is_one_line(command: list[str], tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "latin1"
+    path.write_bytes("Größe".encode("latin-1"))
+    given = f"@{path}" if flag == "--prompt-template" else str(path)
+    with pytest.raises(UserError, match=rf"{flag} {path}: not UTF-8 \(byte 3\); save the file as UTF-8"):
+        main([*command, *SIZES, flag, given])
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,7 @@ BAD = {
     "null choices": (200, {"choices": None}, r"the answer has no choices"),
     "too many choices": (200, {"choices": [chat_choice("w")] * 3}, r"has 3 choices, 1 were asked for"),
     "no text": (200, {"choices": [{"finish_reason": "stop", "message": {}}]}, r"a response has no text"),
+    "half a character": (200, {"choices": [chat_choice("w\ud83d")]}, r"a response holds half of a surrogate pair"),
     "odd end": (200, {"choices": [chat_choice("w", "content_filter")]}, r"finish_reason 'content_filter'"),
     "odd ids": (200, {"choices": [chat_choice("w", token_ids="4 5")]}, r"token_ids is not a list of numbers"),
     "reasoning": (

@@ -154,6 +154,13 @@ def test_trl_preference_data_is_accepted(tmp_path):
     assert [(g.short_messages, g.long_messages, g.chosen, g.rejected) for g in groups] == [(CHAT, None, "a", "b")] * 2
 
 
+def test_a_null_is_an_absent_field(tmp_path):
+    names = ("answers", "scores", "source", "question", "short_spans", "long_spans", "chosen_ids", "rejected_ids")
+    write_jsonl(tmp_path / "nulls.jsonl", [GROUP | dict.fromkeys(names)])
+    write_jsonl(tmp_path / "absent.jsonl", [GROUP])
+    assert list(read_groups(tmp_path / "nulls.jsonl")) == list(read_groups(tmp_path / "absent.jsonl"))
+
+
 def test_records_without_id_are_named_by_their_place(tmp_path):
     path = tmp_path / "groups.jsonl"
     write_jsonl(path, [without(GROUP, "id"), GROUP | {"id": None}, GROUP | {"id": 0}])

@@ -17,6 +17,7 @@ from megatron_solopo.data.contexts import ContextPair, read_contexts
 from megatron_solopo.data.records import read_jsonl
 from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups
 from megatron_solopo.data.scoring import normalise, normalised_answers
+from megatron_solopo.data.selection import mentions, stated_answers
 from megatron_solopo.data.tokens import Encoder, TokenGroup
 from megatron_solopo.errors import UserError
 
@@ -39,7 +40,8 @@ FLAGS = {
     "other_ids": "sampled token ids that this tokenizer decodes to another text",
     "other_length": "recorded length of a context differs from this tokenizer's",
 }
-"""What may be wrong with an example: key -> plain words. An answer "occurs" as sub-EM has it (normalised substring)."""
+"""What may be wrong with an example: key -> plain words. An answer is in a response as sub-EM has it, in a document or
+context as prepare-data has it (`selection.mentions`; "yes" and "no" are searched for in none)."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,15 @@ def _answer_flags(example: Example) -> Iterator[str]:
             yield "chosen_lacks_answer"
         if occurs(example.group.rejected):
             yield "rejected_has_answer"
-    for name in example.chats:
-        documents = [(occurs(text), gold) for text, gold in example.documents(name)]
-        if not any(found for found, _ in documents) and (documents or not occurs(example.content(name))):
+    stated = stated_answers(example.answers)
+
+    def stands(text: str) -> bool:
+        found = normalise(text)
+        return any(mentions(found, answer) for answer in stated)
+
+    for name in example.chats if stated else ():
+        documents = [(stands(text), gold) for text, gold in example.documents(name)]
+        if not any(found for found, _ in documents) and (documents or not stands(example.content(name))):
             yield f"answer_not_in_{name}"
         if any(gold for _, gold in documents):
             if not any(found and gold for found, gold in documents):
