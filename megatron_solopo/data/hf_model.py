@@ -80,7 +80,8 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
             f"{where}: a prompt of {prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens} go beyond the "
-            f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context"
+            f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context, or fewer "
+            "new tokens"
         )
 
 

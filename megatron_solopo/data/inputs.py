@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,13 +75,13 @@ def _rows(given: str, name: str, config: str | None, split: str, **files: str) -
 
 def _starts_an_array(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"[")
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of one JSON array, decoded one at a time; an error names the line an object starts in."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
@@ -106,6 +107,8 @@ def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
                 "the file must be one array of objects"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: cannot be read ({error}); repair the record") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
         yield where, record

@@ -27,7 +27,7 @@ from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
-from megatron_solopo.data.options import add_tokenizer_options
+from megatron_solopo.data.options import add_tokenizer_options, check_output
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import scored_roles
 
@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         spec = OWNER[name][1]
         text = spec.metadata["help"].replace("%", "%%")
         if isinstance(spec.default, bool):
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
+            default = "on" if spec.default else "off"
+            help_text = f"{text} (default: {default})"
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=help_text)
         else:
             choices = spec.metadata["choices"]
             group.add_argument(
@@ -132,8 +134,8 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
                 f"{flag(given[0])}: {options.data} holds contexts without responses, so no loss sees them; "
                 "give the groups that build-pairs made of them"
             )
-    if options.html and Path(options.html).resolve() == Path(options.data).resolve():
-        raise UserError(f"--html {options.html}: is the data itself; give another file")
+    if options.html:
+        check_output("--html", options.html, [("--data", options.data), ("--config", options.config)])
 
 
 def find(options: argparse.Namespace) -> Example:

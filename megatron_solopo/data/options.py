@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_solopo.data import prompt
 from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.records import read_text
 from megatron_solopo.errors import UserError
 
 
@@ -20,7 +22,34 @@ def text_option(flag: str, value: str) -> str:
     path = Path(value[1:])
     if not path.is_file():
         raise UserError(f"{flag} {value}: no such file; give @FILE or the text itself")
-    return path.read_text(encoding="utf-8").removesuffix("\n")
+    return read_text(path, flag).removesuffix("\n")
+
+
+def check_output(flag: str, output: str | Path, read: Iterable[tuple[str, str | Path | None]] = ()) -> None:
+    """Refuses, before any work, an output that could not take its place or would replace what the command reads.
+
+    Args:
+        output: the file that the option ``flag`` names.
+        read: (option, what it names) of the files and folders that are read; None and what is not there count not.
+
+    Raises:
+        UserError: it is a folder, lies below a file, is one of the files read, or lies in a folder that is read.
+    """
+    path = Path(output)
+    whole = path.resolve()
+    for other, name in read:
+        if name is None or not Path(name).exists():
+            continue
+        source = Path(name).resolve()
+        if source == whole or (path.exists() and path.samefile(source)):
+            raise UserError(f"{flag} {output}: is what {other} reads; give another file")
+        if source in whole.parents:
+            raise UserError(f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder")
+    if path.is_dir():
+        raise UserError(f"{flag} {output}: is a folder; give the name of a file")
+    folder = next(parent for parent in whole.parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"{flag} {output}: {folder} is a file and no folder; give another place")
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:

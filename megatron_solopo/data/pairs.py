@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 
 from megatron_solopo.data.contexts import ContextPair, read_contexts
 from megatron_solopo.data.lengths import Lengths
+from megatron_solopo.data.options import check_output
 from megatron_solopo.data.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.records import write_records
 from megatron_solopo.data.responses import Responses, read_responses
@@ -328,13 +330,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--seed", type=int, default=0, help="with a question's id it decides its pairs (default: 0)")
     group = parser.add_argument_group("lengths: words are always counted")
-    group.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too")
+    group.add_argument(
+        "--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too (default: do not)"
+    )
     return parser
 
 
 def _pairing(options: argparse.Namespace) -> Pairing:
+    check_output("--output", options.output, [("--contexts", options.contexts), ("--responses", options.responses)])
     if options.pairs_per_question < 1:
         raise UserError(f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1")
+    for flag, value in (("--right-above", options.right_above), ("--wrong-below", options.wrong_below)):
+        if not math.isfinite(value):
+            raise UserError(f"{flag} {value}: give a finite number")
     if not options.wrong_below <= options.right_above:
         raise UserError(
             f"--wrong-below {options.wrong_below:g} is above --right-above {options.right_above:g}: "
@@ -388,6 +396,8 @@ def _checked(
 ) -> Iterator[PreferenceGroup]:
     """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
     yield from groups
+    if not counts.questions:
+        raise UserError(f"--contexts {options.contexts}: holds no question; give what prepare-data wrote")
     strangers = source.unasked() if source else set()
     if strangers:
         raise UserError(
@@ -398,5 +408,10 @@ def _checked(
         raise UserError(
             f"no question has both a right and a wrong response ({counts.questions} questions: "
             f"{counts.all_right} all right, {counts.all_wrong} all wrong, {counts.no_response} without a usable "
-            "response); sample more responses, raise --temperature, or use another model"
+            "response); "
+            + (
+                "give contexts of more questions, whose answers differ"
+                if source is None
+                else "sample more responses, raise --temperature, or use another model"
+            )
         )

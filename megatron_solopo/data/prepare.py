@@ -24,9 +24,9 @@ from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.evidence import FINDERS
 from megatron_solopo.data.ingest import Ingested, ingest
 from megatron_solopo.data.inputs import local_files
-from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, check_output, prompt_format_of
 from megatron_solopo.data.progress import Progress, WorkFolder
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.records import read_jsonl, read_text
 from megatron_solopo.data.sources import SOURCES
 from megatron_solopo.errors import UserError
 
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         help="more distractors, records of {title, text}; the paragraphs of all questions are always in the pool",
     )
     group.add_argument("--output", required=True, metavar="FILE", help="contexts, JSONL")
-    group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (the pool keeps all of them)")
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="use the first N questions; the pool keeps all of them (default: all)"
+    )
     group.add_argument("--exclude-ids", metavar="FILE", help="ids to leave out, one a line, or JSONL with an id")
     group.add_argument("--left-out", metavar="FILE", help="write every question left out, JSONL of {id, reason}")
     group.add_argument(
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for unit in ("tokens", "documents"):
         for which in ("short", "long"):
-            group.add_argument(f"--{which}-{unit}", type=int, metavar="N")
+            group.add_argument(f"--{which}-{unit}", type=int, metavar="N", help=f"of the {which} context")
     group = parser.add_argument_group("evidence")
     group.add_argument(
         "--gold-depth",
@@ -188,6 +190,10 @@ def _check(options: argparse.Namespace) -> None:
     resolved = [Path(target).resolve() for target in targets if target]
     if len(set(resolved)) < len(resolved):
         raise UserError("--output, --validation-output and --left-out must be different files")
+    read = [("--input", name) for name in options.input] + [("--pool", name) for name in options.pool]
+    for flag in ("output", "validation_output", "left_out"):
+        if target := getattr(options, flag):
+            check_output(f"--{flag.replace('_', '-')}", target, [*read, ("--exclude-ids", options.exclude_ids)])
 
 
 def _excluded(path: str | None) -> frozenset[str]:
@@ -195,12 +201,11 @@ def _excluded(path: str | None) -> frozenset[str]:
         return frozenset()
     if not Path(path).is_file():
         raise UserError(f"--exclude-ids {path}: no such file; give a file with one id a line")
-    with Path(path).open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    if not first:
+    lines = list(filter(None, map(str.strip, read_text(path, "--exclude-ids").splitlines())))
+    if not lines:
         raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
-    if not first.lstrip().startswith("{"):
-        return frozenset(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
+    if not lines[0].startswith("{"):
+        return frozenset(lines)
     ids = set()
     for where, record in read_jsonl(path):
         found = record.get("id", record.get("_id"))

@@ -45,6 +45,22 @@ def is_parquet(path: str | Path) -> bool:
     return Path(path).suffix == ".parquet"
 
 
+def read_text(path: str | Path, flag: str) -> str:
+    """The text of the file that an option names, without a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+
+
+def _absent(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "no such file"
+
+
 def read_records(path: str | Path, part: Part | None = None) -> Iterator[tuple[str, Record]]:
     """Yields (where, record) of a JSONL or Parquet file or of a part of it; where is ``file:line`` or ``file:row N``.
 
@@ -66,7 +82,7 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a JSONL file")
+        raise UserError(f"{path}: {_absent(path)}; give the path of a JSONL file")
     start, first, count = (part.start, part.first, part.count) if part else (0, 1, None)
     with path.open("rb") as lines:
         lines.seek(start)
@@ -77,7 +93,8 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                # Editors of some systems put a byte order mark before a file.
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
@@ -86,6 +103,8 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
                 raise UserError(
                     f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
                 ) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise UserError(f"{where}: cannot be read ({error}); repair the line") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
             yield where, record
@@ -99,7 +118,7 @@ def scan(path: str | Path) -> tuple[str, list[Part]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file")
+        raise UserError(f"{path}: {_absent(path)}; give the path of a JSONL or Parquet file")
     if is_parquet(path):
         parts, first = [], 1
         for group, size in enumerate(parquet.row_group_sizes(path)):

@@ -13,7 +13,7 @@ from megatron_solopo import template_kwargs
 from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import read_contexts
 from megatron_solopo.data.hf_model import DTYPES
-from megatron_solopo.data.options import add_tokenizer_options
+from megatron_solopo.data.options import add_tokenizer_options, check_output
 from megatron_solopo.data.responses import PartialFile
 from megatron_solopo.data.sampled import Prompt, Statistics
 from megatron_solopo.errors import UserError
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
     group.add_argument("--output", required=True, metavar="FILE", help="responses, JSONL of {id, responses, finished}")
     group.add_argument("--overwrite", action="store_true", help="replace an output that is already complete")
-    group.add_argument("--limit", type=int, metavar="N", help="use the first N questions")
+    group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
     group.add_argument(
         "--num-samples-context",
         choices=("short", "long"),
@@ -156,6 +156,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
             "folder of its tokenizer"
         )
+    check_output("--output", options.output, [("--contexts", options.contexts)])
     if Path(options.output).exists() and not options.overwrite:
         raise UserError(
             f"--output {options.output}: is already complete; give another name, or --overwrite to sample again"

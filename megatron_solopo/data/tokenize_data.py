@@ -341,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     begin = time.monotonic()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
     tokenizer = job.load_tokenizer()
     sha256, parts = scan(job.source)
     settings = {
@@ -351,8 +353,8 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
         "text": text_facts(job.tokenizer, tokenizer),
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        manifest = read_manifest(output) if output.is_dir() else {}
+    if output.is_dir() and any(output.iterdir()):
+        manifest = read_manifest(output)
         if told := _differences({key: manifest.get(key) for key in settings}, settings):
             raise UserError(
                 f"--output {output}: is there already, made with another {', '.join(told)}; give another name, or "

@@ -590,7 +590,7 @@ WRONG = {
         [{"short_messages": [], "short_tokens": 1}],
         "holds contexts without responses, so no loss sees them",
     ),
-    "page over the data": (["--html", "groups.jsonl"], lambda g: g, "is the data itself; give another file"),
+    "page over the data": (["--html", "groups.jsonl"], lambda g: g, "is what --data reads; give another file"),
     "no tokenizer": (["--tokenizer", "nowhere"], lambda g: g, "nowhere: no such folder"),
 }
 
