@@ -43,7 +43,7 @@ def check_output(flag: str, output: str | Path, read: Iterable[tuple[str, str | 
         source = Path(name).resolve()
         if source == whole or (path.exists() and path.samefile(source)):
             raise UserError(f"{flag} {output}: is what {other} reads; give another file")
-        if source in whole.parents:
+        if source.is_dir() and source in whole.parents:
             raise UserError(f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder")
     if path.is_dir():
         raise UserError(f"{flag} {output}: is a folder; give the name of a file")

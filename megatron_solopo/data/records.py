@@ -155,11 +155,15 @@ def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     count = 0
-    with aside.open("w", encoding="utf-8") as out:
-        for record in records:
-            if dataclasses.is_dataclass(record):
-                record = dataclasses.asdict(record)
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += 1
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as out:
+            for record in records:
+                if dataclasses.is_dataclass(record):
+                    record = dataclasses.asdict(record)
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                count += 1
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     return count

@@ -75,7 +75,7 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
         if not isinstance(token_ids, list) or len(token_ids) != len(texts):
             raise UserError(f"{where}: the field 'token_ids' must be a list as long as 'responses' ({len(texts)})")
         for index, ids in enumerate(token_ids):
-            if ids != []:  # an empty response
+            if ids != [] or texts[index]:  # an empty response has none
                 check_ids(ids, f"token_ids[{index}]", where)
     return Responses(question_id, texts, [bool(value) for value in finished], token_ids)
 
@@ -128,6 +128,10 @@ class PartialFile:
         records = read_jsonl(self.path)
         where, first = next(records)
         made = require(first, "settings", dict, where)
+        if made != settings and text.count(b"\n", 0, whole) == 1:  # nothing was sampled with them
+            self._file.truncate(0)
+            self._write({"settings": settings})
+            return
         for name in sorted(settings.keys() | made.keys()):
             if made.get(name) != settings.get(name):
                 raise UserError(

@@ -391,10 +391,13 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:
-    """The folder of what is not complete yet, new or with the same settings."""
-    (partial / "parts").mkdir(parents=True, exist_ok=True)
-    path = partial / "settings.json"
-    if path.is_file():
+    """The folder of what is not complete yet, new or with the same settings; one without a finished part is new."""
+    parts, path = partial / "parts", partial / "settings.json"
+    parts.mkdir(parents=True, exist_ok=True)
+    for aside in parts.glob("*.aside"):
+        aside.unlink()
+    begun = any(parts.iterdir())
+    if begun and path.is_file():
         try:
             made = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -404,10 +407,8 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
                 f"{partial}: begun with another {', '.join(told)}; repeat the first command to go on, or delete the "
                 "folder to start again"
             )
-        for aside in (partial / "parts").glob("*.aside"):
-            aside.unlink()
         return
-    if any((partial / "parts").iterdir()):
+    if begun:
         raise UserError(f"{partial}: holds no settings.json, so nothing can go on from it; delete the folder")
     aside = path.with_suffix(".aside")
     aside.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
