@@ -148,7 +148,7 @@ def _check(options: argparse.Namespace) -> None:
             "with one response; leave it out"
         )
     if options.server and importlib.util.find_spec("openai") is None:
-        raise UserError("--server: the package openai is not installed; pip install 'megatron-solopo[serve]'")
+        raise UserError("--server: the package openai is not installed; pip install openai")
     if options.server and not _is_url(options.server):
         raise UserError(f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1")
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():
