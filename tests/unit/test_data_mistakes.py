@@ -17,6 +17,7 @@ from megatron_solopo.data.inputs import read_records
 from megatron_solopo.data.records import read_jsonl
 from megatron_solopo.data.responses import PartialFile, Responses
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation import evaluate
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]] = {
     "prepare-data": (
@@ -50,6 +51,12 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]
         ["--data", "groups.jsonl", "--tokenizer", "model", "--html", "made.html"],
         "--html",
         ["groups.jsonl"],
+    ),
+    "evaluate": (
+        evaluate.main,
+        ["--model", "model", "--data", "questions.jsonl", "--context-documents", "2", "--output", "made.json"],
+        "--output",
+        ["questions.jsonl"],
     ),
 }
 """Command -> (its function, a right call, the option of its output, the files it reads)."""
