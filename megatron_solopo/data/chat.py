@@ -39,8 +39,8 @@ def load_tokenizer(
         added_tokens: --add-special-tokens of a training run; folders that a run exported hold them already.
 
     Raises:
-        UserError: no tokenizer in the folder, no chat template, no variable of it by that name, no end-of-turn (eos)
-            token, or see `add_special_tokens`.
+        UserError: no tokenizer in the folder, no chat template or a broken one, no variable of it by that name, no
+            end-of-turn (eos) token, or see `add_special_tokens`.
     """
     tokenizer = read_tokenizer(folder)
     if added_tokens is not None:
@@ -55,10 +55,15 @@ def load_tokenizer(
             f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
             "(examples/chat_templates/chatml.jinja is Qwen's)"
         )
-    template_kwargs.give(tokenizer, chat_template_kwargs, str(folder))
+    where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
+    try:
+        template_kwargs.give(tokenizer, chat_template_kwargs, str(folder))
+        written = _template_end_of_turn(tokenizer, where)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{where}: line {error.lineno}: no valid Jinja template ({error.message}); repair it") from None
     if eos_token is not None and eos_token not in tokenizer.get_vocab():
         raise UserError(f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn")
-    end_of_turn = eos_token or _template_end_of_turn(tokenizer)
+    end_of_turn = eos_token or written
     if end_of_turn is not None and end_of_turn != tokenizer.eos_token:
         tokenizer.eos_token = end_of_turn
     if tokenizer.eos_token_id is None:
@@ -69,14 +74,22 @@ def load_tokenizer(
     return tokenizer
 
 
-def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token that the chat template writes right after an assistant's message, if any."""
+def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str | None:
+    """The special token that the chat template writes right after an assistant's message, if any.
+
+    Raises:
+        UserError: the template, which ``where`` names, does not write the message.
+    """
     marker = "solopo end of message"
     try:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.of(tokenizer))
+    except jinja2.TemplateSyntaxError:
+        raise
     except jinja2.TemplateError:
         return None  # a template with demands of its own; the folder's eos_token stands
+    if marker not in text:
+        raise UserError(f"{where}: the chat template does not write an assistant's message; give another template")
     tail = text.rpartition(marker)[2].lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     endings = (token for token in special.union(tokenizer.all_special_tokens) if tail.startswith(token))

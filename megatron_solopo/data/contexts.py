@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_solopo.data.pool import DistractorPool
 from megatron_solopo.data.prompt import PromptFormat
@@ -83,20 +84,31 @@ def read_contexts(path: str | Path) -> Iterator[ContextPair]:
             short_tokens=require(record, "short_tokens", int, where),
             long_tokens=require(record, "long_tokens", int, where),
             source=str(record.get("source") or ""),
-            short_documents=record.get("short_documents", 0),
-            long_documents=record.get("long_documents", 0),
-            short_gold=tuple(record.get("short_gold", ())),
-            long_gold=tuple(record.get("long_gold", ())),
+            short_documents=_count(record, "short_documents", where),
+            long_documents=_count(record, "long_documents", where),
+            short_gold=_indices(record, "short_gold", where),
+            long_gold=_indices(record, "long_gold", where),
             short_spans=check_spans(record.get("short_spans"), record["short_messages"], "short_spans", where),
             long_spans=check_spans(record.get("long_spans"), record["long_messages"], "long_spans", where),
-            dropped_gold=record.get("dropped_gold", 0),
+            dropped_gold=_count(record, "dropped_gold", where),
         )
-        if not pair.answers or not all(isinstance(answer, str) for answer in pair.answers):
-            raise UserError(f"{where}: the field 'answers' must be a non-empty list of texts")
+        if not pair.answers or not all(isinstance(answer, str) and answer.strip() for answer in pair.answers):
+            raise UserError(f"{where}: the field 'answers' must be a non-empty list of texts, none of them empty")
         if pair.id in seen:
             raise UserError(f"{where}: the id {pair.id!r} was used before at {seen[pair.id]}; ids must be unique")
         seen[pair.id] = where
         yield pair
+
+
+def _count(record: dict[str, Any], key: str, where: str) -> int:
+    return require(record, key, int, where) if key in record else 0
+
+
+def _indices(record: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    indices = require(record, key, list, where) if key in record else []
+    if not all(type(index) is int for index in indices):
+        raise UserError(f"{where}: the field '{key}' must be a list of whole numbers")
+    return tuple(indices)
 
 
 def build_contexts(

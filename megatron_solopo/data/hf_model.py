@@ -83,7 +83,8 @@ def check_reach(
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
             f"{where}: a prompt of {prompt_tokens:,} tokens and {response} {max_new_tokens} go beyond the "
-            f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context"
+            f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context or a "
+            "shorter response"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,12 +78,12 @@ def _rows(given: str, name: str, config: str | None, split: str, **files: str) -
 
 def _starts_an_array(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"[")
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of one JSON array, one in memory at a time; an error names the line an object starts in."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         try:
             yield from _objects(path, file)
         except UnicodeDecodeError:
@@ -112,6 +113,7 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     skip(_SPACES)
     position += 1
     while skip(_SPACES + ",") != "]":
+        where = f"{path}:{line}"
         try:
             record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -122,7 +124,8 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
                 "the file must be one array of objects"
             ) from None
-        where = f"{path}:{line}"
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: cannot be read ({error}); repair the record") from None
         if HALF.search(text, position, end):
             check_encodes(record, where)
         if not isinstance(record, dict):

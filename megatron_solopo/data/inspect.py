@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         spec = OWNER[name][1]
         text = spec.metadata["help"].replace("%", "%%")
         if isinstance(spec.default, bool):
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
+            default = "on" if spec.default else "off"
+            help_text = f"{text} (default: {default})"
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=help_text)
         else:
             choices = spec.metadata["choices"]
             group.add_argument(
@@ -135,7 +137,7 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
                 f"{flag(given[0])}: {options.data} holds contexts without responses, so no loss sees them; "
                 "give the groups that build-pairs made of them"
             )
-    check_outputs({"--html": options.html}, {"--data": [options.data]})
+    check_outputs([("--html", options.html)], [("--data", options.data), ("--config", options.config)])
 
 
 def find(options: argparse.Namespace) -> Example:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_solopo.data import prompt
@@ -25,19 +25,41 @@ def text_option(flag: str, value: str) -> str:
     return read_text(flag, path).removesuffix("\n")
 
 
-def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, Iterable[str]]) -> None:
-    """Refuses an output that would replace an input, or another output.
+def check_outputs(
+    outputs: Iterable[tuple[str, str | Path | None]], read: Iterable[tuple[str, str | Path | None]]
+) -> None:
+    """Refuses, before any work, an output that could not take its place, or would take that of another file.
 
     Args:
-        outputs: flag -> its file, None where it is not given.
-        inputs: flag -> the files it reads.
+        outputs: (option, the file it names), None where it is not given.
+        read: (option, what it names) of the files and folders that are read; None and what is not there count not.
+
+    Raises:
+        UserError: an output is a folder, lies below a file or in a folder that is read, or is also what another option
+            names.
     """
-    taken = {Path(path).resolve(): flag for flag, paths in inputs.items() for path in paths}
-    for flag, path in outputs.items():
-        if path is None:
+    folders, taken = [], []
+    for flag, name in read:
+        if name is not None and Path(name).exists():
+            (folders if Path(name).is_dir() else taken).append((flag, Path(name)))
+    for flag, output in outputs:
+        if output is None:
             continue
-        if (other := taken.setdefault(Path(path).resolve(), flag)) != flag:
-            raise UserError(f"{flag} {path}: is the file of {other} too; give another")
+        path = Path(output)
+        if path.is_dir():
+            raise UserError(f"{flag} {output}: is a folder; give the name of a file")
+        for other, name in taken:
+            if path.resolve() == name.resolve() or (path.exists() and name.exists() and path.samefile(name)):
+                raise UserError(f"{flag} {output}: is the file of {other} too; give another")
+        for other, name in folders:
+            if name.resolve() in path.resolve().parents:
+                raise UserError(
+                    f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder"
+                )
+        above = next(parent for parent in path.resolve().parents if parent.exists())
+        if not above.is_dir():
+            raise UserError(f"{flag} {output}: {above} is a file and no folder; give another place")
+        taken.append((flag, path))
 
 
 def check_jsonl(flag: str, path: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -300,13 +301,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--seed", type=int, default=0, help="with a question's id it decides its pairs (default: 0)")
     group = parser.add_argument_group("lengths: words are always counted")
-    group.add_argument("--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too")
+    group.add_argument(
+        "--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too (default: do not)"
+    )
     return parser
 
 
 def _pairing(options: argparse.Namespace) -> Pairing:
     if options.pairs_per_question < 1:
         raise UserError(f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1")
+    for flag, value in (("--right-above", options.right_above), ("--wrong-below", options.wrong_below)):
+        if not math.isfinite(value):
+            raise UserError(f"{flag} {value}: give a finite number")
     if not options.wrong_below <= options.right_above:
         raise UserError(
             f"--wrong-below {options.wrong_below:g} is above --right-above {options.right_above:g}: "
@@ -341,10 +347,10 @@ def _pairing(options: argparse.Namespace) -> Pairing:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
-    read = {"--contexts": [options.contexts], "--responses": [options.responses]}
-    check_outputs({"--output": options.output}, read)
+    sampled = None if options.responses == GOLD else options.responses
+    check_outputs([("--output", options.output)], [("--contexts", options.contexts), ("--responses", sampled)])
     how, counts, source = _pairing(options), Counts(), None
-    if options.responses == GOLD:
+    if sampled is None:
         others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
         groups = build_gold_groups(read_contexts(options.contexts), others, how, counts)
     else:
@@ -361,6 +367,8 @@ def _checked(
 ) -> Iterator[PreferenceGroup]:
     """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
     yield from groups
+    if not counts.questions:
+        raise UserError(f"--contexts {options.contexts}: holds no question; give what prepare-data wrote")
     strangers = source.unasked() if source else set()
     if strangers:
         raise UserError(
@@ -371,5 +379,10 @@ def _checked(
         raise UserError(
             f"no question has both a right and a wrong response ({counts.questions} questions: "
             f"{counts.all_right} all right, {counts.all_wrong} all wrong, {counts.no_response} without a usable "
-            "response); sample more responses, raise --temperature, or use another model"
+            "response); "
+            + (
+                "give contexts of more questions, whose answers differ"
+                if source is None
+                else "sample more responses, raise --temperature, or use another model"
+            )
         )

@@ -51,11 +51,15 @@ def write_groups(path: str | Path, groups: Iterable[Any]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     count, groups = 0, iter(groups)
-    with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
-        while rows := [_row(group) for group in islice(groups, ROWS)]:
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-            count += len(rows)
-    aside.replace(path)
+    try:
+        with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
+            while rows := [_row(group) for group in islice(groups, ROWS)]:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                count += len(rows)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     return count
 
 

@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         help="more distractors, records of {title, text}; the paragraphs of all questions are always in the pool",
     )
     group.add_argument("--output", required=True, metavar="FILE", help="contexts, JSONL")
-    group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (the pool keeps all of them)")
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="use the first N questions; the pool keeps all of them (default: all)"
+    )
     group.add_argument("--exclude-ids", metavar="FILE", help="ids to leave out, one a line, or JSONL with an id")
     group.add_argument("--left-out", metavar="FILE", help="write every question left out, JSONL of {id, reason}")
     group.add_argument(
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for unit in ("tokens", "documents"):
         for which in ("short", "long"):
-            group.add_argument(f"--{which}-{unit}", type=int, metavar="N")
+            group.add_argument(f"--{which}-{unit}", type=int, metavar="N", help=f"of the {which} context")
     group = parser.add_argument_group("evidence")
     group.add_argument(
         "--gold-depth",
@@ -191,14 +193,14 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--workers: --evidence log-prob runs one model in one process; give --workers 1")
     if options.device != "auto" and options.evidence != "log-prob":
         raise UserError(f"--device {options.device}: only --evidence log-prob runs a model; leave it out")
-    outputs = {
-        "--output": options.output,
-        "--validation-output": options.validation_output,
-        "--left-out": options.left_out,
-    }
-    excluded = [options.exclude_ids] if options.exclude_ids else []
-    check_outputs(outputs, {"--input": options.input, "--pool": options.pool, "--exclude-ids": excluded})
-    for flag, path in outputs.items():
+    outputs = [
+        ("--output", options.output),
+        ("--validation-output", options.validation_output),
+        ("--left-out", options.left_out),
+    ]
+    read = [("--input", name) for name in options.input] + [("--pool", name) for name in options.pool]
+    check_outputs(outputs, [*read, ("--exclude-ids", options.exclude_ids)])
+    for flag, path in outputs:
         check_jsonl(flag, path)
 
 
@@ -207,11 +209,11 @@ def _excluded(path: str | None) -> frozenset[str]:
         return frozenset()
     if not Path(path).is_file():
         raise UserError(f"--exclude-ids {path}: no such file; give a file with one id a line")
-    text = read_text("--exclude-ids", path)
-    if not text.strip():
+    lines = list(filter(None, map(str.strip, read_text("--exclude-ids", path).splitlines())))
+    if not lines:
         raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
-    if not text.lstrip().startswith("{"):
-        return frozenset(filter(None, map(str.strip, text.splitlines())))
+    if not lines[0].startswith("{"):
+        return frozenset(lines)
     ids = set()
     for where, record in read_jsonl(path):
         found = record.get("id", record.get("_id"))

@@ -5,6 +5,7 @@ A file whose name ends in ``.parquet`` is Parquet, every other one JSONL.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -49,6 +50,22 @@ def is_parquet(path: str | Path) -> bool:
     return Path(path).suffix == ".parquet"
 
 
+def read_text(flag: str, path: str | Path) -> str:
+    """The text of the file that an option names, without a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+
+
+def _absent(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "no such file"
+
+
 def read_records(path: str | Path, part: Part | None = None) -> Iterator[tuple[str, Record]]:
     """Yields (where, record) of a JSONL or Parquet file or of a part of it; where is ``file:line`` or ``file:row N``.
 
@@ -70,13 +87,15 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a JSONL file")
+        raise UserError(f"{path}: {_absent(path)}; give the path of a JSONL file")
     start, first, count = (part.start, part.first, part.count) if part else (0, 1, None)
     with path.open("rb") as lines:
         lines.seek(start)
         for number, line in enumerate(lines, first):
             if number - first == count:
                 return
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # editors of some systems put it before a file
             if line.strip():
                 where = f"{path}:{number}"
                 yield where, parse_line(line, where)
@@ -97,6 +116,8 @@ def parse_line(line: bytes, where: str) -> Record:
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{where}: cannot be read ({error}); repair the line") from None
     if HALF.search(text):
         check_encodes(record, where)
     if not isinstance(record, dict):
@@ -120,18 +141,6 @@ def check_encodes(value: Any, where: str) -> None:
         ) from None
 
 
-def read_text(flag: str, path: str | Path) -> str:
-    """The text of a file that an option names.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
-
-
 def scan(path: str | Path) -> tuple[str, list[Part]]:
     """(sha256 in hex, parts in order) of a file. The parts depend on the file's bytes alone.
 
@@ -140,7 +149,7 @@ def scan(path: str | Path) -> tuple[str, list[Part]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a JSONL or Parquet file")
+        raise UserError(f"{path}: {_absent(path)}; give the path of a JSONL or Parquet file")
     if is_parquet(path):
         parts, first = [], 1
         for group, size in enumerate(parquet.row_group_sizes(path)):
@@ -177,11 +186,15 @@ def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     count = 0
-    with aside.open("w", encoding="utf-8") as out:
-        for record in records:
-            if dataclasses.is_dataclass(record):
-                record = dataclasses.asdict(record)
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += 1
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as out:
+            for record in records:
+                if dataclasses.is_dataclass(record):
+                    record = dataclasses.asdict(record)
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                count += 1
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     return count

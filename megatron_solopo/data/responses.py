@@ -75,7 +75,7 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
         if not isinstance(token_ids, list) or len(token_ids) != len(texts):
             raise UserError(f"{where}: the field 'token_ids' must be a list as long as 'responses' ({len(texts)})")
         for index, ids in enumerate(token_ids):
-            if ids != [] or texts[index].strip():
+            if ids != [] or texts[index].strip():  # an empty response has none
                 check_ids(ids, f"token_ids[{index}]", where)
     return Responses(question_id, texts, [bool(value) for value in finished], token_ids)
 
@@ -156,12 +156,16 @@ class PartialFile:
                 where = f"{self.path}:{number}"
                 record = parse_line(line, where)
                 if number == 1:
-                    refuse_other_settings(self.path, require(record, "settings", dict, where), settings)
+                    made = require(record, "settings", dict, where)
                 else:
+                    if number == 2:  # with nothing sampled, any settings may take the file
+                        refuse_other_settings(self.path, made, settings)
                     part = _responses(record, where)
                     place = _Line(self._size, len(part.responses))
                     self._parts.setdefault(part.id, {})[require(record, "first", int, where)] = place
                 self._size += len(line)
+        if not self._parts:
+            self._size = 0
         self._file.truncate(self._size)
         if self._size == 0:
             self._write({"settings": settings})

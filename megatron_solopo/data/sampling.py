@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
     group.add_argument("--output", required=True, metavar="FILE", help="responses, JSONL of {id, responses, finished}")
     group.add_argument("--overwrite", action="store_true", help="replace an output that is already complete")
-    group.add_argument("--limit", type=int, metavar="N", help="use the first N questions")
+    group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
     group.add_argument(
         "--num-samples-context",
         choices=("short", "long"),
@@ -153,7 +153,7 @@ def _check(options: argparse.Namespace) -> None:
             "with one response; leave it out"
         )
     if options.server and importlib.util.find_spec("openai") is None:
-        raise UserError("--server: the package openai is not installed; pip install 'megatron-solopo[serve]'")
+        raise UserError("--server: the package openai is not installed; pip install openai")
     if options.server and not _is_url(options.server):
         raise UserError(f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1")
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():
@@ -161,7 +161,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
             "folder of its tokenizer"
         )
-    check_outputs({"--output": options.output}, {"--contexts": [options.contexts]})
+    check_outputs([("--output", options.output)], [("--contexts", options.contexts)])
     check_jsonl("--output", options.output)
     if Path(options.output).exists() and not options.overwrite:
         raise UserError(

@@ -19,6 +19,19 @@ Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant", "tool")
 
+_KINDS = (
+    ({"short_messages", "chosen", "rejected"}, "preference groups, as build-pairs writes them"),
+    ({"short_messages", "long_messages", "short_tokens"}, "contexts, as prepare-data writes them"),
+    ({"id", "responses"}, "responses, as sample-responses writes them"),
+    ({"settings"}, "an unfinished file of sample-responses; repeat that command to complete it"),
+    ({"question", "paragraphs"}, "questions of --source musique"),
+    ({"question", "context", "supporting_facts"}, "questions of --source hotpotqa or 2wiki"),
+    ({"question", "documents"}, "questions of --source jsonl"),
+    ({"prompt", "chosen", "rejected"}, "TRL's preference data"),
+    ({"id", "messages"}, "conversations for --objective sft"),
+)
+"""Fields that tell what a record is, for a file that was given in another one's place."""
+
 DocumentSpan = tuple[int, int, bool]
 """(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""
 
@@ -89,7 +102,9 @@ def require(record: dict[str, Any], key: str, kind: type | tuple[type, ...], whe
     """
     if key not in record:
         known = ", ".join(sorted(record)) or "none"
-        raise UserError(f"{where}: the field '{key}' is missing (fields found: {known})")
+        kind_found = next((words for fields, words in _KINDS if fields <= record.keys()), None)
+        hint = f"; these are {kind_found}" if kind_found else ""
+        raise UserError(f"{where}: the field '{key}' is missing (fields found: {known}){hint}")
     value = record[key]
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)

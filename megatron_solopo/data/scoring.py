@@ -94,7 +94,7 @@ def load_scorer(name: str) -> Scorer:
     function = getattr(module, function_name, None)
     if not callable(function):
         kind = "is not a function" if hasattr(module, function_name) else "is not there"
-        raise UserError(f"{flag}: {function_name} {kind} in {module.__file__ or module_name}")
+        raise UserError(f"{flag}: {function_name} {kind} in {getattr(module, '__file__', None) or module_name}")
     return _UserScorer(flag, function)
 
 

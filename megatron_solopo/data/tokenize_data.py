@@ -306,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     begin = time.monotonic()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
     tokenizer = job.load_tokenizer()
     sha256, parts = scan(job.source)
     settings = {
@@ -316,8 +318,8 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
         "text": text_facts(job.tokenizer, tokenizer),
     }
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        manifest = read_manifest(output) if output.is_dir() else {}
+    if output.is_dir() and any(output.iterdir()):
+        manifest = read_manifest(output)
         if told := differences({key: manifest.get(key) for key in settings}, settings):
             names = ", ".join(name for name, _, _ in told)
             raise UserError(
@@ -367,18 +369,19 @@ def _make(
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:
-    """The folder of what is not complete yet, new or with the same settings."""
-    (partial / "parts").mkdir(parents=True, exist_ok=True)
-    path = partial / "settings.json"
-    if path.is_file():
+    """The folder of what is not complete yet, new or with the same settings; one without a finished part is new."""
+    parts, path = partial / "parts", partial / "settings.json"
+    parts.mkdir(parents=True, exist_ok=True)
+    for aside in parts.glob("*.aside"):
+        aside.unlink()
+    begun = any(parts.iterdir())
+    if begun and path.is_file():
         try:
             made = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             made = {}
         refuse_other_settings(partial, made, settings)
-        for aside in (partial / "parts").glob("*.aside"):
-            aside.unlink()
         return
-    if any((partial / "parts").iterdir()):
+    if begun:
         raise UserError(f"{partial}: holds no settings.json, so nothing can go on from it; delete the folder")
     write_aside(path, settings)

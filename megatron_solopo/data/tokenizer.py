@@ -42,7 +42,10 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # transformers raises many kinds here; the first line says which file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: no tokenizer could be loaded ({reason})") from None
+        reason = reason.removesuffix(" from one of: ")
+        raise UserError(
+            f"{folder}: no tokenizer could be loaded ({reason}); give a folder with tokenizer.json or tokenizer.model"
+        ) from None
 
 
 def find_model(folder: Path) -> Path | None:

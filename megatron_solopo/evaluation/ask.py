@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("input")
     group.add_argument("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face folders")
     group.add_argument("--document", required=True, metavar="FILE", help="a text file; - reads standard input")
-    group.add_argument("--question", required=True, metavar="TEXT")
+    group.add_argument("--question", required=True, metavar="TEXT", help="what is asked about it")
     add_tokenizer_options(parser, required=False)
     add_prompt_options(parser, documents=False)
     add_generation_options(parser.add_argument_group("generation (the most likely token each time)"))

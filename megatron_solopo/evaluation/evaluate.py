@@ -20,7 +20,7 @@ from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.contexts import build_contexts
 from megatron_solopo.data.counting import TokenCounter
 from megatron_solopo.data.hf_model import DTYPES, check_reach, load_model
-from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, check_outputs, prompt_format_of
 from megatron_solopo.data.pool import DistractorPool
 from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.records import write_jsonl
@@ -184,7 +184,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="more distractors, JSONL of {title, text}; the paragraphs of all questions are always in the pool",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="ask the first N questions (the pool keeps all of them)")
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="ask the first N questions; the pool keeps all of them (default: all)"
+    )
     group.add_argument(
         "--output", required=True, metavar="FILE.json", help="results; the predictions go to FILE.predictions.jsonl"
     )
@@ -253,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     prompt_format = prompt_format_of(options)
+    read = [("--data", name) for name in options.data] + [("--pool", name) for name in options.pool]
+    check_outputs([("--output", path) for path in (options.output, predictions_path(options.output))], read)
     tokenizer = load_tokenizer(
         options.tokenizer or options.model, options.chat_template, options.eos_token, options.chat_template_kwargs
     )

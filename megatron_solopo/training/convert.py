@@ -87,7 +87,10 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     )
     for option in LAYOUT:
         spec = OWNER[option][1]
-        command.add_argument(flag(option), type=int, metavar="N", default=spec.default, help=spec.metadata["help"])
+        default = "" if spec.default is None else f" (default: {spec.default})"
+        command.add_argument(
+            flag(option), type=int, metavar="N", default=spec.default, help=spec.metadata["help"] + default
+        )
     return command
 
 

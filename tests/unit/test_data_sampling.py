@@ -351,8 +351,8 @@ def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Pat
     output = tmp_path / "a.jsonl"
     main(command(folder, output))
     partial = Path(f"{output}.partial")
-    header = {"settings": {"temperature": 0.3}}
-    partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    header, sampled = {"settings": {"temperature": 0.3}}, {"first": 0, "id": "q", "responses": ["a"]}
+    partial.write_text(json.dumps(header) + "\n" + json.dumps(sampled) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete it to start again"):
         main(command(folder, output, "--overwrite"))
 

@@ -344,6 +344,7 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
     settings["source"]["bytes"] = Path("groups.jsonl").stat().st_size
     Path("begun.partial/parts").mkdir(parents=True, exist_ok=True)
     Path("begun.partial/settings.json").write_text(json.dumps(settings))
+    Path("begun.partial/parts/000000.npz").write_bytes(b"")
     shutil.rmtree("wrong.partial", ignore_errors=True)
     argv = ["--train-data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
     with pytest.raises(UserError, match=pattern) as caught:

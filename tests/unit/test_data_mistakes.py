@@ -1,0 +1,252 @@
+"""Mistakes that every data command may meet: outputs over inputs, swapped files, odd bytes, broken templates."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from word_tokenizer import save_word_tokenizer
+
+from megatron_solopo.data import inspect, pairs, prepare, sampling, tokenize_data
+from megatron_solopo.data.chat import load_tokenizer
+from megatron_solopo.data.contexts import read_contexts
+from megatron_solopo.data.inputs import read_records
+from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.responses import PartialFile, Responses
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation import evaluate
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]] = {
+    "prepare-data": (
+        prepare.main,
+        [*("--input", "questions.jsonl", "--pool", "pool.jsonl", "--exclude-ids", "ids.txt"), *("--tokenizer", "model")]
+        + ["--short-documents", "2", "--long-documents", "3", "--output", "made.jsonl"],
+        "--output",
+        ["questions.jsonl", "pool.jsonl", "ids.txt"],
+    ),
+    "prepare-data, listed": (
+        prepare.main,
+        [*("--input", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"), "--left-out", "left.jsonl"]
+        + ["--short-documents", "2", "--long-documents", "3"],
+        "--left-out",
+        ["questions.jsonl"],
+    ),
+    "sample-responses": (
+        sampling.main,
+        ["--contexts", "contexts.jsonl", "--model", "model", "--output", "made.jsonl", "--overwrite"],
+        "--output",
+        ["contexts.jsonl"],
+    ),
+    "build-pairs": (
+        pairs.main,
+        ["--contexts", "contexts.jsonl", "--responses", "responses.jsonl", "--output", "made.jsonl"],
+        "--output",
+        ["contexts.jsonl", "responses.jsonl"],
+    ),
+    "inspect-data": (
+        inspect.main,
+        ["--data", "groups.jsonl", "--tokenizer", "model", "--html", "made.html"],
+        "--html",
+        ["groups.jsonl"],
+    ),
+    "evaluate": (
+        evaluate.main,
+        ["--model", "model", "--data", "questions.jsonl", "--context-documents", "2", "--output", "made.json"],
+        "--output",
+        ["questions.jsonl"],
+    ),
+}
+"""Command -> (its function, a right call, the option of its output, the files it reads)."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small files of every kind, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    save_word_tokenizer(tmp_path / "model", ["a0", "a1", "a2", "b"])
+    chat = [{"role": "user", "content": "word word"}]
+    questions = [
+        {
+            "id": f"q{i}",
+            "question": f"code of {i}",
+            "answer": f"code{i}x",
+            "paragraphs": [
+                {"title": f"t{i}.{j}", "paragraph_text": f"w{i}{j} code{i}x" if j == 1 else f"w{i}{j}"}
+                | {"is_supporting": j == 1}
+                for j in range(4)
+            ],
+        }
+        for i in range(3)
+    ]
+    contexts = [
+        {"id": f"q{i}", "question": "?", "answers": [f"a{i}"], "short_messages": chat, "long_messages": chat}
+        | {"short_tokens": 5, "long_tokens": 5}
+        for i in range(3)
+    ]
+    groups = [
+        {"id": f"q{i}", "short_messages": chat, "long_messages": chat, "chosen": f"a{i}", "rejected": "b"}
+        for i in range(3)
+    ]
+    for name, made in (
+        ("questions", questions),
+        ("pool", [{"title": "p", "text": "pool"}]),
+        ("contexts", contexts),
+        ("responses", [{"id": f"q{i}", "responses": [f"a{i}", "b"]} for i in range(3)]),
+        ("groups", groups),
+    ):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    Path("ids.txt").write_text("stranger\n")
+    return tmp_path
+
+
+def refusal(main: Callable[[list[str]], int], argv: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        main(argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def with_value(argv: list[str], flag: str, value: str) -> list[str]:
+    place = argv.index(flag) + 1
+    return [*argv[:place], value, *argv[place + 1 :]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None:
+    main, argv, flag, read = COMMANDS[name]
+    before = {path: path.read_bytes() for path in here.glob("*.*")}
+    for source in read:
+        told = refusal(main, with_value(argv, flag, f"model/../{source}"))
+        assert told.startswith(f"{flag} model/../{source}: is the file of --") and told.endswith("too; give another")
+        Path("link").unlink(missing_ok=True)
+        Path("link").hardlink_to(source)
+        assert "is the file of --" in refusal(main, with_value(argv, flag, "link"))
+        Path("link").unlink()
+    assert "model: is a folder; give the name of a file" in refusal(main, with_value(argv, flag, "model"))
+    assert "ids.txt is a file and no folder" in refusal(main, with_value(argv, flag, "ids.txt/new/made"))
+    assert {path: path.read_bytes() for path in here.glob("*.*")} == before
+
+
+def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
+    argv = with_value(COMMANDS["prepare-data, listed"][1], "--input", ".")
+    assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare.main, argv)
+
+
+def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
+    argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output", "groups.jsonl"]
+    assert "groups.jsonl: is a file; give the name of a folder" in refusal(tokenize_data.main, argv)
+
+
+@pytest.mark.parametrize("change", [lambda data: codecs.BOM_UTF8 + data, lambda data: data.replace(b"\n", b"\r\n")])
+def test_marks_and_line_ends_of_other_systems_change_nothing(here: Path, change: Callable[[bytes], bytes]) -> None:
+    plain = {}
+    for name in ("prepare-data", "build-pairs"):
+        main, argv, flag, _ = COMMANDS[name]
+        assert main(with_value(argv, flag, "plain.jsonl")) == 0
+        plain[name] = Path("plain.jsonl").read_bytes()
+    for path in here.glob("*.*"):
+        path.write_bytes(change(path.read_bytes()))
+    for name, expected in plain.items():
+        main, argv, flag, _ = COMMANDS[name]
+        assert main(with_value(argv, flag, "other.jsonl")) == 0
+        assert Path("other.jsonl").read_bytes() == expected
+    Path("array.json").write_bytes(
+        codecs.BOM_UTF8 + f"[{','.join(Path('questions.jsonl').read_text('utf-8-sig').splitlines())}]".encode()
+    )
+    argv = with_value(with_value(COMMANDS["prepare-data"][1], "--input", "array.json"), "--output", "array.jsonl")
+    assert prepare.main(argv) == 0 and Path("array.jsonl").read_bytes() == plain["prepare-data"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [("[" * 100_000, "recursion"), (f'{{"id": {"9" * 5000}}}', "4300 digits")], ids=["deep", "big"]
+)
+def test_json_that_python_does_not_read(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{{}}\n{line}\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: cannot be read \(.*{reason}.*\); repair the line$"):
+        list(read_jsonl(path))
+    array = tmp_path / "a.json"
+    array.write_text(f"[{{}},\n{line}]")
+    with pytest.raises(UserError, match=rf"a\.json:2: cannot be read \(.*{reason}.*\); repair the record$"):
+        list(read_records([array]))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "given", "told"),
+    [
+        ("build-pairs", "--contexts", "groups.jsonl", "these are preference groups, as build-pairs writes them"),
+        ("build-pairs", "--contexts", "responses.jsonl", "these are responses, as sample-responses writes them"),
+        ("build-pairs", "--responses", "contexts.jsonl", "these are contexts, as prepare-data writes them"),
+        ("build-pairs", "--contexts", "questions.jsonl", "these are questions of --source musique"),
+        ("prepare-data", "--input", "contexts.jsonl", "these are contexts, as prepare-data writes them"),
+        ("prepare-data", "--pool", "questions.jsonl", "these are questions of --source musique"),
+        ("build-pairs", "--contexts", "model", "model: is a folder; give the path of a JSONL file"),
+        ("build-pairs", "--contexts", "empty", "--contexts empty: holds no question; give what prepare-data wrote"),
+        ("build-pairs", "--right-above", "nan", "--right-above nan: give a finite number"),
+        ("build-pairs", "--scorer", "sys:path", "path is not a function in sys"),
+        ("prepare-data", "--exclude-ids", "utf16", "--exclude-ids utf16: not UTF-8 (byte 1); save the file as UTF-8"),
+        ("prepare-data", "--document-template", "@utf16", "--document-template utf16: not UTF-8 (byte 1)"),
+        ("prepare-data", "--chat-template", "utf16", "--chat-template utf16: not UTF-8 (byte 1)"),
+        ("prepare-data", "--chat-template", "ids.txt", "--chat-template ids.txt: the chat template does not write an"),
+        ("prepare-data", "--chat-template", "broken", "--chat-template broken: line 2: no valid Jinja template ("),
+    ],
+)
+def test_a_file_of_another_kind_is_named(here: Path, name: str, flag: str, given: str, told: str) -> None:
+    Path("empty").touch()
+    Path("utf16").write_bytes("text".encode("utf-16"))
+    Path("broken").write_text("\n{% for x in %}")
+    main, argv, _, _ = COMMANDS[name]
+    argv = with_value(argv, flag, given) if flag in argv else [*argv, flag, given]
+    assert told in refusal(main, argv)
+    assert not Path("made.jsonl").exists() and not Path("made.jsonl.partial").exists()
+
+
+def test_a_broken_template_with_values_for_its_variables(here: Path) -> None:
+    Path("broken").write_text("{% for x in %}")
+    with pytest.raises(UserError, match="broken: line 1: no valid Jinja template"):
+        load_tokenizer("model", "broken", chat_template_kwargs='{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("short_gold", 5, "the field 'short_gold' must be list, found int"),
+        ("long_gold", ["1"], "the field 'long_gold' must be a list of whole numbers"),
+        ("short_documents", "many", "the field 'short_documents' must be int, found str"),
+        ("answers", [" "], "the field 'answers' must be a non-empty list of texts, none of them empty"),
+    ],
+)
+def test_fields_of_contexts_are_checked(here: Path, field: str, value: object, told: str) -> None:
+    record = json.loads(Path("contexts.jsonl").read_text().splitlines()[0])
+    Path("wrong.jsonl").write_text(json.dumps(record | {field: value}))
+    with pytest.raises(UserError) as error:
+        list(read_contexts("wrong.jsonl"))
+    assert str(error.value) == f"wrong.jsonl:1: {told}"
+
+
+def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
+    """The corrected command goes on at once, without a folder or a file to delete."""
+    argv = ["--train-data", "contexts.jsonl", "--tokenizer", "model", "--output", "tokens", "--workers", "1"]
+    assert "these are contexts" in refusal(tokenize_data.main, argv)
+    Path("tokens.partial/parts/000000.1.aside").touch()
+    assert tokenize_data.main(with_value(argv, "--train-data", "groups.jsonl")) == 0
+    assert Path("tokens/manifest.json").is_file() and not Path("tokens.partial").exists()
+    output = here / "made.jsonl"
+    with PartialFile(output, {"temperature": 9}):
+        pass
+    with PartialFile(output, {"temperature": 1}) as partial:
+        partial.add(Responses("q0", ["a"], [True]))
+    with PartialFile(output, {"temperature": 1}) as partial:
+        assert partial.responses == 1
+    with pytest.raises(UserError, match="begun with temperature = 1, now 9"):
+        PartialFile(output, {"temperature": 9})
+
+
+def test_a_write_that_fails_leaves_nothing_behind(here: Path) -> None:
+    for name in ("made.jsonl", "made.parquet"):
+        Path("responses.jsonl").write_text(json.dumps({"id": "q0", "responses": ["a0", "a0"]}) + "\n")
+        assert "no question has both" in refusal(pairs.main, with_value(COMMANDS["build-pairs"][1], "--output", name))
+        assert not list(here.glob("made*"))
