@@ -83,8 +83,8 @@ class WorkFolder:
                 refuse_other_settings(path, made, self._settings)
             self.ready = made == self._settings
         if not self.ready:  # the folder itself stays, for the lock is on it
-            for name in path.iterdir():
-                name.unlink()
+            for file in path.iterdir():
+                file.unlink()
 
     @property
     def done(self) -> int:
