@@ -34,6 +34,11 @@ class ModelConfig:
         False, "start from random weights, by the folder's config.json and --seed, the same on every layout"
     )
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
+    eos_token: str | None = option(
+        None,
+        "token that ends a turn, where it is not what the chat template writes there; the data commands must be given "
+        "the same",
+    )
     chat_template_kwargs: str | None = option(
         None,
         """JSON object of values for the chat template's variables, such as '{"enable_thinking": false}'; default: """

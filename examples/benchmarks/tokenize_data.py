@@ -131,6 +131,7 @@ def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, c
         source=str(path),
         tokenizer=str(tokenizer_folder),
         chat_template=str(TEMPLATE),
+        eos_token=None,
         chat_template_kwargs=None,
         added_tokens=None,
         objective="preference",

@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     template = options.chat_template or (config and config.model.chat_template)
     kwargs = options.chat_template_kwargs or (config and config.model.chat_template_kwargs)
     added = options.add_special_tokens or (config and config.model.add_special_tokens)
-    tokenizer = load_tokenizer(options.tokenizer, template, options.eos_token, kwargs, added)
+    eos_token = options.eos_token or (config and config.model.eos_token)
+    tokenizer = load_tokenizer(options.tokenizer, template, eos_token, kwargs, added)
     if not options.html or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method

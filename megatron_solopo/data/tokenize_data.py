@@ -52,6 +52,7 @@ class Job:
     source: str
     tokenizer: str
     chat_template: str | None
+    eos_token: str | None
     chat_template_kwargs: str | None
     added_tokens: str | None
     objective: str
@@ -63,6 +64,7 @@ class Job:
         return load_tokenizer(
             self.tokenizer,
             self.chat_template,
+            self.eos_token,
             chat_template_kwargs=self.chat_template_kwargs,
             added_tokens=self.added_tokens,
         )
@@ -235,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder of the model to train")
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template; training must be given the same")
+    parser.add_argument("--eos-token", metavar="TOKEN", help="token that ends a turn; training must be given the same")
     parser.add_argument(
         "--chat-template-kwargs", metavar="JSON", help="values for its variables; training must be given the same"
     )
@@ -286,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         source=options.train_data,
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,
+        eos_token=options.eos_token,
         chat_template_kwargs=options.chat_template_kwargs,
         added_tokens=options.add_special_tokens,
         objective=options.objective,

@@ -53,6 +53,7 @@ def load_data(config: Config) -> RunData:
     tokenizer = load_tokenizer(
         config.model.hf_path,
         config.model.chat_template,
+        config.model.eos_token,
         chat_template_kwargs=config.model.chat_template_kwargs,
         added_tokens=config.model.add_special_tokens,
     )

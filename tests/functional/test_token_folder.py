@@ -64,6 +64,8 @@ def test_a_folder_of_another_template_is_refused(home: Home, capfd: pytest.Captu
     template.write_text("{% for m in messages %}{{ m.content }} <end> {% endfor %}")
     assert run(main, home.argv("refused", "--chat-template", template, data="groups")) == 2
     assert "groups: made with another chat template; train with what it was made with" in capfd.readouterr().err
+    assert run(main, home.argv("refused", "--eos-token", "<user>", data="groups")) == 2
+    assert "groups: made with end of turn '<end>' where the run has '<user>'" in capfd.readouterr().err
     assert run(main, home.argv("cut", "--objective", "sft", "--overlong", "cut", data="chats")) == 2
     assert "--overlong cut with --objective sft: conversations have no documents to cut" in capfd.readouterr().err
 

@@ -67,6 +67,14 @@ def test_a_training_run_tokenises_with_them(folder: Path, tmp_path: Path) -> Non
         assert [len(g.prompts[0].ids) + 2 for g in one.groups] == [len(g.prompts[0].ids) for g in other.groups]
 
 
+def test_a_training_run_ends_turns_as_it_is_told(folder: Path, tmp_path: Path) -> None:
+    groups = write_lines(tmp_path / "groups.jsonl", preference_groups(2))
+    required = ["--hf-path", str(folder), "--train-data", str(groups), "--save", "run", "--train-iters", "1"]
+    data = load_data(load([*required, "--eos-token", "<user>"])[0])
+    (end,) = AutoTokenizer.from_pretrained(folder).encode("<user>")
+    assert {c.ids[-1] for group in data.train.groups for prompt in group.prompts for c in prompt.continuations} == {end}
+
+
 def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) -> None:
     """They stand in tokenizer_config.json, every command takes them from there, and the option overrules them."""
     (tmp_path / "hf").mkdir()
