@@ -124,7 +124,7 @@ class PartialFile:
     what is in them.
 
     Raises:
-        UserError: the file was made with other settings, is not such a file, or another process writes it.
+        UserError: the file holds samples of other settings, is not such a file, or another process writes it.
     """
 
     def __init__(self, output: Path, settings: dict[str, object]) -> None:
