@@ -165,9 +165,9 @@ def test_a_lost_process_is_told_in_one_line(home: Home, number: signal.Signals, 
 def test_the_clock_ends_a_run(home: Home) -> None:
     told = finish(home, home.argv("clock", "--train-iters", 10000, "--exit-duration-in-mins", 0.05))
     assert "stopped by --exit-duration-in-mins after step" in told
-    assert (home.folder / "clock" / LATEST).read_text().strip() == str(len(timeless(home, "clock"))) or not timeless(
-        home, "clock"
-    )
+    latest, steps = home.folder / "clock" / LATEST, len(timeless(home, "clock"))
+    # On a machine that starts slowly the time is over before the first step, and there is nothing to save.
+    assert latest.read_text().strip() == str(steps) if steps else not latest.exists()
 
 
 def test_old_checkpoints_go_and_multiples_stay(home: Home) -> None:
