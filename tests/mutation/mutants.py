@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from mutant import Mutant, within
 
 LOSSES = "tests/unit/test_losses.py"
 STEP = "tests/unit/test_step.py"
@@ -14,23 +14,6 @@ PARITY = "tests/unit/test_model_parity.py -k 'one_by_one or double'"
 TOKENS = "tests/unit/test_tokens.py"
 CONFIG = "tests/unit/test_config_wrong.py"
 TRAINING = "tests/functional/test_training.py"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A wrong: ``old`` stands once in ``file`` and becomes ``new``; ``tests`` are pytest's arguments."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
-
-def _in(file: str, tests: str, *wrongs: tuple[str, str, str]) -> list[Mutant]:
-    return [Mutant(name, f"megatron_solopo/{file}", old, new, tests) for name, old, new in wrongs]
-
-
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
 CONTEXT = "tests/unit/test_context_parallel.py"
 CONTEXT_RUNS = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and context'"
@@ -46,7 +29,7 @@ LONGER = "tests/functional/test_rope_scaling.py"
 DRAWN = "tests/unit/test_random_start.py"
 
 MUTANTS: list[Mutant] = [
-    *_in(
+    *within(
         "losses/rewards.py",
         LOSSES,
         ("reference left out of DPO's reward", "beta * (log_prob - reference_log_prob)", "beta * log_prob"),
@@ -55,7 +38,7 @@ MUTANTS: list[Mutant] = [
         ("odds taken for their logarithm's inverse", "return mean - torch.log(", "return mean + torch.log("),
         ("ORPO's clamp dropped", ".clamp(max=ORPO_LARGEST_MEAN)", ""),
     ),
-    *_in(
+    *within(
         "losses/terms.py",
         LOSSES,
         ("IPO's target twice as far", "1 / (2 * beta)", "1 / beta"),
@@ -65,7 +48,7 @@ MUTANTS: list[Mutant] = [
         ("Huber's delta ignored", '"none", huber_delta)', '"none", 1.0)'),
         ("mean over the batch's tokens ignored", "length if tokens_per_group is None else tokens_per_group", "length"),
     ),
-    *_in(
+    *within(
         "losses/solopo.py",
         LOSSES,
         ("alpha dropped", "loss + method.alignment_weight * alignment", "loss + alignment"),
@@ -103,7 +86,7 @@ MUTANTS: list[Mutant] = [
         ),
         ("alignment's sign", "total + alignment_distance(", "total - alignment_distance("),
     ),
-    *_in(
+    *within(
         "training/step.py",
         STEP,
         ("weight by micro-batch, not by group", "scale = len(packs) * ranks / total_groups", "scale = ranks"),
@@ -124,7 +107,7 @@ MUTANTS: list[Mutant] = [
             "return tokens / sum(len(pack.groups) for pack in packs[:1])",
         ),
     ),
-    *_in(
+    *within(
         "data/packs.py",
         PACKS,
         (
@@ -146,7 +129,7 @@ MUTANTS: list[Mutant] = [
             "self.segment_lengths.append(len(learnt) - 1)",
         ),
     ),
-    *_in(
+    *within(
         "data/chat.py",
         CHAT,
         ("end-of-turn token missed", "return [*ids, tokenizer.eos_token_id]", "return ids"),
@@ -156,7 +139,7 @@ MUTANTS: list[Mutant] = [
             "ids = ids[: ids.index(tokenizer.eos_token_id) + 1]",
         ),
     ),
-    *_in(
+    *within(
         "data/batches.py",
         BATCHES,
         ("one order for all epochs", "default_rng([seed, epoch])", "default_rng([seed, 0])"),
@@ -168,12 +151,12 @@ MUTANTS: list[Mutant] = [
         ("a group trained twice", "shares[target].append(item)", "shares[target] += [item] * (1 + (item == 1))"),
         ("token limit of a pack ignored", "+ tokens[item] <= most_tokens)", "<= most_tokens)"),
     ),
-    *_in(
+    *within(
         "data/tokens.py",
         TOKENS,
         ("the reference scores what the policy scores", "if c.role in roles)) for p", "if c.role)) for p"),
     ),
-    *_in(
+    *within(
         "model/log_probs.py",
         LOG_PROBS,
         ("padding rows of the vocabulary counted", 'logits[:, real_rows:] = float("-inf")', "pass"),
@@ -181,7 +164,7 @@ MUTANTS: list[Mutant] = [
         ("gradient of one chunk only", "grad_weight += (rows", "grad_weight = (rows"),
         ("segments not summed", "log_probs.new_zeros(count).index_add(", "log_probs.new_zeros(count).index_copy("),
     ),
-    *_in(
+    *within(
         "model/attention.py",
         PARITY,
         ("a continuation's mask aligned to its first token", ".tril(seen - own)", ".tril(0)"),
@@ -191,7 +174,7 @@ MUTANTS: list[Mutant] = [
             "keys.append(span[:1].repeat(prompt_length))",
         ),
     ),
-    *_in(
+    *within(
         "config_checks.py",
         CONFIG,
         (
@@ -200,19 +183,19 @@ MUTANTS: list[Mutant] = [
             "",
         ),
     ),
-    *_in(
+    *within(
         "training/run.py",
         TRAINING + " -k 'warms_up or killed'",
         ("learning rate one step late", "scheduler.step(1)  # before", "scheduler.step(int(step > 0))  # before"),
     ),
-    *_in(
+    *within(
         "training/health.py",
         HEALTH,
         ("a healthy alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
         ("displacement told whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
         ("a spike against the last value", "median(past) if", "past[-1] if"),
     ),
-    *_in(
+    *within(
         "parallel/topology.py",
         TOPOLOGY,
         (
@@ -224,7 +207,7 @@ MUTANTS: list[Mutant] = [
         ("a later chunk's layers right behind the first's", "chunk * sum(sizes) + sum", "chunk * sizes[stage] + sum"),
         ("unequal middle stages accepted", "left % others if others else left", "False if others else left"),
     ),
-    *_in(
+    *within(
         "training/reference.py",
         REFERENCE,
         ("a killed fill forgotten", "part = _read(partial, shape)", "part = None"),
@@ -236,12 +219,12 @@ MUTANTS: list[Mutant] = [
             "    dist.all_reduce(stopped",
         ),
     ),
-    *_in(
+    *within(
         "model/forward.py",
         CUT,
         ("the gathered sequence's gradient summed twice", "tensor_parallel_output_grad=False", ""),
     ),
-    *_in(
+    *within(
         "parallel/context.py",
         CONTEXT,
         ("the first chunks to the first rank", "return rank, 2 * size - 1 - rank", "return 2 * rank, 2 * rank + 1"),
@@ -253,36 +236,36 @@ MUTANTS: list[Mutant] = [
         ("a chunk sees its own future", "begin, length, causal=True", "begin, length, causal=False"),
         ("earlier chunks unseen", "if begin > piece.start:", "if False:"),
     ),
-    *_in(
+    *within(
         "model/context_attention.py",
         CONTEXT,
         ("spans added without their weights", "output[rows] * before[..., None] + out", "output[rows] + out"),
         ("gradient of one head of a group", "of_key.sum(1)", "of_key[:, 0]"),
     ),
-    *_in(
+    *within(
         "model/attention.py",
         CONTEXT_RUNS,
         ("positions of the whole pack", "pack.positions[own]", "pack.positions[: own.numel()]"),
     ),
-    *_in(
+    *within(
         "model/forward.py",
         CONTEXT_RUNS,
         ("each context-parallel rank its own part of the loss", "sums if context is None", "sums if True"),
     ),
-    *_in(
+    *within(
         "model/router.py",
         PARITY,
         ("a float64 model's router in float32", "torch.promote_types(logits.dtype, torch.float32)", "torch.float32"),
         ("the chosen experts' weights not renormalised", "if not self.config.moe_router_pre_softmax:", "if False:"),
     ),
-    *_in(
+    *within(
         "model/router.py",
         EXPERTS,
         ("padding counts as load", "chosen = probs * real, chosen & real", "chosen = probs * real, chosen"),
         ("the load of a part of the tokens", "if self.tp_cp_group.size() > 1:", "if False:"),
         ("padding not cut on later stages", 'get_attr_wrapped_model(model, "pre_process")', "True"),
     ),
-    *_in(
+    *within(
         "conversion/hf.py",
         EXPERTS,
         (
@@ -292,13 +275,13 @@ MUTANTS: list[Mutant] = [
         ),
         ("experts cut over the wrong processes", "if entry.of_experts:\n        return", "if False:\n        return"),
     ),
-    *_in(
+    *within(
         "training/checkpoint.py",
         TRAINING + " -k killed",
         ("the schedule starts anew on resuming", 'scheduler.load_state_dict(loaded["scheduler"])', "pass"),
         ("the optimizer starts anew on resuming", 'optimizer.load_state_dict(loaded["optimizer"])', "pass"),
     ),
-    *_in(
+    *within(
         "model/attention.py",
         ENGINE,
         (
@@ -312,19 +295,19 @@ MUTANTS: list[Mutant] = [
             "keys.append(np.arange(prompt.start, prompt.start + prompt.slot + 1))",
         ),
     ),
-    *_in(
+    *within(
         "data/batches.py", ENGINE, ("FP8's multiple forgotten", "even *= FP8_MULTIPLES", "even *= 1 or FP8_MULTIPLES")
     ),
-    *_in(
+    *within(
         "data/packs.py", ENGINE, ("padding of tokens of its own", "(builder.tokens[:size] * at_the_end)", "([] or [7])")
     ),
-    *_in(
+    *within(
         "model/transformer_engine.py",
         ENGINE,
         ("widths of another recipe", "FP8_MULTIPLES[model.fp8_recipe]", "16"),
         ("an expert under another's name", r"local_experts.\2.\1.weight", r"local_experts.0.\1.weight"),
     ),
-    *_in(
+    *within(
         "model/families/llama.py",
         TABLES,
         ("queries taken for keys", 'for part in "qkv")', 'for part in "kqv")'),
@@ -335,12 +318,12 @@ MUTANTS: list[Mutant] = [
         ),
         ("the queries' norm on the keys", 'self_attn.{x}_norm.weight"', 'self_attn.{"qk"[x == "q"]}_norm.weight"'),
     ),
-    *_in(
+    *within(
         "model/families/fields.py",
         FAMILIES,
         ("an unknown field of config.json accepted", "if not _is_off(value):", "if False:"),
     ),
-    *_in(
+    *within(
         "model/families/__init__.py",
         FAMILIES,
         (
@@ -349,19 +332,19 @@ MUTANTS: list[Mutant] = [
             "return None",
         ),
     ),
-    *_in(
+    *within(
         "model/build.py",
         FAMILIES,
         ("a sequence one token longer than the window", "seq_length > window:", "seq_length > window + 1:"),
     ),
-    *_in(
+    *within(
         "model/rope.py",
         ROPE,
         ("yarn's attention factor dropped", "inverse.float(), float(scaling)", "inverse.float(), 1.0"),
         ("scaled frequencies left out", 'if kind != "default":', "if False:"),
         ("an unknown field of the scaling accepted", "and value is not None:", "and False:"),
     ),
-    *_in(
+    *within(
         "model/rope_scaling.py",
         ROPE,
         ("another length than the model's accepted", "if scaling.original not in trained:", "if False:"),
@@ -371,23 +354,25 @@ MUTANTS: list[Mutant] = [
             "pass",
         ),
     ),
-    *_in("model/build.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")),
-    *_in(
+    *within(
+        "model/build.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")
+    ),
+    *within(
         "conversion/companions.py",
         LONGER,
         ("the scaling not exported", "if before.rope_parameters != hf_config.rope_parameters:", "if 0:"),
     ),
-    *_in(
+    *within(
         "training/reference.py",
         LONGER,
         ("one reference for all scalings", "if config.model.rope_scaling is not None:", "if False:"),
     ),
-    *_in(
+    *within(
         "training/run.py",
         LONGER,
         ("resumed with another scaling", '"rope_scaling": config.model.rope_scaling,', ""),
     ),
-    *_in(
+    *within(
         "conversion/random_start.py",
         DRAWN,
         ("one draw for all tensors", 'f"{seed} {name}"', 'f"{seed}"'),
@@ -395,145 +380,9 @@ MUTANTS: list[Mutant] = [
         ("norms drawn like matrices", "if len(shape) == 1:", "if False:"),
         ("the config's deviation ignored", "dtype=np.float32)) * std", "dtype=np.float32)) * 0.02"),
     ),
-    *_in(
+    *within(
         "conversion/random_start.py",
         "tests/distributed/test_conversion.py",
         ("each process draws a part of its own", 'f"{seed} {name}"', 'f"{seed} {name} {torch.distributed.get_rank()}"'),
-    ),
-]
-
-CUTS = "tests/unit/test_hf_folder.py -k 'filled or joined or interleaved'"
-ROUND_TRIP = "tests/unit/test_model_parity.py -k round_trip"
-TOKENIZERS = "tests/unit/test_tokenizer.py"
-NEW_TOKENS = "tests/functional/test_special_tokens.py"
-KILLS = "tests/functional/test_convert_survival.py"
-WRITING = "tests/unit/test_hf_folder.py tests/functional/test_convert.py"
-
-MUTANTS += [
-    *_in(
-        "model/families/operators.py",
-        CUTS,
-        (
-            "the first part for every process",
-            "parameter.chunk(size, dimension)[rank]",
-            "parameter.chunk(size, dimension)[0]",
-        ),
-        ("one part for the whole", "else torch.cat(list(parts), dimension)", "else parts[0]"),
-        ("a copy that broadcasts", "if target.shape != source.shape:", "if False:"),
-        ("the vocabulary's first rows for every process", "tensor[rank * own : (rank + 1) * own]", "tensor[:own]"),
-        ("padding rows left as they were", "parameter[part.shape[0] :].zero_()", "pass"),
-        ("padding rows exported", "return [parameter[: self.rows]]", "return [parameter]"),
-        ("keys before queries", "torch.cat((query, key, value), dim=1)", "torch.cat((key, query, value), dim=1)"),
-        (
-            "the first heads for every process",
-            "_copy(target, whole.chunk(size)[rank])",
-            "_copy(target, whole.chunk(size)[0])",
-        ),
-        ("heads exported in reverse", "for part in groups.split(", "for part in groups.flip(0).split("),
-        ("up above gate", "return torch.cat((gate, up))", "return torch.cat((up, gate))"),
-        ("gate and up exchanged on export", "return list(parameter.chunk(2))", "return list(parameter.chunk(2))[::-1]"),
-        ("gate and up exchanged on import", "zip(parameter.chunk(2), tensors", "zip(parameter.chunk(2)[::-1], tensors"),
-        (
-            "gate and up cut as one",
-            "torch.cat([half.chunk(size)[rank] for half in parameter.chunk(2)])",
-            "parameter.chunk(size)[rank]",
-        ),
-        ("gate and up joined as one", "torch.cat([torch.cat(half) for half in halves])", "torch.cat(list(parts))"),
-    ),
-    *_in(
-        "model/families/llama.py",
-        TABLES,
-        (
-            "the second norm for the first",
-            '(hf + "input_layernorm.weight",)',
-            '(hf + "post_attention_layernorm.weight",)',
-        ),
-        ("an output layer tied to the embedding", '("lm_head.weight",)', '("model.embed_tokens.weight",)'),
-    ),
-    *_in(
-        "model/families/qwen2.py",
-        "tests/unit/test_model_parity.py -k 'log_probs_equal and qwen2'",
-        (
-            "biases of keys and values exchanged",
-            '"bias"), qkv',
-            '"bias")[::2] + ("model.layers.{layer}.self_attn.k_proj.bias",), qkv',
-        ),
-    ),
-    *_in(
-        "model/families/moe.py",
-        "tests/unit/test_model_parity.py -k 'log_probs_equal and (mixtral or moe)'",
-        ("an expert's gate and up exchanged", "(gate, up), StackGateUp()", "(up, gate), StackGateUp()"),
-        ("every expert the first", '.experts.{{expert}}.{name}.weight"', '.experts.0.{name}.weight"'),
-        (
-            "weights renormalised where they are not",
-            '"moe_router_pre_softmax": not renormalize',
-            '"moe_router_pre_softmax": False',
-        ),
-    ),
-    *_in(
-        "model/families/mixtral.py",
-        "tests/unit/test_model_parity.py -k 'log_probs_equal and mixtral'",
-        ("Mixtral's gate and up exchanged", 'gate="w1", up="w3"', 'gate="w3", up="w1"'),
-    ),
-    *_in(
-        "model/families/qwen3_moe.py",
-        "tests/unit/test_model_parity.py -k 'log_probs_equal and moe'",
-        ("Qwen3-MoE's gate and up exchanged", 'gate="gate_proj", up="up_proj"', 'gate="up_proj", up="gate_proj"'),
-    ),
-    *_in(
-        "data/tokenizer.py",
-        TOKENIZERS,
-        ("SentencePiece without its prefix", "backend.normalizer = converter.normalizer(converter.proto)", "pass"),
-        ("merges by id", "generate_merges(ids, scores)", "generate_merges(ids, None)"),
-        ("a tokenizer that differs accepted", "for text in PROBES if", "for text in () if"),
-        ("ranks of any family as Llama 3's", 'if kind != "llama":', "if False:"),
-        ("an existing token added", "if token in vocabulary:", "if False:"),
-        (
-            "the special tokens it had forgotten",
-            "replace_extra_special_tokens=False",
-            "replace_extra_special_tokens=True",
-        ),
-    ),
-    *_in(
-        "conversion/new_tokens.py",
-        NEW_TOKENS,
-        ("new rows of zeros", "result[list(self.ids)] =", "_ ="),
-        ("unused rows in the mean", "known = matrix[: self.known]", "known = matrix"),
-    ),
-    *_in(
-        "training/run.py",
-        NEW_TOKENS,
-        ("resumed with other tokens", '"add_special_tokens": config.model.add_special_tokens,', ""),
-    ),
-    *_in(
-        "conversion/companions.py",
-        NEW_TOKENS,
-        ("the larger vocabulary not exported", 'document["vocab_size"] = hf_config.vocab_size', "pass"),
-    ),
-    *_in(
-        "conversion/places.py",
-        KILLS,
-        (
-            "the earlier model deleted first",
-            "folder.rename(_replaced(folder))\n    aside",
-            "shutil.rmtree(folder)\n    aside",
-        ),
-        ("the earlier model not given back", "earlier.rename(folder)", "pass"),
-    ),
-    *_in(
-        "conversion/shards.py",
-        WRITING,
-        ("a file begins with its tensors", "file.seek(len(self._heads[number]) +", "file.seek("),
-        ("a tensor forgotten", "if missing is not None:", "if False:"),
-    ),
-    *_in(
-        "conversion/stored.py",
-        "tests/functional/test_convert.py",
-        (
-            "a stored part at another's place",
-            "narrow_tensor_by_index(target, item.dest_offsets",
-            "narrow_tensor_by_index(target, item.storage_offsets",
-        ),
-        ("another model's weights accepted", "if problem:", "if False:"),
     ),
 ]

@@ -3,10 +3,10 @@
 
     python tests/mutation/run.py [NAME ...] [--list]
 
-Each mutant of mutants.py (or those whose name or file contains a NAME) is applied to a temporary copy of the tree and
-its tests run there. Before the first mutant of a selection of tests, the selection must pass on the unbroken copy.
-Prints a Markdown table. Exit status 1 when a mutant survives, when its text does not stand exactly once in its file,
-or when its tests do not run at all.
+Each mutant of mutants.py and mutants_files.py (or those whose name or file contains a NAME) is applied to a temporary
+copy of the tree and its tests run there. Before the first mutant of a selection of tests, the selection must pass on
+the unbroken copy. Prints a Markdown table. Exit status 1 when a mutant survives, when its text does not stand exactly
+once in its file, or when its tests do not run at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from mutant import Mutant
+from mutants import MUTANTS
+from mutants_files import CONVERSION, DATA
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("megatron_solopo", "tests", "tools", "examples", "pretrain_solopo.py", "pyproject.toml")
@@ -79,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name or file; default: all")
     parser.add_argument("--list", action="store_true", help="print the mutants; run nothing")
     given = parser.parse_args(argv)
-    chosen = [m for m in MUTANTS if not given.names or any(part in f"{m.name} {m.file}" for part in given.names)]
+    everything = [*MUTANTS, *CONVERSION, *DATA]
+    chosen = [m for m in everything if not given.names or any(part in f"{m.name} {m.file}" for part in given.names)]
     if not chosen:
         print(f"no mutant is named like {', '.join(given.names)}", file=sys.stderr)
         return 2

@@ -1,0 +1,199 @@
+"""Wrongs of what reads and writes files: conversion, tokenizers, the data commands."""
+
+from __future__ import annotations
+
+from mutant import within
+from mutants import TABLES
+
+CUTS = "tests/unit/test_hf_folder.py -k 'filled or joined or interleaved'"
+ROUND_TRIP = "tests/unit/test_model_parity.py -k round_trip"
+TOKENIZERS = "tests/unit/test_tokenizer.py"
+NEW_TOKENS = "tests/functional/test_special_tokens.py"
+KILLS = "tests/functional/test_convert_survival.py"
+WRITING = "tests/unit/test_hf_folder.py tests/functional/test_convert.py"
+
+CONVERSION = [
+    *within(
+        "model/families/operators.py",
+        CUTS,
+        (
+            "the first part for every process",
+            "parameter.chunk(size, dimension)[rank]",
+            "parameter.chunk(size, dimension)[0]",
+        ),
+        ("one part for the whole", "else torch.cat(list(parts), dimension)", "else parts[0]"),
+        ("a copy that broadcasts", "if target.shape != source.shape:", "if False:"),
+        ("the vocabulary's first rows for every process", "tensor[rank * own : (rank + 1) * own]", "tensor[:own]"),
+        ("padding rows left as they were", "parameter[part.shape[0] :].zero_()", "pass"),
+        ("padding rows exported", "return [parameter[: self.rows]]", "return [parameter]"),
+        ("keys before queries", "torch.cat((query, key, value), dim=1)", "torch.cat((key, query, value), dim=1)"),
+        (
+            "the first heads for every process",
+            "_copy(target, whole.chunk(size)[rank])",
+            "_copy(target, whole.chunk(size)[0])",
+        ),
+        ("heads exported in reverse", "for part in groups.split(", "for part in groups.flip(0).split("),
+        ("up above gate", "return torch.cat((gate, up))", "return torch.cat((up, gate))"),
+        ("gate and up exchanged on export", "return list(parameter.chunk(2))", "return list(parameter.chunk(2))[::-1]"),
+        ("gate and up exchanged on import", "zip(parameter.chunk(2), tensors", "zip(parameter.chunk(2)[::-1], tensors"),
+        (
+            "gate and up cut as one",
+            "torch.cat([half.chunk(size)[rank] for half in parameter.chunk(2)])",
+            "parameter.chunk(size)[rank]",
+        ),
+        ("gate and up joined as one", "torch.cat([torch.cat(half) for half in halves])", "torch.cat(list(parts))"),
+    ),
+    *within(
+        "model/families/llama.py",
+        TABLES,
+        (
+            "the second norm for the first",
+            '(hf + "input_layernorm.weight",)',
+            '(hf + "post_attention_layernorm.weight",)',
+        ),
+        ("an output layer tied to the embedding", '("lm_head.weight",)', '("model.embed_tokens.weight",)'),
+    ),
+    *within(
+        "model/families/qwen2.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and qwen2'",
+        (
+            "biases of keys and values exchanged",
+            '"bias"), qkv',
+            '"bias")[::2] + ("model.layers.{layer}.self_attn.k_proj.bias",), qkv',
+        ),
+    ),
+    *within(
+        "model/families/moe.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and (mixtral or moe)'",
+        ("an expert's gate and up exchanged", "(gate, up), StackGateUp()", "(up, gate), StackGateUp()"),
+        ("every expert the first", '.experts.{{expert}}.{name}.weight"', '.experts.0.{name}.weight"'),
+        (
+            "weights renormalised where they are not",
+            '"moe_router_pre_softmax": not renormalize',
+            '"moe_router_pre_softmax": False',
+        ),
+    ),
+    *within(
+        "model/families/mixtral.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and mixtral'",
+        ("Mixtral's gate and up exchanged", 'gate="w1", up="w3"', 'gate="w3", up="w1"'),
+    ),
+    *within(
+        "model/families/qwen3_moe.py",
+        "tests/unit/test_model_parity.py -k 'log_probs_equal and moe'",
+        ("Qwen3-MoE's gate and up exchanged", 'gate="gate_proj", up="up_proj"', 'gate="up_proj", up="gate_proj"'),
+    ),
+    *within(
+        "data/tokenizer.py",
+        TOKENIZERS,
+        ("SentencePiece without its prefix", "backend.normalizer = converter.normalizer(converter.proto)", "pass"),
+        ("merges by id", "generate_merges(ids, scores)", "generate_merges(ids, None)"),
+        ("a tokenizer that differs accepted", "for text in PROBES if", "for text in () if"),
+        ("ranks of any family as Llama 3's", 'if kind != "llama":', "if False:"),
+        ("an existing token added", "if token in vocabulary:", "if False:"),
+        (
+            "the special tokens it had forgotten",
+            "replace_extra_special_tokens=False",
+            "replace_extra_special_tokens=True",
+        ),
+    ),
+    *within(
+        "conversion/new_tokens.py",
+        NEW_TOKENS,
+        ("new rows of zeros", "result[list(self.ids)] =", "_ ="),
+        ("unused rows in the mean", "known = matrix[: self.known]", "known = matrix"),
+    ),
+    *within(
+        "training/run.py",
+        NEW_TOKENS,
+        ("resumed with other tokens", '"add_special_tokens": config.model.add_special_tokens,', ""),
+    ),
+    *within(
+        "conversion/companions.py",
+        NEW_TOKENS,
+        ("the larger vocabulary not exported", 'document["vocab_size"] = hf_config.vocab_size', "pass"),
+    ),
+    *within(
+        "conversion/places.py",
+        KILLS,
+        (
+            "the earlier model deleted first",
+            "folder.rename(_replaced(folder))\n    aside",
+            "shutil.rmtree(folder)\n    aside",
+        ),
+        ("the earlier model not given back", "earlier.rename(folder)", "pass"),
+    ),
+    *within(
+        "conversion/shards.py",
+        WRITING,
+        ("a file begins with its tensors", "file.seek(len(self._heads[number]) +", "file.seek("),
+        ("a tensor forgotten", "if missing is not None:", "if False:"),
+    ),
+    *within(
+        "conversion/stored.py",
+        "tests/functional/test_convert.py",
+        (
+            "a stored part at another's place",
+            "narrow_tensor_by_index(target, item.dest_offsets",
+            "narrow_tensor_by_index(target, item.storage_offsets",
+        ),
+        ("another model's weights accepted", "if problem:", "if False:"),
+    ),
+]
+
+CONTEXTS = "tests/unit/test_data_contexts.py -k 'not real'"
+SAMPLING = "tests/unit/test_data_sampling.py"
+STORE = "tests/unit/test_token_store.py"
+OVERLONG = "tests/unit/test_overlong.py"
+
+DATA = [
+    *within(
+        "data/selection.py",
+        CONTEXTS,
+        (
+            "the answer in a distractor",
+            "and not any(mentions(candidate.text_key, answer) for answer in self._answers)",
+            "and True",
+        ),
+        ("a gold title among the distractors", "candidate.title_key not in self._gold_titles", "True"),
+        ("any length for a context in tokens", "if size - slack <= tokens <= size:", "if True:"),
+    ),
+    *within(
+        "data/split.py",
+        "tests/unit/test_data_split.py",
+        (
+            "near-duplicates on both sides",
+            "for group in sorted(members.values(), key=draw):",
+            "for group in sorted(([i] for v in members.values() for i in v), key=draw):",
+        ),
+    ),
+    *within(
+        "data/responses.py",
+        SAMPLING,
+        ("every sample asked for again", "if number not in there]", "]"),
+        (
+            "half a line kept at a kill",
+            "        self._file.truncate(self._size)\n        if self._size",
+            "        if self._size",
+        ),
+    ),
+    *within(
+        "data/token_store.py",
+        STORE,
+        ("a damaged sequence trained on", "if hashlib.sha256(data).digest() != self.digest:", "if False:"),
+        ("the short answer for every long one", "return own if len(own) else StoredIds", "return StoredIds"),
+    ),
+    *within(
+        "data/tokens.py", "tests/unit/test_tokens.py", ("sampled ids of another text", "if text in texts:", "if True:")
+    ),
+    *within(
+        "data/overlong.py",
+        OVERLONG,
+        ("evidence cut away", "in enumerate(spans) if not gold]", "in enumerate(spans)]"),
+        (
+            "the first documents cut, not the middle ones",
+            "key=lambda i: (abs(spans[i][0] + spans[i][1] - len(text)), i)",
+            "key=lambda i: i",
+        ),
+    ),
+]
