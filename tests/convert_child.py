@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -14,23 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_solopo.parallel import cpu_shim
+import fork_server
 
-_undo = cpu_shim.install()
-
-import megatron_solopo.conversion.hf  # noqa: E402
-import megatron_solopo.conversion.megatron_folder  # noqa: E402
-import megatron_solopo.conversion.start  # noqa: E402
-import megatron_solopo.training.convert  # noqa: E402
-import megatron_solopo.training.engine  # noqa: E402
-import megatron_solopo.training.run  # noqa: E402, F401
-from megatron_solopo.cli import run  # noqa: E402
-
-_undo()
-
-_context = multiprocessing.get_context("forkserver")
-# The second is tests/distributed/forked_runs.py's, where that folder is tested too: there is one server.
-_context.set_forkserver_preload(["convert_child", "preloaded"])
+from megatron_solopo.cli import run
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile"}
 """What Python tells of a change of files, before it happens."""
@@ -46,7 +31,7 @@ def convert(argv: list[str], told: Path, moment: int | None = None, disk: int | 
             were.
         disk: bytes of the disk around, see `_small_disk`.
     """
-    child = _context.Process(target=_work, args=(argv, told, moment, disk))
+    child = fork_server.process(_work, argv, told, moment, disk)
     child.start()
     child.join(200)
     status = child.exitcode
@@ -62,7 +47,9 @@ def _work(argv: list[str], told: Path, moment: int | None, disk: int | None) -> 
     if disk is not None:
         _small_disk(folder, disk)
     seen = _kill_at(moment, folder) if moment is not None else [0]
-    status = run(megatron_solopo.training.convert.main, argv)
+    from megatron_solopo.training.convert import main
+
+    status = run(main, argv)
     print("changes:", seen[0], flush=True)
     print("left:", os.listdir(folder), flush=True)  # a disk of this process ends with it
     os._exit(status)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest import mock
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["preloaded"])
+import fork_server
 
 
 def train(argv: list[str]) -> int:
@@ -28,7 +24,6 @@ def train(argv: list[str]) -> int:
 def _process(
     work: Callable[[list[str]], int], argv: list[str], rank: int, processes: int, port: int, told: str
 ) -> None:
-    assert "preloaded" in sys.modules, "the server passes over what it cannot import"
     os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
@@ -51,12 +46,8 @@ class ForkedRun:
             port = free.getsockname()[1]
         told.unlink(missing_ok=True)
         self.told = told
-        # The server of Python 3.12.1 has no sys.path but its own (python/cpython 117378).
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-            forkserver.ensure_running()
         self.processes: list[BaseProcess] = [
-            _context.Process(target=_process, args=(work, argv, rank, processes, port, str(told)))
-            for rank in range(processes)
+            fork_server.process(_process, work, argv, rank, processes, port, str(told)) for rank in range(processes)
         ]
         for process in self.processes:
             process.start()

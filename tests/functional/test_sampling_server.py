@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from tiny_models import SHAPE, TEMPLATE, WORDS, write_lines, write_model
@@ -33,9 +33,6 @@ from megatron_solopo.errors import UserError
 KILLS = int(os.environ.get("SOLOPO_KILLS", "2"))
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS, SAMPLES = 10, 6
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_solopo.data.sampling", "megatron_solopo.data.server"])
 
 
 def question(number: int) -> dict[str, Any]:
@@ -122,7 +119,7 @@ def _sample(argv: list[str], told: str) -> None:
 
 
 def start(argv: list[str], told: Path) -> BaseProcess:
-    process = _context.Process(target=_sample, args=(argv, str(told)))
+    process = fork_server.process(_sample, argv, str(told))
     process.start()
     return process
 

@@ -1,0 +1,34 @@
+"""The one server that all processes of the tests are forked from; it has imported everything once (`preloaded`)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from typing import Any
+from unittest import mock
+
+_context = multiprocessing.get_context("forkserver")
+_started = False
+
+
+def process(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A process that will call ``work(*arguments)``, not started yet."""
+    global _started
+    if not _started:
+        # A command under test may have begun a server of its own, which knows less; there is one for each process.
+        forkserver._forkserver._stop()
+        _context.set_forkserver_preload(["preloaded"])
+        # The server of Python 3.12.1 has no sys.path but its own (python/cpython 117378).
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            forkserver.ensure_running()
+        _started = True
+    return _context.Process(target=_begin, args=(work, arguments))
+
+
+def _begin(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    assert "preloaded" in sys.modules, "the server passes over what it cannot import"
+    work(*arguments)
