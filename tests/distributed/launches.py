@@ -251,7 +251,8 @@ def launch(processes: int, out: Path, cases: list[dict], runs: list[dict], torch
     job.write_text(json.dumps({"out": str(out), "gradients": cases, "runs": runs}))
     if torchrun:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         done = subprocess.run(
             [*start, worker.__file__, str(job)], env=environment, cwd=out, capture_output=True, text=True, timeout=1500
         )
