@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_models import WORDS, conversations, preference_groups, write_lines, write_model
+from tiny_models import TEMPLATE, WORDS, conversations, preference_groups, write_lines, write_model
 
 from megatron_solopo.data import progress, records, tokenize_data
 from megatron_solopo.data.chat import load_tokenizer
@@ -86,6 +86,22 @@ def test_a_folder_holds_what_is_tokenised_in_memory(home, roles):
         if kept:
             assert folder.with_roles(kept).fingerprint == memory.with_roles(kept).fingerprint
             assert list(folder.with_roles(kept).groups) == memory.with_roles(kept).groups
+
+
+def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
+    template = home.folder / "by-length.jinja"
+    long = "'w9 ' if messages[0].content | length > 100 else ''"
+    template.write_text(TEMPLATE.replace("'<assistant> ' + m", f"'<assistant> ' + ({long}) + m"), encoding="utf-8")
+    folder = make(home, "groups.jsonl", "by-length", "--chat-template", template)
+    tokenizer = load_tokenizer(home.folder / "hf", template)
+    memory = tokenize(home.folder / "groups.jsonl", tokenizer, ALL_ROLES, 400)
+    found = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), ALL_ROLES, 400)
+    assert list(found.groups) == memory.groups
+    pairs = [
+        (list(short.continuations[0].ids), list(long.continuations[0].ids))
+        for short, long in (g.prompts for g in found.groups)
+    ]
+    assert any(short == long for short, long in pairs) and any(short == long[1:] for short, long in pairs)
 
 
 def test_conversations_of_several_turns(home):
