@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if not path.is_file():
             raise UserError(f"--document {path}: no such file; give a text file, or - for standard input")
         try:
-            document = path.read_text(encoding="utf-8")
+            document = path.read_text(encoding="utf-8-sig")  # editors may put a byte order mark there
         except UnicodeDecodeError:
             raise UserError(f"--document {path}: not a UTF-8 text; convert it to plain text first") from None
     if not document.strip():
