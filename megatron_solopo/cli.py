@@ -13,11 +13,23 @@ from megatron_solopo.errors import UserError, system_reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("megatron_solopo.training.run", "preference optimization or sft (pretrain_solopo.py under torchrun)"),
-    "prepare-data": ("megatron_solopo.data.prepare", "questions with documents -> short and long contexts"),
-    "sample-responses": ("megatron_solopo.data.sampling", "contexts -> responses sampled from a model"),
-    "build-pairs": ("megatron_solopo.data.pairs", "contexts and responses -> preference groups"),
-    "tokenize-data": ("megatron_solopo.data.tokenize_data", "preference groups -> token ids that training opens"),
-    "inspect-data": ("megatron_solopo.data.inspect", "one group as the loss sees it; a page about a whole file"),
+    "prepare-data": (
+        "megatron_solopo.data.building.prepare_data",
+        "questions with documents -> short and long contexts",
+    ),
+    "sample-responses": (
+        "megatron_solopo.data.sampling.sample_responses",
+        "contexts -> responses sampled from a model",
+    ),
+    "build-pairs": ("megatron_solopo.data.pairing.build_pairs", "contexts and responses -> preference groups"),
+    "tokenize-data": (
+        "megatron_solopo.data.tokenized.tokenize_data",
+        "preference groups -> token ids that training opens",
+    ),
+    "inspect-data": (
+        "megatron_solopo.data.inspection.inspect_data",
+        "one group as the loss sees it; a page about a whole file",
+    ),
     "evaluate": ("megatron_solopo.evaluation.evaluate", "accuracy of a Hugging Face model by context length"),
     "report": ("megatron_solopo.evaluation.report", "curves and tables of runs and evaluations, as PNG and Markdown"),
     "ask": ("megatron_solopo.evaluation.ask", "one question about one document"),

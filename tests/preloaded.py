@@ -9,10 +9,10 @@ _undo = cpu_shim.install()
 import megatron_solopo.conversion.hf  # noqa: E402
 import megatron_solopo.conversion.megatron_folder  # noqa: E402
 import megatron_solopo.conversion.start  # noqa: E402
-import megatron_solopo.data.building  # noqa: E402
-import megatron_solopo.data.sampling  # noqa: E402
-import megatron_solopo.data.server  # noqa: E402
-import megatron_solopo.data.tokenize_data  # noqa: E402
+import megatron_solopo.data.building.second_pass  # noqa: E402
+import megatron_solopo.data.sampling.sample_responses  # noqa: E402
+import megatron_solopo.data.sampling.server  # noqa: E402
+import megatron_solopo.data.tokenized.tokenize_data  # noqa: E402
 import megatron_solopo.losses.solopo  # noqa: E402
 import megatron_solopo.training.checkpoint  # noqa: E402
 import megatron_solopo.training.convert  # noqa: E402

@@ -3,7 +3,7 @@
 import sys
 
 from megatron_solopo.cli import run
-from megatron_solopo.data.pairs import main
+from megatron_solopo.data.pairing.build_pairs import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

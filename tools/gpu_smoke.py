@@ -90,8 +90,8 @@ def check_attention(here: Any, work: Path) -> Figures:
     laying every prompt out for each response."""
     from transformers import LlamaConfig
 
-    from megatron_solopo.data.packs import build_pack
-    from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, layout_of
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
 
@@ -162,8 +162,8 @@ def check_context_attention(here: Any, work: Path) -> Figures:
     """Each rank's part of context-parallel attention, output and gradient, against the whole pack's attention."""
     from transformers import LlamaConfig
 
-    from megatron_solopo.data.packs import build_pack
-    from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, layout_of
     from megatron_solopo.model.context_attention import SpanLayout, span_attention
     from megatron_solopo.model.rope import RotaryFrequencies, rotate

@@ -3,7 +3,7 @@
 import sys
 
 from megatron_solopo.cli import run
-from megatron_solopo.data.inspect import main
+from megatron_solopo.data.inspection.inspect_data import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

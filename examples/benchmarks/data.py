@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from megatron_solopo.data.building import TRAIN, Builder, BuildSettings
-from megatron_solopo.data.chat import load_tokenizer, render_prompt
-from megatron_solopo.data.counting import TokenCounter
-from megatron_solopo.data.ingest import ingest
-from megatron_solopo.data.prompt import PromptFormat
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.building.first_pass import ingest
+from megatron_solopo.data.building.second_pass import TRAIN, Builder, BuildSettings
+from megatron_solopo.data.files.records import read_jsonl
+from megatron_solopo.data.options import TokenizerOptions
+from megatron_solopo.data.text.chat import load_tokenizer, render_prompt
+from megatron_solopo.data.text.counting import TokenCounter
+from megatron_solopo.data.text.prompt import PromptFormat
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,11 +98,7 @@ def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
         alone, tokens = cpu_seconds(lambda: library(list(dict.fromkeys(documents))))
         rates = {"reading and lengths": (tokens / reading, tokens / alone)}
         settings = BuildSettings(
-            tokenizer=given.tokenizer,
-            chat_template=given.chat_template,
-            eos_token=None,
-            chat_template_kwargs=None,
-            added_tokens=None,
+            tokenizer=TokenizerOptions(given.tokenizer, given.chat_template),
             prompt_format=prompt_format,
             sizes=tuple(given.sizes),
             in_tokens=True,

@@ -107,7 +107,7 @@ Clock = Callable[[], float]
 
 def library_speed(path: Path, tokenizer_folder: Path, limit: int, clock: Clock) -> tuple[float, int]:
     """(tokens a second, tokens) of the library's own batches over the texts that the command tokenises."""
-    from megatron_solopo.data.chat import load_tokenizer, render_prompt
+    from megatron_solopo.data.text.chat import load_tokenizer, render_prompt
 
     tokenizer = load_tokenizer(tokenizer_folder, TEMPLATE)
     texts = []
@@ -124,16 +124,13 @@ def library_speed(path: Path, tokenizer_folder: Path, limit: int, clock: Clock) 
 
 def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, clock: Clock) -> tuple[float, int]:
     """(tokens a second, tokens) of the command's workers once they are there: no start, no merge."""
-    from megatron_solopo.data import tokenize_data
+    from megatron_solopo.data.options import TokenizerOptions
+    from megatron_solopo.data.tokenized import tokenize_data
 
     folder.mkdir(parents=True, exist_ok=True)
     job = tokenize_data.Job(
         source=str(path),
-        tokenizer=str(tokenizer_folder),
-        chat_template=str(TEMPLATE),
-        eos_token=None,
-        chat_template_kwargs=None,
-        added_tokens=None,
+        tokenizer=TokenizerOptions(str(tokenizer_folder), str(TEMPLATE)),
         objective="preference",
         seq_length=None,
         overlong="refuse",
@@ -169,14 +166,15 @@ def made_up_part(path: Path, number: int, size: int = 100) -> None:
 
 def merge(folder: Path, count: int) -> None:
     """Puts the parts of so many groups together, opens the result and reads from it; prints times and memory."""
-    from megatron_solopo.data import tokenize_data
-    from megatron_solopo.data.text_facts import TEXT_FACTS
-    from megatron_solopo.data.token_store import ALL_ROLES, FORMAT, indexed_dataset, open_tokens
+    from megatron_solopo.data.options import TokenizerOptions
+    from megatron_solopo.data.text.text_facts import TEXT_FACTS
+    from megatron_solopo.data.tokenized import tokenize_data
+    from megatron_solopo.data.tokenized.token_store import ALL_ROLES, FORMAT, indexed_dataset, open_tokens
 
     indexed_dataset()  # the import is no part of the times
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "parts").mkdir(parents=True)
-    job = tokenize_data.Job("", "", None, None, None, "preference", None, "refuse", folder / "parts")
+    job = tokenize_data.Job("", TokenizerOptions(""), "preference", None, "refuse", folder / "parts")
     parts, seen = count // 100, set()
     for number in range(parts):
         made_up_part(job.part_file(number), number)

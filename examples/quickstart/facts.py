@@ -23,7 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_solopo.data.records import write_jsonl
+from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.schema import Conversation
 from megatron_solopo.errors import UserError
 

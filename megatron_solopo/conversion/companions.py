@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.tokenizer import add_special_tokens, find_model, read_tokenizer
+from megatron_solopo.data.text.tokenizer import add_special_tokens, find_model, read_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import rope_scaling
 

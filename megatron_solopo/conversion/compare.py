@@ -17,9 +17,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokenizer import read_tokenizer
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.text.tokenizer import read_tokenizer
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead, segment_log_probs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_solopo.data.tokenizer import add_special_tokens, read_tokenizer
+from megatron_solopo.data.text.tokenizer import add_special_tokens, read_tokenizer
 
 ROWS_AT_A_TIME = 4096
 

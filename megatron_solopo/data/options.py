@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_solopo.data import prompt
-from megatron_solopo.data.prompt import PromptFormat
-from megatron_solopo.data.records import is_parquet, read_text
+from megatron_solopo.data.files.records import is_parquet, read_text
+from megatron_solopo.data.text import prompt
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def text_option(flag: str, value: str) -> str:
@@ -68,9 +73,9 @@ def check_jsonl(flag: str, path: str | None) -> None:
         raise UserError(f"{flag} {path}: is written as JSONL; give a name that does not end in .parquet")
 
 
-def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True, title: str = "tokenizer") -> None:
     """The options that every command with a tokenizer has; where it is not required, the model's folder has one."""
-    group = parser.add_argument_group("tokenizer")
+    group = parser.add_argument_group(title)
     group.add_argument(
         "--tokenizer",
         required=required,
@@ -91,7 +96,37 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
     )
     if required:  # a model that answers has rows for its tokenizer's tokens only
         group.add_argument(
-            "--add-special-tokens", metavar="TOKEN,...", help="new special tokens; training must be given the same"
+            "--add-special-tokens", metavar="TOKEN,...", help="new special tokens, which training must be given too"
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """What the options of `add_tokenizer_options` name; worker processes load from it what their parent loaded."""
+
+    folder: str
+    chat_template: str | None = None
+    eos_token: str | None = None
+    chat_template_kwargs: str | None = None
+    added_tokens: str | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, folder: str | None = None) -> TokenizerOptions:
+        """Those of a command line; ``folder`` where --tokenizer is not given."""
+        return cls(
+            options.tokenizer or folder,
+            options.chat_template,
+            options.eos_token,
+            options.chat_template_kwargs,
+            getattr(options, "add_special_tokens", None),
+        )
+
+    def load(self) -> PreTrainedTokenizerBase:
+        """See `chat.load_tokenizer`."""
+        from megatron_solopo.data.text.chat import load_tokenizer  # with transformers, which options do without
+
+        return load_tokenizer(
+            self.folder, self.chat_template, self.eos_token, self.chat_template_kwargs, self.added_tokens
         )
 
 

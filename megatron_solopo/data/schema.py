@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data.records import Part, read_records
+from megatron_solopo.data.files.records import Part, read_records
 from megatron_solopo.errors import UserError
 
 Message = dict[str, str]

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
 from megatron_solopo.data.hf_model import check_reach, load_model
 from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
-from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Paragraph
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.evaluate import add_generation_options
 from megatron_solopo.evaluation.generation import generate

@@ -16,17 +16,23 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.contexts import build_contexts
-from megatron_solopo.data.counting import TokenCounter
+from megatron_solopo.data.building.contexts import build_contexts
+from megatron_solopo.data.building.pool import DistractorPool
+from megatron_solopo.data.building.selection import CannotBuild
+from megatron_solopo.data.building.sources import SOURCES, LeftOut, read_pool, read_questions
+from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.hf_model import DTYPES, check_reach, load_model
-from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, check_outputs, prompt_format_of
-from megatron_solopo.data.pool import DistractorPool
-from megatron_solopo.data.prompt import PromptFormat
-from megatron_solopo.data.records import write_jsonl
+from megatron_solopo.data.options import (
+    TokenizerOptions,
+    add_prompt_options,
+    add_tokenizer_options,
+    check_outputs,
+    prompt_format_of,
+)
 from megatron_solopo.data.scoring import SCORERS
-from megatron_solopo.data.selection import CannotBuild
-from megatron_solopo.data.sources import SOURCES, LeftOut, read_pool, read_questions
+from megatron_solopo.data.text.chat import prompt_ids
+from megatron_solopo.data.text.counting import TokenCounter
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, generate
 from megatron_solopo.evaluation.results import METRICS, length_label, mean_interval
@@ -257,9 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt_format = prompt_format_of(options)
     read = [("--data", name) for name in options.data] + [("--pool", name) for name in options.pool]
     check_outputs([("--output", path) for path in (options.output, predictions_path(options.output))], read)
-    tokenizer = load_tokenizer(
-        options.tokenizer or options.model, options.chat_template, options.eos_token, options.chat_template_kwargs
-    )
+    tokenizer = TokenizerOptions.of(options, options.model).load()
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:
             check_reach(options.model, size, options.max_new_tokens, f"{flag} {size}")

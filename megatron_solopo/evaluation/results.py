@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 

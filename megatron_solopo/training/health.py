@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from megatron_solopo.data.lengths import Lengths
+from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.errors import UserError
 
 WINDOW = 20

@@ -44,10 +44,10 @@ def load_data(config: Config) -> RunData:
     Raises:
         UserError: see `tokenize` and `open_tokens`.
     """
-    from megatron_solopo.data.chat import load_tokenizer
-    from megatron_solopo.data.text_facts import text_facts
-    from megatron_solopo.data.token_store import is_store, open_tokens
-    from megatron_solopo.data.tokens import tokenize
+    from megatron_solopo.data.text.chat import load_tokenizer
+    from megatron_solopo.data.text.text_facts import text_facts
+    from megatron_solopo.data.tokenized.token_store import is_store, open_tokens
+    from megatron_solopo.data.tokenized.tokens import tokenize
     from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
     tokenizer = load_tokenizer(
@@ -73,7 +73,7 @@ def load_data(config: Config) -> RunData:
 
 def run_schedule(config: Config, data: RunData) -> Any:
     """Which examples each step of the run trains on."""
-    from megatron_solopo.data.batches import make_schedule
+    from megatron_solopo.data.tokenized.batches import make_schedule
 
     training, examples = config.training, len(data.train.groups)
     return make_schedule(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.start import weights_fingerprint
-from megatron_solopo.data.tokens import TokenDataset
+from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_roles
 from megatron_solopo.parallel.platform import wait_for_all

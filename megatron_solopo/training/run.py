@@ -307,8 +307,8 @@ def _write_settings(folder: Path, config: Config) -> None:
 
 def _write_overlong(folder: Path, data: RunData) -> None:
     """overlong.jsonl: every example that was dropped or cut for its length, where there are any."""
-    from megatron_solopo.data.records import write_jsonl
-    from megatron_solopo.data.token_store import overlong_records
+    from megatron_solopo.data.files.records import write_jsonl
+    from megatron_solopo.data.tokenized.token_store import overlong_records
 
     reports = {"train": data.train.report} | ({"valid": data.valid.report} if data.valid is not None else {})
     records = [{"split": split} | record for split, report in reports.items() for record in overlong_records(report)]

@@ -13,9 +13,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.data.batches import StepPlan, plan_step
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import TokenDataset
+from megatron_solopo.data.tokenized.batches import StepPlan, plan_step
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.losses.solopo import (
     RESPONSE,
     GroupLosses,

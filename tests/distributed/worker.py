@@ -24,7 +24,7 @@ from megatron_solopo.parallel import platform
 
 def token_dataset(path: str) -> Any:
     """The examples of a JSON file; see oracle.py for their form."""
-    from megatron_solopo.data.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
 
     groups = [
         TokenGroup(
@@ -44,7 +44,7 @@ def token_dataset(path: str) -> Any:
 
 def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
-    from megatron_solopo.data.packs import build_pack
+    from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.losses.solopo import reference_roles, roles
     from megatron_solopo.training.gradients import whole_gradients
     from megatron_solopo.training.step import make_packs, run_step, segment_table

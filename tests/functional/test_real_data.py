@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.data import pairs, prepare
-from megatron_solopo.data.batches import make_schedule, plan_step
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import tokenize
+from megatron_solopo.data.building import prepare_data
+from megatron_solopo.data.pairing import build_pairs
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.tokenized.batches import make_schedule, plan_step
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.evaluation import ask
 from megatron_solopo.losses.solopo import scored_roles
 
@@ -67,9 +68,9 @@ def home(solopo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--output",
         folder / "contexts.jsonl",
     ]
-    assert prepare.main(list(map(str, arguments))) == 0
+    assert prepare_data.main(list(map(str, arguments))) == 0
     assert (
-        pairs.main(
+        build_pairs.main(
             [
                 "--contexts",
                 str(folder / "contexts.jsonl"),
@@ -216,8 +217,8 @@ def test_sixty_four_real_groups_a_step_are_spread_evenly(
     source = solopo_data / "musique" / "musique_ans_train_subset.jsonl"
     contexts, groups = tmp_path / "contexts.jsonl", tmp_path / "groups.jsonl"
     arguments = ["--input", source, "--limit", 128, *lengths, "--tokenizer", home / "start", "--output", contexts]
-    assert prepare.main(list(map(str, arguments))) == 0
-    assert pairs.main(["--contexts", str(contexts), "--responses", "gold", "--output", str(groups)]) == 0
+    assert prepare_data.main(list(map(str, arguments))) == 0
+    assert build_pairs.main(["--contexts", str(contexts), "--responses", "gold", "--output", str(groups)]) == 0
     method = MethodConfig()
     dataset = tokenize(groups, load_tokenizer(str(home / "start")), scored_roles(method), 32768)
     schedule = make_schedule(len(dataset.groups), 64, 4, None, 0, shuffle=True)

@@ -23,11 +23,11 @@ from tiny_models import SHAPE, TEMPLATE, WORDS, write_lines, write_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_solopo.cli import run
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.pairs import main as build_pairs
-from megatron_solopo.data.responses import read_responses
-from megatron_solopo.data.sampling import main as sample
+from megatron_solopo.data.pairing.build_pairs import main as build_pairs
+from megatron_solopo.data.sampling.responses import read_responses
+from megatron_solopo.data.sampling.sample_responses import main as sample
 from megatron_solopo.data.schema import read_groups
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.errors import UserError
 
 KILLS = int(os.environ.get("SOLOPO_KILLS", "2"))

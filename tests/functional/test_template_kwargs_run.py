@@ -10,7 +10,7 @@ from tiny_models import TEMPLATE, write_model
 from training_home import Home, furnish
 
 from megatron_solopo.cli import run
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
 from megatron_solopo.training.convert import main as convert
 from megatron_solopo.training.run import main
 

@@ -15,7 +15,7 @@ import pytest
 from training_home import ENVIRONMENT, ROOT, Home, furnish
 
 from megatron_solopo.cli import run
-from megatron_solopo.data import tokenize_data
+from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.training.run import main
 
 TIMED = ("seconds", "tokens_per_second", "memory_gib")
@@ -73,7 +73,9 @@ def test_a_folder_of_another_template_is_refused(home: Home, capfd: pytest.Captu
 def test_workers_end_with_a_killed_command_and_the_next_goes_on(home: Home) -> None:
     """kill -9 of the first process alone; its workers must not stay behind."""
     code = (
-        "import sys, time; from megatron_solopo.data import records, tokenize_data; records.PART_BYTES = 500; "
+        "import sys, time; from megatron_solopo.data.files import records; "
+        "from megatron_solopo.data.tokenized import tokenize_data; "
+        "records.PART_BYTES = 500; "
         "own = tokenize_data._check_ids; "
         "tokenize_data._check_ids = lambda *a: (time.sleep(0.3), own(*a))[1]; "
         "sys.exit(tokenize_data.main(sys.argv[1:]))"

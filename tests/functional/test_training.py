@@ -194,7 +194,7 @@ def test_a_dry_run_tells_and_touches_nothing(home: Home, dpo: str, capsys: pytes
 
 def test_reference_log_probs_are_computed_once(home: Home, dpo: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The cache outlives the run; what it holds is used, and a damaged file is computed again."""
-    from megatron_solopo.data.batches import make_schedule
+    from megatron_solopo.data.tokenized.batches import make_schedule
     from megatron_solopo.training.reference import _write
 
     files = sorted((home.folder / "runs" / "reference").iterdir())

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Mo
 
 from megatron_solopo import config_load
 from megatron_solopo.config import FP8_MULTIPLES, Config
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,8 +104,8 @@ def config_of(folder: Path, kind: str, share: bool = True) -> Config:
 
 def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float, dict[str, Tensor]]:
     """([groups, roles] log-probs, loss, gradient by the parameter's portable name) of one step, float64."""
-    from megatron_solopo.data.batches import plan_step
-    from megatron_solopo.data.packs import build_pack
+    from megatron_solopo.data.tokenized.batches import plan_step
+    from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.model.build import read_hf_config
     from megatron_solopo.model.transformer_engine import portable_name
     from megatron_solopo.training.engine import build_engine

@@ -108,7 +108,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "data/packs.py",
+        "data/tokenized/packs.py",
         PACKS,
         (
             "position of a continuation off by one",
@@ -130,7 +130,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "data/chat.py",
+        "data/text/chat.py",
         CHAT,
         ("end-of-turn token missed", "return [*ids, tokenizer.eos_token_id]", "return ids"),
         (
@@ -140,7 +140,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "data/batches.py",
+        "data/tokenized/batches.py",
         BATCHES,
         ("one order for all epochs", "default_rng([seed, epoch])", "default_rng([seed, 0])"),
         (
@@ -152,7 +152,7 @@ MUTANTS: list[Mutant] = [
         ("token limit of a pack ignored", "+ tokens[item] <= most_tokens)", "<= most_tokens)"),
     ),
     *within(
-        "data/tokens.py",
+        "data/tokenized/tokens.py",
         TOKENS,
         ("the reference scores what the policy scores", "if c.role in roles)) for p", "if c.role)) for p"),
     ),
@@ -296,10 +296,14 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "data/batches.py", ENGINE, ("FP8's multiple forgotten", "even *= FP8_MULTIPLES", "even *= 1 or FP8_MULTIPLES")
+        "data/tokenized/batches.py",
+        ENGINE,
+        ("FP8's multiple forgotten", "even *= FP8_MULTIPLES", "even *= 1 or FP8_MULTIPLES"),
     ),
     *within(
-        "data/packs.py", ENGINE, ("padding of tokens of its own", "(builder.tokens[:size] * at_the_end)", "([] or [7])")
+        "data/tokenized/packs.py",
+        ENGINE,
+        ("padding of tokens of its own", "(builder.tokens[:size] * at_the_end)", "([] or [7])"),
     ),
     *within(
         "model/transformer_engine.py",

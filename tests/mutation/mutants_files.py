@@ -84,7 +84,7 @@ CONVERSION = [
         ("Qwen3-MoE's gate and up exchanged", 'gate="gate_proj", up="up_proj"', 'gate="up_proj", up="gate_proj"'),
     ),
     *within(
-        "data/tokenizer.py",
+        "data/text/tokenizer.py",
         TOKENIZERS,
         ("SentencePiece without its prefix", "backend.normalizer = converter.normalizer(converter.proto)", "pass"),
         ("merges by id", "generate_merges(ids, scores)", "generate_merges(ids, None)"),
@@ -148,7 +148,7 @@ OVERLONG = "tests/unit/test_overlong.py"
 
 DATA = [
     *within(
-        "data/selection.py",
+        "data/building/selection.py",
         CONTEXTS,
         (
             "the answer in a distractor",
@@ -159,7 +159,7 @@ DATA = [
         ("any length for a context in tokens", "if size - slack <= tokens <= size:", "if True:"),
     ),
     *within(
-        "data/split.py",
+        "data/building/split.py",
         "tests/unit/test_data_split.py",
         (
             "near-duplicates on both sides",
@@ -168,7 +168,7 @@ DATA = [
         ),
     ),
     *within(
-        "data/responses.py",
+        "data/sampling/responses.py",
         SAMPLING,
         ("every sample asked for again", "if number not in there]", "]"),
         (
@@ -178,16 +178,18 @@ DATA = [
         ),
     ),
     *within(
-        "data/token_store.py",
+        "data/tokenized/token_store.py",
         STORE,
         ("a damaged sequence trained on", "if hashlib.sha256(data).digest() != self.digest:", "if False:"),
         ("the short answer for every long one", "return own if len(own) else StoredIds", "return StoredIds"),
     ),
     *within(
-        "data/tokens.py", "tests/unit/test_tokens.py", ("sampled ids of another text", "if text in texts:", "if True:")
+        "data/tokenized/tokens.py",
+        "tests/unit/test_tokens.py",
+        ("sampled ids of another text", "if text in texts:", "if True:"),
     ),
     *within(
-        "data/overlong.py",
+        "data/tokenized/overlong.py",
         OVERLONG,
         ("evidence cut away", "in enumerate(spans) if not gold]", "in enumerate(spans)]"),
         (

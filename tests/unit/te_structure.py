@@ -180,8 +180,8 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     """Largest difference to the portable attention, over packs with shared prompts, separate ones and padding."""
     import transformer_engine.pytorch as te
 
-    from megatron_solopo.data.packs import build_pack
-    from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, layout_of, sequences_layout
     from megatron_solopo.model.rope import RotaryFrequencies
 

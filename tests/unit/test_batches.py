@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from megatron_solopo.data.batches import _order, attention_cost, make_schedule, plan
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.batches import _order, attention_cost, make_schedule, plan
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 
 
 @pytest.mark.parametrize("seed", range(20))

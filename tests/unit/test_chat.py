@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_solopo.data.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.tokens import tokenize
+from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
+from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 from megatron_solopo.model.context_attention import SpanLayout, span_attention
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.context import rows_of, spans_of

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.data import selection
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.contexts import Context, build_contexts
-from megatron_solopo.data.counting import TokenCounter
-from megatron_solopo.data.pool import DistractorPool, PoolWriter, open_writer, write_pool
-from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.building import selection
+from megatron_solopo.data.building.contexts import Context, build_contexts
+from megatron_solopo.data.building.pool import DistractorPool, PoolWriter, open_writer, write_pool
+from megatron_solopo.data.building.selection import CannotBuild, mentions
+from megatron_solopo.data.building.sources import LeftOut, read_questions
 from megatron_solopo.data.schema import Message, Paragraph, Question
-from megatron_solopo.data.selection import CannotBuild, mentions
-from megatron_solopo.data.sources import LeftOut, read_questions
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
+from megatron_solopo.data.text.counting import TokenCounter
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 
 FORMAT = PromptFormat(document_template="{number} {title} : {text}", prompt_template="{documents} ? {question}")

@@ -10,13 +10,13 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from word_tokenizer import save_word_tokenizer
 
-from megatron_solopo.data.building import Summary
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.evidence import LogProbFinder, mark, rank_by_bm25
+from megatron_solopo.data.building.evidence import LogProbFinder, mark, rank_by_bm25
+from megatron_solopo.data.building.second_pass import Summary
+from megatron_solopo.data.building.sources import CannotUse, LeftOut, read_questions
 from megatron_solopo.data.hf_model import load_model
-from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.sources import CannotUse, LeftOut, read_questions
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 
 DOCUMENTS = (

@@ -23,16 +23,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data import inspect
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.contexts import PromptFormat
+from megatron_solopo.data.building.contexts import PromptFormat
+from megatron_solopo.data.files.parquet import write_groups
+from megatron_solopo.data.inspection import inspect_data
 from megatron_solopo.data.inspection import text as terminal
 from megatron_solopo.data.inspection.charts import Series, bins
 from megatron_solopo.data.inspection.examples import FLAGS, Example, Reservoir, measure, read_examples
 from megatron_solopo.data.inspection.statistics import Distribution, Repeats, Statistics
 from megatron_solopo.data.inspection.view import View, answer_pattern, make_view, marked, token_text, uses
-from megatron_solopo.data.parquet import write_groups
 from megatron_solopo.data.schema import Paragraph, read_groups
+from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_roles, roles, solopo_loss
 from megatron_solopo.training.health import length_bias
@@ -338,7 +338,7 @@ class Page(HTMLParser):
 
 
 def make_page(path: Path, folder: Path, out: Path, *more: str) -> Page:
-    assert inspect.main(["--data", str(path), "--tokenizer", str(folder), "--html", str(out), *more]) == 0
+    assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--html", str(out), *more]) == 0
     return Page(out.read_text(encoding="utf-8"))
 
 
@@ -393,7 +393,7 @@ def test_contexts_without_responses(
     page = make_page(path, folder, tmp_path / "page.html")
     assert len(page.shown()) == 5 and "What the loss sees" not in page.text
     assert "oddities: 1 recorded length of a context" in capsys.readouterr().out
-    assert inspect.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q3"]) == 0
+    assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q3"]) == 0
     said = capsys.readouterr().out
     assert "question  where is thing 3\n" in said and "[[Harbour3x]]" in said and "what the loss" not in said
 
@@ -513,7 +513,7 @@ def test_no_more_examples_live_than_the_sample_and_a_batch(
             most = max(most, len(alive))
             yield example
 
-    monkeypatch.setattr(inspect, "read_examples", watched)
+    monkeypatch.setattr(inspect_data, "read_examples", watched)
     # A frozen dataclass is hashed by its fields, and lists have no hash.
     monkeypatch.setattr("megatron_solopo.data.inspection.examples.Example.__hash__", object.__hash__)
     make_page(path, folder, tmp_path / "page.html", "--samples", "5", "--workers", "1")
@@ -570,7 +570,7 @@ def test_choosing_an_example(folder: Path, tmp_path: Path, capsys: pytest.Captur
     path = write(tmp_path / "groups.jsonl", groups(6, sizes=(3, 4)))
 
     def shown(*more: str) -> str:
-        assert inspect.main(["--data", str(path), "--tokenizer", str(folder), *more]) == 0
+        assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), *more]) == 0
         return re.match(r"\n== (\w+)  \(index", capsys.readouterr().out)[1]
 
     assert shown() == "q0" and shown("--index", "4") == "q4" and shown("--id", "q2") == "q2"
@@ -629,7 +629,7 @@ def test_a_mistake_is_one_line(
         Path("groups.jsonl").write_text("".join(f"{line}\n" for line in lines))
     page = [] if "--html" in arguments or case != "broken later" else ["--html", "page.html"]
     with pytest.raises(UserError) as error:
-        inspect.main(["--data", "groups.jsonl", "--tokenizer", str(folder), *arguments, *page])
+        inspect_data.main(["--data", "groups.jsonl", "--tokenizer", str(folder), *arguments, *page])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not Path("page.html").exists()
 
@@ -643,17 +643,17 @@ def test_a_runs_configuration_decides_what_is_shown(
         "method: {preference_loss: simpo, context_mode: long}\ntraining: {train_iters: 3}\ndata: {seq_length: 100}\n"
     )
     base = ["--data", str(path), "--tokenizer", str(folder), "--config", str(run)]
-    assert inspect.main(base) == 0
+    assert inspect_data.main(base) == 0
     said = capsys.readouterr().out
     assert "--preference-loss simpo --context-mode long" in said and "! longer than --seq-length" in said
     assert re.findall(r"^(\w+_\w+) +\w", said, re.MULTILINE) == ["long_chosen", "long_rejected"]
-    assert inspect.main([*base, "--context-mode", "short", "--seq-length", "5000"]) == 0
+    assert inspect_data.main([*base, "--context-mode", "short", "--seq-length", "5000"]) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^(\w+_\w+) +\w", said, re.MULTILINE) == ["short_chosen", "short_rejected"]
     assert "! longer" not in said
     run.write_text("method: {objective: sft}\ntraining: {train_iters: 3}\n")
     with pytest.raises(UserError, match="--objective sft has no preference groups"):
-        inspect.main(base)
+        inspect_data.main(base)
 
 
 def test_new_special_tokens_of_a_run_are_shown_as_training_has_them(
@@ -665,7 +665,7 @@ def test_new_special_tokens_of_a_run_are_shown_as_training_has_them(
     run.write_text("model: {add_special_tokens: <think>}\ntraining: {train_iters: 3}\n")
     base = ["--data", str(path), "--tokenizer", str(folder)]
     for more, whole in ([], False), (["--config", str(run)], True), (["--add-special-tokens", "<think>"], True):
-        assert inspect.main([*base, *more]) == 0
+        assert inspect_data.main([*base, *more]) == 0
         assert ("|<think>|" in capsys.readouterr().out) == whole, more
 
 
@@ -686,6 +686,6 @@ def test_parquet_shows_what_jsonl_shows(folder: Path, tmp_path: Path, capsys: py
     assert write_groups(tmp_path / "groups.parquet", read_groups(lines)) == 3
     said = []
     for path in (lines, tmp_path / "groups.parquet"):
-        assert inspect.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q2"]) == 0
+        assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q2"]) == 0
         said.append(capsys.readouterr().out.replace(str(path), "FILE"))
     assert said[0] == said[1] and "[[Harbour2x]]" in said[0]

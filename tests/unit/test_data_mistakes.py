@@ -10,44 +10,48 @@ from pathlib import Path
 import pytest
 from word_tokenizer import save_word_tokenizer
 
-from megatron_solopo.data import inspect, pairs, prepare, sampling, tokenize_data
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.contexts import read_contexts
-from megatron_solopo.data.inputs import read_records
-from megatron_solopo.data.records import read_jsonl
-from megatron_solopo.data.responses import PartialFile, Responses
+from megatron_solopo.data.building import prepare_data
+from megatron_solopo.data.building.contexts import read_contexts
+from megatron_solopo.data.files.inputs import read_records
+from megatron_solopo.data.files.records import read_jsonl
+from megatron_solopo.data.inspection import inspect_data
+from megatron_solopo.data.pairing import build_pairs
+from megatron_solopo.data.sampling import sample_responses
+from megatron_solopo.data.sampling.responses import PartialFile, Responses
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import evaluate
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]] = {
     "prepare-data": (
-        prepare.main,
+        prepare_data.main,
         [*("--input", "questions.jsonl", "--pool", "pool.jsonl", "--exclude-ids", "ids.txt"), *("--tokenizer", "model")]
         + ["--short-documents", "2", "--long-documents", "3", "--output", "made.jsonl"],
         "--output",
         ["questions.jsonl", "pool.jsonl", "ids.txt"],
     ),
     "prepare-data, listed": (
-        prepare.main,
+        prepare_data.main,
         [*("--input", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"), "--left-out", "left.jsonl"]
         + ["--short-documents", "2", "--long-documents", "3"],
         "--left-out",
         ["questions.jsonl"],
     ),
     "sample-responses": (
-        sampling.main,
+        sample_responses.main,
         ["--contexts", "contexts.jsonl", "--model", "model", "--output", "made.jsonl", "--overwrite"],
         "--output",
         ["contexts.jsonl"],
     ),
     "build-pairs": (
-        pairs.main,
+        build_pairs.main,
         ["--contexts", "contexts.jsonl", "--responses", "responses.jsonl", "--output", "made.jsonl"],
         "--output",
         ["contexts.jsonl", "responses.jsonl"],
     ),
     "inspect-data": (
-        inspect.main,
+        inspect_data.main,
         ["--data", "groups.jsonl", "--tokenizer", "model", "--html", "made.html"],
         "--html",
         ["groups.jsonl"],
@@ -132,7 +136,7 @@ def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None
 
 def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
     argv = with_value(COMMANDS["prepare-data, listed"][1], "--input", ".")
-    assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare.main, argv)
+    assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare_data.main, argv)
 
 
 def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
@@ -157,7 +161,7 @@ def test_marks_and_line_ends_of_other_systems_change_nothing(here: Path, change:
         codecs.BOM_UTF8 + f"[{','.join(Path('questions.jsonl').read_text('utf-8-sig').splitlines())}]".encode()
     )
     argv = with_value(with_value(COMMANDS["prepare-data"][1], "--input", "array.json"), "--output", "array.jsonl")
-    assert prepare.main(argv) == 0 and Path("array.jsonl").read_bytes() == plain["prepare-data"]
+    assert prepare_data.main(argv) == 0 and Path("array.jsonl").read_bytes() == plain["prepare-data"]
 
 
 @pytest.mark.parametrize(
@@ -248,5 +252,7 @@ def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
 def test_a_write_that_fails_leaves_nothing_behind(here: Path) -> None:
     for name in ("made.jsonl", "made.parquet"):
         Path("responses.jsonl").write_text(json.dumps({"id": "q0", "responses": ["a0", "a0"]}) + "\n")
-        assert "no question has both" in refusal(pairs.main, with_value(COMMANDS["build-pairs"][1], "--output", name))
+        assert "no question has both" in refusal(
+            build_pairs.main, with_value(COMMANDS["build-pairs"][1], "--output", name)
+        )
         assert not list(here.glob("made*"))

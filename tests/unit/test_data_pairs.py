@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_models import write_model
 
-from megatron_solopo.data.lengths import Lengths
-from megatron_solopo.data.pairs import main
+from megatron_solopo.data.pairing.build_pairs import main
+from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.data.schema import PreferenceGroup, read_groups
 from megatron_solopo.errors import UserError
 

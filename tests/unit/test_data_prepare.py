@@ -12,11 +12,12 @@ import pytest
 from tokenizers import Tokenizer, models
 from word_tokenizer import save_word_tokenizer
 
-from megatron_solopo.data import prepare, progress
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.contexts import read_contexts
-from megatron_solopo.data.counting import TokenCounter
-from megatron_solopo.data.prepare import main
+from megatron_solopo.data.building import prepare_data
+from megatron_solopo.data.building.contexts import read_contexts
+from megatron_solopo.data.building.prepare_data import main
+from megatron_solopo.data.files import progress
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
+from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.errors import UserError
 
 CHATML = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
@@ -363,10 +364,10 @@ def test_what_the_first_pass_found_outlives_a_killed_worker(
         raise UserError("a worker was killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "build_all", fail)
+        patch.setattr(prepare_data, "build_all", fail)
         with pytest.raises(UserError, match="a worker was killed"):
             main(many)
-    monkeypatch.setattr(prepare, "ingest", fail)
+    monkeypatch.setattr(prepare_data, "ingest", fail)
     assert main(many) == 0
 
 

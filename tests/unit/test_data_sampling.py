@@ -27,11 +27,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.responses import PartialFile, Responses, read_responses
-from megatron_solopo.data.sampled import Prompt, Statistics, from_ids
-from megatron_solopo.data.sampler import choose, plan_batches, sample_batch, uniforms
-from megatron_solopo.data.sampling import main
+from megatron_solopo.data.sampling.responses import PartialFile, Responses, read_responses
+from megatron_solopo.data.sampling.sample_responses import main
+from megatron_solopo.data.sampling.sampled import Prompt, Statistics, from_ids
+from megatron_solopo.data.sampling.sampler import choose, plan_batches, sample_batch, uniforms
+from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.errors import UserError
 
 WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *(f"w{index}" for index in range(36))]
@@ -249,7 +249,8 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     arguments = command(folder, output, "--samples", "12")
     partial = Path(f"{output}.partial")
     code = (
-        "import sys, time, megatron_solopo.data.sampler as s, megatron_solopo.data.sampling as command\n"
+        "import sys, time\n"
+        "from megatron_solopo.data.sampling import sample_responses as command, sampler as s\n"
         "fast = s.sample_batch\n"
         "def slow(*a, **k):\n    time.sleep(0.2)\n    return fast(*a, **k)\n"
         "s.sample_batch = slow\n"  # so that the kill falls in the middle

@@ -77,5 +77,6 @@ def test_f1_is_squads_best_over_answers(prediction: str, answers: list[str]) -> 
 
 def test_scores_and_contexts_and_pairs_need_no_torch() -> None:
     """They run in worker processes and in commands that should start at once."""
-    code = "import sys, megatron_solopo.data.pairs, megatron_solopo.data.contexts; sys.exit('torch' in sys.modules)"
+    modules = "megatron_solopo.data.pairing.build_pairs, megatron_solopo.data.building.contexts"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 import pytest
 from tiny_models import write_lines, write_model
 
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.responses import read_responses
-from megatron_solopo.data.sampling import main
+from megatron_solopo.data.sampling.responses import read_responses
+from megatron_solopo.data.sampling.sample_responses import main
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
 from megatron_solopo.errors import UserError
 
 END = 3  # and 2 in the folder's generation_config.json

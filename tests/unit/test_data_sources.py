@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_solopo.data import inputs
-from megatron_solopo.data.inputs import read_records
+from megatron_solopo.data.building.sources import LeftOut, read_pool, read_questions
+from megatron_solopo.data.files import inputs
+from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.sources import LeftOut, read_pool, read_questions
 from megatron_solopo.errors import UserError
 
 MUSIQUE = {

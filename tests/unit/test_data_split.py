@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import combinations
 
-from megatron_solopo.data.split import near_duplicates, shingles, validation_members
+from megatron_solopo.data.building.split import near_duplicates, shingles, validation_members
 
 WORDS = [f"w{index}" for index in range(30)]
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from megatron_solopo.data.hf_model import check_reach, load_model, reach
-from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import ask, evaluate
 from megatron_solopo.evaluation.generation import batches_by_length, generate

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.schema import PreferenceGroup
-from megatron_solopo.data.tokens import Encoder
+from megatron_solopo.data.tokenized.tokens import Encoder
 from megatron_solopo.losses import solopo_loss
 
 ROLES = ("short_chosen", "short_rejected")

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from megatron_solopo.config import Config
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 
 SMALL = dict(
     hidden_size=64,

@@ -5,9 +5,9 @@ import random
 import pytest
 from tiny_models import write_lines, write_model
 
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.overlong import cut_context
-from megatron_solopo.data.tokens import Shortened, tokenize
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.tokenized.overlong import cut_context
+from megatron_solopo.data.tokenized.tokens import Shortened, tokenize
 from megatron_solopo.errors import UserError
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen")

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_solopo.data import parquet
-from megatron_solopo.data.records import read_records, scan, write_jsonl, write_records
+from megatron_solopo.data.files import parquet
+from megatron_solopo.data.files.records import read_records, scan, write_jsonl, write_records
 from megatron_solopo.data.schema import PreferenceGroup, read_conversations, read_groups
 from megatron_solopo.errors import UserError
 
@@ -54,8 +54,8 @@ def test_groups_come_back_from_either_file(tmp_path):
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_the_parts_are_the_whole(name, tmp_path, monkeypatch):
     """Each with the places of its records in the file."""
-    monkeypatch.setattr("megatron_solopo.data.records.PART_BYTES", 2000)
-    monkeypatch.setattr("megatron_solopo.data.records.PART_ROWS", 30)
+    monkeypatch.setattr("megatron_solopo.data.files.records.PART_BYTES", 2000)
+    monkeypatch.setattr("megatron_solopo.data.files.records.PART_ROWS", 30)
     path = tmp_path / name
     write_records(path, [draw_group(number) for number in range(150)])
     if name == "a.jsonl":

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.data.chat import conversation_ids, load_tokenizer
 from megatron_solopo.data.schema import read_conversations
+from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer
 
 HERE = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "facts.py"
 

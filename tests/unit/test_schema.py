@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_solopo.data.records import read_jsonl, write_jsonl
+from megatron_solopo.data.files.records import read_jsonl, write_jsonl
 from megatron_solopo.data.schema import Conversation, PreferenceGroup, read_conversations, read_groups
 from megatron_solopo.errors import UserError
 

@@ -11,7 +11,7 @@ from tiny_models import SHAPE, write_model
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.config import Config, MethodConfig, ModelConfig, TrainingConfig
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.losses import solopo_loss
 from megatron_solopo.losses.solopo import reference_roles, roles
 
@@ -116,7 +116,7 @@ def test_a_group_weighs_the_same_however_it_is_packed(trained: Any, name: str, m
 @pytest.mark.parametrize("seed", range(24))
 def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
     """Random groups in random packs, some without groups, in any order, shared or separate, padded or not."""
-    from megatron_solopo.data.packs import build_pack
+    from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.training.step import run_step
 
     chance = random.Random(seed)

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from megatron_solopo.config_load import load
 from megatron_solopo.conversion.companions import Companions
-from megatron_solopo.data.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.prepare import main as prepare_data
-from megatron_solopo.data.sampling import main as sample_responses
-from megatron_solopo.data.tokens import tokenize
+from megatron_solopo.data.building.prepare_data import main as prepare_data
+from megatron_solopo.data.sampling.sample_responses import main as sample_responses
+from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
+from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.ask import main as ask
 from megatron_solopo.evaluation.evaluate import main as evaluate

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from tiny_models import TEMPLATE, WORDS, conversations, preference_groups, write_lines, write_model
 
-from megatron_solopo.data import progress, records, tokenize_data
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.records import write_records
+from megatron_solopo.data.files import progress, records
+from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.schema import read_groups
-from megatron_solopo.data.text_facts import text_facts
-from megatron_solopo.data.token_store import ALL_ROLES, learnt_marks, learnt_stretches, open_tokens
-from megatron_solopo.data.tokens import tokenize
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.text.text_facts import text_facts
+from megatron_solopo.data.tokenized import tokenize_data
+from megatron_solopo.data.tokenized.token_store import ALL_ROLES, learnt_marks, learnt_stretches, open_tokens
+from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 
 SHORT, SOLO = ALL_ROLES[:2], ALL_ROLES[:3]
@@ -139,7 +140,9 @@ def test_megatrons_own_reader_sees_one_document_a_group(home):
 
 
 def test_nothing_but_lengths_is_read_before_a_group_is_looked_at(home, monkeypatch):
-    monkeypatch.setattr("megatron_solopo.data.token_store.StoredIds.ids", property(lambda ids: pytest.fail("read")))
+    monkeypatch.setattr(
+        "megatron_solopo.data.tokenized.token_store.StoredIds.ids", property(lambda ids: pytest.fail("read"))
+    )
     folder = open_tokens(home.groups, home.facts, ALL_ROLES, 1000)
     assert sum(g.tokens(True) for g in folder.groups) and max(g.longest for g in folder.groups)
     assert folder.largest_token()[0] < 64 and folder.with_roles(SOLO).fingerprint

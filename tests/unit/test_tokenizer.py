@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from megatron_solopo.conversion.companions import Companions
-from megatron_solopo.data import tokenizer as tokenizers
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.tokenizer import add_special_tokens, parse_tokens, read_tokenizer
+from megatron_solopo.data.text import tokenizer as tokenizers
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.text.tokenizer import add_special_tokens, parse_tokens, read_tokenizer
 from megatron_solopo.errors import UserError
 
 ODD = [

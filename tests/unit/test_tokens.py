@@ -5,8 +5,8 @@ from array import array
 from tiny_models import preference_groups, write_lines, write_model
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.tokens import Continuation, Prompt, Report, TokenDataset, TokenGroup, tokenize
+from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, Report, TokenDataset, TokenGroup, tokenize
 from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
 SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")

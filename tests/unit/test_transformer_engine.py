@@ -11,9 +11,9 @@ from tiny_models import EXPERTS, SHAPE
 from transformers import LlamaConfig, MixtralConfig
 
 from megatron_solopo.config import FP8_MULTIPLES, Config
-from megatron_solopo.data.batches import plan_step
-from megatron_solopo.data.packs import build_pack
-from megatron_solopo.data.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.batches import plan_step
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention, layout_of, select, sequences_layout

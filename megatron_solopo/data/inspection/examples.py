@@ -12,13 +12,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.chat import prompt_ids
-from megatron_solopo.data.contexts import ContextPair, read_contexts
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.building.contexts import ContextPair, read_contexts
+from megatron_solopo.data.building.selection import mentions, stated_answers
+from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups
 from megatron_solopo.data.scoring import normalise, normalised_answers
-from megatron_solopo.data.selection import mentions, stated_answers
-from megatron_solopo.data.tokens import Encoder, TokenGroup
+from megatron_solopo.data.text.chat import prompt_ids
+from megatron_solopo.data.tokenized.tokens import Encoder, TokenGroup
 from megatron_solopo.errors import UserError
 
 SHORT, LONG = "short", "long"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_solopo.data.inspection.examples import CONTEXTS, FLAGS, LONG, SHORT, Example, Facts
-from megatron_solopo.data.lengths import FEWEST, Lengths
+from megatron_solopo.data.pairing.lengths import FEWEST, Lengths
 
 _EXCERPT = 160
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.chat import render_prompt
 from megatron_solopo.data.inspection.examples import Example, Facts, depths, measure, token_group
-from megatron_solopo.data.packs import build_pack
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.scoring import sub_em
-from megatron_solopo.data.tokenizer import encode
+from megatron_solopo.data.text.chat import render_prompt
+from megatron_solopo.data.text.tokenizer import encode
+from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.losses.solopo import chosen_role, has_likelihood, reference_roles, roles, scored_roles
 
 # Where documents are not known, this many characters stay around an answer and at both ends.

@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.contexts import ContextPair, build_contexts
-from megatron_solopo.data.counting import TokenCounter
-from megatron_solopo.data.evidence import LogProbFinder, Rank, mark, rank_by_bm25
-from megatron_solopo.data.ingest import QuestionFile
-from megatron_solopo.data.pool import DistractorPool
-from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.building.contexts import ContextPair, build_contexts
+from megatron_solopo.data.building.evidence import LogProbFinder, Rank, mark, rank_by_bm25
+from megatron_solopo.data.building.first_pass import QuestionFile
+from megatron_solopo.data.building.pool import DistractorPool
+from megatron_solopo.data.building.selection import NEVER_IN_DOCUMENTS, CannotBuild
+from megatron_solopo.data.building.sources import CannotUse
+from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.schema import Question
 from megatron_solopo.data.scoring import normalise
-from megatron_solopo.data.selection import NEVER_IN_DOCUMENTS, CannotBuild
-from megatron_solopo.data.sources import CannotUse
+from megatron_solopo.data.text.counting import TokenCounter
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.data.workers import map_in_order
 
 TRAIN, VALIDATION, LEFT_OUT = "contexts.jsonl", "validation.jsonl", "left_out.jsonl"
@@ -35,11 +35,7 @@ RECALL_AT = (2, 3, 4, 5)
 class BuildSettings:
     """What decides the contexts of a question, and where its tokenizer is."""
 
-    tokenizer: str
-    chat_template: str | None
-    eos_token: str | None
-    chat_template_kwargs: str | None
-    added_tokens: str | None
+    tokenizer: TokenizerOptions
     prompt_format: PromptFormat
     sizes: tuple[int, int]
     in_tokens: bool
@@ -51,11 +47,6 @@ class BuildSettings:
     evidence_documents: int = 0
     evidence_model: str | None = None
     device: str = "auto"
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(
-            self.tokenizer, self.chat_template, self.eos_token, self.chat_template_kwargs, self.added_tokens
-        )
 
 
 @dataclass
@@ -174,7 +165,7 @@ class Builder:
 
     def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._settings = settings
-        tokenizer = tokenizer or settings.load_tokenizer()
+        tokenizer = tokenizer or settings.tokenizer.load()
         self._counter = TokenCounter(tokenizer)
         self._questions = QuestionFile(folder)
         count = self._counter.texts if settings.in_tokens else None

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_solopo.data import records
-from megatron_solopo.data.records import HALF, check_encodes
+from megatron_solopo.data.files import records
+from megatron_solopo.data.files.records import HALF, check_encodes
 from megatron_solopo.errors import UserError
 
 HUB = "hub:"

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data.pool import DistractorPool
-from megatron_solopo.data.prompt import PromptFormat
-from megatron_solopo.data.records import read_jsonl
+from megatron_solopo.data.building.pool import DistractorPool
+from megatron_solopo.data.building.selection import TOKEN_TOLERANCE, CannotBuild, Distractors
+from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.schema import DocumentSpan, Message, Paragraph, Question, check_messages, check_spans, require
-from megatron_solopo.data.selection import TOKEN_TOLERANCE, CannotBuild, Distractors
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 
 CountTokens = Callable[[list[Message]], int]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.chat import response_ids
-from megatron_solopo.data.responses import Responses
+from megatron_solopo.data.sampling.responses import Responses
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.tokenizer import encode
+from megatron_solopo.data.text.chat import response_ids
+from megatron_solopo.data.text.tokenizer import encode
 
 
 @dataclass(frozen=True)

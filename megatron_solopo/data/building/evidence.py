@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import bm25s
 import numpy as np
 
-from megatron_solopo.data.chat import prompt_ids, response_ids
-from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.building.selection import mentions, stated_answers
+from megatron_solopo.data.building.sources import CannotUse
 from megatron_solopo.data.schema import Question
 from megatron_solopo.data.scoring import normalise
-from megatron_solopo.data.selection import mentions, stated_answers
-from megatron_solopo.data.sources import CannotUse
+from megatron_solopo.data.text.chat import prompt_ids, response_ids
+from megatron_solopo.data.text.prompt import PromptFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

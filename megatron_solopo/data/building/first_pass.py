@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_solopo.data.pool import CountTexts, open_writer, write_pool
-from megatron_solopo.data.prompt import PromptFormat
+from megatron_solopo.data.building.pool import CountTexts, open_writer, write_pool
+from megatron_solopo.data.building.sources import LeftOut, read_pool, read_questions
+from megatron_solopo.data.building.split import near_duplicates, validation_members
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.sources import LeftOut, read_pool, read_questions
-from megatron_solopo.data.split import near_duplicates, validation_members
+from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 
 _TEXTS, _OFFSETS, _SIDES = "questions.jsonl", "questions.npy", "sides.npy"

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.chat import conversation_ids, prompt_ids, response_ids
-from megatron_solopo.data.overlong import cut_context
 from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, read_conversations, read_groups
+from megatron_solopo.data.text.chat import conversation_ids, prompt_ids, response_ids
+from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.errors import UserError
 
 RESPONSE = "response"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_solopo.data.tokens import Continuation, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Continuation, TokenGroup
 from megatron_solopo.pack import Pack, Piece
 
 

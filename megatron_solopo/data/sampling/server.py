@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.chat import render_prompt
-from megatron_solopo.data.responses import PartialFile, Responses
-from megatron_solopo.data.sampled import Prompt, Statistics, from_ids, from_texts
-from megatron_solopo.data.server_errors import BadAnswer, explain, reason, refuse_at_start
+from megatron_solopo.data.sampling.responses import PartialFile, Responses
+from megatron_solopo.data.sampling.sampled import Prompt, Statistics, from_ids, from_texts
+from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
+from megatron_solopo.data.text.chat import render_prompt
 from megatron_solopo.errors import UserError
 
 SAMPLES_PER_REQUEST = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron_solopo.data.pool import Candidate, DistractorPool
+from megatron_solopo.data.building.pool import Candidate, DistractorPool
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.scoring import normalise, normalised_answers
 

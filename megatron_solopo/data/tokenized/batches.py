@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_solopo.config import FP8_MULTIPLES, Config
-from megatron_solopo.data.tokens import TokenGroup
+from megatron_solopo.data.tokenized.tokens import TokenGroup
 
 
 @dataclass(frozen=True)

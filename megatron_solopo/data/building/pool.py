@@ -21,9 +21,9 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from megatron_solopo.data.prompt import PromptFormat
 from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.data.scoring import normalise
+from megatron_solopo.data.text.prompt import PromptFormat
 
 CountTexts = Callable[[list[str]], list[int]]
 """Token counts of a list of texts."""

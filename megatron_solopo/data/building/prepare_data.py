@@ -1,7 +1,7 @@
 """``solopo prepare-data``: question sets to short and long contexts.
 
-A first pass (`ingest`) reads and checks everything and puts questions and distractors on disk; a second
-(`building`) builds the contexts, in any number of processes, and can be killed and repeated at any moment.
+A first pass (first_pass.py) reads and checks everything and puts questions and distractors on disk; a second
+(second_pass.py) builds the contexts, in any number of processes, and can be killed and repeated at any moment.
 """
 
 from __future__ import annotations
@@ -19,22 +19,31 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__
-from megatron_solopo.data.building import LEFT_OUT, TRAIN, VALIDATION, BuildSettings, Summary, build_all, left_out_line
-from megatron_solopo.data.counting import TokenCounter
-from megatron_solopo.data.evidence import FINDERS
-from megatron_solopo.data.ingest import Ingested, ingest
-from megatron_solopo.data.inputs import local_files
+from megatron_solopo.data.building.evidence import FINDERS
+from megatron_solopo.data.building.first_pass import Ingested, ingest
+from megatron_solopo.data.building.second_pass import (
+    LEFT_OUT,
+    TRAIN,
+    VALIDATION,
+    BuildSettings,
+    Summary,
+    build_all,
+    left_out_line,
+)
+from megatron_solopo.data.building.sources import SOURCES
+from megatron_solopo.data.files.inputs import local_files
+from megatron_solopo.data.files.progress import Progress, WorkFolder, held
+from megatron_solopo.data.files.records import read_jsonl, read_text
 from megatron_solopo.data.options import (
+    TokenizerOptions,
     add_prompt_options,
     add_tokenizer_options,
     check_jsonl,
     check_outputs,
     prompt_format_of,
 )
-from megatron_solopo.data.progress import Progress, WorkFolder, held
-from megatron_solopo.data.records import read_jsonl, read_text
-from megatron_solopo.data.sources import SOURCES
-from megatron_solopo.data.text_facts import text_facts
+from megatron_solopo.data.text.counting import TokenCounter
+from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 
 TRL = "trl"
@@ -240,11 +249,9 @@ def _settings(
     options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
-    how = dataclasses.asdict(build)
-    del how["eos_token"]  # told by the end of turn
     return {
-        **how,
-        **text_facts(build.tokenizer, tokenizer),
+        **dataclasses.asdict(build),
+        **text_facts(build.tokenizer.folder, tokenizer),  # in place of the names of files
         "version": __version__,
         "input": _fingerprint(options.input),
         "pool": _fingerprint(options.pool),
@@ -261,11 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(options)
     excluded = _excluded(options.exclude_ids)
     build = BuildSettings(
-        tokenizer=options.tokenizer,
-        chat_template=options.chat_template,
-        eos_token=options.eos_token,
-        chat_template_kwargs=options.chat_template_kwargs,
-        added_tokens=options.add_special_tokens,
+        tokenizer=TokenizerOptions.of(options),
         prompt_format=prompt_format_of(options),
         sizes=sizes,
         in_tokens=in_tokens,
@@ -279,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
     )
     begin = time.monotonic()
-    tokenizer = build.load_tokenizer()
+    tokenizer = build.tokenizer.load()
     output = Path(options.output)
     folder = output.with_name(output.name + ".work")
     settings = _settings(options, build, excluded, tokenizer)

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from megatron_solopo.data.contexts import ContextPair, read_contexts
-from megatron_solopo.data.lengths import Lengths
+from megatron_solopo.data.building.contexts import ContextPair, read_contexts
+from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.options import check_outputs
-from megatron_solopo.data.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
-from megatron_solopo.data.records import write_records
-from megatron_solopo.data.responses import InStep, Responses
+from megatron_solopo.data.pairing.lengths import Lengths
+from megatron_solopo.data.pairing.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
+from megatron_solopo.data.sampling.responses import InStep, Responses
 from megatron_solopo.data.schema import PreferenceGroup, check_ids
 from megatron_solopo.data.scoring import SCORERS, Scorer, load_scorer
 from megatron_solopo.errors import UserError
@@ -326,7 +326,8 @@ def _pairing(options: argparse.Namespace) -> Pairing:
             )
     count = None
     if options.tokenizer:
-        from megatron_solopo.data.tokenizer import encode, read_tokenizer  # with torch, which the rest does without
+        # Here, because it brings torch, which the rest does without.
+        from megatron_solopo.data.text.tokenizer import encode, read_tokenizer
 
         tokenizer = read_tokenizer(options.tokenizer)
         count = lambda text: len(encode(tokenizer, text))  # noqa: E731

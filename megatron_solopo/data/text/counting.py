@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.chat import render_prompt
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.tokenizer import encode_batch
+from megatron_solopo.data.text.chat import render_prompt
+from megatron_solopo.data.text.tokenizer import encode_batch
 
 
 class TokenCounter:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_solopo.data.progress import hold, refuse_other_settings
-from megatron_solopo.data.records import parse_line, read_jsonl
+from megatron_solopo.data.files.progress import hold, refuse_other_settings
+from megatron_solopo.data.files.records import parse_line, read_jsonl
 from megatron_solopo.data.schema import check_ids, require
 from megatron_solopo.errors import UserError, system_reason
 

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__
-from megatron_solopo.data.chat import load_tokenizer
-from megatron_solopo.data.progress import differences, held, refuse_other_settings, write_aside
-from megatron_solopo.data.records import Part, read_records, scan, write_jsonl
+from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
+from megatron_solopo.data.files.records import Part, read_records, scan, write_jsonl
+from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
-from megatron_solopo.data.text_facts import text_facts
-from megatron_solopo.data.token_store import (
+from megatron_solopo.data.text.text_facts import text_facts
+from megatron_solopo.data.tokenized.token_store import (
     ALL_ROLES,
     FORMAT,
     LAYOUTS,
@@ -40,7 +40,7 @@ from megatron_solopo.data.token_store import (
     read_manifest,
     sequences_of,
 )
-from megatron_solopo.data.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
+from megatron_solopo.data.tokenized.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
 from megatron_solopo.data.workers import map_in_order
 from megatron_solopo.errors import UserError, system_reason
 
@@ -50,24 +50,11 @@ class Job:
     """What every worker does to its parts."""
 
     source: str
-    tokenizer: str
-    chat_template: str | None
-    eos_token: str | None
-    chat_template_kwargs: str | None
-    added_tokens: str | None
+    tokenizer: TokenizerOptions
     objective: str
     seq_length: int | None
     overlong: str
     parts: Path
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(
-            self.tokenizer,
-            self.chat_template,
-            self.eos_token,
-            chat_template_kwargs=self.chat_template_kwargs,
-            added_tokens=self.added_tokens,
-        )
 
     def part_file(self, number: int) -> Path:
         return self.parts / f"{number:06}.npz"
@@ -136,7 +123,7 @@ _tokenizer: PreTrainedTokenizerBase
 def _start_worker(job: Job) -> None:
     global _job, _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _job, _tokenizer = job, job.load_tokenizer()
+    _job, _tokenizer = job, job.tokenizer.load()
 
 
 def _work(number: int, part: Part) -> int:
@@ -148,7 +135,7 @@ def _tokenize_parts(job: Job, todo: dict[int, Part], workers: int) -> Iterator[i
     """Tokenises parts and yields the number of each when it is done, in order."""
     if workers == 1 or len(todo) == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        tokenizer = job.load_tokenizer()
+        tokenizer = job.tokenizer.load()
         for number, part in todo.items():
             tokenize_part(job, tokenizer, number, part)
             yield number
@@ -235,15 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         "--train-data", required=True, metavar="FILE", help="preference groups or conversations, JSONL or Parquet"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder of the model to train")
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja chat template; training must be given the same")
-    parser.add_argument("--eos-token", metavar="TOKEN", help="token that ends a turn; training must be given the same")
-    parser.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help="values for its variables; training must be given the same"
-    )
-    parser.add_argument(
-        "--add-special-tokens", metavar="TOKEN,...", help="new special tokens; training must be given the same"
-    )
+    add_tokenizer_options(parser, title="tokenizer; training must be given the same")
     parser.add_argument(
         "--objective", choices=sorted(LAYOUTS), default="preference", help="what the file holds (default: preference)"
     )
@@ -287,11 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     partial = output.with_name(output.name + ".partial")
     job = Job(
         source=options.train_data,
-        tokenizer=options.tokenizer,
-        chat_template=options.chat_template,
-        eos_token=options.eos_token,
-        chat_template_kwargs=options.chat_template_kwargs,
-        added_tokens=options.add_special_tokens,
+        tokenizer=TokenizerOptions.of(options),
         objective=options.objective,
         seq_length=options.seq_length,
         overlong=options.overlong or "refuse",
@@ -312,7 +287,7 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     begin = time.monotonic()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
-    tokenizer = job.load_tokenizer()
+    tokenizer = job.tokenizer.load()
     sha256, parts = scan(job.source)
     settings = {
         "format": FORMAT,
@@ -320,7 +295,7 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         "objective": job.objective,
         "options": {"seq_length": job.seq_length, "overlong": job.overlong if job.seq_length else None},
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
-        "text": text_facts(job.tokenizer, tokenizer),
+        "text": text_facts(job.tokenizer.folder, tokenizer),
     }
     if output.is_dir() and any(output.iterdir()):
         manifest = read_manifest(output)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data import parquet
+from megatron_solopo.data.files import parquet
 from megatron_solopo.errors import UserError
 
 Record = dict[str, Any]

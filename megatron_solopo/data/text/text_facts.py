@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.tokenizer import find_model
+from megatron_solopo.data.text.tokenizer import find_model
 
 _NOT_THE_TOKENIZER = (
     *("chat_template", template_kwargs.KEY),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data.inputs import read_records
+from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.schema import Paragraph, Question, require
 from megatron_solopo.data.scoring import normalise
 from megatron_solopo.errors import UserError

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_solopo.data.text_facts import TEXT_FACTS, text_differences
-from megatron_solopo.data.tokens import (
+from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
+from megatron_solopo.data.tokenized.tokens import (
     RESPONSE,
     Continuation,
     Dropped,

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids
-from megatron_solopo.data.responses import PartialFile
-from megatron_solopo.data.sampled import Prompt, Statistics, from_ids
+from megatron_solopo.data.sampling.responses import PartialFile
+from megatron_solopo.data.sampling.sampled import Prompt, Statistics, from_ids
 from megatron_solopo.errors import UserError
 
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_load import load
-from megatron_solopo.data.chat import load_tokenizer
 from megatron_solopo.data.inspection.examples import (
     Example,
     Reservoir,
@@ -28,7 +27,7 @@ from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
-from megatron_solopo.data.options import add_tokenizer_options, check_outputs
+from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import scored_roles
 
@@ -200,11 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     groups = holds_groups(options.data)
     _check(options, groups)
     config = training_config(options) if groups else None
-    template = options.chat_template or (config and config.model.chat_template)
-    kwargs = options.chat_template_kwargs or (config and config.model.chat_template_kwargs)
-    added = options.add_special_tokens or (config and config.model.add_special_tokens)
-    eos_token = options.eos_token or (config and config.model.eos_token)
-    tokenizer = load_tokenizer(options.tokenizer, template, eos_token, kwargs, added)
+    for name in ("chat_template", "chat_template_kwargs", "add_special_tokens", "eos_token") if config else ():
+        setattr(options, name, getattr(options, name) or getattr(config.model, name))
+    tokenizer = TokenizerOptions.of(options).load()
     if not options.html or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method

@@ -13,9 +13,9 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.records import read_text
+from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.tokenizer import add_special_tokens, encode, read_tokenizer
+from megatron_solopo.data.text.tokenizer import add_special_tokens, encode, read_tokenizer
 from megatron_solopo.errors import UserError
 
 

@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.chat import load_tokenizer, prompt_ids
-from megatron_solopo.data.contexts import read_contexts
+from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.hf_model import DTYPES
-from megatron_solopo.data.options import add_tokenizer_options, check_jsonl, check_outputs
-from megatron_solopo.data.responses import PartialFile
-from megatron_solopo.data.sampled import Prompt, Statistics
-from megatron_solopo.data.text_facts import text_facts
+from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs
+from megatron_solopo.data.sampling.responses import PartialFile
+from megatron_solopo.data.sampling.sampled import Prompt, Statistics
+from megatron_solopo.data.text.chat import prompt_ids
+from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 
 IN_PROCESS = {"device": "auto", "dtype": "auto", "batch_size": 64}
@@ -187,22 +187,22 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
     _check(options)
-    folder = options.tokenizer or options.model
-    tokenizer = load_tokenizer(folder, options.chat_template, options.eos_token, options.chat_template_kwargs)
+    named = TokenizerOptions.of(options, options.model)
+    tokenizer = named.load()
     prompts = list(islice(_prompts(options, tokenizer), options.limit))
     if not prompts:
         raise UserError(f"--contexts {options.contexts}: holds no question")
     if options.server:  # its client is an optional package
-        from megatron_solopo.data.server import FromServer as Backend
+        from megatron_solopo.data.sampling.server import FromServer as Backend
     else:
-        from megatron_solopo.data.sampler import InProcess as Backend
+        from megatron_solopo.data.sampling.sampler import InProcess as Backend
     backend = Backend(options, tokenizer, prompts)
     with Path(options.contexts).open("rb") as file:
         contexts = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         "contexts": contexts,
         "model": str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
-        **text_facts(folder, tokenizer),
+        **text_facts(named.folder, tokenizer),
         **{
             name: getattr(options, name)
             for name in ("limit", "num_samples_context", "samples", "temperature", "top_p", "max_new_tokens", "seed")
