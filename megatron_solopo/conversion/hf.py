@@ -15,16 +15,12 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.companions import Companions, config_json
-from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
-from megatron_solopo.conversion.new_tokens import NewRows
+from megatron_solopo.conversion.hf_folder import write_folder
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
-from megatron_solopo.model.families.operators import Entry, PadRows
+from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.transformer_engine import portable_name
-
-NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
-"""Endings of tensors that old folders hold and that the config defines."""
 
 EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
 """With tied embeddings the last of several pipeline stages holds a copy of the embedding; Megatron keeps it equal."""
@@ -75,53 +71,6 @@ def own_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int
     `Operator.fill` takes them; (0, 1, None) of one that is not cut."""
     dimension = _cut_dimension(parameter)
     return (0, 1, None) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size(), dimension)
-
-
-@torch.no_grad()
-def load_weights(
-    model: GPTModel, hf_config: PretrainedConfig, folder: str | Path, new_rows: NewRows | None = None
-) -> None:
-    """Copies a folder's weights into the model, cut for this process, converted to the model's dtype.
-
-    Args:
-        new_rows: of tokens that the folder's model does not have.
-
-    Raises:
-        UserError: a tensor is missing, left over, or has the wrong shape.
-    """
-    reader = TensorReader(folder)
-    expected = {
-        name
-        for entry in family_of(hf_config).table(hf_config, model.vocab_size)
-        for name in _all_names(entry, hf_config)
-    }
-    left_over = {name for name in reader.names() - expected if not name.endswith(NEVER_WEIGHTS)}
-    if hf_config.tie_word_embeddings:
-        left_over.discard("lm_head.weight")
-    if left_over:
-        raise UserError(
-            f"{folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} "
-            f"({len(left_over)} such); training would lose it"
-        )
-    for entry, names, parameter in named_entries(model, hf_config):
-        tensors = [reader.get(name) for name in names]
-        if new_rows is not None and isinstance(entry.operator, PadRows):
-            tensors = [new_rows.grown(tensor) for tensor in tensors]
-        try:
-            entry.operator.fill(parameter, tensors, *own_part(entry, parameter))
-        except (ValueError, RuntimeError):  # torch's kind, where a tensor cannot even be laid out so
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, tensors, strict=True))
-            raise UserError(
-                f"{folder}: {shapes} do not make the {tuple(parameter.shape)} of {entry.megatron} on this process, "
-                "which config.json wants"
-            ) from None
-
-
-def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """The Hugging Face names of an entry in every layer, of every expert."""
-    experts = range(hf_config.num_experts if entry.of_experts else 1)
-    layers = range(hf_config.num_hidden_layers)
-    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
 
 
 def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[str, torch.Size]:
@@ -220,7 +169,7 @@ def _own_hf_tensors(
     """The tensors of a model chunk, joined over tensor-parallel processes, of all its experts."""
     for entry, names, parameter in named_entries(model, hf_config):
         if stored is not None:
-            stored.fill(parameter)
+            stored.lend(parameter)
         dimension = _cut_dimension(parameter)
         parts = [parameter.detach()]
         if dimension is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
+        return self._read(name, lambda opened: opened.get_tensor(name))
+
+    def shape(self, name: str) -> torch.Size:
+        """Of one tensor, which is not read.
+
+        Raises:
+            UserError: the tensor is not in its file.
+        """
+        found = self._read(name, lambda opened: opened.get_slice(name))
+        return found.shape if isinstance(found, Tensor) else torch.Size(found.get_shape())
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        """A tensor of a ``.bin`` file, or what ``read`` makes of an open safetensors file."""
         if name not in self._file_of:
             raise UserError(f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json")
         file = self._file_of[name]
@@ -91,7 +104,7 @@ class TensorReader:
             return tensors[name]
         with self._open(file) as opened:
             try:
-                return opened.get_tensor(name)
+                return read(opened)
             except SafetensorError:
                 raise UserError(missing) from None
 

@@ -11,7 +11,9 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.hf_weights import HfWeights
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
 from megatron_solopo.conversion.places import aside_of, put_in_place, restore
-from megatron_solopo.conversion.stored import StoredWeights, sharded_tensors
+from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
 from megatron_solopo.parallel.cpu_shim import results_queue
@@ -39,6 +42,9 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 FP8_SCALES = "._extra_state"
 """In the keys of what Transformer Engine's layers know of earlier batches. Only delayed scaling knows anything; other
 layers, and megatron-core's own, have empty entries, which would only tie a checkpoint to the implementation."""
+
+WriteItem = tuple[Any, torch.Tensor]
+"""What torch's planner says of a tensor of a file, and the tensor."""
 
 
 class _Results(logging.Handler):
@@ -84,15 +90,20 @@ class ShardedWrite:
             self.request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         _log_to(results)
 
-    def run(self) -> None:
+    def run(self, prepare: Callable[[Sequence[WriteItem]], Iterable[WriteItem]] = iter) -> None:
         """Writes this process's part, here and now; collective. Not with a caller that runs `request` elsewhere.
 
         dist_checkpointing's own synchronous way starts an interpreter for each writer.
+
+        Args:
+            prepare: makes of the items of a file those that are written, each when its turn comes.
         """
         request = self.request
         if request.async_fn is not None:  # None: this process holds nothing that another does not write
             arguments = list(request.async_fn_args)
-            arguments[1] = request.preload_fn()
+            arguments[1] = [
+                (file, key, (data, prepare(tensors))) for file, key, (data, tensors) in request.preload_fn()
+            ]
             request.async_fn(*arguments, **request.async_fn_kwargs)
         dist.barrier()
 
@@ -197,11 +208,15 @@ def stored_dtype(source: Path) -> torch.dtype:
     return dist_checkpointing.load_tensors_metadata(str(source))["embedding.word_embeddings.weight"].dtype
 
 
-def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, target: Path) -> None:
+def save_megatron_folder(
+    models: Sequence[GPTModel], companions: Companions, target: Path, weights: HfWeights | None = None
+) -> None:
     """Writes a Megatron folder; collective. A model in ``target`` is replaced once all is written.
 
     Args:
         companions: config and tokenizer files that go beside the weights.
+        weights: of a model that has none yet. On the CPU a parameter is filled when it is written, and empty
+            afterwards, so that one at a time is in memory. Without it the model is written as it is.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -216,12 +231,19 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
 
     problem = first_error(on_first(begin))
     if problem is None:
+        device = next(models[0].parameters()).device
+        if weights is not None and device.type != "cpu":
+            weights.fill_all()
+            weights = None
         states, _ = model_states(models)
         apply_factories(states)
-        for sharded in sharded_tensors(states):
-            sharded.data = in_a_storage_of_its_own(sharded.data)
-        write = ShardedWrite(states, step, next(models[0].parameters()).device)
-        write.run()
+        owners = {}
+        for parameter, parts in parts_of_parameters(models, [states[name] for name in chunk_names(models)]):
+            for part in parts:
+                part.data = in_a_storage_of_its_own(part.data)
+                owners[part.data.data_ptr()] = parameter
+        write = ShardedWrite(states, step, device)
+        write.run(iter if weights is None else partial(_filled, weights, owners))
         problem = first_error(write.finish())
     if problem is None:
         problem = first_error(on_first(lambda: _publish(aside, companions, target)))
@@ -236,7 +258,30 @@ def in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:
     part = part.detach()
     if part.device.type != "cpu" or not part.is_contiguous() or part.dim() == 0:
         return part
-    return torch.from_numpy(part.view(torch.uint8).numpy()).view(part.dtype)
+    begin = part.storage_offset() * part.itemsize
+    own = part.untyped_storage()[begin : begin + part.numel() * part.itemsize]
+    return torch.empty(0, dtype=part.dtype).set_(own, 0, part.shape, part.stride())
+
+
+def _filled(
+    weights: HfWeights, owners: Mapping[int, torch.nn.Parameter], items: Sequence[WriteItem]
+) -> Iterator[WriteItem]:
+    """The items, each parameter filled before its first part and emptied behind its last.
+
+    Args:
+        owners: of the memory at an address.
+    """
+    left = Counter(id(owners[tensor.data_ptr()]) for _, tensor in items)
+    empty = set(left)
+    for item, tensor in items:
+        parameter = owners[tensor.data_ptr()]
+        if id(parameter) in empty:
+            empty.remove(id(parameter))
+            weights.fill(parameter)
+        yield item, tensor
+        left[id(parameter)] -= 1
+        if not left[id(parameter)]:
+            parameter.untyped_storage().resize_(0)  # the memory of ``tensor`` too, which nobody reads again
 
 
 def _publish(aside: Path, companions: Companions, target: Path) -> None:

@@ -6,13 +6,16 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_solopo.config import ModelConfig, flag
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, find_checkpoint
 from megatron_solopo.conversion.new_tokens import new_rows
 from megatron_solopo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_solopo.conversion.hf_weights import HfWeights
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
@@ -65,6 +68,24 @@ def weights_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hf_weights(models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None) -> HfWeights:
+    """A Hugging Face folder's weights, for the chunks of a model.
+
+    Args:
+        hf_config: of the model, see `model_config`.
+
+    Raises:
+        UserError: see `HfWeights`.
+    """
+    from megatron_solopo.conversion.hf_weights import HfWeights
+    from megatron_solopo.model.build import read_hf_config
+
+    rows = None
+    if add_special_tokens is not None:
+        rows = new_rows(folder, read_hf_config(folder).vocab_size, add_special_tokens)
+    return HfWeights(folder, models, hf_config, rows)
+
+
 def load_start(
     models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None = None
 ) -> None:
@@ -77,15 +98,9 @@ def load_start(
     Raises:
         UserError: a tensor is missing, left over, or has the wrong shape.
     """
-    from megatron_solopo.conversion.hf import load_weights
     from megatron_solopo.conversion.megatron_folder import load_weights_from
-    from megatron_solopo.model.build import read_hf_config
 
     if is_megatron_folder(folder):
         load_weights_from(find_checkpoint(folder, None, "--hf-path"), models)
-        return
-    rows = None
-    if add_special_tokens is not None:
-        rows = new_rows(folder, read_hf_config(folder).vocab_size, add_special_tokens)
-    for model in models:
-        load_weights(model, hf_config, folder, rows)
+    else:
+        hf_weights(models, hf_config, folder, add_special_tokens).fill_all()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_solopo.errors import UserError
@@ -31,6 +32,17 @@ def sharded_tensors(states: Any) -> Iterator[ShardedTensor]:
     elif isinstance(states, dict | list):
         for value in states.values() if isinstance(states, dict) else states:
             yield from sharded_tensors(value)
+
+
+def parts_of_parameters(
+    models: Sequence[GPTModel], states: Sequence[dict[str, Any]]
+) -> Iterator[tuple[torch.nn.Parameter, list[ShardedTensor]]]:
+    """Each parameter of the chunks of a model and what a checkpoint holds of it; after `apply_factories`."""
+    for model, state in zip(models, states, strict=True):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, value in state.items():
+            if name in parameters:
+                yield parameters[name], list(sharded_tensors(value))
 
 
 class StoredWeights:
@@ -50,14 +62,12 @@ class StoredWeights:
         self._stored = self._reader.read_metadata()
         self._parts: dict[int, list[ShardedTensor]] = {}
         self._parameters = [parameter for model in models for parameter in model.parameters()]
-        for model, state in zip(models, states, strict=True):
+        for state in states:
             apply_factories(state)
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-            for name, value in state.items():
-                if name in parameters:
-                    self._parts[id(parameters[name])] = parts = list(sharded_tensors(value))
-                    for part in parts:
-                        self._check(part)
+        for parameter, parts in parts_of_parameters(models, states):
+            self._parts[id(parameter)] = parts
+            for part in parts:
+                self._check(part)
 
     def _check(self, part: ShardedTensor) -> None:
         stored = self._stored.state_dict_metadata.get(part.key)
@@ -82,18 +92,29 @@ class StoredWeights:
     def fill(self, parameter: torch.nn.Parameter) -> None:
         """Copies a parameter's part of the checkpoint into it, converted to its dtype."""
         for part in self._parts[id(parameter)]:
-            sizes = torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))
-            target = part.data.view(sizes)
-            stored = self._stored.state_dict_metadata[part.key]
+            target = part.data.view(_sizes(part))
             if part.allow_shape_mismatch:
                 target.zero_()
-            for item in create_read_items_for_chunk_list(
-                part.key, stored, [ChunkStorageMetadata(torch.Size(part.global_offset), sizes)]
-            ):
+            for item in self._read_items(part):
                 tensor = self._mapped(self._stored.storage_data[item.storage_index])
                 narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(
                     narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
                 )
+
+    def lend(self, parameter: torch.nn.Parameter) -> None:
+        """Like `fill`; but where one stored tensor is the parameter, the file is its memory, and nothing is copied."""
+        parts = self._parts[id(parameter)]
+        items = self._read_items(parts[0])
+        if len(parts) == len(items) == 1 and items[0].lengths == _sizes(parts[0]):
+            tensor = self._mapped(self._stored.storage_data[items[0].storage_index])
+            if tensor.shape == items[0].lengths and tensor.dtype == parameter.dtype and parameter.device.type == "cpu":
+                parameter.data = tensor.view(parameter.shape)
+                return
+        self.fill(parameter)
+
+    def _read_items(self, part: ShardedTensor) -> list[ReadItem]:
+        chunk = ChunkStorageMetadata(torch.Size(part.global_offset), _sizes(part))
+        return create_read_items_for_chunk_list(part.key, self._stored.state_dict_metadata[part.key], [chunk])
 
     def _mapped(self, place: Any) -> Tensor:
         """The tensor that torch.save wrote at a place of a file, its memory being the file.
@@ -112,3 +133,8 @@ class StoredWeights:
         """Gives a parameter's memory back; it is empty afterwards."""
         del self._parts[id(parameter)]  # which see its memory
         parameter.data = parameter.data.new_empty(0)
+
+
+def _sizes(part: ShardedTensor) -> torch.Size:
+    """Of a part, as the file has it: with an axis of one for each that the parameter does not have."""
+    return torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))

@@ -27,9 +27,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile, Responses, read_responses
 from megatron_solopo.data.sampling.sample_responses import main
-from megatron_solopo.data.sampling.sampled import Prompt, Statistics, from_ids
+from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.data.sampling.sampler import choose, plan_batches, sample_batch, uniforms
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.errors import UserError
@@ -315,6 +316,23 @@ def test_responses_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert output.stat().st_size > 200 * len(text) > 10 * peak
+
+
+def test_prompts_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
+    def prompt(number: int) -> Prompt:
+        return Prompt(f"q{number}", [{"role": "user", "content": "w" * 20_000}], np.arange(number, 4000).tolist())
+
+    tracemalloc.start()
+    try:
+        prompts = Prompts(tmp_path / "new", map(prompt, range(200)))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 200 * 1000 and not list((tmp_path / "new").iterdir())
+    assert len(prompts) == 200 and list(prompts.lengths) == list(range(4000, 3800, -1))
+    found = prompts[7]
+    assert (found.id, found.messages, list(found.ids)) == (prompt(7).id, prompt(7).messages, prompt(7).ids)
+    assert [one.id for one in prompts] == prompts.names == [f"q{number}" for number in range(200)]
 
 
 def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:

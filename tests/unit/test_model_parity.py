@@ -94,12 +94,12 @@ def hf_folder(request, tmp_path):
 
 
 def megatron_model(folder, dtype):
-    from megatron_solopo.conversion.hf import load_weights
+    from megatron_solopo.conversion.hf_weights import HfWeights
     from megatron_solopo.model.build import build_model, read_hf_config
 
     hf_config = read_hf_config(folder)
     model = build_model(hf_config, Config(), dtype)
-    load_weights(model, hf_config, folder)
+    HfWeights(folder, [model], hf_config).fill_all()
     return hf_config, model
 
 

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import importlib.util
 import time
-from array import array
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs
+from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile
-from megatron_solopo.data.sampling.sampled import Prompt, Statistics
+from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
@@ -180,7 +180,7 @@ def _is_url(text: str) -> bool:
 def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
     for pair in read_contexts(options.contexts):
         chat = getattr(pair, f"{options.num_samples_context}_messages")
-        yield Prompt(pair.id, chat, array("i", prompt_ids(tokenizer, chat)))
+        yield Prompt(pair.id, chat, prompt_ids(tokenizer, chat))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(options)
     named = TokenizerOptions.of(options, options.model)
     tokenizer = named.load()
-    prompts = list(islice(_prompts(options, tokenizer), options.limit))
+    prompts = Prompts(Path(options.output).parent, islice(_prompts(options, tokenizer), options.limit))
     if not prompts:
         raise UserError(f"--contexts {options.contexts}: holds no question")
     if options.server:  # its client is an optional package
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         begin = time.monotonic()
         backend.run(partial, statistics)
         seconds = time.monotonic() - begin
-        partial.finish(Path(options.output), [prompt.id for prompt in prompts])
+        partial.finish(Path(options.output), prompts.names)
     print(f"wrote {len(prompts)} questions x {options.samples} responses to {options.output}")
     if statistics.responses:
         speed, mean = statistics.tokens / max(seconds, 1e-9), statistics.tokens / statistics.responses

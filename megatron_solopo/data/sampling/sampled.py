@@ -7,19 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo.data.sampling.prompts import Prompt
 from megatron_solopo.data.sampling.responses import Responses
-from megatron_solopo.data.schema import Message
 from megatron_solopo.data.text.chat import response_ids
 from megatron_solopo.data.text.tokenizer import encode
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question as it is asked: its chat and the token ids of its prompt."""
-
-    id: str
-    messages: list[Message]
-    ids: Sequence[int]
 
 
 @dataclass

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids
+from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile
-from megatron_solopo.data.sampling.sampled import Prompt, Statistics, from_ids
+from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.errors import UserError
 
 
@@ -139,13 +140,13 @@ class InProcess:
         UserError: no model there, or a prompt that it cannot take.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
-    ) -> None:
+    def __init__(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
         self._options, self._tokenizer, self._prompts = options, tokenizer, prompts
         self._model = load_model(options.model, options.device, options.dtype)
-        longest = max(prompts, key=lambda prompt: len(prompt.ids))
-        check_reach(options.model, len(longest.ids), options.max_new_tokens, f"question {longest.id!r}")
+        longest = max(range(len(prompts)), key=prompts.lengths.__getitem__)
+        check_reach(
+            options.model, prompts.lengths[longest], options.max_new_tokens, f"question {prompts.names[longest]!r}"
+        )
         for prompt in prompts:
             check_rows(self._model, prompt.ids, f"question {prompt.id!r}")
         self._stops = stop_ids(self._model, tokenizer)
@@ -158,12 +159,13 @@ class InProcess:
         if partial.questions:
             print(f"resuming: {partial.questions} of {len(prompts)} questions were sampled before")
         # Planned over all questions, done or not, so that a resumed run computes the very same batches.
-        batches = plan_batches([len(prompt.ids) for prompt in prompts], max(1, options.batch_size // options.samples))
+        batches = plan_batches(prompts.lengths, max(1, options.batch_size // options.samples))
         with tqdm(total=len(prompts), initial=partial.questions, unit="question", disable=None) as bar:
-            for batch in ([prompts[index] for index in indices] for indices in batches):
-                todo = [prompt for prompt in batch if prompt.id not in partial]
-                if not todo:
+            for indices in batches:
+                if all(prompts.names[index] in partial for index in indices):
                     continue
+                batch = [prompts[index] for index in indices]
+                todo = [prompt for prompt in batch if prompt.id not in partial]
                 try:
                     sampled = self._sample(batch)
                 except torch.OutOfMemoryError:

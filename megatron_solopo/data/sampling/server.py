@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import batched, groupby
 from pathlib import Path
@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile, Responses
-from megatron_solopo.data.sampling.sampled import Prompt, Statistics, from_ids, from_texts
+from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.data.text.chat import render_prompt
 from megatron_solopo.errors import UserError
@@ -75,9 +76,7 @@ class FromServer:
         UserError: the server cannot be used, or an option cannot be honoured by it.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
-    ) -> None:
+    def __init__(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
         self._options, self._tokenizer, self._prompts = options, tokenizer, prompts
         self._key = "none"
         if options.api_key_env is not None:
@@ -86,7 +85,10 @@ class FromServer:
                 raise UserError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
         self._kind = asyncio.run(self._look())
-        self._texts = self._prompt_texts() if options.server_api == "completions" else {}
+        self._as_text = self._kind == "transformers" and options.server_api == "completions"
+        if self._as_text:
+            for prompt in prompts:
+                self._text(prompt)
         self._foreign = False
         # What decides a response here. Another host may go on with what this one began, in smaller requests too.
         self.settings: dict[str, Any] = {
@@ -140,26 +142,16 @@ class FromServer:
         paths = description.get("paths") if isinstance(description, dict) else None
         return "transformers" if "/load_model" in (paths or ()) else "other"
 
-    def _prompt_texts(self) -> dict[str, str]:
+    def _text(self, prompt: Prompt) -> str:
         """transformers serve takes prompts as text, and puts the tokenizer's own start token before it."""
-        if self._kind != "transformers":
-            return {}
-        texts = {}
-        for prompt in self._prompts:
-            text = render_prompt(self._tokenizer, prompt.messages).removeprefix(self._tokenizer.bos_token or "")
-            texts[prompt.id] = next(
-                (
-                    form
-                    for form in (text, (self._tokenizer.bos_token or "") + text)
-                    if self._tokenizer(form)["input_ids"] == list(prompt.ids)
-                ),
-                "",
-            )
-            if not texts[prompt.id]:
-                raise UserError(
-                    f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat"
-                )
-        return texts
+        start = self._tokenizer.bos_token or ""
+        text = render_prompt(self._tokenizer, prompt.messages).removeprefix(start)
+        for form in (text, start + text):
+            if self._tokenizer(form)["input_ids"] == list(prompt.ids):
+                return form
+        raise UserError(
+            f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat"
+        )
 
     def _body(self, request: Request) -> dict[str, Any]:
         options, kind, prompt = self._options, self._kind, request.prompt
@@ -173,7 +165,7 @@ class FromServer:
         if request.count > 1:
             body["n"] = request.count
         if options.server_api == "completions":
-            body["prompt"] = self._texts.get(prompt.id) or list(prompt.ids)
+            body["prompt"] = self._text(prompt) if self._as_text else list(prompt.ids)
         else:
             body["messages"] = prompt.messages
             if values := template_kwargs.of(self._tokenizer):
@@ -206,12 +198,12 @@ class FromServer:
         options = self._options
         several = options.temperature > 0 and self._kind != "transformers"
         count = options.samples_per_request or (SAMPLES_PER_REQUEST if several else 1)
-        for prompt in self._prompts:
-            missing = partial.missing(prompt.id, options.samples)
+        for index, name in enumerate(self._prompts.names):
+            missing = partial.missing(name, options.samples)
             # A request asks for neighbours; samples that are there already can lie between the missing ones.
             for _, neighbours in groupby(enumerate(missing), lambda place: place[1] - place[0]):
                 for some in batched((number for _, number in neighbours), count):
-                    yield Request(prompt, some[0], len(some))
+                    yield Request(self._prompts[index], some[0], len(some))
 
     async def _run(self, partial: PartialFile, statistics: Statistics, bar: tqdm) -> None:
         requests = self._requests(partial)

@@ -1,0 +1,103 @@
+"""The weights of a Hugging Face folder, a parameter of the model at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_solopo.conversion.hf import named_entries, own_part
+from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.new_tokens import NewRows
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.families import family_of
+from megatron_solopo.model.families.operators import Entry, PadRows
+
+NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
+"""Endings of tensors that old folders hold and that the config defines."""
+
+
+class HfWeights:
+    """The folder's weights for the chunks of a model, cut for this process, converted to the parameters' dtype.
+
+    Names and shapes of all tensors are checked at once; a parameter's tensors are read when it is filled.
+
+    Args:
+        new_rows: of tokens that the folder's model does not have.
+
+    Raises:
+        UserError: a tensor is missing, left over, or has the wrong shape.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        models: Sequence[GPTModel],
+        hf_config: PretrainedConfig,
+        new_rows: NewRows | None = None,
+    ) -> None:
+        self._reader, self._new_rows = TensorReader(folder), new_rows
+        self._refuse_left_over(models[0], hf_config)
+        self._sources: dict[int, tuple[Entry, tuple[str, ...]]] = {}
+        self._parameters = []
+        for model in models:
+            for entry, names, parameter in named_entries(model, hf_config):
+                self._sources[id(parameter)] = entry, names
+                self._parameters.append(parameter)
+                self._check(parameter)
+
+    def _refuse_left_over(self, model: GPTModel, hf_config: PretrainedConfig) -> None:
+        expected = {
+            name
+            for entry in family_of(hf_config).table(hf_config, model.vocab_size)
+            for name in _all_names(entry, hf_config)
+        }
+        left_over = {name for name in self._reader.names() - expected if not name.endswith(NEVER_WEIGHTS)}
+        if hf_config.tie_word_embeddings:
+            left_over.discard("lm_head.weight")
+        if left_over:
+            raise UserError(
+                f"{self._reader.folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} "
+                f"({len(left_over)} such); training would lose it"
+            )
+
+    def _check(self, parameter: torch.nn.Parameter) -> None:
+        """The whole way without any number."""
+        entry, names = self._sources[id(parameter)]
+        shapes = [self._reader.shape(name) for name in names]
+        meta = [torch.empty(shape, device="meta") for shape in shapes]
+        try:
+            self._fill(torch.empty_like(parameter, device="meta"), entry, meta, own_part(entry, parameter))
+        except (ValueError, RuntimeError):  # torch's kind, where a tensor cannot even be laid out so
+            found = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes, strict=True))
+            raise UserError(
+                f"{self._reader.folder}: {found} do not make the {tuple(parameter.shape)} of {entry.megatron} on this "
+                "process, which config.json wants"
+            ) from None
+
+    def _fill(self, target: Tensor, entry: Entry, tensors: list[Tensor], part: tuple[int, int, int | None]) -> None:
+        if self._new_rows is not None and isinstance(entry.operator, PadRows):
+            tensors = [self._new_rows.grown(tensor) for tensor in tensors]
+        entry.operator.fill(target, tensors, *part)
+
+    @torch.no_grad()
+    def fill(self, parameter: torch.nn.Parameter) -> None:
+        """Copies a parameter's tensors into it."""
+        entry, names = self._sources[id(parameter)]
+        self._fill(parameter, entry, [self._reader.get(name) for name in names], own_part(entry, parameter))
+
+    def fill_all(self) -> None:
+        """Every parameter of the model."""
+        for parameter in self._parameters:
+            self.fill(parameter)
+
+
+def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
+    """The Hugging Face names of an entry in every layer, of every expert."""
+    experts = range(hf_config.num_experts if entry.of_experts else 1)
+    layers = range(hf_config.num_hidden_layers)
+    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
