@@ -170,11 +170,9 @@ def _own_hf_tensors(
     for entry, names, parameter in named_entries(model, hf_config):
         if stored is not None:
             stored.lend(parameter)
-        dimension = _cut_dimension(parameter)
-        parts = [parameter.detach()]
-        if dimension is not None:
-            parts = _gather(parameter.detach(), tensor_group(entry))
-        whole = entry.operator.join(parts, dimension)
+        whole, dimension = parameter.detach(), _cut_dimension(parameter)
+        if dimension is not None and tensor_group(entry).size() > 1:
+            whole = entry.operator.join(_gather(whole, tensor_group(entry)), dimension)
         if entry.of_experts:
             # Every process comes to its n-th expert at the same time.
             group = parallel_state.get_expert_model_parallel_group()

@@ -7,6 +7,7 @@ Hugging Face folder does.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -25,10 +26,12 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_weights import HfWeights
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
+from megatron_solopo.conversion.pieces import write_in_pieces
 from megatron_solopo.conversion.places import aside_of, put_in_place, restore
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError, system_reason
@@ -74,6 +77,27 @@ class _Results(logging.Handler):
         return pickle.loads(written) if written else RuntimeError("the writing process was killed")
 
 
+class _Pieces(io.RawIOBase):
+    """A stream for torch.save that hands on what it is given in pieces."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, data: Any) -> int:
+        write_in_pieces(self._stream, data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+class _InPieces(_StorageWriterTransforms):
+    """Where torch's writer of a checkpoint lets a stream be changed."""
+
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
+        return super().transform_save_stream(write_item, _Pieces(raw_stream))
+
+
 class ShardedWrite:
     """The writing of a sharded state into a folder, from its plan (when made) to its metadata (`finish`).
 
@@ -89,6 +113,9 @@ class ShardedWrite:
         with results_queue(results):
             self.request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         _log_to(results)
+        if self.request.async_fn is not None:  # None: this process holds nothing that another does not write
+            transforms, *_ = self.request.async_fn.args  # of write_preloaded_data_multithread, filesystem_async.py:220
+            transforms[:] = [_InPieces()]
 
     def run(self, prepare: Callable[[Sequence[WriteItem]], Iterable[WriteItem]] = iter) -> None:
         """Writes this process's part, here and now; collective. Not with a caller that runs `request` elsewhere.
@@ -99,7 +126,7 @@ class ShardedWrite:
             prepare: makes of the items of a file those that are written, each when its turn comes.
         """
         request = self.request
-        if request.async_fn is not None:  # None: this process holds nothing that another does not write
+        if request.async_fn is not None:
             arguments = list(request.async_fn_args)
             arguments[1] = [
                 (file, key, (data, prepare(tensors))) for file, key, (data, tensors) in request.preload_fn()

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_solopo.conversion.pieces import write_in_pieces
 from megatron_solopo.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -104,10 +105,10 @@ class Shards:
     def _write(self, number: int, name: str, tensor: Tensor) -> None:
         if number not in self._open:
             self._open[number] = (self.folder / self._names[number]).open("wb", buffering=0)
-            _write_all(self._open[number], memoryview(self._heads[number]))
+            write_in_pieces(self._open[number], self._heads[number])
         file = self._open[number]
         file.seek(len(self._heads[number]) + self._files[number][name])
-        _write_all(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        write_in_pieces(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         """Writes the index, once all is on the disk.
@@ -141,12 +142,6 @@ def _head(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: t
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    """A single call may write a part only: at most 2 GB, or what fits on the disk."""
-    while data:
-        data = data[file.write(data) :]
 
 
 def _to_the_disk(file: BinaryIO) -> None:

@@ -29,6 +29,18 @@ def differences(one: Path, other: Path) -> list[str]:
     return sorted(wrong)
 
 
+class OneByOne:
+    """Weights, and the most parameters that were filled and not emptied yet."""
+
+    def __init__(self, weights: Any) -> None:
+        self._weights, self._filled, self.most = weights, [], 0
+
+    def fill(self, parameter: torch.nn.Parameter) -> None:
+        self._weights.fill(parameter)
+        self._filled.append(parameter)
+        self.most = max(self.most, sum(one.untyped_storage().size() > 0 for one in self._filled))
+
+
 def convert(config: Config, source: Path, work: Path, before: Path | None) -> dict[str, list[str]]:
     """What comes back from a layout otherwise than it was: from the Hugging Face folder, from the Megatron folder of
     the layout before, and of the weights that the layout before drew."""
@@ -36,7 +48,7 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.random_start import draw_start
-    from megatron_solopo.conversion.start import load_start
+    from megatron_solopo.conversion.start import hf_weights, load_start
     from megatron_solopo.model.build import read_hf_config
     from megatron_solopo.training.engine import build_chunks
 
@@ -57,7 +69,10 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
         load_start(models, hf_config, before / "megatron")
         compare("megatron", models, source)
     companions = Companions(source, config_json(source, hf_config, torch.float32))
-    save_megatron_folder(models, companions, work / "megatron")
+    models = build_chunks(hf_config, config, torch.float32)
+    weights = OneByOne(hf_weights(models, hf_config, source, None))
+    save_megatron_folder(models, companions, work / "megatron", weights)
+    assert weights.most in (0, 1), f"{weights.most} parameters in memory at once"  # 0: another process writes them
     return found
 
 
