@@ -20,6 +20,7 @@ from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import SOURCES, LeftOut, read_pool, read_questions
+from megatron_solopo.data.files.inputs import place
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.hf_model import DTYPES, check_reach, load_model
 from megatron_solopo.data.options import (
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     prompt_format = prompt_format_of(options)
-    read = [("--data", name) for name in options.data] + [("--pool", name) for name in options.pool]
+    read = [("--data", place(name)) for name in options.data] + [("--pool", name) for name in options.pool]
     check_outputs([("--output", path) for path in (options.output, predictions_path(options.output))], read)
     tokenizer = TokenizerOptions.of(options, options.model).load()
     if unit == "tokens":  # known before a minute is spent on building contexts

@@ -135,8 +135,9 @@ def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None
 
 
 def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
-    argv = with_value(COMMANDS["prepare-data, listed"][1], "--input", ".")
-    assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare_data.main, argv)
+    for given in (".", "hub:.", "hub:.::train"):
+        argv = with_value(COMMANDS["prepare-data, listed"][1], "--input", given)
+        assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare_data.main, argv)
 
 
 def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:

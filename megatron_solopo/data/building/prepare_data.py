@@ -31,7 +31,7 @@ from megatron_solopo.data.building.second_pass import (
     left_out_line,
 )
 from megatron_solopo.data.building.sources import SOURCES
-from megatron_solopo.data.files.inputs import local_files
+from megatron_solopo.data.files.inputs import local_files, place
 from megatron_solopo.data.files.progress import Progress, WorkFolder, held
 from megatron_solopo.data.files.records import read_jsonl, read_text
 from megatron_solopo.data.options import (
@@ -207,7 +207,7 @@ def _check(options: argparse.Namespace) -> None:
         ("--validation-output", options.validation_output),
         ("--left-out", options.left_out),
     ]
-    read = [("--input", name) for name in options.input] + [("--pool", name) for name in options.pool]
+    read = [("--input", place(name)) for name in options.input] + [("--pool", name) for name in options.pool]
     check_outputs(outputs, [*read, ("--exclude-ids", options.exclude_ids)])
     for flag, path in outputs:
         check_jsonl(flag, path)

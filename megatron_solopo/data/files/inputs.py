@@ -48,10 +48,15 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
 
 def local_files(given: str | Path) -> list[Path]:
     """The files that an input is read from, none for a data set of the hub."""
-    path = Path(_hub_parts(str(given))[0] if str(given).startswith(HUB) else given)
+    path = place(given)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path] if path.is_file() else []
+
+
+def place(given: str | Path) -> Path:
+    """The file or folder that an input names; where it is none, a data set of the hub."""
+    return Path(_hub_parts(str(given))[0] if str(given).startswith(HUB) else given)
 
 
 def _hub_parts(text: str) -> tuple[str, str | None, str]:
