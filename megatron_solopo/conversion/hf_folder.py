@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ class TensorReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._shapes: dict[str, dict[str, torch.Size]] = {}
+        self._bins: dict[str, dict[str, Tensor]] = {}
         for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
             if (self.folder / index).is_file():
                 self._file_of = _read_index(self.folder / index)
@@ -51,7 +52,7 @@ class TensorReader:
 
     def _names_in(self, file: str) -> list[str]:
         if file.endswith(".bin"):
-            return list(_load_bin(self.folder / file))
+            return list(self._bin(file))
         with self._open(file) as opened:
             return list(opened.keys())
 
@@ -80,7 +81,12 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
-        return self._read(name, lambda opened: opened.get_tensor(name))
+        self.shape(name)  # it is there
+        file = self._file_of[name]
+        if file.endswith(".bin"):
+            return self._bin(file)[name]
+        with self._open(file) as opened:  # not kept open, since what was read of a mapped file stays in memory
+            return opened.get_tensor(name)
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor, which is not read.
@@ -88,25 +94,31 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
-        found = self._read(name, lambda opened: opened.get_slice(name))
-        return found.shape if isinstance(found, Tensor) else torch.Size(found.get_shape())
-
-    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
-        """A tensor of a ``.bin`` file, or what ``read`` makes of an open safetensors file."""
         if name not in self._file_of:
             raise UserError(f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json")
         file = self._file_of[name]
-        missing = f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again"
+        if file not in self._shapes:
+            self._shapes[file] = self._shapes_in(file)
+        if name not in self._shapes[file]:
+            raise UserError(
+                f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again"
+            )
+        return self._shapes[file][name]
+
+    def _shapes_in(self, file: str) -> dict[str, torch.Size]:
         if file.endswith(".bin"):
-            tensors = _load_bin(self.folder / file)
-            if name not in tensors:
-                raise UserError(missing)
-            return tensors[name]
+            return {name: tensor.shape for name, tensor in self._bin(file).items()}
         with self._open(file) as opened:
-            try:
-                return read(opened)
-            except SafetensorError:
-                raise UserError(missing) from None
+            return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}
+
+    def _bin(self, file: str) -> dict[str, Tensor]:
+        """The tensors of a ``.bin`` file. Mapped ones are kept, and the last of those that cannot be mapped."""
+        if file not in self._bins:
+            tensors, mapped = _load_bin(self.folder / file)
+            if not mapped:
+                self._bins.clear()
+            self._bins[file] = tensors
+        return self._bins[file]
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -117,13 +129,12 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not valid JSON with a 'weight_map'; copy or download it again") from None
 
 
-@lru_cache(maxsize=1)
-def _load_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.bin`` file; mapped, so that only those that are read take memory."""
+def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a ``.bin`` file, and whether they are mapped, so that only those that are read take memory."""
     try:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # the format of torch before 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         code = "Unsupported" in str(error) or "WeightsUnpickler" in str(error)
         what = "holds more than tensors, which could run code" if code else "not a complete file of torch.save"

@@ -14,7 +14,6 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,15 +234,14 @@ def stored_dtype(source: Path) -> torch.dtype:
     return dist_checkpointing.load_tensors_metadata(str(source))["embedding.word_embeddings.weight"].dtype
 
 
-def save_megatron_folder(
-    models: Sequence[GPTModel], companions: Companions, target: Path, weights: HfWeights | None = None
-) -> None:
+def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, target: Path, weights: HfWeights) -> None:
     """Writes a Megatron folder; collective. A model in ``target`` is replaced once all is written.
 
     Args:
+        models: the chunks of a model without weights.
         companions: config and tokenizer files that go beside the weights.
-        weights: of a model that has none yet. On the CPU a parameter is filled when it is written, and empty
-            afterwards, so that one at a time is in memory. Without it the model is written as it is.
+        weights: of the model. On the CPU a parameter is filled when it is written, and empty afterwards, so that one at
+            a time is in memory.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -256,12 +254,11 @@ def save_megatron_folder(
         shutil.rmtree(aside, ignore_errors=True)
         step.mkdir(parents=True)
 
-    problem = first_error(on_first(begin))
+    problem, filling = first_error(on_first(begin)), None
     if problem is None:
         device = next(models[0].parameters()).device
-        if weights is not None and device.type != "cpu":
+        if device.type != "cpu":  # the writer takes all of them from there first
             weights.fill_all()
-            weights = None
         states, _ = model_states(models)
         apply_factories(states)
         owners = {}
@@ -269,14 +266,18 @@ def save_megatron_folder(
             for part in parts:
                 part.data = in_a_storage_of_its_own(part.data)
                 owners[part.data.data_ptr()] = parameter
+        filling = _Filling(weights, owners)
         write = ShardedWrite(states, step, device)
-        write.run(iter if weights is None else partial(_filled, weights, owners))
-        problem = first_error(write.finish())
+        write.run(iter if device.type != "cpu" else filling)
+        failed = write.finish()
+        problem = first_error(str(filling.error) if filling.error else failed)
     if problem is None:
         problem = first_error(on_first(lambda: _publish(aside, companions, target)))
     if problem is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
+        if filling is not None and filling.error is not None:
+            raise filling.error
         raise UserError(f"--save {target}: not written ({problem})")
 
 
@@ -290,25 +291,38 @@ def in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=part.dtype).set_(own, 0, part.shape, part.stride())
 
 
-def _filled(
-    weights: HfWeights, owners: Mapping[int, torch.nn.Parameter], items: Sequence[WriteItem]
-) -> Iterator[WriteItem]:
-    """The items, each parameter filled before its first part and emptied behind its last.
+class _Filling:
+    """Fills each parameter before its first part is written, and empties it behind its last.
 
     Args:
-        owners: of the memory at an address.
+        owners: the parameter whose memory begins or goes on at an address, for the address of every part.
+
+    Attributes:
+        error: why a parameter could not be filled, which megatron-core's writer would tell as its own failure.
     """
-    left = Counter(id(owners[tensor.data_ptr()]) for _, tensor in items)
-    empty = set(left)
-    for item, tensor in items:
-        parameter = owners[tensor.data_ptr()]
-        if id(parameter) in empty:
-            empty.remove(id(parameter))
-            weights.fill(parameter)
-        yield item, tensor
-        left[id(parameter)] -= 1
-        if not left[id(parameter)]:
-            parameter.untyped_storage().resize_(0)  # the memory of ``tensor`` too, which nobody reads again
+
+    def __init__(self, weights: HfWeights, owners: Mapping[int, torch.nn.Parameter]) -> None:
+        self._weights, self._owners, self.error = weights, owners, None
+
+    def __call__(self, items: Sequence[WriteItem]) -> Iterator[WriteItem]:
+        left = Counter(id(self._owners[tensor.data_ptr()]) for _, tensor in items)
+        parts = Counter(map(id, self._owners.values()))
+        if any(parts[owner] != count for owner, count in left.items()):
+            raise ValueError("the parts of a parameter are written to several files")
+        empty = set(left)
+        for item, tensor in items:
+            parameter = self._owners[tensor.data_ptr()]
+            if id(parameter) in empty:
+                empty.remove(id(parameter))
+                try:
+                    self._weights.fill(parameter)
+                except Exception as error:
+                    self.error = error
+                    raise
+            yield item, tensor
+            left[id(parameter)] -= 1
+            if not left[id(parameter)]:
+                parameter.untyped_storage().resize_(0)  # the memory of ``tensor`` too, which nobody reads again
 
 
 def _publish(aside: Path, companions: Companions, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import BinaryIO
 
 PIECE = 64 * 2**10
-"""Bytes of a write, as `shutil.copyfile` takes them.
+"""Bytes of a write.
 
 Linux gives a larger write larger pages of its cache. Where a virtual machine has given unused memory back to its host,
 those must be made anew: 1.2 GB took 4.7 s in one write, 1.0 to 2.2 s in pieces of 1 MB, and 0.8 to 1.0 s in these, as

@@ -68,7 +68,9 @@ def weights_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def hf_weights(models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None) -> HfWeights:
+def open_hf_weights(
+    models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None
+) -> HfWeights:
     """A Hugging Face folder's weights, for the chunks of a model.
 
     Args:
@@ -103,4 +105,4 @@ def load_start(
     if is_megatron_folder(folder):
         load_weights_from(find_checkpoint(folder, None, "--hf-path"), models)
     else:
-        hf_weights(models, hf_config, folder, add_special_tokens).fill_all()
+        open_hf_weights(models, hf_config, folder, add_special_tokens).fill_all()

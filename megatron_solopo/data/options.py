@@ -73,9 +73,9 @@ def check_jsonl(flag: str, path: str | None) -> None:
         raise UserError(f"{flag} {path}: is written as JSONL; give a name that does not end in .parquet")
 
 
-def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True, title: str = "tokenizer") -> None:
+def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that every command with a tokenizer has; where it is not required, the model's folder has one."""
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group("tokenizer" + ("; training must be given the same" if required else ""))
     group.add_argument(
         "--tokenizer",
         required=required,
@@ -95,9 +95,7 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
         "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
     )
     if required:  # a model that answers has rows for its tokenizer's tokens only
-        group.add_argument(
-            "--add-special-tokens", metavar="TOKEN,...", help="new special tokens, which training must be given too"
-        )
+        group.add_argument("--add-special-tokens", metavar="TOKEN,...", help="new special tokens")
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,8 @@ class TokenizerOptions:
     added_tokens: str | None = None
 
     @classmethod
-    def of(cls, options: argparse.Namespace, folder: str | None = None) -> TokenizerOptions:
-        """Those of a command line; ``folder`` where --tokenizer is not given."""
+    def of(cls, options: argparse.Namespace, folder: str = "") -> TokenizerOptions:
+        """Those of a command line; ``folder`` where --tokenizer need not be given."""
         return cls(
             options.tokenizer or folder,
             options.chat_template,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_solopo.data.hf_model import check_reach, load_model
-from megatron_solopo.data.options import add_prompt_options, add_tokenizer_options, prompt_format_of
+from megatron_solopo.data.options import TokenizerOptions, add_prompt_options, add_tokenizer_options, prompt_format_of
 from megatron_solopo.data.schema import Paragraph
-from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
+from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.evaluate import add_generation_options
@@ -32,32 +32,30 @@ class Answer:
 
 def ask(
     models: Sequence[str | Path],
+    tokenizers: Sequence[TokenizerOptions],
     document: str,
     question: str,
     prompt_format: PromptFormat,
     max_new_tokens: int = 256,
-    tokenizer: str | Path | None = None,
-    chat_template: str | Path | None = None,
-    eos_token: str | None = None,
-    chat_template_kwargs: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
 ) -> list[Answer]:
     """The answer of every model, one loaded at a time; the document is the only one, written by ``prompt_format``.
+
+    Args:
+        tokenizers: of each model.
 
     Raises:
         UserError: a folder cannot be used, or the prompt is longer than a model reaches; both are
             found before any model is loaded.
     """
     messages = prompt_format.messages(question, [Paragraph("", document)])
-    tokenizers = [
-        load_tokenizer(tokenizer or folder, chat_template, eos_token, chat_template_kwargs) for folder in models
-    ]
-    prompts = [prompt_ids(one, messages) for one in tokenizers]
+    loaded = [one.load() for one in tokenizers]
+    prompts = [prompt_ids(one, messages) for one in loaded]
     for folder, prompt in zip(models, prompts, strict=True):
         check_reach(folder, len(prompt), max_new_tokens, "--document")
     answers = []
-    for name, folder, one, prompt in zip(folder_names(models), models, tokenizers, prompts, strict=True):
+    for name, folder, one, prompt in zip(folder_names(models), models, loaded, prompts, strict=True):
         [text] = generate(load_model(folder, device, dtype), one, [prompt], max_new_tokens)
         answers.append(Answer(name, text, len(prompt)))
     return answers
@@ -110,14 +108,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--document {options.document}: the document is empty")
     answers = ask(
         options.model,
+        [TokenizerOptions.of(options, model) for model in options.model],
         document.strip(),
         options.question,
         prompt_format_of(options),
         options.max_new_tokens,
-        options.tokenizer,
-        options.chat_template,
-        options.eos_token,
-        options.chat_template_kwargs,
         options.dtype,
         options.device,
     )

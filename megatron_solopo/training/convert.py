@@ -188,7 +188,7 @@ def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> i
     from megatron_solopo.conversion.companions import Companions, config_json
     from megatron_solopo.conversion.hf_folder import TensorReader
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
-    from megatron_solopo.conversion.start import hf_weights, is_megatron_folder
+    from megatron_solopo.conversion.start import is_megatron_folder, open_hf_weights
     from megatron_solopo.training.engine import build_chunks
 
     if is_megatron_folder(given.hf_path):
@@ -196,7 +196,7 @@ def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> i
     dtype = _dtype(given.dtype) if given.dtype else TensorReader(given.hf_path).dtype()
     models = build_chunks(hf_config, config, dtype)
     added = config.model.add_special_tokens
-    weights = hf_weights(models, hf_config, given.hf_path, added)
+    weights = open_hf_weights(models, hf_config, given.hf_path, added)
     companions = Companions(Path(given.hf_path), config_json(given.hf_path, hf_config, dtype), added_tokens=added)
     save_megatron_folder(models, companions, Path(given.save), weights)
     if dist.get_rank() == 0:

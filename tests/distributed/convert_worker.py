@@ -48,7 +48,7 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.random_start import draw_start
-    from megatron_solopo.conversion.start import hf_weights, load_start
+    from megatron_solopo.conversion.start import load_start, open_hf_weights
     from megatron_solopo.model.build import read_hf_config
     from megatron_solopo.training.engine import build_chunks
 
@@ -70,7 +70,7 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
         compare("megatron", models, source)
     companions = Companions(source, config_json(source, hf_config, torch.float32))
     models = build_chunks(hf_config, config, torch.float32)
-    weights = OneByOne(hf_weights(models, hf_config, source, None))
+    weights = OneByOne(open_hf_weights(models, hf_config, source, None))
     save_megatron_folder(models, companions, work / "megatron", weights)
     assert weights.most in (0, 1), f"{weights.most} parameters in memory at once"  # 0: another process writes them
     return found

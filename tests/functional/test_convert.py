@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_solopo.cli import run
 from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.hf_weights import HfWeights
+from megatron_solopo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,3 +177,22 @@ def test_the_weights_of_another_model_are_refused(home: Home, megatron: Path, tm
     status, _, told = convert("megatron-to-hf", "--load", megatron, "--hf-path", other, "--save-hf", tmp_path / "new")
     assert status == 2 and "it is another model's" in told.splitlines()[-1]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (OSError(5, "Input/output error", "model-7.safetensors"), "error: model-7.safetensors: Input/output error\n"),
+        (UserError("model-7.safetensors: not complete"), "error: model-7.safetensors: not complete\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_weights_that_cannot_be_read_while_writing_are_not_a_failed_write(
+    failure: Exception, told: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(weights: HfWeights, parameter: torch.nn.Parameter) -> None:
+        raise failure
+
+    monkeypatch.setattr(HfWeights, "fill", fail)
+    status, _, err = convert("hf-to-megatron", "--hf-path", home.folder / "hf", "--save", tmp_path / "new")
+    assert (status, err) == (2, told) and not list(tmp_path.iterdir())

@@ -249,9 +249,11 @@ def _settings(
     options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
+    how = dataclasses.asdict(build)
+    del how["tokenizer"]  # names of files, whose content is told
     return {
-        **dataclasses.asdict(build),
-        **text_facts(build.tokenizer.folder, tokenizer),  # in place of the names of files
+        **how,
+        **text_facts(build.tokenizer.folder, tokenizer),
         "version": __version__,
         "input": _fingerprint(options.input),
         "pool": _fingerprint(options.pool),

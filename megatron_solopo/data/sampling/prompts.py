@@ -23,7 +23,7 @@ class Prompt:
 
 
 class Prompts(Sequence[Prompt]):
-    """Prompts that are read when they are looked at.
+    """Prompts that are read when they are looked at; not by several threads.
 
     Args:
         folder: where there is room for them; the file has no name there, so that nothing is left of a killed run.

@@ -86,9 +86,7 @@ class FromServer:
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
         self._kind = asyncio.run(self._look())
         self._as_text = self._kind == "transformers" and options.server_api == "completions"
-        if self._as_text:
-            for prompt in prompts:
-                self._text(prompt)
+        self._with_start = set(self._prompts_with_start()) if self._as_text else set()
         self._foreign = False
         # What decides a response here. Another host may go on with what this one began, in smaller requests too.
         self.settings: dict[str, Any] = {
@@ -142,16 +140,28 @@ class FromServer:
         paths = description.get("paths") if isinstance(description, dict) else None
         return "transformers" if "/load_model" in (paths or ()) else "other"
 
-    def _text(self, prompt: Prompt) -> str:
+    def _text(self, prompt: Prompt, with_start: bool) -> str:
         """transformers serve takes prompts as text, and puts the tokenizer's own start token before it."""
         start = self._tokenizer.bos_token or ""
         text = render_prompt(self._tokenizer, prompt.messages).removeprefix(start)
-        for form in (text, start + text):
-            if self._tokenizer(form)["input_ids"] == list(prompt.ids):
-                return form
-        raise UserError(
-            f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat"
-        )
+        return start + text if with_start else text
+
+    def _prompts_with_start(self) -> Iterator[str]:
+        """The questions whose text needs the start token.
+
+        Raises:
+            UserError: a text is tokenised otherwise there with it and without it.
+        """
+        for prompt in self._prompts:
+            fits = [
+                self._tokenizer(self._text(prompt, form))["input_ids"] == list(prompt.ids) for form in (False, True)
+            ]
+            if not any(fits):
+                raise UserError(
+                    f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat"
+                )
+            if not fits[0]:
+                yield prompt.id
 
     def _body(self, request: Request) -> dict[str, Any]:
         options, kind, prompt = self._options, self._kind, request.prompt
@@ -165,7 +175,7 @@ class FromServer:
         if request.count > 1:
             body["n"] = request.count
         if options.server_api == "completions":
-            body["prompt"] = self._text(prompt) if self._as_text else list(prompt.ids)
+            body["prompt"] = self._text(prompt, prompt.id in self._with_start) if self._as_text else list(prompt.ids)
         else:
             body["messages"] = prompt.messages
             if values := template_kwargs.of(self._tokenizer):

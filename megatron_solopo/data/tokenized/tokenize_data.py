@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         "--train-data", required=True, metavar="FILE", help="preference groups or conversations, JSONL or Parquet"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
-    add_tokenizer_options(parser, title="tokenizer; training must be given the same")
+    add_tokenizer_options(parser)
     parser.add_argument(
         "--objective", choices=sorted(LAYOUTS), default="preference", help="what the file holds (default: preference)"
     )
