@@ -77,6 +77,15 @@ def test_there_and_back_is_the_same_folder(home: Home, megatron: Path, tmp_path:
     assert model.generate(torch.tensor([[1, 5, 2]]), max_new_tokens=4, do_sample=False).shape[1] > 3
 
 
+@pytest.mark.parametrize("padding", [8, 512])
+def test_the_vocabulary_may_be_padded_otherwise(padding: int, home: Home, megatron: Path, tmp_path: Path) -> None:
+    """Fewer and more rows than the stored ones, which are a multiple of 128."""
+    padded = ["--load", megatron, "--make-vocab-size-divisible-by", padding]
+    succeed("megatron-to-hf", *padded, "--save-hf", tmp_path / "back")
+    assert same(home.folder / "hf", tmp_path / "back")
+    succeed("verify", *padded, "--hf-path", home.folder / "hf")
+
+
 def test_a_run_starts_from_a_megatron_folder(home: Home, megatron: Path) -> None:
     """The same run as from the Hugging Face folder; its checkpoint exports to the same files as the run did."""
     flags = ["--train-iters", 3, "--save-interval", 2]

@@ -138,6 +138,11 @@ CONVERSION = [
             "narrow_tensor_by_index(target, item.storage_offsets",
         ),
         ("another model's weights accepted", "if problem:", "if False:"),
+        (
+            "another padding refused",
+            "stored.size[int(part.allow_shape_mismatch) :] != part.global_shape[int(part.allow_shape_mismatch) :]",
+            "stored.size != part.global_shape",
+        ),
     ),
     *within(
         "conversion/megatron_folder.py",
