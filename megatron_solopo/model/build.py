@@ -21,7 +21,8 @@ from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention
-from megatron_solopo.model.families import attention_window, family_of, head_dim
+from megatron_solopo.model.families import family_of
+from megatron_solopo.model.families.fields import attention_window, head_dim
 from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.rope import RotaryFrequencies, reach
 from megatron_solopo.model.rope_scaling import extended

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import head_dim
+from megatron_solopo.model.families.fields import head_dim
 
 _ALWAYS = {"rope_type", "type", "rope_theta"}
 ROPE_FIELDS = {

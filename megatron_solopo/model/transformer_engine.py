@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import head_dim
+from megatron_solopo.model.families.fields import head_dim
 
 NAME = "transformer_engine"
 

@@ -8,7 +8,7 @@ from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
-from megatron_solopo.model.families import attention_window
+from megatron_solopo.model.families.fields import attention_window
 from megatron_solopo.model.rope import reach
 from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose

@@ -328,7 +328,7 @@ MUTANTS: list[Mutant] = [
         ("an unknown field of config.json accepted", "if not _is_off(value):", "if False:"),
     ),
     *within(
-        "model/families/__init__.py",
+        "model/families/fields.py",
         FAMILIES,
         (
             "a window of some layers overlooked",

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import attention_window, family_of
-from megatron_solopo.model.families.fields import HARMLESS, HARMLESS_ENDINGS, READ
+from megatron_solopo.model.families import family_of
+from megatron_solopo.model.families.fields import HARMLESS, HARMLESS_ENDINGS, READ, attention_window
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
     LlamaConfig,

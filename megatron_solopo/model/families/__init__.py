@@ -40,7 +40,7 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     Raises:
         UserError: an unknown model_type, or a config field that the family does not cover.
     """
-    from megatron_solopo.model.families.fields import refuse_unknown
+    from megatron_solopo.model.families.fields import attention_window, refuse_unknown
     from megatron_solopo.model.families.llama import LLAMA
     from megatron_solopo.model.families.mistral import MISTRAL
     from megatron_solopo.model.families.mixtral import MIXTRAL
@@ -62,32 +62,6 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     attention_window(hf_config)
     refuse_unknown(hf_config, family.fields)
     return family
-
-
-def head_dim(hf_config: PretrainedConfig) -> int:
-    """The size of an attention head; some configs leave it to hidden_size / heads."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-
-
-def attention_window(hf_config: PretrainedConfig) -> int | None:
-    """The shortest sliding window of any layer, tokens: a token sees itself and the window - 1 before it.
-
-    In a sequence that is no longer it hides nothing; see `model.build.check_length`.
-
-    Raises:
-        UserError: a layer whose attention is neither full nor that of a given window.
-    """
-    window = getattr(hf_config, "sliding_window", None)
-    if not getattr(hf_config, "use_sliding_window", True):
-        window = None
-    kinds = getattr(hf_config, "layer_types", None)
-    if kinds is None:
-        return window
-    known = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
-    for kind in kinds:
-        if kind not in known:
-            raise UserError(f"config.json: layer_types has {kind!r} with sliding_window = {window}: not supported")
-    return window if "sliding_attention" in kinds else None
 
 
 def refuse(hf_config: PretrainedConfig, **allowed: Any) -> None:

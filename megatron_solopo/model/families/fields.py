@@ -1,4 +1,4 @@
-"""Which fields of config.json are covered. A field that nobody here knows must be switched off in the file.
+"""Which fields of config.json are covered, and what two of them mean. A field that nobody here knows must be switched off in the file.
 
 The lists hold what is read or checked, not what transformers knows: a field that a later transformers acts upon is
 refused until a family reads it.
@@ -90,3 +90,29 @@ def refuse_unknown(hf_config: PretrainedConfig, own: frozenset[str]) -> None:
 
 def _is_off(value: Any) -> bool:
     return any(type(value) is type(off) and value == off for off in (*OFF, 0.0))
+
+
+def head_dim(hf_config: PretrainedConfig) -> int:
+    """The size of an attention head; some configs leave it to hidden_size / heads."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def attention_window(hf_config: PretrainedConfig) -> int | None:
+    """The shortest sliding window of any layer, tokens: a token sees itself and the window - 1 before it.
+
+    In a sequence that is no longer it hides nothing; see `model.build.check_length`.
+
+    Raises:
+        UserError: a layer whose attention is neither full nor that of a given window.
+    """
+    window = getattr(hf_config, "sliding_window", None)
+    if not getattr(hf_config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(hf_config, "layer_types", None)
+    if kinds is None:
+        return window
+    known = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(f"config.json: layer_types has {kind!r} with sliding_window = {window}: not supported")
+    return window if "sliding_attention" in kinds else None
