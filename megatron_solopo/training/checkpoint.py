@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
-from megatron_solopo.conversion.megatron_folder import METADATA, ShardedWrite, load_models, model_states, reason_of
+from megatron_solopo.conversion.megatron_folder import METADATA, load_models, model_states, reason_of
+from megatron_solopo.conversion.sharded_write import ShardedWrite
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error, on_first
 from megatron_solopo.training import retention

@@ -326,10 +326,6 @@ MUTANTS: list[Mutant] = [
         "model/families/fields.py",
         FAMILIES,
         ("an unknown field of config.json accepted", "if not _is_off(value):", "if False:"),
-    ),
-    *within(
-        "model/families/fields.py",
-        FAMILIES,
         (
             "a window of some layers overlooked",
             'return window if "sliding_attention" in kinds else None',

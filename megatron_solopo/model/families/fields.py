@@ -1,4 +1,6 @@
-"""Which fields of config.json are covered, and what two of them mean. A field that nobody here knows must be switched off in the file.
+"""Which fields of config.json are covered, and what some of them mean together.
+
+A field that nobody here knows must be switched off in the file.
 
 The lists hold what is read or checked, not what transformers knows: a field that a later transformers acts upon is
 refused until a family reads it.
