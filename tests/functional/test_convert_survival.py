@@ -94,7 +94,11 @@ def test_a_conversion_killed_again_and_again(home: Home, direction: str, existin
         seen.append("wanted" if same(found, wanted) else "earlier" if same(found, earlier) else "none")
         if found is None:
             assert not target.exists()
-            assert not existing or same(contents(target.with_name("target.replaced")), earlier)
+        if found is None and existing:
+            assert same(contents(target.with_name("target.replaced")), earlier)
+            # A command that then refuses to overwrite it has given it its name back.
+            assert convert(command(home, direction, target), told) == 2 and "exists already" in told.read_text()
+            assert same(contents(target), earlier)
         elif seen[-1] == "wanted":
             begin()
     assert seen[:3] == ["earlier" if existing else "none"] * 3 and (not existing or "none" in seen), seen
