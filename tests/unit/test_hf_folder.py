@@ -46,6 +46,13 @@ def test_one_shard_has_no_index(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_tensor_that_never_comes_is_no_model(tmp_path: Path) -> None:
+    *come, (last, _) = TENSORS.items()
+    with pytest.raises(ValueError, match=f"{last} was not written"):
+        write(tmp_path / "new", tmp_path, iter(come))
+    assert not (tmp_path / "new").exists()
+
+
 def test_all_tensors_are_read_where_nothing_can_be_written(tmp_path: Path) -> None:
     """Other processes send them; stopping to listen would leave those waiting."""
     (tmp_path / "file").write_text("")
