@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,25 @@ def test_weights_that_cannot_be_read_while_writing_are_not_a_failed_write(
     monkeypatch.setattr(HfWeights, "fill", fail)
     status, _, err = convert("hf-to-megatron", "--hf-path", home.folder / "hf", "--save", tmp_path / "new")
     assert (status, err) == (2, told) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "told"),
+    [
+        (
+            "model.norm.weight",
+            16,
+            r"model.norm.weight \(16,\) do not make the \(32,\) of decoder.final_layernorm.weight",
+        ),
+        ("model.layers.0.self_attn.q_proj.bias", 32, r"'model.layers.0.self_attn.q_proj.bias' is not part of llama"),
+    ],
+)
+def test_tensors_of_another_model_are_refused_before_writing(
+    name: str, rows: int, told: str, home: Home, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(home.folder / "hf", folder)
+    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(rows)}, folder / "model.safetensors")
+    status, _, err = convert("hf-to-megatron", "--hf-path", folder, "--save", tmp_path / "new")
+    assert status == 2 and re.search(told, err) and err.count("\n") == 1, err
+    assert not (tmp_path / "new").exists()

@@ -131,12 +131,16 @@ CONVERSION = [
     ),
     *within(
         "conversion/stored.py",
-        "tests/functional/test_convert.py",
+        "tests/distributed/test_conversion.py",
         (
             "a stored part at another's place",
             "narrow_tensor_by_index(target, item.dest_offsets",
             "narrow_tensor_by_index(target, item.storage_offsets",
         ),
+    ),
+    *within(
+        "conversion/stored.py",
+        "tests/functional/test_convert.py",
         ("another model's weights accepted", "if problem:", "if False:"),
         (
             "another padding refused",
