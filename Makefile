@@ -29,7 +29,7 @@ test-distributed: setup ## the same training over several processes
 test-all: setup ## every test
 	$(PYTEST) $(WORKERS) tests
 
-mutation-test: setup ## break the code in small ways; each must turn a named test red (half an hour)
+mutation-test: setup ## break the code in small ways; each must turn a named test red (over an hour)
 	$(PYTHON_IN_VENV) tests/mutation/run.py
 
 clean: ## remove caches and build outputs (runs/ and .venv stay)
