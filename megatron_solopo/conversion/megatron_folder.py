@@ -143,7 +143,7 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
         write = ShardedWrite(states, step, device)
         write.run(iter if device.type != "cpu" else filling)
         failed = write.finish()
-        problem = first_error(str(filling.error) if filling.error else failed)
+        problem = first_error((str(filling.error) if filling.error else "") or failed)
     if problem is None:
         problem = first_error(on_first(lambda: _publish(aside, companions, target)))
     if problem is not None:

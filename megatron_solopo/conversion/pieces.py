@@ -7,9 +7,9 @@ from typing import BinaryIO
 PIECE = 64 * 2**10
 """Bytes of a write.
 
-Linux gives a larger write larger pages of its cache. Where a virtual machine has given unused memory back to its host,
-those must be made anew: 1.2 GB took 4.7 s in one write, 1.0 to 2.2 s in pieces of 1 MB, and 0.8 to 1.0 s in these, as
-long as copying a file of that size (2-core x86-64 VM, Linux 6.18, ext4, 2026-11-26).
+On a virtual machine that gives unused memory back to its host, 1.2 GB took 4.7 to 5.1 s in one write, 1.0 to 2.2 s in
+pieces of 1 MB, and 0.8 to 1.0 s in these; where memory had just been used, any size took 0.4 to 0.9 s. (2-core x86-64,
+Linux 6.18, ext4, 2026-11-26. Probably a larger write gets larger pages of the file cache, which are made anew there.)
 """
 
 
