@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_solopo.data.files.records import is_parquet, read_text
+from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.text import prompt
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
@@ -123,9 +124,11 @@ class TokenizerOptions:
         """See `chat.load_tokenizer`."""
         from megatron_solopo.data.text.chat import load_tokenizer  # with transformers, which options do without
 
-        return load_tokenizer(
+        tokenizer = load_tokenizer(
             self.folder, self.chat_template, self.eos_token, self.chat_template_kwargs, self.added_tokens
         )
+        give_back_freed_memory()
+        return tokenizer
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) -> None:

@@ -34,6 +34,7 @@ from megatron_solopo.data.building.sources import SOURCES
 from megatron_solopo.data.files.inputs import local_files, place
 from megatron_solopo.data.files.progress import Progress, WorkFolder, held
 from megatron_solopo.data.files.records import read_jsonl, read_text
+from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.options import (
     TokenizerOptions,
     add_prompt_options,
@@ -326,6 +327,7 @@ def _prepared(
             seed=options.seed,
         )
         work.mark_ready(dataclasses.asdict(found))
+        give_back_freed_memory()  # before processes for the second pass take theirs
     prepared = Ingested(**work.prepared)
     print(f"{prepared.questions} questions, {prepared.paragraphs} distinct paragraphs to draw distractors from")
     return prepared
