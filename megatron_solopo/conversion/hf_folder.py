@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.companions import Companions
-from megatron_solopo.conversion.places import aside_of, put_in_place, restore
+from megatron_solopo.conversion.places import aside_of, check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
 
@@ -162,10 +162,15 @@ def write_folder(
         max_shard_size: "5GB", "500MB", ...; decimal units as in the names of the hub.
 
     Raises:
-        UserError: the folder holds a model and ``force`` is off, or the disk is full.
+        UserError: see `check_target`, or the disk is full.
     """
-    restore(folder)
-    check_target(folder, force, filling=True)
+    try:
+        restore(folder)
+        check_target("--save-hf", folder, force, filling=True)
+    except UserError:
+        for _ in tensors:
+            pass
+        raise
     aside = aside_of(folder)
     shards = Shards(aside, shapes, dtype, parse_size(max_shard_size))
     for name, tensor in tensors:
@@ -173,31 +178,9 @@ def write_folder(
     try:
         shards.finish()
         companions.write(aside)
-        _put_in_place(aside, folder)
+        put_in_place(aside, folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere"
         ) from None
-
-
-def _put_in_place(aside: Path, folder: Path) -> None:
-    """A folder of --save-hf-interval keeps its models; config.json comes last, so that half a model is not a model."""
-    if not (folder.exists() and (list(folder.glob("iter_*")) or not (folder / "config.json").is_file())):
-        put_in_place(aside, folder)
-        return
-    for path in (folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")):
-        path.unlink(missing_ok=True)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-        path.replace(folder / path.name)
-    aside.rmdir()
-
-
-def check_target(folder: Path, force: bool, filling: bool = False) -> None:
-    """Refuses an existing target before any work is done.
-
-    Args:
-        filling: a folder without config.json, as --save-hf-interval makes it, will do.
-    """
-    if folder.exists() and not force and not (filling and not (folder / "config.json").exists()):
-        raise UserError(f"--save-hf {folder}: exists already; choose another folder, or overwrite it with --force")

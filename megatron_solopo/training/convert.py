@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
-from megatron_solopo.conversion.places import restore
+from megatron_solopo.conversion.places import check_target, restore
 from megatron_solopo.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -114,9 +114,8 @@ def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, 
 
     quiet()
     config = _config(given)
-    target = getattr(given, "save", None) or getattr(given, "save_hf", None)
-    if target is not None:
-        _check_target(Path(target), "--save" if given.command == "hf-to-megatron" else "--save-hf", given.force)
+    if given.command != "verify":
+        _check_target(given)
     here = platform.start(given.device)
     try:
         from megatron_solopo.conversion.start import model_config
@@ -167,13 +166,12 @@ def _config(given: argparse.Namespace) -> Config:
     return config
 
 
-def _check_target(target: Path, option: str, force: bool) -> None:
+def _check_target(given: argparse.Namespace) -> None:
+    option, name = ("--save", given.save) if given.command == "hf-to-megatron" else ("--save-hf", given.save_hf)
+    target = Path(name)
     if os.environ.get("RANK", "0") == "0":
         restore(target)
-    if target.exists() and not force:
-        raise UserError(f"{option} {target}: exists already; choose another folder, or overwrite it with --force")
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise UserError(f"{option} {target}: holds no model, so --force does not overwrite it; choose another folder")
+    check_target(option, target, given.force)
 
 
 def _dtype(name: str) -> Any:

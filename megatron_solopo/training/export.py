@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.manifest import checkpoint_folder
+from megatron_solopo.conversion.places import restore
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error
 from megatron_solopo.training.engine import Engine
@@ -44,5 +45,6 @@ def export_model(engine: Engine, config: Config, iteration: int | None) -> str |
 def delete_earlier_exports(config: Config) -> None:
     """A new run with --force starts without the folders of the run it replaces."""
     if dist.get_rank() == 0 and config.output.save_hf_interval and config.output.force:
+        restore(Path(config.output.save_hf))
         for path in Path(config.output.save_hf).glob("iter_*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.config import Config
-from megatron_solopo.conversion.hf_folder import check_target
+from megatron_solopo.config import Config, flag
 from megatron_solopo.conversion.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
+from megatron_solopo.conversion.places import check_target
 from megatron_solopo.errors import UserError
 
 
@@ -38,7 +38,8 @@ def check_folders(config: Config) -> None:
         find_checkpoint(load, None)
     if output.save_hf and not (output.auto_resume and begun):
         going_on = load is not None and _same_folder(load, save)
-        check_target(Path(output.save_hf), output.force, filling=going_on and output.save_hf_interval > 0)
+        filling = going_on and output.save_hf_interval > 0
+        check_target(flag("save_hf"), Path(output.save_hf), output.force, filling=filling)
 
 
 def find_start(config: Config) -> Path | None:
@@ -64,7 +65,7 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
     output = config.output
     exported = output.save_hf is not None and (Path(output.save_hf) / "config.json").is_file()
     if output.auto_resume and resumed and output.save_hf and not (exported and resumed == steps):
-        check_target(Path(output.save_hf), output.force, filling=True)
+        check_target(flag("save_hf"), Path(output.save_hf), output.force, filling=True)
     return output.auto_resume and resumed == steps and (exported or not output.save_hf)
 
 

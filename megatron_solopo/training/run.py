@@ -65,6 +65,7 @@ def train(here: Any, config: Config) -> None:
     """
     import torch.distributed as dist
 
+    from megatron_solopo.conversion.places import restore
     from megatron_solopo.losses.solopo import needs_reference
     from megatron_solopo.model.transformer_engine import check_machine
     from megatron_solopo.training import engine as engines
@@ -95,6 +96,8 @@ def train(here: Any, config: Config) -> None:
         resumed = before["iteration"]
     if resume.nothing_left(config, resumed, schedule.steps):
         if first:
+            if output.save_hf:
+                restore(Path(output.save_hf))  # an export killed behind its last rename
             print(f"all {schedule.steps} steps are done and saved in {output.save}; nothing is left", file=sys.stderr)
         stop.close()
         return

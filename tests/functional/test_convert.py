@@ -182,6 +182,22 @@ def test_wrong_inputs_are_one_line(home: Home, megatron: Path, tmp_path: Path, n
     assert not (tmp_path / "new").exists() and (tmp_path / "folder" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_link_to_a_folder_stays_a_link(direction: str, home: Home, megatron: Path, tmp_path: Path) -> None:
+    """With --force again and again; the work is done on the disk that the link leads to."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    ways = {
+        "hf-to-megatron": ["--hf-path", home.folder / "hf", "--save"],
+        "megatron-to-hf": ["--load", megatron, "--save-hf"],
+    }
+    for _ in range(3):
+        succeed(direction, *ways[direction], tmp_path / "link", "--force")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").is_file()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
 def test_the_weights_of_another_model_are_refused(home: Home, megatron: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", Qwen2Config(**SHAPE | dict(hidden_size=64)))
     status, _, told = convert("megatron-to-hf", "--load", megatron, "--hf-path", other, "--save-hf", tmp_path / "new")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo import config_load
 from megatron_solopo.cli import run
+from megatron_solopo.conversion.manifest import iterations
 from megatron_solopo.training.run import main
 
 EVERY_STEP = set(
@@ -132,6 +133,21 @@ def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> No
             assert events == [
                 (line["step"], pytest.approx(line[name], rel=1e-6)) for line in home.metrics("sft", split)
             ]
+
+
+def test_an_export_killed_behind_its_last_rename_is_ended(home: Home) -> None:
+    """By the same command, though nothing else is left of it, and by a run that replaces it."""
+    folder, earlier = home.folder / "ended-hf", home.folder / "ended-hf.replaced"
+    flags = ["--train-iters", 3, "--save-hf", folder, "--save-hf-interval", 2, "--auto-resume"]
+    assert run(main, home.argv("runs/ended", *flags)) == 0
+    earlier.mkdir()
+    (folder / "iter_0000002").rename(earlier / "iter_0000002")
+    assert run(main, home.argv("runs/ended", *flags)) == 0
+    assert iterations(folder) == [2] and not earlier.exists()
+    earlier.mkdir()
+    (folder / "iter_0000002").rename(earlier / "iter_0000001")
+    assert run(main, home.argv("runs/replacing", *flags, "--force")) == 0
+    assert iterations(folder) == [2] and not earlier.exists()
 
 
 def test_the_exported_folder_generates_what_was_taught(home: Home, sft: Any) -> None:

@@ -134,6 +134,12 @@ def _existing_export(home: Home) -> dict[str, Any]:
     return {"flags": ["--save-hf", home.folder / "mine"]}
 
 
+def _no_model(home: Home) -> dict[str, Any]:
+    (home.folder / "adapter").mkdir()
+    (home.folder / "adapter" / "adapter_model.safetensors").write_text("mine")
+    return {"flags": ["--save-hf", home.folder / "adapter", "--force"]}
+
+
 def _empty_run(home: Home) -> dict[str, Any]:
     (home.folder / "empty-run").mkdir()
     return {"flags": ["--load", home.folder / "empty-run"]}
@@ -239,6 +245,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     ),
     "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
     "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
+    "export over no model": (_no_model, r"--save-hf \S+/adapter: holds no model, so --force does not overwrite it"),
     "unknown option": (lambda home: {"flags": ["--learning-rat", "1"]}, r"--learning-rat: unknown option"),
     "option without effect": (
         lambda home: {"flags": ["--simpo-gamma", "1"]},
