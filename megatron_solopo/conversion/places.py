@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_solopo.conversion.manifest import is_marked
 from megatron_solopo.errors import UserError
 
 
@@ -54,6 +56,17 @@ def _is_export(path: Path) -> bool:
     return path.name.startswith("iter_") and ((path / "config.json").is_file() or path.name.endswith(".partial"))
 
 
+def folder_of(option: str, text: str) -> Path:
+    """The folder that an option names.
+
+    Raises:
+        UserError: the text is empty, which would be the folder that the command runs in.
+    """
+    if not text:
+        raise UserError(f"{option}: the name of the folder is empty; give one")
+    return Path(text)
+
+
 def check_target(option: str, folder: Path, force: bool, filling: bool = False) -> None:
     """Refuses a folder that cannot be written, or that is not to be replaced, before any work is done.
 
@@ -87,3 +100,33 @@ def _is_mounted(folder: Path) -> bool:
     except OSError:
         mounts = []
     return os.path.ismount(folder) or str(folder).replace(" ", r"\040") in (line.split()[4] for line in mounts)
+
+
+def check_apart(option: str, folder: Path, others: Mapping[str, str | Path | None], run: Path | None = None) -> None:
+    """Refuses a target that would take away what the command reads or writes elsewhere.
+
+    The target may lie inside another folder: runs and models are read by the names they know. Only a checkpoint is
+    marked with all that its folder holds.
+
+    Args:
+        option: the flag that named the target.
+        others: by their flags.
+        run: the folder in which checkpoints are still to come.
+
+    Raises:
+        UserError: naming both.
+    """
+    targets = (folder.resolve(), aside_of(folder), _replaced(folder))
+    current = {"the folder that the command runs in,": Path.cwd()}  # else a shell would stand in a deleted folder
+    for name, other in (others | current).items():
+        # Also where nothing is replaced yet: the next start would find a model around the other one.
+        if other is not None and any(Path(other).resolve().is_relative_to(target) for target in targets):
+            raise UserError(
+                f"{option} {folder}: would take the place of {name} {other}; choose a folder that does not hold it"
+            )
+    runs = (run.resolve(),) if run is not None else ()
+    for place in (targets[0], *targets[0].parents):
+        if place.name.startswith("iter_") and (is_marked(place) or place.parent in runs):
+            raise UserError(
+                f"{option} {folder}: lies in the checkpoint {place}, whose mark it breaks; choose another folder"
+            )

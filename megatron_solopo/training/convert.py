@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
-from megatron_solopo.conversion.places import check_target, restore
+from megatron_solopo.conversion.places import check_apart, check_target, folder_of, restore
 from megatron_solopo.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -115,7 +115,7 @@ def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, 
     quiet()
     config = _config(given)
     if given.command != "verify":
-        _check_target(given)
+        _check_target(given, config)
     here = platform.start(given.device)
     try:
         from megatron_solopo.conversion.start import model_config
@@ -166,9 +166,10 @@ def _config(given: argparse.Namespace) -> Config:
     return config
 
 
-def _check_target(given: argparse.Namespace) -> None:
+def _check_target(given: argparse.Namespace, config: Config) -> None:
     option, name = ("--save", given.save) if given.command == "hf-to-megatron" else ("--save-hf", given.save_hf)
-    target = Path(name)
+    target = folder_of(option, name)
+    check_apart(option, target, {"--load": getattr(given, "load", None), "--hf-path": config.model.hf_path})
     if os.environ.get("RANK", "0") == "0":
         restore(target)
     check_target(option, target, given.force)

@@ -5,10 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.config import Config, flag
+from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.conversion.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
-from megatron_solopo.conversion.places import check_target
+from megatron_solopo.conversion.places import check_apart, check_target, folder_of
 from megatron_solopo.errors import UserError
+
+APART = (
+    "save",
+    "load",
+    "hf_path",
+    "chat_template",
+    "train_data",
+    "valid_data",
+    "reference_cache",
+    "tensorboard_dir",
+    "wandb_save_dir",
+)
+"""Options that name what --save-hf must not replace."""
 
 
 def check_folders(config: Config) -> None:
@@ -36,10 +49,13 @@ def check_folders(config: Config) -> None:
         raise UserError(f"--load {load}: no such folder; leave --load out to start anew")
     if load is not None and output.ckpt_step is None and latest_iteration(load) is None:
         find_checkpoint(load, None)
-    if output.save_hf and not (output.auto_resume and begun):
-        going_on = load is not None and _same_folder(load, save)
-        filling = going_on and output.save_hf_interval > 0
-        check_target(flag("save_hf"), Path(output.save_hf), output.force, filling=filling)
+    if output.save_hf is not None:
+        target = folder_of(flag("save_hf"), output.save_hf)
+        others = {flag(name): getattr(getattr(config, OWNER[name][0]), name) for name in APART}
+        check_apart(flag("save_hf"), target, others, run=save)
+        if not (output.auto_resume and begun):
+            going_on = load is not None and _same_folder(load, save)
+            check_target(flag("save_hf"), target, output.force, filling=going_on and output.save_hf_interval > 0)
 
 
 def find_start(config: Config) -> Path | None:

@@ -124,7 +124,26 @@ WRONG = {
         ["hf-to-megatron", "--hf-path", "{nowhere}", "--save", "{new}"],
         r"--hf-path \S+nowhere: no such folder",
     ),
-    "existing target": (["hf-to-megatron", "--hf-path", "{hf}", "--save", "{hf}"], r"--save \S+/hf: exists already"),
+    "existing target": (
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{megatron}"],
+        r"--save \S+/megatron: exists already; choose another folder, or overwrite it with --force",
+    ),
+    "onto what it reads": (
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{hf}", "--force"],
+        r"--save \S+/hf: would take the place of --hf-path \S+/hf; choose a folder that does not hold it",
+    ),
+    "into the current folder": (
+        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", ".", "--force"],
+        r"--save-hf \.: would take the place of the folder that the command runs in, /\S+; choose",
+    ),
+    "Megatron folder without a name": (
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", ""],
+        r"--save: the name of the folder is empty; give one",
+    ),
+    "folder without a name": (
+        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", "", "--force"],
+        r"--save-hf: the name of the folder is empty; give one",
+    ),
     "no model to overwrite": (
         ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{folder}", "--force"],
         r"holds no model, so --force does not overwrite it",
@@ -180,6 +199,19 @@ def test_wrong_inputs_are_one_line(home: Home, megatron: Path, tmp_path: Path, n
     status, _, told = convert(*(text.format(**places) for text in arguments))
     assert status == 2 and told.count("error: ") == 1 and re.search(answer, told), told
     assert not (tmp_path / "new").exists() and (tmp_path / "folder" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_around_the_one_it_reads_stays(home: Home, tmp_path: Path) -> None:
+    """A Megatron folder inside the model that it was made of is allowed; the way back must not replace both."""
+    out = shutil.copytree(home.folder / "hf", tmp_path / "out")
+    succeed("hf-to-megatron", "--hf-path", out, "--save", out / "megatron")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    status, _, told = convert("megatron-to-hf", "--load", out / "megatron", "--save-hf", out, "--force")
+    assert status == 2 and told.count("\n") == 1, told
+    assert told.startswith(f"error: --save-hf {out}: would take the place of --load {out}/megatron; choose a folder")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    succeed("megatron-to-hf", "--load", out / "megatron", "--save-hf", out / "megatron" / "hf")
+    assert same(out, out / "megatron" / "hf")
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])

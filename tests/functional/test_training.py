@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo import config_load
 from megatron_solopo.cli import run
-from megatron_solopo.conversion.manifest import iterations
+from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.manifest import find_checkpoint, iterations
 from megatron_solopo.training.run import main
 
 EVERY_STEP = set(
@@ -133,6 +134,19 @@ def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> No
             assert events == [
                 (line["step"], pytest.approx(line[name], rel=1e-6)) for line in home.metrics("sft", split)
             ]
+
+
+def test_a_run_folder_may_hold_its_exports(home: Home) -> None:
+    """Its checkpoints stay what was marked, and old ones go by themselves."""
+    save = home.folder / "runs/both"
+    flags = ["--save-hf", save / "hf", "--save-hf-interval", 2, "--save-interval", 2, "--keep-last", 2, "--auto-resume"]
+    for _ in range(2):
+        assert run(main, home.argv("runs/both", *flags)) == 0
+    assert iterations(save) == [4, 5] and iterations(save / "hf") == [2, 4]
+    for step in (4, 5):
+        find_checkpoint(save, step)
+    for folder in (save / "hf", save / "hf/iter_0000002", save / "hf/iter_0000004"):
+        assert TensorReader(folder).names() == TensorReader(home.folder / "hf").names()
 
 
 def test_an_export_killed_behind_its_last_rename_is_ended(home: Home) -> None:

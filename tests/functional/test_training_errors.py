@@ -140,6 +140,11 @@ def _no_model(home: Home) -> dict[str, Any]:
     return {"flags": ["--save-hf", home.folder / "adapter", "--force"]}
 
 
+def _export(name: str) -> Callable[[Home], dict[str, Any]]:
+    """A run in runs/wrong, exported into another folder of the home."""
+    return lambda home: {"flags": ["--save-hf", name and home.folder / name, "--force"]}
+
+
 def _empty_run(home: Home) -> dict[str, Any]:
     (home.folder / "empty-run").mkdir()
     return {"flags": ["--load", home.folder / "empty-run"]}
@@ -246,6 +251,26 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
     "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
     "export over no model": (_no_model, r"--save-hf \S+/adapter: holds no model, so --force does not overwrite it"),
+    "export over the run folder": (
+        _export("runs/wrong"),
+        r"--save-hf \S+/wrong: would take the place of --save \S+/runs/wrong; choose a folder that does not hold it",
+    ),
+    "export around the run folder": (_export("runs"), r"--save-hf \S+/runs: would take the place of --save \S+/wrong;"),
+    "export into a checkpoint": (
+        _export("runs/wrong/iter_0000005/hf"),
+        r"--save-hf \S+/hf: lies in the checkpoint \S+/wrong/iter_0000005, whose mark it breaks; choose another folder",
+    ),
+    "export over the first model": (_export("hf"), r"--save-hf \S+/hf: would take the place of --hf-path \S+/hf;"),
+    "export over the data": (_export("groups.jsonl"), r"--save-hf \S+: would take the place of --train-data \S+;"),
+    "export over boards": (
+        lambda home: {"flags": ["--save-hf", home.folder / "new", "--tensorboard-dir", home.folder / "new/boards"]},
+        r"--save-hf \S+/new: would take the place of --tensorboard-dir \S+/new/boards;",
+    ),
+    "export over the current folder": (
+        lambda home: {"flags": ["--save-hf", ".", "--force"]},
+        r"--save-hf .: would take the place of the folder that the command runs in, /\S+; choose",
+    ),
+    "export without a name": (_export(""), r"--save-hf: the name of the folder is empty; give one"),
     "unknown option": (lambda home: {"flags": ["--learning-rat", "1"]}, r"--learning-rat: unknown option"),
     "option without effect": (
         lambda home: {"flags": ["--simpo-gamma", "1"]},

@@ -12,7 +12,7 @@ import torch
 
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import write_folder
-from megatron_solopo.conversion.places import aside_of, check_target, put_in_place, restore
+from megatron_solopo.conversion.places import aside_of, check_apart, check_target, put_in_place, restore
 from megatron_solopo.errors import UserError
 
 TENSORS = {"weight": torch.arange(6.0)}
@@ -171,3 +171,28 @@ def test_a_mount_point_is_refused_with_a_folder_inside_it(tmp_path: Path, name: 
         pytest.skip("this machine lets no user mount anything")
     wanted = f"--save-hf {name}: is a mount point, which cannot be renamed; give a folder inside it: {name}/model"
     assert done.stderr.splitlines()[-1].endswith(wanted), done.stderr
+
+
+@pytest.mark.parametrize("target", ["out", "out/model", "link", "out/model/megatron.partial/x/..", "new"])
+def test_a_target_never_takes_what_is_read(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model(tmp_path / "out/model/megatron")
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path)
+    others = {"--hf-path": None, "--load": source}
+    if target in ("out", "out/model", "link"):
+        with pytest.raises(UserError, match=f"^--save {target}: would take the place of --load {source}; choose"):
+            check_apart("--save", Path(target), others)
+    else:
+        check_apart("--save", Path(target), others)
+    check_apart("--save", Path("out/model/megatron/hf"), others)
+    for kept in (aside_of(source), source.with_name("megatron.replaced")):  # both are emptied on the way
+        with pytest.raises(UserError, match="would take the place of --load"):
+            check_apart("--save", source, {"--load": kept})
+
+
+@pytest.mark.parametrize("target", [".", "..", "../work"])
+def test_the_current_folder_is_not_replaced(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UserError, match=f"would take the place of the folder that the command runs in, {tmp_path}/wo"):
+        check_apart("--save", Path(target), {})
