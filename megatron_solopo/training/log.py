@@ -73,7 +73,7 @@ class WeightsAndBiases:
 
 
 class RunLog:
-    """Writes on the first process only; every method does nothing elsewhere.
+    """Writes on the first process only; every method does nothing elsewhere. Until `begin` it only says lines.
 
     Args:
         output: ``metrics.jsonl`` grows in its ``save`` folder.
@@ -86,26 +86,32 @@ class RunLog:
     def __init__(
         self, output: OutputConfig, steps: int, first_step: int, active: bool, settings: Mapping[str, Any] | None = None
     ) -> None:
+        self._output, self._settings, self._first_step = output, settings or {}, first_step
         self._active, self._steps, self._interval = active, steps, output.log_interval
         self._bar = self._file = None
         self._boards: list[TensorBoard | WeightsAndBiases] = []
         self.earlier: list[dict[str, Any]] = []
         """What the file held of steps before ``first_step``."""
         self._pending = b""
-        if not active:
+
+    def begin(self) -> None:
+        """Opens the files and takes the lines after ``first_step`` out of them, the metrics' last: once that is done a
+        run that cannot start would have cost them."""
+        if not self._active:
             return
+        output, first_step = self._output, self._first_step
         folder = Path(output.save)
         folder.mkdir(parents=True, exist_ok=True)
+        if output.wandb_project:
+            self._boards.append(WeightsAndBiases(output, self._settings))
+        if output.tensorboard_dir:
+            self._boards.append(TensorBoard(output.tensorboard_dir, first_step))
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)
         self._file = path.open("ab" if first_step else "wb", buffering=0)
-        if output.tensorboard_dir:
-            self._boards.append(TensorBoard(output.tensorboard_dir, first_step))
-        if output.wandb_project:
-            self._boards.append(WeightsAndBiases(output, settings or {}))
         if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=self._steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """A line for a person."""

@@ -107,9 +107,8 @@ def train(here: Any, config: Config) -> None:
     _announce(log, config, hf_config, data, schedule)
     if bias := length_bias(data.train.chosen_rejected_lengths()):
         log.say(f"warning: {bias}")
-    if first:
-        _write_settings(Path(output.save), config)
-        _write_overlong(Path(output.save), data)
+    if source is None:
+        _begin(log, config, data)
 
     reference: dict[str, Any] = {"train": None, "valid": None}
     if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
@@ -128,6 +127,7 @@ def train(here: Any, config: Config) -> None:
         delete_earlier_exports(config)
     else:
         load_checkpoint(source, engine, optimizer, scheduler)
+        _begin(log, config, data)  # not before: a checkpoint that cannot be loaded must not cost the metrics after it
         log.say(f"going on after step {resumed} of {schedule.steps} from {source}")
         if first:
             resume.go_back(config)
@@ -286,6 +286,16 @@ def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule:
     for split, dataset in (("train", train), ("valid", data.valid)):
         for line in dataset.report.lines(config.data.seq_length) if dataset is not None else ():
             log.say(f"{split}: {line}")
+
+
+def _begin(log: Any, config: Config, data: RunData) -> None:
+    """Makes the run folder's files those of this start."""
+    import torch.distributed as dist
+
+    log.begin()
+    if dist.get_rank() == 0:
+        _write_settings(Path(config.output.save), config)
+        _write_overlong(Path(config.output.save), data)
 
 
 def _write_settings(folder: Path, config: Config) -> None:

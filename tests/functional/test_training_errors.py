@@ -296,7 +296,10 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         _resume("rate", "--lr", 2e-3),
         r"--load: the checkpoint's run has lr 0.001, this one 0.002",
     ),
-    "resume with another model": (_resume("model", hf="wide"), r"iter_0000005 cannot be read"),
+    "resume with another model": (
+        _resume("model", "--preference-loss", "simpo", hf="wide"),
+        r"iter_0000005 cannot be read",
+    ),
     "checkpoint cut": (
         _resume("cut", damage=_torn_checkpoint),
         r"iter_0000005 cannot be used: __0_0.distcp has [\d,]+ bytes, [\d,]+ were written; no earlier",
