@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from megatron_solopo.config import LOSSES_WITH_REFERENCE, Config, flag
 from megatron_solopo.errors import UserError
@@ -238,6 +239,11 @@ def _check_training(config: Config) -> None:
 
 def _check_output(config: Config) -> None:
     output = config.output
+    if Path(output.save).resolve() == Path(config.model.hf_path).resolve():
+        raise UserError(
+            f"--save {output.save}: is --hf-path too, and a checkpoint there would pass for the weights to start from; "
+            "choose another folder"
+        )
     if output.auto_resume and output.load:
         raise UserError(
             "--auto-resume goes on from --save, --load from another place: give one of them"

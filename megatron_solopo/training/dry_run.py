@@ -20,8 +20,15 @@ from megatron_solopo.parallel.topology import (
     world_size,
 )
 from megatron_solopo.training.preparation import check_model, check_vocabulary, load_data, run_schedule
-from megatron_solopo.training.reference import cache_folder
-from megatron_solopo.training.resume import check_folders, find_start, read_progress
+from megatron_solopo.training.reference import cache_folder, starting_weights
+from megatron_solopo.training.resume import (
+    check_folders,
+    check_same_run,
+    find_start,
+    nothing_left,
+    progress_of,
+    read_progress,
+)
 
 
 def describe(config: Config) -> str:
@@ -38,6 +45,13 @@ def describe(config: Config) -> str:
     output = config.output
     source = find_start(config)
     schedule = run_schedule(config, data)
+    done = 0
+    if source is not None:
+        before = read_progress(source)
+        weights = starting_weights(config) if needs_reference(config.method) else None
+        check_same_run(before, progress_of(schedule, data, config, weights), config)
+        done = before["iteration"]
+    all_done = nothing_left(config, done, schedule.steps)
     processes = world_size()
     window = attention_window(hf_config)
     counts = parameter_count(hf_config)
@@ -70,7 +84,8 @@ def describe(config: Config) -> str:
         "# steps",
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "
         f"({schedule.total / schedule.examples:.2f} epochs)",
-        *([f"goes on after step {read_progress(source)['iteration']}, from {source}"] if source else []),
+        *([f"goes on after step {done}, from {source}"] if source and not all_done else []),
+        *([f"all are done and saved in {output.save}; nothing is left"] if all_done else []),
         "",
         "# files",
         f"{output.save}/metrics.jsonl, config.yaml, versions.yaml",

@@ -41,14 +41,23 @@ PARTIAL = ".partial.safetensors"
 SECONDS_BETWEEN_SAVES = 30.0
 
 
-def cache_key(config: Config, dataset: TokenDataset) -> str:
-    """16 hex digits over everything the log-probs depend on."""
+def starting_weights(config: Config) -> str:
+    """A text that changes with the weights the run starts from, which are the reference; reads all of them."""
+    if config.model.random_init:
+        return f"drawn by name, seed {config.training.seed}, config {_config_digest(config)}"
+    return weights_fingerprint(config.model.hf_path)
+
+
+def _config_digest(config: Config) -> str:
+    return hashlib.sha256((Path(config.model.hf_path) / "config.json").read_bytes()).hexdigest()
+
+
+def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
+    """16 hex digits over everything the log-probs depend on; ``weights`` are `starting_weights`."""
     facts = {
         "format": FORMAT,
-        "weights": f"drawn by name, seed {config.training.seed}"
-        if config.model.random_init
-        else weights_fingerprint(config.model.hf_path),
-        "config": hashlib.sha256((Path(config.model.hf_path) / "config.json").read_bytes()).hexdigest(),
+        "weights": weights,
+        "config": _config_digest(config),
         "tokens": dataset.fingerprint,
         "roles": reference_roles(config.method),
         "dtype": "bfloat16" if config.model.bf16 else "float32",
@@ -72,6 +81,7 @@ def reference_log_probs(
     engine: Engine,
     dataset: TokenDataset,
     config: Config,
+    weights: str,
     say: Callable[[str], None] = lambda text: None,
     heard: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
@@ -81,6 +91,7 @@ def reference_log_probs(
 
     Args:
         dataset: the examples with the roles of `reference_roles`.
+        weights: see `starting_weights`.
         say: told in a line what is done.
         heard: whether any process should stop, asked between batches; see `StopRequests.heard`.
 
@@ -92,8 +103,8 @@ def reference_log_probs(
     """
     names = reference_roles(config.method)
     shape = (len(dataset.groups), len(names))
-    path = _shared(lambda: cache_folder(config) / f"{cache_key(config, dataset)}.safetensors")
-    table, done = _shared(lambda: _read_all(path, shape))
+    path = shared(lambda: cache_folder(config) / f"{cache_key(config, dataset, weights)}.safetensors")
+    table, done = shared(lambda: _read_all(path, shape))
     if not done.all():
         say(
             f"reference log-probs of {shape[0]} examples"
@@ -115,8 +126,9 @@ def reference_log_probs(
     return table
 
 
-def _shared(make: Callable[[], Any]) -> Any:
-    """What the first process makes (it alone reads files), on every process; the others wait without a time limit."""
+def shared(make: Callable[[], Any]) -> Any:
+    """What the first process makes (it alone reads files), on every process; the others wait without a time limit.
+    Collective."""
     made: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

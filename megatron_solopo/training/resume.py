@@ -9,6 +9,10 @@ from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.conversion.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
 from megatron_solopo.conversion.places import check_apart, check_target, folder_of
 from megatron_solopo.errors import UserError
+from megatron_solopo.training.preparation import RunData
+
+REFERENCE_WEIGHTS = "reference_weights"
+"""Of `progress_of`."""
 
 APART = (
     "save",
@@ -91,8 +95,31 @@ def read_progress(source: Path) -> dict[str, Any]:
     return document["progress"] | {"iteration": document["iteration"]}
 
 
-def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on as another run: other examples, another order or another schedule.
+KEPT_LATER = ("adam_beta1", "adam_beta2", "adam_eps")
+"""Of `progress_of`; checkpoints of earlier versions do not know them, and are gone on from without comparison."""
+
+
+def progress_of(schedule: Any, data: RunData, config: Config, weights: str | None) -> dict[str, Any]:
+    """What fixes model, reference, order of the examples and each step of the optimizer; kept in every checkpoint.
+
+    Args:
+        weights: those of the reference, see `starting_weights`; None for a loss without one.
+    """
+    training = config.training
+    names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
+    return {
+        "tokens": data.train.fingerprint,
+        "steps": schedule.steps,
+        "shuffle": config.data.shuffle,
+        "rope_scaling": config.model.rope_scaling,
+        "add_special_tokens": config.model.add_special_tokens,
+        **{name: getattr(training, name) for name in names + KEPT_LATER},
+        REFERENCE_WEIGHTS: weights,
+    }
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    """Refuses to go on as another run: other examples, another order, another schedule or another reference.
 
     Raises:
         UserError: naming what differs.
@@ -103,11 +130,18 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
             "give the same --train-data, or start anew"
         )
     for name, value in now.items():
-        if before.get(name) != value:
+        unknown = name in KEPT_LATER and name not in before
+        if name != REFERENCE_WEIGHTS and not unknown and before.get(name) != value:
             raise UserError(
                 f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; "
                 "give the same as before, or start anew"
             )
+    started, weights = before.get(REFERENCE_WEIGHTS), now[REFERENCE_WEIGHTS]
+    if None not in (started, weights) and started != weights:
+        raise UserError(
+            f"--hf-path {config.model.hf_path}: holds other weights than the run started from, and those are the "
+            f"reference of {config.method.preference_loss}; give that folder as it was then, or start anew"
+        )
 
 
 def go_back(config: Config) -> None:

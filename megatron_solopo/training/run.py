@@ -75,7 +75,7 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.training.export import delete_earlier_exports, export_model
     from megatron_solopo.training.health import Watch, length_bias
     from megatron_solopo.training.log import RunLog
-    from megatron_solopo.training.reference import reference_log_probs
+    from megatron_solopo.training.reference import reference_log_probs, shared, starting_weights
 
     first = dist.get_rank() == 0
     training, output = config.training, config.output
@@ -87,12 +87,13 @@ def train(here: Any, config: Config) -> None:
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     schedule = run_schedule(config, data)
-    progress = _progress(schedule, data, config)
+    weights = shared(lambda: starting_weights(config)) if needs_reference(config.method) else None
+    progress = resume.progress_of(schedule, data, config, weights)
     resumed = 0
     source = resume.find_start(config)
     if source is not None:
         before = resume.read_progress(source)
-        resume.check_same_run(before, progress)
+        resume.check_same_run(before, progress, config)
         resumed = before["iteration"]
     if resume.nothing_left(config, resumed, schedule.steps):
         if first:
@@ -111,9 +112,9 @@ def train(here: Any, config: Config) -> None:
         _begin(log, config, data)
 
     reference: dict[str, Any] = {"train": None, "valid": None}
-    if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
+    if weights is not None:  # before a checkpoint moves the weights away from the reference
         for split, dataset in data.reference.items():
-            reference[split] = reference_log_probs(engine, dataset, config, log.say, stop.heard)
+            reference[split] = reference_log_probs(engine, dataset, config, weights, log.say, stop.heard)
             if reference[split] is None:
                 reason = stop.agreed(here.device)
                 stopped = f"stopped by {reason} before the first step"
@@ -257,20 +258,6 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
                 totals[name] = totals.get(name, 0.0) + value
     engine.train()
     return {name: value / len(dataset.groups) for name, value in totals.items()}
-
-
-def _progress(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
-    """What fixes the model, the order of the examples and the learning rate of each step; kept in every checkpoint."""
-    training = config.training
-    names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
-    return {
-        "tokens": data.train.fingerprint,
-        "steps": schedule.steps,
-        "shuffle": config.data.shuffle,
-        "rope_scaling": config.model.rope_scaling,
-        "add_special_tokens": config.model.add_special_tokens,
-        **{name: getattr(training, name) for name in names},
-    }
 
 
 def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:

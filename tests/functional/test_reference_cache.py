@@ -105,7 +105,8 @@ built = engine.build_engine(here, run.check_model(config), config)
 platform.wait_for_all("engine")
 dist = platform.dist
 dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.parallel.distributed_timeout_minutes), dist.group.WORLD)
-reference.reference_log_probs(built, data.reference["train"], config)
+weights = reference.starting_weights(config)
+reference.reference_log_probs(built, data.reference["train"], config, weights)
 platform.stop(here)
 """
 

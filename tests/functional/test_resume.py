@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,48 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_run_folder_as_it_was(
     flags = ["--preference-loss", "simpo", "--tensorboard-dir", board]
     assert "cannot be read" in error_of(capfd, go_on(home, "kept", *flags, hf="wide"))
     assert contents(folder) == before and not board.exists()
+
+
+@pytest.fixture(scope="module")
+def dpo(home: Home) -> Path:
+    """The same with a reference, exported."""
+    assert run(main, home.argv("runs/dpo", "--save-interval", 2, "--save-hf", home.folder / "dpo-hf")) == 0
+    return home.folder / "runs/dpo"
+
+
+def drop_progress(folder: Path, *names: str) -> None:
+    """Checkpoints as earlier versions wrote them; a manifest is not among the files it names."""
+    for path in folder.glob("iter_*/manifest.json"):
+        document = json.loads(path.read_text())
+        for name in names:
+            del document["progress"][name]
+        path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_reference_of_other_weights_is_refused(
+    home: Home, dpo: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
+) -> None:
+    """The folder that --save-hf wrote, for one, which fits in every other way."""
+    shutil.copytree(dpo, home.folder / "runs/other", dirs_exist_ok=True)
+    error = error_of(capfd, go_on(home, "other", *dry, hf="dpo-hf"))
+    assert error == (
+        f"error: --hf-path {home.folder}/dpo-hf: holds other weights than the run started from, and those are the "
+        "reference of dpo; give that folder as it was then, or start anew"
+    )
+    assert run(main, go_on(home, "other", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0  # no reference
+
+
+def test_checkpoints_that_do_not_know_are_gone_on_from(home: Home, dpo: Path) -> None:
+    folder = Path(shutil.copytree(dpo, home.folder / "runs/older"))
+    drop_progress(folder, "reference_weights", "adam_beta1", "adam_beta2", "adam_eps")
+    assert run(main, go_on(home, "older")) == 0
+    assert [line["step"] for line in home.metrics("runs/older")] == [1, 2, 3, 4, 5]
+    assert "reference_weights" in (folder / "iter_0000005/manifest.json").read_text()
+
+
+def test_a_dry_run_says_where_a_run_goes_on(home: Home, dpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, go_on(home, "dpo", "--dry-run")) == 0
+    assert f"goes on after step 2, from {dpo}/iter_0000002\n" in capsys.readouterr().out
+    assert run(main, home.argv("runs/dpo", "--auto-resume", "--dry-run")) == 0
+    assert f"all are done and saved in {dpo}; nothing is left\n" in capsys.readouterr().out

@@ -241,6 +241,10 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         r"--save \S+: holds checkpoints of an earlier run; .*--load",
     ),
     "run folder is a file": (_occupied, r"--save \S+/file: is not a folder"),
+    "run folder is the model": (
+        lambda home: {"save": "hf"},
+        r"--save \S+/hf: is --hf-path too, .*; choose another folder",
+    ),
     "two runs in one folder": (
         lambda home: {
             "save": "runs/dpo",
@@ -296,7 +300,11 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         _resume("rate", "--lr", 2e-3),
         r"--load: the checkpoint's run has lr 0.001, this one 0.002",
     ),
-    "resume with another model": (
+    "resume with another Adam": (
+        _resume("adam", "--adam-beta2", 0.5),
+        r"--load: the checkpoint's run has adam_beta2 0.95, this one 0.5; give the same as before, or start anew",
+    ),
+    "checkpoint of another model": (
         _resume("model", "--preference-loss", "simpo", hf="wide"),
         r"iter_0000005 cannot be read",
     ),
@@ -337,8 +345,8 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         r"iter_0000005 cannot be used: the folder is missing",
     ),
 }
-ONLY_IN_A_RUN = ("tensor missing", "tensor left over", "tensor of another shape", "resume", "checkpoint")
-"""Weights and checkpoints are not read by a dry run."""
+ONLY_IN_A_RUN = ("tensor missing", "tensor left over", "tensor of another shape", "checkpoint")
+"""Weights and checkpoints are not read by a dry run, but for what a checkpoint says of its run."""
 
 
 @pytest.fixture(scope="module")

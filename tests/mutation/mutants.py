@@ -368,7 +368,7 @@ MUTANTS: list[Mutant] = [
         ("one reference for all scalings", "if config.model.rope_scaling is not None:", "if False:"),
     ),
     *within(
-        "training/run.py",
+        "training/resume.py",
         LONGER,
         ("resumed with another scaling", '"rope_scaling": config.model.rope_scaling,', ""),
     ),

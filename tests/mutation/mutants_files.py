@@ -104,7 +104,7 @@ CONVERSION = [
         ("unused rows in the mean", "known = matrix[: self.known]", "known = matrix"),
     ),
     *within(
-        "training/run.py",
+        "training/resume.py",
         NEW_TOKENS,
         ("resumed with other tokens", '"add_special_tokens": config.model.add_special_tokens,', ""),
     ),
