@@ -61,7 +61,7 @@ def latest_iteration(folder: str | Path) -> int | None:
 
 def write_latest(folder: Path, iteration: int) -> None:
     """Names an iteration as the last complete one; atomic."""
-    _write(folder / LATEST, f"{iteration}\n")
+    write_whole(folder / LATEST, f"{iteration}\n")
 
 
 def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progress: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progres
             path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(_files(folder))
         },
     }
-    _write(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
+    write_whole(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
 def is_marked(folder: Path) -> bool:
@@ -183,7 +183,7 @@ def _digest(path: Path) -> str:
         return digest.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Aside, to the disk, then renamed: a reader sees the old content or the new, whatever happens."""
     aside = path.with_name(path.name + ".partial")
     with aside.open("w", encoding="utf-8") as file:

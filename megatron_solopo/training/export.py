@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,19 +13,36 @@ from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.conversion.places import restore
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.platform import first_error
+from megatron_solopo.parallel.platform import first_error, on_first
+from megatron_solopo.training import resume
 from megatron_solopo.training.engine import Engine
 
 
-def export_model(engine: Engine, config: Config, iteration: int | None) -> str | None:
-    """Writes the model as it is now; collective. Returns on every process what the first could not do.
+def export_model(engine: Engine, config: Config, step: int) -> str | None:
+    """Writes the model as it is now to a folder inside --save-hf; collective. Returns on every process what the first
+    could not do."""
+    return _save(engine, config, checkpoint_folder(config.output.save_hf, step))
 
-    Args:
-        iteration: of a folder inside --save-hf, or None for --save-hf itself.
-    """
-    target = Path(config.output.save_hf)
-    if iteration is not None:
-        target = checkpoint_folder(target, iteration)
+
+def export_last_model(engine: Engine, config: Config, steps: int) -> str | None:
+    """Writes the model after the last step to --save-hf itself; otherwise as `export_model`."""
+    return (
+        _noting(lambda: resume.begin_export(config, steps))
+        or _save(engine, config, Path(config.output.save_hf))
+        or _noting(lambda: resume.export_is_complete(config, steps))
+    )
+
+
+def _noting(work: Callable[[], None]) -> str | None:
+    """Notes something in the run folder, by the first process; collective."""
+    try:
+        error = on_first(work)
+    except UserError as refused:
+        return first_error(str(refused))
+    return first_error(error and f"--save: {resume.EXPORT} cannot be written there ({error})")
+
+
+def _save(engine: Engine, config: Config, target: Path) -> str | None:
     engine.gather_parameters()
     try:
         save_folder(
@@ -32,7 +50,7 @@ def export_model(engine: Engine, config: Config, iteration: int | None) -> str |
             engine.hf_config,
             config.model.hf_path,
             target,
-            force=config.output.force or iteration is not None,  # a killed run may have written this one already
+            force=True,  # a folder of an earlier start of this run, or what `begin_export` let pass
             chat_template=config.model.chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
             added_tokens=config.model.add_special_tokens,
@@ -43,8 +61,10 @@ def export_model(engine: Engine, config: Config, iteration: int | None) -> str |
 
 
 def delete_earlier_exports(config: Config) -> None:
-    """A new run with --force starts without the folders of the run it replaces."""
-    if dist.get_rank() == 0 and config.output.save_hf_interval and config.output.force:
-        restore(Path(config.output.save_hf))
-        for path in Path(config.output.save_hf).glob("iter_*"):
-            shutil.rmtree(path, ignore_errors=True)
+    """A new run starts without what the run it replaces noted, and with --force without its folders."""
+    if dist.get_rank() == 0:
+        resume.forget_export(config)
+        if config.output.save_hf_interval and config.output.force:
+            restore(Path(config.output.save_hf))
+            for path in Path(config.output.save_hf).glob("iter_*"):
+                shutil.rmtree(path, ignore_errors=True)

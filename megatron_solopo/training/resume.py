@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from megatron_solopo.config import OWNER, Config, flag
-from megatron_solopo.conversion.manifest import find_checkpoint, latest_iteration, read_manifest, write_latest
+from megatron_solopo.conversion.manifest import (
+    find_checkpoint,
+    latest_iteration,
+    read_manifest,
+    write_latest,
+    write_whole,
+)
 from megatron_solopo.conversion.places import check_apart, check_target, folder_of
 from megatron_solopo.errors import UserError
 from megatron_solopo.training.preparation import RunData
+
+EXPORT = "export.json"
+"""Of a run folder: what --save-hf holds, or is about to hold."""
 
 REFERENCE_WEIGHTS = "reference_weights"
 """Of `progress_of`."""
@@ -83,10 +93,51 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
         UserError: --save-hf is a model, but not of this run.
     """
     output = config.output
-    exported = output.save_hf is not None and (Path(output.save_hf) / "config.json").is_file()
-    if output.auto_resume and resumed and output.save_hf and not (exported and resumed == steps):
-        check_target(flag("save_hf"), Path(output.save_hf), output.force, filling=True)
-    return output.auto_resume and resumed == steps and (exported or not output.save_hf)
+    if not (output.auto_resume and resumed):
+        return False
+    if not output.save_hf:
+        return resumed == steps
+    state = _noted_export(config)
+    exported = state == _noted(config, steps, complete=True) and (Path(output.save_hf) / "config.json").is_file()
+    if exported and resumed == steps:
+        return True
+    check_target(flag("save_hf"), Path(output.save_hf), output.force or state is not None, filling=True)
+    return False
+
+
+def begin_export(config: Config, steps: int) -> None:
+    """Notes in the run folder that --save-hf is about to be this run's model, so that a start after a kill knows whose
+    model it finds there: an older one is no reason to stop, and its own is no older one.
+
+    Raises:
+        UserError: it is another's model.
+    """
+    own = _noted_export(config) is not None
+    check_target(flag("save_hf"), Path(config.output.save_hf), config.output.force or own, filling=True)
+    write_whole(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=False)) + "\n")
+
+
+def export_is_complete(config: Config, steps: int) -> None:
+    """Notes that --save-hf is the model of the run's last step."""
+    write_whole(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=True)) + "\n")
+
+
+def forget_export(config: Config) -> None:
+    """What was exported is not the model that this start will make."""
+    (Path(config.output.save) / EXPORT).unlink(missing_ok=True)
+
+
+def _noted(config: Config, steps: int, complete: bool) -> dict[str, Any]:
+    return {"save_hf": str(Path(config.output.save_hf).resolve()), "step": steps, "complete": complete}
+
+
+def _noted_export(config: Config) -> dict[str, Any] | None:
+    """What is noted of --save-hf; None: nothing, or another folder."""
+    try:
+        note = json.loads((Path(config.output.save) / EXPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if note.get("save_hf") == _noted(config, 0, complete=False)["save_hf"] else None
 
 
 def read_progress(source: Path) -> dict[str, Any]:
@@ -145,9 +196,10 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
 
 
 def go_back(config: Config) -> None:
-    """After --ckpt-step in the same folder that iteration is the latest; later ones are written again."""
+    """After --ckpt-step in the same folder that iteration is the latest; what came later is written again."""
     output = config.output
     if output.ckpt_step is not None and _same_folder(output.load, output.save):
+        forget_export(config)
         write_latest(Path(output.save), output.ckpt_step)
 
 

@@ -72,7 +72,7 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.training import resume
     from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
     from megatron_solopo.training.exits import StopRequests, tell_launcher
-    from megatron_solopo.training.export import delete_earlier_exports, export_model
+    from megatron_solopo.training.export import delete_earlier_exports, export_last_model, export_model
     from megatron_solopo.training.health import Watch, length_bias
     from megatron_solopo.training.log import RunLog
     from megatron_solopo.training.reference import reference_log_probs, shared, starting_weights
@@ -166,7 +166,7 @@ def train(here: Any, config: Config) -> None:
     if stopped and not checkpoints.unsaved:
         log.say(f"{stopped}; " + (f"saved in {output.save}" if done else "nothing was done yet"))
         tell_launcher(stopped)
-    unfinished = export_model(engine, config, None) if output.save_hf and not stopped else None
+    unfinished = export_last_model(engine, config, done) if output.save_hf and not stopped else None
     if output.save_hf and not (stopped or unfinished):
         log.say(f"Hugging Face folder: {output.save_hf}")
     stop.close()

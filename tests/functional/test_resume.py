@@ -103,3 +103,64 @@ def test_a_dry_run_says_where_a_run_goes_on(home: Home, dpo: Path, capsys: pytes
     assert f"goes on after step 2, from {dpo}/iter_0000002\n" in capsys.readouterr().out
     assert run(main, home.argv("runs/dpo", "--auto-resume", "--dry-run")) == 0
     assert f"all are done and saved in {dpo}; nothing is left\n" in capsys.readouterr().out
+
+
+def exporting(home: Home, name: str, *flags: Any) -> list[str]:
+    target = home.folder / f"{name}-hf"
+    return home.argv(f"runs/{name}", "--preference-loss", "simpo", "--auto-resume", "--save-hf", target, *flags)
+
+
+def killed(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["before", "within", "behind"])
+def test_a_run_killed_at_its_export_still_exports_over_an_older_model(
+    home: Home, simpo: Path, moment: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, in, and right behind the export of the model; the same command then does what is left, once."""
+    name = f"export-{moment}"
+    older = Path(shutil.copytree(home.folder / "hf", home.folder / f"{name}-hf")) / "model.safetensors"
+    first = older.read_bytes()
+    place = {
+        "before": "export.export_last_model",
+        "within": "export.save_folder",
+        "behind": "resume.export_is_complete",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(f"megatron_solopo.training.{place[moment]}", killed)
+        assert run(main, exporting(home, name, "--force")) == 130
+    assert (older.read_bytes() == first) == (moment != "behind")
+    assert run(main, exporting(home, name, "--force")) == 0
+    exported = older.read_bytes()
+    assert exported != first and "nothing is left" not in capfd.readouterr().err
+    assert run(main, exporting(home, name, "--force")) == 0
+    assert "nothing is left" in capfd.readouterr().err and older.read_bytes() == exported
+
+
+def test_a_model_that_the_run_did_not_export_is_never_taken_for_its_own(
+    home: Home, simpo: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(simpo, home.folder / "runs/foreign")
+    shutil.copytree(home.folder / "hf", home.folder / "foreign-hf")
+    assert "foreign-hf: exists already" in error_of(capfd, exporting(home, "foreign"))
+    # Its own, where it was killed between the export and the note of it, needs no --force.
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_solopo.training.resume.export_is_complete", killed)
+        assert run(main, exporting(home, "own")) == 130
+    assert (home.folder / "own-hf/config.json").is_file()
+    assert run(main, exporting(home, "own")) == run(main, exporting(home, "own")) == 0
+    assert "nothing is left" in capfd.readouterr().err
+
+
+def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(main, exporting(home, "back", "--save-interval", 2)) == 0
+    weights = home.folder / "back-hf/model.safetensors"
+    first = weights.read_bytes()
+    flags = ["--save-interval", 2, "--beta", 4, "--force"]
+    back = [flag for flag in exporting(home, "back", *flags) if flag != "--auto-resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_solopo.training.export.export_last_model", killed)
+        assert run(main, [*back, "--load", str(home.folder / "runs/back"), "--ckpt-step", "2"]) == 130
+    assert run(main, exporting(home, "back", *flags)) == 0
+    assert weights.read_bytes() != first
