@@ -11,8 +11,10 @@ slow process delays the others and never times them out. Only where experts are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +121,7 @@ def reference_log_probs(
                 say(f"warning: {problem}; the run goes on, the next one computes them again")
             else:
                 for partial in _partial_files(path):
-                    partial.unlink()
+                    partial.unlink(missing_ok=True)  # another run may fill the same file
     elif shape[0]:
         _check(engine, dataset, config, names, path, table)
     wait_for_all("reference")
@@ -232,14 +234,15 @@ def _partial_files(path: Path) -> list[Path]:
 
 def _write(path: Path, table: Tensor, done: Tensor) -> str | None:
     """Writes a file in one piece or leaves the old one; returns what went wrong."""
-    aside = path.with_name(path.name + ".aside")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.aside")  # of this writer: several runs share a cache
     tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, metadata={"sha256": _checksum(tensors)})
         aside.replace(path)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what failed may be the folder
+            aside.unlink()
         return f"{path} cannot be written ({system_reason(error)})"
     return None
 

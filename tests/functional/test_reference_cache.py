@@ -78,6 +78,35 @@ def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.C
     assert not list((home.folder / "foreign" / "run").glob("iter_*"))
 
 
+def test_two_runs_that_fill_one_cache_do_not_stop_each_other(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The other one writes the same file while this one does, and deletes the partial files that this one found."""
+    from megatron_solopo.training import reference
+
+    save, found = reference.save_file, []
+
+    def beside_another(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save(tensors, path, metadata=metadata)
+        found.append(path)
+        if len(found) == 1:
+            assert reference._write(home.folder / "both" / cache(home).name, *tensors.values()) is None
+
+    monkeypatch.setattr(reference, "save_file", beside_another)
+    monkeypatch.setattr(reference, "_partial_files", lambda path: [path.with_name(f"{path.stem}.7{reference.PARTIAL}")])
+    assert again(home, "both") == 0
+    assert len(found) == 2 and "warning" not in capfd.readouterr().err
+    assert [path.name for path in (home.folder / "both").glob("*safetensors*")] == [cache(home).name]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--train-iters", 1, "--reference-cache", home.folder / "groups.jsonl" / "cache"]
+    assert run(main, home.argv("below-a-file/run", *flags)) == 0
+    assert re.search(
+        r"^warning: \S+ cannot be written \(Not a directory\); the run goes on, ", capfd.readouterr().err, re.M
+    )
+
+
 SLOW = """
 import sys, time
 from datetime import timedelta
