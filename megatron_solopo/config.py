@@ -247,8 +247,9 @@ class TrainingConfig:
     micro_batch_size: int = option(8, "most examples packed into one forward pass of a process", minimum=1)
     max_tokens_per_rank: int | None = option(
         None,
-        "most tokens of a forward pass that one process computes (a pack holds --context-parallel-size times as many); "
-        "default: no limit beyond --micro-batch-size",
+        "examples are packed together up to so many tokens of a process (a pack holds --context-parallel-size times as "
+        "many); an example, with both contexts and all responses, is never split: a larger one is a pack of its own, "
+        "which the start tells; default: no limit beyond --micro-batch-size",
         minimum=1,
     )
     lr: float = option(1e-6, "peak learning rate", minimum=0)

@@ -6,6 +6,7 @@ import yaml
 
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
+from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.model.families.fields import attention_window
@@ -58,6 +59,11 @@ def describe(config: Config) -> str:
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     tokens = sum(group.tokens(config.data.share_prompts) for group in data.train.groups)
     separate = sum(group.separate_tokens() for group in data.train.groups)
+    crowded = [
+        (split, above_the_token_limit(dataset.groups, config))
+        for split, dataset in (("train", data.train), ("valid", data.valid))
+        if dataset is not None
+    ]
     lines = [
         "# resolved configuration",
         yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
@@ -78,6 +84,7 @@ def describe(config: Config) -> str:
         f"longest {max(group.longest for group in data.train.groups):,}, dropped {len(data.train.dropped)}, "
         f"cut {len(data.train.report.cut)}",
         *([f"valid: {len(data.valid.groups):,} examples, dropped {len(data.valid.dropped)}"] if data.valid else []),
+        *(f"warning: {split}: {above}" for split, above in crowded if above),
         f"scored responses: {', '.join(roles(config.method))}"
         + (f"; by the reference: {', '.join(reference_roles(config.method))}" if data.reference else ""),
         "",

@@ -225,6 +225,15 @@ def gradients_are_finite(engine: Engine) -> bool:
     return not bad.item()
 
 
+def weights_not_finite(engine: Engine) -> int:
+    """How many numbers of the weights are not finite, on all processes together; collective."""
+    engine.gather_parameters()
+    parameters = [parameter.detach() for model in engine.models for parameter in model.parameters()]
+    count = torch.stack([(~torch.isfinite(parameter)).sum() for parameter in parameters]).sum()
+    dist.all_reduce(count)
+    return int(count.item())
+
+
 def data_parallel() -> tuple[int, int]:
     """(rank, size) among the processes that hold different examples."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -54,7 +54,7 @@ class Watch:
             if self.skipped_in_a_row == MOST_SKIPPED:
                 raise UserError(
                     f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; "
-                    "the last checkpoint is kept: go on from it with a lower --lr"
+                    "the last checkpoint is kept: look at the examples, or start a new run with a lower --lr"
                 )
             return {}
         self.skipped_in_a_row = 0

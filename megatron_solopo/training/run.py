@@ -135,6 +135,7 @@ def train(here: Any, config: Config) -> None:
     here_saved = resumed if source is not None and source.parent.resolve() == Path(output.save).resolve() else 0
     checkpoints = Checkpoints(config, engine, optimizer, scheduler, here_saved, progress)
 
+    broken = engines.weights_not_finite(engine)  # a model may come with some, in rows that no token uses
     watch = Watch(training.spike_factor)
     watch.replay(log.earlier)
     engine.train()
@@ -148,19 +149,28 @@ def train(here: Any, config: Config) -> None:
         checkpoints.poll()
         if data.valid is not None and (last or _is_due(done, training.eval_interval)):
             log.step({"step": done, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
-        if _is_due(done, output.save_interval) and not last:
+        saves, exports = (not last and _is_due(done, n) for n in (output.save_interval, output.save_hf_interval))
+        if saves or exports:
+            _check_weights(engine, broken, done, checkpoints)
+        if saves:
             checkpoints.save(done)
         if checkpoints.unsaved not in (None, lost):
             log.say(f"warning: {checkpoints.unsaved}; training goes on")
-        if _is_due(done, output.save_hf_interval) and not last:
+        if exports:
             error = export_model(engine, config, done)
             log.say(f"warning: {error}" if error else f"Hugging Face folder of step {done} in {output.save_hf}")
         reason = stop.agreed(here.device) if not last else None
     if done:
+        _check_weights(engine, broken, done, checkpoints)
         checkpoints.save(done)
         checkpoints.finish()
     if watch.skipped:
         log.say(f"skipped {watch.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
+    if watch.skipped_in_a_row:
+        log.say(
+            f"warning: every step after step {done - watch.skipped_in_a_row} was skipped: the model is still that of "
+            f"step {done - watch.skipped_in_a_row}; look at their examples, or start a new run with a lower --lr"
+        )
     log.close()
     stopped = f"stopped by {reason} after step {done} of {schedule.steps}" if reason else None
     if stopped and not checkpoints.unsaved:
@@ -174,6 +184,23 @@ def train(here: Any, config: Config) -> None:
     problems = [text for text in (stopped, checkpoints.unsaved, unfinished) if text]
     if checkpoints.unsaved or unfinished:
         raise UserError("; ".join(problems))
+
+
+def _check_weights(engine: Any, broken: int, step: int, checkpoints: Any) -> None:
+    """Refuses to save weights that training broke: a checkpoint is to be gone on from. Collective.
+
+    Args:
+        broken: numbers that were not finite when this start began.
+    """
+    from megatron_solopo.training.engine import weights_not_finite
+
+    found = weights_not_finite(engine) - broken
+    if found > 0:
+        checkpoints.finish()
+        raise UserError(
+            f"step {step}: {found:,} numbers of the weights are not finite any more; they are not saved, and earlier "
+            "checkpoints are kept: start a new run with a lower --lr or a larger --adam-eps"
+        )
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -211,7 +238,7 @@ def train_step(
     return {
         "step": step + 1,
         "split": "train",
-        "epoch": round((step + 1) * schedule.global_batch_size / schedule.examples, 4),
+        "epoch": round(min((step + 1) * schedule.global_batch_size, schedule.total) / schedule.examples, 4),
         **means,
         "grad_norm": float(grad_norm),
         "lr": optimizer.param_groups[0]["lr"],
@@ -243,9 +270,10 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
     """Means of the loss and its metrics over all validation examples."""
     import torch
 
-    from megatron_solopo.training.step import make_packs, run_step
+    from megatron_solopo.training.step import make_packs, mean_chosen_length_of, run_step
 
     engine.eval()
+    length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
     totals: dict[str, float] = {}
     batch = config.training.global_batch_size
     with torch.no_grad():
@@ -253,7 +281,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
             indices = range(first, min(first + batch, len(dataset.groups)))
             packs = make_packs(engine, dataset, indices, config)
             for name, value in run_step(
-                engine, packs, len(indices), config.method, reference, forward_only=True
+                engine, packs, len(indices), config.method, reference, forward_only=True, tokens_per_group=length
             ).values.items():
                 totals[name] = totals.get(name, 0.0) + value
     engine.train()
@@ -261,6 +289,8 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
 
 
 def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:
+    from megatron_solopo.data.tokenized.batches import above_the_token_limit
+
     train = data.train
     log.say(
         f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
@@ -273,6 +303,8 @@ def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule:
     for split, dataset in (("train", train), ("valid", data.valid)):
         for line in dataset.report.lines(config.data.seq_length) if dataset is not None else ():
             log.say(f"{split}: {line}")
+        if dataset is not None and (above := above_the_token_limit(dataset.groups, config)):
+            log.say(f"warning: {split}: {above}")
 
 
 def _begin(log: Any, config: Config, data: RunData) -> None:

@@ -112,6 +112,16 @@ def mean_chosen_length(packs: list[Pack], total_groups: int, method: MethodConfi
     return tokens / total_groups
 
 
+def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: torch.device) -> Tensor | None:
+    """The same over all groups of a data set; None where no loss reads it."""
+    if not needs_tokens_per_group(method):
+        return None
+    role = chosen_role(method)
+    continuations = (c for group in dataset.groups for prompt in group.prompts for c in prompt.continuations)
+    tokens = sum(c.learnt_count for c in continuations if c.role == role)
+    return torch.tensor(tokens / len(dataset.groups), dtype=torch.float64, device=device)
+
+
 def run_packs(
     engine: Engine, packs: list[Pack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool
 ) -> list[dict]:
@@ -140,17 +150,22 @@ def run_step(
     method: MethodConfig,
     reference: Tensor | None,
     forward_only: bool = False,
+    tokens_per_group: Tensor | None = None,
 ) -> StepSums:
     """Forward (and backward) of one step; gradients stand in the model's buffers afterwards.
 
     Every group weighs 1 / total_groups however it was packed: the schedule divides by the number of packs and DDP by
     the number of data-parallel processes, and the loss is multiplied by both.
+
+    Args:
+        tokens_per_group: [] the mean chosen length where the means are over more than this step, see
+            `mean_chosen_length_of`; default: that of the step.
     """
     _, ranks = data_parallel()
     scale = len(packs) * ranks / total_groups
     each: list[tuple[Sequence[int], Tensor]] = []
-    length = None
-    if needs_tokens_per_group(method):
+    length = tokens_per_group
+    if length is None and needs_tokens_per_group(method):
         length = mean_chosen_length(packs, total_groups, method, engine.platform.device)
 
     def loss(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:

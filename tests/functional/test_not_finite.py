@@ -49,3 +49,29 @@ def test_the_run_skips_and_counts(home: Home, capfd: pytest.CaptureFixture[str])
     assert (
         f"skipped {len(skipped)} steps" in err and f"warning: step {skipped[0]['step']}: the loss is not finite" in err
     )
+
+
+IN_ORDER = ["--preference-loss", "simpo", "--on-nonfinite", "skip", "--global-batch-size", 2, "--no-shuffle"]
+
+
+def test_a_run_that_ends_with_skipped_steps_says_so(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(main, home.argv("runs/end", *IN_ORDER, "--train-iters", 2)) == 0
+    assert re.search(
+        r"^warning: every step after step 1 was skipped: the model is still that of step 1; ",
+        capfd.readouterr().err,
+        re.M,
+    )
+
+
+def test_weights_that_training_broke_are_neither_saved_nor_exported(
+    home: Home, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An epsilon that float32 rounds to 0 makes 0 / 0 of every weight without gradient, in a step that is finite."""
+    flags = ["--adam-eps", 1e-50, "--save-interval", 1, "--save-hf", home.folder / "broken-hf"]
+    for name, last in (("early", 2), ("late", 1)):
+        assert run(main, home.argv(f"runs/{name}", *IN_ORDER, *flags, "--train-iters", last)) == 2
+        told = capfd.readouterr().err
+        assert re.search(
+            r"^error: step 1: [\d,]+ numbers of the weights are not finite any more; .*--adam-eps$", told, re.M
+        )
+        assert not list((home.folder / "runs" / name).glob("iter_*")) and not (home.folder / "broken-hf").exists()

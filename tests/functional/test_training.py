@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_models import SHAPE
+from tiny_models import SHAPE, preference_groups, write_lines
 from training_home import ENVIRONMENT, Home, as_a_user, command, furnish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -273,3 +273,42 @@ def test_a_killed_run_goes_on(home: Home, dpo: str) -> None:
     assert run(main, home.argv("runs/killed", *flags, "--load", home.folder / "runs/killed")) == 0
     assert [line["step"] for line in home.metrics("runs/killed")] == list(range(1, 13))
     assert losses(home, "runs/killed") == losses(home, "runs/unbroken")  # bit for bit
+
+
+def test_the_epoch_ends_with_the_examples(home: Home) -> None:
+    """The last step takes what is left."""
+    argv = home.argv("runs/epoch", "--preference-loss", "simpo", "--train-epochs", 1)
+    place = argv.index("--train-iters")
+    assert run(main, argv[:place] + argv[place + 2 :]) == 0
+    assert [line["epoch"] for line in home.metrics("runs/epoch")] == [0.4, 0.8, 1.0]
+
+
+def test_a_validation_loss_by_tokens_does_not_depend_on_the_batch(home: Home) -> None:
+    groups = preference_groups(9, seed=3)
+    valid = write_lines(home.folder / "nine.jsonl", groups)
+    mean_length = sum(len(group["chosen"].split()) + 1 for group in groups) / len(groups)  # and the end of the turn
+    flags = ["--preference-loss", "simpo", "--sft-weight", 1, "--sft-normalization", "token", "--lr", 1e-12]
+    for batch in (2, 4, 9):
+        size = ["--global-batch-size", batch, "--train-iters", 1, "--valid-data", valid]
+        assert run(main, home.argv(f"runs/valid-{batch}", *flags, *size)) == 0
+        [line] = home.metrics(f"runs/valid-{batch}", "valid")
+        assert line["sft_loss"] == pytest.approx(-line["logp_chosen"] / mean_length, rel=1e-6)
+
+
+def test_examples_above_the_token_limit_are_told(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each step is one example, and its line tells how many tokens were computed."""
+    flags = ["--preference-loss", "simpo", "--global-batch-size", 1, "--train-iters", 10, "--max-tokens-per-rank", 80]
+    argv = home.argv("runs/limit", *flags, "--seq-length", 80, "--alignment-target", "both", "--no-share-prompts")
+    assert run(main, argv) == 0
+    tokens = [line["tokens"] for line in home.metrics("runs/limit")]
+    above = [count for count in tokens if count > 80]
+    assert 0 < len(above) < 10
+    told = f"train: {len(above)} of 10 examples alone are above --max-tokens-per-rank 80: "
+    largest = f" up to {max(above)} tokens a process, "
+    err = capfd.readouterr().err
+    assert err.count("--max-tokens-per-rank") == 1 and f"warning: {told}" in err and largest in err
+    shutil.rmtree(home.folder / "runs/limit")
+    assert run(main, [*argv, "--dry-run"]) == 0
+    assert told in capfd.readouterr().out
+    assert run(main, [*argv, "--dry-run", "--max-tokens-per-rank", str(max(above))]) == 0
+    assert "examples alone" not in capfd.readouterr().out

@@ -7,7 +7,7 @@ when a run goes on from a checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -102,14 +102,14 @@ def plan_step(groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config
     """The plan of a step's groups over ``ranks`` data-parallel processes, the same on every process."""
     training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
     context = parallel.context_parallel_size
-    of_pieces = 2 * context if context > 1 else 1
+    of_pieces = pieces_multiple_of(config)
     costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
     shares = plan(
         costs,
         [group.tokens(share_prompts, of_pieces) for group in groups],
         ranks,
         training.micro_batch_size,
-        training.max_tokens_per_rank and training.max_tokens_per_rank * context,
+        most_tokens_of_a_pack(config),
         # The interleaved schedule sends packs through the chunks in groups of one pack a stage.
         parallel.pipeline_model_parallel_size if parallel.num_virtual_stages_per_pipeline_rank > 1 else 1,
     )
@@ -119,6 +119,38 @@ def plan_step(groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config
     if config.model.fp8_format is not None:
         even *= FP8_MULTIPLES[config.model.fp8_recipe]
     return StepPlan(shares, loads, of_pieces, math.lcm(of_pieces, even))
+
+
+def pieces_multiple_of(config: Config) -> int:
+    """Each piece is padded to a multiple of this, so that context parallelism can cut it."""
+    context = config.parallel.context_parallel_size
+    return 2 * context if context > 1 else 1
+
+
+def most_tokens_of_a_pack(config: Config) -> int | None:
+    """--max-tokens-per-rank of all context-parallel ranks together, or None."""
+    most = config.training.max_tokens_per_rank
+    return most and most * config.parallel.context_parallel_size
+
+
+def above_the_token_limit(groups: Iterable[TokenGroup], config: Config) -> str | None:
+    """A line about the groups that alone are above --max-tokens-per-rank, or None.
+
+    They are no mistake: a group has two prompts and all responses, and is larger than --seq-length where its long
+    context is near it. None is split, so each is a pack of its own.
+    """
+    most, context = most_tokens_of_a_pack(config), config.parallel.context_parallel_size
+    if most is None:
+        return None
+    tokens = [group.tokens(config.data.share_prompts, pieces_multiple_of(config)) for group in groups]
+    above = [count for count in tokens if count > most]
+    if not above:
+        return None
+    return (
+        f"{len(above):,} of {len(tokens):,} examples alone are above --max-tokens-per-rank "
+        f"{config.training.max_tokens_per_rank:,}: with both contexts and all responses up to "
+        f"{math.ceil(max(above) / context):,} tokens a process, each in a pack of its own; memory must suffice for that"
+    )
 
 
 def plan(
