@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import check
+from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import Layout, parse_layout
 from megatron_solopo.training.preparation import quiet
@@ -30,6 +32,8 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. Returns 1 where a difference is above its bound."""
+    from megatron_solopo.conversion.start import model_config
+
     parser = argparse.ArgumentParser(
         description="Compares one step's loss and gradient under parallel layouts with those of one process, from the "
         "weights of --hf-path; stages are even.",
@@ -49,9 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     layouts = [parse_layout(name) for name in dict.fromkeys([given.base, *given.layouts])]
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         arguments = [*rest, "--save", str(Path(folder) / "run")]
-        for layout in layouts:
-            _check(arguments, layout)
         config, _ = config_load.load(arguments)
+        hf_config = model_config(config.model)
+        for layout in layouts:
+            _check(arguments, layout, hf_config)
         if given.float64 and config.model.transformer_impl != "portable":
             raise UserError(f"--float64 with --transformer-impl {config.model.transformer_impl}: take portable")
         dtype = "float64" if given.float64 else "bfloat16" if config.model.bf16 else "float32"
@@ -61,27 +66,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(argv: list[str], layout: Layout) -> Config:
-    """The run's options under a layout."""
+    """The run's options under a layout; packs are as large as under the run's own."""
     config, _ = config_load.load(argv)
+    pack = most_tokens_of_a_pack(config)
     config.parallel = layout.applied(config.parallel)
+    if pack is not None:
+        config.training.max_tokens_per_rank = math.ceil(pack / config.parallel.context_parallel_size)
     config.explicit -= vars(config.parallel).keys()
     check(config)
     return config
 
 
-def _check(argv: list[str], layout: Layout) -> None:
+def _check(argv: list[str], layout: Layout, hf_config: Any) -> None:
     """Refuses what this model or machine cannot do, before anything starts."""
     import torch
 
-    from megatron_solopo.conversion.start import model_config
     from megatron_solopo.model.build import padded_vocab_size
     from megatron_solopo.parallel.platform import choose
     from megatron_solopo.parallel.topology import check_layout
 
-    config = _config(argv, layout)
-    hf_config = model_config(config.model)
-    padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     try:
+        config = _config(argv, layout)
+        padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
         check_layout(hf_config, config, padded, layout.processes)
     except UserError as error:
         raise UserError(f"layout {layout.name!r}: {error}") from None

@@ -12,7 +12,7 @@ from training_home import ENVIRONMENT, ROOT, Home, furnish
 from megatron_solopo.cli import run
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import parse_layout
-from megatron_solopo.training.verify import main
+from megatron_solopo.training.verify import _config, main
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,19 @@ def test_a_difference_above_the_bound_is_named(home: Home) -> None:
 def test_a_wrong_layout_is_one_line(home: Home, layout: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, [*home.argv("none"), "--layouts", layout]) == 2
     assert capsys.readouterr().err.startswith(f"error: {answer}")
+
+
+def test_options_that_do_not_go_with_a_layout_name_it(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, [*home.argv("none", "--device", "cuda"), "--base", "cp2", "--layouts", "1"]) == 2
+    answer = "layout 'cp2': --context-parallel-size 2 with --device cuda needs --bf16: "
+    assert capsys.readouterr().err.startswith(f"error: {answer}")
+
+
+def test_a_layout_packs_as_many_tokens_as_the_run(home: Home) -> None:
+    """A limit of each rank that is below --seq-length is one of the run's ranks only."""
+    argv = home.argv("none", "--context-parallel-size", 2, "--max-tokens-per-rank", 65)
+    limits = {name: _config(argv, parse_layout(name)).training.max_tokens_per_rank for name in ("1", "cp2", "cp4")}
+    assert limits == {"1": 130, "cp2": 65, "cp4": 33}
 
 
 def test_names_of_layouts() -> None:
