@@ -41,8 +41,11 @@ def _check_method(config: Config) -> None:
             f"--preference-loss longpo trains on the long context, not on --context-mode {method.context_mode}; "
             "give --context-mode long"
         )
-    if method.preference_loss == "ipo" and method.beta == 0:
-        raise UserError("--beta 0 with --preference-loss ipo: its margin aims at 1 / (2 beta); give a beta above 0")
+    if method.beta == 0:
+        raise UserError(
+            f"--beta 0 with --preference-loss {method.preference_loss}: it scales every reward, and pairs would teach "
+            "nothing; give a beta above 0"
+        )
     if method.label_smoothing >= 0.5:
         raise UserError(
             f"--label-smoothing {method.label_smoothing}: must be below 0.5, where chosen and rejected are the same"
@@ -220,20 +223,16 @@ def _check_training(config: Config) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(training, name) >= 1:
             raise UserError(f"{flag(name)} {getattr(training, name)}: must be below 1")
+    if training.adam_eps == 0:
+        raise UserError("--adam-eps must be above 0: a weight without gradient would become 0 / 0")
+    if training.seed >= 2**63:
+        raise UserError(f"--seed {training.seed}: must be below 2^63")
     most, longest, ranks = training.max_tokens_per_rank, config.data.seq_length, config.parallel.context_parallel_size
     if most is not None and most * ranks < longest:
         times = f" x --context-parallel-size {ranks}" if ranks > 1 else ""
         raise UserError(
             f"--max-tokens-per-rank {most}{times} is below --seq-length {longest}: "
             "one example might not fit; raise it or lower --seq-length"
-        )
-    loss = config.method.preference_loss
-    compared = config.method.objective == "preference" and loss in LOSSES_WITH_REFERENCE
-    start = "--load" if config.output.load else "--auto-resume"
-    if config.model.random_init and compared and (config.output.load or config.output.auto_resume):
-        raise UserError(
-            f"--random-init with {start} and {loss}: the reference weights cannot be rebuilt; "
-            "give the original --hf-path"
         )
 
 

@@ -164,3 +164,26 @@ def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, m
         assert run(main, [*back, "--load", str(home.folder / "runs/back"), "--ckpt-step", "2"]) == 130
     assert run(main, exporting(home, "back", *flags)) == 0
     assert weights.read_bytes() != first
+
+
+def test_random_weights_are_the_reference_again(home: Home) -> None:
+    """Drawn by name and seed, so that a resumed run is the unbroken one even where the cache is lost."""
+    times = ("seconds", "tokens_per_second", "memory_gib")
+    flags = ["--random-init", "--save-interval", 2, "--reference-cache", home.folder / "drawn"]
+    assert run(main, home.argv("runs/drawn", *flags)) == 0
+    unbroken = home.metrics("runs/drawn")
+    shutil.rmtree(home.folder / "drawn")
+    assert run(main, go_on(home, "drawn", *flags)) == 0
+    lines = [
+        [{k: v for k, v in line.items() if k not in times} for line in of]
+        for of in (unbroken, home.metrics("runs/drawn"))
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 5
+
+
+def test_random_weights_of_another_config_are_another_reference(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(home.folder / "hf", home.folder / "hf-drawn"))
+    assert run(main, home.argv("runs/config", "--random-init", "--save-interval", 2, hf="hf-drawn")) == 0
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"initializer_range": 0.02', '"initializer_range": 0.2'))
+    assert "hf-drawn: holds other weights" in error_of(capfd, go_on(home, "config", "--random-init", hf="hf-drawn"))

@@ -124,6 +124,11 @@ WRONG_FLAGS = {
         argv("--preference-loss", "ipo", "--beta", "0"),
         r"^--beta 0 with --preference-loss ipo: .* give a beta above 0$",
     ),
+    "dpo of beta 0": (argv("--beta", "0"), r"^--beta 0 with --preference-loss dpo: .* give a beta above 0$"),
+    "simpo of beta 0": (
+        argv("--preference-loss", "simpo", "--beta", "0"),
+        r"^--beta 0 with --preference-loss simpo: .* give a beta above 0$",
+    ),
     "longpo on pairs of both contexts": (
         argv("--preference-loss", "longpo"),
         r"^--preference-loss longpo trains on the long context, not on --context-mode solo; give --context-mode long$",
@@ -192,10 +197,6 @@ WRONG_FLAGS = {
         r"^--alignment-huber-delta must be above 0$",
     ),
     "distance typo": (argv("--alignment-distance", "L1"), r"^--alignment-distance: 'L1' is not one of l1, l2, huber"),
-    "longpo's reference lost": (
-        argv("--random-init", "--load", "run", "--preference-loss", "longpo", "--context-mode", "long"),
-        r"^--random-init with --load and longpo: the reference",
-    ),
     "alpha without alignment": (
         argv("--context-mode", "short", "--alignment-weight", "3"),
         r"^--alignment-weight would have no effect: it needs --context-mode solo$",
@@ -233,6 +234,11 @@ WRONG_FLAGS = {
     ),
     "lr of zero": (argv("--lr", "0"), r"^--lr must be above 0$"),
     "warm-up to the end": (argv("--lr-warmup-fraction", "1"), r"^--lr-warmup-fraction 1.0: must be below 1$"),
+    "epsilon of zero": (argv("--adam-eps", "0"), r"^--adam-eps must be above 0: "),
+    "seed of 64 bits": (
+        argv("--seed", "18446744073709551616"),
+        r"^--seed 18446744073709551616: must be below 2\^63$",
+    ),
     "beta of one": (argv("--adam-beta2", "1"), r"^--adam-beta2 1.0: must be below 1$"),
     "sequence parallel alone": (
         argv("--sequence-parallel"),
@@ -274,7 +280,6 @@ WRONG_FLAGS = {
         argv("--seq-length", "4096", "--max-tokens-per-rank", "2048"),
         r"^--max-tokens-per-rank 2048 is below --seq-length 4096",
     ),
-    "reference lost": (argv("--random-init", "--load", "run"), r"^--random-init with --load and dpo"),
     "checkpoint without --load": (argv("--ckpt-step", "4"), r"^--ckpt-step would have no effect: it needs --load$"),
     "keeping the only one": (argv("--keep-last", "2"), r"^--keep-last would have no effect: it needs --save-interval"),
     "retaining the only one": (argv("--save-retain-interval", "2"), r"^--save-retain-interval would have no effect"),
