@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,20 +25,19 @@ def export_model(engine: Engine, config: Config, step: int) -> str | None:
 
 def export_last_model(engine: Engine, config: Config, steps: int) -> str | None:
     """Writes the model after the last step to --save-hf itself; otherwise as `export_model`."""
-    return (
-        _noting(lambda: resume.begin_export(config, steps))
-        or _save(engine, config, Path(config.output.save_hf))
-        or _noting(lambda: resume.export_is_complete(config, steps))
-    )
-
-
-def _noting(work: Callable[[], None]) -> str | None:
-    """Notes something in the run folder, by the first process; collective."""
     try:
-        error = on_first(work)
-    except UserError as refused:
-        return first_error(str(refused))
-    return first_error(error and f"--save: {resume.EXPORT} cannot be written there ({error})")
+        on_first(lambda: resume.begin_export(config, steps))  # a full disk must not cost the model: it is told below
+        refused = first_error(None)
+    except UserError as error:
+        refused = first_error(str(error))
+    problem = refused or _save(engine, config, Path(config.output.save_hf))
+    if problem:
+        return problem
+    full = first_error(on_first(lambda: resume.export_is_complete(config, steps)))
+    return full and (
+        f"--save {config.output.save}: {resume.EXPORT} cannot be written ({full}); the model is in "
+        f"{config.output.save_hf}, but the next start would not know"
+    )
 
 
 def _save(engine: Engine, config: Config, target: Path) -> str | None:

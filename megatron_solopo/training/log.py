@@ -95,8 +95,8 @@ class RunLog:
         self._pending = b""
 
     def begin(self) -> None:
-        """Opens the files and takes the lines after ``first_step`` out of them, the metrics' last: once that is done a
-        run that cannot start would have cost them."""
+        """Opens boards and files, where lines after ``first_step`` are taken out: from here on nothing may refuse the
+        run. The metrics are cut last, behind the boards, which can."""
         if not self._active:
             return
         output, first_step = self._output, self._first_step

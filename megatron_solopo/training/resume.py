@@ -106,8 +106,8 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
 
 
 def begin_export(config: Config, steps: int) -> None:
-    """Notes in the run folder that --save-hf is about to be this run's model, so that a start after a kill knows whose
-    model it finds there: an older one is no reason to stop, and its own is no older one.
+    """Notes in the run folder that --save-hf is about to be this run's model: a start after a kill then neither takes
+    an older model there for its own, nor its own for an older one.
 
     Raises:
         UserError: it is another's model.
@@ -190,7 +190,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
     started, weights = before.get(REFERENCE_WEIGHTS), now[REFERENCE_WEIGHTS]
     if None not in (started, weights) and started != weights:
         raise UserError(
-            f"--hf-path {config.model.hf_path}: holds other weights than the run started from, and those are the "
+            f"--hf-path {config.model.hf_path}: its files do not make the weights that the run started from, the "
             f"reference of {config.method.preference_loss}; give that folder as it was then, or start anew"
         )
 

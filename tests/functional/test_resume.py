@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_a_reference_of_other_weights_is_refused(
     shutil.copytree(dpo, home.folder / "runs/other", dirs_exist_ok=True)
     error = error_of(capfd, go_on(home, "other", *dry, hf="dpo-hf"))
     assert error == (
-        f"error: --hf-path {home.folder}/dpo-hf: holds other weights than the run started from, and those are the "
+        f"error: --hf-path {home.folder}/dpo-hf: its files do not make the weights that the run started from, the "
         "reference of dpo; give that folder as it was then, or start anew"
     )
     assert run(main, go_on(home, "other", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0  # no reference
@@ -153,6 +154,18 @@ def test_a_model_that_the_run_did_not_export_is_never_taken_for_its_own(
     assert "nothing is left" in capfd.readouterr().err
 
 
+def test_a_full_disk_at_the_note_does_not_cost_the_model(
+    home: Home, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_solopo.training.resume.write_whole", full)
+    error = error_of(capfd, exporting(home, "full"))
+    assert "export.json cannot be written (No space left on device); the model is in " in error
+    assert (home.folder / "full-hf/config.json").is_file()
+
+
 def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(main, exporting(home, "back", "--save-interval", 2)) == 0
     weights = home.folder / "back-hf/model.safetensors"
@@ -186,4 +199,6 @@ def test_random_weights_of_another_config_are_another_reference(home: Home, capf
     assert run(main, home.argv("runs/config", "--random-init", "--save-interval", 2, hf="hf-drawn")) == 0
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"initializer_range": 0.02', '"initializer_range": 0.2'))
-    assert "hf-drawn: holds other weights" in error_of(capfd, go_on(home, "config", "--random-init", hf="hf-drawn"))
+    assert "hf-drawn: its files do not make the weights" in error_of(
+        capfd, go_on(home, "config", "--random-init", hf="hf-drawn")
+    )
