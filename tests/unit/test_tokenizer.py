@@ -13,6 +13,7 @@ import pytest
 import tiktoken
 from sentencepiece import SentencePieceProcessor
 from tiny_models import WORDS, write_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
@@ -133,6 +134,26 @@ def test_ranks_of_another_family_are_refused(ranks: tuple[dict[bytes, int], Path
     folder = folder_of(tmp_path / "hf", ranks[1] / "tokenizer.model", "qwen2")
     with pytest.raises(UserError, match="tokenizer.model: tiktoken's ranks, which do not say how .* and it has qwen2"):
         read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_json_is_read_as_it_stands(tmp_path: Path, name: str) -> None:
+    """Whatever class it is said to be of: DeepSeek's distilled Llama says LlamaTokenizerFast, SmolLM2 GPT2Tokenizer."""
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<end>", "<user>"], initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator([f"{text} 1234 56" for text in ODD * 3], trainer)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), theirs.pre_tokenizer])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    settings = dict(tokenizer_class=name, eos_token="<end>", extra_special_tokens=["<user>"], chat_template="{{ x }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template_kwargs": {"x": 1}}))
+    ours = read_tokenizer(tmp_path)
+    assert ids(ours, ODD) == [theirs.encode(text).ids for text in ODD]
+    assert [ours.decode(row) for row in ids(ours, ODD)] == ODD
+    assert (ours.eos_token, ours.chat_template) == ("<end>", "{{ x }}") and "<user>" in ours.all_special_tokens
+    assert ours.init_kwargs["chat_template_kwargs"] == {"x": 1}
 
 
 @pytest.mark.parametrize(("package", "content"), [("tiktoken", b"IQ== 0\n"), ("sentencepiece", b"\x0a\x0e\x00")])

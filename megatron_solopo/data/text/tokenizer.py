@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, tokenization_utils_tokenizers
 from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
@@ -17,15 +17,19 @@ from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, ge
 from megatron_solopo.errors import UserError
 
 PROBES = ("The quick brown fox, 1,234.56 € in 2026.", "  two spaces\n\n\ttab ", "Größe 東京 🙂 \u00a0½")
-"""What a converted SentencePiece model is compared on with the sentencepiece library."""
+"""What a converted SentencePiece model is compared on with the sentencepiece library, and transformers' reading of a
+tokenizer.json with the file."""
+
+SPACE = "\u2581"
+"""What SentencePiece puts in a space's place."""
 
 TRAINED_BPE = 2
 """model_type in a SentencePiece model."""
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder: tokenizer.json, or else what transformers makes of a SentencePiece model or of
-    tiktoken's ranks (``tokenizer.model``, ``tiktoken.model``), or of vocab.json and merges.txt.
+    """The tokenizer of a folder: tokenizer.json as it stands, or else what transformers makes of a SentencePiece model
+    or of tiktoken's ranks (``tokenizer.model``, ``tiktoken.model``), or of vocab.json and merges.txt.
 
     Raises:
         UserError: no such folder, no tokenizer in it, or one whose conversion would be another tokenizer.
@@ -36,7 +40,10 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     model = find_model(folder)
     try:
         if model is None:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            if _is_cut_otherwise(tokenizer, folder / "tokenizer.json"):
+                return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            return tokenizer
         return _from_ranks(folder, model) if _is_ranks(model) else _from_sentencepiece(folder, model)
     except UserError:
         raise
@@ -46,6 +53,34 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{folder}: no tokenizer could be loaded ({reason}); give a folder with tokenizer.json or tokenizer.model"
         ) from None
+
+
+def _is_cut_otherwise(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """Whether transformers cuts texts into words otherwise than a tokenizer.json says.
+
+    transformers 5.17 puts the words of some classes in place of the file's: LlamaTokenizer's SentencePiece words, in
+    which the byte-level tokens of DeepSeek's distilled models do not stand, or GPT2Tokenizer's without SmolLM2's single
+    digits. Files with SentencePiece's words are left to it: there only spaces at a begin and behind special tokens
+    differ, as ``legacy`` of tokenizer_config.json says.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if type(tokenizer) is PreTrainedTokenizerFast or not (isinstance(backend, Tokenizer) and file.is_file()):
+        return False
+    document = json.loads(file.read_text(encoding="utf-8"))
+    words = {key: document.get(key) for key in ("normalizer", "pre_tokenizer")}
+    if SPACE in json.dumps(words, ensure_ascii=False):
+        return False
+    # A model takes most of the time of loading, and cuts nothing yet.
+    alone = Tokenizer.from_str(json.dumps(words | {"model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    return any(_words(alone, text) != _words(backend, text) for text in PROBES)
+
+
+def _words(tokenizer: Tokenizer, text: str) -> list[str]:
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def find_model(folder: Path) -> Path | None:
@@ -91,8 +126,8 @@ def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
     prefix = original.add_prefix_space = converter.proto.normalizer_spec.add_dummy_prefix
     backend = tokenizer.backend_tokenizer
     backend.normalizer = converter.normalizer(converter.proto)
-    backend.pre_tokenizer = converter.pre_tokenizer("\u2581", prefix)
-    backend.decoder = converter.decoder("\u2581", prefix)
+    backend.pre_tokenizer = converter.pre_tokenizer(SPACE, prefix)
+    backend.decoder = converter.decoder(SPACE, prefix)
     theirs = SentencePieceProcessor(model_file=str(model))
     for text in PROBES if original.legacy else ():
         if theirs.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
