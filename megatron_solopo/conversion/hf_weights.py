@@ -20,6 +20,9 @@ from megatron_solopo.model.families.operators import Entry, PadRows
 NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and that the config defines."""
 
+OUTPUT = "lm_head.weight"
+"""Also stands in folders whose output matrix is tied to the embedding."""
+
 
 class HfWeights:
     """The folder's weights for the chunks of a model, cut for this process, converted to the parameters' dtype.
@@ -30,7 +33,7 @@ class HfWeights:
         new_rows: of tokens that the folder's model does not have.
 
     Raises:
-        UserError: a tensor is missing, left over, or has the wrong shape.
+        UserError: a tensor is missing, left over, or has the wrong shape, or an output matrix of its own would be lost.
     """
 
     def __init__(
@@ -57,13 +60,23 @@ class HfWeights:
             for name in _all_names(entry, hf_config)
         }
         left_over = {name for name in self._reader.names() - expected if not name.endswith(NEVER_WEIGHTS)}
-        if hf_config.tie_word_embeddings:
-            left_over.discard("lm_head.weight")
+        if hf_config.tie_word_embeddings and OUTPUT in left_over and self._is_embedding(OUTPUT):
+            left_over.remove(OUTPUT)
+        if left_over == {OUTPUT}:
+            raise UserError(
+                f"{self._reader.folder}: {OUTPUT} is not the embedding, though config.json says so, and training "
+                'would lose it; set "tie_word_embeddings": false there, or take the tensor out'
+            )
         if left_over:
             raise UserError(
                 f"{self._reader.folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} "
                 f"({len(left_over)} such); training would lose it"
             )
+
+    def _is_embedding(self, name: str) -> bool:
+        """transformers 5 too ties only where both are the same; one of training without tying may stand there."""
+        output, embedding = self._reader.get(name), self._reader.get("model.embed_tokens.weight")
+        return output.dtype == embedding.dtype and torch.equal(output, embedding)
 
     def _check(self, parameter: torch.nn.Parameter) -> None:
         """The whole way without any number."""

@@ -276,3 +276,17 @@ def test_tensors_of_another_model_are_refused_before_writing(
     status, _, err = convert("hf-to-megatron", "--hf-path", folder, "--save", tmp_path / "new")
     assert status == 2 and re.search(told, err) and err.count("\n") == 1, err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_output_matrix_of_its_own_is_not_lost(home: Home, tmp_path: Path) -> None:
+    """config.json may say that it is tied, and the folder hold one that was trained apart, which transformers uses."""
+    folder = write_model(tmp_path / "hf", Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", {"format": "pt"})
+    succeed("hf-to-megatron", "--hf-path", folder, "--save", tmp_path / "tied")
+    save_file(tensors | {"lm_head.weight": embedding * 2}, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, embedding * 2)
+    status, _, told = convert("hf-to-megatron", "--hf-path", folder, "--save", tmp_path / "new")
+    assert status == 2 and told.count("\n") == 1 and not (tmp_path / "new").exists()
+    assert "lm_head.weight is not the embedding" in told and 'set "tie_word_embeddings": false there' in told
