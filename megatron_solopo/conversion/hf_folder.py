@@ -34,12 +34,12 @@ class TensorReader:
         self.folder = Path(folder)
         self._shapes: dict[str, dict[str, torch.Size]] = {}
         self._bins: dict[str, dict[str, Tensor]] = {}
-        for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
-            if (self.folder / index).is_file():
-                self._file_of = _read_index(self.folder / index)
-                break
+        for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):  # transformers' order
             if (self.folder / single).is_file():
                 self._file_of = dict.fromkeys(self._names_in(single), single)
+                break
+            if (self.folder / index).is_file():
+                self._file_of = _read_index(self.folder / index)
                 break
         else:
             raise UserError(
@@ -124,9 +124,12 @@ class TensorReader:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file of an index.json."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values()):
+            return files
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not valid JSON with a 'weight_map'; copy or download it again") from None
+        pass
+    raise UserError(f"{path}: not valid JSON with a 'weight_map' of tensors and their files; copy or download it again")
 
 
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:

@@ -87,9 +87,31 @@ def test_bin_files_are_read(tmp_path: Path, zipped: bool) -> None:
     assert TensorReader(tmp_path).names() == TENSORS.keys()
 
 
+@pytest.mark.parametrize(
+    ("single", "index"),
+    [("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")],
+)
+def test_an_index_that_was_left_over_is_not_read(tmp_path: Path, single: str, index: str) -> None:
+    """save_pretrained leaves it in a folder that had shards before; transformers reads the single file first."""
+    save = save_file if single == "model.safetensors" else torch.save
+    save(TENSORS, tmp_path / single)
+    save({name: tensor + 1 for name, tensor in TENSORS.items()}, tmp_path / f"old-{single}")
+    (tmp_path / index).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, f"old-{single}")}))
+    reader = TensorReader(tmp_path)
+    assert all(torch.equal(reader.get(name), tensor) for name, tensor in TENSORS.items())
+
+
 class Code:
     def __reduce__(self) -> Any:
         return print, ("code of a checkpoint ran",)
+
+
+INDEXES = {
+    "index without map": "{}",
+    "index without tensors": '{"weight_map": {}}',
+    "index of numbers": '{"weight_map": {"a": 1}}',
+    "index of names": '{"weight_map": ["a"]}',
+}
 
 
 def break_folder(folder: Path, how: str) -> None:
@@ -105,8 +127,8 @@ def break_folder(folder: Path, how: str) -> None:
         (folder / shards[1]).write_bytes((folder / shards[1]).read_bytes()[:-7])
     elif how == "tensor in another shard":
         index.write_text(json.dumps({"weight_map": weights | {"layer.4.weight": shards[0]}}))
-    elif how == "index without map":
-        index.write_text("{}")
+    elif how in INDEXES:
+        index.write_text(INDEXES[how])
     elif how in ("code", "half a bin", "no weights"):
         for path in (index, *map(folder.joinpath, shards)):
             path.unlink()
@@ -124,7 +146,7 @@ def break_folder(folder: Path, how: str) -> None:
         ("missing shard", r"/model-00002-of-00002.safetensors: the shard is missing"),
         ("truncated shard", r"/model-00002-of-00002.safetensors: not a complete safetensors file"),
         ("tensor in another shard", r"/model-00001-of-00002.safetensors: the tensor 'layer.4.weight' is missing there"),
-        ("index without map", r"index.json: not valid JSON with a 'weight_map'"),
+        *((how, r"index.json: not valid JSON with a 'weight_map' of tensors and their files; copy") for how in INDEXES),
         ("code", r"/pytorch_model.bin: holds more than tensors, which could run code; convert it to safetensors"),
         ("half a bin", r"/pytorch_model.bin: not a complete file of torch.save; copy or download it again"),
         ("no weights", r": no model.safetensors, .* give a folder with weights"),
