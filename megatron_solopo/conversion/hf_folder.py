@@ -16,15 +16,20 @@ from torch import Tensor
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.places import aside_of, check_target, put_in_place, restore
-from megatron_solopo.conversion.shards import INDEX, SINGLE, Shards, parse_size
+from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 
+POINTER = b"version https://git-lfs"
+
+NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
+"""Endings of tensors that old folders hold and that the config defines."""
+
 
 class TensorReader:
-    """The tensors of a folder's weight files, sharded or not, read when asked for.
+    """The weights in a folder's files, sharded or not, read when asked for.
 
     Safetensors files, or else ``pytorch_model.bin`` as older folders have it, of which only tensors are loaded: a
     pickle that would run code is refused.
@@ -32,7 +37,7 @@ class TensorReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._shapes: dict[str, dict[str, torch.Size]] = {}
+        self._heads: dict[str, dict[str, tuple[torch.Size, str]]] = {}
         self._bins: dict[str, dict[str, Tensor]] = {}
         for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):  # transformers' order
             if (self.folder / single).is_file():
@@ -46,6 +51,7 @@ class TensorReader:
                 f"{folder}: no {SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}; give a folder with weights, "
                 "or start with --random-init"
             )
+        self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(NEVER_WEIGHTS)}
         for name in sorted(set(self._file_of.values())):
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: the shard is missing (named in {index})")
@@ -59,6 +65,7 @@ class TensorReader:
     def _open(self, name: str) -> Any:
         path = self.folder / name
         try:
+            _refuse_pointer(path)
             return safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
@@ -72,8 +79,32 @@ class TensorReader:
         return [self.folder / name for name in sorted(set(self._file_of.values()))]
 
     def dtype(self) -> torch.dtype:
-        """Of the weights, told by the smallest-named norm: a small tensor."""
-        return self.get(min((name for name in self._file_of if "norm" in name), default=min(self._file_of))).dtype
+        """Of all weights; no tensor is read.
+
+        Raises:
+            UserError: they have several, or see `dtype_of`.
+        """
+        found: dict[torch.dtype, str] = {}
+        for name in sorted(self._file_of):
+            found.setdefault(self.dtype_of(name), name)
+        if len(found) > 1:
+            several = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in found.items())
+            raise UserError(f"{self.folder}: its weights have several dtypes, {several}; choose one with --dtype")
+        return next(iter(found))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of one tensor, which is not read.
+
+        Raises:
+            UserError: it is not a dtype of weights, or see `shape`.
+        """
+        code = self._head(name)[1]
+        if code not in CODES.values():
+            raise UserError(
+                f"{self.folder}: the tensor {name!r} is stored as {code}, and only {', '.join(CODES.values())} are "
+                "read; give the folder of the unquantized weights"
+            )
+        return next(dtype for dtype, known in CODES.items() if known == code)
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype.
@@ -81,7 +112,7 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
-        self.shape(name)  # it is there
+        self._head(name)  # it is there
         file = self._file_of[name]
         if file.endswith(".bin"):
             return self._bin(file)[name]
@@ -94,22 +125,28 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
+        return self._head(name)[0]
+
+    def _head(self, name: str) -> tuple[torch.Size, str]:
+        """What a tensor's file says of it: its shape, and its dtype in the words of safetensors."""
         if name not in self._file_of:
             raise UserError(f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json")
         file = self._file_of[name]
-        if file not in self._shapes:
-            self._shapes[file] = self._shapes_in(file)
-        if name not in self._shapes[file]:
+        if file not in self._heads:
+            self._heads[file] = self._heads_in(file)
+        if name not in self._heads[file]:
             raise UserError(
                 f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again"
             )
-        return self._shapes[file][name]
+        return self._heads[file][name]
 
-    def _shapes_in(self, file: str) -> dict[str, torch.Size]:
+    def _heads_in(self, file: str) -> dict[str, tuple[torch.Size, str]]:
         if file.endswith(".bin"):
-            return {name: tensor.shape for name, tensor in self._bin(file).items()}
+            tensors = self._bin(file).items()
+            return {name: (tensor.shape, CODES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors}
         with self._open(file) as opened:
-            return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: (torch.Size(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
     def _bin(self, file: str) -> dict[str, Tensor]:
         """The tensors of a ``.bin`` file. Mapped ones are kept, and the last of those that cannot be mapped."""
@@ -135,14 +172,35 @@ def _read_index(path: Path) -> dict[str, str]:
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a ``.bin`` file, and whether they are mapped, so that only those that are read take memory."""
     try:
+        _refuse_pointer(path)
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # the format of torch before 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         code = "Unsupported" in str(error) or "WeightsUnpickler" in str(error)
         what = "holds more than tensors, which could run code" if code else "not a complete file of torch.save"
         remedy = "convert it to safetensors where you trust it" if code else "copy or download it again"
         raise UserError(f"{path}: {what}; {remedy}") from None
+    problem = f"holds no tensors by name (a {type(loaded).__name__})"
+    if isinstance(loaded, dict):
+        problem = next(
+            (
+                f"{name!r} in it is no tensor ({type(value).__name__})"
+                for name, value in loaded.items()
+                if not (isinstance(name, str) and isinstance(value, Tensor))
+            ),
+            None,
+        )
+    if problem is not None:
+        raise UserError(f"{path}: {problem}; save the model's state_dict() alone")
+    return loaded, mapped
+
+
+def _refuse_pointer(path: Path) -> None:
+    """What git leaves in a large file's place without git-lfs."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: only a pointer of git-lfs, not the weights; run git lfs pull in its folder")
 
 
 def write_folder(

@@ -17,9 +17,6 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry, PadRows
 
-NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
-"""Endings of tensors that old folders hold and that the config defines."""
-
 OUTPUT = "lm_head.weight"
 """Also stands in folders whose output matrix is tied to the embedding."""
 
@@ -33,7 +30,8 @@ class HfWeights:
         new_rows: of tokens that the folder's model does not have.
 
     Raises:
-        UserError: a tensor is missing, left over, or has the wrong shape, or an output matrix of its own would be lost.
+        UserError: a tensor is missing, left over, or has the wrong shape or no dtype of weights, or an output matrix of
+            its own would be lost.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class HfWeights:
             for entry in family_of(hf_config).table(hf_config, model.vocab_size)
             for name in _all_names(entry, hf_config)
         }
-        left_over = {name for name in self._reader.names() - expected if not name.endswith(NEVER_WEIGHTS)}
+        left_over = self._reader.names() - expected
         if hf_config.tie_word_embeddings and OUTPUT in left_over and self._is_embedding(OUTPUT):
             left_over.remove(OUTPUT)
         if left_over == {OUTPUT}:
@@ -81,6 +79,8 @@ class HfWeights:
     def _check(self, parameter: torch.nn.Parameter) -> None:
         """The whole way without any number."""
         entry, names = self._sources[id(parameter)]
+        for name in names:
+            self._reader.dtype_of(name)  # it is one of weights
         shapes = [self._reader.shape(name) for name in names]
         meta = [torch.empty(shape, device="meta") for shape in shapes]
         try:

@@ -257,7 +257,7 @@ def test_weights_that_cannot_be_read_while_writing_are_not_a_failed_write(
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "told"),
+    ("name", "wrong", "told"),
     [
         (
             "model.norm.weight",
@@ -265,15 +265,18 @@ def test_weights_that_cannot_be_read_while_writing_are_not_a_failed_write(
             r"model.norm.weight \(16,\) do not make the \(32,\) of decoder.final_layernorm.weight",
         ),
         ("model.layers.0.self_attn.q_proj.bias", 32, r"'model.layers.0.self_attn.q_proj.bias' is not part of llama"),
+        ("model.norm.weight", torch.int8, r"'model.norm.weight' is stored as I8, and only F64, F32, BF16, F16"),
     ],
 )
 def test_tensors_of_another_model_are_refused_before_writing(
-    name: str, rows: int, told: str, home: Home, tmp_path: Path
+    name: str, wrong: int | torch.dtype, told: str, home: Home, tmp_path: Path
 ) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(home.folder / "hf", folder)
-    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(rows)}, folder / "model.safetensors")
-    status, _, err = convert("hf-to-megatron", "--hf-path", folder, "--save", tmp_path / "new")
+    tensor = torch.zeros(wrong) if isinstance(wrong, int) else torch.zeros(32, dtype=wrong)
+    save_file(load_file(folder / "model.safetensors") | {name: tensor}, folder / "model.safetensors")
+    where = ("--hf-path", folder, "--save", tmp_path / "new", "--dtype", "bfloat16")
+    status, _, err = convert("hf-to-megatron", *where)
     assert status == 2 and re.search(told, err) and err.count("\n") == 1, err
     assert not (tmp_path / "new").exists()
 

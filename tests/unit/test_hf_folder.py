@@ -106,6 +106,8 @@ class Code:
         return print, ("code of a checkpoint ran",)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+OBJECTS = {"bin in a bin": {"state_dict": TENSORS}, "bin of a run": TENSORS | {"epoch": 3}, "bin of a list": [1, 2]}
 INDEXES = {
     "index without map": "{}",
     "index without tensors": '{"weight_map": {}}',
@@ -129,11 +131,17 @@ def break_folder(folder: Path, how: str) -> None:
         index.write_text(json.dumps({"weight_map": weights | {"layer.4.weight": shards[0]}}))
     elif how in INDEXES:
         index.write_text(INDEXES[how])
-    elif how in ("code", "half a bin", "no weights"):
+    elif how == "pointer":
+        (folder / shards[0]).write_bytes(POINTER)
+    elif how in ("code", "half a bin", "no weights", "bin pointer", *OBJECTS):
         for path in (index, *map(folder.joinpath, shards)):
             path.unlink()
         if how == "code":
             (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Code()}))
+        elif how == "bin pointer":
+            (folder / "pytorch_model.bin").write_bytes(POINTER)
+        elif how in OBJECTS:
+            torch.save(OBJECTS[how], folder / "pytorch_model.bin")
         elif how == "half a bin":
             torch.save(TENSORS, folder / "pytorch_model.bin")
             (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-200])
@@ -149,6 +157,11 @@ def break_folder(folder: Path, how: str) -> None:
         *((how, r"index.json: not valid JSON with a 'weight_map' of tensors and their files; copy") for how in INDEXES),
         ("code", r"/pytorch_model.bin: holds more than tensors, which could run code; convert it to safetensors"),
         ("half a bin", r"/pytorch_model.bin: not a complete file of torch.save; copy or download it again"),
+        ("bin in a bin", r"/pytorch_model.bin: 'state_dict' in it is no tensor \(dict\); save the model's state_dict"),
+        ("bin of a run", r"/pytorch_model.bin: 'epoch' in it is no tensor \(int\); save"),
+        ("bin of a list", r"/pytorch_model.bin: holds no tensors by name \(a list\); save"),
+        ("pointer", r"/model-00001-of-00002.safetensors: only a pointer of git-lfs, .*; run git lfs pull"),
+        ("bin pointer", r"/pytorch_model.bin: only a pointer of git-lfs, .*; run git lfs pull in its folder"),
         ("no weights", r": no model.safetensors, .* give a folder with weights"),
     ],
 )
@@ -159,6 +172,22 @@ def test_broken_folders_are_one_line(tmp_path: Path, how: str, answer: str, capf
         for name in reader.names():
             reader.get(name)
     assert "\n" not in str(caught.value) and "ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("single", ["model.safetensors", "pytorch_model.bin"])
+def test_the_dtype_is_that_of_all_weights(tmp_path: Path, single: str) -> None:
+    save = save_file if single == "model.safetensors" else torch.save
+    tensors = {name: tensor.bfloat16() for name, tensor in TENSORS.items()}
+    save(tensors | {"layer.0.rotary_emb.inv_freq": torch.ones(3)}, tmp_path / single)  # which is no weight
+    assert TensorReader(tmp_path).dtype() == torch.bfloat16
+    save(tensors | {"layer.4.weight": TENSORS["layer.4.weight"]}, tmp_path / single)
+    told = r": its weights have several dtypes, bfloat16 \(layer.0.weight\), float32 \(layer.4.weight\); choose"
+    with pytest.raises(UserError, match=told):
+        TensorReader(tmp_path).dtype()
+    save(tensors | {"layer.4.weight": torch.ones(2, 3, dtype=torch.int8)}, tmp_path / single)
+    told = "the tensor 'layer.4.weight' is stored as .*8, and only F64, F32, BF16, F16 are read; give the folder of the"
+    with pytest.raises(UserError, match=told):
+        TensorReader(tmp_path).dtype()
 
 
 OPERATORS: list[tuple[Operator, list, int | None]] = [
