@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.text.tokenizer import read_tokenizer
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
@@ -49,13 +51,13 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        return max(difference for _, difference, _ in self.prompts)
+        """Not a number where one of the differences is none: torch's maxima keep that, Python's lose it."""
+        return torch.tensor([difference for _, difference, _ in self.prompts], dtype=torch.float64).max().item()
 
     @property
     def worst_layer(self) -> int:
         """The layer, counted from 0, that adds most to the difference."""
-        before = [0.0, *self.layers[:-1]]
-        return max(range(len(self.layers)), key=lambda layer: self.layers[layer] - before[layer])
+        return int(torch.tensor([0.0, *self.layers]).diff().argmax())
 
 
 def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConfig) -> list[list[int]]:
@@ -64,13 +66,13 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
     A folder without a usable tokenizer is compared on random ids, which test a conversion as well as text does.
 
     Raises:
-        UserError: no such file, or a line of fewer than two tokens.
+        UserError: no such file, not UTF-8, or a line of fewer than two tokens.
     """
     lines: Sequence[str] = PROMPTS
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"--prompts {path}: no such file; give a text file with a prompt a line")
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_text("--prompts", path).splitlines() if line.strip()]
     longest = hf_config.max_position_embeddings
     try:
         tokenizer = read_tokenizer(folder)
@@ -124,7 +126,7 @@ def compare(
         theirs = theirs.eval().to(parameter.device)
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config))
     model.eval()
-    found = Comparison(layers=[0.0] * hf_config.num_hidden_layers)
+    found, layers = Comparison(), []
     for ids in prompts:
         log_probs, states = _ours(model, head, ids, parameter)
         if theirs is None:
@@ -134,12 +136,13 @@ def compare(
         expected = scores[range(len(ids) - 1), ids[1:]]
         difference = (log_probs - expected).abs()
         found.prompts.append((len(ids), difference.max().item(), int(difference.argmax()) + 1))
-        for layer, (own, other) in enumerate(zip(states, output.hidden_states[1:], strict=True)):
-            # One less: the last token predicts nothing and is not computed.
-            other = other[0, :-1].float()
-            relative = ((own.float() - other).norm() / other.norm()).item()
-            found.layers[layer] = max(found.layers[layer], relative)
-    return found if first else None
+        # One less: the last token predicts nothing and is not computed.
+        others = [other[0, :-1].float() for other in output.hidden_states[1:]]
+        layers.append([(own.float() - other).norm() / other.norm() for own, other in zip(states, others, strict=True)])
+    if not first:
+        return None
+    found.layers = torch.tensor(layers).amax(0).tolist()
+    return found
 
 
 def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -170,12 +173,12 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
 
 
 def report(found: Comparison, dtype: str, bound: float | None) -> int:
-    """Prints a comparison; 1 where the largest difference is above the bound, else 0."""
+    """Prints a comparison; 1 where the largest difference is above the bound or not a number, else 0."""
     for number, (tokens, difference, place) in enumerate(found.prompts, start=1):
         print(f"prompt {number}: {tokens} tokens, log-probs differ by up to {difference:.2e} nats (token {place})")
     worst = found.worst_layer
     print(f"worst layer: {worst} of {len(found.layers)} (hidden states differ by {found.layers[worst]:.2e} behind it)")
-    good = bound is None or found.largest <= bound
+    good = math.isfinite(found.largest) if bound is None else found.largest <= bound
     limit = f"bound {bound:g}" if bound is not None else "no bound"
     print(f"{'agrees' if good else 'DIFFERS'} in {dtype}: {found.largest:.2e} nats, {limit}")
     return 0 if good else 1

@@ -119,6 +119,19 @@ def test_verify_agrees_and_names_the_layer_that_does_not(home: Home, megatron: P
     assert status == 1 and "worst layer: 1 of 2" in told and "DIFFERS in float32" in told
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids=["with a bound", "without one"])
+def test_what_is_not_a_number_does_not_agree(home: Home, tmp_path: Path, dtype: str) -> None:
+    """Wherever it stands: behind the first prompt, and the first layer."""
+    folder = shutil.copytree(home.folder / "hf", tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][9] = float("nan")  # w5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "prompts.txt").write_text("w1 w2 w3\nw4 w5 w6\nw1 w2\n")
+    asked = ["--hf-path", folder, "--prompts", tmp_path / "prompts.txt", "--dtype", dtype]
+    status, told, _ = convert("verify", *asked)
+    assert status == 1 and "worst layer: 0 of 2" in told and f"DIFFERS in {dtype}: nan nats" in told
+
+
 WRONG = {
     "no folder": (
         ["hf-to-megatron", "--hf-path", "{nowhere}", "--save", "{new}"],
@@ -175,6 +188,7 @@ WRONG = {
     ),
     "step of nothing": (["verify", "--hf-path", "{hf}", "--ckpt-step", "3"], r"--ckpt-step would have no effect"),
     "no prompts": (["verify", "--hf-path", "{hf}", "--prompts", "{nowhere}"], r"--prompts \S+nowhere: no such file"),
+    "other letters": (["verify", "--hf-path", "{hf}", "--prompts", "{latin}"], r"--prompts \S+: not UTF-8 .byte 4."),
 }
 
 
@@ -194,8 +208,9 @@ def test_wrong_inputs_are_one_line(home: Home, megatron: Path, tmp_path: Path, n
     arguments, answer = WRONG[name]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
+    (tmp_path / "latin").write_bytes("café".encode("latin-1"))
     places = {"hf": home.folder / "hf", "megatron": megatron, "folder": tmp_path / "folder"}
-    places |= {"nowhere": tmp_path / "nowhere", "new": tmp_path / "new"}
+    places |= {"nowhere": tmp_path / "nowhere", "new": tmp_path / "new", "latin": tmp_path / "latin"}
     status, _, told = convert(*(text.format(**places) for text in arguments))
     assert status == 2 and told.count("error: ") == 1 and re.search(answer, told), told
     assert not (tmp_path / "new").exists() and (tmp_path / "folder" / "notes.txt").read_text() == "mine"
