@@ -146,6 +146,19 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, str]]:
     return found
 
 
+def read_model_options(path: str | Path) -> dict[str, Any]:
+    """The model's options in a run's config.yaml.
+
+    Raises:
+        UserError: see `read_yaml`, or a value that is none of its option.
+    """
+    return {
+        name: _convert(name, value, where)
+        for name, (value, where) in read_yaml(path).items()
+        if OWNER[name][0] == "model"
+    }
+
+
 def load(argv: list[str] | None = None) -> tuple[Config, bool]:
     """The resolved configuration of a command line, and whether it is a dry run.
 

@@ -29,9 +29,13 @@ CARRIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 """Files that a trained folder takes over from the one it started from. Mistral's SentencePiece models are called
 ``tokenizer.model.v3`` too."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What transformers takes from config.json where there is no generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,18 @@ class Companions:
     Attributes:
         source: the Hugging Face folder that config and tokenizer files come from.
         config_json: the text of config.json.
-        chat_template: a file that takes the place of the source's template.
+        chat_template: the text that takes the place of the source's template.
         chat_template_kwargs: a JSON object that takes the place of the values in the source's tokenizer_config.json.
         added_tokens: --add-special-tokens, for the tokenizer.
+        end_of_turn: the id that the model was trained to end a turn with, at which generation is to stop.
     """
 
     source: Path
     config_json: str
-    chat_template: str | Path | None = None
+    chat_template: str | None = None
     chat_template_kwargs: str | None = None
     added_tokens: str | None = None
+    end_of_turn: int | None = None
 
     def write(self, folder: Path) -> None:
         """Writes them into a folder; a tokenizer.json too where the source has only what makes one, so that every
@@ -60,7 +66,9 @@ class Companions:
             OSError: as the system says it.
         """
         for path in (path for pattern in CARRIED for path in sorted(self.source.glob(pattern))):
-            shutil.copyfile(path, folder / path.name)
+            target = folder / path.relative_to(self.source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
         tokenizer = self._tokenizer()
         if tokenizer is not None:
             try:
@@ -71,10 +79,24 @@ class Companions:
                 number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
                 raise OSError(number, os.strerror(number)) from None
         if self.chat_template is not None:
-            shutil.copyfile(self.chat_template, folder / "chat_template.jinja")
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         if self.chat_template_kwargs is not None:
             template_kwargs.write(folder, self.chat_template_kwargs)
+        if self.end_of_turn is not None:
+            self._stop_at(self.end_of_turn, folder / "generation_config.json")
         (folder / "config.json").write_text(self.config_json, encoding="utf-8")  # last: without it nothing loads
+
+    def _stop_at(self, token: int, path: Path) -> None:
+        """Adds a token to those that end a text in generation_config.json; without one, config.json names them."""
+        model = json.loads(self.config_json)
+        document = {key: model[key] for key in SPECIAL_IDS if key in model}
+        if path.is_file():
+            document = json.loads(path.read_text(encoding="utf-8"))
+        found = document.get("eos_token_id")
+        stops = found if isinstance(found, list) else [] if found is None else [found]
+        if token not in stops:
+            document["eos_token_id"] = [*stops, token]
+            path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         """One that the carried files do not hold yet."""

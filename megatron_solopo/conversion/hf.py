@@ -204,9 +204,10 @@ def save_folder(
     source: str | Path,
     target: str | Path,
     force: bool = False,
-    chat_template: str | Path | None = None,
+    chat_template: str | None = None,
     chat_template_kwargs: str | None = None,
     added_tokens: str | None = None,
+    end_of_turn: int | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     stored: StoredWeights | None = None,
@@ -218,7 +219,7 @@ def save_folder(
 
     Args:
         chunks: the parts of the model that this process holds.
-        added_tokens: --add-special-tokens of the model.
+        chat_template, chat_template_kwargs, added_tokens, end_of_turn: of the model, see `Companions`.
         dtype: of the files; default the model's.
         stored: see `hf_tensors`.
 
@@ -233,5 +234,5 @@ def save_folder(
         return
     dtype = dtype or next(chunks[0].parameters()).dtype
     document = config_json(source, hf_config, dtype)
-    companions = Companions(Path(source), document, chat_template, chat_template_kwargs, added_tokens)
+    companions = Companions(Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn)
     write_folder(Path(target), companions, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

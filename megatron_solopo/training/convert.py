@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
+from megatron_solopo.config_load import read_model_options
 from megatron_solopo.conversion.places import check_apart, check_target, folder_of, restore
 from megatron_solopo.errors import UserError
 
@@ -142,25 +141,26 @@ def _config(given: argparse.Namespace) -> Config:
         if not Path(given.load).is_dir():
             raise UserError(f"--load {given.load}: no such folder")
         path = Path(given.load) / "config.yaml"
-        run = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model", {}) if path.is_file() else {}
+        run = read_model_options(path) if path.is_file() else {}
     alone = given.load if getattr(given, "load", None) and (Path(given.load) / "config.json").is_file() else None
     config.model.hf_path = given.hf_path or alone or run.get("hf_path")
     if config.model.hf_path is None:
         raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
-    for name in ("chat_template", "chat_template_kwargs", "rope_scaling", "add_special_tokens"):
+    for name in ("chat_template", "chat_template_kwargs", "eos_token", "rope_scaling", "add_special_tokens"):
         setattr(config.model, name, run.get(name))
     if getattr(given, "add_special_tokens", None) is not None:
         config.model.add_special_tokens = given.add_special_tokens
-    config.model.make_vocab_size_divisible_by = given.make_vocab_size_divisible_by or run.get(
-        "make_vocab_size_divisible_by", config.model.make_vocab_size_divisible_by
-    )
-    if config.model.make_vocab_size_divisible_by < 1:
-        raise UserError(f"--make-vocab-size-divisible-by {given.make_vocab_size_divisible_by}: must be at least 1")
-    for option in LAYOUT:
+    for option in ("make_vocab_size_divisible_by", *LAYOUT):
         value = getattr(given, option)
         if value is not None and value < 1:
             raise UserError(f"{flag(option)} {value}: must be at least 1")
-        setattr(config.parallel, option, value)
+    config.model.make_vocab_size_divisible_by = (
+        given.make_vocab_size_divisible_by
+        or run.get("make_vocab_size_divisible_by")
+        or config.model.make_vocab_size_divisible_by
+    )
+    for option in LAYOUT:
+        setattr(config.parallel, option, getattr(given, option))
     # What changes no weight, but without which Megatron does not cut experts.
     config.parallel.sequence_parallel = config.parallel.tensor_model_parallel_size > 1
     return config
@@ -203,6 +203,23 @@ def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> i
     return 0
 
 
+def _chat_format(load: Path, config: Config) -> tuple[str | None, int | None]:
+    """(the text of a run's --chat-template, if given, the id that ends its turns); (None, None) of a Megatron folder,
+    whose files hold what is known."""
+    from megatron_solopo.training.preparation import chosen_template, load_run_tokenizer
+
+    if not (load / "config.yaml").is_file():
+        return None, None
+    template = config.model.chat_template
+    if template is not None and not Path(template).is_file():
+        raise UserError(
+            f"--load {load}: the --chat-template {template} of its run is no longer there; put it back, or name "
+            f"another in {load / 'config.yaml'}"
+        )
+    tokenizer = load_run_tokenizer(config.model)
+    return chosen_template(config.model, tokenizer), tokenizer.eos_token_id
+
+
 def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     import torch.distributed as dist
 
@@ -214,6 +231,7 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     from megatron_solopo.training.engine import build_chunks
 
     parse_size(given.max_shard_size)
+    chat_template, end_of_turn = _chat_format(Path(given.load), config)
     source = find_checkpoint(given.load, given.ckpt_step)
     models = build_chunks(hf_config, config, stored_dtype(source))
     stored = stored_weights(source, models)
@@ -225,9 +243,10 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
             config.model.hf_path,
             given.save_hf,
             force=given.force,
-            chat_template=config.model.chat_template,
+            chat_template=chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
             added_tokens=config.model.add_special_tokens,
+            end_of_turn=end_of_turn,
             dtype=_dtype(given.dtype) if given.dtype else None,
             max_shard_size=given.max_shard_size,
             stored=stored,

@@ -15,22 +15,23 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error, on_first
 from megatron_solopo.training import resume
 from megatron_solopo.training.engine import Engine
+from megatron_solopo.training.preparation import RunData
 
 
-def export_model(engine: Engine, config: Config, step: int) -> str | None:
+def export_model(engine: Engine, config: Config, data: RunData, step: int) -> str | None:
     """Writes the model as it is now to a folder inside --save-hf; collective. Returns on every process what the first
     could not do."""
-    return _save(engine, config, checkpoint_folder(config.output.save_hf, step))
+    return _save(engine, config, data, checkpoint_folder(config.output.save_hf, step))
 
 
-def export_last_model(engine: Engine, config: Config, steps: int) -> str | None:
+def export_last_model(engine: Engine, config: Config, data: RunData, steps: int) -> str | None:
     """Writes the model after the last step to --save-hf itself; otherwise as `export_model`."""
     try:
         on_first(lambda: resume.begin_export(config, steps))  # a full disk must not cost the model: it is told below
         refused = first_error(None)
     except UserError as error:
         refused = first_error(str(error))
-    problem = refused or _save(engine, config, Path(config.output.save_hf))
+    problem = refused or _save(engine, config, data, Path(config.output.save_hf))
     if problem:
         return problem
     full = first_error(on_first(lambda: resume.export_is_complete(config, steps)))
@@ -40,7 +41,7 @@ def export_last_model(engine: Engine, config: Config, steps: int) -> str | None:
     )
 
 
-def _save(engine: Engine, config: Config, target: Path) -> str | None:
+def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | None:
     engine.gather_parameters()
     try:
         save_folder(
@@ -49,9 +50,10 @@ def _save(engine: Engine, config: Config, target: Path) -> str | None:
             config.model.hf_path,
             target,
             force=True,  # a folder of an earlier start of this run, or what `begin_export` let pass
-            chat_template=config.model.chat_template,
+            chat_template=data.chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
             added_tokens=config.model.add_special_tokens,
+            end_of_turn=data.end_of_turn,
         )
         return first_error(None)
     except UserError as error:

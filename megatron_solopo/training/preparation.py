@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.config_checks import check_on_cuda
 from megatron_solopo.errors import UserError
 
@@ -27,15 +27,41 @@ def quiet() -> None:
 
 @dataclass
 class RunData:
-    """Tokenised examples of a run.
+    """Tokenised examples of a run, and how its chats were written.
 
     Attributes:
         reference: split -> the same examples with what the reference model scores; nothing without a reference.
+        chat_template: the text of --chat-template, if given; at the end of a run the file may be gone.
+        end_of_turn: the id that ends a turn.
     """
 
     train: Any
     valid: Any | None
     reference: dict[str, Any]
+    chat_template: str | None
+    end_of_turn: int
+
+
+def load_run_tokenizer(options: ModelConfig) -> Any:
+    """The tokenizer of a run.
+
+    Raises:
+        UserError: see `load_tokenizer`.
+    """
+    from megatron_solopo.data.text.chat import load_tokenizer
+
+    return load_tokenizer(
+        options.hf_path,
+        options.chat_template,
+        options.eos_token,
+        chat_template_kwargs=options.chat_template_kwargs,
+        added_tokens=options.add_special_tokens,
+    )
+
+
+def chosen_template(options: ModelConfig, tokenizer: Any) -> str | None:
+    """The text of a run's --chat-template, if given."""
+    return tokenizer.chat_template if options.chat_template is not None else None
 
 
 def load_data(config: Config) -> RunData:
@@ -44,19 +70,12 @@ def load_data(config: Config) -> RunData:
     Raises:
         UserError: see `tokenize` and `open_tokens`.
     """
-    from megatron_solopo.data.text.chat import load_tokenizer
     from megatron_solopo.data.text.text_facts import text_facts
     from megatron_solopo.data.tokenized.token_store import is_store, open_tokens
     from megatron_solopo.data.tokenized.tokens import tokenize
     from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
-    tokenizer = load_tokenizer(
-        config.model.hf_path,
-        config.model.chat_template,
-        config.model.eos_token,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-        added_tokens=config.model.add_special_tokens,
-    )
+    tokenizer = load_run_tokenizer(config.model)
     wanted, data = scored_roles(config.method), config.data
     read = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):
@@ -68,7 +87,8 @@ def load_data(config: Config) -> RunData:
     policy = {split: dataset.with_roles(roles(config.method)) for split, dataset in read.items()}
     compared = reference_roles(config.method)
     reference = {split: dataset.with_roles(compared) for split, dataset in read.items()} if compared else {}
-    return RunData(policy["train"], policy.get("valid"), reference)
+    template = chosen_template(config.model, tokenizer)
+    return RunData(policy["train"], policy.get("valid"), reference, template, tokenizer.eos_token_id)
 
 
 def run_schedule(config: Config, data: RunData) -> Any:

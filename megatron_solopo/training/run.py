@@ -157,7 +157,7 @@ def train(here: Any, config: Config) -> None:
         if checkpoints.unsaved not in (None, lost):
             log.say(f"warning: {checkpoints.unsaved}; training goes on")
         if exports:
-            error = export_model(engine, config, done)
+            error = export_model(engine, config, data, done)
             log.say(f"warning: {error}" if error else f"Hugging Face folder of step {done} in {output.save_hf}")
         reason = stop.agreed(here.device) if not last else None
     if done:
@@ -176,7 +176,7 @@ def train(here: Any, config: Config) -> None:
     if stopped and not checkpoints.unsaved:
         log.say(f"{stopped}; " + (f"saved in {output.save}" if done else "nothing was done yet"))
         tell_launcher(stopped)
-    unfinished = export_last_model(engine, config, done) if output.save_hf and not stopped else None
+    unfinished = export_last_model(engine, config, data, done) if output.save_hf and not stopped else None
     if output.save_hf and not (stopped or unfinished):
         log.say(f"Hugging Face folder: {output.save_hf}")
     stop.close()

@@ -182,6 +182,10 @@ WRONG = {
         ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{new}", "--tensor-model-parallel-size", "2"],
         r"--tensor-model-parallel-size 2 = 2 processes a copy of the model, and 1 were started",
     ),
+    "padding": (
+        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", "{new}", "--make-vocab-size-divisible-by", "0"],
+        r"--make-vocab-size-divisible-by 0: must be at least 1",
+    ),
     "verify of Megatron's": (
         ["verify", "--hf-path", "{megatron}"],
         r"holds Megatron's weights, which transformers does not",
@@ -243,6 +247,25 @@ def test_a_link_to_a_folder_stays_a_link(direction: str, home: Home, megatron: P
         assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").is_file()
         assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (b"", r"--hf-path is missing: \S+ has no config.yaml that says what its run started from"),
+        (b"model:\n", r"--hf-path is missing: \S+ has no config.yaml that says what its run started from"),
+        (b"- a\n", r"/config.yaml: must hold the sections"),
+        (b"model: [1]\n", r"/config.yaml: section 'model' must hold 'name: value' lines"),
+        (b"model:\n  hf_path: [1]\n", r"/config.yaml: model.hf_path: must be str, found \[1\]"),
+        (b"model: : :\n\t- x", r"/config.yaml:1: not valid YAML"),
+        (b"model:\n  hf_path: \xff\n", r"/config.yaml: not valid YAML"),
+    ],
+)
+def test_a_broken_config_of_a_run_is_one_line(tmp_path: Path, text: bytes, answer: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes(text)
+    status, _, told = convert("megatron-to-hf", "--load", tmp_path / "run", "--save-hf", tmp_path / "new")
+    assert status == 2 and told.count("\n") == 1 and re.search(answer, told), told
 
 
 def test_the_weights_of_another_model_are_refused(home: Home, megatron: Path, tmp_path: Path) -> None:
