@@ -42,8 +42,10 @@ def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> Pretr
         raise UserError(f"--hf-path {folder}: the folder holds no config.json")
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds; the first line says what is wrong
-        raise UserError(f"{folder}/config.json: not readable ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:
+        first, *others = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
+        raise UserError(f"{folder}/config.json: not readable ({reason})") from None
     return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
 
 

@@ -68,6 +68,9 @@ def check_rope(hf_config: PretrainedConfig) -> None:
             raise UserError(
                 f"config.json: {name} = {value!r} is not known for rope_type {kind!r} and might change the frequencies"
             )
+    theta = parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"config.json: rope_theta must be a number above 0, found {theta}")
     factor = parameters.get("factor", 1.0)
     if factor is not None and (not isinstance(factor, int | float) or factor < 1):
         raise UserError(f"config.json: the factor of rope_type {kind!r} must be a number of at least 1, found {factor}")

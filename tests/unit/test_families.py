@@ -73,6 +73,39 @@ def test_biases_that_the_family_has_no_place_for_are_refused(kind: type[Pretrain
         family_of(small(kind, attention_bias=True))
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+
+
+@pytest.mark.parametrize("value", [0, -4])
+@pytest.mark.parametrize("field", [*SIZES, "num_key_value_heads", "max_position_embeddings"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_size_that_nothing_is_built_of_is_refused_by_name(
+    kind: type[PretrainedConfig], field: str, value: int
+) -> None:
+    hf_config = small(kind)
+    setattr(hf_config, field, value)
+    with pytest.raises(UserError, match=f"^config.json: {field} = {value} must be a whole number of at least 1$"):
+        family_of(hf_config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "answer"),
+    [
+        (MixtralConfig, "num_local_experts", 0, "num_experts = 0 must be a whole number of at least 1"),
+        (Qwen3MoeConfig, "num_experts_per_tok", 0, "num_experts_per_tok = 0 must be a whole number of at least 1"),
+        (MixtralConfig, "num_experts_per_tok", 5, "num_experts_per_tok = 5 is more than the 4 experts"),
+        (Qwen3MoeConfig, "moe_intermediate_size", -1, "moe_intermediate_size = -1 must be a whole number of at least"),
+        (LlamaConfig, "num_key_value_heads", 3, "num_attention_heads = 4 is no multiple of num_key_value_heads = 3"),
+        (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, "rope_theta must be a number"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_name(
+    kind: type[PretrainedConfig], field: str, value: Any, answer: str
+) -> None:
+    with pytest.raises(UserError, match=f"^config.json: {answer}"):
+        family_of(small(kind, **{field: value}))
+
+
 IN_THE_WILD: dict[str, Any] = {
     "_name_or_path": "/home/me/model",
     "_attn_implementation_autoset": True,

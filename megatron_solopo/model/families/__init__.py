@@ -40,7 +40,7 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     Raises:
         UserError: an unknown model_type, or a config field that the family does not cover.
     """
-    from megatron_solopo.model.families.fields import attention_window, refuse_unknown
+    from megatron_solopo.model.families.fields import attention_window, check_shape, refuse_unknown
     from megatron_solopo.model.families.llama import LLAMA
     from megatron_solopo.model.families.mistral import MISTRAL
     from megatron_solopo.model.families.mixtral import MIXTRAL
@@ -61,6 +61,7 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     check_rope(hf_config)
     attention_window(hf_config)
     refuse_unknown(hf_config, family.fields)
+    check_shape(hf_config)
     return family
 
 

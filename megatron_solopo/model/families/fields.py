@@ -62,6 +62,11 @@ HARMLESS = frozenset(
 
 HARMLESS_ENDINGS = ("_token_id", "_token_ids", "_version")
 
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+
 OFF = (None, False, 0, "", [], {})
 
 
@@ -88,6 +93,30 @@ def refuse_unknown(hf_config: PretrainedConfig, own: frozenset[str]) -> None:
                 f"config.json: {name} = {value!r} is not known for {hf_config.model_type} and might change its "
                 "mathematics; take the field out if it does not"
             )
+
+
+def check_shape(hf_config: PretrainedConfig) -> None:
+    """Refuses a decoder that cannot be built.
+
+    Raises:
+        UserError: naming the field.
+    """
+    check_sizes(hf_config, *SIZES, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
+    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    if heads % groups:
+        raise UserError(f"config.json: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}")
+
+
+def check_sizes(hf_config: PretrainedConfig, *names: str) -> None:
+    """Refuses fields that are no sizes.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for name in names:
+        value = getattr(hf_config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"config.json: {name} = {value!r} must be a whole number of at least 1")
 
 
 def _is_off(value: Any) -> bool:

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import refuse
+from megatron_solopo.model.families.fields import check_sizes
 from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
 from megatron_solopo.model.families.operators import Entry, Rename, StackGateUp
 
@@ -63,6 +65,12 @@ def check_experts(hf_config: PretrainedConfig, renormalize: bool) -> None:
     Raises:
         UserError: naming the field.
     """
+    check_sizes(hf_config, "num_experts", "num_experts_per_tok")
+    if hf_config.num_experts_per_tok > hf_config.num_experts:
+        raise UserError(
+            f"config.json: num_experts_per_tok = {hf_config.num_experts_per_tok} is more than the "
+            f"{hf_config.num_experts} experts"
+        )
     if renormalize and hf_config.num_experts_per_tok == 1:
         # The one weight is always 1: the router would have no gradient, and megatron-core refuses it.
         refuse(hf_config, num_experts_per_tok=2)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_solopo.model.families import Family, llama, moe, refuse
+from megatron_solopo.model.families.fields import check_sizes
 from megatron_solopo.model.families.operators import Entry
 
 
@@ -26,6 +27,7 @@ def _check(hf_config: PretrainedConfig) -> None:
         decoder_sparse_step=1,
         mlp_only_layers=[],
     )
+    check_sizes(hf_config, "moe_intermediate_size")
     moe.check_experts(hf_config, hf_config.norm_topk_prob)
 
 
