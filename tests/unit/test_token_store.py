@@ -254,11 +254,11 @@ DAMAGED = {
     "digests cut": (_replace("digests.bin", lambda d: d[:-32]), r"digests.bin: has [\d,]+ bytes"),
     "ids gone": (lambda f: (f / "ids.jsonl").unlink(), r"ids.jsonl: is missing; copy it again"),
     "other tokenizer": (
-        _manifest(lambda m: m["text"]["tokenizer"].update({"tokenizer.json": "0"})),
+        _manifest(lambda m: m["text"]["tokenizer"].update({"as read": "0", "tokenizer.json": "0"})),
         r"made with another tokenizer \(tokenizer.json differs\); train with what it was made with",
     ),
     "other files": (
-        _manifest(lambda m: m["text"]["tokenizer"].update({"vocab.json": "0"})),
+        _manifest(lambda m: m["text"]["tokenizer"].update({"as read": "0", "vocab.json": "0"})),
         r"another tokenizer \(vocab.json differs \(only one of them has it\)\)",
     ),
     "other special tokens": (

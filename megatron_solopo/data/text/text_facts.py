@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
@@ -25,12 +26,16 @@ _FILES = (
 )
 
 
+AS_READ = "as read"
+"""Beside the names of files: the tokenizer that was made of them. Other files may hold the same, as a SentencePiece
+model and the tokenizer.json that an exported folder has of it."""
+
 TEXT_FACTS = ("tokenizer", "added_tokens", "chat_template", "chat_template_kwargs", "end_of_turn")
 """The keys of `text_facts`."""
 
 
 def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What turns a chat into ids: digests of the tokenizer's files and of its chat template, and how it is used.
+    """What turns a chat into ids: digests of the tokenizer, its files and its chat template, and how it is used.
 
     Args:
         folder: the tokenizer's.
@@ -45,6 +50,13 @@ def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
                 fields = json.loads(data)
                 data = _canonical({key: fields[key] for key in fields if key not in _NOT_THE_TOKENIZER})
             files[name] = hashlib.sha256(data).hexdigest()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        backend.no_truncation()  # as on each call
+        backend.no_padding()
+        # Templates write special tokens by their role.
+        read = backend.to_str().encode() + _canonical(tokenizer.special_tokens_map)
+        files[AS_READ] = hashlib.sha256(read).hexdigest()
     chosen = tokenizer.chat_template
     return {
         "tokenizer": files,
@@ -63,7 +75,9 @@ def text_differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     """In words, how two results of `text_facts` differ."""
     told = []
     made_files, files = made["tokenizer"], now["tokenizer"]
-    for name in sorted(made_files.keys() | files.keys()):
+    as_read = files.get(AS_READ)
+    same = as_read is not None and made_files.get(AS_READ) == as_read
+    for name in () if same else sorted((made_files.keys() | files.keys()) - {AS_READ}):
         if made_files.get(name) != files.get(name):
             lacks = "" if name in made_files and name in files else " (only one of them has it)"
             told.append(f"another tokenizer ({name} differs{lacks})")
