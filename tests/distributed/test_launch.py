@@ -156,6 +156,7 @@ def job(home: Home, argv: list[str], **settings: Any) -> Iterator[Started]:
         "SLURM_NNODES": 2,
         "SLURM_JOB_NODELIST": "127.0.0.1,localhost",
         "SLURM_GPUS_ON_NODE": 1,
+        "SLURM_CPUS_PER_TASK": 6,
         "SLURM_STAND_IN_LOG": home.folder / "slurm.txt",
         "PATH": f"{SLURM_COMMANDS}:{os.environ['PATH']}",
     }
@@ -199,6 +200,7 @@ def test_a_slurm_job_that_fails_does_not_queue_again(home: Home) -> None:
         assert batch.shell.wait(200) == 1, batch.text()
     assert "--train-itres" in batch.text() and "error: " in batch.text()
     (srun,) = asked(home)[before:]
+    assert "--cpus-per-task=6 " in srun  # which a step does not inherit
     assert "--container-image nvcr.io#nvidia/pytorch:25.10-py3 " in srun and "--container-mounts /data:/data " in srun
 
 
