@@ -71,7 +71,7 @@ class TensorReader:
             raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
 
     def names(self) -> set[str]:
-        """Every tensor of the folder."""
+        """Of every weight."""
         return set(self._file_of)
 
     def files(self) -> list[Path]:
