@@ -1,7 +1,9 @@
 """Prompt and response ids are the template's own rendering, each end of turn exactly once; masks of conversations."""
 
 import importlib.util
+import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,18 @@ THINKING = (  # shows thoughts in the last turn only
 OPENED = (  # the generation prompt opens a thought that a stored answer does not have
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+R1 = (  # drops thoughts from every answer
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] if m.role == 'assistant' else "
+    "m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN3 = (  # takes the last answer's thought apart and writes it again
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}{% if loop.last %}"
+    "{% set thought = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "<think>\n{{ thought.strip('\n') if '</think>' in m.content }}\n</think>\n\n{% endif %}{{ answer }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -63,7 +77,15 @@ def make(name, folder):
     if name == "facts":
         return facts_tokenizer(folder)
     byte_tokenizer(
-        {"chatml": None, "llama3": LLAMA3, "plain": PLAIN, "thinking": THINKING, "opened": OPENED}[name]
+        {
+            "chatml": None,
+            "llama3": LLAMA3,
+            "plain": PLAIN,
+            "thinking": THINKING,
+            "opened": OPENED,
+            "r1": R1,
+            "qwen3": QWEN3,
+        }[name]
     ).save_pretrained(folder)
     return load_tokenizer(folder, CHATML if name == "chatml" else None)
 
@@ -137,6 +159,52 @@ def test_templates_that_rewrite_keep_the_sampled_response(tmp_path):
     tokenizer = make("opened", tmp_path)
     ids = response_ids(tokenizer, [user("hi")], "sure</think>yes")
     assert tokenizer.decode(ids) == "sure</think>yes<|im_end|>"
+
+
+THOUGHT = "<think>\nFrance has one.\n</think>\nAnswer: Paris"
+
+
+def test_templates_that_drop_a_thought_keep_the_sampled_response(tmp_path):
+    tokenizer = make("r1", tmp_path)
+    for response in (THOUGHT, "<think>\nonly a thought\n</think>"):
+        ids = response_ids(tokenizer, [user("hi")], response)
+        assert tokenizer.decode(ids) == response + "<|im_end|>"
+        prompt, ids, learnt = conversation_ids(tokenizer, [user("hi"), assistant(response)])
+        assert tokenizer.decode(ids) == response + "<|im_end|>" and all(learnt)
+        assert prompt == prompt_ids(tokenizer, [user("hi")])
+    assert tokenizer.decode(response_ids(tokenizer, [user("hi")], "no thought")) == "no thought<|im_end|>"
+    with pytest.raises(UserError, match="rewrites earlier turns.*one record a turn"):
+        conversation_ids(tokenizer, [user("a"), assistant(THOUGHT), user("c"), assistant("d")])
+    check_conversation(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3", "thinking"])
+@pytest.mark.parametrize(
+    "response", ["yes", " two\n\n  lines \n", THOUGHT, THOUGHT.replace("\nA", "\n\nA"), "</think>x"]
+)
+def test_what_an_ordinary_template_writes_is_learnt(name, response, tmp_path):
+    """Whatever spaces and tags it writes around a response: its own rendering behind the prompt, to the end of turn."""
+    tokenizer = make(name, tmp_path)
+    rendered = tokenizer.apply_chat_template([user("hi"), assistant(response)], tokenize=False)
+    prompt = tokenizer.apply_chat_template([user("hi")], tokenize=False, add_generation_prompt=True)
+    end = tokenizer.eos_token
+    written = rendered.removeprefix(prompt).partition(end)[0] + end
+    assert written != rendered and tokenizer.decode(response_ids(tokenizer, [user("hi")], response)) == written
+
+
+def test_what_real_templates_write_is_learnt(qwen, solopo_data):
+    """Qwen2's ChatML and the template of a Llama 3 style folder, on answers of a real set."""
+    for tokenizer in (qwen, load_tokenizer(solopo_data / "tokenizers" / "tiny_llama3_style")):
+        with (solopo_data / "musique" / "musique_ans_train_subset.jsonl").open(encoding="utf-8") as lines:
+            for record in map(json.loads, islice(lines, 50)):
+                messages = [user(record["question"])]
+                before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                for response in (record["answer"], record["paragraphs"][0]["paragraph_text"], THOUGHT):
+                    full = tokenizer.apply_chat_template([*messages, assistant(response)], tokenize=False)
+                    written = tokenizer(full.removeprefix(before), add_special_tokens=False)["input_ids"]
+                    end = written.index(tokenizer.eos_token_id)
+                    assert full.startswith(before)
+                    assert response_ids(tokenizer, messages, response) == written[: end + 1]
 
 
 CONVERSATIONS = [

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.sampling.prompts import Prompt
 from megatron_solopo.data.sampling.responses import Responses
-from megatron_solopo.data.text.chat import response_ids
+from megatron_solopo.data.text.chat import body_ids
 from megatron_solopo.data.text.tokenizer import encode
 
 
@@ -84,7 +84,7 @@ def from_texts(
 
 def _learnt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
     """The ids that training finds for a text, without the end of turn; a text of spaces is never trained on."""
-    return response_ids(tokenizer, prompt.messages, text)[:-1] if text.strip() else encode(tokenizer, text)
+    return body_ids(tokenizer, prompt.messages, text) if text.strip() else encode(tokenizer, text)
 
 
 def _count(statistics: Statistics, texts: Sequence[str], finished: Sequence[bool], tokens: int, changed: int) -> None:

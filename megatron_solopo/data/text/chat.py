@@ -120,17 +120,39 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], re
 
     Templates differ in what follows a turn (Qwen adds a newline that the model never generates);
     everything after the first end-of-turn token is left out.
+
+    Raises:
+        UserError: the response has no token, or the template refuses the messages.
     """
+    return _one_turn(tokenizer, body_ids(tokenizer, messages, response))
+
+
+def body_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:
+    """Token ids of a response without its end of turn; none where its text begins with that."""
     prompt = render_prompt(tokenizer, messages)
     full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
-    # Some templates rewrite the history (thinking tags); then the response is taken as it was sampled.
-    return _one_turn(tokenizer, encode(tokenizer, full[len(prompt) :] if full.startswith(prompt) else response))
+    return _before_end(tokenizer, encode(tokenizer, _written(prompt, full, response)))
+
+
+def _written(prompt: str, full: str, response: str) -> str:
+    """What a chat template writes for a response behind its prompt, ``full`` being the whole chat.
+
+    Some templates rewrite the history or open a thought in the prompt, and some drop the thought from a response (as
+    DeepSeek-R1's do); then the response is taken as it was sampled. Spaces a template may write otherwise.
+    """
+    written = full.removeprefix(prompt) if full.startswith(prompt) else ""
+    return written if "".join(response.split()) in "".join(written.split()) else response
+
+
+def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return ids
 
 
 def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """The ids up to the first end of turn, which is put there if the template wrote none."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    ids = _before_end(tokenizer, ids)
     if not ids:
         raise UserError("a response has no token before its end of turn; remove the example")
     return [*ids, tokenizer.eos_token_id]
@@ -149,11 +171,8 @@ def conversation_ids(
     texts: list[str] = []  # what stands before a response, the response; before the next, the next; ...
     for index in turns:
         before = render_prompt(tokenizer, messages[:index])
-        full = _render(tokenizer, messages[: index + 1])
-        if len(turns) == 1 and not full.startswith(before):
-            # Such templates open a thought after the prompt; the answer is taken as it stands, as in `response_ids`.
-            full = before + messages[index]["content"]
-        if not before.startswith(rendered) or not full.startswith(before):
+        full = before + _written(before, _render(tokenizer, messages[: index + 1]), messages[index]["content"])
+        if not before.startswith(rendered):
             raise UserError(
                 "the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
                 "in one pass; split it into one record a turn"
