@@ -34,6 +34,32 @@ def normalised_answers(answers: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, map(normalise, answers))))
 
 
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han (for a regex class)."""
+
+_WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+
+def words_of(text: str) -> list[str]:
+    """What spaces part; in scripts without spaces each character is a word."""
+    return _WORDS.findall(text)
+
+
+def is_word(text: str, start: int, end: int) -> bool:
+    """Whether ``text[start:end]`` is no part of a longer word.
+
+    Words of letters with cases and of digits end where another character stands; in other scripts a word may begin
+    and end anywhere (Chinese and Japanese have no spaces, Korean joins particles to its words).
+    """
+    return not any(_goes_on(text[place - 1 : place + 1]) for place in (start, end) if 0 < place < len(text))
+
+
+def _goes_on(pair: str) -> bool:
+    return all(c.isdigit() or c.lower() != c.upper() for c in pair)
+
+
 def sub_em(prediction: str, answers: Iterable[str]) -> float:
     """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0."""
     found = normalise(prediction)

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_solopo.data.building.selection import mentions, stated_answers
 from megatron_solopo.data.building.sources import CannotUse
 from megatron_solopo.data.schema import Question
-from megatron_solopo.data.scoring import normalise
+from megatron_solopo.data.scoring import UNSPACED, normalise
 from megatron_solopo.data.text.chat import prompt_ids, response_ids
 from megatron_solopo.data.text.prompt import PromptFormat
 
@@ -32,12 +32,18 @@ Rank = Callable[[Question], list[int]]
 # often shares words with the first hop alone. 0.1 to 0.3 were tried on MuSiQue, HotpotQA and 2WikiMultihopQA.
 _EXPANSION = 0.3
 
+# bm25s's words of two characters and more, and the single characters of scripts that do not part words.
+_TOKENS = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
+
 
 def rank_by_bm25(question: Question) -> list[int]:
     """BM25 of question and answers among the question's own paragraphs, the best one's words counting a little."""
     texts = [f"{paragraph.title}. {paragraph.text}" for paragraph in question.paragraphs]
     query, *documents = bm25s.tokenize(
-        [" ".join([question.question, *question.answers]), *texts], return_ids=False, show_progress=False
+        [" ".join([question.question, *question.answers]), *texts],
+        token_pattern=_TOKENS,
+        return_ids=False,
+        show_progress=False,
     )
     if not any(documents):
         return list(range(len(texts)))

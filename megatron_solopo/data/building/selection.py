@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from megatron_solopo.data.building.pool import Candidate, DistractorPool
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.scoring import normalise, normalised_answers
+from megatron_solopo.data.scoring import is_word, normalise, normalised_answers
 
 TOKEN_TOLERANCE = 0.02
 """A context of a target of N tokens has between 0.98 N and N of them."""
@@ -184,5 +184,11 @@ def mentions(text_key: str, answer: str) -> bool:
     """Whether a normalised text contains a normalised answer: as a substring, up to three characters as whole words.
 
     "5" and "US" are part of nearly every document's words; a longer answer counts within words too, as in sub-EM.
+    What a whole word is, `is_word` says; in scripts without cases any substring is one.
     """
-    return f" {answer} " in f" {text_key} " if len(answer) <= _SHORT_ANSWER else answer in text_key
+    start = text_key.find(answer)
+    if len(answer) > _SHORT_ANSWER:
+        return start >= 0
+    while start >= 0 and not is_word(text_key, start, start + len(answer)):
+        start = text_key.find(answer, start + 1)
+    return start >= 0

@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from megatron_solopo.data.scoring import normalise
+from megatron_solopo.data.scoring import normalise, words_of
 
 NEAR_DUPLICATE = 0.8
 """Questions whose sets of words and word pairs have at least this Jaccard similarity are near-duplicates."""
@@ -19,7 +19,7 @@ NEAR_DUPLICATE = 0.8
 
 def shingles(question: str) -> frozenset[str]:
     """The words and the pairs of neighbouring words of a question, normalised."""
-    words = normalise(question).split() or [question]
+    words = words_of(normalise(question)) or [question]
     return frozenset([*words, *map(" ".join, zip(words, words[1:], strict=False))])
 
 

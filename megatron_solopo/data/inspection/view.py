@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.inspection.examples import Example, Facts, depths, measure, token_group
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.scoring import sub_em
+from megatron_solopo.data.scoring import is_word, sub_em
 from megatron_solopo.data.text.chat import render_prompt
 from megatron_solopo.data.text.tokenizer import encode
 from megatron_solopo.data.tokenized.packs import build_pack
@@ -239,16 +239,10 @@ def marked(text: str, pattern: re.Pattern[str] | None) -> Iterator[tuple[str, st
     for match in pattern.finditer(text) if pattern else ():
         if match.start() > last:
             yield text[last : match.start()], ""
-        yield match[0], "word" if _is_word(match) else "inside"
+        yield match[0], "word" if is_word(text, *match.span()) else "inside"
         last = match.end()
     if last < len(text):
         yield text[last:], ""
-
-
-def _is_word(match: re.Match[str]) -> bool:
-    """Whether no letter or digit goes on before or after; in scripts without cases words are not parted."""
-    around = match.string[max(match.start() - 1, 0) : match.start()] + match.string[match.end() : match.end() + 1]
-    return not any(c.isdigit() or c.lower() != c.upper() for c in around)
 
 
 class _Ruler:
@@ -320,8 +314,8 @@ def _around_answers(example: Example, name: str, ruler: _Ruler) -> list[Piece]:
     """The ends of the text and what surrounds the answers; the rest in folds."""
     content, pattern = example.content(name), answer_pattern(example.answers)
     kept = [(0, _AROUND), (len(content) - 2 * _AROUND, len(content))]
-    found = filter(_is_word, pattern.finditer(content) if pattern else ())
-    kept += [(match.start() - _AROUND, match.end() + _AROUND) for match in found]
+    found = [match.span() for match in pattern.finditer(content)] if pattern else []
+    kept += [(start - _AROUND, end + _AROUND) for start, end in found if is_word(content, start, end)]
     pieces: list[Piece] = []
     start = end = 0
 

@@ -58,7 +58,7 @@ class Lengths:
             return None
         chosen, rejected = _mean(self.chosen), _mean(self.rejected)
         longer, shorter = self.longer / len(self), self.shorter / len(self)
-        # Lengths of 0 exist in words alone (a text of some scripts is one word, a blank text none).
+        # Lengths of 0 exist in words alone (a blank text).
         if max(chosen, rejected) < RATIO * min(chosen, rejected) and max(longer, shorter) < SHARE:
             return None
         return (

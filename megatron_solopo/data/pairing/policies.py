@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_solopo.data.scoring import normalise
+from megatron_solopo.data.scoring import normalise, words_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ Policy = Callable[[Sequence[Scored], Sequence[Scored], random.Random], Iterator[
 
 
 def words(text: str) -> int:
-    return len(text.split())
+    return len(words_of(text))
 
 
 def final_answer(text: str) -> str:
