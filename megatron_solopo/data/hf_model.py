@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -36,6 +38,21 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
     return model.to(device).eval()
+
+
+def weight_facts(folder: str | Path) -> dict[str, Any]:
+    """What tells the weights in a Hugging Face folder from those that were there before, for a run that goes on.
+
+    Config by content, weights by size and time of change: reading a large model takes minutes at every start,
+    and whoever puts other weights into the folder writes the files anew.
+    """
+    facts: dict[str, Any] = {}
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        if path.name in ("config.json", "adapter_config.json"):
+            facts[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.suffix in (".safetensors", ".bin"):
+            facts[path.name] = {"bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+    return facts
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -252,6 +252,10 @@ def _settings(
     """Everything that decides the output's bytes."""
     how = dataclasses.asdict(build)
     del how["tokenizer"]  # names of files, whose content is told
+    if build.evidence_model:
+        from megatron_solopo.data.hf_model import weight_facts
+
+        how["evidence_weights"] = weight_facts(build.evidence_model)
     return {
         **how,
         **text_facts(build.tokenizer.folder, tokenizer),

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids
+from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids, weight_facts
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
@@ -151,7 +151,11 @@ class InProcess:
             check_rows(self._model, prompt.ids, f"question {prompt.id!r}")
         self._stops = stop_ids(self._model, tokenizer)
         # What decides a response here; the batch size only changes rounding.
-        self.settings: dict[str, Any] = {"dtype": str(self._model.dtype), "stop_ids": self._stops}
+        self.settings: dict[str, Any] = {
+            "weights": weight_facts(options.model),
+            "dtype": str(self._model.dtype),
+            "stop_ids": self._stops,
+        }
 
     def run(self, partial: PartialFile, statistics: Statistics) -> None:
         """Samples what ``partial`` lacks."""
