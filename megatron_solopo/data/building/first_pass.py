@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_solopo.data.building.pool import CountTexts, open_writer, write_pool
-from megatron_solopo.data.building.sources import LeftOut, read_pool, read_questions
+from megatron_solopo.data.building.sources import EXCLUDED, LeftOut, read_pool, read_questions
 from megatron_solopo.data.building.split import near_duplicates, validation_members
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.text.prompt import PromptFormat
@@ -79,7 +79,7 @@ def ingest(
     sides = np.zeros(total, np.uint8)
     notes = []
     if exclude:
-        found = sum(reason == "listed in --exclude-ids" for _, reason in left_out.entries)
+        found = len({name for name, reason in left_out.entries if reason == EXCLUDED})
         notes.append(f"ids to exclude: {found} of {len(exclude)} are in the input")
     if validation_share:
         groups = near_duplicates(texts)

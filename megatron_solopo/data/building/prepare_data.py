@@ -31,9 +31,9 @@ from megatron_solopo.data.building.second_pass import (
     left_out_line,
 )
 from megatron_solopo.data.building.sources import SOURCES
-from megatron_solopo.data.files.inputs import local_files, place
+from megatron_solopo.data.files.inputs import TABLES, local_files, place, read_records
 from megatron_solopo.data.files.progress import Progress, WorkFolder, held
-from megatron_solopo.data.files.records import read_jsonl, read_text
+from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.options import (
     TokenizerOptions,
@@ -83,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--limit", type=int, metavar="N", help="use the first N questions; the pool keeps all of them (default: all)"
     )
-    group.add_argument("--exclude-ids", metavar="FILE", help="ids to leave out, one a line, or JSONL with an id")
+    group.add_argument(
+        "--exclude-ids",
+        metavar="FILE",
+        help="ids to leave out, one a line, or a file like --input's whose records have one",
+    )
     group.add_argument("--left-out", metavar="FILE", help="write every question left out, JSONL of {id, reason}")
     group.add_argument(
         "--validation-share",
@@ -219,17 +223,19 @@ def _excluded(path: str | None) -> frozenset[str]:
         return frozenset()
     if not Path(path).is_file():
         raise UserError(f"--exclude-ids {path}: no such file; give a file with one id a line")
-    lines = list(filter(None, map(str.strip, read_text("--exclude-ids", path).splitlines())))
-    if not lines:
-        raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
-    if not lines[0].startswith("{"):
-        return frozenset(lines)
+    table = Path(path).suffix in TABLES
+    text = "" if table else read_text("--exclude-ids", path).strip()
     ids = set()
-    for where, record in read_jsonl(path):
-        found = record.get("id", record.get("_id"))
-        if not isinstance(found, str | int):
-            raise UserError(f"--exclude-ids {where}: the record has no 'id' that is a text or a number")
-        ids.add(str(found))
+    if not table and not text.startswith(("{", "[")):
+        ids.update(filter(None, map(str.strip, text.splitlines())))
+    else:
+        for where, record in read_records([path]):
+            found = record.get("id", record.get("_id"))
+            if not isinstance(found, str | int):
+                raise UserError(f"--exclude-ids {where}: the record has no 'id' that is a text or a number")
+            ids.add(str(found))
+    if not ids:
+        raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
     return frozenset(ids)
 
 

@@ -20,6 +20,7 @@ from megatron_solopo.data.scoring import normalise
 from megatron_solopo.errors import UserError
 
 NO_EVIDENCE = "no document is marked as supporting"
+EXCLUDED = "listed in --exclude-ids"
 
 
 @dataclass
@@ -50,7 +51,7 @@ def read_questions(
 
     Args:
         source: a name of `SOURCES`, the format of the records.
-        inputs: ids must be unique over all of them.
+        inputs: the ids of what is yielded must be unique over all of them.
         left_out: gets the questions that were read and not yielded; grows while reading.
         labelled: the evidence must be marked; else marks are read where there are any.
         exclude: ids that are left out.
@@ -61,23 +62,24 @@ def read_questions(
     seen: dict[str, str] = {}
     for where, record in read_records(inputs):
         question_id = _id(record, where)
-        if question_id in seen:
-            raise UserError(
-                f"{where}: the id {question_id!r} was used before at {seen[question_id]}; ids must be unique"
-            )
-        seen[question_id] = where
         try:
-            question = SOURCES[source](record, question_id, where, labelled)
             if question_id in exclude:
-                raise CannotUse("listed in --exclude-ids")
+                raise CannotUse(EXCLUDED)
+            question = SOURCES[source](record, question_id, where, labelled)
             if labelled and not any(paragraph.is_supporting for paragraph in question.paragraphs):
                 raise CannotUse(NO_EVIDENCE)
             if not normalise(question.answer):
                 raise CannotUse("the answer is only articles or punctuation, so no response can be scored")
         except CannotUse as reason:
             left_out.add(question_id, str(reason))
-        else:
-            yield question
+            continue
+        # MuSiQue-Full has each question twice under one id, once with paragraphs that do not answer it.
+        if question_id in seen:
+            raise UserError(
+                f"{where}: the id {question_id!r} was used before at {seen[question_id]}; ids must be unique"
+            )
+        seen[question_id] = where
+        yield question
 
 
 def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
@@ -243,4 +245,6 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
 def _flag(record: dict[str, Any], key: str, where: str, default: bool | None = None) -> bool:
     if default is not None and record.get(key) is None:
         return default
+    if record.get(key) in ("True", "true", "False", "false"):  # a CSV file knows texts only
+        return record[key] in ("True", "true")
     return require(record, key, bool, where)

@@ -1,8 +1,10 @@
-"""Records of question sets: files read as they lie, other tables and hub data sets through ``datasets``."""
+"""Records of question sets: files read as they lie; Arrow files and data sets of the hub through ``datasets``."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import csv
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +17,11 @@ from megatron_solopo.errors import UserError
 HUB = "hub:"
 """What an input of the form ``hub:NAME[:CONFIG][:SPLIT]`` starts with."""
 
-_TABLES = {".csv": "csv", ".arrow": "arrow"}
+TABLES = (".parquet", ".csv", ".arrow")
+"""What the names of files end in that are neither JSON nor JSONL."""
+
+_OWN = (".jsonl", ".json", ".parquet", ".csv")
+_LONGEST_CELL = 1 << 30
 _CHUNK = 1 << 20
 _SPACES = " \t\r\n"
 
@@ -24,9 +30,9 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
     """Yields ``(where, record)`` of every input, in order; ``where`` names the file and line, or the row.
 
     An input is a JSONL file, a ``.json`` file that holds one array (HotpotQA's and 2WikiMultihopQA's own files),
-    a ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of such files (its split ``train``), or
-    ``hub:NAME[:CONFIG][:SPLIT]``: a data set of the Hugging Face hub, or a folder, with a split of that name
-    (default: ``train``).
+    a ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of such files (those that ``datasets`` takes for its split
+    ``train``), or ``hub:NAME[:CONFIG][:SPLIT]``: a data set of the Hugging Face hub, or a folder, with a split of that
+    name (default: ``train``). What a table says nothing in (a null, an empty cell of a CSV file) is an absent field.
 
     Raises:
         UserError: the input cannot be read; the message names it.
@@ -37,9 +43,15 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
             name, config, split = _hub_parts(text)
             yield from _rows(text, name, config, split)
         elif path.is_dir():
-            yield from _rows(text, text, None, "train")
-        elif path.suffix in _TABLES and path.is_file():
-            yield from _rows(text, _TABLES[path.suffix], None, "train", data_files=text)
+            files = _train_files(path)
+            if all(file.suffix in _OWN for file in files):
+                yield from read_records(files)
+            else:
+                yield from _rows(text, text, None, "train")
+        elif path.suffix == ".arrow" and path.is_file():
+            yield from _rows(text, "arrow", None, "train", data_files=text)
+        elif path.suffix == ".csv" and path.is_file():
+            yield from _csv(path)
         elif path.suffix == ".json" and path.is_file() and _starts_an_array(path):
             yield from _array(path)
         else:
@@ -71,14 +83,60 @@ def _hub_parts(text: str) -> tuple[str, str | None, str]:
 def _rows(given: str, name: str, config: str | None, split: str, **files: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets  # takes a second, and most inputs do not need it
 
-    try:
+    with _told(given):
         rows = datasets.load_dataset(name, config, split=split, **files)
-    except Exception as error:  # a missing name, a wrong split, a broken file: datasets raises many kinds
+    for number, row in enumerate(rows, 1):
+        yield f"{given}, row {number}", {field: value for field, value in row.items() if value is not None}
+
+
+def _train_files(folder: Path) -> list[Path]:
+    """The files of a folder's split ``train``, as `datasets` finds them: by their names, or as its README.md says."""
+    import datasets
+
+    with _told(str(folder)):
+        splits = datasets.load_dataset_builder(str(folder)).config.data_files
+    if "train" not in splits:
+        raise UserError(
+            f"{folder}: has no split train, only {', '.join(map(str, splits))}; give its files, or hub:{folder}::SPLIT"
+        )
+    whole = folder.resolve()
+    found = map(Path, splits["train"])
+    return [folder / file.relative_to(whole) if file.is_relative_to(whole) else file for file in found]
+
+
+@contextlib.contextmanager
+def _told(given: str) -> Iterator[None]:
+    """An error of `datasets` (a missing name, a wrong split, a broken file: it raises many kinds) in one line."""
+    try:
+        yield
+    except Exception as error:
         # The outer error of a broken file only says that generating failed; its cause says why.
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(f"{given}: datasets cannot load it ({reason[:300]})") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{given}, row {number}", row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file, named by their first lines; every cell is a text (a guess would make 12 of the id 0012)."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows, line = csv.reader(file, strict=True), 1
+        try:
+            names = next(rows, [])
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}:1: two columns have one name; rename one of them")
+            line = rows.line_num + 1
+            for cells in rows:
+                if len(cells) > len(names):
+                    raise UserError(
+                        f"{path}:{line}: {len(cells)} cells under {len(names)} names; quote texts with commas"
+                    )
+                if cells:  # a blank line has none
+                    yield f"{path}:{line}", {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: not valid CSV ({error}); repair the row") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
 
 
 def _starts_an_array(path: Path) -> bool:

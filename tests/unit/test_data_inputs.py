@@ -1,0 +1,188 @@
+"""The same records from every form of an input: lines, arrays, CSV cells as texts, folders; and lists of ids."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from word_tokenizer import save_word_tokenizer
+
+from megatron_solopo.data.building.contexts import read_contexts
+from megatron_solopo.data.building.prepare_data import main
+from megatron_solopo.data.building.sources import LeftOut, read_questions
+from megatron_solopo.data.files.inputs import read_records
+from megatron_solopo.errors import UserError
+
+DOCUMENTS = [
+    {"title": "T", "text": "In 2001 it was called None, by 1987 others", "is_supporting": True},
+    {"text": "Rain fell", "day": "2001-02-03"},
+]
+
+
+def questions(**fields: Any) -> list[dict[str, Any]]:
+    return [
+        {"id": f"00{i}", "question": f"Which {i}?", "answer": answer, "documents": DOCUMENTS, **fields}
+        for i, answer in enumerate(("1987", "None", "2001"))
+    ]
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def cells(path: Path, records: list[dict[str, Any]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        out = csv.DictWriter(file, records[0].keys())
+        out.writeheader()
+        out.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()} for record in records)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` converts stays in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_cell_of_a_csv_file_is_its_text(tmp_path: Path, cache: None) -> None:
+    expected = list(read_questions("jsonl", [lines(tmp_path / "q.jsonl", questions())], LeftOut()))
+    table = cells(tmp_path / "q.csv", questions())
+    assert list(read_questions("jsonl", [table], LeftOut())) == expected
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    assert [question.id for question in read_questions("jsonl", [table], LeftOut())] == ["000", "001", "002"]
+    musique = {"paragraphs": [{"title": "T", "paragraph_text": "x", "is_supporting": True}], "answer_aliases": ""}
+    table = cells(tmp_path / "m.csv", [{"id": str(i), "question": "?", "answer": "x", **musique} for i in (1, 2)])
+    rows = table.read_text().splitlines()
+    table.write_text("\n".join([rows[0] + ",answerable", rows[1] + ",True", rows[2] + ",False"]))
+    left = LeftOut()
+    assert [question.id for question in read_questions("musique", [table], left)] == ["1"]
+    assert left.entries == [("2", "not answerable from its paragraphs")]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('a,b\n1,"two\nlines"\n1,2,3\n', ":4: 3 cells under 2 names; quote texts with commas"),
+        ('a,b\n1,"two"x\n', ":2: not valid CSV ("),
+        ('a,b\n1,"two\n', ":2: not valid CSV ("),
+        ("a,a\n1,2\n", ":1: two columns have one name"),
+        ("a,b\n1,\xe9\n", ": not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_a_broken_csv_file_names_its_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        list(read_records([path]))
+    assert str(error.value).startswith(f"{path}{told}") and "\n" not in str(error.value)
+
+
+def test_rows_of_a_csv_file_are_named_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('a,b\n1,"two\nlines"\n\n,2\n' + f"{'x' * 200_000},\n")
+    (one, two, three) = read_records([path])
+    assert one == (f"{path}:2", {"a": "1", "b": "two\nlines"})
+    assert two[1] == {"b": "2"} and three == (f"{path}:6", {"a": "x" * 200_000})
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path: Path, cache: None) -> None:
+    """Dates stay texts, an absent field stays absent, and the line is named."""
+    records = questions()
+    records[1]["answer_aliases"] = ["nothing"]
+    records[2]["more"] = "2001-02-03T00:00:00"
+    first, second = (
+        lines(tmp_path / "set/data/train-0.jsonl", records[:2]),
+        lines(tmp_path / "set/data/train-1.jsonl", records[2:]),
+    )
+    lines(tmp_path / "set/data/test.jsonl", questions(answer="x"))
+    (tmp_path / "set/README.md").write_text("# no data\n")
+    assert list(read_records([tmp_path / "set"])) == list(read_records([first, second]))
+    (tmp_path / "other").mkdir()
+    table = cells(tmp_path / "other/a.csv", questions())
+    assert list(read_records([tmp_path / "other"])) == list(read_records([table]))
+    lines(tmp_path / "tests/test.jsonl", records)
+    with pytest.raises(UserError, match=r"tests: has no split train, only test; give its files, or hub:.*::SPLIT"):
+        list(read_records([tmp_path / "tests"]))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none: datasets cannot load it"):
+        list(read_records([tmp_path / "none"]))
+
+
+def test_a_null_is_an_absent_field(tmp_path: Path, cache: None) -> None:
+    lines(tmp_path / "set/train.jsonl", [{"id": "a", "answer": "x"}, {"id": "b"}])
+    assert [record for _, record in read_records([f"hub:{tmp_path / 'set'}"])] == [
+        {"id": "a", "answer": "x"},
+        {"id": "b"},
+    ]
+
+
+def test_ids_are_unique_among_what_is_used(tmp_path: Path) -> None:
+    """MuSiQue-Full has every question twice under its id; only one of them has the paragraphs that answer it."""
+    paragraphs = [{"title": "T", "paragraph_text": "x", "is_supporting": True}]
+    record = {"id": "2hop__1", "question": "?", "answer": "x", "paragraphs": paragraphs, "answerable": True}
+    twin = {**record, "answerable": False, "paragraphs": [{**paragraphs[0], "is_supporting": False}]}
+    for order in ([record, twin], [twin, record]):
+        left = LeftOut()
+        path = lines(tmp_path / "q.jsonl", order)
+        assert [question.id for question in read_questions("musique", [path], left)] == ["2hop__1"]
+        assert left.entries == [("2hop__1", "not answerable from its paragraphs")]
+    with pytest.raises(UserError, match=r"q\.jsonl:3: the id '2hop__1' was used before at .*q\.jsonl:1; ids must be"):
+        list(read_questions("musique", [lines(path, [record, twin, record])], LeftOut()))
+
+
+@pytest.mark.parametrize("form", ["array.json", "indented.json", "lines.jsonl", "rows.csv", "rows.parquet", "ids.txt"])
+def test_every_form_of_a_list_of_ids(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    records = questions()
+    records[0]["answer"] = "The"  # cannot be scored, and is listed all the same
+    source, ids = lines(tmp_path / "q.jsonl", records), tmp_path / form
+    excluded = [{"_id" if form == "array.json" else "id": record["id"]} for record in records[:2]] + [
+        {"id": "stranger"}
+    ]
+    if form.endswith(".json"):
+        ids.write_text(json.dumps(excluded, indent=1 if form == "indented.json" else None))
+    elif form == "rows.parquet":
+        import pandas
+
+        pandas.DataFrame(excluded).to_parquet(ids)
+    elif form == "rows.csv":
+        cells(ids, excluded)
+    elif form == "lines.jsonl":
+        lines(ids, excluded)
+    else:
+        ids.write_text("\n".join(record["id"] for record in excluded))
+    argv = [
+        "--source",
+        "jsonl",
+        "--input",
+        str(source),
+        "--output",
+        str(tmp_path / "c.jsonl"),
+        "--exclude-ids",
+        str(ids),
+    ]
+    argv += ["--tokenizer", str(save_word_tokenizer(tmp_path / "model")), "--short-documents", "1"]
+    main([*argv, "--long-documents", "1", "--left-out", str(tmp_path / "left.jsonl")])
+    assert [pair.id for pair in read_contexts(tmp_path / "c.jsonl")] == ["002"]
+    left = [json.loads(line) for line in (tmp_path / "left.jsonl").read_text().splitlines()]
+    assert left == [{"id": record["id"], "reason": "listed in --exclude-ids"} for record in records[:2]]
+    assert "ids to exclude: 2 of 3 are in the input" in capsys.readouterr().out
+
+
+def test_a_list_that_is_no_list_of_ids(tmp_path: Path) -> None:
+    argv = ["--source", "jsonl", "--input", str(lines(tmp_path / "q.jsonl", questions())), "--short-documents", "1"]
+    argv += ["--long-documents", "1", "--output", str(tmp_path / "c.jsonl"), "--tokenizer", "model", "--exclude-ids"]
+    for name, text, told in (
+        ("a.json", '["000", "001"]', r"a\.json:1: expected a JSON object, found str"),
+        ("a.txt", '[{"id": "000"}]', r"a\.txt:1: expected a JSON object, found list"),
+        ("a.csv", "000\n001\n", r"--exclude-ids .*a\.csv:2: the record has no 'id'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=told):
+            main([*argv, str(tmp_path / name)])
