@@ -42,8 +42,12 @@ class Candidate:
 
     @cached_property
     def title_key(self) -> str:
-        """The normalised title; titles of punctuation or articles alone ("!!!", "The The") keep their own spelling."""
-        return normalise(self.paragraph.title) or self.paragraph.title.strip().lower()
+        """The normalised title; titles of punctuation or articles alone ("!!!", "The The") keep their own spelling.
+
+        Documents without a title differ by their texts.
+        """
+        title = self.paragraph.title
+        return normalise(title) or title.strip().lower() or f"\n{normalise(self.paragraph.text)}"  # no title has a \n
 
     @cached_property
     def text_key(self) -> str:

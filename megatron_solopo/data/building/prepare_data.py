@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="INPUT",
-        help="more distractors, records of {title, text}; the paragraphs of all questions are always in the pool",
+        help="more distractors, records of {title, text} or {text}; the paragraphs of all questions are always in it",
     )
     group.add_argument("--output", required=True, metavar="FILE", help="contexts, JSONL")
     group.add_argument(

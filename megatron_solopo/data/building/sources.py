@@ -83,13 +83,13 @@ def read_questions(
 
 
 def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
-    """Yields distractor paragraphs from records of ``{title, text}``.
+    """Yields distractor paragraphs from records of ``{title?, text}``.
 
     Raises:
         UserError: naming ``file:line`` and the field.
     """
     for where, record in read_records(paths):
-        yield Paragraph(title=require(record, "title", str, where), text=_text(record, "text", where))
+        yield Paragraph(title=_title(record, where), text=_text(record, "text", where))
 
 
 def _musique(record: dict[str, Any], question_id: str, where: str, labelled: bool) -> Question:
@@ -143,13 +143,9 @@ def _jsonl(record: dict[str, Any], question_id: str, where: str, labelled: bool)
         if not isinstance(item, dict):
             raise UserError(f"{place}: expected a text or an object, found {type(item).__name__}")
         text = _text(item, "text", place)
-        title = item.get("title")
-        if title is not None and not isinstance(title, str):
-            raise UserError(f"{place}: the field 'title' must be str, found {type(title).__name__}")
         marked = marked or item.get("is_supporting") is not None
         supporting = item.get("is_supporting") is not None and _flag(item, "is_supporting", place)
-        # Documents without titles of their own still differ by title, which contexts rely on.
-        paragraphs.append(Paragraph(title or " ".join(text.split()[:6]), text, supporting))
+        paragraphs.append(Paragraph(_title(item, place), text, supporting))
     if labelled and not marked:
         raise UserError(
             f"{where}: no document has 'is_supporting', so the evidence is not known; mark it, or let "
@@ -240,6 +236,11 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     if not value.strip():
         raise UserError(f"{where}: the field '{key}' is empty; fill it in or remove the record")
     return value
+
+
+def _title(record: dict[str, Any], where: str) -> str:
+    """The title, "" for a document without one."""
+    return "" if record.get("title") is None else require(record, "title", str, where)
 
 
 def _flag(record: dict[str, Any], key: str, where: str, default: bool | None = None) -> bool:

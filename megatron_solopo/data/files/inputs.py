@@ -116,7 +116,7 @@ def _told(given: str) -> Iterator[None]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a CSV file, named by their first lines; every cell is a text (a guess would make 12 of the id 0012)."""
+    """The rows of a CSV file, named by their first lines; each cell is a text: a guess would make 12 of the id 0012."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows, line = csv.reader(file, strict=True), 1

@@ -25,7 +25,8 @@ class PromptFormat:
     """How paragraphs and a question become a chat.
 
     In the document template ``{number}`` (from 1), ``{title}`` and ``{text}`` are replaced, in the prompt
-    template ``{documents}`` and ``{question}``; other braces stay as they are.
+    template ``{documents}`` and ``{question}``; other braces stay as they are. A document without a title is written
+    without ``{title}``, the colon, dash or bar beside it, and its line where nothing else stands there.
 
     Raises:
         UserError: a template lacks a placeholder that it needs, or has the documents twice.
@@ -48,7 +49,8 @@ class PromptFormat:
             raise UserError("--prompt-template: the template has {documents} more than once; keep one of them")
 
     def document(self, paragraph: Paragraph, number: int) -> str:
-        return _replace(self.document_template, number=str(number), title=paragraph.title, text=paragraph.text)
+        template = self.document_template if paragraph.title.strip() else _TITLE.sub("", self.document_template)
+        return _replace(template, number=str(number), title=paragraph.title, text=paragraph.text)
 
     def messages(self, question: str, paragraphs: Sequence[Paragraph]) -> list[Message]:
         """The chat that asks ``question`` over ``paragraphs``, in their order; it ends with a user message."""
@@ -75,6 +77,9 @@ class PromptFormat:
         return [*chat, {"role": "user", "content": "".join(content)}], spans
 
 
+_TITLE = re.compile(
+    r"^\{title\}[ \t]*[:|\u2013\u2014-]?[ \t]*\n?|[ \t]*[:|\u2013\u2014-]?[ \t]*\{title\}", re.MULTILINE
+)
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
