@@ -84,14 +84,11 @@ def reach(folder: str | Path) -> int | None:
     return positions and reach_of(positions, scaling)
 
 
-def check_reach(
-    folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str, response: str = "--max-new-tokens"
-) -> None:
+def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, where: str) -> None:
     """Refuses a prompt whose response could end beyond the positions the model covers.
 
     Args:
         where: what asked for this length, first in the message (a flag and its value).
-        response: what ``max_new_tokens`` is the length of.
 
     Raises:
         UserError: naming ``where``, the lengths and ``max_position_embeddings``.
@@ -99,7 +96,7 @@ def check_reach(
     positions = reach(folder)
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
-            f"{where}: a prompt of {prompt_tokens:,} tokens and {response} {max_new_tokens} go beyond the "
+            f"{where}: a prompt of {prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens} go beyond the "
             f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context or a "
             "shorter response"
         )

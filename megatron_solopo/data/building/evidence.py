@@ -67,14 +67,21 @@ class LogProbFinder:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
+        from megatron_solopo.data.hf_model import reach
+
         self._model, self._tokenizer, self._format = model, tokenizer, prompt_format
+        self._positions = reach(model.name_or_path)
 
     def __call__(self, question: Question) -> list[int]:
         drops = self.drops(question)
         return sorted(range(len(drops)), key=lambda index: (-drops[index], index))
 
     def drops(self, question: Question) -> list[float]:
-        """For each paragraph log p(answer | all) - log p(answer | all but it), in nats."""
+        """For each paragraph log p(answer | all) - log p(answer | all but it), in nats.
+
+        Raises:
+            CannotUse: the context of all paragraphs is longer than the model's positions.
+        """
         paragraphs = list(question.paragraphs)
         whole = self._log_prob(question, paragraphs)
         return [
@@ -85,14 +92,14 @@ class LogProbFinder:
     def _log_prob(self, question: Question, paragraphs: Sequence) -> float:
         import torch
 
-        from megatron_solopo.data.hf_model import check_reach, check_rows
+        from megatron_solopo.data.hf_model import check_rows
 
         messages = self._format.messages(question.question, paragraphs)
         prompt = prompt_ids(self._tokenizer, messages)
         response = response_ids(self._tokenizer, messages, question.answer)
-        where = f"question {question.id!r}, --evidence log-prob"
-        check_reach(self._model.name_or_path, len(prompt), len(response), where, "an answer of")
-        check_rows(self._model, prompt + response, where)
+        if self._positions is not None and len(prompt) + len(response) > self._positions:
+            raise CannotUse(f"all its documents go beyond the {self._positions:,} positions of --evidence-model")
+        check_rows(self._model, prompt + response, f"question {question.id!r}, --evidence log-prob")
         with torch.inference_mode():
             ids = torch.tensor([prompt + response], device=self._model.device)
             logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]

@@ -1,4 +1,4 @@
-"""A killed command does not go on with other weights in the model's folder."""
+"""Data commands with a model of their own: other weights in its folder, and questions beyond its positions."""
 
 from __future__ import annotations
 
@@ -99,3 +99,17 @@ def test_other_weights_are_refused(command: str, model: Path, tmp_path: Path, mo
     shutil.rmtree(model)
     saved.rename(model)
     assert main(argv) == 0
+
+
+def test_a_question_beyond_the_models_positions_is_left_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = building(tmp_path, model)
+    questions = tmp_path / "q.jsonl"
+    first, second = map(json.loads, questions.read_text().splitlines()[:2])
+    first["documents"][0]["text"] = "w1 " * 300
+    questions.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+    reason = "all its documents go beyond the 256 positions of --evidence-model"
+    assert prepare_data.main([*argv, "--left-out", str(tmp_path / "left.jsonl")]) == 0
+    assert f"questions kept: 1, left out: 1\n  1 left out: {reason}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "left.jsonl").read_text()) == {"id": "q0", "reason": reason}
