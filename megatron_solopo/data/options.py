@@ -31,6 +31,17 @@ def text_option(flag: str, value: str) -> str:
     return read_text(flag, path).removesuffix("\n")
 
 
+TEXTS = ("--document-template", "--document-separator", "--prompt-template", "--system-prompt")
+"""Options that are a text or ``@FILE``."""
+
+
+def files_of(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """(option, file) of the files that the tokenizer's and the prompt's options name, for `check_outputs`."""
+    named = {flag: getattr(options, flag[2:].replace("-", "_"), None) for flag in TEXTS}
+    found = [(flag, text[1:]) for flag, text in named.items() if text and text.startswith("@")]
+    return [*found, ("--chat-template", options.chat_template)]
+
+
 def check_outputs(
     outputs: Iterable[tuple[str, str | Path | None]], read: Iterable[tuple[str, str | Path | None]]
 ) -> None:

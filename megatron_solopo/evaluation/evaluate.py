@@ -28,6 +28,7 @@ from megatron_solopo.data.options import (
     add_prompt_options,
     add_tokenizer_options,
     check_outputs,
+    files_of,
     prompt_format_of,
 )
 from megatron_solopo.data.scoring import SCORERS
@@ -155,7 +156,8 @@ def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
 
 def predictions_path(output: str | Path) -> Path:
     """Where the predictions of a results file are: ``results.json`` -> ``results.predictions.jsonl``."""
-    return Path(output).with_suffix(".predictions.jsonl")
+    path = Path(output)
+    return path.parent / f"{path.stem}.predictions.jsonl"
 
 
 def lengths_option(flag: str, value: str) -> list[int]:
@@ -262,8 +264,9 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     prompt_format = prompt_format_of(options)
-    read = [("--data", place(name)) for name in options.data] + [("--pool", name) for name in options.pool]
-    check_outputs([("--output", path) for path in (options.output, predictions_path(options.output))], read)
+    read = [(flag, place(name)) for flag in ("--data", "--pool") for name in getattr(options, flag[2:])]
+    outputs = [("--output", path) for path in (options.output, predictions_path(options.output))]
+    check_outputs(outputs, [*read, *files_of(options)])
     tokenizer = TokenizerOptions.of(options, options.model).load()
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from megatron_solopo.data.options import check_outputs
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.results import (
     METRICS,
@@ -323,6 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """``solopo report``."""
     args = build_parser().parse_args(argv)
+    check_outputs([("--output", args.output)], [("--evaluations", file) for file in args.evaluations])
     path = write_report(
         args.output,
         [read_run(run) for run in args.runs],

@@ -269,6 +269,11 @@ WRONG = {
     ),
     "unknown id": (["--id", "q11"], lambda g: g, "no such id among the 3 of"),
     "index beyond": (["--index", "3"], lambda g: g, "holds 3 examples, 0 to 2"),
+    "index 0 and id": (
+        ["--index", "0", "--id", "q1"],
+        lambda g: g,
+        "--id and --index: give one of them; each names one",
+    ),
     "index below": (["--index", "-1"], lambda g: g, "--index -1: examples are counted from 0"),
     "two choices": (["--id", "q1", "--random"], lambda g: g, "--id and --random: give one of them"),
     "samples without page": (["--samples", "3"], lambda g: g, "--samples has no effect without --html"),

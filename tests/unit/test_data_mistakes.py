@@ -21,7 +21,7 @@ from megatron_solopo.data.sampling.responses import PartialFile, Responses
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation import evaluate
+from megatron_solopo.evaluation import evaluate, report
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]] = {
     "prepare-data": (
@@ -118,6 +118,31 @@ def with_value(argv: list[str], flag: str, value: str) -> list[str]:
     return [*argv[:place], value, *argv[place + 1 :]]
 
 
+TEMPLATES = {
+    "chat.jinja": ("--chat-template", "chat.jinja", "<assistant>{{ messages[-1].content }}<turn_end>"),
+    "document.txt": ("--document-template", "@document.txt", "{text}"),
+    "between.txt": ("--document-separator", "@between.txt", "--"),
+    "prompt.txt": ("--prompt-template", "@prompt.txt", "{documents} {question}"),
+    "system.txt": ("--system-prompt", "@system.txt", "Be brief."),
+}
+"""File -> (the option that names it, as it is given, what is in it)."""
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *((name, file) for name in ("prepare-data", "prepare-data, listed", "evaluate") for file in TEMPLATES),
+        *(("sample-responses", "chat.jinja"), ("inspect-data", "chat.jinja")),
+    ],
+)
+def test_an_output_takes_no_place_of_a_template(here: Path, name: str, file: str) -> None:
+    main, argv, flag, _ = COMMANDS[name]
+    option, given, text = TEMPLATES[file]
+    Path(file).write_text(text)
+    told = refusal(main, [*with_value(argv, flag, file), option, given])
+    assert told == f"{flag} {file}: is the file of {option} too; give another" and Path(file).read_text() == text
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None:
     main, argv, flag, read = COMMANDS[name]
@@ -138,11 +163,44 @@ def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
     for given in (".", "hub:.", "hub:.::train"):
         argv = with_value(COMMANDS["prepare-data, listed"][1], "--input", given)
         assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare_data.main, argv)
+        argv = with_value(COMMANDS["prepare-data"][1], "--pool", given)
+        assert "--output made.jsonl: lies in --pool ., which is read" in refusal(prepare_data.main, argv)
+        argv = [*COMMANDS["evaluate"][1], "--pool", given]
+        assert "--output made.json: lies in --pool ., which is read" in refusal(evaluate.main, argv)
 
 
 def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
-    argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output", "groups.jsonl"]
-    assert "groups.jsonl: is a file; give the name of a folder" in refusal(tokenize_data.main, argv)
+    argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output"]
+    assert "groups.jsonl: is a file; give the name of a folder" in refusal(tokenize_data.main, [*argv, "groups.jsonl"])
+
+
+@pytest.mark.parametrize("given", [".", "..", "", "/", "model/.."])
+def test_an_output_needs_a_name(here: Path, given: str) -> None:
+    argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output", given]
+    told = f"--output {given}: is no name for a new folder; give one, such as tokens"
+    assert refusal(tokenize_data.main, argv) == told
+    for main, argv, flag, _ in COMMANDS.values():
+        assert refusal(main, with_value(argv, flag, given)) == f"{flag} {given}: is a folder; give the name of a file"
+    argv = ["--output", given, "--evaluations", "made.json"]
+    assert refusal(report.main, argv) == f"--output {given}: is a folder; give the name of a file"
+
+
+@pytest.mark.parametrize(("side", "share"), [("validation", "0.3"), ("training", "0.6")])
+def test_a_side_without_questions_is_told(here: Path, side: str, share: str) -> None:
+    """Evidence beyond the short size is found after the questions were divided."""
+    argv = [*COMMANDS["prepare-data"][1], "--validation-output", "valid.jsonl", "--validation-share", share]
+    assert prepare_data.main(argv) == 0
+    lost = {pair.id for pair in read_contexts("valid.jsonl" if side == "validation" else "made.jsonl")}
+    Path("made.jsonl").unlink()
+    Path("valid.jsonl").unlink()
+    records = [json.loads(line) for line in Path("questions.jsonl").read_text().splitlines()]
+    for record in records:
+        for paragraph in record["paragraphs"]:
+            paragraph["is_supporting"] |= record["id"] in lost
+    Path("questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    told = refusal(prepare_data.main, argv)
+    assert told.startswith(f"--validation-share {share}: no question for {side} could be used ({len(lost)} x more gold")
+    assert not list(here.glob("made*")) and not Path("valid.jsonl").exists()
 
 
 @pytest.mark.parametrize("change", [lambda data: codecs.BOM_UTF8 + data, lambda data: data.replace(b"\n", b"\r\n")])

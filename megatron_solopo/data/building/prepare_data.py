@@ -41,6 +41,7 @@ from megatron_solopo.data.options import (
     add_tokenizer_options,
     check_jsonl,
     check_outputs,
+    files_of,
     prompt_format_of,
 )
 from megatron_solopo.data.text.counting import TokenCounter
@@ -212,8 +213,8 @@ def _check(options: argparse.Namespace) -> None:
         ("--validation-output", options.validation_output),
         ("--left-out", options.left_out),
     ]
-    read = [("--input", place(name)) for name in options.input] + [("--pool", name) for name in options.pool]
-    check_outputs(outputs, [*read, ("--exclude-ids", options.exclude_ids)])
+    read = [(flag, place(name)) for flag in ("--input", "--pool") for name in getattr(options, flag[2:])]
+    check_outputs(outputs, [*read, ("--exclude-ids", options.exclude_ids), *files_of(options)])
     for flag, path in outputs:
         check_jsonl(flag, path)
 
@@ -367,12 +368,23 @@ def _build(
             summary.merge(batch.summary)
             bar.update(batch.stop - progress.done)
             progress.add(batch.stop, batch.parts, summary.to_json())
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in summary.left_out.most_common())
     if not summary.counts["kept"]:
         work.remove()  # there is nothing in it
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in summary.left_out.most_common())
         raise UserError(
             f"no question could be used ({reasons or 'the input is empty'}); change the sizes, the input or --pool"
         )
+    if options.validation_share is not None:
+        for side, kept in (
+            ("validation", summary.counts["validation"]),
+            ("training", summary.counts["kept"] - summary.counts["validation"]),
+        ):
+            if not kept:
+                work.remove()
+                raise UserError(
+                    f"--validation-share {options.validation_share}: no question for {side} could be used ({reasons}); "
+                    "give another share, or change the sizes, the input or --pool"
+                )
     targets = {TRAIN: options.output, VALIDATION: options.validation_output, LEFT_OUT: options.left_out}
     progress.finish({name: Path(target) for name, target in targets.items() if target})
     work.remove()

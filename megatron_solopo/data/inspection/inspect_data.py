@@ -27,7 +27,7 @@ from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
-from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs
+from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs, files_of
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import scored_roles
 
@@ -114,7 +114,8 @@ def training_config(options: argparse.Namespace) -> Config:
 
 
 def _check(options: argparse.Namespace, groups: bool) -> None:
-    picked = [name for name in ("--id", "--index", "--random") if getattr(options, name[2:]) not in (None, False)]
+    given = {"--id": options.id is not None, "--index": options.index is not None, "--random": options.random}
+    picked = [name for name, is_given in given.items() if is_given]
     if len(picked) > 1:
         raise UserError(f"{picked[0]} and {picked[1]}: give one of them; each names one example")
     if options.index is not None and options.index < 0:
@@ -136,7 +137,8 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
                 f"{flag(given[0])}: {options.data} holds contexts without responses, so no loss sees them; "
                 "give the groups that build-pairs made of them"
             )
-    check_outputs([("--html", options.html)], [("--data", options.data), ("--config", options.config)])
+    read = [("--data", options.data), ("--config", options.config), *files_of(options)]
+    check_outputs([("--html", options.html)], read)
 
 
 def find(options: argparse.Namespace) -> Example:

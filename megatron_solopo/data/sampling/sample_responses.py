@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.hf_model import DTYPES
-from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs
+from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile
 from megatron_solopo.data.sampling.sampled import Statistics
@@ -161,7 +161,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
             "folder of its tokenizer"
         )
-    check_outputs([("--output", options.output)], [("--contexts", options.contexts)])
+    check_outputs([("--output", options.output)], [("--contexts", options.contexts), *files_of(options)])
     check_jsonl("--output", options.output)
     if Path(options.output).exists() and not options.overwrite:
         raise UserError(

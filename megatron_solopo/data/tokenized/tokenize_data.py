@@ -263,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     output = Path(options.output)
+    if output.name in ("", ".."):
+        raise UserError(f"--output {options.output}: is no name for a new folder; give one, such as tokens")
     partial = output.with_name(output.name + ".partial")
     job = Job(
         source=options.train_data,
