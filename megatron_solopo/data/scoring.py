@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
+import numpy as np
+
 from megatron_solopo.errors import UserError
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -140,7 +142,7 @@ class _UserScorer:
             score = self._function(response, list(answers), **more)
         except Exception as error:
             raise UserError(f"{self._flag}: raised {_told(error)} for the response {_short(response)}") from None
-        if not isinstance(score, Real) or not math.isfinite(score):
+        if not isinstance(score, Real | np.bool_) or not math.isfinite(score):
             raise UserError(
                 f"{self._flag}: returned {_short(score)} for the response {_short(response)}; a score is a finite "
                 "number, or True or False"

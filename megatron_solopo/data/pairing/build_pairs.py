@@ -148,8 +148,7 @@ def build_groups(
             counts.undecided += 1
             continue
         share = {"share_right": round(sum(r.score > how.right_above for r in scored) / len(scored), 4)}
-        possible = len({r.text for r in right}) * len({r.text for r in wrong})
-        for number, found in enumerate(distinct(candidates, how.per_question, possible), 1):
+        for number, found in enumerate(distinct(candidates, how.per_question, right, wrong), 1):
             yield _group(pair, number, found, share | more, how, counts)
 
 
@@ -367,7 +366,16 @@ def _checked(
     groups: Iterator[PreferenceGroup], counts: Counts, source: InStep | None, options: argparse.Namespace
 ) -> Iterator[PreferenceGroup]:
     """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
-    yield from groups
+    seen = set()
+    for group in groups:
+        if group.id in seen:
+            raise UserError(
+                f"--pairs-per-question {options.pairs_per_question}: {group.id!r} would be the id of two groups, of a "
+                f"question and of another one's further pair; rename that question in {options.contexts} and "
+                f"{options.responses}"
+            )
+        seen.add(group.id)
+        yield group
     if not counts.questions:
         raise UserError(f"--contexts {options.contexts}: holds no question; give what prepare-data wrote")
     strangers = source.unasked() if source else set()

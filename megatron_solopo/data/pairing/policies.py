@@ -50,16 +50,17 @@ def shortest_correct_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng
 
 def length_matched_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
     """A random right response with the wrong one nearest to it in words, against a length bias."""
+    lengths = {response.text: words(response.text) for response in (*right, *wrong)}
     while True:
         chosen = rng.choice(right)
-        length = words(chosen.text)
-        yield chosen, min(rng.sample(wrong, len(wrong)), key=lambda response: abs(words(response.text) - length))
+        length = lengths[chosen.text]
+        yield chosen, min(rng.sample(wrong, len(wrong)), key=lambda response: abs(lengths[response.text] - length))
 
 
 def best_worst_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """From the highest score with the lowest inwards, equal scores in a random order."""
-    best = sorted(rng.sample(right, len(right)), key=lambda response: -response.score)
-    worst = sorted(rng.sample(wrong, len(wrong)), key=lambda response: response.score)
+    """From the highest score with the lowest inwards, each text once, equal scores in a random order."""
+    best = _once(sorted(rng.sample(right, len(right)), key=lambda response: -response.score))
+    worst = _once(sorted(rng.sample(wrong, len(wrong)), key=lambda response: response.score))
     # Pairs in order of how far both stand from their end.
     order = sorted(
         ((b, w) for b in range(len(best)) for w in range(len(worst))), key=lambda pair: (sum(pair), max(pair))
@@ -67,6 +68,14 @@ def best_worst_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: rand
     while True:
         for b, w in order:
             yield best[b], worst[w]
+
+
+def _once(responses: Sequence[Scored]) -> list[Scored]:
+    """The first response of each text."""
+    first: dict[str, Scored] = {}
+    for response in responses:
+        first.setdefault(response.text, response)
+    return list(first.values())
 
 
 def most_frequent_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
@@ -94,14 +103,17 @@ POLICIES: dict[str, Policy] = {
 """Every way to pick pairs, by the name ``--policy`` knows it under."""
 
 
-def distinct(candidates: Iterator[Pair], wanted: int, possible: int) -> list[Pair]:
+def distinct(candidates: Iterator[Pair], wanted: int, right: Sequence[Scored], wrong: Sequence[Scored]) -> list[Pair]:
     """The first ``wanted`` pairs of different texts; a policy that keeps repeating itself ends the search.
 
     Args:
-        possible: how many different pairs there are.
+        right, wrong: what the candidates are drawn from.
     """
+    possible = len(_once(right)) * len(_once(wrong))
+    # So many draws miss one sample of each side, once among many of the same text, with a probability of 0.7 %.
+    draws = max(20 * wanted, 5 * len(right) * len(wrong))
     found: dict[tuple[str, str], Pair] = {}
-    for _, pair in zip(range(20 * wanted), candidates, strict=False):
+    for _, pair in zip(range(draws), candidates, strict=False):
         if pair[0].text != pair[1].text:  # a scorer of one's own may disagree with itself
             found.setdefault((pair[0].text, pair[1].text), pair)
         if len(found) == min(wanted, possible):
