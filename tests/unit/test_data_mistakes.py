@@ -13,6 +13,7 @@ from word_tokenizer import save_word_tokenizer
 from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.files.inputs import read_records
+from megatron_solopo.data.files.progress import Progress
 from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.inspection import inspect_data
 from megatron_solopo.data.pairing import build_pairs
@@ -306,6 +307,30 @@ def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
         assert partial.responses == 1
     with pytest.raises(UserError, match="begun with temperature = 1, now 9"):
         PartialFile(output, {"temperature": 9})
+
+
+@pytest.mark.parametrize("lost", ["ready.json", "progress.json", "both"])
+@pytest.mark.parametrize("left", ["", "\0" * 9, '{"settings": {'])
+def test_notes_that_a_power_failure_emptied(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str, left: str
+) -> None:
+    main, argv, _, _ = COMMANDS["prepare-data"]
+    assert main(argv) == 0
+    whole = Path("made.jsonl").read_bytes()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Progress, "finish", stop)
+        main(argv)
+    for name in ("ready.json", "progress.json") if lost == "both" else (lost,):
+        assert json.loads(Path("made.jsonl.work", name).read_text())
+        Path("made.jsonl.work", name).write_text(left)
+    Path("made.jsonl").unlink()
+    capsys.readouterr()
+    assert main(argv) == 0 and Path("made.jsonl").read_bytes() == whole
+    assert "resuming" not in capsys.readouterr().out
 
 
 def test_a_write_that_fails_leaves_nothing_behind(here: Path) -> None:

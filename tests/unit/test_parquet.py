@@ -144,3 +144,13 @@ def test_rows_are_read_and_written_a_few_at_a_time(tmp_path):
     """Whatever the number of groups: the largest row group has 64 rows."""
     write_records(tmp_path / "a.parquet", (draw_group(number) for number in range(1000)))
     assert max(parquet.row_group_sizes(tmp_path / "a.parquet")) == parquet.ROWS == 64
+
+
+def test_a_text_that_is_not_utf8_names_its_row(tmp_path):
+    """Other programs write what is not checked: bytes under the name of a text."""
+    texts = [b"good", b"also good", "Gr\u00f6\u00dfe".encode("latin-1"), b"x"]
+    column = pa.StringArray.from_buffers(4, *pa.array(texts, pa.binary()).buffers()[1:])
+    pq.write_table(pa.table({"title": ["t"] * 4, "text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as error:
+        list(read_records(tmp_path / "a.parquet"))
+    assert str(error.value) == f"{tmp_path / 'a.parquet'}:row 3: a text is not UTF-8; write the file anew"

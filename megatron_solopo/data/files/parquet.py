@@ -93,11 +93,23 @@ def read_rows(
             left = None if count is None else first_row + count - number
             if left == 0:
                 return
-            for row in batch.slice(passed, left).to_pylist():
+            for row in _decoded(batch.slice(passed, left), path, number):
                 yield f"{path}:row {number}", _record(row)
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}:row {number}: damaged from here on ({_reason(error)}); write the file anew") from None
+
+
+def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:row {first + index}: a text is not UTF-8; write the file anew") from None
+        raise
 
 
 def row_group_sizes(path: str | Path) -> list[int]:

@@ -76,12 +76,10 @@ class WorkFolder:
         self.path = path
         self._settings = json.loads(json.dumps(settings))
         self._state = path / "ready.json"
-        self.ready = self._state.is_file()
-        if self.ready:
-            made = json.loads(self._state.read_text(encoding="utf-8"))["settings"]
-            if self.done:
-                refuse_other_settings(path, made, self._settings)
-            self.ready = made == self._settings
+        noted = _noted(self._state)
+        if noted is not None and self.done:
+            refuse_other_settings(path, noted["settings"], self._settings)
+        self.ready = noted is not None and noted["settings"] == self._settings
         if not self.ready:  # the folder itself stays, for the lock is on it
             for file in path.iterdir():
                 file.unlink()
@@ -89,13 +87,13 @@ class WorkFolder:
     @property
     def done(self) -> int:
         """Items that a `Progress` in the folder has finished."""
-        path = self.path / _PROGRESS
-        return json.loads(path.read_text(encoding="utf-8"))["done"] if path.is_file() else 0
+        noted = _noted(self.path / _PROGRESS)
+        return noted["done"] if noted else 0
 
     @property
     def prepared(self) -> Any:
         """What `mark_ready` was given."""
-        return json.loads(self._state.read_text(encoding="utf-8"))["prepared"]
+        return _noted(self._state)["prepared"]
 
     def mark_ready(self, prepared: Any) -> None:
         write_aside(self._state, {"settings": self._settings, "prepared": prepared})
@@ -116,8 +114,7 @@ class Progress:
         self._path = folder / _PROGRESS
         self.done, self.state = 0, None
         sizes = dict.fromkeys(names, 0)
-        if self._path.is_file():
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
+        if kept := _noted(self._path):
             # After a power failure a file may be shorter than what was noted; then all is built again.
             if all(_size(folder / name) >= size for name, size in kept["sizes"].items()):
                 self.done, self.state, sizes = kept["done"], kept["state"], kept["sizes"]
@@ -154,6 +151,14 @@ def write_aside(path: Path, value: Any) -> None:
     aside = path.with_name(path.name + ".new")
     aside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     aside.replace(path)
+
+
+def _noted(path: Path) -> Any:
+    """What `write_aside` wrote, None where there is no file; after a power failure it may be there and empty."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _size(path: Path) -> int:
