@@ -186,3 +186,19 @@ def test_a_list_that_is_no_list_of_ids(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=told):
             main([*argv, str(tmp_path / name)])
+
+
+def test_nothing_beyond_the_limit_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole input is read for the pool; a question that was not wanted is not listed."""
+    records = questions()
+    unusable = [{**records[0], "id": name, "answer": "The"} for name in ("before", "between", "after")]
+    order = [unusable[0], records[0], unusable[1], records[1], unusable[2], records[2]]
+    argv = ["--source", "jsonl", "--input", str(lines(tmp_path / "q.jsonl", order)), "--limit", "2"]
+    argv += ["--tokenizer", str(save_word_tokenizer(tmp_path / "model")), "--output", str(tmp_path / "c.jsonl")]
+    (tmp_path / "ids").write_text("after\n002\n")
+    argv += ["--exclude-ids", str(tmp_path / "ids"), "--left-out", str(tmp_path / "left.jsonl")]
+    main([*argv, "--short-documents", "1", "--long-documents", "1"])
+    left = [json.loads(line)["id"] for line in (tmp_path / "left.jsonl").read_text().splitlines()]
+    assert left == ["before", "between"]
+    printed = capsys.readouterr().out
+    assert "questions kept: 2, left out: 2" in printed and "ids to exclude: 2 of 2 are in the input" in printed

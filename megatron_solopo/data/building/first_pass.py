@@ -52,7 +52,8 @@ def ingest(
         source, inputs, labelled, exclude: as in `sources.read_questions`.
         pool: inputs of further distractors.
         count: for the paragraphs' lengths; None for sizes in documents.
-        limit: build contexts for the first so many; all of them are distractors.
+        limit: build contexts for the first so many; all of them are distractors. What cannot be used after those is not
+            left out, for it was not wanted.
 
     Raises:
         UserError: as `sources.read_questions`.
@@ -60,6 +61,7 @@ def ingest(
     left_out = LeftOut()
     writer = open_writer(folder)
     sizes, ids, texts = array("q"), [], []
+    told = None  # entries of `left_out` up to the last question of the limit
     with (folder / _TEXTS).open("wb") as out:
         questions = read_questions(source, inputs, left_out, labelled=labelled, exclude=exclude)
         for question in tqdm(questions, desc="reading", unit="question", leave=False, disable=None):
@@ -69,6 +71,8 @@ def ingest(
                 line = _dump(question)
                 out.write(line)
                 sizes.append(len(line))
+                if len(sizes) == limit:
+                    told = len(left_out.entries)
                 if validation_share:
                     ids.append(question.id)
                     texts.append(question.question)
@@ -95,7 +99,7 @@ def ingest(
                 "give a share that leaves questions on both sides"
             )
     np.save(folder / _SIDES, sides)
-    return Ingested(total, write_pool(folder, writer, prompt_format, count), left_out.entries, notes)
+    return Ingested(total, write_pool(folder, writer, prompt_format, count), left_out.entries[:told], notes)
 
 
 class QuestionFile:

@@ -70,6 +70,8 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
     finished = record.get("finished", [True] * len(texts))
     if not isinstance(finished, list) or len(finished) != len(texts):
         raise UserError(f"{where}: the field 'finished' must be a list as long as 'responses' ({len(texts)})")
+    if not all(isinstance(value, bool) for value in finished):
+        raise UserError(f"{where}: the field 'finished' must be a list of true and false")
     token_ids = record.get("token_ids")
     if token_ids is not None:
         if not isinstance(token_ids, list) or len(token_ids) != len(texts):
@@ -77,7 +79,7 @@ def _responses(record: dict[str, Any], where: str) -> Responses:
         for index, ids in enumerate(token_ids):
             if ids != [] or texts[index].strip():  # an empty response has none
                 check_ids(ids, f"token_ids[{index}]", where)
-    return Responses(question_id, texts, [bool(value) for value in finished], token_ids)
+    return Responses(question_id, texts, finished, token_ids)
 
 
 class InStep:
