@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -89,9 +90,7 @@ class Companions:
     def _stop_at(self, token: int, path: Path) -> None:
         """Adds a token to those that end a text in generation_config.json; without one, config.json names them."""
         model = json.loads(self.config_json)
-        document = {key: model[key] for key in SPECIAL_IDS if key in model}
-        if path.is_file():
-            document = json.loads(path.read_text(encoding="utf-8"))
+        document = generation_config(path.parent) or {key: model[key] for key in SPECIAL_IDS if key in model}
         found = document.get("eos_token_id")
         stops = found if isinstance(found, list) else [] if found is None else [found]
         if token not in stops:
@@ -110,6 +109,24 @@ class Companions:
             return read_tokenizer(self.source)
         except UserError:
             return None  # weights that are done do not wait for a package; the files go along as they are
+
+
+def generation_config(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's generation_config.json, None where there is none.
+
+    Raises:
+        UserError: it is broken.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: not a JSON object; copy or download it again, or take it away")
+    return document
 
 
 def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> str:

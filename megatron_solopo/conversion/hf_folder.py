@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_solopo.config import MAX_SHARD_SIZE
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.companions import Companions, dtype_name
 from megatron_solopo.conversion.places import aside_of, check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
@@ -52,11 +52,14 @@ class TensorReader:
                 "or start with --random-init"
             )
         self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(NEVER_WEIGHTS)}
+        if not self._file_of:
+            raise UserError(f"{folder}: its weight files hold no weights; copy or download it again")
         for name in sorted(set(self._file_of.values())):
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name}: the shard is missing (named in {index})")
 
     def _names_in(self, file: str) -> list[str]:
+        _refuse_pointer(self.folder / file)
         if file.endswith(".bin"):
             return list(self._bin(file))
         with self._open(file) as opened:
@@ -65,7 +68,6 @@ class TensorReader:
     def _open(self, name: str) -> Any:
         path = self.folder / name
         try:
-            _refuse_pointer(path)
             return safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
@@ -88,7 +90,7 @@ class TensorReader:
         for name in sorted(self._file_of):
             found.setdefault(self.dtype_of(name), name)
         if len(found) > 1:
-            several = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in found.items())
+            several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in found.items())
             raise UserError(f"{self.folder}: its weights have several dtypes, {several}; choose one with --dtype")
         return next(iter(found))
 
@@ -141,6 +143,7 @@ class TensorReader:
         return self._heads[file][name]
 
     def _heads_in(self, file: str) -> dict[str, tuple[torch.Size, str]]:
+        _refuse_pointer(self.folder / file)
         if file.endswith(".bin"):
             tensors = self._bin(file).items()
             return {name: (tensor.shape, CODES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors}
@@ -172,7 +175,6 @@ def _read_index(path: Path) -> dict[str, str]:
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a ``.bin`` file, and whether they are mapped, so that only those that are read take memory."""
     try:
-        _refuse_pointer(path)
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # the format of torch before 1.6 cannot be mapped
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -228,10 +230,10 @@ def write_folder(
     try:
         restore(folder)
         check_target("--save-hf", folder, force, filling=True)
-    except UserError:
+    except (UserError, OSError) as error:
         for _ in tensors:
             pass
-        raise
+        raise error if isinstance(error, UserError) else _not_written(folder, error) from None
     aside = aside_of(folder)
     shards = Shards(aside, shapes, dtype, parse_size(max_shard_size))
     for name, tensor in tensors:
@@ -242,6 +244,10 @@ def write_folder(
         put_in_place(aside, folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere"
-        ) from None
+        raise _not_written(folder, error) from None
+
+
+def _not_written(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere"
+    )

@@ -45,6 +45,8 @@ def put_in_place(aside: Path, folder: Path) -> None:
 
 def _take_over(earlier: Path, folder: Path) -> None:
     """An earlier folder goes; the models inside it that --save-hf-interval wrote stay."""
+    for path in list(earlier.glob("iter_*.replaced")):  # of a model inside, whose own replacement was killed
+        restore(path.with_suffix(""))
     for path in filter(_is_export, earlier.glob("iter_*")):
         if path.suffix != ".partial" and not (folder / path.name).exists():
             path.rename(folder / path.name)
@@ -53,10 +55,11 @@ def _take_over(earlier: Path, folder: Path) -> None:
 
 def _is_export(path: Path) -> bool:
     """A model of --save-hf-interval, finished or not; the checkpoints of a run have no config.json."""
-    return path.name.startswith("iter_") and ((path / "config.json").is_file() or path.name.endswith(".partial"))
+    begun = path.suffix in (".partial", ".replaced")
+    return path.name.startswith("iter_") and (begun or (path / "config.json").is_file())
 
 
-def folder_of(option: str, text: str) -> Path:
+def named_folder(option: str, text: str) -> Path:
     """The folder that an option names.
 
     Raises:
@@ -90,7 +93,7 @@ def check_target(option: str, folder: Path, force: bool, filling: bool = False) 
     if not force and (model or not filling):
         raise UserError(f"{option} {folder}: exists already; choose another folder, or overwrite it with --force")
     if not model and not all(map(_is_export, real.iterdir())):
-        raise UserError(f"{option} {folder}: holds no model, so --force does not overwrite it; choose another folder")
+        raise UserError(f"{option} {folder}: holds no model, and only models are replaced; choose another folder")
 
 
 def _is_mounted(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
 from megatron_solopo.config_load import read_model_options
-from megatron_solopo.conversion.places import check_apart, check_target, folder_of, restore
+from megatron_solopo.conversion.places import check_apart, check_target, named_folder, restore
 from megatron_solopo.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -168,7 +168,7 @@ def _config(given: argparse.Namespace) -> Config:
 
 def _check_target(given: argparse.Namespace, config: Config) -> None:
     option, name = ("--save", given.save) if given.command == "hf-to-megatron" else ("--save-hf", given.save_hf)
-    target = folder_of(option, name)
+    target = named_folder(option, name)
     check_apart(option, target, {"--load": getattr(given, "load", None), "--hf-path": config.model.hf_path})
     if os.environ.get("RANK", "0") == "0":
         restore(target)
@@ -184,7 +184,7 @@ def _dtype(name: str) -> Any:
 def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     import torch.distributed as dist
 
-    from megatron_solopo.conversion.companions import Companions, config_json
+    from megatron_solopo.conversion.companions import Companions, config_json, dtype_name
     from megatron_solopo.conversion.hf_folder import TensorReader
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.start import is_megatron_folder, open_hf_weights
@@ -199,13 +199,14 @@ def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Any) -> i
     companions = Companions(Path(given.hf_path), config_json(given.hf_path, hf_config, dtype), added_tokens=added)
     save_megatron_folder(models, companions, Path(given.save), weights)
     if dist.get_rank() == 0:
-        print(f"wrote {given.save} ({str(dtype).removeprefix('torch.')}); train from it with --hf-path {given.save}")
+        print(f"wrote {given.save} ({dtype_name(dtype)}); train from it with --hf-path {given.save}")
     return 0
 
 
 def _chat_format(load: Path, config: Config) -> tuple[str | None, int | None]:
     """(the text of a run's --chat-template, if given, the id that ends its turns); (None, None) of a Megatron folder,
     whose files hold what is known."""
+    from megatron_solopo.conversion.companions import generation_config
     from megatron_solopo.training.preparation import chosen_template, load_run_tokenizer
 
     if not (load / "config.yaml").is_file():
@@ -216,6 +217,7 @@ def _chat_format(load: Path, config: Config) -> tuple[str | None, int | None]:
             f"--load {load}: the --chat-template {template} of its run is no longer there; put it back, or name "
             f"another in {load / 'config.yaml'}"
         )
+    generation_config(Path(config.model.hf_path))  # can be read
     tokenizer = load_run_tokenizer(config.model)
     return chosen_template(config.model, tokenizer), tokenizer.eos_token_id
 

@@ -24,6 +24,7 @@ from megatron_solopo.training.preparation import check_model, check_vocabulary, 
 from megatron_solopo.training.reference import cache_folder, starting_weights
 from megatron_solopo.training.resume import (
     check_folders,
+    check_reference,
     check_same_run,
     find_start,
     nothing_left,
@@ -49,10 +50,11 @@ def describe(config: Config) -> str:
     done = 0
     if source is not None:
         before = read_progress(source)
-        weights = starting_weights(config) if needs_reference(config.method) else None
-        check_same_run(before, progress_of(schedule, data, config, weights), config)
+        check_same_run(before, progress_of(schedule, data, config))
         done = before["iteration"]
     all_done = nothing_left(config, done, schedule.steps)
+    if source is not None and not all_done and needs_reference(config.method):
+        check_reference(before, starting_weights(config), config)
     processes = world_size()
     window = attention_window(hf_config)
     counts = parameter_count(hf_config)

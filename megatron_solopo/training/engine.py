@@ -226,7 +226,7 @@ def gradients_are_finite(engine: Engine) -> bool:
 
 
 def weights_not_finite(engine: Engine) -> int:
-    """How many numbers of the weights are not finite, on all processes together; collective."""
+    """How many numbers of the weights are not finite, those of all processes added, copies too; collective."""
     engine.gather_parameters()
     parameters = [parameter.detach() for model in engine.models for parameter in model.parameters()]
     count = torch.stack([(~torch.isfinite(parameter)).sum() for parameter in parameters]).sum()

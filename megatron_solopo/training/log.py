@@ -95,8 +95,8 @@ class RunLog:
         self._pending = b""
 
     def begin(self) -> None:
-        """Opens boards and files, where lines after ``first_step`` are taken out: from here on nothing may refuse the
-        run. The metrics are cut last, behind the boards, which can."""
+        """Opens boards and files, where lines after ``first_step`` are taken out. The metrics are cut last,
+        behind the boards, which can refuse the run."""
         if not self._active:
             return
         output, first_step = self._output, self._first_step

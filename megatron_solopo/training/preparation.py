@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_solopo.config import Config, ModelConfig
@@ -110,8 +111,10 @@ def check_model(config: Config) -> Any:
     """The Hugging Face config, after what can be refused without reading weights or data.
 
     Raises:
-        UserError: no such folder, an unknown architecture, --seq-length beyond its positions, or no complete weights.
+        UserError: no such folder, an unknown architecture, --seq-length beyond its positions, no complete weights, or
+            a broken generation_config.json.
     """
+    from megatron_solopo.conversion.companions import generation_config
     from megatron_solopo.conversion.start import check_weights, model_config
     from megatron_solopo.model.build import check_length, padded_vocab_size
     from megatron_solopo.model.families import family_of
@@ -129,6 +132,8 @@ def check_model(config: Config) -> Any:
     check_widths(hf_config, config)
     if not config.model.random_init:
         check_weights(config.model.hf_path)
+    if config.output.save_hf is not None:
+        generation_config(Path(config.model.hf_path))  # which an export changes
     return hf_config
 
 

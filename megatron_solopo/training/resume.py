@@ -14,7 +14,7 @@ from megatron_solopo.conversion.manifest import (
     write_latest,
     write_whole,
 )
-from megatron_solopo.conversion.places import check_apart, check_target, folder_of
+from megatron_solopo.conversion.places import check_apart, check_target, named_folder
 from megatron_solopo.errors import UserError
 from megatron_solopo.training.preparation import RunData
 
@@ -22,7 +22,10 @@ EXPORT = "export.json"
 """Of a run folder: what --save-hf holds, or is about to hold."""
 
 REFERENCE_WEIGHTS = "reference_weights"
-"""Of `progress_of`."""
+"""Of a checkpoint's progress, where the loss has a reference: its `starting_weights`."""
+
+OF_LATER_VERSIONS = ("adam_beta1", "adam_beta2", "adam_eps")
+"""Of `progress_of`; checkpoints of earlier versions do not know them, and are gone on from without comparison."""
 
 APART = (
     "save",
@@ -31,7 +34,6 @@ APART = (
     "chat_template",
     "train_data",
     "valid_data",
-    "reference_cache",
     "tensorboard_dir",
     "wandb_save_dir",
 )
@@ -44,6 +46,9 @@ def check_folders(config: Config) -> None:
     Raises:
         UserError: naming the folder and what to do.
     """
+    from megatron_solopo.losses.solopo import needs_reference
+    from megatron_solopo.training.reference import cache_folder  # with Megatron, which most of this does without
+
     output = config.output
     save, load = Path(output.save), output.load
     if save.exists() and not save.is_dir():
@@ -64,11 +69,14 @@ def check_folders(config: Config) -> None:
     if load is not None and output.ckpt_step is None and latest_iteration(load) is None:
         find_checkpoint(load, None)
     if output.save_hf is not None:
-        target = folder_of(flag("save_hf"), output.save_hf)
+        target = named_folder(flag("save_hf"), output.save_hf)
         others = {flag(name): getattr(getattr(config, OWNER[name][0]), name) for name in APART}
+        if needs_reference(config.method):
+            others[flag("reference_cache")] = cache_folder(config)
         check_apart(flag("save_hf"), target, others, run=save)
         if not (output.auto_resume and begun):
-            going_on = load is not None and _same_folder(load, save)
+            # With --auto-resume the run may have exported, and been killed before its first checkpoint.
+            going_on = output.auto_resume or (load is not None and _same_folder(load, save))
             check_target(flag("save_hf"), target, output.force, filling=going_on and output.save_hf_interval > 0)
 
 
@@ -101,6 +109,11 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
     exported = state == _noted(config, steps, complete=True) and (Path(output.save_hf) / "config.json").is_file()
     if exported and resumed == steps:
         return True
+    if resumed == steps and state is None and not output.force and (Path(output.save_hf) / "config.json").is_file():
+        raise UserError(
+            f"--save-hf {output.save_hf}: exists already, and {Path(output.save) / EXPORT} does not say that this run "
+            "made it; choose another folder, or write it again with --force"
+        )
     check_target(flag("save_hf"), Path(output.save_hf), output.force or state is not None, filling=True)
     return False
 
@@ -137,25 +150,24 @@ def _noted_export(config: Config) -> dict[str, Any] | None:
         note = json.loads((Path(config.output.save) / EXPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return note if note.get("save_hf") == _noted(config, 0, complete=False)["save_hf"] else None
+    own = isinstance(note, dict) and note.get("save_hf") == _noted(config, 0, complete=False)["save_hf"]
+    return note if own else None
 
 
 def read_progress(source: Path) -> dict[str, Any]:
-    """``progress`` and ``iteration`` of a complete checkpoint; no tensor is read."""
+    """``progress`` and ``iteration`` of a complete checkpoint; no tensor is read.
+
+    Raises:
+        UserError: it is a Megatron folder of convert-checkpoint.
+    """
     document = read_manifest(source)
+    if not document["progress"]:
+        raise UserError(f"{source}: holds weights only, and no run to go on from; give {source.parent} as --hf-path")
     return document["progress"] | {"iteration": document["iteration"]}
 
 
-KEPT_LATER = ("adam_beta1", "adam_beta2", "adam_eps")
-"""Of `progress_of`; checkpoints of earlier versions do not know them, and are gone on from without comparison."""
-
-
-def progress_of(schedule: Any, data: RunData, config: Config, weights: str | None) -> dict[str, Any]:
-    """What fixes model, reference, order of the examples and each step of the optimizer; kept in every checkpoint.
-
-    Args:
-        weights: those of the reference, see `starting_weights`; None for a loss without one.
-    """
+def progress_of(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
+    """What fixes model, order of the examples and each step of the optimizer; kept in every checkpoint."""
     training = config.training
     names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
     return {
@@ -164,13 +176,12 @@ def progress_of(schedule: Any, data: RunData, config: Config, weights: str | Non
         "shuffle": config.data.shuffle,
         "rope_scaling": config.model.rope_scaling,
         "add_special_tokens": config.model.add_special_tokens,
-        **{name: getattr(training, name) for name in names + KEPT_LATER},
-        REFERENCE_WEIGHTS: weights,
+        **{name: getattr(training, name) for name in names + OF_LATER_VERSIONS},
     }
 
 
-def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
-    """Refuses to go on as another run: other examples, another order, another schedule or another reference.
+def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on as another run: other examples, another order or another schedule.
 
     Raises:
         UserError: naming what differs.
@@ -181,24 +192,38 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
             "give the same --train-data, or start anew"
         )
     for name, value in now.items():
-        unknown = name in KEPT_LATER and name not in before
-        if name != REFERENCE_WEIGHTS and not unknown and before.get(name) != value:
+        unknown = name in OF_LATER_VERSIONS and name not in before
+        if not unknown and before.get(name) != value:
             raise UserError(
                 f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; "
                 "give the same as before, or start anew"
             )
-    started, weights = before.get(REFERENCE_WEIGHTS), now[REFERENCE_WEIGHTS]
-    if None not in (started, weights) and started != weights:
+
+
+def check_reference(before: dict[str, Any], weights: str, config: Config) -> None:
+    """Refuses to go on with another reference; checkpoints of earlier versions do not know theirs.
+
+    Args:
+        weights: see `starting_weights`.
+
+    Raises:
+        UserError: the folder of --hf-path has other files than when the run started.
+    """
+    if before.get(REFERENCE_WEIGHTS) not in (None, weights):
         raise UserError(
-            f"--hf-path {config.model.hf_path}: its files do not make the weights that the run started from, the "
-            f"reference of {config.method.preference_loss}; give that folder as it was then, or start anew"
+            f"--hf-path {config.model.hf_path}: its files are not those that the run started from, the reference of "
+            f"{config.method.preference_loss}; give that folder as it was then, or start anew"
         )
 
 
 def go_back(config: Config) -> None:
-    """After --ckpt-step in the same folder that iteration is the latest; what came later is written again."""
+    """Takes back what the run folder notes beyond the checkpoint that this start goes on from."""
     output = config.output
-    if output.ckpt_step is not None and _same_folder(output.load, output.save):
+    if output.load is None:
+        return  # --auto-resume goes on from the latest
+    if not _same_folder(output.load, output.save):
+        forget_export(config)  # of a run whose checkpoints are gone
+    elif output.ckpt_step is not None:
         forget_export(config)
         write_latest(Path(output.save), output.ckpt_step)
 

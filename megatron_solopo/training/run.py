@@ -65,7 +65,6 @@ def train(here: Any, config: Config) -> None:
     """
     import torch.distributed as dist
 
-    from megatron_solopo.conversion.places import restore
     from megatron_solopo.losses.solopo import needs_reference
     from megatron_solopo.model.transformer_engine import check_machine
     from megatron_solopo.training import engine as engines
@@ -87,21 +86,23 @@ def train(here: Any, config: Config) -> None:
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     schedule = run_schedule(config, data)
-    weights = shared(lambda: starting_weights(config)) if needs_reference(config.method) else None
-    progress = resume.progress_of(schedule, data, config, weights)
+    progress = resume.progress_of(schedule, data, config)
     resumed = 0
     source = resume.find_start(config)
     if source is not None:
         before = resume.read_progress(source)
-        resume.check_same_run(before, progress, config)
+        resume.check_same_run(before, progress)
         resumed = before["iteration"]
     if resume.nothing_left(config, resumed, schedule.steps):
         if first:
-            if output.save_hf:
-                restore(Path(output.save_hf))  # an export killed behind its last rename
             print(f"all {schedule.steps} steps are done and saved in {output.save}; nothing is left", file=sys.stderr)
         stop.close()
         return
+    if needs_reference(config.method):  # reads all weights
+        weights = shared(lambda: starting_weights(config))
+        progress[resume.REFERENCE_WEIGHTS] = weights
+        if source is not None:
+            resume.check_reference(before, weights, config)
     engines.initialize_parallel(config)
     engine = engines.build_engine(here, hf_config, config)
     log = RunLog(output, schedule.steps, resumed, first, _effective(config))
@@ -112,7 +113,7 @@ def train(here: Any, config: Config) -> None:
         _begin(log, config, data)
 
     reference: dict[str, Any] = {"train": None, "valid": None}
-    if weights is not None:  # before a checkpoint moves the weights away from the reference
+    if needs_reference(config.method):  # before a checkpoint moves the weights away from the reference
         for split, dataset in data.reference.items():
             reference[split] = reference_log_probs(engine, dataset, config, weights, log.say, stop.heard)
             if reference[split] is None:
@@ -198,7 +199,7 @@ def _check_weights(engine: Any, broken: int, step: int, checkpoints: Any) -> Non
     if found > 0:
         checkpoints.finish()
         raise UserError(
-            f"step {step}: {found:,} numbers of the weights are not finite any more; they are not saved, and earlier "
+            f"step {step}: the weights are not finite any more; they are not saved, and earlier "
             "checkpoints are kept: start a new run with a lower --lr or a larger --adam-eps"
         )
 

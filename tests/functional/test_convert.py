@@ -159,7 +159,7 @@ WRONG = {
     ),
     "no model to overwrite": (
         ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{folder}", "--force"],
-        r"holds no model, so --force does not overwrite it",
+        r"holds no model, and only models are replaced",
     ),
     "Megatron already": (
         ["hf-to-megatron", "--hf-path", "{megatron}", "--save", "{new}"],

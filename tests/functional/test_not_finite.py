@@ -71,7 +71,5 @@ def test_weights_that_training_broke_are_neither_saved_nor_exported(
     for name, last in (("early", 2), ("late", 1)):
         assert run(main, home.argv(f"runs/{name}", *IN_ORDER, *flags, "--train-iters", last)) == 2
         told = capfd.readouterr().err
-        assert re.search(
-            r"^error: step 1: [\d,]+ numbers of the weights are not finite any more; .*--adam-eps$", told, re.M
-        )
+        assert re.search(r"^error: step 1: the weights are not finite any more; .*--adam-eps$", told, re.M)
         assert not list((home.folder / "runs" / name).glob("iter_*")) and not (home.folder / "broken-hf").exists()

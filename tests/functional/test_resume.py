@@ -14,6 +14,7 @@ from training_home import Home, furnish
 from transformers import LlamaConfig
 
 from megatron_solopo.cli import run
+from megatron_solopo.conversion.manifest import LATEST
 from megatron_solopo.training.run import main
 
 
@@ -85,7 +86,7 @@ def test_a_reference_of_other_weights_is_refused(
     shutil.copytree(dpo, home.folder / "runs/other", dirs_exist_ok=True)
     error = error_of(capfd, go_on(home, "other", *dry, hf="dpo-hf"))
     assert error == (
-        f"error: --hf-path {home.folder}/dpo-hf: its files do not make the weights that the run started from, the "
+        f"error: --hf-path {home.folder}/dpo-hf: its files are not those that the run started from, the "
         "reference of dpo; give that folder as it was then, or start anew"
     )
     assert run(main, go_on(home, "other", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0  # no reference
@@ -144,7 +145,8 @@ def test_a_model_that_the_run_did_not_export_is_never_taken_for_its_own(
 ) -> None:
     shutil.copytree(simpo, home.folder / "runs/foreign")
     shutil.copytree(home.folder / "hf", home.folder / "foreign-hf")
-    assert "foreign-hf: exists already" in error_of(capfd, exporting(home, "foreign"))
+    error = error_of(capfd, exporting(home, "foreign"))
+    assert "foreign-hf: exists already, and " in error and "does not say that this run made it" in error
     # Its own, where it was killed between the export and the note of it, needs no --force.
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.resume.export_is_complete", killed)
@@ -179,6 +181,43 @@ def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, m
     assert weights.read_bytes() != first
 
 
+def test_what_another_run_exported_is_not_this_ones(home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from another's checkpoint, in a folder whose own run was exported and has lost its checkpoints."""
+    assert run(main, exporting(home, "lost", "--beta", 4)) == 0
+    weights = home.folder / "lost-hf/model.safetensors"
+    first = weights.read_bytes()
+    folder = home.folder / "runs/lost"
+    shutil.rmtree(folder / "iter_0000005")
+    (folder / LATEST).unlink()
+    new = [flag for flag in exporting(home, "lost", "--force") if flag != "--auto-resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_solopo.training.export.export_last_model", killed)
+        assert run(main, [*new, "--load", str(simpo), "--ckpt-step", "2"]) == 130
+    assert run(main, exporting(home, "lost", "--force")) == 0
+    assert weights.read_bytes() != first
+
+
+def test_a_run_killed_before_its_first_checkpoint_finds_its_models_of_the_steps(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = exporting(home, "early", "--save-hf-interval", 1, "--save-interval", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_solopo.training.checkpoint.Checkpoints.save", killed)
+        assert run(main, command) == 130
+    assert (home.folder / "early-hf/iter_0000001/config.json").is_file()
+    assert run(main, command) == 0
+    assert (home.folder / "early-hf/config.json").is_file()
+
+
+def test_weights_alone_are_nothing_to_go_on_from(home: Home, simpo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The folder that convert-checkpoint writes is a checkpoint of no run."""
+    folder = Path(shutil.copytree(simpo, home.folder / "runs/weights"))
+    path = folder / "iter_0000002/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"progress": {}}))
+    error = error_of(capfd, go_on(home, "weights", "--preference-loss", "simpo"))
+    assert error.endswith(f"holds weights only, and no run to go on from; give {folder} as --hf-path")
+
+
 def test_random_weights_are_the_reference_again(home: Home) -> None:
     """Drawn by name and seed, so that a resumed run is the unbroken one even where the cache is lost."""
     times = ("seconds", "tokens_per_second", "memory_gib")
@@ -199,6 +238,4 @@ def test_random_weights_of_another_config_are_another_reference(home: Home, capf
     assert run(main, home.argv("runs/config", "--random-init", "--save-interval", 2, hf="hf-drawn")) == 0
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"initializer_range": 0.02', '"initializer_range": 0.2'))
-    assert "hf-drawn: its files do not make the weights" in error_of(
-        capfd, go_on(home, "config", "--random-init", hf="hf-drawn")
-    )
+    assert "hf-drawn: its files are not those" in error_of(capfd, go_on(home, "config", "--random-init", hf="hf-drawn"))

@@ -61,7 +61,9 @@ def _truncated(home: Home) -> dict[str, Any]:
 
 
 def _broken_index(home: Home) -> dict[str, Any]:
-    (_copy(home, "broken-index") / "model.safetensors.index.json").write_text("{")
+    folder = _copy(home, "broken-index")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{")
     return {"hf": "broken-index"}
 
 
@@ -138,6 +140,11 @@ def _no_model(home: Home) -> dict[str, Any]:
     (home.folder / "adapter").mkdir()
     (home.folder / "adapter" / "adapter_model.safetensors").write_text("mine")
     return {"flags": ["--save-hf", home.folder / "adapter", "--force"]}
+
+
+def _broken_generation_config(home: Home) -> dict[str, Any]:
+    (_copy(home, "greedy") / "generation_config.json").write_text('{"do_sample": false,}')
+    return {"hf": "greedy", "flags": ["--save-hf", home.folder / "new"]}
 
 
 def _export(name: str) -> Callable[[Home], dict[str, Any]]:
@@ -254,7 +261,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     ),
     "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
     "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
-    "export over no model": (_no_model, r"--save-hf \S+/adapter: holds no model, so --force does not overwrite it"),
+    "export over no model": (_no_model, r"--save-hf \S+/adapter: holds no model, and only models are replaced"),
     "export over the run folder": (
         _export("runs/wrong"),
         r"--save-hf \S+/wrong: would take the place of --save \S+/runs/wrong; choose a folder that does not hold it",
@@ -266,6 +273,14 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     ),
     "export over the first model": (_export("hf"), r"--save-hf \S+/hf: would take the place of --hf-path \S+/hf;"),
     "export over the data": (_export("groups.jsonl"), r"--save-hf \S+: would take the place of --train-data \S+;"),
+    "export over the reference cache": (
+        _export("runs/reference"),
+        r"--save-hf \S+/runs/reference: would take the place of --reference-cache \S+/runs/reference;",
+    ),
+    "export of a broken file": (
+        _broken_generation_config,
+        r"/greedy/generation_config.json: not a JSON object; copy or download it again, or take it away",
+    ),
     "export over boards": (
         lambda home: {"flags": ["--save-hf", home.folder / "new", "--tensorboard-dir", home.folder / "new/boards"]},
         r"--save-hf \S+/new: would take the place of --tensorboard-dir \S+/new/boards;",

@@ -66,6 +66,25 @@ def test_checkpoints_of_an_earlier_model_do_not_stay(tmp_path: Path) -> None:
     assert names(folder) == WRITTEN
 
 
+@pytest.mark.parametrize("left", [["config.json"], ["weights"]], ids=["whole", "half deleted"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_model_of_a_step_killed_while_it_was_replaced(tmp_path: Path, replaced: bool, left: list[str]) -> None:
+    """It is the only one before the new one has its name, and of no use behind that."""
+    folder = tmp_path / "hf"
+    earlier = folder / "iter_0000003.replaced"
+    earlier.mkdir(parents=True)
+    for name in left:
+        (earlier / name).write_text("earlier")
+    if replaced:
+        model(folder / "iter_0000003")
+    check_target("--save-hf", folder, force=False, filling=True)
+    write(folder)
+    whole = replaced or left == ["config.json"]
+    assert names(folder) == ["config.json", *(["iter_0000003"] if whole else []), *WRITTEN[1:]]
+    if whole:
+        assert (folder / "iter_0000003/config.json").read_text() == ("old" if replaced else "earlier")
+
+
 @pytest.mark.parametrize("existing", [True, False], ids=["over a model", "around models of the steps"])
 @pytest.mark.parametrize("moment", range(5))
 def test_killed_between_renames(tmp_path: Path, moment: int, existing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +147,8 @@ def file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "answer"),
     [
-        (adapter, "holds no model, so --force does not overwrite it; choose another folder"),
-        (run_folder, "holds no model, so --force does not overwrite it; choose another folder"),
+        (adapter, "holds no model, and only models are replaced; choose another folder"),
+        (run_folder, "holds no model, and only models are replaced; choose another folder"),
         (file, "is not a folder; choose another name"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
