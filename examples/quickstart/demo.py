@@ -326,7 +326,7 @@ solopo prepare-data --input QUESTIONS.jsonl --tokenizer MODEL --short-tokens 102
 solopo sample-responses --contexts contexts.jsonl --model MODEL --output responses.jsonl && \\
     solopo build-pairs --contexts contexts.jsonl --responses responses.jsonl --output groups.jsonl
 torchrun --nproc_per_node 8 pretrain_solopo.py --hf-path MODEL --train-data groups.jsonl \\
-    --preference-loss orpo --bf16 --train-epochs 1 --save runs/solo --save-hf runs/solo-hf""",
+    --preference-loss orpo --bf16 --seq-length 8704 --train-epochs 1 --save runs/solo --save-hf runs/solo-hf""",
         "    ",
     )
 

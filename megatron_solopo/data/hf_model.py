@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.errors import UserError
@@ -19,14 +20,19 @@ from megatron_solopo.model.rope import reach as reach_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_device(device: str) -> None:
+    """Refuses ``cuda`` where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+
+
 def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> PreTrainedModel:
     """A causal language model ready to generate; ``flag`` named its folder.
 
     Raises:
-        UserError: no GPU where one is asked for, or no model in the folder.
+        UserError: no GPU where one is asked for, or no whole model in the folder.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+    check_device(device)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not Path(folder).is_dir():
         raise UserError(f"{flag} {folder}: no such folder; give a Hugging Face folder")
@@ -34,9 +40,16 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
         transformers.utils.logging.disable_progress_bar()
     wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag} {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    if missing := sorted(told["missing_keys"]):  # transformers draws them, and goes on
+        raise UserError(
+            f"{flag} {folder}: {missing[0]} is not in its weights ({len(missing)} such), and would be random numbers; "
+            "copy or convert the model again"
+        )
     return model.to(device).eval()
 
 

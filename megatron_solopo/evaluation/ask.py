@@ -94,16 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: give 1 or more")
-    if options.document == "-":
-        document = sys.stdin.read()
-    else:
-        path = Path(options.document)
-        if not path.is_file():
-            raise UserError(f"--document {path}: no such file; give a text file, or - for standard input")
-        try:
-            document = path.read_text(encoding="utf-8-sig")  # editors may put a byte order mark there
-        except UnicodeDecodeError:
-            raise UserError(f"--document {path}: not a UTF-8 text; convert it to plain text first") from None
+    path = Path(options.document)
+    if options.document != "-" and not path.is_file():
+        raise UserError(f"--document {path}: no such file; give a text file, or - for standard input")
+    content = sys.stdin.buffer.read() if options.document == "-" else path.read_bytes()
+    try:
+        document = content.decode("utf-8-sig")  # editors may put a byte order mark there
+    except UnicodeDecodeError:
+        raise UserError(f"--document {path}: not a UTF-8 text; convert it to plain text first") from None
     if not document.strip():
         raise UserError(f"--document {options.document}: the document is empty")
     answers = ask(

@@ -22,7 +22,7 @@ from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import SOURCES, LeftOut, read_pool, read_questions
 from megatron_solopo.data.files.inputs import place
 from megatron_solopo.data.files.records import write_jsonl
-from megatron_solopo.data.hf_model import DTYPES, check_reach, load_model
+from megatron_solopo.data.hf_model import DTYPES, check_device, check_reach, load_model
 from megatron_solopo.data.options import (
     TokenizerOptions,
     add_prompt_options,
@@ -31,6 +31,7 @@ from megatron_solopo.data.options import (
     files_of,
     prompt_format_of,
 )
+from megatron_solopo.data.schema import Question
 from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.counting import TokenCounter
@@ -74,7 +75,13 @@ def build_items(
         UserError: no question is left.
     """
     left_out = LeftOut()
-    questions = list(read_questions(source, data, left_out))
+    questions: list[Question] = []
+    told = None  # entries of `left_out` up to the last question of the limit
+    for question in read_questions(source, data, left_out):
+        questions.append(question)
+        if len(questions) == limit:
+            told = len(left_out.entries)
+    counts = Counter(reason for _, reason in left_out.entries[:told])
     counter = TokenCounter(tokenizer)
     in_tokens = unit == "tokens"
     paragraphs = [*(paragraph for question in questions for paragraph in question.paragraphs), *read_pool(pool)]
@@ -91,7 +98,7 @@ def build_items(
                 count_tokens=counter.chat if in_tokens else None,
             )
         except CannotBuild as reason:
-            left_out.add(question.id, str(reason))
+            counts[str(reason)] += 1
             continue
         items.append(
             Item(
@@ -102,10 +109,9 @@ def build_items(
             )
         )
     if not items:
-        found = left_out.counts.most_common()
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in found) or "the input is empty"
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common()) or "the input is empty"
         raise UserError(f"no question can be asked at every length ({reasons}); change the lengths, the data or --pool")
-    return items, left_out.counts
+    return items, counts
 
 
 def score_responses(
@@ -271,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:
             check_reach(options.model, size, options.max_new_tokens, f"{flag} {size}")
+    check_device(options.device)
     begin = time.monotonic()
     items, left_out = build_items(
         options.data, sizes, unit, tokenizer, prompt_format, options.seed, options.pool, options.limit, options.source

@@ -55,7 +55,7 @@ def generate(
     """
     check_rows(model, [max(prompt) for prompt in prompts], "--model")
     stops = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = stops[0]  # attended by nothing; a tokenizer's own may have no row in the model
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     lengths = [len(prompt) for prompt in prompts]
     responses = [""] * len(prompts)

@@ -193,6 +193,7 @@ def test_the_run_folder_says_what_ran(two: Launch) -> None:
         "metrics.jsonl",
         "config.yaml",
         "versions.yaml",
+        "export.json",
         "latest_checkpointed_iteration.txt",
         "iter_0000002",
         "iter_0000004",

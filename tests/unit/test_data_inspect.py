@@ -331,6 +331,8 @@ def test_a_runs_configuration_decides_what_is_shown(
     said = capsys.readouterr().out
     assert re.findall(r"^(\w+_\w+) +\w", said, re.MULTILINE) == ["short_chosen", "short_rejected"]
     assert "! longer" not in said
+    run.write_text("method: {preference_loss: simpo}\n")  # --train-iters on training's command line
+    assert inspect_data.main(base) == 0 and "--preference-loss simpo" in capsys.readouterr().out
     run.write_text("method: {objective: sft}\ntraining: {train_iters: 3}\n")
     with pytest.raises(UserError, match="--objective sft has no preference groups"):
         inspect_data.main(base)

@@ -1,5 +1,6 @@
 """Generation, evaluation by length and questions over a document, with tiny random models made here."""
 
+import io
 import json
 import random
 import re
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from megatron_solopo.data.hf_model import check_reach, load_model, reach
+from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import ask, evaluate
@@ -311,6 +314,68 @@ def test_evaluate_refuses_by_name(questions, tmp_path, extra, lengths, message):
         )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "r.json").exists()
+
+
+def _without_a_layer(folder):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def _other_width(folder):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 8}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without_a_layer, r"model.layers.1.\S+ is not in its weights \(\d+ such\), and would be random numbers"),
+        (_pointer, r"cannot be loaded \("),
+        (_other_width, r"cannot be loaded \("),
+    ],
+)
+def test_a_model_that_is_not_whole_answers_nothing(questions, tmp_path, change, message):
+    """transformers draws what is missing, and goes on."""
+    broken = write_model(tmp_path / "broken")
+    change(broken)
+    with pytest.raises(UserError, match=message) as caught:
+        run_evaluate(broken, questions, tmp_path / "r.json", lengths=("--context-documents", "2"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "r.json").exists()
+
+
+def test_a_padding_token_that_the_model_does_not_know_changes_nothing(folder):
+    """As [PAD] behind Llama 2's 32,000 rows."""
+    model, tokenizer = load_model(str(folder), "cpu", "float32"), load_tokenizer(folder)
+    prompts = random_prompts(6)
+    expected = generate(model, tokenizer, prompts, 8, 10_000)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    assert generate(model, tokenizer, prompts, 8, 10_000) == expected
+
+
+def test_what_stands_beyond_the_limit_is_not_left_out(folder, tmp_path, capsys):
+    path = write_questions(tmp_path / "questions.jsonl")
+    lines = path.read_text().splitlines()
+    unusable = [json.dumps(json.loads(lines[0]) | {"id": f"the{n}", "answer": "the"}) for n in range(3)]
+    path.write_text("\n".join([unusable[0], *lines, *unusable[1:]]) + "\n")
+    run_evaluate(folder, path, tmp_path / "r.json", "--limit", "2", lengths=("--context-documents", "2"))
+    assert "2 questions at each length, 1 left out\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "shown"), [(b"\xef\xbb\xbfw1 w2 .", True), (b"caf\xe9", False)])
+def test_a_document_from_standard_input_is_utf8(folder, monkeypatch, capsys, content, shown):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    argv = ["--model", str(folder), "--document", "-", "--question", "w1 ?", "--max-new-tokens", "2", *PROMPT[4:]]
+    if shown:
+        assert ask.main(argv) == 0 and "prompt tokens" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="--document -: not a UTF-8 text"):
+            ask.main(argv)
 
 
 def test_ask_shows_every_model_and_refuses_a_long_document(folder, tmp_path, capsys):

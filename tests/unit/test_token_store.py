@@ -20,7 +20,7 @@ from megatron_solopo.data.files import progress, records
 from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.data.text.text_facts import text_facts
+from megatron_solopo.data.text.text_facts import AS_READ, text_facts
 from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.data.tokenized.token_store import ALL_ROLES, learnt_marks, learnt_stretches, open_tokens
 from megatron_solopo.data.tokenized.tokens import tokenize
@@ -254,11 +254,11 @@ DAMAGED = {
     "digests cut": (_replace("digests.bin", lambda d: d[:-32]), r"digests.bin: has [\d,]+ bytes"),
     "ids gone": (lambda f: (f / "ids.jsonl").unlink(), r"ids.jsonl: is missing; copy it again"),
     "other tokenizer": (
-        _manifest(lambda m: m["text"]["tokenizer"].update({"as read": "0", "tokenizer.json": "0"})),
+        _manifest(lambda m: m["text"]["tokenizer"].update({AS_READ: "0", "tokenizer.json": "0"})),
         r"made with another tokenizer \(tokenizer.json differs\); train with what it was made with",
     ),
     "other files": (
-        _manifest(lambda m: m["text"]["tokenizer"].update({"as read": "0", "vocab.json": "0"})),
+        _manifest(lambda m: m["text"]["tokenizer"].update({AS_READ: "0", "vocab.json": "0"})),
         r"another tokenizer \(vocab.json differs \(only one of them has it\)\)",
     ),
     "other special tokens": (

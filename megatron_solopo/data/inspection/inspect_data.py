@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import OWNER, Config, flag
-from megatron_solopo.config_load import load
+from megatron_solopo.config_load import load, read_yaml
 from megatron_solopo.data.inspection.examples import (
     Example,
     Reservoir,
@@ -98,7 +98,9 @@ def training_config(options: argparse.Namespace) -> Config:
     """
     argv = ["--hf-path", options.tokenizer, "--train-data", options.data, "--save", "-", "--train-iters", "1"]
     if options.config:
-        argv = ["--config", options.config, *argv[:-2]]
+        # How long to train may be told on training's command line.
+        told = {"train_iters", "train_epochs"} & read_yaml(options.config).keys()
+        argv = ["--config", options.config, *(argv[:-2] if told else argv)]
     if options.seq_length is not None:
         argv += ["--seq-length", str(options.seq_length)]
     for name in METHOD_OPTIONS:

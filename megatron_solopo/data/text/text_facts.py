@@ -26,7 +26,7 @@ _FILES = (
 )
 
 
-AS_READ = "as read"
+AS_READ = "what is read of them"
 """Beside the names of files: the tokenizer that was made of them. Other files may hold the same, as a SentencePiece
 model and the tokenizer.json that an exported folder has of it."""
 
