@@ -4,13 +4,16 @@
 
 The questions are real ones repeated under new ids; the distractors of each are new paragraphs made of sentences of
 real ones, so that the pool grows with the questions as that of a real set does. Memory is that of all processes
-together, pages that they share counted once; the last line continues the sizes measured in a straight line.
+together, pages that they share counted once; the last line continues the sizes measured in a straight line. Nothing
+else may run from the same virtual environment meanwhile: it would share the pages of the libraries, and take a part of
+the count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -24,13 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from megatron_solopo.data.building.first_pass import ingest
-from megatron_solopo.data.building.second_pass import TRAIN, Builder, BuildSettings
 from megatron_solopo.data.files.records import read_jsonl
-from megatron_solopo.data.options import TokenizerOptions
-from megatron_solopo.data.text.chat import load_tokenizer, render_prompt
-from megatron_solopo.data.text.counting import TokenCounter
-from megatron_solopo.data.text.prompt import PromptFormat
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +75,17 @@ def run(command: list[str]) -> tuple[str, float, float, float]:
 
 
 def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
-    """Prints tokens a CPU second of both passes (64 questions, this process) and of the library on the same texts."""
+    """Prints tokens a CPU second of both passes (64 questions, this process) and of the library on the same texts.
+
+    In a process of its own: what it imports would be shared with the command that is measured afterwards.
+    """
+    from megatron_solopo.data.building.first_pass import ingest
+    from megatron_solopo.data.building.second_pass import TRAIN, Builder, BuildSettings
+    from megatron_solopo.data.options import TokenizerOptions
+    from megatron_solopo.data.text.chat import load_tokenizer, render_prompt
+    from megatron_solopo.data.text.counting import TokenCounter
+    from megatron_solopo.data.text.prompt import PromptFormat
+
     tokenizer = load_tokenizer(given.tokenizer, given.chat_template)
     counter, prompt_format = TokenCounter(tokenizer), PromptFormat()
 
@@ -137,7 +144,9 @@ def main() -> None:
     real = [record for _, record in read_jsonl(given.input)]
 
     if given.unit == "tokens":
-        speed(given, real)
+        measured = multiprocessing.get_context("spawn").Process(target=speed, args=(given, real))
+        measured.start()
+        measured.join()
     print(
         f"{'questions':>9} {'paragraphs':>10} {'seconds':>8} {'reading':>8} {'contexts':>8} {'CPU s':>8} "
         f"{'peak GB':>8} {'tokens/s':>10}"
