@@ -17,7 +17,7 @@ from megatron_solopo.evaluation.results import (
     curve,
     finite,
     labels_of,
-    read_evaluation,
+    read_evaluations,
     read_run,
 )
 
@@ -308,7 +308,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="[LABEL=]FILE",
-        help="results written by evaluate; LABEL defaults to the name of the model's folder",
+        help="results written by evaluate; LABEL defaults to the name of the model's folder, with those above it "
+        "where that tells models apart",
     )
     outputs = parser.add_argument_group("output")
     outputs.add_argument(
@@ -328,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     path = write_report(
         args.output,
         [read_run(run) for run in args.runs],
-        [read_evaluation(file) for file in args.evaluations],
+        read_evaluations(args.evaluations),
         title=args.title,
         metric=args.metric,
     )

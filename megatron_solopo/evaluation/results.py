@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
+NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out")
+"""Settings in which the evaluations of one label may differ: seed, lengths, and what these left out."""
+
+
 def length_label(length: int, unit: str) -> str:
     """The key of a context length in an evaluation file: ``8 documents``, ``4096 tokens``."""
     return f"{length} {unit}"
@@ -79,6 +83,12 @@ class Evaluation:
     data: str
     results: tuple[LengthResult, ...]
     settings: dict[str, Any]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What evaluations that are averaged have in common, unless LABEL= says that they are seeds."""
+        settings = {name: value for name, value in self.settings.items() if name not in NOT_SHARED}
+        return {"model": Path(self.model).resolve(), "data": self.data, **settings}
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,28 @@ def folder_names(folders: Sequence[str | Path]) -> list[str]:
     return names
 
 
+def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
+    """Reads several as `read_evaluation` does; where LABEL is not given, differing models have differing labels.
+
+    Raises:
+        UserError: as `read_evaluation`, or evaluations would be averaged that are no seeds of one thing.
+    """
+    evaluations = [read_evaluation(argument) for argument in arguments]
+    unnamed = [index for index, argument in enumerate(arguments) if not labelled(argument, "")[0]]
+    for index, name in zip(unnamed, folder_names([evaluations[index].model for index in unnamed]), strict=True):
+        evaluations[index] = replace(evaluations[index], label=name)
+    for one in (evaluations[index] for index in unnamed):
+        for other in evaluations:
+            names = [*one.shared, *(name for name in other.shared if name not in one.shared)]
+            differing = [name for name in names if one.shared.get(name) != other.shared.get(name)]
+            if other.label == one.label and differing:
+                raise UserError(
+                    f"{one.path} and {other.path} would be averaged as seeds of '{one.label}', but differ in "
+                    f"{', '.join(differing)}; give both LABEL=FILE, or write a report of each"
+                )
+    return evaluations
+
+
 def read_evaluation(argument: str) -> Evaluation:
     """Reads an evaluation's JSON file, given as ``PATH`` or ``LABEL=PATH``; LABEL defaults to the model folder's name.
 
@@ -162,7 +194,7 @@ def read_evaluation(argument: str) -> Evaluation:
         raise UserError(f"{path}: 'metrics' holds no context length")
     model = require(record, "model", str, str(path))
     return Evaluation(
-        label or Path(model).name,
+        label or folder_names([model])[0],
         path,
         model,
         require(record, "data", str, str(path)),

@@ -12,7 +12,7 @@ from megatron_solopo.evaluation import report, results
 from megatron_solopo.evaluation.plots import look, spread
 
 
-def write_evaluation(path, scores, count=100, model="runs/model", unit="documents"):
+def write_evaluation(path, scores, count=100, model="runs/model", unit="documents", data="questions.jsonl", **settings):
     """An evaluation file with the same score for every metric; ``scores`` is {length: score}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics = {}
@@ -26,9 +26,7 @@ def write_evaluation(path, scores, count=100, model="runs/model", unit="document
             "mean_prompt_tokens": 5.0 * length,
             "interval": {"sub_em": interval, "em": interval, "f1": interval},
         }
-    path.write_text(
-        json.dumps({"model": model, "data": "questions.jsonl", "metrics": metrics, "settings": {"seed": 0}})
-    )
+    path.write_text(json.dumps({"model": model, "data": data, "metrics": metrics, "settings": {"seed": 0, **settings}}))
     return path
 
 
@@ -196,6 +194,49 @@ def test_every_label_looks_different():
 
 def test_names_tell_folders_apart():
     assert results.folder_names(["runs/a/hf", "runs/b/hf", "base"]) == ["a/hf", "b/hf", "base"]
+
+
+def test_models_without_a_label_are_told_apart(tmp_path, monkeypatch):
+    a, b = (
+        str(write_evaluation(tmp_path / f"{name}.json", {8: score}, model=f"runs/{name}/hf"))
+        for name, score in (("A", 0.1), ("B", 0.9))
+    )
+    assert [one.label for one in results.read_evaluations([a, b])] == ["A/hf", "B/hf"]
+    assert [one.label for one in results.read_evaluations([f"solo={a}", f"solo={b}"])] == ["solo", "solo"]
+    assert [one.label for one in results.read_evaluations([a])] == ["hf"]
+    assert report.main(["--output", str(tmp_path / "r.md"), "--evaluations", a, b]) == 0
+    rows = [line.split()[1] for line in (tmp_path / "r.md").read_text().splitlines() if "/hf" in line]
+    assert rows == ["A/hf", "B/hf"] * 3  # sub-EM, the other metrics, where the numbers come from
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert results.read_evaluation(str(write_evaluation(tmp_path / "here.json", {8: 0.5}, model="."))).label == "model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"data": "hotpotqa.jsonl"}, "data"),
+        ({"max_new_tokens": 16, "dtype": "bfloat16"}, "max_new_tokens, dtype"),
+        ({"seed": 1, "context_documents": "16", "left_out": {"too short": 2}}, None),
+    ],
+)
+def test_only_what_differs_by_seed_and_lengths_is_averaged_without_a_label(tmp_path, changes, differing):
+    settings = {"max_new_tokens": 8, "dtype": "float32", "context_documents": "8"}
+    a = str(write_evaluation(tmp_path / "a.json", {8: 0.1}, **settings))
+    b = str(write_evaluation(tmp_path / "b.json", {8: 0.9}, **settings | changes))
+    assert [one.label for one in results.read_evaluations([f"solo={a}", f"solo={b}"])] == ["solo", "solo"]
+    if differing is None:
+        assert [one.label for one in results.read_evaluations([a, b])] == ["model", "model"]
+        return
+    with pytest.raises(UserError, match=f"of 'model', but differ in {differing}; give both LABEL=FILE") as caught:
+        results.read_evaluations([a, b])
+    assert a in str(caught.value) and b in str(caught.value)
+
+
+def test_a_name_that_is_also_another_models_label_is_refused(tmp_path):
+    a, b = (write_evaluation(tmp_path / f"{name}.json", {8: 0.5}, model=f"runs/{name}/hf") for name in "AB")
+    with pytest.raises(UserError, match="seeds of 'hf', but differ in model;"):
+        results.read_evaluations([f"hf={a}", str(b)])
 
 
 @pytest.mark.parametrize(
