@@ -11,6 +11,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.results import (
     METRICS,
     Evaluation,
+    LengthResult,
     Point,
     Run,
     accuracy_by_length,
@@ -160,36 +161,19 @@ def _accuracy_section(
     labels = labels_of(evaluations)
     parts = ["## Accuracy by context length"]
     units = list(dict.fromkeys(result.unit for evaluation in evaluations for result in evaluation.results))
-    seeds = [sum(evaluation.label == label for evaluation in evaluations) for label in labels]
-    if max(seeds) == 1:
-        spread = "Bars and brackets are 95 % intervals over questions"
-    elif min(seeds) > 1:
-        spread = "Points are means over seeds, bars and brackets the lowest and highest seed"
-    else:
-        spread = (
-            "Points are means over seeds, bars and brackets the lowest and highest seed; "
-            "with a single seed, the 95 % interval over questions"
-        )
-    counts = sorted({result.count for evaluation in evaluations for result in evaluation.results})
-    questions = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     for unit in units:
         series = {label: points for label in labels if (points := accuracy_by_length(evaluations, label, unit, metric))}
+        results = [(one.label, result) for one in evaluations for result in one.results if result.unit == unit]
         tokens = {
-            length: _mean(
-                [
-                    result.mean_prompt_tokens
-                    for evaluation in evaluations
-                    for result in evaluation.results
-                    if (result.length, result.unit) == (length, unit)
-                ]
-            )
+            length: _mean([result.mean_prompt_tokens for _, result in results if result.length == length])
             for length in _lengths(evaluations, unit)
         }
         figure = output.with_name(f"{output.stem}-accuracy{'' if len(units) == 1 else '-' + unit}.png")
         draw_accuracy(figure, series, looks, METRICS[metric], unit, tokens)
         parts.append(f"![{METRICS[metric]} by context length in {unit}]({figure.name})")
         parts.append(
-            f"*{METRICS[metric]} by context length; {questions} questions, the same at every length. {spread}.*"
+            f"*{METRICS[metric]} by context length; {_questions(results)}. "
+            f"{_spread([point.seeds for points in series.values() for point in points])}.*"
         )
         parts.append(accuracy_table(evaluations, unit, metric))
         parts.append(_other_metrics_table(evaluations, unit, [other for other in METRICS if other != metric]))
@@ -209,6 +193,26 @@ def _accuracy_section(
         ),
     ]
     return parts
+
+
+def _questions(results: Iterable[tuple[str, LengthResult]]) -> str:
+    """How many questions were asked, from (label, result) of what is drawn."""
+    by_label: dict[str, set[int]] = {}
+    for label, result in results:
+        by_label.setdefault(label, set()).add(result.count)
+    counts = sorted(set().union(*by_label.values()))
+    number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    # Files of one label can have left different questions out.
+    same = all(len(some) == 1 for some in by_label.values())
+    return f"{number} questions" + (", the same at every length" if same else "")
+
+
+def _spread(seeds: Sequence[int]) -> str:
+    """What the bars of points are, by the number of evaluations in each."""
+    if max(seeds) == 1:
+        return "Bars and brackets are 95 % intervals over questions"
+    over_seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"
+    return over_seeds if min(seeds) > 1 else f"{over_seeds}; with a single seed, the 95 % interval over questions"
 
 
 def _training_section(output: Path, runs: Sequence[Run], looks: dict[str, dict[str, str]]) -> list[str]:

@@ -159,6 +159,34 @@ def test_both_units_have_their_own_figure_and_text_is_passed_through(tmp_path):
     assert {p.name for p in tmp_path.glob("*.png")} == {"r-accuracy-documents.png", "r-accuracy-tokens.png"}
 
 
+def test_captions_say_what_the_points_of_their_chart_are(tmp_path):
+
+    def captions(**files):
+        evaluations = [
+            results.read_evaluation(f"{name.rstrip('0123456789')}={write_evaluation(tmp_path / f'{name}.json', **one)}")
+            for name, one in files.items()
+        ]
+        text = report.write_report(tmp_path / "r.md", (), evaluations).read_text()
+        return [line.split("; ", 1)[1].strip("*") for line in text.splitlines() if line.startswith("*sub-EM by")]
+
+    short, long = ({"scores": scores, "unit": "tokens"} for scores in ({1024: 0.5}, {4096: 0.5, 8192: 0.4}))
+    documents = {"scores": {8: 0.5}, "count": 50}
+    single = "Bars and brackets are 95 % intervals over questions."
+    seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"
+    assert captions(p1=short, p2=long) == [f"100 questions, the same at every length. {single}"]
+    assert captions(p1=short, p2=long, p3=documents) == [
+        f"100 questions, the same at every length. {single}",
+        f"50 questions, the same at every length. {single}",
+    ]
+    assert captions(p1=short, p2=short, p3=documents) == [
+        f"100 questions, the same at every length. {seeds}.",
+        f"50 questions, the same at every length. {single}",
+    ]
+    assert captions(p1=short, p2=short, p3=long | {"count": 50}) == [
+        f"50 to 100 questions. {seeds}; with a single seed, the 95 % interval over questions."
+    ]
+
+
 def test_steps_without_a_finite_loss_are_named(tmp_path):
     folder = write_run(tmp_path / "bad", 20)
     with (folder / "metrics.jsonl").open("a") as out:
