@@ -31,6 +31,7 @@ STYLE = {
     "ytick.color": "#333333",
     "axes.axisbelow": True,
     "font.family": "sans-serif",
+    "text.parse_math": False,  # labels are a user's, and two $ in them are no formula
 }
 
 

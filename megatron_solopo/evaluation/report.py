@@ -17,7 +17,9 @@ from megatron_solopo.evaluation.results import (
     accuracy_by_length,
     curve,
     finite,
+    labelled,
     labels_of,
+    metrics_file,
     read_evaluations,
     read_run,
 )
@@ -329,7 +331,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """``solopo report``."""
     args = build_parser().parse_args(argv)
-    check_outputs([("--output", args.output)], [("--evaluations", file) for file in args.evaluations])
+    read = [("--evaluations", labelled(argument, "")[1]) for argument in args.evaluations]
+    read += [("--runs", metrics_file(labelled(argument, "")[1])) for argument in args.runs]
+    check_outputs([("--output", args.output)], read)
     path = write_report(
         args.output,
         [read_run(run) for run in args.runs],

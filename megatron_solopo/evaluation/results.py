@@ -203,6 +203,11 @@ def read_evaluation(argument: str) -> Evaluation:
     )
 
 
+def metrics_file(folder: Path) -> Path:
+    """Where a run folder's metrics stand."""
+    return folder / "metrics.jsonl"
+
+
 def read_run(argument: str) -> Run:
     """Reads the metrics of a run folder, given as ``DIR`` or ``LABEL=DIR``; the label defaults to the folder's name.
 
@@ -212,7 +217,7 @@ def read_run(argument: str) -> Run:
         UserError: no metrics in the folder.
     """
     label, folder = labelled(argument, "")
-    path = folder / "metrics.jsonl"
+    path = metrics_file(folder)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a training run")
     train: dict[int, dict[str, Any]] = {}

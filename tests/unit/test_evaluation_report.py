@@ -286,6 +286,34 @@ def test_evaluation_files_are_refused_by_name(tmp_path, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_report_does_not_replace_what_it_reads(tmp_path):
+    evaluation = write_evaluation(tmp_path / "e.json", {8: 0.5})
+    metrics = write_run(tmp_path / "run", 5) / "metrics.jsonl"
+    for output, flag, argument in (
+        (evaluation, "--evaluations", f"solo={evaluation}"),
+        (evaluation, "--evaluations", evaluation),
+        (metrics, "--runs", f"solo={metrics.parent}"),
+        (metrics, "--runs", metrics.parent),
+    ):
+        before = output.read_bytes()
+        with pytest.raises(UserError, match=f"--output {output}: is the file of {flag} too"):
+            report.main(["--output", str(output), flag, str(argument)])
+        assert output.read_bytes() == before
+    assert report.main(["--output", str(metrics.parent / "report.md"), "--runs", str(metrics.parent)]) == 0
+
+
+def test_dollars_in_labels_are_no_mathematics(tmp_path):
+    labels = ("$\\frac$", "5$ or 6$")
+    runs = [results.read_run(f"{label}={write_run(tmp_path / str(i), 5)}") for i, label in enumerate(labels)]
+    runs.append(results.read_run(f"{labels[0]}={write_run(tmp_path / 'sft', 5, preference=False)}"))
+    evaluations = [
+        results.read_evaluation(f"{label}={write_evaluation(tmp_path / f'{i}.json', {8: 0.5})}")
+        for i, label in enumerate(labels)
+    ]
+    report.write_report(tmp_path / "r.md", runs, evaluations)
+    assert len(list(tmp_path.glob("r-*.png"))) == 3
+
+
 def test_nothing_to_report_is_refused(tmp_path):
     with pytest.raises(UserError, match="nothing to report"):
         report.main(["--output", str(tmp_path / "r.md")])
