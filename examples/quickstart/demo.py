@@ -277,7 +277,7 @@ def evaluate_and_report(stages: Stages, settings: Settings, folder: Path) -> Non
         f"long contexts of {settings.long}."
     )
     commands = next_commands()
-    report = write_report(
+    report, _ = write_report(
         folder / "report.md",
         runs,
         evaluations,

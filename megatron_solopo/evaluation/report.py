@@ -53,8 +53,8 @@ def write_report(
     text: str = "",
     closing: str = "",
     metric: str = "sub_em",
-) -> Path:
-    """Writes the Markdown file and its figures (``<name>-*.png`` beside it); returns the Markdown's path.
+) -> tuple[Path, list[Path]]:
+    """Writes the Markdown file and its figures (``<name>-*.png`` beside it); returns the paths of both.
 
     Runs and evaluations with the same label are seeds of one thing: they are averaged, and the spread is shown.
 
@@ -73,18 +73,19 @@ def write_report(
     output.parent.mkdir(parents=True, exist_ok=True)
     looks = look(labels_of(evaluations, runs))
     parts = [f"# {title}"]
+    figures: list[Path] = []
     if text:
         parts.append(text.strip())
     if evaluations:
-        parts += _accuracy_section(output, evaluations, looks, metric)
+        parts += _accuracy_section(output, evaluations, looks, metric, figures)
     if runs:
-        parts += _training_section(output, runs, looks)
+        parts += _training_section(output, runs, looks, figures)
     if closing:
         parts.append(closing.strip())
     aside = output.with_name(output.name + ".partial")
     aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     aside.replace(output)
-    return output
+    return output, figures
 
 
 def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "sub_em") -> str:
@@ -156,8 +157,13 @@ def _lengths(evaluations: Sequence[Evaluation], unit: str) -> list[int]:
 
 
 def _accuracy_section(
-    output: Path, evaluations: Sequence[Evaluation], looks: dict[str, dict[str, str]], metric: str
+    output: Path,
+    evaluations: Sequence[Evaluation],
+    looks: dict[str, dict[str, str]],
+    metric: str,
+    figures: list[Path],
 ) -> list[str]:
+    """The section's parts; what is drawn is added to ``figures``."""
     from megatron_solopo.evaluation.plots import draw_accuracy
 
     labels = labels_of(evaluations)
@@ -172,6 +178,7 @@ def _accuracy_section(
         }
         figure = output.with_name(f"{output.stem}-accuracy{'' if len(units) == 1 else '-' + unit}.png")
         draw_accuracy(figure, series, looks, METRICS[metric], unit, tokens)
+        figures.append(figure)
         parts.append(f"![{METRICS[metric]} by context length in {unit}]({figure.name})")
         parts.append(
             f"*{METRICS[metric]} by context length; {_questions(results)}. "
@@ -217,7 +224,10 @@ def _spread(seeds: Sequence[int]) -> str:
     return over_seeds if min(seeds) > 1 else f"{over_seeds}; with a single seed, the 95 % interval over questions"
 
 
-def _training_section(output: Path, runs: Sequence[Run], looks: dict[str, dict[str, str]]) -> list[str]:
+def _training_section(
+    output: Path, runs: Sequence[Run], looks: dict[str, dict[str, str]], figures: list[Path]
+) -> list[str]:
+    """The section's parts; what is drawn is added to ``figures``."""
     from megatron_solopo.evaluation.plots import draw_curves
 
     parts = ["## Training"]
@@ -239,6 +249,7 @@ def _training_section(output: Path, runs: Sequence[Run], looks: dict[str, dict[s
             continue
         figure = output.with_name(f"{output.stem}-{name}.png")
         draw_curves(figure, panels, looks)
+        figures.append(figure)
         parts.append(f"![Training curves]({figure.name})")
         notes = ["a centred mean over 1/25 of the steps"]
         if any(valid for _, _, valid in panels.values()):
@@ -334,12 +345,12 @@ def main(argv: list[str] | None = None) -> int:
     read = [("--evaluations", labelled(argument, "")[1]) for argument in args.evaluations]
     read += [("--runs", metrics_file(labelled(argument, "")[1])) for argument in args.runs]
     check_outputs([("--output", args.output)], read)
-    path = write_report(
+    path, figures = write_report(
         args.output,
         [read_run(run) for run in args.runs],
         read_evaluations(args.evaluations),
         title=args.title,
         metric=args.metric,
     )
-    print(f"wrote {path} and {len(list(path.parent.glob(path.stem + '-*.png')))} figures beside it")
+    print(f"wrote {path} and {len(figures)} {'figure' if len(figures) == 1 else 'figures'} beside it")
     return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.data.files.records import read_jsonl
+from megatron_solopo.data.files.records import read_jsonl, read_text
 from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 
@@ -166,7 +166,7 @@ def read_evaluation(argument: str) -> Evaluation:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a results file written by evaluate")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text("--evaluations", path))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: not valid JSON ({error.msg} at line {error.lineno}); give a results file written by evaluate"
@@ -222,14 +222,15 @@ def read_run(argument: str) -> Run:
         raise UserError(f"{path}: no such file; give the folder of a training run")
     train: dict[int, dict[str, Any]] = {}
     valid: dict[int, dict[str, Any]] = {}
-    lines = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    written = path.read_bytes()
+    lines = sum(1 for line in written.split(b"\n") if line.strip())
     read = 0
     try:
         for where, record in read_jsonl(path):
             read += 1
             (valid if record.get("split") == "valid" else train)[require(record, "step", int, where)] = record
     except UserError:
-        unfinished = read == lines - 1 and not path.read_text(encoding="utf-8").endswith("\n")
+        unfinished = read == lines - 1 and not written.endswith(b"\n")
         if not unfinished:
             raise
         print(f"note: {path}: the last line is unfinished and was skipped")

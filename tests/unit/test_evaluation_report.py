@@ -111,6 +111,9 @@ def test_a_resumed_run_counts_each_step_once_and_an_unfinished_line_is_skipped(t
     path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:1: not valid JSON"):
         results.read_run(str(tmp_path / "run"))
+    path.write_bytes(b"\xff\xfe\n\x00\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not UTF-8"):
+        results.read_run(str(tmp_path / "run"))
 
 
 def test_report_of_runs_and_evaluations(tmp_path, capsys):
@@ -148,12 +151,20 @@ def test_report_of_runs_and_evaluations(tmp_path, capsys):
     assert "3 figures" in capsys.readouterr().out
 
 
+def test_only_figures_that_were_written_are_counted(tmp_path, capsys):
+    for stale in ("r-training.png", "r-x-accuracy.png"):
+        (tmp_path / stale).write_bytes(b"")
+    evaluation = write_evaluation(tmp_path / "e.json", {8: 0.5})
+    assert report.main(["--output", str(tmp_path / "r.md"), "--evaluations", str(evaluation)]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'r.md'} and 1 figure beside it\n"
+
+
 def test_both_units_have_their_own_figure_and_text_is_passed_through(tmp_path):
     evaluations = [
         results.read_evaluation(str(write_evaluation(tmp_path / "a.json", {8: 0.5, 16: 0.25}))),
         results.read_evaluation(str(write_evaluation(tmp_path / "b.json", {1024: 0.5}, unit="tokens"))),
     ]
-    path = report.write_report(tmp_path / "r.md", (), evaluations, text="What was done.", closing="## Next\n\nMore.")
+    path, _ = report.write_report(tmp_path / "r.md", (), evaluations, text="What was done.", closing="## Next\n\nMore.")
     text = path.read_text()
     assert "\n\nWhat was done.\n\n" in text and text.endswith("## Next\n\nMore.\n")
     assert {p.name for p in tmp_path.glob("*.png")} == {"r-accuracy-documents.png", "r-accuracy-tokens.png"}
@@ -166,7 +177,7 @@ def test_captions_say_what_the_points_of_their_chart_are(tmp_path):
             results.read_evaluation(f"{name.rstrip('0123456789')}={write_evaluation(tmp_path / f'{name}.json', **one)}")
             for name, one in files.items()
         ]
-        text = report.write_report(tmp_path / "r.md", (), evaluations).read_text()
+        text = report.write_report(tmp_path / "r.md", (), evaluations)[0].read_text()
         return [line.split("; ", 1)[1].strip("*") for line in text.splitlines() if line.startswith("*sub-EM by")]
 
     short, long = ({"scores": scores, "unit": "tokens"} for scores in ({1024: 0.5}, {4096: 0.5, 8192: 0.4}))
@@ -191,7 +202,7 @@ def test_steps_without_a_finite_loss_are_named(tmp_path):
     folder = write_run(tmp_path / "bad", 20)
     with (folder / "metrics.jsonl").open("a") as out:
         out.write('{"step": 21, "loss": NaN, "margin": NaN, "tokens": 100}\n')
-    path = report.write_report(tmp_path / "r.md", [results.read_run(str(folder))])
+    path, _ = report.write_report(tmp_path / "r.md", [results.read_run(str(folder))])
     assert "The loss was not finite in bad (1 steps)" in path.read_text()
     assert "nan" not in path.read_text().lower()
 
@@ -271,6 +282,8 @@ def test_a_name_that_is_also_another_models_label_is_refused(tmp_path):
     ("content", "message"),
     [
         (None, "no such file"),
+        (b"PK\x03\x04\xff\x00", r"not UTF-8 \(byte 5\)"),
+        ('{"metrics": {}}'.encode("utf-16"), "not UTF-8"),
         ("{", "not valid JSON"),
         ("{}", "the field 'metrics' is missing"),
         ('{"metrics": {}}', "holds no context length"),
@@ -280,7 +293,7 @@ def test_a_name_that_is_also_another_models_label_is_refused(tmp_path):
 def test_evaluation_files_are_refused_by_name(tmp_path, content, message):
     path = tmp_path / "e.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as caught:
         results.read_evaluation(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -310,8 +323,8 @@ def test_dollars_in_labels_are_no_mathematics(tmp_path):
         results.read_evaluation(f"{label}={write_evaluation(tmp_path / f'{i}.json', {8: 0.5})}")
         for i, label in enumerate(labels)
     ]
-    report.write_report(tmp_path / "r.md", runs, evaluations)
-    assert len(list(tmp_path.glob("r-*.png"))) == 3
+    _, figures = report.write_report(tmp_path / "r.md", runs, evaluations)
+    assert len(figures) == 3
 
 
 def test_nothing_to_report_is_refused(tmp_path):
