@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
 
 from megatron_solopo.cli import run  # noqa: E402
+from megatron_solopo.data.options import check_outputs  # noqa: E402
 from megatron_solopo.errors import UserError  # noqa: E402
 
 Figures = dict[str, Any]
@@ -348,6 +349,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="gpu_smoke.json", metavar="FILE", help="figures (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(CHECKS), metavar="CHECK", help=f"some of {', '.join(CHECKS)}")
     options = parser.parse_args(argv)
+    output = Path(options.output)
+    check_outputs([("--output", output)], [])
+    output.parent.mkdir(parents=True, exist_ok=True)
     from megatron_solopo.parallel import platform
 
     here = platform.start(options.device)
@@ -371,8 +375,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<20} {status:<8} {results[name]['seconds']:6.1f} s  {told}", flush=True)
     platform.stop(here)
     document = {"command": "tools/gpu_smoke.py", "seconds": round(time.monotonic() - begin, 1), "checks": results}
-    Path(options.output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {options.output}")
+    output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {output}")
     return int(any(result["status"] == "failed" for result in results.values()))
 
 

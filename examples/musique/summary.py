@@ -6,7 +6,6 @@ python examples/musique/summary.py runs/musique/dpo runs/musique/simpo runs/musi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,21 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.results import read_run
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The training steps of a run folder.
+    """The training steps of a run folder that were not skipped, each once.
 
     Raises:
         UserError: no metrics.jsonl, or no training step in it.
     """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder}: no metrics.jsonl there; give a run folder (--save of the training)")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["split"] == "train" and "skipped" not in line]
+    steps = [step for step in read_run(str(folder)).train if "skipped" not in step]
     if not steps:
-        raise UserError(f"{path}: holds no training step")
+        raise UserError(f"{folder}: holds no training step")
     return steps
 
 

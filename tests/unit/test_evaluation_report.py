@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +116,18 @@ def test_a_resumed_run_counts_each_step_once_and_an_unfinished_line_is_skipped(t
     path.write_bytes(b"\xff\xfe\n\x00\n")
     with pytest.raises(UserError, match=r"metrics.jsonl:1: not UTF-8"):
         results.read_run(str(tmp_path / "run"))
+
+
+def test_the_summary_of_a_run_reads_steps_as_the_report_does(tmp_path):
+    read_steps = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "musique" / "summary.py"))["read_steps"]
+    lines = [{"step": 1}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 1.0}, {"step": 3, "skipped": "not finite"}]
+    lines.append({"step": 2, "split": "valid"})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"split": "train", **line}) + "\n" for line in lines) + '{"step": 4, "lo')
+    assert [(step["step"], step.get("loss")) for step in read_steps(tmp_path)] == [(1, None), (2, 1.0)]
+    path.write_text(json.dumps(lines[-1]) + "\n")
+    with pytest.raises(UserError, match="holds no training step"):
+        read_steps(tmp_path)
 
 
 def test_report_of_runs_and_evaluations(tmp_path, capsys):

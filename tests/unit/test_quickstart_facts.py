@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,3 +83,10 @@ def test_conversations_of_a_batch_have_one_length(facts, folder):
     for first in range(0, len(echoes), facts.BATCH):
         lengths = {len(conversation_ids(tokenizer, c.messages)[1]) for c in echoes[first : first + facts.BATCH]}
         assert len(lengths) == 1
+
+
+def test_a_folder_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, str(HERE), "--output-dir", str(tmp_path / "file" / "x")]
+    done = subprocess.run(command, cwd=HERE.parents[2], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'file' / 'x'}: Not a directory\n")
