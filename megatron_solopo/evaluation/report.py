@@ -21,7 +21,7 @@ from megatron_solopo.evaluation.results import (
     labels_of,
     metrics_file,
     read_evaluations,
-    read_run,
+    read_runs,
 )
 
 PREFERENCE_PANELS = {
@@ -318,7 +318,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="[LABEL=]DIR",
-        help="run folders (metrics.jsonl is read); LABEL defaults to the folder's name",
+        help="run folders (metrics.jsonl is read); LABEL defaults to the folder's name, with those above it where "
+        "that tells runs apart",
     )
     inputs.add_argument(
         "--evaluations",
@@ -347,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     check_outputs([("--output", args.output)], read)
     path, figures = write_report(
         args.output,
-        [read_run(run) for run in args.runs],
+        read_runs(args.runs),
         read_evaluations(args.evaluations),
         title=args.title,
         metric=args.metric,

@@ -100,6 +100,15 @@ class Run:
     train: tuple[dict[str, Any], ...]
     valid: tuple[dict[str, Any], ...]
 
+    @property
+    def path(self) -> Path:
+        return metrics_file(self.folder)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What runs that are averaged have in common, unless LABEL= says that they are seeds."""
+        return {"folder": self.folder.resolve()}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -141,19 +150,36 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
         UserError: as `read_evaluation`, or evaluations would be averaged that are no seeds of one thing.
     """
     evaluations = [read_evaluation(argument) for argument in arguments]
+    return _told_apart(arguments, evaluations, [one.model for one in evaluations])
+
+
+def read_runs(arguments: Sequence[str]) -> list[Run]:
+    """Reads several as `read_run` does; where LABEL is not given, differing folders have differing labels.
+
+    Raises:
+        UserError: as `read_run`, or the name of one folder is the LABEL of another.
+    """
+    runs = [read_run(argument) for argument in arguments]
+    return _told_apart(arguments, runs, [run.folder for run in runs])
+
+
+def _told_apart[Item: (Evaluation, Run)](
+    arguments: Sequence[str], items: Sequence[Item], folders: Sequence[str | Path]
+) -> list[Item]:
+    """The items, with the names of their folders as labels where the arguments give none."""
     unnamed = [index for index, argument in enumerate(arguments) if not labelled(argument, "")[0]]
-    for index, name in zip(unnamed, folder_names([evaluations[index].model for index in unnamed]), strict=True):
-        evaluations[index] = replace(evaluations[index], label=name)
-    for one in (evaluations[index] for index in unnamed):
-        for other in evaluations:
-            names = [*one.shared, *(name for name in other.shared if name not in one.shared)]
-            differing = [name for name in names if one.shared.get(name) != other.shared.get(name)]
+    names = dict(zip(unnamed, folder_names([folders[index] for index in unnamed]), strict=True))
+    items = [replace(item, label=names.get(index, item.label)) for index, item in enumerate(items)]
+    for one in (items[index] for index in unnamed):
+        for other in items:
+            keys = dict.fromkeys([*one.shared, *other.shared])
+            differing = [key for key in keys if one.shared.get(key) != other.shared.get(key)]
             if other.label == one.label and differing:
                 raise UserError(
                     f"{one.path} and {other.path} would be averaged as seeds of '{one.label}', but differ in "
-                    f"{', '.join(differing)}; give both LABEL=FILE, or write a report of each"
+                    f"{', '.join(differing)}; give both LABEL=PATH, or write a report of each"
                 )
-    return evaluations
+    return items
 
 
 def read_evaluation(argument: str) -> Evaluation:

@@ -281,9 +281,19 @@ def test_only_what_differs_by_seed_and_lengths_is_averaged_without_a_label(tmp_p
     if differing is None:
         assert [one.label for one in results.read_evaluations([a, b])] == ["model", "model"]
         return
-    with pytest.raises(UserError, match=f"of 'model', but differ in {differing}; give both LABEL=FILE") as caught:
+    with pytest.raises(UserError, match=f"of 'model', but differ in {differing}; give both LABEL=PATH") as caught:
         results.read_evaluations([a, b])
     assert a in str(caught.value) and b in str(caught.value)
+
+
+def test_runs_without_a_label_are_told_apart(tmp_path):
+    a, b = (str(write_run(tmp_path / name / "orpo", 5, offset)) for name, offset in (("A", 0.0), ("B", 1.0)))
+    assert [run.label for run in results.read_runs([f"ORPO={a}", f"ORPO={b}"])] == ["ORPO", "ORPO"]
+    assert report.main(["--output", str(tmp_path / "r.md"), "--runs", a, b]) == 0
+    text = (tmp_path / "r.md").read_text()
+    assert "| A/orpo | " in text and "| B/orpo | " in text and "seeds" not in text
+    with pytest.raises(UserError, match="seeds of 'orpo', but differ in folder; give both LABEL=PATH"):
+        results.read_runs([f"orpo={a}", b])
 
 
 def test_a_name_that_is_also_another_models_label_is_refused(tmp_path):
