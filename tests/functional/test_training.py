@@ -150,12 +150,14 @@ def test_a_run_folder_may_hold_its_exports(home: Home) -> None:
 
 
 def test_an_export_killed_behind_its_last_rename_is_ended(home: Home) -> None:
-    """By the same command, though nothing else is left of it, and by a run that replaces it."""
+    """By the same command, to which the run folder says so, and by a run that replaces it."""
     folder, earlier = home.folder / "ended-hf", home.folder / "ended-hf.replaced"
     flags = ["--train-iters", 3, "--save-hf", folder, "--save-hf-interval", 2, "--auto-resume"]
     assert run(main, home.argv("runs/ended", *flags)) == 0
     earlier.mkdir()
     (folder / "iter_0000002").rename(earlier / "iter_0000002")
+    note = home.folder / "runs/ended/export.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"complete": False}))
     assert run(main, home.argv("runs/ended", *flags)) == 0
     assert iterations(folder) == [2] and not earlier.exists()
     earlier.mkdir()
