@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo import progress
+
 # Runs in this process and runs as a user starts them are compared bit for bit, and sums depend on the threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 # A test that reaches for a model hub must fail at once, not wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests follow each other without a pause, so that a line of progress could come up in any of them.
+progress.INTERVAL = float("inf")
 
 NO_DATA = "SOLOPO_DATA is not set; give the folder with the real data sets"
 

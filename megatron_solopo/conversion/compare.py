@@ -25,6 +25,7 @@ from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGro
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead, segment_log_probs
+from megatron_solopo.progress import ProgressBar, reporting
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome. A train from the one to the other takes about "
@@ -120,14 +121,15 @@ def compare(
     if first:
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
-        theirs = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=hf_config, local_files_only=True, dtype=parameter.dtype
-        )
+        with reporting(f"loading {folder}"):
+            theirs = AutoModelForCausalLM.from_pretrained(
+                str(folder), config=hf_config, local_files_only=True, dtype=parameter.dtype
+            )
         theirs = theirs.eval().to(parameter.device)
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config))
     model.eval()
     found, layers = Comparison(), []
-    for ids in prompts:
+    for ids in ProgressBar(prompts, desc="comparing", unit="prompt", leave=False):
         log_probs, states = _ours(model, head, ids, parameter)
         if theirs is None:
             continue

@@ -21,6 +21,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.transformer_engine import portable_name
+from megatron_solopo.progress import ProgressBar
 
 EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
 """With tied embeddings the last of several pipeline stages holds a copy of the embedding; Megatron keeps it equal."""
@@ -235,4 +236,5 @@ def save_folder(
     dtype = dtype or next(chunks[0].parameters()).dtype
     document = config_json(source, hf_config, dtype)
     companions = Companions(Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn)
+    tensors = ProgressBar(tensors, desc=f"writing {target}", total=len(shapes), unit="tensor", leave=False)
     write_folder(Path(target), companions, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

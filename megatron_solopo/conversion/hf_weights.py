@@ -16,6 +16,7 @@ from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry, PadRows
+from megatron_solopo.progress import ProgressBar
 
 OUTPUT = "lm_head.weight"
 """Also stands in folders whose output matrix is tied to the embedding."""
@@ -105,7 +106,7 @@ class HfWeights:
 
     def fill_all(self) -> None:
         """Every parameter of the model."""
-        for parameter in self._parameters:
+        for parameter in ProgressBar(self._parameters, desc="reading weights", unit="parameter", leave=False):
             self.fill(parameter)
 
 

@@ -30,6 +30,7 @@ from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
 from megatron_solopo.parallel.platform import first_error, on_first
+from megatron_solopo.progress import ProgressBar, reporting
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The optimizer's state by parameter, so that another layout can read it."""
@@ -141,8 +142,9 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
                 owners[part.data.data_ptr()] = parameter
         filling = _Filling(weights, owners)
         write = ShardedWrite(states, step, device)
-        write.run(iter if device.type != "cpu" else filling)
-        failed = write.finish()
+        with reporting(f"writing {target}"):
+            write.run(iter if device.type != "cpu" else filling)
+            failed = write.finish()
         problem = first_error((str(filling.error) if filling.error else "") or failed)
     if problem is None:
         problem = first_error(on_first(lambda: _publish(aside, companions, target)))
@@ -183,7 +185,7 @@ class _Filling:
         if any(parts[owner] != count for owner, count in left.items()):
             raise ValueError("the parts of a parameter are written to several files")
         empty = set(left)
-        for item, tensor in items:
+        for item, tensor in ProgressBar(items, desc="writing weights", unit="tensor", leave=False):
             parameter = self._owners[tensor.data_ptr()]
             if id(parameter) in empty:
                 empty.remove(id(parameter))

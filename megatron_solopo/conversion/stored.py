@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 
 def sharded_tensors(states: Any) -> Iterator[ShardedTensor]:
@@ -85,7 +86,7 @@ class StoredWeights:
 
     def fill_all(self) -> None:
         """Every parameter of the model."""
-        for parameter in self._parameters:
+        for parameter in ProgressBar(self._parameters, desc="reading weights", unit="parameter", leave=False):
             self.fill(parameter)
 
     @torch.no_grad()

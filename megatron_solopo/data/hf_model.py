@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.rope import reach as reach_of
+from megatron_solopo.progress import reporting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,9 +41,10 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
         transformers.utils.logging.disable_progress_bar()
     wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, local_files_only=True, output_loading_info=True
-        )
+        with reporting(f"loading {folder}"):
+            model, told = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=wanted, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag} {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if missing := sorted(told["missing_keys"]):  # transformers draws them, and goes on

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
@@ -39,6 +38,7 @@ from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, generate
 from megatron_solopo.evaluation.results import METRICS, length_label, mean_interval
+from megatron_solopo.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def build_items(
     left_out = LeftOut()
     questions: list[Question] = []
     told = None  # entries of `left_out` up to the last question of the limit
-    for question in read_questions(source, data, left_out):
+    reading = ProgressBar(read_questions(source, data, left_out), desc="reading", unit="question", leave=False)
+    for question in reading:
         questions.append(question)
         if len(questions) == limit:
             told = len(left_out.entries)
@@ -87,7 +88,7 @@ def build_items(
     paragraphs = [*(paragraph for question in questions for paragraph in question.paragraphs), *read_pool(pool)]
     distractors = DistractorPool.of(paragraphs, prompt_format, counter.texts if in_tokens else None)
     items = []
-    for question in tqdm(questions[:limit], desc="contexts", unit="question", leave=False, disable=None):
+    for question in ProgressBar(questions[:limit], desc="contexts", unit="question", leave=False):
         try:
             contexts = build_contexts(
                 question,

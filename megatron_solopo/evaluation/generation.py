@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from megatron_solopo.data.hf_model import check_rows, stop_ids
+from megatron_solopo.progress import ProgressBar
 
 DEFAULT_BATCH_TOKENS = 32768  # about 2 GB of keys and values for a 7B model with grouped-query attention in bf16
 
@@ -36,7 +36,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    progress: str | None = None,
+    progress: str = "answering",
 ) -> list[str]:
     """The greedy response to each prompt as text, in the order of the prompts.
 
@@ -48,7 +48,7 @@ def generate(
         prompts: token ids, one non-empty list a prompt.
         batch_tokens: rows x (longest prompt + ``max_new_tokens``) of a batch stays within this number; a
             single prompt that is longer than that runs alone.
-        progress: the name on the progress bar; None shows no bar, and a bar appears only on a terminal.
+        progress: the name of its progress, counted in tokens of prompts.
 
     Raises:
         UserError: the tokenizer has more ids than the model.
@@ -61,14 +61,7 @@ def generate(
     responses = [""] * len(prompts)
     # transformers fills what a config leaves open from the model's own, so that one is put away meanwhile.
     kept, model.generation_config = model.generation_config, GenerationConfig()
-    bar = tqdm(
-        total=sum(lengths),
-        desc=progress,
-        unit=" tokens",
-        unit_scale=True,
-        leave=False,
-        disable=True if progress is None else None,
-    )
+    bar = ProgressBar(total=sum(lengths), desc=progress, unit=" tokens", unit_scale=True, leave=False)
     try:
         for batch in batches_by_length(lengths, max_new_tokens, batch_tokens):
             longest = lengths[batch[0]]
@@ -78,13 +71,37 @@ def generate(
                 ids[row, longest - lengths[index] :] = torch.tensor(prompts[index], dtype=torch.long)
                 mask[row, longest - lengths[index] :] = 1
             out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+                stopping_criteria=[steps := _Steps(bar, sum(lengths[index] for index in batch), max_new_tokens)],
             )
+            steps.finish()
             for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
                 end = next((position for position, token in enumerate(row) if token in stops), len(row))
                 responses[index] = tokenizer.decode(row[:end], skip_special_tokens=True)
-            bar.update(sum(lengths[index] for index in batch))
     finally:
         bar.close()
         model.generation_config = kept
     return responses
+
+
+class _Steps(StoppingCriteria):
+    """Never stops: counts a batch's ``tokens`` evenly over the steps that it may take, for a batch takes minutes."""
+
+    def __init__(self, bar: ProgressBar, tokens: int, steps: int) -> None:
+        self._bar, self._tokens, self._steps = bar, tokens, steps
+        self._step = self._counted = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused: object) -> torch.Tensor:
+        self._step += 1
+        self._count(self._tokens * self._step // self._steps)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def finish(self) -> None:
+        """The batch has ended, maybe before the last step."""
+        self._count(self._tokens)
+
+    def _count(self, tokens: int) -> None:
+        self._bar.update(tokens - self._counted)
+        self._counted = tokens

@@ -21,6 +21,7 @@ from megatron_solopo.conversion.megatron_folder import METADATA, load_models, mo
 from megatron_solopo.conversion.sharded_write import ShardedWrite
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error, on_first
+from megatron_solopo.progress import reporting
 from megatron_solopo.training import retention
 from megatron_solopo.training.engine import Engine
 
@@ -176,7 +177,8 @@ def load_checkpoint(
     state, left_out = _state(engine, optimizer, source)
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
     try:
-        loaded = dist_checkpointing.load(state, str(source))
+        with reporting(f"loading {source}"):
+            loaded = dist_checkpointing.load(state, str(source))
     except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
         raise UserError(
             f"--load: {source} cannot be read ({reason_of(error)}); its files are complete, so it is "

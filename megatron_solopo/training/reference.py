@@ -33,6 +33,7 @@ from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_roles
 from megatron_solopo.parallel.platform import wait_for_all
+from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.step import make_packs, over_the_layout, own_segment_table
 
@@ -47,7 +48,8 @@ def starting_weights(config: Config) -> str:
     """A text that changes with the weights the run starts from, which are the reference; reads all of them."""
     if config.model.random_init:
         return f"drawn by name, seed {config.training.seed}, config {_config_digest(config)}"
-    return weights_fingerprint(config.model.hf_path)
+    with reporting("reading the weights"):
+        return weights_fingerprint(config.model.hf_path)
 
 
 def _config_digest(config: Config) -> str:
@@ -170,22 +172,25 @@ def _fill(
     sharing = [parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()]
     if engine.models[0].config.num_moe_experts and parallel_state.get_expert_tensor_and_model_parallel_world_size() > 1:
         sharing = [None]  # tokens travel to the experts of other processes, whose examples are others
-    for first in range(0, len(todo), batch):
-        # Processes that share a model compute together; the others are not waited for.
-        stopped.fill_(heard())
-        for group in sharing:
-            dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=group)
-        if stopped:
-            break
-        indices = todo[first : first + batch]
-        packs = make_packs(engine, dataset, indices, config)
-        own[indices] = own_segment_table(engine, names, indices, packs).cpu()
-        own_done[[index for pack in packs for index in pack.groups]] = True
-        if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-            # Beside what was done before: another run may have had another number of processes.
-            _write(own_file, table + own, done | own_done)
-            saved = time.monotonic()
-    wait_for_all("reference")
+    known = len(done) - len(todo)
+    with ProgressBar(desc="reference log-probs", total=len(done), initial=known, unit="example", leave=False) as bar:
+        for first in range(0, len(todo), batch):
+            # Processes that share a model compute together; the others are not waited for.
+            stopped.fill_(heard())
+            for group in sharing:
+                dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=group)
+            if stopped:
+                break
+            indices = todo[first : first + batch]
+            packs = make_packs(engine, dataset, indices, config)
+            own[indices] = own_segment_table(engine, names, indices, packs).cpu()
+            own_done[[index for pack in packs for index in pack.groups]] = True
+            bar.update(len(indices))
+            if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                # Beside what was done before: another run may have had another number of processes.
+                _write(own_file, table + own, done | own_done)
+                saved = time.monotonic()
+        wait_for_all("reference")
     dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
     if stopped:
         if writes and own_done.any():

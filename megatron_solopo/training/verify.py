@@ -24,6 +24,7 @@ from megatron_solopo.config_checks import check
 from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import Layout, parse_layout
+from megatron_solopo.progress import ProgressBar
 from megatron_solopo.training.preparation import quiet
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
@@ -103,7 +104,8 @@ def _measure(folder: Path, argv: list[str], layouts: list[Layout], dtype: str) -
     by_size: dict[int, list[str]] = defaultdict(list)
     for layout in layouts[1:]:
         by_size[layout.processes].append(layout.name)
-    for processes, names in [(layouts[0].processes, [layouts[0].name]), *sorted(by_size.items())]:
+    launches = [(layouts[0].processes, [layouts[0].name]), *sorted(by_size.items())]
+    for processes, names in ProgressBar(launches, desc="layouts", unit="launch", leave=False):
         job = {"folder": str(folder), "argv": argv, "layouts": names, "dtype": dtype}
         (folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_solopo.data.building.pool import CountTexts, open_writer, write_pool
 from megatron_solopo.data.building.sources import EXCLUDED, LeftOut, read_pool, read_questions
@@ -18,6 +17,7 @@ from megatron_solopo.data.building.split import near_duplicates, validation_memb
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar, reporting
 
 _TEXTS, _OFFSETS, _SIDES = "questions.jsonl", "questions.npy", "sides.npy"
 
@@ -64,7 +64,7 @@ def ingest(
     told = None  # entries of `left_out` up to the last question of the limit
     with (folder / _TEXTS).open("wb") as out:
         questions = read_questions(source, inputs, left_out, labelled=labelled, exclude=exclude)
-        for question in tqdm(questions, desc="reading", unit="question", leave=False, disable=None):
+        for question in ProgressBar(questions, desc="reading", unit="question", leave=False):
             for paragraph in question.paragraphs:
                 writer.add(paragraph)
             if limit is None or len(sizes) < limit:
@@ -76,7 +76,7 @@ def ingest(
                 if validation_share:
                     ids.append(question.id)
                     texts.append(question.question)
-    for paragraph in read_pool(pool):
+    for paragraph in ProgressBar(read_pool(pool), desc="reading the pool", unit="paragraph", leave=False):
         writer.add(paragraph)
     total = len(sizes)
     np.save(folder / _OFFSETS, np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))]).astype(np.int64))
@@ -86,8 +86,9 @@ def ingest(
         found = len({name for name, reason in left_out.entries if reason == EXCLUDED})
         notes.append(f"ids to exclude: {found} of {len(exclude)} are in the input")
     if validation_share:
-        groups = near_duplicates(texts)
-        chosen = validation_members(ids, groups, validation_share, seed)
+        with reporting("finding near-duplicates"):
+            groups = near_duplicates(texts)
+            chosen = validation_members(ids, groups, validation_share, seed)
         sides[list(chosen)] = 1
         notes.append(
             f"validation: {len(chosen)} of {total} questions; {total - len(set(groups))} near-duplicates stay on the "

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.data.scoring import normalise
 from megatron_solopo.data.text.prompt import PromptFormat
+from megatron_solopo.progress import ProgressBar
 
 CountTexts = Callable[[list[str]], list[int]]
 """Token counts of a list of texts."""
@@ -86,7 +86,7 @@ class PoolWriter:
 
 def _count_tokens(file: BinaryIO, rows: np.ndarray, prompt_format: PromptFormat, count: CountTexts) -> None:
     order = np.argsort(rows["offset"])  # as the file lies
-    with tqdm(total=len(rows), desc="lengths", unit="paragraph", leave=False, disable=None) as bar:
+    with ProgressBar(total=len(rows), desc="lengths", unit="paragraph", leave=False) as bar:
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
             texts = [_length_text(_read(file.fileno(), rows[row]), prompt_format) for row in batch]

@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__
@@ -47,6 +46,7 @@ from megatron_solopo.data.options import (
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar, reporting
 
 TRL = "trl"
 DEFAULT_EVIDENCE_DOCUMENTS = 4
@@ -299,7 +299,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = build.tokenizer.load()
     output = Path(options.output)
     folder = output.with_name(output.name + ".work")
-    settings = _settings(options, build, excluded, tokenizer)
+    with reporting("reading the inputs"):
+        settings = _settings(options, build, excluded, tokenizer)
     with held(folder):
         work = WorkFolder(folder, settings)
         try:
@@ -363,7 +364,7 @@ def _build(
     batches = build_all(
         work.path, build, tokenizer, start=progress.done, stop=prepared.questions, workers=options.workers
     )
-    with tqdm(total=prepared.questions, initial=progress.done, unit="question", disable=None) as bar:
+    with ProgressBar(desc="contexts", total=prepared.questions, initial=progress.done, unit="question") as bar:
         for batch in batches:
             summary.merge(batch.summary)
             bar.update(batch.stop - progress.done)

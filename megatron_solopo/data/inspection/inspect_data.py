@@ -10,7 +10,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import OWNER, Config, flag
@@ -29,6 +28,7 @@ from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs, files_of
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 from megatron_solopo.losses.solopo import scored_roles
 
 METHOD_OPTIONS = (
@@ -179,7 +179,7 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     examples = islice(read_examples(options.data), options.limit)
     workers = options.workers or len(os.sched_getaffinity(0))
     measured = measure_all(examples, count, workers)
-    for example, facts in tqdm(measured, unit=" examples", disable=not sys.stderr.isatty()):
+    for example, facts in ProgressBar(measured, desc="counting", unit="example"):
         statistics.add(example, facts)
         sample.add(example)
     if not statistics.examples:

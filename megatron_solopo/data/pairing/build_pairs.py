@@ -18,6 +18,7 @@ from megatron_solopo.data.sampling.responses import InStep, Responses
 from megatron_solopo.data.schema import PreferenceGroup, check_ids
 from megatron_solopo.data.scoring import SCORERS, Scorer, load_scorer
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 GOLD = "gold"
 """The name that stands for a responses file in a dry run without a model, and for what ``--all-wrong`` may take."""
@@ -367,7 +368,7 @@ def _checked(
 ) -> Iterator[PreferenceGroup]:
     """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
     seen = set()
-    for group in groups:
+    for group in ProgressBar(groups, desc="pairing", unit="group", leave=False):
         if group.id in seen:
             raise UserError(
                 f"--pairs-per-question {options.pairs_per_question}: {group.id!r} would be the id of two groups, of a "

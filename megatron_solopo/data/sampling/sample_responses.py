@@ -22,6 +22,7 @@ from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 IN_PROCESS = {"device": "auto", "dtype": "auto", "batch_size": 64}
 SERVER = {
@@ -178,7 +179,7 @@ def _is_url(text: str) -> bool:
 
 
 def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
-    for pair in read_contexts(options.contexts):
+    for pair in ProgressBar(read_contexts(options.contexts), desc="prompts", unit="question", leave=False):
         chat = getattr(pair, f"{options.num_samples_context}_messages")
         yield Prompt(pair.id, chat, prompt_ids(tokenizer, chat))
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids, weight_facts
@@ -21,6 +20,7 @@ from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 
 def uniforms(seed: int, question_id: str, samples: int, steps: int) -> torch.Tensor:
@@ -164,7 +164,7 @@ class InProcess:
             print(f"resuming: {partial.questions} of {len(prompts)} questions were sampled before")
         # Planned over all questions, done or not, so that a resumed run computes the very same batches.
         batches = plan_batches(prompts.lengths, max(1, options.batch_size // options.samples))
-        with tqdm(total=len(prompts), initial=partial.questions, unit="question", disable=None) as bar:
+        with ProgressBar(desc="sampling", total=len(prompts), initial=partial.questions, unit="question") as bar:
             for indices in batches:
                 if all(prompts.names[index] in partial for index in indices):
                     continue

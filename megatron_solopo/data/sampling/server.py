@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import quote
 
 import openai
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
@@ -30,6 +29,7 @@ from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_tex
 from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.data.text.chat import render_prompt
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 SAMPLES_PER_REQUEST = 8
 FINISHED = {"stop": True, "length": False}
@@ -201,7 +201,7 @@ class FromServer:
         total = len(self._prompts) * self._options.samples
         if partial.responses:
             print(f"resuming: {partial.responses} of {total} responses were sampled before")
-        with tqdm(total=total, initial=partial.responses, unit="response", disable=None) as bar:
+        with ProgressBar(desc="sampling", total=total, initial=partial.responses, unit="response") as bar:
             asyncio.run(self._run(partial, statistics, bar))
 
     def _requests(self, partial: PartialFile) -> Iterator[Request]:
@@ -215,7 +215,7 @@ class FromServer:
                 for some in batched((number for _, number in neighbours), count):
                     yield Request(self._prompts[index], some[0], len(some))
 
-    async def _run(self, partial: PartialFile, statistics: Statistics, bar: tqdm) -> None:
+    async def _run(self, partial: PartialFile, statistics: Statistics, bar: ProgressBar) -> None:
         requests = self._requests(partial)
         failures: list[UserError] = []
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__
@@ -43,6 +42,7 @@ from megatron_solopo.data.tokenized.token_store import (
 from megatron_solopo.data.tokenized.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
 from megatron_solopo.data.workers import map_in_order
 from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.progress import ProgressBar, reporting
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _merge(job: Job, count: int, result: Path) -> tuple[dict[str, Any], Report]:
     builder = indexed_dataset().IndexedDatasetBuilder(str(result / "tokens.bin"), dtype=np.int32)
     digest, report, largest, total = hashlib.sha256(), Report(), (-1, ""), 0
     with (result / "digests.bin").open("wb") as digests, (result / "ids.jsonl").open("w", encoding="utf-8") as ids:
-        for number in range(count):
+        for number in ProgressBar(range(count), desc="merging", unit="part", leave=False):
             tokens, lengths, own_digests, words = read_part(
                 job.part_file(number), "tokens", "lengths", "digests", "words"
             )
@@ -290,7 +290,8 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
     tokenizer = job.tokenizer.load()
-    sha256, parts = scan(job.source)
+    with reporting("reading the file"):
+        sha256, parts = scan(job.source)
     settings = {
         "format": FORMAT,
         "version": __version__,
@@ -325,7 +326,7 @@ def _make(
 ) -> int:
     done = {number for number in range(len(parts)) if job.part_file(number).is_file()}
     seen: set[str] = set()
-    with tqdm(unit="group", disable=None) as bar:
+    with ProgressBar(desc="tokenizing", unit="group") as bar:
         for number in sorted(done):
             bar.update(_check_ids(job, number, seen))
         todo = {number: part for number, part in enumerate(parts) if number not in done}

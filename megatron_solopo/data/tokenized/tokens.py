@@ -15,6 +15,7 @@ from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, 
 from megatron_solopo.data.text.chat import conversation_ids, prompt_ids, response_ids
 from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 RESPONSE = "response"
 """The one role of a conversation."""
@@ -210,7 +211,7 @@ def tokenize(
     encoder = Encoder(tokenizer, seq_length, overlong)
     read = read_conversations if roles == (RESPONSE,) else read_groups
     groups = []
-    for record in read(path):
+    for record in ProgressBar(read(path), desc=f"tokenizing {path}", unit="example", leave=False):
         try:
             group = encoder.encode(record, roles)
         except UserError as error:
