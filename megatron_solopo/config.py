@@ -45,6 +45,11 @@ class ModelConfig:
         "those of the folder's tokenizer_config.json; --save-hf writes them there",
         mapping=True,
     )
+    chat_template_date: str | None = option(
+        None,
+        "YYYY-MM-DD: the day that a chat template prints which prints today's; default: that of the run that is "
+        "resumed, of the token folder, of --hf-path or of the data, else today; --save-hf records it",
+    )
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
     rope_scaling: str | None = option(
         None,

@@ -198,6 +198,8 @@ def resolve(config: Config) -> None:
         model.rope_scaling = str(parse_rope_scaling(model.rope_scaling))  # one text for one scaling
     if model.chat_template_kwargs is not None:
         model.chat_template_kwargs = template_kwargs.canonical(model.chat_template_kwargs)
+    if model.chat_template_date is not None:
+        template_kwargs.check_date(model.chat_template_date)
     if method.objective == "preference":
         if method.beta is None and method.preference_loss != "orpo":
             method.beta = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "longpo": 0.1}[method.preference_loss]

@@ -50,6 +50,7 @@ class Companions:
         chat_template_kwargs: a JSON object that takes the place of the values in the source's tokenizer_config.json.
         added_tokens: --add-special-tokens, for the tokenizer.
         end_of_turn: the id that the model was trained to end a turn with, at which generation is to stop.
+        chat_template_date: the day that the template prints, for tokenizer_config.json.
     """
 
     source: Path
@@ -58,6 +59,7 @@ class Companions:
     chat_template_kwargs: str | None = None
     added_tokens: str | None = None
     end_of_turn: int | None = None
+    chat_template_date: str | None = None
 
     def write(self, folder: Path) -> None:
         """Writes them into a folder; a tokenizer.json too where the source has only what makes one, so that every
@@ -81,8 +83,8 @@ class Companions:
                 raise OSError(number, os.strerror(number)) from None
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        if self.chat_template_kwargs is not None:
-            template_kwargs.write(folder, self.chat_template_kwargs)
+        if self.chat_template_kwargs is not None or self.chat_template_date is not None:
+            template_kwargs.write(folder, self.chat_template_kwargs, self.chat_template_date)
         if self.end_of_turn is not None:
             self._stop_at(self.end_of_turn, folder / "generation_config.json")
         (folder / "config.json").write_text(self.config_json, encoding="utf-8")  # last: without it nothing loads

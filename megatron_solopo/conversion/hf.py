@@ -209,6 +209,7 @@ def save_folder(
     chat_template_kwargs: str | None = None,
     added_tokens: str | None = None,
     end_of_turn: int | None = None,
+    chat_template_date: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     stored: StoredWeights | None = None,
@@ -220,7 +221,7 @@ def save_folder(
 
     Args:
         chunks: the parts of the model that this process holds.
-        chat_template, chat_template_kwargs, added_tokens, end_of_turn: of the model, see `Companions`.
+        chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date: see `Companions`.
         dtype: of the files; default the model's.
         stored: see `hf_tensors`.
 
@@ -235,6 +236,8 @@ def save_folder(
         return
     dtype = dtype or next(chunks[0].parameters()).dtype
     document = config_json(source, hf_config, dtype)
-    companions = Companions(Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn)
+    companions = Companions(
+        Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date
+    )
     tensors = ProgressBar(tensors, desc=f"writing {target}", total=len(shapes), unit="tensor", leave=False)
     write_folder(Path(target), companions, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import is_parquet, read_text
 from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.text import prompt
@@ -104,6 +106,12 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
         "the folder's tokenizer_config.json, which a training run with this option writes)",
     )
     group.add_argument(
+        template_kwargs.DATE_FLAG,
+        metavar="YYYY-MM-DD",
+        help="the day that a chat template prints which prints today's (default: that of the unfinished work, of the "
+        "folder, or of the data that is read, else today)",
+    )
+    group.add_argument(
         "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
     )
     if required:  # a model that answers has rows for its tokenizer's tokens only
@@ -119,6 +127,7 @@ class TokenizerOptions:
     eos_token: str | None = None
     chat_template_kwargs: str | None = None
     added_tokens: str | None = None
+    chat_template_date: str | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace, folder: str = "") -> TokenizerOptions:
@@ -129,17 +138,29 @@ class TokenizerOptions:
             options.eos_token,
             options.chat_template_kwargs,
             getattr(options, "add_special_tokens", None),
+            options.chat_template_date,
         )
 
-    def load(self) -> PreTrainedTokenizerBase:
+    def load(self, begun_with: str | None = None, of_data: str | None = None) -> PreTrainedTokenizerBase:
         """See `chat.load_tokenizer`."""
         from megatron_solopo.data.text.chat import load_tokenizer  # with transformers, which options do without
 
         tokenizer = load_tokenizer(
-            self.folder, self.chat_template, self.eos_token, self.chat_template_kwargs, self.added_tokens
+            self.folder,
+            self.chat_template,
+            self.eos_token,
+            self.chat_template_kwargs,
+            self.added_tokens,
+            self.chat_template_date,
+            begun_with,
+            of_data,
         )
         give_back_freed_memory()
         return tokenizer
+
+    def dated(self, tokenizer: PreTrainedTokenizerBase) -> TokenizerOptions:
+        """The same with the date that was found for ``tokenizer``; another process would find another at midnight."""
+        return dataclasses.replace(self, chat_template_date=template_kwargs.date_of(tokenizer))
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) -> None:

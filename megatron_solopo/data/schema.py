@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import Part, read_records
 from megatron_solopo.errors import UserError
 
@@ -69,6 +70,8 @@ class PreferenceGroup:
         short_spans, long_spans: the documents of the last message of each chat, in order; empty where not known.
         chosen_ids, rejected_ids: the token ids that were sampled, without the end-of-turn token; None where only
             the text is known.
+        chat_template_date: the day that the chat template printed when the responses were sampled; None where it
+            prints none, or where that is not known.
     """
 
     id: str
@@ -84,6 +87,7 @@ class PreferenceGroup:
     long_spans: list[DocumentSpan] = field(default_factory=list)
     chosen_ids: list[int] | None = None
     rejected_ids: list[int] | None = None
+    chat_template_date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,12 @@ def check_ids(value: Any, key: str, where: str) -> list[int] | None:
     return value
 
 
+def check_day(record: dict[str, Any], where: str) -> str | None:
+    """``chat_template_date`` of a record, None where it has none."""
+    value = record.get(template_kwargs.DATE)
+    return None if value is None else template_kwargs.check_date(value, f"{where}: the field '{template_kwargs.DATE}'")
+
+
 def read_groups(path: str | Path, part: Part | None = None) -> Iterator[PreferenceGroup]:
     """Reads preference groups, JSONL or Parquet; TRL's ``prompt / chosen / rejected`` is accepted too.
 
@@ -186,6 +196,7 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
             long_spans=check_spans(record.get("long_spans"), long, "long_spans", where),
             chosen_ids=check_ids(record.get("chosen_ids"), "chosen_ids", where),
             rejected_ids=check_ids(record.get("rejected_ids"), "rejected_ids", where),
+            chat_template_date=check_day(record, where),
         )
         if group.chosen == group.rejected:
             raise UserError(f"{where}: chosen and rejected are the same text; such a pair teaches nothing, remove it")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
@@ -275,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     outputs = [("--output", path) for path in (options.output, predictions_path(options.output))]
     check_outputs(outputs, [*read, *files_of(options)])
     tokenizer = TokenizerOptions.of(options, options.model).load()
+    options.chat_template_date = template_kwargs.date_of(tokenizer)  # for the results
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:
             check_reach(options.model, size, options.max_new_tokens, f"{flag} {size}")

@@ -28,6 +28,13 @@ LAYOUT = (
 )
 
 
+RUN_OPTIONS = (
+    *("chat_template", "chat_template_kwargs", "chat_template_date", "eos_token"),
+    *("rope_scaling", "add_special_tokens"),
+)
+"""Of a run's config.yaml: what makes its model and tokenizer another than those of --hf-path."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(": ", 1)[1], allow_abbrev=False)
@@ -146,7 +153,7 @@ def _config(given: argparse.Namespace) -> Config:
     config.model.hf_path = given.hf_path or alone or run.get("hf_path")
     if config.model.hf_path is None:
         raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
-    for name in ("chat_template", "chat_template_kwargs", "eos_token", "rope_scaling", "add_special_tokens"):
+    for name in RUN_OPTIONS:
         setattr(config.model, name, run.get(name))
     if getattr(given, "add_special_tokens", None) is not None:
         config.model.add_special_tokens = given.add_special_tokens
@@ -247,6 +254,7 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
             force=given.force,
             chat_template=chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
+            chat_template_date=config.model.chat_template_date,
             added_tokens=config.model.add_special_tokens,
             end_of_turn=end_of_turn,
             dtype=_dtype(given.dtype) if given.dtype else None,

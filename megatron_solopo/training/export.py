@@ -52,6 +52,7 @@ def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | 
             force=True,  # a folder of an earlier start of this run, or what `begin_export` let pass
             chat_template=data.chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
+            chat_template_date=config.model.chat_template_date,
             added_tokens=config.model.add_special_tokens,
             end_of_turn=data.end_of_turn,
         )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.config_checks import check_on_cuda
 from megatron_solopo.errors import UserError
@@ -43,8 +45,11 @@ class RunData:
     end_of_turn: int
 
 
-def load_run_tokenizer(options: ModelConfig) -> Any:
+def load_run_tokenizer(options: ModelConfig, begun_with: str | None = None, of_data: str | None = None) -> Any:
     """The tokenizer of a run.
+
+    Args:
+        begun_with, of_data: dates, see `template_kwargs.give`.
 
     Raises:
         UserError: see `load_tokenizer`.
@@ -57,7 +62,47 @@ def load_run_tokenizer(options: ModelConfig) -> Any:
         options.eos_token,
         chat_template_kwargs=options.chat_template_kwargs,
         added_tokens=options.add_special_tokens,
+        chat_template_date=options.chat_template_date,
+        begun_with=begun_with,
+        of_data=of_data,
     )
+
+
+def dated_tokenizer(config: Config) -> Any:
+    """The tokenizer of a run, whose date is put into the config where its template prints one. Collective, where there
+    are processes: midnight may come between two of them.
+
+    Raises:
+        UserError: see `load_tokenizer`.
+    """
+    import torch.distributed as dist
+
+    from megatron_solopo import template_kwargs
+    from megatron_solopo.data.files.records import first_field
+    from megatron_solopo.data.tokenized.token_store import is_store, read_manifest
+
+    days = [template_kwargs.today()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(days, src=0)
+    data, output = config.data.train_data, config.output
+    begun_with = _date_of_run(output.load or output.save)
+    if is_store(data):
+        begun_with = begun_with or read_manifest(Path(data))["text"].get(template_kwargs.DATE)
+    of_data = days[0] if is_store(data) else first_field(data, template_kwargs.DATE) or days[0]
+    tokenizer = load_run_tokenizer(config.model, begun_with, of_data)
+    config.model.chat_template_date = template_kwargs.date_of(tokenizer)
+    return tokenizer
+
+
+def _date_of_run(folder: str) -> str | None:
+    """What the config.yaml of a run folder has; one that cannot be read has none, for a killed start may leave it."""
+    from megatron_solopo import template_kwargs
+
+    try:
+        document = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
+        return template_kwargs.recorded_date(document["model"].get(template_kwargs.DATE))
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def chosen_template(options: ModelConfig, tokenizer: Any) -> str | None:
@@ -76,7 +121,7 @@ def load_data(config: Config) -> RunData:
     from megatron_solopo.data.tokenized.tokens import tokenize
     from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
 
-    tokenizer = load_run_tokenizer(config.model)
+    tokenizer = dated_tokenizer(config)
     wanted, data = scored_roles(config.method), config.data
     read = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):

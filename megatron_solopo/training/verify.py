@@ -18,14 +18,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo import config_load
+from megatron_solopo import config_load, template_kwargs
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import check
 from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import Layout, parse_layout
 from megatron_solopo.progress import ProgressBar
-from megatron_solopo.training.preparation import quiet
+from megatron_solopo.training.preparation import dated_tokenizer, quiet
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 """Room for the order of sums. bfloat16 rounds every activation to 8 bits, so it has no bound of its own."""
@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = [*rest, "--save", str(Path(folder) / "run")]
         config, _ = config_load.load(arguments)
         hf_config = model_config(config.model)
+        dated_tokenizer(config)
+        if config.model.chat_template_date is not None and "chat_template_date" not in config.explicit:
+            # For all launches: midnight may come between two of them.
+            arguments += [template_kwargs.DATE_FLAG, config.model.chat_template_date]
         for layout in layouts:
             _check(arguments, layout, hf_config)
         if given.float64 and config.model.transformer_impl != "portable":

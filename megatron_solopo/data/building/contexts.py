@@ -15,7 +15,16 @@ from typing import Any
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import TOKEN_TOLERANCE, CannotBuild, Distractors
 from megatron_solopo.data.files.records import read_jsonl
-from megatron_solopo.data.schema import DocumentSpan, Message, Paragraph, Question, check_messages, check_spans, require
+from megatron_solopo.data.schema import (
+    DocumentSpan,
+    Message,
+    Paragraph,
+    Question,
+    check_day,
+    check_messages,
+    check_spans,
+    require,
+)
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 
@@ -47,7 +56,8 @@ class ContextPair:
     """A line of a contexts file: one question on its short and its long context (lengths in tokens).
 
     ``short_gold`` and ``long_gold`` are the indices of the gold documents; ``dropped_gold`` counts the gold
-    documents that only the long context has.
+    documents that only the long context has. ``chat_template_date`` is the day that the chat template printed when they
+    were counted, None where it prints none.
     """
 
     id: str
@@ -65,6 +75,7 @@ class ContextPair:
     short_spans: list[DocumentSpan] = field(default_factory=list)
     long_spans: list[DocumentSpan] = field(default_factory=list)
     dropped_gold: int = 0
+    chat_template_date: str | None = None
 
 
 def read_contexts(path: str | Path) -> Iterator[ContextPair]:
@@ -91,6 +102,7 @@ def read_contexts(path: str | Path) -> Iterator[ContextPair]:
             short_spans=check_spans(record.get("short_spans"), record["short_messages"], "short_spans", where),
             long_spans=check_spans(record.get("long_spans"), record["long_messages"], "long_spans", where),
             dropped_gold=_count(record, "dropped_gold", where),
+            chat_template_date=check_day(record, where),
         )
         if not pair.answers or not all(isinstance(answer, str) and answer.strip() for answer in pair.answers):
             raise UserError(f"{where}: the field 'answers' must be a non-empty list of texts, none of them empty")

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo import __version__
+from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.data.building.evidence import FINDERS
 from megatron_solopo.data.building.first_pass import Ingested, ingest
 from megatron_solopo.data.building.second_pass import (
@@ -31,7 +31,7 @@ from megatron_solopo.data.building.second_pass import (
 )
 from megatron_solopo.data.building.sources import SOURCES
 from megatron_solopo.data.files.inputs import TABLES, local_files, place, read_records
-from megatron_solopo.data.files.progress import Progress, WorkFolder, held
+from megatron_solopo.data.files.progress import Progress, WorkFolder, begun_with, held
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.options import (
@@ -296,9 +296,10 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
     )
     begin = time.monotonic()
-    tokenizer = build.tokenizer.load()
     output = Path(options.output)
     folder = output.with_name(output.name + ".work")
+    tokenizer = build.tokenizer.load(begun_with=begun_with(folder).get(template_kwargs.DATE))
+    build = dataclasses.replace(build, tokenizer=build.tokenizer.dated(tokenizer))
     with reporting("reading the inputs"):
         settings = _settings(options, build, excluded, tokenizer)
     with held(folder):

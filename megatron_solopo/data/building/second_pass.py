@@ -189,7 +189,8 @@ class Builder:
                 lines[LEFT_OUT].append(left_out_line(question.id, str(reason)))
             else:
                 summary.add(pair, validation)
-                lines[VALIDATION if validation else TRAIN].append(_line(vars(pair)))
+                record = {name: value for name, value in vars(pair).items() if value is not None}
+                lines[VALIDATION if validation else TRAIN].append(_line(record))
         return Batch(stop, {name: b"".join(found) for name, found in lines.items()}, summary)
 
     def _pair(self, question: Question, summary: Summary) -> ContextPair:
@@ -225,6 +226,7 @@ class Builder:
             short_spans=short.spans,
             long_spans=long.spans,
             dropped_gold=len(long.gold_positions) - len(short.gold_positions),
+            chat_template_date=settings.tokenizer.chat_template_date,
         )
 
 

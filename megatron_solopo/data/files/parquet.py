@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         "long_spans": _SPANS,
         "chosen_ids": pa.list_(pa.int32()),
         "rejected_ids": pa.list_(pa.int32()),
+        "chat_template_date": pa.string(),
     }
 )
 """The columns that `write_groups` writes."""

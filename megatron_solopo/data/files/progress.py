@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_solopo.errors import UserError
 
-_PROGRESS = "progress.json"
+_PROGRESS, _READY = "progress.json", "ready.json"
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[tuple[str, Any, Any]]:
@@ -62,6 +62,17 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def begun_with(path: Path) -> dict[str, Any]:
+    """The settings of unfinished work, {} where there is none: of a work folder, or of a file whose first line holds
+    them."""
+    try:
+        with (path / _READY if path.is_dir() else path).open("rb") as file:
+            settings = json.loads(file.readline())["settings"]
+        return settings if isinstance(settings, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 class WorkFolder:
     """A folder, `held` by the run, with its unfinished work and the settings it was begun with.
 
@@ -75,7 +86,7 @@ class WorkFolder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self._settings = json.loads(json.dumps(settings))
-        self._state = path / "ready.json"
+        self._state = path / _READY
         noted = _noted(self._state)
         if noted is not None and self.done:
             refuse_other_settings(path, noted["settings"], self._settings)

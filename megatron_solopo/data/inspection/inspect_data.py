@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_load import load, read_yaml
+from megatron_solopo.data.files.records import first_field
 from megatron_solopo.data.inspection.examples import (
     Example,
     Reservoir,
@@ -28,8 +29,8 @@ from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs, files_of
 from megatron_solopo.errors import UserError
-from megatron_solopo.progress import ProgressBar
 from megatron_solopo.losses.solopo import scored_roles
+from megatron_solopo.progress import ProgressBar
 
 METHOD_OPTIONS = (
     "context_mode",
@@ -40,6 +41,9 @@ METHOD_OPTIONS = (
     "sft_weight",
 )
 """Options of training that decide which responses are scored on which context, and what they enter."""
+
+TOKENIZER = ("chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "eos_token")
+"""Options of training that decide the tokens."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,9 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     groups = holds_groups(options.data)
     _check(options, groups)
     config = training_config(options) if groups else None
-    for name in ("chat_template", "chat_template_kwargs", "add_special_tokens", "eos_token") if config else ():
+    for name in TOKENIZER if config else ():
         setattr(options, name, getattr(options, name) or getattr(config.model, name))
-    tokenizer = TokenizerOptions.of(options).load()
+    tokenizer = TokenizerOptions.of(options).load(of_data=first_field(options.data, template_kwargs.DATE))
     if not options.html or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method

@@ -232,6 +232,7 @@ def _group(
         long_spans=pair.long_spans,
         chosen_ids=None if chosen.ids is None else list(chosen.ids),
         rejected_ids=None if rejected.ids is None else list(rejected.ids),
+        chat_template_date=pair.chat_template_date,
     )
 
 

@@ -13,7 +13,10 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.data.building.contexts import read_contexts
+from megatron_solopo.data.files.progress import begun_with
+from megatron_solopo.data.files.records import first_field
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
@@ -189,7 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     named = TokenizerOptions.of(options, options.model)
-    tokenizer = named.load()
+    partial_file = Path(options.output + ".partial")
+    tokenizer = named.load(
+        begun_with=begun_with(partial_file).get(template_kwargs.DATE),
+        of_data=first_field(options.contexts, template_kwargs.DATE),
+    )
     prompts = Prompts(Path(options.output).parent, islice(_prompts(options, tokenizer), options.limit))
     if not prompts:
         raise UserError(f"--contexts {options.contexts}: holds no question")

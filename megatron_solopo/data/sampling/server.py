@@ -178,7 +178,7 @@ class FromServer:
             body["prompt"] = self._text(prompt, prompt.id in self._with_start) if self._as_text else list(prompt.ids)
         else:
             body["messages"] = prompt.messages
-            if values := template_kwargs.of(self._tokenizer):
+            if values := template_kwargs.for_server(self._tokenizer):
                 body["chat_template_kwargs"] = values
         # A server takes what is not given from the checkpoint's generation_config.json.
         if kind in ("vllm", "sglang"):

@@ -25,6 +25,9 @@ def load_tokenizer(
     eos_token: str | None = None,
     chat_template_kwargs: str | None = None,
     added_tokens: str | None = None,
+    chat_template_date: str | None = None,
+    begun_with: str | None = None,
+    of_data: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, with its own chat template or the one in a file.
 
@@ -37,6 +40,7 @@ def load_tokenizer(
 
     Args:
         added_tokens: --add-special-tokens of a training run; folders that a run exported hold them already.
+        chat_template_date, begun_with, of_data: for a template that prints the date, see `template_kwargs.give`.
 
     Raises:
         UserError: no tokenizer in the folder, no chat template or a broken one, no variable of it by that name, no
@@ -57,7 +61,7 @@ def load_tokenizer(
         )
     where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
     try:
-        template_kwargs.give(tokenizer, chat_template_kwargs, str(folder))
+        template_kwargs.give(tokenizer, chat_template_kwargs, str(folder), chat_template_date, begun_with, of_data)
         written = _template_end_of_turn(tokenizer, where)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{where}: line {error.lineno}: no valid Jinja template ({error.message}); repair it") from None
@@ -83,7 +87,7 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
     marker = "solopo end of message"
     try:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.of(tokenizer))
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.rendering(tokenizer))
     except jinja2.TemplateSyntaxError:
         raise
     except jinja2.TemplateError:
@@ -104,7 +108,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs.of(tokenizer)
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_kwargs.rendering(tokenizer),
         )
     except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
         raise UserError(f"the chat template refuses the messages ({error})") from None

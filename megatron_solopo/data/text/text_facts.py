@@ -15,7 +15,7 @@ from megatron_solopo import template_kwargs
 from megatron_solopo.data.text.tokenizer import find_model
 
 _NOT_THE_TOKENIZER = (
-    *("chat_template", template_kwargs.KEY),
+    *("chat_template", template_kwargs.KEY, template_kwargs.DATE),
     *("is_local", "local_files_only", "model_max_length", "name_or_path"),
 )
 """Fields of tokenizer_config.json that change no id; the template and its values are compared as they are used."""
@@ -31,7 +31,7 @@ AS_READ = "what is read of them"
 model and the tokenizer.json that an exported folder has of it."""
 
 TEXT_FACTS = ("tokenizer", "added_tokens", "chat_template", "chat_template_kwargs", "end_of_turn")
-"""The keys of `text_facts`."""
+"""The keys of `text_facts`; a template that prints the date adds `template_kwargs.DATE`."""
 
 
 def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -57,13 +57,14 @@ def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
         # Templates write special tokens by their role.
         read = backend.to_str().encode() + _canonical(tokenizer.special_tokens_map)
         files[AS_READ] = hashlib.sha256(read).hexdigest()
-    chosen = tokenizer.chat_template
+    chosen, date = tokenizer.chat_template, template_kwargs.date_of(tokenizer)
     return {
         "tokenizer": files,
         "added_tokens": dict(sorted(tokenizer.get_added_vocab().items())),
         "chat_template": hashlib.sha256(chosen.encode() if isinstance(chosen, str) else _canonical(chosen)).hexdigest(),
         "chat_template_kwargs": template_kwargs.of(tokenizer),
         "end_of_turn": tokenizer.eos_token,
+        **({} if date is None else {template_kwargs.DATE: date}),
     }
 
 
@@ -87,7 +88,11 @@ def text_differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         told.append(f"other --add-special-tokens ({', '.join(dict.fromkeys(other))})")
     if made["chat_template"] != now["chat_template"]:
         told.append("another chat template")
-    for key, what in (("chat_template_kwargs", "--chat-template-kwargs"), ("end_of_turn", "end of turn")):
-        if made[key] != now[key]:
-            told.append(f"{what} {made[key]!r} where the run has {now[key]!r}")
+    for key, what in (
+        ("chat_template_kwargs", "--chat-template-kwargs"),
+        (template_kwargs.DATE, template_kwargs.DATE_FLAG),
+        ("end_of_turn", "end of turn"),
+    ):
+        if made.get(key) != now.get(key):
+            told.append(f"{what} {made.get(key)!r} where the run has {now.get(key)!r}")
     return told

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_solopo import template_kwargs
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
 from megatron_solopo.data.tokenized.tokens import (
     RESPONSE,
@@ -314,7 +315,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["format"]
         complete = found != FORMAT or (
             manifest["objective"] in LAYOUTS
-            and set(TEXT_FACTS) == manifest["text"].keys()
+            and set(TEXT_FACTS) == manifest["text"].keys() - {template_kwargs.DATE}
             and {"ids_used", "ids_mismatched", "groups"} <= manifest["counts"].keys()
             and {"id", "group"} <= manifest["largest_token"].keys()
             and {"tokens.bin", "tokens.idx", "digests.bin", "ids.jsonl", "overlong.jsonl"} == manifest["files"].keys()

@@ -15,16 +15,16 @@ import shutil
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo import __version__
+from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
-from megatron_solopo.data.files.records import Part, read_records, scan, write_jsonl
+from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.data.text.text_facts import text_facts
@@ -43,6 +43,10 @@ from megatron_solopo.data.tokenized.tokens import RESPONSE, Dropped, Encoder, Re
 from megatron_solopo.data.workers import map_in_order
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.progress import ProgressBar, reporting
+
+
+SETTINGS = "settings.json"
+"""Of a folder that is not complete: what it was begun with."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +293,9 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     begin = time.monotonic()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
-    tokenizer = job.tokenizer.load()
+    begun = _begun_text(output) or _begun_text(partial)
+    tokenizer = job.tokenizer.load(begun.get(template_kwargs.DATE), first_field(job.source, template_kwargs.DATE))
+    job = replace(job, tokenizer=job.tokenizer.dated(tokenizer))
     with reporting("reading the file"):
         sha256, parts = scan(job.source)
     settings = {
@@ -313,6 +319,17 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
     with held(partial):
         _begin(partial, settings)
         return _make(job, output, partial, workers, parts, settings, begin)
+
+
+def _begun_text(folder: Path) -> dict[str, Any]:
+    """`text_facts` of a folder that is complete or begun, {} where there is none."""
+    for name in (MANIFEST, SETTINGS):
+        try:
+            text = json.loads((folder / name).read_text(encoding="utf-8"))["text"]
+            return text if isinstance(text, dict) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 def _make(
@@ -352,7 +369,7 @@ def _make(
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:
     """The folder of what is not complete yet, new or with the same settings; one without a finished part is new."""
-    parts, path = partial / "parts", partial / "settings.json"
+    parts, path = partial / "parts", partial / SETTINGS
     parts.mkdir(parents=True, exist_ok=True)
     for aside in parts.glob("*.aside"):
         aside.unlink()
