@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
 from decimal import Decimal
@@ -17,15 +17,11 @@ from typing import Any
 import yaml
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.arguments import Parser, nearest
 from megatron_solopo.config import OWNER, SECTIONS, Config, flag
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.rope_scaling import parse as parse_rope_scaling
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 @functools.cache  # evaluating annotations is slow, and every option asks
@@ -63,20 +59,18 @@ def _convert(name: str, value: Any, where: str) -> Any:
         raise UserError(f"{where}: must be finite, found {value!r}")
     choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
     if choices and converted not in choices:
-        raise UserError(f"{where}: {converted!r} is not one of {', '.join(choices)}{_nearest(str(converted), choices)}")
+        raise UserError(f"{where}: {converted!r} is not one of {', '.join(choices)}{nearest(str(converted), choices)}")
     if minimum is not None and converted < minimum:
         raise UserError(f"{where}: must be at least {minimum}, found {converted}")
     return converted
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line: one group a section; a flag that is not given leaves no trace."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pretrain_solopo.py",
         description="Train a language model with SoLoPO on Megatron Core. "
         "Start it under torchrun for several processes.",
-        allow_abbrev=False,
-        exit_on_error=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML with the sections " + ", ".join(SECTIONS))
@@ -98,20 +92,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML readers would silently drop the first."""
+    """YAML 1.2's words and numbers, and no key twice.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    PyYAML follows YAML 1.1, where 010 is 8, 1:30 is 90, no is false and 1e-6 a text, and drops the first of two keys.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+
+    def option(self, node: yaml.Node) -> Any:
+        """The value of an option: None, a switch, a text (numbers too: their option says which), or what is nested."""
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float", ":str")):
+            return node.value
+        return self.construct_object(node, deep=True)
+
+
+for _tag, _pattern, _begins in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _begins)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
 
 
 def read_yaml(path: str | Path) -> dict[str, tuple[Any, str]]:
-    """Options of a YAML file: ``{name: (value, "file: section.name")}``.
+    """Options of a YAML file: ``{name: (value, "file:line: section.name")}``.
 
     Raises:
         UserError: unreadable YAML, an unknown section or option (with the nearest valid name), or an
@@ -121,28 +138,38 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, str]]:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return _options_of(_Loader(path.read_text(encoding="utf-8-sig")), path)
+    except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, a number of thousands of digits
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML ({problem})") from None
-    if not isinstance(document, dict):
+
+
+def _options_of(loader: _Loader, path: Path) -> dict[str, tuple[Any, str]]:
+    def entries(node: yaml.MappingNode) -> list[tuple[str, str, yaml.Node]]:
+        loader.flatten_mapping(node)
+        return [(str(loader.option(key)), f"{path}:{key.start_mark.line + 1}", value) for key, value in node.value]
+
+    root = loader.get_single_node()
+    if root is None or (isinstance(root, yaml.ScalarNode) and loader.option(root) is None):
+        return {}
+    if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: must hold the sections {', '.join(SECTIONS)}")
     found: dict[str, tuple[Any, str]] = {}
-    for section, values in document.items():
+    for section, where, values in entries(root):
         if section not in SECTIONS:
-            hint = _nearest(str(section), SECTIONS)
-            raise UserError(f"{path}: unknown section '{section}'{hint}; sections are {', '.join(SECTIONS)}")
-        if values is None:
+            hint = nearest(section, SECTIONS)
+            raise UserError(f"{where}: unknown section '{section}'{hint}; sections are {', '.join(SECTIONS)}")
+        if isinstance(values, yaml.ScalarNode) and loader.option(values) is None:
             continue
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: section '{section}' must hold 'name: value' lines")
+        if not isinstance(values, yaml.MappingNode):
+            raise UserError(f"{where}: section '{section}' must hold 'name: value' lines")
         names = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        for name, value in values.items():
+        for name, where, value in entries(values):
             if name not in names:
-                hint = f"; it belongs to section '{OWNER[name][0]}'" if name in OWNER else _nearest(str(name), names)
-                raise UserError(f"{path}: unknown option '{section}.{name}'{hint}")
-            found[name] = (value, f"{path}: {section}.{name}")
+                hint = f"; it belongs to section '{OWNER[name][0]}'" if name in OWNER else nearest(name, names)
+                raise UserError(f"{where}: unknown option '{section}.{name}'{hint}")
+            found[name] = (loader.option(value), f"{where}: {section}.{name}")
     return found
 
 
@@ -165,17 +192,7 @@ def load(argv: list[str] | None = None) -> tuple[Config, bool]:
     Raises:
         UserError: what is unknown, contradicts something else, or would have no effect.
     """
-    parser = build_parser()
-    try:
-        given, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name.split('/')[0]}: {error.message}") from None
-    flags = [text for action in parser._actions for text in action.option_strings]
-    for text in unknown:
-        if text.startswith("--"):
-            raise UserError(f"{text.split('=')[0]}: unknown option{_nearest(text.split('=')[0], flags)}")
-        raise UserError(f"'{text}': unexpected argument; options start with --")
-    values = vars(given)
+    values = vars(build_parser().parse_args(argv))
     path, dry_run = values.pop("config"), values.pop("dry_run")
     options = read_yaml(path) if path else {}
     options |= {name: (value, flag(name)) for name, value in values.items()}

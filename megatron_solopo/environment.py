@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo import __version__
+from megatron_solopo.arguments import Parser
 from megatron_solopo.config import FP8_MULTIPLES
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
@@ -173,7 +173,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Prints versions, devices, cores and memory of this machine.")
+    parser = Parser(description="Prints versions, devices, cores and memory of this machine.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for a person")
     arguments = parser.parse_args(argv)
     facts = collect()

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_solopo import json_text
 from megatron_solopo.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def parse(text: str) -> dict[str, Any]:
         UserError: not JSON, or JSON but not an object.
     """
     try:
-        values = json.loads(text)
+        values = json_text.loads(text)
+    except json_text.KeyTwice as error:
+        raise UserError(f"{FLAG} {text}: {error}; keep one of them") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{FLAG} {text}: not valid JSON ({error.msg} at column {error.colno}); "

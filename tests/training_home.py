@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from option_lines import last_wins
 from tiny_models import conversations, preference_groups, write_lines, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ class Home:
             1e-3,
             *flags,
         ]
-        return list(map(str, given))
+        return last_wins(list(map(str, given)))
 
     def metrics(self, save: str, split: str = "train") -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (self.folder / save / "metrics.jsonl").read_text().splitlines()]

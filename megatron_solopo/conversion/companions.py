@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.text.tokenizer import add_special_tokens, find_model, read_tokenizer
 from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import check_json
 from megatron_solopo.model import rope_scaling
 
 CARRIED = (
@@ -122,6 +123,7 @@ def generation_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "generation_config.json"
     if not path.is_file():
         return None
+    check_json(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:

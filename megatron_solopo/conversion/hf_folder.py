@@ -18,6 +18,7 @@ from megatron_solopo.conversion.companions import Companions, dtype_name
 from megatron_solopo.conversion.places import aside_of, check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import check_json
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
@@ -163,6 +164,7 @@ class TensorReader:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file of an index.json."""
+    check_json(path)
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values()):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import check_json
 from megatron_solopo.model.rope import reach as reach_of
 from megatron_solopo.progress import reporting
 
@@ -37,6 +38,7 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not Path(folder).is_dir():
         raise UserError(f"{flag} {folder}: no such folder; give a Hugging Face folder")
+    check_json(Path(folder) / "config.json")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.hf_model import check_reach, load_model
 from megatron_solopo.data.options import TokenizerOptions, add_prompt_options, add_tokenizer_options, prompt_format_of
 from megatron_solopo.data.schema import Paragraph
@@ -75,7 +76,7 @@ def answer_lines(answers: Sequence[Answer], width: int) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo ask",
         description="Ask one question over a document and show the answers of several models side by side.",
     )

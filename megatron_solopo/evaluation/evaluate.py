@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
@@ -184,7 +185,7 @@ def lengths_option(flag: str, value: str) -> list[int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo evaluate",
         description="Ask a model the same questions at several context lengths and score its answers.",
     )

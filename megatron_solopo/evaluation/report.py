@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.options import check_outputs
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.results import (
@@ -306,7 +307,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo report",
         description="Draws training curves and accuracy by context length, and writes them with tables as Markdown.",
     )

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import check_json
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.families import family_of
@@ -40,6 +41,7 @@ def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> Pretr
         raise UserError(f"--hf-path {folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"--hf-path {folder}: the folder holds no config.json")
+    check_json(folder / "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.fields import check_number, head_dim
 
 _ALWAYS = {"rope_type", "type", "rope_theta"}
 ROPE_FIELDS = {
@@ -26,6 +26,9 @@ ROPE_FIELDS = {
     | {"mscale", "mscale_all_dim", "truncate"},
 }
 """Scalings whose frequencies do not depend on the length of the sequence at hand, and the fields that act in each."""
+
+SWITCHED_OFF_BY_0 = {"mscale", "mscale_all_dim"}
+"""transformers takes yarn's usual factor on cos and sin where one of them is 0."""
 
 INERT_FIELDS = {"original_max_position_embeddings", "finetuned"}
 """Notes that published configs carry where nothing reads them."""
@@ -68,12 +71,15 @@ def check_rope(hf_config: PretrainedConfig) -> None:
             raise UserError(
                 f"config.json: {name} = {value!r} is not known for rope_type {kind!r} and might change the frequencies"
             )
-    theta = parameters.get("rope_theta")
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise UserError(f"config.json: rope_theta must be a number above 0, found {theta}")
-    factor = parameters.get("factor", 1.0)
-    if factor is not None and (not isinstance(factor, int | float) or factor < 1):
-        raise UserError(f"config.json: the factor of rope_type {kind!r} must be a number of at least 1, found {factor}")
+    check_number("rope_theta", parameters.get("rope_theta"))
+    for name in ROPE_FIELDS[kind] - _ALWAYS - {"truncate"}:
+        if parameters.get(name) is not None:
+            check_number(name, parameters[name], zero=name in SWITCHED_OFF_BY_0)
+    if (parameters.get("factor") or 1) < 1:
+        raise UserError(f"config.json: factor = {parameters['factor']!r} of rope_type {kind!r} must be at least 1")
+    low, high = parameters.get("low_freq_factor"), parameters.get("high_freq_factor")
+    if kind == "llama3" and low is not None and high is not None and low >= high:
+        raise UserError(f"config.json: low_freq_factor = {low!r} must be below high_freq_factor = {high!r}")
 
 
 def inverse_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:

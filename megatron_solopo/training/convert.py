@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
 from megatron_solopo.config_load import read_model_options
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder, restore
@@ -37,7 +38,7 @@ RUN_OPTIONS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].split(": ", 1)[1], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n\n")[0].split(": ", 1)[1])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     to_megatron = _command(
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where (default: auto)")
     command.add_argument(
         "--make-vocab-size-divisible-by",

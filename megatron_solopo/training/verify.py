@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo import config_load, template_kwargs
+from megatron_solopo.arguments import Parser
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import check
 from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
@@ -35,12 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. Returns 1 where a difference is above its bound."""
     from megatron_solopo.conversion.start import model_config
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Compares one step's loss and gradient under parallel layouts with those of one process, from the "
         "weights of --hf-path; stages are even.",
         epilog="Every other option is one of pretrain_solopo.py (--config FILE, --hf-path, --train-data, ...); "
         "--save is not needed and nothing is written.",
-        allow_abbrev=False,
     )
     parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help='"tp2 sp", cp2, "pp2 dp2", ...')
     parser.add_argument(
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--float64", action="store_true", help="model and gradient in float64: only wrong code differs")
     parser.add_argument("--bound", type=float, help="largest relative difference (default: by dtype; bfloat16: none)")
     parser.add_argument("--tensors", type=int, default=3, metavar="N", help="worst tensors to show (default: 3)")
+    parser.add_argument("--save", help=argparse.SUPPRESS)  # of a training run's command line
     given, rest = parser.parse_known_args(argv)
     quiet()
     layouts = [parse_layout(name) for name in dict.fromkeys([given.base, *given.layouts])]

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import yaml
-from option_lines import argv
+from option_lines import argv, last_wins
 
 from megatron_solopo.config import Config, flag
 from megatron_solopo.config_checks import unused
@@ -170,7 +170,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         if name == "objective":
             assert load(argv(*arguments))[0].method.objective == value
             continue
-        assert value_of(load(context + arguments)[0], name) == value, name
+        assert value_of(load(last_wins(context + arguments))[0], name) == value, name
         context = [text for i, text in enumerate(context) if flag(name) not in (text, context[i - 1])]
         (tmp_path / "one.yaml").write_text(yaml.safe_dump({section: {name: value}}))
         assert value_of(load([*context, "--config", str(tmp_path / "one.yaml")])[0], name) == value, name

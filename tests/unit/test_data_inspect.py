@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from inspected import WORDS, groups, tokenizer_folder, view_of, write
+from option_lines import last_wins
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -309,7 +310,7 @@ def test_a_mistake_is_one_line(
         Path("groups.jsonl").write_text("".join(f"{line}\n" for line in lines))
     page = [] if "--html" in arguments or case != "broken later" else ["--html", "page.html"]
     with pytest.raises(UserError) as error:
-        inspect_data.main(["--data", "groups.jsonl", "--tokenizer", str(folder), *arguments, *page])
+        inspect_data.main(last_wins(["--data", "groups.jsonl", "--tokenizer", str(folder), *arguments, *page]))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not Path("page.html").exists()
 

@@ -10,12 +10,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from option_lines import last_wins_in
 from tiny_models import write_model
 
-from megatron_solopo.data.pairing.build_pairs import main
+from megatron_solopo.data.pairing import build_pairs
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.data.schema import PreferenceGroup, read_groups
 from megatron_solopo.errors import UserError
+
+main = last_wins_in(build_pairs.main)
 
 
 def contexts(path: Path, answers: dict[str, list[str]]) -> Path:

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from option_lines import last_wins_in
 from tokenizers import Tokenizer, models
 from word_tokenizer import save_word_tokenizer
 
 from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.building.contexts import read_contexts
-from megatron_solopo.data.building.prepare_data import main
+from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.files import progress
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.errors import UserError
+
+main = last_wins_in(prepare_data.main)
 
 CHATML = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
 

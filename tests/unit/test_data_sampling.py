@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from option_lines import last_wins
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -97,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, output: Path, *more: str) -> list[str]:
-    return [
+    given = [
         "--model",
         str(folder),
         "--contexts",
@@ -114,6 +115,7 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         "12",
         *more,
     ]
+    return last_wins(given)
 
 
 def oracle_choice(logits: torch.Tensor, uniform: float, temperature: float, top_p: float) -> int:

@@ -13,12 +13,15 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from option_lines import last_wins_in
 from tiny_models import write_lines, write_model
 
+from megatron_solopo.data.sampling import sample_responses
 from megatron_solopo.data.sampling.responses import read_responses
-from megatron_solopo.data.sampling.sample_responses import main
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
 from megatron_solopo.errors import UserError
+
+main = last_wins_in(sample_responses.main)
 
 END = 3  # and 2 in the folder's generation_config.json
 LISTED = {"object": "list", "data": [{"id": "tiny", "owned_by": "someone"}]}

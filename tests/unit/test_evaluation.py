@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from option_lines import last_wins
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -210,7 +211,7 @@ def run_evaluate(folder, questions, output, *extra, lengths=("--context-document
         *lengths,
         *prompt,
     ]
-    return evaluate.main([*argv, *extra])
+    return evaluate.main(last_wins([*argv, *extra]))
 
 
 def normalised(text):
@@ -406,7 +407,7 @@ def test_ask_shows_every_model_and_refuses_a_long_document(folder, tmp_path, cap
     with pytest.raises(UserError, match=r"--document: a prompt of 304 tokens .*max_position_embeddings 256"):
         ask.main(argv)
     with pytest.raises(UserError, match="no such file"):
-        ask.main([*argv, "--document", str(tmp_path / "none.txt")])
+        ask.main(last_wins([*argv, "--document", str(tmp_path / "none.txt")]))
 
 
 def test_importing_the_report_does_not_import_torch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,33 @@ def test_a_size_that_nothing_is_built_of_is_refused_by_name(
         family_of(hf_config)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-6, 0, True, "1e-6"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epsilon_that_is_no_number_above_0_is_refused_by_name(kind: type[PretrainedConfig], value: Any) -> None:
+    hf_config = small(kind)
+    hf_config.__dict__["rms_norm_eps"] = value  # as json.load reads it; some transformers refuse other types
+    with pytest.raises(UserError, match="^config.json: rms_norm_eps = .* must be a finite number above 0$"):
+        family_of(hf_config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("initializer_range", math.nan),
+        ("initializer_range", -0.02),
+        ("num_hidden_layers", True),
+        ("sliding_window", math.nan),
+        ("sliding_window", 0),
+        ("sliding_window", -1),
+    ],
+)
+def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: Any) -> None:
+    hf_config = small(MistralConfig)
+    hf_config.__dict__[field] = value
+    with pytest.raises(UserError, match=f"^config.json: {field} = {value} must be a "):
+        family_of(hf_config)
+
+
 @pytest.mark.parametrize(
     ("kind", "field", "value", "answer"),
     [
@@ -96,7 +124,7 @@ def test_a_size_that_nothing_is_built_of_is_refused_by_name(
         (MixtralConfig, "num_experts_per_tok", 5, "num_experts_per_tok = 5 is more than the 4 experts"),
         (Qwen3MoeConfig, "moe_intermediate_size", -1, "moe_intermediate_size = -1 must be a whole number of at least"),
         (LlamaConfig, "num_key_value_heads", 3, "num_attention_heads = 4 is no multiple of num_key_value_heads = 3"),
-        (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, "rope_theta must be a number"),
+        (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, "rope_theta = None must be a finite"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,18 @@ def test_yarn_of_a_config_without_head_dim() -> None:
         ({"rope_type": "default", "mrope_section": [2, 1, 1]}, "mrope_section = "),
         (LINEAR | {"beta_fast": 16}, "beta_fast = 16 is not known for rope_type 'linear'"),
         (LLAMA3 | {"attention_factor": 1.1}, "attention_factor = 1.1 is not known for rope_type 'llama3'"),
-        (LINEAR | {"factor": 0.5}, "the factor of rope_type 'linear' must be a number of at least 1, found 0.5"),
+        (LINEAR | {"factor": 0.5}, "factor = 0.5 of rope_type 'linear' must be at least 1"),
+        (LINEAR | {"factor": math.nan}, "factor = nan must be a finite number above 0"),
+        (LINEAR | {"factor": math.inf}, "factor = inf must be a finite number above 0"),
+        (LINEAR | {"factor": True}, "factor = True must be a finite number above 0"),
+        (LINEAR | {"rope_theta": math.nan}, "rope_theta = nan must be a finite number above 0"),
+        (YARN | {"rope_theta": math.inf}, "rope_theta = inf must be a finite number above 0"),
+        (YARN | {"attention_factor": math.nan}, "attention_factor = nan must be a finite number above 0"),
+        (YARN | {"beta_fast": -1}, "beta_fast = -1 must be a finite number above 0"),
+        (YARN | {"mscale": math.nan}, "mscale = nan must be a finite number of at least 0"),
+        (LLAMA3 | {"low_freq_factor": 0}, "low_freq_factor = 0 must be a finite number above 0"),
+        (LLAMA3 | {"low_freq_factor": 8.0}, "low_freq_factor = 8.0 must be below high_freq_factor = "),
+        (LLAMA3 | {"original_max_position_embeddings": math.nan}, "original_max_position_embeddings = nan must be a"),
     ],
 )
 def test_what_is_not_covered_is_refused_by_name(parameters: dict[str, Any], named: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.evidence import FINDERS
 from megatron_solopo.data.building.first_pass import Ingested, ingest
 from megatron_solopo.data.building.second_pass import (
@@ -53,7 +54,7 @@ DEFAULT_EVIDENCE_DOCUMENTS = 4
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo prepare-data",
         description="Build, for each question, a short and a long context that hold the same gold paragraphs. "
         "A killed run goes on where it was when the command is repeated.",

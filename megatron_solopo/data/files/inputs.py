@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_solopo import json_text
 from megatron_solopo.data.files import records
 from megatron_solopo.data.files.records import HALF, check_encodes
 from megatron_solopo.errors import UserError
@@ -154,7 +155,7 @@ def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    decoder, text, position, line = json.JSONDecoder(), "", 0, 1
+    decoder, text, position, line = json_text.DECODER, "", 0, 1
 
     def more() -> bool:
         nonlocal text, position

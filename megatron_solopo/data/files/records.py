@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo import json_text
 from megatron_solopo.data.files import parquet
 from megatron_solopo.errors import UserError
 
@@ -117,7 +118,7 @@ def parse_line(line: bytes, where: str) -> Record:
     """
     try:
         text = line.decode("utf-8")
-        record = json.loads(text)
+        record = json_text.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
     except json.JSONDecodeError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.arguments import Parser
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_load import load, read_yaml
 from megatron_solopo.data.files.records import first_field
@@ -47,7 +48,7 @@ TOKENIZER = ("chat_template", "chat_template_kwargs", "chat_template_date", "add
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo inspect-data",
         description="Show one preference group, or one question's contexts, as a reader and as the loss sees it, and "
         "write a page with distributions, oddities and samples of the whole file.",

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.options import check_outputs
@@ -237,7 +238,7 @@ def _group(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo build-pairs",
         description="Score responses and pair a right with a wrong one for every question that has both.",
     )

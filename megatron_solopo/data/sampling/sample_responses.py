@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.files.progress import begun_with
 from megatron_solopo.data.files.records import first_field
@@ -41,7 +42,7 @@ SERVER = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo sample-responses",
         description="Sample responses to every question of a contexts file, with a Hugging Face model in this process "
         "or from a server. A killed run continues where it was when the command is repeated.",

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import check_json
 
 PROBES = ("The quick brown fox, 1,234.56 € in 2026.", "  two spaces\n\n\ttab ", "Größe 東京 🙂 \u00a0½")
 """What a converted SentencePiece model is compared on with the sentencepiece library, and transformers' reading of a
@@ -27,6 +28,10 @@ TRAINED_BPE = 2
 """model_type in a SentencePiece model."""
 
 
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files beside a tokenizer that people edit by hand."""
+
+
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder: tokenizer.json as it stands, or else what transformers makes of a SentencePiece model
     or of tiktoken's ranks (``tokenizer.model``, ``tiktoken.model``), or of vocab.json and merges.txt.
@@ -37,6 +42,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a Hugging Face folder with a tokenizer")
+    check_json(*(folder / name for name in SETTINGS))
     model = find_model(folder)
     try:
         if model is None:

@@ -23,6 +23,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
 from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
@@ -217,7 +218,7 @@ def _check_ids(job: Job, number: int, seen: set[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="solopo tokenize-data",
         description="Tokenise a data file once, into a folder that --train-data and --valid-data take. A killed run "
         "continues where it was when the command is repeated.",

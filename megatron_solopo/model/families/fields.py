@@ -8,6 +8,7 @@ refused until a family reads it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
@@ -102,6 +103,9 @@ def check_shape(hf_config: PretrainedConfig) -> None:
         UserError: naming the field.
     """
     check_sizes(hf_config, *SIZES, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
+    check_number("rms_norm_eps", hf_config.rms_norm_eps)
+    if hf_config.initializer_range is not None:
+        check_number("initializer_range", hf_config.initializer_range, zero=True)
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if heads % groups:
         raise UserError(f"config.json: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}")
@@ -115,8 +119,22 @@ def check_sizes(hf_config: PretrainedConfig, *names: str) -> None:
     """
     for name in names:
         value = getattr(hf_config, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"config.json: {name} = {value!r} must be a whole number of at least 1")
+
+
+def check_number(name: str, value: Any, zero: bool = False) -> None:
+    """Refuses a field that is no finite number above 0, or with ``zero`` of at least 0.
+
+    JSON as Python reads it has NaN and Infinity, which compare with nothing and spoil every result.
+
+    Raises:
+        UserError: naming the field.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (value == 0 and not zero):
+        least = "of at least 0" if zero else "above 0"
+        raise UserError(f"config.json: {name} = {value!r} must be a finite number {least}")
 
 
 def _is_off(value: Any) -> bool:
@@ -134,11 +152,13 @@ def attention_window(hf_config: PretrainedConfig) -> int | None:
     In a sequence that is no longer it hides nothing; see `model.build.check_length`.
 
     Raises:
-        UserError: a layer whose attention is neither full nor that of a given window.
+        UserError: a layer whose attention is neither full nor that of a given window, or a window that is no size.
     """
     window = getattr(hf_config, "sliding_window", None)
     if not getattr(hf_config, "use_sliding_window", True):
         window = None
+    if window is not None:
+        check_sizes(hf_config, "sliding_window")
     kinds = getattr(hf_config, "layer_types", None)
     if kinds is None:
         return window

@@ -1,0 +1,61 @@
+"""JSON in which no key stands twice with two values: readers keep the last one without a word."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+
+class KeyTwice(ValueError):
+    """A key of an object stands twice, with two values; the text of the error names it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if value != values[key]:
+                raise KeyTwice(f"the key {json.dumps(key, ensure_ascii=False)} stands twice, with two values")
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Raises `KeyTwice` too. Made once: a new one for each line of a file takes longer."""
+
+
+def loads(text: str) -> Any:
+    """As `json.loads`.
+
+    Raises:
+        KeyTwice: see there.
+        json.JSONDecodeError: not JSON.
+    """
+    return DECODER.decode(text)
+
+
+def check_json(*paths: Path) -> None:
+    """Refuses files in which a key stands twice with two values, or has NaN as its value; what is missing or not JSON is
+    its reader's to tell.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    for path in paths:
+        try:
+            if (key := _not_a_number(loads(path.read_text(encoding="utf-8-sig")))) is not None:
+                raise UserError(f"{path}: {key} is NaN, which is no number; give the number that is meant")
+        except KeyTwice as error:
+            raise UserError(f"{path}: {error}; keep one of them") from None
+        except (OSError, ValueError, RecursionError):
+            continue
+
+
+def _not_a_number(value: Any, key: str = "a value") -> str | None:
+    """The key whose value is NaN."""
+    if isinstance(value, dict):
+        return next((name for key, inner in value.items() if (name := _not_a_number(inner, key)) is not None), None)
+    return key if isinstance(value, float) and math.isnan(value) else None
