@@ -278,6 +278,11 @@ class TrainingConfig:
     spike_factor: float = option(
         10.0, "warn of a loss or gradient norm above this many times its usual value; 0: never", minimum=0
     )
+    override_opt_param_scheduler: bool = option(
+        False,
+        "going on from a checkpoint, take steps, learning rate, its warm-up and decay, and weight decay from this start "
+        "instead: how a finished run is extended by a larger --train-iters or --train-epochs",
+    )
     seed: int = option(1234, "order of the examples and random weights", minimum=0)
     eval_interval: int = option(0, "steps between evaluations on --valid-data; 0: only after the last step", minimum=0)
 

@@ -167,6 +167,11 @@ def unused(config: Config) -> dict[str, str]:
         ("ddp_bucket_size", *overlapped),
         ("ckpt_step", output.load is not None, "needs --load"),
         (
+            "override_opt_param_scheduler",
+            output.load is not None or output.auto_resume,
+            "needs --load or --auto-resume (a new run has no other schedule)",
+        ),
+        (
             "keep_last",
             output.save_interval > 0 or stops,
             "needs --save-interval, --exit-signal-handler or --exit-duration-in-mins (else there is one checkpoint)",

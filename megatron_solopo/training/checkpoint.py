@@ -168,8 +168,12 @@ def load_checkpoint(
     engine: Engine,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    rates: tuple[float, float] | None = None,
 ) -> None:
     """Loads a complete checkpoint into model, optimizer and scheduler; collective.
+
+    Args:
+        rates: peak and last learning rate to go on with (--override-opt-param-scheduler); None: those of the checkpoint.
 
     Raises:
         UserError: it belongs to another model, or see `model_states`.
@@ -185,5 +189,21 @@ def load_checkpoint(
             "another model's: give the --hf-path of its run, or start anew in another folder"
         ) from None
     load_models(engine.models, loaded, left_out)
+    if rates is not None:
+        _set_rates(loaded["optimizer"], *rates)
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _set_rates(state: Any, lr: float, min_lr: float) -> None:
+    """Writes other rates into an optimizer's state, one optimizer or several (experts have their own).
+
+    megatron-core 0.19.2 keeps both in every group of parameters, finds a group again by them (distrib_optimizer.py:939),
+    and its scheduler goes by the group's (optimizer_param_scheduler.py, `get_lr`) and not by its own overridden ones.
+    """
+    for key, value in state.items():
+        if key == "param_groups":
+            for group in value:
+                group.update(max_lr=lr, min_lr=min_lr)
+        elif isinstance(value, dict):
+            _set_rates(value, lr, min_lr)

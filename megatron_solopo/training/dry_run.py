@@ -27,6 +27,7 @@ from megatron_solopo.training.resume import (
     check_reference,
     check_same_run,
     find_start,
+    new_schedule,
     nothing_left,
     progress_of,
     read_progress,
@@ -47,11 +48,12 @@ def describe(config: Config) -> str:
     output = config.output
     source = find_start(config)
     schedule = run_schedule(config, data)
-    done = 0
+    done, changed = 0, None
     if source is not None:
         before = read_progress(source)
-        check_same_run(before, progress_of(schedule, data, config))
-        done = before["iteration"]
+        progress = progress_of(schedule, data, config)
+        check_same_run(before, progress, config)
+        done, changed = before["iteration"], new_schedule(before, progress, config)
     all_done = nothing_left(config, done, schedule.steps)
     if source is not None and not all_done and needs_reference(config.method):
         check_reference(before, starting_weights(config), config)
@@ -94,6 +96,7 @@ def describe(config: Config) -> str:
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "
         f"({schedule.total / schedule.examples:.2f} epochs)",
         *([f"goes on after step {done}, from {source}"] if source and not all_done else []),
+        *([changed] if changed else []),
         *([f"all are done and saved in {output.save}; nothing is left"] if all_done else []),
         "",
         "# files",

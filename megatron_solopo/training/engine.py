@@ -212,6 +212,9 @@ def build_optimizer(
         end_wd=training.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # What a checkpoint holds of these is what they are, unless they may differ (`resume.check_same_run`).
+        use_checkpoint_opt_param_scheduler=not training.override_opt_param_scheduler,
+        override_opt_param_scheduler=training.override_opt_param_scheduler,
     )
     return optimizer, scheduler
 

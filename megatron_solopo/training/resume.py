@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.config import OWNER, Config, flag
+from megatron_solopo.config import OWNER, Config, MethodConfig, OutputConfig, ParallelConfig, flag
 from megatron_solopo.conversion.manifest import (
     find_checkpoint,
     latest_iteration,
@@ -24,8 +25,41 @@ EXPORT = "export.json"
 REFERENCE_WEIGHTS = "reference_weights"
 """Of a checkpoint's progress, where the loss has a reference: its `starting_weights`."""
 
-OF_LATER_VERSIONS = ("adam_beta1", "adam_beta2", "adam_eps")
-"""Of `progress_of`; checkpoints of earlier versions do not know them, and are gone on from without comparison."""
+SCHEDULE = frozenset({"lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay"})
+"""Options that Megatron's optimizer-parameter scheduler follows, beside the number of steps: part of what a run is,
+unless --override-opt-param-scheduler says that they change."""
+
+IDENTITY = frozenset(
+    SCHEDULE
+    | {spec.name for spec in dataclasses.fields(MethodConfig)} - {"reference_cache"}
+    | {
+        *("random_init", "bf16", "fp8_format", "fp8_recipe", "rope_scaling", "add_special_tokens"),
+        *("make_vocab_size_divisible_by", "shuffle", "global_batch_size", "seed"),
+        *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),
+    }
+)
+"""Options that are part of what a run is: kept in every checkpoint, and refused by name where they change."""
+
+LENGTH = frozenset({"train_iters", "train_epochs"})
+"""Options that are compared by the steps and examples they come to."""
+
+EXAMPLES = frozenset({"train_data", "chat_template", "chat_template_kwargs", "eos_token", "seq_length", "overlong"})
+"""Options that are compared by the token ids they make."""
+
+START = frozenset({"hf_path"})
+"""Compared by the files in it, where the loss has a reference."""
+
+FREE = frozenset(
+    {
+        *(spec.name for section in (ParallelConfig, OutputConfig) for spec in dataclasses.fields(section)),
+        # How a step is computed, not which.
+        *("transformer_impl", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
+        *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
+        # What is looked at, and what happens when a step goes wrong.
+        *("valid_data", "eval_interval", "on_nonfinite", "spike_factor", "override_opt_param_scheduler"),
+    }
+)
+"""Options that a run may change whenever it goes on. Each option is in one of these sets."""
 
 APART = (
     "save",
@@ -168,36 +202,88 @@ def read_progress(source: Path) -> dict[str, Any]:
 
 def progress_of(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
     """What fixes model, order of the examples and each step of the optimizer; kept in every checkpoint."""
-    training = config.training
-    names = ("global_batch_size", "seed", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
     return {
         "tokens": data.train.fingerprint,
         "steps": schedule.steps,
-        "shuffle": config.data.shuffle,
-        "rope_scaling": config.model.rope_scaling,
-        "add_special_tokens": config.model.add_special_tokens,
-        **{name: getattr(training, name) for name in names + OF_LATER_VERSIONS},
+        "total": schedule.total,
+        **{name: _value(config, name) for name in sorted(IDENTITY | EXAMPLES)},
     }
 
 
-def check_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on as another run: other examples, another order or another schedule.
+def _value(config: Config, name: str) -> Any:
+    return getattr(getattr(config, OWNER[name][0]), name)
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    """Refuses to go on as another run: other examples, another order, method or schedule.
+
+    Args:
+        before: of the checkpoint; those of earlier versions lack some of the options, which are then not compared.
+        now: see `progress_of`.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming the option that differs, and both values.
     """
+
+    def changed(names: frozenset[str]) -> str | None:
+        """The first option that differs, with both values, and the names of the others, which may follow from it."""
+        differ = [name for name in OWNER if name in names and name in before and before[name] != now[name]]
+        if not differ:
+            return None
+        first, *others = differ
+        also = f" (also {', '.join(map(flag, others))})" if others else ""
+        return f"{flag(first)}: the checkpoint's run has {_shown(before[first])}, this one {_shown(now[first])}{also}"
+
+    again = "give the same as before, or start anew in another --save"
+    override = config.training.override_opt_param_scheduler
+    if differs := changed(IDENTITY - SCHEDULE):
+        raise UserError(f"{differs}; {again}")
     if before["tokens"] != now["tokens"]:
         raise UserError(
-            "--load: the checkpoint was trained on other examples (data, tokenizer or template changed); "
-            "give the same --train-data, or start anew"
+            f"{changed(EXAMPLES) or flag('train_data')}: the checkpoint was trained on other examples (data, tokenizer or "
+            f"template changed); {again}"
         )
-    for name, value in now.items():
-        unknown = name in OF_LATER_VERSIONS and name not in before
-        if not unknown and before.get(name) != value:
-            raise UserError(
-                f"--load: the checkpoint's run has {name} {before.get(name)}, this one {value}; "
-                "give the same as before, or start anew"
-            )
+    if not override and (differs := changed(SCHEDULE)):
+        raise UserError(f"{differs}; {again}, or change it from here on with --override-opt-param-scheduler")
+    length = next(name for name in sorted(LENGTH) if _value(config, name) is not None)
+    given = f"{flag(length)} {_value(config, length):g}"
+    steps = now["steps"]
+    if override and steps < before["iteration"]:
+        raise UserError(f"{given}: comes to {steps} steps, and the checkpoint is of step {before['iteration']}; give more")
+    if not override and before["steps"] != steps:
+        raise UserError(
+            f"{given}: the checkpoint's run has {before['steps']} steps, this one {steps}; {again}, or extend the run "
+            f"with --override-opt-param-scheduler (the learning rate then follows the schedule of {steps} steps)"
+        )
+    if not override and before.get("total", now["total"]) != now["total"]:
+        raise UserError(
+            f"{given}: the steps of the checkpoint's run have {before['total']} examples, those of this one "
+            f"{now['total']}; {again}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return {None: "none", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else f"{value}"
+
+
+def new_schedule(before: dict[str, Any], now: dict[str, Any], config: Config) -> str | None:
+    """What --override-opt-param-scheduler changes of a run that goes on, in a line; None where nothing changes."""
+    changes = [
+        f"{flag(name)} {before[name]} -> {now[name]}"
+        for name in sorted(SCHEDULE)
+        if name in before and before[name] != now[name]
+    ]
+    if before["steps"] != now["steps"]:
+        changes.insert(0, f"{before['steps']} -> {now['steps']} steps")
+    if not (config.training.override_opt_param_scheduler and changes):
+        return None
+    done = before["iteration"] * config.training.global_batch_size
+    left_out = done - before.get("total", done)
+    return (
+        f"--override-opt-param-scheduler: {', '.join(changes)}; the learning rate follows the new schedule from step "
+        f"{before['iteration'] + 1} on"
+        + (f"; {left_out} examples that the short last step left out are not made up for" if left_out > 0 else "")
+    )
 
 
 def check_reference(before: dict[str, Any], weights: str, config: Config) -> None:

@@ -91,7 +91,7 @@ def train(here: Any, config: Config) -> None:
     source = resume.find_start(config)
     if source is not None:
         before = resume.read_progress(source)
-        resume.check_same_run(before, progress)
+        resume.check_same_run(before, progress, config)
         resumed = before["iteration"]
     if resume.nothing_left(config, resumed, schedule.steps):
         if first:
@@ -128,9 +128,12 @@ def train(here: Any, config: Config) -> None:
     if source is None:
         delete_earlier_exports(config)
     else:
-        load_checkpoint(source, engine, optimizer, scheduler)
+        rates = (training.lr, training.min_lr) if training.override_opt_param_scheduler else None
+        load_checkpoint(source, engine, optimizer, scheduler, rates)
         _begin(log, config, data)  # not before: a checkpoint that cannot be loaded must not cost the metrics after it
         log.say(f"going on after step {resumed} of {schedule.steps} from {source}")
+        if changed := resume.new_schedule(before, progress, config):
+            log.say(changed)
         if first:
             resume.go_back(config)
     here_saved = resumed if source is not None and source.parent.resolve() == Path(output.save).resolve() else 0

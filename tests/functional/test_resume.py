@@ -80,16 +80,17 @@ def drop_progress(folder: Path, *names: str) -> None:
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_reference_of_other_weights_is_refused(
-    home: Home, dpo: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
+    home: Home, dpo: Path, simpo: Path, capfd: pytest.CaptureFixture[str], dry: list[str]
 ) -> None:
     """The folder that --save-hf wrote, for one, which fits in every other way."""
     shutil.copytree(dpo, home.folder / "runs/other", dirs_exist_ok=True)
+    shutil.copytree(simpo, home.folder / "runs/other-simpo", dirs_exist_ok=True)
     error = error_of(capfd, go_on(home, "other", *dry, hf="dpo-hf"))
     assert error == (
         f"error: --hf-path {home.folder}/dpo-hf: its files are not those that the run started from, the "
         "reference of dpo; give that folder as it was then, or start anew"
     )
-    assert run(main, go_on(home, "other", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0  # no reference
+    assert run(main, go_on(home, "other-simpo", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0  # no reference
 
 
 def test_checkpoints_that_do_not_know_are_gone_on_from(home: Home, dpo: Path) -> None:
@@ -98,6 +99,73 @@ def test_checkpoints_that_do_not_know_are_gone_on_from(home: Home, dpo: Path) ->
     assert run(main, go_on(home, "older")) == 0
     assert [line["step"] for line in home.metrics("runs/older")] == [1, 2, 3, 4, 5]
     assert "reference_weights" in (folder / "iter_0000005/manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--preference-loss", "orpo"),
+        ("--simpo-gamma", 2),
+        ("--alignment-weight", 2),
+        ("--clip-grad", 0.5),
+        ("--bf16",),
+        ("--context-mode", "long"),
+        ("--no-shuffle",),
+        ("--make-vocab-size-divisible-by", 64),
+    ],
+    ids=lambda changed: changed[0],
+)
+def test_a_run_with_other_settings_is_refused_though_it_is_done(
+    home: Home, simpo: Path, changed: tuple[Any, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Finished or not, dry or not; nothing is left to do says only the same run."""
+    flags = ["--preference-loss", "simpo", *changed]
+    for argv in (
+        home.argv("runs/simpo", "--auto-resume", *flags),
+        home.argv("runs/simpo", "--auto-resume", "--dry-run", *flags),
+        go_on(home, "simpo", *flags),
+    ):
+        error = error_of(capfd, argv)
+        name = changed[0].replace("--no-", "--")
+        assert error.startswith(f"error: {name}: the checkpoint's run has ") and "start anew" in error
+
+
+def test_a_run_goes_on_with_another_way_of_computing(home: Home, simpo: Path) -> None:
+    shutil.copytree(simpo, home.folder / "runs/freely")
+    flags = ["--preference-loss", "simpo", "--micro-batch-size", 1, "--no-share-prompts", "--log-interval", 1]
+    flags += ["--recompute-granularity", "full", "--save-interval", 1, "--on-nonfinite", "skip", "--seq-length", 160]
+    assert run(main, go_on(home, "freely", *flags, "--valid-data", home.folder / "valid.jsonl")) == 0
+    assert [line["step"] for line in home.metrics("runs/freely")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("begin", ["--auto-resume", "--load"])
+def test_a_finished_run_is_extended_with_the_override_only(
+    home: Home, simpo: Path, begin: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its learning rate is then that of a run of the new length, and what it was extended to is what it is."""
+    name = f"extended{begin}"
+    folder = Path(shutil.copytree(simpo, home.folder / "runs" / name))
+    start = [begin] if begin == "--auto-resume" else [begin, folder]
+    flags = ["--preference-loss", "simpo", "--train-iters", 8, "--save-interval", 2]
+    assert "--override-opt-param-scheduler" in error_of(capfd, home.argv(f"runs/{name}", *flags, *start))
+    override = [*flags, "--override-opt-param-scheduler", "--lr", 5e-4]
+    assert run(main, home.argv(f"runs/{name}", *override, *start, "--dry-run")) == 0
+    told = "--override-opt-param-scheduler: 5 -> 8 steps, --lr 0.001 -> 0.0005; the learning rate follows the new"
+    assert told in capfd.readouterr().out
+    assert run(main, home.argv(f"runs/{name}", *override, *start)) == 0
+    assert told in capfd.readouterr().err
+    whole = [*flags, "--lr", 5e-4]
+    if not (home.folder / "runs/whole").exists():
+        assert run(main, home.argv("runs/whole", *whole)) == 0
+    lines = home.metrics(f"runs/{name}")
+    assert [line["step"] for line in lines] == [*range(1, 9)]
+    assert [line["lr"] for line in lines[5:]] == [line["lr"] for line in home.metrics("runs/whole")[5:]]
+    assert lines[0]["loss"] == home.metrics("runs/simpo")[0]["loss"]
+    capfd.readouterr()
+    assert run(main, home.argv(f"runs/{name}", *whole, "--auto-resume")) == 0
+    assert "all 8 steps are done" in capfd.readouterr().err
+    shorter = ["--preference-loss", "simpo", "--lr", 5e-4, "--auto-resume"]
+    assert "run has 8 steps, this one 5; " in error_of(capfd, home.argv(f"runs/{name}", *shorter))
 
 
 def test_a_dry_run_says_where_a_run_goes_on(home: Home, dpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +240,7 @@ def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, m
     assert run(main, exporting(home, "back", "--save-interval", 2)) == 0
     weights = home.folder / "back-hf/model.safetensors"
     first = weights.read_bytes()
-    flags = ["--save-interval", 2, "--beta", 4, "--force"]
+    flags = ["--save-interval", 2, "--lr", 2e-3, "--override-opt-param-scheduler", "--force"]
     back = [flag for flag in exporting(home, "back", *flags) if flag != "--auto-resume"]
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.export.export_last_model", killed)

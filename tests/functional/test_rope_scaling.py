@@ -89,7 +89,7 @@ def test_the_scaling_is_part_of_the_run(home: Home, extended: str, capsys: pytes
         flags: list[Any] = [*FLAGS, "--rope-scaling", wrong, *load]
         assert run(main, home.argv(extended, *flags)) == 2
         said = capsys.readouterr().err
-        assert f"the checkpoint's run has rope_scaling yarn:2:256, this one {named}; give the same" in said
+        assert f"--rope-scaling: the checkpoint's run has yarn:2:256, this one {named}; give the same" in said
     before = set((home.folder / "runs/reference").iterdir())
     assert run(main, home.argv("runs/linear", *FLAGS, "--rope-scaling", "linear:2:256")) == 0
     assert len(set((home.folder / "runs/reference").iterdir()) - before) == 1

@@ -297,27 +297,27 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     ),
     "resume with other data": (
         _resume("data", data="other.jsonl"),
-        r"--load: the checkpoint was trained on other examples",
+        r"--train-data: the checkpoint's run has \S+groups.jsonl, this one \S+; the checkpoint was trained on other examples",
     ),
     "resume with another length": (
         _resume("length", "--train-iters", 9),
-        r"--load: the checkpoint's run has steps 5, this one 9",
+        r"--train-iters 9: the checkpoint's run has 5 steps, this one 9; give .* or extend the run with --override-opt",
     ),
     "resume with another batch": (
         _resume("batch", "--global-batch-size", 2),
-        r"--load: the checkpoint's run has global_batch_size 4, this one 2",
+        r"--global-batch-size: the checkpoint's run has 4, this one 2; give the same as before, or start anew",
     ),
     "resume with another order": (
         _resume("order", "--seed", 7),
-        r"--load: the checkpoint's run has seed 1234, this one 7",
+        r"--seed: the checkpoint's run has 1234, this one 7",
     ),
     "resume with another rate": (
         _resume("rate", "--lr", 2e-3),
-        r"--load: the checkpoint's run has lr 0.001, this one 0.002",
+        r"--lr: the checkpoint's run has 0.001, this one 0.002; .*, or change it from here on with --override-opt-param",
     ),
     "resume with another Adam": (
         _resume("adam", "--adam-beta2", 0.5),
-        r"--load: the checkpoint's run has adam_beta2 0.95, this one 0.5; give the same as before, or start anew",
+        r"--adam-beta2: the checkpoint's run has 0.95, this one 0.5; give the same as before, or start anew",
     ),
     "checkpoint of another model": (
         _resume("model", "--preference-loss", "simpo", hf="wide"),

@@ -370,7 +370,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/resume.py",
         LONGER,
-        ("resumed with another scaling", '"rope_scaling": config.model.rope_scaling,', ""),
+        ("resumed with another scaling", '"rope_scaling", "add_special_tokens"', '"add_special_tokens"'),
     ),
     *within(
         "conversion/random_start.py",

@@ -106,7 +106,7 @@ CONVERSION = [
     *within(
         "training/resume.py",
         NEW_TOKENS,
-        ("resumed with other tokens", '"add_special_tokens": config.model.add_special_tokens,', ""),
+        ("resumed with other tokens", '"rope_scaling", "add_special_tokens"', '"rope_scaling"'),
     ),
     *within(
         "conversion/companions.py",

@@ -1,0 +1,130 @@
+"""Which options a run that goes on must keep, by one table for every option there is."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_solopo.config import OWNER, Config, flag
+from megatron_solopo.data.tokenized.batches import make_schedule
+from megatron_solopo.errors import UserError
+from megatron_solopo.training import resume
+
+SETS = {
+    "identity": resume.IDENTITY,
+    "length": resume.LENGTH,
+    "examples": resume.EXAMPLES,
+    "start": resume.START,
+    "free": resume.FREE,
+}
+
+
+def config_of(**changed: Any) -> Config:
+    config = Config()
+    for name, value in ({"train_iters": 5, "beta": 0.1, "alignment_weight": 3.0} | changed).items():
+        setattr(getattr(config, OWNER[name][0]), name, value)
+    return config
+
+
+def progress(config: Config, fingerprint: str = "tokens") -> dict[str, Any]:
+    training = config.training
+    length = training.train_iters, training.train_epochs
+    schedule = make_schedule(10, training.global_batch_size, *length, training.seed, config.data.shuffle)
+    data: Any = SimpleNamespace(train=SimpleNamespace(fingerprint=fingerprint))
+    return resume.progress_of(schedule, data, config)
+
+
+def another(name: str) -> Any:
+    """A value that the option does not have in `config_of`."""
+    spec = OWNER[name][1]
+    if isinstance(spec.default, bool):
+        return not spec.default
+    others = [choice for choice in spec.metadata["choices"] or () if choice != spec.default]
+    kinds = {"int": 77, "float": 0.125}
+    return others[0] if others else next((value for kind, value in kinds.items() if kind in str(spec.type)), "text")
+
+
+def refusal(before: Config, now: Config, tokens: str = "tokens") -> str:
+    with pytest.raises(UserError) as caught:
+        resume.check_same_run(progress(before) | {"iteration": 2}, progress(now, tokens), now)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_option_is_in_one_set() -> None:
+    assert set().union(*SETS.values()) == OWNER.keys()
+    for one, other in itertools.combinations(SETS, 2):
+        assert not SETS[one] & SETS[other], (one, other)
+
+
+@pytest.mark.parametrize("name", sorted(resume.IDENTITY))
+def test_what_is_part_of_a_run_is_refused_by_name_with_both_values(name: str) -> None:
+    before, now = config_of(), config_of(**{name: another(name)})
+    shown = [resume._shown(getattr(getattr(config, OWNER[name][0]), name)) for config in (before, now)]
+    told = refusal(before, now)
+    assert told.startswith(f"{flag(name)}: the checkpoint's run has {shown[0]}, this one {shown[1]}; give the same as")
+    assert ("--override-opt-param-scheduler" in told) == (name in resume.SCHEDULE)
+    assert refusal(now, before).startswith(f"{flag(name)}: the checkpoint's run has {shown[1]}, this one {shown[0]}; ")
+
+
+@pytest.mark.parametrize("name", sorted(resume.FREE | resume.EXAMPLES | resume.START))
+def test_what_is_not_may_change(name: str) -> None:
+    """Options that decide the examples too, where the examples stay."""
+    before, now = config_of(), config_of(**{name: another(name)})
+    resume.check_same_run(progress(before) | {"iteration": 2}, progress(now), now)
+
+
+@pytest.mark.parametrize("name", sorted(resume.EXAMPLES))
+def test_what_made_other_examples_is_named(name: str) -> None:
+    told = refusal(config_of(), config_of(**{name: another(name)}), "other tokens")
+    assert told.startswith(f"{flag(name)}: the checkpoint's run has ") and "trained on other examples" in told
+
+
+def test_a_file_that_was_changed_in_place_is_refused() -> None:
+    assert refusal(config_of(), config_of(), "other tokens").startswith("--train-data: the checkpoint was trained on ")
+
+
+def test_another_length_is_refused_and_the_way_to_extend_named() -> None:
+    told = refusal(config_of(), config_of(train_iters=9))
+    assert told.startswith("--train-iters 9: the checkpoint's run has 5 steps, this one 9; give the same as before")
+    assert told.endswith("or extend the run with --override-opt-param-scheduler (the learning rate then follows the "
+                         "schedule of 9 steps)")
+    before = config_of(train_iters=None, train_epochs=1.0, global_batch_size=4)  # 4 + 4 + 2 examples
+    told = refusal(before, config_of(train_iters=3, global_batch_size=4))
+    assert told.startswith("--train-iters 3: the steps of the checkpoint's run have 10 examples, those of this one 12; ")
+    resume.check_same_run(progress(before) | {"iteration": 2}, progress(before), before)
+
+
+@pytest.mark.parametrize("name", sorted(resume.SCHEDULE))
+def test_the_override_changes_the_schedule_and_says_so(name: str) -> None:
+    before = progress(config_of()) | {"iteration": 5}
+    config = config_of(override_opt_param_scheduler=True, train_iters=9, **{name: another(name)})
+    resume.check_same_run(before, progress(config), config)
+    told = resume.new_schedule(before, progress(config), config)
+    assert told.startswith(f"--override-opt-param-scheduler: 5 -> 9 steps, {flag(name)} ")
+    assert told.endswith("the learning rate follows the new schedule from step 6 on")
+
+
+def test_the_override_changes_nothing_else_and_does_not_go_back() -> None:
+    assert refusal(config_of(), config_of(override_opt_param_scheduler=True, clip_grad=2.0)).startswith("--clip-grad: ")
+    told = refusal(config_of(), config_of(override_opt_param_scheduler=True, train_iters=1))
+    assert told == "--train-iters 1: comes to 1 steps, and the checkpoint is of step 2; give more"
+    config = config_of(override_opt_param_scheduler=True)
+    assert resume.new_schedule(progress(config) | {"iteration": 2}, progress(config), config) is None
+
+
+def test_examples_of_a_short_last_step_that_are_left_out_are_counted() -> None:
+    before = progress(config_of(train_iters=None, train_epochs=1.0, global_batch_size=4)) | {"iteration": 3}
+    config = config_of(train_iters=6, global_batch_size=4, override_opt_param_scheduler=True)
+    assert "; 2 examples that the short last step left out" in resume.new_schedule(before, progress(config), config)
+
+
+def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
+    config = config_of(clip_grad=2.0, preference_loss="ipo")
+    recorded = {"tokens": "tokens", "steps": 5, "seed": 1234, "lr": 1e-6, "iteration": 2}
+    resume.check_same_run(recorded, progress(config), config)
+    with pytest.raises(UserError, match="^--seed: the checkpoint's run has 7, this one 1234; "):
+        resume.check_same_run(recorded | {"seed": 7}, progress(config), config)
