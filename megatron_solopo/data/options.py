@@ -37,11 +37,17 @@ TEXTS = ("--document-template", "--document-separator", "--prompt-template", "--
 """Options that are a text or ``@FILE``."""
 
 
+FOLDERS = ("model", "tokenizer", "evidence_model")
+"""Options that name a Hugging Face folder, or a model of a server."""
+
+
 def files_of(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """(option, file) of the files that the tokenizer's and the prompt's options name, for `check_outputs`."""
+    """(option, what it names) of the files and folders of the model's, tokenizer's and prompt's options, for
+    `check_outputs`."""
     named = {flag: getattr(options, flag[2:].replace("-", "_"), None) for flag in TEXTS}
     found = [(flag, text[1:]) for flag, text in named.items() if text and text.startswith("@")]
-    return [*found, ("--chat-template", options.chat_template)]
+    folders = [(f"--{name.replace('_', '-')}", getattr(options, name, None)) for name in FOLDERS]
+    return [*found, ("--chat-template", getattr(options, "chat_template", None)), *folders]
 
 
 def check_outputs(
@@ -55,7 +61,7 @@ def check_outputs(
 
     Raises:
         UserError: an output is a folder, lies below a file or in a folder that is read, or is also what another option
-            names.
+            names or a file of a folder that is read (the hub's cache keeps the files of a model elsewhere, and links).
     """
     folders, taken = [], []
     for flag, name in read:
@@ -75,6 +81,8 @@ def check_outputs(
                 raise UserError(
                     f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder"
                 )
+            if path.exists() and any(path.samefile(file) for file in name.iterdir() if file.exists()):
+                raise UserError(f"{flag} {output}: is a file of {other} {name} too, which is read; give another")
         above = next(parent for parent in path.resolve().parents if parent.exists())
         if not above.is_dir():
             raise UserError(f"{flag} {output}: {above} is a file and no folder; give another place")

@@ -7,10 +7,12 @@ import yaml
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
+from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
 from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.model.families.fields import attention_window
 from megatron_solopo.model.rope import reach
+from megatron_solopo.model.transformer_engine import check_machine
 from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import (
@@ -74,6 +76,7 @@ def describe(config: Config) -> str:
         "",
         f"# ranks ({processes} process{'es' if processes > 1 else ''} on {device})",
         *_rank_table(config.parallel, hf_config.num_hidden_layers, processes),
+        *_unfit(config, device),
         "",
         "# model",
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
@@ -119,6 +122,15 @@ def describe(config: Config) -> str:
             "steps: the model so far in Hugging Face format"
         )
     return "\n".join(lines)
+
+
+def _unfit(config: Config, device: str) -> list[str]:
+    """A warning where this machine, which may be a cluster's login node, could not compute the run."""
+    try:
+        check_machine(config, device)
+    except UserError as error:
+        return [f"warning: this machine cannot run it: {error}"]
+    return []
 
 
 def _kept(output: OutputConfig) -> str:

@@ -35,6 +35,8 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. Returns 1 where a difference is above its bound."""
     from megatron_solopo.conversion.start import model_config
+    from megatron_solopo.model.transformer_engine import check_machine
+    from megatron_solopo.parallel.platform import choose
 
     parser = Parser(
         description="Compares one step's loss and gradient under parallel layouts with those of one process, from the "
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.model.chat_template_date is not None and "chat_template_date" not in config.explicit:
             # For all launches: midnight may come between two of them.
             arguments += [template_kwargs.DATE_FLAG, config.model.chat_template_date]
+        check_machine(config, choose(config.parallel.device))
         for layout in layouts:
             _check(arguments, layout, hf_config)
         if given.float64 and config.model.transformer_impl != "portable":

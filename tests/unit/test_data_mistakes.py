@@ -175,6 +175,33 @@ def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
     assert "groups.jsonl: is a file; give the name of a folder" in refusal(tokenize_data.main, [*argv, "groups.jsonl"])
 
 
+FOLDERS = {
+    "prepare-data": "--tokenizer",
+    "sample-responses": "--model",
+    "build-pairs": "--tokenizer",
+    "inspect-data": "--tokenizer",
+    "evaluate": "--model",
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_output_in_a_models_folder(here: Path, name: str) -> None:
+    """One of its files, a new one, one that a link leads to, and in the folder that the command runs in."""
+    main, call, output, _ = COMMANDS[name]
+    option = FOLDERS[name]
+    if option not in call:
+        call = [*call, option, "model"]
+    for file in ("model/config.json", "model/new.json"):
+        told = f"{output} {file}: lies in {option} model, which is read; give a place outside that folder"
+        assert refusal(main, with_value(call, output, file)) == told
+    stored = (here / "model/tokenizer.json").rename(here / "blob")
+    (here / "model/tokenizer.json").symlink_to(stored)  # as in the hub's cache
+    assert f"{output} blob: is a file of {option} model too" in refusal(main, with_value(call, output, "blob"))
+    for file in (here / "model").iterdir():
+        (here / file.name).write_bytes(file.read_bytes())
+    assert f"lies in {option} ., which is read" in refusal(main, with_value(call, option, "."))
+
+
 @pytest.mark.parametrize("given", [".", "..", "", "/", "model/.."])
 def test_an_output_needs_a_name(here: Path, given: str) -> None:
     argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output", given]

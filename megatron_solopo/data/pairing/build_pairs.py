@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.files.records import write_records
-from megatron_solopo.data.options import check_outputs
+from megatron_solopo.data.options import check_outputs, files_of
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.data.pairing.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.sampling.responses import InStep, Responses
@@ -351,7 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = _parser().parse_args(argv)
     sampled = None if options.responses == GOLD else options.responses
-    check_outputs([("--output", options.output)], [("--contexts", options.contexts), ("--responses", sampled)])
+    read = [("--contexts", options.contexts), ("--responses", sampled), *files_of(options)]
+    check_outputs([("--output", options.output)], read)
     how, counts, source = _pairing(options), Counts(), None
     if sampled is None:
         others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
