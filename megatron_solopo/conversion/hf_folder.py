@@ -19,6 +19,7 @@ from megatron_solopo.conversion.places import aside_of, check_target, put_in_pla
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
+from megatron_solopo.model_folder import seen_in
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
@@ -49,8 +50,8 @@ class TensorReader:
                 break
         else:
             raise UserError(
-                f"{folder}: no {SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}; give a folder with weights, "
-                "or start with --random-init"
+                f"{folder}: no {SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}; "
+                + (seen_in(folder) or "give a folder with weights, or start with --random-init")
             )
         self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(NEVER_WEIGHTS)}
         if not self._file_of:

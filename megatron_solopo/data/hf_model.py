@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.rope import reach as reach_of
+from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.progress import reporting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,8 +37,7 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
     """
     check_device(device)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not Path(folder).is_dir():
-        raise UserError(f"{flag} {folder}: no such folder; give a Hugging Face folder")
+    check_is_folder(f"{flag} {folder}", folder, "give a Hugging Face folder")
     check_json(Path(folder) / "config.json")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -48,7 +48,8 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
                 folder, dtype=wanted, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{flag} {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        reason, seen = str(error).splitlines()[0], seen_in(folder)
+        raise UserError(f"{flag} {folder}: cannot be loaded ({reason})" + (f"; {seen}" if seen else "")) from None
     if missing := sorted(told["missing_keys"]):  # transformers draws them, and goes on
         raise UserError(
             f"{flag} {folder}: {missing[0]} is not in its weights ({len(missing)} such), and would be random numbers; "
@@ -91,8 +92,8 @@ def reach(folder: str | Path) -> int | None:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"--model {folder}: no config.json there; give a Hugging Face folder with a model "
-            "(--save-hf of a training run writes one)"
+            f"--model {folder}: no config.json there; "
+            + (seen_in(folder) or "give a Hugging Face folder with a model (--save-hf of a training run writes one)")
         )
     config = json.loads(path.read_text(encoding="utf-8"))
     config = config.get("text_config") or config

@@ -28,6 +28,7 @@ from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.rope import RotaryFrequencies, reach
 from megatron_solopo.model.rope_scaling import extended
 from megatron_solopo.model.router import Router
+from megatron_solopo.model_folder import check_is_folder, seen_in
 
 
 def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
@@ -37,10 +38,10 @@ def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> Pretr
         UserError: no folder, no config.json, one that transformers cannot read, or that cannot be extended so.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--hf-path {folder}: no such folder")
+    check_is_folder(f"--hf-path {folder}", folder, "give a Hugging Face folder")
     if not (folder / "config.json").is_file():
-        raise UserError(f"--hf-path {folder}: the folder holds no config.json")
+        remedy = seen_in(folder) or "give a Hugging Face folder"
+        raise UserError(f"--hf-path {folder}: the folder holds no config.json; {remedy}")
     check_json(folder / "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)

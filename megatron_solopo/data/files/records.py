@@ -18,6 +18,7 @@ from typing import Any
 from megatron_solopo import json_text
 from megatron_solopo.data.files import parquet
 from megatron_solopo.errors import UserError
+from megatron_solopo.model_folder import download
 
 Record = dict[str, Any]
 
@@ -64,7 +65,10 @@ def read_text(flag: str, path: str | Path) -> str:
 
 
 def _absent(path: Path) -> str:
-    return "is a folder" if path.is_dir() else "no such file"
+    if path.is_dir():
+        return "is a folder"
+    hub = download(path, "dataset")
+    return "no such file" + (f" ({hub})" if hub else "")
 
 
 def read_records(path: str | Path, part: Part | None = None) -> Iterator[tuple[str, Record]]:

@@ -26,6 +26,7 @@ from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
+from megatron_solopo.model_folder import download
 from megatron_solopo.progress import ProgressBar
 
 IN_PROCESS = {"device": "auto", "dtype": "auto", "batch_size": 64}
@@ -164,7 +165,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():
         raise UserError(
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
-            "folder of its tokenizer"
+            "folder of its tokenizer" + (f" ({hub})" if (hub := download(options.model)) else "")
         )
     check_outputs([("--output", options.output)], [("--contexts", options.contexts), *files_of(options)])
     check_jsonl("--output", options.output)

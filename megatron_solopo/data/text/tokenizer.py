@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, ge
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
+from megatron_solopo.model_folder import check_is_folder, seen_in
 
 PROBES = ("The quick brown fox, 1,234.56 € in 2026.", "  two spaces\n\n\ttab ", "Größe 東京 🙂 \u00a0½")
 """What a converted SentencePiece model is compared on with the sentencepiece library, and transformers' reading of a
@@ -40,8 +41,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         UserError: no such folder, no tokenizer in it, or one whose conversion would be another tokenizer.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a Hugging Face folder with a tokenizer")
+    check_is_folder(str(folder), folder, "give a Hugging Face folder with a tokenizer")
     check_json(*(folder / name for name in SETTINGS))
     model = find_model(folder)
     try:
@@ -57,7 +57,8 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = reason.removesuffix(" from one of: ")
         raise UserError(
-            f"{folder}: no tokenizer could be loaded ({reason}); give a folder with tokenizer.json or tokenizer.model"
+            f"{folder}: no tokenizer could be loaded ({reason}); "
+            + (seen_in(folder) or "give a folder with tokenizer.json or tokenizer.model")
         ) from None
 
 

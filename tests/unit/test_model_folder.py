@@ -1,0 +1,126 @@
+"""A model that is not where a folder is expected: the line says what was given instead and what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import write_model
+
+from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.data.hf_model import load_model, reach
+from megatron_solopo.data.sampling import sample_responses
+from megatron_solopo.data.text.tokenizer import read_tokenizer
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.build import read_hf_config
+from megatron_solopo.model_folder import download, seen_in
+
+READERS: dict[str, Callable[[str], object]] = {
+    "--hf-path": read_hf_config,
+    "--tokenizer": read_tokenizer,
+    "--model": lambda folder: load_model(folder, "cpu", "float32"),
+}
+
+
+def refusal(read: Callable[[str], object], folder: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read(str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen2.5-7B-Instruct",
+        "https://huggingface.co/Qwen/Qwen2.5-7B-Instruct",
+        "https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/",
+        "hub:Qwen/Qwen2.5-7B-Instruct",
+    ],
+)
+@pytest.mark.parametrize("option", READERS)
+def test_a_name_of_the_hub_is_answered_with_its_download(
+    option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(READERS[option], name).endswith(
+        ": no such folder; a model of the Hugging Face hub is downloaded first: hf download Qwen/Qwen2.5-7B-Instruct "
+        "--local-dir Qwen2.5-7B-Instruct, and that folder given"
+    )
+
+
+@pytest.mark.parametrize("name", ["/models/Qwen2.5", "runs/solo-hf", "nowhere", "a/b/c", "../b"])
+def test_other_paths_are_not_taken_for_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for read in READERS.values():
+        assert "no such folder; give a Hugging Face folder" in refusal(read, name)
+
+
+def test_a_data_set_of_the_hub_and_a_servers_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_solopo.data.files.records import read_jsonl
+
+    monkeypatch.chdir(tmp_path)
+    told = refusal(lambda name: list(read_jsonl(name)), "trl-lib/ultrafeedback_binarized")
+    assert "hf download trl-lib/ultrafeedback_binarized --repo-type dataset --local-dir ultrafeedback_binarized" in told
+    argv = ["--contexts", "c", "--output", "o", "--server", "http://127.0.0.1:9/v1", "--model"]
+    told = refusal(lambda name: sample_responses.main([*argv, name]), "Qwen/Qwen3-8B")
+    assert told.startswith("--tokenizer is missing: ") and "hf download Qwen/Qwen3-8B --local-dir Qwen3-8B" in told
+
+
+def write(path: Path, text: str = "x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+HELD = {
+    "GGUF": ("Qwen2.5-7B-Q4_K_M.gguf", "it holds Qwen2.5-7B-Q4_K_M.gguf, and GGUF of llama.cpp is not read: download the"),
+    "authors' weights": ("consolidated.00.pth", "it holds consolidated.00.pth, and the format of the original authors'"),
+    "Flax": ("flax_model.msgpack", "it holds flax_model.msgpack, and Flax is not read"),
+    "TensorFlow": ("tf_model.h5", "and TensorFlow is not read"),
+    "ONNX": ("onnx/model.onnx", "it holds model.onnx, and ONNX is not read"),
+    "adapter": ("adapter_config.json", "it holds an adapter of PEFT alone .adapter_config.json.: merge it into its base model"),
+    "cache": ("snapshots/0123/config.json", "it is a model in the hub's cache: give its snapshot, .*snapshots/0123$"),
+    "all of the cache": ("models--Qwen--Qwen3-8B/refs/main", "it is the hub's cache: give the snapshot of one model"),
+    "half a download": (".cache/huggingface/download/a.incomplete", "its download is not complete: run the same hf"),
+    "a run": ("iter_0000005/manifest.json", "it holds checkpoints of a run: .* megatron-to-hf --load "),
+    "a folder around it": ("7B/config.json", "the model is in a folder inside it: give .*7B$"),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_a_folder_holds_instead_is_named(name: str, tmp_path: Path) -> None:
+    file, told = HELD[name]
+    write(tmp_path / file, "{}")
+    for read in (*READERS.values(), reach):
+        with pytest.raises(UserError, match=told):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["GGUF", "Flax", "ONNX", "adapter"])
+def test_weights_of_another_kind_beside_a_config_are_named(name: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    write(folder / HELD[name][0], "{}")
+    for read in (TensorReader, READERS["--model"]):
+        with pytest.raises(UserError, match=HELD[name][1]):
+            read(str(folder))
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf")
+    write(tmp_path / "model.safetensors")
+    for read in READERS.values():
+        assert "a.gguf: is a file; GGUF of llama.cpp is not read: give" in refusal(read, tmp_path / "a.gguf")
+        told = f"model.safetensors: is a file; give the folder that it is in, {tmp_path}"
+        assert told in refusal(read, tmp_path / "model.safetensors")
+
+
+def test_a_folder_of_which_nothing_is_known(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt")
+    assert seen_in(tmp_path) is None and download(tmp_path) is None
+    assert refusal(read_hf_config, tmp_path).endswith("holds no config.json; give a Hugging Face folder")
+    write(tmp_path / "config.json", json.dumps({"model_type": "llama"}))
+    assert "give a folder with weights, or start with --random-init" in refusal(TensorReader, tmp_path)
