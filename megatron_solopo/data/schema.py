@@ -12,26 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.fields import Message, check_messages, require
+from megatron_solopo.data.files import inputs
 from megatron_solopo.data.files.records import Part, read_records
+from megatron_solopo.data.formats import as_conversation, as_group
 from megatron_solopo.errors import UserError
-
-Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant", "content": text}``."""
-
-ROLES = ("system", "user", "assistant", "tool")
-
-_KINDS = (
-    ({"short_messages", "chosen", "rejected"}, "preference groups, as build-pairs writes them"),
-    ({"short_messages", "long_messages", "short_tokens"}, "contexts, as prepare-data writes them"),
-    ({"id", "responses"}, "responses, as sample-responses writes them"),
-    ({"settings"}, "an unfinished file of sample-responses; repeat that command to complete it"),
-    ({"question", "paragraphs"}, "questions of --source musique"),
-    ({"question", "context", "supporting_facts"}, "questions of --source hotpotqa or 2wiki"),
-    ({"question", "documents"}, "questions of --source jsonl"),
-    ({"prompt", "chosen", "rejected"}, "TRL's preference data"),
-    ({"id", "messages"}, "conversations for --objective sft"),
-)
-"""Fields that tell what a record is, for a file that was given in another one's place."""
 
 DocumentSpan = tuple[int, int, bool]
 """(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""
@@ -98,36 +83,6 @@ class Conversation:
     messages: list[Message]
 
 
-def require(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """``record[key]``, checked to be there and of the kind.
-
-    Raises:
-        UserError: naming ``where`` and the key.
-    """
-    if key not in record:
-        known = ", ".join(sorted(record)) or "none"
-        kind_found = next((words for fields, words in _KINDS if fields <= record.keys()), None)
-        hint = f"; these are {kind_found}" if kind_found else ""
-        raise UserError(f"{where}: the field '{key}' is missing (fields found: {known}){hint}")
-    value = record[key]
-    if not isinstance(value, kind):
-        wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-        raise UserError(f"{where}: the field '{key}' must be {wanted}, found {type(value).__name__}")
-    return value
-
-
-def check_messages(value: Any, key: str, where: str) -> list[Message]:
-    """A chat: a non-empty list of ``{role, content}``."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: the field '{key}' must be a non-empty list of {{role, content}} messages")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"{where}: {key}[{index}] must be an object with a text 'content'")
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where}: {key}[{index}] has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
-    return value
-
-
 def check_spans(value: Any, messages: list[Message] | None, key: str, where: str) -> list[DocumentSpan]:
     """Documents of a chat's last message: ``[start, end, gold]`` in order, within its content; None is no document."""
     if value is None:
@@ -163,22 +118,20 @@ def check_day(record: dict[str, Any], where: str) -> str | None:
 
 
 def read_groups(path: str | Path, part: Part | None = None) -> Iterator[PreferenceGroup]:
-    """Reads preference groups, JSONL or Parquet; TRL's ``prompt / chosen / rejected`` is accepted too.
-
-    In TRL's form ``prompt`` is a text or a chat, ``chosen`` and ``rejected`` a text or a chat of one
-    assistant message; such a group has no long context.
+    """Reads preference groups, and the forms of preference data that the hub ships (`formats`), which have no long
+    context.
 
     Args:
+        path: see `_records`.
         part: read only this part of the file; ids are then unique within it.
     """
     seen: dict[str, str] = {}
-    for where, record in read_records(path, part):
-        if "prompt" in record and "short_messages" not in record:
-            record = _from_trl(record, where)
+    for where, record in _records(path, part):
+        record = as_group(record, where)
         short = check_messages(require(record, "short_messages", list, where), "short_messages", where)
         long = record.get("long_messages")
         if long is not None:
-            check_messages(long, "long_messages", where)
+            long = check_messages(long, "long_messages", where)
         for key, chat in (("short_messages", short), ("long_messages", long)):
             if chat and chat[-1]["role"] == "assistant":
                 raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
@@ -206,10 +159,16 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
         yield group
 
 
+def _records(path: str | Path, part: Part | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of a part of a JSONL or Parquet file, or of all that an input of `inputs.read_records` holds,
+    which may be ``hub:NAME``, a JSON array, CSV or Arrow too."""
+    return inputs.read_records([path]) if part is None else read_records(path, part)
+
+
 def read_conversations(path: str | Path, part: Part | None = None) -> Iterator[Conversation]:
-    """Reads ``{id, messages}`` records for ``--objective sft``, all or those of a part of the file."""
-    for where, record in read_records(path, part):
-        messages = check_messages(require(record, "messages", list, where), "messages", where)
+    """Reads conversations for ``--objective sft`` (`formats`), all or those of a part of the file; see `_records`."""
+    for where, record in _records(path, part):
+        messages = as_conversation(record, where)
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{where}: 'messages' holds no assistant message, so there is nothing to learn")
         if messages[0]["role"] == "assistant":
@@ -230,20 +189,3 @@ def _response(record: dict[str, Any], key: str, where: str) -> str:
     if not value.strip():
         raise UserError(f"{where}: '{key}' is empty; a response needs at least one word")
     return value
-
-
-def _from_trl(record: dict[str, Any], where: str) -> dict[str, Any]:
-    prompt = require(record, "prompt", (str, list), where)
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    converted = {**record, "short_messages": chat}
-    for key in ("chosen", "rejected"):
-        value = require(record, key, (str, list), where)
-        if isinstance(value, list):
-            answer = check_messages(value, key, where)
-            if len(answer) != 1 or answer[0]["role"] != "assistant":
-                raise UserError(
-                    f"{where}: '{key}' must be one assistant message after 'prompt'; "
-                    f"found {', '.join(message['role'] for message in answer)}"
-                )
-            converted[key] = answer[0]["content"]
-    return converted

@@ -262,7 +262,7 @@ WRONG = {
     "responses": ([], [{"id": "a", "responses": []}], "groups.jsonl:1: this file holds responses; give what"),
     "conversations": ([], [{"messages": []}], "groups.jsonl:1: this file holds conversations for --objective sft"),
     "something else": ([], [{"a": 1}], "groups.jsonl:1: neither a preference group nor contexts (fields found: a)"),
-    "broken later": ([], lambda g: [*g, {"chosen": "x"}], "groups.jsonl:4: the field 'short_messages' is missing"),
+    "broken later": ([], lambda g: [*g, {"chosen": "x"}], "groups.jsonl:4: the field 'rejected' is missing"),
     "span outside": (
         ["--id", "q1"],
         lambda g: [g[0], g[1] | {"long_spans": [[0, 10**6, True]]}],

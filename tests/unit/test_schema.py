@@ -60,14 +60,12 @@ WRONG_GROUPS = {
     "text for answers": (GROUP | {"answers": "Paris"}, r"the field 'answers' must be list, found str$"),
     "list for scores": (GROUP | {"scores": [1.0]}, r"the field 'scores' must be dict, found list$"),
     "TRL, number for prompt": (TRL | {"prompt": 1}, r"the field 'prompt' must be str or list, found int$"),
-    "TRL, two turns": (
-        TRL | {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-        r"'chosen' must be one assistant message after 'prompt'; found user, assistant$",
+    "TRL, another question": (
+        TRL | {"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]},
+        r"'chosen' must be one assistant message after 'prompt', or a conversation that repeats 'prompt'; found user, "
+        r"assistant, with other texts$",
     ),
-    "TRL, user as rejected": (
-        TRL | {"rejected": CHAT},
-        r"'rejected' must be one assistant message after 'prompt'; found user$",
-    ),
+    "TRL, user as rejected": (TRL | {"rejected": CHAT}, r"'rejected' ends with a message of role 'user', not an ans"),
     "TRL, no rejected": (without(TRL, "rejected"), r"the field 'rejected' is missing"),
 }
 

@@ -59,6 +59,13 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
             yield from records.read_records(path)
 
 
+def in_parts(given: str | Path) -> bool:
+    """Whether `records.scan` can cut an input into parts: a JSONL or a Parquet file."""
+    path = Path(given)
+    other = str(given).startswith(HUB) or path.suffix in (".csv", ".arrow")
+    return not (other or (path.suffix == ".json" and path.is_file() and _starts_an_array(path)))
+
+
 def local_files(given: str | Path) -> list[Path]:
     """The files that an input is read from, none for a data set of the hub."""
     path = place(given)

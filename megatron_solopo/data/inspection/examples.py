@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.building.selection import mentions, stated_answers
-from megatron_solopo.data.files.records import read_jsonl
+from megatron_solopo.data.files.inputs import read_records
+from megatron_solopo.data.files.records import is_parquet
+from megatron_solopo.data.formats import CHOSEN, REJECTED
 from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups
 from megatron_solopo.data.scoring import normalise, normalised_answers
 from megatron_solopo.data.text.chat import prompt_ids
@@ -98,15 +100,14 @@ def holds_groups(path: str | Path) -> bool:
     Raises:
         UserError: it is missing, empty, or holds something else, which is named with the command that reads it.
     """
-    path = Path(path)
-    if path.is_dir():
+    if Path(path).is_dir():
         raise UserError(f"--data {path}: is a folder; give the JSONL or Parquet file it was made from")
-    if path.suffix == ".parquet":
+    if is_parquet(path):
         return True
-    where, record = next(read_jsonl(path), (None, None))
+    where, record = next(read_records([path]), (None, None))
     if record is None:
         raise UserError(f"--data {path}: holds no record; give groups of build-pairs or contexts of prepare-data")
-    if {"chosen", "rejected"} & record.keys():
+    if {*CHOSEN, *REJECTED} & record.keys():
         return True
     if {"short_messages", "short_tokens"} <= record.keys():
         return False
@@ -124,7 +125,7 @@ def holds_groups(path: str | Path) -> bool:
 
 
 def read_examples(path: str | Path) -> Iterator[Example]:
-    """Yields the examples of a file of groups (JSONL, Parquet, TRL's form) or of contexts, one in memory at a time.
+    """Yields the examples of a file of groups (in the forms of `formats`) or of contexts, one in memory at a time.
 
     Raises:
         UserError: naming file:line and the field.

@@ -8,6 +8,7 @@ workers, memory not on the size of the file, and a killed run goes on with the p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
+from megatron_solopo.data.files.inputs import in_parts, read_records as read_inputs
 from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
 from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
@@ -224,7 +226,10 @@ def _parser() -> argparse.ArgumentParser:
         "continues where it was when the command is repeated.",
     )
     parser.add_argument(
-        "--train-data", required=True, metavar="FILE", help="preference groups or conversations, JSONL or Parquet"
+        "--train-data",
+        required=True,
+        metavar="FILE",
+        help="preference groups or conversations: JSONL, Parquet, a JSON array, CSV, or hub:NAME[:CONFIG][:SPLIT]",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
     add_tokenizer_options(parser)
@@ -290,7 +295,34 @@ def main(argv: list[str] | None = None) -> int:
         ) from None
 
 
+@contextlib.contextmanager
+def _file_of(source: str, partial: Path) -> Iterator[str]:
+    """A file that can be read in parts: the source, or where it is none (a data set of the hub, a JSON array, a table)
+    its records as JSONL, beside the result as long as the work goes on. Errors name the source."""
+    if in_parts(source):
+        yield source
+        return
+    file = partial.with_name(partial.name + ".jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with file.open("w", encoding="utf-8") as lines:
+            for where, record in ProgressBar(read_inputs([source]), desc=f"reading {source}", unit="record"):
+                named = record if record.get("id") is not None else record | {"id": where}
+                lines.write(json.dumps(named, default=str) + "\n")
+        yield str(file)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{file}:", f"{source}, record ").replace(str(file), source)) from None
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
+    with _file_of(job.source, partial) as file:
+        return _run_on(replace(job, source=file), job.source, output, partial, workers)
+
+
+def _run_on(job: Job, source: str, output: Path, partial: Path, workers: int) -> int:
+    """The work on a file that holds what ``source`` names."""
     begin = time.monotonic()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
@@ -307,6 +339,7 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
         "text": text_facts(job.tokenizer.folder, tokenizer),
     }
+    named = {"file": source, "sequences": LAYOUTS[job.objective]}
     if output.is_dir() and any(output.iterdir()):
         manifest = read_manifest(output)
         if told := differences({key: manifest.get(key) for key in settings}, settings):
@@ -319,7 +352,7 @@ def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
         return 0
     with held(partial):
         _begin(partial, settings)
-        return _make(job, output, partial, workers, parts, settings, begin)
+        return _make(job, output, partial, workers, parts, settings, named, begin)
 
 
 def _begun_text(folder: Path) -> dict[str, Any]:
@@ -340,6 +373,7 @@ def _make(
     workers: int,
     parts: list[Part],
     settings: dict[str, Any],
+    named: dict[str, Any],
     begin: float,
 ) -> int:
     done = {number for number in range(len(parts)) if job.part_file(number).is_file()}
@@ -355,7 +389,7 @@ def _make(
     counts = found["counts"]
     if not counts["groups"]:
         raise UserError(no_example(job.source, counts["dropped"], job.seq_length))
-    manifest = settings | {"file": str(job.source), "sequences": LAYOUTS[job.objective]} | found
+    manifest = settings | named | found
     (result / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     result.replace(output)
     shutil.rmtree(partial)

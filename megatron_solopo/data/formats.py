@@ -1,0 +1,216 @@
+"""Preference data and conversations as the hub ships them -> prompt, chosen and rejected; or messages.
+
+Forms that are read, by their fields (a null is an absent field):
+
+    prompt, chosen, rejected    texts or messages; the answers alone, or whole conversations that repeat the prompt
+    chosen, rejected            whole conversations: the prompt is what they have in common; also Anthropic's texts of
+                                "\\n\\nHuman: ...\\n\\nAssistant: ..." turns
+    question, instruction (input), conversations
+                                in the place of a prompt (Orca, Alpaca, ShareGPT)
+    system, system_prompt       before any of these
+    messages, conversations     a conversation; so are a prompt, question or instruction with its completion, output,
+                                response or answer
+
+Two conversations may differ in their last message only, for that is what is compared. Prompts end between messages,
+never inside one, however much two answers have in common.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_solopo.data.fields import Message, check_messages, require
+from megatron_solopo.errors import UserError
+
+CHOSEN = ("chosen", "chosen_response", "preferred_output")
+REJECTED = ("rejected", "rejected_response", "non_preferred_output")
+CHATS = ("conversations", "conversation", "messages")
+QUESTIONS = ("question", "instruction", "input")
+SYSTEMS = ("system", "system_prompt")
+ANSWERS = ("completion", "output", "response", "answer")
+OTHERWISE = {"paragraphs", "documents", "context", "label", "chosen", "rejected"}
+"""Fields beside a question and its answer that would be lost in a conversation: what the question is about, or that
+the answer is a bad one."""
+
+OURS = {"answers": list, "scores": dict, "question": str}
+"""Fields of a preference group that other data sets have for something else."""
+
+_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def as_group(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record with ``short_messages``, ``chosen`` and ``rejected`` (texts), whatever form of pair it has.
+
+    Raises:
+        UserError: naming ``where``, the form it looks like, and what to do.
+    """
+    if {"short_messages", "long_messages"} & record.keys():
+        return record
+    given = _present(record)
+    names = {"chosen": _first(given, CHOSEN), "rejected": _first(given, REJECTED)}
+    missing = [name for name, key in names.items() if key is None]
+    if missing:  # of a file that holds no pairs the first field is missed that all groups have
+        require(given, "short_messages" if len(missing) == 2 else missing[0], list, where)
+    answers = {name: _answer(given[key], key, where) for name, key in names.items()}
+    whole = all(not isinstance(answer, str) and _is_whole(answer) for answer in answers.values())
+    prompt, key = _prompt(given, ("prompt",) if whole else ("prompt", *CHATS, *QUESTIONS), where)
+    if prompt is None and not whole:
+        raise UserError(
+            f"{where}: 'chosen' and 'rejected' are answers alone, and no field holds their prompt (fields found: "
+            f"{', '.join(sorted(given))}); give it as 'prompt', or whole conversations"
+        )
+    if isinstance(given.get(key), str) and _turns(given[key]):  # whose answers begin with a space
+        answers = {name: answer.strip() if isinstance(answer, str) else answer for name, answer in answers.items()}
+    chats = {
+        name: _with_system(given, _conversation(prompt, key, answer, name, where), where)
+        for name, answer in answers.items()
+    }
+    _check_last_differs(chats["chosen"], chats["rejected"], where)
+    *context, last = chats["chosen"]
+    kept = {name: value for name, value in given.items() if isinstance(value, OURS.get(name, object))}
+    return kept | {
+        "short_messages": context,
+        "chosen": last["content"],
+        "rejected": chats["rejected"][-1]["content"],
+    }
+
+
+def as_conversation(record: dict[str, Any], where: str) -> list[Message]:
+    """The messages of a record, whatever form of conversation it has.
+
+    Raises:
+        UserError: naming ``where``, the form it looks like, and what to do.
+    """
+    given = _present(record)
+    if key := _first(given, ("messages", *CHATS)):
+        return _with_system(given, check_messages(require(given, key, list, where), key, where), where)
+    if {"chosen", "rejected"} <= given.keys() and "short_messages" not in given:
+        known = ", ".join(sorted(given))
+        raise UserError(f"{where}: no conversation (fields found: {known}); these are pairs for --objective preference")
+    answer, (prompt, key) = _first(given, ANSWERS), _prompt(given, ("prompt", *QUESTIONS), where)
+    if answer is None or prompt is None or OTHERWISE & given.keys():
+        require(given, "messages", list, where)
+    chat = _conversation(prompt, key, _answer(given[answer], answer, where), answer, where)
+    return _with_system(given, chat, where)
+
+
+def _present(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in record), None)
+
+
+def _prompt(record: dict[str, Any], names: tuple[str, ...], where: str) -> tuple[list[Message] | None, str]:
+    """The messages before an answer, and the field among ``names`` that they come from; None where there is none."""
+    key = _first(record, names)
+    if key is None:
+        return None, ""
+    value = record[key]
+    if isinstance(value, dict) and "messages" in value:  # OpenAI's preference files
+        value = value["messages"]
+    if isinstance(value, list):
+        messages = check_messages(value, key, where)
+    elif (turns := _turns(require(record, key, (str, list), where))) is not None:
+        messages = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    else:
+        if key == "instruction" and isinstance(record.get("input"), str) and record["input"]:
+            value = f"{value}\n{record['input']}"  # as LLaMA-Factory joins them
+        messages = [{"role": "user", "content": value}]
+    return messages, key
+
+
+def _with_system(record: dict[str, Any], messages: list[Message], where: str) -> list[Message]:
+    """The messages behind the system message that another field holds; an empty text is none."""
+    key = _first(record, SYSTEMS)
+    text = require(record, key, str, where) if key else ""
+    if not text:
+        return messages
+    system = {"role": "system", "content": text}
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] != text:
+            raise UserError(f"{where}: the field '{key}' and the system message are different texts; keep one of them")
+        return messages
+    return [system, *messages]
+
+
+def _answer(value: Any, key: str, where: str) -> str | list[Message]:
+    """An answer's text, or its messages: one, or a whole conversation."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, str):
+        return _turns(value) or value
+    if not isinstance(value, list):
+        raise UserError(f"{where}: the field '{key}' must be str or list, found {type(value).__name__}")
+    return check_messages(value, key, where)
+
+
+def _is_whole(messages: list[Message]) -> bool:
+    """Whether messages are a conversation, and not an answer alone."""
+    return len(messages) > 1 or messages[0]["role"] != "assistant"
+
+
+def _turns(text: str) -> list[Message] | None:
+    """The messages of a text of Anthropic's form, None for any other text."""
+    text = "\n\n" + text.lstrip("\n")
+    if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
+        return None
+    parts = _TURN.split(text)[1:]
+    return [
+        {"role": _SPEAKERS[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _conversation(
+    prompt: list[Message] | None, key: str, answer: str | list[Message], name: str, where: str
+) -> list[Message]:
+    """Prompt and answer, where the answer may repeat the prompt, with its system message or without."""
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if prompt is None:
+        return answer
+    if answer[0]["role"] == "assistant":
+        return [*prompt, *answer]
+    system, said = _without_system(prompt)
+    own_system, whole = _without_system(answer)
+    if system and own_system and system != own_system:
+        raise UserError(f"{where}: the system messages of '{key}' and of '{name}' are different texts")
+    # A prompt that is one text may be any turn's of a longer conversation: data sets of several turns differ there.
+    repeats = whole[: len(said)] == said or (
+        len(said) == 1 and any(turn["content"].strip() == said[0]["content"].strip() for turn in whole[:-1])
+    )
+    if not repeats:
+        roles = ", ".join(message["role"] for message in answer)
+        raise UserError(
+            f"{where}: '{name}' must be one assistant message after '{key}', or a conversation that repeats '{key}'; "
+            f"found {roles}, with other texts"
+        )
+    return [*(own_system or system), *whole]
+
+
+def _without_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    return (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+
+
+def _check_last_differs(chosen: list[Message], rejected: list[Message], where: str) -> None:
+    """Refuses conversations that differ elsewhere than in their last message, an answer."""
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if messages[-1]["role"] != "assistant":
+            raise UserError(f"{where}: '{name}' ends with a message of role {messages[-1]['role']!r}, not an answer")
+    same = next((i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
+    if same is None and len(chosen) != len(rejected):
+        short, long = ("chosen", "rejected") if len(chosen) < len(rejected) else ("rejected", "chosen")
+        raise UserError(
+            f"{where}: '{short}' is the beginning of '{long}'; both must end with the answers that are compared"
+        )
+    if same is not None and same < max(len(chosen), len(rejected)) - 1:
+        raise UserError(
+            f"{where}: 'chosen' and 'rejected' part at message {same + 1}, before the last one ({len(chosen)} and "
+            f"{len(rejected)} messages); end both with the first answer that differs"
+        )
+    if len(chosen) < 2:
+        raise UserError(f"{where}: 'chosen' and 'rejected' hold no prompt before their answers")

@@ -1,0 +1,335 @@
+"""Preference data and conversations as the hub ships them: each form gives the same pair; what cannot be read is named.
+
+TRL 1.16's own extraction is the oracle for the forms that it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_models import write_lines, write_model
+from trl.data_utils import maybe_extract_prompt
+
+from megatron_solopo.cli import dispatch, run
+from megatron_solopo.config_load import load
+from megatron_solopo.data.formats import as_conversation, as_group
+from megatron_solopo.data.schema import read_conversations, read_groups
+from megatron_solopo.errors import UserError
+from megatron_solopo.training.preparation import load_data
+
+
+def user(text: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+SYSTEM = {"role": "system", "content": "s"}
+ASK = [user("w1 w2")]
+PAIR = {"chosen": "w3", "rejected": "w3 w4"}  # one answer begins as the other: the prompt must not
+TURNS = [user("w5"), said("w6"), user("w1 w2")]
+
+
+def whole(*before: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Conversations that repeat what comes before."""
+    return {name: [*before, said(text)] for name, text in PAIR.items()} | more
+
+
+FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "texts": (PAIR | {"prompt": "w1 w2"}, ASK),
+    "prompt of messages": (PAIR | {"prompt": ASK}, ASK),
+    "answers of one message": (whole(prompt=ASK), ASK),
+    "answers of one message after turns": (whole(prompt=[SYSTEM, *TURNS]), [SYSTEM, *TURNS]),
+    "a text and a message": (PAIR | {"prompt": "w1 w2", "chosen": [said("w3")]}, ASK),
+    "whole conversations": (whole(*ASK, prompt=ASK), ASK),
+    "whole conversations with the system message": (whole(SYSTEM, *ASK, prompt=[SYSTEM, *ASK]), [SYSTEM, *ASK]),
+    "whole conversations without the system message": (whole(*ASK, prompt=[SYSTEM, *ASK]), [SYSTEM, *ASK]),
+    "a system message in the conversations only": (whole(SYSTEM, *ASK, prompt=ASK), [SYSTEM, *ASK]),
+    "whole conversations of turns": (whole(*TURNS, prompt=TURNS), TURNS),
+    "a prompt that is the beginning of the turns": (whole(*TURNS, prompt=TURNS[:1]), TURNS),
+    "turns after the prompt": (whole(*TURNS[1:], prompt=TURNS[:1]), TURNS),
+    "UltraFeedback": (
+        whole(*ASK, prompt="w1 w2", prompt_id="f0", messages=[*ASK, said("w3")], score_chosen=8.5, score_rejected=5.0),
+        ASK,
+    ),
+    "a text for a prompt, the last turn's": (whole(*TURNS, prompt="w1 w2 "), TURNS),
+    "a text for a prompt, the first turn's": (whole(*TURNS, prompt="w5"), TURNS),
+    "implicit prompt": (whole(*ASK), ASK),
+    "implicit prompt of turns": (whole(SYSTEM, *TURNS), [SYSTEM, *TURNS]),
+    "implicit prompt beside one of the conversations": (whole(*ASK, messages=[*ASK, said("w3")]), ASK),
+    "implicit prompt and a null": (whole(*ASK, prompt=None, id=None), ASK),
+    "parts": (whole(user(parts("w1 ", "w2"))), ASK),
+    "parts as a table has them": (
+        {
+            name: [user([{"type": "text", "text": "w1 w2", "image": None}]), said(parts(text)) | {"tool_calls": None}]
+            for name, text in PAIR.items()
+        },
+        ASK,
+    ),
+    "parts in a prompt": (whole(prompt=[user(parts("w1 w2"))]), ASK),
+    "Anthropic": (
+        {
+            name: f"\n\nHuman: w5\n\nAssistant: w6\n\nHuman: w1 w2\n\nAssistant: {text}"
+            for name, text in PAIR.items()
+        },
+        TURNS,
+    ),
+    "Anthropic, prompt apart": (
+        {name: f" {text}" for name, text in PAIR.items()} | {"prompt": "\n\nHuman: w1 w2\n\nAssistant:"},
+        ASK,
+    ),
+    "Orca": (PAIR | {"system": "s", "question": "w1 w2"}, [SYSTEM, *ASK]),
+    "a system field beside conversations": (whole(*ASK, system="s"), [SYSTEM, *ASK]),
+    "Orca without a system prompt": (PAIR | {"system": "", "question": "w1 w2"}, ASK),
+    "Orca, Argilla's": (
+        PAIR | {"system": "s", "input": "w1 w2", "generations": ["w3"], "rating": [9.0], "status": "tie"},
+        [SYSTEM, *ASK],
+    ),
+    "Alpaca": (PAIR | {"instruction": "w1", "input": "w2"}, [user("w1\nw2")]),
+    "Alpaca without an input": (PAIR | {"instruction": "w1 w2", "input": ""}, ASK),
+    "responses": ({"instruction": "w1 w2", "chosen_response": "w3", "rejected_response": "w3 w4"}, ASK),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "w1 w2"}],
+            **{name: {"from": "gpt", "value": text} for name, text in PAIR.items()},
+        },
+        [SYSTEM, *ASK],
+    ),
+    "OpenAI": (
+        {
+            "input": {"messages": ASK, "tools": []},
+            "preferred_output": [said("w3")],
+            "non_preferred_output": [said("w3 w4")],
+        },
+        ASK,
+    ),
+    "a tool's answer in the prompt": (
+        whole(*ASK, said("w6"), {"role": "tool", "content": "w7"}),
+        [*ASK, said("w6"), {"role": "tool", "content": "w7"}],
+    ),
+    "fields of other meaning": (whole(*ASK, scores=[1.0, 2.0], answers="w3", question={"text": "?"}), ASK),
+}
+TRL_READS = [
+    *("texts", "answers of one message", "answers of one message after turns", "UltraFeedback", "implicit prompt"),
+    *("implicit prompt of turns", "a text for a prompt, the last turn's", "parts", "a tool's answer in the prompt"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_pair(form: str, tmp_path: Path) -> None:
+    """In JSONL and in Parquet."""
+    record, prompt = FORMS[form]
+    files = [write_lines(tmp_path / "pairs.jsonl", [record | {"id": 7}])]
+    with contextlib.suppress(pa.ArrowInvalid):  # a column has one type
+        table = pa.Table.from_pylist([record | {"id": 7}])
+        files.append(tmp_path / "pairs.parquet")
+        pq.write_table(table, files[-1])
+    for name in files:
+        (group,) = read_groups(name)
+        assert (group.short_messages, group.chosen, group.rejected) == (prompt, *PAIR.values()), name
+        assert (group.id, group.long_messages, group.scores, group.answers) == ("7", None, {}, [])
+
+
+@pytest.mark.parametrize("form", TRL_READS)
+def test_trl_extracts_the_same(form: str) -> None:
+    record, _ = FORMS[form]
+    theirs, ours = maybe_extract_prompt(dict(record)), as_group(record, "here")
+    if form == "texts":
+        theirs |= {"prompt": [user(theirs["prompt"])]}
+    chat = [message | {"content": text_of(message["content"])} for message in theirs["prompt"]]
+    assert ours["short_messages"] == chat
+    for name in PAIR:
+        answer = theirs[name]
+        assert ours[name] == text_of(answer if isinstance(answer, str) else answer[0]["content"])
+
+
+def text_of(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "answers without a prompt": (
+        PAIR,
+        r"'chosen' and 'rejected' are answers alone, and no field holds their prompt \(fields found: chosen, rej",
+    ),
+    "messages without a prompt": (whole(), r"are answers alone, and no field holds their prompt"),
+    "one is the beginning of the other": (
+        {"chosen": [*ASK, said("w3")], "rejected": [*ASK, said("w3"), user("w5"), said("w4")]},
+        r"'chosen' is the beginning of 'rejected'; both must end with the answers that are compared$",
+    ),
+    "they part before the last": (
+        {"chosen": [*ASK, said("w3"), user("w5"), said("w4")], "rejected": [*ASK, said("w6"), user("w5"), said("w7")]},
+        r"part at message 2, before the last one \(4 and 4 messages\); end both with the first answer that differs$",
+    ),
+    "they ask differently": (
+        {"chosen": [user("w1"), said("w3")], "rejected": [user("w2"), said("w4")]},
+        r"part at message 1, before the last one",
+    ),
+    "no answer at the end": (whole(*ASK) | {"rejected": ASK}, r"'rejected' ends with a message of role 'user', not an"),
+    "another prompt": (whole(*ASK, prompt="w9"), r"'chosen' must be one assistant message after 'prompt', or a conv"),
+    "two system messages": (
+        whole(SYSTEM, *ASK, prompt=[SYSTEM | {"content": "t"}, *ASK]),
+        r"the system messages of 'prompt' and of 'chosen' are different texts$",
+    ),
+    "a system field and a system message": (
+        PAIR | {"system": "t", "prompt": [SYSTEM, *ASK]},
+        r"the field 'system' and the system message are different texts; keep one of them$",
+    ),
+    "an image": (
+        whole(user([*parts("w1"), {"type": "image_url", "image_url": {"url": "x"}}])),
+        r"chosen\[0\], content\[1\] is a part of type 'image_url'; only parts of type 'text' with a 'text' are read$",
+    ),
+    "a text among parts": (whole(user(["w1"])), r"chosen\[0\], content\[0\] is a part of type 'str'"),
+    "a tool call": (
+        whole(*ASK, said("") | {"tool_calls": [{"function": {"name": "f"}}]}, {"role": "tool", "content": "w7"}),
+        r"chosen\[1\] has 'tool_calls', which are not read; write the call into 'content', or leave it out$",
+    ),
+    "ShareGPT, a function's call": (
+        whole(prompt=[{"from": "human", "value": "w1"}, {"from": "function_call", "value": "{}"}]),
+        r"prompt\[1\] is from 'function_call'; of ShareGPT's, human, gpt, system, user, assistant are read$",
+    ),
+    "KTO": (
+        {"prompt": ASK, "completion": [said("w3")], "label": True},
+        r"'short_messages' is missing .*; these are single answers with a label, as KTO's; pair a true with a false",
+    ),
+    "votes": ({"conversation_a": [], "conversation_b": [], "winner": "a"}, r"are votes between conversations; name"),
+    "ratings": ({"instruction": "w1", "completions": [{}]}, r"these are several rated answers a prompt; make pairs"),
+    "conversations": ({"messages": [*ASK, said("w3")]}, r"these are conversations for --objective sft$"),
+    "one answer": ({"prompt": "w1", "completion": "w3"}, r"are prompts with one answer each, for --objective sft$"),
+    "texts alone": ({"text": "w1"}, r"these are plain texts, which say of no part who wrote it; give conversations$"),
+    "one answer missing": (whole(*ASK) | {"rejected": None}, r"the field 'rejected' is missing"),
+    "a list of texts": (PAIR | {"prompt": "w1", "chosen": ["w3"]}, r"chosen\[0\] must be an object with a text"),
+    "a number": (PAIR | {"prompt": "w1", "chosen": 3}, r"the field 'chosen' must be str or list, found int$"),
+}
+
+
+@pytest.mark.parametrize("form", WRONG)
+def test_what_cannot_be_read_is_named_with_its_form(form: str, tmp_path: Path) -> None:
+    record, pattern = WRONG[form]
+    path = write_lines(tmp_path / "pairs.jsonl", [FORMS["texts"][0], record])
+    with pytest.raises(UserError) as caught:
+        list(read_groups(path))
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ") and "\n" not in message and re.search(pattern, message), message
+
+
+CHAT = [*ASK, said("w3")]
+CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "messages": ({"messages": CHAT}, CHAT),
+    "messages of parts": ({"messages": [user(parts("w1", " w2")), said(parts("w3"))]}, CHAT),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3", "weight": None}]},
+        CHAT,
+    ),
+    "ShareGPT with a system field": (
+        {"conversations": [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3"}], "system": "s"},
+        [SYSTEM, *CHAT],
+    ),
+    "chats under ShareGPT's name": ({"conversations": CHAT}, CHAT),
+    "prompt and completion": ({"prompt": "w1 w2", "completion": "w3"}, CHAT),
+    "prompt and completion of messages": ({"prompt": ASK, "completion": [said("w3")]}, CHAT),
+    "Alpaca": ({"instruction": "w1 w2", "input": "", "output": "w3", "text": "Below is"}, CHAT),
+    "OpenOrca": ({"id": "f", "system_prompt": "s", "question": "w1 w2", "response": "w3"}, [SYSTEM, *CHAT]),
+    "question and answer": ({"question": "w1 w2", "answer": "w3"}, CHAT),
+    "UltraFeedback's messages": (FORMS["UltraFeedback"][0], CHAT),
+}
+WRONG_CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a pair": (PAIR | {"prompt": "w1"}, r"no conversation \(fields found: chosen, prompt, rejected\); these are pairs"),
+    "KTO": ({"prompt": "w1", "completion": "w3", "label": False}, r"these are single answers with a label, as KTO's"),
+    "a question about documents": (
+        {"question": "w1", "answer": "w3", "paragraphs": []},
+        r"'messages' is missing .*; these are questions of --source musique$",
+    ),
+    "a question about a context": ({"question": "w1", "answer": "w3", "context": "w4"}, r"'messages' is missing"),
+    "texts": ({"text": "w1"}, r"these are plain texts"),
+    "ends with the question": ({"prompt": "w1"}, r"'messages' is missing \(fields found: prompt\)$"),
+    "a tool call": (
+        {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}]},
+        r"messages\[1\] has 'tool_calls', which are not read",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_every_form_gives_the_conversation(form: str, tmp_path: Path) -> None:
+    record, expected = CONVERSATIONS[form]
+    (found,) = read_conversations(write_lines(tmp_path / "chats.jsonl", [record]))
+    assert [{name: m[name] for name in ("role", "content")} for m in found.messages] == expected
+
+
+@pytest.mark.parametrize("form", WRONG_CONVERSATIONS)
+def test_what_is_no_conversation_is_named_with_its_form(form: str) -> None:
+    record, pattern = WRONG_CONVERSATIONS[form]
+    with pytest.raises(UserError, match=pattern) as caught:
+        as_conversation(record, "chats.jsonl:2")
+    assert str(caught.value).startswith("chats.jsonl:2: ")
+
+
+# The commands: a data set of the hub is read like a file.
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and the same pairs as a folder that `datasets` loads by name, a JSON array and a JSONL file."""
+    folder = tmp_path_factory.mktemp("home")
+    write_model(folder / "hf")
+    records = [
+        {name: [user(f"w{n} w2"), said(f"{text} w{n}")] for name, text in PAIR.items()} | {"prompt": f"w{n} w2"}
+        for n in range(8)
+    ]
+    (folder / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(records), folder / "set" / "train-00000.parquet")
+    (folder / "pairs.json").write_text(json.dumps(records, indent=1))
+    write_lines(folder / "pairs.jsonl", records)
+    return folder
+
+
+def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_path: Path, capfd) -> None:
+    seen = {}
+    for name, source in (
+        ("file", home / "pairs.jsonl"),
+        ("array", home / "pairs.json"),
+        ("hub", f"hub:{home / 'set'}"),
+        ("table", home / "set" / "train-00000.parquet"),
+    ):
+        base = ["--hf-path", home / "hf", "--save", tmp_path / "run", "--train-iters", 1, "--context-mode", "short"]
+        config, _ = load(list(map(str, [*base, "--train-data", source])))
+        data = load_data(config)
+        tokens = tmp_path / name
+        made = ["tokenize-data", "--train-data", source, "--tokenizer", home / "hf", "--output", tokens, "--workers", 2]
+        assert run(dispatch, list(map(str, made))) == 0, capfd.readouterr().err
+        assert run(dispatch, list(map(str, made))) == 0 and "nothing is left to do" in capfd.readouterr().out
+        stored, _ = load(list(map(str, [*base, "--train-data", tokens])))
+        folder = load_data(stored)
+        assert folder.train.fingerprint == data.train.fingerprint
+        assert [group.id for group in folder.train.groups] == [group.id for group in data.train.groups]
+        assert json.loads((tokens / "manifest.json").read_text())["file"] == str(source)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(name)) == [name]
+        look = ["inspect-data", "--data", source, "--tokenizer", home / "hf", "--context-mode", "short", "--index", 3]
+        assert run(dispatch, list(map(str, look))) == 0
+        assert "w3 w2" in capfd.readouterr().out
+        seen[name] = data.train.fingerprint
+    assert len(set(seen.values())) == 1
+
+
+def test_an_error_in_what_is_no_file_names_the_source(tmp_path: Path, home: Path, capfd) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps([FORMS["texts"][0], PAIR]))
+    made = ["tokenize-data", "--train-data", tmp_path / "pairs.json", "--tokenizer", home / "hf"]
+    made += ["--output", tmp_path / "t"]
+    assert run(dispatch, list(map(str, made))) == 2
+    error = capfd.readouterr().err
+    assert f"error: {tmp_path / 'pairs.json'}, record 2: 'chosen' and 'rejected' are answers alone" in error
+    assert not (tmp_path / "t.partial.jsonl").exists()
