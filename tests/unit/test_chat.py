@@ -141,14 +141,6 @@ def test_prompt_and_response_of_the_real_qwen2_tokenizer(qwen, messages, respons
     assert qwen.eos_token == "<|im_end|>" and qwen.eos_token_id == 151645
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3"])
-def test_an_end_of_turn_inside_the_response_ends_it(name, tmp_path):
-    """Sampled texts may carry their own end of turn: it is not doubled, and nothing after it is learnt."""
-    tokenizer = make(name, tmp_path)
-    ids = response_ids(tokenizer, [user("hi")], f"yes{tokenizer.eos_token}no")
-    assert tokenizer.decode(ids) == "yes" + tokenizer.eos_token
-
-
 def test_an_answer_without_tokens_is_refused(tmp_path):
     tokenizer = make("llama3", tmp_path)
     with pytest.raises(UserError, match="no token before its end of turn"):
@@ -178,12 +170,13 @@ def test_templates_that_drop_a_thought_keep_the_sampled_response(tmp_path):
     check_conversation(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3", "thinking"])
-@pytest.mark.parametrize(
-    "response", ["yes", " two\n\n  lines \n", THOUGHT, THOUGHT.replace("\nA", "\n\nA"), "</think>x"]
-)
+RESPONSES = ["yes", " two\n\n  lines \n", THOUGHT, THOUGHT.replace("\nA", "\n\nA"), "</think>x"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+@pytest.mark.parametrize("response", RESPONSES)
 def test_what_an_ordinary_template_writes_is_learnt(name, response, tmp_path):
-    """Whatever spaces and tags it writes around a response: its own rendering behind the prompt, to the end of turn."""
+    """Whatever spaces it writes around a response: its own rendering behind the prompt, to the end of turn."""
     tokenizer = make(name, tmp_path)
     rendered = tokenizer.apply_chat_template([user("hi"), assistant(response)], tokenize=False)
     prompt = tokenizer.apply_chat_template([user("hi")], tokenize=False, add_generation_prompt=True)
@@ -260,8 +253,7 @@ def test_a_conversation_is_learnt_turn_by_turn(tmp_path):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_conversations(tmp_path):
-    tokenizer = make("thinking", tmp_path)
-    check_conversation(tokenizer, [user("a"), assistant("b")])
+    tokenizer = make("opened", tmp_path)
     with pytest.raises(UserError, match="rewrites earlier turns.*one record a turn"):
         conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
 

@@ -46,12 +46,11 @@ def test_a_response_of_a_thought_alone_is_kept(tokenizer: PreTrainedTokenizerBas
     assert (counts.responses, counts.mismatches, counts.empty) == (3, 0, 0)
 
 
-def test_a_response_that_spells_the_end_of_turn_keeps_its_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt
-) -> None:
-    """The text begins with what the tokenizer reads as the end of turn; nothing of it would be learnt."""
-    body = encode(tokenizer, "<|im") + encode(tokenizer, "_end|> is a token")
+def test_a_response_that_spells_the_end_of_turn_is_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
+    """So its ids need not be kept; those of other pieces are."""
+    bodies = [encode(tokenizer, "<|im_end|> is a token"), encode(tokenizer, "<|i") + encode(tokenizer, "m_end|>")]
     counts = Statistics()
-    responses = from_ids(tokenizer, prompt, [[*body, tokenizer.eos_token_id]], [True], [tokenizer.eos_token_id], counts)
-    assert responses.responses == ["<|im_end|> is a token"] and responses.token_ids == [body]
-    assert counts.mismatches == 1
+    sampled = [[*body, tokenizer.eos_token_id] for body in bodies]
+    responses = from_ids(tokenizer, prompt, sampled, [True] * 2, [tokenizer.eos_token_id], counts)
+    assert responses.responses == ["<|im_end|> is a token", "<|im_end|>"]
+    assert responses.token_ids == [None, bodies[1]] and counts.mismatches == 1

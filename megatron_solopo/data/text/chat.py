@@ -1,21 +1,25 @@
 """Chats to token ids: the one place where a prompt ends and a response begins.
 
-A prompt is the chat template rendered with its generation prompt; a response is what the template adds
-after it, up to and including the end-of-turn token, once. Prompt and response are tokenised apart, as a
-generating model sees them, so that the ids of a prompt never depend on the response.
+A prompt is the chat template rendered with its generation prompt. A response is what a model writes behind that, and
+the end-of-turn token, once; spaces, and control tokens that a text cannot show, are as the template writes them around
+it. The ids of a prompt never depend on the response. Control tokens come from the template alone (`control`).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.text.tokenizer import add_special_tokens, encode, read_tokenizer
+from megatron_solopo.data.text.control import control_tokens
+from megatron_solopo.data.text.tokenizer import add_special_tokens, parse_batch, read_tokenizer
 from megatron_solopo.errors import UserError
 
 
@@ -100,66 +104,165 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
     return max(endings, key=len, default=None)
 
 
+_BOUNDARY = 64
+"""Characters before a text that decide how its first tokens are cut."""
+
+_TAG = "[<\u25c1][^<>\u25c1\u25b7\\s]+[>\u25b7]"
+_OPENED = re.compile(rf"(?:{_TAG}\s*)+$")
+"""The tags that a generation prompt ends with, such as ``<think>``."""
+_CLOSED = re.compile(r"(<([^<>/\s]+)>)\s*</\2>\s*$")
+"""A thought that a generation prompt opens and closes, as Qwen3's without thinking."""
+
+
+class _Chat:
+    """Messages that are rendered and tokenised with no control token but the template's.
+
+    Texts of it hold aliases where a message spells control tokens (`control`).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
+        self._tokenizer = tokenizer
+        self._control = control_tokens(tokenizer)
+        self.messages, self._reader = self._control.hide(messages)
+
+    def render(self, count: int | None = None, add_generation_prompt: bool = False) -> str:
+        """The first ``count`` messages, None for all.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                self.messages[:count],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_kwargs.rendering(self._tokenizer),
+            )
+        except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
+            raise UserError(f"the chat template refuses the messages ({error})") from None
+
+    def shown(self, text: str) -> str:
+        """The text as a person reads it."""
+        return text if self._reader is None else self._reader.exchange(text, self._reader.aliases)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
+        """See `tokenizer.parse_batch`."""
+        if self._reader is None:
+            return parse_batch(self._tokenizer, texts)
+        return self._reader.encode_batch([self._reader.exchange(text) for text in texts])
+
+    def ids(self, *texts: str) -> list[list[int]]:
+        return [tokens if isinstance(tokens, list) else tokens.ids for tokens in self.encode_batch(texts)]
+
+    def starts(self, text: str) -> list[int]:
+        """The character that each token of a text begins with; tokenizers with a Rust backend only."""
+        if self._reader is None:
+            encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            return [start for start, _ in encoding["offset_mapping"]]
+        (tokens,) = self.encode_batch([text])
+        return [start for start, _ in tokens.offsets]
+
+    def ids_behind(self, before: str, text: str) -> list[int]:
+        """Token ids of a text that follows another one. A tokenizer that puts a space before every text puts none here;
+        a token that would reach over the border is cut there, as generation cuts it."""
+        tail = before[-_BOUNDARY:]
+        alone, together = self.ids(tail, tail + text)
+        if together[: len(alone)] == alone:
+            return together[len(alone) :]
+        return self.ids(text)[0]
+
+    def answer(self, prompt: str, count: int) -> str:
+        """What the model writes behind ``prompt``, whose answer is message ``count - 1``, with the end of turn where
+        the template writes it right behind.
+
+        Where the template rewrites a response (drops or adds a thought), it is taken as it was given.
+
+        Raises:
+            UserError: the response opens a thought that the generation prompt has closed.
+        """
+        full, response = self.render(count), self.messages[count - 1]["content"]
+        if full.startswith(prompt):
+            body, end, _ = full[len(prompt) :].partition(self._tokenizer.eos_token)
+            if body.strip() == response.strip() or self._framed(body, response):
+                return body + end
+        for tags in _OPENED.findall(prompt):
+            for tag in re.finditer(_TAG, tags):
+                repeated = tags[tag.start() :]
+                if tag[0][1] != "/" and response.lstrip().startswith(repeated.strip()):
+                    spaces = repeated[len(repeated.rstrip()) :]
+                    return response.lstrip().removeprefix(repeated.strip()).removeprefix(spaces)
+        closed = _CLOSED.search(prompt)
+        if closed is not None and response.lstrip().startswith(closed[1]):
+            raise UserError(
+                f"the chat template's generation prompt has opened and closed {closed[1]}, and the response opens it "
+                "again; give the --chat-template-kwargs that the responses were sampled with, or remove the example"
+            )
+        return response
+
+    def _framed(self, body: str, response: str) -> bool:
+        """Whether a template writes control tokens around a response, which its text cannot show (gpt-oss)."""
+        return self._control.spelled(body, "assistant") and "".join(response.split()) in "".join(body.split())
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """The prompt as text, ending where the response starts."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_kwargs.rendering(tokenizer),
-        )
-    except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
-        raise UserError(f"the chat template refuses the messages ({error})") from None
+    chat = _Chat(tokenizer, messages)
+    return chat.shown(chat.render(add_generation_prompt=True))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """Token ids of a prompt, ending where the response starts; the template has put every special token there."""
-    return encode(tokenizer, render_prompt(tokenizer, messages))
+    chat = _Chat(tokenizer, messages)
+    return chat.ids(chat.render(add_generation_prompt=True))[0]
+
+
+def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> int:
+    """How many token ids `prompt_ids` has, without making the list."""
+    chat = _Chat(tokenizer, messages)
+    return len(chat.encode_batch([chat.render(add_generation_prompt=True)])[0])
+
+
+def prompt_starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The character of `render_prompt` that each id of `prompt_ids` begins with; tokenizers with a Rust backend only."""
+    chat = _Chat(tokenizer, messages)
+    return chat.starts(chat.render(add_generation_prompt=True))
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:
     """Token ids of a response to ``messages``, its last id the end-of-turn token, exactly once.
 
     Templates differ in what follows a turn (Qwen adds a newline that the model never generates);
-    everything after the first end-of-turn token is left out.
+    everything after the end-of-turn token is left out.
 
     Raises:
-        UserError: the response has no token, or the template refuses the messages.
+        UserError: the response has no token, or the template refuses the messages or does not fit the response.
     """
     return _one_turn(tokenizer, body_ids(tokenizer, messages, response))
 
 
 def body_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:
-    """Token ids of a response without its end of turn; none where its text begins with that."""
-    prompt = render_prompt(tokenizer, messages)
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
-    return _before_end(tokenizer, encode(tokenizer, _written(prompt, full, response)))
-
-
-def _written(prompt: str, full: str, response: str) -> str:
-    """What a chat template writes for a response behind its prompt, ``full`` being the whole chat.
-
-    Some templates rewrite the history or open a thought in the prompt, and some drop the thought from a response (as
-    DeepSeek-R1's do); then the response is taken as it was sampled. Spaces a template may write otherwise.
-    """
-    written = full.removeprefix(prompt) if full.startswith(prompt) else ""
-    return written if "".join(response.split()) in "".join(written.split()) else response
+    """Token ids of a response without its end of turn; see `response_ids`."""
+    chat = _Chat(tokenizer, [*messages, {"role": "assistant", "content": response}])
+    prompt = chat.render(len(messages), add_generation_prompt=True)
+    return _before_end(tokenizer, chat.ids_behind(prompt, chat.answer(prompt, len(messages) + 1)))
 
 
 def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return ids
+    """The ids without the end of turn that the template wrote.
+
+    Raises:
+        UserError: there is one before the last, which the tokenizer has made of the response's own text.
+    """
+    if tokenizer.eos_token_id in ids[:-1]:
+        raise UserError(
+            f"a response holds the end of turn {tokenizer.eos_token}, which this tokenizer cannot take as text; remove "
+            "the example, or give another --eos-token"
+        )
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """The ids up to the first end of turn, which is put there if the template wrote none."""
-    ids = _before_end(tokenizer, ids)
+    """The ids of a response and the end of turn."""
     if not ids:
         raise UserError("a response has no token before its end of turn; remove the example")
     return [*ids, tokenizer.eos_token_id]
@@ -174,27 +277,24 @@ def conversation_ids(
     turn's end included, are marked True.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    rendered = ""
-    texts: list[str] = []  # what stands before a response, the response; before the next, the next; ...
+    chat, end = _Chat(tokenizer, messages), tokenizer.eos_token
+    prompt = rendered = chat.render(turns[0], add_generation_prompt=True)
+    ids: list[int] = []
+    learnt: list[bool] = []
     for index in turns:
-        before = render_prompt(tokenizer, messages[:index])
-        full = before + _written(before, _render(tokenizer, messages[: index + 1]), messages[index]["content"])
+        before = chat.render(index, add_generation_prompt=True)
+        if not rendered.endswith(end) and before.startswith(rendered + end):
+            rendered += end  # behind a response that was taken as it was given
         if not before.startswith(rendered):
             raise UserError(
                 "the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
                 "in one pass; split it into one record a turn"
             )
-        texts += [before[len(rendered) :], full[len(before) :]]
+        answer = chat.answer(before, index + 1)
         # What the template writes after the end of turn belongs to the next stretch.
-        end = full.find(tokenizer.eos_token, len(before))
-        rendered = full[: end + len(tokenizer.eos_token)] if end >= 0 else full
-    prompt, *stretches = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ids: list[int] = []
-    learnt: list[bool] = []
-    for number, stretch in enumerate(stretches):
-        response = number % 2 == 0
-        if response:
-            stretch = _one_turn(tokenizer, stretch)
-        ids += stretch
-        learnt += [response] * len(stretch)
-    return prompt, ids, learnt
+        stretch = chat.ids_behind(rendered, before[len(rendered) :])
+        response = _one_turn(tokenizer, _before_end(tokenizer, chat.ids_behind(before, answer)))
+        ids += [*stretch, *response]
+        learnt += [False] * len(stretch) + [True] * len(response)
+        rendered = before + answer
+    return chat.ids(prompt)[0], ids, learnt

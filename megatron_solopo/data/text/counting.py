@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.text.chat import render_prompt
+from megatron_solopo.data.text.chat import prompt_length
 from megatron_solopo.data.text.tokenizer import encode_batch
 
 
@@ -21,4 +21,4 @@ class TokenCounter:
 
     def chat(self, messages: list[Message]) -> int:
         """Tokens of a prompt, chat template included."""
-        return self.texts([render_prompt(self._tokenizer, messages)])[0]
+        return prompt_length(self._tokenizer, messages)

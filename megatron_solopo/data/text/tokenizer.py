@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, tokenization_utils_tokenizers
 from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
 
+from megatron_solopo.data.text.control import RESPONSE_TOKENS, control_tokens
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model_folder import check_is_folder, seen_in
@@ -171,9 +172,9 @@ def _is_ranks(path: Path) -> bool:
     return bool(token) and rank.isdigit()
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
-    """The tokens of each text, no special tokens added: ids, or the Rust tokenizer's encodings, whose ids are made
-    when they are asked for.
+def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
+    """The tokens of each rendered chat, where control tokens count: ids, or the Rust tokenizer's encodings, whose ids
+    are made when they are asked for. No special tokens are added.
 
     The Rust tokenizer is called directly: transformers builds ids, masks and offsets as Python objects for every
     text, which takes longer than the tokenisation. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
@@ -188,8 +189,21 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
+    """The tokens of each text, no special tokens added; control tokens that it spells are text (`control`)."""
+    control = control_tokens(tokenizer)
+    spelled = [number for number, text in enumerate(texts) if control.spelled(text)]
+    if not spelled:
+        return parse_batch(tokenizer, texts)
+    plain = control.reader(texts[number] for number in spelled).encode_batch([texts[number] for number in spelled])
+    found = list(parse_batch(tokenizer, ["" if control.spelled(text) else text for text in texts]))
+    for number, tokens in zip(spelled, plain, strict=True):
+        found[number] = tokens
+    return found
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, no special tokens added."""
+    """Token ids of a text; see `encode_batch`."""
     (tokens,) = encode_batch(tokenizer, [text])
     return tokens if isinstance(tokens, list) else tokens.ids
 
@@ -210,7 +224,8 @@ def parse_tokens(text: str) -> list[str]:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: str | Path) -> list[int]:
-    """Adds the tokens of --add-special-tokens, never split and left out of decoded text like other special ones.
+    """Adds the tokens of --add-special-tokens, never split and left out of decoded text like other special ones. Unlike
+    those they are tokens in the assistant's texts too, also where the tokenizer is read from a saved folder (`control`).
 
     Returns:
         Their ids, which follow the tokenizer's largest.
@@ -228,4 +243,5 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: st
                 f"{vocabulary[token]}); leave it out, or give another"
             )
     tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    tokenizer.init_kwargs[RESPONSE_TOKENS] = [*tokenizer.init_kwargs.get(RESPONSE_TOKENS, ()), *tokens]
     return tokenizer.convert_tokens_to_ids(tokens)

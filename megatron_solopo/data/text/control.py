@@ -1,0 +1,195 @@
+"""Control tokens: what frames the turns of a chat. The chat template writes them; no text may bring one in.
+
+A control token is a special token of the tokenizer, or another added token that the chat template writes around
+messages (DeepSeek-R1's ``<｜User｜>`` is not marked as special). A document, question, system prompt or response that
+spells one is tokenised as text. Added tokens that are neither (Qwen's ``<tool_call>``, ``<think>``) are words of the
+vocabulary in every text, as for ``split_special_tokens`` of transformers. Some special tokens are there for what a
+model says: those of --add-special-tokens, and tags that are closed, ``<think>`` and ``</think>``. They are words in the
+assistant's texts, unless they have a role (``eos_token``) or frame messages, and control tokens elsewhere.
+
+The tokenizers library matches added tokens before anything else, so a chat that spells one is read by another
+tokenizer: the same one, with an alias of private-use characters in the place of each control token. Messages take the
+aliases before the chat template is rendered, so that a control token in the rendered chat is the template's. Then names
+and aliases change places: the other tokenizer finds the template's control tokens, with all that the tokenizer does
+around them, and the names are text. An alias is as long as its name, so positions in a text stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from weakref import WeakKeyDictionary
+
+import jinja2
+from tokenizers import AddedToken, Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo import template_kwargs
+from megatron_solopo.data.schema import Message
+from megatron_solopo.errors import UserError
+
+RESPONSE_TOKENS = "response_tokens"
+"""Where a tokenizer's ``init_kwargs``, and so tokenizer_config.json, keep the tokens of --add-special-tokens."""
+
+_NUMBER, _MARKS = 0xF0000, range(0x100000, 0x10FFFE)
+"""Private-use characters: the first of those that number the aliases, and those that all aliases of a reader begin
+with."""
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer with its chat template, and how chats that spell them become ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = backend if isinstance(backend, Tokenizer) else None
+        # No text can do without a token of one character, such as "!" as padding.
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 1}
+        special = {text for text, token in added.items() if token.special}
+        special |= added.keys() & set(tokenizer.all_special_tokens)
+        around, between = _written(tokenizer, added.keys())
+        frame = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str | AddedToken)}
+        frame |= around
+        words = set(tokenizer.init_kwargs.get(RESPONSE_TOKENS) or ())
+        words |= {tag for name in added if name.startswith("</") for tag in (name, f"<{name[2:]}")}
+        self._added, self._names = added, _longest_first(special | around | between)
+        self._prompt = self._patterns(self._names)
+        self._response = self._patterns(_longest_first((special - words) | frame & added.keys()))
+        self._readers: dict[str, _Reader] = {}
+
+    def _patterns(self, names: Sequence[str]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        """What finds the names in a text, and those in a normalised text that the tokenizer looks for there."""
+        normalizer = self._backend.normalizer if self._backend is not None else None
+        normalised = [normalizer.normalize_str(n) for n in names if self._added[n].normalized] if normalizer else []
+        return _any_of(names), _any_of(filter(None, normalised))
+
+    def _pattern(self, role: str) -> re.Pattern[str] | None:
+        return (self._response if role == "assistant" else self._prompt)[0]
+
+    def spelled(self, text: str, role: str = "user") -> bool:
+        """Whether a text of this role spells a control token."""
+        raw, normalised = self._response if role == "assistant" else self._prompt
+        if raw is not None and raw.search(text):
+            return True
+        return normalised is not None and bool(normalised.search(self._backend.normalizer.normalize_str(text)))
+
+    def reader(self, texts: Iterable[str]) -> _Reader:
+        """One whose aliases none of the texts holds.
+
+        Raises:
+            UserError: the tokenizer cannot take a control token as text.
+        """
+        held = set().union(*texts)
+        mark = next(chr(number) for number in _MARKS if chr(number) not in held)
+        if mark not in self._readers:
+            if self._backend is None:
+                raise UserError(
+                    "a text holds a control token, and only a tokenizer with a tokenizer.json can take it as text; "
+                    "give such a tokenizer, or remove the example"
+                )
+            self._readers[mark] = _Reader(self._backend, self._names, mark)
+        return self._readers[mark]
+
+    def hide(self, messages: list[Message]) -> tuple[list[Message], _Reader | None]:
+        """Messages with aliases for the control tokens that they spell, and what reads them; None if they spell none.
+
+        Raises:
+            UserError: the tokenizer cannot take a control token as text.
+        """
+        if not any(self.spelled(message["content"], message["role"]) for message in messages):
+            return messages, None
+        reader = self.reader(message["content"] for message in messages)
+        return [
+            {**message, "content": reader.exchange(message["content"], self._pattern(message["role"]))}
+            for message in messages
+        ], reader
+
+
+class _Reader:
+    """A tokenizer with aliases for its control tokens.
+
+    Args:
+        mark: the character that its aliases begin with.
+
+    Raises:
+        UserError: it would not be the same tokenizer.
+    """
+
+    def __init__(self, backend: Tokenizer, names: Sequence[str], mark: str) -> None:
+        aliases = {name: mark + chr(number) + mark * (len(name) - 2) for number, name in enumerate(names, _NUMBER)}
+        self._other = aliases | {alias: name for name, alias in aliases.items()}
+        self._both, self.aliases = _any_of(self._other), _any_of(aliases.values())
+        self._tokenizer = Tokenizer.from_str(_renamed(backend.to_str(), aliases))
+        for name, alias in aliases.items():
+            alone = self._tokenizer.encode(alias, add_special_tokens=False).ids
+            if alone != backend.encode(name, add_special_tokens=False).ids:
+                raise UserError(
+                    f"a text holds a control token, and this tokenizer cannot take {name} as text; give another "
+                    "tokenizer, or remove the example"
+                )
+
+    def exchange(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
+        """The text with aliases for names and names for aliases, or for what the pattern finds of them."""
+        return (pattern or self._both).sub(lambda match: self._other[match[0]], text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """The tokens of texts in which aliases stand for control tokens, and names for themselves."""
+        return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+
+_OF: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[object, ...], ControlTokens]] = WeakKeyDictionary()
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+    """The control tokens of a tokenizer, found once."""
+    facts = (tokenizer.chat_template, tokenizer.eos_token, len(tokenizer))
+    known = _OF.get(tokenizer)
+    if known is None or known[0] != facts:
+        known = _OF[tokenizer] = (facts, ControlTokens(tokenizer))
+    return known[1]
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> tuple[set[str], set[str]]:
+    """Which of the names the chat template writes into a past exchange: around it, and between question and answer,
+    where a thought can be opened that responses close."""
+    if not names or not tokenizer.chat_template:
+        return set(), set()
+    texts = ("solopo question", "solopo answer", "solopo next question")
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=True)]
+    try:
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.of(tokenizer))
+    except jinja2.TemplateError:
+        return set(), set()
+    before, _, rest = rendered.partition(texts[0])
+    between, _, after = rest.partition(texts[1])
+    return {n for n in names if n in before or n in after}, {n for n in names if n in between}
+
+
+def _longest_first(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (-len(name), name))
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    found = "|".join(map(re.escape, _longest_first(names)))
+    return re.compile(found) if found else None
+
+
+def _renamed(tokenizer_json: str, aliases: dict[str, str]) -> str:
+    """A tokenizer.json with other names for some tokens, which no text is cut into any more."""
+    document = json.loads(tokenizer_json)
+    document |= {"truncation": None, "padding": None, "post_processor": None}
+    for token in document["added_tokens"]:
+        token["content"] = aliases.get(token["content"], token["content"])
+    model = document["model"]
+    if isinstance(model["vocab"], dict):
+        renamed = aliases.keys() & model["vocab"].keys()
+        model["vocab"] = {aliases.get(word, word): number for word, number in model["vocab"].items()}
+    else:
+        renamed = aliases.keys() & {word for word, _ in model["vocab"]}
+        model["vocab"] = [[aliases.get(word, word), score] for word, score in model["vocab"]]
+    if model.get("unk_token") in aliases:
+        model["unk_token"] = aliases[model["unk_token"]]
+    if renamed and "merges" in model:  # SentencePiece's pieces "</" and "s>" would make "</s>"
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if renamed.isdisjoint((*pair, "".join(pair)))]
+    return json.dumps(document)
