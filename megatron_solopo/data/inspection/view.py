@@ -16,7 +16,7 @@ from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.inspection.examples import Example, Facts, depths, measure, token_group
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.scoring import is_word, sub_em
-from megatron_solopo.data.text.chat import render_prompt
+from megatron_solopo.data.text.chat import prompt_length, prompt_starts, render_prompt
 from megatron_solopo.data.text.tokenizer import encode
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.losses.solopo import chosen_role, has_likelihood, reference_roles, roles, scored_roles
@@ -254,10 +254,9 @@ class _Ruler:
         place = prompt.rfind(self._content)
         self._starts: list[int] | None = None
         if place < 0 or not tokenizer.is_fast:  # a template that trims; then stretches are counted alone
-            self.total = len(encode(tokenizer, prompt))
+            self.total = prompt_length(tokenizer, messages)
             return
-        encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        self._starts = [start - place for start, _ in encoding["offset_mapping"]]
+        self._starts = [start - place for start in prompt_starts(tokenizer, messages)]
         self.total = len(self._starts)
 
     def first(self, start: int) -> int | None:

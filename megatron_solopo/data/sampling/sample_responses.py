@@ -186,7 +186,10 @@ def _is_url(text: str) -> bool:
 def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
     for pair in ProgressBar(read_contexts(options.contexts), desc="prompts", unit="question", leave=False):
         chat = getattr(pair, f"{options.num_samples_context}_messages")
-        yield Prompt(pair.id, chat, prompt_ids(tokenizer, chat))
+        try:
+            yield Prompt(pair.id, chat, prompt_ids(tokenizer, chat))
+        except UserError as error:
+            raise UserError(f"--contexts {options.contexts}: question {pair.id!r}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from megatron_solopo.data.sampling.prompts import Prompt
 from megatron_solopo.data.sampling.responses import Responses
 from megatron_solopo.data.text.chat import body_ids
 from megatron_solopo.data.text.tokenizer import encode
+from megatron_solopo.errors import UserError
 
 
 @dataclass
@@ -83,8 +84,14 @@ def from_texts(
 
 
 def _learnt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
-    """The ids that training finds for a text, without the end of turn; a text of spaces is never trained on."""
-    return body_ids(tokenizer, prompt.messages, text) if text.strip() else encode(tokenizer, text)
+    """The ids that training finds for a text, without the end of turn; a text of spaces is never trained on, nor is one
+    that the chat template does not fit, whose ids are kept."""
+    if not text.strip():
+        return encode(tokenizer, text)
+    try:
+        return body_ids(tokenizer, prompt.messages, text)
+    except UserError:
+        return []
 
 
 def _count(statistics: Statistics, texts: Sequence[str], finished: Sequence[bool], tokens: int, changed: int) -> None:

@@ -23,11 +23,13 @@ import openai
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile, Responses
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.data.text.chat import render_prompt
+from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
@@ -86,6 +88,7 @@ class FromServer:
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
         self._kind = asyncio.run(self._look())
         self._as_text = self._kind == "transformers" and options.server_api == "completions"
+        self._as_ids = self._prompts_as_ids()
         self._with_start = set(self._prompts_with_start()) if self._as_text else set()
         self._foreign = False
         # What decides a response here. Another host may go on with what this one began, in smaller requests too.
@@ -163,6 +166,30 @@ class FromServer:
             if not fits[0]:
                 yield prompt.id
 
+    def _prompts_as_ids(self) -> set[str]:
+        """The questions that spell control tokens. A server that tokenises texts would read them as such, so they go as
+        token ids, whatever the API of the others.
+
+        Raises:
+            UserError: naming the first, where the server is not known to take ids.
+        """
+        options = self._options
+        if options.server_api == "completions" and not self._as_text:
+            return set()  # all do
+        spelled = control_tokens(self._tokenizer).spelled
+        names = [p.id for p in self._prompts if any(spelled(m["content"], m["role"]) for m in p.messages)]
+        if names and self._kind not in ("vllm", "sglang"):
+            where = next(where for where, record in read_jsonl(options.contexts) if record["id"] == names[0])
+            raise UserError(
+                f"{where}: question {names[0]!r} spells control tokens ({len(names)} questions do), which this server "
+                "would read as such; remove them, or sample without --server"
+                + ("" if self._as_text or self._kind == "transformers" else ", or with --server-api completions")
+            )
+        return set(names)
+
+    def _api(self, prompt: Prompt) -> str:
+        return "completions" if prompt.id in self._as_ids else self._options.server_api
+
     def _body(self, request: Request) -> dict[str, Any]:
         options, kind, prompt = self._options, self._kind, request.prompt
         body: dict[str, Any] = {
@@ -174,7 +201,7 @@ class FromServer:
         }
         if request.count > 1:
             body["n"] = request.count
-        if options.server_api == "completions":
+        if self._api(prompt) == "completions":
             body["prompt"] = self._text(prompt, prompt.id in self._with_start) if self._as_text else list(prompt.ids)
         else:
             body["messages"] = prompt.messages
@@ -184,7 +211,7 @@ class FromServer:
         if kind in ("vllm", "sglang"):
             body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
             body |= {"stop_token_ids": self._stops, "return_token_ids": True}
-        if kind == "sglang" and options.server_api == "chat":
+        if kind == "sglang" and self._api(prompt) == "chat":
             body["separate_reasoning"] = False
         if kind == "transformers":
             config = {"do_sample": options.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
@@ -242,7 +269,7 @@ class FromServer:
 
     async def _ask(self, client: openai.AsyncOpenAI, request: Request, statistics: Statistics) -> Responses:
         options = self._options
-        path = "/chat/completions" if options.server_api == "chat" else "/completions"
+        path = "/chat/completions" if self._api(request.prompt) == "chat" else "/completions"
         for attempt in range(options.max_retries + 1):
             try:
                 answer = await client.post(
@@ -273,7 +300,7 @@ class FromServer:
             raise BadAnswer("the answer has no choices")
         if len(choices) > request.count:
             raise BadAnswer(f"the answer has {len(choices)} choices, {request.count} were asked for")
-        read = [_choice(choice, self._options.server_api) for choice in choices]
+        read = [_choice(choice, self._api(request.prompt)) for choice in choices]
         finished = [end for _, _, end in read]
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
         usage = {name: count for name, count in usage.items() if isinstance(count, int)}

@@ -87,7 +87,7 @@ class ControlTokens:
                     "a text holds a control token, and only a tokenizer with a tokenizer.json can take it as text; "
                     "give such a tokenizer, or remove the example"
                 )
-            self._readers[mark] = _Reader(self._backend, self._names, mark)
+            self._readers[mark] = _Reader(self._backend, self._added, self._names, mark)
         return self._readers[mark]
 
     def hide(self, messages: list[Message]) -> tuple[list[Message], _Reader | None]:
@@ -109,20 +109,25 @@ class _Reader:
     """A tokenizer with aliases for its control tokens.
 
     Args:
-        mark: the character that its aliases begin with.
+        added: its added tokens.
+        names: its control tokens, the longest first.
+        mark: the character that the aliases begin with.
 
     Raises:
         UserError: it would not be the same tokenizer.
     """
 
-    def __init__(self, backend: Tokenizer, names: Sequence[str], mark: str) -> None:
+    def __init__(self, backend: Tokenizer, added: dict[str, AddedToken], names: Sequence[str], mark: str) -> None:
         aliases = {name: mark + chr(number) + mark * (len(name) - 2) for number, name in enumerate(names, _NUMBER)}
         self._other = aliases | {alias: name for name, alias in aliases.items()}
-        self._both, self.aliases = _any_of(self._other), _any_of(aliases.values())
+        self.aliases = _any_of(aliases.values())
+        bounds = ((re.escape(name), r"(?<!\w)%s(?!\w)" if added[name].single_word else "%s") for name in names)
+        self._both = re.compile("|".join([*(bound % name for name, bound in bounds), self.aliases.pattern]))
         self._tokenizer = Tokenizer.from_str(_renamed(backend.to_str(), aliases))
         for name, alias in aliases.items():
-            alone = self._tokenizer.encode(alias, add_special_tokens=False).ids
-            if alone != backend.encode(name, add_special_tokens=False).ids:
+            texts = (f"{name} a{name}b", f"{alias} a{alias}b") if not added[name].single_word else (name, alias)
+            theirs, ours = (one.encode(t, add_special_tokens=False).ids for one, t in zip((backend, self._tokenizer), texts, strict=True))
+            if theirs != ours:
                 raise UserError(
                     f"a text holds a control token, and this tokenizer cannot take {name} as text; give another "
                     "tokenizer, or remove the example"

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.text.control import RESPONSE_TOKENS
 from megatron_solopo.data.text.tokenizer import find_model
 
 _NOT_THE_TOKENIZER = (
@@ -56,6 +57,8 @@ def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
         backend.no_padding()
         # Templates write special tokens by their role.
         read = backend.to_str().encode() + _canonical(tokenizer.special_tokens_map)
+        if words := tokenizer.init_kwargs.get(RESPONSE_TOKENS):
+            read += _canonical(words)
         files[AS_READ] = hashlib.sha256(read).hexdigest()
     chosen, date = tokenizer.chat_template, template_kwargs.date_of(tokenizer)
     return {

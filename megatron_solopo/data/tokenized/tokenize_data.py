@@ -193,6 +193,7 @@ def _merge(job: Job, count: int, result: Path) -> tuple[dict[str, Any], Report]:
         "cut": len(report.cut),
         "ids_used": report.ids_used,
         "ids_mismatched": report.ids_mismatched,
+        "control_tokens_as_text": len(report.spelled),
     }
     found = {"counts": counts, "largest_token": {"id": largest[0], "group": largest[1]}, "files": files}
     return found, report
@@ -204,6 +205,7 @@ def _report(fields: dict[str, Any]) -> Report:
         [Shortened(*values) for values in fields["cut"]],
         fields["ids_used"],
         fields["ids_mismatched"],
+        fields.get("spelled", []),
     )
 
 

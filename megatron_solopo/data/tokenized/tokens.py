@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, read_conversations, read_groups
 from megatron_solopo.data.text.chat import conversation_ids, prompt_ids, response_ids
+from megatron_solopo.data.text.control import control_tokens
+from megatron_solopo.data.text.tokenizer import encode_batch
 from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
@@ -106,18 +108,21 @@ class Report:
     Attributes:
         ids_used: responses whose own token ids are trained on.
         ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenised instead.
+        spelled: ids of the examples whose texts spell control tokens, which were tokenised as text.
     """
 
     dropped: list[Dropped] = field(default_factory=list)
     cut: list[Shortened] = field(default_factory=list)
     ids_used: int = 0
     ids_mismatched: int = 0
+    spelled: list[str] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
         self.dropped += other.dropped
         self.cut += other.cut
         self.ids_used += other.ids_used
         self.ids_mismatched += other.ids_mismatched
+        self.spelled += other.spelled
 
     def lines(self, seq_length: int | None) -> list[str]:
         """The counts for a person, with the first ten examples of each list."""
@@ -140,6 +145,12 @@ class Report:
             lines.append(
                 f"token ids of {self.ids_mismatched} responses are not this tokenizer's for their text, which was "
                 f"tokenised instead ({self.ids_used} used as sampled)"
+            )
+        if self.spelled:
+            lines.append(
+                f"control tokens in the texts of {len(self.spelled)} examples, which are tokenised as text: "
+                + ", ".join(self.spelled[:10])
+                + (" ..." if len(self.spelled) > 10 else "")
             )
         return lines
 
@@ -253,16 +264,21 @@ class Encoder:
         is_group = isinstance(record, PreferenceGroup)
         cut: list[Shortened] = []
         whys: list[str] = []
+        tokenised: list[Message] = []
         try:
             if is_group:
-                group = self._preference(record, roles, cut, whys)
+                group = self._preference(record, roles, cut, whys, tokenised)
             else:
                 group = self._conversation(record)
+                tokenised += record.messages
         except UserError as error:
             kind = "group" if is_group else "conversation"
             raise UserError(f"{kind} {record.id!r}: {error}") from None
         if self.seq_length is None or group.longest <= self.seq_length:
             self.report.cut += cut
+            control = control_tokens(self.tokenizer)
+            if any(control.spelled(message["content"], message["role"]) for message in tokenised):
+                self.report.spelled.append(record.id)
             return group
         if self.overlong == "refuse":
             ways = "drop such examples with --overlong drop" + (
@@ -282,9 +298,15 @@ class Encoder:
         return TokenGroup(conversation.id, (Prompt(array("i", prompt), (continuation,)),))
 
     def _preference(
-        self, group: PreferenceGroup, roles: tuple[str, ...], cut: list[Shortened], whys: list[str]
+        self,
+        group: PreferenceGroup,
+        roles: tuple[str, ...],
+        cut: list[Shortened],
+        whys: list[str],
+        tokenised: list[Message],
     ) -> TokenGroup:
-        """The prompts and continuations that ``roles`` name; notes what was cut, and why something could not be."""
+        """The prompts and continuations that ``roles`` name; notes what was cut, why something could not be, and the
+        messages whose texts were tokenised."""
         prompts = []
         sampled = {
             name: self._sampled(getattr(group, name), getattr(group, f"{name}_ids")) for name in ("chosen", "rejected")
@@ -302,10 +324,12 @@ class Encoder:
                 ids = sampled[name]
                 if ids is None:
                     ids = response_ids(self.tokenizer, messages, getattr(group, name))
+                    tokenised.append({"role": "assistant", "content": getattr(group, name)})
                 continuations.append(Continuation(role, array("i", ids)))
             if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
                 raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
             ids = self._prompt(messages)
+            tokenised += messages
             if self.overlong == "cut" and self.seq_length is not None:
                 limit = self.seq_length - max(len(continuation.ids) for continuation in continuations)
                 if len(ids) > limit:
@@ -330,7 +354,7 @@ class Encoder:
             spans,
             limit,
             lambda messages: len(self._prompt(messages)),
-            lambda texts: [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]],
+            lambda texts: [len(tokens) for tokens in encode_batch(self.tokenizer, texts)],
         )
         if cut is None:
             whys.append(f"the distractors of its {context} context are not enough")
