@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import is_parquet, read_text
 from megatron_solopo.data.memory import give_back_freed_memory
+from megatron_solopo.data.scoring import NORMALISATIONS
 from megatron_solopo.data.text import prompt
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
@@ -87,6 +88,17 @@ def check_outputs(
         if not above.is_dir():
             raise UserError(f"{flag} {output}: {above} is a file and no folder; give another place")
         taken.append((flag, path))
+
+
+def add_normalisation_option(group: argparse._ArgumentGroup, default: str | None = None) -> None:
+    """How texts are compared with answers: a key of `scoring.NORMALISATIONS`."""
+    group.add_argument(
+        "--normalisation",
+        choices=sorted(NORMALISATIONS),
+        default=default,
+        help="how sub_em, em and f1 compare texts: without case, ASCII punctuation and articles (squad), and before "
+        "that with Unicode's spellings of one text folded (NFKC, quotes, dashes) (unicode) (default: unicode)",
+    )
 
 
 def check_jsonl(flag: str, path: str | None) -> None:

@@ -1,8 +1,6 @@
-"""How a response is compared with the gold answers: sub-EM, EM and F1 on normalised text.
+"""How a response is compared with the gold answers: sub-EM, EM and F1 on normalised text (`answers.normalise`).
 
-Normalisation is SQuAD's (Rajpurkar et al., EMNLP 2016): lower case, no ASCII punctuation, no English
-articles, single spaces. A gold answer that normalises to nothing ("The", "?") matches nothing, because the
-empty string is a substring of every text. A user's own function takes their place as ``module:function``.
+A user's own function takes their place as ``module:function``.
 """
 
 from __future__ import annotations
@@ -11,8 +9,6 @@ import importlib
 import inspect
 import math
 import os
-import re
-import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,92 +16,93 @@ from numbers import Real
 
 import numpy as np
 
+from megatron_solopo.data.answers import answers_response, golds, normalise
 from megatron_solopo.errors import UserError
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+Metric = Callable[..., float]
+"""(prediction, gold answers, fold): ``fold`` as in `answers.normalise`, with the metric's own default."""
 
 
-def normalise(text: str) -> str:
-    """``text`` in lower case, without ASCII punctuation and articles, words joined by single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+def sub_em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
+    """1.0 when any gold answer is found in the prediction, else 0.0; short ones count in its answer part only.
 
-
-def normalised_answers(answers: Iterable[str]) -> list[str]:
-    """The distinct non-empty normalised answers, in the order given."""
-    return list(dict.fromkeys(filter(None, map(normalise, answers))))
-
-
-UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-"""Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han (for a regex class)."""
-
-_WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-
-
-def words_of(text: str) -> list[str]:
-    """What spaces part; in scripts without spaces each character is a word."""
-    return _WORDS.findall(text)
-
-
-def is_word(text: str, start: int, end: int) -> bool:
-    """Whether ``text[start:end]`` is no part of a longer word.
-
-    Words of letters with cases and of digits end where another character stands; in other scripts a word may begin
-    and end anywhere (Chinese and Japanese have no spaces, Korean joins particles to its words).
+    `answers.answers_response` has the rule. It is the paper's sub-EM but for short gold answers (yes, no, one short
+    word, a number) and for numbers at the edge of longer ones.
     """
-    return not any(_goes_on(text[place - 1 : place + 1]) for place in (start, end) if 0 < place < len(text))
+    return float(answers_response(prediction, answers, fold))
 
 
-def _goes_on(pair: str) -> bool:
-    return all(c.isdigit() or c.lower() != c.upper() for c in pair)
+def sub_em_plain(prediction: str, answers: Iterable[str], fold: bool = False) -> float:
+    """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0: the paper's sub-EM.
+
+    It finds "no" in "not". An answer of articles and punctuation alone is found nowhere.
+    """
+    found = normalise(prediction, fold)
+    return float(any(gold.text in found for gold in golds(answers, fold) if gold.keep == "words"))
 
 
-def sub_em(prediction: str, answers: Iterable[str]) -> float:
-    """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0."""
-    found = normalise(prediction)
-    return float(any(answer in found for answer in normalised_answers(answers)))
-
-
-def em(prediction: str, answers: Iterable[str]) -> float:
+def em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """1.0 when the normalised prediction equals any normalised answer, else 0.0."""
-    return float(normalise(prediction) in normalised_answers(answers))
+    return float(any(normalise(prediction, fold, gold.keep) == gold.text for gold in golds(answers, fold)))
 
 
-def f1(prediction: str, answers: Iterable[str]) -> float:
-    """The best F1 of words between the prediction and any answer (SQuAD's), in [0, 1]."""
-    found = Counter(normalise(prediction).split())
+_JUDGEMENTS = frozenset({"yes", "no", "noanswer"})
+
+
+def f1(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
+    """The best F1 of words between the prediction and any answer, in [0, 1].
+
+    SQuAD's, and HotpotQA's for yes, no and noanswer: 0 unless prediction and answer are equal (hotpot_evaluate_v1.py).
+    """
     best = 0.0
-    for answer in normalised_answers(answers):
-        gold = Counter(answer.split())
-        common = (found & gold).total()
+    for gold in golds(answers, fold):
+        found = normalise(prediction, fold, gold.keep)
+        if found != gold.text and not _JUDGEMENTS.isdisjoint((found, gold.text)):
+            continue
+        words, own = Counter(found.split()), Counter(gold.text.split())
         # 2 P R / (P + R) with P = common / found and R = common / gold.
-        best = max(best, 2 * common / (found.total() + gold.total()))
+        best = max(best, 2 * (words & own).total() / (words.total() + own.total()))
     return best
 
 
-SCORERS: dict[str, Callable[[str, Iterable[str]], float]] = {"sub_em": sub_em, "em": em, "f1": f1}
+SCORERS: dict[str, Metric] = {"sub_em": sub_em, "sub_em_plain": sub_em_plain, "em": em, "f1": f1}
 """Every metric by the name the commands know it under."""
+
+NORMALISATIONS = {"unicode": True, "squad": False}
+"""What ``--normalisation`` knows: name -> ``fold`` of `answers.normalise`."""
+
+
+def score(name: str, prediction: str, answers: Iterable[str], normalisation: str | None = None) -> float:
+    """A metric of `SCORERS`; None for ``normalisation`` is its own, and the plain sub-EM takes no other."""
+    if normalisation is None or name == "sub_em_plain":
+        return SCORERS[name](prediction, answers)
+    return SCORERS[name](prediction, answers, NORMALISATIONS[normalisation])
+
 
 Scorer = Callable[[str, Sequence[str], str], float]
 """(response, accepted answers, question) -> a finite score; higher is better."""
 
 
-def load_scorer(name: str) -> Scorer:
+def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
     """A metric of `SCORERS`, or a user's function named ``module:function``.
+
+    Args:
+        normalisation: a key of `NORMALISATIONS`; None is the metric's own.
 
     The module is looked for in the current folder first, then where Python looks. The function is called as
     ``function(response, answers)``, with ``question=...`` if it has such a parameter, and returns a number or a bool.
 
     Raises:
-        UserError: there is no such metric, module or function. Later, from the scorer: the function raised, or
+        UserError: there is no such metric, module or function, or it does not read the normalisation. Later, from the scorer: the function raised, or
             what it returned is not a finite number.
     """
     flag = f"--scorer {name}"
+    if normalisation is not None and (name == "sub_em_plain" or name not in SCORERS):
+        raise UserError(
+            f"--normalisation {normalisation} has no effect with {flag}, which compares texts in its own way; leave it out"
+        )
     if name in SCORERS:
-        metric = SCORERS[name]
-        return lambda response, answers, question: metric(response, answers)
+        return lambda response, answers, question: score(name, response, answers, normalisation)
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(f"{flag}: give {', '.join(SCORERS)}, or a function of your own as module:function")

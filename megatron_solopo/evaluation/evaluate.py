@@ -26,6 +26,7 @@ from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.hf_model import DTYPES, check_device, check_reach, load_model
 from megatron_solopo.data.options import (
     TokenizerOptions,
+    add_normalisation_option,
     add_prompt_options,
     add_tokenizer_options,
     check_outputs,
@@ -33,7 +34,7 @@ from megatron_solopo.data.options import (
     prompt_format_of,
 )
 from megatron_solopo.data.schema import Question
-from megatron_solopo.data.scoring import SCORERS
+from megatron_solopo.data.scoring import score
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
@@ -118,13 +119,14 @@ def build_items(
 
 
 def score_responses(
-    items: Sequence[Item], index: int, label: str, responses: Sequence[str]
+    items: Sequence[Item], index: int, label: str, responses: Sequence[str], normalisation: str | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of one length and one record a question for the predictions file.
 
     Args:
         index: of the length in every item's ``prompts``.
         responses: one a question, in the order of the items.
+        normalisation: see `scoring.score`.
     """
     records = [
         {
@@ -133,7 +135,7 @@ def score_responses(
             "question": item.question,
             "answers": item.answers,
             "prediction": response,
-            **{name: SCORERS[name](response, item.answers) for name in METRICS},
+            **{name: score(name, response, item.answers, normalisation) for name in METRICS},
             "prompt_tokens": len(item.prompts[index]),
         }
         for item, response in zip(items, responses, strict=True)
@@ -229,6 +231,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens in a batch, padding and responses included; lower it when memory runs out (default: %(default)s)",
     )
+    group = parser.add_argument_group(
+        "scoring",
+        "sub_em finds short gold answers (yes, no, one short word, a number) as whole words of a response's answer part "
+        "only; sub_em_plain is the paper's, any part of the text",
+    )
+    add_normalisation_option(group, "unicode")
     group = parser.add_argument_group("randomness")
     group.add_argument(
         "--seed",
@@ -306,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
             options.batch_tokens,
             progress=label,
         )
-        metrics[label], some = score_responses(items, index, label, responses)
+        metrics[label], some = score_responses(items, index, label, responses, options.normalisation)
         records += some
     print("\n".join(table_lines(metrics)))
     output = Path(options.output)

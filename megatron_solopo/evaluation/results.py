@@ -14,8 +14,8 @@ from megatron_solopo.data.files.records import read_jsonl, read_text
 from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 
-METRICS = {"sub_em": "sub-EM", "em": "EM", "f1": "F1"}
-"""Metrics of an evaluation: field -> name for people."""
+METRICS = {"sub_em": "sub-EM", "sub_em_plain": "sub-EM, plain", "em": "EM", "f1": "F1"}
+"""Metrics of an evaluation: field -> name for people. data/scoring.py has them; the plain form is the paper's."""
 
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -206,6 +206,8 @@ def read_evaluation(argument: str) -> Evaluation:
         if not match:
             raise UserError(f"{where}: a context length is written like '8 documents' or '4096 tokens'")
         intervals = require(values, "interval", dict, where)
+        if "sub_em_plain" not in values and "sub_em" in intervals:  # an older file, whose sub-EM is the plain one
+            values["sub_em_plain"], intervals["sub_em_plain"] = values.get("sub_em"), intervals["sub_em"]
         results.append(
             LengthResult(
                 length=int(match[1]),

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.data.answers import golds, mentions
 from megatron_solopo.data.building import selection
 from megatron_solopo.data.building.contexts import Context, build_contexts
 from megatron_solopo.data.building.pool import DistractorPool, PoolWriter, open_writer, write_pool
-from megatron_solopo.data.building.selection import CannotBuild, mentions
+from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import LeftOut, read_questions
 from megatron_solopo.data.schema import Message, Paragraph, Question
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
@@ -232,8 +233,9 @@ def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: b
 
 
 def test_short_answers_count_as_words_and_yes_and_no_not_at_all() -> None:
-    assert mentions("us army of 5", "us") and mentions("us army of 5", "5") and mentions("in 1960s", "1960")
-    assert not mentions("a status of 15", "us") and not mentions("a status of 15", "5")
+    us, five, year = golds(["us", "5", "1960"])
+    assert mentions("us army of 5", us) and mentions("us army of 5", five) and mentions("in 1960s", year)
+    assert not mentions("a status of 15", us) and not mentions("a status of 15", five)
     documents = [Paragraph(f"t{i}", f"it is yes or no {i}") for i in range(5)]
     question = Question("q", "?", "Yes", ("no",), (Paragraph("g", "gold", True),))
     assert len(build(question, DistractorPool.of(documents, FORMAT), [6], tokens=False)[0].paragraphs) == 6

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_solopo.config import MethodConfig
+from megatron_solopo.data.answers import find_in_document
 from megatron_solopo.data.files.parquet import write_groups
 from megatron_solopo.data.inspection import inspect_data
 from megatron_solopo.data.inspection import text as terminal
@@ -206,10 +207,10 @@ def test_long_contexts_are_folded_around_the_evidence(tokenizer: PreTrainedToken
 
 def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     noise = " ".join(random.Random(0).choices(WORDS, k=800))
-    record = {"id": "t", "prompt": f"{noise} old HARBOUR-town {noise}", "chosen": "a", "rejected": "b"}
+    record = {"id": "t", "prompt": f"{noise} old HARBOUR  Town! {noise}", "chosen": "a", "rejected": "b"}
     view = view_of(record | {"answers": ["Harbour town"]}, tokenizer, tmp_path, context_mode="short")
     text = printed(view)
-    assert "[[HARBOUR-town]]" in text and "where its documents stand is not recorded" in text
+    assert "[[HARBOUR  Town]]" in text and "where its documents stand is not recorded" in text
     assert len(re.findall(r"\.\.\. [\d,]+ tokens \.\.\.", text)) == 2
     assert "".join(p.text or p.documents[0].text for p in view.contexts[0].pieces) == record["prompt"]
     assert view.contexts[0].tokens > sum(piece.tokens for piece in view.contexts[0].pieces) > 500
@@ -220,19 +221,20 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
 
 def test_answers_inside_other_words_are_told_apart() -> None:
     text = "It was with it, IT! 19 in 1919. \u4e2d\u56fd\u4eba"
-    parts = list(marked(text, answer_pattern(["it", "19", "\u56fd"])))
+    answers = ["it", "19", "\u56fd"]
+    parts = list(marked(text, find_in_document(text, answers), answer_pattern(answers)))
     assert "".join(part for part, _ in parts) == text
     assert [found for found in parts if found[1]] == [
-        ("It", "word"),
-        ("it", "inside"),
-        ("it", "word"),
-        ("IT", "word"),
-        ("19", "word"),
-        ("19", "inside"),
-        ("19", "inside"),
-        ("\u56fd", "word"),
+        ("It", "found"),
+        ("it", "other"),
+        ("it", "found"),
+        ("IT", "found"),
+        ("19", "found"),
+        ("19", "other"),
+        ("19", "other"),
+        ("\u56fd", "found"),
     ]
-    assert answer_pattern(["?", ""]) is None and list(marked(text, None)) == [(text, "")]
+    assert answer_pattern(["?", ""]) is None and list(marked(text, [])) == [(text, "")]
 
 
 def test_control_characters_do_not_reach_the_terminal(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

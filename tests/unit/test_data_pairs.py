@@ -99,8 +99,9 @@ def test_counts_and_the_one_group(files: list[str], tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     for line in (
         "questions: 6",
-        "yield, a right and a wrong answer: 1 (16.7%)",
-        "all right: 2 (33.3%), all wrong: 1 (16.7%), no usable response: 2 (33.3%)",
+        "  not sampled: 1; shares are of the other 5",
+        "yield, a right and a wrong answer: 1 (20.0%)",
+        "all right: 2 (40.0%), all wrong: 1 (20.0%), no usable response: 1 (20.0%)",
         "2 responses dropped: empty",
         "1 responses dropped: not ended",
         "responses scored: 10, right: 60.0%",
@@ -191,7 +192,7 @@ def test_a_scorer_may_ask_for_the_question(graded: list[str], tmp_path: Path) ->
 
 
 WRONG_OPTIONS = {
-    "unknown": (["--scorer", "bleu"], r"--scorer bleu: give sub_em, em, f1, or a function of your own as module:func"),
+    "unknown": (["--scorer", "bleu"], r"--scorer bleu: give sub_em, sub_em_plain, em, f1, or a function of your own as module:f"),
     "no module": (["--scorer", "absent:f"], r"--scorer absent:f: the module absent cannot be imported \(Module"),
     "no function": (["--scorer", "grades:f"], r"--scorer grades:f: f is not there in .*grades.py$"),
     "a number": (["--scorer", "grades:number"], r"number is not a function in .*grades.py$"),
@@ -203,6 +204,12 @@ WRONG_OPTIONS = {
         r"--wrong-below 0.4 is above --right-above 0.3: a response could be both",
     ),
     "no rank": (["--all-right", "ranked", "--scorer", "em"], r"--all-right ranked with --scorer em: its scores are 0"),
+    "no rank in the plain form": (["--all-wrong", "ranked", "--scorer", "sub_em_plain"], r"its scores are 0 and 1 only"),
+    "one normalisation": (
+        ["--scorer", "sub_em_plain", "--normalisation", "squad"],
+        r"--normalisation squad has no effect with --scorer sub_em_plain, which compares texts in its own way; leave",
+    ),
+    "own normalisation": (["--normalisation", "squad"], r"--normalisation squad has no effect with --scorer grades:grade"),
     "no pairs": (["--pairs-per-question", "0"], r"--pairs-per-question 0: give a number of at least 1$"),
     "no folder": (["--tokenizer", "absent"], r"absent: no such folder; give a Hugging Face folder with a tokenizer$"),
     "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all"),
@@ -287,6 +294,62 @@ def test_lengths_are_those_of_the_statistics_module(seed: int) -> None:
 def test_unfinished_responses_by_choice(files: list[str], tmp_path: Path) -> None:
     groups = build(files, tmp_path, "--keep-unfinished")
     assert [(group.id, group.rejected) for group in groups][1:] == [("cut", "Basel and then")]
+
+
+YES_AND_NO = {
+    "no": (["no"], ["Answer: No", "It is not known. Answer: yes", "nothing, Answer: yes and no", "Answer: no evidence"]),
+    "yes": (["Yes"], ["Answer: yes", "Answer: no"]),
+    "spirit": (["a spirit"], ["Answer: a spirit", "Spirits of spirituality", "spirit soul ghost " * 30]),
+    "number": (["4"], ["Document 4 has it. Answer: 4", "Document 4 says five. Answer: 5", "Answer: 1 2 3 4 5 6 7"]),
+    "long": (["Lake Ontario"], ["By Lake Ontario, they say. Answer: Ontario", "Answer: Erie"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "right", "line"),
+    [
+        (
+            [],
+            {"no": {0}, "yes": {0}, "spirit": {0}, "number": {0}, "long": {0}},
+            "right only as whole words of a response's answer part, yes and no only where it says not both; 7 of their 12 "
+            "responses are judged otherwise than by --scorer sub_em_plain",
+        ),
+        (
+            ["--scorer", "sub_em_plain"],
+            {"yes": {0}, "long": {0}},
+            "found inside other words too ('no' in 'not'); 7 of their 12 responses are judged otherwise than by "
+            "--scorer sub_em",
+        ),
+        (["--scorer", "f1", "--right-above", "0.6", "--wrong-below", "0.6"], {}, "scored as all others, by --scorer f1"),
+    ],
+)
+def test_short_answers_are_judged_by_the_answer_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], right: dict[str, set[int]], line: str
+) -> None:
+    made = contexts(tmp_path / "c.jsonl", {name: answers for name, (answers, _) in YES_AND_NO.items()})
+    asked = responses(tmp_path / "r.jsonl", {name: texts for name, (_, texts) in YES_AND_NO.items()})
+    files = ["--contexts", str(made), "--responses", str(asked), "--pairs-per-question", "9", *flags]
+    groups = build(files, tmp_path)
+    chosen = {name: {YES_AND_NO[name][1].index(g.chosen) for g in groups if g.id.startswith(name)} for name in YES_AND_NO}
+    if right:
+        assert {name: found for name, found in chosen.items() if found} == right
+    printed = capsys.readouterr().out
+    assert "short gold answers: yes or no 2 (40.0%), one short word or a number 2 (40.0%)" in printed and line in printed
+
+
+def test_questions_never_sampled_are_outside_the_yield(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after sample-responses --limit; a question that was sampled and has no usable response counts."""
+    asked = tmp_path / "responses.jsonl"
+    asked.write_text("".join(asked.read_text().splitlines(keepends=True)[:1]))
+    build(files, tmp_path)
+    printed = capsys.readouterr().out
+    assert "questions: 6\n  not sampled: 5; shares are of the other 1\n" in printed
+    assert "yield, a right and a wrong answer: 1 (100.0%)" in printed and "no usable response: 0 (0.0%)" in printed
+    responses(asked, {"mixed": [], "wrong": ["Bergen"]})
+    with pytest.raises(UserError, match=r"\(2 questions: 0 all right, 1 all wrong, 1 without a usable .*; 4 more were not"):
+        build(files, tmp_path)
 
 
 def test_policies(files: list[str], tmp_path: Path) -> None:

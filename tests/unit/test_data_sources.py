@@ -114,14 +114,14 @@ def test_what_cannot_be_used_is_left_out_and_listed(tmp_path: Path) -> None:
     left_out = LeftOut()
     nothing_gold = musique(id="c", paragraphs=MUSIQUE["paragraphs"][1:])
     path = write(
-        tmp_path / "q.jsonl", musique(id="a", answerable=False), musique(id="b", answer="The"), nothing_gold,
+        tmp_path / "q.jsonl", musique(id="a", answerable=False), musique(id="b", answer="\u200b"), nothing_gold,
         musique(id="d"), MUSIQUE,
     )  # fmt: skip
     found = read_questions("musique", [path], left_out, exclude={"d", "stranger"})
     assert [question.id for question in found] == ["2hop__1"]
     assert dict(left_out.entries) == {
         "a": "not answerable from its paragraphs",
-        "b": "the answer is only articles or punctuation, so no response can be scored",
+        "b": "the answer has no visible character, so no response can be scored",
         "c": "no document is marked as supporting",
         "d": "listed in --exclude-ids",
     }

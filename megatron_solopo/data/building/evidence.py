@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import bm25s
 import numpy as np
 
-from megatron_solopo.data.building.selection import mentions, stated_answers
+from megatron_solopo.data.answers import UNSPACED, mentions, normalise, stated_golds
 from megatron_solopo.data.building.sources import CannotUse
 from megatron_solopo.data.schema import Question
-from megatron_solopo.data.scoring import UNSPACED, normalise
 from megatron_solopo.data.text.chat import prompt_ids, response_ids
 from megatron_solopo.data.text.prompt import PromptFormat
 
@@ -115,12 +114,12 @@ def mark(question: Question, ranking: Sequence[int], documents: int) -> Question
     Raises:
         CannotUse: no document contains an answer, and the answer is not yes or no.
     """
-    answers = stated_answers(question.answers)
+    answers = stated_golds(question.answers)
 
     def has_answer(index: int) -> bool:
         paragraph = question.paragraphs[index]
-        text = normalise(f"{paragraph.title} {paragraph.text}")
-        return any(mentions(text, answer) for answer in answers)
+        text = f"{paragraph.title} {paragraph.text}"
+        return any(mentions(normalise(text, keep=gold.keep), gold) for gold in answers)
 
     gold = list(ranking[:documents])
     if answers and not any(map(has_answer, gold)):

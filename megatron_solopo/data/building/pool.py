@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_solopo.data.answers import Keep, normalise
 from megatron_solopo.data.schema import Paragraph
-from megatron_solopo.data.scoring import normalise
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.progress import ProgressBar
 
@@ -53,6 +53,12 @@ class Candidate:
     def text_key(self) -> str:
         """Title and text, normalised."""
         return normalise(f"{self.paragraph.title} {self.paragraph.text}")
+
+    def key(self, keep: Keep) -> str:
+        """Title and text, normalised so that a gold answer of that ``keep`` can be searched for."""
+        if keep == "words":
+            return self.text_key
+        return normalise(f"{self.paragraph.title} {self.paragraph.text}", keep=keep)
 
 
 class PoolWriter:

@@ -11,15 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo.data.answers import golds
 from megatron_solopo.data.building.contexts import ContextPair, build_contexts
 from megatron_solopo.data.building.evidence import LogProbFinder, Rank, mark, rank_by_bm25
 from megatron_solopo.data.building.first_pass import QuestionFile
 from megatron_solopo.data.building.pool import DistractorPool
-from megatron_solopo.data.building.selection import NEVER_IN_DOCUMENTS, CannotBuild
+from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import CannotUse
 from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.schema import Question
-from megatron_solopo.data.scoring import normalise
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.data.workers import map_in_order
@@ -85,7 +85,7 @@ class Summary:
         self.counts["gold"] += len(pair.long_gold)
         self.counts["dropped_gold"] += pair.dropped_gold
         self.counts["without_some_gold"] += pair.dropped_gold > 0
-        self.counts["yes_or_no"] += normalise(pair.answers[0]) in NEVER_IN_DOCUMENTS
+        self.counts["yes_or_no"] += any(gold.yes_or_no for gold in golds(pair.answers[:1]))
         for name in ("short_tokens", "long_tokens", "short_documents", "long_documents"):
             self.spread(name, getattr(pair, name))
         self.spread("rho", pair.short_tokens / pair.long_tokens)

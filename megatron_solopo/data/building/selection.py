@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
+from megatron_solopo.data.answers import mentions, normalise, stated_golds
 from megatron_solopo.data.building.pool import Candidate, DistractorPool
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.scoring import is_word, normalise, normalised_answers
 
 TOKEN_TOLERANCE = 0.02
 """A context of a target of N tokens has between 0.98 N and N of them."""
@@ -20,11 +20,6 @@ _ROUNDS = 12
 # answer stands in nearly every document does not read the whole of a large pool again and again.
 _MOST_READ = 50_000
 
-NEVER_IN_DOCUMENTS = frozenset({"yes", "no"})
-"""Normalised answers that no document is searched for: they are judgements, not facts a document states."""
-
-_SHORT_ANSWER = 3
-
 
 class CannotBuild(Exception):
     """A question that no context of the wanted size can be built for; the message is the reason to count."""
@@ -34,14 +29,14 @@ class Distractors:
     """The distractors of one question, growing from size to size.
 
     None has the title of a gold paragraph or of another distractor, none repeats a gold paragraph's text, and
-    none contains an answer (`mentions`). The question's own paragraphs come first, in a random order.
+    none contains an answer (`answers.mentions`). The question's own paragraphs come first, in a random order.
     """
 
     def __init__(self, question: Question, pool: DistractorPool, rng: random.Random) -> None:
         self._pool = pool
         self._rng = rng
         self._unread = _MOST_READ
-        self._answers = stated_answers(question.answers)
+        self._answers = stated_golds(question.answers)
         gold = pool.candidates_for(paragraph for paragraph in question.paragraphs if paragraph.is_supporting)
         self._gold_titles = {candidate.title_key for candidate in gold}
         self._gold_texts = tuple(filter(None, (normalise(candidate.paragraph.text) for candidate in gold)))
@@ -170,25 +165,7 @@ class Distractors:
     def _allowed(self, candidate: Candidate) -> bool:
         return (
             candidate.title_key not in self._gold_titles
-            and not any(mentions(candidate.text_key, answer) for answer in self._answers)
+            and not any(mentions(candidate.key(gold.keep), gold) for gold in self._answers)
             and not candidate.text_key.endswith(self._gold_texts)
         )
 
-
-def stated_answers(answers: Iterable[str]) -> list[str]:
-    """The normalised answers that documents are searched for."""
-    return [answer for answer in normalised_answers(answers) if answer not in NEVER_IN_DOCUMENTS]
-
-
-def mentions(text_key: str, answer: str) -> bool:
-    """Whether a normalised text contains a normalised answer: as a substring, up to three characters as whole words.
-
-    "5" and "US" are part of nearly every document's words; a longer answer counts within words too, as in sub-EM.
-    What a whole word is, `is_word` says; in scripts without cases any substring is one.
-    """
-    start = text_key.find(answer)
-    if len(answer) > _SHORT_ANSWER:
-        return start >= 0
-    while start >= 0 and not is_word(text_key, start, start + len(answer)):
-        start = text_key.find(answer, start + 1)
-    return start >= 0

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.data.answers import golds
 from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.schema import Paragraph, Question, require
-from megatron_solopo.data.scoring import normalise
 from megatron_solopo.errors import UserError
 
 NO_EVIDENCE = "no document is marked as supporting"
@@ -68,8 +68,8 @@ def read_questions(
             question = SOURCES[source](record, question_id, where, labelled)
             if labelled and not any(paragraph.is_supporting for paragraph in question.paragraphs):
                 raise CannotUse(NO_EVIDENCE)
-            if not normalise(question.answer):
-                raise CannotUse("the answer is only articles or punctuation, so no response can be scored")
+            if not golds([question.answer]):
+                raise CannotUse("the answer has no visible character, so no response can be scored")
         except CannotUse as reason:
             left_out.add(question_id, str(reason))
             continue

@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from megatron_solopo.data.scoring import normalise, words_of
+from megatron_solopo.data.answers import normalise, words_of
 
 NEAR_DUPLICATE = 0.8
 """Questions whose sets of words and word pairs have at least this Jaccard similarity are near-duplicates."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo.data.answers import find_in_document, golds, normalise, stated_golds
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
-from megatron_solopo.data.building.selection import mentions, stated_answers
 from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.files.records import is_parquet
 from megatron_solopo.data.formats import CHOSEN, REJECTED
 from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, read_groups
-from megatron_solopo.data.scoring import normalise, normalised_answers
+from megatron_solopo.data.scoring import sub_em
 from megatron_solopo.data.text.chat import prompt_ids
+from megatron_solopo.data.text.prompt import DEFAULT_DOCUMENT_TEMPLATE
 from megatron_solopo.data.tokenized.tokens import Encoder, TokenGroup
 from megatron_solopo.errors import UserError
 
@@ -31,7 +34,7 @@ FLAGS = {
     "too_long": "longer than --seq-length",
     "chosen_lacks_answer": "chosen does not contain an answer",
     "rejected_has_answer": "rejected contains an answer",
-    "short_answer": "an answer of one or two characters, which sub-EM finds inside other words",
+    "short_answer": "an answer that is yes, no, one short word or a number",
     "answer_not_in_short": "no answer in the short context",
     "answer_not_in_long": "no answer in the long context",
     "answer_not_in_evidence": "no answer in the evidence documents",
@@ -43,7 +46,7 @@ FLAGS = {
     "other_length": "recorded length of a context differs from this tokenizer's",
 }
 """What may be wrong with an example: key -> plain words. An answer is in a response as sub-EM has it, in a document or
-context as prepare-data has it (`selection.mentions`; "yes" and "no" are searched for in none)."""
+context as prepare-data has it (`answers.mentions`; "yes" and "no" are searched for in none)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,74 @@ class Example:
         """(text, gold) of each document; none where documents are not known."""
         content = self.content(context)
         return [(content[start:end], gold) for start, end, gold in self.spans[context]]
+
+    @cached_property
+    def answers_found(self) -> dict[str, list[list[tuple[int, int]]]]:
+        """"short", "long" -> for each document the places of answers in it.
+
+        Numbers that the document template writes are no part of a document. Where documents are not known, it is one
+        list for the whole last message but its question.
+        """
+        if not stated_golds(self.answers):
+            return {name: [[] for _ in self.spans[name] or [None]] for name in self.chats}
+        texts = {name: [text for text, _ in self.documents(name)] for name in self.chats}
+        numbered = without_numbers([list(enumerate(one, 1)) for one in texts.values()])
+        found = {}
+        for name, documents in zip(texts, numbered, strict=True):
+            searched = documents or [_without_question(self.content(name), self.question)]
+            found[name] = [find_in_document(text, self.answers) for text in searched]
+        return found
+
+
+_HEAD = re.escape(DEFAULT_DOCUMENT_TEMPLATE.partition("{number}")[0])
+
+
+def _blank(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    for start, end in spans:
+        text = text[:start] + "\0" * (end - start) + text[end:]
+    return text
+
+
+def without_numbers(contexts: Sequence[Sequence[tuple[int, str]]]) -> list[list[str]]:
+    """Rendered documents with what the template wrote for ``{number}`` blanked, by as many NUL characters.
+
+    Files do not record the template. What it wrote is the documents' own numbers in the same surroundings in all
+    documents; for a single one it is the default template.
+
+    Args:
+        contexts: (number, text) of the documents of each context; one template wrote them all.
+    """
+    documents = [document for context in contexts for document in context]
+    if len(documents) == 1:
+        ((number, text),) = documents
+        head = [match.span(1) for match in re.finditer(rf"\A{_HEAD}({number})(?!\d)", text)]
+        return [[_blank(text, head) for _, text in context] for context in contexts]
+    places = [
+        [match.span() for match in re.finditer(rf"(?<!\d){number}(?!\d)", text)] for number, text in documents
+    ]
+    written: list[list[tuple[int, int]]] = [[] for _ in documents]
+    for before in range(8, 0 if len(documents) > 3 else 1, -1):  # the longest common surroundings are the surest
+
+        def around(text: str, span: tuple[int, int], before: int = before) -> tuple[str, str]:
+            return text[max(span[0] - before, 0) : span[0]], text[span[1] : span[1] + 1]
+
+        kinds = [{around(text, span) for span in spans} for (_, text), spans in zip(documents, places, strict=True)]
+        common = set.intersection(*kinds) if kinds else set()
+        if common:
+            written = [
+                [span for span in spans if around(text, span) in common]
+                for (_, text), spans in zip(documents, places, strict=True)
+            ]
+            break
+    blanked = iter([_blank(text, spans) for (_, text), spans in zip(documents, written, strict=True)])
+    return [[next(blanked) for _ in context] for context in contexts]
+
+
+def _without_question(content: str, question: str) -> str:
+    """A message whose documents are not known, without its question and the default template's numbers."""
+    place = content.rfind(question) if question else -1
+    spans = [(place, place + len(question))] if place >= 0 else []
+    return _blank(content, [*spans, *(m.span(1) for m in re.finditer(rf"(?m)^{_HEAD}(\d+)(?!\d)", content))])
 
 
 def _from_group(index: int, group: PreferenceGroup) -> Example:
@@ -252,32 +323,18 @@ def _lengths(group: TokenGroup) -> dict[str, int]:
 
 
 def _answer_flags(example: Example) -> Iterator[str]:
-    answers = normalised_answers(example.answers)
-    if not answers:
-        return
-
-    if min(map(len, answers)) <= 2:
+    if any(gold.short for gold in golds(example.answers)):
         yield "short_answer"
-
-    def occurs(text: str) -> bool:
-        found = normalise(text)
-        return any(answer in found for answer in answers)
-
-    if example.group is not None:
-        if not occurs(example.group.chosen):
+    if example.group is not None and golds(example.answers):
+        if not sub_em(example.group.chosen, example.answers):
             yield "chosen_lacks_answer"
-        if occurs(example.group.rejected):
+        if sub_em(example.group.rejected, example.answers):
             yield "rejected_has_answer"
-    stated = stated_answers(example.answers)
-
-    def stands(text: str) -> bool:
-        found = normalise(text)
-        return any(mentions(found, answer) for answer in stated)
-
-    for name in example.chats if stated else ():
-        documents = [(stands(text), gold) for text, gold in example.documents(name)]
-        if not any(found for found, _ in documents) and (documents or not stands(example.content(name))):
+    for name in example.chats if stated_golds(example.answers) else ():
+        found = example.answers_found[name]
+        if not any(found):
             yield f"answer_not_in_{name}"
+        documents = [(bool(places), gold) for places, (_, _, gold) in zip(found, example.spans[name], strict=False)]
         if any(gold for _, gold in documents):
             if not any(found and gold for found, gold in documents):
                 yield "answer_not_in_evidence"

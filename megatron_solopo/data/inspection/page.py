@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,12 +16,24 @@ from markupsafe import Markup, escape
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.inspection.charts import Series, gathers, histogram, strip
 from megatron_solopo.data.inspection.examples import FLAGS
+from megatron_solopo.data.inspection.rendered import Stretch
 from megatron_solopo.data.inspection.statistics import Distribution, Statistics
-from megatron_solopo.data.inspection.text import runs, visible
-from megatron_solopo.data.inspection.view import REWARDS, Document, View, answer_pattern, marked
+from megatron_solopo.data.inspection.text import REWRITTEN, runs, shortened, visible
+from megatron_solopo.data.inspection.view import (
+    REWARDS,
+    Document,
+    Piece,
+    Response,
+    View,
+    answer_pattern,
+    answers_line,
+    excerpts,
+    marked,
+    within,
+)
 
-CUT = 320
-"""Characters that a distractor keeps on the page unless it is to be full."""
+CUT, AROUND = 320, 120
+"""Characters that a distractor keeps on the page from its beginning and around an answer, unless it is to be full."""
 LISTED = 3
 """Repeated texts that are listed of each kind."""
 
@@ -90,9 +103,13 @@ def render(source: Source, statistics: Statistics, views: Sequence[View]) -> str
         script=Markup(script),
         script_digest=digest,
         strip=strip,
-        marks=_marks,
+        response_marks=_response_marks,
+        text_marks=_text_marks,
+        document_marks=partial(_document_marks, full=source.full),
+        template=_template,
+        shortened=(lambda frame: frame) if source.full else partial(shortened, ends=REWRITTEN),
+        answers_line=answers_line,
         shown_segments=_shown_segments,
-        cut=(lambda document: document.text) if source.full else _cut,
     )
 
 
@@ -163,13 +180,47 @@ def _spread(values: Distribution) -> str:
     return f"median {median}, mean {values.mean:,.{digits or 1}f}, middle 90 % from {low} to {high}"
 
 
-def _marks(view: View, text: str) -> Markup:
-    """Text with answers in ``<mark>``, another one where they are inside other words."""
+def _marks(text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None) -> Markup:
+    """Text with answers in ``<mark>``, another one where they do not count."""
     made = []
-    for part, kind in marked(text, answer_pattern(view.example.answers)):
-        around = {"word": "<mark>{}</mark>", "inside": '<mark class="inside">{}</mark>'}.get(kind, "{}")
+    for part, kind in marked(text, found, pattern):
+        around = {"found": "<mark>{}</mark>", "other": '<mark class="other">{}</mark>'}.get(kind, "{}")
         made.append(Markup(around).format(visible(part)))
     return Markup("").join(made)
+
+
+def _response_marks(view: View, response: Response) -> Markup:
+    return _marks(response.text, response.found or (), answer_pattern(view.example.answers))
+
+
+def _text_marks(piece: Piece) -> Markup:
+    text = piece.text.strip("\n")
+    start = len(piece.text) - len(piece.text.lstrip("\n"))
+    return _marks(text, within(piece.found, start, start + len(text)))
+
+
+def _document_marks(document: Document, full: bool) -> Markup:
+    """A document with its answers marked; of a long distractor only the beginning and what surrounds answers."""
+    text = document.text
+    if full or document.gold or len(text) <= CUT:
+        return _marks(text, document.found)
+    made, place = [], 0
+    for start, end in excerpts(text, document.found, CUT, AROUND):
+        gap = f" [... {start - place:,} characters ...] " if start > place else ""
+        made += [Markup(escape(gap)), _marks(text[start:end], within(document.found, start, end))]
+        place = end
+    rest = f" [... {len(text) - place:,} more characters; --full keeps them]" if place < len(text) else ""
+    return Markup("").join([*made, escape(rest)])
+
+
+def _template(frame: Sequence[Stretch]) -> Markup:
+    """What the chat template writes, with its line breaks and control tokens to be seen."""
+    made = []
+    for stretch in frame:
+        text = escape(visible(stretch.text)).replace("\n", Markup('<i class="break">\u23ce</i>\n'))
+        made.append(Markup('<b class="control" title="control token">{}</b>').format(text) if stretch.control else text)
+    whole = Markup("").join(made)
+    return Markup(whole.removesuffix("\n"))
 
 
 def _shown_segments(view: View) -> dict[str, str]:
@@ -178,13 +229,6 @@ def _shown_segments(view: View) -> dict[str, str]:
     for segment in view.segments:
         alike.setdefault(tuple(token.id for token in segment.tokens), []).append(segment.role)
     return {same[0]: ", ".join(same) for same in alike.values()}
-
-
-def _cut(document: Document) -> str:
-    """A distractor's beginning; a stretch of text around answers keeps its end too."""
-    if len(document.text) <= CUT:
-        return document.text
-    return document.text[:CUT].rstrip() + f" [... {len(document.text) - CUT:,} more characters; --full keeps them]"
 
 
 def _spaces(text: str) -> Markup:

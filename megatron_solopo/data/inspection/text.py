@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.inspection.examples import FLAGS
+from megatron_solopo.data.inspection.rendered import Stretch
 from megatron_solopo.data.inspection.view import (
     REWARDS,
     ContextView,
@@ -21,13 +22,22 @@ from megatron_solopo.data.inspection.view import (
     Segment,
     View,
     answer_pattern,
+    answers_line,
+    excerpts,
     marked,
+    within,
 )
 
-ANSWER, INSIDE, EVIDENCE, DISTRACTOR = "bold black on yellow", "underline", "yellow", "dim"
+ANSWER, NOT_COUNTED, EVIDENCE, DISTRACTOR = "bold black on yellow", "underline", "yellow", "dim"
+TEMPLATE, CONTROL = "italic cyan", "bold black on cyan"
 CHOSEN, REJECTED, WARNING, MUTED, HEADING = "green", "red", "bold red", "dim", "bold"
 _PLAIN_WIDTH = 110
 _STRIP_WIDTH = 60
+_AROUND = 50
+_MOST_EXCERPTS = 3
+"""Characters on either side of an answer in a folded distractor, and how many such distractors are shown."""
+REWRITTEN = 400
+"""Characters of a rendered prompt that are shown from its beginning and end where its template rewrites messages."""
 
 # A document may hold anything; what would move the cursor or ring the bell is spelled out.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -50,12 +60,10 @@ class Printer:
     def __init__(self, to: Console, full: bool = False) -> None:
         self._to, self._full = to, full
         self._plain = not to.is_terminal or to.no_color
-        self._pattern: re.Pattern[str] | None = None
 
     def print(self, view: View, file: str | Path, method: MethodConfig) -> None:
         """The whole example: question, contexts, responses, and the pack that the loss sees."""
         example = view.example
-        self._pattern = answer_pattern(example.answers)
         self._heading(f"{visible(example.id)}  (index {example.index} of {file})")
         rows = [
             ("question", visible(example.question) or "not recorded"),
@@ -74,9 +82,11 @@ class Printer:
             self._context(context)
         for response in view.responses:
             style = CHOSEN if response.name == "chosen" else REJECTED
-            has = {True: "an answer occurs in it", False: "no answer occurs in it", None: "answers not recorded"}
-            self._heading(f"{response.name}  {_many(response.tokens, 'token')}, {has[response.has_answer]}", style)
-            self._to.print(self._marked(response.text))
+            has = "answers not recorded"
+            if response.found is not None:
+                has = "an answer is found in it" if response.found else "no answer is found in it"
+            self._heading(f"{response.name}  {_many(response.tokens, 'token')}, {has}", style)
+            self._to.print(self._marked(response.text, response.found or (), answer_pattern(example.answers)))
         if view.segments:
             self._pack(view, method)
 
@@ -95,33 +105,61 @@ class Printer:
     def _line(self, *parts: str | Text | tuple[str, str]) -> None:
         self._to.print(Text.assemble(*parts))
 
-    def _marked(self, text: str, style: str = "") -> Text:
-        """Text with answers highlighted, ``[[so]]`` without colours; inside other words they are underlined."""
+    def _marked(
+        self, text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None, style: str = ""
+    ) -> Text:
+        """Text with answers highlighted, ``[[so]]`` without colours; those that do not count are underlined."""
         made = Text(style=style)
-        for part, kind in marked(text, self._pattern):
+        for part, kind in marked(text, found, pattern):
             part = visible(part)
-            whole = kind == "word" and self._plain
-            made.append(f"[[{part}]]" if whole else part, {"word": ANSWER, "inside": INSIDE}.get(kind))
+            bracketed = kind == "found" and self._plain
+            made.append(f"[[{part}]]" if bracketed else part, {"found": ANSWER, "other": NOT_COUNTED}.get(kind))
         return made
+
+    def _template(self, frame: Sequence[Stretch]) -> None:
+        """What the chat template writes, behind a bar; control tokens in a colour, ``{so}`` without colours."""
+        line = Text()
+        for stretch in frame:
+            text = visible(stretch.text)
+            if stretch.control:
+                line.append(f"{{{text}}}" if self._plain else text, CONTROL)
+            else:
+                line.append(text, TEMPLATE)
+        for part in line.split("\n", include_separator=False, allow_blank=False):
+            for row in part.wrap(self._to, self._to.width - 2):
+                self._line(("| " if self._plain else "\u2506 ", MUTED), row)
 
     def _context(self, context: ContextView) -> None:
         title = f"{context.name} context  {_many(context.tokens, 'token')}"
         if context.documents:
             title += f", {_many(len(context.documents), 'document')}"
-        self._heading(title)
+        self._heading(f"{title}, {answers_line(context)}")
         if context.documents:
             at = ", ".join(f"{depth:.2f}" for depth in context.depths)
             self._to.print(self._strip(context).append(f"  evidence at depth {at}" if at else ""))
         else:
             self._line(("where its documents stand is not recorded", MUTED))
-        for message in context.before:
-            self._line((f"[{message['role']}]", MUTED))
-            self._to.print(self._marked(message["content"]))
-        self._line((f"[{context.role}]", MUTED))
+        control = "{control tokens}" if self._plain else "control tokens"
+        self._line((f"as the chat template renders it; what the template adds stands behind a bar, {control} marked", MUTED))
+        frames, shown = context.rendered.frames, context.rendered.shown
+        if not shown:
+            self._line(("the template rewrites the messages; this is their rendering, then the last one as recorded", MUTED))
+            self._template(frames[0] if self._full else shortened(frames[0], REWRITTEN))
+        for frame, message in zip(frames, shown[:-1], strict=False):
+            self._template(frame)
+            self._to.print(Text(visible(message["content"])))
+        self._template(frames[-2]) if shown else self._line((f"[{context.role}]", MUTED))
+        self._pieces(context)
+        if shown:
+            self._template(frames[-1])
+
+    def _pieces(self, context: ContextView) -> None:
         for piece in context.pieces:
             if piece.kind == "text":
                 text = piece.text.strip("\n")  # instructions and question, where documents are known
-                self._to.print(Text(visible(text)) if context.documents else self._marked(text))
+                cut = len(piece.text) - len(piece.text.lstrip("\n"))
+                if text:
+                    self._to.print(self._marked(text, within(piece.found, cut, cut + len(text))))
             elif piece.kind == "gold":
                 self._document(piece.documents[0], context)
             elif self._full:
@@ -129,6 +167,8 @@ class Printer:
                     self._document(document, context)
             else:
                 self._line((_folded(piece.tokens, piece.documents), MUTED))
+                for document in piece.with_answer[:_MOST_EXCERPTS]:
+                    self._excerpt(document)
 
     def _document(self, document: Document, context: ContextView) -> None:
         if document.number:
@@ -138,12 +178,19 @@ class Printer:
             mark = ">>" if document.gold else "--"
             of = f"document {document.number} of {len(context.documents)}"
             self._line((f"{mark} {kind}, {of}, {_many(document.tokens, 'token')}{where}{depth}", style))
-        text = self._marked(document.text, DISTRACTOR if document.number and not document.gold else "")
+        style = DISTRACTOR if document.number and not document.gold else ""
+        text = self._marked(document.text, document.found, style=style)
         if not document.gold:
             self._to.print(text)
             return
         for line in text.wrap(self._to, self._to.width - 2):
             self._line(("> " if self._plain else "\u2503 ", EVIDENCE), line)
+
+    def _excerpt(self, document: Document) -> None:
+        """Where a folded distractor holds an answer."""
+        start, end = excerpts(document.text, document.found[:1], 0, _AROUND)[0]
+        text = self._marked(document.text[start:end].replace("\n", " "), within(document.found, start, end))
+        self._line((f"    an answer in document {document.number}: ... ", WARNING), text, " ...")
 
     def _strip(self, context: ContextView) -> Text:
         """The documents as a bar, each cell the kind of what stands there; evidence is never hidden by rounding."""
@@ -222,6 +269,24 @@ def runs(places: list[tuple[int, int]]) -> str:
 
 def _many(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
+def shortened(frame: Sequence[Stretch], ends: int) -> list[Stretch]:
+    """The first and the last ``ends`` characters of a longer text."""
+    total = sum(len(stretch.text) for stretch in frame)
+    if total <= 2 * ends:
+        return list(frame)
+
+    def part(start: int, stop: int) -> list[Stretch]:
+        made, place = [], 0
+        for stretch in frame:
+            text = stretch.text[max(start - place, 0) : max(stop - place, 0)]
+            made += [Stretch(text, stretch.control)] * bool(text)
+            place += len(stretch.text)
+        return made
+
+    gap = Stretch(f"\n... {total - 2 * ends:,} characters ...\n", False)
+    return [*part(0, ends), gap, *part(total - ends, total)]
 
 
 def _folded(tokens: int, documents: Iterable[Document]) -> str:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import MethodConfig
+from megatron_solopo.data.answers import find_in_response, stated_golds
 from megatron_solopo.data.inspection.examples import Example, Facts, depths, measure, token_group
+from megatron_solopo.data.inspection.rendered import Rendered, render
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.scoring import is_word, sub_em
-from megatron_solopo.data.text.chat import prompt_length, prompt_starts, render_prompt
+from megatron_solopo.data.text.chat import prompt_length, prompt_starts
 from megatron_solopo.data.text.tokenizer import encode
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.losses.solopo import chosen_role, has_likelihood, reference_roles, roles, scored_roles
@@ -43,6 +44,7 @@ class Document:
         number: from 1; 0 for a stretch of text.
         first_token: its position in the prompt; None where the template changed the text.
         depth: see `examples.depths`; None where it says nothing.
+        found: start and end of the answers in the text.
     """
 
     text: str
@@ -51,16 +53,26 @@ class Document:
     tokens: int
     first_token: int | None
     depth: float | None
+    found: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is shown at a time: "text" between documents, one "gold" document, or a "fold" of ``documents``."""
+    """What is shown at a time: "text" between documents, one "gold" document, or a "fold" of ``documents``.
+
+    ``found`` is for a text as for a `Document`.
+    """
 
     kind: str
     text: str = ""
     tokens: int = 0
     documents: tuple[Document, ...] = ()
+    found: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def with_answer(self) -> list[Document]:
+        """The documents in which an answer is found."""
+        return [document for document in self.documents if document.found]
 
 
 @dataclass(frozen=True)
@@ -69,21 +81,23 @@ class ContextView:
 
     Attributes:
         tokens: of the whole prompt, chat template included.
-        before: the messages before the last one.
+        rendered: the prompt as the chat template writes it.
+        role: of the last message.
         pieces: the last message in order.
         documents: all documents in order.
         depths: of the evidence.
-        has_answer: an answer occurs in a document (in the last message where documents are not known).
+        answers_in: numbers of the documents in which an answer is found (0: in the last message, where documents are not
+            known); None where no answer is searched for in documents.
     """
 
     name: str
     tokens: int
-    before: list[Message]
+    rendered: Rendered
     role: str
     pieces: list[Piece]
     documents: list[Document]
     depths: list[float]
-    has_answer: bool | None
+    answers_in: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -118,12 +132,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Response:
-    """``name`` is "chosen" or "rejected"; ``tokens`` count the end of turn; ``has_answer`` None: no answers known."""
+    """``name`` is "chosen" or "rejected"; ``tokens`` count the end of turn; ``found`` None: no answers known.
+
+    ``found`` has start and end of the answers that sub-EM finds.
+    """
 
     name: str
     text: str
     tokens: int
-    has_answer: bool | None
+    found: list[tuple[int, int]] | None
 
 
 @dataclass(frozen=True)
@@ -153,7 +170,7 @@ def make_view(
         return view
     for name in ("chosen", "rejected"):
         text = getattr(example.group, name)
-        found = bool(sub_em(text, example.answers)) if example.answers else None
+        found = find_in_response(text, example.answers) if example.answers else None
         view.responses.append(Response(name, text, facts.tokens.get(name, 0), found))
     if facts.refused is not None:
         return view
@@ -230,32 +247,68 @@ def answer_pattern(answers: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(words), re.IGNORECASE) if words else None
 
 
-def marked(text: str, pattern: re.Pattern[str] | None) -> Iterator[tuple[str, str]]:
-    """The text in parts: ("...", "") between answers, "word" an answer, "inside" one that is part of a longer word.
+def marked(
+    text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """The text in parts: ("...", "") between answers, "found" an answer that counts, "other" one that does not.
 
-    Sub-EM finds both, so a short answer ("it") can count as found where nobody gave it.
+    An answer that does not count is part of a longer word, or in a response outside its answer part.
+
+    Args:
+        found: start and end of those that count, in order.
+        pattern: `answer_pattern`, which the others match.
     """
+    others = [match.span() for match in pattern.finditer(text)] if pattern else []
+    others = [span for span in others if not any(span[0] < end and start < span[1] for start, end in found)]
     last = 0
-    for match in pattern.finditer(text) if pattern else ():
-        if match.start() > last:
-            yield text[last : match.start()], ""
-        yield match[0], "word" if is_word(text, *match.span()) else "inside"
-        last = match.end()
+    for start, end, kind in sorted([*((*span, "found") for span in found), *((*span, "other") for span in others)]):
+        if start > last:
+            yield text[last:start], ""
+        yield text[start:end], kind
+        last = end
     if last < len(text):
         yield text[last:], ""
+
+
+def excerpts(text: str, found: Sequence[tuple[int, int]], head: int, around: int) -> list[tuple[int, int]]:
+    """Start and end of what is kept of a text that is cut: its beginning and what surrounds the answers."""
+    kept: list[tuple[int, int]] = [(0, min(head, len(text)))] if head else []
+    for start, end in found:
+        start, end = max(start - around, 0), min(end + around, len(text))
+        if kept and start <= kept[-1][1]:
+            kept[-1] = kept[-1][0], max(end, kept[-1][1])
+        else:
+            kept.append((start, end))
+    return kept
+
+
+def within(found: Sequence[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """The places that lie in a part of a text, as places of that part."""
+    return [(first - start, last - start) for first, last in found if start <= first and last <= end]
+
+
+def answers_line(context: ContextView) -> str:
+    """In which documents an answer is found, in words."""
+    if context.answers_in is None:
+        return "answers not searched for in documents"
+    if not context.answers_in:
+        return "no answer found"
+    if context.answers_in == [0]:
+        return "an answer found"
+    some = ", ".join(map(str, context.answers_in[:8])) + (", ..." if len(context.answers_in) > 8 else "")
+    return f"an answer found in document{'s' * (len(context.answers_in) > 1)} {some}"
 
 
 class _Ruler:
     """Counts the tokens of stretches of a chat's last message, as they stand in the whole prompt."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], rendered: Rendered) -> None:
         self._tokenizer, self._content = tokenizer, messages[-1]["content"]
-        prompt = render_prompt(tokenizer, messages)
-        place = prompt.rfind(self._content)
         self._starts: list[int] | None = None
-        if place < 0 or not tokenizer.is_fast:  # a template that trims; then stretches are counted alone
+        if rendered.content is None or not tokenizer.is_fast:  # a template that rewrites; then each is counted alone
             self.total = prompt_length(tokenizer, messages)
             return
+        place = rendered.content[0] - rendered.cut
         self._starts = [start - place for start in prompt_starts(tokenizer, messages)]
         self.total = len(self._starts)
 
@@ -271,7 +324,8 @@ class _Ruler:
 
 def _context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase) -> ContextView:
     messages, spans = example.chats[name], example.spans[name]
-    content, ruler = example.content(name), _Ruler(tokenizer, messages)
+    content, rendered = example.content(name), render(tokenizer, messages)
+    ruler = _Ruler(tokenizer, messages, rendered)
     of_gold = iter(depths(spans))
     documents = [
         Document(
@@ -281,13 +335,15 @@ def _context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase) ->
             ruler.tokens(start, end),
             ruler.first(start),
             next(of_gold, None) if gold else None,
+            tuple(found),
         )
-        for number, (start, end, gold) in enumerate(spans, 1)
+        for number, ((start, end, gold), found) in enumerate(zip(spans, example.answers_found[name], strict=False), 1)
     ]
-    searched = [text for text, _ in example.documents(name)] or [content]
-    found = any(sub_em(text, example.answers) for text in searched) if example.answers else None
+    answers_in = [number for number, places in enumerate(example.answers_found[name], bool(spans)) if places]
+    if not stated_golds(example.answers):
+        answers_in = None
     pieces = _around_documents(example, name, documents, ruler) if spans else _around_answers(example, name, ruler)
-    return ContextView(name, ruler.total, messages[:-1], messages[-1]["role"], pieces, documents, depths(spans), found)
+    return ContextView(name, ruler.total, rendered, messages[-1]["role"], pieces, documents, depths(spans), answers_in)
 
 
 def _around_documents(example: Example, name: str, documents: list[Document], ruler: _Ruler) -> list[Piece]:
@@ -306,21 +362,20 @@ def _around_documents(example: Example, name: str, documents: list[Document], ru
             tokens = ruler.tokens(spans[first][0], spans[index - 1][1])
             pieces.append(Piece("fold", tokens=tokens, documents=tuple(documents[first:index])))
     pieces.append(Piece("text", content[spans[-1][1] :]))
-    return [piece for piece in pieces if piece.text.strip() or piece.documents]
+    return [piece for piece in pieces if piece.text or piece.documents]
 
 
 def _around_answers(example: Example, name: str, ruler: _Ruler) -> list[Piece]:
     """The ends of the text and what surrounds the answers; the rest in folds."""
-    content, pattern = example.content(name), answer_pattern(example.answers)
+    content, found = example.content(name), example.answers_found[name][0]
     kept = [(0, _AROUND), (len(content) - 2 * _AROUND, len(content))]
-    found = [match.span() for match in pattern.finditer(content)] if pattern else []
-    kept += [(start - _AROUND, end + _AROUND) for start, end in found if is_word(content, start, end)]
+    kept += [(start - _AROUND, end + _AROUND) for start, end in found]
     pieces: list[Piece] = []
     start = end = 0
 
     def text(begin: int, stop: int) -> None:
         if begin < stop:
-            pieces.append(Piece("text", content[begin:stop]))
+            pieces.append(Piece("text", content[begin:stop], found=tuple(within(found, begin, stop))))
 
     for first, last in sorted(kept):
         if first - end > _SHORTEST_FOLD:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.files.records import write_records
-from megatron_solopo.data.options import check_outputs, files_of
-from megatron_solopo.data.pairing.lengths import Lengths
+from megatron_solopo.data.options import add_normalisation_option, check_outputs, files_of
+from megatron_solopo.data.pairing.counts import Counts
 from megatron_solopo.data.pairing.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.sampling.responses import InStep, Responses
 from megatron_solopo.data.schema import PreferenceGroup, check_ids
@@ -24,7 +23,7 @@ from megatron_solopo.progress import ProgressBar
 GOLD = "gold"
 """The name that stands for a responses file in a dry run without a model, and for what ``--all-wrong`` may take."""
 
-TWO_VALUED = ("sub_em", "em")
+TWO_VALUED = ("sub_em", "sub_em_plain", "em")
 """Scorers that know 0 and 1 only; their scores cannot rank right responses among themselves."""
 
 
@@ -42,62 +41,7 @@ class Pairing:
     keep_unfinished: bool = False
     seed: int = 0
     count_tokens: Callable[[str], int] | None = None
-
-
-@dataclass
-class Counts:
-    """What became of the questions, and the lengths of what was paired."""
-
-    questions: int = 0
-    paired: int = 0
-    all_right: int = 0
-    all_wrong: int = 0
-    undecided: int = 0
-    no_response: int = 0
-    ranked: int = 0
-    gold: int = 0
-    groups: int = 0
-    with_ids: int = 0
-    dropped_responses: Counter[str] = field(default_factory=Counter)
-    right_responses: int = 0
-    undecided_responses: int = 0
-    scored_responses: int = 0
-    words: Lengths = field(default_factory=lambda: Lengths("words"))
-    tokens: Lengths = field(default_factory=lambda: Lengths("tokens"))
-
-    def lines(self) -> list[str]:
-        """The counts for a person."""
-
-        def share(count: int) -> str:
-            return f"{count} ({count / max(self.questions, 1):.1%})"
-
-        responses = max(self.scored_responses, 1)
-        lines = [
-            f"questions: {self.questions}",
-            f"  yield, a right and a wrong answer: {share(self.paired)}",
-            f"  all right: {share(self.all_right)}, all wrong: {share(self.all_wrong)}, "
-            f"no usable response: {share(self.no_response)}",
-        ]
-        if self.undecided:
-            lines.append(f"  neither right nor wrong: {share(self.undecided)}")
-        if self.ranked:
-            lines.append(f"  all right or all wrong, paired by score: {share(self.ranked)}")
-        if self.gold:
-            lines.append(
-                f"  all wrong, paired with the gold answer in a sentence: {share(self.gold)}; the model did not sample "
-                "it (off-policy)"
-            )
-        lines.append(
-            f"responses scored: {self.scored_responses}, right: {self.right_responses / responses:.1%}"
-            + (f", undecided: {self.undecided_responses / responses:.1%}" if self.undecided_responses else "")
-        )
-        lines += [f"  {count} responses dropped: {reason}" for reason, count in self.dropped_responses.most_common()]
-        if self.with_ids:
-            lines.append(f"groups with responses whose text gives other token ids than were sampled: {self.with_ids}")
-        measured = [lengths for lengths in (self.words, self.tokens) if len(lengths)]
-        lines += [lengths.line() for lengths in measured]
-        lines += [f"warning: {bias}" for lengths in measured if (bias := lengths.bias())][:1]
-        return lines
+    scorer_name: str = "sub_em"
 
 
 def build_groups(
@@ -109,11 +53,16 @@ def build_groups(
     The choice depends on the seed and the question's id only.
 
     Args:
-        responses: what was sampled for a question's id, None where nothing was.
+        responses: what was sampled for a question's id, None where it was not sampled.
     """
     for pair in pairs:
         counts.questions += 1
-        scored = _score(pair, responses(pair.id), how, counts)
+        sampled = responses(pair.id)
+        if sampled is None:
+            counts.not_sampled += 1
+            continue
+        scored = _score(pair, sampled, how, counts)
+        counts.add_short(pair.answers, [(one.text, one.score) for one in scored])
         right = [response for response in scored if response.score > how.right_above]
         wrong = [response for response in scored if response.score < how.wrong_below]
         counts.scored_responses += len(scored)
@@ -189,11 +138,9 @@ def _shuffled(items: Sequence[str], rng: random.Random) -> Iterator[str]:
     yield from rng.sample(items, len(items))
 
 
-def _score(pair: ContextPair, sampled: Responses | None, how: Pairing, counts: Counts) -> list[Scored]:
+def _score(pair: ContextPair, sampled: Responses, how: Pairing, counts: Counts) -> list[Scored]:
     """The usable responses of a question with their scores."""
     scored = []
-    if sampled is None:
-        return scored
     ids = sampled.token_ids or [None] * len(sampled.responses)
     for text, finished, own_ids in zip(sampled.responses, sampled.finished, ids, strict=True):
         if not text.strip():
@@ -260,8 +207,11 @@ def _parser() -> argparse.ArgumentParser:
         default="sub_em",
         metavar="NAME",
         help=f"{', '.join(SCORERS)}, or module:function of your own, called with the response, the list of accepted "
-        "answers and, if it has such a parameter, question=...; it returns a number (default: sub_em)",
+        "answers and, if it has such a parameter, question=...; it returns a number. sub_em finds short gold answers "
+        "(yes, no, one short word, a number) as whole words of the response's answer part only; sub_em_plain is the "
+        "paper's, any part of the text (default: sub_em)",
     )
+    add_normalisation_option(group)
     group.add_argument(
         "--right-above", type=float, default=0.5, metavar="X", help="a score above X is right (default: 0.5)"
     )
@@ -334,7 +284,8 @@ def _pairing(options: argparse.Namespace) -> Pairing:
         tokenizer = read_tokenizer(options.tokenizer)
         count = lambda text: len(encode(tokenizer, text))  # noqa: E731
     return Pairing(
-        scorer=load_scorer(options.scorer),
+        scorer=load_scorer(options.scorer, options.normalisation),
+        scorer_name=options.scorer,
         right_above=options.right_above,
         wrong_below=options.wrong_below,
         policy=POLICIES[options.policy],
@@ -353,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     sampled = None if options.responses == GOLD else options.responses
     read = [("--contexts", options.contexts), ("--responses", sampled), *files_of(options)]
     check_outputs([("--output", options.output)], read)
-    how, counts, source = _pairing(options), Counts(), None
+    how, source = _pairing(options), None
+    counts = Counts(how.scorer_name)
     if sampled is None:
         others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
         groups = build_gold_groups(read_contexts(options.contexts), others, how, counts)
@@ -390,9 +342,9 @@ def _checked(
         )
     if not counts.groups:
         raise UserError(
-            f"no question has both a right and a wrong response ({counts.questions} questions: "
+            f"no question has both a right and a wrong response ({counts.sampled} questions: "
             f"{counts.all_right} all right, {counts.all_wrong} all wrong, {counts.no_response} without a usable "
-            "response); "
+            f"response{f'; {counts.not_sampled} more were not sampled' if counts.not_sampled else ''}); "
             + (
                 "give contexts of more questions, whose answers differ"
                 if source is None

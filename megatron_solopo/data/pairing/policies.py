@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_solopo.data.scoring import normalise, words_of
+from megatron_solopo.data.answers import answer_part, normalise, words_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ def words(text: str) -> int:
 
 
 def final_answer(text: str) -> str:
-    """What follows the last "Answer:" of a response, else the whole of it, normalised."""
-    return normalise(text.rpartition("Answer:")[2])
+    """The `answer_part` of a response, else the whole of it, normalised."""
+    start, end = answer_part(text)
+    return normalise(text[start:end]) or normalise(text)
 
 
 def random_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
