@@ -285,7 +285,12 @@ class TrainingConfig:
         "instead: how a finished run is extended by a larger --train-iters or --train-epochs",
     )
     seed: int = option(1234, "order of the examples and random weights", minimum=0)
-    eval_interval: int = option(0, "steps between evaluations on --valid-data; 0: only after the last step", minimum=0)
+    eval_interval: int = option(
+        0, "steps between evaluations on --valid-data; 0: only before the first step and after the last", minimum=0
+    )
+    eval_on_start: bool = option(
+        True, "evaluate on --valid-data before the first step too, so that a run shows what it changed"
+    )
 
 
 @dataclass

@@ -152,6 +152,7 @@ def unused(config: Config) -> dict[str, str]:
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
+        ("eval_on_start", config.data.valid_data is not None, "needs --valid-data"),
         (
             "sequence_parallel",
             config.parallel.tensor_model_parallel_size > 1,

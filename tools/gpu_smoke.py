@@ -254,6 +254,7 @@ def check_training(here: Any, work: Path) -> Figures:
     from transformers import AutoModelForCausalLM
 
     from megatron_solopo import config_load
+    from megatron_solopo.evaluation.results import read_run
     from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training.run import train
 
@@ -272,7 +273,7 @@ def check_training(here: Any, work: Path) -> Figures:
         ]  # fmt: skip
         train(here, config_load.load(list(map(str, argv)))[0])
         end_model_parallel()
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = read_run(str(out)).train
         first, last = (sum(line["loss"] for line in part) / len(part) for part in (lines[:3], lines[-3:]))
         figures[objective] = {
             "loss_first": first,

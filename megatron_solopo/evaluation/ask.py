@@ -24,11 +24,12 @@ from megatron_solopo.evaluation.results import folder_names
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said; ``name`` tells its folder from the others."""
+    """What one model said; ``name`` tells its folder from the others, ``finished`` is False where it was cut."""
 
     name: str
     text: str
     prompt_tokens: int
+    finished: bool = True
 
 
 def ask(
@@ -57,8 +58,8 @@ def ask(
         check_reach(folder, len(prompt), max_new_tokens, "--document")
     answers = []
     for name, folder, one, prompt in zip(folder_names(models), models, loaded, prompts, strict=True):
-        [text] = generate(load_model(folder, device, dtype), one, [prompt], max_new_tokens)
-        answers.append(Answer(name, text, len(prompt)))
+        [response] = generate(load_model(folder, device, dtype), one, [prompt], max_new_tokens)
+        answers.append(Answer(name, response.text, len(prompt), response.finished))
     return answers
 
 
@@ -71,6 +72,8 @@ def answer_lines(answers: Sequence[Answer], width: int) -> list[str]:
         wrapped = [
             part for line in answer.text.splitlines() for part in textwrap.wrap(line, max(20, width - margin - 3))
         ] or ["(no text)"]
+        if not answer.finished:
+            wrapped.append("[cut at --max-new-tokens]")
         lines += [f"{name if index == 0 else '':<{margin}} | {part}" for index, part in enumerate(wrapped)]
     return lines
 

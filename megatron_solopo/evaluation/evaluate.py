@@ -39,8 +39,8 @@ from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, generate
-from megatron_solopo.evaluation.results import METRICS, length_label, mean_interval
+from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, Response, generate
+from megatron_solopo.evaluation.results import METRICS, intervals_text, length_label, mean_interval
 from megatron_solopo.progress import ProgressBar
 
 
@@ -119,7 +119,7 @@ def build_items(
 
 
 def score_responses(
-    items: Sequence[Item], index: int, label: str, responses: Sequence[str], normalisation: str | None = None
+    items: Sequence[Item], index: int, label: str, responses: Sequence[Response], normalisation: str | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics of one length and one record a question for the predictions file.
 
@@ -134,8 +134,9 @@ def score_responses(
             "length": label,
             "question": item.question,
             "answers": item.answers,
-            "prediction": response,
-            **{name: score(name, response, item.answers, normalisation) for name in METRICS},
+            "prediction": response.text,
+            "finished": response.finished,
+            **{name: score(name, response.text, item.answers, normalisation) for name in METRICS},
             "prompt_tokens": len(item.prompts[index]),
         }
         for item, response in zip(items, responses, strict=True)
@@ -143,15 +144,22 @@ def score_responses(
     values = {name: [record[name] for record in records] for name in METRICS}
     metrics: dict[str, Any] = {name: statistics.fmean(values[name]) for name in METRICS}
     metrics["count"] = len(records)
+    metrics["cut"] = sum(not record["finished"] for record in records)
     metrics["mean_prompt_tokens"] = statistics.fmean(record["prompt_tokens"] for record in records)
-    metrics["interval"] = {name: list(mean_interval(values[name])) for name in METRICS}
+    intervals = {name: mean_interval(name, values[name]) for name in METRICS}
+    metrics["interval"] = {name: list(interval) for name, (interval, _) in intervals.items()}
+    metrics["interval_method"] = {name: method for name, (_, method) in intervals.items()}
     return metrics, records
 
 
 def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """The results for a terminal: a mean and its 95 % interval over questions for each metric and length."""
+    """The results for a terminal: a mean and its 95 % interval over questions for each metric and length.
+
+    The last lines say how the intervals were computed, and what a cut answer is where there are any.
+    """
     lines = [
-        f"{'context':<16}{'questions':>10}{'prompt tokens':>15}" + "".join(f"{METRICS[name]:>22}" for name in METRICS)
+        f"{'context':<16}{'questions':>10}{'cut':>8}{'prompt tokens':>15}"
+        + "".join(f"{METRICS[name]:>22}" for name in METRICS)
     ]
     for label, values in metrics.items():
         cells = (
@@ -159,9 +167,13 @@ def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
             for name in METRICS
         )
         lines.append(
-            f"{label:<16}{values['count']:>10,}{values['mean_prompt_tokens']:>15,.1f}"
+            f"{label:<16}{values['count']:>10,}{values['cut']:>8,}{values['mean_prompt_tokens']:>15,.1f}"
             + "".join(f"{cell:>22}" for cell in cells)
         )
+    how = intervals_text(values["interval_method"] for values in metrics.values())
+    lines.append(f"[low, high]: 95 % intervals over questions; {how}")
+    if any(values["cut"] for values in metrics.values()):
+        lines.append("cut: answers that did not end within --max-new-tokens; they are scored as far as they go")
     return lines
 
 
@@ -169,6 +181,12 @@ def predictions_path(output: str | Path) -> Path:
     """Where the predictions of a results file are: ``results.json`` -> ``results.predictions.jsonl``."""
     path = Path(output)
     return path.parent / f"{path.stem}.predictions.jsonl"
+
+
+def _full(name: str) -> str:
+    """A path that names the same file or folder anywhere ("." does not); a name of the hub as it is."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 def lengths_option(flag: str, value: str) -> list[int]:
@@ -323,8 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     aside.write_text(
         json.dumps(
             {
-                "model": str(options.model),
-                "data": ", ".join(options.data),
+                "model": _full(options.model),
+                "data": ", ".join(map(_full, options.data)),
                 "metrics": metrics,
                 "settings": {
                     **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},

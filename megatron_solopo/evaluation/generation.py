@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -11,6 +12,14 @@ from megatron_solopo.data.hf_model import check_rows, stop_ids
 from megatron_solopo.progress import ProgressBar
 
 DEFAULT_BATCH_TOKENS = 32768  # about 2 GB of keys and values for a 7B model with grouped-query attention in bf16
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered; ``finished`` is False where it was cut after the most new tokens."""
+
+    text: str
+    finished: bool
 
 
 def batches_by_length(lengths: Sequence[int], new_tokens: int, batch_tokens: int) -> list[list[int]]:
@@ -37,8 +46,8 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: str = "answering",
-) -> list[str]:
-    """The greedy response to each prompt as text, in the order of the prompts.
+) -> list[Response]:
+    """The greedy response to each prompt, in the order of the prompts.
 
     A response ends at an end-of-turn token (which is not part of the text) or after ``max_new_tokens``.
     Generation settings stored with the checkpoint (sampling, repetition penalty, ...) are not used: what
@@ -58,7 +67,7 @@ def generate(
     pad = stops[0]  # attended by nothing; a tokenizer's own may have no row in the model
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     lengths = [len(prompt) for prompt in prompts]
-    responses = [""] * len(prompts)
+    responses: list[Response | None] = [None] * len(prompts)
     # transformers fills what a config leaves open from the model's own, so that one is put away meanwhile.
     kept, model.generation_config = model.generation_config, GenerationConfig()
     bar = ProgressBar(total=sum(lengths), desc=progress, unit=" tokens", unit_scale=True, leave=False)
@@ -79,7 +88,8 @@ def generate(
             steps.finish()
             for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
                 end = next((position for position, token in enumerate(row) if token in stops), len(row))
-                responses[index] = tokenizer.decode(row[:end], skip_special_tokens=True)
+                text = tokenizer.decode(row[:end], skip_special_tokens=True)
+                responses[index] = Response(text, finished=end < len(row))
     finally:
         bar.close()
         model.generation_config = kept

@@ -63,7 +63,7 @@ def draw_accuracy(
         metric, unit: names on the axes.
         prompt_tokens: mean tokens of a prompt at each length, under the ticks.
     """
-    figure, (axes,) = _figure(1, width=6.4, height=4.0)
+    figure, (axes,) = _figure(1, 1, width=6.4, height=4.0)
     lengths = sorted({point.x for points in series.values() for point in points})
     # Lines that agree would hide each other's error bars, so each label is moved by a few hundredths of an octave.
     step = min(0.05, 0.24 / len(series))
@@ -109,17 +109,23 @@ def draw_curves(
     path: Path,
     panels: Mapping[str, tuple[str, Mapping[str, Sequence[Point]], Mapping[str, Sequence[Point]]]],
     looks: Mapping[str, dict[str, str]],
+    marks: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Training curves, one panel a metric.
 
     Args:
         panels: title -> (name of the y axis, label -> training points, label -> evaluation points).
+        marks: title -> values at which a dotted line crosses the panel.
 
     A single panel has its labels at the ends of the lines; several share one legend above them.
     """
-    figure, all_axes = _figure(
-        len(panels), width=7.4 if len(panels) > 1 else 6.4, height=0.4 + 2.4 * ((len(panels) + 1) // 2)
-    )
+    columns = min(len(panels), 2 if len(panels) <= 4 else 3)
+    rows = (len(panels) + columns - 1) // columns
+    figure, all_axes = _figure(len(panels), columns, width=(6.4, 7.4, 9.6)[columns - 1], height=0.4 + 2.4 * rows)
+    series = [points for _, train, valid in panels.values() for points in (*train.values(), *valid.values())]
+    steps = [point.x for points in series for point in points]
+    room = 0.01 * (max(steps) - min(steps)) or 0.5
+    ends_of_steps = min(steps) - room, max(steps) + room
     for axes, (title, (y_name, train, valid)) in zip(all_axes, panels.items(), strict=True):
         ends = {}
         for label in dict.fromkeys([*train, *valid]):
@@ -144,11 +150,13 @@ def draw_curves(
                     [point.x for point in checks],
                     [point.mean for point in checks],
                     color=style["color"],
-                    linestyle="none",
+                    linestyle=style["linestyle"],
+                    linewidth=0.6,
                     marker=looks[label]["marker"],
                     markersize=5,
                     markeredgecolor="white",
                     markeredgewidth=0.7,
+                    clip_on=False,
                     zorder=4,
                 )
             last = (points or checks)[-1]
@@ -158,27 +166,26 @@ def draw_curves(
         axes.set_xlabel("Step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         _limit(axes, title, [point for points in (*map(_smooth, train.values()), *valid.values()) for point in points])
+        axes.set_xlim(*ends_of_steps)
+        for value in (marks or {}).get(title, ()):
+            axes.axhline(value, color="#555555", linestyle=":", linewidth=1.2, zorder=2)
+            axes.annotate(f"{value:g}", (1, value), xycoords=("axes fraction", "data"), va="bottom", ha="right")
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, value), max(high, 1.15 * value))
         if len(panels) == 1:
             _label_ends(figure, axes, ends, looks)
     if len(panels) > 1:
         labels = list(dict.fromkeys(label for _, train, valid in panels.values() for label in (*train, *valid)))
-        with_markers = any(valid for _, _, valid in panels.values())
-        keys = [
-            Line2D(
-                [],
-                [],
-                **{**looks[label], "marker": looks[label]["marker"] if with_markers else ""},
-                markersize=5,
-                markeredgecolor="white",
-                markeredgewidth=0.7,
-            )
-            for label in labels
-        ]
+        kinds = {"training": "", "validation": "o"} if any(valid for _, _, valid in panels.values()) else {}
+        line = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.7}
+        of_labels = (looks[label] | ({} if kinds else {"marker": ""}) for label in labels)
+        of_kinds = ({"color": "#777777", "marker": m, "linewidth": 0.6 if m else 1.5} for m in kinds.values())
+        keys = [Line2D([], [], **style, **line) for style in (*of_labels, *of_kinds)]
         figure.legend(
             keys,
-            labels,
+            [*labels, *kinds],
             loc="outside upper center",
-            ncols=min(len(labels), 4),
+            ncols=min(len(keys), 4),
             frameon=False,
             handlelength=2.4,
             columnspacing=1.6,
@@ -187,7 +194,6 @@ def draw_curves(
 
 
 def _limit(axes: Axes, title: str, points: Sequence[Point]) -> None:
-    axes.margins(x=0.01)
     if "accuracy" in title.lower():
         axes.set_ylim(0, 1.02)
         return
@@ -199,9 +205,14 @@ def _limit(axes: Axes, title: str, points: Sequence[Point]) -> None:
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
 
 
+def steps_in_a_mean(points: Sequence[Point]) -> int:
+    """Steps of the centred mean that a curve of these points shows: about 1/25 of them; 1 below 50 points."""
+    return 2 * (len(points) // 50) + 1
+
+
 def _smooth(points: Sequence[Point]) -> list[Point]:
-    """A centred mean over 1/25 of the steps; nothing is changed below 50 steps."""
-    half = len(points) // 50
+    """A centred mean over `steps_in_a_mean`."""
+    half = steps_in_a_mean(points) // 2
     if half == 0:
         return list(points)
     smooth = []
@@ -218,9 +229,8 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
     return smooth
 
 
-def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    columns = 2 if panels > 1 else 1
     rows = (panels + columns - 1) // columns
     axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
     for one in axes:

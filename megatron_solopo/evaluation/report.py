@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.options import check_outputs
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.curves import training_section
 from megatron_solopo.evaluation.results import (
     METRICS,
     Evaluation,
@@ -16,34 +17,14 @@ from megatron_solopo.evaluation.results import (
     Point,
     Run,
     accuracy_by_length,
-    curve,
-    finite,
+    intervals_text,
     labelled,
     labels_of,
     metrics_file,
     read_evaluations,
     read_runs,
 )
-
-PREFERENCE_PANELS = {
-    "Loss": ("loss", "total loss"),
-    "Margin": ("margin", "reward chosen - rejected"),
-    "Pair accuracy": ("accuracy", "share of pairs ranked right"),
-    "Short-long gap": ("short_long_gap_nats_per_token", "nats per token"),
-}
-"""Panels of preference training: title -> (field of metrics.jsonl, name of the axis)."""
-
-SUPERVISED_PANELS = {"Supervised loss": ("loss", "nats per token")}
-
-RUN_COLUMNS = {
-    "loss": "loss",
-    "margin": "margin",
-    "accuracy": "pair accuracy",
-    "short_long_gap_nats_per_token": "short-long gap (nats per token)",
-    "tokens_per_second": "tokens per second",
-    "padding_share": "padding share",
-}
-"""Columns of the table of runs that are means over the last tenth of the steps."""
+from megatron_solopo.evaluation.tables import markdown_table
 
 
 def write_report(
@@ -80,7 +61,7 @@ def write_report(
     if evaluations:
         parts += _accuracy_section(output, evaluations, looks, metric, figures)
     if runs:
-        parts += _training_section(output, runs, looks, figures)
+        parts += training_section(output, runs, looks, figures)
     if closing:
         parts.append(closing.strip())
     aside = output.with_name(output.name + ".partial")
@@ -129,30 +110,6 @@ def _by_length(
     return markdown_table([name, *(f"{length:,} {unit}" for length in lengths)], rows)
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table, its columns padded so that it reads as text too.
-
-    Columns after the first ``text_columns`` are set to the right.
-    """
-    table = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    widths = [max(3, *(len(row[column]) for row in table)) for column in range(len(head))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if column < text_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in table
-    ]
-    rule = (
-        "|"
-        + "|".join("-" * (width + 1) + ("-" if column < text_columns else ":") for column, width in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
 def _lengths(evaluations: Sequence[Evaluation], unit: str) -> list[int]:
     return sorted({result.length for evaluation in evaluations for result in evaluation.results if result.unit == unit})
 
@@ -183,15 +140,16 @@ def _accuracy_section(
         parts.append(f"![{METRICS[metric]} by context length in {unit}]({figure.name})")
         parts.append(
             f"*{METRICS[metric]} by context length; {_questions(results)}. "
-            f"{_spread([point.seeds for points in series.values() for point in points])}.*"
+            f"{_spread([point.seeds for points in series.values() for point in points], _method(results, metric))}.*"
         )
         parts.append(accuracy_table(evaluations, unit, metric))
         parts.append(_other_metrics_table(evaluations, unit, [other for other in METRICS if other != metric]))
+        parts += _cut_answers(results)
     rows = [
         [
             e.label,
-            f"`{e.model}`",
-            f"`{e.data}`",
+            f"`{_shown(e.model)}`",
+            f"`{', '.join(map(_shown, e.data.split(', ')))}`",
             *(str(e.settings.get(key, "-")) for key in ("seed", "max_new_tokens", "dtype", "device")),
         ]
         for e in evaluations
@@ -217,89 +175,38 @@ def _questions(results: Iterable[tuple[str, LengthResult]]) -> str:
     return f"{number} questions" + (", the same at every length" if same else "")
 
 
-def _spread(seeds: Sequence[int]) -> str:
-    """What the bars of points are, by the number of evaluations in each."""
+def _spread(seeds: Sequence[int], method: str) -> str:
+    """What the bars of points are, by the number of evaluations in each; ``method`` says how intervals were computed."""
     if max(seeds) == 1:
-        return "Bars and brackets are 95 % intervals over questions"
+        return f"Bars and brackets are 95 % intervals over questions{method}"
     over_seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"
-    return over_seeds if min(seeds) > 1 else f"{over_seeds}; with a single seed, the 95 % interval over questions"
+    single = f"; with a single seed, the 95 % interval over questions{method}"
+    return over_seeds if min(seeds) > 1 else over_seeds + single
 
 
-def _training_section(
-    output: Path, runs: Sequence[Run], looks: dict[str, dict[str, str]], figures: list[Path]
-) -> list[str]:
-    """The section's parts; what is drawn is added to ``figures``."""
-    from megatron_solopo.evaluation.plots import draw_curves
-
-    parts = ["## Training"]
-    preference = [run for run in runs if any("margin" in record for record in (*run.train, *run.valid))]
-    supervised = [run for run in runs if run not in preference]
-    for name, group, wanted in (
-        ("training", preference, PREFERENCE_PANELS),
-        ("supervised", supervised, SUPERVISED_PANELS),
-    ):
-        panels = {}
-        for title, (field, y_name) in wanted.items():
-            train, valid = (
-                {label: points for label in labels_of(group) if (points := curve(group, label, field, split))}
-                for split in ("train", "valid")
-            )
-            if train or valid:
-                panels[title] = (y_name, train, valid)
-        if not panels:
-            continue
-        figure = output.with_name(f"{output.stem}-{name}.png")
-        draw_curves(figure, panels, looks)
-        figures.append(figure)
-        parts.append(f"![Training curves]({figure.name})")
-        notes = ["a centred mean over 1/25 of the steps"]
-        if any(valid for _, _, valid in panels.values()):
-            notes.append("markers are evaluation steps")
-        if len(labels_of(group)) < len(group):
-            notes.append("lines are means over seeds and bands reach from the lowest to the highest")
-        if name == "training":
-            notes.append("losses of different methods are not comparable")
-        parts.append(f"*{'Preference training' if name == 'training' else 'Supervised training'}: {'; '.join(notes)}.*")
-    columns = [field for field in RUN_COLUMNS if any(field in record for run in runs for record in run.train)]
-    rows = [[run.label, f"`{run.folder}`", *_run_row(run, columns)] for run in runs]
-    parts.append(
-        markdown_table(
-            [
-                "label",
-                "folder",
-                "steps",
-                *(RUN_COLUMNS[field] for field in columns),
-                "tokens",
-                "minutes",
-                "peak memory (GiB)",
-            ],
-            rows,
-            text_columns=2,
-        )
-    )
-    parts.append("*Means over the last tenth of the steps; tokens and minutes are of all steps.*")
-    broken = [
-        f"{run.label} ({count} steps)"
-        for run in runs
-        if (count := sum("loss" in record and not finite(record["loss"]) for record in run.train))
-    ]
-    if broken:
-        parts.append(
-            f"**The loss was not finite in {', '.join(broken)}; those steps are left out of the figures and means.**"
-        )
-    return parts
+def _method(results: Sequence[tuple[str, LengthResult]], metric: str) -> str:
+    """How the intervals of a metric were computed, in brackets."""
+    # Older files do not say; theirs of 0 / 1 metrics are Wilson's too.
+    known = [result.methods or {"sub_em": "wilson", "em": "wilson"} for _, result in results]
+    text = intervals_text({metric: one[metric]} for one in known if metric in one)
+    return f" ({text.partition(': ')[2]})" if text else ""
 
 
-def _run_row(run: Run, columns: Sequence[str]) -> list[str]:
-    last = run.train[-max(1, len(run.train) // 10) :]
-    cells = [f"{len(run.train):,}"]
-    for field in columns:
-        mean = _mean([record[field] for record in last if finite(record.get(field))])
-        cells.append("-" if mean is None else f"{mean:,.0f}" if field == "tokens_per_second" else f"{mean:.3f}")
-    cells.append(f"{sum(record.get('tokens', 0) for record in run.train):,}")
-    cells.append(f"{sum(record.get('seconds', 0.0) for record in run.train) / 60:.1f}")
-    memory = [record["memory_gib"] for record in run.train if "memory_gib" in record]
-    return [*cells, f"{max(memory):.2f}" if memory else "-"]
+def _cut_answers(results: Sequence[tuple[str, LengthResult]]) -> list[str]:
+    """How many answers of each label were cut, in a sentence; [] where none was."""
+    counts: dict[str, list[int]] = {}
+    for label, result in results:
+        for place, number in enumerate((result.cut or 0, result.count if result.cut is not None else 0)):
+            counts.setdefault(label, [0, 0])[place] += number
+    cut = [f"{label} {some:,} of {asked:,}" for label, (some, asked) in counts.items() if some]
+    text = f"Answers cut at --max-new-tokens, scored as far as they go: {'; '.join(cut)}."
+    return [text] if cut else []
+
+
+def _shown(name: str) -> str:
+    """A path as seen from the current folder where it lies inside."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else name
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,48 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of values in [0, 1], by the normal approximation.
+INTERVAL_METHODS = {
+    "wilson": "Wilson score interval",
+    "wilson_bound": "Wilson score interval, an upper bound of the width",
+    "normal": "normal approximation",
+}
+"""How an interval was computed: its name in an evaluation file -> its name for people."""
 
-    When all values are 0 or 1 it is the Wilson interval.
+ENOUGH_FOR_NORMAL = 30
+"""Values from which on the spread among them is trusted."""
+
+
+def mean_interval(metric: str, values: Sequence[float]) -> tuple[tuple[float, float], str]:
+    """95 % interval of the mean of a metric over questions, and how it was computed (`INTERVAL_METHODS`).
+
+    sub-EM and EM are 0 or 1 for each question: Wilson's interval. F1 lies between, and has the normal approximation.
+    Below `ENOUGH_FOR_NORMAL` questions that is too narrow (with one question it has no width), so it has Wilson's
+    interval of its mean there: values in [0, 1] vary at most as much as zeros and ones of the same mean do.
+
+    Args:
+        values: one a question, in [0, 1].
     """
     count = len(values)
     mean = sum(values) / count if count else 0.0
-    if all(value in (0, 1) for value in values):
-        return wilson_interval(mean, count)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, count - 1)
+    if metric != "f1":
+        return wilson_interval(mean, count), "wilson"
+    if count < ENOUGH_FOR_NORMAL:
+        return wilson_interval(mean, count), "wilson_bound"
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     half = Z_95 * math.sqrt(variance / count)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    return (max(0.0, mean - half), min(1.0, mean + half)), "normal"
+
+
+def intervals_text(methods: Iterable[dict[str, str]]) -> str:
+    """How the intervals of several results were computed, each by metric: "sub-EM, EM: Wilson score interval; ..."."""
+    of_metric: dict[str, dict[str, None]] = {}
+    for one in methods:
+        for metric, method in one.items():
+            of_metric.setdefault(metric, {})[INTERVAL_METHODS.get(method, method)] = None
+    metrics_of: dict[str, list[str]] = {}
+    for metric, names in of_metric.items():
+        metrics_of.setdefault(" or ".join(names), []).append(METRICS.get(metric, metric))
+    return "; ".join(f"{', '.join(metrics)}: {names}" for names, metrics in metrics_of.items())
 
 
 NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out")
@@ -63,6 +93,8 @@ class LengthResult:
         means, intervals: by metric (`METRICS`); intervals are 95 % over questions.
         count: number of questions.
         mean_prompt_tokens: tokens of a whole prompt, on average.
+        methods: by metric, how its interval was computed (`INTERVAL_METHODS`); {} in older files.
+        cut: answers that did not end within --max-new-tokens; None in older files.
     """
 
     length: int
@@ -71,6 +103,8 @@ class LengthResult:
     intervals: dict[str, tuple[float, float]]
     count: int
     mean_prompt_tokens: float
+    methods: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,17 +122,23 @@ class Evaluation:
     def shared(self) -> dict[str, Any]:
         """What evaluations that are averaged have in common, unless LABEL= says that they are seeds."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_SHARED}
-        return {"model": Path(self.model).resolve(), "data": self.data, **settings}
+        data = [Path(name).resolve() for name in self.data.split(", ")]
+        return {"model": Path(self.model).resolve(), "data": data, **settings}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: its metrics by step; a step written twice (after a resume) counts once, the last one."""
+    """One run folder: its metrics by step; a step written twice (after a resume) counts once, the last one.
+
+    Attributes:
+        saves: the time and memory of checkpoints and exports; () in older runs.
+    """
 
     label: str
     folder: Path
     train: tuple[dict[str, Any], ...]
     valid: tuple[dict[str, Any], ...]
+    saves: tuple[dict[str, Any], ...] = ()
 
     @property
     def path(self) -> Path:
@@ -216,6 +256,8 @@ def read_evaluation(argument: str) -> Evaluation:
                 intervals={name: tuple(require(intervals, name, list, where)) for name in METRICS},
                 count=require(values, "count", int, where),
                 mean_prompt_tokens=float(require(values, "mean_prompt_tokens", (int, float), where)),
+                methods=dict(values.get("interval_method") or {}),
+                cut=values.get("cut"),
             )
         )
     if not results:
@@ -248,27 +290,28 @@ def read_run(argument: str) -> Run:
     path = metrics_file(folder)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a training run")
-    train: dict[int, dict[str, Any]] = {}
-    valid: dict[int, dict[str, Any]] = {}
+    by_split: dict[str, dict[int, dict[str, Any]]] = {split: {} for split in ("train", "valid", "save", "export")}
     written = path.read_bytes()
     lines = sum(1 for line in written.split(b"\n") if line.strip())
     read = 0
     try:
         for where, record in read_jsonl(path):
             read += 1
-            (valid if record.get("split") == "valid" else train)[require(record, "step", int, where)] = record
+            by_split.setdefault(record.get("split", "train"), {})[require(record, "step", int, where)] = record
     except UserError:
         unfinished = read == lines - 1 and not written.endswith(b"\n")
         if not unfinished:
             raise
         print(f"note: {path}: the last line is unfinished and was skipped")
+    train, valid, *saves = (tuple(steps[step] for step in sorted(steps)) for steps in by_split.values())
     if not train and not valid:
         raise UserError(f"{path}: no steps in it yet; wait for the first step of the run")
     return Run(
         label or folder.resolve().name,
         folder,
-        tuple(train[step] for step in sorted(train)),
-        tuple(valid[step] for step in sorted(valid)),
+        train,
+        valid,
+        tuple(record for records in saves for record in records),
     )
 
 

@@ -135,7 +135,7 @@ def solopo_loss(
         "reward_chosen": rewards[chosen],
         "reward_rejected": rewards[rejected],
         "margin": margin,
-        "accuracy": (margin > 0).to(margin.dtype),
+        "accuracy": pair_accuracy(margin),
         "logp_chosen": log_probs[chosen],
         "logp_rejected": log_probs[rejected],
     }
@@ -160,9 +160,27 @@ def solopo_loss(
         metrics |= {
             "alignment_loss": alignment,
             "reward_long_chosen": rewards[LONG_CHOSEN],
+            "logp_long_chosen": log_probs[LONG_CHOSEN],
             "short_long_gap_nats_per_token": gap,
         }
+        if LONG_REJECTED in log_probs:
+            metrics |= {
+                "reward_long_rejected": rewards[LONG_REJECTED],
+                "logp_long_rejected": log_probs[LONG_REJECTED],
+            }
     return GroupLosses(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def pair_accuracy(margin: Tensor) -> Tensor:
+    """1 where the chosen reward is the higher one, 0 where it is the lower one, and 0.5 where the two are equal.
+
+    Rewards are equal at step 1 of a loss with a reference, where the policy is the reference. TRL 1.16 counts a tie as
+    0 (`chosen_rewards > rejected_rewards`), which reads as if every pair were ranked wrong.
+
+    Args:
+        margin: [n] chosen minus rejected reward.
+    """
+    return (margin.sign() + 1) / 2
 
 
 def _reward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,10 +41,27 @@ class Platform:
             torch.cuda.synchronize()
 
     def peak_memory_gib(self) -> float:
-        """The most memory this process held so far, in GiB: device memory on CUDA, resident set on CPU."""
+        """The most memory this process held since `reset_peak_memory`, in GiB: device memory on CUDA, resident set on
+        CPU."""
         if self.name == "cuda":
             return torch.cuda.max_memory_reserved() / 2**30
+        with contextlib.suppress(OSError):  # no /proc; the other figure is never reset
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+    def reset_peak_memory(self) -> bool:
+        """Starts `peak_memory_gib` anew from what is held now; False where the system does not allow that."""
+        if self.name == "cuda":
+            torch.cuda.empty_cache()  # what was freed counts as reserved until then
+            torch.cuda.reset_peak_memory_stats()
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+        except OSError:
+            return False
+        return True
 
 
 def choose(device: str) -> str:

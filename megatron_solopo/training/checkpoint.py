@@ -80,10 +80,19 @@ class Checkpoints:
             retention.delete_unfinished(self._folder)
         dist.barrier()
 
+    def save_last(self, iteration: int) -> None:
+        """Saves and waits until it is complete."""
+        self.save(iteration)
+        self.finish()
+
+    def has(self, iteration: int) -> bool:
+        """Whether this is the latest complete checkpoint; waits for an asynchronous save."""
+        self.finish()
+        return iteration == self._latest
+
     def save(self, iteration: int) -> None:
         """Saves, or with --async-save starts to; nothing happens when the iteration is saved already."""
-        self.finish()
-        if iteration == self._latest:
+        if self.has(iteration):
             return
         target = checkpoint_folder(self._folder, iteration)
         # A new name each time: a writer that outlived its killed run may still be busy in the old one.

@@ -1,6 +1,6 @@
 """What goes wrong quietly in preference training, seen in the metrics of a run and told in a line.
 
-Everything here reads the lines of metrics.jsonl and nothing else, so that a resumed run, which reads its earlier lines
+`Watch` reads the lines of metrics.jsonl and nothing else, so that a resumed run, which reads its earlier lines
 again, sees what an unbroken one sees.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.errors import UserError
 
@@ -24,6 +25,7 @@ FALL = 0.1
 """A chosen log-prob fell if it lost this share of its first value (and at least 1 nat an answer)."""
 
 DISPLACEMENT, SHORT_SIDE, SPIKE = "chosen_log_prob_falls", "short_side_falls", "spike"
+CLIPPED = "clipped"
 
 
 class Watch:
@@ -40,6 +42,8 @@ class Watch:
         self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         self._history: dict[str, deque[float]] = {name: deque(maxlen=SPIKE_WINDOW) for name in ("loss", "grad_norm")}
         self._told: set[str] = set()
+        self._clipped: deque[float] = deque(maxlen=WINDOW)  # gradient norms of the last steps, all of them clipped
+        self._steps = self._unclipped = 0
         self.skipped = self.skipped_in_a_row = 0
 
     def see(self, line: Mapping[str, Any]) -> dict[str, str]:
@@ -61,7 +65,7 @@ class Watch:
         return self._warnings(line)
 
     def _warnings(self, line: Mapping[str, Any]) -> dict[str, str]:
-        found = self._spikes(line)
+        found = self._spikes(line) | self._clipping(line)
         if len(self._first) < WINDOW:
             self._first.append(line)
         self._recent.append(line)
@@ -87,6 +91,31 @@ class Watch:
                 found.append(f"{name.replace('_', ' ')} {value:.4g} against a usual {usual:.4g}")
             past.append(value)
         return {SPIKE: f"a spike: {', '.join(found)}"} if found else {}
+
+
+    def _clipping(self, line: Mapping[str, Any]) -> dict[str, str]:
+        self._steps += 1
+        if not line.get("clipped"):  # older runs do not say
+            self._unclipped += 1
+            self._clipped.clear()
+            return {}
+        self._clipped.append(line["grad_norm"])
+        if len(self._clipped) < WINDOW:
+            return {}
+        return {CLIPPED: f"every one of the last {WINDOW} steps was clipped {self._how(line)}"}
+
+    def all_clipped(self) -> str | None:
+        """A line where every step of a run that is too short for the warning was clipped, else None."""
+        if self._unclipped or not 0 < self._steps < WINDOW:
+            return None
+        return f"every step ({self._steps}) was clipped {self._how(self._recent[-1])}"
+
+    def _how(self, line: Mapping[str, Any]) -> str:
+        return (
+            f"to --clip-grad {line['clip_grad']:g} (gradient norm {min(self._clipped):.3g} to "
+            f"{max(self._clipped):.3g}): the size of the gradient has no effect then; lower --lr where the loss does "
+            "not fall, or raise --clip-grad"
+        )
 
 
 def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -121,6 +150,18 @@ def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[st
         f"because the chosen answer's short-context reward fell by {fell:.3g} (the long one changed by {rose:+.3g}): "
         "add --alignment-stop-short-gradient or lower --alignment-weight"
     }
+
+
+def no_transfer(method: MethodConfig) -> str | None:
+    """A line about a form of the alignment with which nothing was transferred when it was measured, or None."""
+    solo = method.objective == "preference" and method.context_mode == "solo" and method.alignment_weight
+    if not solo or method.preference_loss not in ("dpo", "ipo") or method.alignment_reference != "per_context":
+        return None
+    return (
+        f"--preference-loss {method.preference_loss} with --alignment-reference per_context (the default): "
+        "docs/method.md found no transfer to the long context with it (measured for dpo at toy size); "
+        "--alignment-reference short transferred"
+    )
 
 
 def length_bias(lengths: Sequence[tuple[int, int]]) -> str | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+import time
+from collections import deque
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,9 @@ from tqdm import tqdm
 
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError, system_reason
+
+PACE_WINDOW = 50
+"""Steps that the remaining time is estimated from, with the evaluations and saves between them."""
 
 
 class TensorBoard:
@@ -93,6 +99,8 @@ class RunLog:
         self.earlier: list[dict[str, Any]] = []
         """What the file held of steps before ``first_step``."""
         self._pending = b""
+        self._ends: deque[float] = deque(maxlen=PACE_WINDOW + 1)
+        """When the last training steps ended, seconds; before them, when the first began."""
 
     def begin(self) -> None:
         """Opens boards and files, where lines after ``first_step`` are taken out. The metrics are cut last,
@@ -119,7 +127,7 @@ class RunLog:
             tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, file=sys.stderr, flush=True)
 
     def step(self, values: dict[str, Any], warnings: Mapping[str, str] | None = None) -> None:
-        """A training or evaluation step; ``values`` holds "step" and "split".
+        """A line of metrics.jsonl; ``values`` holds "step" and "split": train, valid, or what was saved after the step.
 
         Args:
             warnings: name -> text of what this step warns about.
@@ -137,13 +145,20 @@ class RunLog:
             except OSError as error:
                 self._boards.remove(board)
                 self.say(f"warning: {type(board).__name__} ends at step {number} ({system_reason(error)})")
-        if split == "valid":
-            self.say(f"step {number} valid " + _summary(values))
-        elif self._bar is not None:
+        if split != "train":
+            self.say(f"step {number} {split} " + _summary(values))
+            return
+        now = time.monotonic()
+        if not self._ends:
+            self._ends.append(now - values.get("seconds", 0.0))
+        self._ends.append(now)
+        if self._bar is not None:
             self._bar.set_postfix_str(_summary(values), refresh=False)
             self._bar.update(1)
-        elif number % self._interval == 0 or number == self._steps:
-            self.say(f"step {number}/{self._steps} " + _summary(values))
+        elif number % self._interval == 0 or number in (self._first_step + 1, self._steps):
+            pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            left = timedelta(seconds=round(pace * (self._steps - number)))
+            self.say(f"step {number}/{self._steps} {_summary(values)} left {left}")
 
     def _write(self, line: str) -> None:
         """A full disk does not end the run: what did not fit is tried again with the next line."""
@@ -174,15 +189,25 @@ class RunLog:
 
 
 def _summary(values: dict[str, Any]) -> str:
+    """The values that a person follows, with their units."""
     shown = {
-        "loss": "loss",
-        "accuracy": "acc",
-        "margin": "margin",
-        "alignment_loss": "align",
-        "grad_norm": "grad",
-        "tokens_per_second": "tok/s",
+        "loss": "loss {:.4g}",
+        "po_loss": "po {:.4g}",
+        "accuracy": "acc {:.4g}",
+        "margin": "margin {:.4g}",
+        "alignment_loss": "align {:.4g}",
+        "grad_norm": "grad {:.4g}" + (" (clipped to {clip_grad:g})" if values.get("clipped") else ""),
+        "lr": "lr {:.3g}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "seconds": "{:.3g} s/step" if values["split"] == "train" else "{:.3g} s",
     }
-    return " ".join(f"{short} {values[name]:.4g}" for name, short in shown.items() if values.get(name) is not None)
+    if values["split"] == "valid":
+        shown["groups"] = "({:,} examples)"
+    elif values["split"] != "train":
+        shown["memory_gib"] = "peak memory {:.2f} GiB"
+    return " ".join(
+        text.format(values[name], **values) for name, text in shown.items() if values.get(name) is not None
+    )
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from megatron_solopo.config import Config
@@ -243,9 +243,10 @@ def _write(path: Path, table: Tensor, done: Tensor) -> str | None:
     tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata={"sha256": _checksum(tensors)})
+        # Not `save_file`: its files have mode 0600 whatever the umask, and a colleague's run could not read them.
+        aside.write_bytes(serialize(tensors, metadata={"sha256": _checksum(tensors)}))
         aside.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with contextlib.suppress(OSError):  # what failed may be the folder
             aside.unlink()
         return f"{path} cannot be written ({system_reason(error)})"

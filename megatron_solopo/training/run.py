@@ -7,6 +7,7 @@ import os
 import platform as machine
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
     from megatron_solopo.training.exits import StopRequests, tell_launcher
     from megatron_solopo.training.export import delete_earlier_exports, export_last_model, export_model
-    from megatron_solopo.training.health import Watch, length_bias
+    from megatron_solopo.training.health import Watch, length_bias, no_transfer
     from megatron_solopo.training.log import RunLog
+    from megatron_solopo.training.memory import PeakMemory
     from megatron_solopo.training.reference import reference_log_probs, shared, starting_weights
 
     first = dist.get_rank() == 0
@@ -109,6 +111,8 @@ def train(here: Any, config: Config) -> None:
     _announce(log, config, hf_config, data, schedule)
     if bias := length_bias(data.train.chosen_rejected_lengths()):
         log.say(f"warning: {bias}")
+    if note := no_transfer(config.method):
+        log.say(f"warning: {note}")
     if source is None:
         _begin(log, config, data)
 
@@ -144,30 +148,46 @@ def train(here: Any, config: Config) -> None:
     watch.replay(log.earlier)
     engine.train()
     done, reason = resumed, stop.agreed(here.device)
+    memory = PeakMemory(here)
+
+    def validate() -> None:
+        log.step({"step": done, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
+
+    def timed(split: str, save: Callable[[], Any]) -> Any:
+        """A save, with a line about its time and memory."""
+        begin = time.perf_counter()
+        with memory.apart(split):
+            result = save()
+        seconds = round(time.perf_counter() - begin, 4)
+        log.step({"step": done, "split": split, "seconds": seconds, "memory_gib": round(memory.of(split), 3)})
+        return result
+
+    if data.valid is not None and training.eval_on_start and source is None and not reason:
+        validate()
     while done < schedule.steps and not reason:
-        line = train_step(engine, optimizer, scheduler, data.train, schedule, done, config, reference["train"])
+        line = train_step(engine, optimizer, scheduler, data.train, schedule, done, config, reference["train"], memory)
         log.step(line, watch.see(line))
         done += 1
         last = done == schedule.steps
         lost = checkpoints.unsaved
         checkpoints.poll()
         if data.valid is not None and (last or _is_due(done, training.eval_interval)):
-            log.step({"step": done, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
+            validate()
         saves, exports = (not last and _is_due(done, n) for n in (output.save_interval, output.save_hf_interval))
         if saves or exports:
             _check_weights(engine, broken, done, checkpoints)
         if saves:
-            checkpoints.save(done)
+            timed("save", lambda: checkpoints.save(done))
         if checkpoints.unsaved not in (None, lost):
             log.say(f"warning: {checkpoints.unsaved}; training goes on")
         if exports:
-            error = export_model(engine, config, data, done)
+            error = timed("export", lambda: export_model(engine, config, data, done))
             log.say(f"warning: {error}" if error else f"Hugging Face folder of step {done} in {output.save_hf}")
         reason = stop.agreed(here.device) if not last else None
     if done:
         _check_weights(engine, broken, done, checkpoints)
-        checkpoints.save(done)
-        checkpoints.finish()
+        if not checkpoints.has(done):
+            timed("save", lambda: checkpoints.save_last(done))
     if watch.skipped:
         log.say(f"skipped {watch.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
     if watch.skipped_in_a_row:
@@ -175,14 +195,20 @@ def train(here: Any, config: Config) -> None:
             f"warning: every step after step {done - watch.skipped_in_a_row} was skipped: the model is still that of "
             f"step {done - watch.skipped_in_a_row}; look at their examples, or start a new run with a lower --lr"
         )
-    log.close()
+    if clipped := watch.all_clipped():
+        log.say(f"warning: {clipped}")
     stopped = f"stopped by {reason} after step {done} of {schedule.steps}" if reason else None
     if stopped and not checkpoints.unsaved:
         log.say(f"{stopped}; " + (f"saved in {output.save}" if done else "nothing was done yet"))
         tell_launcher(stopped)
-    unfinished = export_last_model(engine, config, data, done) if output.save_hf and not stopped else None
-    if output.save_hf and not (stopped or unfinished):
-        log.say(f"Hugging Face folder: {output.save_hf}")
+    unfinished = None
+    if output.save_hf and not stopped:
+        unfinished = timed("export", lambda: export_last_model(engine, config, data, done))
+        if not unfinished:
+            log.say(f"Hugging Face folder: {output.save_hf}")
+    peaks = ", ".join(f"{name} {memory.of(name):.2f} GiB" for name in memory.activities)
+    log.say(f"peak memory of the largest process: {peaks}")
+    log.close()
     stop.close()
     engine.close()
     problems = [text for text in (stopped, checkpoints.unsaved, unfinished) if text]
@@ -212,14 +238,24 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 def train_step(
-    engine: Any, optimizer: Any, scheduler: Any, dataset: Any, schedule: Any, step: int, config: Config, reference: Any
+    engine: Any,
+    optimizer: Any,
+    scheduler: Any,
+    dataset: Any,
+    schedule: Any,
+    step: int,
+    config: Config,
+    reference: Any,
+    memory: Any,
 ) -> dict[str, Any]:
     """One optimizer step; returns its line of the log.
+
+    Args:
+        memory: the `PeakMemory` of the run.
 
     Raises:
         UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
-    from megatron_solopo.parallel.platform import max_over_processes
     from megatron_solopo.training.step import make_packs, plan_of, run_step
 
     begin = time.perf_counter()
@@ -239,19 +275,21 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     engine.platform.synchronize()
     seconds = time.perf_counter() - begin
+    clip = config.training.clip_grad
     return {
         "step": step + 1,
         "split": "train",
         "epoch": round(min((step + 1) * schedule.global_batch_size, schedule.total) / schedule.examples, 4),
         **means,
         "grad_norm": float(grad_norm),
+        **({"clip_grad": clip, "clipped": int(grad_norm > clip)} if clip else {}),
         "lr": optimizer.param_groups[0]["lr"],
         "groups": sums.groups,
         "tokens": sums.tokens,
         "tokens_per_second": round(sums.tokens / seconds, 1),
         "padding_share": sums.padding / max(sums.tokens, 1),
         "compute_imbalance": round(plan.imbalance, 6),
-        "memory_gib": round(max_over_processes(engine.platform.peak_memory_gib(), engine.platform.device), 3),
+        "memory_gib": round(memory.of(), 3),
         "seconds": round(seconds, 4),
     }
 
@@ -271,7 +309,7 @@ def _not_finite(sums: Any, dataset: Any, indices: list[int], engine: Any) -> str
 
 
 def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[str, float]:
-    """Means of the loss and its metrics over all validation examples."""
+    """Means of the loss and its metrics over all validation examples, and their number, ``groups``."""
     import torch
 
     from megatron_solopo.training.step import make_packs, mean_chosen_length_of, run_step
@@ -289,7 +327,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
             ).values.items():
                 totals[name] = totals.get(name, 0.0) + value
     engine.train()
-    return {name: value / len(dataset.groups) for name, value in totals.items()}
+    return {name: value / len(dataset.groups) for name, value in totals.items()} | {"groups": len(dataset.groups)}
 
 
 def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:
@@ -303,6 +341,7 @@ def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule:
             if schedule.total % schedule.global_batch_size
             else ""
         )
+        + "; values of a step are means over its examples"
     )
     for split, dataset in (("train", train), ("valid", data.valid)):
         for line in dataset.report.lines(config.data.seq_length) if dataset is not None else ():

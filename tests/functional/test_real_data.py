@@ -156,7 +156,7 @@ def test_a_run_starts_at_the_law_and_holds_its_memory(trained: Path) -> None:
 
 @torch.no_grad()
 def test_the_exported_model_gives_the_same_log_probs_in_transformers(trained: Path) -> None:
-    [valid] = [line for line in read(trained / "dpo" / "metrics.jsonl") if line["split"] == "valid"]
+    _, valid = [line for line in read(trained / "dpo" / "metrics.jsonl") if line["split"] == "valid"]
     model = AutoModelForCausalLM.from_pretrained(trained / "dpo-hf", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained / "dpo-hf")
     assert model.config.vocab_size == 151_936 and len(tokenizer) == 151_665

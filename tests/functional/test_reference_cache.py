@@ -84,15 +84,15 @@ def test_two_runs_that_fill_one_cache_do_not_stop_each_other(
     """The other one writes the same file while this one does, and deletes the partial files that this one found."""
     from megatron_solopo.training import reference
 
-    save, found = reference.save_file, []
+    serialize, found = reference.serialize, []
 
-    def beside_another(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save(tensors, path, metadata=metadata)
-        found.append(path)
+    def beside_another(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+        found.append(tensors)
         if len(found) == 1:
             assert reference._write(home.folder / "both" / cache(home).name, *tensors.values()) is None
+        return serialize(tensors, metadata=metadata)
 
-    monkeypatch.setattr(reference, "save_file", beside_another)
+    monkeypatch.setattr(reference, "serialize", beside_another)
     monkeypatch.setattr(reference, "_partial_files", lambda path: [path.with_name(f"{path.stem}.7{reference.PARTIAL}")])
     assert again(home, "both") == 0
     assert len(found) == 2 and "warning" not in capfd.readouterr().err

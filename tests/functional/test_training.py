@@ -28,11 +28,11 @@ from megatron_solopo.training.run import main
 
 EVERY_STEP = set(
     "step split epoch loss lr grad_norm groups tokens tokens_per_second padding_share compute_imbalance seconds "
-    "memory_gib".split()
+    "memory_gib clip_grad clipped".split()
 )
 PREFERENCE = set(
     "po_loss alignment_loss reward_chosen reward_rejected reward_long_chosen margin accuracy "
-    "short_long_gap_nats_per_token logp_chosen logp_rejected".split()
+    "short_long_gap_nats_per_token logp_chosen logp_rejected logp_long_chosen".split()
 )
 
 
@@ -96,7 +96,7 @@ def test_the_loss_falls_on_an_easy_set(home: Home, sft: Any) -> None:
     assert lines[0]["loss"] > 2.5 and lines[-1]["loss"] < 0.5
     assert "step 60/60 loss" in sft.stderr and sft.stdout == ""
     valid = home.metrics("sft", "valid")
-    assert [line["step"] for line in valid] == [30, 60] and valid[-1]["loss"] < 0.5
+    assert [line["step"] for line in valid] == [0, 30, 60] and valid[-1]["loss"] < 0.5
     assert lines[0]["tokens"] > 0 and lines[0]["padding_share"] == 0
 
 
@@ -119,8 +119,8 @@ def test_learning_rate_warms_up_and_decays(home: Home, sft: Any) -> None:
 def test_the_fields_of_a_metrics_line(home: Home, sft: Any, dpo: str) -> None:
     assert all(set(line) == EVERY_STEP | {"nll"} for line in home.metrics("sft"))
     assert all(set(line) == EVERY_STEP | PREFERENCE for line in home.metrics(dpo))
-    assert all(set(line) == {"step", "split", "loss"} | PREFERENCE for line in home.metrics(dpo, "valid"))
-    assert [line["step"] for line in home.metrics(dpo, "valid")] == [2, 4, 5]
+    assert all(set(line) == {"step", "split", "loss", "groups"} | PREFERENCE for line in home.metrics(dpo, "valid"))
+    assert [line["step"] for line in home.metrics(dpo, "valid")] == [0, 2, 4, 5]
 
 
 def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> None:
@@ -128,7 +128,7 @@ def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> No
 
     board = EventAccumulator(str(home.folder / "board"))
     board.Reload()
-    for split, names in (("train", EVERY_STEP - {"step", "split"}), ("valid", {"loss", "nll"})):
+    for split, names in (("train", EVERY_STEP - {"step", "split"}), ("valid", {"loss", "nll", "groups"}), ("save", {"seconds", "memory_gib"})):
         for name in names:
             events = [(event.step, event.value) for event in board.Scalars(f"{split}/{name}")]
             assert events == [
@@ -293,7 +293,7 @@ def test_a_validation_loss_by_tokens_does_not_depend_on_the_batch(home: Home) ->
     for batch in (2, 4, 9):
         size = ["--global-batch-size", batch, "--train-iters", 1, "--valid-data", valid]
         assert run(main, home.argv(f"runs/valid-{batch}", *flags, *size)) == 0
-        [line] = home.metrics(f"runs/valid-{batch}", "valid")
+        _, line = home.metrics(f"runs/valid-{batch}", "valid")
         assert line["sft_loss"] == pytest.approx(-line["logp_chosen"] / mean_length, rel=1e-6)
 
 

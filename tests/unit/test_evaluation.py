@@ -27,7 +27,7 @@ from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import ask, evaluate
-from megatron_solopo.evaluation.generation import batches_by_length, generate
+from megatron_solopo.evaluation.generation import Response, batches_by_length, generate
 
 WORDS = [f"w{index}" for index in range(48)]
 SPECIAL = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
@@ -136,7 +136,19 @@ def test_batches_equal_one_by_one_generation(folder):
     model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
     for batch_tokens in (150, 100_000):
         found = generate(model, tokenizer, prompts, 12, batch_tokens)
-        assert found == expected
+        assert [response.text for response in found] == expected
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+def test_a_response_is_finished_where_it_ended_itself(folder, batch_tokens):
+    """The end-of-turn token counts as a new token: with one token less the same response is cut."""
+    prompts = random_prompts(20)
+    _, lengths = one_by_one(folder, prompts, 12)
+    model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
+    shortest = min(length for length in lengths if length > 1)
+    for limit in (shortest, shortest - 1, 11):
+        found = generate(model, tokenizer, prompts, limit, batch_tokens)
+        assert [response.finished for response in found] == [length <= limit for length in lengths]
 
 
 def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folder, tmp_path):
@@ -154,7 +166,7 @@ def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folde
     prompts = random_prompts(10)
     expected, _ = one_by_one(folder, prompts, 8)
     found = generate(load_model(stored, "cpu", "auto"), AutoTokenizer.from_pretrained(stored), prompts, 8)
-    assert found == expected
+    assert [response.text for response in found] == expected
 
 
 def test_stop_tokens_of_the_generation_config_count_too(folder, tmp_path):
@@ -165,7 +177,7 @@ def test_stop_tokens_of_the_generation_config_count_too(folder, tmp_path):
     stop = tokenizer.convert_tokens_to_ids(word)
     stored = write_model(tmp_path / "stops", stored={"eos_token_id": [4, stop], "pad_token_id": 0})
     found = generate(load_model(stored, "cpu", "auto"), tokenizer, prompts, 8)
-    assert found == [
+    assert [response.text for response in found] == [
         " ".join(text.split()[: text.split().index(word)]) if word in text.split() else text for text in free
     ]
     assert any(word in text.split() for text in free)
@@ -233,26 +245,50 @@ def test_evaluate_scores_the_same_questions_at_every_length(folder, questions, t
         right = sum(normalised(row["answers"][0]) in normalised(row["prediction"]) for row in rows)
         assert metrics["sub_em"] == right / 6 and metrics["count"] == 6
         assert metrics["em"] == sum(normalised(row["answers"][0]) == normalised(row["prediction"]) for row in rows) / 6
+        assert metrics["cut"] == sum(not row["finished"] for row in rows)
     shown = capsys.readouterr().out
-    assert re.search(r"8 documents +6 +36\.0 +\d\.\d{3} \[", shown)
+    cut = results["metrics"]["8 documents"]["cut"]
+    assert cut > 0 and re.search(rf"8 documents +6 +{cut} +36\.0 +\d\.\d{{3}} \[", shown)
+    assert "cut: answers that did not end within --max-new-tokens" in shown
     assert "6 questions at each length, 0 left out" in shown
 
 
 def test_scores_of_known_responses():
     items = [evaluate.Item(str(index), "?", ["The red fox", "fox"], [[1] * (index + 1)]) for index in range(4)]
-    responses = ["Answer: red fox.", "the red fox", "wolf", "a red wolf"]
+    texts = ["Answer: red fox.", "the red fox", "wolf", "a red wolf"]
+    responses = [Response(text, finished=text != "wolf") for text in texts]
     metrics, records = evaluate.score_responses(items, 0, "8 documents", responses)
     assert (metrics["sub_em"], metrics["em"], metrics["count"], metrics["mean_prompt_tokens"]) == (0.5, 0.25, 4, 2.5)
     assert metrics["f1"] == pytest.approx(
         (4 / 5 + 1 + 0 + 1 / 2) / 4
     )  # words in common: 2 of 3 + 2, all, none, 1 of 2 + 2
     assert [record["sub_em"] for record in records] == [1, 1, 0, 0]
+    assert [record["finished"] for record in records] == [True, True, False, True] and metrics["cut"] == 1
+    assert metrics["interval_method"] == {"sub_em": "wilson", "em": "wilson", "f1": "wilson_bound"}
     # Wilson's interval of 2 out of 4 is centred on 1/2, its half width z / (2 sqrt(n + z^2)).
     half = 1.959964 / (2 * (4 + 1.959964**2) ** 0.5)
     assert metrics["interval"]["sub_em"] == pytest.approx([0.5 - half, 0.5 + half])
     assert re.search(
-        r"8 documents +4 +2\.5 +0\.500 \[0\.150, 0\.850\]", evaluate.table_lines({"8 documents": metrics})[1]
+        r"8 documents +4 +1 +2\.5 +0\.500 \[0\.150, 0\.850\]", evaluate.table_lines({"8 documents": metrics})[1]
     )
+
+
+def test_results_name_model_and_data_from_anywhere(folder, questions, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run_evaluate(".", questions, tmp_path / "r.json", lengths=("--context-documents", "2")) == 0
+    monkeypatch.chdir(questions.parent)
+    assert run_evaluate(folder, questions.name, tmp_path / "s.json", lengths=("--context-documents", "2")) == 0
+    for name in "rs":
+        results = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (results["model"], results["data"]) == (str(folder.resolve()), str(questions.resolve()))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_results_do_not_replace_a_file_of_the_model(folder, questions, tmp_path, name):
+    before = (folder / name).read_bytes()
+    with pytest.raises(UserError, match=rf"--output \S+{name}: .*--model") as caught:
+        run_evaluate(folder, questions, folder / name, lengths=("--context-documents", "2"))
+    assert "\n" not in str(caught.value) and (folder / name).read_bytes() == before
 
 
 def test_predictions_are_the_models_responses_to_each_length(folder, questions, tmp_path):
@@ -401,8 +437,9 @@ def test_ask_shows_every_model_and_refuses_a_long_document(folder, tmp_path, cap
         "<user>w1 w2 w3 .\nw4 w5 w6 . w1 ?<assistant>", add_special_tokens=False
     )["input_ids"]
     for path in (folder, other):
-        [text], _ = one_by_one(path, [prompt], 5)
-        assert re.search(rf"{path.parent.name}/tiny \({len(prompt)} prompt tokens\) +\| {re.escape(text)}", shown)
+        [text], [length] = one_by_one(path, [prompt], 5)
+        cut = r"\n +\| \[cut at --max-new-tokens\]" if length == 5 else r"(?!\n +\| \[cut)"
+        assert re.search(rf"{path.parent.name}/tiny \({len(prompt)} prompt tokens\) +\| {re.escape(text)}{cut}", shown)
     document.write_text("w1 " * 300)
     with pytest.raises(UserError, match=r"--document: a prompt of 304 tokens .*max_position_embeddings 256"):
         ask.main(argv)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import runpy
 from pathlib import Path
 
@@ -69,10 +70,22 @@ def test_interval_of_scores_that_are_not_yes_or_no():
     rng = random.Random(0)
     covered = 0
     for _ in range(400):
-        low, high = results.mean_interval([rng.random() for _ in range(50)])
+        (low, high), method = results.mean_interval("f1", [rng.random() for _ in range(50)])
         covered += low <= 0.5 <= high
-    assert 0.92 <= covered / 400 <= 0.98
-    assert results.mean_interval([1.0, 0.0, 1.0, 1.0]) == results.wilson_interval(0.75, 4)
+    assert 0.92 <= covered / 400 <= 0.98 and method == "normal"
+    assert results.mean_interval("em", [1.0, 0.0, 1.0, 1.0]) == (results.wilson_interval(0.75, 4), "wilson")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 10, 20])
+def test_the_interval_of_few_f1_scores_holds_their_mean_at_least_as_often_as_it_says(count):
+    """The normal approximation does not: of one score it has no width at all."""
+    rng = random.Random(count)
+    covered = 0
+    for _ in range(400):
+        (low, high), method = results.mean_interval("f1", [rng.choice([0.0, 0.4, 0.8, 1.0]) for _ in range(count)])
+        covered += low <= 0.55 <= high
+    assert method == "wilson_bound" and covered / 400 >= 0.95
+    assert results.mean_interval("f1", [0.5] * count)[0] == results.wilson_interval(0.5, count)
 
 
 def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
@@ -165,6 +178,124 @@ def test_report_of_runs_and_evaluations(tmp_path, capsys):
     assert "3 figures" in capsys.readouterr().out
 
 
+SOLO = {"po_loss": 0.6, "alignment_loss": 0.2, "reward_chosen": 0.1, "reward_rejected": -0.1, "logp_chosen": -9.0}
+
+
+def write_solo_run(folder, steps, groups=4, valid=(), clip=1.0):
+    """A run in today's form: the total loss rises with the step while the preference loss falls."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(steps + 1):
+        losses = {"loss": 0.7 + step / 100, "po_loss": 0.7 - step / 1000, "margin": step / 10, "accuracy": 0.5}
+        if step in valid:
+            lines.append({"step": step, "split": "valid", **SOLO, **losses, "loss": 5.0 + step, "groups": 3})
+        if step:
+            cost = {"tokens": 10, "tokens_per_second": 20.0, "padding_share": 0.0, "seconds": 0.5, "memory_gib": 1.5}
+            grad = {"grad_norm": 7.0, "clip_grad": clip, "clipped": 7.0 > clip}
+            last = {"groups": 1 if step == steps else groups}
+            lines.append({"step": step, "split": "train", **SOLO, **losses, **grad, **last, **cost})
+    lines.append({"step": steps, "split": "save", "seconds": 2.0, "memory_gib": 4.25})
+    lines.append({"step": steps, "split": "export", "seconds": 2.0, "memory_gib": 2.25})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def rows_of(text, head):
+    """The cells of the table whose head begins so."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.match(head, line))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_validation_and_the_parts_of_the_loss_are_in_the_table(tmp_path):
+    run = results.read_run(str(write_solo_run(tmp_path / "solo", 20, valid=(0, 10, 20))))
+    text = report.write_report(tmp_path / "r.md", [run])[0].read_text()
+    head, _, *rows = rows_of(text, r"\| label +\| of ")
+    assert [row[:4] for row in rows] == [
+        ["solo", "train, steps 1 to 2", "8", "0.715"],
+        ["solo", "train, steps 19 to 20", "5", "0.892"],  # 4 examples of 0.89, 1 of 0.90
+        ["solo", "validation, before step 1", "3", "5.000"],
+        ["solo", "validation, after step 20", "3", "25.000"],
+    ]
+    column = head.index("preference loss")
+    assert [row[column] for row in rows] == ["0.698", "0.680", "0.700", "0.680"]
+    assert {"alignment", "reward chosen", "reward rejected", "log-prob chosen"} <= set(head)
+
+
+def test_what_a_run_took_names_saves_and_clipped_steps_apart(tmp_path):
+    runs = [results.read_run(str(write_solo_run(tmp_path / name, 20, clip=clip))) for name, clip in (("a", 1.0), ("b", 9))]
+    runs.append(results.read_run(str(write_run(tmp_path / "older", 20))))
+    text = report.write_report(tmp_path / "r.md", runs)[0].read_text()
+    head, _, *rows = rows_of(text, r"\| label +\| folder ")
+    places = [head.index(name) for name in ("clipped", "peak memory (GiB)", "peak in saves (GiB)")]
+    assert [[row[place] for place in places] for row in rows] == [
+        ["20", "1.50", "4.25"],
+        ["0", "1.50", "4.25"],
+        ["-", "1.20", "-"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean"), [(20, "lines show every step, each the mean over 1 to 4 examples"), (120, "over 5 steps, each")]
+)
+def test_a_caption_says_how_much_a_mean_covers(tmp_path, steps, mean):
+    run = results.read_run(str(write_solo_run(tmp_path / "solo", steps, valid=(0,))))
+    text = report.write_report(tmp_path / "r.md", [run])[0].read_text()
+    [caption] = [line for line in text.splitlines() if line.startswith("*Preference training: ")]
+    assert mean in caption and "evaluations on 3 validation examples" in caption and "--clip-grad" in caption
+
+
+def test_the_parts_of_the_loss_are_drawn(tmp_path, monkeypatch):
+    from megatron_solopo.evaluation import plots
+
+    drawn = {}
+    draw = plots.draw_curves
+
+    def kept(path, panels, looks, marks):
+        drawn.update(panels=panels, marks=marks)
+        draw(path, panels, looks, marks)
+
+    monkeypatch.setattr(plots, "draw_curves", kept)
+    report.write_report(tmp_path / "r.md", [results.read_run(str(write_solo_run(tmp_path / "solo", 20, valid=(0, 20))))])
+    fields = {y_name: train["solo"][0].mean for y_name, train, _ in drawn["panels"].values()}
+    assert list(drawn["panels"])[:3] == ["Total loss", "Preference loss", "Alignment"]
+    assert {"Reward of chosen", "Reward of rejected", "Log-prob of chosen", "Gradient norm"} <= set(drawn["panels"])
+    assert "Short-long gap" not in drawn["panels"] and fields["before clipping"] == 7.0  # no run has the gap
+    assert [point.x for point in drawn["panels"]["Preference loss"][2]["solo"]] == [0, 20]
+    assert drawn["marks"] == {"Gradient norm": [1.0]}
+
+
+def test_answers_that_were_cut_are_told(tmp_path):
+    path = write_evaluation(tmp_path / "e.json", {8: 0.5, 16: 0.5})
+    whole = json.loads(path.read_text())
+    whole["metrics"]["16 documents"]["cut"] = 12
+    path.write_text(json.dumps(whole))
+    evaluations = [results.read_evaluation(f"base={path}")]
+    text = report.write_report(tmp_path / "r.md", (), evaluations)[0].read_text()
+    assert "Answers cut at --max-new-tokens, scored as far as they go: base 12 of 100." in text
+
+
+def test_the_caption_names_the_interval_of_the_drawn_metric(tmp_path):
+    path = write_evaluation(tmp_path / "e.json", {8: 0.5})
+    whole = json.loads(path.read_text())
+    methods = {"sub_em": "wilson", "em": "wilson", "f1": "normal"}
+    for metric, name in (("sub_em", "Wilson score interval"), ("f1", "normal approximation")):
+        for written in (methods, None):  # an older file says nothing of F1
+            whole["metrics"]["8 documents"] |= {"interval_method": written}
+            path.write_text(json.dumps(whole))
+            evaluations = [results.read_evaluation(f"base={path}")]
+            text = report.write_report(tmp_path / "r.md", (), evaluations, metric=metric)[0].read_text()
+            assert (f"intervals over questions ({name})." in text) == (written is not None or metric == "sub_em")
+
+
+def test_paths_of_one_data_file_are_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = write_evaluation(tmp_path / "a.json", {8: 0.1}, data="q.jsonl, p.jsonl")
+    b = write_evaluation(tmp_path / "b.json", {8: 0.9}, data=f"{tmp_path}/q.jsonl, {tmp_path}/p.jsonl")
+    assert len(results.read_evaluations([str(a), str(b)])) == 2
+
+
 def test_only_figures_that_were_written_are_counted(tmp_path, capsys):
     for stale in ("r-training.png", "r-x-accuracy.png"):
         (tmp_path / stale).write_bytes(b"")
@@ -196,7 +327,7 @@ def test_captions_say_what_the_points_of_their_chart_are(tmp_path):
 
     short, long = ({"scores": scores, "unit": "tokens"} for scores in ({1024: 0.5}, {4096: 0.5, 8192: 0.4}))
     documents = {"scores": {8: 0.5}, "count": 50}
-    single = "Bars and brackets are 95 % intervals over questions."
+    single = "Bars and brackets are 95 % intervals over questions (Wilson score interval)."
     seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"
     assert captions(p1=short, p2=long) == [f"100 questions, the same at every length. {single}"]
     assert captions(p1=short, p2=long, p3=documents) == [
@@ -208,7 +339,7 @@ def test_captions_say_what_the_points_of_their_chart_are(tmp_path):
         f"50 questions, the same at every length. {single}",
     ]
     assert captions(p1=short, p2=short, p3=long | {"count": 50}) == [
-        f"50 to 100 questions. {seeds}; with a single seed, the 95 % interval over questions."
+        f"50 to 100 questions. {seeds}; with a single seed, the 95 % interval over questions (Wilson score interval)."
     ]
 
 

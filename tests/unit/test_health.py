@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_solopo.config import MethodConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.training.health import (
+    CLIPPED,
     DISPLACEMENT,
     MOST_SKIPPED,
     SHORT_SIDE,
@@ -14,6 +16,7 @@ from megatron_solopo.training.health import (
     WINDOW,
     Watch,
     length_bias,
+    no_transfer,
 )
 
 
@@ -57,6 +60,52 @@ def test_chosen_answers_that_fall_while_margins_grow():
     assert told(Watch(10), lines) == {42: [DISPLACEMENT]}
     both = [line(n, logp_chosen=-20 - n / 10, margin=1 - n / 500) for n in range(1, 101)]
     assert told(Watch(10), both) == {}  # the margin falls too: that is no displacement
+
+
+def test_steps_that_are_all_clipped_are_told_once():
+    def clipped(n, yes=True):
+        return line(n, grad_norm=3.0 if yes else 0.5, clip_grad=1.0, clipped=yes)
+
+    always = [clipped(n) for n in range(1, 101)]
+    assert told(Watch(10), always) == {WINDOW: [CLIPPED]}
+    text = Watch_after(always[: WINDOW - 1]).see(always[WINDOW - 1])[CLIPPED]
+    assert f"last {WINDOW} steps was clipped to --clip-grad 1 (gradient norm 3 to 3)" in text
+    often = [clipped(n, n % WINDOW > 0) for n in range(1, 101)]
+    assert told(Watch(10), often) == {}
+    assert told(Watch(10), [line(n) for n in range(1, 101)]) == {}  # clipping is off, or an older run
+    later = [clipped(n, n > 10) for n in range(1, 101)]
+    assert told(Watch(10), later) == {10 + WINDOW: [CLIPPED]}
+
+
+@pytest.mark.parametrize(
+    ("clipped", "told_at_the_end"), [([1] * 5, True), ([1, 1, 0, 1], False), ([1] * 100, False), ([], False)]
+)
+def test_a_short_run_whose_steps_are_all_clipped_says_so_at_its_end(clipped, told_at_the_end):
+    lines = [line(n, clip_grad=1.0, clipped=bool(yes)) for n, yes in enumerate(clipped, 1)]
+    for cut in (0, len(lines) // 2):
+        watch = Watch_after(lines[:cut])
+        for each in lines[cut:]:
+            watch.see(each)
+        assert (watch.all_clipped() is not None) == told_at_the_end
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "warned"),
+    [
+        ("dpo", {}, True),
+        ("ipo", {}, True),
+        ("dpo", {"alignment_reference": "short"}, False),
+        ("dpo", {"context_mode": "short"}, False),
+        ("dpo", {"alignment_weight": 0.0}, False),
+        ("orpo", {}, False),
+        ("simpo", {}, False),
+        ("dpo", {"objective": "sft"}, False),
+    ],
+)
+def test_the_alignment_that_transferred_nothing_is_told(loss, settings, warned):
+    text = no_transfer(MethodConfig(**{"preference_loss": loss, "alignment_weight": 3.0} | settings))
+    assert (text is not None) == warned
+    assert not warned or ("docs/method.md" in text and "\n" not in text and "--alignment-reference short" in text)
 
 
 def solo(step, short, long):
