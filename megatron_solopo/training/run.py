@@ -112,7 +112,7 @@ def train(here: Any, config: Config) -> None:
     if bias := length_bias(data.train.chosen_rejected_lengths()):
         log.say(f"warning: {bias}")
     if note := no_transfer(config.method):
-        log.say(f"warning: {note}")
+        log.say(f"note: {note}")
     if source is None:
         _begin(log, config, data)
 

@@ -22,6 +22,7 @@ from megatron_solopo.losses.solopo import (
     chosen_role,
     has_likelihood,
     needs_reference,
+    pair_accuracy,
     reference_roles,
     roles,
     scored_roles,
@@ -276,6 +277,27 @@ def test_dpo_starts_at_ln_2(mode):
     if mode == "solo":
         assert got.metrics["alignment_loss"].abs().max() == 0
         assert_close(got.loss, got.metrics["po_loss"], rtol=0, atol=0)
+
+
+def test_a_tie_counts_half_in_the_accuracy():
+    margin = torch.tensor([1e-30, -1e-30, 0.0, -0.0, 5.0, -5.0, math.inf], dtype=torch.float64)
+    assert pair_accuracy(margin).tolist() == [1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
+def test_aligned_responses_are_logged_at_length(loss):
+    """Both of them with alignment target both; the alignment is the distance of what is logged."""
+    p, n, ref = draw(6)
+    for target in ("chosen", "both"):
+        method = make(loss, "solo", alignment_target=target)
+        got = solopo_loss(tensors(p), tensors(n), tensors(ref), method).metrics
+        aligned = ("chosen", "rejected") if target == "both" else ("chosen",)
+        long = {f"{kind}_long_{answer}" for kind in ("reward", "logp") for answer in aligned}
+        assert {name for name in got if "_long_" in name} == long | {"short_long_gap_nats_per_token"}
+        distance = sum((got[f"reward_{answer}"] - got[f"reward_long_{answer}"]).abs() for answer in aligned)
+        assert_close(got["alignment_loss"], distance, rtol=0, atol=1e-12)
+        for answer in aligned:
+            assert_close(got[f"logp_long_{answer}"], tensors(p)[f"long_{answer}"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss,target", list(product(("dpo", "ipo", "simpo", "orpo"), ("chosen", "both"))))
