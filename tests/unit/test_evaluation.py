@@ -398,7 +398,7 @@ def test_a_padding_token_that_the_model_does_not_know_changes_nothing(folder):
 def test_what_stands_beyond_the_limit_is_not_left_out(folder, tmp_path, capsys):
     path = write_questions(tmp_path / "questions.jsonl")
     lines = path.read_text().splitlines()
-    unusable = [json.dumps(json.loads(lines[0]) | {"id": f"the{n}", "answer": "the"}) for n in range(3)]
+    unusable = [json.dumps(json.loads(lines[0]) | {"id": f"the{n}", "answer": "\u200b"}) for n in range(3)]
     path.write_text("\n".join([unusable[0], *lines, *unusable[1:]]) + "\n")
     run_evaluate(folder, path, tmp_path / "r.json", "--limit", "2", lengths=("--context-documents", "2"))
     assert "2 questions at each length, 1 left out\n" in capsys.readouterr().out

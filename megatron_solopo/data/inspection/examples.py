@@ -125,8 +125,10 @@ def without_numbers(contexts: Sequence[Sequence[tuple[int, str]]]) -> list[list[
     places = [
         [match.span() for match in re.finditer(rf"(?<!\d){number}(?!\d)", text)] for number, text in documents
     ]
-    written: list[list[tuple[int, int]]] = [[] for _ in documents]
-    for before in range(8, 0 if len(documents) > 3 else 1, -1):  # the longest common surroundings are the surest
+    written: list[set[tuple[int, int]]] = [set() for _ in documents]
+    for before in range(8, 0 if len(documents) > 3 else 1, -1):
+        if before < 3 and any(written):  # so short surroundings may be common by chance
+            break
 
         def around(text: str, span: tuple[int, int], before: int = before) -> tuple[str, str]:
             return text[max(span[0] - before, 0) : span[0]], text[span[1] : span[1] + 1]
@@ -134,11 +136,8 @@ def without_numbers(contexts: Sequence[Sequence[tuple[int, str]]]) -> list[list[
         kinds = [{around(text, span) for span in spans} for (_, text), spans in zip(documents, places, strict=True)]
         common = set.intersection(*kinds) if kinds else set()
         if common:
-            written = [
-                [span for span in spans if around(text, span) in common]
-                for (_, text), spans in zip(documents, places, strict=True)
-            ]
-            break
+            for known, (_, text), spans in zip(written, documents, places, strict=True):
+                known.update(span for span in spans if around(text, span) in common)
     blanked = iter([_blank(text, spans) for (_, text), spans in zip(documents, written, strict=True)])
     return [[next(blanked) for _ in context] for context in contexts]
 
