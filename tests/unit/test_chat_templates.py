@@ -1,0 +1,200 @@
+"""What is learnt is what follows the generation prompt when a model answers, whatever a chat template makes of it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from test_chat import LLAMA3, SPECIAL, assistant, byte_tokenizer, user
+from tiny_models import write_lines
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo.data.sampling.prompts import Prompt
+from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
+from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
+from megatron_solopo.data.tokenized.tokens import tokenize
+from megatron_solopo.errors import UserError
+
+END = "<|im_end|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (  # a space before an answer, and one behind it
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}"
+    "{% else %}<|head|>{{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+R1 = (  # opens a thought, and drops the thoughts of the past
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|head|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% else %}<|tail|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|head|><think>\n{% endif %}"
+)
+SPLIT = (  # Qwen3's: the last answer's thought, or an empty one, is written anew; those of the past are dropped
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set c = m.content %}{% set thought = '' %}{% if '</think>' in c %}"
+    "{% set thought = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.last %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{{ c.lstrip('\n') }}{% else %}{{ c }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+)
+QWEN3 = SPLIT + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+QWEN3_THINKING = SPLIT + "<think>\n{% endif %}"
+ALWAYS = CHATML.replace("{{ m.content", "{% if m.role == 'assistant' %}<think></think> {% endif %}{{ m.content").replace(
+    "assistant\n{% endif %}", "assistant\n<think>{% endif %}"
+)
+HARMONY = (  # control tokens between the role and the answer
+    "{% for m in messages %}<|head|>{{ m.role }}{% if m.role == 'assistant' %}<|tail|>final{% endif %}<|endoftext|>"
+    "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant{% endif %}"
+)
+MOVED = (  # says the answer before the question
+    "{% if messages | length > 1 %}{{ messages[1].content }}<|im_end|>{% endif %}<|head|>{{ messages[0].content }}<|tail|>"
+)
+
+THOUGHT = "France has one.\n</think>\n\nAnswer: Paris"
+BOTH = f"<think>\n{THOUGHT}"
+TABLE = [
+    # template, its values, the response, what is learnt before the end of turn
+    (CHATML, None, "room 0", "room 0"),
+    (CHATML, None, " room\n", " room\n"),
+    (CHATML, None, BOTH, BOTH),
+    (LLAMA3, None, " room 0\n", "room 0"),
+    (LLAMA2, None, "room 0", " room 0 "),
+    (LLAMA2, None, " room 0", " room 0 "),
+    (R1, None, THOUGHT, THOUGHT),
+    (R1, None, "room 0", "room 0"),
+    (R1, None, BOTH, THOUGHT),
+    (R1, None, "<think>I think.</think> room 0", "I think.</think> room 0"),
+    (QWEN3, None, "room 0", "room 0"),
+    (QWEN3, None, BOTH, BOTH),
+    (QWEN3, None, "<think>\nI think.</think>room 0", "<think>\nI think.</think>room 0"),
+    (QWEN3, None, "x</think>", "x</think>"),
+    (QWEN3, '{"enable_thinking": false}', "room 0", "room 0"),
+    (QWEN3, '{"enable_thinking": false}', "\nroom </think> 0", "\nroom </think> 0"),
+    (QWEN3, '{"enable_thinking": false}', "<think>\n\n</think>\n\nroom 0", "room 0"),
+    (QWEN3_THINKING, None, THOUGHT, THOUGHT),
+    (QWEN3_THINKING, None, BOTH, THOUGHT),
+    (QWEN3_THINKING, None, "I think.</think>room 0", "I think.</think>room 0"),
+    (QWEN3_THINKING, None, "room 0", "room 0"),
+    (ALWAYS, None, " I think. </think> room 0", " I think. </think> room 0"),
+    (ALWAYS, None, "room 0", "room 0"),
+    (HARMONY, None, "room 0", "<|tail|>final<|endoftext|>room 0"),
+    (MOVED, None, "room 0", "room 0"),
+]
+
+
+def make(folder: Path, template: str, values: str | None = None) -> PreTrainedTokenizerBase:
+    byte_tokenizer(template, END).save_pretrained(folder)
+    return load_tokenizer(folder, chat_template_kwargs=values)
+
+
+@pytest.mark.parametrize(("template", "values", "response", "learnt"), TABLE)
+def test_the_response_follows_the_generation_prompt(
+    template: str, values: str | None, response: str, learnt: str, tmp_path: Path
+) -> None:
+    tokenizer = make(tmp_path, template, values)
+    ids = response_ids(tokenizer, [user("hi")], response)
+    assert tokenizer.decode(ids) == learnt + tokenizer.eos_token
+    prompt, continuation, taken = conversation_ids(tokenizer, [user("hi"), assistant(response)])
+    assert (prompt, continuation) == (prompt_ids(tokenizer, [user("hi")]), ids) and all(taken)
+
+
+@pytest.mark.parametrize(("template", "values"), {(template, values) for template, values, *_ in TABLE})
+def test_what_was_sampled_is_learnt_to_the_id(template: str, values: str | None, tmp_path: Path) -> None:
+    """Sampled ids, spaces, tags and control tokens among them, come back from responses and groups as they were."""
+    tokenizer = make(tmp_path, template, values)
+    end, draw = tokenizer.eos_token_id, random.Random(0)
+    parts = [*map(tokenizer.convert_tokens_to_ids, SPECIAL), *(tokenizer.encode(t) for t in ("<think>", "</think>", "\n", " ", "a"))]
+    parts = [part if isinstance(part, list) else [part] for part in parts if part != end]
+    sampled = [[97 - 33, *sum(draw.choices(parts, k=6), [])] for _ in range(30)]
+    prompt = Prompt("q", [user("hi")], prompt_ids(tokenizer, [user("hi")]))
+    done = from_ids(tokenizer, prompt, [[*ids, end] for ids in sampled], [True] * 30, [end], Statistics())
+    for number, ids in enumerate(sampled[1:], 1):
+        kept = done.token_ids or [None] * 30
+        if done.responses[0] == done.responses[number]:
+            continue
+        record = {"id": "g", "short_messages": prompt.messages, "chosen": done.responses[0], "rejected": done.responses[number]}
+        record |= {"chosen_ids": kept[0], "rejected_ids": kept[number]}
+        data = tokenize(write_lines(tmp_path / "g.jsonl", [record]), tokenizer, ("short_chosen", "short_rejected"), 999)
+        (only,) = data.groups[0].prompts
+        assert list(only.ids) == list(prompt.ids)
+        assert [list(one.ids) for one in only.continuations] == [[*sampled[0], end], [*ids, end]]
+
+
+TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]
+THINKING_TURNS = [user("a"), assistant("b"), user("c"), assistant("<think>\nx\n</think>\n\nd")]
+
+
+@pytest.mark.parametrize(
+    ("template", "values", "turns"),
+    [
+        (CHATML, None, THINKING_TURNS),
+        (LLAMA3, None, TURNS),
+        (LLAMA2, None, TURNS),
+        (QWEN3, None, TURNS),
+        (QWEN3, None, THINKING_TURNS),
+    ],
+)
+def test_every_turn_follows_its_generation_prompt(template: str, values: str | None, turns: list, tmp_path: Path) -> None:
+    """Prompt and turn by turn are the sequence that a conversation with the model is."""
+    tokenizer = make(tmp_path, template, values)
+    prompt, ids, learnt = conversation_ids(tokenizer, turns)
+    first = response_ids(tokenizer, turns[:1], "b")
+    second = [*prompt_ids(tokenizer, turns[:3]), *response_ids(tokenizer, turns[:3], turns[3]["content"])]
+    assert prompt + ids == second and (prompt + ids)[len(prompt) :][: len(first)] == first
+    taken = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]
+    assert taken == [*first, *response_ids(tokenizer, turns[:3], turns[3]["content"])]
+
+
+@pytest.mark.parametrize(
+    ("template", "values"), [(R1, None), (QWEN3, '{"enable_thinking": false}'), (QWEN3_THINKING, None), (ALWAYS, None)]
+)
+def test_turns_that_the_template_rewrites_are_refused(template: str, values: str | None, tmp_path: Path) -> None:
+    tokenizer = make(tmp_path, template, values)
+    path = write_lines(tmp_path / "c.jsonl", [{"id": "c1", "messages": TURNS}])
+    with pytest.raises(UserError, match="c.jsonl: conversation 'c1': the chat template rewrites earlier turns.*one record a"):
+        tokenize(path, tokenizer, ("response",), 999)
+
+
+def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
+    """Where it is only a text; sampled ids are what was sampled."""
+    tokenizer = make(tmp_path, QWEN3, '{"enable_thinking": false}')
+    record = {"id": "g1", "short_messages": [user("hi")], "chosen": BOTH, "rejected": "no"}
+    path = tmp_path / "g.jsonl"
+    with pytest.raises(UserError, match="group 'g1': the chat template's generation prompt has .*--chat-template-kwargs"):
+        tokenize(write_lines(path, [record]), tokenizer, ("short_chosen",), 999)
+    ids = tokenizer.encode(BOTH)
+    data = tokenize(write_lines(path, [record | {"chosen_ids": ids}]), tokenizer, ("short_chosen",), 999)
+    assert list(data.groups[0].prompts[0].continuations[0].ids) == [*ids, tokenizer.eos_token_id]
+    counts = Statistics()
+    prompt = Prompt("q", [user("hi")], prompt_ids(tokenizer, [user("hi")]))
+    assert from_texts(tokenizer, prompt, [BOTH], [True], len(ids) + 1, counts).responses == [BOTH]
+    assert from_ids(tokenizer, prompt, [ids], [False], [], counts).token_ids == [ids] and counts.mismatches == 2
+
+
+INST = (
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+PIECES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("template", [INST, CHATML.replace("<|im_end|>", "</s>").replace("<|im_start|>", "<s>")])
+def test_sentencepiece_puts_no_second_space_before_an_answer(
+    name: str, legacy: bool, template: str, tmp_path: Path, solopo_data: Path
+) -> None:
+    """Apart from the prompt, Mistral's tokenizers put one before every text; the whole chat's ids are the law."""
+    (tmp_path / "tokenizer.model").write_bytes((solopo_data / "tokenizers" / "mistral" / PIECES[name]).read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"legacy": {str(legacy).lower()}}}')
+    (tmp_path / "t.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path, tmp_path / "t.jinja")
+    for response in ("answer", "12,5 %", "In **Japan**,\n日本"):
+        turns = [user("Where?"), assistant(response), user("Why?"), assistant("So.")]
+        whole = tokenizer.apply_chat_template(turns[:2], return_dict=False)
+        one = [*prompt_ids(tokenizer, turns[:1]), *response_ids(tokenizer, turns[:1], response)]
+        assert one == whole[: len(one)] and one[-1] == tokenizer.eos_token_id
+        prompt, ids, _ = conversation_ids(tokenizer, turns)
+        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+        assert prompt + ids == whole[: len(prompt) + len(ids)]
