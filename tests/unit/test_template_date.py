@@ -145,7 +145,7 @@ def write_template(folder: Path, text: str) -> Path:
 
 
 def test_a_server_prints_the_day_where_the_template_takes_it_and_is_refused_elsewhere(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What is sent makes transformers, with its own clock, print the day."""
     tokenizer = load_tokenizer(folder, chat_template_date="2026-01-09")
@@ -159,6 +159,13 @@ def test_a_server_prints_the_day_where_the_template_takes_it_and_is_refused_else
     other = load_tokenizer(folder, chat_template=write_template(tmp_path, SMOLLM3 + TEMPLATE))
     with pytest.raises(UserError, match="--server-api chat: the chat template prints the date, and .* completions"):
         template_kwargs.for_server(other)
+    # Before the server is asked anything.
+    contexts = {"id": "q", "question": "?", "answers": ["w1"], "short_messages": CHAT, "long_messages": CHAT}
+    contexts |= {"short_tokens": 4, "long_tokens": 4}
+    argv = ["sample-responses", "--server", "http://127.0.0.1:9/v1", "--model", "m", "--tokenizer", folder]
+    argv += ["--contexts", write_lines(tmp_path / "contexts.jsonl", [contexts]), "--output", tmp_path / "r.jsonl"]
+    assert run(dispatch, [*map(str, argv), "--chat-template", str(tmp_path / "template.jinja")]) == 2
+    assert "error: --server-api chat: the chat template prints the date" in capfd.readouterr().err
 
 
 # Every command begun on one day, killed, and repeated on the next; then the chain from command to command.

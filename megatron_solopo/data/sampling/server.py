@@ -86,6 +86,7 @@ class FromServer:
             if not self._key:
                 raise UserError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
+        self._values = template_kwargs.for_server(tokenizer) if options.server_api == "chat" else {}
         self._kind = asyncio.run(self._look())
         self._as_text = self._kind == "transformers" and options.server_api == "completions"
         self._as_ids = self._prompts_as_ids()
@@ -205,8 +206,8 @@ class FromServer:
             body["prompt"] = self._text(prompt, prompt.id in self._with_start) if self._as_text else list(prompt.ids)
         else:
             body["messages"] = prompt.messages
-            if values := template_kwargs.for_server(self._tokenizer):
-                body["chat_template_kwargs"] = values
+            if self._values:
+                body["chat_template_kwargs"] = self._values
         # A server takes what is not given from the checkpoint's generation_config.json.
         if kind in ("vllm", "sglang"):
             body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
