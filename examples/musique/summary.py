@@ -49,7 +49,7 @@ def lines_of(steps: Sequence[dict[str, Any]], count: int) -> list[str]:
         f"(min {min(speeds):.0f}, max {max(speeds):.0f}), all processes",
         f"{'tokens a step':<24} mean {statistics.mean(tokens):.0f}",
         f"{'padding share':<24} largest {max(step['padding_share'] for step in steps):.4f}",
-        f"{'memory_gib':<24} {memory} (peak of the largest process so far)",
+        f"{'memory_gib':<24} {memory} (peak of training so far, of the largest process)",
     ]
 
 

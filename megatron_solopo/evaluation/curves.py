@@ -68,7 +68,9 @@ def training_section(
         if not panels:
             continue
         figure = output.with_name(f"{output.stem}-{name}.png")
-        clips = sorted({record["clip_grad"] for run in group for record in run.train if "clip_grad" in record})
+        records = [record for run in group for record in run.train if "clip_grad" in record]
+        # One far above all gradients would only press their curve flat.
+        clips = sorted({one["clip_grad"] for one in records if one["clip_grad"] <= 3 * one["grad_norm"]})
         draw_curves(figure, panels, looks, {"Gradient norm": clips})
         figures.append(figure)
         parts.append(f"![Training curves]({figure.name})")
@@ -115,7 +117,7 @@ def _caption(name: str, runs: Sequence[Run], panels: Mapping[str, Any], clips: S
     if "Alignment" in panels:
         notes.append("the total loss is the preference loss + alpha x the alignment, which can rise from 0")
     if clips:
-        notes.append("the dotted line is --clip-grad, to which longer gradients are cut")
+        notes.append("the dotted line is --clip-grad, to which larger gradients are scaled down")
     if name == "training" and len(labels_of(runs)) > 1:
         notes.append("losses of different methods are not comparable")
     return f"{'Preference training' if name == 'training' else 'Supervised training'}: {'; '.join(notes)}"

@@ -115,7 +115,7 @@ def draw_curves(
 
     Args:
         panels: title -> (name of the y axis, label -> training points, label -> evaluation points).
-        marks: title -> values at which a dotted line crosses the panel.
+        marks: title -> values of --clip-grad, at which a dotted line crosses the panel.
 
     A single panel has its labels at the ends of the lines; several share one legend above them.
     """
@@ -169,9 +169,9 @@ def draw_curves(
         axes.set_xlim(*ends_of_steps)
         for value in (marks or {}).get(title, ()):
             axes.axhline(value, color="#555555", linestyle=":", linewidth=1.2, zorder=2)
-            axes.annotate(f"{value:g}", (1, value), xycoords=("axes fraction", "data"), va="bottom", ha="right")
+            axes.annotate(f"clip {value:g}", (1.02, value), xycoords=("axes fraction", "data"), va="center")
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, value), max(high, 1.15 * value))
+            axes.set_ylim(min(low, 0.85 * value), max(high, 1.15 * value))
         if len(panels) == 1:
             _label_ends(figure, axes, ends, looks)
     if len(panels) > 1:

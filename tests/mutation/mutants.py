@@ -84,6 +84,7 @@ MUTANTS: list[Mutant] = [
             "else method.sft_weight) * likelihood",
             "else 1.0) * likelihood",
         ),
+        ("a tie counted as wrong", "(margin.sign() + 1) / 2", "(margin > 0).to(margin.dtype)"),
         ("alignment's sign", "total + alignment_distance(", "total - alignment_distance("),
     ),
     *within(
@@ -194,6 +195,7 @@ MUTANTS: list[Mutant] = [
         ("a healthy alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
         ("displacement told whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
         ("a spike against the last value", "median(past) if", "past[-1] if"),
+        ("steps clipped now and then told as all", "            self._clipped.clear()\n", ""),
     ),
     *within(
         "parallel/topology.py",

@@ -284,7 +284,8 @@ def test_results_name_model_and_data_from_anywhere(folder, questions, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_results_do_not_replace_a_file_of_the_model(folder, questions, tmp_path, name):
+def test_results_do_not_replace_a_file_of_the_model(questions, tmp_path, name):
+    folder = write_model(tmp_path / "tiny")
     before = (folder / name).read_bytes()
     with pytest.raises(UserError, match=rf"--output \S+{name}: .*--model") as caught:
         run_evaluate(folder, questions, folder / name, lengths=("--context-documents", "2"))
