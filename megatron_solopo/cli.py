@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from megatron_solopo import __version__
-from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo import __version__, launch
+from megatron_solopo.errors import LostProcess, UserError, system_reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("megatron_solopo.training.run", "preference optimization or sft (pretrain_solopo.py under torchrun)"),
@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "weights between Hugging Face and Megatron",
     ),
     "verify-parallelism": ("megatron_solopo.training.verify", "a step's loss and gradient under parallel layouts"),
+    "launch": ("megatron_solopo.launch", "torchrun, whose processes report a mistake once"),
     "env": ("megatron_solopo.environment", "versions, devices, cores and memory of this machine"),
 }
 """Sub-command -> (module with `main(argv) -> exit status`, one line of help)."""
@@ -66,18 +67,25 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     try:
         return main(argv)
     except UserError as error:
-        # Under torchrun all ranks write to one terminal, so all but the first say which they are.
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
-        return 2
+        _report(f"{error}", passing=isinstance(error, LostProcess))
+        return launch.REPORTED
     except OSError as error:
         if not error.filename:  # then a path alone would not explain it
             raise
-        print(f"error: {error.filename}: {system_reason(error)}", file=sys.stderr)
-        return 2
+        _report(f"{error.filename}: {system_reason(error)}")
+        return launch.REPORTED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if launch.first_to_report("interrupted"):
+            print("interrupted", file=sys.stderr)
         return 130
+
+
+def _report(message: str, passing: bool = False) -> None:
+    """Prints a mistake, unless another process of this machine did: most are the same on all."""
+    if launch.first_to_report(message, passing):
+        # Under torchrun all ranks write to one terminal, so all but the first say which they are.
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def dispatch(argv: list[str] | None = None) -> int:

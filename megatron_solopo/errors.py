@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class LostProcess(UserError):
+    """Another process of the run is gone: what it says of itself is the reason, and another start may go well."""
+
+
 def system_reason(error: BaseException) -> str:
     """The system's words where there are any ("No space left on device"), else the error's last line."""
     if isinstance(error, OSError) and error.strerror:

@@ -26,7 +26,7 @@ train() {
     trap ':' USR1 TERM INT # ends `wait` below
     (
         trap '' USR1 TERM INT
-        exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nnodes "$NNODES" \
+        exec "$PYTHON" -m megatron_solopo.launch "${rendezvous[@]}" --nnodes "$NNODES" \
             --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS" --signals-to-handle SIGHUP,SIGQUIT \
             "$repository/pretrain_solopo.py" "$@" --auto-resume --exit-signal-handler
     ) &

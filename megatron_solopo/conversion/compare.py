@@ -179,7 +179,12 @@ def report(found: Comparison, dtype: str, bound: float | None) -> int:
     for number, (tokens, difference, place) in enumerate(found.prompts, start=1):
         print(f"prompt {number}: {tokens} tokens, log-probs differ by up to {difference:.2e} nats (token {place})")
     worst = found.worst_layer
-    print(f"worst layer: {worst} of {len(found.layers)} (hidden states differ by {found.layers[worst]:.2e} behind it)")
+    if all(difference == 0 for difference in found.layers):
+        print(f"no layer differs ({len(found.layers)} compared)")
+    else:
+        print(
+            f"worst layer: {worst} of {len(found.layers)} (hidden states differ by {found.layers[worst]:.2e} behind it)"
+        )
     good = math.isfinite(found.largest) if bound is None else found.largest <= bound
     limit = f"bound {bound:g}" if bound is not None else "no bound"
     print(f"{'agrees' if good else 'DIFFERS'} in {dtype}: {found.largest:.2e} nats, {limit}")

@@ -27,6 +27,13 @@ LAYOUT = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
+STAGES = (
+    "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+"""Of `LAYOUT`, what verify has no use for: it compares layer by layer, in one stage."""
 
 
 RUN_OPTIONS = (
@@ -69,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         commands,
         "verify",
         "compares log-probs of tokens, and what each layer computes, with transformers on the same weights",
+        without=STAGES,
     )
     _add_checkpoint(verify, required=False)
     verify.add_argument("--prompts", metavar="FILE", help="a text a line (default: three built-in ones)")
@@ -83,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     return _with_engine(given, work)
 
 
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, text: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where (default: auto)")
     command.add_argument(
@@ -92,7 +100,8 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         metavar="N",
         help="as in training; default: the run's, else 128",
     )
-    for option in LAYOUT:
+    command.set_defaults(**{option: OWNER[option][1].default for option in without})
+    for option in (option for option in LAYOUT if option not in without):
         spec = OWNER[option][1]
         default = "" if spec.default is None else f" (default: {spec.default})"
         command.add_argument(
@@ -285,8 +294,6 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
             f"--hf-path {config.model.hf_path}: holds Megatron's weights, which transformers does not load; give it as "
             "--load, and the Hugging Face folder here"
         )
-    if config.parallel.pipeline_model_parallel_size > 1:
-        raise UserError("verify compares layer by layer in one stage: leave --pipeline-model-parallel-size out")
     if config.model.add_special_tokens is not None:
         raise UserError(
             f"--load {given.load}: its run added special tokens, whose rows {config.model.hf_path} does not have; "

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
-from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.errors import LostProcess, UserError, system_reason
 from megatron_solopo.training.preparation import RunData, check_model, check_vocabulary, load_data, quiet, run_schedule
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         lost = platform.lost_process(error)
         if lost is None:
             raise
-        raise UserError(
+        raise LostProcess(
             f"{lost}; its own message says why, and a slow one needs a larger --distributed-timeout-minutes "
             f"(now {config.parallel.distributed_timeout_minutes:g}). {resume_hint(config)}"
         ) from None

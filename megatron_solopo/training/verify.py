@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo import config_load, template_kwargs
+from megatron_solopo import config_load, launch, template_kwargs
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import check
@@ -116,10 +116,12 @@ def _measure(folder: Path, argv: list[str], layouts: list[Layout], dtype: str) -
     for processes, names in ProgressBar(launches, desc="layouts", unit="launch", leave=False):
         job = {"folder": str(folder), "argv": argv, "layouts": names, "dtype": dtype}
         (folder / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc_per_node", str(processes)]
         command += ["-m", "megatron_solopo.training.verify", str(folder / "job.json")]
         print(f"{processes} processes: {', '.join(names)}", file=sys.stderr)
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+        if done.returncode == launch.REPORTED:
+            raise SystemExit(launch.REPORTED)  # in a line of its own
         if done.returncode:
             raise UserError(f"the {processes} processes of {', '.join(names)} failed; their messages stand above")
 

@@ -116,7 +116,27 @@ def test_verify_agrees_and_names_the_layer_that_does_not(home: Home, megatron: P
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
     save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
     status, told, _ = convert("verify", "--hf-path", wrong, "--load", tmp_path / "m")
+    assert "no layer differs" not in told
     assert status == 1 and "worst layer: 1 of 2" in told and "DIFFERS in float32" in told
+
+
+def test_where_no_layer_differs_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_solopo.conversion.compare import Comparison, report
+
+    assert report(Comparison([(5, 0.0, 1)], [0.0, 0.0]), "float32", 1e-3) == 0
+    assert "no layer differs (2 compared)\n" in (told := capsys.readouterr().out) and "worst" not in told
+    assert report(Comparison([(5, 1e-6, 1)], [0.0, 1e-7]), "float32", 1e-3) == 0
+    assert "worst layer: 1 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["hf-to-megatron", "megatron-to-hf", "verify"])
+def test_only_what_a_command_takes_is_offered(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_solopo.training.convert import STAGES, main
+
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    offered = capsys.readouterr().out
+    assert all((f"--{option.replace('_', '-')} " in offered) == (name != "verify") for option in STAGES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids=["with a bound", "without one"])
@@ -191,6 +211,10 @@ WRONG = {
         r"holds Megatron's weights, which transformers does not",
     ),
     "step of nothing": (["verify", "--hf-path", "{hf}", "--ckpt-step", "3"], r"--ckpt-step would have no effect"),
+    "stages in a comparison": (
+        ["verify", "--hf-path", "{hf}", "--pipeline-model-parallel-size", "1"],
+        r"--pipeline-model-parallel-size: unknown option",
+    ),
     "no prompts": (["verify", "--hf-path", "{hf}", "--prompts", "{nowhere}"], r"--prompts \S+nowhere: no such file"),
     "other letters": (["verify", "--hf-path", "{hf}", "--prompts", "{latin}"], r"--prompts \S+: not UTF-8 .byte 4."),
 }

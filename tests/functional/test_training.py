@@ -207,6 +207,21 @@ def losses(home: Home, save: str) -> list[float]:
     return [line["loss"] for line in home.metrics(save)]
 
 
+def test_a_dry_run_tells_that_this_machine_cannot_compute_it(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's login node may still describe the run; the run itself is refused there."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    flags = ["--device", "auto", "--transformer-impl", "transformer_engine", "--bf16"]
+    why = "--transformer-impl transformer_engine: torch sees no CUDA device here; take portable"
+    assert run(main, home.argv("runs/te", *flags, "--dry-run")) == 0
+    assert f"warning: this machine cannot run it: {why}\n" in capsys.readouterr().out
+    assert run(main, home.argv("runs/te", *flags)) == 2
+    assert f"error: {why}\n" in capsys.readouterr().err
+    assert run(main, home.argv("runs/te", "--dry-run")) == 0
+    assert "cannot run it" not in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_and_touches_nothing(home: Home, dpo: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = home.listing()
     flags = ["--tensorboard-dir", home.folder / "b", "--save-hf", home.folder / "new-hf", "--dry-run"]

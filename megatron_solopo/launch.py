@@ -1,0 +1,95 @@
+"""`solopo launch`: torchrun, except that a mistake which a command reports in its one line is reported once.
+
+    solopo launch --nproc_per_node 8 pretrain_solopo.py --config run.yaml
+
+takes torchrun's own arguments. Where every process that failed has reported why, there is no traceback of the launcher
+behind the line, no other start of what would fail again (--max-restarts), and the exit status is the command's, 2.
+
+Under torchrun itself the line is printed once as well, with torchrun's own report behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+REPORTED = 2
+"""Exit status of a process that has reported its mistake; see `cli.run`."""
+
+_FINAL, _PASSING = "solopo-reported-", "solopo-passing-"
+"""Beginnings of the names of notes, in the folder of this start of the processes of a node."""
+
+
+def first_to_report(message: str, passing: bool = False) -> bool:
+    """Whether no other process that torchrun started on this machine has reported the same; notes that one has now.
+
+    Args:
+        passing: another start may go well, as after the loss of a process.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/LOCAL_RANK/error.json
+    if not error_file:
+        return True
+    name = (_PASSING if passing else _FINAL) + hashlib.sha256(message.encode()).hexdigest()[:16]
+    try:
+        (Path(error_file).parents[1] / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # twice is better than never
+    return True
+
+
+def _reported(error_files: Iterable[str]) -> bool:
+    """Whether processes with these error files have reported a mistake that only a person can mend."""
+    folders = {Path(file).parents[1] for file in error_files}
+    names = [path.name for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    return any(name.startswith(_FINAL) for name in names) and not any(name.startswith(_PASSING) for name in names)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``solopo launch``; the arguments are torchrun's."""
+    from torch.distributed import run
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
+
+    reported = False
+
+    class Agent(LocalElasticAgent):
+        """Does not start again what has reported a mistake (torch 2.11, elastic/agent/server/api.py, `_invoke_run`)."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            # Here torch tells of the processes that end, and that it ends the others.
+            logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: not self._told())
+
+        def _told(self) -> bool:
+            return self._pcontext is not None and _reported(self._pcontext.error_files.values())
+
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            nonlocal reported
+            result = super()._monitor_workers(worker_group)
+            reported = result.is_failed() and self._told()
+            if reported:
+                self._remaining_restarts = 0
+            return result
+
+    before, api.LocalElasticAgent = api.LocalElasticAgent, Agent
+    try:
+        run.main(argv)
+    except ChildFailedError:
+        if not reported:
+            raise
+        return REPORTED
+    finally:
+        api.LocalElasticAgent = before
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

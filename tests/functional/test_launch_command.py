@@ -1,0 +1,78 @@
+"""`solopo launch`, and torchrun: a mistake is reported once, whatever the number of processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_home import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from megatron_solopo.cli import run
+from megatron_solopo.errors import LostProcess, UserError
+
+rank = os.environ["RANK"]
+(Path(__file__).parent / f"begun-{os.environ['TORCHELASTIC_RESTART_COUNT']}-{rank}").touch()
+
+def main(argv):
+"""
+
+
+def launched(folder: Path, body: str, launcher: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Two processes with that as their command, in a folder of their own."""
+    script = folder / "command.py"
+    script.write_text(SCRIPT + f"    {body}\n\nsys.exit(run(main))\n")
+    command = [sys.executable, "-m", launcher, "--standalone", "--nproc_per_node", "2", *options, str(script)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def starts(folder: Path) -> set[str]:
+    return {path.name.split("-")[1] for path in folder.glob("begun-*")}
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_a_mistake_of_all_is_one_line_and_is_not_tried_again(tmp_path: Path) -> None:
+    done = launched(tmp_path, "raise UserError('--lr: no')", "megatron_solopo.launch", "--max-restarts", "2")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr in ("error: --lr: no\n", "error: rank 1: --lr: no\n")
+    assert starts(tmp_path) == {"0"}
+
+
+def test_under_torchrun_it_is_one_line_before_the_launchers_own(tmp_path: Path) -> None:
+    done = launched(tmp_path, "raise UserError('--lr: no')", "torch.distributed.run")
+    assert done.returncode == 1 and len(errors(done)) == 1 and "ChildFailedError" in done.stderr
+
+
+def test_each_process_tells_what_is_wrong_there(tmp_path: Path) -> None:
+    body = "import time; time.sleep(3 * (rank == '0')); raise UserError(f'{rank} is wrong')"
+    done = launched(tmp_path, body, "megatron_solopo.launch")
+    assert done.returncode == 2 and errors(done)[0] == "error: rank 1: 1 is wrong"
+
+
+@pytest.mark.parametrize("body", ["raise LostProcess('another process is gone')", "sys.exit(3)"])
+def test_what_may_pass_is_started_again(tmp_path: Path, body: str) -> None:
+    done = launched(tmp_path, body, "megatron_solopo.launch", "--max-restarts", "1")
+    assert done.returncode == 1 and "ChildFailedError" in done.stderr and starts(tmp_path) == {"0", "1"}
+
+
+def test_work_that_ends_well(tmp_path: Path) -> None:
+    done = launched(tmp_path, "return 0", "megatron_solopo.launch")
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_a_conversion_on_two_processes_reports_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_solopo.cli", "launch", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tools/convert_checkpoint.py"), "verify", "--hf-path", "nowhere"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--hf-path nowhere: no such folder" in done.stderr
