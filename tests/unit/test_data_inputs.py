@@ -140,7 +140,7 @@ def test_ids_are_unique_among_what_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["array.json", "indented.json", "lines.jsonl", "rows.csv", "rows.parquet", "ids.txt"])
 def test_every_form_of_a_list_of_ids(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     records = questions()
-    records[0]["answer"] = "The"  # cannot be scored, and is listed all the same
+    records[0]["answer"] = "\u200b"  # cannot be scored, and is listed all the same
     source, ids = lines(tmp_path / "q.jsonl", records), tmp_path / form
     excluded = [{"_id" if form == "array.json" else "id": record["id"]} for record in records[:2]] + [
         {"id": "stranger"}
@@ -191,7 +191,7 @@ def test_a_list_that_is_no_list_of_ids(tmp_path: Path) -> None:
 def test_nothing_beyond_the_limit_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole input is read for the pool; a question that was not wanted is not listed."""
     records = questions()
-    unusable = [{**records[0], "id": name, "answer": "The"} for name in ("before", "between", "after")]
+    unusable = [{**records[0], "id": name, "answer": "\u200b"} for name in ("before", "between", "after")]
     order = [unusable[0], records[0], unusable[1], records[1], unusable[2], records[2]]
     argv = ["--source", "jsonl", "--input", str(lines(tmp_path / "q.jsonl", order)), "--limit", "2"]
     argv += ["--tokenizer", str(save_word_tokenizer(tmp_path / "model")), "--output", str(tmp_path / "c.jsonl")]

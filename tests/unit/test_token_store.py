@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from option_lines import last_wins
 from tiny_models import TEMPLATE, WORDS, conversations, preference_groups, write_lines, write_model
 
 from megatron_solopo.data.files import progress, records
@@ -367,7 +368,7 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
     shutil.rmtree("wrong.partial", ignore_errors=True)
     argv = ["--train-data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
     with pytest.raises(UserError, match=pattern) as caught:
-        tokenize_data.main(argv)
+        tokenize_data.main(last_wins(argv))
     assert "\n" not in str(caught.value) and not Path("wrong").exists()
 
 
