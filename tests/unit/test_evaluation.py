@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from megatron_solopo.data.hf_model import check_reach, load_model, reach
+from megatron_solopo.data.scoring import score, sub_em
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
@@ -243,7 +244,8 @@ def test_evaluate_scores_the_same_questions_at_every_length(folder, questions, t
         # <user>, four words a document, the two words of the question, <assistant>
         assert {row["prompt_tokens"] for row in rows} == {4 * size + 4} == {metrics["mean_prompt_tokens"]}
         right = sum(normalised(row["answers"][0]) in normalised(row["prediction"]) for row in rows)
-        assert metrics["sub_em"] == right / 6 and metrics["count"] == 6
+        assert metrics["sub_em_plain"] == right / 6 and metrics["count"] == 6
+        assert metrics["sub_em"] == sum(sub_em(row["prediction"], row["answers"]) for row in rows) / 6
         assert metrics["em"] == sum(normalised(row["answers"][0]) == normalised(row["prediction"]) for row in rows) / 6
         assert metrics["cut"] == sum(not row["finished"] for row in rows)
     shown = capsys.readouterr().out
@@ -251,6 +253,15 @@ def test_evaluate_scores_the_same_questions_at_every_length(folder, questions, t
     assert cut > 0 and re.search(rf"8 documents +6 +{cut} +36\.0 +\d\.\d{{3}} \[", shown)
     assert "cut: answers that did not end within --max-new-tokens" in shown
     assert "6 questions at each length, 0 left out" in shown
+    assert "sub-EM, plain" in shown and results["settings"]["normalisation"] == "unicode"
+
+
+@pytest.mark.parametrize(("normalisation", "expected"), [("unicode", 1.0), ("squad", 0.0)])
+def test_evaluate_folds_spellings_by_choice(normalisation, expected):
+    for name in ("sub_em", "em", "f1"):
+        assert score(name, "O\u2019Brien", ["O'Brien"], normalisation) == expected
+    assert score("sub_em_plain", "I know of O\u2019Brien", ["no", "O'Brien"], normalisation) == 1.0
+    assert score("sub_em_plain", "O\u2019Brien", ["O'Brien"], normalisation) == 0.0  # the paper's, whatever is chosen
 
 
 def test_scores_of_known_responses():

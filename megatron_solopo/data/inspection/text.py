@@ -78,6 +78,8 @@ class Printer:
         for flag in view.facts.flags:
             reason = f": {view.facts.refused}" if flag == "refused" else ""
             self._line((f"! {FLAGS[flag]}{visible(reason)}", WARNING))
+        control = "{control tokens}" if self._plain else "control tokens"
+        self._line((f"prompts as the chat template renders them: behind a bar what it adds, {control} marked", MUTED))
         for context in view.contexts:
             self._context(context)
         for response in view.responses:
@@ -139,8 +141,6 @@ class Printer:
             self._to.print(self._strip(context).append(f"  evidence at depth {at}" if at else ""))
         else:
             self._line(("where its documents stand is not recorded", MUTED))
-        control = "{control tokens}" if self._plain else "control tokens"
-        self._line((f"as the chat template renders it; what the template adds stands behind a bar, {control} marked", MUTED))
         frames, shown = context.rendered.frames, context.rendered.shown
         if not shown:
             self._line(("the template rewrites the messages; this is their rendering, then the last one as recorded", MUTED))
