@@ -102,7 +102,9 @@ def golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
     """The distinct gold answers, in the order given; of each what `normalise` leaves, articles and then punctuation
     kept where nothing else is left."""
     found = (
-        next((Gold(text, keep) for keep in ("words", "articles", "all") if (text := normalise(answer, fold, keep))), None)
+        next(
+            (Gold(text, keep) for keep in ("words", "articles", "all") if (text := normalise(answer, fold, keep))), None
+        )
         for answer in answers
     )
     return list(dict.fromkeys(filter(None, found)))

@@ -93,13 +93,14 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
     ``function(response, answers)``, with ``question=...`` if it has such a parameter, and returns a number or a bool.
 
     Raises:
-        UserError: there is no such metric, module or function, or it does not read the normalisation. Later, from the scorer: the function raised, or
-            what it returned is not a finite number.
+        UserError: there is no such metric, module or function, or it does not read the normalisation. Later,
+            from the scorer: the function raised, or what it returned is not a finite number.
     """
     flag = f"--scorer {name}"
     if normalisation is not None and (name == "sub_em_plain" or name not in SCORERS):
         raise UserError(
-            f"--normalisation {normalisation} has no effect with {flag}, which compares texts in its own way; leave it out"
+            f"--normalisation {normalisation} has no effect with {flag}, which compares texts in its own way; "
+            "leave it out"
         )
     if name in SCORERS:
         return lambda response, answers, question: score(name, response, answers, normalisation)

@@ -251,8 +251,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group(
         "scoring",
-        "sub_em finds short gold answers (yes, no, one short word, a number) as whole words of a response's answer part "
-        "only; sub_em_plain is the paper's, any part of the text",
+        "sub_em finds short gold answers (yes, no, one short word, a number) as whole words of a response's answer "
+        "part only; sub_em_plain is the paper's, any part of the text",
     )
     add_normalisation_option(group, "unicode")
     group = parser.add_argument_group("randomness")

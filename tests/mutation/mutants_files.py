@@ -167,13 +167,33 @@ SAMPLING = "tests/unit/test_data_sampling.py"
 STORE = "tests/unit/test_token_store.py"
 OVERLONG = "tests/unit/test_overlong.py"
 
+SCORING = "tests/unit/test_data_scoring.py"
+
 DATA = [
+    *within(
+        "data/answers.py",
+        SCORING,
+        (
+            "short answers inside other words",
+            "for span in _spans(key, gold.text) if is_word(key, *span)",
+            "for span in _spans(key, gold.text)",
+        ),
+        ("yes where the part says both", "if said.keys() == {gold.text}:", "if gold.text in said:"),
+        ("quotes and dashes not folded", "text.translate(_SPELLINGS)).translate(_SPELLINGS)", "text)"),
+        ("answers in the middle of numbers", "if not cuts_number(key, *span)", "if True"),
+        ("a long part that lists everything", "<= LONGEST_PART else (end, end)", "<= 10**9 else (end, end)"),
+    ),
+    *within(
+        "data/scoring.py",
+        SCORING,
+        ("F1 of yes with words beside it", "and not _JUDGEMENTS.isdisjoint((found, gold.text))", "and False"),
+    ),
     *within(
         "data/building/selection.py",
         CONTEXTS,
         (
             "the answer in a distractor",
-            "and not any(mentions(candidate.text_key, answer) for answer in self._answers)",
+            "and not any(mentions(candidate.key(gold.keep), gold) for gold in self._answers)",
             "and True",
         ),
         ("a gold title among the distractors", "candidate.title_key not in self._gold_titles", "True"),

@@ -418,7 +418,11 @@ def test_the_number_of_a_document_is_no_answer(
 def test_without_spans_numbers_and_the_question_are_no_answers(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    record = {"id": "t", "prompt": "Document 7: A\nrain\n\nDocument 8: B\nsun\n\nQuestion: 8 or 9?", "question": "8 or 9?"}
+    record = {
+        "id": "t",
+        "prompt": "Document 7: A\nrain\n\nDocument 8: B\nsun\n\nQuestion: 8 or 9?",
+        "question": "8 or 9?",
+    }
     record |= {"answers": ["8", "9"], "chosen": "8", "rejected": "7"}
     view = view_of(record, tokenizer, tmp_path, context_mode="short")
     assert view.contexts[0].answers_in == [] and "answer_not_in_short" in view.facts.flags
@@ -441,7 +445,7 @@ RENDERED = {
 def test_prompts_are_shown_as_the_template_renders_them(
     case: str, spans: bool, folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Every character of the rendered prompt, in order: the template's own, control tokens marked, and the messages'."""
+    """Every character of it in order: the template's own, control tokens marked, and the messages'."""
     written, shown = RENDERED[case]
     template = tmp_path / "template.jinja"
     template.write_text(SYSTEM.replace("CONTENT", written))
@@ -461,7 +465,10 @@ def test_prompts_are_shown_as_the_template_renders_them(
             assert frames == [prompt]
             continue
         content = messages[-1]["content"].strip() if case == "trimmed" else messages[-1]["content"]
-        assert frames == ["<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
+        assert frames == [
+            "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ]
         assert frames[0] + content + frames[1] == prompt and prompt[slice(*rendered.content)] == content
         assert [s.text for frame in rendered.frames for s in frame if s.control] == [
             "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"
@@ -483,6 +490,8 @@ def test_a_response_marks_what_counts(tokenizer: PreTrainedTokenizerBase, tmp_pa
     record |= {"answers": ["no"], "chosen": "No document says no.\nAnswer: No, they are", "rejected": "no. Answer: yes"}
     view = view_of(record, tokenizer, tmp_path)
     text = printed(view)
-    assert "\nNo document says no.\nAnswer: [[No]], they are\n" in text and re.search(r"== chosen  \d+ tokens, an answer is found", text)
+    assert "\nNo document says no.\nAnswer: [[No]], they are\n" in text and re.search(
+        r"== chosen  \d+ tokens, an answer is found", text
+    )
     assert "\nno. Answer: yes\n" in text and "no answer is found in it" in text
     assert "answers not searched for in documents" in text

@@ -192,7 +192,10 @@ def test_a_scorer_may_ask_for_the_question(graded: list[str], tmp_path: Path) ->
 
 
 WRONG_OPTIONS = {
-    "unknown": (["--scorer", "bleu"], r"--scorer bleu: give sub_em, sub_em_plain, em, f1, or a function of your own as module:f"),
+    "unknown": (
+        ["--scorer", "bleu"],
+        r"--scorer bleu: give sub_em, sub_em_plain, em, f1, or a function of your own as module:f",
+    ),
     "no module": (["--scorer", "absent:f"], r"--scorer absent:f: the module absent cannot be imported \(Module"),
     "no function": (["--scorer", "grades:f"], r"--scorer grades:f: f is not there in .*grades.py$"),
     "a number": (["--scorer", "grades:number"], r"number is not a function in .*grades.py$"),
@@ -204,12 +207,18 @@ WRONG_OPTIONS = {
         r"--wrong-below 0.4 is above --right-above 0.3: a response could be both",
     ),
     "no rank": (["--all-right", "ranked", "--scorer", "em"], r"--all-right ranked with --scorer em: its scores are 0"),
-    "no rank in the plain form": (["--all-wrong", "ranked", "--scorer", "sub_em_plain"], r"its scores are 0 and 1 only"),
+    "no rank in the plain form": (
+        ["--all-wrong", "ranked", "--scorer", "sub_em_plain"],
+        r"its scores are 0 and 1 only",
+    ),
     "one normalisation": (
         ["--scorer", "sub_em_plain", "--normalisation", "squad"],
         r"--normalisation squad has no effect with --scorer sub_em_plain, which compares texts in its own way; leave",
     ),
-    "own normalisation": (["--normalisation", "squad"], r"--normalisation squad has no effect with --scorer grades:grade"),
+    "own normalisation": (
+        ["--normalisation", "squad"],
+        r"--normalisation squad has no effect with --scorer grades:grade",
+    ),
     "no pairs": (["--pairs-per-question", "0"], r"--pairs-per-question 0: give a number of at least 1$"),
     "no folder": (["--tokenizer", "absent"], r"absent: no such folder; give a Hugging Face folder with a tokenizer$"),
     "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all"),
@@ -297,7 +306,10 @@ def test_unfinished_responses_by_choice(files: list[str], tmp_path: Path) -> Non
 
 
 YES_AND_NO = {
-    "no": (["no"], ["Answer: No", "It is not known. Answer: yes", "nothing, Answer: yes and no", "Answer: no evidence"]),
+    "no": (
+        ["no"],
+        ["Answer: No", "It is not known. Answer: yes", "nothing, Answer: yes and no", "Answer: no evidence"],
+    ),
     "yes": (["Yes"], ["Answer: yes", "Answer: no"]),
     "spirit": (["a spirit"], ["Answer: a spirit", "Spirits of spirituality", "spirit soul ghost " * 30]),
     "number": (["4"], ["Document 4 has it. Answer: 4", "Document 4 says five. Answer: 5", "Answer: 1 2 3 4 5 6 7"]),
@@ -311,8 +323,8 @@ YES_AND_NO = {
         (
             [],
             {"no": {0}, "yes": {0}, "spirit": {0}, "number": {0}, "long": {0}},
-            "right only as whole words of a response's answer part, yes and no only where it says not both; 7 of their 12 "
-            "responses are judged otherwise than by --scorer sub_em_plain",
+            "right only as whole words of a response's answer part, yes and no only where it says not both; 7 of their "
+            "12 responses are judged otherwise than by --scorer sub_em_plain",
         ),
         (
             ["--scorer", "sub_em_plain"],
@@ -320,7 +332,11 @@ YES_AND_NO = {
             "found inside other words too ('no' in 'not'); 7 of their 12 responses are judged otherwise than by "
             "--scorer sub_em",
         ),
-        (["--scorer", "f1", "--right-above", "0.6", "--wrong-below", "0.6"], {}, "scored as all others, by --scorer f1"),
+        (
+            ["--scorer", "f1", "--right-above", "0.6", "--wrong-below", "0.6"],
+            {},
+            "scored as all others, by --scorer f1",
+        ),
     ],
 )
 def test_short_answers_are_judged_by_the_answer_part(
@@ -330,11 +346,15 @@ def test_short_answers_are_judged_by_the_answer_part(
     asked = responses(tmp_path / "r.jsonl", {name: texts for name, (_, texts) in YES_AND_NO.items()})
     files = ["--contexts", str(made), "--responses", str(asked), "--pairs-per-question", "9", *flags]
     groups = build(files, tmp_path)
-    chosen = {name: {YES_AND_NO[name][1].index(g.chosen) for g in groups if g.id.startswith(name)} for name in YES_AND_NO}
+    chosen = {
+        name: {YES_AND_NO[name][1].index(g.chosen) for g in groups if g.id.startswith(name)} for name in YES_AND_NO
+    }
     if right:
         assert {name: found for name, found in chosen.items() if found} == right
     printed = capsys.readouterr().out
-    assert "short gold answers: yes or no 2 (40.0%), one short word or a number 2 (40.0%)" in printed and line in printed
+    assert (
+        "short gold answers: yes or no 2 (40.0%), one short word or a number 2 (40.0%)" in printed and line in printed
+    )
 
 
 def test_questions_never_sampled_are_outside_the_yield(
@@ -348,7 +368,9 @@ def test_questions_never_sampled_are_outside_the_yield(
     assert "questions: 6\n  not sampled: 5; shares are of the other 1\n" in printed
     assert "yield, a right and a wrong answer: 1 (100.0%)" in printed and "no usable response: 0 (0.0%)" in printed
     responses(asked, {"mixed": [], "wrong": ["Bergen"]})
-    with pytest.raises(UserError, match=r"\(2 questions: 0 all right, 1 all wrong, 1 without a usable .*; 4 more were not"):
+    with pytest.raises(
+        UserError, match=r"\(2 questions: 0 all right, 1 all wrong, 1 without a usable .*; 4 more were not"
+    ):
         build(files, tmp_path)
 
 

@@ -64,19 +64,19 @@ SHORT = [
         ["Answer: No", "answer: **no**", "The answer is no.", "No, they are both dead.", "Answer: No they are not",
          "Answer: No\u2014one is Irish", "Answer:\n\nNO.\n", "No Bono is Irish.", "<think>Answer: yes</think>No",
          "There is no doubt. Answer: no", "Final answer : No", "Answer: \uff2e\uff2f", "No - both are."],
-        ["I do not know", "Nothing. Answer: yes", "Answer: yes and no", "Answer: Yes/No", "no yes", "Answer: yes maybe no",
-         "Answer: there is no information", "Answer: no one", "Answer: no-one", "Answer: No. 5", "Answer:", "",
+        ["I do not know", "Nothing. Answer: yes", "Answer: yes and no", "Answer: Yes/No", "no yes",
+         "Answer: yes maybe no", "Answer: there is no information", "Answer: no one", "Answer: no-one", "Answer: No. 5", "Answer:", "",
          "No. They are. Answer: they are", SALAD, "notary nose"],
     ),
     (
         "Yes",
         ["Yes", "Answer: Yes, there is no doubt", "Answer: the answer is 'yes'.", REASONED + "So yes.", "the band Yes"],
-        ["Answer: eyes", "yesterday", "Yes, I think. Answer: no", "yes or no", SALAD, "yes no maybe", "Answer: no, yes"],
+        ["Answer: eyes", "yesterday", "Yes, so. Answer: no", "yes or no", SALAD, "yes no maybe", "Answer: no, yes"],
     ),
     (
         "a spirit",
         ["a spirit", "Answer: Spirit.", "It is the spirit's name.", REASONED + "He is a spirit.", "water/spirit"],
-        ["spirituality", "inspirited spirits", "A spirit came. Answer: a ghost", SALAD, REASONED + "Spirit. " + REASONED],
+        ["spirituality", "inspirited spirits", "A spirit came. Answer: ghost", SALAD, REASONED + "Spirit. " + REASONED],
     ),
     (
         "4",
@@ -166,14 +166,18 @@ def hotpot_f1(prediction: str, truth: str) -> float:
     return squad_f1(prediction, truth)
 
 
-@pytest.mark.parametrize("prediction", ["yes", "Yes.", "no", "yes no", "yes they are", "no answer", "noanswer", "The no"])
+@pytest.mark.parametrize(
+    "prediction", ["yes", "Yes.", "no", "yes no", "yes they are", "no answer", "noanswer", "The no"]
+)
 def test_f1_of_yes_and_no_is_hotpotqas(prediction: str) -> None:
     for truth in ("yes", "no", "noanswer", "yes they can", "No Doubt"):
         assert f1(prediction, [truth]) == pytest.approx(hotpot_f1(prediction, truth)), truth
     assert f1("yes they are", ["yes"]) == f1("no", ["no doubt"]) == 0.0
 
 
-LETTERS = "aAbe  .,'-:/1290\n\u2019\u201c\u2013\u00e9e\u0301\u00bd\uff11\ufb01\u200b\u4e2d\u3002\uc11c\u1109\u1165\u0130"
+LETTERS = (
+    "aAbe  .,'-:/1290\n\u2019\u201c\u2013\u00e9e\u0301\u00bd\uff11\ufb01\u200b\u4e2d\u3002\uc11c\u1109\u1165\u0130"
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -197,9 +201,12 @@ def test_places_in_a_text() -> None:
     def marked(found: list[tuple[int, int]], text: str) -> list[str]:
         return [text[start:end] for start, end in found]
 
-    text = "An O\u2019Brien, the \u201cPat\u201d O'Brien and Pat  the Cafe\u0301 \uff12\uff10\uff11\uff11. Answer: PAT O\u2019BRIEN"
+    year = "\uff12\uff10\uff11\uff11"
+    text = f"An O\u2019Brien, the \u201cPat\u201d O'Brien and Pat  the Cafe\u0301 {year}. Answer: PAT O\u2019BRIEN"
     assert marked(find_in_response(text, ["Pat O'Brien"]), text) == ["Pat\u201d O'Brien", "PAT O\u2019BRIEN"]
-    assert marked(find_in_document(text, ["caf\u00e9 2011", "no", "a"]), text) == ["Cafe\u0301 \uff12\uff10\uff11\uff11"]
+    assert marked(find_in_document(text, ["caf\u00e9 2011", "no", "a"]), text) == [
+        "Cafe\u0301 \uff12\uff10\uff11\uff11"
+    ]
     for response, gold, expected in (
         ("no, no information. Answer: No, no one", "no", ["No"]),
         ("4 of 4. Answer: 4 or (4)", "4", ["4", "4"]),

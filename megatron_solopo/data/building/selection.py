@@ -168,4 +168,3 @@ class Distractors:
             and not any(mentions(candidate.key(gold.keep), gold) for gold in self._answers)
             and not candidate.text_key.endswith(self._gold_texts)
         )
-

@@ -83,7 +83,7 @@ class Example:
 
     @cached_property
     def answers_found(self) -> dict[str, list[list[tuple[int, int]]]]:
-        """"short", "long" -> for each document the places of answers in it.
+        """ "short", "long" -> for each document the places of answers in it.
 
         Numbers that the document template writes are no part of a document. Where documents are not known, it is one
         list for the whole last message but its question.
@@ -122,9 +122,7 @@ def without_numbers(contexts: Sequence[Sequence[tuple[int, str]]]) -> list[list[
         ((number, text),) = documents
         head = [match.span(1) for match in re.finditer(rf"\A{_HEAD}({number})(?!\d)", text)]
         return [[_blank(text, head) for _, text in context] for context in contexts]
-    places = [
-        [match.span() for match in re.finditer(rf"(?<!\d){number}(?!\d)", text)] for number, text in documents
-    ]
+    places = [[match.span() for match in re.finditer(rf"(?<!\d){number}(?!\d)", text)] for number, text in documents]
     written: list[set[tuple[int, int]]] = [set() for _ in documents]
     for before in range(8, 0 if len(documents) > 3 else 1, -1):
         if before < 3 and any(written):  # so short surroundings may be common by chance

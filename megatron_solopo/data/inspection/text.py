@@ -143,7 +143,9 @@ class Printer:
             self._line(("where its documents stand is not recorded", MUTED))
         frames, shown = context.rendered.frames, context.rendered.shown
         if not shown:
-            self._line(("the template rewrites the messages; this is their rendering, then the last one as recorded", MUTED))
+            self._line(
+                ("the template rewrites the messages; this is their rendering, then the last one as recorded", MUTED)
+            )
             self._template(frames[0] if self._full else shortened(frames[0], REWRITTEN))
         for frame, message in zip(frames, shown[:-1], strict=False):
             self._template(frame)

@@ -86,8 +86,8 @@ class ContextView:
         pieces: the last message in order.
         documents: all documents in order.
         depths: of the evidence.
-        answers_in: numbers of the documents in which an answer is found (0: in the last message, where documents are not
-            known); None where no answer is searched for in documents.
+        answers_in: numbers of the documents in which an answer is found, 0 for the last message where documents are not
+            known; None where no answer is searched for in documents.
     """
 
     name: str

@@ -17,7 +17,7 @@ class Counts:
 
     Attributes:
         questions: all of the contexts; ``not_sampled`` are in no line of the responses.
-        yes_or_no, short: sampled questions with such a gold answer (`answers.Gold.short`), the former not among the latter.
+        yes_or_no, short: sampled questions with such a gold answer (`answers.Gold.short`), each counted once.
         short_responses, judged_otherwise: responses to both, and those of them that sub-EM and its plain form judge
             differently.
     """
@@ -79,7 +79,8 @@ class Counts:
         lines += [f"  {count} responses dropped: {reason}" for reason, count in self.dropped_responses.most_common()]
         if self.yes_or_no or self.short:
             lines += [
-                f"short gold answers: yes or no {share(self.yes_or_no)}, one short word or a number {share(self.short)}",
+                f"short gold answers: yes or no {share(self.yes_or_no)}, "
+                f"one short word or a number {share(self.short)}",
                 "  " + self._how_short_ones_are_scored(),
             ]
         if self.with_ids:
@@ -88,7 +89,6 @@ class Counts:
         lines += [lengths.line() for lengths in measured]
         lines += [f"warning: {bias}" for lengths in measured if (bias := lengths.bias())][:1]
         return lines
-
 
     def _how_short_ones_are_scored(self) -> str:
         other = f"{self.judged_otherwise} of their {self.short_responses} responses"
