@@ -65,7 +65,8 @@ SHORT = [
          "Answer: No\u2014one is Irish", "Answer:\n\nNO.\n", "No Bono is Irish.", "<think>Answer: yes</think>No",
          "There is no doubt. Answer: no", "Final answer : No", "Answer: \uff2e\uff2f", "No - both are."],
         ["I do not know", "Nothing. Answer: yes", "Answer: yes and no", "Answer: Yes/No", "no yes",
-         "Answer: yes maybe no", "Answer: there is no information", "Answer: no one", "Answer: no-one", "Answer: No. 5", "Answer:", "",
+         "Answer: yes maybe no", "Answer: there is no information", "Answer: no one", "Answer: no-one", "Answer: No. 5",
+         "Answer:", "",
          "No. They are. Answer: they are", SALAD, "notary nose"],
     ),
     (
