@@ -24,14 +24,12 @@ PREFERENCE_PANELS = {
     "Short-long gap": ("short_long_gap_nats_per_token", "nats per token"),
     "Gradient norm": ("grad_norm", "before clipping"),
 }
-"""Panels of preference training: title -> (field of metrics.jsonl, name of the axis). A field that no run has, or that
-is 0 throughout, has none."""
+"""Panels of preference training, those that some run has: title -> (field of metrics.jsonl, name of the axis)."""
 
 SUPERVISED_PANELS = {"Supervised loss": ("loss", "nats per token"), "Gradient norm": ("grad_norm", "before clipping")}
 
 LEARNT_COLUMNS = {
     "loss": "loss",
-    "nll": "nats per token",
     "po_loss": "preference loss",
     "alignment_loss": "alignment",
     "reward_chosen": "reward chosen",
@@ -63,7 +61,7 @@ def training_section(
                 {label: points for label in labels_of(group) if (points := curve(group, label, field, split))}
                 for split in ("train", "valid")
             )
-            if any(point.mean for points in (*train.values(), *valid.values()) for point in points):
+            if train or valid:
                 panels[title] = (y_name, train, valid)
         if not panels:
             continue
@@ -78,7 +76,7 @@ def training_section(
     parts += [
         markdown_table(*_learnt(runs), text_columns=2),
         "*Each row is a mean over the examples that it counts; train: the first and the last tenth of the steps. A tie "
-        "of two rewards counts half in the pair accuracy.*",
+        "of two rewards counts half in the pair accuracy (0 in older runs).*",
         markdown_table(*_costs(runs), text_columns=2),
         "*Of all steps. Peak memory is that of the largest process; saves (checkpoints and exports) gather the weights "
         "and the optimizer's state and are measured apart, except in older runs.*",
@@ -161,15 +159,15 @@ def _costs(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in runs:
         means = (
-            _weighted([(record.get(field), 1) for record in run.train])
-            for field in ("tokens_per_second", "padding_share", "seconds")
+            (text, _weighted([(record.get(field), 1) for record in run.train]))
+            for field, text in (("tokens_per_second", "{:,.0f}"), ("padding_share", "{:.3f}"), ("seconds", "{:.3g}"))
         )
         told = any("clip_grad" in record for record in run.train)
         cells = [
             f"{len(run.train):,}",
-            f"{sum(record.get("clipped", False) for record in run.train):,}" if told else "-",
+            f"{sum(record.get('clipped', 0) for record in run.train):,}" if told else "-",
             f"{sum(record.get('tokens', 0) for record in run.train):,}",
-            *("-" if mean is None else text.format(mean) for text, mean in zip(("{:,.0f}", "{:.3f}", "{:.3g}"), means)),
+            *("-" if mean is None else text.format(mean) for text, mean in means),
             f"{sum(record.get('seconds', 0.0) for record in run.train) / 60:.1f}",
             *(_peak(records) for records in (run.train, run.saves)),
         ]

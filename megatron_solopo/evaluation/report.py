@@ -176,7 +176,7 @@ def _questions(results: Iterable[tuple[str, LengthResult]]) -> str:
 
 
 def _spread(seeds: Sequence[int], method: str) -> str:
-    """What the bars of points are, by the number of evaluations in each; ``method`` says how intervals were computed."""
+    """What the bars of points are, by the number of evaluations in each; ``method``: how intervals were computed."""
     if max(seeds) == 1:
         return f"Bars and brackets are 95 % intervals over questions{method}"
     over_seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"

@@ -303,7 +303,7 @@ def read_run(argument: str) -> Run:
         if not unfinished:
             raise
         print(f"note: {path}: the last line is unfinished and was skipped")
-    train, valid, *saves = (tuple(steps[step] for step in sorted(steps)) for steps in by_split.values())
+    train, valid, save, export, *_ = (tuple(steps[step] for step in sorted(steps)) for steps in by_split.values())
     if not train and not valid:
         raise UserError(f"{path}: no steps in it yet; wait for the first step of the run")
     return Run(
@@ -311,7 +311,7 @@ def read_run(argument: str) -> Run:
         folder,
         train,
         valid,
-        tuple(record for records in saves for record in records),
+        save + export,
     )
 
 

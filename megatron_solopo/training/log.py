@@ -153,7 +153,8 @@ class RunLog:
             self._ends.append(now - values.get("seconds", 0.0))
         self._ends.append(now)
         if self._bar is not None:
-            self._bar.set_postfix_str(_summary(values), refresh=False)
+            # The bar has its own pace and remaining time.
+            self._bar.set_postfix_str(_summary(values | {"seconds": None}), refresh=False)
             self._bar.update(1)
         elif number % self._interval == 0 or number in (self._first_step + 1, self._steps):
             pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)

@@ -1,4 +1,4 @@
-"""What a run tells its user: the console, metrics.jsonl before, during and after training, and who can read its files."""
+"""What a run tells its user: the console, metrics.jsonl from before step 1 to the end, and who can read its files."""
 
 from __future__ import annotations
 
@@ -183,9 +183,10 @@ def test_a_form_of_the_alignment_without_transfer_is_told(home: Home, capfd: pyt
 
 
 @pytest.mark.parametrize(
-    "layout", [[], ["--pipeline-model-parallel-size", 2], ["--tensor-model-parallel-size", 2], ["--context-parallel-size", 2]],
+    "layout",
+    [[], *([f"--{name}-size", 2] for name in ("pipeline-model-parallel", "tensor-model-parallel", "context-parallel"))],
     ids=["data", "pipeline", "tensor", "context"],
-)  # fmt: skip
+)
 def test_two_processes_log_what_one_does(home: Home, layout: list[Any]) -> None:
     more = flags(home, "--alignment-target", "both", "--train-iters", 2, "--save-interval", 1, "--lr", 1e-4)
     name = layout[0].split("-")[2] if layout else "data"

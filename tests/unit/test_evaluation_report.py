@@ -188,7 +188,7 @@ def write_solo_run(folder, steps, groups=4, valid=(), clip=1.0):
     folder.mkdir(parents=True)
     lines = []
     for step in range(steps + 1):
-        losses = {"loss": 0.7 + step / 100, "po_loss": 0.7 - step / 1000, "margin": step / 10, "accuracy": 0.5}
+        losses = {"loss": 0.7 + step / 100, "po_loss": 0.7 - step / 100, "margin": step / 10, "accuracy": 0.5}
         if step in valid:
             lines.append({"step": step, "split": "valid", **SOLO, **losses, "loss": 5.0 + step, "groups": 3})
         if step:
@@ -221,12 +221,13 @@ def test_validation_and_the_parts_of_the_loss_are_in_the_table(tmp_path):
         ["solo", "validation, after step 20", "3", "25.000"],
     ]
     column = head.index("preference loss")
-    assert [row[column] for row in rows] == ["0.698", "0.680", "0.700", "0.680"]
+    assert [row[column] for row in rows] == ["0.685", "0.508", "0.700", "0.500"]
     assert {"alignment", "reward chosen", "reward rejected", "log-prob chosen"} <= set(head)
 
 
 def test_what_a_run_took_names_saves_and_clipped_steps_apart(tmp_path):
-    runs = [results.read_run(str(write_solo_run(tmp_path / name, 20, clip=clip))) for name, clip in (("a", 1.0), ("b", 9))]
+    folders = [write_solo_run(tmp_path / name, 20, clip=clip) for name, clip in (("a", 1.0), ("b", 9.0))]
+    runs = [results.read_run(str(folder)) for folder in folders]
     runs.append(results.read_run(str(write_run(tmp_path / "older", 20))))
     text = report.write_report(tmp_path / "r.md", runs)[0].read_text()
     head, _, *rows = rows_of(text, r"\| label +\| folder ")
@@ -259,7 +260,8 @@ def test_the_parts_of_the_loss_are_drawn(tmp_path, monkeypatch):
         draw(path, panels, looks, marks)
 
     monkeypatch.setattr(plots, "draw_curves", kept)
-    report.write_report(tmp_path / "r.md", [results.read_run(str(write_solo_run(tmp_path / "solo", 20, valid=(0, 20))))])
+    run = results.read_run(str(write_solo_run(tmp_path / "solo", 20, valid=(0, 20))))
+    report.write_report(tmp_path / "r.md", [run])
     fields = {y_name: train["solo"][0].mean for y_name, train, _ in drawn["panels"].values()}
     assert list(drawn["panels"])[:3] == ["Total loss", "Preference loss", "Alignment"]
     assert {"Reward of chosen", "Reward of rejected", "Log-prob of chosen", "Gradient norm"} <= set(drawn["panels"])
