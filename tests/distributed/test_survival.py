@@ -50,8 +50,9 @@ def timeless(home: Home, save: str) -> list[dict[str, Any]]:
 
 
 def lines(folder: Path) -> int:
+    """Steps in the run's metrics."""
     path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    return path.read_bytes().count(b'"train"') if path.is_file() else 0
 
 
 def content(checkpoint: Path) -> dict[str, Any]:
