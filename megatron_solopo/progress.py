@@ -39,8 +39,8 @@ class ProgressBar(tqdm):
         **options: Any,
     ) -> None:
         first = os.environ.get("RANK", "0") == "0"
-        terminal = sys.stderr.isatty()
-        self._lines = first and not terminal
+        terminal = _is_terminal()
+        self._lines = first and not terminal and sys.stderr is not None
         super().__init__(
             iterable, desc, total, initial=initial, unit=unit, disable=not (first and terminal), **options
         )
@@ -89,11 +89,15 @@ class ProgressBar(tqdm):
 @contextlib.contextmanager
 def reporting(what: str) -> Iterator[None]:
     """Work that cannot be counted: only where stderr is no terminal, lines that say how long it has been at it."""
-    if sys.stderr.isatty():
+    if _is_terminal():
         yield
         return
     with ProgressBar(desc=what):
         yield
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None where a shell closed it
 
 
 def _number(value: float) -> str:
@@ -129,9 +133,9 @@ class _Timer:
 
     def remove(self, bar: ProgressBar) -> None:
         with self._lock:
-            self._bars = [other for other in self._bars if other is not bar]  # tqdm's == compares places on the screen
-            self._idle = clock()
-            if bar.reported:
+            others = [other for other in self._bars if other is not bar]  # tqdm's == compares places on the screen
+            known, self._bars, self._idle = len(others) < len(self._bars), others, clock()
+            if known and bar.reported:  # not in a forked process
                 self._print(bar)
 
     def tick(self) -> None:

@@ -17,6 +17,7 @@ never inside one, however much two answers have in common.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -85,7 +86,8 @@ def as_conversation(record: dict[str, Any], where: str) -> list[Message]:
     """
     given = _present(record)
     if key := _first(given, ("messages", *CHATS)):
-        return _with_system(given, check_messages(require(given, key, list, where), key, where), where)
+        chat = _unpacked(given[key], key, where)
+        return _with_system(given, check_messages(require({key: chat}, key, list, where), key, where), where)
     if {"chosen", "rejected"} <= given.keys() and "short_messages" not in given:
         known = ", ".join(sorted(given))
         raise UserError(f"{where}: no conversation (fields found: {known}); these are pairs for --objective preference")
@@ -109,7 +111,7 @@ def _prompt(record: dict[str, Any], names: tuple[str, ...], where: str) -> tuple
     key = _first(record, names)
     if key is None:
         return None, ""
-    value = record[key]
+    value = _unpacked(record[key], key, where)
     if isinstance(value, dict) and "messages" in value:  # OpenAI's preference files
         value = value["messages"]
     if isinstance(value, list):
@@ -139,6 +141,7 @@ def _with_system(record: dict[str, Any], messages: list[Message], where: str) ->
 
 def _answer(value: Any, key: str, where: str) -> str | list[Message]:
     """An answer's text, or its messages: one, or a whole conversation."""
+    value = _unpacked(value, key, where)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, str):
@@ -146,6 +149,24 @@ def _answer(value: Any, key: str, where: str) -> str | list[Message]:
     if not isinstance(value, list):
         raise UserError(f"{where}: the field '{key}' must be str or list, found {type(value).__name__}")
     return check_messages(value, key, where)
+
+
+def _unpacked(value: Any, key: str, where: str) -> Any:
+    """The messages of a table's cell that holds them as JSON; anything else as it is.
+
+    Raises:
+        UserError: the cell holds them as Python prints them.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        if re.match(r"\s*\[\{'(role|content|from|value)'", value):
+            raise UserError(f"{where}: '{key}' holds messages as Python prints them; write them as JSON") from None
+        return value
+    named = all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in found)
+    return found if named else value
 
 
 def _is_whole(messages: list[Message]) -> bool:

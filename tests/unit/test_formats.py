@@ -79,6 +79,11 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         },
         ASK,
     ),
+    "messages as JSON in a table's cell": (
+        {name: json.dumps(chat) for name, chat in whole(*TURNS).items()},
+        TURNS,
+    ),
+    "a text that is a JSON list": (PAIR | {"prompt": '[{"a": 1}]'}, [user('[{"a": 1}]')]),
     "parts in a prompt": (whole(prompt=[user(parts("w1 w2"))]), ASK),
     "Anthropic": (
         {
@@ -201,6 +206,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         whole(prompt=[{"from": "human", "value": "w1"}, {"from": "function_call", "value": "{}"}]),
         r"prompt\[1\] is from 'function_call'; of ShareGPT's, human, gpt, system, user, assistant are read$",
     ),
+    "messages as Python prints them": (
+        {name: str(chat) for name, chat in whole(*ASK).items()},
+        r"'chosen' holds messages as Python prints them; write them as JSON$",
+    ),
     "KTO": (
         {"prompt": ASK, "completion": [said("w3")], "label": True},
         r"'short_messages' is missing .*; these are single answers with a label, as KTO's; pair a true with a false",
@@ -244,6 +253,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "Alpaca": ({"instruction": "w1 w2", "input": "", "output": "w3", "text": "Below is"}, CHAT),
     "OpenOrca": ({"id": "f", "system_prompt": "s", "question": "w1 w2", "response": "w3"}, [SYSTEM, *CHAT]),
     "question and answer": ({"question": "w1 w2", "answer": "w3"}, CHAT),
+    "messages as JSON in a table's cell": ({"messages": json.dumps(CHAT)}, CHAT),
     "UltraFeedback's messages": (FORMS["UltraFeedback"][0], CHAT),
 }
 WRONG_CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {

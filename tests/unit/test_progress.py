@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 
@@ -103,6 +102,8 @@ def test_a_terminal_has_tqdms_bar(wait, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_log_that_cannot_be_written_costs_nothing(wait, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # as after 2>&-
+    assert list(ProgressBar(range(2))) == [0, 1]
     full = open("/dev/full", "w")  # noqa: SIM115 - its closing would raise what the progress passes over
     for broken in (full, closed := io.TextIOWrapper(io.BytesIO())):
         monkeypatch.setattr(sys, "stderr", broken)
@@ -112,21 +113,25 @@ def test_a_log_that_cannot_be_written_costs_nothing(wait, monkeypatch: pytest.Mo
             wait(28)
 
 
-def _child(pipe) -> None:
+def _child(pipe, inherited: ProgressBar) -> None:
     with ProgressBar(desc="child", total=1):
         pass
+    inherited.close()
     pipe.send(len(progress._timer._bars))
 
 
-def test_a_forked_process_has_no_bars_and_its_lock_is_free() -> None:
-    with ProgressBar(desc="parent", total=2):
+def test_a_forked_process_has_no_bars_and_its_lock_is_free(capfd) -> None:
+    with ProgressBar(desc="parent", total=2) as bar:
+        bar.reported = True
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-        child = context.Process(target=_child, args=(theirs,))
+        child = context.Process(target=_child, args=(theirs, bar))
         child.start()
         assert ours.poll(60) and ours.recv() == 0
         child.join()
-        assert [bar._name for bar in progress._timer._bars] == ["parent"] and os.getpid() != child.pid
+        assert [bar._name for bar in progress._timer._bars] == ["parent"]
+        assert not capfd.readouterr().err
+    assert capfd.readouterr().err.startswith("parent: 0/2 it")
 
 
 def test_the_timers_thread_prints_and_ends(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

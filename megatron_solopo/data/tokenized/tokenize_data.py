@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.files.inputs import in_parts, read_records as read_inputs
-from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
+from megatron_solopo.data.files.progress import differences, held, hold, refuse_other_settings, write_aside
 from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
@@ -306,16 +306,19 @@ def _file_of(source: str, partial: Path) -> Iterator[str]:
         return
     file = partial.with_name(partial.name + ".jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with file.open("w", encoding="utf-8") as lines:
+    with file.open("a", encoding="utf-8") as lines:
+        hold(lines.fileno(), file)
+        lines.truncate(0)
+        try:
             for where, record in ProgressBar(read_inputs([source]), desc=f"reading {source}", unit="record"):
                 named = record if record.get("id") is not None else record | {"id": where}
                 lines.write(json.dumps(named, default=str) + "\n")
-        yield str(file)
-    except UserError as error:
-        raise UserError(str(error).replace(f"{file}:", f"{source}, record ").replace(str(file), source)) from None
-    finally:
-        file.unlink(missing_ok=True)
+            lines.flush()
+            yield str(file)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{file}:", f"{source}, record ").replace(str(file), source)) from None
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
