@@ -73,9 +73,6 @@ class Parser(argparse.ArgumentParser):
                 continue
             # The same switch again says nothing new: launch scripts add some behind a user's own.
             if action in before and not (action.nargs == 0 and before[action] == name):
-                several = action.nargs in ("+", "*")
-                raise UserError(
-                    f"{name}: given twice; "
-                    + (f"give all its values behind one {name}" if several else "give it once, with the value that counts")
-                )
+                several = f"all its values behind one {name}" if action.nargs in ("+", "*") else None
+                raise UserError(f"{name}: given twice; give {several or 'it once, with the value that counts'}")
             before[action] = name

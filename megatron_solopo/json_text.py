@@ -38,8 +38,8 @@ def loads(text: str) -> Any:
 
 
 def check_json(*paths: Path) -> None:
-    """Refuses files in which a key stands twice with two values, or has NaN as its value; what is missing or not JSON is
-    its reader's to tell.
+    """Refuses files in which a key stands twice with two values, or has NaN as its value; what is missing or not JSON
+    is its reader's to tell.
 
     Raises:
         UserError: naming the file and the key.

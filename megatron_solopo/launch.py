@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **settings)
             # Here torch tells of the processes that end, and that it ends the others.
-            logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: not self._told())
+            logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+            logger.addFilter(lambda record: not self._told())
 
         def _told(self) -> bool:
             return self._pcontext is not None and _reported(self._pcontext.error_files.values())

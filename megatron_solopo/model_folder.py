@@ -7,7 +7,9 @@ from pathlib import Path
 
 from megatron_solopo.errors import UserError
 
-_HUB = re.compile(r"(?:https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/{1,2}|hub:)?([A-Za-z0-9][\w.-]*/[\w.-]+?)/?")
+_HUB = re.compile(
+    r"(?:https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/{1,2}|hub:)?([A-Za-z0-9][\w.-]*/[\w.-]+?)/?"
+)
 
 OTHER_FORMATS = (
     ("*.gguf", "GGUF of llama.cpp"),
@@ -76,19 +78,19 @@ def seen_in(folder: str | Path) -> str | None:
         return "its download is not complete: run the same hf download again"
     if (folder / "adapter_config.json").is_file():
         return (
-            "it holds an adapter of PEFT alone (adapter_config.json): merge it into its base model (merge_and_unload of "
-            "the package peft, save_pretrained) and give that folder"
+            "it holds an adapter of PEFT alone (adapter_config.json): merge it into its base model (merge_and_unload "
+            "of the package peft, save_pretrained) and give that folder"
         )
     for pattern, kind in OTHER_FORMATS:
         if files := sorted(path.name for path in folder.glob(pattern)):
             return (
-                f"it holds {files[0]}, and {kind} is not read: download the folder of the original model, with config.json "
-                "and safetensors"
+                f"it holds {files[0]}, and {kind} is not read: download the folder of the original model, with "
+                "config.json and safetensors"
             )
     if any(folder.glob("iter_*/manifest.json")):
         return (
-            f"it holds checkpoints of a run: write one as a Hugging Face folder, solopo convert-checkpoint megatron-to-hf "
-            f"--load {folder} --save-hf NEW, and give that"
+            "it holds checkpoints of a run: write one as a Hugging Face folder, solopo convert-checkpoint "
+            f"megatron-to-hf --load {folder} --save-hf NEW, and give that"
         )
     inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
     if inside:

@@ -10,7 +10,6 @@ package.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
 
+from megatron_solopo.arguments import Parser  # noqa: E402
 from megatron_solopo.cli import run  # noqa: E402
 from megatron_solopo.data.options import check_outputs  # noqa: E402
 from megatron_solopo.errors import UserError  # noqa: E402
@@ -343,7 +343,7 @@ CHECKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the checks; see ``--help``."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda where there is one"
     )

@@ -8,13 +8,13 @@ The vocabulary has the 151,936 rows of Qwen2's small models, so that log-probs c
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.errors import UserError
 
 CHAT_TEMPLATE = Path(__file__).resolve().parents[1] / "chat_templates" / "chatml.jinja"
@@ -80,7 +80,7 @@ def write_folder(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with Qwen2's tokenizer.json")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     for flag, default, text in (

@@ -5,13 +5,13 @@ python examples/musique/summary.py runs/musique/dpo runs/musique/simpo runs/musi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.results import read_run
 
@@ -55,7 +55,7 @@ def lines_of(steps: Sequence[dict[str, Any]], count: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run folders")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps a mean is taken over (default: 5)")
     given = parser.parse_args(argv)

@@ -8,7 +8,6 @@ count once for each), and the sum of the proportional sets (shared pages count o
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.errors import UserError
 
 
@@ -71,7 +71,7 @@ def watch(command: list[str], output: Path, every: float) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="samples, JSONL")
     parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="time between samples (default: 1)")
     parser.add_argument("command", nargs="+", help="the command and its arguments, after --")

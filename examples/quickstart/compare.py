@@ -8,7 +8,6 @@ Finished runs are skipped when it is started again.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import yaml
 from demo import METHODS, Settings, Stages, evaluation, preference, slug
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.cli import run
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.report import accuracy_table
@@ -70,7 +70,7 @@ def compare(folder: Path) -> list[Evaluation]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("demos", nargs="+", type=Path, metavar="DIR", help="output folders of finished demos")
     options = parser.parse_args(argv)
     by_seed = [compare(folder.resolve()) for folder in options.demos]

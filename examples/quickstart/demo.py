@@ -8,7 +8,6 @@ started again with the same settings.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaConfig
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.cli import run
 from megatron_solopo.errors import UserError
 
@@ -186,7 +186,7 @@ def write_initial_model(folder: Path, tokenizer_folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--output-dir", default=str(ROOT / "runs" / "demo"), metavar="DIR", help="everything the demo makes"
     )

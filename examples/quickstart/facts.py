@@ -23,6 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from megatron_solopo.arguments import Parser
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.schema import Conversation
 from megatron_solopo.errors import UserError
@@ -229,7 +230,7 @@ def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     output = parser.add_argument_group("output")

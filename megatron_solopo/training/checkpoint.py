@@ -182,7 +182,7 @@ def load_checkpoint(
     """Loads a complete checkpoint into model, optimizer and scheduler; collective.
 
     Args:
-        rates: peak and last learning rate to go on with (--override-opt-param-scheduler); None: those of the checkpoint.
+        rates: peak and last learning rate to go on with (--override-opt-param-scheduler), or None for the checkpoint's.
 
     Raises:
         UserError: it belongs to another model, or see `model_states`.
@@ -207,8 +207,9 @@ def load_checkpoint(
 def _set_rates(state: Any, lr: float, min_lr: float) -> None:
     """Writes other rates into an optimizer's state, one optimizer or several (experts have their own).
 
-    megatron-core 0.19.2 keeps both in every group of parameters, finds a group again by them (distrib_optimizer.py:939),
-    and its scheduler goes by the group's (optimizer_param_scheduler.py, `get_lr`) and not by its own overridden ones.
+    megatron-core 0.19.2 keeps both in every group of parameters, finds a group again by them
+    (distrib_optimizer.py:939), and its scheduler goes by the group's (optimizer_param_scheduler.py, `get_lr`) and not
+    by its own overridden ones.
     """
     for key, value in state.items():
         if key == "param_groups":

@@ -245,8 +245,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
         raise UserError(f"{differs}; {again}")
     if before["tokens"] != now["tokens"]:
         raise UserError(
-            f"{changed(EXAMPLES) or flag('train_data')}: the checkpoint was trained on other examples (data, tokenizer or "
-            f"template changed); {again}"
+            f"{changed(EXAMPLES) or flag('train_data')}: the checkpoint was trained on other examples (data, tokenizer "
+            f"or template changed); {again}"
         )
     if not override and (differs := changed(SCHEDULE)):
         raise UserError(f"{differs}; {again}, or change it from here on with --override-opt-param-scheduler")
@@ -254,7 +254,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
     given = f"{flag(length)} {_value(config, length):g}"
     steps = now["steps"]
     if override and steps < before["iteration"]:
-        raise UserError(f"{given}: comes to {steps} steps, and the checkpoint is of step {before['iteration']}; give more")
+        done = before["iteration"]
+        raise UserError(f"{given}: comes to {steps} steps, and the checkpoint is of step {done}; give more")
     if not override and before["steps"] != steps:
         raise UserError(
             f"{given}: the checkpoint's run has {before['steps']} steps, this one {steps}; {again}, or extend the run "

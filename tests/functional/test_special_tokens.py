@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_unbroken_run(home: Home, trained: str, capsys: pyt
     capsys.readouterr()
     other: list[Any] = [*FLAGS, "--add-special-tokens", "<think>,</think>,<more>", *load]
     assert run(main, home.argv("runs/other", *other)) == 2
-    assert "has add_special_tokens <think>,</think>, this one <think>,</think>,<more>" in capsys.readouterr().err
+    assert "has <think>,</think>, this one <think>,</think>,<more>" in capsys.readouterr().err
 
 
 def test_a_converted_folder_has_the_mean_rows_and_trains_the_same(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from option_lines import last_wins
 from tiny_models import SHAPE, preference_groups, write_lines
 from training_home import ENVIRONMENT, Home, as_a_user, command, furnish
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -327,5 +328,5 @@ def test_examples_above_the_token_limit_are_told(home: Home, capfd: pytest.Captu
     shutil.rmtree(home.folder / "runs/limit")
     assert run(main, [*argv, "--dry-run"]) == 0
     assert told in capfd.readouterr().out
-    assert run(main, [*argv, "--dry-run", "--max-tokens-per-rank", str(max(above))]) == 0
+    assert run(main, last_wins([*argv, "--dry-run", "--max-tokens-per-rank", str(max(above))])) == 0
     assert "examples alone" not in capfd.readouterr().out

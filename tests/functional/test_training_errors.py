@@ -297,7 +297,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     ),
     "resume with other data": (
         _resume("data", data="other.jsonl"),
-        r"--train-data: the checkpoint's run has \S+groups.jsonl, this one \S+; the checkpoint was trained on other examples",
+        r"--train-data: the checkpoint's run has \S+, this one \S+: the checkpoint was trained on other examples",
     ),
     "resume with another length": (
         _resume("length", "--train-iters", 9),
@@ -313,15 +313,15 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
     ),
     "resume with another rate": (
         _resume("rate", "--lr", 2e-3),
-        r"--lr: the checkpoint's run has 0.001, this one 0.002; .*, or change it from here on with --override-opt-param",
+        r"--lr: the checkpoint's run has 0.001, this one 0.002; .*, or change it from here on with --override-opt-",
     ),
     "resume with another Adam": (
         _resume("adam", "--adam-beta2", 0.5),
         r"--adam-beta2: the checkpoint's run has 0.95, this one 0.5; give the same as before, or start anew",
     ),
     "checkpoint of another model": (
-        _resume("model", "--preference-loss", "simpo", hf="wide"),
-        r"iter_0000005 cannot be read",
+        _resume("model", hf="wide"),
+        r"--hf-path \S+/wide: its files are not those that the run started from",
     ),
     "checkpoint cut": (
         _resume("cut", damage=_torn_checkpoint),

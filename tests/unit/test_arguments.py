@@ -52,7 +52,7 @@ def answer(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     return printed.err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"launch"}))  # whose options are torchrun's
 def test_the_beginning_of_a_name_is_no_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     given, expected = SHORTENED[command]
     argv = [command, *NEEDED.get(command, []), *given]

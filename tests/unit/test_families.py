@@ -124,7 +124,7 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (MixtralConfig, "num_experts_per_tok", 5, "num_experts_per_tok = 5 is more than the 4 experts"),
         (Qwen3MoeConfig, "moe_intermediate_size", -1, "moe_intermediate_size = -1 must be a whole number of at least"),
         (LlamaConfig, "num_key_value_heads", 3, "num_attention_heads = 4 is no multiple of num_key_value_heads = 3"),
-        (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, "rope_theta = None must be a finite"),
+        (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, "rope_theta = None must be"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(

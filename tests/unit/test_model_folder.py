@@ -76,12 +76,12 @@ def write(path: Path, text: str = "x") -> None:
 
 
 HELD = {
-    "GGUF": ("Qwen2.5-7B-Q4_K_M.gguf", "it holds Qwen2.5-7B-Q4_K_M.gguf, and GGUF of llama.cpp is not read: download the"),
-    "authors' weights": ("consolidated.00.pth", "it holds consolidated.00.pth, and the format of the original authors'"),
+    "GGUF": ("Qwen2.5-7B-Q4_K_M.gguf", "it holds Qwen2.5-7B-Q4_K_M.gguf, and GGUF of llama.cpp is not read: download"),
+    "authors' weights": ("consolidated.00.pth", "it holds consolidated.00.pth, and the format of the original author"),
     "Flax": ("flax_model.msgpack", "it holds flax_model.msgpack, and Flax is not read"),
     "TensorFlow": ("tf_model.h5", "and TensorFlow is not read"),
     "ONNX": ("onnx/model.onnx", "it holds model.onnx, and ONNX is not read"),
-    "adapter": ("adapter_config.json", "it holds an adapter of PEFT alone .adapter_config.json.: merge it into its base model"),
+    "adapter": ("adapter_config.json", "it holds an adapter of PEFT alone .adapter_config.json.: merge it into its"),
     "cache": ("snapshots/0123/config.json", "it is a model in the hub's cache: give its snapshot, .*snapshots/0123$"),
     "all of the cache": ("models--Qwen--Qwen3-8B/refs/main", "it is the hub's cache: give the snapshot of one model"),
     "half a download": (".cache/huggingface/download/a.incomplete", "its download is not complete: run the same hf"),

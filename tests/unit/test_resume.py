@@ -94,7 +94,7 @@ def test_another_length_is_refused_and_the_way_to_extend_named() -> None:
                          "schedule of 9 steps)")
     before = config_of(train_iters=None, train_epochs=1.0, global_batch_size=4)  # 4 + 4 + 2 examples
     told = refusal(before, config_of(train_iters=3, global_batch_size=4))
-    assert told.startswith("--train-iters 3: the steps of the checkpoint's run have 10 examples, those of this one 12; ")
+    assert told.startswith("--train-iters 3: the steps of the checkpoint's run have 10 examples, those of this one 12")
     resume.check_same_run(progress(before) | {"iteration": 2}, progress(before), before)
 
 
