@@ -136,8 +136,8 @@ MUTANTS: list[Mutant] = [
         ("end-of-turn token missed", "return [*ids, tokenizer.eos_token_id]", "return ids"),
         (
             "end-of-turn token counted twice",
-            "ids = ids[: ids.index(tokenizer.eos_token_id)]",
-            "ids = ids[: ids.index(tokenizer.eos_token_id) + 1]",
+            "return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids",
+            "return ids",
         ),
     ),
     *within(

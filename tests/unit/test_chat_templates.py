@@ -39,15 +39,17 @@ SPLIT = (  # Qwen3's: the last answer's thought, or an empty one, is written ane
 )
 QWEN3 = SPLIT + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 QWEN3_THINKING = SPLIT + "<think>\n{% endif %}"
-ALWAYS = CHATML.replace("{{ m.content", "{% if m.role == 'assistant' %}<think></think> {% endif %}{{ m.content").replace(
-    "assistant\n{% endif %}", "assistant\n<think>{% endif %}"
+ALWAYS = (  # an empty thought in every answer
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think> {% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
 )
 HARMONY = (  # control tokens between the role and the answer
     "{% for m in messages %}<|head|>{{ m.role }}{% if m.role == 'assistant' %}<|tail|>final{% endif %}<|endoftext|>"
     "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant{% endif %}"
 )
 MOVED = (  # says the answer before the question
-    "{% if messages | length > 1 %}{{ messages[1].content }}<|im_end|>{% endif %}<|head|>{{ messages[0].content }}<|tail|>"
+    "{% if messages | length > 1 %}{{ messages[1].content }}<|im_end|>{% endif %}"
+    "<|head|>{{ messages[0].content }}<|tail|>"
 )
 
 THOUGHT = "France has one.\n</think>\n\nAnswer: Paris"
@@ -103,17 +105,16 @@ def test_what_was_sampled_is_learnt_to_the_id(template: str, values: str | None,
     """Sampled ids, spaces, tags and control tokens among them, come back from responses and groups as they were."""
     tokenizer = make(tmp_path, template, values)
     end, draw = tokenizer.eos_token_id, random.Random(0)
-    parts = [*map(tokenizer.convert_tokens_to_ids, SPECIAL), *(tokenizer.encode(t) for t in ("<think>", "</think>", "\n", " ", "a"))]
-    parts = [part if isinstance(part, list) else [part] for part in parts if part != end]
-    sampled = [[97 - 33, *sum(draw.choices(parts, k=6), [])] for _ in range(30)]
+    texts = [*(name for name in SPECIAL if name != tokenizer.eos_token), "<think>", "</think>", "\n", " ", "a"]
+    sampled = [tokenizer.encode("a" + "".join(draw.choices(texts, k=6))) for _ in range(30)]
     prompt = Prompt("q", [user("hi")], prompt_ids(tokenizer, [user("hi")]))
     done = from_ids(tokenizer, prompt, [[*ids, end] for ids in sampled], [True] * 30, [end], Statistics())
     for number, ids in enumerate(sampled[1:], 1):
         kept = done.token_ids or [None] * 30
         if done.responses[0] == done.responses[number]:
             continue
-        record = {"id": "g", "short_messages": prompt.messages, "chosen": done.responses[0], "rejected": done.responses[number]}
-        record |= {"chosen_ids": kept[0], "rejected_ids": kept[number]}
+        record = {"id": "g", "short_messages": prompt.messages, "chosen_ids": kept[0], "rejected_ids": kept[number]}
+        record |= {"chosen": done.responses[0], "rejected": done.responses[number]}
         data = tokenize(write_lines(tmp_path / "g.jsonl", [record]), tokenizer, ("short_chosen", "short_rejected"), 999)
         (only,) = data.groups[0].prompts
         assert list(only.ids) == list(prompt.ids)
@@ -134,7 +135,9 @@ THINKING_TURNS = [user("a"), assistant("b"), user("c"), assistant("<think>\nx\n<
         (QWEN3, None, THINKING_TURNS),
     ],
 )
-def test_every_turn_follows_its_generation_prompt(template: str, values: str | None, turns: list, tmp_path: Path) -> None:
+def test_every_turn_follows_its_generation_prompt(
+    template: str, values: str | None, turns: list[dict[str, str]], tmp_path: Path
+) -> None:
     """Prompt and turn by turn are the sequence that a conversation with the model is."""
     tokenizer = make(tmp_path, template, values)
     prompt, ids, learnt = conversation_ids(tokenizer, turns)
@@ -151,7 +154,7 @@ def test_every_turn_follows_its_generation_prompt(template: str, values: str | N
 def test_turns_that_the_template_rewrites_are_refused(template: str, values: str | None, tmp_path: Path) -> None:
     tokenizer = make(tmp_path, template, values)
     path = write_lines(tmp_path / "c.jsonl", [{"id": "c1", "messages": TURNS}])
-    with pytest.raises(UserError, match="c.jsonl: conversation 'c1': the chat template rewrites earlier turns.*one record a"):
+    with pytest.raises(UserError, match="c.jsonl: conversation 'c1': the chat template rewrites earlier turns"):
         tokenize(path, tokenizer, ("response",), 999)
 
 
@@ -160,7 +163,7 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
     tokenizer = make(tmp_path, QWEN3, '{"enable_thinking": false}')
     record = {"id": "g1", "short_messages": [user("hi")], "chosen": BOTH, "rejected": "no"}
     path = tmp_path / "g.jsonl"
-    with pytest.raises(UserError, match="group 'g1': the chat template's generation prompt has .*--chat-template-kwargs"):
+    with pytest.raises(UserError, match="group 'g1': the chat template's generation prompt .*--chat-template-kw"):
         tokenize(write_lines(path, [record]), tokenizer, ("short_chosen",), 999)
     ids = tokenizer.encode(BOTH)
     data = tokenize(write_lines(path, [record | {"chosen_ids": ids}]), tokenizer, ("short_chosen",), 999)
@@ -169,6 +172,21 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
     prompt = Prompt("q", [user("hi")], prompt_ids(tokenizer, [user("hi")]))
     assert from_texts(tokenizer, prompt, [BOTH], [True], len(ids) + 1, counts).responses == [BOTH]
     assert from_ids(tokenizer, prompt, [ids], [False], [], counts).token_ids == [ids] and counts.mismatches == 2
+
+
+def test_answers_inside_an_open_thought_are_counted_and_listed(tmp_path: Path) -> None:
+    tokenizer, roles = make(tmp_path, R1), ("short_chosen", "short_rejected")
+    texts = [("a</think>b", "c</think>d"), ("a", "c</think>d"), ("a</think>b", "<think>c")]
+    records = [
+        {"id": f"g{n}", "short_messages": [user("hi")], "chosen": chosen, "rejected": rejected}
+        for n, (chosen, rejected) in enumerate(texts)
+    ]
+    records.append(records[1] | {"id": "g3", "chosen_ids": tokenizer.encode("a")})
+    path = write_lines(tmp_path / "g.jsonl", records)
+    report = tokenize(path, tokenizer, roles, 999).report
+    assert report.open == ["g1", "g2"] and "responses of 2 examples do not close the thought" in report.lines(9)[-1]
+    plain = make(tmp_path / "plain", QWEN3)
+    assert not tokenize(path, plain, roles, 999).report.open
 
 
 INST = (

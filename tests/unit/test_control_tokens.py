@@ -78,15 +78,15 @@ def test_the_text_comes_back_and_holds_no_control_token(tokenizer: PreTrainedTok
     texts = texts_of(names, 1)
     parsed = parse_batch(tokenizer, texts)
     assert any(ids & set(tokens.ids) for tokens in parsed)
-    for text, row, tokens in zip(texts, map(lambda text: encode(tokenizer, text), texts), parsed, strict=True):
+    rows = [tokens.ids for tokens in encode_batch(tokenizer, texts)]
+    assert rows == [encode(tokenizer, text) for text in texts]
+    assert TokenCounter(tokenizer).texts(texts) == list(map(len, rows))
+    keeps = tokenizer.decode(parse_batch(tokenizer, ["a  ½\n b"])[0].ids) == "a  ½\n b"
+    for text, row, tokens in zip(texts, rows, parsed, strict=True):
         assert not ids & set(row), text
-        plain = not any(name in text for name in names)
-        assert (row == tokens.ids) or not plain
-        if plain or tokenizer.unk_token_id not in row:  # what an ordinary text loses, it loses
-            # One with the same pieces and no control token comes back as it does.
-            assert tokenizer.decode(row) == tokenizer.backend_tokenizer.decode(row, skip_special_tokens=False)
-    batch = [tokens.ids for tokens in encode_batch(tokenizer, texts)]
-    assert batch == [encode(tokenizer, text) for text in texts] and TokenCounter(tokenizer).texts(texts) == list(map(len, batch))
+        assert any(name in text for name in names) or row == tokens.ids
+        # A leading space is one that SentencePiece puts before a text and takes away.
+        assert not keeps or tokenizer.decode(row) in (text, text.removeprefix(" "))
 
 
 def test_a_bytelevel_text_is_what_the_library_makes_without_special_tokens(solopo_data: Path) -> None:
@@ -97,7 +97,8 @@ def test_a_bytelevel_text_is_what_the_library_makes_without_special_tokens(solop
     start, end = ours.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     for text in texts_of(special_names(ours), 2):
         assert ours.decode(encode(ours, text)) == text
-        framed = [start, *theirs.encode(f"user\n{text}").ids, end, *encode(ours, "\n"), start, *encode(ours, "assistant\n")]
+        framed = [start, *theirs.encode(f"user\n{text}").ids, end, *encode(ours, "\n")]
+        framed += [start, *encode(ours, "assistant\n")]
         system = prompt_ids(ours, [{"role": "system", "content": text}, user(text)])
         assert system[-len(framed) :] == framed and system[0] == start
         assert system[1:].index(end) == len(theirs.encode(f"system\n{text}").ids)
@@ -140,9 +141,10 @@ def test_a_chat_that_spells_none_is_read_alike_by_both(tokenizer: PreTrainedToke
         records = [json.loads(line) for line, _ in zip(lines, range(5), strict=False)]
     control = control_tokens(tokenizer)
     for record in records:
-        chat = [user(" ".join(p["paragraph_text"] for p in record["paragraphs"][:4])), assistant(" So? "), user("  ½\n")]
+        documents = " ".join(paragraph["paragraph_text"] for paragraph in record["paragraphs"][:4])
+        assert not control.spelled(documents)
+        chat = [user(documents), assistant(" So? "), user("  ½\n")]
         text = render_prompt(tokenizer, chat)
-        assert not control.spelled(chat[0]["content"])
         reader = control.reader([text])
         (tokens,) = reader.encode_batch([reader.exchange(text)])
         assert tokens.ids == parse_batch(tokenizer, [text])[0].ids == prompt_ids(tokenizer, chat)
@@ -159,7 +161,9 @@ TEMPLATES = {  # each writes the text between <|head|> and <|tail|>, in its own 
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("text", ["a<|tail|>b", "<|head|>", "<|eot|><|eot|>", "<|tail|> <|he<|head|>ad|>", "\U00100000<|tail|>"])
+@pytest.mark.parametrize(
+    "text", ["a<|tail|>b", "<|head|>", "<|eot|><|eot|>", "<|tail|> <|he<|head|>ad|>", "\U00100000<|tail|>"]
+)
 def test_templates_write_control_tokens_in_many_ways(name: str, text: str) -> None:
     tokenizer = byte_tokenizer(TEMPLATES[name])
     head, tail = tokenizer.convert_tokens_to_ids(["<|head|>", "<|tail|>"])
@@ -167,6 +171,8 @@ def test_templates_write_control_tokens_in_many_ways(name: str, text: str) -> No
     row = prompt_ids(tokenizer, [user(text)])
     assert (row[0], row[-1]) == (head, tail) and max(row[1:-1]) < 256
     assert tokenizer.decode(row[1:-1]).strip('"') == text
+    starts = prompt_starts(tokenizer, [user(text)])
+    assert len(starts) == len(row) and text in render_prompt(tokenizer, [user(text)])[starts[1] : starts[-1]]
 
 
 FLAGS: list[dict[str, Any]] = [
@@ -195,8 +201,10 @@ def test_flags_of_added_tokens_hold_for_the_templates_and_not_for_texts(flags: d
 
 def test_what_is_no_special_token_is_control_where_the_template_frames_messages_with_it() -> None:
     """As DeepSeek-R1's <｜User｜>; <tool_call> stays one token in every text, as <think> in answers."""
-    frame = "{% for m in messages %}{{ '<｜User｜>' + m.content if m.role == 'user' else '<｜Bot｜>' + m.content + eos_token }}"
-    tokenizer = byte_tokenizer(frame + "{% endfor %}{% if add_generation_prompt %}<｜Bot｜><think>\n{% endif %}")
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{{ '<｜User｜>' + m.content if m.role == 'user' "
+        "else '<｜Bot｜>' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}<｜Bot｜><think>\n{% endif %}"
+    )
     tokenizer.backend_tokenizer.add_tokens(["<｜User｜>", "<｜Bot｜>", "<tool_call>", "<think>", "</think>"])
     first = tokenizer.convert_tokens_to_ids("<｜User｜>")
     text = "<｜User｜>a<tool_call>b<｜Bot｜></think>"

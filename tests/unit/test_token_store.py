@@ -92,7 +92,7 @@ def test_a_folder_holds_what_is_tokenised_in_memory(home, roles):
 
 def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
     template = home.folder / "by-length.jinja"
-    long = "'w9 ' if messages[0].content | length > 100 else ''"
+    long = "'<user> ' if messages[0].content | length > 100 else ''"  # a text cannot show it
     template.write_text(TEMPLATE.replace("'<assistant> ' + m", f"'<assistant> ' + ({long}) + m"), encoding="utf-8")
     folder = make(home, "groups.jsonl", "by-length", "--chat-template", template)
     tokenizer = load_tokenizer(home.folder / "hf", template)

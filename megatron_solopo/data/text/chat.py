@@ -112,6 +112,8 @@ _OPENED = re.compile(rf"(?:{_TAG}\s*)+$")
 """The tags that a generation prompt ends with, such as ``<think>``."""
 _CLOSED = re.compile(r"(<([^<>/\s]+)>)\s*</\2>\s*$")
 """A thought that a generation prompt opens and closes, as Qwen3's without thinking."""
+_THOUGHT = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
+"""A thought that a generation prompt leaves open."""
 
 
 class _Chat:
@@ -223,9 +225,18 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 
 
 def prompt_starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """The character of `render_prompt` that each id of `prompt_ids` begins with; tokenizers with a Rust backend only."""
+    """The character of `render_prompt` that each id of `prompt_ids` begins with, by a tokenizer with a Rust backend."""
     chat = _Chat(tokenizer, messages)
     return chat.starts(chat.render(add_generation_prompt=True))
+
+
+def open_thought(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What closes the thought that the generation prompt opens, ``</think>``; None where it opens none."""
+    try:
+        opened = _THOUGHT.search(render_prompt(tokenizer, [{"role": "user", "content": "?"}]))
+    except UserError:  # a template that wants other messages
+        return None
+    return f"</{opened[1]}>" if opened else None
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:

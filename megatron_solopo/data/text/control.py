@@ -125,9 +125,9 @@ class _Reader:
         self._both = re.compile("|".join([*(bound % name for name, bound in bounds), self.aliases.pattern]))
         self._tokenizer = Tokenizer.from_str(_renamed(backend.to_str(), aliases))
         for name, alias in aliases.items():
-            texts = (f"{name} a{name}b", f"{alias} a{alias}b") if not added[name].single_word else (name, alias)
-            theirs, ours = (one.encode(t, add_special_tokens=False).ids for one, t in zip((backend, self._tokenizer), texts, strict=True))
-            if theirs != ours:
+            probe = "{0}" if added[name].single_word else "{0} a{0}b"
+            theirs = backend.encode(probe.format(name), add_special_tokens=False)
+            if theirs.ids != self._tokenizer.encode(probe.format(alias), add_special_tokens=False).ids:
                 raise UserError(
                     f"a text holds a control token, and this tokenizer cannot take {name} as text; give another "
                     "tokenizer, or remove the example"

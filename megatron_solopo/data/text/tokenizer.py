@@ -224,8 +224,10 @@ def parse_tokens(text: str) -> list[str]:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: str | Path) -> list[int]:
-    """Adds the tokens of --add-special-tokens, never split and left out of decoded text like other special ones. Unlike
-    those they are tokens in the assistant's texts too, also where the tokenizer is read from a saved folder (`control`).
+    """Adds the tokens of --add-special-tokens, never split and left out of decoded text like other special ones.
+
+    Unlike those they are tokens in the assistant's texts, also for who reads the tokenizer from a saved folder
+    (`control`).
 
     Returns:
         Their ids, which follow the tokenizer's largest.

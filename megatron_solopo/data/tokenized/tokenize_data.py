@@ -194,6 +194,7 @@ def _merge(job: Job, count: int, result: Path) -> tuple[dict[str, Any], Report]:
         "ids_used": report.ids_used,
         "ids_mismatched": report.ids_mismatched,
         "control_tokens_as_text": len(report.spelled),
+        "thoughts_not_closed": len(report.open),
     }
     found = {"counts": counts, "largest_token": {"id": largest[0], "group": largest[1]}, "files": files}
     return found, report
@@ -206,6 +207,7 @@ def _report(fields: dict[str, Any]) -> Report:
         fields["ids_used"],
         fields["ids_mismatched"],
         fields.get("spelled", []),
+        fields.get("open", []),
     )
 
 

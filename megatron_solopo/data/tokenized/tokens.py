@@ -12,7 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, read_conversations, read_groups
-from megatron_solopo.data.text.chat import conversation_ids, prompt_ids, response_ids
+from megatron_solopo.data.text.chat import conversation_ids, open_thought, prompt_ids, response_ids
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.tokenizer import encode_batch
 from megatron_solopo.data.tokenized.overlong import cut_context
@@ -109,6 +109,7 @@ class Report:
         ids_used: responses whose own token ids are trained on.
         ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenised instead.
         spelled: ids of the examples whose texts spell control tokens, which were tokenised as text.
+        open: ids of the examples with a response that does not close the thought which the chat template opens.
     """
 
     dropped: list[Dropped] = field(default_factory=list)
@@ -116,6 +117,7 @@ class Report:
     ids_used: int = 0
     ids_mismatched: int = 0
     spelled: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
         self.dropped += other.dropped
@@ -123,24 +125,17 @@ class Report:
         self.ids_used += other.ids_used
         self.ids_mismatched += other.ids_mismatched
         self.spelled += other.spelled
+        self.open += other.open
 
     def lines(self, seq_length: int | None) -> list[str]:
         """The counts for a person, with the first ten examples of each list."""
         lines = []
         if self.dropped:
-            told = (f"{d.id} ({d.tokens}{', ' + d.reason if d.reason else ''})" for d in self.dropped[:10])
-            lines.append(
-                f"dropped {len(self.dropped)} examples longer than {seq_length} tokens: "
-                + ", ".join(told)
-                + (" ..." if len(self.dropped) > 10 else "")
-            )
+            some = _first_ten([f"{d.id} ({d.tokens}{', ' + d.reason if d.reason else ''})" for d in self.dropped])
+            lines.append(f"dropped {len(self.dropped)} examples longer than {seq_length} tokens: {some}")
         if self.cut:
-            told = (f"{c.id} {c.context} ({c.before} to {c.after})" for c in self.cut[:10])
-            lines.append(
-                f"cut distractors of {len(self.cut)} contexts to fit {seq_length} tokens: "
-                + ", ".join(told)
-                + (" ..." if len(self.cut) > 10 else "")
-            )
+            some = _first_ten([f"{c.id} {c.context} ({c.before} to {c.after})" for c in self.cut])
+            lines.append(f"cut distractors of {len(self.cut)} contexts to fit {seq_length} tokens: {some}")
         if self.ids_mismatched:
             lines.append(
                 f"token ids of {self.ids_mismatched} responses are not this tokenizer's for their text, which was "
@@ -149,10 +144,19 @@ class Report:
         if self.spelled:
             lines.append(
                 f"control tokens in the texts of {len(self.spelled)} examples, which are tokenised as text: "
-                + ", ".join(self.spelled[:10])
-                + (" ..." if len(self.spelled) > 10 else "")
+                + _first_ten(self.spelled)
+            )
+        if self.open:
+            lines.append(
+                f"responses of {len(self.open)} examples do not close the thought that the chat template opens, and "
+                "are learnt inside it; for answers without thoughts give a template that opens none: "
+                + _first_ten(self.open)
             )
         return lines
+
+
+def _first_ten(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seq_length: int | None, overlong: str) -> None:
         self.tokenizer, self.seq_length, self.overlong = tokenizer, seq_length, overlong
+        self._closing = open_thought(tokenizer)
         self.report = Report()
 
     def encode(self, record: PreferenceGroup | Conversation, roles: tuple[str, ...]) -> TokenGroup | None:
@@ -264,21 +269,27 @@ class Encoder:
         is_group = isinstance(record, PreferenceGroup)
         cut: list[Shortened] = []
         whys: list[str] = []
-        tokenised: list[Message] = []
         try:
             if is_group:
-                group = self._preference(record, roles, cut, whys, tokenised)
+                answers: list[str] = []
+                group = self._preference(record, roles, cut, whys, answers)
+                contexts = {role.partition("_")[0] for role in roles}
+                messages = [message for name in contexts for message in getattr(record, f"{name}_messages")]
             else:
                 group = self._conversation(record)
-                tokenised += record.messages
+                messages = record.messages
+                answers = [message["content"] for message in messages if message["role"] == "assistant"]
         except UserError as error:
             kind = "group" if is_group else "conversation"
             raise UserError(f"{kind} {record.id!r}: {error}") from None
         if self.seq_length is None or group.longest <= self.seq_length:
             self.report.cut += cut
-            control = control_tokens(self.tokenizer)
-            if any(control.spelled(message["content"], message["role"]) for message in tokenised):
+            spelled = control_tokens(self.tokenizer).spelled
+            in_prompt = any(spelled(message["content"], message["role"]) for message in messages)
+            if in_prompt or any(spelled(answer, "assistant") for answer in answers):
                 self.report.spelled.append(record.id)
+            if self._closing is not None and not all(self._closing in answer for answer in answers):
+                self.report.open.append(record.id)
             return group
         if self.overlong == "refuse":
             ways = "drop such examples with --overlong drop" + (
@@ -303,10 +314,10 @@ class Encoder:
         roles: tuple[str, ...],
         cut: list[Shortened],
         whys: list[str],
-        tokenised: list[Message],
+        answers: list[str],
     ) -> TokenGroup:
         """The prompts and continuations that ``roles`` name; notes what was cut, why something could not be, and the
-        messages whose texts were tokenised."""
+        responses whose texts were tokenised."""
         prompts = []
         sampled = {
             name: self._sampled(getattr(group, name), getattr(group, f"{name}_ids")) for name in ("chosen", "rejected")
@@ -324,12 +335,11 @@ class Encoder:
                 ids = sampled[name]
                 if ids is None:
                     ids = response_ids(self.tokenizer, messages, getattr(group, name))
-                    tokenised.append({"role": "assistant", "content": getattr(group, name)})
+                    answers.append(getattr(group, name))
                 continuations.append(Continuation(role, array("i", ids)))
             if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
                 raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
             ids = self._prompt(messages)
-            tokenised += messages
             if self.overlong == "cut" and self.seq_length is not None:
                 limit = self.seq_length - max(len(continuation.ids) for continuation in continuations)
                 if len(ids) > limit:
