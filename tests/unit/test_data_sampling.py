@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -20,19 +21,25 @@ import torch
 from option_lines import last_wins
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
+from megatron_solopo.data.sampling.decoding import decode, decode_by_generate, shares_prompts
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import PartialFile, Responses, read_responses
 from megatron_solopo.data.sampling.sample_responses import main
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
-from megatron_solopo.data.sampling.sampler import choose, plan_batches, sample_batch, uniforms
+from megatron_solopo.data.sampling.sampler import choose, uniforms
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.errors import UserError
 
@@ -52,10 +59,22 @@ SIZES = {
 }
 
 
-def tiny_model(family: str = "llama") -> PreTrainedModel:
+EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=9),
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "mixtral": MixtralConfig(**SIZES, **EXPERTS, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, moe_intermediate_size=24, norm_topk_prob=True),
+}
+
+
+def tiny_model(family: str = "llama", config: PretrainedConfig | None = None) -> PreTrainedModel:
     torch.manual_seed(0)
-    kind = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
-    model = kind[0](kind[1](**SIZES, initializer_range=0.3)).eval()
+    config = config or FAMILIES[family]
+    config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(config).eval()
     # Hidden defaults of a real model's generation_config must not reach the samples.
     model.generation_config.repetition_penalty = 1.7
     return model
@@ -138,41 +157,131 @@ def oracle_choice(logits: torch.Tensor, uniform: float, temperature: float, top_
     return int(kept[-1])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def sample(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    numbers: torch.Tensor,
+    *,
+    rows: int = 64,
+    decoder: Any = decode,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stops: tuple[int, ...] = (END, 20),
+) -> list[list[list[int]]]:
+    draw = functools.partial(choose, temperature=temperature, top_p=top_p)
+    jobs = zip(prompts, numbers, strict=True)
+    return [samples for _, samples in sorted(decoder(model, jobs, rows=rows, draw=draw, stops=set(stops)))]
+
+
+PROMPTS = [[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [10], [11, 12, 13]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.8)])
 def test_every_token_is_drawn_from_the_model_without_a_cache(family: str, temperature: float, top_p: float) -> None:
-    """Prompts of unequal length in one batch; each token is checked on a full forward pass of its own sequence."""
+    """Fewer rows than samples, so that samples of unequal length share them, also beyond a sliding window; each token
+    is checked on a full forward pass of its own sequence."""
     model = tiny_model(family)
-    prompts = [[4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
-    numbers = torch.stack([uniforms(3, f"q{index}", 7, 6) for index in range(3)])
-    sampled = sample_batch(model, prompts, numbers, temperature=temperature, top_p=top_p, stop_ids=[END, 20], pad_id=0)
+    assert shares_prompts(model)
+    numbers = torch.stack([uniforms(3, f"q{index}", 7, 12) for index in range(3)])
+    sampled = sample(model, PROMPTS, numbers, rows=5, temperature=temperature, top_p=top_p)
     ended = 0
-    for question, (prompt, responses) in enumerate(zip(prompts, sampled, strict=True)):
+    for question, (prompt, responses) in enumerate(zip(PROMPTS, sampled, strict=True)):
         assert len(responses) == 7
-        for sample, response in enumerate(responses):
+        for number, response in enumerate(responses):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + response])).logits[0]
             for step, token in enumerate(response):
-                uniform = float(numbers[question, sample, step])
+                uniform = float(numbers[question, number, step])
                 assert token == oracle_choice(logits[len(prompt) + step - 1], uniform, temperature, top_p)
             stops = [step for step, token in enumerate(response) if token in (END, 20)]
             assert stops in ([], [len(response) - 1])
-            assert stops or len(response) == 6
+            assert stops or len(response) == 12
             ended += bool(stops)
     assert ended, "no sample met a stop token, so the case is not covered"
 
 
-def test_temperature_zero_is_transformers_greedy() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_temperature_zero_is_transformers_greedy(family: str) -> None:
+    """With more tokens than a sample's first buffer of keys has room for."""
+    model = tiny_model(family)
+    sampled = sample(model, PROMPTS, torch.rand(3, 2, 70, dtype=torch.float64), rows=4, temperature=0, stops=(END,))
+    for prompt, responses in zip(PROMPTS, sampled, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, do_sample=False, max_new_tokens=70, repetition_penalty=1.0)
+        assert responses == [expected[0, len(prompt) :].tolist()] * 2
+
+
+def test_a_response_depends_on_its_own_numbers_only() -> None:
+    """Not on the rows, not on its company, not on which of its prompt's samples are there already."""
     model = tiny_model()
-    prompts = [[4, 5, 6], [7], [8, 9]]
-    sampled = sample_batch(
-        model, prompts, torch.rand(3, 2, 9, dtype=torch.float64), temperature=0, top_p=1, stop_ids=[END], pad_id=0
-    )
-    for prompt, responses in zip(prompts, sampled, strict=True):
-        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=9, repetition_penalty=1.0)[
-            0, len(prompt) :
-        ]
-        assert responses == [expected.tolist()] * 2
+    numbers = torch.stack([uniforms(3, f"q{index}", 9, 40) for index in range(3)])
+    whole = sample(model, PROMPTS, numbers)
+    for rows in (1, 2, 7, 20):
+        assert sample(model, PROMPTS, numbers, rows=rows) == whole
+    assert sample(model, PROMPTS[1:2], numbers[1:2, 4:]) == [whole[1][4:]]
+    assert uniforms(3, "q0", 4, 40).equal(numbers[0, :4])
+
+
+def test_models_whose_attention_is_not_known_are_sampled_through_generate() -> None:
+    """Attention with a bias by distance: the same draws, one by one."""
+    model = tiny_model(config=BloomConfig(vocab_size=len(WORDS), hidden_size=32, n_layer=2, n_head=4, eos_token_id=END))
+    assert not shares_prompts(model)
+    settings = model.generation_config
+    numbers = torch.stack([uniforms(3, f"q{index}", 5, 9) for index in range(3)])
+    sampled = sample(model, PROMPTS, numbers, decoder=decode_by_generate, rows=2)
+    for question, (prompt, responses) in enumerate(zip(PROMPTS, sampled, strict=True)):
+        for number, response in enumerate(responses):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0]
+            chosen = [
+                oracle_choice(logits[len(prompt) + step - 1], float(numbers[question, number, step]), 1.0, 1.0)
+                for step in range(len(response))
+            ]
+            assert response == chosen and (response[-1] in (END, 20) or len(response) == 9)
+    assert model.generation_config is settings
+    llama = tiny_model()
+    assert sample(llama, PROMPTS, numbers, decoder=decode_by_generate) == sample(llama, PROMPTS, numbers)
+
+
+def test_the_first_two_tokens_follow_the_softmax() -> None:
+    """20,000 samples of a prompt against the joint probabilities: chi-squared, p = 0.001 of its normal approximation."""
+    model = tiny_model(config=LlamaConfig(**(SIZES | {"vocab_size": 8, "hidden_size": 16, "pad_token_id": None})))
+    prompt, count, temperature = [4, 5, 6], 20_000, 2.0
+    numbers = uniforms(7, "q", count, 2)
+    [sampled] = sample(model, [prompt], numbers[None], rows=5000, temperature=temperature, stops=(-1,))
+    with torch.no_grad():
+        first = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double() / temperature, -1)
+        after = model(torch.tensor([[*prompt, token] for token in range(8)])).logits[:, -1].double()
+        joint = (first[:, None] * torch.softmax(after / temperature, -1)).flatten()
+    pairs = torch.tensor(sampled)
+    draws = (pairs[:, 0] * 8 + pairs[:, 1]).bincount(minlength=64).double()
+    expected = joint * count
+    assert expected.min() > 5, "too few draws of a pair for the test"
+    assert ((draws - expected) ** 2 / expected).sum() < 63 + 3.1 * (2 * 63) ** 0.5
+
+
+def test_the_prompts_keys_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many samples: what is kept for each is as long as its own tokens."""
+    from megatron_solopo.data.sampling import decoding
+
+    made: list[Any] = []
+
+    class Watched(decoding._Group):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(decoding, "_Group", Watched)
+    list(decode(tiny_model(), [(list(range(4, 36)) * 3, uniforms(0, "q", 30, 3))], rows=30, draw=draw_end, stops={-1}))
+    [group] = made
+    keys = [part for parts in group.prompt for part in parts]
+    assert [tuple(part.shape) for part in keys] == [(2, 96, 8)] * 4
+    assert all(part.shape[2] <= 32 for parts in group.own for part in parts)
+
+
+def draw_end(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
 
 
 def test_frequencies_follow_the_softmax() -> None:
@@ -192,11 +301,6 @@ def test_extreme_uniforms_never_choose_the_impossible() -> None:
     logits[:, 2:4] = torch.tensor([0.0, -3.0])
     assert choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
     assert choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 0.9).tolist() == [2, 2]
-
-
-def test_batches_cover_every_prompt_once_longest_first() -> None:
-    batches = plan_batches([3, 9, 1, 9, 4], 2)
-    assert batches == [[1, 3], [4, 0], [2]]
 
 
 def test_responses_do_not_depend_on_batch_size_or_limit(folder: Path, tmp_path: Path) -> None:
@@ -254,9 +358,9 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     code = (
         "import sys, time\n"
         "from megatron_solopo.data.sampling import sample_responses as command, sampler as s\n"
-        "fast = s.sample_batch\n"
-        "def slow(*a, **k):\n    time.sleep(0.2)\n    return fast(*a, **k)\n"
-        "s.sample_batch = slow\n"  # so that the kill falls in the middle
+        "fast = s.decode\n"
+        "def slow(*a, **k):\n    for one in fast(*a, **k):\n        time.sleep(0.1)\n        yield one\n"
+        "s.decode = slow\n"  # so that the kill falls in the middle
         "command.main(sys.argv[1:])"
     )
     process = subprocess.Popen(
@@ -313,7 +417,7 @@ def test_responses_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
             for number in range(200):
                 partial.add(Responses(f"q{number}", [text], [True]))
         with PartialFile(output, {}) as partial:
-            partial.finish(output, [f"q{number}" for number in range(200)])
+            partial.finish([f"q{number}" for number in range(200)], 1)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -344,8 +448,8 @@ def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:
         partial.add(Responses("q", ["a", "b"], [True, True], [None, [7]]), 0)
         assert partial.missing("q", 5) == [3, 4] and partial.missing("other", 2) == [0, 1]
     with PartialFile(output, {}) as partial:
-        assert partial.missing("q", 5) == [3, 4] and (partial.questions, partial.responses) == (1, 3)
-        partial.finish(output, ["q"])
+        assert partial.missing("q", 5) == [3, 4]
+        partial.finish(["q"], 3)
     [record] = read_responses(output)
     assert record == Responses("q", ["a", "b", "c"], [True, True, False], [None, [7], None])
 

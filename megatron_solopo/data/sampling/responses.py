@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_solopo.data.files.progress import hold, refuse_other_settings
+from megatron_solopo.data.files.progress import differences, hold, refuse_other_settings, write_aside
 from megatron_solopo.data.files.records import parse_line, read_jsonl
 from megatron_solopo.data.schema import check_ids, require
 from megatron_solopo.errors import UserError, system_reason
@@ -32,6 +33,23 @@ class Responses:
     def record(self) -> dict[str, Any]:
         """What is written; ``token_ids`` only where there are some."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def cut(record: Responses, start: int, stop: int) -> Responses:
+    """Its responses ``start`` to ``stop - 1``."""
+    ids = record.token_ids[start:stop] if record.token_ids else []
+    return Responses(
+        record.id,
+        record.responses[start:stop],
+        record.finished[start:stop],
+        ids if any(one is not None for one in ids) else None,
+    )
+
+
+def runs(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Ascending numbers in runs of neighbours."""
+    for _, run in groupby(enumerate(numbers), lambda place: place[1] - place[0]):
+        yield [number for _, number in run]
 
 
 def joined(parts: Sequence[Responses]) -> Responses:
@@ -118,6 +136,48 @@ class _Line(NamedTuple):
     responses: int
 
 
+NOT_DECIDING = ("limit", "samples")
+"""Settings of earlier versions that decide no response."""
+
+
+def settings_path(output: Path) -> Path:
+    """The file beside an output that says how its responses were sampled."""
+    return output.with_name(output.name + ".settings.json")
+
+
+def output_settings(output: Path, file: Path | None = None) -> dict[str, Any] | None:
+    """The settings that a finished output was sampled under; None: nothing beside it says so.
+
+    Args:
+        file: what to look at, where it is not yet in the output's place.
+    """
+    try:
+        recorded = json.loads(settings_path(output).read_text(encoding="utf-8"))
+        matches = recorded["bytes"] == (file or output).stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return recorded["settings"] if matches else None
+
+
+def check_output(output: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses to extend a finished output that was not sampled under these settings.
+
+    Args:
+        settings: some of them or all.
+    """
+    made = output_settings(output)
+    if made is None:
+        raise UserError(
+            f"--output {output}: is already complete, and {settings_path(output).name} is not there or is another "
+            "file's, so it cannot be extended; give another name, or --overwrite to sample again"
+        )
+    for name, before, after in differences({name: made.get(name) for name in settings}, settings):
+        raise UserError(
+            f"--output {output}: was sampled with {name} = {before!r}, now {after!r}; give another name, or "
+            "--overwrite to sample again"
+        )
+
+
 class PartialFile:
     """Responses written so far, next to the output, with the settings they were sampled under.
 
@@ -125,19 +185,32 @@ class PartialFile:
     unfinished last line and locks it, so that no second process samples the same. Memory holds where the lines are, not
     what is in them.
 
+    A finished output is extended (`extend`): it stays until the new one is complete.
+
+    Args:
+        settings: those that decide a response.
+        anew: leave out what a finished output holds, and what an unfinished extension of it does.
+
     Raises:
-        UserError: the file holds samples of other settings, is not such a file, or another process writes it.
+        UserError: the file holds samples of other settings, is not such a file, or another process writes it; or the
+            finished output cannot be extended (`check_output`).
     """
 
-    def __init__(self, output: Path, settings: dict[str, object]) -> None:
+    def __init__(self, output: Path, settings: dict[str, object], anew: bool = False) -> None:
+        self._output = output
         self.path = output.with_name(output.name + ".partial")
+        self._settings = json.loads(json.dumps(settings))
         self._parts: dict[str, dict[int, _Line]] = {}
         self._size = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
         try:
             hold(self._file.fileno(), self.path)
-            self._resume(settings)
+            _complete(output)
+            self._extends = output.exists() and not anew
+            if self._extends:
+                check_output(output, self._settings)
+            self._resume(anew and output.exists())
         except UserError:
             self._file.close()
             raise
@@ -150,7 +223,7 @@ class PartialFile:
     ) -> None:
         self._file.close()
 
-    def _resume(self, settings: dict[str, object]) -> None:
+    def _resume(self, anew: bool) -> None:
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
@@ -159,9 +232,13 @@ class PartialFile:
                 record = parse_line(line, where)
                 if number == 1:
                     made = require(record, "settings", dict, where)
+                    made = {name: value for name, value in made.items() if name not in NOT_DECIDING}
+                    extends = not record.get("anew", False)
                 else:
                     if number == 2:  # with nothing sampled, any settings may take the file
-                        refuse_other_settings(self.path, made, settings)
+                        refuse_other_settings(self.path, made, self._settings)
+                        if anew and extends:
+                            break
                     part = _responses(record, where)
                     place = _Line(self._size, len(part.responses))
                     self._parts.setdefault(part.id, {})[require(record, "first", int, where)] = place
@@ -170,20 +247,30 @@ class PartialFile:
             self._size = 0
         self._file.truncate(self._size)
         if self._size == 0:
-            self._write({"settings": settings})
+            self._write({"settings": self._settings, **({"anew": True} if anew else {})})
 
     def __contains__(self, question_id: str) -> bool:
         return question_id in self._parts
 
-    @property
-    def responses(self) -> int:
-        """How many are there."""
-        return sum(line.responses for parts in self._parts.values() for line in parts.values())
+    def extend(self, ids: Sequence[str], samples: int) -> bool:
+        """Copies here what a finished output holds.
+
+        Returns:
+            False where it holds all these samples; nothing is copied then.
+        """
+        if not self._extends:
+            return True
+        held = {record.id: len(record.responses) for record in read_responses(self._output)}
+        if all(held.get(name, 0) >= samples for name in ids):
+            return False
+        for record in read_responses(self._output):
+            for run in runs(self.missing(record.id, len(record.responses))):
+                self.add(cut(record, run[0], run[-1] + 1), run[0])
+        return True
 
     @property
-    def questions(self) -> int:
-        """How many have at least one response."""
-        return len(self._parts)
+    def empty(self) -> bool:
+        return not self._parts
 
     def missing(self, question_id: str, samples: int) -> list[int]:
         """The numbers of the samples that are not there yet, ascending."""
@@ -209,9 +296,18 @@ class PartialFile:
         self._file.truncate(self._size)  # answers to other requests may still come, and find room
         raise UserError(f"{self.path}: {why}; make room and repeat the command, what is finished is kept")
 
-    def finish(self, output: Path, ids: Sequence[str]) -> None:
-        """Writes the output, questions in the order of ``ids`` and samples in that of their numbers; removes this."""
-        aside = output.with_name(output.name + ".complete")
+    def finish(self, ids: Sequence[str], samples: int, notes: Mapping[str, Any] | None = None) -> bool:
+        """Writes the output: questions in the order of ``ids``, of each the first ``samples`` samples in order.
+
+        Beside it go its settings. This file is removed where all of it is in the output.
+
+        Args:
+            notes: what the settings file says beside the settings.
+
+        Returns:
+            Whether this file was removed.
+        """
+        output, aside = self._output, _aside(self._output)
         try:
             with self.path.open("rb") as lines, aside.open("w", encoding="utf-8") as out:
                 for question_id in ids:
@@ -220,12 +316,34 @@ class PartialFile:
                         lines.seek(line.start)
                         where = f"{self.path}, byte {line.start}"
                         parts.append(_responses(parse_line(lines.readline(), where), where))
-                    out.write(json.dumps(joined(parts).record(), ensure_ascii=False) + "\n")
+                    record = cut(joined(parts), 0, samples).record()
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
                 out.flush()
                 os.fsync(out.fileno())  # what it is made of is removed
+            beside = {"settings": self._settings, **(notes or {}), "bytes": aside.stat().st_size}
+            write_aside(settings_path(output), beside)
         except OSError as error:
             raise UserError(
                 f"{aside}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"
             ) from None
-        aside.replace(output)
+        _complete(output)
+        held = sum(line.responses for parts in self._parts.values() for line in parts.values())
+        if held > len(ids) * samples:
+            return False
         self.path.unlink()
+        return True
+
+    def discard(self) -> None:
+        """Removes the file."""
+        self.path.unlink()
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(output.name + ".complete")
+
+
+def _complete(output: Path) -> None:
+    """Puts a whole output in its place: the settings beside it, written before, name its size."""
+    aside = _aside(output)
+    if aside.exists() and output_settings(output, aside) is not None:
+        aside.replace(output)

@@ -21,7 +21,7 @@ from megatron_solopo.data.files.records import first_field
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile
+from megatron_solopo.data.sampling.responses import PartialFile, check_output
 from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("input and output")
     group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
     group.add_argument("--output", required=True, metavar="FILE", help="responses, JSONL of {id, responses, finished}")
-    group.add_argument("--overwrite", action="store_true", help="replace an output that is already complete")
+    group.add_argument("--overwrite", action="store_true", help="sample an output anew that is complete")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
     group.add_argument(
         "--num-samples-context",
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", *DTYPES), help="auto: the checkpoint's on a GPU, float32 on a CPU (default)"
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences decoded at once (default: 64)")
-    _add_server_options(parser.add_argument_group("from a server (vLLM, SGLang, transformers serve, ...)"))
+    _add_server_options(parser.add_argument_group("from a server (vLLM, SGLang, llama.cpp, transformers serve, ...)"))
     return parser
 
 
@@ -102,7 +102,7 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--server-kind",
-        choices=("auto", "vllm", "sglang", "transformers", "other"),
+        choices=("auto", "vllm", "sglang", "llama.cpp", "transformers", "other"),
         help="which fields beyond OpenAI's it is sent; auto: by what it says of itself (default)",
     )
     group.add_argument("--concurrency", type=int, metavar="N", help="requests in flight (default: 32)")
@@ -169,10 +169,6 @@ def _check(options: argparse.Namespace) -> None:
         )
     check_outputs([("--output", options.output)], [("--contexts", options.contexts), *files_of(options)])
     check_jsonl("--output", options.output)
-    if Path(options.output).exists() and not options.overwrite:
-        raise UserError(
-            f"--output {options.output}: is already complete; give another name, or --overwrite to sample again"
-        )
 
 
 def _is_url(text: str) -> bool:
@@ -209,7 +205,6 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_solopo.data.sampling.server import FromServer as Backend
     else:
         from megatron_solopo.data.sampling.sampler import InProcess as Backend
-    backend = Backend(options, tokenizer, prompts)
     with Path(options.contexts).open("rb") as file:
         contexts = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
@@ -218,17 +213,27 @@ def main(argv: list[str] | None = None) -> int:
         **text_facts(named.folder, tokenizer),
         **{
             name: getattr(options, name)
-            for name in ("limit", "num_samples_context", "samples", "temperature", "top_p", "max_new_tokens", "seed")
+            for name in ("num_samples_context", "temperature", "top_p", "max_new_tokens", "seed")
         },
-        **backend.settings,
     }
+    output = Path(options.output)
+    if output.exists() and not options.overwrite:  # before a model is loaded
+        check_output(output, settings)
+    backend = Backend(options, tokenizer, prompts)
     statistics = Statistics()
-    with PartialFile(Path(options.output), settings) as partial:
+    with PartialFile(output, settings | backend.settings, anew=options.overwrite) as partial:
+        if not partial.extend(prompts.names, options.samples):
+            if partial.empty:
+                partial.discard()
+            print(f"{output} holds {options.samples} responses to each of {len(prompts)} questions already")
+            return 0
         begin = time.monotonic()
         backend.run(partial, statistics)
         seconds = time.monotonic() - begin
-        partial.finish(Path(options.output), prompts.names)
+        whole = partial.finish(prompts.names, options.samples, backend.notes)
     print(f"wrote {len(prompts)} questions x {options.samples} responses to {options.output}")
+    if not whole:
+        print(f"  more samples or questions are in {partial.path}, for a larger --samples or --limit")
     if statistics.responses:
         speed, mean = statistics.tokens / max(seconds, 1e-9), statistics.tokens / statistics.responses
         print(

@@ -72,14 +72,17 @@ def from_texts(
     """Responses of which only the texts are known; an end of turn in a text ends it there.
 
     Args:
-        tokens: how many were sampled for all of them together, ends of turn included; None where not told.
+        tokens: how many the server says were sampled, ends of turn included; None where it does not. Of several
+            responses some servers count the first only: a number nearer to that one's than to that of all is not used.
     """
     parts = [text.partition(tokenizer.eos_token) for text in texts]
     texts = [text for text, _, _ in parts]
     finished = [end or bool(mark) for end, (_, mark, _) in zip(finished, parts, strict=True)]
-    again = sum(len(_learnt(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True))
-    differs = tokens is not None and tokens != again
-    _count(statistics, texts, finished, again if tokens is None else tokens, int(differs))
+    each = [len(_learnt(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True)]
+    again = sum(each)
+    if tokens is None or (len(each) > 1 and abs(tokens - each[0]) <= abs(tokens - again)):
+        tokens = again
+    _count(statistics, texts, finished, tokens, int(tokens != again))
     return Responses(prompt.id, texts, finished)
 
 

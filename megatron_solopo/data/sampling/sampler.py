@@ -1,8 +1,8 @@
 """Sampling in process through transformers.
 
-A prompt is computed once and its cache repeated for its samples. Every sample draws from its own row of
-uniform numbers, made from the seed and the question's id, so that a response depends neither on the batch
-it is sampled in nor on where a killed run was resumed.
+Every sample draws from its own row of uniform numbers, made from the seed, the question's id and the sample's number.
+So a response depends neither on what is sampled beside it, nor on how many samples or questions are asked for, nor on
+where a killed run was resumed, to the rounding of the model's logits.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Sequence
+from functools import partial as partial_of
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids, weight_facts
+from megatron_solopo.data.sampling.decoding import Job, decode, decode_by_generate, shares_prompts
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile
+from megatron_solopo.data.sampling.responses import PartialFile, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
 
 def uniforms(seed: int, question_id: str, samples: int, steps: int) -> torch.Tensor:
-    """[samples, steps] numbers in [0, 1), float64, that depend on the seed and the question only."""
+    """[samples, steps] numbers in [0, 1), float64, that depend on the seed and the question; more samples are more rows."""
     digest = hashlib.sha256(f"{seed}\0{question_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.rand(samples, steps, dtype=torch.float64, generator=generator)
@@ -59,80 +61,6 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
-@torch.inference_mode()
-def sample_batch(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    numbers: torch.Tensor,
-    *,
-    temperature: float,
-    top_p: float,
-    stop_ids: Sequence[int],
-    pad_id: int,
-) -> list[list[list[int]]]:
-    """Samples continuations of several prompts, computing every distinct prefix once.
-
-    Samples of a prompt that agree so far are one row of the model's batch; a row is repeated when they
-    part and dropped when all of them have ended. Two samples that never part cost as much as one.
-
-    Args:
-        prompts: Q lists of token ids.
-        numbers: [Q, samples, steps] uniform numbers; steps is the most tokens a response may have.
-        stop_ids: a response ends with the first of these.
-
-    Returns:
-        For each prompt and sample the ids, the stop id included where one was reached.
-    """
-    device = model.device
-    count, samples, steps = numbers.shape
-    width = max(map(len, prompts))
-    ids = torch.full((count, width), pad_id)
-    mask = torch.zeros(count, width + steps, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask, numbers = ids.to(device), mask.to(device), numbers.reshape(count * samples, steps).to(device)
-    stop = torch.tensor(sorted(stop_ids), device=device)
-    position_ids = (mask[:, :width].cumsum(-1) - 1).clamp_min(0)
-    out = model(
-        input_ids=ids, attention_mask=mask[:, :width], position_ids=position_ids, use_cache=True, logits_to_keep=1
-    )
-    cache, position = out.past_key_values, position_ids[:, -1:]
-
-    tokens = torch.full((count * samples, steps), -1, device=device)
-    alive = torch.arange(count * samples, device=device)  # samples that have not ended
-    row_of = alive // samples  # the row of the model's batch that stands for each of them
-    for step in range(steps):
-        logits = out.logits[:, -1]
-        chosen = choose(logits[row_of], numbers[alive, step], temperature, top_p)
-        tokens[alive, step] = chosen
-        going = ~torch.isin(chosen, stop)
-        if step == steps - 1 or not going.any():
-            break
-        alive, vocabulary = alive[going], logits.shape[1]
-        prefixes, row_of = torch.unique(row_of[going] * vocabulary + chosen[going], return_inverse=True)
-        parents = prefixes // vocabulary
-        if len(parents) != len(mask) or not torch.equal(parents, torch.arange(len(mask), device=device)):
-            cache.batch_select_indices(parents)
-            mask, position = mask[parents], position[parents]
-        position = position + 1
-        out = model(
-            input_ids=(prefixes % vocabulary)[:, None],
-            attention_mask=mask[:, : width + step + 1],
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        )
-    rows = [[token for token in row if token >= 0] for row in tokens.tolist()]
-    return [rows[start : start + samples] for start in range(0, len(rows), samples)]
-
-
-def plan_batches(lengths: Sequence[int], questions_per_batch: int) -> list[list[int]]:
-    """Indices of prompts in batches of like length, the longest first (out of memory shows at once)."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + questions_per_batch] for start in range(0, len(order), questions_per_batch)]
-
-
 class InProcess:
     """The model of ``--model`` in this process.
 
@@ -156,50 +84,50 @@ class InProcess:
             "dtype": str(self._model.dtype),
             "stop_ids": self._stops,
         }
+        self.notes: dict[str, Any] = {}
 
     def run(self, partial: PartialFile, statistics: Statistics) -> None:
-        """Samples what ``partial`` lacks."""
+        """Samples what ``partial`` lacks, the longest prompts first: out of memory shows at once."""
         options, prompts = self._options, self._prompts
-        if partial.questions:
-            print(f"resuming: {partial.questions} of {len(prompts)} questions were sampled before")
-        # Planned over all questions, done or not, so that a resumed run computes the very same batches.
-        batches = plan_batches(prompts.lengths, max(1, options.batch_size // options.samples))
-        with ProgressBar(desc="sampling", total=len(prompts), initial=partial.questions, unit="question") as bar:
-            for indices in batches:
-                if all(prompts.names[index] in partial for index in indices):
-                    continue
-                batch = [prompts[index] for index in indices]
-                todo = [prompt for prompt in batch if prompt.id not in partial]
-                try:
-                    sampled = self._sample(batch)
-                except torch.OutOfMemoryError:
-                    raise UserError(
-                        f"--batch-size {options.batch_size}: the GPU is out of memory at prompts of "
-                        f"{len(batch[0].ids)} tokens; repeat the command with a smaller one, what is finished is kept"
-                    ) from None
-                for prompt, ids in zip(batch, sampled, strict=True):
-                    if prompt in todo:
-                        finished = [bool(one) and one[-1] in self._stops for one in ids]
-                        partial.add(from_ids(self._tokenizer, prompt, ids, finished, self._stops, statistics))
-                bar.update(len(todo))
+        missing = {
+            index: numbers for index, name in enumerate(prompts.names) if (numbers := partial.missing(name, options.samples))
+        }
+        done = len(prompts) - len(missing)
+        if done:
+            print(f"resuming: {done} of {len(prompts)} questions were sampled before")
+        order = sorted(missing, key=lambda index: (-prompts.lengths[index], index))
+        decoder = decode if shares_prompts(self._model) else decode_by_generate
+        draw = partial_of(choose, temperature=options.temperature, top_p=options.top_p)
+        jobs = (self._job(prompts[index], missing[index]) for index in order)
+        sampled = decoder(self._model, jobs, rows=options.batch_size, draw=draw, stops=set(self._stops))
+        with ProgressBar(desc="sampling", total=len(prompts), initial=done, unit="question") as bar:
+            try:
+                for place, responses in sampled:
+                    self._add(prompts[order[place]], missing[order[place]], responses, partial, statistics)
+                    bar.update()
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"--batch-size {options.batch_size}: the GPU is out of memory at prompts of up to "
+                    f"{prompts.lengths[order[0]]} tokens; repeat the command with a smaller one, what is finished is kept"
+                ) from None
 
-    def _sample(self, batch: Sequence[Prompt]) -> list[list[list[int]]]:
-        """Every sample of a batch of questions, ``--batch-size`` sequences at a time."""
+    def _job(self, prompt: Prompt, missing: Sequence[int]) -> Job:
+        """At temperature 0 all samples are one."""
         options = self._options
-        numbers = torch.stack(
-            [uniforms(options.seed, prompt.id, options.samples, options.max_new_tokens) for prompt in batch]
-        )
-        sampled: list[list[list[int]]] = [[] for _ in batch]
-        for part in numbers.split(max(1, options.batch_size // len(batch)), dim=1):
-            found = sample_batch(
-                self._model,
-                [prompt.ids for prompt in batch],
-                part,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                stop_ids=self._stops,
-                pad_id=self._stops[0],
-            )
-            for responses, more in zip(sampled, found, strict=True):
-                responses += more
-        return sampled
+        numbers = uniforms(options.seed, prompt.id, missing[-1] + 1, options.max_new_tokens)[missing]
+        return prompt.ids, numbers if options.temperature > 0 else numbers[:1]
+
+    def _add(
+        self,
+        prompt: Prompt,
+        missing: Sequence[int],
+        sampled: list[list[int]],
+        partial: PartialFile,
+        statistics: Statistics,
+    ) -> None:
+        """Writes the samples of a question, a line for each run of neighbouring numbers."""
+        by_number = dict(zip(missing, sampled if len(sampled) == len(missing) else sampled * len(missing), strict=True))
+        for numbers in runs(missing):
+            ids = [by_number[number] for number in numbers]
+            finished = [one[-1] in self._stops for one in ids]
+            partial.add(from_ids(self._tokenizer, prompt, ids, finished, self._stops, statistics), numbers[0])

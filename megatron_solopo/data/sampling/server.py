@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import batched, groupby
+from itertools import batched
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, Responses
+from megatron_solopo.data.sampling.responses import PartialFile, Responses, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.data.text.chat import render_prompt
@@ -34,8 +34,33 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
 SAMPLES_PER_REQUEST = 8
+OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
+"""The kind of a server by the ``owned_by`` of its models."""
 FINISHED = {"stop": True, "length": False}
 """What a server's ``finish_reason`` says of a response."""
+PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+SET: Mapping[str, Mapping[str, Any]] = {
+    "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
+    "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
+    "llama.cpp": {
+        "samplers": ["temperature", "top_p"],  # its own order takes the nucleus before the temperature
+        "top_k": 0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "top_n_sigma": -1.0,
+        "xtc_probability": 0.0,
+        "dynatemp_range": 0.0,
+        "mirostat": 0,
+        "repeat_penalty": 1.0,
+        "dry_multiplier": 0.0,
+        **PENALTIES,
+    },
+    "transformers": {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+}
+"""What a server of each kind is sent, so that nothing but temperature and top-p shapes the distribution. A server takes
+what is not given from its own defaults, or from the checkpoint's generation_config.json."""
+LEFT = "top-k, min-p, typical-p and penalties"
+"""What a server of another kind may do that no field of OpenAI's switches off."""
 PARSED_OUT = ("reasoning_content", "reasoning", "tool_calls")
 """Where servers put what they take out of a message's text."""
 
@@ -92,6 +117,14 @@ class FromServer:
         self._as_ids = self._prompts_as_ids()
         self._with_start = set(self._prompts_with_start()) if self._as_text else set()
         self._foreign = False
+        self.notes: dict[str, Any] = {"sampling": {"sent": SET.get(self._kind, {})}}
+        if self._kind not in SET:
+            self.notes["sampling"]["left_to_the_server"] = LEFT
+            print(
+                f"warning: --server {options.server}: of an unknown kind; {LEFT} are the server's own "
+                "defaults and may cut the distribution: switch them off there, or name its kind with --server-kind",
+                file=sys.stderr,
+            )
         # What decides a response here. Another host may go on with what this one began, in smaller requests too.
         self.settings: dict[str, Any] = {
             "backend": "server",
@@ -127,7 +160,7 @@ class FromServer:
             owners = {entry.get("owned_by") for entry in models.values()}
             kind = options.server_kind
             if kind == "auto":
-                kind = next((kind for kind in ("vllm", "sglang") if kind in owners), None)
+                kind = next((kind for owner, kind in OWNERS.items() if owner in owners), None)
                 kind = kind or await self._by_paths(client)
             named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
             if kind in ("vllm", "sglang") and models and not named & models.keys():
@@ -208,14 +241,16 @@ class FromServer:
             body["messages"] = prompt.messages
             if self._values:
                 body["chat_template_kwargs"] = self._values
-        # A server takes what is not given from the checkpoint's generation_config.json.
+        if kind != "transformers":
+            body |= SET.get(kind, {})
         if kind in ("vllm", "sglang"):
-            body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
             body |= {"stop_token_ids": self._stops, "return_token_ids": True}
         if kind == "sglang" and self._api(prompt) == "chat":
             body["separate_reasoning"] = False
+        if kind == "llama.cpp" and self._api(prompt) == "chat":
+            body["reasoning_format"] = "none"
         if kind == "transformers":
-            config = {"do_sample": options.temperature > 0, "top_k": 0, "repetition_penalty": 1.0}
+            config = {"do_sample": options.temperature > 0, **SET[kind]}
             config |= {"eos_token_id": self._stops, "max_new_tokens": options.max_new_tokens}
             body["generation_config"] = json.dumps(config)
         return body
@@ -226,10 +261,12 @@ class FromServer:
         Raises:
             UserError: a request failed for good; the answers to those in flight are waited for and kept.
         """
-        total = len(self._prompts) * self._options.samples
-        if partial.responses:
-            print(f"resuming: {partial.responses} of {total} responses were sampled before")
-        with ProgressBar(desc="sampling", total=total, initial=partial.responses, unit="response") as bar:
+        samples = self._options.samples
+        total = len(self._prompts) * samples
+        before = total - sum(len(partial.missing(name, samples)) for name in self._prompts.names)
+        if before:
+            print(f"resuming: {before} of {total} responses were sampled before")
+        with ProgressBar(desc="sampling", total=total, initial=before, unit="response") as bar:
             asyncio.run(self._run(partial, statistics, bar))
 
     def _requests(self, partial: PartialFile) -> Iterator[Request]:
@@ -239,8 +276,8 @@ class FromServer:
         for index, name in enumerate(self._prompts.names):
             missing = partial.missing(name, options.samples)
             # A request asks for neighbours; samples that are there already can lie between the missing ones.
-            for _, neighbours in groupby(enumerate(missing), lambda place: place[1] - place[0]):
-                for some in batched((number for _, number in neighbours), count):
+            for run in runs(missing):
+                for some in batched(run, count):
                     yield Request(self._prompts[index], some[0], len(some))
 
     async def _run(self, partial: PartialFile, statistics: Statistics, bar: ProgressBar) -> None:
