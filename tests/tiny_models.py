@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -55,6 +55,27 @@ def write_model(
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
+    """A folder of config.json and a byte-level tokenizer as SmolLM2's, which cuts numbers into digits.
+
+    Args:
+        settings: tokenizer_config.json.
+    """
+    words = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end|>", "<|user|>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    words.pre_tokenizer, words.decoder = byte_level, decoders.ByteLevel()
+    words.train_from_iterator(["The quick fox in 2026, 1234 56", "two  spaces\n\t½ hi 2026"] * 9, trainer)
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    folder.mkdir()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 

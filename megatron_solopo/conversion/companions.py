@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.text.tokenizer import add_special_tokens, find_model, read_tokenizer
+from megatron_solopo.conversion.tokenizer_files import complete_tokenizer, write_chat_template
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model import rope_scaling
@@ -35,6 +33,12 @@ CARRIED = (
 )
 """Files that a trained folder takes over from the one it started from. Mistral's SentencePiece models are called
 ``tokenizer.model.v3`` too."""
+
+DTYPES = ("torch_dtype", "dtype")
+"""What transformers calls the dtype of the weights; before 4.56 it reads the first only, and 4.57 writes the second."""
+
+OLDER_NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
+"""Fields that transformers 5 writes under another name than transformers 4 reads, by model_type; 5 reads both."""
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What transformers takes from config.json where there is no generation_config.json."""
@@ -63,8 +67,7 @@ class Companions:
     chat_template_date: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Writes them into a folder; a tokenizer.json too where the source has only what makes one, so that every
-        reader finds the same tokenizer.
+        """Writes them into a folder, changed where versions of transformers would read them otherwise than in training.
 
         Raises:
             OSError: as the system says it.
@@ -73,17 +76,9 @@ class Companions:
             target = folder / path.relative_to(self.source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        tokenizer = self._tokenizer()
-        if tokenizer is not None:
-            try:
-                tokenizer.save_pretrained(folder)
-            except OSError:
-                raise
-            except Exception as error:  # the tokenizers library's only kind
-                number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-                raise OSError(number, os.strerror(number)) from None
+        complete_tokenizer(folder, self.source, self.added_tokens)
         if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            write_chat_template(folder, self.chat_template)
         if self.chat_template_kwargs is not None or self.chat_template_date is not None:
             template_kwargs.write(folder, self.chat_template_kwargs, self.chat_template_date)
         if self.end_of_turn is not None:
@@ -99,19 +94,6 @@ class Companions:
         if token not in stops:
             document["eos_token_id"] = [*stops, token]
             path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """One that the carried files do not hold yet."""
-        if self.added_tokens is not None:
-            tokenizer = read_tokenizer(self.source)  # was read once before the work began
-            add_special_tokens(tokenizer, self.added_tokens, self.source)
-            return tokenizer
-        if find_model(self.source) is None:
-            return None
-        try:
-            return read_tokenizer(self.source)
-        except UserError:
-            return None  # weights that are done do not wait for a package; the files go along as they are
 
 
 def generation_config(folder: Path) -> dict[str, Any] | None:
@@ -143,17 +125,21 @@ def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dt
     """
     from megatron_solopo.model.build import read_hf_config
 
-    document = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    before = read_hf_config(source)
-    if before.rope_parameters != hf_config.rope_parameters:
+    text = (Path(source) / "config.json").read_text(encoding="utf-8")
+    document = json.loads(text)
+    names = [name for name in DTYPES if name in document]
+    if not rope_scaling.is_read_alike(document, hf_config):
+        names = DTYPES
         rope_scaling.write(document, hf_config)
-    if before.vocab_size != hf_config.vocab_size:
+    if read_hf_config(source).vocab_size != hf_config.vocab_size:
         document["vocab_size"] = hf_config.vocab_size
-    document.pop("torch_dtype", None)
-    document["dtype"] = dtype_name(dtype)
+    for name, older in OLDER_NAMES.get(hf_config.model_type, {}).items():
+        if name in document:
+            document[older] = document[name]
+    document |= dict.fromkeys(names or DTYPES, dtype_name(dtype))
     words = hf_config.model_type.split("_")
     document.setdefault("architectures", ["".join(word.capitalize() for word in words) + "ForCausalLM"])
-    return json.dumps(document, indent=2) + "\n"
+    return text if document == json.loads(text) else json.dumps(document, indent=2) + "\n"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.fields import head_dim
 
 FORM = "TYPE:FACTOR:ORIGINAL"
 TYPES = ("yarn", "linear")
@@ -88,13 +89,38 @@ def extended(hf_config: Any, text: str) -> Any:
 
 
 def write(document: dict[str, Any], hf_config: Any) -> None:
-    """Writes an extended model's positions into its config.json.
+    """Writes a model's positions into its config.json.
 
     transformers 5 saves ``rope_parameters``, with rope_theta in it, and reads both that and the older fields (these
     win); transformers 4, and what is built on it, reads ``rope_scaling`` and a ``rope_theta`` beside it and knows
     nothing of ``rope_parameters``. With all three every reader finds the same numbers.
     """
     document["max_position_embeddings"] = hf_config.max_position_embeddings
-    document["rope_parameters"] = dict(hf_config.rope_parameters)
-    document["rope_scaling"] = dict(hf_config.rope_parameters)
-    document["rope_theta"] = document["rope_scaling"].pop("rope_theta")
+    document["rope_parameters"] = _of(hf_config)
+    scaling = _of(hf_config)
+    document["rope_theta"] = scaling.pop("rope_theta")
+    document["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if scaling.get("rope_type") == "yarn" and getattr(hf_config, "head_dim", 0) is None:
+        document["head_dim"] = head_dim(hf_config)  # transformers 5.17's yarn takes Mixtral's None as a number
+
+
+def is_read_alike(document: dict[str, Any], hf_config: Any) -> bool:
+    """Whether transformers 4 finds the positions of ``hf_config`` in config.json as well, and no field disagrees."""
+    scaling, trained = document.get("rope_scaling"), _of(hf_config)
+    if document.get("rope_parameters") is not None:
+        if document["rope_parameters"] != hf_config.rope_parameters or "rope_theta" not in document:
+            return False
+    if scaling == {} or (trained["rope_type"] == "yarn" and getattr(hf_config, "head_dim", 0) is None):  # see `write`
+        return False
+    read = {"rope_type": "default"} | (scaling or {})
+    read["rope_type"] = read.pop("type", None) or read["rope_type"]
+    read["rope_theta"] = document.get("rope_theta", type(hf_config)().rope_parameters["rope_theta"])
+    if read["rope_type"] == "yarn":
+        read.setdefault("original_max_position_embeddings", document.get("max_position_embeddings"))
+    trained.pop("partial_rotary_factor", None)
+    return read == trained
+
+
+def _of(hf_config: Any) -> dict[str, Any]:
+    """``rope_parameters`` without the old name of rope_type, which transformers 4 lets win."""
+    return {name: value for name, value in hf_config.rope_parameters.items() if name != "type"}

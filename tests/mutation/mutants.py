@@ -362,7 +362,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "conversion/companions.py",
         LONGER,
-        ("the scaling not exported", "if before.rope_parameters != hf_config.rope_parameters:", "if 0:"),
+        ("the scaling not exported", "if not rope_scaling.is_read_alike(document, hf_config):", "if 0:"),
     ),
     *within(
         "training/reference.py",
