@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from megatron_solopo.data.text.control import RESPONSE_TOKENS
 from megatron_solopo.data.text.tokenizer import PROBES, add_special_tokens, find_model, read_tokenizer
 from megatron_solopo.errors import UserError
 
@@ -162,6 +163,7 @@ def _add(settings: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerB
     """Enters the last tokens of a tokenizer as special ones, in every file that lists those."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
     _extend(settings, tokens)
+    settings[RESPONSE_TOKENS] = tokenizer.init_kwargs[RESPONSE_TOKENS]
     if "added_tokens_decoder" in settings:
         entries = {str(number): tokenizer.added_tokens_decoder[number].__getstate__() for number in ids}
         settings["added_tokens_decoder"] |= entries
