@@ -266,6 +266,7 @@ def test_groups_keep_their_day_in_both_forms(tmp_path: Path) -> None:
         assert list(read_groups(tmp_path / name)) == groups
         assert records.first_field(tmp_path / name, "chat_template_date") == "2026-01-01"
     write_lines(tmp_path / "groups.jsonl", [dated[0] | {"chat_template_date": "yesterday"}])
+    assert template_kwargs.recorded_date(records.first_field(tmp_path / "groups.jsonl", "chat_template_date")) is None
     with pytest.raises(UserError, match=r"groups.jsonl:1: the field 'chat_template_date' yesterday: give a day"):
         list(read_groups(tmp_path / "groups.jsonl"))
 

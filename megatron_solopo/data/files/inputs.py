@@ -12,8 +12,10 @@ from typing import Any, TextIO
 
 from megatron_solopo import json_text
 from megatron_solopo.data.files import records
+from megatron_solopo.data.files.progress import hold
 from megatron_solopo.data.files.records import HALF, check_encodes
 from megatron_solopo.errors import UserError
+from megatron_solopo.progress import ProgressBar
 
 HUB = "hub:"
 """What an input of the form ``hub:NAME[:CONFIG][:SPLIT]`` starts with."""
@@ -59,11 +61,33 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
             yield from records.read_records(path)
 
 
-def in_parts(given: str | Path) -> bool:
-    """Whether `records.scan` can cut an input into parts: a JSONL or a Parquet file."""
+@contextlib.contextmanager
+def as_file(given: str, aside: Path) -> Iterator[str]:
+    """A file that `records.scan` can cut into parts: the input itself, or where it is none (a data set of the hub, a
+    JSON array, a table) its records as JSONL in ``aside``, which is removed at the end. Errors name the input.
+
+    Raises:
+        UserError: another process writes ``aside``, or the input cannot be read.
+    """
     path = Path(given)
-    other = str(given).startswith(HUB) or path.suffix in (".csv", ".arrow")
-    return not (other or (path.suffix == ".json" and path.is_file() and _starts_an_array(path)))
+    array = path.suffix == ".json" and path.is_file() and _starts_an_array(path)
+    if not (array or given.startswith(HUB) or path.suffix in (".csv", ".arrow")):
+        yield given
+        return
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("a", encoding="utf-8") as lines:
+        hold(lines.fileno(), aside)
+        lines.truncate(0)
+        try:
+            for where, record in ProgressBar(read_records([given]), desc=f"reading {given}", unit="record"):
+                named = record if record.get("id") is not None else record | {"id": where}
+                lines.write(json.dumps(named, default=str) + "\n")
+            lines.flush()
+            yield str(aside)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{aside}:", f"{given}, record ").replace(str(aside), given)) from None
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def local_files(given: str | Path) -> list[Path]:

@@ -8,7 +8,6 @@ workers, memory not on the size of the file, and a killed run goes on with the p
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -25,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
-from megatron_solopo.data.files.inputs import in_parts, read_records as read_inputs
-from megatron_solopo.data.files.progress import differences, held, hold, refuse_other_settings, write_aside
+from megatron_solopo.data.files.inputs import as_file, in_parts, read_records as read_inputs
+from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
 from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
@@ -46,7 +45,6 @@ from megatron_solopo.data.tokenized.tokens import RESPONSE, Dropped, Encoder, Re
 from megatron_solopo.data.workers import map_in_order
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.progress import ProgressBar, reporting
-
 
 SETTINGS = "settings.json"
 """Of a folder that is not complete: what it was begun with."""
@@ -299,32 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         ) from None
 
 
-@contextlib.contextmanager
-def _file_of(source: str, partial: Path) -> Iterator[str]:
-    """A file that can be read in parts: the source, or where it is none (a data set of the hub, a JSON array, a table)
-    its records as JSONL, beside the result as long as the work goes on. Errors name the source."""
-    if in_parts(source):
-        yield source
-        return
-    file = partial.with_name(partial.name + ".jsonl")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        hold(lines.fileno(), file)
-        lines.truncate(0)
-        try:
-            for where, record in ProgressBar(read_inputs([source]), desc=f"reading {source}", unit="record"):
-                named = record if record.get("id") is not None else record | {"id": where}
-                lines.write(json.dumps(named, default=str) + "\n")
-            lines.flush()
-            yield str(file)
-        except UserError as error:
-            raise UserError(str(error).replace(f"{file}:", f"{source}, record ").replace(str(file), source)) from None
-        finally:
-            file.unlink(missing_ok=True)
-
-
 def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
-    with _file_of(job.source, partial) as file:
+    with as_file(job.source, partial.with_name(partial.name + ".jsonl")) as file:
         return _run_on(replace(job, source=file), job.source, output, partial, workers)
 
 
