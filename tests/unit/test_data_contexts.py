@@ -236,6 +236,10 @@ def test_short_answers_count_as_words_and_yes_and_no_not_at_all() -> None:
     us, five, year = golds(["us", "5", "1960"])
     assert mentions("us army of 5", us) and mentions("us army of 5", five) and mentions("in 1960s", year)
     assert not mentions("a status of 15", us) and not mentions("a status of 15", five)
+    band = Question("q", "?", "The The", (), (Paragraph("g", "The The played", True),))
+    names = [Paragraph("t", "so the  THE came"), *(Paragraph(f"t{i}", f"the theatre {i}") for i in range(3))]
+    (context,) = build(band, DistractorPool.of(names, FORMAT), [4], tokens=False)
+    assert {p.title for p in context.paragraphs} == {"g", "t0", "t1", "t2"}
     documents = [Paragraph(f"t{i}", f"it is yes or no {i}") for i in range(5)]
     question = Question("q", "?", "Yes", ("no",), (Paragraph("g", "gold", True),))
     assert len(build(question, DistractorPool.of(documents, FORMAT), [6], tokens=False)[0].paragraphs) == 6
