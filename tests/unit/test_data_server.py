@@ -151,7 +151,7 @@ def test_every_sample_is_asked_for_once_and_written_in_order(
     assert {body["n"] for _, body in server.asked} == {4, 2}
     assert len({body["seed"] for _, body in server.asked}) == len(names)
     printed = capsys.readouterr()
-    assert "sampled now: 30 responses, 60 tokens" in printed.out and "other ids: 0" in printed.out and not printed.err
+    assert "sampled now: 30 responses, 60 tokens" in printed.out and "other ids: 0" in printed.out
 
 
 def test_a_server_that_gives_one_response_whatever_n_says(
@@ -216,6 +216,89 @@ def test_texts_end_at_their_end_of_turn_and_mismatches_are_counted(
     assert "sampled now: 2 responses, 9 tokens" in printed and "other ids: 1" in printed
 
 
+@pytest.mark.parametrize(
+    ("texts", "usage", "tokens", "changed"),
+    [
+        (["w5", "w6 w7 w8", "w9 w9"], 9, 9, 0),  # all choices
+        (["w5", "w6 w7 w8", "w9 w9"], 2, 9, 0),  # the first choice only, as llama.cpp's server counts
+        (["w5 w6 w7 w8", "", "w9"], 5, 8, 0),
+        (["w5", "w6 w7 w8", "w9 w9"], 10, 10, 1),  # one more than the texts have
+        (["w5", "w6 w7 w8", "w9 w9"], None, 9, 0),
+        (["w5"], 4, 4, 1),
+    ],
+)
+def test_tokens_are_counted_over_all_choices(
+    texts: list[str],
+    usage: int | None,
+    tokens: int,
+    changed: int,
+    folder: Path,
+    serve: Callable[..., Scripted],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
+        if body is None:
+            return well(path, body)
+        return 200, {"choices": [chat_choice(text) for text in texts], "usage": {"completion_tokens": usage}}
+
+    more = ["--samples", str(len(texts)), "--limit", "1"]
+    main(command(folder, serve(answer), tmp_path / "a.jsonl", *more))
+    printed = capsys.readouterr().out
+    assert f"sampled now: {len(texts)} responses, {tokens} tokens" in printed
+    assert f"mean length {tokens / len(texts):.1f} tokens" in printed and f"other ids: {changed}" in printed
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang", "llamacpp", "library", None])
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_what_shapes_the_distribution_is_set_or_said(
+    owner: str | None,
+    api: str,
+    folder: Path,
+    serve: Callable[..., Scripted],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A server's own top-k, min-p and penalties: switched off where its API can, warned about where not; recorded."""
+
+    def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
+        if body is None:
+            return (200, {"data": [{"id": "tiny", "owned_by": owner}]}) if path.endswith("/models") else (404, {})
+        choices = [{"text": "w1", **chat_choice("w1")} for _ in range(body.get("n", 1))]
+        return 200, {"choices": choices}
+
+    server = serve(answer)
+    main(command(folder, server, tmp_path / "a.jsonl", "--limit", "1", "--server-api", api))
+    recorded = json.loads((tmp_path / "a.jsonl.settings.json").read_text())
+    [(_, body)] = server.asked
+    sent = recorded["sampling"]["sent"]
+    assert sent.items() <= body.items() and (body["temperature"], body["top_p"]) == (0.85, 1.0)
+    err = capsys.readouterr().err
+    if owner in ("vllm", "sglang", "llamacpp"):
+        assert body["min_p"] == 0 and body["top_k"] == (0 if owner == "llamacpp" else -1) and not err
+        assert body["repeat_penalty" if owner == "llamacpp" else "repetition_penalty"] == 1
+        assert "left_to_the_server" not in recorded["sampling"]
+        assert recorded["settings"]["server_kind"] == {"llamacpp": "llama.cpp"}.get(owner, owner)
+    else:
+        assert err.count("\n") == 1 and "top-k, min-p, typical-p and penalties are the server's own defaults" in err
+        assert not sent and "min-p" in recorded["sampling"]["left_to_the_server"]
+    assert (body.get("samplers") == ["temperature", "top_p"]) is (owner == "llamacpp")
+
+
+def test_a_server_is_asked_for_what_a_complete_output_lacks(
+    folder: Path, serve: Callable[..., Scripted], tmp_path: Path
+) -> None:
+    server, output = serve(well), tmp_path / "a.jsonl"
+    main(command(folder, server, output, "--samples", "3", "--limit", "2"))
+    assert sorted(name for name, _ in server.asked) == ["q0/0", "q1/0"]
+    server.asked.clear()
+    main(command(folder, server, output, "--samples", "5", "--limit", "3"))
+    assert sorted((name, body["n"]) for name, body in server.asked) == [("q0/3", 2), ("q1/3", 2), ("q2/0", 5)]
+    server.asked.clear()
+    main(command(folder, server, output, "--samples", "4", "--limit", "1"))
+    assert not server.asked and [len(record.responses) for record in read_responses(output)] == [5] * 3
+
+
 def test_prompts_that_are_not_the_trainers_are_warned_about_once(
     folder: Path, serve: Callable[..., Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +308,7 @@ def test_prompts_that_are_not_the_trainers_are_warned_about_once(
 
     main(command(folder, serve(answer), tmp_path / "a.jsonl", "--samples-per-request", "1"))
     told = capsys.readouterr().err
-    assert told.count("warning") == 1 and re.search("has 7 prompt tokens on the server and 4 here", told)
+    assert told.count("prompt tokens") == 1 and re.search("has 7 prompt tokens on the server and 4 here", told)
 
 
 def test_template_values_and_the_key_travel_with_the_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import types
@@ -206,7 +207,7 @@ class PartialFile:
         self._file = self.path.open("ab", buffering=0)
         try:
             hold(self._file.fileno(), self.path)
-            _complete(output)
+            put_in_place(output)
             self._extends = output.exists() and not anew
             if self._extends:
                 check_output(output, self._settings)
@@ -326,7 +327,7 @@ class PartialFile:
             raise UserError(
                 f"{aside}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"
             ) from None
-        _complete(output)
+        put_in_place(output)
         held = sum(line.responses for parts in self._parts.values() for line in parts.values())
         if held > len(ids) * samples:
             return False
@@ -342,8 +343,9 @@ def _aside(output: Path) -> Path:
     return output.with_name(output.name + ".complete")
 
 
-def _complete(output: Path) -> None:
-    """Puts a whole output in its place: the settings beside it, written before, name its size."""
+def put_in_place(output: Path) -> None:
+    """Moves an output that is whole to its place, now or after a kill: the settings, written before, name its size."""
     aside = _aside(output)
-    if aside.exists() and output_settings(output, aside) is not None:
-        aside.replace(output)
+    with contextlib.suppress(FileNotFoundError):  # nothing to do, or another process has just done it
+        if output_settings(output, aside) is not None:
+            aside.replace(output)

@@ -21,7 +21,7 @@ from megatron_solopo.data.files.records import first_field
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, check_output
+from megatron_solopo.data.sampling.responses import PartialFile, check_output, put_in_place
 from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
@@ -217,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         },
     }
     output = Path(options.output)
+    put_in_place(output)
     if output.exists() and not options.overwrite:  # before a model is loaded
         check_output(output, settings)
     backend = Backend(options, tokenizer, prompts)
