@@ -2,7 +2,7 @@
 
     solopo launch --nproc_per_node 8 pretrain_solopo.py --config run.yaml
 
-takes torchrun's own arguments. Where every process that failed has reported why, there is no traceback of the launcher
+takes torchrun's own arguments. Where a process has reported what a person must mend, there is no traceback of the launcher
 behind the line, no other start of what would fail again (--max-restarts), and the exit status is the command's, 2.
 
 Under torchrun itself the line is printed once as well, with torchrun's own report behind it.
@@ -45,10 +45,8 @@ def first_to_report(message: str, passing: bool = False) -> bool:
 
 
 def _reported(error_files: Iterable[str]) -> bool:
-    """Whether processes with these error files have reported a mistake that only a person can mend."""
-    folders = {Path(file).parents[1] for file in error_files}
-    names = [path.name for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    return any(name.startswith(_FINAL) for name in names) and not any(name.startswith(_PASSING) for name in names)
+    """Whether a process with one of these error files has reported a mistake that only a person can mend."""
+    return any(any(folder.glob(f"{_FINAL}*")) for folder in {Path(file).parents[1] for file in error_files})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.errors import LostProcess, UserError, system_reason
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,22 @@ def lost_process(error: RuntimeError) -> str | None:
         return "another process did not come in time"
     gone = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process")
     return "another process is gone" if any(words in text for words in gone) else None
+
+
+@contextmanager
+def losses_explained() -> Iterator[None]:
+    """Turns what a collective raises without another process into one line, behind which that one's own is to be read.
+
+    Raises:
+        LostProcess: see `lost_process`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        raise LostProcess(f"{lost}; its own message says why") from None
 
 
 def on_first(work: Callable[[], object]) -> str | None:

@@ -145,7 +145,8 @@ def _with_engine(given: argparse.Namespace, work: Callable[[argparse.Namespace, 
         padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
         check_layout(hf_config, config, padded, world_size())
         initialize_parallel(config)
-        return work(given, config, hf_config)
+        with platform.losses_explained():
+            return work(given, config, hf_config)
     finally:
         platform.stop(here)
 
@@ -284,7 +285,7 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     from megatron_solopo.conversion.compare import compare, read_prompts, report
     from megatron_solopo.conversion.manifest import find_checkpoint
     from megatron_solopo.conversion.megatron_folder import load_weights_from
-    from megatron_solopo.conversion.start import is_megatron_folder, load_start
+    from megatron_solopo.conversion.start import check_weights, is_megatron_folder, load_start
     from megatron_solopo.training.engine import build_chunks
 
     if given.ckpt_step is not None and given.load is None:
@@ -299,6 +300,7 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
             f"--load {given.load}: its run added special tokens, whose rows {config.model.hf_path} does not have; "
             "write the checkpoint with megatron-to-hf, and compare that folder with itself"
         )
+    check_weights(config.model.hf_path)  # which transformers would miss in words of its own
     prompts = read_prompts(given.prompts, config.model.hf_path, hf_config)
     models = build_chunks(hf_config, config, _dtype(given.dtype))
     if given.load is None:

@@ -178,17 +178,18 @@ def _worker(job_file: str) -> None:
     from megatron_solopo.training.gradients import whole_gradients
 
     try:
-        for name, config in configs.items():
-            initialize_parallel(config)
-            engine, sums = _step(here, config, getattr(torch, job["dtype"]), folder)
-            gradients = whole_gradients(engine)
-            if dist.get_rank() == 0:
-                save_file(gradients, folder / f"{name}.safetensors")
-                result = {"loss": sums.means()["loss"], "groups": sums.groups}
-                (folder / f"{name}.json").write_text(json.dumps(result))
-            engine.close()
-            del engine, gradients
-            platform.end_model_parallel()
+        with platform.losses_explained():
+            for name, config in configs.items():
+                initialize_parallel(config)
+                engine, sums = _step(here, config, getattr(torch, job["dtype"]), folder)
+                gradients = whole_gradients(engine)
+                if dist.get_rank() == 0:
+                    save_file(gradients, folder / f"{name}.safetensors")
+                    result = {"loss": sums.means()["loss"], "groups": sums.groups}
+                    (folder / f"{name}.json").write_text(json.dumps(result))
+                engine.close()
+                del engine, gradients
+                platform.end_model_parallel()
     finally:
         platform.stop(here)
 

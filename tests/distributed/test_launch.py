@@ -63,7 +63,7 @@ class Started:
 
     def training_processes(self) -> list[psutil.Process]:
         """Those that torchrun started."""
-        agents = [process for process in self.processes() if "torch.distributed.run" in process.cmdline()]
+        agents = [process for process in self.processes() if "megatron_solopo.launch" in process.cmdline()]
         return [process for agent in agents for process in agent.children()]
 
 

@@ -211,6 +211,10 @@ WRONG = {
         r"holds Megatron's weights, which transformers does not",
     ),
     "step of nothing": (["verify", "--hf-path", "{hf}", "--ckpt-step", "3"], r"--ckpt-step would have no effect"),
+    "comparison with no weights": (
+        ["verify", "--hf-path", "{config}", "--load", "{megatron}"],
+        r"no model.safetensors, .*; it holds a.gguf, and GGUF of llama.cpp is not read",
+    ),
     "stages in a comparison": (
         ["verify", "--hf-path", "{hf}", "--pipeline-model-parallel-size", "1"],
         r"--pipeline-model-parallel-size: unknown option",
@@ -239,6 +243,10 @@ def test_wrong_inputs_are_one_line(home: Home, megatron: Path, tmp_path: Path, n
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
     places = {"hf": home.folder / "hf", "megatron": megatron, "folder": tmp_path / "folder"}
     places |= {"nowhere": tmp_path / "nowhere", "new": tmp_path / "new", "latin": tmp_path / "latin"}
+    places["config"] = tmp_path / "config"
+    places["config"].mkdir()
+    shutil.copy(home.folder / "hf/config.json", places["config"])
+    (places["config"] / "a.gguf").touch()
     status, _, told = convert(*(text.format(**places) for text in arguments))
     assert status == 2 and told.count("error: ") == 1 and re.search(answer, told), told
     assert not (tmp_path / "new").exists() and (tmp_path / "folder" / "notes.txt").read_text() == "mine"

@@ -59,6 +59,12 @@ def test_each_process_tells_what_is_wrong_there(tmp_path: Path) -> None:
     assert done.returncode == 2 and errors(done)[0] == "error: rank 1: 1 is wrong"
 
 
+def test_the_loss_of_a_process_that_told_why_is_not_tried_again(tmp_path: Path) -> None:
+    body = "raise UserError('no') if rank == '1' else LostProcess('another process is gone')"
+    done = launched(tmp_path, body, "megatron_solopo.launch", "--max-restarts", "1")
+    assert done.returncode == 2 and "error: rank 1: no" in errors(done) and starts(tmp_path) == {"0"}
+
+
 @pytest.mark.parametrize("body", ["raise LostProcess('another process is gone')", "sys.exit(3)"])
 def test_what_may_pass_is_started_again(tmp_path: Path, body: str) -> None:
     done = launched(tmp_path, body, "megatron_solopo.launch", "--max-restarts", "1")
