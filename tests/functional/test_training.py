@@ -15,8 +15,8 @@ import numpy
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from option_lines import last_wins
+from safetensors.torch import load_file
 from tiny_models import SHAPE, preference_groups, write_lines
 from training_home import ENVIRONMENT, Home, as_a_user, command, furnish
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -15,7 +15,6 @@ from word_tokenizer import save_word_tokenizer
 
 from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.building.contexts import read_contexts
-from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.files import progress
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.text.counting import TokenCounter

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
-from megatron_solopo.data.files.inputs import as_file, in_parts, read_records as read_inputs
+from megatron_solopo.data.files.inputs import as_file
 from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
 from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
