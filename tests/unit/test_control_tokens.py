@@ -215,6 +215,16 @@ def test_what_is_no_special_token_is_control_where_the_template_frames_messages_
     assert tokenizer.decode(row) == "<｜User｜>b</think>c" + tokenizer.eos_token
 
 
+def test_words_that_a_template_writes_are_no_control_tokens() -> None:
+    """Tokenizers have spaces, line ends and marks of headings among their added tokens."""
+    template = "### {{ messages[0].content }}\n\n<end>    "
+    tokenizer = byte_tokenizer(template)
+    tokenizer.backend_tokenizer.add_tokens(["###", "\n\n", "    ", "<end>"])
+    assert [control_tokens(tokenizer).spelled(text) for text in ("a ###\n\n    ", "a <end>")] == [False, True]
+    assert prompt_ids(tokenizer, [user("###\n\n<end>")])[:4] == [262, 220, 262, 263]
+    assert prompt_ids(tokenizer, [user("###")]) == tokenizer.encode(template.replace("{{ messages[0].content }}", "###"))
+
+
 def test_added_tokens_are_tokens_in_answers_and_text_elsewhere(tmp_path: Path) -> None:
     """Also where they were added before: tokenizer_config.json of the folder says so. They need be no tags."""
     byte_tokenizer(R1).save_pretrained(tmp_path / "hf")

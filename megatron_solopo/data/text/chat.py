@@ -105,7 +105,7 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
 
 
 _BOUNDARY = 64
-"""Characters before a text that decide how its first tokens are cut."""
+"""Characters at the end of a prompt that decide how the first tokens behind it are cut, and hold its last tags."""
 
 _TAG = "[<\u25c1][^<>\u25c1\u25b7\\s]+[>\u25b7]"
 _OPENED = re.compile(rf"(?:{_TAG}\s*)+$")
@@ -187,14 +187,14 @@ class _Chat:
             body, end, _ = full[len(prompt) :].partition(self._tokenizer.eos_token)
             if body.strip() == response.strip() or self._framed(body, response):
                 return body + end
-        for tags in _OPENED.findall(prompt):
-            for tag in re.finditer(_TAG, tags):
-                repeated = tags[tag.start() :]
-                if tag[0][1] != "/" and response.lstrip().startswith(repeated.strip()):
-                    spaces = repeated[len(repeated.rstrip()) :]
-                    return response.lstrip().removeprefix(repeated.strip()).removeprefix(spaces)
-        closed = _CLOSED.search(prompt)
-        if closed is not None and response.lstrip().startswith(closed[1]):
+        end, start = prompt[-_BOUNDARY:], response.lstrip()
+        opened, closed = _OPENED.search(end), _CLOSED.search(end)
+        for tag in re.finditer(_TAG, opened[0]) if opened else ():
+            repeated = opened[0][tag.start() :]
+            if tag[0][1] != "/" and start.startswith(repeated.strip()):
+                spaces = repeated[len(repeated.rstrip()) :]
+                return start.removeprefix(repeated.strip()).removeprefix(spaces)
+        if closed and start.startswith(closed[1]):
             raise UserError(
                 f"the chat template's generation prompt has opened and closed {closed[1]}, and the response opens it "
                 "again; give the --chat-template-kwargs that the responses were sampled with, or remove the example"
@@ -233,7 +233,7 @@ def prompt_starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 def open_thought(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What closes the thought that the generation prompt opens, ``</think>``; None where it opens none."""
     try:
-        opened = _THOUGHT.search(render_prompt(tokenizer, [{"role": "user", "content": "?"}]))
+        opened = _THOUGHT.search(render_prompt(tokenizer, [{"role": "user", "content": "?"}])[-_BOUNDARY:])
     except UserError:  # a template that wants other messages
         return None
     return f"</{opened[1]}>" if opened else None

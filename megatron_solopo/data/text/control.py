@@ -32,6 +32,8 @@ from megatron_solopo.errors import UserError
 RESPONSE_TOKENS = "response_tokens"
 """Where a tokenizer's ``init_kwargs``, and so tokenizer_config.json, keep the tokens of --add-special-tokens."""
 
+_BRACKETED = re.compile(r"[<\[\u25c1\u3010]\S+[>\]\u25b7\u3011]")
+
 _NUMBER, _MARKS = 0xF0000, range(0x100000, 0x10FFFE)
 """Private-use characters: the first of those that number the aliases, and those that all aliases of a reader begin
 with."""
@@ -43,11 +45,13 @@ class ControlTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if isinstance(backend, Tokenizer) else None
-        # No text can do without a token of one character, such as "!" as padding.
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 1}
+        # No text can do without spaces, or a token of one character such as "!" as padding.
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+        added = {text: token for text, token in added.items() if len(text) > 1 and not text.isspace()}
         special = {text for text, token in added.items() if token.special}
         special |= added.keys() & set(tokenizer.all_special_tokens)
-        around, between = _written(tokenizer, added.keys())
+        # What is not special and in no brackets, such as "###", is a word that a template uses as any text does.
+        around, between = _written(tokenizer, special | set(filter(_BRACKETED.fullmatch, added)))
         frame = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str | AddedToken)}
         frame |= around
         words = set(tokenizer.init_kwargs.get(RESPONSE_TOKENS) or ())
@@ -62,9 +66,6 @@ class ControlTokens:
         normalizer = self._backend.normalizer if self._backend is not None else None
         normalised = [normalizer.normalize_str(n) for n in names if self._added[n].normalized] if normalizer else []
         return _any_of(names), _any_of(filter(None, normalised))
-
-    def _pattern(self, role: str) -> re.Pattern[str] | None:
-        return (self._response if role == "assistant" else self._prompt)[0]
 
     def spelled(self, text: str, role: str = "user") -> bool:
         """Whether a text of this role spells a control token."""
@@ -99,10 +100,12 @@ class ControlTokens:
         if not any(self.spelled(message["content"], message["role"]) for message in messages):
             return messages, None
         reader = self.reader(message["content"] for message in messages)
-        return [
-            {**message, "content": reader.exchange(message["content"], self._pattern(message["role"]))}
-            for message in messages
-        ], reader
+        hidden = []
+        for message in messages:
+            names, _ = self._response if message["role"] == "assistant" else self._prompt
+            content = message["content"] if names is None else reader.exchange(message["content"], names)
+            hidden.append({**message, "content": content})
+        return hidden, reader
 
 
 class _Reader:
