@@ -141,6 +141,18 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
+        "data/text/chat.py",
+        "tests/unit/test_chat_templates.py -k 'not sentencepiece'",
+        ("a thought that a template adds learnt", "if body.strip() == response.strip() or", "if response in body or"),
+        ("a thought opened twice", 'if tag[0][1] != "/" and', "if False and"),
+    ),
+    *within(
+        "data/text/control.py",
+        "tests/unit/test_control_tokens.py",
+        ("control tokens of texts parsed", "if not any(self.spelled(", "if True or not any(self.spelled("),
+        ("merges that spell control tokens kept", 'if renamed.isdisjoint((*pair, "".join(pair)))]', "]"),
+    ),
+    *within(
         "data/tokenized/batches.py",
         BATCHES,
         ("one order for all epochs", "default_rng([seed, epoch])", "default_rng([seed, 0])"),

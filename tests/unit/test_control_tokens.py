@@ -222,7 +222,8 @@ def test_words_that_a_template_writes_are_no_control_tokens() -> None:
     tokenizer.backend_tokenizer.add_tokens(["###", "\n\n", "    ", "<end>"])
     assert [control_tokens(tokenizer).spelled(text) for text in ("a ###\n\n    ", "a <end>")] == [False, True]
     assert prompt_ids(tokenizer, [user("###\n\n<end>")])[:4] == [262, 220, 262, 263]
-    assert prompt_ids(tokenizer, [user("###")]) == tokenizer.encode(template.replace("{{ messages[0].content }}", "###"))
+    text = template.replace("{{ messages[0].content }}", "###")
+    assert prompt_ids(tokenizer, [user("###")]) == tokenizer.encode(text)
 
 
 def test_added_tokens_are_tokens_in_answers_and_text_elsewhere(tmp_path: Path) -> None:
@@ -239,6 +240,18 @@ def test_added_tokens_are_tokens_in_answers_and_text_elsewhere(tmp_path: Path) -
         past = prompt_ids(tokenizer, [user("<more>"), assistant("<more>"), user("<more>")])
         assert past.count(new[2]) == 1
     assert encode(ours, "<more>") == [ord(c) - 33 for c in "<more>"]
+
+
+def test_merges_do_not_spell_a_control_token() -> None:
+    """As those that transformers makes of SentencePiece's pieces do, whatever `encode_special_tokens` says."""
+    pieces = ["<unk>", *"<a/s>", "</", "s>", "</s>"]
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+    raw = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    raw.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert prompt_ids(tokenizer, [user("a</s>a")]) == [2, 6, 7, 2, 8] and encode(tokenizer, "</s>") == [6, 7]
+    assert response_ids(tokenizer, [user("a")], "a</s>") == [2, 6, 7, 8]
 
 
 def test_a_token_of_one_character_is_a_letter() -> None:
