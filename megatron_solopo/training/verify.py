@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         if config.model.chat_template_date is not None and "chat_template_date" not in config.explicit:
             # For all launches: midnight may come between two of them.
             arguments += [template_kwargs.DATE_FLAG, config.model.chat_template_date]
-        check_machine(config, choose(config.parallel.device))
         for layout in layouts:
             _check(arguments, layout, hf_config)
+        check_machine(config, choose(config.parallel.device))
         if given.float64 and config.model.transformer_impl != "portable":
             raise UserError(f"--float64 with --transformer-impl {config.model.transformer_impl}: take portable")
         dtype = "float64" if given.float64 else "bfloat16" if config.model.bf16 else "float32"

@@ -19,16 +19,19 @@ from typing import Any
 import fork_server
 import pytest
 import torch
+from option_lines import last_wins_in
 from tiny_models import SHAPE, TEMPLATE, WORDS, write_lines, write_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_solopo.cli import run
 from megatron_solopo.data.pairing.build_pairs import main as build_pairs
+from megatron_solopo.data.sampling import sample_responses
 from megatron_solopo.data.sampling.responses import read_responses
-from megatron_solopo.data.sampling.sample_responses import main as sample
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.errors import UserError
+
+sample = last_wins_in(sample_responses.main)
 
 KILLS = int(os.environ.get("SOLOPO_KILLS", "2"))
 ROOT = Path(__file__).resolve().parents[2]
