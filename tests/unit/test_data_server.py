@@ -263,7 +263,8 @@ def test_what_shapes_the_distribution_is_set_or_said(
 
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is None:
-            return (200, {"data": [{"id": "tiny", "owned_by": owner}]}) if path.endswith("/models") else (404, {})
+            listed = {"data": [{"id": "tiny", "owned_by": owner}], "total_slots": 8}
+            return (200, listed) if path.endswith(("/models", "/props")) else (404, {})
         choices = [{"text": "w1", **chat_choice("w1")} for _ in range(body.get("n", 1))]
         return 200, {"choices": choices}
 
@@ -283,6 +284,22 @@ def test_what_shapes_the_distribution_is_set_or_said(
         assert err.count("\n") == 1 and "top-k, min-p, typical-p and penalties are the server's own defaults" in err
         assert not sent and "min-p" in recorded["sampling"]["left_to_the_server"]
     assert (body.get("samplers") == ["temperature", "top_p"]) is (owner == "llamacpp")
+
+
+@pytest.mark.parametrize(("props", "most"), [((200, {"total_slots": 4}), 4), ((501, {}), 1), ((200, []), 1)])
+def test_llama_cpp_is_asked_for_as_many_choices_as_it_has_slots(
+    props: tuple[int, Any], most: int, folder: Path, serve: Callable[..., Scripted], tmp_path: Path
+) -> None:
+    """It refuses more, with status 400."""
+
+    def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
+        if body is None:
+            return props if path == "/props" else (200, {"data": [{"id": "tiny", "owned_by": "llamacpp"}]})
+        return well(path, body)
+
+    server = serve(answer)
+    main(command(folder, server, tmp_path / "a.jsonl", "--limit", "1"))
+    assert max(body.get("n", 1) for _, body in server.asked) == most
 
 
 def test_a_server_is_asked_for_what_a_complete_output_lacks(

@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="solopo sample-responses",
         description="Sample responses to every question of a contexts file, with a Hugging Face model in this process "
-        "or from a server. A killed run continues where it was when the command is repeated.",
+        "or from a server. A killed run continues where it was when the command is repeated, and a larger --samples or "
+        "--limit extends a complete output.",
     )
     group = parser.add_argument_group("input and output")
     group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")

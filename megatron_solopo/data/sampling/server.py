@@ -112,6 +112,7 @@ class FromServer:
                 raise UserError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
         self._values = template_kwargs.for_server(tokenizer) if options.server_api == "chat" else {}
+        self._most = SAMPLES_PER_REQUEST
         self._kind = asyncio.run(self._look())
         self._as_text = self._kind == "transformers" and options.server_api == "completions"
         self._as_ids = self._prompts_as_ids()
@@ -165,13 +166,26 @@ class FromServer:
             named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
             if kind in ("vllm", "sglang") and models and not named & models.keys():
                 raise UserError(f"--model {options.model}: the server has no such model; it has {', '.join(models)}")
+            if kind == "llama.cpp":
+                self._most = min(self._most, await self._slots(client))
             return kind
+
+    async def _slots(self, client: openai.AsyncOpenAI) -> int:
+        """The most choices that llama.cpp's server gives in one answer: it refuses more than it has slots."""
+        try:
+            slots = (await client.get(f"{self._root}/props", cast_to=object)).get("total_slots")
+        except (openai.OpenAIError, ValueError, AttributeError):
+            return 1
+        return slots if type(slots) is int and slots > 0 else 1
+
+    @property
+    def _root(self) -> str:
+        return self._options.server.rstrip("/").removesuffix("/v1")
 
     async def _by_paths(self, client: openai.AsyncOpenAI) -> str:
         """``transformers serve`` is told by the paths it serves."""
-        root = self._options.server.rstrip("/").removesuffix("/v1")
         try:  # after a failed listing it closes the connection, which the client sees when it uses it again
-            description = await client.with_options(max_retries=2).get(f"{root}/openapi.json", cast_to=object)
+            description = await client.with_options(max_retries=2).get(f"{self._root}/openapi.json", cast_to=object)
         except (openai.OpenAIError, ValueError):
             return "other"
         paths = description.get("paths") if isinstance(description, dict) else None
@@ -272,7 +286,7 @@ class FromServer:
     def _requests(self, partial: PartialFile) -> Iterator[Request]:
         options = self._options
         several = options.temperature > 0 and self._kind != "transformers"
-        count = options.samples_per_request or (SAMPLES_PER_REQUEST if several else 1)
+        count = options.samples_per_request or (self._most if several else 1)
         for index, name in enumerate(self._prompts.names):
             missing = partial.missing(name, options.samples)
             # A request asks for neighbours; samples that are there already can lie between the missing ones.

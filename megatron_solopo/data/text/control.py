@@ -165,7 +165,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> tupl
     texts = ("solopo question", "solopo answer", "solopo next question")
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=True)]
     try:
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.of(tokenizer))
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.rendering(tokenizer))
     except jinja2.TemplateError:
         return set(), set()
     before, _, rest = rendered.partition(texts[0])
