@@ -42,7 +42,7 @@ from megatron_solopo.data.tokenized.tokens import (
 )
 from megatron_solopo.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of a file changes."""
 
 MANIFEST = "manifest.json"
