@@ -129,7 +129,11 @@ def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> No
 
     board = EventAccumulator(str(home.folder / "board"))
     board.Reload()
-    for split, names in (("train", EVERY_STEP - {"step", "split"}), ("valid", {"loss", "nll", "groups"}), ("save", {"seconds", "memory_gib"})):
+    for split, names in (
+        ("train", EVERY_STEP - {"step", "split"}),
+        ("valid", {"loss", "nll", "groups"}),
+        ("save", {"seconds", "memory_gib"}),
+    ):
         for name in names:
             events = [(event.step, event.value) for event in board.Scalars(f"{split}/{name}")]
             assert events == [
