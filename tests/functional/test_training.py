@@ -118,7 +118,9 @@ def test_learning_rate_warms_up_and_decays(home: Home, sft: Any) -> None:
 
 
 def test_the_fields_of_a_metrics_line(home: Home, sft: Any, dpo: str) -> None:
-    assert all(set(line) == EVERY_STEP | {"nll"} for line in home.metrics("sft"))
+    assert all(set(line) - {"warnings"} == EVERY_STEP | {"nll"} for line in home.metrics("sft"))
+    [warned] = [line for line in home.metrics("sft") if "warnings" in line]  # all of its first 20 steps are clipped
+    assert (warned["step"], warned["warnings"]) == (20, ["clipped"])
     assert all(set(line) == EVERY_STEP | PREFERENCE for line in home.metrics(dpo))
     assert all(set(line) == {"step", "split", "loss", "groups"} | PREFERENCE for line in home.metrics(dpo, "valid"))
     assert [line["step"] for line in home.metrics(dpo, "valid")] == [0, 2, 4, 5]
