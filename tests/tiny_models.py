@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -29,6 +29,10 @@ SHAPE: dict[str, Any] = dict(
 )
 EXPERTS: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=2)
 QWEN3_MOE: dict[str, Any] = dict(moe_intermediate_size=24, head_dim=16, norm_topk_prob=True)
+
+QWEN2_WORDS = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 WIDE = SHAPE | dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
 """Can be cut in four, by heads and by layers."""
@@ -58,20 +62,25 @@ def write_model(
     return folder
 
 
-def byte_tokenizer(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
-    """A folder of config.json and a byte-level tokenizer as SmolLM2's, which cuts numbers into digits.
+def byte_tokenizer(folder: Path, model_type: str = "llama", digits: bool = True, **settings: Any) -> Path:
+    """A folder of config.json and a byte-level tokenizer of at most 300 tokens.
 
     Args:
+        digits: cut numbers into digits, as SmolLM2's does; else cut as Qwen2's does.
         settings: tokenizer_config.json.
     """
     words = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=digits)
+    split = pre_tokenizers.Digits(individual_digits=True) if digits else pre_tokenizers.Split(QWEN2_WORDS, "isolated")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|end|>", "<|user|>"]
-    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    words.pre_tokenizer, words.decoder = byte_level, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     words.train_from_iterator(["The quick fox in 2026, 1234 56", "two  spaces\n\t½ hi 2026"] * 9, trainer)
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    words.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    words.normalizer = None if digits else normalizers.NFC()
     folder.mkdir()
     words.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))

@@ -137,7 +137,7 @@ def _as_4(source: Path, settings: dict[str, Any], texts: tuple[str, ...]) -> lis
         file.pre_tokenizer = words
     config = _read(source / "config.json") or {}
     kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if not str(kind).startswith("LlamaTokenizer") if kind else config.get("model_type") not in LLAMAS:
+    if "LlamaTokenizer" not in kind if kind else config.get("model_type") not in LLAMAS:
         return [file.encode(text).ids for text in texts]
     if settings.get("add_prefix_space") is not None and not (source / "tokenizer.model").is_file():
         return None  # it converts the SentencePiece model anew

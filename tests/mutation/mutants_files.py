@@ -8,6 +8,7 @@ from mutants import TABLES
 CUTS = "tests/unit/test_hf_folder.py -k 'filled or joined or interleaved'"
 ROUND_TRIP = "tests/unit/test_model_parity.py -k round_trip"
 TOKENIZERS = "tests/unit/test_tokenizer.py"
+TWO_VERSIONS = "tests/unit/test_portable_export.py"
 NEW_TOKENS = "tests/functional/test_special_tokens.py"
 KILLS = "tests/functional/test_convert_survival.py"
 WRITING = "tests/unit/test_hf_folder.py tests/functional/test_convert.py"
@@ -112,6 +113,26 @@ CONVERSION = [
         "conversion/companions.py",
         NEW_TOKENS,
         ("the larger vocabulary not exported", 'document["vocab_size"] = hf_config.vocab_size', "pass"),
+    ),
+    *within(
+        "conversion/companions.py",
+        TWO_VERSIONS,
+        ("experts under the newer name only", "document[older] = document[name]", "pass"),
+        ("the dtype under the newer name only", "dict.fromkeys(names or DTYPES,", "dict.fromkeys(DTYPES[1:],"),
+    ),
+    *within(
+        "conversion/tokenizer_files.py",
+        TWO_VERSIONS,
+        ("5's list of tokens kept", '_extend(settings, settings.pop("extra_special_tokens"))', "pass"),
+        ("what 4 reads not compared", "if _as_4(source, settings, texts) != ours:", "if False:"),
+        ("what 5 reads not compared", "return [theirs(text)[\"input_ids\"] for text in texts] == ours", "return True"),
+        ("4's begin of a text forgotten", "return [[*first, *file", "return [[*file"),
+    ),
+    *within(
+        "model/rope_scaling.py",
+        TWO_VERSIONS,
+        ("the older name of rope_type forgotten", 'read.pop("type", None) or read["rope_type"]', 'read["rope_type"]'),
+        ("4's theta not compared", 'or "rope_theta" not in document:', "or False:"),
     ),
     *within(
         "conversion/places.py",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, byte_tokenizer, write_model
-from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_solopo.conversion.companions import Companions, config_json
 from megatron_solopo.data.text.tokenizer import add_special_tokens, read_tokenizer
@@ -191,12 +191,19 @@ def test_the_class_of_a_tokenizer(case: str, tmp_path: Path) -> None:
     assert written_of(tmp_path / "new", again) == written and untouched(tmp_path / "new", again)
 
 
-def test_what_transformers_4_adds_by_class_is_in_the_file(tmp_path: Path) -> None:
-    """LlamaTokenizerFast begins a text with <s> whatever tokenizer.json says; the trained tokenizer does not."""
-    settings = {"eos_token": "<|end|>", "bos_token": "<|user|>"}
-    source = byte_tokenizer(tmp_path / "hf", tokenizer_class="LlamaTokenizerFast", **settings)
-    written = written_of(source, tmp_path / "new")
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "add_bos_token" not in written
+@pytest.mark.parametrize(("adds", "name"), [(False, "PreTrainedTokenizerFast"), (True, "LlamaTokenizer")])
+def test_what_transformers_4_adds_by_class_is_in_the_file(adds: bool, name: str, tmp_path: Path) -> None:
+    """Its LlamaTokenizerFast begins a text with <s> whatever tokenizer.json says; 5 goes by the file, and saves no
+    add_bos_token."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "h", "i", "hi", "\u2581hi"]
+    merges = [("h", "i"), ("\u2581", "hi")]
+    tokenizer = LlamaTokenizer({word: number for number, word in enumerate(words)}, merges, add_bos_token=adds)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
+    assert "add_bos_token" not in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert written_of(tmp_path / "hf", tmp_path / "new")["tokenizer_class"] == name
+    ids = read_tokenizer(tmp_path / "new")("hi hi")["input_ids"]
+    assert ids == [words.index("<s>")] * adds + [words.index("\u2581hi")] * 2
 
 
 @pytest.mark.parametrize("files", [[], ["special_tokens_map.json", "added_tokens.json"]])
