@@ -29,7 +29,7 @@ test-distributed: setup ## the same training over several processes
 test-all: setup ## every test
 	$(PYTEST) $(WORKERS) tests
 
-test-transformers4: setup .venv-transformers4/ready ## exported folders in transformers 4.57 too (20 MB more)
+test-transformers4: setup .venv-transformers4/ready ## exported folders in transformers 4.57 too (150 MB more)
 	SOLOPO_TRANSFORMERS4=$(CURDIR)/.venv-transformers4/bin/python $(PYTEST) tests/functional/test_two_transformers.py
 
 # Its three packages are its own; torch and all others are those of .venv.
