@@ -380,7 +380,7 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     main(arguments)
     done = written.count(b"\n") - 1  # the first line holds the settings
     printed = capsys.readouterr().out
-    assert f"resuming: {done} of 40 questions" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
+    assert f"resuming: {done * 12} of 480 responses" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
 
@@ -630,7 +630,7 @@ def test_overwrite_samples_anew_and_resumes_itself_only(
     capsys.readouterr()
     main([*arguments, "--overwrite"])
     printed = capsys.readouterr().out
-    assert "resuming: 4 of 10 questions" in printed and "sampled now: 36 responses" in printed
+    assert "resuming: 24 of 60 responses" in printed and "sampled now: 36 responses" in printed
 
 
 def test_a_partial_file_of_an_earlier_version_is_resumed(

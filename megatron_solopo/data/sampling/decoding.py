@@ -65,12 +65,12 @@ class _Group:
         """Samples that have not begun."""
         return len(self.tokens) - self._started
 
-    def begin(self, count: int, draw: Draw, stops: Collection[int]) -> None:
-        """Draws the first token of the next samples."""
+    def begin(self, count: int, draw: Draw, stops: Collection[int]) -> int:
+        """Draws the first token of the next samples; how many of them that ended."""
         new = range(self._started, self._started + count)
         numbers = self.numbers[new.start : new.stop, 0].to(self.logits.device)
         self._started += count
-        self._append(new, draw(self.logits.expand(count, -1), numbers).tolist(), stops)
+        return len(self._append(new, draw(self.logits.expand(count, -1), numbers).tolist(), stops))
 
     def _append(self, samples: Iterable[int], tokens: Sequence[int], stops: Collection[int]) -> list[int]:
         """Adds a token to each sample and puts those that have not ended at the end of ``live``; the others' places."""
@@ -83,8 +83,8 @@ class _Group:
                 self.live.append(sample)
         return ended
 
-    def take(self, tokens: Sequence[int], stops: Collection[int]) -> None:
-        """Adds the tokens of a step; the rows of samples that end are filled with the last ones."""
+    def take(self, tokens: Sequence[int], stops: Collection[int]) -> int:
+        """Adds the tokens of a step; the rows of samples that end, so many, are filled with the last ones."""
         before, self.live = self.live, []
         ended = self._append(before, tokens, stops)
         count = len(self.live)
@@ -96,6 +96,7 @@ class _Group:
             self.live = before[:count]
             for hole, place in zip(holes, last, strict=True):
                 self.live[hole] = before[place]
+        return len(ended)
 
     def begin_step(self) -> None:
         """Where this step's keys are written, and which keys a sample sees."""
@@ -230,13 +231,20 @@ def _step(model: PreTrainedModel, groups: Sequence[_Group]) -> torch.Tensor:
 
 @torch.inference_mode()
 def decode(
-    model: PreTrainedModel, jobs: Iterable[Job], *, rows: int, draw: Draw, stops: Collection[int]
+    model: PreTrainedModel,
+    jobs: Iterable[Job],
+    *,
+    rows: int,
+    draw: Draw,
+    stops: Collection[int],
+    ended: Callable[[int], Any] = lambda count: None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Samples continuations, ``rows`` of them at a time.
 
     Args:
         jobs: read when there are free rows. Sample s of a prompt draws its token t by the number [s, t].
         stops: a response ends with the first of these ids.
+        ended: called with the number of samples that have ended, as they do.
 
     Yields:
         The number of a job and the ids of its samples, the stop id included where one was reached, as soon as all of
@@ -253,9 +261,10 @@ def decode(
                 if job is None:
                     break
                 groups[index] = newest = _prefill(model, job, rows)
-            before = len(newest.live)
-            newest.begin(min(free, newest.waiting), draw, stops)
-            free -= len(newest.live) - before
+            count = min(free, newest.waiting)
+            at_once = newest.begin(count, draw, stops)
+            free -= count - at_once
+            ended(at_once)
         for index in [index for index, group in groups.items() if not group.live and not group.waiting]:
             yield index, groups.pop(index).tokens
         if not groups:
@@ -265,7 +274,7 @@ def decode(
         numbers = [group.numbers[group.live, [len(group.tokens[one]) for one in group.live]] for group in running]
         tokens = iter(draw(logits, torch.cat(numbers).to(logits.device)).tolist())
         for group in running:
-            group.take(list(islice(tokens, len(group.live))), stops)
+            ended(group.take(list(islice(tokens, len(group.live))), stops))
 
 
 class _Drawn(LogitsProcessor):
@@ -282,7 +291,13 @@ class _Drawn(LogitsProcessor):
 
 @torch.inference_mode()
 def decode_by_generate(
-    model: PreTrainedModel, jobs: Iterable[Job], *, rows: int, draw: Draw, stops: Collection[int]
+    model: PreTrainedModel,
+    jobs: Iterable[Job],
+    *,
+    rows: int,
+    draw: Draw,
+    stops: Collection[int],
+    ended: Callable[[int], Any] = lambda count: None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """The same as `decode` through transformers' ``generate``, for models whose attention `decode` cannot compute."""
     end = sorted(stops)
@@ -304,6 +319,7 @@ def decode_by_generate(
                 for row in out[:, len(prompt) :].tolist():
                     size = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
                     samples.append(row[:size])
+                ended(len(part))
             yield index, samples
     finally:
         model.generation_config = kept

@@ -21,7 +21,7 @@ from megatron_solopo.data.files.records import first_field
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, check_output, put_in_place
+from megatron_solopo.data.sampling.responses import PartialFile, check_output, output_settings, put_in_place
 from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
@@ -194,9 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     named = TokenizerOptions.of(options, options.model)
-    partial_file = Path(options.output + ".partial")
+    before = begun_with(Path(options.output + ".partial")) or output_settings(Path(options.output)) or {}
     tokenizer = named.load(
-        begun_with=begun_with(partial_file).get(template_kwargs.DATE),
+        begun_with=before.get(template_kwargs.DATE),
         of_data=first_field(options.contexts, template_kwargs.DATE),
     )
     prompts = Prompts(Path(options.output).parent, islice(_prompts(options, tokenizer), options.limit))

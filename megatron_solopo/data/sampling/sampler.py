@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from functools import partial as partial_of
 from typing import Any
@@ -26,7 +27,7 @@ from megatron_solopo.progress import ProgressBar
 
 
 def uniforms(seed: int, question_id: str, samples: int, steps: int) -> torch.Tensor:
-    """[samples, steps] numbers in [0, 1), float64, that depend on the seed and the question; more samples are more rows."""
+    """[samples, steps] numbers in [0, 1), float64, of the seed and the question; more samples are more rows."""
     digest = hashlib.sha256(f"{seed}\0{question_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.rand(samples, steps, dtype=torch.float64, generator=generator)
@@ -90,25 +91,38 @@ class InProcess:
         """Samples what ``partial`` lacks, the longest prompts first: out of memory shows at once."""
         options, prompts = self._options, self._prompts
         missing = {
-            index: numbers for index, name in enumerate(prompts.names) if (numbers := partial.missing(name, options.samples))
+            index: numbers
+            for index, name in enumerate(prompts.names)
+            if (numbers := partial.missing(name, options.samples))
         }
-        done = len(prompts) - len(missing)
-        if done:
-            print(f"resuming: {done} of {len(prompts)} questions were sampled before")
+        total = len(prompts) * options.samples
+        before = total - sum(map(len, missing.values()))
+        if before:
+            print(f"resuming: {before} of {total} responses were sampled before")
         order = sorted(missing, key=lambda index: (-prompts.lengths[index], index))
-        decoder = decode if shares_prompts(self._model) else decode_by_generate
+        shared = not missing or shares_prompts(self._model)
+        if not shared:
+            print(
+                f"note: {options.model}: samples of a prompt cannot share its keys in this model's attention; "
+                "transformers' generate samples it, which is slower",
+                file=sys.stderr,
+            )
+        decoder = decode if shared else decode_by_generate
         draw = partial_of(choose, temperature=options.temperature, top_p=options.top_p)
         jobs = (self._job(prompts[index], missing[index]) for index in order)
-        sampled = decoder(self._model, jobs, rows=options.batch_size, draw=draw, stops=set(self._stops))
-        with ProgressBar(desc="sampling", total=len(prompts), initial=done, unit="question") as bar:
+        with ProgressBar(desc="sampling", total=total, initial=before, unit="response") as bar:
+            sampled = decoder(
+                self._model, jobs, rows=options.batch_size, draw=draw, stops=set(self._stops), ended=bar.update
+            )
             try:
                 for place, responses in sampled:
                     self._add(prompts[order[place]], missing[order[place]], responses, partial, statistics)
-                    bar.update()
+                    bar.update(len(missing[order[place]]) - len(responses))  # those that are one at temperature 0
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"--batch-size {options.batch_size}: the GPU is out of memory at prompts of up to "
-                    f"{prompts.lengths[order[0]]} tokens; repeat the command with a smaller one, what is finished is kept"
+                    f"{prompts.lengths[order[0]]} tokens; repeat the command with a smaller one, what is finished is "
+                    "kept"
                 ) from None
 
     def _job(self, prompt: Prompt, missing: Sequence[int]) -> Job:
