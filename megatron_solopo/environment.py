@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -49,22 +50,25 @@ def memory_gib() -> dict[str, float]:
     return {"total": round(total / 2**30, 1), "available": round(available / 2**30, 1)}
 
 
+@functools.cache
 def transformer_engine() -> dict[str, Any]:
-    """Whether Transformer Engine is installed, whether its PyTorch part can be imported, and what it is used for."""
+    """Whether Transformer Engine is installed, whether its PyTorch part can be imported (``broken`` where it cannot),
+    and what it is used for."""
     if importlib.util.find_spec("transformer_engine") is None:
-        return {"found": False, "version": None, "note": "optional"}
+        return {"found": False, "broken": False, "version": None, "note": "optional"}
     import torch  # first: Transformer Engine finds NCCL through it
 
     version = package_version("transformer-engine")
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a build for another torch or CUDA fails in many ways, none of them ours
-        return {"found": False, "version": version, "note": f"installed, but its import fails: {_brief(error)}"}
+        note = f"installed, but its import fails: {_brief(error)}"
+        return {"found": False, "broken": True, "version": version, "note": note}
     if not torch.cuda.is_available():
-        return {"found": True, "version": version, "note": "not used: it needs a CUDA device"}
+        return {"found": True, "broken": False, "version": version, "note": "not used: it needs a CUDA device"}
     # megatron-core takes its fused Adam and gradient norms wherever it is found.
     used = "used for the optimizer; for layers with --transformer-impl transformer_engine"
-    return {"found": True, "version": version, "note": used}
+    return {"found": True, "broken": False, "version": version, "note": used}
 
 
 def fp8_refusals() -> dict[str, str]:

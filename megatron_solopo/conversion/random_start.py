@@ -14,6 +14,10 @@ from transformers import PretrainedConfig
 from megatron_solopo.conversion.hf import named_entries, own_part
 
 
+PIECE = 2**16
+"""Numbers drawn at a time on CUDA: 256 blocks of 256 threads."""
+
+
 @torch.no_grad()
 def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: int) -> None:
     """Fills the chunks of a model as transformers initialises one: matrices from a normal distribution of the config's
@@ -21,7 +25,8 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
 
     Each Hugging Face tensor has a random generator of its own, seeded by ``seed`` and the tensor's name, and is drawn
     whole, in float32, by every process that holds a part of it: weights depend neither on the layout nor on the order
-    of drawing, and one tensor at a time is in memory.
+    of drawing, and one tensor at a time is in memory. It is drawn where the parameter is. numpy's generator on the CPU
+    and torch's on CUDA differ, so the same seed gives other weights on the other platform.
     """
     std = getattr(hf_config, "initializer_range", 0.02)
     for model in models:
@@ -31,15 +36,33 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
             if dimension is not None:
                 whole[dimension] *= size
             shapes = [tensor.shape for tensor in entry.operator.to_hf(torch.empty(whole, device="meta"))]
-            tensors = [_drawn(name, shape, std, seed) for name, shape in zip(names, shapes, strict=True)]
+            device = parameter.device
+            tensors = [_drawn(name, shape, std, seed, device) for name, shape in zip(names, shapes, strict=True)]
             entry.operator.fill(parameter, tensors, rank, size, dimension)
 
 
-def _drawn(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.device) -> Tensor:
     if name.endswith(".bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, device=device)
     if len(shape) == 1:  # a norm
-        return torch.ones(shape)
-    # A hash, because torch's generator takes 32 bits of a seed, and neighbouring seeds are what people choose.
-    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()))
-    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)) * std
+        return torch.ones(shape, device=device)
+    # A hash, because torch's generators take 64 bits of a seed, and neighbouring seeds are what people choose.
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    if device.type == "cpu":
+        generator = np.random.default_rng(int.from_bytes(digest))
+        return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)) * std
+    return _drawn_in_pieces(shape, std, int.from_bytes(digest[:8], signed=True), device)
+
+
+def _drawn_in_pieces(shape: torch.Size, std: float, seed: int, device: torch.device) -> Tensor:
+    """Normal numbers of torch's generator of a device.
+
+    CUDA's generator gives its numbers to the threads of a grid that holds no more of them than the GPU's multiprocessors
+    do at a time (ATen/native/cuda/DistributionTemplates.h, calc_execution_policy), so that a large tensor would depend
+    on the model of the GPU: pieces that fit into any grid do not.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tensor = torch.empty(shape, device=device)
+    for piece in tensor.view(-1).split(PIECE):
+        piece.normal_(0.0, std, generator=generator)
+    return tensor

@@ -1,5 +1,5 @@
-"""What megatron-core 0.19 needs to run on CPU and gloo (and its optimizer on CUDA without Transformer Engine): the only
-file that patches other people's modules.
+"""What megatron-core 0.19 needs to run on CPU and gloo (and on CUDA, its optimizer without Transformer Engine, and all of
+it beside a broken one): the only file that patches other people's modules.
 
 Megatron Core asks `torch.cuda` for its device, streams and random state, and writes ``device="cuda"`` in
 optimizer and schedule code. `install()` answers those questions with the CPU. Nothing happens on import;
@@ -20,6 +20,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+
+KERNELS = ("fused", "foreach", "capturable")
+"""Fields of torch's AdamW that say how it computes, not what."""
 
 
 def _on_cpu(device: Any) -> Any:
@@ -106,7 +109,7 @@ class _CpuGenerators(list):
 
 
 def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
-    """TE imports without a GPU and mcore then takes TE paths that need one: make the import fail.
+    """TE imports without a GPU and mcore then takes TE paths that need one: make the import fail, as an ImportError.
 
     Raises:
         RuntimeError: megatron.core was imported first and has already bound TE's modules.
@@ -116,8 +119,10 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
         raise RuntimeError(
             "the CPU platform must be installed before megatron.core is imported: Transformer Engine is already in use"
         )
-    # Not mock.patch.dict: undoing it would forget every module that was imported meanwhile.
-    names = ("transformer_engine", "transformer_engine.pytorch")
+    # Not mock.patch.dict: undoing it would forget every module that was imported meanwhile. A failed import leaves
+    # modules behind, and one that is there is taken without asking for its parent.
+    loaded = {name for name in sys.modules if name.partition(".")[0] == "transformer_engine"}
+    names = loaded | {"transformer_engine", "transformer_engine.pytorch"}
     before = {name: sys.modules[name] for name in names if name in sys.modules}
 
     def show_again() -> None:
@@ -222,9 +227,17 @@ def results_queue(queue: Any) -> Iterator[None]:
         yield
 
 
-def mend_optimizer_loading() -> Callable[[], None]:
-    """The one cure that CUDA needs too, where neither Transformer Engine nor Apex is there; returns what undoes it."""
+def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
+    """What CUDA needs too; returns what undoes it.
+
+    Args:
+        broken_transformer_engine: one is installed and cannot be imported. mcore (optimizer/__init__.py:13 and others)
+            imports it wherever it is found and catches ImportError only: a library that is missing or of another build
+            raises other errors and would end portable runs too.
+    """
     with contextlib.ExitStack() as stack:
+        if broken_transformer_engine:
+            _hide_transformer_engine(stack)
         _mend_optimizer_loading(lambda module, name, value: stack.enter_context(mock.patch.object(module, name, value)))
         undo = stack.pop_all()
     return undo.close
@@ -237,7 +250,8 @@ def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
     Without Transformer Engine or Apex, loading a checkpoint fails with an AssertionError where the optimizer has not
     stepped yet (distrib_optimizer.py:839), then with KeyError: 'step' (:1222), and afterwards all parameters share
     one `step` tensor (:1032), which advances once for every parameter. Here the optimizer starts with a state of
-    zeros, and the loaded state keeps its `step`, one clone a parameter.
+    zeros, and the loaded state keeps its `step`, one copy a parameter, beside it. Which kernels compute the step is no
+    part of a run: a checkpoint's are not taken over.
     """
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
@@ -251,7 +265,7 @@ def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
         if not self.optimizer.state:
             for param in (param for group in self.optimizer.param_groups for param in group["params"]):
                 self.optimizer.state[param] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=param.device),
                     **{key: torch.zeros_like(param) for key in self.optimizer_state_keys},
                 }
         return state_dict(self)
@@ -265,10 +279,13 @@ def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
         return set_states(self, model_param, tensors)
 
     def load_with_own_steps(self, state_dict):
+        kernels = [{name: group.get(name) for name in KERNELS} for group in self.optimizer.param_groups]
         result = load(self, state_dict)
-        for state in self.optimizer.state.values():
+        for group, own in zip(self.optimizer.param_groups, kernels, strict=True):
+            group |= own
+        for param, state in self.optimizer.state.items():
             if "step" in state:
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(param.device, copy=True)
         return result
 
     patch(DistributedOptimizer, "state_dict", state_dict_with_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import resource
@@ -64,6 +65,11 @@ class Platform:
             return False
         return True
 
+    def peak_allocated_gib(self) -> float | None:
+        """The most device memory that tensors held so far, in GiB: what `peak_memory_gib` has above it is cached or
+        fragmented. None on CPU."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.name == "cuda" else None
+
 
 def choose(device: str) -> str:
     """``auto`` becomes ``cuda`` where a GPU is usable, else ``cpu``.
@@ -87,10 +93,13 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them
     the process is alone. On CPU this must come before megatron.core is imported.
     """
+    from megatron_solopo import environment
     from megatron_solopo.parallel import cpu_shim
 
     name = choose(device)
     if name == "cuda":
+        expand_segments()
+        faulthandler.enable()  # NCCL's watchdog ends a process with SIGABRT: this shows where it was
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -98,7 +107,10 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
                 "lower torchrun's --nproc_per_node to that number"
             )
         torch.cuda.set_device(local_rank)
-        platform = Platform(name, torch.device("cuda", local_rank), "nccl", cpu_shim.mend_optimizer_loading())
+        engine = environment.transformer_engine()
+        if engine["broken"] and os.environ.get("RANK", "0") == "0":
+            print(f"warning: Transformer Engine is not used: {engine['note']}", file=sys.stderr, flush=True)
+        platform = Platform(name, torch.device("cuda", local_rank), "nccl", cpu_shim.mend_on_cuda(engine["broken"]))
     else:
         platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
     if not dist.is_initialized():
@@ -109,6 +121,16 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
     return platform
+
+
+def expand_segments() -> None:
+    """Lets torch's allocator grow its segments of device memory, unless the user set the allocator otherwise.
+
+    Packs differ in length, and segments of fixed sizes fragment under them. torch reads the variables when it
+    allocates device memory for the first time (c10/cuda/CUDAAllocatorConfig.h), so this must come before.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def end_model_parallel() -> None:
@@ -139,14 +161,18 @@ def lost_process(error: RuntimeError) -> str | None:
     """What a collective says when another process is gone or does not come, or None for any other error.
 
     gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own kinds,
-    which also tell of mistakes.
+    which also tell of mistakes. Where NCCL's watchdog finds it first, no Python code runs any more: see
+    training/exits.py, `note_sudden_death`.
     """
     text = str(error).lower()
     if "gloo" not in text and not isinstance(error, dist.DistError):
         return None
     if "timed out" in text or "timeout" in text:
         return "another process did not come in time"
-    gone = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process")
+    gone = (
+        "closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process",
+        "communicator was aborted",
+    )  # fmt: skip
     return "another process is gone" if any(words in text for words in gone) else None
 
 

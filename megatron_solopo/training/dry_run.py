@@ -66,7 +66,7 @@ def describe(config: Config) -> str:
     tokens = sum(group.tokens(config.data.share_prompts) for group in data.train.groups)
     separate = sum(group.separate_tokens() for group in data.train.groups)
     crowded = [
-        (split, above_the_token_limit(dataset.groups, config))
+        (split, above_the_token_limit(dataset.groups, config, device))
         for split, dataset in (("train", data.train), ("valid", data.valid))
         if dataset is not None
     ]

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -97,6 +98,8 @@ def initialize_parallel(config: Config) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        # They serve checkpoint formats that are not used here, and a host whose name does not resolve fails at them.
+        create_gloo_process_groups=False,
     )
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
@@ -197,7 +200,9 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=engine.chunks[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, engine.chunks)
+    optimizer = get_megatron_optimizer(config, engine.chunks, use_gloo_process_groups=False)
+    if engine.platform.name == "cuda" and not HAVE_APEX_OR_TE:
+        fuse_adam(optimizer)
     # The scheduler counts before each step, so that no step has a learning rate of 0: step k of w warm-up
     # steps trains at lr * k / w, and min_lr would come one step after the last.
     scheduler = OptimizerParamScheduler(
@@ -217,6 +222,14 @@ def build_optimizer(
         override_opt_param_scheduler=training.override_opt_param_scheduler,
     )
     return optimizer, scheduler
+
+
+def fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """Lets torch's AdamW take its fused kernel: the default for CUDA computes the step in passes over temporaries of the
+    size of the whole state. Before the first step; Apex and Transformer Engine have an Adam of their own."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.param_groups:
+            group |= {"fused": True, "foreach": False}
 
 
 def gradients_are_finite(engine: Engine) -> bool:

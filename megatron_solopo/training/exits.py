@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +33,32 @@ def tell_launcher(why: str) -> None:
     path = os.environ.get(STOPPED_FILE)
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(path).write_text(why, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def note_sudden_death(save: str, timeout_minutes: float) -> Iterator[None]:
+    """Leaves word, within it, for a death that no Python code sees: torchrun prints what stands in a failed process's
+    error file (torch/distributed/elastic/multiprocessing/errors, `ProcessFailure`).
+
+    NCCL's watchdog aborts a process from a thread of its own when a collective fails or comes too late, and the kernel
+    kills one when memory runs out. Errors that Python sees speak for themselves, and take the word back.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        yield
+        return
+    text = (
+        f"rank {os.environ.get('RANK', '0')} was ended by a signal: SIGABRT (-6) from NCCL's watchdog, when another "
+        "process is gone or did not come to a collective within --distributed-timeout-minutes "
+        f"{timeout_minutes:g} (its own message, above, begins with [rank); SIGKILL (-9) where memory ran out. "
+        f"The same command with --auto-resume resumes from the last checkpoint in {save}"
+    )
+    with contextlib.suppress(OSError):  # a note that cannot be left must not end the run
+        Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)
 
 
 class StopRequests:

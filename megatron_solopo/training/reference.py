@@ -32,7 +32,7 @@ from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_roles
-from megatron_solopo.parallel.platform import wait_for_all
+from megatron_solopo.parallel.platform import choose, wait_for_all
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.step import make_packs, over_the_layout, own_segment_table
@@ -47,7 +47,8 @@ SECONDS_BETWEEN_SAVES = 30.0
 def starting_weights(config: Config) -> str:
     """A text that changes with the weights the run starts from, which are the reference; reads all of them."""
     if config.model.random_init:
-        return f"drawn by name, seed {config.training.seed}, config {_config_digest(config)}"
+        drawn = "drawn by name" + (" on CUDA" if choose(config.parallel.device) == "cuda" else "")
+        return f"{drawn}, seed {config.training.seed}, config {_config_digest(config)}"
     with reporting("reading the weights"):
         return weights_fingerprint(config.model.hf_path)
 

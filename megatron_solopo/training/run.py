@@ -30,10 +30,12 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(config))
         return 0
     from megatron_solopo.parallel import platform
+    from megatron_solopo.training.exits import note_sudden_death
 
     here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
-        train(here, config)
+        with note_sudden_death(config.output.save, config.parallel.distributed_timeout_minutes):
+            train(here, config)
     except RuntimeError as error:
         lost = platform.lost_process(error)
         if lost is None:
@@ -108,7 +110,7 @@ def train(here: Any, config: Config) -> None:
     engines.initialize_parallel(config)
     engine = engines.build_engine(here, hf_config, config)
     log = RunLog(output, schedule.steps, resumed, first, _effective(config))
-    _announce(log, config, hf_config, data, schedule)
+    _announce(log, config, here, data, schedule)
     if bias := length_bias(data.train.chosen_rejected_lengths()):
         log.say(f"warning: {bias}")
     if note := no_transfer(config.method):
@@ -275,6 +277,7 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     engine.platform.synchronize()
     seconds = time.perf_counter() - begin
+    allocated = engine.platform.peak_allocated_gib()
     clip = config.training.clip_grad
     return {
         "step": step + 1,
@@ -290,6 +293,11 @@ def train_step(
         "padding_share": sums.padding / max(sums.tokens, 1),
         "compute_imbalance": round(plan.imbalance, 6),
         "memory_gib": round(memory.of(), 3),
+        **(
+            {}
+            if allocated is None
+            else {"memory_allocated_gib": round(max_over_processes(allocated, engine.platform.device), 3)}
+        ),
         "seconds": round(seconds, 4),
     }
 
@@ -330,7 +338,7 @@ def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[
     return {name: value / len(dataset.groups) for name, value in totals.items()} | {"groups": len(dataset.groups)}
 
 
-def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule: Any) -> None:
+def _announce(log: Any, config: Config, here: Any, data: RunData, schedule: Any) -> None:
     from megatron_solopo.data.tokenized.batches import above_the_token_limit
 
     train = data.train
@@ -346,7 +354,7 @@ def _announce(log: Any, config: Config, hf_config: Any, data: RunData, schedule:
     for split, dataset in (("train", train), ("valid", data.valid)):
         for line in dataset.report.lines(config.data.seq_length) if dataset is not None else ():
             log.say(f"{split}: {line}")
-        if dataset is not None and (above := above_the_token_limit(dataset.groups, config)):
+        if dataset is not None and (above := above_the_token_limit(dataset.groups, config, here.name)):
             log.say(f"warning: {split}: {above}")
 
 

@@ -57,7 +57,8 @@ class StepSums:
 def plan_of(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> StepPlan:
     """The plan of the given examples over this run's data-parallel processes."""
     _, ranks = data_parallel()
-    return plan_step([dataset.groups[i] for i in indices], engine.hf_config.hidden_size, ranks, config)
+    groups = [dataset.groups[i] for i in indices]
+    return plan_step(groups, engine.hf_config.hidden_size, ranks, config, engine.platform.name)
 
 
 def make_packs(
@@ -75,7 +76,12 @@ def make_packs(
     chosen = ([indices[place] for place in share] for share in plan.shares[rank])
     return [
         build_pack(
-            [dataset.groups[i] for i in some], some, config.data.share_prompts, plan.of_packs, plan.of_pieces
+            [dataset.groups[i] for i in some],
+            some,
+            config.data.share_prompts,
+            plan.of_packs,
+            plan.of_pieces,
+            plan.of_prompts,
         ).to(engine.platform.device)
         for some in chosen
     ]

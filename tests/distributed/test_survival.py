@@ -10,9 +10,11 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +164,30 @@ def test_a_lost_process_is_told_in_one_line(home: Home, number: signal.Signals, 
         told[-1],
     ), run.text()
     assert "Traceback" not in run.text()
+
+
+def test_a_death_that_python_does_not_see_is_named_by_torchrun(home: Home) -> None:
+    """NCCL's watchdog ends a process with SIGABRT from a thread of its own; here the test sends it."""
+    save = home.folder / "aborted"
+    argv = home.argv("aborted", "--train-iters", 100000, "--save-interval", 2, "--keep-last", 1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launched = subprocess.Popen(
+        [*launch, *command(argv)[1:]], cwd=home.folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for((save / LATEST).is_file, SimpleNamespace(alive=lambda: launched.poll() is None, text=lambda: ""))
+        children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        ranks = {
+            dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")).get("RANK"): pid
+            for pid in children
+        }
+        os.kill(int(ranks["1"]), signal.SIGABRT)
+        _, told = launched.communicate(timeout=120)
+    finally:
+        launched.kill()
+    assert launched.returncode == 1
+    assert re.search(r"exitcode  : -6 .*\n.*\n  traceback : rank 1 was ended by a signal: SIGABRT \(-6\)", told), told[-3000:]
+    assert f"The same command with --auto-resume resumes from the last checkpoint in {save}" in told
 
 
 def test_the_clock_ends_a_run(home: Home) -> None:

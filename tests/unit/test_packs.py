@@ -30,10 +30,10 @@ def draw_group(draw, number):
     )
 
 
-def draw_pack(seed, share, multiple_of=1, piece_multiple_of=1):
+def draw_pack(seed, share, *multiples):
     draw = random.Random(seed)
     groups = [draw_group(draw, number) for number in range(draw.randint(1, 4))]
-    return groups, build_pack(groups, range(10, 10 + len(groups)), share, multiple_of, piece_multiple_of)
+    return groups, build_pack(groups, range(10, 10 + len(groups)), share, *multiples)
 
 
 def seen_by(pack, row):
@@ -50,7 +50,7 @@ def seen_by(pack, row):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("seed", range(30))
 def test_each_target_is_predicted_from_exactly_its_past(seed, share):
-    groups, pack = draw_pack(seed, share, *((1, 1), (8, 1), (8, 4))[seed % 3])
+    groups, pack = draw_pack(seed, share, *((1, 1), (8, 1), (8, 4), (1, 1, 16))[seed % 4])
     wanted, segments = [], []
     for number, group in enumerate(groups):
         for prompt in group.prompts:
@@ -79,17 +79,22 @@ def test_each_target_is_predicted_from_exactly_its_past(seed, share):
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize(("multiple_of", "of_pieces"), [(1, 1), (7, 1), (64, 1), (8, 8), (12, 4)])
+@pytest.mark.parametrize(
+    ("multiple_of", "of_pieces", "of_prompts"),
+    [(1, 1, None), (7, 1, None), (64, 1, None), (8, 8, None), (12, 4, None), (1, 1, 16), (4, 4, 8), (7, 1, 5)],
+)
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple_of, of_pieces):
-    groups, pack = draw_pack(seed, share, multiple_of, of_pieces)
-    padded = sum(group.tokens(share, of_pieces) for group in groups)
+def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple_of, of_pieces, of_prompts):
+    groups, pack = draw_pack(seed, share, multiple_of, of_pieces, of_prompts)
+    padded = sum(group.tokens(share, of_pieces, of_prompts) for group in groups)
     assert len(pack.tokens) == len(pack.positions) == sum(group.tokens(share) for group in groups) + pack.padding
     assert len(pack.tokens) % multiple_of == 0 and 0 <= len(pack.tokens) - padded < multiple_of
     assert [row for piece in pack.pieces for row in range(piece.start, piece.start + piece.slot)] == list(
         range(len(pack.tokens))
     )
     assert all(piece.slot > 0 and piece.slot % of_pieces == 0 for piece in pack.pieces)
+    alone = [piece for piece in pack.pieces if piece.prompt is None and piece.length]
+    assert all(piece.slot % (of_prompts or of_pieces) == 0 for piece in alone)
     assert pack.is_padding().sum() == pack.padding and not pack.is_padding()[pack.predictors].any()
     assert pack.predictors.numel() == 0 or int(pack.predictors.max()) < padded
 

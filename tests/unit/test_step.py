@@ -125,19 +125,20 @@ def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
     count = len(dataset.groups)
     table = -10 * torch.rand(count, len(reference_roles(method)), dtype=torch.float64)
 
-    def measure(packs: list[list[int]], share: bool, multiple: int, of_pieces: int) -> tuple[float, list[torch.Tensor]]:
-        built = [build_pack([dataset.groups[i] for i in some], some, share, multiple, of_pieces) for some in packs]
+    def measure(packs: list[list[int]], share: bool, *multiples: int) -> tuple[float, list[torch.Tensor]]:
+        built = [build_pack([dataset.groups[i] for i in some], some, share, *multiples) for some in packs]
         double.zero_gradients()
         sums = run_step(double, built, count, method, table)
         return sums.means()["loss"], [p.main_grad.clone() for p in double.models[0].parameters()]
 
-    loss, gradient = measure([[i] for i in range(count)], False, 1, 1)
+    loss, gradient = measure([[i] for i in range(count)], False)
     for _ in range(3):
         packs: list[list[int]] = [[] for _ in range(chance.randint(1, count + 2))]
         for i in chance.sample(range(count), count):
             chance.choice(packs).append(i)
         of_pieces = chance.choice([1, 2, 8])
-        found, found_gradient = measure(packs, chance.random() < 0.7, of_pieces * chance.choice([1, 3, 16]), of_pieces)
+        multiples = of_pieces * chance.choice([1, 3, 16]), of_pieces, of_pieces * chance.choice([1, 4, 16])
+        found, found_gradient = measure(packs, chance.random() < 0.7, *multiples)
         assert found == pytest.approx(loss, rel=1e-12)
         for ours, theirs in zip(found_gradient, gradient, strict=True):
             assert (ours - theirs).norm() <= 1e-10 * theirs.norm()

@@ -17,6 +17,10 @@ from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 
 
+CUDNN_LENGTHS = 128
+"""On CUDA lengths of prompts are rounded up to a multiple of this: 64 different ones up to 8K tokens."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The order of examples over a whole run.
@@ -84,12 +88,15 @@ class StepPlan:
         shares: data-parallel rank -> packs -> places in the step.
         loads: estimated compute of each rank.
         of_pieces, of_packs: pieces and packs are padded to multiples of these.
+        of_prompts: and pieces that attend to themselves alone (prompts, or each prompt with its continuation where
+            prompts are separate) to multiples of this.
     """
 
     shares: list[list[list[int]]]
     loads: list[float]
     of_pieces: int
     of_packs: int
+    of_prompts: int
 
     @property
     def imbalance(self) -> float:
@@ -98,15 +105,21 @@ class StepPlan:
         return max(self.loads) / mean - 1 if mean else 0.0
 
 
-def plan_step(groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config: Config) -> StepPlan:
-    """The plan of a step's groups over ``ranks`` data-parallel processes, the same on every process."""
+def plan_step(
+    groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config: Config, device: str = "cpu"
+) -> StepPlan:
+    """The plan of a step's groups over ``ranks`` data-parallel processes, the same on every process.
+
+    Args:
+        device: ``cuda`` or ``cpu``, where the packs are computed.
+    """
     training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
     context = parallel.context_parallel_size
-    of_pieces = pieces_multiple_of(config)
+    of_pieces, of_prompts = pieces_multiple_of(config), prompts_multiple_of(config, device)
     costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
     shares = plan(
         costs,
-        [group.tokens(share_prompts, of_pieces) for group in groups],
+        [group.tokens(share_prompts, of_pieces, of_prompts) for group in groups],
         ranks,
         training.micro_batch_size,
         most_tokens_of_a_pack(config),
@@ -118,7 +131,7 @@ def plan_step(groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config
     even = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     if config.model.fp8_format is not None:
         even *= FP8_MULTIPLES[config.model.fp8_recipe]
-    return StepPlan(shares, loads, of_pieces, math.lcm(of_pieces, even))
+    return StepPlan(shares, loads, of_pieces, math.lcm(of_pieces, even), of_prompts)
 
 
 def pieces_multiple_of(config: Config) -> int:
@@ -127,14 +140,25 @@ def pieces_multiple_of(config: Config) -> int:
     return 2 * context if context > 1 else 1
 
 
+def prompts_multiple_of(config: Config, device: str) -> int:
+    """Each piece that attends to itself alone is padded to a multiple of this.
+
+    torch 2.11 gives causal attention on Hopper to cuDNN, which builds a plan for every new shape and keeps it: rounded
+    lengths are few. Continuations, context parallelism and Transformer Engine go through other kernels.
+    """
+    of_pieces = pieces_multiple_of(config)
+    portable = config.model.transformer_impl == "portable" and config.parallel.context_parallel_size == 1
+    return math.lcm(of_pieces, CUDNN_LENGTHS) if device == "cuda" and portable else of_pieces
+
+
 def most_tokens_of_a_pack(config: Config) -> int | None:
     """--max-tokens-per-rank of all context-parallel ranks together, or None."""
     most = config.training.max_tokens_per_rank
     return most and most * config.parallel.context_parallel_size
 
 
-def above_the_token_limit(groups: Iterable[TokenGroup], config: Config) -> str | None:
-    """A line about the groups that alone are above --max-tokens-per-rank, or None.
+def above_the_token_limit(groups: Iterable[TokenGroup], config: Config, device: str = "cpu") -> str | None:
+    """A line about the groups that alone are above --max-tokens-per-rank, or None; ``device`` as in `plan_step`.
 
     They are no mistake: a group has two prompts and all responses, and is larger than --seq-length where its long
     context is near it. None is split, so each is a pack of its own.
@@ -142,7 +166,8 @@ def above_the_token_limit(groups: Iterable[TokenGroup], config: Config) -> str |
     most, context = most_tokens_of_a_pack(config), config.parallel.context_parallel_size
     if most is None:
         return None
-    tokens = [group.tokens(config.data.share_prompts, pieces_multiple_of(config)) for group in groups]
+    multiples = pieces_multiple_of(config), prompts_multiple_of(config, device)
+    tokens = [group.tokens(config.data.share_prompts, *multiples) for group in groups]
     above = [count for count in tokens if count > most]
     if not above:
         return None

@@ -17,6 +17,7 @@ def build_pack(
     share_prompts: bool = True,
     multiple_of: int = 1,
     piece_multiple_of: int = 1,
+    prompt_multiple_of: int | None = None,
 ) -> Pack:
     """Packs groups; with no group, a pack of padding that has no segment (weight zero).
 
@@ -26,8 +27,9 @@ def build_pack(
         share_prompts: False repeats the prompt before each of its continuations.
         multiple_of: the number of tokens is padded up to a multiple of this, itself a multiple of the next.
         piece_multiple_of: each piece is padded up to a multiple of this; context parallelism cuts it so.
+        prompt_multiple_of: for pieces that attend to themselves alone (`of_prompts` in batches.py); default: the same.
     """
-    builder = _Builder(piece_multiple_of)
+    builder = _Builder(piece_multiple_of, prompt_multiple_of or piece_multiple_of)
     for number, group in enumerate(groups):
         for prompt in group.prompts:
             if share_prompts:
@@ -49,8 +51,8 @@ def build_pack(
 class _Builder:
     """Grows the lists of a pack."""
 
-    def __init__(self, piece_multiple_of: int) -> None:
-        self.piece_multiple_of, self.padding = piece_multiple_of, 0
+    def __init__(self, piece_multiple_of: int, prompt_multiple_of: int) -> None:
+        self.piece_multiple_of, self.prompt_multiple_of, self.padding = piece_multiple_of, prompt_multiple_of, 0
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.pieces: list[Piece] = []
@@ -62,7 +64,8 @@ class _Builder:
         self.segment_lengths: list[int] = []
 
     def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None, padding: int | None = None) -> int:
-        padding = -len(ids) % self.piece_multiple_of if padding is None else padding
+        if padding is None:
+            padding = -len(ids) % (self.prompt_multiple_of if prompt is None else self.piece_multiple_of)
         piece = Piece(len(self.tokens), len(ids), prompt, padding)
         self.pieces.append(piece)
         self.tokens.extend([*ids, *[0] * padding])

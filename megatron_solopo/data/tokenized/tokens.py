@@ -68,16 +68,19 @@ class TokenGroup:
         kept = (Prompt(p.ids, tuple(c for c in p.continuations if c.role in roles)) for p in self.prompts)
         return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.continuations))
 
-    def tokens(self, share_prompts: bool, multiple_of: int = 1) -> int:
+    def tokens(self, share_prompts: bool, multiple_of: int = 1, prompt_multiple_of: int | None = None) -> int:
         """Tokens that one forward pass computes for this group (the last of a continuation is only predicted), each
-        piece padded to a multiple."""
+        piece padded to a multiple; see `build_pack`."""
 
-        def slot(length: int) -> int:
-            return -(-length // multiple_of) * multiple_of
+        def slot(length: int, multiple: int) -> int:
+            return -(-length // multiple) * multiple
 
+        of_prompts = prompt_multiple_of or multiple_of
         if share_prompts:
-            return sum(slot(len(p.ids)) + sum(slot(len(c.ids) - 1) for c in p.continuations) for p in self.prompts)
-        return sum(slot(len(p.ids) + len(c.ids) - 1) for p in self.prompts for c in p.continuations)
+            continued = (c for p in self.prompts for c in p.continuations)
+            prompts = sum(slot(len(p.ids), of_prompts) for p in self.prompts)
+            return prompts + sum(slot(len(c.ids) - 1, multiple_of) for c in continued)
+        return sum(slot(len(p.ids) + len(c.ids) - 1, of_prompts) for p in self.prompts for c in p.continuations)
 
     def separate_tokens(self) -> int:
         """Tokens of every prompt with every continuation, the count that sharing saves on."""

@@ -1,0 +1,259 @@
+"""What only CUDA takes, as far as a machine without a GPU shows it; the rest is tests/gpu and tools/gpu_suite.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SHAPE, preference_groups, write_lines, write_model
+from transformers import LlamaConfig
+
+from megatron_solopo.config import Config, ModelConfig, TrainingConfig
+from megatron_solopo.data.tokenized.batches import CUDNN_LENGTHS, above_the_token_limit, plan_step
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.parallel.platform import expand_segments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+START = """
+import os, sys
+import torch, torch.distributed as dist
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.set_device = lambda device: print("allocator", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+begin = dist.init_process_group
+dist.init_process_group = lambda backend, **more: begin("gloo", **more)
+from megatron_solopo.parallel import platform
+here = platform.start("cuda")
+from megatron_solopo.training import engine
+print("adam", engine.HAVE_APEX_OR_TE)
+from megatron_solopo.config import Config, ModelConfig
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.transformer_engine import check_machine
+check_machine(Config(), "cuda")
+try:
+    check_machine(Config(model=ModelConfig(transformer_impl="transformer_engine")), "cuda")
+except UserError as error:
+    print(error)
+"""
+"""A process that starts as on CUDA, with the device and NCCL left out."""
+
+
+def start_as_on_cuda(*paths: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT)))
+    return subprocess.run(
+        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "where"),
+    [
+        ("OSError('libcudnn.so.9: cannot open shared object file')", "__init__.py"),
+        ("RuntimeError('built for another torch')", "pytorch.py"),
+    ],
+)
+def test_a_transformer_engine_that_does_not_import_stops_no_portable_run(
+    tmp_path: Path, raised: str, where: str
+) -> None:
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    for name in ("__init__.py", "common.py"):
+        (package / name).write_text("")
+    (package / where).write_text(f"import transformer_engine.common\nraise {raised}\n")
+    done = start_as_on_cuda(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    message = raised.partition("'")[2].removesuffix("')")
+    reason = f"installed, but its import fails: {raised.partition('(')[0]}: {message}"
+    assert f"warning: Transformer Engine is not used: {reason}\n" in done.stderr
+    told = done.stdout.splitlines()
+    assert told[:2] == ["allocator expandable_segments:True", "adam False"]
+    assert told[2].startswith("--transformer-impl transformer_engine: Transformer Engine is not usable here (" + reason)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_allocator_is_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    expand_segments()
+    assert [value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")] == ["max_split_size_mb:512"]
+
+
+def test_no_group_of_gloo_beside_the_others(engine: Any) -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_solopo.parallel.platform import end_model_parallel
+    from megatron_solopo.training.engine import initialize_parallel
+
+    end_model_parallel()
+    initialize_parallel(Config())
+    names = [group.group_desc for group in dist.distributed_c10d._world.pg_map]
+    assert "DATA_PARALLEL_GROUP" in names and not [name for name in names if "GLOO" in name]
+    with pytest.raises(AssertionError):
+        parallel_state.get_data_parallel_group_gloo()
+
+
+def draw_groups(seed: int, longest: int = 900) -> list[TokenGroup]:
+    draw = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [draw.randrange(SHAPE["vocab_size"]) for _ in range(draw.randint(1, most))]
+
+    return [
+        TokenGroup(
+            f"g{number}",
+            tuple(
+                Prompt(ids(longest), tuple(Continuation(f"{context}_{side}", ids(40)) for side in sides))
+                for context, sides in (("short", ("chosen", "rejected")), ("long", ("chosen",)))
+            ),
+        )
+        for number in range(5)
+    ]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_lengths_of_prompts_are_few_on_cuda(share: bool) -> None:
+    groups, config = draw_groups(1), Config()
+    config.data.share_prompts, config.training.micro_batch_size = share, 2
+    plan = plan_step(groups, 32, 2, config, "cuda")
+    assert plan.of_prompts == CUDNN_LENGTHS and plan_step(groups, 32, 2, config).of_prompts == 1
+    for places in (places for packs in plan.shares for places in packs):
+        own = [groups[i] for i in places]
+        pack = build_pack(own, places, share, plan.of_packs, plan.of_pieces, plan.of_prompts)
+        assert pack.tokens.numel() == sum(g.tokens(share, plan.of_pieces, plan.of_prompts) for g in own) or not own
+        for piece in pack.pieces if own else ():
+            assert piece.slot % CUDNN_LENGTHS == 0 if piece.prompt is None else piece.padding == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "multiple"),
+    [
+        ({}, 128),
+        ({"transformer_impl": "transformer_engine"}, 1),
+        ({"context_parallel_size": 2}, 4),
+    ],
+)
+def test_what_else_is_no_kernel_of_cudnn_keeps_its_lengths(change: dict[str, Any], multiple: int) -> None:
+    config = Config()
+    for section in (config.model, config.parallel):
+        for name in change.keys() & vars(section).keys():
+            setattr(section, name, change[name])
+    assert plan_step(draw_groups(2), 32, 1, config, "cuda").of_prompts == multiple
+
+
+def test_the_limit_of_a_pack_counts_the_padding_of_prompts() -> None:
+    prompt = Prompt([1] * 129, (Continuation("short_chosen", [1] * 2), Continuation("short_rejected", [1] * 2)))
+    groups, config = [TokenGroup("g", (prompt,))], Config()
+    config.training.max_tokens_per_rank = 131
+    assert above_the_token_limit(groups, config) is None
+    assert "up to 258 tokens a process" in above_the_token_limit(groups, config, "cuda")
+    two = plan_step(groups * 2, 32, 1, config, "cuda").shares
+    assert two == [[[0], [1]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), LlamaConfig(**SHAPE, tie_word_embeddings=False))
+
+
+def test_the_fused_adam_is_adam_and_resumes(
+    engine: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused kernel is on the CPU too: the same steps but for rounding, and exact ones after a resume. A
+    checkpoint says nothing of the kernels that continue from it."""
+    from megatron_solopo import config_load
+    from megatron_solopo.parallel.platform import end_model_parallel
+    from megatron_solopo.training import engine as engines
+    from megatron_solopo.training.run import train
+
+    data = write_lines(tmp_path / "groups.jsonl", preference_groups(12))
+    build, built = engines.build_optimizer, []
+
+    def run(fused: bool, save: str, *flags: Any) -> list[dict[str, Any]]:
+        def build_as_on_cuda(*arguments: Any) -> Any:
+            optimizer, scheduler = build(*arguments)
+            if fused:
+                engines.fuse_adam(optimizer)
+            built.append(optimizer)
+            return optimizer, scheduler
+
+        monkeypatch.setattr(engines, "build_optimizer", build_as_on_cuda)
+        argv = [
+            "--hf-path", folder, "--train-data", data, "--preference-loss", "orpo", "--device", "cpu",
+            "--seq-length", 128, "--global-batch-size", 4, "--micro-batch-size", 2, "--lr", 1e-3,
+            "--save", tmp_path / save, "--train-iters", 6, "--save-interval", 3, *flags,
+        ]  # fmt: skip
+        end_model_parallel()
+        train(engine, config_load.load(list(map(str, argv)))[0])
+        assert {(bool(g.get("fused")), g.get("foreach")) for g in built[-1].param_groups} == {
+            (True, False) if fused else (False, None)
+        }
+        times = ("seconds", "tokens_per_second", "memory_gib")
+        lines = [json.loads(line) for line in (tmp_path / save / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+    plain, fused = run(False, "plain"), run(True, "fused")
+    assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+    assert run(True, "fused", "--load", tmp_path / "fused", "--ckpt-step", 3) == fused
+    assert run(False, "plain", "--load", tmp_path / "plain", "--ckpt-step", 3) == plain
+    crossed = run(True, "crossed", "--load", tmp_path / "plain", "--ckpt-step", 3)
+    assert [line["loss"] for line in crossed] == pytest.approx([line["loss"] for line in plain[3:]], rel=1e-5)
+    run(False, "back", "--load", tmp_path / "fused", "--ckpt-step", 3)
+    end_model_parallel()
+    engines.initialize_parallel(Config())
+
+
+def test_only_torchs_adam_on_cuda_is_fused(engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training import engine as engines
+
+    built = engines.build_engine(engine, read_hf_config(folder), Config(model=ModelConfig(hf_path=str(folder))))
+    for name, theirs, expected in (("cpu", False, False), ("cuda", False, True), ("cuda", True, False)):
+        monkeypatch.setattr(engines, "HAVE_APEX_OR_TE", theirs)
+        here = replace(built, platform=replace(engine, name=name))
+        optimizer, _ = engines.build_optimizer(here, TrainingConfig(), 1)
+        assert {bool(group.get("fused")) for group in optimizer.param_groups} == {expected}, (name, theirs)
+
+
+def test_a_device_draws_normal_numbers_by_name_and_seed() -> None:
+    """By torch's generator, whose pieces do not depend on what else the tensor holds."""
+    from megatron_solopo.conversion.random_start import PIECE, _drawn_in_pieces
+
+    cpu = torch.device("cpu")
+    whole = _drawn_in_pieces(torch.Size((3, PIECE)), 0.07, 5, cpu)
+    assert whole.shape == (3, PIECE) and whole.dtype == torch.float32
+    assert torch.equal(whole[:2], _drawn_in_pieces(torch.Size((2, PIECE)), 0.07, 5, cpu))
+    assert abs(whole.std().item() - 0.07) < 6 * 0.07 / (2 * whole.numel()) ** 0.5
+    assert abs(whole.mean().item()) < 6 * 0.07 / whole.numel() ** 0.5
+    assert not torch.equal(whole, _drawn_in_pieces(torch.Size((3, PIECE)), 0.07, -5, cpu))
+
+
+def test_the_log_holds_allocated_memory_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_solopo.parallel.platform import Platform
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    assert Platform("cuda", torch.device("cuda", 0), "nccl", lambda: None).peak_allocated_gib() == 1.5
+    assert Platform("cpu", torch.device("cpu"), "gloo", lambda: None).peak_allocated_gib() is None
+
+
+def test_the_word_for_a_sudden_death_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_solopo.training.exits import note_sudden_death
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    with pytest.raises(KeyError), note_sudden_death("runs/solo", 30.0):
+        assert "within --distributed-timeout-minutes 30 " in json.loads(path.read_text())["message"]
+        raise KeyError
+    assert not path.exists()
