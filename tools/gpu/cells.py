@@ -1,0 +1,58 @@
+"""What tools/gpu_suite.py runs, in the order of what is worth most: all later choices hang on the first ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A unit of the suite, run in a process of its own.
+
+    Attributes:
+        work: module of this folder and function, called with a `Recorder`.
+        expected: seconds on an H200, calculated; it is skipped where less is left, and killed after twice as many.
+        transformer_engine: it needs Transformer Engine, which no other cell sees.
+        about: what it yields, for docs/gpu.md.
+    """
+
+    name: str
+    work: str
+    expected: float
+    about: str
+    transformer_engine: bool = False
+
+    @property
+    def cap(self) -> float:
+        return 2 * self.expected + 10
+
+
+CELLS = (
+    Cell("environment", "machine:environment", 10, "versions; matrix product, copies, pinning: ceilings of all shares"),
+    Cell("start", "machine:start", 10, "NCCL with one process, the allocator, one step of a tiny model"),
+    Cell(
+        "oracle",
+        "checks:oracle",
+        25,
+        "loss and gradient of DPO, SimPO, ORPO, SFT, Llama and Qwen2 (28 / 4 heads of 128), prompts shared and separate, "
+        "float32 and bfloat16, against float64",
+    ),
+    Cell(
+        "attention",
+        "kernels:attention",
+        35,
+        "packed and context-parallel attention against float64; kernels of torch, plans of cuDNN, repeatability",
+    ),
+    Cell("training", "training:training", 30, "whole runs: the loss falls, checkpoint, resume, export"),
+    Cell("candidates", "kernels:candidates", 25, "fused norm, output product, SwiGLU and Adam against what runs today"),
+    Cell("model_1_5b", "models:model_1_5b", 20, "a step of 1.5B parameters at 8K with its optimizer: time, MFU, memory"),
+    Cell("model_7b", "models:model_7b", 45, "7B at 8K forward and backward; four of its layers at 32K and 128K"),
+    Cell(
+        "transformer_engine",
+        "engine:transformer_engine",
+        60,
+        "Transformer Engine: layers, the back end its attention takes, agreement with portable, FP8 over 20 steps",
+        transformer_engine=True,
+    ),
+)
+"""``expected`` and ``cap`` are seconds."""

@@ -1,0 +1,183 @@
+"""Figures against float64: losses and gradients of whole steps, and attention."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu.record import Recorder, milliseconds
+
+BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
+"""Relative error of a loss and of each tensor's gradient."""
+
+ATTENTION_BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+"""bfloat16 keeps 8 bits."""
+
+
+def oracle(out: Recorder) -> None:
+    """Loss and gradient of a step for each method, model, layout and precision against the prepared answers."""
+    from gpu import answers
+    from gpu.machine import begin
+    from launches import World, gradient_cases, token_examples
+    from methods import METHODS, method_roles
+    from worker import gradient_case
+
+    from megatron_solopo import config_load
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training.engine import build_engine, initialize_parallel
+
+    prepared = torch.load(answers.FILE, weights_only=True)
+    same = answers.write_models(out.work) == prepared["weights"] and answers.tokens_digest() == prepared["tokens"]
+    out.require("weights_and_tokens_are_those_of_the_answers", same)
+    here, world = begin(out), World(out.work)
+    plans = [
+        (dtype, method, model, layout, answers.BATCH)
+        for dtype in BOUNDS
+        for model in answers.MODELS
+        for layout in ("by-two", "separate")
+        for method in answers.METHODS
+        if dtype != "float64" or f"{method} {model}" == answers.EXACT
+    ]
+    for roles in {method_roles(METHODS[method]) for method in answers.METHODS}:
+        world.examples(roles).write_text(json.dumps(token_examples(roles)))
+    engines: dict[Any, Any] = {}
+    for plan, case in zip(plans, gradient_cases(world, prepared["reference"], out.work, plans), strict=True):
+        dtype, method, model, layout, _ = plan
+        key = f"{method} {model} {'separate' if layout == 'separate' else 'shared'} {dtype}"
+        with out.part(key):
+            config, _ = config_load.load(case["argv"])
+            if not engines:
+                initialize_parallel(config)
+            if (model, dtype) not in engines:
+                hf_config = read_hf_config(config.model.hf_path)
+                engines[model, dtype] = build_engine(here, hf_config, config, getattr(torch, dtype))
+            values, found = gradient_case(engines[model, dtype], case, config)
+            expected = prepared["cases"][f"{method} {model}"]
+            loss = abs(values["means"]["loss"] - expected["loss"]) / max(1, abs(expected["loss"]))
+            errors = {
+                name: ((answers.sampled(found[name]) - tensor).norm() / tensor.norm()).item()
+                for name, tensor in expected["gradient"].items()
+            }
+            out.check(f"{key}/loss", loss, BOUNDS[dtype])
+            out.check(f"{key}/gradient", max(errors.values()), BOUNDS[dtype])
+
+
+def attention_shape(out: Recorder) -> tuple[int, int, int, torch.dtype]:
+    """Heads, key-value heads, head_dim and dtype."""
+    return (4, 2, 32, torch.float32) if out.dry else (28, 4, 128, torch.bfloat16)
+
+
+def packed(out: Recorder) -> None:
+    """Packed attention with shared prompts, and with a prompt for each response, against float64 attention over each
+    sequence alone."""
+    from transformers import LlamaConfig
+
+    from megatron_solopo.data.tokenized.batches import CUDNN_LENGTHS
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.model.attention import PackedAttention, layout_of
+    from megatron_solopo.model.rope import RotaryFrequencies, rotate
+
+    heads, kv_heads, size, dtype = attention_shape(out)
+    short, long, answer = (60, 500, 10) if out.dry else (1000, 8100, 100)
+    group = TokenGroup(
+        "g",
+        (
+            Prompt([0] * short, (Continuation("short_chosen", [0] * answer), Continuation("short_rejected", [0] * 7))),
+            Prompt([0] * long, (Continuation("long_chosen", [0] * answer), Continuation("long_rejected", [0] * 7))),
+        ),
+    )
+    device = torch.device(out.device)
+    rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads)).to(device)
+    attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
+    generator = torch.Generator().manual_seed(0)
+    times = {}
+    for name, share in (("shared", True), ("separate", False)):
+        pack = build_pack([group], [0], share, prompt_multiple_of=CUDNN_LENGTHS).to(device)
+        tokens = pack.tokens.numel()
+
+        def draw(count: int, rows: int = tokens) -> torch.Tensor:
+            return torch.randn(rows, count, size, generator=generator).to(device, dtype).requires_grad_()
+
+        q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
+        layout = layout_of(pack, rope, dtype)
+
+        def step(q: Any = q, k: Any = k, v: Any = v, layout: Any = layout) -> torch.Tensor:
+            for tensor in (q, k, v):
+                tensor.grad = None
+            result = attention(q, k, v, None, packed_seq_params=layout)
+            result.float().square().mean().backward()
+            return result.detach()
+
+        result = step()
+        worst = 0.0
+        cos, sin = (t.double() for t in (layout.cos, layout.sin))
+        for piece in pack.pieces:
+            rows = torch.arange(piece.start, piece.start + piece.length, device=device)
+            seen = rows
+            if piece.prompt is not None:
+                first = pack.pieces[piece.prompt]
+                seen = torch.cat((torch.arange(first.start, first.start + first.length, device=device), rows))
+            last = rows[-min(64, piece.length) :]  # the hardest rows: they see the most
+            query, key = rotate(q.detach().double(), cos, sin)[last], rotate(k.detach().double(), cos, sin)[seen]
+            expected = exact_attention(query, key, v.detach().double()[seen])
+            found = result.view(tokens, heads, size)[last].double()
+            worst = max(worst, ((found - expected).norm() / expected.norm()).item())
+        out.value(f"packed/{name}/tokens", tokens)
+        out.check(f"packed/{name}/error", worst, ATTENTION_BOUNDS[dtype])
+        times[name] = milliseconds(step, out.device)
+        out.value(f"packed/{name}/time", times[name], "ms forward and backward")
+    out.value("packed/shared_over_separate_time", times["shared"] / times["separate"])
+
+
+def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, head_dim] float64: the last ``rows`` queries of a causal sequence of [length, kv_heads, head_dim]."""
+    rows, length = query.shape[0], key.shape[0]
+    places = torch.arange(length, device=query.device)
+    mask = places[None] <= places[length - rows :, None]
+    copies = query.shape[1] // key.shape[1]
+    key, value = (x.transpose(0, 1).repeat_interleave(copies, 0) for x in (key, value))
+    return F.scaled_dot_product_attention(query.transpose(0, 1), key, value, attn_mask=mask).transpose(0, 1)
+
+
+def context(out: Recorder) -> None:
+    """Each rank's part of context-parallel attention, output and gradients, against the whole pack's attention."""
+    from transformers import LlamaConfig
+
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.model.attention import PackedAttention, layout_of
+    from megatron_solopo.model.context_attention import SpanLayout, span_attention
+    from megatron_solopo.model.rope import RotaryFrequencies, rotate
+    from megatron_solopo.parallel.context import rows_of, spans_of
+
+    ranks, device = 2, torch.device(out.device)
+    heads, kv_heads, size, dtype = attention_shape(out)
+    continuations = (Continuation("long_chosen", [0] * 100), Continuation("long_rejected", [0] * 7))
+    prompt = Prompt([0] * (511 if out.dry else 8191), continuations)
+    pack = build_pack([TokenGroup("g", (prompt,))], [0], True, 2 * ranks, 2 * ranks).to(device)
+    rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
+    layout = layout_of(pack, rope, dtype)
+    attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))
+    whole = [torch.randn(*s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    parts = [x.detach().clone().requires_grad_() for x in whole]
+    expected = attention(*whole, None, packed_seq_params=layout)
+    expected.float().square().sum().backward()
+    everything = torch.arange(pack.tokens.numel(), device=device)
+    found = torch.zeros_like(expected)
+    for rank in range(ranks):
+        rows = torch.from_numpy(rows_of(pack.pieces, rank, ranks)).to(device)
+        query, key = (rotate(x, layout.cos, layout.sin) for x in parts[:2])
+        spans = SpanLayout(spans_of(pack.pieces, rank, ranks), everything, everything, None)
+        result = span_attention(query[rows], key, parts[2], spans, attention.softmax_scale).flatten(1)
+        result.float().square().sum().backward()
+        found[rows] = result.detach()
+    pairs = [(found, expected.detach()), *((ours.grad, theirs.grad) for ours, theirs in zip(parts, whole, strict=True))]
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5  # both sides round to 8 bits
+    for name, (ours, theirs) in zip(("output", "query", "key", "value"), pairs, strict=True):
+        error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+        out.check(f"context_parallel/{name}_error", error, bound)

@@ -1,0 +1,197 @@
+"""Steps of models of real size with random weights: time, share of the peak, memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu.record import Recorder, memory, milliseconds, reset_memory
+from transformers import PretrainedConfig, Qwen2Config
+
+from megatron_solopo.config import Config
+
+TINY = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=256, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN_1_5B = dict(
+    hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+    vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN_7B = dict(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    vocab_size=152064, tie_word_embeddings=False,
+)  # fmt: skip
+"""Shapes of Qwen2.5-1.5B and 7B."""
+
+RESPONSE = 256
+DENSE_PEAK = {"h100": 989e12, "h200": 989e12}
+"""bfloat16 operations a second by NVIDIA's data sheets, without sparsity."""
+
+FLOPS_COUNTED = (
+    "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
+    "pairs once) and each of its channels and layers; output layer: 2 a weight and predicted token; padding is not "
+    "counted; backward = 2 x forward, recomputing is not counted"
+)
+
+
+def model_flops(hf_config: PretrainedConfig, packs: list[Any]) -> float:
+    """Operations of forward and backward that the model needs for these packs; see `FLOPS_COUNTED`.
+
+    This is the only place that counts them.
+    """
+    heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    width, channels = hf_config.hidden_size, hf_config.hidden_size // heads
+    layer = width * channels * (2 * heads + 2 * kv_heads) + 3 * width * hf_config.intermediate_size
+    total = 0
+    for pack in packs:
+        tokens = sum(piece.length for piece in pack.pieces)
+        pairs = 0
+        for piece in pack.pieces:
+            before = 0 if piece.prompt is None else pack.pieces[piece.prompt].length
+            pairs += piece.length * before + piece.length * (piece.length + 1) // 2
+        total += hf_config.num_hidden_layers * (2 * layer * tokens + 4 * pairs * heads * channels)
+        total += 2 * hf_config.vocab_size * width * pack.targets.numel()
+    return 3.0 * total
+
+
+def build(
+    out: Recorder, here: Any, shape: dict[str, Any], dtype: torch.dtype, recompute: bool, **model: Any
+) -> tuple[Any, Config]:
+    """(an engine of random weights, its configuration); the process groups are made where there are none."""
+    from megatron.core import parallel_state
+
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training.engine import build_engine, initialize_parallel
+
+    folder = out.work / "model"
+    folder.mkdir(exist_ok=True)
+    Qwen2Config(**shape, max_position_embeddings=131072).save_pretrained(folder)
+    config = Config()
+    config.model.hf_path, config.model.random_init, config.model.bf16 = str(folder), True, dtype == torch.bfloat16
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    if recompute:
+        config.model.recompute_granularity = "full"
+    config.method = replace(config.method, preference_loss="simpo", beta=2.0, alignment_weight=1.0)
+    config.parallel.device = out.device
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_parallel(config)
+    return build_engine(here, read_hf_config(folder), config, dtype), config
+
+
+def packs_of(engine: Any, config: Config, short: int, long: int, response: int = RESPONSE, groups: int = 1) -> list[Any]:
+    """Groups of a short prompt with two responses and a long one with one, as a training step packs them."""
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+    from megatron_solopo.training.step import make_packs
+
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(1, engine.hf_config.vocab_size, (count,), generator=draw).tolist()
+
+    made = []
+    for number in range(groups):
+        chosen, rejected = Continuation("short_chosen", ids(response)), Continuation("short_rejected", ids(response))
+        again = Continuation("long_chosen", chosen.ids)
+        made.append(TokenGroup(str(number), (Prompt(ids(short), (chosen, rejected)), Prompt(ids(long), (again,)))))
+    return make_packs(engine, TokenDataset(made, [], ""), range(groups), config)
+
+
+def step_of(engine: Any, config: Config, packs: list[Any], optimizer: Any = None) -> Callable[[], float]:
+    """A call of one training step: the loss."""
+    from megatron_solopo.training.step import run_step
+
+    def step() -> float:
+        engine.zero_gradients()
+        sums = run_step(engine, packs, sum(len(pack.groups) for pack in packs), config.method, None)
+        if optimizer is not None:
+            optimizer.step()
+        return sums.means()["loss"]
+
+    return step
+
+
+def measure(out: Recorder, key: str, engine: Any, config: Config, packs: list[Any], optimizer: Any, repeats: int) -> None:
+    """Time, share of the peak and memory of a step."""
+    reset_memory(out)
+    engine.train()
+    step = step_of(engine, config, packs, optimizer)
+    took = milliseconds(step, out.device, repeats, 2 if repeats > 2 else 1)
+    tokens = sum(pack.tokens.numel() for pack in packs)
+    operations = model_flops(engine.hf_config, packs)
+    out.value(f"{key}/step", took / 1000, "s")
+    out.value(f"{key}/tokens", tokens)
+    out.value(f"{key}/tokens_per_second", 1000 * tokens / took)
+    out.value(f"{key}/rate", operations / took / 1e9, "TFLOP/s")
+    peak = next((p for name, p in DENSE_PEAK.items() if out.device == "cuda" and name in _gpu()), None)
+    if peak:
+        out.value(f"{key}/mfu", 1000 * operations / took / peak)
+    memory(out, key)
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name(0).lower()
+
+
+def free(*engines: Any) -> None:
+    for engine in engines:
+        engine.close()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def steps_with_optimizer(out: Recorder, here: Any, key: str, **model: Any) -> None:
+    """A 1.5B model at 1K / 8K with its optimizer, with full recompute and without."""
+    from megatron_solopo.training.engine import build_optimizer
+
+    shape, short, long, response = (TINY, 64, 512, 16) if out.dry else (QWEN_1_5B, 1024, 8192, RESPONSE)
+    for recompute in (True, False):
+        name = f"{key}recompute_{'full' if recompute else 'none'}"
+        with out.part(name):
+            reset_memory(out)
+            engine, config = build(out, here, shape, torch.bfloat16, recompute, **model)
+            optimizer, scheduler = build_optimizer(engine, config.training, 100)
+            scheduler.step(1)
+            measure(out, name, engine, config, packs_of(engine, config, short, long, response), optimizer, 5)
+            inner = optimizer.chained_optimizers[0].optimizer
+            fused = " fused" if inner.param_groups[0].get("fused") else ""
+            out.value(f"{name}/adam", f"{type(inner).__module__}.{type(inner).__name__}{fused}")
+            free(engine)
+            del engine, optimizer, scheduler
+
+
+def model_1_5b(out: Recorder) -> None:
+    from gpu.machine import begin
+
+    out.value("flops", FLOPS_COUNTED)
+    steps_with_optimizer(out, begin(out), "")
+
+
+def model_7b(out: Recorder) -> None:
+    """What fits without an optimizer tells what the planner has to reckon with."""
+    from gpu.machine import begin
+
+    here = begin(out)
+    out.value("flops", FLOPS_COUNTED)
+    whole, four = (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4}) if not out.dry else (TINY, TINY)
+    cases = [
+        ("8k/recompute_full", whole, True, 1024, 8192, 3),
+        ("8k/recompute_none", whole, False, 1024, 8192, 3),
+        ("four_layers/32k/recompute_full", four, True, 1024, 32768, 2),
+        ("four_layers/128k/recompute_full", four, True, 1024, 131072 - RESPONSE, 2),
+    ]
+    for key, shape, recompute, short, long, repeats in cases:
+        with out.part(key):
+            if out.dry:
+                short, long = 64, long // 64
+            reset_memory(out)
+            engine, config = build(out, here, shape, torch.bfloat16, recompute)
+            packs = packs_of(engine, config, short, long, 16 if out.dry else RESPONSE)
+            measure(out, key, engine, config, packs, None, repeats)
+            free(engine)
+            del engine, packs
