@@ -59,7 +59,9 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     names = [cell.name for cell in CELLS]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="gpu_suite", metavar="DIR", help="folder of results (default: %(default)s)")
-    parser.add_argument("--budget-s", type=float, default=400, metavar="S", help="seconds in all (default: %(default)s)")
+    parser.add_argument(
+        "--budget-s", type=float, default=400, metavar="S", help="seconds in all (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=names, metavar="CELL", help=f"some of {', '.join(names)}")
     parser.add_argument("--resume", metavar="FILE", help="an earlier results.jsonl: what is ok there is not run again")
     parser.add_argument("--dry-run", action="store_true", help="every cell on the CPU, shapes cut")
@@ -154,7 +156,7 @@ class Suite:
     def prepare(self) -> None:
         """Imports what cells need, and sees whether this process may fork ones that use CUDA."""
         begin, self.warm = time.monotonic(), True
-        warnings.simplefilter("ignore")  # of megatron-core's imports, and that threads of libraries do not survive a fork
+        warnings.simplefilter("ignore")  # of imports, and of threads that no fork has
         if not self.options.with_transformer_engine:
             hide_transformer_engine()
         for name in (*WARM, *(WARM_ENGINE if self.options.with_transformer_engine else ())):

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.conversion.hf import named_entries, own_part
 
-
 PIECE = 2**16
 """Numbers drawn at a time on CUDA: 256 blocks of 256 threads."""
 
@@ -57,9 +56,9 @@ def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.de
 def _drawn_in_pieces(shape: torch.Size, std: float, seed: int, device: torch.device) -> Tensor:
     """Normal numbers of torch's generator of a device.
 
-    CUDA's generator gives its numbers to the threads of a grid that holds no more of them than the GPU's multiprocessors
-    do at a time (ATen/native/cuda/DistributionTemplates.h, calc_execution_policy), so that a large tensor would depend
-    on the model of the GPU: pieces that fit into any grid do not.
+    CUDA's generator gives its numbers to the threads of a grid, and a grid holds no more of them than the GPU's
+    multiprocessors do at a time (ATen/native/cuda/DistributionTemplates.h, calc_execution_policy), so that a large
+    tensor would depend on the model of the GPU: pieces that fit into the grid of any do not.
     """
     generator = torch.Generator(device).manual_seed(seed)
     tensor = torch.empty(shape, device=device)

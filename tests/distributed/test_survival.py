@@ -178,7 +178,9 @@ def test_a_death_that_python_does_not_see_is_named_by_torchrun(home: Home) -> No
         wait_for((save / LATEST).is_file, SimpleNamespace(alive=lambda: launched.poll() is None, text=lambda: ""))
         children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
         ranks = {
-            dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")).get("RANK"): pid
+            dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")).get(
+                "RANK"
+            ): pid
             for pid in children
         }
         os.kill(int(ranks["1"]), signal.SIGABRT)
@@ -186,7 +188,9 @@ def test_a_death_that_python_does_not_see_is_named_by_torchrun(home: Home) -> No
     finally:
         launched.kill()
     assert launched.returncode == 1
-    assert re.search(r"exitcode  : -6 .*\n.*\n  traceback : rank 1 was ended by a signal: SIGABRT \(-6\)", told), told[-3000:]
+    assert re.search(r"exitcode  : -6 .*\n.*\n  traceback : rank 1 was ended by a signal: SIGABRT \(-6\)", told), told[
+        -3000:
+    ]
     assert f"The same command with --auto-resume resumes from the last checkpoint in {save}" in told
 
 

@@ -1,4 +1,4 @@
-"""The GPU suite as far as a machine without GPU shows it: every cell with cut shapes, and what becomes of its results."""
+"""The GPU suite as far as a machine without GPU shows it: every cell with cut shapes, and what becomes of results."""
 
 from __future__ import annotations
 

@@ -116,7 +116,9 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     indices = list(range(len(data)))
     plan = plan_step(data, SHAPE["hidden_size"], 1, config)
     packs = [
-        build_pack([data[i] for i in some], some, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts).to(here.device)
+        build_pack([data[i] for i in some], some, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts).to(
+            here.device
+        )
         for some in plan.shares[0]
     ]
     engine.eval()

@@ -27,6 +27,7 @@ TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
 ROPE = "tests/unit/test_rope.py"
 LONGER = "tests/functional/test_rope_scaling.py"
 DRAWN = "tests/unit/test_random_start.py"
+CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -398,5 +399,45 @@ MUTANTS: list[Mutant] = [
         "conversion/random_start.py",
         "tests/distributed/test_conversion.py",
         ("each process draws a part of its own", 'f"{seed} {name}"', 'f"{seed} {name} {torch.distributed.get_rank()}"'),
+    ),
+    *within(
+        "data/tokenized/batches.py",
+        CUDA,
+        ("lengths of prompts as they are on CUDA", 'if device == "cuda" and portable else', "if False else"),
+        (
+            "padding of prompts not counted on CUDA",
+            "tokens(share_prompts, of_pieces, of_prompts)",
+            "tokens(share_prompts, of_pieces)",
+        ),
+    ),
+    *within(
+        "data/tokenized/packs.py",
+        PACKS,
+        (
+            "continuations rounded up like prompts",
+            "self.prompt_multiple_of if prompt is None else",
+            "self.prompt_multiple_of if True else",
+        ),
+    ),
+    *within(
+        "training/engine.py",
+        CUDA,
+        ("no fused Adam on CUDA", 'if engine.platform.name == "cuda" and not', "if False and not"),
+        (
+            "a second Adam fused on CUDA",
+            'engine.platform.name == "cuda" and not HAVE_APEX_OR_TE',
+            'engine.platform.name == "cuda"',
+        ),
+        ("groups of gloo on CUDA", "create_gloo_process_groups=False", "create_gloo_process_groups=True"),
+    ),
+    *within(
+        "parallel/cpu_shim.py",
+        CUDA,
+        ("a checkpoint's kernels taken over on CUDA", "            group |= own\n", ""),
+    ),
+    *within(
+        "conversion/random_start.py",
+        CUDA,
+        ("one piece on CUDA as large as the tensor", ".split(PIECE)", ".split(tensor.numel())"),
     ),
 ]

@@ -49,9 +49,7 @@ except UserError as error:
 def start_as_on_cuda(*paths: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, ROOT)))
-    return subprocess.run(
-        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(

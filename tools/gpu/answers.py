@@ -107,4 +107,3 @@ def tokens_digest() -> str:
 
     examples = [token_examples(kinds) for kinds in (SHORT + LONG, ("response",))]
     return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-

@@ -34,8 +34,8 @@ CELLS = (
         "oracle",
         "checks:oracle",
         25,
-        "loss and gradient of DPO, SimPO, ORPO, SFT, Llama and Qwen2 (28 / 4 heads of 128), prompts shared and separate, "
-        "float32 and bfloat16, against float64",
+        "loss and gradient of DPO, SimPO, ORPO, SFT, Llama and Qwen2 (28 / 4 heads of 128), prompts shared and "
+        "separate, float32 and bfloat16, against float64",
     ),
     Cell(
         "attention",
@@ -45,7 +45,9 @@ CELLS = (
     ),
     Cell("training", "training:training", 30, "whole runs: the loss falls, checkpoint, resume, export"),
     Cell("candidates", "kernels:candidates", 25, "fused norm, output product, SwiGLU and Adam against what runs today"),
-    Cell("model_1_5b", "models:model_1_5b", 20, "a step of 1.5B parameters at 8K with its optimizer: time, MFU, memory"),
+    Cell(
+        "model_1_5b", "models:model_1_5b", 20, "a step of 1.5B parameters at 8K with its optimizer: time, MFU, memory"
+    ),
     Cell("model_7b", "models:model_7b", 45, "7B at 8K forward and backward; four of its layers at 32K and 128K"),
     Cell(
         "transformer_engine",

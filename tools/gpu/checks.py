@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from gpu.record import Recorder, milliseconds
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2}
@@ -18,12 +19,12 @@ ATTENTION_BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 def oracle(out: Recorder) -> None:
     """Loss and gradient of a step for each method, model, layout and precision against the prepared answers."""
-    from gpu import answers
-    from gpu.machine import begin
     from launches import World, gradient_cases, token_examples
     from methods import METHODS, method_roles
     from worker import gradient_case
 
+    from gpu import answers
+    from gpu.machine import begin
     from megatron_solopo import config_load
     from megatron_solopo.model.build import read_hf_config
     from megatron_solopo.training.engine import build_engine, initialize_parallel
@@ -133,7 +134,7 @@ def packed(out: Recorder) -> None:
 
 
 def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, head_dim] float64: the last ``rows`` queries of a causal sequence of [length, kv_heads, head_dim]."""
+    """[rows, heads, head_dim]: the last ``rows`` queries of a causal sequence of [length, kv_heads, head_dim]."""
     rows, length = query.shape[0], key.shape[0]
     places = torch.arange(length, device=query.device)
     mask = places[None] <= places[length - rows :, None]

@@ -8,6 +8,8 @@ import logging
 from typing import Any
 
 import torch
+
+from gpu.checks import exact_attention
 from gpu.record import Recorder, milliseconds
 
 LAYER_BOUNDS = {"bf16": 5e-3, "fp8": 6e-2}
@@ -76,7 +78,7 @@ def back_end(out: Recorder) -> None:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    utils.AttentionLogging._log_level = logging.DEBUG
+    before, utils.AttentionLogging._log_level = utils.AttentionLogging._log_level, logging.DEBUG
     logger = logging.getLogger("DotProductAttention")
     logger.addHandler(Keep())
     logger.setLevel(logging.DEBUG)
@@ -102,9 +104,8 @@ def back_end(out: Recorder) -> None:
     result = both().view(-1, heads, size)
     selected = [line for line in lines if "Selected backend" in line]
     out.value("back_end/selected", selected[-1] if selected else "not told")
+    utils.AttentionLogging._log_level = before
     logger.setLevel(logging.WARNING)
-    from gpu.checks import exact_attention
-
     with torch.no_grad():
         for number, (own, of) in enumerate(zip(queries, seen, strict=True)):
             rows = slice(int(ends[0][number + 1]) - min(64, own), int(ends[0][number + 1]))
@@ -154,19 +155,16 @@ def agreement(out: Recorder, here: Any) -> None:
 
 
 def fp8_training(out: Recorder, here: Any) -> None:
-    """Twenty steps through the whole trainer in bfloat16 and with each FP8 recipe: the loss falls as it does portably."""
-    from tiny_models import preference_groups, write_lines
+    """Twenty steps of the whole trainer in bfloat16 and with each FP8 recipe: the loss falls as it does portably."""
+    import test_te_cuda as theirs
+    from tiny_models import preference_groups, write_lines, write_model
     from transformers import LlamaConfig
 
+    from gpu.training import learns
     from megatron_solopo import config_load, environment
     from megatron_solopo.config import FP8_MULTIPLES
     from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training.run import train
-
-    from gpu.training import learns
-
-    import test_te_cuda as theirs
-    from tiny_models import write_model
 
     folder = write_model(out.work / "fp8", LlamaConfig(**theirs.SHAPE), noise=0.02)
     data = write_lines(out.work / "groups.jsonl", preference_groups(64))

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu import checks
-from gpu.record import Recorder, Skipped, brief, host_milliseconds, milliseconds, synchronize
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpu import checks
+from gpu.record import Recorder, Skipped, brief, host_milliseconds, milliseconds, synchronize
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -127,7 +128,9 @@ def repeats(out: Recorder) -> None:
         result.float().square().sum().backward()
         return [result.detach(), *(tensor.grad for tensor in tensors)]
 
-    for key, (one, other) in zip(("output", "query", "key", "value"), zip(gradients(), gradients(), strict=True), strict=True):
+    for key, (one, other) in zip(
+        ("output", "query", "key", "value"), zip(gradients(), gradients(), strict=True), strict=True
+    ):
         out.value(f"repeats/attention_{key}", torch.equal(one, other))
     values = torch.randn(10000, generator=torch.Generator().manual_seed(0)).to(out.device)
     places = torch.randint(0, 8, (10000,), generator=torch.Generator().manual_seed(1)).to(out.device)

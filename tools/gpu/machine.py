@@ -56,16 +56,18 @@ def environment(out: Recorder) -> None:
         out.value("product", 2 * size**3 / milliseconds(lambda: a @ b, out.device) / 1e9, "TFLOP/s")
     with out.part("copy"):
         count = 2**20 if out.dry else 2**31
-        a, b = (torch.empty(count, device=out.device, dtype=torch.uint8) for _ in range(2))
-        out.value("copy", 2 * count / milliseconds(lambda: b.copy_(a), out.device) / 1e6, "GB/s read and written")
-        del a, b
+        source, target = (torch.empty(count, device=out.device, dtype=torch.uint8) for _ in range(2))
+        took = milliseconds(lambda: target.copy_(source), out.device)
+        out.value("copy", 2 * count / took / 1e6, "GB/s read and written")
     for kind, pinned in (("pinned", True), ("pageable", False)):
         with out.part(f"to_device_{kind}"):
             out.need_cuda()
             host = torch.empty(2**30, dtype=torch.uint8, pin_memory=pinned)
             there = torch.empty_like(host, device="cuda")
             for key, target, source in ((f"to_device_{kind}", there, host), (f"to_host_{kind}", host, there)):
-                took = milliseconds(lambda target=target, source=source: target.copy_(source, non_blocking=True), "cuda")
+                took = milliseconds(
+                    lambda target=target, source=source: target.copy_(source, non_blocking=True), "cuda"
+                )
                 out.value(key, 2**30 / took / 1e6, "GB/s")
     with out.part("pin"):
         out.need_cuda()
@@ -78,7 +80,7 @@ def _first_line(command: list[str]) -> str:
 
 
 def begin(out: Recorder) -> Any:
-    """The started platform. A lone process needs no rendezvous; where NCCL does not take that, as torchrun starts it."""
+    """The started platform: a lone process without rendezvous or, where NCCL refuses that, as torchrun starts one."""
     from megatron_solopo.parallel import platform
 
     try:
@@ -94,6 +96,7 @@ def start(out: Recorder) -> None:
     """One process, its process groups, and one step."""
     import torch
     import torch.distributed as dist
+
     from gpu.models import TINY, build, packs_of, step_of
 
     begun = time.perf_counter()

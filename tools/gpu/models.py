@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu.record import Recorder, memory, milliseconds, reset_memory
 from transformers import PretrainedConfig, Qwen2Config
 
+from gpu.record import Recorder, memory, milliseconds, reset_memory
 from megatron_solopo.config import Config
 
 TINY = dict(
@@ -83,7 +83,9 @@ def build(
     return build_engine(here, read_hf_config(folder), config, dtype), config
 
 
-def packs_of(engine: Any, config: Config, short: int, long: int, response: int = RESPONSE, groups: int = 1) -> list[Any]:
+def packs_of(
+    engine: Any, config: Config, short: int, long: int, response: int = RESPONSE, groups: int = 1
+) -> list[Any]:
     """Groups of a short prompt with two responses and a long one with one, as a training step packs them."""
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
     from megatron_solopo.training.step import make_packs
@@ -115,7 +117,9 @@ def step_of(engine: Any, config: Config, packs: list[Any], optimizer: Any = None
     return step
 
 
-def measure(out: Recorder, key: str, engine: Any, config: Config, packs: list[Any], optimizer: Any, repeats: int) -> None:
+def measure(
+    out: Recorder, key: str, engine: Any, config: Config, packs: list[Any], optimizer: Any, repeats: int
+) -> None:
     """Time, share of the peak and memory of a step."""
     reset_memory(out)
     engine.train()

@@ -82,7 +82,11 @@ TABLES: dict[str, tuple[Row, ...]] = {
             for row in (
                 Row(f"{length:,}: kernel taken", "attention", f"{length}/default/is"),
                 *(
-                    Row(f"{length:,}: {name}, forward and backward", "attention", f"{length}/{name}/forward_and_backward")
+                    Row(
+                        f"{length:,}: {name}, forward and backward",
+                        "attention",
+                        f"{length}/{name}/forward_and_backward",
+                    )
                     for name in KERNELS
                 ),
                 *(Row(f"{length:,}: {name}, error", "attention", f"{length}/{name}/error") for name in KERNELS),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.record import Recorder
 from tiny_models import conversations, preference_groups, write_lines, write_model
+
+from gpu.record import Recorder
 
 TIMES = ("seconds", "tokens_per_second", "memory_gib", "memory_allocated_gib")
 
@@ -58,7 +59,7 @@ def training(out: Recorder) -> None:
         out.check("dpo/first_loss_off_ln_2", abs(lines[0]["po_loss"] - math.log(2)), 2e-2)
         again = run(out, save, *flags, "--save-hf", hf, "--load", save, "--ckpt-step", 5, "--force")
         plain = [[{k: v for k, v in line.items() if k not in TIMES} for line in some] for some in (lines, again)]
-        # On CUDA sums over tokens are taken in any order: the figure says whether the resumed run is exact all the same.
+        # On CUDA sums over tokens are taken in any order: a resumed run may be exact all the same.
         out.value("dpo/resume_is_exact", plain[0] == plain[1])
         off = [abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(*plain, strict=True)]
         out.check("dpo/resume_loss_off", max(off), 0.05 if out.device == "cuda" else 0.0)
@@ -69,5 +70,9 @@ def training(out: Recorder) -> None:
     ):
         with out.part(key):
             save, hf = out.work / key, out.work / f"{key}-hf"
-            learns(out, key, run(out, save, "--train-data", data, "--lr", rate, "--train-iters", 20, "--save-hf", hf, *flags))
+            learns(
+                out,
+                key,
+                run(out, save, "--train-data", data, "--lr", rate, "--train-iters", 20, "--save-hf", hf, *flags),
+            )
             export_is_finite(out, key, hf)

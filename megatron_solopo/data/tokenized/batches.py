@@ -16,7 +16,6 @@ import numpy as np
 from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 
-
 CUDNN_LENGTHS = 128
 """On CUDA lengths of prompts are rounded up to a multiple of this: 64 different ones up to 8K tokens."""
 
