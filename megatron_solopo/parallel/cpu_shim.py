@@ -1,5 +1,5 @@
-"""What megatron-core 0.19 needs to run on CPU and gloo (and on CUDA: its optimizer without Transformer Engine, all of it
-beside a broken one): the only file that patches other people's modules.
+"""What megatron-core 0.19 needs to run on CPU and gloo (and on CUDA: its optimizer without Transformer Engine, and all
+of it beside a broken one): the only file that patches other people's modules.
 
 Megatron Core asks `torch.cuda` for its device, streams and random state, and writes ``device="cuda"`` in
 optimizer and schedule code. `install()` answers those questions with the CPU. Nothing happens on import;

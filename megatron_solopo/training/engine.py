@@ -225,8 +225,8 @@ def build_optimizer(
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
-    """Lets torch's AdamW take its fused kernel: the default for CUDA computes a step in passes over temporaries as large
-    as the whole state. Before the first step; Apex and Transformer Engine have an Adam of their own."""
+    """Lets torch's AdamW take its fused kernel: by default it computes a step on CUDA in passes over temporaries as
+    large as the parameters. Before the first step; Apex and Transformer Engine have an Adam of their own."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.param_groups:
             group |= {"fused": True, "foreach": False}
