@@ -155,8 +155,9 @@ def test_the_limit_of_a_pack_counts_the_padding_of_prompts() -> None:
     config.training.max_tokens_per_rank = 131
     assert above_the_token_limit(groups, config) is None
     assert "up to 258 tokens a process" in above_the_token_limit(groups, config, "cuda")
-    two = plan_step(groups * 2, 32, 1, config, "cuda").shares
-    assert two == [[[0], [1]]]
+    config.training.max_tokens_per_rank = 300
+    shares = {device: plan_step(groups * 2, 32, 1, config, device).shares for device in ("cpu", "cuda")}
+    assert shares == {"cpu": [[[0, 1]]], "cuda": [[[0], [1]]]}
 
 
 @pytest.fixture(scope="module")

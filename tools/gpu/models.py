@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -141,61 +142,66 @@ def _gpu() -> str:
     return torch.cuda.get_device_name(0).lower()
 
 
-def free(*engines: Any) -> None:
-    for engine in engines:
-        engine.close()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def steps_with_optimizer(out: Recorder, here: Any, key: str, **model: Any) -> None:
-    """A 1.5B model at 1K / 8K with its optimizer, with full recompute and without."""
+def case(
+    out: Recorder,
+    here: Any,
+    key: str,
+    shape: dict[str, Any],
+    recompute: bool,
+    lengths: tuple[int, int, int],
+    repeats: int,
+    optimize: bool,
+    **model: Any,
+) -> weakref.ref:
+    """Builds a model, measures its step and lets it go; ``lengths`` are those of `packs_of`."""
     from megatron_solopo.training.engine import build_optimizer
 
-    shape, short, long, response = (TINY, 64, 512, 16) if out.dry else (QWEN_1_5B, 1024, 8192, RESPONSE)
-    for recompute in (True, False):
-        name = f"{key}recompute_{'full' if recompute else 'none'}"
-        with out.part(name):
-            reset_memory(out)
-            engine, config = build(out, here, shape, torch.bfloat16, recompute, **model)
-            optimizer, scheduler = build_optimizer(engine, config.training, 100)
-            scheduler.step(1)
-            measure(out, name, engine, config, packs_of(engine, config, short, long, response), optimizer, 5)
-            inner = optimizer.chained_optimizers[0].optimizer
-            fused = " fused" if inner.param_groups[0].get("fused") else ""
-            out.value(f"{name}/adam", f"{type(inner).__module__}.{type(inner).__name__}{fused}")
-            free(engine)
-            del engine, optimizer, scheduler
+    reset_memory(out)
+    engine, config = build(out, here, shape, torch.bfloat16, recompute, **model)
+    optimizer = None
+    if optimize:
+        optimizer, scheduler = build_optimizer(engine, config.training, 100)
+        scheduler.step(1)
+        inner = optimizer.chained_optimizers[0].optimizer
+        fused = " fused" if inner.param_groups[0].get("fused") else ""
+        out.value(f"{key}/adam", f"{type(inner).__module__}.{type(inner).__name__}{fused}")
+    measure(out, key, engine, config, packs_of(engine, config, *lengths), optimizer, repeats)
+    engine.close()
+    return weakref.ref(engine.models[0])
+
+
+def alone(out: Recorder, key: str, *arguments: Any, **more: Any) -> None:
+    """A case whose failure leaves the others theirs; its memory is free afterwards."""
+    with out.part(key):
+        model = case(out, arguments[0], key, *arguments[1:], **more)
+        gc.collect()  # models and optimizers refer to themselves
+        out.require(f"{key}/is_freed", model() is None)
+    gc.collect()
 
 
 def model_1_5b(out: Recorder) -> None:
+    """A 1.5B model at 1K / 8K with its optimizer, with full recompute and without."""
     from gpu.machine import begin
 
     out.value("flops", FLOPS_COUNTED)
-    steps_with_optimizer(out, begin(out), "")
+    here = begin(out)
+    shape, lengths = (TINY, (64, 512, 16)) if out.dry else (QWEN_1_5B, (1024, 8192, RESPONSE))
+    for recompute in (True, False):
+        alone(out, f"recompute_{'full' if recompute else 'none'}", here, shape, recompute, lengths, 5, True)
 
 
 def model_7b(out: Recorder) -> None:
-    """What fits without an optimizer tells what the planner has to reckon with."""
+    """What fits without an optimizer tells what a planner of memory has to reckon with."""
     from gpu.machine import begin
 
-    here = begin(out)
     out.value("flops", FLOPS_COUNTED)
-    whole, four = (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4}) if not out.dry else (TINY, TINY)
-    cases = [
-        ("8k/recompute_full", whole, True, 1024, 8192, 3),
-        ("8k/recompute_none", whole, False, 1024, 8192, 3),
-        ("four_layers/32k/recompute_full", four, True, 1024, 32768, 2),
-        ("four_layers/128k/recompute_full", four, True, 1024, 131072 - RESPONSE, 2),
-    ]
-    for key, shape, recompute, short, long, repeats in cases:
-        with out.part(key):
-            if out.dry:
-                short, long = 64, long // 64
-            reset_memory(out)
-            engine, config = build(out, here, shape, torch.bfloat16, recompute)
-            packs = packs_of(engine, config, short, long, 16 if out.dry else RESPONSE)
-            measure(out, key, engine, config, packs, None, repeats)
-            free(engine)
-            del engine, packs
+    here = begin(out)
+    whole, four = (TINY, TINY) if out.dry else (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4})
+    for key, shape, recompute, long, repeats in (
+        ("8k/recompute_full", whole, True, 8192, 3),
+        ("8k/recompute_none", whole, False, 8192, 3),
+        ("four_layers/32k/recompute_full", four, True, 32768, 2),
+        ("four_layers/128k/recompute_full", four, True, 131072 - RESPONSE, 2),
+    ):
+        lengths = (64, long // 64, 16) if out.dry else (1024, long, RESPONSE)
+        alone(out, key, here, shape, recompute, lengths, repeats, False)
