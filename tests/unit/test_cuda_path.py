@@ -247,6 +247,24 @@ def test_the_log_holds_allocated_memory_on_cuda_alone(monkeypatch: pytest.Monkey
     assert Platform("cpu", torch.device("cpu"), "gloo", lambda: None).peak_allocated_gib() is None
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("NCCL communicator was aborted on rank 1. Original reason for failure was: ...", "another process is gone"),
+        ("... a network error or a remote process exiting prematurely.", "another process is gone"),
+        (
+            "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, ...",
+            "another process did not come in time",
+        ),
+        ("NCCL error: invalid usage", None),
+    ],
+)
+def test_what_nccl_says_of_a_lost_process(text: str, answer: str | None) -> None:
+    from megatron_solopo.parallel.platform import lost_process
+
+    assert lost_process(torch.distributed.DistBackendError(text)) == answer
+
+
 def test_the_word_for_a_sudden_death_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_solopo.training.exits import note_sudden_death
 
