@@ -45,7 +45,7 @@ def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.de
         return torch.zeros(shape, device=device)
     if len(shape) == 1:  # a norm
         return torch.ones(shape, device=device)
-    # A hash, because torch's generators take 64 bits of a seed, and neighbouring seeds are what people choose.
+    # A hash, because neighbouring seeds are what people choose.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     if device.type == "cpu":
         generator = np.random.default_rng(int.from_bytes(digest))

@@ -226,17 +226,24 @@ def test_only_torchs_adam_on_cuda_is_fused(engine: Any, folder: Path, monkeypatc
         assert {bool(group.get("fused")) for group in optimizer.param_groups} == {expected}, (name, theirs)
 
 
-def test_a_device_draws_normal_numbers_by_name_and_seed() -> None:
-    """By torch's generator, whose pieces do not depend on what else the tensor holds."""
-    from megatron_solopo.conversion.random_start import PIECE, _drawn_in_pieces
+def test_a_device_draws_normal_numbers_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid of every GPU that computes in bfloat16 holds a piece, 256 blocks of 256 threads."""
+    from megatron_solopo.conversion import random_start
 
-    cpu = torch.device("cpu")
-    whole = _drawn_in_pieces(torch.Size((3, PIECE)), 0.07, 5, cpu)
-    assert whole.shape == (3, PIECE) and whole.dtype == torch.float32
-    assert torch.equal(whole[:2], _drawn_in_pieces(torch.Size((2, PIECE)), 0.07, 5, cpu))
+    cpu, piece = torch.device("cpu"), random_start.PIECE
+    assert piece <= 2**16
+    whole = random_start._drawn_in_pieces(torch.Size((3, piece)), 0.07, 5, cpu)
+    assert whole.shape == (3, piece) and whole.dtype == torch.float32
+    assert torch.equal(whole, random_start._drawn_in_pieces(torch.Size((3, piece)), 0.07, 5, cpu))
     assert abs(whole.std().item() - 0.07) < 6 * 0.07 / (2 * whole.numel()) ** 0.5
     assert abs(whole.mean().item()) < 6 * 0.07 / whole.numel() ** 0.5
-    assert not torch.equal(whole, _drawn_in_pieces(torch.Size((3, PIECE)), 0.07, -5, cpu))
+    assert not torch.equal(whole, random_start._drawn_in_pieces(torch.Size((3, piece)), 0.07, -5, cpu))
+    monkeypatch.setattr(random_start, "PIECE", 1001)  # the CPU's generator draws such lengths otherwise than their sum
+    generator = torch.Generator().manual_seed(5)
+    one_by_one = torch.cat([torch.empty(1001).normal_(0.0, 0.07, generator=generator) for _ in range(3)])
+    assert torch.equal(random_start._drawn_in_pieces(torch.Size((3003,)), 0.07, 5, cpu), one_by_one)
+    at_once = torch.empty(3003).normal_(0.0, 0.07, generator=torch.Generator().manual_seed(5))
+    assert not torch.equal(one_by_one, at_once)
 
 
 def test_the_log_holds_allocated_memory_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
