@@ -2,8 +2,9 @@
 
     solopo launch --nproc_per_node 8 pretrain_solopo.py --config run.yaml
 
-takes torchrun's own arguments. Where a process has reported what a person must mend, there is no traceback of the launcher
-behind the line, no other start of what would fail again (--max-restarts), and the exit status is the command's, 2.
+takes torchrun's own arguments. Where a process has reported what a person must mend, there is no traceback of the
+launcher behind the line, no other start of what would fail again (--max-restarts), and the exit status is the
+command's, 2.
 
 Under torchrun itself the line is printed once as well, with torchrun's own report behind it.
 """

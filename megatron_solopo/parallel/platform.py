@@ -66,8 +66,8 @@ class Platform:
         return True
 
     def peak_allocated_gib(self) -> float | None:
-        """The most device memory that tensors held so far, in GiB: what `peak_memory_gib` has above it is cached or
-        fragmented. None on CPU."""
+        """The most device memory that tensors held since `reset_peak_memory`, in GiB: what `peak_memory_gib` has above
+        it is cached or fragmented. None on CPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.name == "cuda" else None
 
 

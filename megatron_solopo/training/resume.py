@@ -61,7 +61,8 @@ FREE = frozenset(
         *("transformer_impl", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
         # What is looked at, and what happens when a step goes wrong.
-        *("valid_data", "eval_interval", "eval_on_start", "on_nonfinite", "spike_factor", "override_opt_param_scheduler"),
+        *("valid_data", "eval_interval", "eval_on_start", "on_nonfinite", "spike_factor"),
+        "override_opt_param_scheduler",
     }
 )
 """Options that a run may change whenever it goes on. Each option is in one of these sets."""

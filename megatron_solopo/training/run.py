@@ -155,11 +155,11 @@ def train(here: Any, config: Config) -> None:
     def validate() -> None:
         log.step({"step": done, "split": "valid"} | evaluate(engine, data.valid, config, reference["valid"]))
 
-    def timed(split: str, save: Callable[[], Any]) -> Any:
+    def timed(split: str, save: Callable[..., Any], *arguments: Any) -> Any:
         """A save, with a line about its time and memory."""
         begin = time.perf_counter()
         with memory.apart(split):
-            result = save()
+            result = save(*arguments)
         seconds = round(time.perf_counter() - begin, 4)
         log.step({"step": done, "split": split, "seconds": seconds, "memory_gib": round(memory.of(split), 3)})
         return result
@@ -179,17 +179,17 @@ def train(here: Any, config: Config) -> None:
         if saves or exports:
             _check_weights(engine, broken, done, checkpoints)
         if saves:
-            timed("save", lambda: checkpoints.save(done))
+            timed("save", checkpoints.save, done)
         if checkpoints.unsaved not in (None, lost):
             log.say(f"warning: {checkpoints.unsaved}; training goes on")
         if exports:
-            error = timed("export", lambda: export_model(engine, config, data, done))
+            error = timed("export", export_model, engine, config, data, done)
             log.say(f"warning: {error}" if error else f"Hugging Face folder of step {done} in {output.save_hf}")
         reason = stop.agreed(here.device) if not last else None
     if done:
         _check_weights(engine, broken, done, checkpoints)
         if not checkpoints.has(done):
-            timed("save", lambda: checkpoints.save_last(done))
+            timed("save", checkpoints.save_last, done)
     if watch.skipped:
         log.say(f"skipped {watch.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
     if watch.skipped_in_a_row:
@@ -205,7 +205,7 @@ def train(here: Any, config: Config) -> None:
         tell_launcher(stopped)
     unfinished = None
     if output.save_hf and not stopped:
-        unfinished = timed("export", lambda: export_last_model(engine, config, data, done))
+        unfinished = timed("export", export_last_model, engine, config, data, done)
         if not unfinished:
             log.say(f"Hugging Face folder: {output.save_hf}")
     peaks = ", ".join(f"{name} {memory.of(name):.2f} GiB" for name in memory.activities)
@@ -258,6 +258,7 @@ def train_step(
     Raises:
         UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
+    from megatron_solopo.parallel.platform import max_over_processes
     from megatron_solopo.training.step import make_packs, plan_of, run_step
 
     begin = time.perf_counter()

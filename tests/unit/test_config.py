@@ -121,7 +121,6 @@ def value_of(config, name):
 ENGINE = ["--bf16", "--transformer-impl", "transformer_engine"]
 
 NEEDED_FOR = {
-    "override_opt_param_scheduler": ["--auto-resume"],
     "transformer_impl": ["--bf16"],
     "fp8_format": ENGINE,
     "fp8_recipe": [*ENGINE, "--fp8-format", "e4m3"],
