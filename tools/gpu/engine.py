@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from typing import Any
 
@@ -160,7 +159,7 @@ def fp8_training(out: Recorder, here: Any) -> None:
     from tiny_models import preference_groups, write_lines, write_model
     from transformers import LlamaConfig
 
-    from gpu.training import learns
+    from gpu.training import learns, train_lines
     from megatron_solopo import config_load, environment
     from megatron_solopo.config import FP8_MULTIPLES
     from megatron_solopo.parallel.platform import end_model_parallel
@@ -181,5 +180,4 @@ def fp8_training(out: Recorder, here: Any) -> None:
             ]  # fmt: skip
             end_model_parallel()
             train(here, config_load.load(list(map(str, argv)))[0])
-            lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-            learns(out, f"steps/{kind}", lines)
+            learns(out, f"steps/{kind}", train_lines(save))

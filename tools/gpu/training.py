@@ -15,8 +15,14 @@ from gpu.record import Recorder
 TIMES = ("seconds", "tokens_per_second", "memory_gib", "memory_allocated_gib")
 
 
+def train_lines(save: Path) -> list[dict[str, Any]]:
+    """The metrics of each training step of a run."""
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "train"]
+
+
 def run(out: Recorder, save: Path, *flags: Any) -> list[dict[str, Any]]:
-    """The lines of the metrics of a run of ``pretrain_solopo.py``."""
+    """The metrics of each training step of a run of ``pretrain_solopo.py``."""
     from megatron_solopo.cli import run as run_command
     from megatron_solopo.training.run import main
 
@@ -27,7 +33,7 @@ def run(out: Recorder, save: Path, *flags: Any) -> list[dict[str, Any]]:
     status = run_command(main, list(map(str, argv)))
     if status:
         raise RuntimeError(f"the run into {save.name} ended with status {status}")
-    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return train_lines(save)
 
 
 def learns(out: Recorder, key: str, lines: list[dict[str, Any]]) -> None:
