@@ -232,9 +232,11 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
     on("2026-01-04")
     assert run(dispatch, sample) == 0 and "resuming: 2 of 12" in capfd.readouterr().out
     assert not (tmp_path / "responses.jsonl.partial").exists()
-    on("2026-01-05")  # a finished output is extended with its own day, not the contexts'
-    assert run(dispatch, [*sample[:-6], "--samples", "3", *sample[-4:]]) == 0
-    assert "resuming: 12 of 18" in capfd.readouterr().out
+    on("2026-01-05")  # a complete output is extended, or found complete, with its own day
+    more = [*sample]
+    more[more.index("--samples") + 1] = "3"
+    assert run(dispatch, more) == 0 and "sampled now: 6 responses" in capfd.readouterr().out
+    assert run(dispatch, sample) == 0 and "2 responses to each of 6 questions already" in capfd.readouterr().out
 
     answers = [{"id": record["id"], "responses": [record["answers"][0], "w1"]} for record in made]
     write_lines(responses, answers)

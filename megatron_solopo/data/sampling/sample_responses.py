@@ -194,9 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     named = TokenizerOptions.of(options, options.model)
-    before = begun_with(Path(options.output + ".partial")) or output_settings(Path(options.output)) or {}
+    output = Path(options.output)
+    put_in_place(output)
+    begun = begun_with(Path(options.output + ".partial"))
+    if not begun and not options.overwrite:
+        begun = output_settings(output) or {}
     tokenizer = named.load(
-        begun_with=before.get(template_kwargs.DATE),
+        begun_with=begun.get(template_kwargs.DATE),
         of_data=first_field(options.contexts, template_kwargs.DATE),
     )
     prompts = Prompts(Path(options.output).parent, islice(_prompts(options, tokenizer), options.limit))
@@ -217,8 +221,6 @@ def main(argv: list[str] | None = None) -> int:
             for name in ("num_samples_context", "temperature", "top_p", "max_new_tokens", "seed")
         },
     }
-    output = Path(options.output)
-    put_in_place(output)
     if output.exists() and not options.overwrite:  # before a model is loaded
         check_output(output, settings)
     backend = Backend(options, tokenizer, prompts)
