@@ -45,8 +45,13 @@ def kind_of(record: dict[str, Any]) -> str | None:
     return next((words for needed, words in _KINDS if needed <= fields), None)
 
 
-def require(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
+def require(
+    record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str, otherwise: str | None = None
+) -> Any:
     """``record[key]``, checked to be there and of the kind.
+
+    Args:
+        otherwise: what to do where the field is missing and the others do not say what the record is.
 
     Raises:
         UserError: naming ``where`` and the key.
@@ -54,8 +59,10 @@ def require(record: dict[str, Any], key: str, kind: type | tuple[type, ...], whe
     if key not in record:
         known = ", ".join(sorted(record)) or "none"
         kind_found = kind_of(record)
-        hint = f"; these are {kind_found}" if kind_found else ""
-        raise UserError(f"{where}: the field '{key}' is missing (fields found: {known}){hint}")
+        hint = f"these are {kind_found}" if kind_found else otherwise
+        raise UserError(
+            f"{where}: the field '{key}' is missing (fields found: {known})" + (f"; {hint}" if hint else "")
+        )
     value = record[key]
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)

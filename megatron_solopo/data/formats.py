@@ -53,10 +53,17 @@ def as_group(record: dict[str, Any], where: str) -> dict[str, Any]:
     names = {"chosen": _first(given, CHOSEN), "rejected": _first(given, REJECTED)}
     missing = [name for name, key in names.items() if key is None]
     if missing:  # of a file that holds no pairs the first field is missed that all groups have
-        require(given, "short_messages" if len(missing) == 2 else missing[0], list, where)
+        named = "name the fields of pairs of another data set prompt, chosen and rejected"
+        require(given, "short_messages" if len(missing) == 2 else missing[0], list, where, named)
     answers = {name: _answer(given[key], key, where) for name, key in names.items()}
-    whole = all(not isinstance(answer, str) and _is_whole(answer) for answer in answers.values())
+    wholes = [name for name, answer in answers.items() if not isinstance(answer, str) and _is_whole(answer)]
+    whole = len(wholes) == 2
     prompt, key = _prompt(given, ("prompt",) if whole else ("prompt", *CHATS, *QUESTIONS), where)
+    if prompt is None and len(wholes) == 1:
+        raise UserError(
+            f"{where}: '{wholes[0]}' is a whole conversation and the other an answer alone, and no field holds their "
+            "prompt; give it as 'prompt', or two whole conversations"
+        )
     if prompt is None and not whole:
         raise UserError(
             f"{where}: 'chosen' and 'rejected' are answers alone, and no field holds their prompt (fields found: "
@@ -112,8 +119,8 @@ def _prompt(record: dict[str, Any], names: tuple[str, ...], where: str) -> tuple
     if key is None:
         return None, ""
     value = _unpacked(record[key], key, where)
-    if isinstance(value, dict) and "messages" in value:  # OpenAI's preference files
-        value = value["messages"]
+    if isinstance(value, dict) and {"messages", "role", "from"} & value.keys():  # OpenAI's files; one message
+        value = value.get("messages", [value])
     if isinstance(value, list):
         messages = check_messages(value, key, where)
     elif (turns := _turns(require(record, key, (str, list), where))) is not None:

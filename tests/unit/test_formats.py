@@ -53,6 +53,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "prompt of messages": (PAIR | {"prompt": ASK}, ASK),
     "answers of one message": (whole(prompt=ASK), ASK),
     "answers of one message after turns": (whole(prompt=[SYSTEM, *TURNS]), [SYSTEM, *TURNS]),
+    "a prompt of one message": (PAIR | {"prompt": ASK[0]}, ASK),
     "a text and a message": (PAIR | {"prompt": "w1 w2", "chosen": [said("w3")]}, ASK),
     "whole conversations": (whole(*ASK, prompt=ASK), ASK),
     "whole conversations with the system message": (whole(SYSTEM, *ASK, prompt=[SYSTEM, *ASK]), [SYSTEM, *ASK]),
@@ -171,6 +172,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"'chosen' and 'rejected' are answers alone, and no field holds their prompt \(fields found: chosen, rej",
     ),
     "messages without a prompt": (whole(), r"are answers alone, and no field holds their prompt"),
+    "a conversation and an answer": (
+        whole(*ASK) | {"rejected": "w4"},
+        r"'chosen' is a whole conversation and the other an answer alone, and no field holds their prompt; give it as",
+    ),
+    "other names": (
+        {"history": "w1", "human_ref_A": "w3", "human_ref_B": "w4", "labels": 1},
+        r"human_ref_B, labels\); name the fields of pairs of another data set prompt, chosen and rejected$",
+    ),
     "one is the beginning of the other": (
         {"chosen": [*ASK, said("w3")], "rejected": [*ASK, said("w3"), user("w5"), said("w4")]},
         r"'chosen' is the beginning of 'rejected'; both must end with the answers that are compared$",
