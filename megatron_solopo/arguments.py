@@ -37,7 +37,11 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
         self._refuse_twice(args)
-        return super().parse_known_args(args, namespace)
+        try:
+            return super().parse_known_args(args, namespace)
+        except UserError as error:
+            self._refuse_misspelt(args, str(error).partition("arguments are required: ")[2].split(", "))
+            raise
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -61,6 +65,12 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--"):
                 raise UserError(f"{name}: unknown option{nearest(name, known)}")
             raise UserError(f"'{text}': unexpected argument; options start with --")
+
+    def _refuse_misspelt(self, args: Sequence[str], missing: Sequence[str]) -> None:
+        """Refuses an unknown name that is near a required one: that the required one is missing would mislead."""
+        for name in (text.split("=")[0] for text in args):
+            if name.startswith("--") and name not in self._option_string_actions and (hint := nearest(name, missing)):
+                raise UserError(f"{name}: unknown option{hint}")
 
     def _refuse_twice(self, args: Sequence[str]) -> None:
         before: dict[argparse.Action, str] = {}

@@ -104,7 +104,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
                 seen.add(key.value)
         super().flatten_mapping(node)
 
@@ -112,7 +112,18 @@ class _Loader(yaml.SafeLoader):
         """The value of an option: None, a switch, a text (numbers too: their option says which), or what is nested."""
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float", ":str")):
             return node.value
+        self._refuse_old_switches(node)
         return self.construct_object(node, deep=True)
+
+    def _refuse_old_switches(self, node: yaml.Node) -> None:
+        """No option says what type a nested value has, and a chat template takes the text "no" for true."""
+        if isinstance(node, yaml.ScalarNode):
+            if node.style is None and node.value.lower() in ("yes", "no", "on", "off"):
+                problem = f"{node.value} is neither true nor false; write one of these, or '{node.value}' for the text"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return
+        for part in node.value:
+            self._refuse_old_switches(part[1] if isinstance(part, tuple) else part)
 
 
 for _tag, _pattern, _begins in (

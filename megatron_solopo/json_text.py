@@ -1,4 +1,4 @@
-"""JSON in which no key stands twice with two values: readers keep the last one without a word."""
+"""JSON in which no key is given twice with two values: readers keep the last one without a word."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_solopo.errors import UserError
 
 
 class KeyTwice(ValueError):
-    """A key of an object stands twice, with two values; the text of the error names it."""
+    """A key of an object is given twice, with two values; the text of the error names it."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         for key, value in pairs:
             if value != values[key]:
-                raise KeyTwice(f"the key {json.dumps(key, ensure_ascii=False)} stands twice, with two values")
+                raise KeyTwice(f"the key {json.dumps(key, ensure_ascii=False)} is given twice, with two values")
     return values
 
 
@@ -38,7 +38,7 @@ def loads(text: str) -> Any:
 
 
 def check_json(*paths: Path) -> None:
-    """Refuses files in which a key stands twice with two values, or has NaN as its value; what is missing or not JSON
+    """Refuses files in which a key is given twice with two values, or has NaN as its value; what is missing or not JSON
     is its reader's to tell.
 
     Raises:

@@ -4,7 +4,8 @@
 
 takes torchrun's own arguments. Where a process has reported what a person must mend, there is no traceback of the
 launcher behind the line, no other start of what would fail again (--max-restarts), and the exit status is the
-command's, 2.
+command's, 2. After Ctrl-C or SIGTERM there is no traceback either, and the status is a shell's: 128 + the signal's
+number.
 
 Under torchrun itself the line is printed once as well, with torchrun's own report behind it.
 """
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """``solopo launch``; the arguments are torchrun's."""
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import api
 
@@ -64,17 +66,17 @@ def main(argv: list[str] | None = None) -> int:
 
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **settings)
-            # Here torch tells of the processes that end, and that it ends the others.
+            # torch logs here which processes have ended, and that it ends the others.
             logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-            logger.addFilter(lambda record: not self._told())
+            logger.addFilter(lambda record: not self._has_reported())
 
-        def _told(self) -> bool:
+        def _has_reported(self) -> bool:
             return self._pcontext is not None and _reported(self._pcontext.error_files.values())
 
         def _monitor_workers(self, worker_group: Any) -> Any:
             nonlocal reported
             result = super()._monitor_workers(worker_group)
-            reported = result.is_failed() and self._told()
+            reported = result.is_failed() and self._has_reported()
             if reported:
                 self._remaining_restarts = 0
             return result
@@ -86,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         if not reported:
             raise
         return REPORTED
+    except SignalException as stopped:  # torch has ended the processes, and logged that
+        return 128 + stopped.sigval
     finally:
         api.LocalElasticAgent = before
     return 0

@@ -58,7 +58,7 @@ def parse_layout(name: str) -> Layout:
     """The layout of a name.
 
     Raises:
-        UserError: a part that is none, or one that stands twice.
+        UserError: a part that is none, or one that is given twice.
     """
     options: dict[str, int | bool] = {}
     copies = 1
@@ -73,7 +73,7 @@ def parse_layout(name: str) -> Layout:
             options[PARTS[kind]] = int(size)
         elif part != "1":
             raise UserError(
-                f"layout {name!r}: {part!r} is no part of a layout or stands twice; parts are sp, dp2, "
+                f"layout {name!r}: {part!r} is no part of a layout or is given twice; parts are sp, dp2, "
                 + ", ".join(f"{kind}2" for kind in PARTS)
                 + " and so on, or 1 for one process"
             )

@@ -288,6 +288,8 @@ def _verify(given: argparse.Namespace, config: Config, hf_config: Any) -> int:
     from megatron_solopo.conversion.start import check_weights, is_megatron_folder, load_start
     from megatron_solopo.training.engine import build_chunks
 
+    if given.bound is not None and not 0 <= given.bound < float("inf"):
+        raise UserError(f"--bound {given.bound:g}: give nats, 0 or more")
     if given.ckpt_step is not None and given.load is None:
         raise UserError("--ckpt-step would have no effect: it needs --load")
     if is_megatron_folder(config.model.hf_path):

@@ -252,7 +252,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
     if not override and (differs := changed(SCHEDULE)):
         raise UserError(f"{differs}; {again}, or change it from here on with --override-opt-param-scheduler")
     length = next(name for name in sorted(LENGTH) if _value(config, name) is not None)
-    given = f"{flag(length)} {_value(config, length):g}"
+    given = f"{flag(length)} {_value(config, length)}"
     steps = now["steps"]
     if override and steps < before["iteration"]:
         done = before["iteration"]

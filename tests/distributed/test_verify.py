@@ -48,7 +48,7 @@ def test_a_difference_above_the_bound_is_named(home: Home) -> None:
 @pytest.mark.parametrize(
     ("layout", "answer"),
     [
-        ("xp2", "layout 'xp2': 'xp2' is no part of a layout or stands twice; parts are sp, dp2, tp2, cp2, "),
+        ("xp2", "layout 'xp2': 'xp2' is no part of a layout or is given twice; parts are sp, dp2, tp2, cp2, "),
         ("tp2 tp2", "layout 'tp2 tp2': 'tp2' is no part"),
         ("tp", "layout 'tp': 'tp' is no part"),
         ("tp0", "layout 'tp0': 'tp0' is no part"),

@@ -211,6 +211,7 @@ WRONG = {
         r"holds Megatron's weights, which transformers does not",
     ),
     "step of nothing": (["verify", "--hf-path", "{hf}", "--ckpt-step", "3"], r"--ckpt-step would have no effect"),
+    "bound that is none": (["verify", "--hf-path", "{hf}", "--bound", "nan"], r"--bound nan: give nats, 0 or more"),
     "comparison with no weights": (
         ["verify", "--hf-path", "{config}", "--load", "{megatron}"],
         r"no model.safetensors, .*; it holds a.gguf, and GGUF of llama.cpp is not read",

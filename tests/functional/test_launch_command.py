@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,13 +26,19 @@ def main(argv):
 """
 
 
-def launched(folder: Path, body: str, launcher: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Two processes with that as their command, in a folder of their own."""
+PLACE = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+
+
+def command_line(folder: Path, body: str, launcher: str, *options: str) -> list[str]:
+    """Starts two processes with that as their command, in a folder of their own."""
     script = folder / "command.py"
     script.write_text(SCRIPT + f"    {body}\n\nsys.exit(run(main))\n")
-    command = [sys.executable, "-m", launcher, "--standalone", "--nproc_per_node", "2", *options, str(script)]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    return [sys.executable, "-m", launcher, "--standalone", "--nproc_per_node", "2", *options, str(script)]
+
+
+def launched(folder: Path, body: str, launcher: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = command_line(folder, body, launcher, *options)
+    return subprocess.run(command, env=PLACE, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def starts(folder: Path) -> set[str]:
@@ -60,7 +68,9 @@ def test_each_process_tells_what_is_wrong_there(tmp_path: Path) -> None:
 
 
 def test_the_loss_of_a_process_that_told_why_is_not_tried_again(tmp_path: Path) -> None:
-    body = "raise UserError('no') if rank == '1' else LostProcess('another process is gone')"
+    reported = "next(Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[1].glob('solopo-reported-*'), None)"
+    lost = f"while not {reported}: pass\n    raise LostProcess('another process is gone')"
+    body = f"if rank == '1': raise UserError('no')\n    {lost}"
     done = launched(tmp_path, body, "megatron_solopo.launch", "--max-restarts", "1")
     assert done.returncode == 2 and "error: rank 1: no" in errors(done) and starts(tmp_path) == {"0"}
 
@@ -71,6 +81,18 @@ def test_what_may_pass_is_started_again(tmp_path: Path, body: str) -> None:
     assert done.returncode == 1 and "ChildFailedError" in done.stderr and starts(tmp_path) == {"0", "1"}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_launch_is_no_traceback(tmp_path: Path, number: int) -> None:
+    body = "(Path(__file__).parent / f'ready-{rank}').touch(); __import__('time').sleep(600)"
+    command = command_line(tmp_path, body, "megatron_solopo.launch")
+    with subprocess.Popen(command, env=PLACE, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as launcher:
+        while len(list(tmp_path.glob("ready-*"))) < 2 and launcher.poll() is None:
+            time.sleep(0.1)
+        launcher.send_signal(number)
+        stderr = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 128 + number and "Traceback" not in stderr
+
+
 def test_work_that_ends_well(tmp_path: Path) -> None:
     done = launched(tmp_path, "return 0", "megatron_solopo.launch")
     assert done.returncode == 0 and not done.stderr
@@ -79,6 +101,5 @@ def test_work_that_ends_well(tmp_path: Path) -> None:
 def test_a_conversion_on_two_processes_reports_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_solopo.cli", "launch", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "tools/convert_checkpoint.py"), "verify", "--hf-path", "nowhere"]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=PLACE, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--hf-path nowhere: no such folder" in done.stderr

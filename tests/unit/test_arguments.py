@@ -70,6 +70,18 @@ def test_an_option_given_twice_is_refused(command: str, capsys: pytest.CaptureFi
     assert answer(capsys, [command, *needed, f"{name}=again"]).startswith(f"error: {name}: given twice; give ")
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["ask", "--mod", "m", "--document", "d", "--question", "q"], "--mod: unknown option; did you mean --model?"),
+        (["convert-checkpoint", "verify", "--hf-pth=m"], "--hf-pth: unknown option; did you mean --hf-path?"),
+        (["inspect-data", "--seq-length", "9"], "the following arguments are required: --data, --tokenizer"),
+    ],
+)
+def test_a_misspelt_name_is_not_called_missing(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, argv) == f"error: {line}\n"
+
+
 def test_an_option_of_several_values_says_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], "--input", "b"])
     assert told == "error: --input: given twice; give all its values behind one --input\n"
@@ -93,7 +105,7 @@ def test_a_record_whose_key_stands_twice_is_refused(name: str, text: str, where:
 
     (tmp_path / name).write_text(text)
     read = read_records if name.endswith("l") else lambda path: read_inputs([str(path)])
-    with pytest.raises(UserError, match=f'{where}: cannot be read .the key "chosen" stands twice, with two values'):
+    with pytest.raises(UserError, match=f'{where}: cannot be read .the key "chosen" is given twice, with two values'):
         list(read(tmp_path / name))
 
 
@@ -107,8 +119,8 @@ def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"rms_norm_eps": 1e-5, "rms_norm_eps": 1e-6}', 'the key "rms_norm_eps" stands twice, with two values'),
-        ('{"a": {"theta": 1, "theta": 2}}', 'the key "theta" stands twice'),
+        ('{"rms_norm_eps": 1e-5, "rms_norm_eps": 1e-6}', 'the key "rms_norm_eps" is given twice, with two values'),
+        ('{"a": {"theta": 1, "theta": 2}}', 'the key "theta" is given twice'),
         ('{"a": {"theta": NaN}}', "theta is NaN"),
     ],
 )

@@ -340,11 +340,11 @@ WRONG_FILES = {
     "tab": (b"model:\n\tbf16: true\n", r"run.yaml:2: not valid YAML \(found character '\\t'"),
     "option twice": (
         b"data:\n  seq_length: 64\n  seq_length: 128\n",
-        r"run.yaml:3: not valid YAML \('seq_length' stands twice\)$",
+        r"run.yaml:3: not valid YAML \('seq_length' is given twice\)$",
     ),
     "section twice": (
         b"data:\n  seq_length: 64\nmodel:\n  bf16: true\ndata:\n  shuffle: false\n",
-        r"run.yaml:5: not valid YAML \('data' stands twice\)$",
+        r"run.yaml:5: not valid YAML \('data' is given twice\)$",
     ),
     "not text": (b"model:\n  hf_path: \xff\xfe\n", r"run.yaml: not valid YAML \(invalid start byte\)$"),
     "control character": (b"model:\n  hf_path: a\x00b\n", r"run.yaml: not valid YAML \("),
@@ -360,7 +360,11 @@ WRONG_FILES = {
     "date for a number": (b"training:\n  lr: 2026-01-01\n", r"yaml:2: training.lr: must be float, found '2026-01-01'$"),
     "key twice in a mapping": (
         b"model:\n  chat_template_kwargs: {a: 1, a: 2}\n",
-        r"run.yaml:2: not valid YAML \('a' stands twice\)$",
+        r"run.yaml:2: not valid YAML \('a' is given twice\)$",
+    ),
+    "YAML 1.1's word in a mapping": (
+        b"model:\n  chat_template_kwargs:\n    deep: [{enable_thinking: no}]\n",
+        r"run.yaml:3: not valid YAML \(no is neither true nor false; write one of these, or 'no' for the text\)$",
     ),
     "list as option name": (b"data:\n  ? [a]\n  : 3\n", r"run.yaml:2: unknown option 'data.\['a'\]'"),
     "list for a number": (b"training:\n  lr: [1]\n", r"run.yaml:\d: training.lr: must be float, found \[1\]$"),

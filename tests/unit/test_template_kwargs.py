@@ -90,7 +90,7 @@ def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) 
 
 
 WRONG = [
-    ('{"a": 1, "a": 2}', r'the key "a" stands twice, with two values; keep one of them'),
+    ('{"a": 1, "a": 2}', r'the key "a" is given twice, with two values; keep one of them'),
     ("{", r"--chat-template-kwargs {: not valid JSON \(.* at column 2\); give an object such as"),
     ("[1]", r"--chat-template-kwargs \[1\]: must be a JSON object such as"),
     ('{"thinking": 1}', r"--chat-template-kwargs: the chat template has no variable thinking; it has enable_thinking$"),
