@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.errors import UserError
+
 REPORTED = 2
 """Exit status of a process that has reported its mistake; see `cli.run`."""
 
@@ -52,7 +54,11 @@ def _reported(error_files: Iterable[str]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``solopo launch``; the arguments are torchrun's."""
+    """``solopo launch``; the arguments are torchrun's.
+
+    Raises:
+        UserError: there is no such script; each process would say so, and the launcher again.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -81,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
                 self._remaining_restarts = 0
             return result
 
+    given = run.parse_args(argv)
+    if not given.module and not given.no_python and not Path(given.training_script).exists():
+        raise UserError(f"{given.training_script}: no such file; give the path of a Python script, behind the options")
     before, api.LocalElasticAgent = api.LocalElasticAgent, Agent
     try:
         run.main(argv)
@@ -96,4 +105,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_solopo.cli import run
+
+    sys.exit(run(main))

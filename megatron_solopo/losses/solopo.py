@@ -180,7 +180,7 @@ def pair_accuracy(margin: Tensor) -> Tensor:
     Args:
         margin: [n] chosen minus rejected reward.
     """
-    return (margin.sign() + 1) / 2
+    return torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)  # torch's sign of NaN is 0
 
 
 def _reward(

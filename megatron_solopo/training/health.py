@@ -92,7 +92,6 @@ class Watch:
             past.append(value)
         return {SPIKE: f"a spike: {', '.join(found)}"} if found else {}
 
-
     def _clipping(self, line: Mapping[str, Any]) -> dict[str, str]:
         self._steps += 1
         if not line.get("clipped"):  # older runs do not say

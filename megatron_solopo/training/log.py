@@ -192,6 +192,7 @@ class RunLog:
 def _summary(values: dict[str, Any]) -> str:
     """The values that a person follows, with their units."""
     shown = {
+        "skipped": "skipped",
         "loss": "loss {:.4g}",
         "po_loss": "po {:.4g}",
         "accuracy": "acc {:.4g}",

@@ -93,6 +93,12 @@ def test_a_stopped_launch_is_no_traceback(tmp_path: Path, number: int) -> None:
     assert launcher.returncode == 128 + number and "Traceback" not in stderr
 
 
+def test_a_script_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    command = [*command_line(tmp_path, "return 0", "megatron_solopo.launch")[:-1], "pretrain.py", "--lr", "1"]
+    done = subprocess.run(command, env=PLACE, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "error: pretrain.py: no such file; " in done.stderr
+
+
 def test_work_that_ends_well(tmp_path: Path) -> None:
     done = launched(tmp_path, "return 0", "megatron_solopo.launch")
     assert done.returncode == 0 and not done.stderr

@@ -282,6 +282,7 @@ def test_dpo_starts_at_ln_2(mode):
 def test_a_tie_counts_half_in_the_accuracy():
     margin = torch.tensor([1e-30, -1e-30, 0.0, -0.0, 5.0, -5.0, math.inf], dtype=torch.float64)
     assert pair_accuracy(margin).tolist() == [1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 1.0]
+    assert pair_accuracy(torch.tensor([math.nan])).isnan().all()
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
