@@ -14,7 +14,7 @@ from megatron_solopo.data.files.records import read_jsonl, read_text
 from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 
-METRICS = {"sub_em": "sub-EM", "sub_em_plain": "sub-EM, plain", "em": "EM", "f1": "F1"}
+METRICS = {"sub_em": "sub-EM", "sub_em_plain": "plain sub-EM", "em": "EM", "f1": "F1"}
 """Metrics of an evaluation: field -> name for people. data/scoring.py has them; the plain form is the paper's."""
 
 Z_95 = 1.959964

@@ -253,7 +253,7 @@ def test_evaluate_scores_the_same_questions_at_every_length(folder, questions, t
     assert cut > 0 and re.search(rf"8 documents +6 +{cut} +36\.0 +\d\.\d{{3}} \[", shown)
     assert "cut: answers that did not end within --max-new-tokens" in shown
     assert "6 questions at each length, 0 left out" in shown
-    assert "sub-EM, plain" in shown and results["settings"]["normalisation"] == "unicode"
+    assert "plain sub-EM" in shown and results["settings"]["normalisation"] == "unicode"
 
 
 @pytest.mark.parametrize(("normalisation", "expected"), [("unicode", 1.0), ("squad", 0.0)])
