@@ -281,7 +281,7 @@ class TrainingConfig:
     )
     override_opt_param_scheduler: bool = option(
         False,
-        "going on from a checkpoint, take steps, learning rate, its warm-up and decay, and weight decay from this "
+        "when resuming, take steps, learning rate, its warm-up and decay, and weight decay from this "
         "start instead: how a finished run is extended by a larger --train-iters or --train-epochs",
     )
     seed: int = option(1234, "order of the examples and random weights", minimum=0)
