@@ -78,7 +78,7 @@ def dated_tokenizer(config: Config) -> Any:
     import torch.distributed as dist
 
     from megatron_solopo import template_kwargs
-    from megatron_solopo.data.files.records import first_field
+    from megatron_solopo.data.files.inputs import first_field
     from megatron_solopo.data.tokenized.token_store import is_store, read_manifest
 
     days = [template_kwargs.today()]

@@ -302,7 +302,7 @@ def test_what_is_no_conversation_is_named_with_its_form(form: str) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and the same pairs as a folder that `datasets` loads by name, a JSON array and a JSONL file."""
+    """A model, and the same pairs as a folder that `datasets` loads by name, JSON arrays and a JSONL file."""
     folder = tmp_path_factory.mktemp("home")
     write_model(folder / "hf")
     records = [
@@ -312,6 +312,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(records), folder / "set" / "train-00000.parquet")
     (folder / "pairs.json").write_text(json.dumps(records, indent=1))
+    (folder / "line.json").write_text(json.dumps(records))
     write_lines(folder / "pairs.jsonl", records)
     return folder
 
@@ -321,6 +322,7 @@ def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_
     for name, source in (
         ("file", home / "pairs.jsonl"),
         ("array", home / "pairs.json"),
+        ("line", home / "line.json"),
         ("hub", f"hub:{home / 'set'}"),
         ("table", home / "set" / "train-00000.parquet"),
     ):

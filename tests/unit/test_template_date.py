@@ -18,6 +18,7 @@ from megatron_solopo.config_load import load
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.data.building import second_pass
 from megatron_solopo.data.files import records
+from megatron_solopo.data.files.inputs import first_field
 from megatron_solopo.data.sampling.responses import PartialFile
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences, text_facts
@@ -260,7 +261,7 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
         assert load_tokenizer(folder).convert_ids_to_tokens(prompt.ids[:1]) == [f"w{int(day[-2:])}"]
 
 
-def test_groups_keep_their_day_in_both_forms(tmp_path: Path) -> None:
+def test_groups_keep_their_day_in_every_form(tmp_path: Path) -> None:
     from megatron_solopo.data.files.records import write_records
     from megatron_solopo.data.schema import read_groups
 
@@ -269,9 +270,15 @@ def test_groups_keep_their_day_in_both_forms(tmp_path: Path) -> None:
     for name in ("again.jsonl", "again.parquet"):
         write_records(tmp_path / name, iter(groups))
         assert list(read_groups(tmp_path / name)) == groups
-        assert records.first_field(tmp_path / name, "chat_template_date") == "2026-01-01"
+        assert first_field(tmp_path / name, "chat_template_date") == "2026-01-01"
+    (tmp_path / "again.json").write_text(json.dumps(dated))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "again.parquet").rename(tmp_path / "set" / "train.parquet")
+    for name in (tmp_path / "again.json", f"hub:{tmp_path / 'set'}"):
+        assert list(read_groups(name)) == groups
+        assert first_field(name, "chat_template_date") == "2026-01-01"
     write_lines(tmp_path / "groups.jsonl", [dated[0] | {"chat_template_date": "yesterday"}])
-    assert template_kwargs.recorded_date(records.first_field(tmp_path / "groups.jsonl", "chat_template_date")) is None
+    assert template_kwargs.recorded_date(first_field(tmp_path / "groups.jsonl", "chat_template_date")) is None
     with pytest.raises(UserError, match=r"groups.jsonl:1: the field 'chat_template_date' yesterday: give a day"):
         list(read_groups(tmp_path / "groups.jsonl"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_solopo import json_text
-from megatron_solopo.data.files import records
+from megatron_solopo.data.files import parquet, records
 from megatron_solopo.data.files.progress import hold
 from megatron_solopo.data.files.records import HALF, check_encodes
 from megatron_solopo.errors import UserError
@@ -59,6 +59,14 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
             yield from _array(path)
         else:
             yield from records.read_records(path)
+
+
+def first_field(given: str | Path, name: str) -> Any:
+    """A field of the first record of an input; None where there is no such record or field."""
+    try:
+        return next((record.get(name) for _, record in read_records([given])), None)
+    except UserError:
+        return None  # whoever reads the records says why
 
 
 @contextlib.contextmanager
@@ -118,7 +126,7 @@ def _rows(given: str, name: str, config: str | None, split: str, **files: str) -
     with _told(given):
         rows = datasets.load_dataset(name, config, split=split, **files)
     for number, row in enumerate(rows, 1):
-        yield f"{given}, row {number}", {field: value for field, value in row.items() if value is not None}
+        yield f"{given}, row {number}", parquet.record_of(row)
 
 
 def _train_files(folder: Path) -> list[Path]:
@@ -207,16 +215,19 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
 
     skip(_SPACES)
     position += 1
+    number = last = 0
     while skip(_SPACES + ",") != "]":
-        where = f"{path}:{line}"
+        number += 1
+        where = f"{path}:{line}" if line > last else f"{path}:{line}, record {number}"  # names must differ
         try:
             record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            number = line + text.count("\n", position, error.pos)
+            broken = line + text.count("\n", position, error.pos)
             if more():
+                number -= 1
                 continue
             raise UserError(
-                f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
+                f"{path}:{broken}: not valid JSON ({error.msg} at column {error.colno}); "
                 "the file must be one array of objects"
             ) from None
         except (ValueError, RecursionError) as error:
@@ -226,7 +237,7 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
         yield where, record
-        line += text.count("\n", position, end)
+        last = line = line + text.count("\n", position, end)
         position = end
     position += 1
     if skip(_SPACES):

@@ -95,7 +95,7 @@ def read_rows(
             if left == 0:
                 return
             for row in _decoded(batch.slice(passed, left), path, number):
-                yield f"{path}:row {number}", _record(row)
+                yield f"{path}:row {number}", record_of(row)
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}:row {number}: damaged from here on ({_reason(error)}); write the file anew") from None
@@ -133,7 +133,8 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _record(row: dict[str, Any]) -> dict[str, Any]:
+def record_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's row as the record that it was made of; a null is an absent field."""
     record = {name: value for name, value in row.items() if value is not None}
     scores = record.get("scores")
     if isinstance(scores, list) and all(isinstance(s, dict) and s.keys() == {"name", "value"} for s in scores):

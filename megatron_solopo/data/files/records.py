@@ -106,14 +106,6 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
                 yield where, parse_line(line, where)
 
 
-def first_field(path: str | Path, name: str) -> Any:
-    """A field of the first record of a JSONL or Parquet file; None where there is no such record or field."""
-    try:
-        return next((record.get(name) for _, record in read_records(path)), None)
-    except UserError:
-        return None  # whoever reads the records says why
-
-
 def parse_line(line: bytes, where: str) -> Record:
     """The record of one line of a JSONL file.
 

@@ -15,7 +15,7 @@ from megatron_solopo import template_kwargs
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_load import load, read_yaml
-from megatron_solopo.data.files.records import first_field
+from megatron_solopo.data.files.inputs import first_field
 from megatron_solopo.data.inspection.examples import (
     Example,
     Reservoir,

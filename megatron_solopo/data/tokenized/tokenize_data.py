@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
-from megatron_solopo.data.files.inputs import as_file
+from megatron_solopo.data.files.inputs import as_file, first_field
 from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
-from megatron_solopo.data.files.records import Part, first_field, read_records, scan, write_jsonl
+from megatron_solopo.data.files.records import Part, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.data.text.text_facts import text_facts
