@@ -53,7 +53,7 @@ def describe(config: Config) -> str:
     done, changed = 0, None
     if source is not None:
         before = read_progress(source)
-        progress = progress_of(schedule, data, config)
+        progress = progress_of(schedule, data, config, hf_config)
         check_same_run(before, progress, config)
         done, changed = before["iteration"], new_schedule(before, progress, config)
     all_done = nothing_left(config, done, schedule.steps)

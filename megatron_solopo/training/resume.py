@@ -17,10 +17,14 @@ from megatron_solopo.conversion.manifest import (
 )
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.fields import mathematics
 from megatron_solopo.training.preparation import RunData
 
 EXPORT = "export.json"
 """Of a run folder: what --save-hf holds, or is about to hold."""
+
+MATHEMATICS = "mathematics"
+"""Of a checkpoint's progress: `fields.mathematics` of the model."""
 
 REFERENCE_WEIGHTS = "reference_weights"
 """Of a checkpoint's progress, where the loss has a reference: its `starting_weights`."""
@@ -52,7 +56,8 @@ EXAMPLES = frozenset(
 """Options that are compared by the token ids they make."""
 
 START = frozenset({"hf_path"})
-"""Compared by the files in it, where the loss has a reference."""
+"""Compared by what its config.json makes of the layers; by the files of its weights too, where the loss has a
+reference."""
 
 FREE = frozenset(
     {
@@ -206,9 +211,10 @@ def read_progress(source: Path) -> dict[str, Any]:
     return document["progress"] | {"iteration": document["iteration"]}
 
 
-def progress_of(schedule: Any, data: RunData, config: Config) -> dict[str, Any]:
+def progress_of(schedule: Any, data: RunData, config: Config, hf_config: Any) -> dict[str, Any]:
     """What fixes model, order of the examples and each step of the optimizer; kept in every checkpoint."""
     return {
+        MATHEMATICS: mathematics(hf_config),
         "tokens": data.train.fingerprint,
         "steps": schedule.steps,
         "total": schedule.total,
@@ -244,6 +250,12 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
     override = config.training.override_opt_param_scheduler
     if differs := changed(IDENTITY - SCHEDULE):
         raise UserError(f"{differs}; {again}")
+    for name, value in now[MATHEMATICS].items():
+        if (earlier := before.get(MATHEMATICS, {}).get(name, value)) != value:
+            raise UserError(
+                f"--hf-path {config.model.hf_path}: its config.json has {name} {_shown(value)}, that of the "
+                f"checkpoint's run {_shown(earlier)}; {again}"
+            )
     if before["tokens"] != now["tokens"]:
         raise UserError(
             f"{changed(EXAMPLES) or flag('train_data')}: the checkpoint was trained on other examples (data, tokenizer "

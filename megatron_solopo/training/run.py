@@ -90,7 +90,7 @@ def train(here: Any, config: Config) -> None:
     data = load_data(config)
     check_vocabulary(data, hf_config.vocab_size)
     schedule = run_schedule(config, data)
-    progress = resume.progress_of(schedule, data, config)
+    progress = resume.progress_of(schedule, data, config, hf_config)
     resumed = 0
     source = resume.find_start(config)
     if source is not None:

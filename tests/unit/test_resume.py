@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.data.tokenized.batches import make_schedule
@@ -29,12 +31,12 @@ def config_of(**changed: Any) -> Config:
     return config
 
 
-def progress(config: Config, fingerprint: str = "tokens") -> dict[str, Any]:
+def progress(config: Config, fingerprint: str = "tokens", **model: Any) -> dict[str, Any]:
     training = config.training
     length = training.train_iters, training.train_epochs
     schedule = make_schedule(10, training.global_batch_size, *length, training.seed, config.data.shuffle)
     data: Any = SimpleNamespace(train=SimpleNamespace(fingerprint=fingerprint))
-    return resume.progress_of(schedule, data, config)
+    return resume.progress_of(schedule, data, config, LlamaConfig(**model))
 
 
 def another(name: str) -> Any:
@@ -81,6 +83,26 @@ def test_what_is_not_may_change(name: str) -> None:
 def test_what_made_other_examples_is_named(name: str) -> None:
     told = refusal(config_of(), config_of(**{name: another(name)}), "other tokens")
     assert told.startswith(f"{flag(name)}: the checkpoint's run has ") and "trained on other examples" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "before", "now"),
+    [
+        ("rms_norm_eps", {"rms_norm_eps": 1e-6}, {"rms_norm_eps": 1e-5}),
+        ("num_attention_heads", {"num_attention_heads": 32}, {"num_attention_heads": 64}),
+        ("rope_parameters.rope_theta", {"rope_theta": 1e4}, {"rope_theta": 5e5}),
+        ("rope_parameters.rope_type", {}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_a_config_json_with_other_mathematics_is_refused(
+    field: str, before: dict[str, Any], now: dict[str, Any]
+) -> None:
+    config = config_of()
+    stored = json.loads(json.dumps(progress(config, **before) | {"iteration": 2}))
+    with pytest.raises(UserError, match=f"^--hf-path None: its config.json has {field} .*, that of the checkpoint's"):
+        resume.check_same_run(stored, progress(config, **now), config)
+    resume.check_same_run(stored, progress(config, max_position_embeddings=9, **before), config)
+    resume.check_same_run(stored | {"mathematics": {}}, progress(config, **now), config)  # of an earlier version
 
 
 def test_a_file_that_was_changed_in_place_is_refused() -> None:

@@ -96,6 +96,14 @@ def refuse_unknown(hf_config: PretrainedConfig, own: frozenset[str]) -> None:
             )
 
 
+def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Fields of a supported config that change what a layer computes and need not change a parameter's shape."""
+    names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
+    experts = ("num_experts_per_tok", "norm_topk_prob")
+    rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
+    return {name: getattr(hf_config, name) for name in (*names, *experts) if hasattr(hf_config, name)} | rope
+
+
 def check_shape(hf_config: PretrainedConfig) -> None:
     """Refuses a decoder that cannot be built.
 
