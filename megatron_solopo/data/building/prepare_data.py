@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="solopo prepare-data",
         description="Build, for each question, a short and a long context that hold the same gold paragraphs. "
-        "A killed run goes on where it was when the command is repeated.",
+        "A killed run is resumed when the command is repeated.",
     )
     group = parser.add_argument_group("input and output")
     group.add_argument(

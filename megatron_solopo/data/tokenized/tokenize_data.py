@@ -2,7 +2,7 @@
 
 The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
 other into a file of its own; then all are put together in order. So the result does not depend on the number of
-workers, memory not on the size of the file, and a killed run goes on with the parts that are not there yet.
+workers, memory not on the size of the file, and a killed run resumes with the parts that are not there yet.
 """
 
 from __future__ import annotations
@@ -398,5 +398,5 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
         refuse_other_settings(partial, made, settings)
         return
     if begun:
-        raise UserError(f"{partial}: holds no settings.json, so nothing can go on from it; delete the folder")
+        raise UserError(f"{partial}: holds no settings.json, so it cannot be resumed; delete the folder")
     write_aside(path, settings)
