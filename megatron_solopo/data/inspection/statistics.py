@@ -139,7 +139,7 @@ class Statistics:
             return None
         if bias := self.lengths.bias():
             return f"{bias[0].upper()}{bias[1:]}.", True
-        verdict = "So few groups do not show a bias." if len(self.lengths) < FEWEST else "No length bias."
+        verdict = "With so few groups that shows no bias." if len(self.lengths) < FEWEST else "No length bias."
         line = self.lengths.line()
         return f"{line[0].upper()}{line[1:]}. {verdict}", False
 
