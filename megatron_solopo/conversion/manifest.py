@@ -142,7 +142,7 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
     if iteration is None:
         raise UserError(
             f"{option} {folder}: no complete checkpoint there ({LATEST} is missing)"
-            + (_offer(folder) or f"; leave {option} out to start anew")
+            + (_offer(folder) or f"; {mistaken(folder) or 'give the folder of a run'}")
         )
     source = checkpoint_folder(folder, iteration)
     problem = problem_of(source)
@@ -156,6 +156,16 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
             )
         )
     return source
+
+
+def mistaken(folder: Path) -> str | None:
+    """What a folder is that people take for a run's, and what to do; None where nothing is recognised."""
+    folder = folder.resolve()
+    if is_marked(folder) and (number := folder.name.removeprefix("iter_")).isdecimal():
+        return f"it is one checkpoint: give the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
+    if (folder / "config.json").is_file():
+        return "it is a Hugging Face folder, which is given as --hf-path"
+    return None
 
 
 def _offer(folder: Path, before: int | None = None, note: str = "") -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
 from megatron_solopo.config_load import read_model_options
+from megatron_solopo.conversion.manifest import mistaken
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder, restore
 from megatron_solopo.errors import UserError
 
@@ -163,9 +164,13 @@ def _config(given: argparse.Namespace) -> Config:
     alone = given.load if getattr(given, "load", None) and (Path(given.load) / "config.json").is_file() else None
     config.model.hf_path = given.hf_path or alone or run.get("hf_path")
     if config.model.hf_path is None:
+        if remedy := mistaken(Path(given.load)):
+            raise UserError(f"--load {given.load}: {remedy}")
         raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
     for name in RUN_OPTIONS:
         setattr(config.model, name, run.get(name))
+    if given.command == "verify":
+        _leave_out_what_is_there(config)
     if getattr(given, "add_special_tokens", None) is not None:
         config.model.add_special_tokens = given.add_special_tokens
     for option in ("make_vocab_size_divisible_by", *LAYOUT):
@@ -182,6 +187,19 @@ def _config(given: argparse.Namespace) -> Config:
     # What changes no weight, but without which Megatron does not cut experts.
     config.parallel.sequence_parallel = config.parallel.tensor_model_parallel_size > 1
     return config
+
+
+def _leave_out_what_is_there(config: Config) -> None:
+    """An exported model's config and tokenizer hold a run's --rope-scaling and --add-special-tokens already."""
+    from megatron_solopo.data.text.tokenizer import read_tokenizer
+    from megatron_solopo.model.build import read_hf_config
+
+    model = config.model
+    if model.rope_scaling and read_hf_config(model.hf_path).rope_parameters.get("rope_type", "default") != "default":
+        model.rope_scaling = None
+    added = (model.add_special_tokens or "").split(",")
+    if model.add_special_tokens and set(added) <= read_tokenizer(model.hf_path).get_vocab().keys():
+        model.add_special_tokens = None
 
 
 def _check_target(given: argparse.Namespace, config: Config) -> None:

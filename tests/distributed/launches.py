@@ -14,6 +14,7 @@ from typing import Any
 import worker
 from forked_runs import ForkedRun
 from methods import METHODS, OPTIONS, has_reference, method_flags, method_roles
+from option_lines import last_wins
 from safetensors.torch import load_file
 from tiny_models import SHAPE
 from torch import Tensor
@@ -178,7 +179,7 @@ def gradient_cases(
                 "name": case_name(plan),
                 "dtype": dtype,
                 "indices": BATCHES[batch],
-                "argv": list(map(str, argv)),
+                "argv": last_wins(list(map(str, argv))),
                 "examples": str(world.examples(method_roles(method))),
                 "multiple_of": 16 if layout == "padded" else None,
                 "reference": reference if has_reference(method) else None,
@@ -214,7 +215,7 @@ def training_run(
         *(["--load", out / name] if load else []),
         *flags,
     ]
-    return {"name": name, "argv": list(map(str, argv))} | (
+    return {"name": name, "argv": last_wins(list(map(str, argv)))} | (
         {"cut": [str(cut[0]), str(out / name), cut[1]]} if cut else {}
     )
 

@@ -190,6 +190,14 @@ WRONG = {
         ["megatron-to-hf", "--load", "{folder}", "--save-hf", "{new}"],
         r"--hf-path is missing: \S+ has no config",
     ),
+    "one checkpoint": (
+        ["megatron-to-hf", "--load", "{megatron}/iter_0000000", "--save-hf", "{new}"],
+        r"it is one checkpoint: give the folder of its run, \S+megatron, and --ckpt-step 0$",
+    ),
+    "model as a run": (
+        ["megatron-to-hf", "--load", "{hf}", "--save-hf", "{new}"],
+        r"no complete checkpoint there .*; it is a Hugging Face folder, which is given as --hf-path$",
+    ),
     "no such step": (
         ["megatron-to-hf", "--load", "{megatron}", "--ckpt-step", "9", "--save-hf", "{new}"],
         r"--ckpt-step 9: the checkpoint \S+ cannot be used: the folder is missing",
@@ -234,6 +242,7 @@ def test_an_extended_model_stays_extended(home: Home) -> None:
     ours, theirs = ((folder / "config.json").read_text() for folder in (back, home.folder / "extended-hf"))
     assert ours == theirs and '"yarn"' in ours
     assert "agrees" in succeed("verify", "--hf-path", back)
+    assert "agrees" in succeed("verify", "--hf-path", back, "--load", home.folder / "extended")
 
 
 @pytest.mark.parametrize("name", WRONG)

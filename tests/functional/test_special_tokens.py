@@ -71,6 +71,11 @@ def test_the_exported_folder_knows_the_tokens(home: Home, trained: str) -> None:
     assert home.metrics("others/on")[0]["loss"] > 0
 
 
+def test_the_exported_folder_is_compared_with_its_checkpoint(home: Home, trained: str) -> None:
+    command = ["verify", "--hf-path", str(home.folder / "thinks"), "--load", str(home.folder / trained)]
+    assert run(convert.main, command) == 0
+
+
 def test_the_tokens_stand_in_the_tokenizer_once(home: Home, trained: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, home.argv("runs/twice", *FLAGS, hf="thinks")) == 2
     assert "--add-special-tokens <think>: the tokenizer of" in capsys.readouterr().err

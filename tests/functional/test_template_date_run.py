@@ -81,7 +81,8 @@ def test_a_run_is_the_same_run_on_another_day(home: Home, on: Callable[[int], No
         assert settings["chat_template_date"] == "2026-01-01" and first_word(folder / name) == "w1"
     assert first_word(folder / "hf") == "w9"
     # Another day is another run, by name; and a new run is one of its own day.
-    assert run(main, last_wins([*parts, "--auto-resume", "--train-iters", "6", "--chat-template-date", "2026-01-03"])) == 2
+    another = ["--auto-resume", "--train-iters", "6", "--chat-template-date", "2026-01-03"]
+    assert run(main, last_wins([*parts, *another])) == 2
     assert "trained on other examples" in capfd.readouterr().err
     assert run(main, home.argv("new/run", "--train-iters", 1)) == 0
     assert recorded(folder / "new/run") == "2026-01-09"
