@@ -41,9 +41,7 @@ class ProgressBar(tqdm):
         first = os.environ.get("RANK", "0") == "0"
         terminal = _is_terminal()
         self._lines = first and not terminal and sys.stderr is not None
-        super().__init__(
-            iterable, desc, total, initial=initial, unit=unit, disable=not (first and terminal), **options
-        )
+        super().__init__(iterable, desc, total, initial=initial, unit=unit, disable=not (first and terminal), **options)
         self._name, self._unit, self._first = desc or "progress", unit.strip(), initial
         self._begin, self.reported = clock(), False
         if self._lines:

@@ -167,9 +167,7 @@ def _give_date(
         return
     if from_folder is not None:
         check_date(from_folder, f"{folder}: {DATE} of tokenizer_config.json,")
-    tokenizer.init_kwargs[DATE] = (
-        date or recorded_date(begun_with) or from_folder or recorded_date(of_data) or today()
-    )
+    tokenizer.init_kwargs[DATE] = date or recorded_date(begun_with) or from_folder or recorded_date(of_data) or today()
 
 
 def give(

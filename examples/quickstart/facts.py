@@ -230,9 +230,7 @@ def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-dir",

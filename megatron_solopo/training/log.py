@@ -207,9 +207,7 @@ def _summary(values: dict[str, Any]) -> str:
         shown["groups"] = "({:,} examples)"
     elif values["split"] != "train":
         shown["memory_gib"] = "peak memory {:.2f} GiB"
-    return " ".join(
-        text.format(values[name], **values) for name, text in shown.items() if values.get(name) is not None
-    )
+    return " ".join(text.format(values[name], **values) for name, text in shown.items() if values.get(name) is not None)
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:

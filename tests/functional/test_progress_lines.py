@@ -108,4 +108,3 @@ def test_conversion_and_the_reference_pass(home: Home, phases: Callable[..., set
     }
     verified = phases(convert, "verify", "--hf-path", hf, "--load", megatron)
     assert verified >= {"reading weights", f"loading {hf}", "comparing"}
-

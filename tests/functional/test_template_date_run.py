@@ -94,6 +94,7 @@ def test_a_start_that_died_before_its_first_checkpoint_keeps_its_day(
     """Its reference log-probs are those of the next start, which computes none again."""
     argv = home.argv("killed/run", "--train-iters", 1, "--auto-resume")
     on(4)
+
     def die(*arguments: Any) -> None:
         raise KeyboardInterrupt
 

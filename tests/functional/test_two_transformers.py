@@ -36,7 +36,8 @@ from megatron_solopo.training import convert
 PROGRAM = Path(__file__).parent.parent / "read_folders.py"
 OTHER = os.environ.get("SOLOPO_TRANSFORMERS4")
 pytestmark = pytest.mark.skipif(
-    not OTHER, reason="SOLOPO_TRANSFORMERS4 is not set; name a Python with transformers 4.57, or make test-transformers4"
+    not OTHER,
+    reason="SOLOPO_TRANSFORMERS4 is not set; name a Python with transformers 4.57, or make test-transformers4",
 )
 BOUND = 1e-5
 TEXTS = ["The quick fox, 1,234.56 € in 2026", "  two\n\n\tw ", "½ 12 34 Größe 東京", "", "</s>hi <|user|> hi <think>x"]
@@ -67,7 +68,9 @@ def read(python: str, folders: list[Path], tmp: Path, save: Path | None = None) 
     job.write_text(json.dumps({"folders": [*map(str, folders)], "texts": TEXTS, "save": save and str(save)}))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run([python, str(PROGRAM), str(job)], capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(
+        [python, str(PROGRAM), str(job)], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

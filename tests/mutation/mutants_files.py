@@ -125,7 +125,7 @@ CONVERSION = [
         TWO_VERSIONS,
         ("5's list of tokens kept", '_extend(settings, settings.pop("extra_special_tokens"))', "pass"),
         ("what 4 reads not compared", "if _as_4(source, settings, texts) != ours:", "if False:"),
-        ("what 5 reads not compared", "return [theirs(text)[\"input_ids\"] for text in texts] == ours", "return True"),
+        ("what 5 reads not compared", 'return [theirs(text)["input_ids"] for text in texts] == ours', "return True"),
         ("4's begin of a text forgotten", "return [[*first, *file", "return [[*file"),
     ),
     *within(

@@ -380,7 +380,9 @@ def test_a_killed_run_resumes_without_loss_or_repetition(
     main(arguments)
     done = written.count(b"\n") - 1  # the first line holds the settings
     printed = capsys.readouterr().out
-    assert f"resuming: {done * 12} of 480 responses" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
+    assert (
+        f"resuming: {done * 12} of 480 responses" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
+    )
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
 
@@ -547,7 +549,9 @@ def test_a_complete_output_is_extended_and_never_cut(
             assert "holds 2 responses to each of 3 questions already" in printed and output.read_bytes() == before
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.jsonl", "a.jsonl.settings.json"]
-    with pytest.raises(UserError, match=r"a\.jsonl: was sampled with seed = 0, now 1; give another name, or --overwrite"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: was sampled with seed = 0, now 1; give another name, or --overwrite"
+    ):
         main(command(folder, output, "--seed", "1", "--samples", "10"))
     main(command(folder, output, "--seed", "1", "--overwrite", "--samples", "1"))
     assert [len(record.responses) for record in read_responses(output)] == [1] * 40
@@ -611,7 +615,9 @@ def test_a_kill_before_the_output_takes_its_place(
     output, aside = tmp_path / "a.jsonl", tmp_path / "a.jsonl.complete"
     main(command(folder, output, "--limit", "10"))
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_solopo.data.sampling.responses.put_in_place", lambda output: aside.exists() and interrupt())
+        patch.setattr(
+            "megatron_solopo.data.sampling.responses.put_in_place", lambda output: aside.exists() and interrupt()
+        )
         with pytest.raises(KeyboardInterrupt):
             main(command(folder, output, "--limit", "20"))
     main(command(folder, output, "--limit", "20"))
@@ -625,7 +631,9 @@ def test_overwrite_samples_anew_and_resumes_itself_only(
     output = tmp_path / "a.jsonl"
     arguments = command(folder, output, "--limit", "10")
     main(arguments)
-    interrupted(monkeypatch, "add", 14, command(folder, output, "--limit", "20"))  # an extension, of which nothing stays
+    interrupted(
+        monkeypatch, "add", 14, command(folder, output, "--limit", "20")
+    )  # an extension, of which nothing stays
     interrupted(monkeypatch, "add", 4, [*arguments, "--overwrite"])
     capsys.readouterr()
     main([*arguments, "--overwrite"])

@@ -87,10 +87,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "a text that is a JSON list": (PAIR | {"prompt": '[{"a": 1}]'}, [user('[{"a": 1}]')]),
     "parts in a prompt": (whole(prompt=[user(parts("w1 w2"))]), ASK),
     "Anthropic": (
-        {
-            name: f"\n\nHuman: w5\n\nAssistant: w6\n\nHuman: w1 w2\n\nAssistant: {text}"
-            for name, text in PAIR.items()
-        },
+        {name: f"\n\nHuman: w5\n\nAssistant: w6\n\nHuman: w1 w2\n\nAssistant: {text}" for name, text in PAIR.items()},
         TURNS,
     ),
     "Anthropic, prompt apart": (

@@ -84,7 +84,10 @@ def test_foreign_parquet_with_the_columns_is_read(tmp_path):
 
 
 WRONG = {
-    "another table": ([{"x": 1}], r"row 1: the field 'short_messages' is missing \(fields found: x\); name the fields of pairs"),
+    "another table": (
+        [{"x": 1}],
+        r"row 1: the field 'short_messages' is missing \(fields found: x\); name the fields of pairs",
+    ),
     "a null": ([ROW, {**ROW, "id": "h", "chosen": None}], r"row 2: the field 'chosen' is missing"),
     "a number": ([{**ROW, "chosen": 3}], r"row 1: the field 'chosen' must be str, found int$"),
     "texts for messages": ([{**ROW, "short_messages": ["q"]}], r"row 1: short_messages\[0\] must be an object"),

@@ -112,8 +112,9 @@ def test_a_file_that_was_changed_in_place_is_refused() -> None:
 def test_another_length_is_refused_and_the_way_to_extend_named() -> None:
     told = refusal(config_of(), config_of(train_iters=9))
     assert told.startswith("--train-iters 9: the checkpoint's run has 5 steps, this one 9; give the same as before")
-    assert told.endswith("or extend the run with --override-opt-param-scheduler (the learning rate then follows the "
-                         "schedule of 9 steps)")
+    assert told.endswith(
+        "or extend the run with --override-opt-param-scheduler (the learning rate then follows the schedule of 9 steps)"
+    )
     assert refusal(config_of(), config_of(train_iters=1234567)).startswith("--train-iters 1234567: ")
     before = config_of(train_iters=None, train_epochs=1.0, global_batch_size=4)  # 4 + 4 + 2 examples
     told = refusal(before, config_of(train_iters=3, global_batch_size=4))

@@ -99,9 +99,7 @@ def test_a_template_without_a_date_is_as_it_was(tmp_path: Path, on: Callable[[st
 
 
 def test_facts_name_another_day_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    one, other = (
-        text_facts(folder, load_tokenizer(folder, chat_template_date=f"2026-01-0{day}")) for day in (1, 2)
-    )
+    one, other = (text_facts(folder, load_tokenizer(folder, chat_template_date=f"2026-01-0{day}")) for day in (1, 2))
     assert text_differences(one, other) == ["--chat-template-date '2026-01-01' where the run has '2026-01-02'"]
     (tmp_path / "hf").mkdir()
     Companions(folder, "{}", chat_template_date="2026-01-01").write(tmp_path / "hf")
