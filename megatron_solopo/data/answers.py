@@ -67,12 +67,22 @@ def _part(match: re.Match[str]) -> str:
     return " " if match[1] else ""
 
 
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def numbers_of(text: str, fold: bool = True) -> tuple[str, ...]:
+    """The runs of digits of ``text``, in order: SQuAD's normalisation makes one number of "12.5" and "125", of "2-1"
+    and "21". A comma between thousands parts none."""
+    return tuple(re.findall(r"\d+", _THOUSANDS.sub("", fold_spelling(text) if fold else text)))
+
+
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer as it is compared: its normalised text, and what that normalisation kept."""
+    """A gold answer as it is compared: its normalised text, what that normalisation kept, and its `numbers_of`."""
 
     text: str
     keep: Keep = "words"
+    numbers: tuple[str, ...] = ()
 
     @property
     def yes_or_no(self) -> bool:
@@ -103,7 +113,12 @@ def golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
     kept where nothing else is left."""
     found = (
         next(
-            (Gold(text, keep) for keep in ("words", "articles", "all") if (text := normalise(answer, fold, keep))), None
+            (
+                Gold(text, keep, numbers_of(answer, fold))
+                for keep in ("words", "articles", "all")
+                if (text := normalise(answer, fold, keep))
+            ),
+            None,
         )
         for answer in answers
     )
@@ -209,7 +224,15 @@ def _spans(key: str, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _in_response(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
-    """The places of a gold answer in a response; see `find_in_response`."""
+    """The places of a gold answer in a response, its numbers the same there; see `answers_response`."""
+    for place in _candidates(response, gold, fold):
+        ((start, end),) = _merged(response, [place], fold) if gold.numbers else ((0, 0),)
+        if not gold.numbers or numbers_of(response[start:end], fold) == gold.numbers:
+            yield place
+
+
+def _candidates(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
+    """The places where a response, normalised, contains a gold answer."""
     if not gold.short:
         for spaced in (False, True):
             key = normalise(response, fold, gold.keep, spaced)
@@ -241,10 +264,10 @@ def _in_response(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
 def answers_response(response: str, answers: Iterable[str], fold: bool = True) -> bool:
     """Whether any gold answer is found in a response.
 
-    A gold answer is found where its normalised text is part of the response's, but never inside a number ("June 1" in
-    "June 15"). A short one (`Gold.short`) is searched in the `answer_part` only and as whole words, and not in a list
-    of many items. Yes and no are found where the answer part says the one and not the other. One article or punctuation
-    alone must be the whole answer part.
+    A gold answer is found where its normalised text is part of the response's and its numbers are the same ("12.5" is
+    not in "125"), but never inside a number ("June 1" in "June 15"). A short one (`Gold.short`) is searched in the
+    `answer_part` only and as whole words, and not in a list of many items. Yes and no are found where the answer part
+    says the one and not the other. One article or punctuation alone must be the whole answer part.
     """
     return any(True for gold in golds(answers, fold) for _ in _in_response(response, gold, fold))
 

@@ -203,7 +203,8 @@ def test_what_is_no_special_token_is_control_where_the_template_frames_messages_
     """As DeepSeek-R1's <｜User｜>; <tool_call> stays one token in every text, as <think> in answers."""
     tokenizer = byte_tokenizer(
         "{% for m in messages %}{{ '<｜User｜>' + m.content if m.role == 'user' "
-        "else '<｜Bot｜>' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}<｜Bot｜><think>\n{% endif %}"
+        "else '<｜Bot｜>' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Bot｜><think>\n{% endif %}"
     )
     tokenizer.backend_tokenizer.add_tokens(["<｜User｜>", "<｜Bot｜>", "<tool_call>", "<think>", "</think>"])
     first = tokenizer.convert_tokens_to_ids("<｜User｜>")

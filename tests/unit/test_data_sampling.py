@@ -245,7 +245,7 @@ def test_models_whose_attention_is_not_known_are_sampled_through_generate() -> N
 
 
 def test_the_first_two_tokens_follow_the_softmax() -> None:
-    """20,000 samples of a prompt against the joint probabilities: chi-squared, p = 0.001 of its normal approximation."""
+    """20,000 samples against the joint probabilities: chi-squared, p = 0.001 by its normal approximation."""
     model = tiny_model(config=LlamaConfig(**(SIZES | {"vocab_size": 8, "hidden_size": 16, "pad_token_id": None})))
     prompt, count, temperature = [4, 5, 6], 20_000, 2.0
     numbers = uniforms(7, "q", count, 2)

@@ -93,6 +93,13 @@ SHORT = [
     ("June 1", ["On June 1, 1990, he came. Answer: he came", "June 1"], ["June 15", "June 1990"]),
     ("5 albums", ["5 albums", "2-5 albums"], ["25 albums"]),
     ("in 1990", ["from Leeds in 1990-1995"], ["in 19905"]),
+    # Numbers with a point, a hyphen or a slash inside.
+    ("12.5", ["12.5", "Answer: about 12.5 km.", "12,5"], ["125", "Answer: 1.25", "12.55"]),
+    ("1960", ["1960", "1,960"], ["19.60", "196.0"]),
+    ("21", ["21"], ["2-1", "2.1"]),
+    ("10/11", ["10/11", "10-11"], ["1011"]),
+    ("$1.25 million", ["It cost 1.25 million dollars."], ["It cost $125 million."]),
+    ("1,234 people", ["There were 1234 people.", "1,234 people"], ["12.34 people"]),
     # Made of articles or punctuation.
     ("The The", ["The The", "Answer: the band the The."], ["bathe the", "the theatre", "the", "A The"]),
     ("A", ["A", "Answer: (a)"], ["It is a dog.", "Answer: a dog", ""]),

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo import template_kwargs
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import read_contexts
-from megatron_solopo.data.files.progress import begun_with
 from megatron_solopo.data.files.inputs import first_field
+from megatron_solopo.data.files.progress import begun_with
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
