@@ -59,7 +59,11 @@ class _Pieces(io.RawIOBase):
         self._stream = stream
 
     def write(self, data: Any) -> int:
-        write_in_pieces(self._stream, data)
+        try:
+            write_in_pieces(self._stream, data)
+        except OSError as error:  # torch's archive raises its own error about a wrong position in the place of this one
+            logging.getLogger(filesystem_async.__name__).error(error)
+            raise
         return len(data)
 
     def flush(self) -> None:
