@@ -184,7 +184,7 @@ CONVERSION = [
 ]
 
 CONTEXTS = "tests/unit/test_data_contexts.py -k 'not real'"
-SAMPLING = "tests/unit/test_data_sampling.py"
+SAMPLING = "tests/unit/test_data_sampling.py tests/unit/test_data_resampling.py"
 STORE = "tests/unit/test_token_store.py"
 OVERLONG = "tests/unit/test_overlong.py"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_server import Scripted, chat_choice, command, context, serve
+from scripted_server import Scripted, chat_choice, command, context, serve
 from tiny_models import write_lines, write_model
 
 from megatron_solopo.data.sampling.responses import read_responses

@@ -1,99 +1,21 @@
-"""Generation, evaluation by length and questions over a document, with tiny random models made here."""
+"""Evaluation by length and questions over a document, with tiny random models made here."""
 
 import io
 import json
-import random
 import re
 import string
-import subprocess
-import sys
 
 import pytest
-import torch
+from answering import PROMPT, one_by_one, write_model, write_questions
 from option_lines import last_wins
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer
 
-from megatron_solopo.data.hf_model import check_reach, load_model, reach
 from megatron_solopo.data.scoring import score, sub_em
-from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import ask, evaluate
-from megatron_solopo.evaluation.generation import Response, batches_by_length, generate
-
-WORDS = [f"w{index}" for index in range(48)]
-SPECIAL = ["<pad>", "<unk>", "<user>", "<assistant>", "<end>"]
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}<end>"
-    "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def write_model(folder, seed=0, positions=256, stored=None):
-    """A random Llama with a word-level tokenizer as a Hugging Face folder; large weights make responses vary."""
-    torch.manual_seed(seed)
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "?", ".", *WORDS])}
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=vocabulary["<end>"],
-        pad_token_id=vocabulary["<pad>"],
-    )
-    model = LlamaForCausalLM(config)
-    if stored:
-        model.generation_config = GenerationConfig(**stored)
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>"],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_questions(path, count=6, documents=12):
-    """MuSiQue-format questions: the answer stands in the one supporting document; each document has four words."""
-    rng = random.Random(0)
-    with open(path, "w") as out:
-        for number in range(count):
-            answer = f"w{40 + number % 8}"
-            gold = rng.randrange(documents)
-            paragraphs = []
-            for index in range(documents):
-                last = answer if index == gold else f"w{20 + index % 20}"
-                text = f"w{index} w{rng.randrange(40)} {last} ."
-                paragraphs.append(
-                    {"idx": index, "title": f"w{index}", "is_supporting": index == gold, "paragraph_text": text}
-                )
-            record = {"id": f"q{number}", "question": f"w{gold} ?", "answer": answer, "answer_aliases": []}
-            out.write(json.dumps({**record, "paragraphs": paragraphs}) + "\n")
-    return path
-
-
-PROMPT = ["--document-template", "{text}", "--document-separator", " ", "--prompt-template", "{documents} {question}"]
+from megatron_solopo.evaluation.generation import Response
 
 
 @pytest.fixture(scope="module")
@@ -104,109 +26,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     return write_questions(tmp_path_factory.mktemp("data") / "questions.jsonl")
-
-
-def random_prompts(count, longest=40):
-    rng = random.Random(1)
-    return [
-        [rng.randrange(len(SPECIAL), len(SPECIAL) + 2 + len(WORDS)) for _ in range(rng.randint(1, longest))]
-        for _ in range(count)
-    ]
-
-
-def one_by_one(folder, prompts, max_new_tokens):
-    """Greedy responses by transformers alone, one prompt at a time, without padding."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    texts, lengths = [], []
-    for prompt in prompts:
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-        )[0, len(prompt) :]
-        lengths.append(len(out))
-        texts.append(tokenizer.decode(out, skip_special_tokens=True))
-    return texts, lengths
-
-
-def test_batches_equal_one_by_one_generation(folder):
-    prompts = random_prompts(20)
-    expected, lengths = one_by_one(folder, prompts, 12)
-    assert min(lengths) < 12 == max(lengths)  # some responses stop, some are cut
-    model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
-    for batch_tokens in (150, 100_000):
-        found = generate(model, tokenizer, prompts, 12, batch_tokens)
-        assert [response.text for response in found] == expected
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 100_000])
-def test_a_response_is_finished_where_it_ended_itself(folder, batch_tokens):
-    """The end-of-turn token counts as a new token: with one token less the same response is cut."""
-    prompts = random_prompts(20)
-    _, lengths = one_by_one(folder, prompts, 12)
-    model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
-    shortest = min(length for length in lengths if length > 1)
-    for limit in (shortest, shortest - 1, 11):
-        found = generate(model, tokenizer, prompts, limit, batch_tokens)
-        assert [response.finished for response in found] == [length <= limit for length in lengths]
-
-
-def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folder, tmp_path):
-    stored = write_model(
-        tmp_path / "stored",
-        stored={
-            "repetition_penalty": 5.0,
-            "do_sample": True,
-            "temperature": 2.0,
-            "top_k": 3,
-            "eos_token_id": 4,
-            "pad_token_id": 0,
-        },
-    )
-    prompts = random_prompts(10)
-    expected, _ = one_by_one(folder, prompts, 8)
-    found = generate(load_model(stored, "cpu", "auto"), AutoTokenizer.from_pretrained(stored), prompts, 8)
-    assert [response.text for response in found] == expected
-
-
-def test_stop_tokens_of_the_generation_config_count_too(folder, tmp_path):
-    prompts = random_prompts(20)
-    free, _ = one_by_one(folder, prompts, 8)
-    word = next(text.split()[1] for text in free if len(text.split()) > 2)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stop = tokenizer.convert_tokens_to_ids(word)
-    stored = write_model(tmp_path / "stops", stored={"eos_token_id": [4, stop], "pad_token_id": 0})
-    found = generate(load_model(stored, "cpu", "auto"), tokenizer, prompts, 8)
-    assert [response.text for response in found] == [
-        " ".join(text.split()[: text.split().index(word)]) if word in text.split() else text for text in free
-    ]
-    assert any(word in text.split() for text in free)
-
-
-def test_batches_hold_every_prompt_once_within_the_budget():
-    rng = random.Random(2)
-    lengths = [rng.randint(1, 300) for _ in range(500)] + [5000]
-    batches = batches_by_length(lengths, 16, 2000)
-    assert sorted(index for batch in batches for index in batch) == list(range(501))
-    assert batches[0] == [500]  # longer than the budget: alone
-    for batch in batches[1:]:
-        assert len(batch) * (max(lengths[index] for index in batch) + 16) <= 2000
-    # A batch is only closed when its successor's first prompt does not fit.
-    assert all((len(a) + 1) * (lengths[a[0]] + 16) > 2000 for a in batches[:-1])
-
-
-def test_reach_counts_yarn(tmp_path):
-    for scaling, expected in (
-        (None, 64),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
-        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}, 64),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 64, "rope_scaling": scaling}))
-        assert reach(tmp_path) == expected
-    check_reach(tmp_path, 56, 8, "--document")
-    with pytest.raises(UserError, match=r"--document: .*57 tokens.*max_position_embeddings 64"):
-        check_reach(tmp_path, 57, 8, "--document")
 
 
 def run_evaluate(folder, questions, output, *extra, lengths=("--context-documents", "2,4,8"), prompt=PROMPT):
@@ -400,16 +219,6 @@ def test_a_model_that_is_not_whole_answers_nothing(questions, tmp_path, change, 
     assert "\n" not in str(caught.value) and not (tmp_path / "r.json").exists()
 
 
-def test_a_padding_token_that_the_model_does_not_know_changes_nothing(folder):
-    """As [PAD] behind Llama 2's 32,000 rows."""
-    model, tokenizer = load_model(str(folder), "cpu", "float32"), load_tokenizer(folder)
-    prompts = random_prompts(6)
-    expected = generate(model, tokenizer, prompts, 8, 10_000)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
-    assert generate(model, tokenizer, prompts, 8, 10_000) == expected
-
-
 def test_what_stands_beyond_the_limit_is_not_left_out(folder, tmp_path, capsys):
     path = write_questions(tmp_path / "questions.jsonl")
     lines = path.read_text().splitlines()
@@ -460,16 +269,3 @@ def test_ask_shows_every_model_and_refuses_a_long_document(folder, tmp_path, cap
         ask.main(argv)
     with pytest.raises(UserError, match="no such file"):
         ask.main(last_wins([*argv, "--document", str(tmp_path / "none.txt")]))
-
-
-def test_importing_the_report_does_not_import_torch():
-    code = "import sys, megatron_solopo.evaluation.report; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
-        "False",
-        "False",
-    ]
-
-
-def test_a_tokenizer_of_another_model_is_refused(folder):
-    with pytest.raises(UserError, match="token id 55 is beyond the 55 embeddings of .*tiny"):
-        generate(load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder), [[5, 55]], 2)

@@ -1,0 +1,187 @@
+"""Reading results and runs back: intervals, averages over seeds, and labels that tell models apart."""
+
+import json
+import math
+import random
+import runpy
+from pathlib import Path
+
+import pytest
+from evaluation_files import write_evaluation, write_run
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation import report, results
+
+
+@pytest.mark.parametrize(("mean", "count"), [(0.5, 10), (0.9, 512), (0.0, 20), (1.0, 20), (0.17, 300)])
+def test_the_wilson_interval_inverts_the_score_test(mean, count):
+    """Each end p solves |mean - p| = z sqrt(p (1 - p) / n), unless it is 0 or 1."""
+    low, high = results.wilson_interval(mean, count)
+    assert low <= mean <= high
+    for p in (low, high):
+        if 0 < p < 1:
+            assert abs(mean - p) == pytest.approx(results.Z_95 * math.sqrt(p * (1 - p) / count), abs=1e-12)
+
+
+def test_interval_of_scores_that_are_not_yes_or_no():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(400):
+        (low, high), method = results.mean_interval("f1", [rng.random() for _ in range(50)])
+        covered += low <= 0.5 <= high
+    assert 0.92 <= covered / 400 <= 0.98 and method == "normal"
+    assert results.mean_interval("em", [1.0, 0.0, 1.0, 1.0]) == (results.wilson_interval(0.75, 4), "wilson")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 10, 20])
+def test_the_interval_of_few_f1_scores_holds_their_mean_at_least_as_often_as_it_says(count):
+    """The normal approximation does not: of one score it has no width at all."""
+    rng = random.Random(count)
+    covered = 0
+    for _ in range(400):
+        (low, high), method = results.mean_interval("f1", [rng.choice([0.0, 0.4, 0.8, 1.0]) for _ in range(count)])
+        covered += low <= 0.55 <= high
+    assert method == "wilson_bound" and covered / 400 >= 0.95
+    assert results.mean_interval("f1", [0.5] * count)[0] == results.wilson_interval(0.5, count)
+
+
+def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
+    files = [
+        write_evaluation(tmp_path / f"{seed}.json", {8: score, 16: score - 0.1})
+        for seed, score in enumerate((0.9, 0.8, 1.0))
+    ]
+    evaluations = [results.read_evaluation(f"SoLoPO={path}") for path in files]
+    evaluations.append(results.read_evaluation(f"base={write_evaluation(tmp_path / 'base.json', {8: 0.5})}"))
+    # Files from before sub-EM told short answers apart hold the plain form only.
+    assert evaluations[0].results[0].means["sub_em_plain"] == evaluations[0].results[0].means["sub_em"]
+    first, second = results.accuracy_by_length(evaluations, "SoLoPO", "documents", "sub_em")
+    assert (first.x, first.low, first.high, first.seeds) == (8, 0.8, 1.0, 3) and first.mean == pytest.approx(0.9)
+    assert second.mean == pytest.approx(0.8)
+    [single] = results.accuracy_by_length(evaluations, "base", "documents", "sub_em")
+    assert (single.low, single.high) == results.wilson_interval(0.5, 100)
+    table = report.accuracy_table(evaluations, "documents").splitlines()
+    assert table[2].split("|")[1:-1] == [" SoLoPO ", " 0.90 [0.80, 1.00] ", " 0.80 [0.70, 0.90] "]
+    assert [cell.strip() for cell in table[3].split("|")[1:-1]] == ["base", "0.50 [0.40, 0.60]", "-"]
+
+
+def test_curves_are_averaged_where_all_seeds_are(tmp_path):
+    runs = [
+        results.read_run(f"a={write_run(tmp_path / str(seed), steps, offset)}")
+        for seed, (steps, offset) in enumerate(((60, 0.0), (40, 1.0)))
+    ]
+    points = results.curve(runs, "a", "margin")
+    assert [point.x for point in points] == list(range(1, 41))
+    assert points[9].mean == pytest.approx(1.5) and (points[9].low, points[9].high) == (1.0, 2.0)
+    assert [point.x for point in results.curve(runs, "a", "margin", "valid")] == [20, 40]
+
+
+def test_a_resumed_run_counts_each_step_once_and_an_unfinished_line_is_skipped(tmp_path, capsys):
+    path = write_run(tmp_path / "run", 5) / "metrics.jsonl"
+    with path.open("a") as out:
+        out.write(json.dumps({"step": 5, "loss": 77.0}) + "\n" + '{"step": 6, "lo')
+    run = results.read_run(str(tmp_path / "run"))
+    assert [record["step"] for record in run.train] == [1, 2, 3, 4, 5] and run.train[-1]["loss"] == 77.0
+    assert "unfinished" in capsys.readouterr().out
+    path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not valid JSON"):
+        results.read_run(str(tmp_path / "run"))
+    path.write_bytes(b"\xff\xfe\n\x00\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not UTF-8"):
+        results.read_run(str(tmp_path / "run"))
+
+
+def test_the_summary_of_a_run_reads_steps_as_the_report_does(tmp_path):
+    read_steps = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "musique" / "summary.py"))["read_steps"]
+    lines = [{"step": 1}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 1.0}, {"step": 3, "skipped": "not finite"}]
+    lines.append({"step": 2, "split": "valid"})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"split": "train", **line}) + "\n" for line in lines) + '{"step": 4, "lo')
+    assert [(step["step"], step.get("loss")) for step in read_steps(tmp_path)] == [(1, None), (2, 1.0)]
+    path.write_text(json.dumps(lines[-1]) + "\n")
+    with pytest.raises(UserError, match="holds no training step"):
+        read_steps(tmp_path)
+
+
+def test_paths_of_one_data_file_are_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = write_evaluation(tmp_path / "a.json", {8: 0.1}, data="q.jsonl, p.jsonl")
+    b = write_evaluation(tmp_path / "b.json", {8: 0.9}, data=f"{tmp_path}/q.jsonl, {tmp_path}/p.jsonl")
+    assert len(results.read_evaluations([str(a), str(b)])) == 2
+
+
+def test_names_tell_folders_apart():
+    assert results.folder_names(["runs/a/hf", "runs/b/hf", "base"]) == ["a/hf", "b/hf", "base"]
+
+
+def test_models_without_a_label_are_told_apart(tmp_path, monkeypatch):
+    a, b = (
+        str(write_evaluation(tmp_path / f"{name}.json", {8: score}, model=f"runs/{name}/hf"))
+        for name, score in (("A", 0.1), ("B", 0.9))
+    )
+    assert [one.label for one in results.read_evaluations([a, b])] == ["A/hf", "B/hf"]
+    assert [one.label for one in results.read_evaluations([f"solo={a}", f"solo={b}"])] == ["solo", "solo"]
+    assert [one.label for one in results.read_evaluations([a])] == ["hf"]
+    assert report.main(["--output", str(tmp_path / "r.md"), "--evaluations", a, b]) == 0
+    rows = [line.split()[1] for line in (tmp_path / "r.md").read_text().splitlines() if "/hf" in line]
+    assert rows == ["A/hf", "B/hf"] * 3  # sub-EM, the other metrics, where the numbers come from
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert results.read_evaluation(str(write_evaluation(tmp_path / "here.json", {8: 0.5}, model="."))).label == "model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"data": "hotpotqa.jsonl"}, "data"),
+        ({"max_new_tokens": 16, "dtype": "bfloat16"}, "max_new_tokens, dtype"),
+        ({"seed": 1, "context_documents": "16", "left_out": {"too short": 2}}, None),
+    ],
+)
+def test_only_what_differs_by_seed_and_lengths_is_averaged_without_a_label(tmp_path, changes, differing):
+    settings = {"max_new_tokens": 8, "dtype": "float32", "context_documents": "8"}
+    a = str(write_evaluation(tmp_path / "a.json", {8: 0.1}, **settings))
+    b = str(write_evaluation(tmp_path / "b.json", {8: 0.9}, **settings | changes))
+    assert [one.label for one in results.read_evaluations([f"solo={a}", f"solo={b}"])] == ["solo", "solo"]
+    if differing is None:
+        assert [one.label for one in results.read_evaluations([a, b])] == ["model", "model"]
+        return
+    with pytest.raises(UserError, match=f"of 'model', but differ in {differing}; give both LABEL=PATH") as caught:
+        results.read_evaluations([a, b])
+    assert a in str(caught.value) and b in str(caught.value)
+
+
+def test_runs_without_a_label_are_told_apart(tmp_path):
+    a, b = (str(write_run(tmp_path / name / "orpo", 5, offset)) for name, offset in (("A", 0.0), ("B", 1.0)))
+    assert [run.label for run in results.read_runs([f"ORPO={a}", f"ORPO={b}"])] == ["ORPO", "ORPO"]
+    assert report.main(["--output", str(tmp_path / "r.md"), "--runs", a, b]) == 0
+    text = (tmp_path / "r.md").read_text()
+    assert "| A/orpo | " in text and "| B/orpo | " in text and "seeds" not in text
+    with pytest.raises(UserError, match="seeds of 'orpo', but differ in folder; give both LABEL=PATH"):
+        results.read_runs([f"orpo={a}", b])
+
+
+def test_a_name_that_is_also_another_models_label_is_refused(tmp_path):
+    a, b = (write_evaluation(tmp_path / f"{name}.json", {8: 0.5}, model=f"runs/{name}/hf") for name in "AB")
+    with pytest.raises(UserError, match="seeds of 'hf', but differ in model;"):
+        results.read_evaluations([f"hf={a}", str(b)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"PK\x03\x04\xff\x00", r"not UTF-8 \(byte 5\)"),
+        ('{"metrics": {}}'.encode("utf-16"), "not UTF-8"),
+        ("{", "not valid JSON"),
+        ("{}", "the field 'metrics' is missing"),
+        ('{"metrics": {}}', "holds no context length"),
+        ('{"metrics": {"eight": {}}}', r"metrics\['eight'\]: a context length is written like"),
+    ],
+)
+def test_evaluation_files_are_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "e.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        results.read_evaluation(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
