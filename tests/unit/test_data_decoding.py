@@ -143,19 +143,25 @@ def test_the_prompts_keys_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None
     """However many samples: what is kept for each is as long as its own tokens."""
     from megatron_solopo.data.sampling import decoding
 
-    made: list[Any] = []
+    prompts: list[Any] = []
+    tables: list[Any] = []
 
-    class Watched(decoding._Group):
+    class WatchedPrompt(decoding._Prompt):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            made.append(self)
+            prompts.append(self)
 
-    monkeypatch.setattr(decoding, "_Group", Watched)
+    class WatchedRows(decoding._Rows):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            tables.append(self)
+
+    monkeypatch.setattr(decoding, "_Prompt", WatchedPrompt)
+    monkeypatch.setattr(decoding, "_Rows", WatchedRows)
     list(decode(tiny_model(), [(list(range(4, 36)) * 3, uniforms(0, "q", 30, 3))], rows=30, draw=draw_end, stops={-1}))
-    [group] = made
-    keys = [part for parts in group.prompt for part in parts]
-    assert [tuple(part.shape) for part in keys] == [(2, 96, 8)] * 4
-    assert all(part.shape[2] <= 32 for parts in group.own for part in parts)
+    [prompt], [rows] = prompts, tables
+    assert [tuple(part.shape) for parts in prompt.states for part in parts] == [(1, 2, 96, 8)] * 4
+    assert [tuple(part.shape) for parts in rows.own.values() for part in parts] == [(30, 2, 32, 8)] * 4
 
 
 def draw_end(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

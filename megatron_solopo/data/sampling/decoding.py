@@ -1,16 +1,16 @@
 """Decoding many samples of few prompts: a prompt is computed once, kept once, and attended to by all of its samples.
 
 The model's own attention computes the prompt. A sample then attends to the prompt's keys K_p and values V_p, which its
-prompt's samples share, and to its own K_s and V_s, which are written in place: softmax([q K_p', q K_s']) [V_p; V_s]. A
-sample that ends gives its row to the next one, of the same prompt or of the one after. transformers' caches hold a copy
-of the prompt for each row and are copied at every step; its continuous batching masks every row's keys for every other
-row where there is no flash attention.
+prompt's samples share, and to its own K_s and V_s, which are written in place. Each of the two is an attention of its
+own, with output o and log-sum-exp l of its scores, and the sample's is exp(l_p - l) o_p + exp(l_s - l) o_s, where
+l = log(exp l_p + exp l_s). A sample that ends gives its row to the next one, of the same prompt or of the one after.
+transformers' caches hold a copy of the prompt for each row and are copied at every step; its continuous batching masks
+every row's keys for every other row where there is no flash attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -28,104 +28,110 @@ Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Job = tuple[Sequence[int], torch.Tensor]
 """A prompt's token ids, and [samples, steps] uniform numbers: steps is the most tokens a response may have."""
 _NAME = "solopo_shared_prompt"
-_ROOM = 32  # keys that a sample's first buffer has room for; a full buffer doubles
+_ROOM = 32  # keys that a row's first buffer has room for; full buffers double
 
 
-class _Group:
-    """The samples of one prompt: their tokens, and the keys and values of those that are being decoded.
+class _Prompt:
+    """A prompt and the tokens of its samples.
 
     Args:
         logits: [vocabulary] after the prompt.
         cache: the prompt's keys and values.
-        rows: the most samples decoded at once.
 
     Attributes:
         tokens: of every sample, so far.
-        live: the numbers of the samples being decoded, in the order of their rows in the buffers.
-        prompt: keys and values [heads, prompt, dimension] for each layer.
-        own: keys and values [rows, heads, room, dimension] for each layer.
+        states: keys and values [1, heads, prompt, dimension] for each layer.
+        started, ended: how many samples have begun, and how many have ended.
     """
 
-    def __init__(self, job: Job, logits: torch.Tensor, cache: DynamicCache, rows: int) -> None:
-        prompt, self.numbers = job
-        self.length, self.logits = len(prompt), logits
+    def __init__(self, job: Job, logits: torch.Tensor, cache: DynamicCache) -> None:
+        ids, self.numbers = job
+        self.length, self.logits = len(ids), logits
         self.tokens: list[list[int]] = [[] for _ in self.numbers]
-        self.live: list[int] = []
-        self.prompt = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        self._rows = min(rows, len(self.tokens))
-        self.own = [tuple(self._buffer(part, _ROOM) for part in parts) for parts in self.prompt]
-        self._started = 0
+        self.states = [(layer.keys, layer.values) for layer in cache.layers]
+        self.started = self.ended = 0
 
-    def _buffer(self, like: torch.Tensor, room: int) -> torch.Tensor:
-        """Zeros, because a masked key counts zero times its value, which must be a number."""
-        return like.new_zeros(self._rows, like.shape[0], room, like.shape[-1])
+    def add(self, sample: int, token: int, stops: Collection[int]) -> bool:
+        """Whether the sample ends with this token."""
+        tokens = self.tokens[sample]
+        tokens.append(token)
+        ends = token in stops or len(tokens) == self.numbers.shape[1]
+        self.ended += ends
+        return ends
 
-    @property
-    def waiting(self) -> int:
-        """Samples that have not begun."""
-        return len(self.tokens) - self._started
+    def begin(self, count: int, draw: Draw, stops: Collection[int]) -> list[int]:
+        """Draws the first token of the next ``count`` samples; the numbers of those that do not end with it."""
+        samples = range(self.started, self.started + count)
+        self.started += count
+        numbers = self.numbers[samples.start : samples.stop, 0].to(self.logits.device)
+        drawn = draw(self.logits.expand(count, -1), numbers).tolist()
+        return [sample for sample, token in zip(samples, drawn, strict=True) if not self.add(sample, token, stops)]
 
-    def begin(self, count: int, draw: Draw, stops: Collection[int]) -> int:
-        """Draws the first token of the next samples; how many of them that ended."""
-        new = range(self._started, self._started + count)
-        numbers = self.numbers[new.start : new.stop, 0].to(self.logits.device)
-        self._started += count
-        return len(self._append(new, draw(self.logits.expand(count, -1), numbers).tolist(), stops))
 
-    def _append(self, samples: Iterable[int], tokens: Sequence[int], stops: Collection[int]) -> list[int]:
-        """Adds a token to each sample and puts those that have not ended at the end of ``live``; the others' places."""
-        ended = []
-        for place, (sample, token) in enumerate(zip(samples, tokens, strict=True)):
-            self.tokens[sample].append(token)
-            if token in stops or len(self.tokens[sample]) == self.numbers.shape[1]:
-                ended.append(place)
-            else:
-                self.live.append(sample)
-        return ended
+class _Rows:
+    """The samples that are being decoded, a row each, and their own keys and values.
 
-    def take(self, tokens: Sequence[int], stops: Collection[int]) -> int:
-        """Adds the tokens of a step; the rows of samples that end, so many, are filled with the last ones."""
-        before, self.live = self.live, []
-        ended = self._append(before, tokens, stops)
-        count = len(self.live)
-        holes = [place for place in ended if place < count]
+    Attributes:
+        live: the prompt and the sample's number of each row.
+        own: keys and values [rows, heads, room, dimension] by layer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.live: list[tuple[_Prompt, int]] = []
+        self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._room = _ROOM
+
+    def remove(self, ended: Sequence[int]) -> None:
+        """Takes these rows away; the last ones move into their places."""
+        count = len(self.live) - len(ended)
+        holes = [row for row in ended if row < count]
+        last = sorted(set(range(count, len(self.live))) - set(ended))
         if holes:
-            last = [place for place in range(count, len(before)) if place not in set(ended)]
-            for part in (part for parts in self.own for part in parts):
+            for part in (part for parts in self.own.values() for part in parts):
                 part[holes] = part[last]
-            self.live = before[:count]
-            for hole, place in zip(holes, last, strict=True):
-                self.live[hole] = before[place]
-        return len(ended)
+        for hole, row in zip(holes, last, strict=True):
+            self.live[hole] = self.live[row]
+        del self.live[count:]
 
-    def begin_step(self) -> None:
-        """Where this step's keys are written, and which keys a sample sees."""
-        device = self.logits.device
-        lengths = [len(self.tokens[sample]) - 1 for sample in self.live]
+    def begin_step(self, device: torch.device) -> None:
+        """Where this step's keys are written, and which rows attend to which prompt."""
+        lengths = [len(prompt.tokens[sample]) - 1 for prompt, sample in self.live]
         self._span = max(lengths) + 1
-        room = self.own[0][0].shape[2]
-        if self._span > room:
-            self.own = [tuple(self._grown(part, 2 * room) for part in parts) for parts in self.own]
-        self._place = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
-        self._even = min(lengths) == max(lengths)
-        self._hidden: dict[int | None, torch.Tensor | None] = {}
+        if self._span > self._room:
+            self._room *= 2
+            self.own = {
+                layer: tuple(self._buffer(part.shape[1:], part) for part in parts) for layer, parts in self.own.items()
+            }
+        self._row, self._last = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
+        rows_of: dict[_Prompt, list[int]] = {}
+        for row, (prompt, _) in enumerate(self.live):
+            rows_of.setdefault(prompt, []).append(row)
+        self._prompts = {prompt: torch.tensor(rows, device=device) for prompt, rows in rows_of.items()}
+        self._order = torch.cat(list(self._prompts.values()))
+        self._back = self._order.argsort()
+        self._biases: dict[Any, torch.Tensor | None] = {}
 
-    def _grown(self, part: torch.Tensor, room: int) -> torch.Tensor:
-        new = part.new_zeros(*part.shape[:2], room, part.shape[-1])
-        new[:, :, : part.shape[2]] = part
+    def _buffer(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        """Zeros, because a masked key counts zero times its value, which must be a number."""
+        heads, room, dimension = shape
+        new = like.new_zeros(self.count, heads, self._room, dimension)
+        new[:, :, :room] = like
         return new
 
-    def _hide(self, window: int | None) -> torch.Tensor | None:
-        """[rows, 1, keys], True at keys of a row's future, of no row, or outside its window; None: all are seen."""
-        if window not in self._hidden:
-            last = self.length + self._place[1][:, None]
-            places = torch.arange(self.length + self._span, device=last.device)
-            hidden = places > last
+    def _bias(self, prompt: _Prompt | None, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """[rows, keys] added to the scores of a prompt's rows, or with None of all rows for their own keys."""
+        name = prompt, window
+        if name not in self._biases:
+            last = self._last if prompt is None else self._last[self._prompts[prompt]] + prompt.length
+            places = torch.arange(self._span if prompt is None else prompt.length, device=last.device)
+            hidden = places > last[:, None]
             if window is not None:
-                hidden |= places <= last - window
-            whole = self._even and (window is None or self.length + self._span <= window)
-            self._hidden[window] = None if whole else hidden[:, None]
-        return self._hidden[window]
+                hidden |= places <= last[:, None] - window
+            # Finite, so that a row that sees no key of a part has a log-sum-exp; half, so that a score may be added.
+            bias = hidden.to(dtype) * (torch.finfo(dtype).min / 2)
+            self._biases[name] = bias if hidden.any() else None
+        return self._biases[name]
 
     def attend(
         self,
@@ -140,9 +146,6 @@ class _Group:
     ) -> torch.Tensor:
         """Attention of one token a row.
 
-        Scores are float32, as in fused kernels; they are laid out with the heads outside, so that the prompt's keys
-        meet the queries of all rows in one product a head.
-
         Args:
             query: [rows, query heads, dimension].
             key: [rows, heads, dimension], as is the value.
@@ -151,31 +154,86 @@ class _Group:
         Returns:
             [rows, query heads, dimension of the values].
         """
-        (prompt_keys, prompt_values), (keys, values) = self.prompt[layer], self.own[layer]
-        rows, span, heads = len(query), self._span, key.shape[1]
-        row, place = self._place
-        keys[row, :, place], values[row, :, place] = key, value
-        keys, values = keys[:rows, :, :span], values[:rows, :, :span]
-        query = (query * scaling).view(rows, heads, -1, query.shape[-1])
-        flat = query.transpose(0, 1).reshape(heads, -1, query.shape[-1])
-        to_prompt = flat.float() @ prompt_keys.float().transpose(-1, -2)
-        to_own = query.float() @ keys.float().transpose(-1, -2)
-        to_prompt = to_prompt.view(heads, rows, -1, self.length)
-        scores = torch.cat([to_prompt, to_own.transpose(0, 1)], -1)  # [heads, rows, queries a head, keys]
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        hidden = self._hide(window)
-        if hidden is not None:
-            scores.masked_fill_(hidden, float("-inf"))
+        rows, heads = key.shape[:2]
+        if layer not in self.own:
+            self.own[layer] = tuple(
+                part.new_zeros(self.count, heads, self._room, part.shape[-1]) for part in (key, value)
+            )
+        keys, values = self.own[layer]
+        keys[self._row, :, self._last], values[self._row, :, self._last] = key, value
+        query = query.view(rows, heads, -1, query.shape[-1])  # [rows, heads, queries a head, dimension]
+        bias = self._bias(None, window, query.dtype)
+        own, own_sum = _attend(
+            query,
+            keys[:rows, :, : self._span],
+            values[:rows, :, : self._span],
+            None if bias is None else bias[:, None, None],
+            scaling,
+            softcap,
+        )
+        queries = query[self._order].split([len(rows) for rows in self._prompts.values()])
+        parts = [
+            self._to_prompt(prompt, layer, part, scaling, window, softcap)
+            for prompt, part in zip(self._prompts, queries, strict=True)
+        ]
+        shared, shared_sum = (torch.cat(part)[self._back] for part in zip(*parts, strict=True))
+        total = torch.logaddexp(own_sum, shared_sum)
         if sinks is not None:
-            column = sinks.float().view(heads, 1, -1, 1).expand(-1, rows, -1, 1)
-            weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
-        else:
-            weights = torch.softmax(scores, -1)
-        weights = weights.to(value.dtype)
-        of_prompt = weights[..., : self.length].flatten(1, 2) @ prompt_values
-        of_own = weights[..., self.length :].transpose(0, 1) @ values
-        return (of_prompt.view(heads, rows, -1, of_prompt.shape[-1]).transpose(0, 1) + of_own).flatten(1, 2)
+            total = torch.logaddexp(total, sinks.float().view(heads, -1))
+        out = own * (own_sum - total).exp()[..., None] + shared * (shared_sum - total).exp()[..., None]
+        return out.to(value.dtype).flatten(1, 2)
+
+    def _to_prompt(
+        self,
+        prompt: _Prompt,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a prompt's rows attend to in it: all queries of all rows meet the keys of a head in one product."""
+        rows, heads, each, _ = query.shape
+        bias = None if window is None else self._bias(prompt, window, query.dtype)
+        out, log_sum = _attend(
+            query.transpose(0, 1).flatten(1, 2)[None],
+            *prompt.states[layer],
+            None if bias is None else bias.repeat_interleave(each, 0)[None, None],
+            scaling,
+            softcap,
+        )
+        return out.view(heads, rows, each, -1).transpose(0, 1), log_sum.view(heads, rows, each).transpose(0, 1)
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and the log-sum-exp of its scores, which are float32, as in fused kernels.
+
+    Args:
+        query: [batch, heads, queries, dimension].
+        keys: [batch, heads, keys, dimension], as are the values, whose dimension may be another.
+        bias: added to the scores; its shape expands to [batch, heads, queries, keys].
+
+    Returns:
+        [batch, heads, queries, dimension of the values], and [batch, heads, queries] float32.
+    """
+    if query.device.type == "cpu" and softcap is None and query.shape[-1] == values.shape[-1]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=bias, scale=scaling
+        )
+    scores = (query * scaling).float() @ keys.float().transpose(-1, -2)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores += bias
+    log_sum = scores.logsumexp(-1)
+    return (scores - log_sum[..., None]).exp().to(values.dtype) @ values, log_sum
 
 
 def _attention(
@@ -189,42 +247,37 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    shared_prompts: Sequence[_Group],
+    shared_prompts: _Rows,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface of an attention function; query, key and value are [rows, heads, 1, dimension]."""
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sizes = [len(group.live) for group in shared_prompts]
-    parts = zip(shared_prompts, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-    outs = [
-        group.attend(module.layer_idx, *states, scaling, sliding_window, softcap, s_aux) for group, *states in parts
-    ]
-    return torch.cat(outs)[:, None], None
+    out = shared_prompts.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap, s_aux)
+    return out[:, None], None
 
 
 AttentionInterface.register(_NAME, _attention)
 
 
-def _prefill(model: PreTrainedModel, job: Job, rows: int) -> _Group:
+def _prefill(model: PreTrainedModel, job: Job) -> _Prompt:
     """Computes a prompt; the cache is made without the config, which would drop what is outside a sliding window."""
     cache = DynamicCache()
     ids = torch.tensor([list(job[0])], device=model.device)
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return _Group(job, out.logits[0, -1], cache, rows)
+    return _Prompt(job, out.logits[0, -1], cache)
 
 
-def _step(model: PreTrainedModel, groups: Sequence[_Group]) -> torch.Tensor:
-    """[live samples, vocabulary] logits after the last token of every live sample, group after group."""
-    for group in groups:
-        group.begin_step()
-    live = [(group, group.tokens[sample]) for group in groups for sample in group.live]
+def _step(model: PreTrainedModel, rows: _Rows) -> torch.Tensor:
+    """[rows, vocabulary] logits after the last token of every row."""
+    rows.begin_step(model.device)
+    live = [(prompt, prompt.tokens[sample]) for prompt, sample in rows.live]
     ids = torch.tensor([[tokens[-1]] for _, tokens in live], device=model.device)
-    positions = torch.tensor([[group.length + len(tokens) - 1] for group, tokens in live], device=model.device)
+    positions = torch.tensor([[prompt.length + len(tokens) - 1] for prompt, tokens in live], device=model.device)
     own = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        return model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=groups).logits[:, -1]
+        return model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=rows).logits[:, -1]
     finally:
         model.set_attn_implementation(own)
 
@@ -251,30 +304,34 @@ def decode(
         them have ended.
     """
     queue = enumerate(jobs)
-    groups: dict[int, _Group] = {}
-    newest: _Group | None = None
+    prompts: dict[int, _Prompt] = {}
+    newest: _Prompt | None = None
+    table = _Rows(rows)
     while True:
-        free = rows - sum(len(group.live) for group in groups.values())
-        while free:
-            if newest is None or not newest.waiting:
+        while free := rows - len(table.live):
+            if newest is None or newest.started == len(newest.tokens):
                 index, job = next(queue, (-1, None))
                 if job is None:
                     break
-                groups[index] = newest = _prefill(model, job, rows)
-            count = min(free, newest.waiting)
-            at_once = newest.begin(count, draw, stops)
-            free -= count - at_once
-            ended(at_once)
-        for index in [index for index, group in groups.items() if not group.live and not group.waiting]:
-            yield index, groups.pop(index).tokens
-        if not groups:
+                prompts[index] = newest = _prefill(model, job)
+            count = min(free, len(newest.tokens) - newest.started)
+            begun = newest.begin(count, draw, stops)
+            table.live += [(newest, sample) for sample in begun]
+            ended(count - len(begun))
+        for index in [index for index, prompt in prompts.items() if prompt.ended == len(prompt.tokens)]:
+            yield index, prompts.pop(index).tokens
+        if not table.live:
             return
-        running = [group for group in groups.values() if group.live]
-        logits = _step(model, running)
-        numbers = [group.numbers[group.live, [len(group.tokens[one]) for one in group.live]] for group in running]
-        tokens = iter(draw(logits, torch.cat(numbers).to(logits.device)).tolist())
-        for group in running:
-            ended(group.take(list(islice(tokens, len(group.live))), stops))
+        logits = _step(model, table)
+        numbers = torch.stack([prompt.numbers[sample, len(prompt.tokens[sample])] for prompt, sample in table.live])
+        tokens = draw(logits, numbers.to(logits.device)).tolist()
+        ends = [
+            row
+            for row, ((prompt, sample), token) in enumerate(zip(table.live, tokens, strict=True))
+            if prompt.add(sample, token, stops)
+        ]
+        table.remove(ends)
+        ended(len(ends))
 
 
 class _Drawn(LogitsProcessor):
@@ -340,13 +397,13 @@ def shares_prompts(model: PreTrainedModel) -> bool:
     bound = 1e-3 if model.dtype == torch.float32 else 0.1
     try:
         full = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, -3:]
-        group = _prefill(model, (ids[:16], torch.zeros(2, 4)), 2)
-        group.tokens, group.live = [[], []], [0, 1]
+        prompt, rows = _prefill(model, (ids[:16], torch.zeros(2, 4))), _Rows(2)
+        rows.live = [(prompt, 0), (prompt, 1)]
         logits = []
         for token in ids[16:]:
-            for sample in group.tokens:
-                sample.append(token)
-            logits.append(_step(model, [group])[1])
+            for tokens_of_sample in prompt.tokens:
+                tokens_of_sample.append(token)
+            logits.append(_step(model, rows)[1])
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError):
