@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform as machine
 import sys
@@ -79,6 +78,7 @@ def train(here: Any, config: Config) -> None:
     from megatron_solopo.training.log import RunLog
     from megatron_solopo.training.memory import PeakMemory
     from megatron_solopo.training.reference import reference_log_probs, shared, starting_weights
+    from megatron_solopo.training.step import evaluate, train_step
 
     first = dist.get_rank() == 0
     training, output = config.training, config.output
@@ -237,106 +237,6 @@ def _check_weights(engine: Any, broken: int, step: int, checkpoints: Any) -> Non
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def train_step(
-    engine: Any,
-    optimizer: Any,
-    scheduler: Any,
-    dataset: Any,
-    schedule: Any,
-    step: int,
-    config: Config,
-    reference: Any,
-    memory: Any,
-) -> dict[str, Any]:
-    """One optimizer step; returns its line of the log.
-
-    Args:
-        memory: the `PeakMemory` of the run.
-
-    Raises:
-        UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
-    """
-    from megatron_solopo.parallel.platform import max_over_processes
-    from megatron_solopo.training.step import make_packs, plan_of, run_step
-
-    begin = time.perf_counter()
-    indices = schedule.step(step)
-    engine.zero_gradients()
-    optimizer.zero_grad()
-    plan = plan_of(engine, dataset, indices, config)
-    packs = make_packs(engine, dataset, indices, config, plan)
-    sums = run_step(engine, packs, len(indices), config.method, reference)
-    means = sums.means()
-    scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
-    problem = _not_finite(sums, dataset, indices, engine)
-    if problem and config.training.on_nonfinite == "stop":
-        raise UserError(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
-    if problem:
-        return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}
-    _, grad_norm, _ = optimizer.step()
-    engine.platform.synchronize()
-    seconds = time.perf_counter() - begin
-    allocated = engine.platform.peak_allocated_gib()
-    clip = config.training.clip_grad
-    return {
-        "step": step + 1,
-        "split": "train",
-        "epoch": round(min((step + 1) * schedule.global_batch_size, schedule.total) / schedule.examples, 4),
-        **means,
-        "grad_norm": float(grad_norm),
-        **({"clip_grad": clip, "clipped": int(grad_norm > clip)} if clip else {}),
-        "lr": optimizer.param_groups[0]["lr"],
-        "groups": sums.groups,
-        "tokens": sums.tokens,
-        "tokens_per_second": round(sums.tokens / seconds, 1),
-        "padding_share": sums.padding / max(sums.tokens, 1),
-        "compute_imbalance": round(plan.imbalance, 6),
-        "memory_gib": round(memory.of(), 3),
-        **(
-            {}
-            if allocated is None
-            else {"memory_allocated_gib": round(max_over_processes(allocated, engine.platform.device), 3)}
-        ),
-        "seconds": round(seconds, 4),
-    }
-
-
-def _not_finite(sums: Any, dataset: Any, indices: list[int], engine: Any) -> str | None:
-    """What is not finite in this step, and in which examples; None where all is well. Collective."""
-    from megatron_solopo.training.engine import gradients_are_finite
-
-    def names(some: list[int]) -> str:
-        return ", ".join(dataset.groups[i].id for i in some[:8]) + (", ..." if len(some) > 8 else "")
-
-    if not math.isfinite(sums.values["loss"]):
-        return f"the loss is not finite for the examples {names(sums.not_finite or indices)}"
-    if not gradients_are_finite(engine):
-        return f"the gradient is not finite for one of the examples {names(indices)}"
-    return None
-
-
-def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[str, float]:
-    """Means of the loss and its metrics over all validation examples, and their number, ``groups``."""
-    import torch
-
-    from megatron_solopo.training.step import make_packs, mean_chosen_length_of, run_step
-
-    engine.eval()
-    length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
-    totals: dict[str, float] = {}
-    batch = config.training.global_batch_size
-    with torch.no_grad():
-        for first in range(0, len(dataset.groups), batch):
-            indices = range(first, min(first + batch, len(dataset.groups)))
-            packs = make_packs(engine, dataset, indices, config)
-            for name, value in run_step(
-                engine, packs, len(indices), config.method, reference, forward_only=True, tokens_per_group=length
-            ).values.items():
-                totals[name] = totals.get(name, 0.0) + value
-    engine.train()
-    return {name: value / len(dataset.groups) for name, value in totals.items()} | {"groups": len(dataset.groups)}
 
 
 def _announce(log: Any, config: Config, here: Any, data: RunData, schedule: Any) -> None:

@@ -1,10 +1,12 @@
-"""One pass of megatron-core's schedule over a step's packs: the loss, its scaling, and what is summed for the log."""
+"""A training step and an evaluation: megatron-core's schedule over packs, the loss's scale, and sums for the log."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,20 +18,19 @@ from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.data.tokenized.batches import StepPlan, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
-from megatron_solopo.losses.solopo import (
-    RESPONSE,
-    GroupLosses,
-    chosen_role,
-    needs_tokens_per_group,
-    reference_roles,
-    roles,
-    sft_loss,
-    solopo_loss,
-)
+from megatron_solopo.errors import UserError
+from megatron_solopo.losses.solopo import needs_tokens_per_group
 from megatron_solopo.model.forward import segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
-from megatron_solopo.training.engine import Engine, data_parallel
+from megatron_solopo.parallel.platform import max_over_processes
+from megatron_solopo.training.engine import Engine, data_parallel, gradients_are_finite
+from megatron_solopo.training.objective import (
+    group_losses,
+    mean_chosen_length,
+    mean_chosen_length_of,
+    metric_names,
+)
 
 
 @dataclass
@@ -85,47 +86,6 @@ def make_packs(
         ).to(engine.platform.device)
         for some in chosen
     ]
-
-
-def group_losses(
-    sums: Tensor, pack: Pack, reference: Tensor | None, method: MethodConfig, tokens_per_group: Tensor | None = None
-) -> GroupLosses:
-    """The losses of a pack's groups from its segment sums.
-
-    Args:
-        sums: [N] segment log-probs.
-        reference: [examples, reference roles] of the whole data set, or None.
-        tokens_per_group: [] see `solopo_loss`.
-    """
-    names = roles(method)
-    log_probs = {role: sums[pack.role(role)] for role in names}
-    lengths = {role: pack.segment_lengths[pack.role(role)].to(sums.dtype) for role in names}
-    if method.objective == "sft":
-        return sft_loss(log_probs, lengths)
-    known = None
-    if reference is not None:
-        rows = reference[list(pack.groups)].to(device=sums.device, dtype=sums.dtype)
-        known = {role: rows[:, column] for column, role in enumerate(reference_roles(method))}
-    return solopo_loss(log_probs, lengths, known, method, tokens_per_group)
-
-
-def mean_chosen_length(packs: list[Pack], total_groups: int, method: MethodConfig, device: torch.device) -> Tensor:
-    """[] float64, the chosen tokens of a group on the preference loss's context, over all groups of the step."""
-    tokens = torch.zeros((), dtype=torch.float64, device=device)
-    for pack in packs:
-        tokens += pack.segment_lengths[pack.role(chosen_role(method))].sum()
-    dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
-    return tokens / total_groups
-
-
-def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: torch.device) -> Tensor | None:
-    """The same over all groups of a data set; None where no loss reads it."""
-    if not needs_tokens_per_group(method):
-        return None
-    role = chosen_role(method)
-    continuations = (c for group in dataset.groups for prompt in group.prompts for c in prompt.continuations)
-    tokens = sum(c.learnt_count for c in continuations if c.role == role)
-    return torch.tensor(tokens / len(dataset.groups), dtype=torch.float64, device=device)
 
 
 def run_packs(
@@ -216,17 +176,6 @@ def _not_finite(each: list[tuple[Sequence[int], Tensor]]) -> list[int]:
     return sorted(set().union(*everyone))
 
 
-def metric_names(method: MethodConfig) -> tuple[str, ...]:
-    """What `run_step` sums; the same on every pipeline stage, though only the last one computes losses."""
-    one = torch.ones(1)
-    if method.objective == "sft":
-        result = sft_loss({RESPONSE: -one}, {RESPONSE: one})
-    else:
-        names, compared = roles(method), dict.fromkeys(reference_roles(method), -one)
-        result = solopo_loss(dict.fromkeys(names, -one), dict.fromkeys(names, one), compared, method, torch.ones(()))
-    return ("loss", *result.metrics)
-
-
 def over_the_layout(sums: Tensor) -> Tensor:
     """The last pipeline stage's sums, added over data-parallel processes, on every process."""
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
@@ -256,3 +205,95 @@ def own_segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[
 def segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
     """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
     return over_the_layout(own_segment_table(engine, names, indices, packs))
+
+
+def train_step(
+    engine: Any,
+    optimizer: Any,
+    scheduler: Any,
+    dataset: Any,
+    schedule: Any,
+    step: int,
+    config: Config,
+    reference: Any,
+    memory: Any,
+) -> dict[str, Any]:
+    """One optimizer step; returns its line of the log.
+
+    Args:
+        memory: the `PeakMemory` of the run.
+
+    Raises:
+        UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
+    """
+    begin = time.perf_counter()
+    indices = schedule.step(step)
+    engine.zero_gradients()
+    optimizer.zero_grad()
+    plan = plan_of(engine, dataset, indices, config)
+    packs = make_packs(engine, dataset, indices, config, plan)
+    sums = run_step(engine, packs, len(indices), config.method, reference)
+    means = sums.means()
+    scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
+    problem = _why_not_finite(sums, dataset, indices, engine)
+    if problem and config.training.on_nonfinite == "stop":
+        raise UserError(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
+    if problem:
+        return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}
+    _, grad_norm, _ = optimizer.step()
+    engine.platform.synchronize()
+    seconds = time.perf_counter() - begin
+    allocated = engine.platform.peak_allocated_gib()
+    clip = config.training.clip_grad
+    return {
+        "step": step + 1,
+        "split": "train",
+        "epoch": round(min((step + 1) * schedule.global_batch_size, schedule.total) / schedule.examples, 4),
+        **means,
+        "grad_norm": float(grad_norm),
+        **({"clip_grad": clip, "clipped": int(grad_norm > clip)} if clip else {}),
+        "lr": optimizer.param_groups[0]["lr"],
+        "groups": sums.groups,
+        "tokens": sums.tokens,
+        "tokens_per_second": round(sums.tokens / seconds, 1),
+        "padding_share": sums.padding / max(sums.tokens, 1),
+        "compute_imbalance": round(plan.imbalance, 6),
+        "memory_gib": round(memory.of(), 3),
+        **(
+            {}
+            if allocated is None
+            else {"memory_allocated_gib": round(max_over_processes(allocated, engine.platform.device), 3)}
+        ),
+        "seconds": round(seconds, 4),
+    }
+
+
+def _why_not_finite(sums: Any, dataset: Any, indices: list[int], engine: Any) -> str | None:
+    """What is not finite in this step, and in which examples; None where all is well. Collective."""
+
+    def names(some: list[int]) -> str:
+        return ", ".join(dataset.groups[i].id for i in some[:8]) + (", ..." if len(some) > 8 else "")
+
+    if not math.isfinite(sums.values["loss"]):
+        return f"the loss is not finite for the examples {names(sums.not_finite or indices)}"
+    if not gradients_are_finite(engine):
+        return f"the gradient is not finite for one of the examples {names(indices)}"
+    return None
+
+
+def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[str, float]:
+    """Means of the loss and its metrics over all validation examples, and their number, ``groups``."""
+    engine.eval()
+    length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
+    totals: dict[str, float] = {}
+    batch = config.training.global_batch_size
+    with torch.no_grad():
+        for first in range(0, len(dataset.groups), batch):
+            indices = range(first, min(first + batch, len(dataset.groups)))
+            packs = make_packs(engine, dataset, indices, config)
+            for name, value in run_step(
+                engine, packs, len(indices), config.method, reference, forward_only=True, tokens_per_group=length
+            ).values.items():
+                totals[name] = totals.get(name, 0.0) + value
+    engine.train()
+    return {name: value / len(dataset.groups) for name, value in totals.items()} | {"groups": len(dataset.groups)}

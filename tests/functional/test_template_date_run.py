@@ -99,7 +99,7 @@ def test_a_start_that_died_before_its_first_checkpoint_keeps_its_day(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_solopo.training.run.train_step", die)
+        patch.setattr("megatron_solopo.training.step.train_step", die)
         assert run(main, argv) == 130
     on(5)
     monkeypatch.setattr(reference, "_fill", lambda *a, **k: pytest.fail("computed again"))

@@ -198,7 +198,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "training/run.py",
+        "training/step.py",
         TRAINING + " -k 'warms_up or killed'",
         ("learning rate one step late", "scheduler.step(1)  # before", "scheduler.step(int(step > 0))  # before"),
     ),
