@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from megatron_solopo import __version__, launch
@@ -64,6 +66,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     Returns:
         ``main``'s exit status; 2 after a `UserError` or a file that cannot be read or written; 130 after Ctrl-C.
     """
+    quiet()
     try:
         return main(argv)
     except UserError as error:
@@ -78,6 +81,19 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         if launch.first_to_report("interrupted"):
             print("interrupted", file=sys.stderr)
         return 130
+
+
+def quiet() -> None:
+    """Silences torch's and megatron-core's warnings of their own deprecations and of absent CUDA extensions.
+
+    Every command comes through `run` before it imports them.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    # The CPU platform sees every torch call, so torch's warnings of what megatron-core does name it as their place.
+    warnings.filterwarnings("ignore", module=r"megatron_solopo\.parallel\.cpu_shim")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _report(message: str, passing: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Every option of a training run, once: its meaning, unit, default and section.
 
 Names are Megatron's where Megatron has the option. `config_load` reads them, `config_checks` refuses what contradicts
-something else or would have no effect.
+something else or would have no effect, and a run without an option that has no ``| None`` and no default.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def option(
 class ModelConfig:
     """The model: a Hugging Face folder, its precision, its implementation."""
 
-    hf_path: str | None = option(None, "Hugging Face folder: config.json, tokenizer and (unless --random-init) weights")
+    hf_path: str = option(None, "Hugging Face folder: config.json, tokenizer and (unless --random-init) weights")
     random_init: bool = option(
         False, "start from random weights, by the folder's config.json and --seed, the same on every layout"
     )
@@ -94,7 +94,7 @@ class ModelConfig:
 class DataConfig:
     """The examples: preference groups, or conversations for --objective sft."""
 
-    train_data: str | None = option(
+    train_data: str = option(
         None,
         "preference groups, or conversations with --objective sft, in our or the hub's forms: JSONL, Parquet, a JSON "
         "array, CSV, hub:NAME[:CONFIG][:SPLIT], or a folder of tokenize-data",
@@ -297,7 +297,7 @@ class TrainingConfig:
 class OutputConfig:
     """The run folder and what goes into it."""
 
-    save: str | None = option(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
+    save: str = option(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
     load: str | None = option(None, "run folder whose last checkpoint to go on from")
     ckpt_step: int | None = option(None, "iteration of --load to go on from; default: the latest", minimum=1)
     auto_resume: bool = option(

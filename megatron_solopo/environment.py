@@ -12,6 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch  # before Transformer Engine, which finds NCCL through it
+
 from megatron_solopo import __version__
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import FP8_MULTIPLES
@@ -38,8 +41,6 @@ def usable_cores() -> float:
 
 def memory_gib() -> dict[str, float]:
     """Main memory in GiB: ``total`` (the container's limit where that is lower) and ``available``."""
-    import psutil
-
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     limit = _first_line("/sys/fs/cgroup/memory.max")
@@ -56,8 +57,6 @@ def transformer_engine() -> dict[str, Any]:
     and what it is used for."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {"found": False, "broken": False, "version": None, "note": "optional"}
-    import torch  # first: Transformer Engine finds NCCL through it
-
     version = package_version("transformer-engine")
     try:
         importlib.import_module("transformer_engine.pytorch")
@@ -73,7 +72,7 @@ def transformer_engine() -> dict[str, Any]:
 
 def fp8_refusals() -> dict[str, str]:
     """Why this process's GPU does not compute with each FP8 recipe, empty where it does; needs Transformer Engine."""
-    from transformer_engine.pytorch import quantization
+    from transformer_engine.pytorch import quantization  # optional
 
     checks = {"mxfp8": quantization.check_mxfp8_support, "blockwise": quantization.check_fp8_block_scaling_support}
     answers = {recipe: checks.get(recipe, quantization.check_fp8_support)() for recipe in FP8_MULTIPLES}
@@ -98,8 +97,6 @@ def nvidia_apex() -> dict[str, Any]:
 
 def cuda() -> dict[str, Any]:
     """The CUDA devices torch sees, and why there are none."""
-    import torch
-
     driver = _first_line("/proc/driver/nvidia/version")
     facts: dict[str, Any] = {
         "found": torch.cuda.is_available(),
@@ -130,15 +127,13 @@ def cuda() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """All facts, as `solopo env --json` prints them."""
-    from megatron_solopo.parallel.platform import choose
-
     gpu, engine = cuda(), transformer_engine()
     return {
         "megatron_solopo": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "device": choose("auto"),
+        "device": "cuda" if gpu["found"] else "cpu",
         "cuda": gpu,
         "transformer_engine": engine,
         "fp8_refusals": fp8_refusals() if gpu["found"] and engine["found"] else None,

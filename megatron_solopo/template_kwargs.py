@@ -143,6 +143,7 @@ def write(folder: Path, text: str | None, date: str | None = None) -> None:
 
 def _prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template asks for the time; a mere mention in its text is none."""
+    # Here and below, not at the top: the data commands read values without transformers, which takes seconds to import.
     from jinja2 import nodes
 
     # transformers' own parser, since templates hold its {% generation %} tag.

@@ -15,12 +15,12 @@ import megatron_solopo.data.sampling.server  # noqa: E402
 import megatron_solopo.data.tokenized.tokenize_data  # noqa: E402
 import megatron_solopo.losses.solopo  # noqa: E402
 import megatron_solopo.training.checkpoint  # noqa: E402
-import megatron_solopo.training.convert  # noqa: E402
+import megatron_solopo.training.convert_weights  # noqa: E402
 import megatron_solopo.training.engine  # noqa: E402
 import megatron_solopo.training.export  # noqa: E402
 import megatron_solopo.training.log  # noqa: E402
 import megatron_solopo.training.reference  # noqa: E402
-import megatron_solopo.training.run  # noqa: E402, F401
+import megatron_solopo.training.trainer  # noqa: E402, F401
 
 _undo()
 # Every end of a run collects garbage, which these modules' half a million objects are not.

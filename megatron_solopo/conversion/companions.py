@@ -16,6 +16,7 @@ from megatron_solopo.conversion.tokenizer_files import complete_tokenizer, write
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model import rope_scaling
+from megatron_solopo.model.hf_config import read_hf_config
 
 CARRIED = (
     "generation_config.json",
@@ -123,8 +124,6 @@ def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dt
         hf_config: of the model, see `start.model_config`.
         dtype: of the weights.
     """
-    from megatron_solopo.model.build import read_hf_config
-
     text = (Path(source) / "config.json").read_text(encoding="utf-8")
     document = json.loads(text)
     names = [name for name in DTYPES if name in document]

@@ -18,8 +18,8 @@ from megatron_solopo.conversion.companions import Companions, config_json
 from megatron_solopo.conversion.hf_folder import write_folder
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry
+from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.transformer_engine import portable_name
 from megatron_solopo.progress import ProgressBar
 

@@ -14,8 +14,8 @@ from megatron_solopo.conversion.hf import named_entries, own_part
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.operators import Entry, PadRows
+from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.progress import ProgressBar
 
 OUTPUT = "lm_head.weight"
@@ -43,7 +43,7 @@ class HfWeights:
         new_rows: NewRows | None = None,
     ) -> None:
         self._reader, self._new_rows = TensorReader(folder), new_rows
-        self._refuse_left_over(models[0], hf_config)
+        check_names(self._reader, hf_config, models[0].vocab_size)
         self._sources: dict[int, tuple[Entry, tuple[str, ...]]] = {}
         self._parameters = []
         for model in models:
@@ -51,31 +51,6 @@ class HfWeights:
                 self._sources[id(parameter)] = entry, names
                 self._parameters.append(parameter)
                 self._check(parameter)
-
-    def _refuse_left_over(self, model: GPTModel, hf_config: PretrainedConfig) -> None:
-        expected = {
-            name
-            for entry in family_of(hf_config).table(hf_config, model.vocab_size)
-            for name in _all_names(entry, hf_config)
-        }
-        left_over = self._reader.names() - expected
-        if hf_config.tie_word_embeddings and OUTPUT in left_over and self._is_embedding(OUTPUT):
-            left_over.remove(OUTPUT)
-        if left_over == {OUTPUT}:
-            raise UserError(
-                f"{self._reader.folder}: {OUTPUT} is not the embedding, though config.json says so, and training "
-                'would lose it; set "tie_word_embeddings": false there, or take the tensor out'
-            )
-        if left_over:
-            raise UserError(
-                f"{self._reader.folder}: the tensor {sorted(left_over)[0]!r} is not part of {hf_config.model_type} "
-                f"({len(left_over)} such); training would lose it"
-            )
-
-    def _is_embedding(self, name: str) -> bool:
-        """transformers 5 too ties only where both are the same; one of training without tying may stand there."""
-        output, embedding = self._reader.get(name), self._reader.get("model.embed_tokens.weight")
-        return output.dtype == embedding.dtype and torch.equal(output, embedding)
 
     def _check(self, parameter: torch.nn.Parameter) -> None:
         """The whole way without any number."""
@@ -108,6 +83,37 @@ class HfWeights:
         """Every parameter of the model."""
         for parameter in ProgressBar(self._parameters, desc="reading weights", unit="parameter", leave=False):
             self.fill(parameter)
+
+
+def check_names(reader: TensorReader, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
+    """Refuses a folder whose tensors are not those of its config.json; reads no tensor where that is clear.
+
+    Raises:
+        UserError: a tensor is missing or left over, or an output matrix of its own would be lost.
+    """
+    table = family_of(hf_config).table(hf_config, padded_vocab_size)
+    expected = {name for entry in table for name in _all_names(entry, hf_config)}
+    if missing := expected - reader.names():
+        reader.shape(min(missing))  # says so
+    left_over = reader.names() - expected
+    if hf_config.tie_word_embeddings and OUTPUT in left_over and _is_embedding(reader, OUTPUT):
+        left_over.remove(OUTPUT)
+    if left_over == {OUTPUT}:
+        raise UserError(
+            f"{reader.folder}: {OUTPUT} is not the embedding, though config.json says so, and training "
+            'would lose it; set "tie_word_embeddings": false there, or take the tensor out'
+        )
+    if left_over:
+        raise UserError(
+            f"{reader.folder}: the tensor {min(left_over)!r} is not part of {hf_config.model_type} "
+            f"({len(left_over)} such); training would lose it"
+        )
+
+
+def _is_embedding(reader: TensorReader, name: str) -> bool:
+    """transformers 5 too ties only where both are the same; one of training without tying may stand there."""
+    output, embedding = reader.get(name), reader.get("model.embed_tokens.weight")
+    return output.dtype == embedding.dtype and torch.equal(output, embedding)
 
 
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:

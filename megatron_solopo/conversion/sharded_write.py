@@ -90,7 +90,9 @@ class ShardedWrite:
         # than writing.
         torch.serialization.set_crc32_options(False)
         with results_queue(results):
-            self.request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+        assert request is not None  # an asynchronous save gives one
+        self.request = request
         _log_to(results)
         if self.request.async_fn is not None:  # None: this process holds nothing that another does not write
             transforms, *_ = self.request.async_fn.args  # of write_preloaded_data_multithread, filesystem_async.py:220

@@ -6,16 +6,18 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from transformers import PretrainedConfig
 
 from megatron_solopo.config import ModelConfig, flag
 from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.hf_weights import HfWeights, check_names
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, find_checkpoint
+from megatron_solopo.conversion.megatron_folder import load_weights_from
 from megatron_solopo.conversion.new_tokens import new_rows
 from megatron_solopo.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_solopo.conversion.hf_weights import HfWeights
+from megatron_solopo.model.hf_config import read_hf_config
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
@@ -23,14 +25,12 @@ def is_megatron_folder(folder: str | Path) -> bool:
     return (Path(folder) / LATEST).is_file() and (Path(folder) / "config.json").is_file()
 
 
-def model_config(options: ModelConfig) -> Any:
+def model_config(options: ModelConfig) -> PretrainedConfig:
     """The Hugging Face config of the model that --hf-path, --rope-scaling and --add-special-tokens describe.
 
     Raises:
         UserError: see `read_hf_config` and `new_rows`.
     """
-    from megatron_solopo.model.build import read_hf_config
-
     hf_config = read_hf_config(options.hf_path, options.rope_scaling)
     if options.add_special_tokens is None:
         return hf_config
@@ -44,16 +44,16 @@ def model_config(options: ModelConfig) -> Any:
     return grown
 
 
-def check_weights(folder: str | Path) -> None:
-    """Refuses a folder without complete weights, reading as little as that takes.
+def check_weights(folder: str | Path, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
+    """Refuses a folder without complete weights, or with others than the model's; reads as little as that takes.
 
     Raises:
-        UserError: naming the file.
+        UserError: naming the file, or see `check_names`.
     """
     if is_megatron_folder(folder):
         find_checkpoint(folder, None, "--hf-path")
     else:
-        TensorReader(folder)
+        check_names(TensorReader(folder), hf_config, padded_vocab_size)
 
 
 def weights_fingerprint(folder: str | Path) -> str:
@@ -69,7 +69,7 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def open_hf_weights(
-    models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None
+    models: Sequence[GPTModel], hf_config: PretrainedConfig, folder: str | Path, add_special_tokens: str | None
 ) -> HfWeights:
     """A Hugging Face folder's weights, for the chunks of a model.
 
@@ -79,9 +79,6 @@ def open_hf_weights(
     Raises:
         UserError: see `HfWeights`.
     """
-    from megatron_solopo.conversion.hf_weights import HfWeights
-    from megatron_solopo.model.build import read_hf_config
-
     rows = None
     if add_special_tokens is not None:
         rows = new_rows(folder, read_hf_config(folder).vocab_size, add_special_tokens)
@@ -89,7 +86,7 @@ def open_hf_weights(
 
 
 def load_start(
-    models: Sequence[Any], hf_config: Any, folder: str | Path, add_special_tokens: str | None = None
+    models: Sequence[GPTModel], hf_config: PretrainedConfig, folder: str | Path, add_special_tokens: str | None = None
 ) -> None:
     """Copies a folder's weights into the chunks of a model, cut for this process, in the model's dtype.
 
@@ -100,8 +97,6 @@ def load_start(
     Raises:
         UserError: a tensor is missing, left over, or has the wrong shape.
     """
-    from megatron_solopo.conversion.megatron_folder import load_weights_from
-
     if is_megatron_folder(folder):
         load_weights_from(find_checkpoint(folder, None, "--hf-path"), models)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,46 +14,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
-from megatron_solopo.errors import UserError
-from megatron_solopo.json_text import check_json
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention
-from megatron_solopo.model.families import family_of
-from megatron_solopo.model.families.fields import attention_window, head_dim
+from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.norm import RMSNorm
-from megatron_solopo.model.rope import RotaryFrequencies, reach
-from megatron_solopo.model.rope_scaling import extended
+from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import Router
-from megatron_solopo.model_folder import check_is_folder, seen_in
-
-
-def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
-    """config.json of a Hugging Face folder, extended by --rope-scaling: the one place that makes a model's config.
-
-    Raises:
-        UserError: no folder, no config.json, one that transformers cannot read, or that cannot be extended so.
-    """
-    folder = Path(folder)
-    check_is_folder(f"--hf-path {folder}", folder, "give a Hugging Face folder")
-    if not (folder / "config.json").is_file():
-        remedy = seen_in(folder) or "give a Hugging Face folder"
-        raise UserError(f"--hf-path {folder}: the folder holds no config.json; {remedy}")
-    check_json(folder / "config.json")
-    try:
-        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:
-        first, *others = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
-        raise UserError(f"{folder}/config.json: not readable ({reason})") from None
-    return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
-
-
-def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
-    """Rows of the vocabulary matrices; depends on the config only, never on the number of processes."""
-    return -(-hf_config.vocab_size // divisible_by) * divisible_by
 
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
@@ -64,6 +34,13 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first is not None and parallel.pipeline_model_parallel_size == 2:
         last = None  # follows from the first; transformer_layer.py:157 divides by the number of stages between them
+    choices: dict[str, Any] = {  # texts that mcore annotates as literals
+        "transformer_impl": "local" if model.transformer_impl == "portable" else model.transformer_impl,
+        "fp8": model.fp8_format,
+        "fp8_recipe": model.fp8_recipe,
+        "recompute_granularity": model.recompute_granularity,
+        "recompute_method": model.recompute_method if model.recompute_granularity else None,
+    }
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -77,9 +54,6 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
-        transformer_impl="local" if model.transformer_impl == "portable" else model.transformer_impl,
-        fp8=model.fp8_format,
-        fp8_recipe=model.fp8_recipe,
         # Transformer Engine's own defaults of delayed scaling; mcore's look back one batch only.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
@@ -122,9 +96,8 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         moe_router_load_balancing_type="aux_loss" if config.training.moe_aux_loss_coeff else "none",
         # Routing is a choice: bfloat16 logits would often choose by their rounding.
         moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
-        recompute_granularity=model.recompute_granularity,
-        recompute_method=model.recompute_method if model.recompute_granularity else None,
         recompute_num_layers=model.recompute_num_layers if model.recompute_granularity else None,
+        **choices,
         **family_of(hf_config).transformer_options(hf_config),
     )
 
@@ -133,18 +106,19 @@ def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
     """A layer, and the norm behind the last one: Transformer Engine's, or megatron-core's local transformer layer with
     our RMSNorm, packed attention and router."""
     if settings.transformer_impl == transformer_engine.NAME:
-        from megatron_solopo.model import te_layers
+        from megatron_solopo.model import te_layers  # imports Transformer Engine, which is optional
 
         return te_layers.layer_spec(settings), te_layers.FINAL_NORM
     submodules = get_gpt_layer_local_submodules(num_experts=settings.num_moe_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
-    attention = submodules.self_attention.submodules
+    attention: Any = submodules.self_attention.submodules  # mcore annotates it as an object
     attention.core_attention = PackedAttention
     if settings.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if settings.num_moe_experts:
-        submodules.mlp.keywords["submodules"].router = Router
+        mlp: Any = submodules.mlp  # a functools.partial
+        mlp.keywords["submodules"].router = Router
         # mcore's checkpoints would call it as in dense layers, which Transformer Engine's with experts do not.
         submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return ModuleSpec(module=TransformerLayer, submodules=submodules), RMSNorm
@@ -170,7 +144,7 @@ def build_model(
     )
     model = GPTModel(
         settings,
-        block,
+        block,  # pyright: ignore[reportArgumentType]  # mcore takes both kinds and annotates one
         vocab_size=padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by),
         max_sequence_length=hf_config.max_position_embeddings,
         position_embedding_type="none",
@@ -183,45 +157,10 @@ def build_model(
         if ".experts." in name:
             # mcore does so only where experts are cut otherwise than the rest, and a checkpoint would then hold one
             # optimizer where all are alike, and two elsewhere.
-            parameter.allreduce = False
+            setattr(parameter, "allreduce", False)
     return model.cuda(torch.cuda.current_device())
 
 
 def rotary_frequencies(hf_config: PretrainedConfig) -> RotaryFrequencies:
-    """The model's RoPE; see `check_length` for how far it reaches."""
+    """The model's RoPE; see `hf_config.check_length` for how far it reaches."""
     return RotaryFrequencies(hf_config)
-
-
-def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
-    """Refuses sequences beyond what the model's positions cover, or its sliding window: ours is full attention, which
-    is the same as long as no sequence is longer than the window.
-
-    Raises:
-        UserError: naming --seq-length.
-    """
-    covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
-    if seq_length > covered:
-        scaled = hf_config.rope_parameters["rope_type"] != "default"
-        raise UserError(
-            f"--seq-length {seq_length} is beyond the model's max_position_embeddings {covered} (config.json); "
-            f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or take a longer model"
-        )
-    window = attention_window(hf_config)
-    if window is not None and seq_length > window:
-        raise UserError(
-            f"--seq-length {seq_length} is longer than the model's sliding_window {window} (config.json), and "
-            f"attention in a window is not supported; lower it to {window}, or take a model without one"
-        )
-
-
-def parameter_count(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Parameters of the Hugging Face model, without building it: {"total", "embedding"}.
-
-    Counted on the meta device by transformers, so that vocabulary padding does not enter.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(hf_config)
-    embedding = model.get_input_embeddings().weight.numel()
-    return {"total": sum(p.numel() for p in model.parameters()), "embedding": embedding}

@@ -44,7 +44,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return log_probs
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch annotates any number
         hidden, weight, targets, log_sums = ctx.saved_tensors
         first_row, real_rows, chunk, group, total = ctx.settings
         grad_hidden = torch.empty_like(hidden)

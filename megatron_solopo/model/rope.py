@@ -7,6 +7,7 @@ go on from its prompt. Frequencies come from transformers, so that every field o
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ INERT_FIELDS = {"original_max_position_embeddings", "finetuned"}
 
 class RotaryFrequencies(nn.Module):
     """cos and sin of every position of a pack, as transformers computes them (angles in float32)."""
+
+    inverse: Tensor
 
     def __init__(self, hf_config: PretrainedConfig) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ def inverse_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
 
-def reach(positions: int, parameters: dict[str, object] | None) -> int:
+def reach(positions: int, parameters: dict[str, Any] | None) -> int:
     """How far a model's positions reach.
 
     Args:

@@ -6,6 +6,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.fields import head_dim
 
@@ -40,11 +42,10 @@ def parse(text: str) -> RopeScaling:
     """
     kind, *numbers = text.split(":")
     try:
-        factor, original = float(numbers[0]), int(numbers[1])
-    except (ValueError, IndexError):
-        numbers = []
-    if len(numbers) != 2:
-        raise UserError(f"--rope-scaling {text}: must be {FORM}, such as yarn:4:32768")
+        factor, original = numbers
+        factor, original = float(factor), int(original)
+    except ValueError:
+        raise UserError(f"--rope-scaling {text}: must be {FORM}, such as yarn:4:32768") from None
     if kind == "llama3":
         raise UserError(f"--rope-scaling {text}: llama3 comes from config.json only; take {' or '.join(TYPES)}")
     if kind not in TYPES:
@@ -56,7 +57,7 @@ def parse(text: str) -> RopeScaling:
     return RopeScaling(kind, factor, original)
 
 
-def extended(hf_config: Any, text: str) -> Any:
+def extended(hf_config: PretrainedConfig, text: str) -> PretrainedConfig:
     """The config of the extended model.
 
     Raises:
@@ -88,7 +89,7 @@ def extended(hf_config: Any, text: str) -> Any:
     return result
 
 
-def write(document: dict[str, Any], hf_config: Any) -> None:
+def write(document: dict[str, Any], hf_config: PretrainedConfig) -> None:
     """Writes a model's positions into its config.json.
 
     transformers 5 saves ``rope_parameters``, with rope_theta in it, and reads both that and the older fields (these
@@ -104,7 +105,7 @@ def write(document: dict[str, Any], hf_config: Any) -> None:
         document["head_dim"] = head_dim(hf_config)  # transformers 5.17's yarn takes Mixtral's None as a number
 
 
-def is_read_alike(document: dict[str, Any], hf_config: Any) -> bool:
+def is_read_alike(document: dict[str, Any], hf_config: PretrainedConfig) -> bool:
     """Whether transformers 4 finds the positions of ``hf_config`` in config.json as well, and no field disagrees."""
     scaling, trained = document.get("rope_scaling"), _of(hf_config)
     if document.get("rope_parameters") is not None:
@@ -121,6 +122,6 @@ def is_read_alike(document: dict[str, Any], hf_config: Any) -> bool:
     return read == trained
 
 
-def _of(hf_config: Any) -> dict[str, Any]:
+def _of(hf_config: PretrainedConfig) -> dict[str, Any]:
     """``rope_parameters`` without the old name of rope_type, which transformers 4 lets win."""
     return {name: value for name, value in hf_config.rope_parameters.items() if name != "type"}

@@ -64,7 +64,7 @@ class Router(TopKRouter):
             dist.all_reduce(load, group=self.tp_cp_group)
         choices = load.sum().clamp(min=1)  # a micro-batch of padding has none, and its loss is 0
         tokens = choices / self.topk
-        return self.config.num_moe_experts * (load.to(probs.dtype) / choices * probs.sum(0) / tokens).sum()
+        return probs.shape[-1] * (load.to(probs.dtype) / choices * probs.sum(0) / tokens).sum()
 
 
 def padding_mask(model: nn.Module, pack: Pack, own: Tensor | None) -> Tensor | None:
@@ -83,7 +83,7 @@ def padding_mask(model: nn.Module, pack: Pack, own: Tensor | None) -> Tensor | N
     if own is not None:
         mask = mask[own]
     if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
-        group = parallel_state.get_tensor_model_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()  # pyright: ignore[reportAssignmentType]
         mask = mask.chunk(group.size())[group.rank()]
     return mask[None]
 

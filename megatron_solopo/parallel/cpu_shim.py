@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 from unittest import mock
 
 import torch
@@ -104,7 +104,7 @@ class _Stream:
 class _CpuGenerators(list):
     """`torch.cuda.default_generators[i]`: tensor_parallel/random.py reads its state."""
 
-    def __getitem__(self, index: int) -> torch.Generator:
+    def __getitem__(self, index: SupportsIndex) -> torch.Generator:  # pyright: ignore[reportIncompatibleMethodOverride]  # of no slice
         return torch.default_generator
 
 
@@ -130,7 +130,8 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
             sys.modules.pop(name, None)
         sys.modules.update(before)
 
-    sys.modules.update(dict.fromkeys(names))
+    hidden: dict[str, Any] = dict.fromkeys(names)  # None: its import fails
+    sys.modules.update(hidden)
     stack.callback(show_again)
 
 
@@ -141,7 +142,12 @@ def _split_sizes_as_numbers(tensor: Any, as_numpy: bool = False, record_stream: 
 def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``gather`` where all parts are equal; parts of different lengths are padded to the longest and cut again."""
 
-    def gather_parts(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *options: Any) -> torch.Tensor:
+    def gather_parts(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        output_split_sizes: list[int] | None = None,
+        *options: Any,
+    ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, None, *options)
         longest = max(output_split_sizes)
@@ -156,7 +162,12 @@ def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.
 def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``scatter`` where all parts are equal; else every process gets the sum of all parts and keeps its own."""
 
-    def scatter_parts(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *options: Any) -> torch.Tensor:
+    def scatter_parts(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        input_split_sizes: list[int] | None = None,
+        *options: Any,
+    ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return scatter(input_, group, None, *options)
         total = input_.clone()
@@ -221,7 +232,7 @@ def results_queue(queue: Any) -> Iterator[None]:
     dist_checkpointing/strategies/filesystem_async.py:45 starts a manager process for its queue, which is left behind
     for ever, memory and all, when the training process is killed.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import filesystem_async  # `install` comes before megatron.core
 
     with mock.patch.object(filesystem_async, "_results_queue", queue):
         yield
@@ -253,6 +264,7 @@ def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
     zeros, and the loaded state keeps its `step`, one copy a parameter, beside it. Which kernels compute the step is no
     part of a run: a checkpoint's are not taken over.
     """
+    # Not at the top: this file is imported before Transformer Engine is hidden, and these look for it.
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
     if HAVE_APEX_OR_TE:

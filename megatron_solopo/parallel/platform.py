@@ -17,8 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
+from megatron_solopo import environment
 from megatron_solopo.errors import LostProcess, UserError, system_reason
+from megatron_solopo.parallel import cpu_shim
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,6 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them
     the process is alone. On CPU this must come before megatron.core is imported.
     """
-    from megatron_solopo import environment
-    from megatron_solopo.parallel import cpu_shim
-
     name = choose(device)
     if name == "cuda":
         expand_segments()
@@ -118,7 +118,7 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
         dist.init_process_group(
             platform.backend,
             timeout=timedelta(minutes=timeout_minutes),
-            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+            **({"store": HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
     return platform
 
@@ -139,7 +139,7 @@ def end_model_parallel() -> None:
     megatron-core 0.19.2 only forgets them (parallel_state.py, `destroy_model_parallel`), and every forgotten gloo group
     keeps three threads that poll. A group lives on while an engine refers to it, so drop engines first.
     """
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state  # not at the top: `start` must come before its import
 
     gc.collect()  # models and optimizers refer to themselves
     parallel_state.destroy_model_parallel()

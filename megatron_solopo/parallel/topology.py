@@ -88,7 +88,9 @@ def stage_sizes(num_layers: int, parallel: ParallelConfig) -> list[int] | None:
 def layers_of_stage(stage: int, num_layers: int, parallel: ParallelConfig) -> list[range]:
     """Layers, counted from 0, of each model chunk of a stage: every stage holds one chunk before any holds the next."""
     chunks = parallel.num_virtual_stages_per_pipeline_rank
-    sizes = [size // chunks for size in stage_sizes(num_layers, parallel)]
+    stages = stage_sizes(num_layers, parallel)
+    assert stages is not None  # `check_layout` refuses others
+    sizes = [size // chunks for size in stages]
     starts = [chunk * sum(sizes) + sum(sizes[:stage]) for chunk in range(chunks)]
     return [range(start, start + sizes[stage]) for start in starts]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class _Writing:
     iteration: int
     aside: Path
     write: ShardedWrite
-    caller: TemporalAsyncCaller | None = None
+    caller: TemporalAsyncCaller = field(default_factory=TemporalAsyncCaller)
 
 
 class Checkpoints:
@@ -73,7 +73,8 @@ class Checkpoints:
     ) -> None:
         self._folder, self._output, self._parallel = Path(config.output.save), config.output, config.parallel
         self._engine, self._optimizer, self._scheduler = engine, optimizer, scheduler
-        self._progress, self._latest, self._writing = progress, latest, None
+        self._progress, self._latest = progress, latest
+        self._writing: _Writing | None = None
         self.unsaved: str | None = None
         """Why the newest save failed, or None."""
         if dist.get_rank() == 0:
@@ -105,29 +106,29 @@ class Checkpoints:
             return
         state, _ = _state(self._engine, self._optimizer)
         state |= {"iteration": iteration, "scheduler": self._scheduler.state_dict(), "progress": self._progress}
-        self._writing = _Writing(iteration, aside, ShardedWrite(state, aside, self._engine.platform.device))
+        writing = _Writing(iteration, aside, ShardedWrite(state, aside, self._engine.platform.device))
         if self._output.async_save:
-            self._writing.caller = TemporalAsyncCaller()
-            self._writing.caller.schedule_async_call(self._writing.write.request)
-            return
-        self._writing.write.run()
-        self._complete()
+            writing.caller.schedule_async_call(writing.write.request)
+            self._writing = writing
+        else:
+            writing.write.run()
+            self._complete(writing)
 
     def poll(self) -> None:
         """Completes an asynchronous save whose writers are done; does not wait."""
         if self._writing is not None and self._writing.caller.is_current_async_call_done(blocking=False):
-            self._complete()
+            self._complete(self._writing)
 
     def finish(self) -> None:
         """Waits for an asynchronous save and completes it."""
         if self._writing is not None:
             self._writing.caller.is_current_async_call_done(blocking=True)
             dist.barrier()
-            self._complete()
+            self._complete(self._writing)
 
-    def _complete(self) -> None:
+    def _complete(self, writing: _Writing) -> None:
         """Everything is written: metadata, mark, the final name, the latest file, and older checkpoints' end."""
-        writing, self._writing = self._writing, None
+        self._writing = None
         error = writing.write.finish()
         error = first_error(error or on_first(lambda: self._publish(writing)))
         if error:
@@ -191,7 +192,7 @@ def load_checkpoint(
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
     try:
         with reporting(f"loading {source}"):
-            loaded = dist_checkpointing.load(state, str(source))
+            loaded: Any = dist_checkpointing.load(state, str(source))  # a tuple only with other options
     except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
         raise UserError(
             f"--load: {source} cannot be read ({reason_of(error)}); its files are complete, so it is "
@@ -204,7 +205,7 @@ def load_checkpoint(
     scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _set_rates(state: Any, lr: float, min_lr: float) -> None:
+def _set_rates(state: dict[Any, Any], lr: float, min_lr: float) -> None:
     """Writes other rates into an optimizer's state, one optimizer or several (experts have their own).
 
     megatron-core 0.19.2 keeps both in every group of parameters, finds a group again by them

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
-from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
-from megatron_solopo.model.build import padded_vocab_size, parameter_count
 from megatron_solopo.model.families.fields import attention_window
+from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.rope import reach
-from megatron_solopo.model.transformer_engine import check_machine
 from megatron_solopo.parallel.context import chunk_places
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import (
@@ -22,18 +24,9 @@ from megatron_solopo.parallel.topology import (
     place_of,
     world_size,
 )
-from megatron_solopo.training.preparation import check_model, check_vocabulary, load_data, run_schedule
-from megatron_solopo.training.reference import cache_folder, starting_weights
-from megatron_solopo.training.resume import (
-    check_folders,
-    check_reference,
-    check_same_run,
-    find_start,
-    new_schedule,
-    nothing_left,
-    progress_of,
-    read_progress,
-)
+from megatron_solopo.training.preflight import preflight
+from megatron_solopo.training.reference import cache_folder
+from megatron_solopo.training.resume import new_schedule
 
 
 def describe(config: Config) -> str:
@@ -42,23 +35,10 @@ def describe(config: Config) -> str:
     Raises:
         UserError: whatever the run itself would refuse before its first step.
     """
-    check_folders(config)
-    device = choose(config.parallel.device)
-    hf_config = check_model(config)
-    data = load_data(config)
-    check_vocabulary(data, hf_config.vocab_size)
-    output = config.output
-    source = find_start(config)
-    schedule = run_schedule(config, data)
-    done, changed = 0, None
-    if source is not None:
-        before = read_progress(source)
-        progress = progress_of(schedule, data, config, hf_config)
-        check_same_run(before, progress, config)
-        done, changed = before["iteration"], new_schedule(before, progress, config)
-    all_done = nothing_left(config, done, schedule.steps)
-    if source is not None and not all_done and needs_reference(config.method):
-        check_reference(before, starting_weights(config), config)
+    plan = preflight(config, dry_run=True)
+    hf_config, data, schedule = plan.inputs.hf_config, plan.inputs.data, plan.inputs.schedule
+    device, output = choose(config.parallel.device), config.output
+    changed = new_schedule(plan.before, plan.progress, config) if plan.source else None
     processes = world_size()
     window = attention_window(hf_config)
     counts = parameter_count(hf_config)
@@ -76,7 +56,7 @@ def describe(config: Config) -> str:
         "",
         f"# ranks ({processes} process{'es' if processes > 1 else ''} on {device})",
         *_rank_table(config.parallel, hf_config.num_hidden_layers, processes),
-        *_unfit(config, device),
+        *([f"warning: this machine cannot run it: {plan.inputs.unfit}"] if plan.inputs.unfit else []),
         "",
         "# model",
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
@@ -98,9 +78,9 @@ def describe(config: Config) -> str:
         "# steps",
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "
         f"({schedule.total / schedule.examples:.2f} epochs)",
-        *([f"goes on after step {done}, from {source}"] if source and not all_done else []),
+        *([f"goes on after step {plan.resumed}, from {plan.source}"] if plan.source and not plan.nothing_left else []),
         *([changed] if changed else []),
-        *([f"all are done and saved in {output.save}; nothing is left"] if all_done else []),
+        *([f"all are done and saved in {output.save}; nothing is left"] if plan.nothing_left else []),
         "",
         "# files",
         f"{output.save}/metrics.jsonl, config.yaml, versions.yaml",
@@ -116,21 +96,12 @@ def describe(config: Config) -> str:
         lines.append(f"{output.tensorboard_dir}/: TensorBoard events")
     if output.save_hf:
         lines.append(f"{output.save_hf}/: the trained model in Hugging Face format")
-    if output.save_hf_interval:
+    if output.save_hf and output.save_hf_interval:
         lines.append(
             f"{checkpoint_folder(output.save_hf, output.save_hf_interval)}/ and so on, every {output.save_hf_interval} "
             "steps: the model so far in Hugging Face format"
         )
     return "\n".join(lines)
-
-
-def _unfit(config: Config, device: str) -> list[str]:
-    """A warning where this machine, which may be a cluster's login node, could not compute the run."""
-    try:
-        check_machine(config, device)
-    except UserError as error:
-        return [f"warning: this machine cannot run it: {error}"]
-    return []
 
 
 def _kept(output: OutputConfig) -> str:
@@ -179,3 +150,14 @@ def _named(layers: list[range]) -> str:
     """``[range(0, 2), range(4, 5)]`` -> ``layers 0-1, 4``."""
     spans = [f"{chunk.start}-{chunk.stop - 1}" if len(chunk) > 1 else str(chunk.start) for chunk in layers]
     return ("layers " if len(spans) > 1 or len(layers[0]) > 1 else "layer ") + ", ".join(spans)
+
+
+def parameter_count(hf_config: PretrainedConfig) -> dict[str, int]:
+    """Parameters of the Hugging Face model, without building it: {"total", "embedding"}.
+
+    Counted on the meta device by transformers, so that vocabulary padding does not enter.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(hf_config)
+    embedding = model.get_input_embeddings().weight.numel()
+    return {"total": sum(p.numel() for p in model.parameters()), "embedding": embedding}

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
@@ -44,7 +45,7 @@ class Engine:
     @property
     def models(self) -> list[GPTModel]:
         """The chunks without their wrappers."""
-        return [chunk.module for chunk in self.chunks]
+        return [chunk.module for chunk in self.chunks]  # pyright: ignore[reportReturnType]  # DDP annotates any Module
 
     def train(self) -> None:
         """Before training steps. With --overlap-param-gather forward passes gather the parameters they need."""
@@ -83,6 +84,12 @@ class Engine:
                 dispatcher.probs = None
 
 
+def gradient_buffers(chunk: DistributedDataParallel) -> list[_ParamAndGradBuffer]:
+    """The gradient buffers of a chunk, those of experts last."""
+    dense: Any = chunk.buffers  # DDP gives a method of nn.Module another meaning
+    return [*dense, *chunk.expert_parallel_buffers]
+
+
 def _gathers_in_forward(chunk: DistributedDataParallel) -> bool:
     return bool(chunk.remove_forward_pre_hook_handles)
 
@@ -97,7 +104,7 @@ def initialize_parallel(config: Config) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]  # mcore multiplies it
         # They serve checkpoint formats that are not used here, and a host whose name does not resolve fails at them.
         create_gloo_process_groups=False,
     )
@@ -160,7 +167,7 @@ def _keep_padding_in_checkpoints(chunk: DistributedDataParallel) -> None:
     distrib_optimizer.py:1312 joins the optimizer's buckets without their padding when it saves, and :1750 cuts the
     parameters out at their padded places: all that stands behind the first padding would be saved wrong, silently.
     """
-    for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+    for buffer in gradient_buffers(chunk):
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()
@@ -172,7 +179,7 @@ def _set_schedule_functions(chunks: list[DistributedDataParallel], ddp: Distribu
     settings.finalize_model_grads_func = finalize_model_grads
     settings.calculate_per_token_loss = False
 
-    def one_or_each(functions: list[Any]) -> Any:
+    def one_or_each(functions: list[Any]) -> Any:  # mcore takes both and annotates one
         return functions if len(functions) > 1 else functions[0]
 
     if ddp.overlap_grad_reduce:
@@ -200,7 +207,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=engine.chunks[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, engine.chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, [*engine.chunks], use_gloo_process_groups=False)
     if engine.platform.name == "cuda" and not HAVE_APEX_OR_TE:
         fuse_adam(optimizer)
     # The scheduler counts before each step, so that no step has a learning rate of 0: step k of w warm-up
@@ -234,7 +241,7 @@ def fuse_adam(optimizer: MegatronOptimizer) -> None:
 
 def gradients_are_finite(engine: Engine) -> bool:
     """Whether every gradient in the model's buffers is finite on every process; collective."""
-    buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    buffers = [buffer for chunk in engine.chunks for buffer in gradient_buffers(chunk)]
     norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
     bad = (~torch.isfinite(torch.stack(norms))).any().float()
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)

@@ -15,13 +15,13 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.platform import first_error, on_first
 from megatron_solopo.training import resume
 from megatron_solopo.training.engine import Engine
-from megatron_solopo.training.preparation import RunData
+from megatron_solopo.training.preflight import RunData
 
 
 def export_model(engine: Engine, config: Config, data: RunData, step: int) -> str | None:
     """Writes the model as it is now to a folder inside --save-hf; collective. Returns on every process what the first
     could not do."""
-    return _save(engine, config, data, checkpoint_folder(config.output.save_hf, step))
+    return _save(engine, config, data, checkpoint_folder(resume.export_folder(config), step))
 
 
 def export_last_model(engine: Engine, config: Config, data: RunData, steps: int) -> str | None:
@@ -31,7 +31,7 @@ def export_last_model(engine: Engine, config: Config, data: RunData, steps: int)
         refused = first_error(None)
     except UserError as error:
         refused = first_error(str(error))
-    problem = refused or _save(engine, config, data, Path(config.output.save_hf))
+    problem = refused or _save(engine, config, data, resume.export_folder(config))
     if problem:
         return problem
     full = first_error(on_first(lambda: resume.export_is_complete(config, steps)))
@@ -66,6 +66,6 @@ def delete_earlier_exports(config: Config) -> None:
     if dist.get_rank() == 0:
         resume.forget_export(config)
         if config.output.save_hf_interval and config.output.force:
-            restore(Path(config.output.save_hf))
-            for path in Path(config.output.save_hf).glob("iter_*"):
+            restore(resume.export_folder(config))
+            for path in resume.export_folder(config).glob("iter_*"):
                 shutil.rmtree(path, ignore_errors=True)

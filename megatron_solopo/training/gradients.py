@@ -23,10 +23,11 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
     Raises:
         AssertionError: processes that must hold the same gradient do not.
     """
-    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    expert_copies = parallel_state.get_expert_data_parallel_group()
+    copies: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    expert_copies: Any = parallel_state.get_expert_data_parallel_group()
     for chunk in engine.chunks:
-        for buffers, group in ((chunk.buffers, copies), (chunk.expert_parallel_buffers, expert_copies)):
+        dense: Any = chunk.buffers  # DDP gives a method of nn.Module another meaning
+        for buffers, group in ((dense, copies), (chunk.expert_parallel_buffers, expert_copies)):
             for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
                 own = bucket.grad_data.chunk(dist.get_world_size(group))
                 shards = [torch.empty_like(shard) for shard in own]
@@ -36,9 +37,10 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
     every = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
     for entry, names, parameter in every:
         group = tensor_group(entry)
-        cut = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, parameter.main_grad.clone(), group=group)
+        own: Any = parameter  # what mcore notes on a parameter
+        cut = own.partition_dim if getattr(own, "tensor_model_parallel", False) else None
+        parts = [torch.empty_like(own.main_grad) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own.main_grad.clone(), group=group)
         if cut is None:  # kept whole on every process
             assert all(torch.equal(part, parts[0]) for part in parts), names
         whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]

@@ -103,6 +103,21 @@ class Watch:
             return {}
         return {CLIPPED: f"every one of the last {WINDOW} steps was clipped {self._how(line)}"}
 
+    def at_end(self, done: int) -> list[str]:
+        """Lines about the whole run, for its end after step ``done``."""
+        lines = []
+        if self.skipped:
+            lines.append(f"skipped {self.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
+        if self.skipped_in_a_row:
+            trained = done - self.skipped_in_a_row
+            lines.append(
+                f"warning: every step after step {trained} was skipped: the model is still that of step {trained}; "
+                "look at their examples, or start a new run with a lower --lr"
+            )
+        if clipped := self.all_clipped():
+            lines.append(f"warning: {clipped}")
+        return lines
+
     def all_clipped(self) -> str | None:
         """A line where every step of a run that is too short for the warning was clipped, else None."""
         if self._unclipped or not 0 < self._steps < WINDOW:

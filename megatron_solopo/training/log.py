@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -48,7 +49,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, output: OutputConfig, settings: Mapping[str, Any]) -> None:
-        import wandb
+        import wandb  # optional
 
         folder = Path(output.save)
         id_file = folder / "wandb_run_id.txt"
@@ -94,7 +95,8 @@ class RunLog:
     ) -> None:
         self._output, self._settings, self._first_step = output, settings or {}, first_step
         self._active, self._steps, self._interval = active, steps, output.log_interval
-        self._bar = self._file = None
+        self._bar: tqdm[NoReturn] | None = None
+        self._file: FileIO | None = None
         self._boards: list[TensorBoard | WeightsAndBiases] = []
         self.earlier: list[dict[str, Any]] = []
         """What the file held of steps before ``first_step``."""
@@ -163,6 +165,7 @@ class RunLog:
 
     def _write(self, line: str) -> None:
         """A full disk does not end the run: what did not fit is tried again with the next line."""
+        assert self._file is not None  # `begin` opened it
         full = bool(self._pending)
         self._pending += line.encode()
         try:
@@ -178,7 +181,7 @@ class RunLog:
         """Ends the bar and closes the files."""
         if self._pending:
             self._write("")
-        if self._pending:
+        if self._pending and self._file is not None:
             lost = self._pending.count(b"\n")
             self.say(f"warning: the last {lost} lines of {self._file.name} could not be written")
         for thing in (self._bar, self._file, *self._boards):

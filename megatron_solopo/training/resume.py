@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from megatron_solopo.config import OWNER, Config, MethodConfig, OutputConfig, ParallelConfig, flag
 from megatron_solopo.conversion.manifest import (
     find_checkpoint,
@@ -16,9 +18,12 @@ from megatron_solopo.conversion.manifest import (
     write_whole,
 )
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder
+from megatron_solopo.data.tokenized.batches import Schedule
+from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
+from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model.families.fields import mathematics
-from megatron_solopo.training.preparation import RunData
+from megatron_solopo.training.reference import cache_folder
 
 EXPORT = "export.json"
 """Of a run folder: what --save-hf holds, or is about to hold."""
@@ -91,9 +96,6 @@ def check_folders(config: Config) -> None:
     Raises:
         UserError: naming the folder and what to do.
     """
-    from megatron_solopo.losses.solopo import needs_reference
-    from megatron_solopo.training.reference import cache_folder  # with Megatron, which most of this does without
-
     output = config.output
     save, load = Path(output.save), output.load
     if save.exists() and not save.is_dir():
@@ -163,6 +165,12 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
     return False
 
 
+def export_folder(config: Config) -> Path:
+    """--save-hf of a run that has it."""
+    assert config.output.save_hf is not None
+    return Path(config.output.save_hf)
+
+
 def begin_export(config: Config, steps: int) -> None:
     """Notes in the run folder that --save-hf is about to be this run's model: a start after a kill then neither takes
     an older model there for its own, nor its own for an older one.
@@ -171,7 +179,7 @@ def begin_export(config: Config, steps: int) -> None:
         UserError: it is another's model.
     """
     own = _noted_export(config) is not None
-    check_target(flag("save_hf"), Path(config.output.save_hf), config.output.force or own, filling=True)
+    check_target(flag("save_hf"), export_folder(config), config.output.force or own, filling=True)
     write_whole(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=False)) + "\n")
 
 
@@ -186,7 +194,7 @@ def forget_export(config: Config) -> None:
 
 
 def _noted(config: Config, steps: int, complete: bool) -> dict[str, Any]:
-    return {"save_hf": str(Path(config.output.save_hf).resolve()), "step": steps, "complete": complete}
+    return {"save_hf": str(export_folder(config).resolve()), "step": steps, "complete": complete}
 
 
 def _noted_export(config: Config) -> dict[str, Any] | None:
@@ -211,11 +219,11 @@ def read_progress(source: Path) -> dict[str, Any]:
     return document["progress"] | {"iteration": document["iteration"]}
 
 
-def progress_of(schedule: Any, data: RunData, config: Config, hf_config: Any) -> dict[str, Any]:
+def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
     """What fixes model, order of the examples and each step of the optimizer; kept in every checkpoint."""
     return {
         MATHEMATICS: mathematics(hf_config),
-        "tokens": data.train.fingerprint,
+        "tokens": train.fingerprint,
         "steps": schedule.steps,
         "total": schedule.total,
         **{name: _value(config, name) for name in sorted(IDENTITY | EXAMPLES)},

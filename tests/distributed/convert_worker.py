@@ -49,7 +49,7 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.random_start import draw_start
     from megatron_solopo.conversion.start import load_start, open_hf_weights
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_chunks
 
     hf_config, found = read_hf_config(source), {}

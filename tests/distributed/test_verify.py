@@ -12,7 +12,8 @@ from training_home import ENVIRONMENT, ROOT, Home, furnish
 from megatron_solopo.cli import run
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import parse_layout
-from megatron_solopo.training.verify import _config, main
+from megatron_solopo.training.compare_layouts import _config
+from megatron_solopo.training.verify import main
 
 
 @pytest.fixture(scope="module")

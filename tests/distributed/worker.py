@@ -107,9 +107,9 @@ def end(engines: dict[str, Any]) -> None:
 def main(argv: list[str]) -> int:
     job = json.loads(Path(argv[0]).read_text())
     here = platform.start("cpu", timeout_minutes=2)
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine, initialize_parallel
-    from megatron_solopo.training.run import train
+    from megatron_solopo.training.trainer import train
 
     results: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}

@@ -18,6 +18,7 @@ from megatron_solopo.cli import run
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.start import check_weights, is_megatron_folder
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.training.convert import main
 
 
@@ -51,7 +52,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor] | None:
     if not (folder / "config.json").is_file():
         return None
     try:
-        check_weights(folder)
+        check_weights(folder, read_hf_config(folder), padded_vocab_size=128)
     except UserError:
         return None
     if is_megatron_folder(folder):

@@ -118,7 +118,7 @@ config, _ = load(sys.argv[1:])
 here = platform.start("cpu", 5)  # processes may take long to start; the short limit comes behind
 platform.wait_for_all("start")
 
-from megatron_solopo.training import engine, reference, run
+from megatron_solopo.training import engine, preflight, reference
 
 own = reference.own_segment_table
 
@@ -127,15 +127,15 @@ def slow(*arguments):
     return own(*arguments)
 
 reference.own_segment_table = slow
-data = run.load_data(config)
+inputs = preflight.check_run_inputs(config)
 platform.wait_for_all("data")
 engine.initialize_parallel(config)
-built = engine.build_engine(here, run.check_model(config), config)
+built = engine.build_engine(here, inputs.hf_config, config)
 platform.wait_for_all("engine")
 dist = platform.dist
 dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.parallel.distributed_timeout_minutes), dist.group.WORLD)
 weights = reference.starting_weights(config)
-reference.reference_log_probs(built, data.reference["train"], config, weights)
+reference.reference_log_probs(built, inputs.data.reference["train"], config, weights)
 platform.stop(here)
 """
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_solopo import config_load
 from megatron_solopo.cli import run
-from megatron_solopo.training.preparation import load_data
+from megatron_solopo.training.preflight import load_data
 from megatron_solopo.training.run import main
 
 FLAGS = ("--seq-length", 512, "--rope-scaling", "yarn:2:256", "--train-iters", 2)

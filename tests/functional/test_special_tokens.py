@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_solopo import config_load
 from megatron_solopo.cli import run
 from megatron_solopo.training import convert
-from megatron_solopo.training.preparation import load_data
+from megatron_solopo.training.preflight import load_data
 from megatron_solopo.training.run import main
 
 TOKENS = "<think>,</think>"

@@ -106,7 +106,7 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     """([groups, roles] log-probs, loss, gradient by the parameter's portable name) of one step, float64."""
     from megatron_solopo.data.tokenized.batches import plan_step
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.model.transformer_engine import portable_name
     from megatron_solopo.training.engine import build_engine
     from megatron_solopo.training.step import own_segment_table, run_step
@@ -197,7 +197,7 @@ def test_twenty_steps_and_back_to_the_portable_implementation(
     """The whole trainer; its checkpoint goes on in the portable implementation, and its export loads."""
     from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training.engine import initialize_parallel
-    from megatron_solopo.training.run import train
+    from megatron_solopo.training.trainer import train
 
     data = write_lines(tmp_path / "groups.jsonl", preference_groups(64))
     flags = [

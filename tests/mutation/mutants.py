@@ -348,7 +348,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "model/build.py",
+        "model/hf_config.py",
         FAMILIES,
         ("a sequence one token longer than the window", "seq_length > window:", "seq_length > window + 1:"),
     ),
@@ -370,7 +370,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "model/build.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")
+        "model/hf_config.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")
     ),
     *within(
         "conversion/companions.py",

@@ -67,7 +67,7 @@ def cuda_seems_there() -> Iterator[None]:
 
 
 def engine_of(here: Any, folder: Path, implementation: str, **model: Any) -> Any:
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine
 
     config = options()

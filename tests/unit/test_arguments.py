@@ -127,7 +127,7 @@ def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path: Path) -> None:
 def test_a_model_folder_with_such_a_file_is_refused(text: str, told: str, tmp_path: Path) -> None:
     from megatron_solopo.conversion.companions import generation_config
     from megatron_solopo.conversion.hf_folder import TensorReader
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
 
     readers = {
         "config.json": read_hf_config,

@@ -11,7 +11,7 @@ from option_lines import argv, last_wins
 from megatron_solopo.config import Config, flag
 from megatron_solopo.config_checks import unused
 from megatron_solopo.config_load import build_parser, load
-from megatron_solopo.training.run import _effective, _write_settings
+from megatron_solopo.training.run_folder import effective, write_settings
 
 SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if f.name != "explicit"]
 OPTIONS = {f.name: (section, f) for section in SECTION_NAMES for f in dataclasses.fields(getattr(Config(), section))}
@@ -103,14 +103,14 @@ RUNS = [
 @pytest.mark.parametrize("options", RUNS, ids=" ".join)
 def test_the_written_configuration_loads_again_to_the_same_run(options, tmp_path):
     config, _ = load(argv(*options))
-    _write_settings(tmp_path, config)
+    write_settings(tmp_path, config)
     again, _ = load(["--config", str(tmp_path / "config.yaml")])
     assert again.as_dict() == config.as_dict()
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    effective = {name for values in _effective(config).values() for name in values}
-    assert effective == OPTIONS.keys() - unused(config).keys()
+    taken = {name for values in effective(config).values() for name in values}
+    assert taken == OPTIONS.keys() - unused(config).keys()
     assert {name for values in written.values() for name in values} == {
-        name for name in effective if value_of(config, name) is not None
+        name for name in taken if value_of(config, name) is not None
     }
 
 

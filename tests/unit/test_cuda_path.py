@@ -173,7 +173,7 @@ def test_the_fused_adam_is_adam_and_resumes(
     from megatron_solopo import config_load
     from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training import engine as engines
-    from megatron_solopo.training.run import train
+    from megatron_solopo.training.trainer import train
 
     data = write_lines(tmp_path / "groups.jsonl", preference_groups(12))
     build, built = engines.build_optimizer, []
@@ -216,7 +216,7 @@ def test_the_fused_adam_is_adam_and_resumes(
 def test_only_torchs_adam_on_cuda_is_fused(engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training import engine as engines
 
     built = engines.build_engine(engine, read_hf_config(folder), Config(model=ModelConfig(hf_path=str(folder))))

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import family_of
 from megatron_solopo.model.families.fields import HARMLESS, HARMLESS_ENDINGS, READ, attention_window
+from megatron_solopo.model.families.registry import family_of
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
     LlamaConfig,
@@ -169,7 +169,7 @@ IN_THE_WILD: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fields_of_the_wild_pass(kind: type[PretrainedConfig], tmp_path: Path) -> None:
-    from megatron_solopo.model.build import check_length, read_hf_config
+    from megatron_solopo.model.hf_config import check_length, read_hf_config
 
     document = small(kind).to_dict() | {"rope_theta": 500000} | IN_THE_WILD
     document.pop("rope_parameters")
@@ -192,7 +192,7 @@ def test_every_field_of_transformers_is_decided_on(kind: type[PretrainedConfig])
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="model_type 'gpt2' is not supported; supported are llama, mistral, mixtral, q"):
@@ -219,7 +219,7 @@ WINDOWS: list[tuple[PretrainedConfig, int | None]] = [
 
 @pytest.mark.parametrize(("hf_config", "window"), WINDOWS)
 def test_a_window_bounds_the_length_of_sequences(hf_config: PretrainedConfig, window: int | None) -> None:
-    from megatron_solopo.model.build import check_length
+    from megatron_solopo.model.hf_config import check_length
 
     family_of(hf_config)
     assert attention_window(hf_config) == window
@@ -263,7 +263,9 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
     """Ours and transformers' model, on the meta device: every shape, no memory."""
     from megatron_solopo.config import Config
     from megatron_solopo.conversion.hf import named_entries
-    from megatron_solopo.model.build import build_model, parameter_count, read_hf_config
+    from megatron_solopo.model.build import build_model
+    from megatron_solopo.model.hf_config import read_hf_config
+    from megatron_solopo.training.dry_run import parameter_count
 
     text = (solopo_data / "model_configs" / f"{name}.config.json").read_text()
     (tmp_path / "config.json").write_text(text)

@@ -22,7 +22,7 @@ from megatron_solopo.config_load import load
 from megatron_solopo.data.formats import as_conversation, as_group
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.errors import UserError
-from megatron_solopo.training.preparation import load_data
+from megatron_solopo.training.preflight import load_data
 
 
 def user(text: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megatron_solopo.data.hf_model import load_model, reach
 from megatron_solopo.data.sampling import sample_responses
 from megatron_solopo.data.text.tokenizer import read_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.build import read_hf_config
+from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.model_folder import download, seen_in
 
 READERS: dict[str, Callable[[str], object]] = {

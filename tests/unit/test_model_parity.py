@@ -95,7 +95,8 @@ def hf_folder(request, tmp_path):
 
 def megatron_model(folder, dtype):
     from megatron_solopo.conversion.hf_weights import HfWeights
-    from megatron_solopo.model.build import build_model, read_hf_config
+    from megatron_solopo.model.build import build_model
+    from megatron_solopo.model.hf_config import read_hf_config
 
     hf_config = read_hf_config(folder)
     model = build_model(hf_config, Config(), dtype)

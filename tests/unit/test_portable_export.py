@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, MixtralConf
 
 from megatron_solopo.conversion.companions import Companions, config_json
 from megatron_solopo.data.text.tokenizer import add_special_tokens, read_tokenizer
-from megatron_solopo.model.build import read_hf_config
+from megatron_solopo.model.hf_config import read_hf_config
 
 OLD = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | SHAPE
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, MixtralConfig, Qwen2Config, Qw
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import family_of
+from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.rope import RotaryFrequencies, reach
 from megatron_solopo.model.rope_scaling import extended, parse, write
 
@@ -119,7 +119,7 @@ def test_notes_of_published_configs_pass() -> None:
 
 
 def test_a_published_yarn_config_reaches_as_far_as_it_was_extended() -> None:
-    from megatron_solopo.model.build import check_length
+    from megatron_solopo.model.hf_config import check_length
 
     hf_config = LlamaConfig(**(LONG | {"max_position_embeddings": 2048}), rope_parameters=dict(YARN))
     assert reach(2048, hf_config.rope_parameters) == 8192

@@ -35,8 +35,8 @@ def progress(config: Config, fingerprint: str = "tokens", **model: Any) -> dict[
     training = config.training
     length = training.train_iters, training.train_epochs
     schedule = make_schedule(10, training.global_batch_size, *length, training.seed, config.data.shuffle)
-    data: Any = SimpleNamespace(train=SimpleNamespace(fingerprint=fingerprint))
-    return resume.progress_of(schedule, data, config, LlamaConfig(**model))
+    train: Any = SimpleNamespace(fingerprint=fingerprint)
+    return resume.progress_of(schedule, train, config, LlamaConfig(**model))
 
 
 def another(name: str) -> Any:

@@ -26,7 +26,7 @@ GROUPS = 5
 
 @pytest.fixture(scope="module")
 def trained(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine
 
     folder = write_model(tmp_path_factory.mktemp("model"))
@@ -37,7 +37,7 @@ def trained(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def double(engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same in float64, where only another formula differs by more than 1e-10."""
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine
 
     folder = write_model(tmp_path_factory.mktemp("double"))

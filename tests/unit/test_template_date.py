@@ -24,7 +24,7 @@ from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences, text_facts
 from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.errors import UserError
-from megatron_solopo.training.preparation import load_data
+from megatron_solopo.training.preflight import load_data
 
 CHAT = [{"role": "user", "content": "w40"}]
 # The day as a word: w31 on the 31st. Llama 3.2 prints it so too, unless date_string is given.

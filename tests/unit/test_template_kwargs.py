@@ -19,7 +19,7 @@ from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.ask import main as ask
 from megatron_solopo.evaluation.evaluate import main as evaluate
-from megatron_solopo.training.preparation import load_data
+from megatron_solopo.training.preflight import load_data
 
 OFF = '{"enable_thinking": false}'
 # As Qwen3's: with thinking switched off, an empty thought stands before the answer.

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import family_of
+from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.topology import (
     Place,
     check_layout,

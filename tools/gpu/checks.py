@@ -26,7 +26,7 @@ def oracle(out: Recorder) -> None:
     from gpu import answers
     from gpu.machine import begin
     from megatron_solopo import config_load
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine, initialize_parallel
 
     prepared = torch.load(answers.FILE, weights_only=True)

@@ -163,7 +163,7 @@ def fp8_training(out: Recorder, here: Any) -> None:
     from megatron_solopo import config_load, environment
     from megatron_solopo.config import FP8_MULTIPLES
     from megatron_solopo.parallel.platform import end_model_parallel
-    from megatron_solopo.training.run import train
+    from megatron_solopo.training.trainer import train
 
     folder = write_model(out.work / "fp8", LlamaConfig(**theirs.SHAPE), noise=0.02)
     data = write_lines(out.work / "groups.jsonl", preference_groups(64))

@@ -65,7 +65,7 @@ def build(
     """(an engine of random weights, its configuration); the process groups are made where there are none."""
     from megatron.core import parallel_state
 
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine, initialize_parallel
 
     folder = out.work / "model"

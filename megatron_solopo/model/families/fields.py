@@ -157,7 +157,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 def attention_window(hf_config: PretrainedConfig) -> int | None:
     """The shortest sliding window of any layer, tokens: a token sees itself and the window - 1 before it.
 
-    In a sequence that is no longer it hides nothing; see `model.build.check_length`.
+    In a sequence that is no longer it hides nothing; see `model.hf_config.check_length`.
 
     Raises:
         UserError: a layer whose attention is neither full nor that of a given window, or a window that is no size.

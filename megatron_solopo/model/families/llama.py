@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families import Family, refuse
+from megatron_solopo.model.families.family import Family, refuse
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV, PadRows, Rename, StackGateUp
 

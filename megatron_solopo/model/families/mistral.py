@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_solopo.model.families import Family, llama
+from megatron_solopo.model.families import llama
+from megatron_solopo.model.families.family import Family
 
 MISTRAL = Family("mistral", llama.table)

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families import Family, llama, moe, refuse
+from megatron_solopo.model.families import llama, moe
+from megatron_solopo.model.families.family import Family, refuse
 from megatron_solopo.model.families.operators import Entry
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families import refuse
+from megatron_solopo.model.families.family import refuse
 from megatron_solopo.model.families.fields import check_sizes
 from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
 from megatron_solopo.model.families.operators import Entry, Rename, StackGateUp

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families import Family, llama
+from megatron_solopo.model.families import llama
+from megatron_solopo.model.families.family import Family
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV
 

@@ -1,0 +1,39 @@
+"""The model families by the ``model_type`` of config.json."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.family import Family, refuse
+from megatron_solopo.model.families.fields import attention_window, check_shape, refuse_unknown
+from megatron_solopo.model.families.llama import LLAMA
+from megatron_solopo.model.families.mistral import MISTRAL
+from megatron_solopo.model.families.mixtral import MIXTRAL
+from megatron_solopo.model.families.qwen2 import QWEN2
+from megatron_solopo.model.families.qwen3 import QWEN3
+from megatron_solopo.model.families.qwen3_moe import QWEN3_MOE
+from megatron_solopo.model.rope import check_rope
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
+
+
+def family_of(hf_config: PretrainedConfig) -> Family:
+    """The family of a config, after its check.
+
+    Raises:
+        UserError: an unknown model_type, or a config field that the family does not cover.
+    """
+    if hf_config.model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type {hf_config.model_type!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[hf_config.model_type]
+    refuse(hf_config, hidden_act="silu", attention_dropout=0.0)
+    family.check(hf_config)
+    check_rope(hf_config)
+    attention_window(hf_config)
+    refuse_unknown(hf_config, family.fields)
+    check_shape(hf_config)
+    return family

@@ -1,0 +1,62 @@
+"""config.json of a Hugging Face folder, and what follows from it alone; imports no megatron-core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import check_json
+from megatron_solopo.model.families.fields import attention_window
+from megatron_solopo.model.rope import reach
+from megatron_solopo.model.rope_scaling import extended
+from megatron_solopo.model_folder import check_is_folder, seen_in
+
+
+def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
+    """config.json of a Hugging Face folder, extended by --rope-scaling: the one place that makes a model's config.
+
+    Raises:
+        UserError: no folder, no config.json, one that transformers cannot read, or that cannot be extended so.
+    """
+    folder = Path(folder)
+    check_is_folder(f"--hf-path {folder}", folder, "give a Hugging Face folder")
+    if not (folder / "config.json").is_file():
+        remedy = seen_in(folder) or "give a Hugging Face folder"
+        raise UserError(f"--hf-path {folder}: the folder holds no config.json; {remedy}")
+    check_json(folder / "config.json")
+    try:
+        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:
+        first, *others = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
+        raise UserError(f"{folder}/config.json: not readable ({reason})") from None
+    return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
+
+
+def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
+    """Rows of the vocabulary matrices; depends on the config only, never on the number of processes."""
+    return -(-hf_config.vocab_size // divisible_by) * divisible_by
+
+
+def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
+    """Refuses sequences beyond what the model's positions cover, or its sliding window: ours is full attention, which
+    is the same as long as no sequence is longer than the window.
+
+    Raises:
+        UserError: naming --seq-length.
+    """
+    covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
+    if seq_length > covered:
+        scaled = hf_config.rope_parameters["rope_type"] != "default"
+        raise UserError(
+            f"--seq-length {seq_length} is beyond the model's max_position_embeddings {covered} (config.json); "
+            f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or take a longer model"
+        )
+    window = attention_window(hf_config)
+    if window is not None and seq_length > window:
+        raise UserError(
+            f"--seq-length {seq_length} is longer than the model's sliding_window {window} (config.json), and "
+            f"attention in a window is not supported; lower it to {window}, or take a model without one"
+        )

@@ -1,0 +1,56 @@
+"""The files of a run folder that say what a start does: config.yaml, versions.yaml, overlong.jsonl."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_solopo.config import Config
+from megatron_solopo.config_checks import unused
+from megatron_solopo.data.files.records import write_jsonl
+from megatron_solopo.data.tokenized.token_store import overlong_records
+from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.training.preflight import RunData
+
+
+def effective(config: Config) -> dict[str, dict[str, Any]]:
+    """Options without those that have no effect in this run, so that config.yaml is accepted again."""
+    idle = unused(config)
+    return {section: {k: v for k, v in values.items() if k not in idle} for section, values in config.as_dict().items()}
+
+
+def write_settings(folder: Path, config: Config) -> None:
+    """config.yaml: the resolved options, readable by --config; versions.yaml: what they ran on."""
+    options = {
+        section: {k: v for k, v in values.items() if v is not None} for section, values in effective(config).items()
+    }
+    versions: dict[str, Any] = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    versions |= {
+        "python": platform.python_version(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+    }
+    for name, document in (("config.yaml", options), ("versions.yaml", versions)):
+        try:
+            (folder / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--save {folder}: {name} cannot be written ({system_reason(error)})") from None
+
+
+def write_overlong(folder: Path, data: RunData) -> None:
+    """overlong.jsonl: every example that was dropped or cut for its length, where there are any."""
+    reports = {"train": data.train.report} | ({"valid": data.valid.report} if data.valid is not None else {})
+    records = [{"split": split} | record for split, report in reports.items() for record in overlong_records(report)]
+    try:
+        if records:
+            write_jsonl(folder / "overlong.jsonl", records)
+        else:
+            (folder / "overlong.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {folder}: overlong.jsonl cannot be written ({system_reason(error)})") from None

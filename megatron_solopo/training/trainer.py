@@ -1,0 +1,282 @@
+"""A training run, from its checks to its exit.
+
+`train` makes the checks, then a `Trainer`; its methods in order (`__init__`, `train`, `score_reference`, `start`,
+`train_step`, `validate`, `save`, `close`) are the run. All of them are collective: every process calls them in the same
+order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_solopo.config import Config
+from megatron_solopo.data.tokenized.batches import above_the_token_limit
+from megatron_solopo.errors import UserError
+from megatron_solopo.losses.solopo import needs_reference
+from megatron_solopo.parallel.platform import Platform
+from megatron_solopo.training import engine as engines
+from megatron_solopo.training import export, resume, step
+from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
+from megatron_solopo.training.exits import StopRequests, note_sudden_death, tell_launcher
+from megatron_solopo.training.health import Watch, length_bias, no_transfer
+from megatron_solopo.training.log import RunLog
+from megatron_solopo.training.memory import PeakMemory
+from megatron_solopo.training.preflight import Preflight, preflight
+from megatron_solopo.training.reference import reference_log_probs
+from megatron_solopo.training.run_folder import effective, write_overlong, write_settings
+
+
+def train(platform: Platform, config: Config) -> None:
+    """Trains on the started platform; collective.
+
+    Raises:
+        UserError: a mistake that was found before the first step, a loss that is not finite, or work that could not be
+            saved at the end.
+    """
+    with note_sudden_death(config.output.save, config.parallel.distributed_timeout_minutes):
+        stop = StopRequests(config.output.exit_signal_handler, config.output.exit_duration_in_mins)
+        tell_launcher("")
+        plan = preflight(config)
+        if not plan.nothing_left:
+            Trainer(platform, config, plan, stop).train()
+        elif dist.get_rank() == 0:
+            steps = plan.inputs.schedule.steps
+            print(f"all {steps} steps are done and saved in {config.output.save}; nothing is left", file=sys.stderr)
+        stop.close()
+
+
+class Trainer:
+    """Engine, data, log and checkpoints of a run on this process.
+
+    Args:
+        plan: what `preflight` found.
+        stop: requests to stop before the last step.
+
+    Attributes:
+        done: steps whose update is in the weights.
+        reason: why the run stops before its last step, or None.
+    """
+
+    def __init__(self, platform: Platform, config: Config, plan: Preflight, stop: StopRequests) -> None:
+        self.platform, self.config, self.plan, self.stop = platform, config, plan, stop
+        self.data, self.schedule = plan.inputs.data, plan.inputs.schedule
+        self.done = plan.resumed
+        self.reason: str | None = None
+        self.reference: dict[str, Tensor | None] = {"train": None, "valid": None}
+        engines.initialize_parallel(config)
+        self.engine = engines.build_engine(platform, plan.inputs.hf_config, config)
+        first = dist.get_rank() == 0
+        self.log = RunLog(config.output, self.schedule.steps, plan.resumed, first, effective(config))
+        self._announce()
+        if plan.source is None:
+            self._begin_run_folder()
+
+    def train(self) -> None:
+        """The run.
+
+        Raises:
+            UserError: see `train` of this module.
+        """
+        if not self.score_reference():
+            return
+        self.start()
+        output, steps = self.config.output, self.schedule.steps
+        if self.config.training.eval_on_start and self.plan.source is None and not self.reason:
+            self.validate()
+        while self.done < steps and not self.reason:
+            self.train_step()
+            last = self.done == steps
+            failed_before = self.checkpoints.unsaved
+            self.checkpoints.poll()
+            if last or _is_due(self.done, self.config.training.eval_interval):
+                self.validate()
+            saves, exports = (
+                not last and _is_due(self.done, n) for n in (output.save_interval, output.save_hf_interval)
+            )
+            self.save(saves, exports, failed_before)
+            self.reason = None if last else self.stop.agreed(self.platform.device)
+        self.close()
+
+    def score_reference(self) -> bool:
+        """Reference log-probs of all examples, before a checkpoint moves the weights away from the reference; False
+        where the run was stopped meanwhile."""
+        if not needs_reference(self.config.method):
+            return True
+        assert self.plan.weights is not None  # `preflight` reads them where the loss has a reference
+        for split, dataset in self.data.reference.items():
+            log_probs = reference_log_probs(
+                self.engine, dataset, self.config, self.plan.weights, self.log.say, self.stop.heard
+            )
+            if log_probs is None:
+                stopped = f"stopped by {self.stop.agreed(self.platform.device)} before the first step"
+                self.log.say(f"{stopped}; the reference log-probs so far are kept")
+                tell_launcher(stopped)
+                self.log.close()
+                return False
+            self.reference[split] = log_probs
+        return True
+
+    def start(self) -> None:
+        """Optimizer, the checkpoint that is resumed, and what watches the steps."""
+        training = self.config.training
+        self.optimizer, self.scheduler = engines.build_optimizer(self.engine, training, self.schedule.steps)
+        if self.plan.source is None:
+            export.delete_earlier_exports(self.config)
+        else:
+            self._resume(self.plan.source)
+        here = Path(self.config.output.save).resolve()
+        in_this_folder = self.plan.source is not None and self.plan.source.parent.resolve() == here
+        self.checkpoints = Checkpoints(
+            self.config,
+            self.engine,
+            self.optimizer,
+            self.scheduler,
+            self.plan.resumed if in_this_folder else 0,
+            self.plan.progress,
+        )
+        # A model may come with some, in rows that no token uses.
+        self.not_finite_at_start = engines.weights_not_finite(self.engine)
+        self.watch = Watch(training.spike_factor)
+        self.watch.replay(self.log.earlier)
+        self.engine.train()
+        self.reason = self.stop.agreed(self.platform.device)
+        self.memory = PeakMemory(self.platform)
+
+    def _resume(self, source: Path) -> None:
+        training, plan = self.config.training, self.plan
+        rates = (training.lr, training.min_lr) if training.override_opt_param_scheduler else None
+        load_checkpoint(source, self.engine, self.optimizer, self.scheduler, rates)
+        # Not before: a checkpoint that cannot be loaded must not cost the metrics after it.
+        self._begin_run_folder()
+        self.log.say(f"going on after step {plan.resumed} of {self.schedule.steps} from {source}")
+        if changed := resume.new_schedule(plan.before, plan.progress, self.config):
+            self.log.say(changed)
+        if dist.get_rank() == 0:
+            resume.go_back(self.config)
+
+    def train_step(self) -> None:
+        line = step.train_step(
+            self.engine,
+            self.optimizer,
+            self.scheduler,
+            self.data.train,
+            self.schedule,
+            self.done,
+            self.config,
+            self.reference["train"],
+            self.memory,
+        )
+        self.log.step(line, self.watch.see(line))
+        self.done += 1
+
+    def validate(self) -> None:
+        """Evaluates on --valid-data, where there are any."""
+        if self.data.valid is not None:
+            means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"])
+            self.log.step({"step": self.done, "split": "valid"} | means)
+
+    def save(self, saves: bool, exports: bool, failed_before: str | None) -> None:
+        """The checkpoint and the Hugging Face folder that are due after a step; one that fails is a warning.
+
+        Args:
+            saves, exports: which of them are due.
+            failed_before: `Checkpoints.unsaved` before this step's asynchronous save was looked at.
+        """
+        if saves or exports:
+            self._check_weights()
+        if saves:
+            self._timed("save", lambda: self.checkpoints.save(self.done))
+        if self.checkpoints.unsaved not in (None, failed_before):
+            self.log.say(f"warning: {self.checkpoints.unsaved}; training goes on")
+        if exports:
+            error = self._timed("export", lambda: export.export_model(self.engine, self.config, self.data, self.done))
+            folder = self.config.output.save_hf
+            self.log.say(f"warning: {error}" if error else f"Hugging Face folder of step {self.done} in {folder}")
+
+    def close(self) -> None:
+        """The last save, the export, and what a person should know of the run.
+
+        Raises:
+            UserError: the model could not be saved or exported.
+        """
+        output, steps = self.config.output, self.schedule.steps
+        if self.done:
+            self._check_weights()
+            if not self.checkpoints.has(self.done):
+                self._timed("save", lambda: self.checkpoints.save_last(self.done))
+        for line in self.watch.at_end(self.done):
+            self.log.say(line)
+        stopped = f"stopped by {self.reason} after step {self.done} of {steps}" if self.reason else None
+        if stopped and not self.checkpoints.unsaved:
+            self.log.say(f"{stopped}; " + (f"saved in {output.save}" if self.done else "nothing was done yet"))
+            tell_launcher(stopped)
+        unfinished = None
+        if output.save_hf and not stopped:
+            unfinished = self._timed(
+                "export", lambda: export.export_last_model(self.engine, self.config, self.data, self.done)
+            )
+            if not unfinished:
+                self.log.say(f"Hugging Face folder: {output.save_hf}")
+        peaks = ", ".join(f"{name} {self.memory.of(name):.2f} GiB" for name in self.memory.activities)
+        self.log.say(f"peak memory of the largest process: {peaks}")
+        self.log.close()
+        self.engine.close()
+        if self.checkpoints.unsaved or unfinished:
+            self.stop.close()
+            raise UserError("; ".join(text for text in (stopped, self.checkpoints.unsaved, unfinished) if text))
+
+    def _check_weights(self) -> None:
+        """Refuses to save weights that training broke: a checkpoint is to be resumed from."""
+        if engines.weights_not_finite(self.engine) > self.not_finite_at_start:
+            self.checkpoints.finish()
+            raise UserError(
+                f"step {self.done}: the weights are not finite any more; they are not saved, and earlier "
+                "checkpoints are kept: start a new run with a lower --lr or a larger --adam-eps"
+            )
+
+    def _timed[T](self, split: str, save: Callable[[], T]) -> T:
+        """A save, with a line about its time and memory."""
+        begin = time.perf_counter()
+        with self.memory.apart(split):
+            result = save()
+        seconds, memory = round(time.perf_counter() - begin, 4), round(self.memory.of(split), 3)
+        self.log.step({"step": self.done, "split": split, "seconds": seconds, "memory_gib": memory})
+        return result
+
+    def _announce(self) -> None:
+        """What the run is made of, and what may go wrong with it."""
+        schedule, train = self.schedule, self.data.train
+        rest = schedule.total % schedule.global_batch_size
+        self.log.say(
+            f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
+            + (f", last step {rest}" if rest else "")
+            + "; values of a step are means over its examples"
+        )
+        for split, dataset in (("train", train), ("valid", self.data.valid)):
+            if dataset is None:
+                continue
+            for line in dataset.report.lines(self.config.data.seq_length):
+                self.log.say(f"{split}: {line}")
+            if above := above_the_token_limit(dataset.groups, self.config, self.platform.name):
+                self.log.say(f"warning: {split}: {above}")
+        if bias := length_bias(train.chosen_rejected_lengths()):
+            self.log.say(f"warning: {bias}")
+        if note := no_transfer(self.config.method):
+            self.log.say(f"note: {note}")
+
+    def _begin_run_folder(self) -> None:
+        """Makes the run folder's files those of this start."""
+        self.log.begin()
+        if dist.get_rank() == 0:
+            write_settings(Path(self.config.output.save), self.config)
+            write_overlong(Path(self.config.output.save), self.data)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
