@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_solopo.parallel import context
+
 
 def option(
     default: Any,
@@ -225,10 +227,7 @@ class ParallelConfig:
     )
     context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
     cp_comm_type: str = option(
-        "all_gather",
-        "how they exchange keys and values; all_gather: those of one layer at a time, with shared prompts too; p2p "
-        "(around a ring) and a2a (sequence for heads): Transformer Engine's, with --no-share-prompts",
-        ("all_gather", "p2p", "a2a"),
+        context.DEFAULT, f"how they exchange keys and values; {context.about()}", context.choices()
     )
     overlap_grad_reduce: bool = option(False, "sum gradients over copies of the model while backward goes on")
     overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass goes on")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_solopo.config import LOSSES_WITH_REFERENCE, Config, flag
 from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.context import method_of
 
 
 def check(config: Config) -> None:
@@ -55,7 +56,7 @@ def _check_method(config: Config) -> None:
 
 
 def _check_implementation(config: Config) -> None:
-    model, method, cp_comm_type = config.model, config.method, config.parallel.cp_comm_type
+    model, method = config.model, config.method
     engine = model.transformer_impl == "transformer_engine"
     if engine and not model.bf16:
         raise UserError("--transformer-impl transformer_engine needs --bf16: its attention kernels take 16 bits")
@@ -63,17 +64,7 @@ def _check_implementation(config: Config) -> None:
         raise UserError(
             "--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; take portable"
         )
-    if config.parallel.context_parallel_size > 1 and cp_comm_type != "all_gather":
-        if not engine:
-            raise UserError(
-                f"--cp-comm-type {cp_comm_type} is Transformer Engine's: add --transformer-impl transformer_engine, or "
-                "take all_gather"
-            )
-        if config.data.share_prompts:
-            raise UserError(
-                f"--cp-comm-type {cp_comm_type}: Transformer Engine's context parallelism cannot let continuations see "
-                "one shared prompt; add --no-share-prompts, or take all_gather"
-            )
+    method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
     compared = method.objective == "preference" and method.preference_loss in LOSSES_WITH_REFERENCE
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
         raise UserError(
@@ -206,12 +197,7 @@ def _check_parallel(config: Config) -> None:
 
 def check_on_cuda(config: Config) -> None:
     """Refuses what only the CPU can do; where --device is auto, once it is known."""
-    size = config.parallel.context_parallel_size
-    if size > 1 and not config.model.bf16:
-        raise UserError(
-            f"--context-parallel-size {size} with --device cuda needs --bf16: its attention merges parts of a sequence "
-            "by the flash kernel's log-sum-exps, and that kernel takes 16 bits"
-        )
+    method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check_on_cuda(config)
 
 
 def _check_training(config: Config) -> None:

@@ -24,7 +24,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
-from megatron_solopo.model.forward import LogProbHead, segment_log_probs
+from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
 from megatron_solopo.progress import ProgressBar, reporting
 
 PROMPTS = (
@@ -126,7 +126,7 @@ def compare(
                 str(folder), config=hf_config, local_files_only=True, dtype=parameter.dtype
             )
         theirs = theirs.eval().to(parameter.device)
-    head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config))
+    head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config).to(parameter.device))
     model.eval()
     found, layers = Comparison(), []
     for ids in ProgressBar(prompts, desc="comparing", unit="prompt", leave=False):
@@ -163,11 +163,9 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     pack = build_pack([group], [0], False, multiple)
     # Every token a segment of its own: the head sums log-probs by segment.
-    pack = dataclasses.replace(pack, segments=torch.arange(len(ids) - 1), segment_roles=("text",) * (len(ids) - 1)).to(
-        parameter.device
-    )
+    pack = dataclasses.replace(pack, segments=torch.arange(len(ids) - 1), segment_roles=("text",) * (len(ids) - 1))
     try:
-        log_probs = segment_log_probs(model, pack, head, parameter.dtype)
+        log_probs = segment_log_probs(model, device_pack(pack, model.config, parameter.device), head, parameter.dtype)
     finally:
         for hook in hooks:
             hook.remove()

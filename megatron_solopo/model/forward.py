@@ -11,15 +11,18 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_solopo.model import transformer_engine
-from megatron_solopo.model.attention import layout_of, sequences_layout, split_layout, split_sequences_layout
+from megatron_solopo.model.attention import pack_layout
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import padding_mask
 from megatron_solopo.pack import Pack
+from megatron_solopo.parallel.context import method_of
+from megatron_solopo.parallel.device_pack import DevicePack, cut, on_device
 
 
 @dataclass(frozen=True)
@@ -37,32 +40,28 @@ class LogProbHead:
     frequencies: RotaryFrequencies
 
 
-def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: Any) -> Tensor:
+def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -> DevicePack:
+    """This process's part of a pack, on its device.
+
+    Args:
+        pack: on the CPU.
+        settings: of the model.
+    """
+    group = parallel_state.get_context_parallel_group()
+    method = method_of(group.size(), settings.cp_comm_type)
+    fused = settings.transformer_impl == transformer_engine.NAME
+    return on_device(cut(pack, method, fused, group.rank(), group.size(), group), device)
+
+
+def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dtype: torch.dtype) -> Tensor:
     """Runs a pack through a GPTModel (or its DDP wrapper).
 
     Returns:
         On the last pipeline stage [N] summed log-probs of each segment's learnt tokens, nats, float32 or float64;
         on the others the hidden states that go on to the next stage.
     """
-
-    settings = get_model_config(model)
-    sequence_parallel = settings.sequence_parallel
-    whole, split = layout_of, split_layout
-    if settings.transformer_impl == transformer_engine.NAME:
-        whole = sequences_layout
-        if settings.cp_comm_type != "all_gather":
-            split = split_sequences_layout
-    context = own = None
-    tokens, predictors, targets, segments = pack.tokens, pack.predictors, pack.targets, pack.segments
-    if parallel_state.get_context_parallel_world_size() == 1:
-        layout = whole(pack, head.frequencies, dtype)
-    else:
-        context = parallel_state.get_context_parallel_group()
-        layout, own = split(pack, head.frequencies, dtype, context)
-        place = torch.full_like(tokens, -1)
-        place[own] = torch.arange(own.numel(), device=own.device)
-        here = place[predictors] >= 0
-        tokens, predictors, targets, segments = tokens[own], place[predictors][here], targets[here], segments[here]
+    part, context = pack.pack, parallel_state.get_context_parallel_group()
+    sequence_parallel = get_model_config(model).sequence_parallel
 
     def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
         for hook in output_layer._forward_pre_hooks.values():
@@ -70,19 +69,19 @@ def segment_log_probs(model: nn.Module, pack: Pack, head: LogProbHead, dtype: An
         weight = output_layer.weight if output_weight is None else output_weight
         if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the processes itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        states = hidden_states[:, 0].index_select(0, predictors)  # [S, 1, H] -> [R, H]
+        states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]
         shared = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if shared else None
-        log_probs = response_log_probs(states, weight, targets, head.vocab_size, head.chunk_size, group)
-        sums = segment_sums(log_probs, segments, len(pack.segment_roles))
+        log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group)
+        sums = segment_sums(log_probs, part.segments, len(part.segment_roles))
         # Every context-parallel rank goes on with the whole sums, and its gradient is that of its own tokens.
-        return sums if context is None else reduce_from_tensor_model_parallel_region(sums, context)
+        return reduce_from_tensor_model_parallel_region(sums, context)
 
     return model(
-        input_ids=tokens[None],
+        input_ids=part.tokens[None],
         position_ids=None,  # positions act through the layout's RoPE
         attention_mask=None,
-        packed_seq_params=layout,
-        padding_mask=padding_mask(model, pack, own),
+        packed_seq_params=pack_layout(pack.layout, part.positions, head.frequencies, dtype),
+        padding_mask=padding_mask(model, pack.is_padding),
         output_processor=process,
     )

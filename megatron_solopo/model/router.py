@@ -10,8 +10,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
-from megatron_solopo.pack import Pack
-
 
 class Router(TopKRouter):
     """Sends each token to its most probable experts.
@@ -67,11 +65,11 @@ class Router(TopKRouter):
         return probs.shape[-1] * (load.to(probs.dtype) / choices * probs.sum(0) / tokens).sum()
 
 
-def padding_mask(model: nn.Module, pack: Pack, own: Tensor | None) -> Tensor | None:
+def padding_mask(model: nn.Module, mask: Tensor) -> Tensor | None:
     """[1, S] true where a token is padding, as megatron-core takes it; None where no auxiliary loss asks for it.
 
     Args:
-        own: [S] the rows of the pack that this context-parallel rank computes, or None for all.
+        mask: [S] of the rows of the pack that this context-parallel rank computes.
 
     mcore cuts it for sequence parallelism on the first pipeline stage only (gpt_model.py:352, version 0.19.2), so
     here it is cut for the others.
@@ -79,9 +77,6 @@ def padding_mask(model: nn.Module, pack: Pack, own: Tensor | None) -> Tensor | N
     config = get_model_config(model)
     if not (config.num_moe_experts and config.moe_aux_loss_coeff):
         return None
-    mask = pack.is_padding()
-    if own is not None:
-        mask = mask[own]
     if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
         group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()  # pyright: ignore[reportAssignmentType]
         mask = mask.chunk(group.size())[group.rank()]

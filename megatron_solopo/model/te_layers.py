@@ -12,9 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_solopo.model.attention import PackedAttention, PackLayout, select
+from megatron_solopo.model.attention import PackedAttention, PackLayout
 from megatron_solopo.model.rope import rotate
 from megatron_solopo.model.router import Router
+from megatron_solopo.parallel.context import method_of
+from megatron_solopo.parallel.layout import select
 
 FINAL_NORM = TENorm
 
@@ -23,7 +25,7 @@ class TEPackedAttention(TEDotProductAttention):
     """Transformer Engine's attention over a pack: one call of its kernels for packed sequences (THD).
 
     A continuation's keys are its prompt's and its own, aligned at the end (bottom right). With context parallelism
-    (p2p, a2a) every piece stands alone, and Transformer Engine's zig-zag is that of `parallel.context`.
+    (p2p, a2a) every piece stands alone, and Transformer Engine's zig-zag is that of `parallel.zigzag`.
     """
 
     def forward(
@@ -40,19 +42,20 @@ class TEPackedAttention(TEDotProductAttention):
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
         query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
+        sequences = layout.attention
         # megatron-core's own forward knows no bottom-right mask for packed sequences.
         return te.DotProductAttention.forward(
             self,
             query,
-            select(key, layout.keys),
-            select(value, layout.keys),
+            select(key, sequences.keys),
+            select(value, sequences.keys),
             None,
             qkv_format="thd",
-            cu_seqlens_q=layout.cu_seqlens_q,
-            cu_seqlens_kv=layout.cu_seqlens_kv,
-            max_seqlen_q=layout.max_seqlen_q,
-            max_seqlen_kv=layout.max_seqlen_kv,
-            attn_mask_type="padding_causal" if layout.keys is None else "padding_causal_bottom_right",
+            cu_seqlens_q=sequences.cu_seqlens_q,
+            cu_seqlens_kv=sequences.cu_seqlens_kv,
+            max_seqlen_q=sequences.max_seqlen_q,
+            max_seqlen_kv=sequences.max_seqlen_kv,
+            attn_mask_type="padding_causal" if sequences.keys is None else "padding_causal_bottom_right",
             pad_between_seqs=False,  # what pads a piece stands behind it and is computed like the rest
         )
 
@@ -64,8 +67,9 @@ def layer_spec(settings: TransformerConfig) -> ModuleSpec:
         moe_grouped_gemm=settings.moe_grouped_gemm,
         qk_layernorm=settings.qk_layernorm,
     )
-    gathers = settings.context_parallel_size > 1 and settings.cp_comm_type == "all_gather"
-    submodules.self_attention.submodules.core_attention = PackedAttention if gathers else TEPackedAttention
+    method = method_of(settings.context_parallel_size, settings.cp_comm_type)
+    attention = TEPackedAttention if method.kernels_of_layers else PackedAttention
+    submodules.self_attention.submodules.core_attention = attention
     if settings.num_moe_experts:
         submodules.mlp.keywords["submodules"].router = Router
     return ModuleSpec(module=TransformerLayer, submodules=submodules)

@@ -13,6 +13,7 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.parallel.context import method_of
 
 NAME = "transformer_engine"
 
@@ -46,12 +47,7 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
         "num_attention_heads": hf_config.num_attention_heads // tensor,
         "num_key_value_heads": hf_config.num_key_value_heads // tensor,
     }
-    for name, count in heads.items():
-        if context > 1 and parallel.cp_comm_type == "a2a" and count % context:
-            raise UserError(
-                f"--cp-comm-type a2a: the model's {name} on a process, {count}, does not divide by "
-                f"--context-parallel-size {context}; lower it, or take p2p or all_gather"
-            )
+    method_of(context, parallel.cp_comm_type).check_heads(heads, context)
     if model.fp8_format is None:
         return
     size = head_dim(hf_config)

@@ -15,7 +15,7 @@ from megatron_solopo.losses.solopo import needs_reference, reference_roles, role
 from megatron_solopo.model.families.fields import attention_window
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.rope import reach
-from megatron_solopo.parallel.context import chunk_places
+from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import (
     data_parallel_size,
@@ -116,6 +116,7 @@ def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> li
     """One line a rank; long tables are cut in the middle, where they only repeat."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
+    method = method_of(context, parallel.cp_comm_type)
     copies = data_parallel_size(parallel, processes)
     lines = []
     for rank in range(processes):
@@ -136,8 +137,7 @@ def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> li
             part += f", part {expert_place(rank, parallel) + 1} of {experts} of the experts"
         share = f", 1/{copies} of each step's examples" if copies > 1 else ""
         if context > 1:
-            chunks = " and ".join(str(place + 1) for place in chunk_places(place.context, context))
-            share += f", chunks {chunks} of {2 * context} of each sequence"
+            share += f", {method.share(place.context, context)}"
         lines.append(
             f"{rank:>4}  {place.tensor:>6}  {place.context:>7}  {place.pipeline:>8}  {place.data:>4}   {part}{share}"
         )

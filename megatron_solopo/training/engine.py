@@ -12,10 +12,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
@@ -153,7 +155,8 @@ def build_engine(
     for chunk in chunks:
         _keep_padding_in_checkpoints(chunk)
     _set_schedule_functions(chunks, ddp)
-    head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, rotary_frequencies(hf_config))
+    frequencies = rotary_frequencies(hf_config).to(platform.device)
+    head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, frequencies)
     engine = Engine(platform, hf_config, chunks, head, dtype)
     if ddp.overlap_param_gather:
         for chunk in chunks:  # until `train`: nothing is to be gathered, and the reference pass must not communicate
@@ -234,18 +237,40 @@ def build_optimizer(
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
     """Lets torch's AdamW take its fused kernel: by default it computes a step on CUDA in passes over temporaries as
     large as the parameters. Before the first step; Apex and Transformer Engine have an Adam of their own."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for group in part.param_groups:
             group |= {"fused": True, "foreach": False}
 
 
-def gradients_are_finite(engine: Engine) -> bool:
-    """Whether every gradient in the model's buffers is finite on every process; collective."""
-    buffers = [buffer for chunk in engine.chunks for buffer in gradient_buffers(chunk)]
-    norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
-    bad = (~torch.isfinite(torch.stack(norms))).any().float()
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return not bad.item()
+def squared_gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """[] this process's part of the squared norm of the whole gradient; the parts of all processes add up to it.
+
+    The optimizer's own shards, without the copies that tensor parallelism and tied embeddings make: what
+    `ChainedOptimizer.step` would measure (megatron-core 0.19.2, optimizer.py:1760), which reads the device once for
+    each parameter where neither Transformer Engine nor Apex is there. Afterwards gradients are ready for `update`.
+    """
+    optimizer.prepare_grads()
+    gradients = [gradient for part in _parts(optimizer) for gradient in part.get_grads_for_grad_norm()]
+    if not gradients:  # all parameters of this stage are shards of other processes
+        return torch.zeros((), device=torch.cuda.current_device())
+    return torch.nn.utils.get_total_norm(gradients) ** 2
+
+
+def update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clips the gradients by their norm, where --clip-grad asks for it, and moves the weights.
+
+    The rest of `ChainedOptimizer.step` behind `squared_gradient_norm`.
+    """
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of dense layers and of experts."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]
 
 
 def weights_not_finite(engine: Engine) -> int:

@@ -85,12 +85,16 @@ class StopRequests:
         """
         if not self._active:
             return None
-        code = torch.tensor(self._own(), device=device)
+        code = torch.tensor(self.own(), device=device)
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
-        found = int(code.item())
-        if not found:
+        return self.reason(int(code.item()))
+
+    @staticmethod
+    def reason(code: int) -> str | None:
+        """What the largest `own` of all processes says."""
+        if not code:
             return None
-        return "--exit-duration-in-mins" if found == _CLOCK else signal.Signals(found).name
+        return "--exit-duration-in-mins" if code == _CLOCK else signal.Signals(code).name
 
     def heard(self) -> bool:
         """Whether any process should stop, without waiting for the others; for work that they do side by side.
@@ -100,12 +104,12 @@ class StopRequests:
         if not self._active:
             return False
         store = dist.distributed_c10d._get_default_store()
-        if self._own():
+        if self.own():
             store.set(_STOP, "stop")
         return store.check([_STOP])
 
-    def _own(self) -> int:
-        """What this process knows: a signal's number, `_CLOCK`, or 0."""
+    def own(self) -> int:
+        """What this process knows: a signal's number, `_CLOCK`, or 0; for a step's own exchange (`train_step`)."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return self._received or (_CLOCK if late else 0)
 

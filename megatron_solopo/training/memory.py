@@ -46,9 +46,12 @@ class PeakMemory:
             self._credit(activity)
             self._start()
 
-    def of(self, activity: str = TRAINING) -> float:
-        """The peak of all times of an activity so far; collective."""
+    def own(self, activity: str = TRAINING) -> float:
+        """The peak of all times of an activity so far in this process."""
         if activity == TRAINING:
             self._credit(TRAINING)
-        own = self._peaks.get(activity, self._platform.peak_memory_gib())
-        return max_over_processes(own, self._platform.device)
+        return self._peaks.get(activity, self._platform.peak_memory_gib())
+
+    def of(self, activity: str = TRAINING) -> float:
+        """That of the process where it is the largest; collective."""
+        return max_over_processes(self.own(activity), self._platform.device)

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.data.tokenized.batches import StepPlan, plan_step
+from megatron_solopo.data.tokenized.batches import Schedule, StepPlan, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import needs_tokens_per_group
-from megatron_solopo.model.forward import segment_log_probs
+from megatron_solopo.model.forward import device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
-from megatron_solopo.parallel.platform import max_over_processes
-from megatron_solopo.training.engine import Engine, data_parallel, gradients_are_finite
+from megatron_solopo.parallel.device_pack import DevicePack
+from megatron_solopo.training.ahead import Ahead
+from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, update
+from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.objective import (
     group_losses,
     mean_chosen_length,
     mean_chosen_length_of,
     metric_names,
 )
+from megatron_solopo.training.readings import of_all_processes
 
 
 @dataclass
 class StepSums:
-    """Sums over the groups of a step, on every process after `reduce`.
+    """Sums over the groups of a step, of all processes.
 
     Attributes:
         groups: groups in the step.
@@ -55,48 +60,63 @@ class StepSums:
         return {name: value / self.groups for name, value in self.values.items()}
 
 
-def plan_of(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> StepPlan:
-    """The plan of the given examples over this run's data-parallel processes."""
-    _, ranks = data_parallel()
-    groups = [dataset.groups[i] for i in indices]
-    return plan_step(groups, engine.hf_config.hidden_size, ranks, config, engine.platform.name)
+@dataclass(frozen=True)
+class StepWork:
+    """What a process computes in a step: the examples of all processes, their plan, and its own packs."""
+
+    indices: Sequence[int]
+    plan: StepPlan
+    packs: list[DevicePack]
 
 
-def make_packs(
-    engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config, plan: StepPlan | None = None
-) -> list[Pack]:
-    """This process's packs of a step, in order; the same number on every process.
+def step_work(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> StepWork:
+    """The packs of the given examples over this run's data-parallel processes, on their devices.
 
-    Processes that share a model get the same packs; context parallelism cuts them later (model/forward.py).
-
-    Args:
-        plan: of the same examples, where it is known.
+    As many packs on every process; processes that share a model get the same ones, each its part of them.
     """
-    plan = plan or plan_of(engine, dataset, indices, config)
-    rank, _ = data_parallel()
-    chosen = ([indices[place] for place in share] for share in plan.shares[rank])
-    return [
+    rank, ranks = data_parallel()
+    groups = [dataset.groups[i] for i in indices]
+    plan = plan_step(groups, engine.hf_config.hidden_size, ranks, config, engine.platform.name)
+    packs = [
         build_pack(
-            [dataset.groups[i] for i in some],
-            some,
+            [groups[place] for place in places],
+            [indices[place] for place in places],
             config.data.share_prompts,
             plan.of_packs,
             plan.of_pieces,
             plan.of_prompts,
-        ).to(engine.platform.device)
-        for some in chosen
+        )
+        for places in plan.shares[rank]
     ]
+    return StepWork(indices, plan, sent(engine, packs))
+
+
+def sent(engine: Engine, packs: Sequence[Pack]) -> list[DevicePack]:
+    """This process's parts of packs, on its device."""
+    return [device_pack(pack, engine.models[0].config, engine.platform.device) for pack in packs]
+
+
+def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[DevicePack]:
+    """The packs of `step_work`."""
+    return step_work(engine, dataset, indices, config).packs
+
+
+def training_work(engine: Engine, dataset: TokenDataset, schedule: Schedule, config: Config) -> Ahead[StepWork]:
+    """The work of each training step, by its number from 0."""
+    return Ahead(
+        lambda step: step_work(engine, dataset, schedule.step(step), config), schedule.steps, engine.platform.device
+    )
 
 
 def run_packs(
-    engine: Engine, packs: list[Pack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool
+    engine: Engine, packs: list[DevicePack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool
 ) -> list[dict]:
     """Runs megatron-core's schedule; returns what ``loss`` gave for each pack (last pipeline stage)."""
 
-    def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module):
+    def forward_step(packs_left: Iterator[DevicePack], model: torch.nn.Module):
         pack = next(packs_left)
         sums = segment_log_probs(model, pack, engine.head, engine.dtype)
-        return sums, lambda output: loss(output, pack)
+        return sums, lambda output: loss(output, pack.pack)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -109,15 +129,53 @@ def run_packs(
     )
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """What one process has of a step before the processes exchange it.
+
+    Attributes:
+        groups: groups in the step, of all processes.
+        scalars: name -> [] on the device, what the processes' values add up to.
+        numbers: the same of numbers that the host knows.
+        losses: (examples, their losses) of each pack.
+    """
+
+    groups: int
+    scalars: dict[str, Tensor]
+    numbers: dict[str, float]
+    losses: list[tuple[Sequence[int], Tensor]]
+
+    def sums(self, everyone: Mapping[str, Sequence[float]]) -> StepSums:
+        """Of all processes, from `of_all_processes`; collective where the loss is not finite."""
+        values = {name: sum(everyone[name]) for name in self.scalars}
+        tokens, padding = (int(sum(everyone[name])) for name in ("tokens", "padding"))
+        named = [] if math.isfinite(values["loss"]) else _not_finite(self.losses)
+        return StepSums(self.groups, values, tokens, padding, named)
+
+
 def run_step(
     engine: Engine,
-    packs: list[Pack],
+    packs: list[DevicePack],
     total_groups: int,
     method: MethodConfig,
     reference: Tensor | None,
     forward_only: bool = False,
     tokens_per_group: Tensor | None = None,
 ) -> StepSums:
+    """`run_parts`, and the sums of all processes; collective."""
+    parts = run_parts(engine, packs, total_groups, method, reference, forward_only, tokens_per_group)
+    return parts.sums(of_all_processes(parts.scalars, parts.numbers, engine.platform.device))
+
+
+def run_parts(
+    engine: Engine,
+    packs: list[DevicePack],
+    total_groups: int,
+    method: MethodConfig,
+    reference: Tensor | None,
+    forward_only: bool = False,
+    tokens_per_group: Tensor | None = None,
+) -> StepParts:
     """Forward (and backward) of one step; gradients stand in the model's buffers afterwards.
 
     Every group weighs 1 / total_groups however it was packed: the schedule divides by the number of packs and DDP by
@@ -129,10 +187,11 @@ def run_step(
     """
     _, ranks = data_parallel()
     scale = len(packs) * ranks / total_groups
+    device = engine.platform.device
     each: list[tuple[Sequence[int], Tensor]] = []
     length = tokens_per_group
     if length is None and needs_tokens_per_group(method):
-        length = mean_chosen_length(packs, total_groups, method, engine.platform.device)
+        length = mean_chosen_length([pack.pack for pack in packs], total_groups, method, device)
 
     def loss(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
         result = group_losses(output, pack, reference, method, length)
@@ -143,27 +202,25 @@ def run_step(
         return total * scale, sums
 
     parts = run_packs(engine, packs, loss, forward_only)
-    names = metric_names(method)
-    on_last = parallel_state.is_pipeline_last_stage()
-    totals = [sum(part[name].double() for part in parts) if on_last else 0.0 for name in names]
-    counts = [sum(pack.tokens.numel() for pack in packs), sum(pack.padding for pack in packs)]
-    flat = torch.tensor([*totals, *counts], dtype=torch.float64, device=engine.platform.device)
-    *values, tokens, padding = over_the_layout(flat).tolist()
-    summed = dict(zip(names, values, strict=True))
+    reports = _reports()
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in metric_names(method)}
     settings = engine.models[0].config
     if settings.num_moe_experts and settings.moe_aux_loss_coeff and not forward_only:
-        summed["moe_aux_loss"] = moe_aux_loss(engine, len(packs)) * total_groups
-    named = [] if math.isfinite(values[0]) else _not_finite(each)
-    return StepSums(total_groups, summed, int(tokens), int(padding), named)
+        # Each layer of each part of each pack is on one process; the mean is over all layers and packs.
+        own = sum(take_aux_loss(model) for model in engine.models)
+        scalars["moe_aux_loss"] = (zero + own) * (total_groups / (settings.num_layers * len(packs) * ranks))
+    numbers = {
+        "tokens": reports * sum(pack.tokens for pack in packs),
+        "padding": reports * sum(pack.pack.padding for pack in packs),
+    }
+    return StepParts(total_groups, scalars, numbers, each)
 
 
-def moe_aux_loss(engine: Engine, packs: int) -> float:
-    """What balances the experts, without its coefficient: the mean over layers and all processes' packs; collective."""
-    _, ranks = data_parallel()
-    own = sum(take_aux_loss(model) for model in engine.models)
-    total = torch.zeros((), dtype=torch.float64, device=engine.platform.device) + own
-    dist.all_reduce(total)  # each layer of each part of each pack is on one process
-    return total.item() / (engine.models[0].config.num_layers * packs * ranks)
+def _reports() -> bool:
+    """Whether this process, of those that share a model, has the losses and counts its packs."""
+    others = parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
+    return parallel_state.is_pipeline_last_stage() and not others
 
 
 def _not_finite(each: list[tuple[Sequence[int], Tensor]]) -> list[int]:
@@ -185,7 +242,9 @@ def over_the_layout(sums: Tensor) -> Tensor:
     return sums
 
 
-def own_segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
+def own_segment_table(
+    engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[DevicePack]
+) -> Tensor:
     """[len(indices), len(names)] float64 log-prob sums: rows of this process's packs filled (on the last pipeline
     stage), the others 0. No communication between data-parallel processes."""
     table = torch.zeros(len(indices), len(names), dtype=torch.float64, device=engine.platform.device)
@@ -202,98 +261,108 @@ def own_segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[
     return table
 
 
-def segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[Pack]) -> Tensor:
+def segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[DevicePack]) -> Tensor:
     """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
     return over_the_layout(own_segment_table(engine, names, indices, packs))
 
 
 def train_step(
-    engine: Any,
-    optimizer: Any,
-    scheduler: Any,
-    dataset: Any,
-    schedule: Any,
+    engine: Engine,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    dataset: TokenDataset,
+    schedule: Schedule,
+    work: Ahead[StepWork],
     step: int,
     config: Config,
-    reference: Any,
-    memory: Any,
-) -> dict[str, Any]:
-    """One optimizer step; returns its line of the log.
+    reference: Tensor | None,
+    memory: PeakMemory,
+    stop: Callable[[], int] = lambda: 0,
+) -> tuple[dict[str, Any], int]:
+    """One optimizer step; returns its line of the log, and the largest ``stop`` of all processes.
+
+    The processes exchange all that the host decides by in one collective, between backward and the optimizer, and the
+    host reads the device there and nowhere else. So the memory of the line is the peak up to there, and on CUDA the
+    optimizer's time, which nothing waits for, is in the seconds of the step behind it.
 
     Args:
-        memory: the `PeakMemory` of the run.
+        work: of all steps, see `training_work`.
+        memory: of the run.
+        stop: asked for a number above 0 where this process wants the run to stop, see `StopRequests.own`.
 
     Raises:
         UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
     begin = time.perf_counter()
-    indices = schedule.step(step)
+    own = work.take(step)
     engine.zero_gradients()
     optimizer.zero_grad()
-    plan = plan_of(engine, dataset, indices, config)
-    packs = make_packs(engine, dataset, indices, config, plan)
-    sums = run_step(engine, packs, len(indices), config.method, reference)
-    means = sums.means()
+    parts = run_parts(engine, own.packs, len(own.indices), config.method, reference)
+    allocated = engine.platform.peak_allocated_gib()
+    everyone = of_all_processes(
+        parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},
+        parts.numbers | {"stop": stop(), "memory": memory.own(), "allocated": allocated or 0.0},
+        engine.platform.device,
+    )
+    sums, grad_norm = parts.sums(everyone), sum(everyone["squared_norm"]) ** 0.5
+    agreed = int(max(everyone["stop"]))
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
-    problem = _why_not_finite(sums, dataset, indices, engine)
+    problem = _why_not_finite(sums, grad_norm, dataset, own.indices)
     if problem and config.training.on_nonfinite == "stop":
         raise UserError(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
     if problem:
-        return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}
-    _, grad_norm, _ = optimizer.step()
-    engine.platform.synchronize()
+        return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}, agreed
+    update(optimizer, grad_norm)
     seconds = time.perf_counter() - begin
-    allocated = engine.platform.peak_allocated_gib()
     clip = config.training.clip_grad
-    return {
+    line = {
         "step": step + 1,
         "split": "train",
         "epoch": round(min((step + 1) * schedule.global_batch_size, schedule.total) / schedule.examples, 4),
-        **means,
-        "grad_norm": float(grad_norm),
+        **sums.means(),
+        "grad_norm": grad_norm,
         **({"clip_grad": clip, "clipped": int(grad_norm > clip)} if clip else {}),
         "lr": optimizer.param_groups[0]["lr"],
         "groups": sums.groups,
         "tokens": sums.tokens,
         "tokens_per_second": round(sums.tokens / seconds, 1),
         "padding_share": sums.padding / max(sums.tokens, 1),
-        "compute_imbalance": round(plan.imbalance, 6),
-        "memory_gib": round(memory.of(), 3),
-        **(
-            {}
-            if allocated is None
-            else {"memory_allocated_gib": round(max_over_processes(allocated, engine.platform.device), 3)}
-        ),
+        "compute_imbalance": round(own.plan.imbalance, 6),
+        "memory_gib": round(max(everyone["memory"]), 3),
+        **({} if allocated is None else {"memory_allocated_gib": round(max(everyone["allocated"]), 3)}),
         "seconds": round(seconds, 4),
     }
+    return line, agreed
 
 
-def _why_not_finite(sums: Any, dataset: Any, indices: list[int], engine: Any) -> str | None:
-    """What is not finite in this step, and in which examples; None where all is well. Collective."""
+def _why_not_finite(sums: StepSums, grad_norm: float, dataset: TokenDataset, indices: Sequence[int]) -> str | None:
+    """What is not finite in this step, and in which examples; None where all is well."""
 
-    def names(some: list[int]) -> str:
+    def names(some: Sequence[int]) -> str:
         return ", ".join(dataset.groups[i].id for i in some[:8]) + (", ..." if len(some) > 8 else "")
 
     if not math.isfinite(sums.values["loss"]):
         return f"the loss is not finite for the examples {names(sums.not_finite or indices)}"
-    if not gradients_are_finite(engine):
+    if not math.isfinite(grad_norm):
         return f"the gradient is not finite for one of the examples {names(indices)}"
     return None
 
 
-def evaluate(engine: Any, dataset: Any, config: Config, reference: Any) -> dict[str, float]:
+def evaluate(engine: Engine, dataset: TokenDataset, config: Config, reference: Tensor | None) -> dict[str, float]:
     """Means of the loss and its metrics over all validation examples, and their number, ``groups``."""
     engine.eval()
     length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
     totals: dict[str, float] = {}
-    batch = config.training.global_batch_size
-    with torch.no_grad():
-        for first in range(0, len(dataset.groups), batch):
-            indices = range(first, min(first + batch, len(dataset.groups)))
-            packs = make_packs(engine, dataset, indices, config)
-            for name, value in run_step(
-                engine, packs, len(indices), config.method, reference, forward_only=True, tokens_per_group=length
-            ).values.items():
+    examples, batch = len(dataset.groups), config.training.global_batch_size
+    batches = [range(first, min(first + batch, examples)) for first in range(0, examples, batch)]
+
+    def work(number: int) -> list[DevicePack]:
+        return make_packs(engine, dataset, batches[number], config)
+
+    with torch.no_grad(), Ahead(work, len(batches), engine.platform.device) as ahead:
+        for number, indices in enumerate(batches):
+            sums = run_step(engine, ahead.take(number), len(indices), config.method, reference, True, length)
+            for name, value in sums.values.items():
                 totals[name] = totals.get(name, 0.0) + value
     engine.train()
-    return {name: value / len(dataset.groups) for name, value in totals.items()} | {"groups": len(dataset.groups)}
+    return {name: value / examples for name, value in totals.items()} | {"groups": examples}

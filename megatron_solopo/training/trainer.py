@@ -94,13 +94,18 @@ class Trainer:
             last = self.done == steps
             failed_before = self.checkpoints.unsaved
             self.checkpoints.poll()
-            if last or _is_due(self.done, self.config.training.eval_interval):
+            evaluates = last or _is_due(self.done, self.config.training.eval_interval)
+            if evaluates:
                 self.validate()
             saves, exports = (
                 not last and _is_due(self.done, n) for n in (output.save_interval, output.save_hf_interval)
             )
             self.save(saves, exports, failed_before)
-            self.reason = None if last else self.stop.agreed(self.platform.device)
+            if last:
+                self.reason = None
+            elif evaluates or saves or exports:  # a pause is long enough for a request of its own
+                self.reason = self.reason or self.stop.agreed(self.platform.device)
+        self.work.close()
         self.close()
 
     def score_reference(self) -> bool:
@@ -147,6 +152,7 @@ class Trainer:
         self.engine.train()
         self.reason = self.stop.agreed(self.platform.device)
         self.memory = PeakMemory(self.platform)
+        self.work = step.training_work(self.engine, self.data.train, self.schedule, self.config)
 
     def _resume(self, source: Path) -> None:
         training, plan = self.config.training, self.plan
@@ -161,17 +167,20 @@ class Trainer:
             resume.go_back(self.config)
 
     def train_step(self) -> None:
-        line = step.train_step(
+        line, requested = step.train_step(
             self.engine,
             self.optimizer,
             self.scheduler,
             self.data.train,
             self.schedule,
+            self.work,
             self.done,
             self.config,
             self.reference["train"],
             self.memory,
+            self.stop.own,
         )
+        self.reason = self.stop.reason(requested)
         self.log.step(line, self.watch.see(line))
         self.done += 1
 
@@ -242,6 +251,7 @@ class Trainer:
 
     def _timed[T](self, split: str, save: Callable[[], T]) -> T:
         """A save, with a line about its time and memory."""
+        self.work.settle()  # a save may fork
         begin = time.perf_counter()
         with self.memory.apart(split):
             result = save()

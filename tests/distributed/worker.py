@@ -47,7 +47,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.losses.solopo import reference_roles, roles
     from megatron_solopo.training.gradients import whole_gradients
-    from megatron_solopo.training.step import make_packs, run_step, segment_table
+    from megatron_solopo.training.step import make_packs, run_step, segment_table, sent
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
     names = roles(config.method)
@@ -59,7 +59,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     def packs() -> list[Any]:
         made = make_packs(engine, dataset, indices, config)
         if case.get("multiple_of"):
-            made = [
+            padded = [
                 build_pack(
                     [dataset.groups[i] for i in pack.groups],
                     pack.groups,
@@ -69,6 +69,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
                 )
                 for pack in made
             ]
+            return sent(engine, padded)
         return made
 
     engine.zero_gradients()

@@ -109,18 +109,17 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.model.transformer_engine import portable_name
     from megatron_solopo.training.engine import build_engine
-    from megatron_solopo.training.step import own_segment_table, run_step
+    from megatron_solopo.training.step import own_segment_table, run_step, sent
 
     engine = build_engine(here, read_hf_config(config.model.hf_path), config)
     data, share = groups(), config.data.share_prompts
     indices = list(range(len(data)))
     plan = plan_step(data, SHAPE["hidden_size"], 1, config)
     packs = [
-        build_pack([data[i] for i in some], some, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts).to(
-            here.device
-        )
+        build_pack([data[i] for i in some], some, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts)
         for some in plan.shares[0]
     ]
+    packs = sent(engine, packs)
     engine.eval()
     table = own_segment_table(engine, ROLES, indices, packs)
     engine.train()

@@ -182,8 +182,9 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
 
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-    from megatron_solopo.model.attention import PackedAttention, layout_of, sequences_layout
+    from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies
+    from megatron_solopo.parallel.layout import block_layout, sequence_layout
 
     engine = engine_of(here, folder, "transformer_engine")
     attention = engine.models[0].decoder.layers[0].self_attention.core_attention
@@ -203,8 +204,9 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
         inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         found = []
         with mock.patch.object(te.DotProductAttention, "forward", packed_kernel):
-            for module, layout in ((attention, sequences_layout), (portable, layout_of)):
-                out = module(*inputs, None, packed_seq_params=layout(pack, frequencies, torch.float64))
+            for module, layout in ((attention, sequence_layout), (portable, block_layout)):
+                packed = pack_layout(layout(pack.pieces), pack.positions, frequencies, torch.float64)
+                out = module(*inputs, None, packed_seq_params=packed)
                 weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).cos()
                 found.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
         worst[f"shared {share}, multiple of {pack_multiple}"] = max(
@@ -214,11 +216,11 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
 
 
 def compare_zigzag() -> bool:
-    """Whether Transformer Engine cuts packed sequences over context-parallel ranks as `parallel.context` does."""
+    """Whether Transformer Engine cuts packed sequences over context-parallel ranks as `parallel.zigzag` does."""
     from transformer_engine.pytorch.attention.dot_product_attention.context_parallel import get_batch_on_this_cp_rank
 
     from megatron_solopo.pack import Piece
-    from megatron_solopo.parallel.context import rows_of
+    from megatron_solopo.parallel.zigzag import rows_of
 
     for size in (2, 4):
         lengths = [size * 2 * n for n in (3, 1, 5)]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-from megatron_solopo.model.context_attention import SpanLayout, span_attention
 from megatron_solopo.pack import Pack
-from megatron_solopo.parallel.context import rows_of, spans_of
+from megatron_solopo.parallel.spans import SpanLayout, span_attention
+from megatron_solopo.parallel.zigzag import rows_of, spans_of
 
 
 def draw_pack(seed: int, size: int, share: bool = True) -> Pack:

@@ -16,9 +16,10 @@ from tiny_models import SHAPE, preference_groups, write_lines, write_model
 from transformers import LlamaConfig
 
 from megatron_solopo.config import Config, ModelConfig, TrainingConfig
-from megatron_solopo.data.tokenized.batches import CUDNN_LENGTHS, above_the_token_limit, plan_step
+from megatron_solopo.data.tokenized.batches import above_the_token_limit, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
 from megatron_solopo.parallel.platform import expand_segments
 
 ROOT = Path(__file__).resolve().parents[2]

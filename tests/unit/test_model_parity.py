@@ -106,11 +106,10 @@ def megatron_model(folder, dtype):
 
 def run_pack(hf_config, model, pack, dtype, chunk=7):
     from megatron_solopo.model.build import rotary_frequencies
-    from megatron_solopo.model.forward import LogProbHead, segment_log_probs
+    from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
 
-    return segment_log_probs(
-        model, pack, LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config)), dtype
-    )
+    head = LogProbHead(hf_config.vocab_size, chunk, rotary_frequencies(hf_config))
+    return segment_log_probs(model, device_pack(pack, model.config, torch.device("cpu")), head, dtype)
 
 
 def transformers_log_probs(hf, group):

@@ -117,7 +117,7 @@ def test_a_group_weighs_the_same_however_it_is_packed(trained: Any, name: str, m
 def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
     """Random groups in random packs, some without groups, in any order, shared or separate, padded or not."""
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.training.step import run_step
+    from megatron_solopo.training.step import run_step, sent
 
     chance = random.Random(seed)
     method = METHODS[chance.choice(list(METHODS))]
@@ -128,7 +128,7 @@ def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
     def measure(packs: list[list[int]], share: bool, *multiples: int) -> tuple[float, list[torch.Tensor]]:
         built = [build_pack([dataset.groups[i] for i in some], some, share, *multiples) for some in packs]
         double.zero_gradients()
-        sums = run_step(double, built, count, method, table)
+        sums = run_step(double, sent(double, built), count, method, table)
         return sums.means()["loss"], [p.main_grad.clone() for p in double.models[0].parameters()]
 
     loss, gradient = measure([[i] for i in range(count)], False)

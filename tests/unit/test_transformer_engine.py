@@ -16,8 +16,9 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
-from megatron_solopo.model.attention import PackedAttention, layout_of, select, sequences_layout
+from megatron_solopo.model.attention import PackedAttention, pack_layout
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
+from megatron_solopo.parallel.layout import block_layout, select, sequence_layout
 
 
 def fp8(recipe: str = "tensorwise", **parallel: int | bool) -> Config:
@@ -74,9 +75,10 @@ def test_padding_computes_nothing_that_the_pack_does_not() -> None:
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout, scale: float) -> torch.Tensor:
     """Each sequence of cumulated lengths alone, queries aligned to the end of the keys."""
-    query, key = rotate(query, layout.cos, layout.sin), select(rotate(key, layout.cos, layout.sin), layout.keys)
-    value, outputs = select(value, layout.keys), []
-    bounds = zip(itertools.pairwise(layout.cu_seqlens_q), itertools.pairwise(layout.cu_seqlens_kv), strict=True)
+    sequences = layout.attention
+    query, key = rotate(query, layout.cos, layout.sin), select(rotate(key, layout.cos, layout.sin), sequences.keys)
+    value, outputs = select(value, sequences.keys), []
+    bounds = zip(itertools.pairwise(sequences.cu_seqlens_q), itertools.pairwise(sequences.cu_seqlens_kv), strict=True)
     for (q, next_q), (k, next_k) in bounds:
         mask = torch.ones(next_q - q, next_k - k, dtype=torch.bool).tril(int((next_k - k) - (next_q - q)))
         parts = (x.transpose(0, 1) for x in (query[q:next_q], key[k:next_k], value[k:next_k]))
@@ -90,14 +92,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout, 
 def test_sequences_see_what_pieces_see(share: bool, multiple: int) -> None:
     pack = build_pack(draw_groups(3), [0, 1, 2], share, multiple)
     frequencies = RotaryFrequencies(LlamaConfig(**SHAPE))
-    layout = sequences_layout(pack, frequencies, torch.float64)
+    sequences = pack_layout(sequence_layout(pack.pieces), pack.positions, frequencies, torch.float64)
+    layout = sequences.attention
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(pack.tokens.numel(), heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
     )
     portable = PackedAttention(None, 1, None, "self", softmax_scale=0.4)
-    expected = portable(query, key, value, None, packed_seq_params=layout_of(pack, frequencies, torch.float64))
-    torch.testing.assert_close(attend(query, key, value, layout, 0.4), expected, rtol=0, atol=1e-13)
+    blocks = pack_layout(block_layout(pack.pieces), pack.positions, frequencies, torch.float64)
+    expected = portable(query, key, value, None, packed_seq_params=blocks)
+    torch.testing.assert_close(attend(query, key, value, sequences, 0.4), expected, rtol=0, atol=1e-13)
     assert (layout.keys is None) == (not share)
     assert layout.max_seqlen_q == max(layout.cu_seqlens_q.diff()) and layout.cu_seqlens_q.dtype == torch.int32
     assert layout.max_seqlen_kv == max(layout.cu_seqlens_kv.diff())

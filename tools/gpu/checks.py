@@ -75,11 +75,13 @@ def packed(out: Recorder) -> None:
     sequence alone."""
     from transformers import LlamaConfig
 
-    from megatron_solopo.data.tokenized.batches import CUDNN_LENGTHS
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-    from megatron_solopo.model.attention import PackedAttention, layout_of
+    from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
+    from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
+    from megatron_solopo.parallel.device_pack import on_device
+    from megatron_solopo.parallel.layout import block_layout
 
     heads, kv_heads, size, dtype = attention_shape(out)
     short, long, answer = (60, 500, 10) if out.dry else (1000, 8100, 100)
@@ -103,7 +105,7 @@ def packed(out: Recorder) -> None:
             return torch.randn(rows, count, size, generator=generator).to(device, dtype).requires_grad_()
 
         q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
-        layout = layout_of(pack, rope, dtype)
+        layout = pack_layout(on_device(block_layout(pack.pieces), device), pack.positions, rope, dtype)
 
         def step(q: Any = q, k: Any = k, v: Any = v, layout: Any = layout) -> torch.Tensor:
             for tensor in (q, k, v):
@@ -149,10 +151,12 @@ def context(out: Recorder) -> None:
 
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-    from megatron_solopo.model.attention import PackedAttention, layout_of
-    from megatron_solopo.model.context_attention import SpanLayout, span_attention
+    from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
-    from megatron_solopo.parallel.context import rows_of, spans_of
+    from megatron_solopo.parallel.device_pack import on_device
+    from megatron_solopo.parallel.layout import block_layout
+    from megatron_solopo.parallel.spans import SpanLayout, span_attention
+    from megatron_solopo.parallel.zigzag import rows_of, spans_of
 
     ranks, device = 2, torch.device(out.device)
     heads, kv_heads, size, dtype = attention_shape(out)
@@ -160,7 +164,7 @@ def context(out: Recorder) -> None:
     prompt = Prompt([0] * (511 if out.dry else 8191), continuations)
     pack = build_pack([TokenGroup("g", (prompt,))], [0], True, 2 * ranks, 2 * ranks).to(device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
-    layout = layout_of(pack, rope, dtype)
+    layout = pack_layout(on_device(block_layout(pack.pieces), device), pack.positions, rope, dtype)
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))

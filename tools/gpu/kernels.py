@@ -95,7 +95,7 @@ def kernels_at(out: Recorder, length: int) -> None:
 
 def plans(out: Recorder) -> None:
     """What a length costs when it comes for the first time, as it is and rounded up to a known one."""
-    from megatron_solopo.data.tokenized.batches import CUDNN_LENGTHS
+    from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
 
     base = 256 if out.dry else 4096
     first, again, rounded = [], [], []

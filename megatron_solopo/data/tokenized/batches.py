@@ -15,9 +15,7 @@ import numpy as np
 
 from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.tokens import TokenGroup
-
-CUDNN_LENGTHS = 128
-"""On CUDA lengths of prompts are rounded up to a multiple of this: 64 different ones up to 8K tokens."""
+from megatron_solopo.parallel.context import method_of
 
 
 @dataclass(frozen=True)
@@ -135,19 +133,14 @@ def plan_step(
 
 def pieces_multiple_of(config: Config) -> int:
     """Each piece is padded to a multiple of this, so that context parallelism can cut it."""
-    context = config.parallel.context_parallel_size
-    return 2 * context if context > 1 else 1
+    size = config.parallel.context_parallel_size
+    return method_of(size, config.parallel.cp_comm_type).piece_multiple(size)
 
 
 def prompts_multiple_of(config: Config, device: str) -> int:
-    """Each piece that attends to itself alone is padded to a multiple of this.
-
-    torch 2.11 gives causal attention on Hopper to cuDNN, which builds a plan for every new shape and keeps it: rounded
-    lengths are few. Continuations, context parallelism and Transformer Engine go through other kernels.
-    """
-    of_pieces = pieces_multiple_of(config)
-    portable = config.model.transformer_impl == "portable" and config.parallel.context_parallel_size == 1
-    return math.lcm(of_pieces, CUDNN_LENGTHS) if device == "cuda" and portable else of_pieces
+    """Each piece that attends to itself alone is padded to a multiple of this."""
+    size = config.parallel.context_parallel_size
+    return method_of(size, config.parallel.cp_comm_type).prompt_multiple(size, config, device)
 
 
 def most_tokens_of_a_pack(config: Config) -> int | None:

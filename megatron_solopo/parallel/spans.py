@@ -1,4 +1,4 @@
-"""Attention of a pack whose tokens are spread over context-parallel ranks (parallel/context.py).
+"""Attention of a pack whose tokens are spread over context-parallel ranks (`parallel.zigzag`).
 
 Keys and values of all ranks are gathered for one layer at a time, in forward and again in backward; queries, outputs
 and what is kept for backward are this rank's alone. Each span of queries goes through torch's flash kernel, which
@@ -11,17 +11,21 @@ Given the merged lse and out, the kernel's backward of one span is that span's s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.parallel.context import Span
+from megatron_solopo.pack import Piece
+from megatron_solopo.parallel.layout import RankLayout
+from megatron_solopo.parallel.zigzag import Span, rows_of, spans_of
 
 
 @dataclass(frozen=True)
-class SpanLayout:
+class SpanLayout(RankLayout):
     """What the attention of one rank needs to know of a pack.
 
     Attributes:
@@ -35,6 +39,17 @@ class SpanLayout:
     gathered: Tensor
     in_pack: Tensor
     group: dist.ProcessGroup | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Collective over ``group``."""
+        return span_attention(query, key, value, self, scale)
+
+
+def span_layout(pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None) -> SpanLayout:
+    """The layout of a rank's part of a pack."""
+    gathered = np.concatenate([rows_of(pieces, other, size) for other in range(size)])
+    in_pack = torch.from_numpy(np.argsort(gathered))
+    return SpanLayout(spans_of(pieces, rank, size), torch.from_numpy(gathered), in_pack, group)
 
 
 def span_attention(query: Tensor, key: Tensor, value: Tensor, layout: SpanLayout, scale: float | None) -> Tensor:

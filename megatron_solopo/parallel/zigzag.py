@@ -1,4 +1,4 @@
-"""How context parallelism cuts a pack over its ranks.
+"""The zig-zag: how a pack is cut over context-parallel ranks.
 
 Every piece stands in 2 x cp chunks of one length; rank r computes chunk r and chunk 2 cp - 1 - r (zig-zag). Causal
 attention costs a chunk the more the later it stands, and an early chunk with its late mate costs every rank the same.

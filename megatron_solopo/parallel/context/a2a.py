@@ -1,0 +1,23 @@
+"""Ranks exchange parts of sequences for heads, in Transformer Engine's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.engine_method import EngineMethod
+
+
+class HeadsForSequence(EngineMethod):
+    about = "parts of sequences for heads, Transformer Engine's, with --no-share-prompts"
+
+    def check_heads(self, heads: Mapping[str, int], size: int) -> None:
+        for name, count in heads.items():
+            if count % size:
+                raise UserError(
+                    f"--cp-comm-type a2a: the model's {name} on a process, {count}, does not divide by "
+                    f"--context-parallel-size {size}; lower it, or take p2p or all_gather"
+                )
+
+
+METHOD = HeadsForSequence()

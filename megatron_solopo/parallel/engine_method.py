@@ -1,0 +1,46 @@
+"""What Transformer Engine's own kinds of context parallelism have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.method import ContextMethod
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from megatron_solopo.config import Config
+    from megatron_solopo.pack import Piece
+    from megatron_solopo.parallel.layout import RankLayout
+
+
+class EngineMethod(ContextMethod):
+    """Every piece is a sequence of its own; Transformer Engine cuts its lengths by a zig-zag that is ours."""
+
+    kernels_of_layers = True
+
+    def check(self, config: Config) -> None:
+        name = config.parallel.cp_comm_type
+        if config.model.transformer_impl != "transformer_engine":
+            raise UserError(
+                f"--cp-comm-type {name} is Transformer Engine's: add --transformer-impl transformer_engine, or take "
+                "all_gather"
+            )
+        if config.data.share_prompts:
+            raise UserError(
+                f"--cp-comm-type {name}: Transformer Engine's context parallelism cannot let continuations see one "
+                "shared prompt; add --no-share-prompts, or take all_gather"
+            )
+
+    def layout(
+        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, fused: bool
+    ) -> RankLayout:
+        """Of the whole pack: Transformer Engine divides the lengths itself."""
+        from megatron_solopo.parallel.layout import sequence_layout
+
+        layout = sequence_layout(pieces)
+        if layout.keys is not None:
+            raise ValueError("Transformer Engine's context parallelism has no shared prompts")
+        return layout
