@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -254,6 +256,11 @@ def squared_gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
     if not gradients:  # all parameters of this stage are shards of other processes
         return torch.zeros((), device=torch.cuda.current_device())
     return torch.nn.utils.get_total_norm(gradients) ** 2
+
+
+def whole_norm(parts: Sequence[float]) -> float:
+    """The norm of the whole gradient from all processes' `squared_gradient_norm`; megatron-core adds in float32 too."""
+    return float(np.sum(parts, dtype=np.float32)) ** 0.5
 
 
 def update(optimizer: MegatronOptimizer, norm: float) -> None:

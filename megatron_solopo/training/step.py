@@ -27,7 +27,7 @@ from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.device_pack import DevicePack
 from megatron_solopo.training.ahead import Ahead
-from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, update
+from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, update, whole_norm
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.objective import (
     group_losses,
@@ -304,7 +304,7 @@ def train_step(
         parts.numbers | {"stop": stop(), "memory": memory.own(), "allocated": allocated or 0.0},
         engine.platform.device,
     )
-    sums, grad_norm = parts.sums(everyone), sum(everyone["squared_norm"]) ** 0.5
+    sums, grad_norm = parts.sums(everyone), whole_norm(everyone["squared_norm"])
     agreed = int(max(everyone["stop"]))
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
     problem = _why_not_finite(sums, grad_norm, dataset, own.indices)

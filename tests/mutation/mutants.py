@@ -16,6 +16,8 @@ CONFIG = "tests/unit/test_config_wrong.py"
 TRAINING = "tests/functional/test_training.py"
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
 CONTEXT = "tests/unit/test_context_parallel.py"
+METHODS = "tests/unit/test_context_methods.py"
+EXCHANGE = "tests/unit/test_step_exchange.py"
 CONTEXT_RUNS = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and context'"
 EXPERTS = "tests/distributed/test_experts.py -k 'oracles_gradient or auxiliary'"
 HEALTH = "tests/unit/test_health.py"
@@ -179,7 +181,7 @@ MUTANTS: list[Mutant] = [
         ("segments not summed", "log_probs.new_zeros(count).index_add(", "log_probs.new_zeros(count).index_copy("),
     ),
     *within(
-        "model/attention.py",
+        "parallel/layout.py",
         PARITY,
         ("a continuation's mask aligned to its first token", ".tril(seen - own)", ".tril(0)"),
         (
@@ -240,7 +242,7 @@ MUTANTS: list[Mutant] = [
         ("the gathered sequence's gradient summed twice", "tensor_parallel_output_grad=False", ""),
     ),
     *within(
-        "parallel/context.py",
+        "parallel/zigzag.py",
         CONTEXT,
         ("the first chunks to the first rank", "return rank, 2 * size - 1 - rank", "return 2 * rank, 2 * rank + 1"),
         (
@@ -252,20 +254,74 @@ MUTANTS: list[Mutant] = [
         ("earlier chunks unseen", "if begin > piece.start:", "if False:"),
     ),
     *within(
-        "model/context_attention.py",
+        "parallel/spans.py",
         CONTEXT,
         ("spans added without their weights", "output[rows] * before[..., None] + out", "output[rows] + out"),
         ("gradient of one head of a group", "of_key.sum(1)", "of_key[:, 0]"),
     ),
     *within(
-        "model/attention.py",
-        CONTEXT_RUNS,
-        ("positions of the whole pack", "pack.positions[own]", "pack.positions[: own.numel()]"),
+        "parallel/device_pack.py",
+        EXCHANGE,
+        ("positions of the whole pack", "pack.positions[rows]", "pack.positions[: rows.numel()]"),
+        (
+            "predictions of another rank's tokens",
+            "segments=pack.segments[here]",
+            "segments=pack.segments[: here.sum()]",
+        ),
+    ),
+    *within(
+        "parallel/context/__init__.py",
+        METHODS,
+        (
+            "methods by a list",
+            "names = sorted((module.name for",
+            'names = sorted(("none", "all_gather", "p2p", "a2a") or (module.name for',
+        ),
+        ("a method for packs that stay whole", "WHOLE if size == 1 else cp_comm_type", "WHOLE"),
+    ),
+    *within(
+        "model/forward.py",
+        METHODS + " -k all_gather",
+        ("a pack cut by a mask on the device", "part.tokens[None]", "part.tokens[part.tokens >= 0][None]"),
+    ),
+    *within(
+        "training/ahead.py",
+        EXCHANGE,
+        (
+            "work made too far ahead",
+            "self._next = number + 1, self._thread.submit(self._make, number + 1)",
+            "[self._thread.submit(self._make, number + n) for n in (1, 2)]",
+        ),
+        ("the work of another number", "and ready[0] == number else", "else"),
+    ),
+    *within(
+        "training/engine.py",
+        EXCHANGE,
+        ("gradients clipped by another norm", "part.config.clip_grad, norm)", "part.config.clip_grad, norm**2)"),
+        (
+            "dense layers' gradients alone in the norm",
+            "for part in _parts(optimizer) for gradient",
+            "for part in _parts(optimizer)[:1] for gradient",
+        ),
+        ("weights moved without clipping", "part.config.clip_grad > 0:", "part.config.clip_grad > 1:"),
+    ),
+    *within(
+        "training/step.py",
+        EXCHANGE,
+        (
+            "a second reading of the device",
+            "sums, grad_norm = parts.sums(everyone), whole_norm(",
+            'parts.scalars["loss"].item()\n    sums, grad_norm = parts.sums(everyone), whole_norm(',
+        ),
     ),
     *within(
         "model/forward.py",
         CONTEXT_RUNS,
-        ("each context-parallel rank its own part of the loss", "sums if context is None", "sums if True"),
+        (
+            "each context-parallel rank its own part of the loss",
+            "return reduce_from_tensor_model_parallel_region(sums, context)",
+            "return sums",
+        ),
     ),
     *within(
         "model/router.py",
@@ -297,7 +353,7 @@ MUTANTS: list[Mutant] = [
         ("the optimizer starts anew on resuming", 'optimizer.load_state_dict(loaded["optimizer"])', "pass"),
     ),
     *within(
-        "model/attention.py",
+        "parallel/layout.py",
         ENGINE,
         (
             "a sequence's keys without its prompt's",
@@ -401,9 +457,13 @@ MUTANTS: list[Mutant] = [
         ("each process draws a part of its own", 'f"{seed} {name}"', 'f"{seed} {name} {torch.distributed.get_rank()}"'),
     ),
     *within(
-        "data/tokenized/batches.py",
+        "parallel/context/none.py",
         CUDA,
         ("lengths of prompts as they are on CUDA", 'if device == "cuda" and portable else', "if False else"),
+    ),
+    *within(
+        "data/tokenized/batches.py",
+        CUDA,
         (
             "padding of prompts not counted on CUDA",
             "tokens(share_prompts, of_pieces, of_prompts)",

@@ -1,0 +1,173 @@
+"""What a step reads from the device, its gradient norm, and the packs that are made ahead."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from host_reads import host_reads
+from test_step import GROUPS, METHODS, draw
+from tiny_models import EXPERTS, SHAPE, write_model
+from transformers import LlamaConfig, MixtralConfig
+
+from megatron_solopo.config import Config, ModelConfig, TrainingConfig
+from megatron_solopo.data.tokenized.batches import make_schedule
+from megatron_solopo.errors import UserError
+from megatron_solopo.losses.solopo import reference_roles
+
+MODELS = {
+    "dense": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "experts": MixtralConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
+}
+SOLO = METHODS["solo"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write_model(tmp_path_factory.mktemp(name), model) for name, model in MODELS.items()}
+
+
+def trainer(engine: Any, folder: Path, **training: Any) -> tuple[Any, Any, Any, Config]:
+    """(engine, optimizer, scheduler, configuration), the same at every call."""
+    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.training.engine import build_engine, build_optimizer
+
+    training = {"lr": 1e-3, "lr_warmup_fraction": 0.0, "micro_batch_size": 2} | training
+    config = Config(model=ModelConfig(hf_path=str(folder)), method=SOLO, training=TrainingConfig(**training))
+    built = build_engine(engine, read_hf_config(folder), config)
+    built.train()
+    return (built, *build_optimizer(built, config.training, 4), config)
+
+
+def table() -> torch.Tensor:
+    shape = GROUPS, len(reference_roles(SOLO))
+    return -10 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_nothing_is_read_between_a_pack_and_the_optimizer(engine: Any, folders: dict[str, Path]) -> None:
+    """Neither by value nor by a shape that depends on values: that would make the host wait for every pack."""
+    from megatron_solopo.training.engine import squared_gradient_norm
+    from megatron_solopo.training.step import make_packs, run_parts
+
+    built, optimizer, _, config = trainer(engine, folders["dense"])
+    packs, reference = make_packs(built, draw(SOLO), range(GROUPS), config), table()
+    built.zero_gradients()
+    with host_reads() as reads:
+        run_parts(built, packs, GROUPS, SOLO, reference)
+        squared_gradient_norm(optimizer)
+    assert not reads
+
+
+def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> None:
+    from megatron_solopo.training import step as steps
+    from megatron_solopo.training.memory import PeakMemory
+
+    built, optimizer, scheduler, config = trainer(engine, folders["dense"])
+    data, schedule = draw(SOLO), make_schedule(GROUPS, GROUPS, 2, None, 0, True)
+    collectives = []
+
+    def counted(kind: str, collective: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            collectives.append(kind)
+            return collective(*arguments, **more)
+
+        return call
+
+    kinds = ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object")
+    patches = {kind: counted(kind, getattr(torch.distributed, kind)) for kind in kinds}
+    with steps.training_work(built, data, schedule, config) as work, mock.patch.multiple(torch.distributed, **patches):
+        # torch's Adam counts its steps on the CPU.
+        with host_reads() as reads, mock.patch.object(steps, "update"):
+            _, agreed = steps.train_step(
+                built, optimizer, scheduler, data, schedule, work, 0, config, table(), PeakMemory(engine), lambda: 15
+            )
+    assert len(reads) == 1 and "readings.py" in reads[0], reads
+    assert agreed == 15
+    ours = [kind for kind in collectives if kind != "all_reduce"]  # megatron-core sums gradients
+    assert ours == ["all_gather_into_tensor"], collectives
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
+def test_the_norm_and_the_update_are_megatrons(engine: Any, folders: dict[str, Path], model: str, clip: float) -> None:
+    """Bit for bit what the optimizer's own step does, clipped or not."""
+    from megatron_solopo.training.engine import squared_gradient_norm, update
+    from megatron_solopo.training.step import make_packs, run_parts
+
+    after = []
+    for ours in (True, False):
+        built, optimizer, scheduler, config = trainer(engine, folders[model], clip_grad=clip)
+        for _ in range(2):
+            built.zero_gradients()
+            optimizer.zero_grad()
+            run_parts(built, make_packs(built, draw(SOLO), range(GROUPS), config), GROUPS, SOLO, table())
+            scheduler.step(1)
+            if ours:
+                norm = squared_gradient_norm(optimizer).item() ** 0.5
+                update(optimizer, norm)
+            else:
+                _, norm, _ = optimizer.step()
+        after.append((norm, [parameter.detach().clone() for parameter in built.models[0].parameters()]))
+    (norm, weights), (their_norm, theirs) = after
+    assert norm == their_norm > 0.01
+    assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
+
+
+def test_work_is_made_in_order_and_one_ahead() -> None:
+    from megatron_solopo.training.ahead import Ahead
+
+    made: list[tuple[int, str]] = []
+
+    def make(number: int) -> int:
+        made.append((number, threading.current_thread().name))
+        return number * number
+
+    with Ahead(make, 4, torch.device("cpu")) as ahead:
+        for number in range(1, 4):  # as a resumed run begins
+            assert ahead.take(number) == number * number
+            ahead.settle()
+            assert [n for n, _ in made] == list(range(1, min(number + 2, 4)))
+    assert len({thread for _, thread in made}) == 1 and made[0][1] != threading.current_thread().name
+    assert made[0][1] not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_error_comes_up_at_the_step_it_belongs_to() -> None:
+    from megatron_solopo.training.ahead import Ahead
+
+    def make(number: int) -> int:
+        if number == 1:
+            raise UserError("tokens.bin: damaged")
+        return number
+
+    with Ahead(make, 3, torch.device("cpu")) as ahead:
+        assert ahead.take(0) == 0
+        ahead.settle()
+        with pytest.raises(UserError, match=r"^tokens.bin: damaged$"):
+            ahead.take(1)
+        assert ahead.take(2) == 2
+
+
+def test_a_cut_pack_keeps_what_its_rank_predicts() -> None:
+    """Every prediction is on one rank, its place there holds the same token and position, and segments stay whole."""
+    from test_context_parallel import draw_pack
+
+    from megatron_solopo.parallel.context import method_of
+    from megatron_solopo.parallel.device_pack import cut
+
+    for seed, size in ((3, 2), (4, 4), (5, 1)):
+        pack, predicted = draw_pack(seed, size), []
+        for rank in range(size):
+            found = cut(pack, method_of(size, "all_gather"), False, rank, size)
+            part, rows = found.pack, torch.from_numpy(method_of(size, "all_gather").rows(pack.pieces, rank, size))
+            assert found.tokens == pack.tokens.numel() and part.tokens.numel() == found.tokens // size
+            assert torch.equal(part.positions, pack.positions[rows]) and part.pieces == pack.pieces
+            assert torch.equal(part.segment_lengths, pack.segment_lengths)
+            assert torch.equal(found.is_padding, pack.is_padding()[rows])
+            columns = (rows[part.predictors], part.targets, part.segments)
+            predicted += list(zip(*(column.tolist() for column in columns), strict=True))
+        columns = (pack.predictors, pack.targets, pack.segments)
+        assert sorted(predicted) == sorted(zip(*(column.tolist() for column in columns), strict=True))
