@@ -10,15 +10,12 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import fork_server
+from kills import kill_at
 
 from megatron_solopo.cli import run
-
-CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile"}
-"""What Python tells of a change of files, before it happens."""
 
 
 def convert(argv: list[str], told: Path, moment: int | None = None, disk: int | None = None) -> int | None:
@@ -46,31 +43,13 @@ def _work(argv: list[str], told: Path, moment: int | None, disk: int | None) -> 
     folder = Path(argv[4]).parent
     if disk is not None:
         _small_disk(folder, disk)
-    seen = _kill_at(moment, folder) if moment is not None else [0]
+    seen = kill_at(moment, folder) if moment is not None else [0]
     from megatron_solopo.training.convert import main
 
     status = run(main, argv)
     print("changes:", seen[0], flush=True)
     print("left:", os.listdir(folder), flush=True)  # a disk of this process ends with it
     os._exit(status)
-
-
-def _kill_at(moment: int, folder: Path) -> list[int]:
-    """Counts changes of files from now on; returns where."""
-    count = [0]
-
-    def see(event: str, arguments: tuple) -> None:
-        if event not in CHANGES or not isinstance(arguments[0], str | bytes | os.PathLike):
-            return
-        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        if os.fsdecode(arguments[0]).startswith(str(folder)):
-            count[0] += 1
-            if count[0] == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(see)
-    return count
 
 
 def _small_disk(folder: Path, size: int) -> None:

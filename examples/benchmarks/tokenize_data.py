@@ -122,50 +122,44 @@ def library_speed(path: Path, tokenizer_folder: Path, limit: int, clock: Clock) 
     return tokens / (clock() - begin), tokens
 
 
-def part_speed(path: Path, tokenizer_folder: Path, folder: Path, workers: int, clock: Clock) -> tuple[float, int]:
+def part_speed(path: Path, tokenizer_folder: Path, workers: int, clock: Clock) -> tuple[float, int]:
     """(tokens a second, tokens) of the command's workers once they are there: no start, no merge."""
     from megatron_solopo.data.options import TokenizerOptions
     from megatron_solopo.data.tokenized import tokenize_data
 
-    folder.mkdir(parents=True, exist_ok=True)
     job = tokenize_data.Job(
         source=str(path),
         tokenizer=TokenizerOptions(str(tokenizer_folder), str(TEMPLATE)),
         objective="preference",
         seq_length=None,
         overlong="refuse",
-        parts=folder,
     )
     _, parts = tokenize_data.scan(path)
     times = []
-    for number in tokenize_data._tokenize_parts(job, dict(enumerate(parts)), workers):
-        times.append((clock(), tokenize_data.read_part(job.part_file(number), "tokens")[0].size))
-        job.part_file(number).unlink()
+    for part in tokenize_data.tokenize_parts(job, dict(enumerate(parts)), workers):
+        times.append((clock(), len(part.tokens) // 4))
     rest = times[workers:-workers]  # from the first round of parts to the last: all workers are busy
     return sum(size for _, size in rest) / (rest[-1][0] - times[workers - 1][0]), sum(size for _, size in rest)
 
 
-def made_up_part(path: Path, number: int, size: int = 100) -> None:
-    """A part's file of groups with contexts of 1K and 8K random ids."""
+def made_up_part(number: int, size: int = 100) -> Any:
+    """A `TokenizedPart` of groups with contexts of 1K and 8K random ids."""
+    from megatron_solopo.data.tokenized.tokenize_data import TokenizedPart
+
     draw = np.random.default_rng(number)
     lengths = np.tile(np.array([1024, 100, 100, 8192, 0, 0], dtype=np.int32), (size, 1))
     tokens = draw.integers(0, 150_000, lengths.sum(), dtype=np.int32)
     sequences = np.split(tokens, lengths.ravel().cumsum()[:-1])
     digests = b"".join(hashlib.sha256(sequence.tobytes()).digest() for sequence in sequences)
     report = {"dropped": [], "cut": [], "ids_used": 0, "ids_mismatched": 0}
-    words = {"ids": [f"g{number}-{i}" for i in range(size)], "report": report, "largest": [149_999, "g0-0"]}
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            tokens=tokens,
-            lengths=lengths,
-            digests=np.frombuffer(digests, dtype=np.uint8),
-            words=np.frombuffer(json.dumps(words).encode(), dtype=np.uint8),
-        )
+    ids = [f"g{number}-{i}" for i in range(size)]
+    known = {"ids": ids, "lengths": lengths.tolist(), "report": report, "largest": [149_999, "g0-0"]}
+    return TokenizedPart(number, known, tokens.tobytes(), digests)
 
 
 def merge(folder: Path, count: int) -> None:
     """Puts the parts of so many groups together, opens the result and reads from it; prints times and memory."""
+    from megatron_solopo.data.files.jobs import Jobs
     from megatron_solopo.data.options import TokenizerOptions
     from megatron_solopo.data.text.text_facts import TEXT_FACTS
     from megatron_solopo.data.tokenized import tokenize_data
@@ -173,25 +167,29 @@ def merge(folder: Path, count: int) -> None:
 
     indexed_dataset()  # the import is no part of the times
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "parts").mkdir(parents=True)
-    job = tokenize_data.Job("", TokenizerOptions(""), "preference", None, "refuse", folder / "parts")
-    parts, seen = count // 100, set()
-    for number in range(parts):
-        made_up_part(job.part_file(number), number)
-    begin = time.process_time()
-    for number in range(parts):
-        tokenize_data._check_ids(job, number, seen)
-    found, _ = tokenize_data._merge(job, parts, folder / "store")
-    merged = time.process_time() - begin
+    job = tokenize_data.Job("", TokenizerOptions(""), "preference", None, "refuse")
     facts = dict.fromkeys(TEXT_FACTS, {})
-    manifest = {"format": FORMAT, "objective": "preference", "text": facts} | found
-    (folder / "store" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    seen: set[str] = set()
+    merged = 0.0
+    with Jobs(folder, (tokenize_data.TOKENS, tokenize_data.DIGESTS)) as jobs:
+        jobs.begin({})
+        for number in range(count // 100):
+            part = made_up_part(number)
+            begin = time.process_time()
+            jobs.add(number, part.known, {tokenize_data.TOKENS: part.tokens, tokenize_data.DIGESTS: part.digests})
+            tokenize_data._check_ids(job, part.known, seen)
+            merged += time.process_time() - begin
+        begin = time.process_time()
+        manifest, _ = tokenize_data._complete(jobs, "preference", {"format": FORMAT, "objective": "preference"})
+    merged += time.process_time() - begin
+    store = folder / tokenize_data.RESULT
+    (store / "manifest.json").write_text(json.dumps(manifest | {"text": facts}), encoding="utf-8")
     begin = time.process_time()
-    dataset = open_tokens(folder / "store", facts, ALL_ROLES, 8292).with_roles(ALL_ROLES[:3])
+    dataset = open_tokens(store, facts, ALL_ROLES, 8292).with_roles(ALL_ROLES[:3])
     opened = time.process_time() - begin
-    read = sum(len(list(ids)) for place in range(8) for ids in dataset.groups[place * parts].sequences())
+    read = sum(len(list(ids)) for place in range(8) for ids in dataset.groups[place * (count // 100)].sequences())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    size = (folder / "store" / "tokens.bin").stat().st_size / 2**30
+    size = (store / "tokens.bin").stat().st_size / 2**30
     print(
         f"{count:>7,} groups, tokens.bin {size:.2f} GiB: merged in {merged:.1f} s of processor time, opened in "
         f"{opened:.1f} s, {read:,} tokens read; peak so far {peak:.2f} GiB",
@@ -223,7 +221,7 @@ def main() -> None:
         clock = time.process_time if options.workers == 1 else time.monotonic
         for _ in range(3):  # by turns, since other work on the machine comes and goes
             library, tokens = library_speed(path, tokenizer, options.speed_groups // 2, clock)
-            ours, own_tokens = part_speed(path, tokenizer, options.output / "speed", options.workers, clock)
+            ours, own_tokens = part_speed(path, tokenizer, options.workers, clock)
             print(
                 f"library {library:,.0f} tokens/s ({tokens:,}), ours {ours:,.0f} ({own_tokens:,}), "
                 f"ratio {ours / library:.2f}",

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.companions import Companions, dtype_name
-from megatron_solopo.conversion.places import aside_of, check_target, put_in_place, restore
+from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
@@ -237,7 +238,7 @@ def write_folder(
         for _ in tensors:
             pass
         raise error if isinstance(error, UserError) else _not_written(folder, error) from None
-    aside = aside_of(folder)
+    aside = folder_aside(folder)
     shards = Shards(aside, shapes, dtype, parse_size(max_shard_size))
     for name, tensor in tensors:
         shards.add(name, tensor)

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -61,7 +62,7 @@ def latest_iteration(folder: str | Path) -> int | None:
 
 def write_latest(folder: Path, iteration: int) -> None:
     """Names an iteration as the last complete one; atomic."""
-    write_whole(folder / LATEST, f"{iteration}\n")
+    write_text(folder / LATEST, f"{iteration}\n")
 
 
 def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progress: dict[str, Any]) -> None:
@@ -75,7 +76,7 @@ def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progres
             path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(_files(folder))
         },
     }
-    write_whole(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
 def is_marked(folder: Path) -> bool:
@@ -191,13 +192,3 @@ def _digest(path: Path) -> str:
             file.seek((size - BLOCK) * block // (BLOCKS - 1))
             digest.update(file.read(BLOCK))
         return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Aside, to the disk, then renamed: a reader sees the old content or the new, whatever happens."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

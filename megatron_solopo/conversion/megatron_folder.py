@@ -21,10 +21,11 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from megatron_solopo.atomic import folder_aside
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_weights import HfWeights
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
-from megatron_solopo.conversion.places import aside_of, put_in_place, restore
+from megatron_solopo.conversion.places import put_in_place, restore
 from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError
@@ -120,7 +121,7 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    aside = aside_of(target)
+    aside = folder_aside(target)
     step = checkpoint_folder(aside, 0)
 
     def begin() -> None:

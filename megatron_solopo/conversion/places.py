@@ -1,56 +1,33 @@
-"""Folders that appear whole or not at all: written aside, then renamed, an earlier one kept until then."""
+"""Where models are written: what may be replaced, and what stays."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_solopo.atomic import folder_aside, put_folder, replaced, restore_folder
 from megatron_solopo.conversion.manifest import is_marked
 from megatron_solopo.errors import UserError
 
 
-def aside_of(folder: Path) -> Path:
-    """Where a folder is written before it takes its name."""
-    return _beside(folder, ".partial")
-
-
-def _replaced(folder: Path) -> Path:
-    return _beside(folder, ".replaced")
-
-
-def _beside(folder: Path, ending: str) -> Path:
-    """Beside what a link leads to: a link cannot be replaced by a folder, and may lead to another disk."""
-    real = folder.resolve()
-    return real.parent / (real.name + ending)
-
-
 def restore(folder: Path) -> None:
-    """Ends what a command that was killed in `put_in_place` began: an earlier folder gets its name back, or goes."""
-    earlier, folder = _replaced(folder), folder.resolve()
-    if earlier.exists() and not folder.exists():
-        earlier.rename(folder)
-    _take_over(earlier, folder)
+    """Ends what a command that was killed in `put_in_place` began."""
+    restore_folder(folder, _keep_exports)
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
-    """Gives a finished folder its name. Whatever stood there is complete until then, under this name or beside it."""
-    folder = folder.resolve()
-    if folder.exists():
-        folder.rename(_replaced(folder))
-    aside.rename(folder)
-    _take_over(_replaced(folder), folder)
+    """Gives a finished model its name; see `put_folder`."""
+    put_folder(aside, folder, _keep_exports)
 
 
-def _take_over(earlier: Path, folder: Path) -> None:
-    """An earlier folder goes; the models inside it that --save-hf-interval wrote stay."""
+def _keep_exports(earlier: Path, folder: Path) -> None:
+    """The models inside an earlier folder that --save-hf-interval wrote stay."""
     for path in list(earlier.glob("iter_*.replaced")):  # of a model inside, whose own replacement was killed
         restore(path.with_suffix(""))
     for path in filter(_is_export, earlier.glob("iter_*")):
         if path.suffix != ".partial" and not (folder / path.name).exists():
             path.rename(folder / path.name)
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _is_export(path: Path) -> bool:
@@ -119,7 +96,7 @@ def check_apart(option: str, folder: Path, others: Mapping[str, str | Path | Non
     Raises:
         UserError: naming both.
     """
-    targets = (folder.resolve(), aside_of(folder), _replaced(folder))
+    targets = (folder.resolve(), folder_aside(folder), replaced(folder))
     current = {"the folder that the command runs in,": Path.cwd()}  # else a shell would stand in a deleted folder
     for name, other in (others | current).items():
         # Also where nothing is replaced yet: the next start would find a model around the other one.

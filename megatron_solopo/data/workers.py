@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -15,31 +15,38 @@ from typing import Any
 
 from megatron_solopo.errors import UserError
 
+Work = Callable[..., Any]
+
 
 def map_in_order(
-    work: Callable[..., Any],
-    items: Iterable[tuple[Any, ...]],
-    workers: int,
-    start: Callable[..., None],
-    arguments: tuple[Any, ...],
+    make: Callable[..., Work], arguments: tuple[Any, ...], items: Sequence[tuple[Any, ...]], workers: int, **here: Any
 ) -> Iterator[Any]:
-    """Yields ``work(*item)`` of each item, from processes that have called ``start(*arguments)`` once.
+    """Yields ``work(*item)`` of each item, where every process has made its ``work = make(*arguments)`` once.
 
     Few results wait at a time, so that memory does not grow with the items. A worker ends with its parent, however that
-    ends, and leaves Ctrl-C to it.
+    ends, and leaves Ctrl-C to it. One worker is this process.
+
+    Args:
+        here: further arguments of ``make`` in this process alone: what is loaded already, and each worker loads.
 
     Raises:
         UserError: a worker was killed, or what ``work`` raised.
     """
+    workers = min(workers, len(items))
+    if workers < 2:
+        if items:
+            work = make(*arguments, **here)
+            yield from (work(*item) for item in items)
+        return
     # Forking this process, whose tokenizer has started threads, could hang; a fork server has none, and imports the
     # module once for all workers.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([start.__module__])
-    pool = ProcessPoolExecutor(workers, context, _begin, (start, arguments))
+    context.set_forkserver_preload([make.__module__])
+    pool = ProcessPoolExecutor(workers, context, _begin, (make, arguments))
     waiting: deque[Future[Any]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(work, *item))
+            waiting.append(pool.submit(_do, *item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -53,10 +60,19 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+_work: Work
+"""Of a worker process."""
+
+
+def _begin(make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    global _work
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and waits for what is begun
-    start(*arguments)
+    _work = make(*arguments)
+
+
+def _do(*item: Any) -> Any:
+    return _work(*item)
 
 
 def _end_with_parent() -> None:

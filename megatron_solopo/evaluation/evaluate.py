@@ -8,22 +8,24 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from megatron_solopo import template_kwargs
+from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
+from megatron_solopo.atomic import write_text
 from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import SOURCES, LeftOut, read_pool, read_questions
-from megatron_solopo.data.files.inputs import place
+from megatron_solopo.data.files.inputs import fingerprint, place
+from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import write_jsonl
-from megatron_solopo.data.hf_model import DTYPES, check_device, check_reach, load_model
+from megatron_solopo.data.hf_model import DTYPES, check_device, check_reach, load_model, weight_facts
 from megatron_solopo.data.options import (
     TokenizerOptions,
     add_normalisation_option,
@@ -38,6 +40,7 @@ from megatron_solopo.data.scoring import score
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
+from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, Response, generate
 from megatron_solopo.evaluation.results import METRICS, intervals_text, length_label, mean_interval
@@ -302,13 +305,22 @@ def main(argv: list[str] | None = None) -> int:
     read = [(flag, place(name)) for flag in ("--data", "--pool") for name in getattr(options, flag[2:])]
     outputs = [("--output", path) for path in (options.output, predictions_path(options.output))]
     check_outputs(outputs, [*read, *files_of(options)])
-    tokenizer = TokenizerOptions.of(options, options.model).load()
+    output = Path(options.output)
+    with Jobs(output.with_name(output.name + ".partial")) as jobs:
+        return _evaluate(options, output, sizes, unit, prompt_format, jobs)
+
+
+def _evaluate(
+    options: argparse.Namespace, output: Path, sizes: list[int], unit: str, prompt_format: PromptFormat, jobs: Jobs
+) -> int:
+    flag, begin = f"--context-{unit}", time.monotonic()
+    named = TokenizerOptions.of(options, options.model)
+    tokenizer = named.load(begun_with=jobs.settings.get(template_kwargs.DATE))
     options.chat_template_date = template_kwargs.date_of(tokenizer)  # for the results
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:
             check_reach(options.model, size, options.max_new_tokens, f"{flag} {size}")
     check_device(options.device)
-    begin = time.monotonic()
     items, left_out = build_items(
         options.data, sizes, unit, tokenizer, prompt_format, options.seed, options.pool, options.limit, options.source
     )
@@ -320,10 +332,35 @@ def main(argv: list[str] | None = None) -> int:
     for reason, count in left_out.most_common():
         print(f"  {count} left out: {reason}")
     model = load_model(options.model, options.device, options.dtype)
+    jobs.begin(
+        {
+            "version": __version__,
+            "model": _full(options.model),
+            "weights": weight_facts(options.model),
+            "dtype": str(model.dtype),
+            **text_facts(named.folder, tokenizer),
+            **{name: fingerprint(getattr(options, name)) for name in ("data", "pool")},
+            **{name: getattr(options, name) for name in ("source", "limit", "max_new_tokens", "seed")},
+            "prompt_format": asdict(prompt_format),
+            f"context_{unit}": sizes,
+        }
+    )
+    known: dict[str, dict[int, Response]] = {}
+    for job in jobs.finished():
+        label, *indices = job["job"]
+        known.setdefault(label, {}).update(
+            {index: Response(*answer) for index, answer in zip(indices, job["answers"], strict=True)}
+        )
+    if known:
+        print(f"resuming: {sum(map(len, known.values()))} of {len(items) * len(sizes)} answers were generated before")
     metrics: dict[str, dict[str, Any]] = {}
     records: list[dict[str, Any]] = []
     for index, size in enumerate(sizes):
         label = length_label(size, unit)
+
+        def add(answered: dict[int, Response], label: str = label) -> None:
+            jobs.add([label, *answered], {"answers": [astuple(answer) for answer in answered.values()]})
+
         responses = generate(
             model,
             tokenizer,
@@ -331,34 +368,27 @@ def main(argv: list[str] | None = None) -> int:
             options.max_new_tokens,
             options.batch_tokens,
             progress=label,
+            known=known.get(label),
+            add=add,
         )
         metrics[label], some = score_responses(items, index, label, responses, options.normalisation)
         records += some
     print("\n".join(table_lines(metrics)))
-    output = Path(options.output)
     write_jsonl(predictions_path(output), records)
-    aside = output.with_name(output.name + ".partial")
-    aside.write_text(
-        json.dumps(
-            {
-                "model": _full(options.model),
-                "data": ", ".join(map(_full, options.data)),
-                "metrics": metrics,
-                "settings": {
-                    **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},
-                    "dtype": str(model.dtype).removeprefix("torch."),
-                    "device": model.device.type,
-                    "left_out": dict(left_out),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
-    aside.replace(output)
+    results = {
+        "model": _full(options.model),
+        "data": ", ".join(map(_full, options.data)),
+        "metrics": metrics,
+        "settings": {
+            **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "left_out": dict(left_out),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    write_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    jobs.remove()
     print(f"wrote {output} and {predictions_path(output)} in {time.monotonic() - begin:.1f} s")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,8 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: str = "answering",
+    known: Mapping[int, Response] | None = None,
+    add: Callable[[dict[int, Response]], None] | None = None,
 ) -> list[Response]:
     """The greedy response to each prompt, in the order of the prompts.
 
@@ -58,6 +60,8 @@ def generate(
         batch_tokens: rows x (longest prompt + ``max_new_tokens``) of a batch stays within this number; a
             single prompt that is longer than that runs alone.
         progress: the name of its progress, counted in tokens of prompts.
+        known: responses, by the index of their prompts, that are not generated again.
+        add: called with the responses of each batch, by index.
 
     Raises:
         UserError: the tokenizer has more ids than the model.
@@ -67,12 +71,16 @@ def generate(
     pad = stops[0]  # attended by nothing; a tokenizer's own may have no row in the model
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     lengths = [len(prompt) for prompt in prompts]
-    responses: list[Response | None] = [None] * len(prompts)
+    responses = dict(known or {})
     # transformers fills what a config leaves open from the model's own, so that one is put away meanwhile.
     kept, model.generation_config = model.generation_config, GenerationConfig()
-    bar = ProgressBar(total=sum(lengths), desc=progress, unit=" tokens", unit_scale=True, leave=False)
+    before = sum(lengths[index] for index in responses)
+    bar = ProgressBar(total=sum(lengths), initial=before, desc=progress, unit=" tokens", unit_scale=True, leave=False)
     try:
         for batch in batches_by_length(lengths, max_new_tokens, batch_tokens):
+            batch = [index for index in batch if index not in responses]
+            if not batch:
+                continue
             longest = lengths[batch[0]]
             ids = torch.full((len(batch), longest), pad, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -86,14 +94,18 @@ def generate(
                 stopping_criteria=[steps := _Steps(bar, sum(lengths[index] for index in batch), max_new_tokens)],
             )
             steps.finish()
+            answered = {}
             for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
                 end = next((position for position, token in enumerate(row) if token in stops), len(row))
                 text = tokenizer.decode(row[:end], skip_special_tokens=True)
-                responses[index] = Response(text, finished=end < len(row))
+                answered[index] = Response(text, finished=end < len(row))
+            responses |= answered
+            if add is not None:
+                add(answered)
     finally:
         bar.close()
         model.generation_config = kept
-    return responses
+    return [responses[index] for index in range(len(prompts))]
 
 
 class _Steps(StoppingCriteria):

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_solopo.atomic import write_text
 from megatron_solopo.config import OWNER, Config, MethodConfig, OutputConfig, ParallelConfig, flag
 from megatron_solopo.conversion.manifest import (
     find_checkpoint,
     latest_iteration,
     read_manifest,
     write_latest,
-    write_whole,
 )
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder
 from megatron_solopo.data.tokenized.batches import Schedule
@@ -180,12 +180,12 @@ def begin_export(config: Config, steps: int) -> None:
     """
     own = _noted_export(config) is not None
     check_target(flag("save_hf"), export_folder(config), config.output.force or own, filling=True)
-    write_whole(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=False)) + "\n")
+    write_text(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=False)) + "\n")
 
 
 def export_is_complete(config: Config, steps: int) -> None:
     """Notes that --save-hf is the model of the run's last step."""
-    write_whole(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=True)) + "\n")
+    write_text(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=True)) + "\n")
 
 
 def forget_export(config: Config) -> None:

@@ -230,7 +230,7 @@ def test_a_full_disk_at_the_note_does_not_cost_the_model(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megatron_solopo.training.resume.write_whole", full)
+    monkeypatch.setattr("megatron_solopo.training.resume.write_text", full)
     error = error_of(capfd, exporting(home, "full"))
     assert "export.json cannot be written (No space left on device); the model is in " in error
     assert (home.folder / "full-hf/config.json").is_file()

@@ -130,8 +130,7 @@ def start(argv: list[str], told: Path) -> BaseProcess:
 def journal(partial: Path) -> set[str]:
     """Names of the requests whose answers are on disk, in whole lines."""
     lines = partial.read_bytes().split(b"\n")[1:-1] if partial.exists() else []
-    records = map(json.loads, lines)
-    return {f"{record['id']}/{record['first']}" for record in records}
+    return {f"{name}/{first}" for name, first, _ in (json.loads(line)["job"] for line in lines)}
 
 
 def settled(serving: Serving) -> int:

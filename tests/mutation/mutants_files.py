@@ -135,14 +135,14 @@ CONVERSION = [
         ("4's theta not compared", 'or "rope_theta" not in document:', "or False:"),
     ),
     *within(
-        "conversion/places.py",
+        "atomic.py",
         KILLS,
         (
             "the earlier model deleted first",
-            "folder.rename(_replaced(folder))\n    aside",
-            "shutil.rmtree(folder)\n    aside",
+            "        folder.rename(replaced(folder))\n",
+            "        shutil.rmtree(folder)\n",
         ),
-        ("the earlier model not given back", "earlier.rename(folder)", "pass"),
+        ("the earlier model not given back", "rename(earlier, folder)", "pass"),
     ),
     *within(
         "conversion/shards.py",
@@ -233,11 +233,33 @@ DATA = [
         "data/sampling/responses.py",
         SAMPLING,
         ("every sample asked for again", "if number not in there]", "]"),
+    ),
+    *within(
+        "atomic.py",
+        "tests/unit/test_atomic.py",
+        ("renamed before it is on the disk", "            _flush(file)\n", ""),
+        ("half a file renamed", "            aside.unlink()", "            rename(aside, path)"),
+    ),
+    *within(
+        "data/files/jobs.py",
+        "tests/unit/test_jobs.py",
         (
             "half a line kept at a kill",
-            "        self._file.truncate(self._size)\n        if self._size",
-            "        if self._size",
+            "            self._file.truncate(self._size)\n            self._open_streams(sizes)",
+            "            self._open_streams(sizes)",
         ),
+        (
+            "what no line speaks of kept in a stream",
+            "            file.truncate(size)\n            file.seek(size)\n",
+            "            file.seek(size)\n",
+        ),
+        (
+            "jobs of other settings taken",
+            'if any(job["job"] not in preparation for _, job in self._jobs()):',
+            "if False:",
+        ),
+        ("two processes in one file", "fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ("jobs whose stream is lost taken as done", "if any(self._length(name) < size", "if any(False"),
     ),
     *within(
         "data/tokenized/token_store.py",

@@ -13,12 +13,11 @@ from word_tokenizer import save_word_tokenizer
 from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.files.inputs import read_records
-from megatron_solopo.data.files.progress import Progress
+from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.inspection import inspect_data
 from megatron_solopo.data.pairing import build_pairs
 from megatron_solopo.data.sampling import sample_responses
-from megatron_solopo.data.sampling.responses import PartialFile, Responses
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.tokenized import tokenize_data
 from megatron_solopo.errors import UserError
@@ -292,7 +291,7 @@ def test_a_file_of_another_kind_is_named(here: Path, name: str, flag: str, given
     main, argv, _, _ = COMMANDS[name]
     argv = with_value(argv, flag, given) if flag in argv else [*argv, flag, given]
     assert told in refusal(main, argv)
-    assert not Path("made.jsonl").exists() and not Path("made.jsonl.partial").exists()
+    assert not Path("made.jsonl").exists() and not list(here.glob("made*"))
 
 
 def test_a_broken_template_with_values_for_its_variables(here: Path) -> None:
@@ -322,24 +321,14 @@ def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
     """The corrected command goes on at once, without a folder or a file to delete."""
     argv = ["--train-data", "contexts.jsonl", "--tokenizer", "model", "--output", "tokens", "--workers", "1"]
     assert "these are contexts" in refusal(tokenize_data.main, argv)
-    Path("tokens.partial/parts/000000.1.aside").touch()
+    assert not Path("tokens.partial").exists()
     assert tokenize_data.main(with_value(argv, "--train-data", "groups.jsonl")) == 0
     assert Path("tokens/manifest.json").is_file() and not Path("tokens.partial").exists()
-    output = here / "made.jsonl"
-    with PartialFile(output, {"temperature": 9}):
-        pass
-    with PartialFile(output, {"temperature": 1}) as partial:
-        partial.add(Responses("q0", ["a"], [True]))
-    with PartialFile(output, {"temperature": 1}) as partial:
-        assert partial.missing("q0", 2) == [1]
-    with pytest.raises(UserError, match="begun with temperature = 1, now 9"):
-        PartialFile(output, {"temperature": 9})
 
 
-@pytest.mark.parametrize("lost", ["ready.json", "progress.json", "both"])
-@pytest.mark.parametrize("left", ["", "\0" * 9, '{"settings": {'])
-def test_notes_that_a_power_failure_emptied(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str, left: str
+@pytest.mark.parametrize("left", ["", "\0" * 9, '{"settings": {', "no stream"])
+def test_work_that_a_power_failure_emptied(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
     main, argv, _, _ = COMMANDS["prepare-data"]
     assert main(argv) == 0
@@ -349,11 +338,11 @@ def test_notes_that_a_power_failure_emptied(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Progress, "finish", stop)
+        patch.setattr(Jobs, "put", stop)
         main(argv)
-    for name in ("ready.json", "progress.json") if lost == "both" else (lost,):
-        assert json.loads(Path("made.jsonl.work", name).read_text())
-        Path("made.jsonl.work", name).write_text(left)
+    lost = Path("made.jsonl.work", "contexts.jsonl" if left == "no stream" else "jobs.jsonl")
+    assert lost.read_bytes()
+    lost.write_text("" if left == "no stream" else left)
     Path("made.jsonl").unlink()
     capsys.readouterr()
     assert main(argv) == 0 and Path("made.jsonl").read_bytes() == whole

@@ -14,7 +14,7 @@ from word_tokenizer import SPECIAL, save_word_tokenizer
 
 from megatron_solopo.data.building import prepare_data, second_pass
 from megatron_solopo.data.sampling import sample_responses
-from megatron_solopo.data.sampling.responses import PartialFile
+from megatron_solopo.data.sampling.responses import SampledJobs
 from megatron_solopo.errors import UserError
 
 WORDS = [f"w{index}" for index in range(30)]
@@ -71,7 +71,7 @@ def building(tmp_path: Path, model: Path) -> list[str]:
 @pytest.mark.parametrize("command", ["sample-responses", "prepare-data"])
 def test_other_weights_are_refused(command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if command == "sample-responses":
-        main, argv, name, killed = sample_responses.main, sampling(tmp_path, model), "weights", (PartialFile, "finish")
+        main, argv, name, killed = sample_responses.main, sampling(tmp_path, model), "weights", (SampledJobs, "finish")
     else:
         main, argv, name = prepare_data.main, building(tmp_path, model), "evidence_weights"
         killed = (second_pass.Builder, "build")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from option_lines import last_wins_in
@@ -15,7 +13,7 @@ from word_tokenizer import save_word_tokenizer
 
 from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.building.contexts import read_contexts
-from megatron_solopo.data.files import progress
+from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.errors import UserError
@@ -212,51 +210,39 @@ def test_any_number_of_workers_writes_the_same_bytes(many: list[str], tmp_path: 
     assert read_all(tmp_path) == one
 
 
-def killed(run: Callable[[], object], at: int, after: bool) -> bool:
-    """Runs in a child that kills itself with SIGKILL at its ``at``-th note of progress, before or after it is made."""
-    child = os.fork()
-    if not child:
-        calls, write = [], progress.write_aside
+def stopped(monkeypatch: pytest.MonkeyPatch, arguments: list[str], after: int) -> None:
+    """Runs the command until so many jobs are finished."""
+    add, calls = Jobs.add, []
 
-        def write_or_die(path: Path, value: object) -> None:
-            calls.append(path)
-            if len(calls) == at:
-                if after:
-                    write(path, value)
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(path, value)
+    def add_or_stop(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        add(*given)
 
-        progress.write_aside = write_or_die
-        try:
-            run()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_killed_and_repeated_it_writes_the_same_bytes(
-    many: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [*many, *outputs(tmp_path)]
-    main(arguments)
-    whole = read_all(tmp_path)
-    # Notes of progress: the first pass is done, 0 questions, then one a batch of 16.
-    for at, after in ((1, False), (1, True), (2, True), (4, False), (4, True), (7, True)):
-        for name in whole:
-            (tmp_path / name).unlink()
-        assert killed(lambda: main(arguments), at, after)
-        assert not (tmp_path / "contexts.jsonl").exists()
-        capfd.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Jobs, "add", add_or_stop)
         main(arguments)
-        assert read_all(tmp_path) == whole, (at, after)
-        done = 16 * (at - 3 + after)
-        assert (f"resuming: {min(done, 66)} of 66" in capfd.readouterr().out) == (at > 2 or (at == 2 and after))
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: Path) -> None:
-    assert killed(lambda: main(many), 4, True)
+def test_what_was_built_is_not_built_again(
+    many: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(many)
+    printed = capsys.readouterr().out
+    stopped(monkeypatch, many, after=3)  # the first pass, and batches of 16 questions
+    capsys.readouterr()
+    main(many)
+    again = capsys.readouterr().out
+    assert "resuming: 32 of 66 questions were done before" in again
+    lines = [line for line in printed.splitlines() if not line.startswith("wrote ")]
+    assert [line for line in again.splitlines() if not line.startswith(("wrote ", "resuming"))] == lines
+
+
+def test_work_begun_with_other_settings_is_not_mixed(
+    many: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(monkeypatch, many, after=3)
     work = tmp_path / "contexts.jsonl.work"
     with pytest.raises(UserError, match=r"contexts\.jsonl\.work: begun with seed = 0, now 1; repeat the first"):
         main([*many, "--seed", "1"])
@@ -265,7 +251,7 @@ def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: 
         main([*many, "--input", str(tmp_path / "more.jsonl")])
     with pytest.raises(UserError, match=r"begun with added_tokens\.<new> = None, now"):
         main([*many, "--add-special-tokens", "<new>"])
-    with progress.held(work), pytest.raises(UserError, match=r"contexts\.jsonl\.work: another process is writing it"):
+    with Jobs(work, ()), pytest.raises(UserError, match=r"contexts\.jsonl\.work: another process is writing it"):
         main(many)
     assert work.is_dir()
     # What belongs to the model alone decides nothing here.
@@ -273,7 +259,8 @@ def test_work_begun_with_other_settings_is_not_mixed(many: list[str], tmp_path: 
     main([*many, "--workers", "1"])
     assert not work.exists()
     # Where no context was built there is nothing to lose.
-    assert killed(lambda: main(many), 1, True) and work.is_dir()
+    stopped(monkeypatch, many, after=1)
+    assert work.is_dir()
     main([*many, "--seed", "1"])
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from sampling_models import command, folder
 
-from megatron_solopo.data.sampling.responses import PartialFile, read_responses
+from megatron_solopo import atomic
+from megatron_solopo.data.sampling import sample_responses
+from megatron_solopo.data.sampling.responses import Responses, SampledJobs, read_responses
 from megatron_solopo.data.sampling.sample_responses import main
 from megatron_solopo.errors import UserError
 
@@ -21,7 +23,7 @@ def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Pat
     output = tmp_path / "a.jsonl"
     main(command(folder, output))
     partial = Path(f"{output}.partial")
-    header, sampled = {"settings": {"temperature": 0.3}}, {"first": 0, "id": "q", "responses": ["a"]}
+    header, sampled = {"settings": {"temperature": 0.3}}, {"job": ["q", 0, 1], "responses": ["a"], "finished": [True]}
     partial.write_text(json.dumps(header) + "\n" + json.dumps(sampled) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete it to start again"):
         main(command(folder, output, "--overwrite"))
@@ -35,7 +37,7 @@ def test_another_tokenizer_is_refused_on_resume(folder: Path, tmp_path: Path, mo
         raise UserError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartialFile, "finish", stop)
+        patch.setattr(SampledJobs, "finish", stop)
         with pytest.raises(UserError, match="stopped"):
             main(command(folder, output, "--limit", "1"))
     shutil.copytree(folder, other)
@@ -82,17 +84,17 @@ def test_a_complete_output_is_extended_and_never_cut(
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, name: str, after: int, arguments: list[str]) -> None:
-    """Runs the command until the call of a method of `PartialFile` after so many."""
-    calls, method = [0], getattr(PartialFile, name)
+    """Runs the command until the call of a method of `SampledJobs` after so many."""
+    calls, method = [0], getattr(SampledJobs, name)
 
-    def stop(self: PartialFile, *more: Any) -> Any:
+    def stop(self: SampledJobs, *more: Any) -> Any:
         calls[0] += 1
         if calls[0] > after:
             raise KeyboardInterrupt
         return method(self, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartialFile, name, stop)
+        patch.setattr(SampledJobs, name, stop)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
 
@@ -136,14 +138,19 @@ def test_a_kill_before_the_output_takes_its_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its settings are there and name its size; the old output is not taken for it."""
-    output, aside = tmp_path / "a.jsonl", tmp_path / "a.jsonl.complete"
+    output, kept, rename = tmp_path / "a.jsonl", tmp_path / "kept", atomic.rename
+
+    def stop(aside: Path, path: Path) -> None:
+        if path == output:
+            shutil.copy(aside, kept)
+            raise KeyboardInterrupt
+        rename(aside, path)
+
     main(command(folder, output, "--limit", "10"))
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "megatron_solopo.data.sampling.responses.put_in_place", lambda output: aside.exists() and interrupt()
-        )
-        with pytest.raises(KeyboardInterrupt):
-            main(command(folder, output, "--limit", "20"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic, "rename", stop)
+        main(command(folder, output, "--limit", "20"))
+    kept.rename(atomic.file_aside(output))  # a kill leaves it there
     main(command(folder, output, "--limit", "20"))
     assert "holds 6 responses to each of 20 questions already" in capsys.readouterr().out
     assert len(list(read_responses(output))) == 20
@@ -165,19 +172,14 @@ def test_overwrite_samples_anew_and_resumes_itself_only(
     assert "resuming: 24 of 60 responses" in printed and "sampled now: 36 responses" in printed
 
 
-def test_a_partial_file_of_an_earlier_version_is_resumed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_second_command_on_the_same_output_writes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its settings hold --limit and --samples."""
-    output = tmp_path / "a.jsonl"
-    interrupted(monkeypatch, "add", 6, command(folder, output))
-    partial = Path(f"{output}.partial")
-    head, *lines = partial.read_text().splitlines()
-    settings = json.loads(head)["settings"] | {"limit": None, "samples": 6}
-    partial.write_text("\n".join([json.dumps({"settings": settings}), *lines]) + "\n")
-    main(command(folder, output, "--limit", "9"))
-    assert "resuming: " in capsys.readouterr().out
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
+    monkeypatch.setattr(sample_responses, "Prompts", lambda *_: pytest.fail("prompts are written before the lock"))
+    with SampledJobs(tmp_path / "a.jsonl") as jobs:
+        jobs.begin_sampling({"seed": 0})
+        jobs.add_samples(Responses("q0", ["a"], [True]))
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(UserError, match=r"a\.jsonl\.partial: another process is writing it; wait for its end"):
+            main(command(folder, tmp_path / "a.jsonl"))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

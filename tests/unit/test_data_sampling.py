@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,7 @@ import pytest
 from sampling_models import END, command, folder
 
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, Responses, read_responses
+from megatron_solopo.data.sampling.responses import Responses, SampledJobs, read_responses
 from megatron_solopo.data.sampling.sample_responses import main
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -72,78 +67,43 @@ def test_the_token_that_ended_a_response_is_not_in_its_text(folder: Path) -> Non
     assert responses.token_ids == [None, [4, 2, 5]] and counts.mismatches == 1  # <user> is not in the text
 
 
-def test_a_killed_run_resumes_without_loss_or_repetition(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(command(folder, tmp_path / "whole.jsonl", "--samples", "12"))
-    output = tmp_path / "killed.jsonl"
-    arguments = command(folder, output, "--samples", "12")
-    partial = Path(f"{output}.partial")
-    code = (
-        "import sys, time\n"
-        "from megatron_solopo.data.sampling import sample_responses as command, sampler as s\n"
-        "fast = s.decode\n"
-        "def slow(*a, **k):\n    for one in fast(*a, **k):\n        time.sleep(0.1)\n        yield one\n"
-        "s.decode = slow\n"  # so that the kill falls in the middle
-        "command.main(sys.argv[1:])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 5):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    written = partial.read_bytes()
-    assert 5 <= written.count(b"\n") < 41 and not output.exists()
-    partial.write_bytes(written + written.splitlines()[2][:30])  # a line that the kill cut
-    capsys.readouterr()
-    main(arguments)
-    done = written.count(b"\n") - 1  # the first line holds the settings
-    printed = capsys.readouterr().out
-    assert (
-        f"resuming: {done * 12} of 480 responses" in printed and f"sampled now: {(40 - done) * 12} responses" in printed
-    )
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not partial.exists()
-
-
 def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tmp_path: Path) -> None:
     """The limit falls into a line, which goes at once; one that a kill cut goes at the next start."""
     output = tmp_path / "a.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with PartialFile(output, {"seed": 1}) as partial:
-        partial.add(Responses("q0", ["w1"] * 5, [True] * 5))
-        size = partial.path.stat().st_size
+    with SampledJobs(output) as jobs:
+        jobs.begin_sampling({"seed": 1})
+        jobs.add_samples(Responses("q0", ["w1"] * 5, [True] * 5))
+        size = jobs.place.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
         try:
-            with pytest.raises(UserError, match=r"partial: the disk is full; make room and repeat the command"):
-                partial.add(Responses("q1", ["w1"], [True]))
+            with pytest.raises(UserError, match=r"partial: File too large; make room and repeat the command"):
+                jobs.add_samples(Responses("q1", ["w1"], [True]))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "q1" not in partial
-        partial.add(Responses("q2", ["w2"], [True]))  # the answer to another request, which finds room
-        more = partial.path.stat().st_size
-        with partial.path.open("ab") as file:
-            file.write(b'{"first": 0, "id": "q3", "resp')
+        assert "q1" not in jobs
+        jobs.add_samples(Responses("q2", ["w2"], [True]))  # the answer to another request, which finds room
+        more = jobs.place.stat().st_size
+        with jobs.place.open("ab") as file:
+            file.write(b'{"job": ["q3", 0, 1], "resp')
     assert more > size
-    with PartialFile(output, {"seed": 1}) as partial:
-        assert partial.path.stat().st_size == more
-        assert [name for name in ("q0", "q1", "q2", "q3") if name in partial] == ["q0", "q2"]
+    with SampledJobs(output) as jobs:
+        jobs.begin_sampling({"seed": 1})
+        assert jobs.place.stat().st_size == more
+        assert [name for name in ("q0", "q1", "q2", "q3") if name in jobs] == ["q0", "q2"]
 
 
 def test_responses_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
     output, text = tmp_path / "a.jsonl", "w" * 50_000
     tracemalloc.start()
     try:
-        with PartialFile(output, {}) as partial:
+        with SampledJobs(output) as jobs:
+            jobs.begin_sampling({})
             for number in range(200):
-                partial.add(Responses(f"q{number}", [text], [True]))
-        with PartialFile(output, {}) as partial:
-            partial.finish([f"q{number}" for number in range(200)], 1)
+                jobs.add_samples(Responses(f"q{number}", [text], [True]))
+        with SampledJobs(output) as jobs:
+            jobs.begin_sampling({})
+            jobs.finish([f"q{number}" for number in range(200)], 1)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -169,13 +129,15 @@ def test_prompts_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
 
 def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:
     output = tmp_path / "a.jsonl"
-    with PartialFile(output, {}) as partial:
-        partial.add(Responses("q", ["c"], [False]), 2)
-        partial.add(Responses("q", ["a", "b"], [True, True], [None, [7]]), 0)
-        assert partial.missing("q", 5) == [3, 4] and partial.missing("other", 2) == [0, 1]
-    with PartialFile(output, {}) as partial:
-        assert partial.missing("q", 5) == [3, 4]
-        partial.finish(["q"], 3)
+    with SampledJobs(output) as jobs:
+        jobs.begin_sampling({})
+        jobs.add_samples(Responses("q", ["c"], [False]), 2)
+        jobs.add_samples(Responses("q", ["a", "b"], [True, True], [None, [7]]), 0)
+        assert jobs.missing("q", 5) == [3, 4] and jobs.missing("other", 2) == [0, 1]
+    with SampledJobs(output) as jobs:
+        jobs.begin_sampling({})
+        assert jobs.missing("q", 5) == [3, 4]
+        jobs.finish(["q"], 3)
     [record] = read_responses(output)
     assert record == Responses("q", ["a", "b", "c"], [True, True, False], [None, [7], None])
 

@@ -97,7 +97,7 @@ def test_a_failure_waits_for_what_is_in_flight(folder: Path, serve: Callable[...
 
     with pytest.raises(UserError, match="refuses request q0/0"):
         main(command(folder, serve(answer), tmp_path / "a.jsonl", "--samples-per-request", "6", "--concurrency", "3"))
-    kept = [json.loads(line)["id"] for line in (tmp_path / "a.jsonl.partial").read_text().splitlines()[1:]]
+    kept = [json.loads(line)["job"][0] for line in (tmp_path / "a.jsonl.partial").read_text().splitlines()[1:]]
     assert sorted(kept) == ["q1", "q2"]
 
 

@@ -11,6 +11,7 @@ from option_lines import last_wins
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.scoring import score, sub_em
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
@@ -141,6 +142,37 @@ def test_predictions_are_the_models_responses_to_each_length(folder, questions, 
     # The same seed gives the same file, with one prompt a batch too.
     run_evaluate(folder, questions, tmp_path / "again.json", "--batch-tokens", "1")
     assert (tmp_path / "again.predictions.jsonl").read_text() == lines
+
+
+def test_answers_on_disk_are_not_generated_again(folder, questions, tmp_path, monkeypatch, capsys):
+    lengths = ("--context-documents", "2,4")
+    run_evaluate(folder, questions, tmp_path / "whole.json", "--batch-tokens", "40", lengths=lengths)
+    add, calls = Jobs.add, []
+
+    def add_or_stop(*given):
+        calls.append(given)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        add(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Jobs, "add", add_or_stop)
+        run_evaluate(folder, questions, tmp_path / "r.json", "--batch-tokens", "40", lengths=lengths)
+    assert not (tmp_path / "r.json").exists()
+    with pytest.raises(UserError, match=r"r\.json\.partial: begun with max_new_tokens = 6, now 5; repeat the first"):
+        run_evaluate(folder, questions, tmp_path / "r.json", "--max-new-tokens", "5", lengths=lengths)
+    before = (tmp_path / "r.json.partial").read_bytes()
+    for batch_tokens in ("60", "40"):  # smaller or larger batches may finish the work
+        capsys.readouterr()
+        (tmp_path / "r.json.partial").write_bytes(before)
+        run_evaluate(folder, questions, tmp_path / "r.json", "--batch-tokens", batch_tokens, lengths=lengths)
+        done = sum(len(name) - 1 for _, name, _ in calls[:4])  # a name is the length's label and the questions' indices
+        assert f"resuming: {done} of 12 answers were generated before" in capsys.readouterr().out
+    for name in ("r", "r.predictions"):
+        suffix = "json" if name == "r" else "jsonl"
+        whole = tmp_path / f"whole{name[1:]}.{suffix}"
+        assert (tmp_path / f"{name}.{suffix}").read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "r.json.partial").exists()
 
 
 def test_evaluate_by_tokens_stays_within_two_percent(folder, tmp_path):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_solopo.atomic import folder_aside
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import write_folder
-from megatron_solopo.conversion.places import aside_of, check_apart, check_target, put_in_place, restore
+from megatron_solopo.conversion.places import check_apart, check_target, put_in_place, restore
 from megatron_solopo.errors import UserError
 
 TENSORS = {"weight": torch.arange(6.0)}
@@ -94,7 +95,7 @@ def test_killed_between_renames(tmp_path: Path, moment: int, existing: bool, mon
         model(folder / name)
     if existing:
         (folder / "config.json").write_text("old")
-    aside = model(aside_of(folder))
+    aside = model(folder_aside(folder))
     (aside / "config.json").write_text("new")
     rename, done = Path.rename, []
 
@@ -204,7 +205,7 @@ def test_a_target_never_takes_what_is_read(tmp_path: Path, target: str, monkeypa
     else:
         check_apart("--save", Path(target), others)
     check_apart("--save", Path("out/model/megatron/hf"), others)
-    for kept in (aside_of(source), source.with_name("megatron.replaced")):  # both are emptied on the way
+    for kept in (folder_aside(source), source.with_name("megatron.replaced")):  # both are emptied on the way
         with pytest.raises(UserError, match="would take the place of --load"):
             check_apart("--save", source, {"--load": kept})
 

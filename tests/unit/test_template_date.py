@@ -19,7 +19,7 @@ from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.data.building import second_pass
 from megatron_solopo.data.files import records
 from megatron_solopo.data.files.inputs import first_field
-from megatron_solopo.data.sampling.responses import PartialFile
+from megatron_solopo.data.sampling.responses import SampledJobs
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences, text_facts
 from megatron_solopo.data.tokenized import tokenize_data
@@ -227,7 +227,7 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
     assert {record["chat_template_date"] for record in made} == {"2026-01-01"}
 
     on("2026-01-03")
-    killed_after(monkeypatch, PartialFile, "add", 1, [*sample, "--chat-template-date", "2026-01-07"])
+    killed_after(monkeypatch, SampledJobs, "add_samples", 1, [*sample, "--chat-template-date", "2026-01-07"])
     on("2026-01-04")
     assert run(dispatch, sample) == 0 and "resuming: 2 of 12" in capfd.readouterr().out
     assert not (tmp_path / "responses.jsonl.partial").exists()

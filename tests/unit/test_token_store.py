@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,8 @@ import pytest
 from option_lines import last_wins
 from tiny_models import TEMPLATE, WORDS, conversations, preference_groups, write_lines, write_model
 
-from megatron_solopo.data.files import progress, records
+from megatron_solopo.data.files import records
+from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -156,78 +154,6 @@ def test_parquet_gives_the_same_tokens(home):
         assert (home.folder / "from_parquet" / name).read_bytes() == (home.groups / name).read_bytes()
 
 
-def die_in(name: str, call: int) -> Callable[[], None]:
-    """Makes the call of this number of a function of tokenize_data the last thing a process does (kill -9)."""
-
-    def arm() -> None:
-        own, left = getattr(tokenize_data, name), [call]
-
-        def dies(*arguments, **more):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*arguments, **more)
-
-        setattr(tokenize_data, name, dies)
-
-    return arm
-
-
-STAGES = {
-    "before anything": die_in("scan", 1),
-    "before the first part": die_in("tokenize_part", 1),
-    "between parts": die_in("tokenize_part", 4),
-    "in a part": die_in("digest_of", 50),
-    "writing a part": lambda: setattr(np, "savez", _dies_writing),
-    "parts are done": die_in("_merge", 1),
-    "merging": die_in("read_part", 9),
-    "merged": die_in("overlong_records", 1),
-    "all but renamed": lambda: setattr(Path, "replace", _dies_renaming(Path.replace)),
-    "renamed": lambda: setattr(shutil, "rmtree", _dies_removing(shutil.rmtree)),
-}
-
-
-def _dies_writing(file, **arrays):
-    file.write(b"PK half a part")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _dies_renaming(own):
-    return lambda path, to: os.kill(os.getpid(), signal.SIGKILL) if path.name == "result" else own(path, to)
-
-
-def _dies_removing(own):
-    def remove(path, **more):
-        if Path(path).name.endswith(".partial"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        own(path, **more)
-
-    return remove
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_command_goes_on_to_the_same_bytes(home, stage, monkeypatch, capsys):
-    monkeypatch.setattr(records, "PART_BYTES", 3000)
-    name = stage.replace(" ", "_")
-
-    def child() -> None:
-        STAGES[stage]()
-        make(home, "groups.jsonl", name)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert (home.folder / name).exists() is (stage == "renamed")
-    make(home, "groups.jsonl", name)
-    assert contents(home.folder / name) == contents(home.groups)
-    printed = capsys.readouterr().out
-    if stage in ("between parts", "in a part", "merging"):
-        assert int(re.search(r"(\d+) of \d+ parts were done before", printed)[1]) >= 1
-
-
 def _replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
@@ -363,9 +289,8 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
         if key in ("format", "version", "objective", "options", "text")
     }
     settings["source"]["bytes"] = Path("groups.jsonl").stat().st_size
-    Path("begun.partial/parts").mkdir(parents=True, exist_ok=True)
-    Path("begun.partial/settings.json").write_text(json.dumps(settings))
-    Path("begun.partial/parts/000000.npz").write_bytes(b"")
+    Path("begun.partial").mkdir(exist_ok=True)
+    Path("begun.partial/jobs.jsonl").write_text(json.dumps({"settings": settings}) + '\n{"job": 0}\n')
     shutil.rmtree("wrong.partial", ignore_errors=True)
     argv = ["--train-data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
     with pytest.raises(UserError, match=pattern) as caught:
@@ -374,23 +299,21 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
 
 
 def test_two_commands_never_write_one_folder(home):
-    with progress.held(home.folder / "two.partial"), pytest.raises(UserError, match=r"two.partial: another process is"):
+    with Jobs(home.folder / "two.partial", ()), pytest.raises(UserError, match=r"two.partial: another process is"):
         make(home, "groups.jsonl", "two")
     assert contents(make(home, "groups.jsonl", "two")).keys() == contents(home.groups).keys()
 
 
-def test_a_damaged_part_is_written_anew(home, monkeypatch):
+def test_parts_that_were_done_are_not_tokenized_again(home, monkeypatch, capsys):
     monkeypatch.setattr(records, "PART_BYTES", 3000)
-    monkeypatch.setattr(tokenize_data, "_merge", lambda *_: 1 / 0)
+    monkeypatch.setattr(tokenize_data, "_complete", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        make(home, "groups.jsonl", "damaged")
+        make(home, "groups.jsonl", "done")
     monkeypatch.undo()
     monkeypatch.setattr(records, "PART_BYTES", 3000)
-    part = home.folder / "damaged.partial" / "parts" / "000002.npz"
-    part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"000002.npz: damaged .*; it was removed: run the same command again$"):
-        make(home, "groups.jsonl", "damaged")
-    assert contents(make(home, "groups.jsonl", "damaged")) == contents(home.groups)
+    monkeypatch.setattr(tokenize_data, "tokenize_part", lambda *_: pytest.fail("again"))
+    assert contents(make(home, "groups.jsonl", "done")) == contents(home.groups)
+    assert re.search(r"(\d+) of \1 parts were done before", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from megatron_solopo.data.building.second_pass import (
     left_out_line,
 )
 from megatron_solopo.data.building.sources import SOURCES
-from megatron_solopo.data.files.inputs import TABLES, local_files, place, read_records
-from megatron_solopo.data.files.progress import Progress, WorkFolder, begun_with, held
+from megatron_solopo.data.files.inputs import TABLES, fingerprint, place, read_records
+from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.options import (
@@ -50,6 +51,8 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar, reporting
 
 TRL = "trl"
+FIRST_PASS = "first pass"
+"""A finished job; the others are batches of the second pass, named by the question they end before."""
 DEFAULT_EVIDENCE_DOCUMENTS = 4
 
 
@@ -241,19 +244,6 @@ def _excluded(path: str | None) -> frozenset[str]:
     return frozenset(ids)
 
 
-def _fingerprint(given: list[str]) -> list[list[str]]:
-    """Inputs by name and content; a data set of the hub by its name."""
-    found = []
-    for name in given:
-        files = local_files(name)
-        if not files:
-            found.append([name, ""])
-        for path in files:
-            with path.open("rb") as file:
-                found.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return found
-
-
 def _settings(
     options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
@@ -268,8 +258,8 @@ def _settings(
         **how,
         **text_facts(build.tokenizer.folder, tokenizer),
         "version": __version__,
-        "input": _fingerprint(options.input),
-        "pool": _fingerprint(options.pool),
+        "input": fingerprint(options.input),
+        "pool": fingerprint(options.pool),
         "exclude_ids": hashlib.sha256(json.dumps(sorted(excluded)).encode()).hexdigest(),
         "limit": options.limit,
         "validation_share": options.validation_share,
@@ -299,20 +289,14 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     output = Path(options.output)
     folder = output.with_name(output.name + ".work")
-    tokenizer = build.tokenizer.load(begun_with=begun_with(folder).get(template_kwargs.DATE))
-    build = dataclasses.replace(build, tokenizer=build.tokenizer.dated(tokenizer))
-    with reporting("reading the inputs"):
-        settings = _settings(options, build, excluded, tokenizer)
-    with held(folder):
-        work = WorkFolder(folder, settings)
-        try:
-            prepared = _prepared(work, options, build, excluded, TokenCounter(tokenizer))
-            read = time.monotonic() - begin
-            summary = _build(work, options, build, prepared, tokenizer)
-        except UserError:
-            if not work.ready:  # there is nothing that a repeated command could go on from
-                work.remove()
-            raise
+    with Jobs(folder, (TRAIN, VALIDATION, LEFT_OUT)) as jobs:
+        tokenizer = build.tokenizer.load(begun_with=jobs.settings.get(template_kwargs.DATE))
+        build = dataclasses.replace(build, tokenizer=build.tokenizer.dated(tokenizer))
+        with reporting("reading the inputs"):
+            jobs.begin(_settings(options, build, excluded, tokenizer), preparation=(FIRST_PASS,))
+        prepared = _prepared(jobs, options, build, excluded, TokenCounter(tokenizer))
+        read = time.monotonic() - begin
+        summary = _build(jobs, options, build, prepared, tokenizer)
     print("\n".join([*prepared.notes, *summary.lines()]))
     seconds = time.monotonic() - begin
     print(
@@ -323,12 +307,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepared(
-    work: WorkFolder, options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], counter: TokenCounter
+    jobs: Jobs, options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], counter: TokenCounter
 ) -> Ingested:
     """What the first pass found, now or in a killed run of the same settings."""
-    if not work.ready:
+    if jobs.empty:
         found = ingest(
-            work.path,
+            jobs.place,
             source=options.source,
             inputs=options.input,
             pool=options.pool,
@@ -340,40 +324,38 @@ def _prepared(
             validation_share=options.validation_share or 0.0,
             seed=options.seed,
         )
-        work.mark_ready(dataclasses.asdict(found))
+        lines = b"".join(left_out_line(question_id, reason) for question_id, reason in found.left_out)
+        jobs.add(FIRST_PASS, {"found": dataclasses.asdict(found)}, {LEFT_OUT: lines})
         give_back_freed_memory()  # before processes for the second pass take theirs
-    prepared = Ingested(**work.prepared)
+    prepared = Ingested(**next(jobs.finished())["found"])
     print(f"{prepared.questions} questions, {prepared.paragraphs} distinct paragraphs to draw distractors from")
     return prepared
 
 
 def _build(
-    work: WorkFolder,
+    jobs: Jobs,
     options: argparse.Namespace,
     build: BuildSettings,
     prepared: Ingested,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Summary:
     """Builds what a killed run has not built yet, and puts the files in their places."""
-    progress = Progress(work.path, (TRAIN, VALIDATION, LEFT_OUT))
-    if progress.state is None:
-        summary = Summary(left_out=Counter(reason for _, reason in prepared.left_out))
-        lines = b"".join(left_out_line(question_id, reason) for question_id, reason in prepared.left_out)
-        progress.add(0, {LEFT_OUT: lines}, summary.to_json())
-    else:
-        summary = Summary.from_json(progress.state)
-        print(f"resuming: {progress.done} of {prepared.questions} questions were done before")
-    batches = build_all(
-        work.path, build, tokenizer, start=progress.done, stop=prepared.questions, workers=options.workers
-    )
-    with ProgressBar(desc="contexts", total=prepared.questions, initial=progress.done, unit="question") as bar:
+    summary, done = Summary(left_out=Counter(reason for _, reason in prepared.left_out)), 0
+    for job in islice(jobs.finished(), 1, None):
+        summary.merge(Summary.from_json(job["summary"]))
+        done = job["job"]
+    if done:
+        print(f"resuming: {done} of {prepared.questions} questions were done before")
+    batches = build_all(jobs.place, build, tokenizer, start=done, stop=prepared.questions, workers=options.workers)
+    with ProgressBar(desc="contexts", total=prepared.questions, initial=done, unit="question") as bar:
         for batch in batches:
             summary.merge(batch.summary)
-            bar.update(batch.stop - progress.done)
-            progress.add(batch.stop, batch.parts, summary.to_json())
+            bar.update(batch.stop - done)
+            done = batch.stop
+            jobs.add(done, {"summary": batch.summary.to_json()}, batch.parts)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in summary.left_out.most_common())
     if not summary.counts["kept"]:
-        work.remove()  # there is nothing in it
+        jobs.remove()  # there is nothing in it
         raise UserError(
             f"no question could be used ({reasons or 'the input is empty'}); change the sizes, the input or --pool"
         )
@@ -383,14 +365,14 @@ def _build(
             ("training", summary.counts["kept"] - summary.counts["validation"]),
         ):
             if not kept:
-                work.remove()
+                jobs.remove()
                 raise UserError(
                     f"--validation-share {options.validation_share}: no question for {side} could be used ({reasons}); "
                     "give another share, or change the sizes, the input or --pool"
                 )
     targets = {TRAIN: options.output, VALIDATION: options.validation_output, LEFT_OUT: options.left_out}
-    progress.finish({name: Path(target) for name, target in targets.items() if target})
-    work.remove()
+    jobs.put({name: target for name, target in targets.items() if target})
+    jobs.remove()
     return summary
 
 

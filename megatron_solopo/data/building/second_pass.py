@@ -22,7 +22,7 @@ from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.schema import Question
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
-from megatron_solopo.data.workers import map_in_order
+from megatron_solopo.data.workers import Work, map_in_order
 
 TRAIN, VALIDATION, LEFT_OUT = "contexts.jsonl", "validation.jsonl", "left_out.jsonl"
 """The files of a work folder that questions end up in."""
@@ -256,21 +256,8 @@ def build_all(
         UserError: a worker was killed.
     """
     ranges = [(first, min(first + _BATCH, stop)) for first in range(start, stop, _BATCH)]
-    if workers == 1 or len(ranges) < 2:
-        if ranges:
-            builder = Builder(folder, settings, tokenizer)
-            yield from (builder.build(*part) for part in ranges)
-        return
-    yield from map_in_order(_build, ranges, min(workers, len(ranges)), _start_worker, (folder, settings))
+    yield from map_in_order(_build_with, (folder, settings), ranges, workers, tokenizer=tokenizer)
 
 
-_builder: Builder | None = None
-
-
-def _start_worker(folder: Path, settings: BuildSettings) -> None:
-    global _builder
-    _builder = Builder(folder, settings)
-
-
-def _build(start: int, stop: int) -> Batch:
-    return _builder.build(start, stop)
+def _build_with(folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
+    return Builder(folder, settings, tokenizer).build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any, TextIO
 
 from megatron_solopo import json_text
 from megatron_solopo.data.files import parquet, records
-from megatron_solopo.data.files.progress import hold
 from megatron_solopo.data.files.records import HALF, check_encodes
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
@@ -75,17 +75,14 @@ def as_file(given: str, aside: Path) -> Iterator[str]:
     JSON array, a table) its records as JSONL in ``aside``, which is removed at the end. Errors name the input.
 
     Raises:
-        UserError: another process writes ``aside``, or the input cannot be read.
+        UserError: the input cannot be read.
     """
     path = Path(given)
     array = path.suffix == ".json" and path.is_file() and _starts_an_array(path)
     if not (array or given.startswith(HUB) or path.suffix in (".csv", ".arrow")):
         yield given
         return
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("a", encoding="utf-8") as lines:
-        hold(lines.fileno(), aside)
-        lines.truncate(0)
+    with aside.open("w", encoding="utf-8") as lines:
         try:
             for where, record in ProgressBar(read_records([given]), desc=f"reading {given}", unit="record"):
                 named = record if record.get("id") is not None else record | {"id": where}
@@ -104,6 +101,19 @@ def local_files(given: str | Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path] if path.is_file() else []
+
+
+def fingerprint(given: Iterable[str]) -> list[list[str]]:
+    """Inputs by name and content; a data set of the hub by its name."""
+    found = []
+    for name in given:
+        files = local_files(name)
+        if not files:
+            found.append([name, ""])
+        for path in files:
+            with path.open("rb") as file:
+                found.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return found
 
 
 def place(given: str | Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_solopo.atomic import new_file
 from megatron_solopo.errors import UserError
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
@@ -48,19 +49,11 @@ ROWS = 64
 
 def write_groups(path: str | Path, groups: Iterable[Any]) -> int:
     """Writes preference groups, aside first and renamed at the end; returns the count."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
     count, groups = 0, iter(groups)
-    try:
-        with pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer:
-            while rows := [_row(group) for group in islice(groups, ROWS)]:
-                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                count += len(rows)
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with new_file(path, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+        while rows := [_row(group) for group in islice(groups, ROWS)]:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+            count += len(rows)
     return count
 
 

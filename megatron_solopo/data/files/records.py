@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo import json_text
+from megatron_solopo.atomic import new_file
 from megatron_solopo.data.files import parquet
 from megatron_solopo.errors import UserError
 from megatron_solopo.model_folder import download
@@ -187,19 +188,11 @@ def write_records(path: str | Path, records: Iterable[Any]) -> int:
 
 def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
     """Writes dataclasses or dicts, one a line, aside first and renamed at the end; returns the count."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
     count = 0
-    try:
-        with aside.open("w", encoding="utf-8") as out:
-            for record in records:
-                if dataclasses.is_dataclass(record):
-                    record = dataclasses.asdict(record)
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                count += 1
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with new_file(path) as out:
+        for record in records:
+            if dataclasses.is_dataclass(record):
+                record = dataclasses.asdict(record)
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
     return count

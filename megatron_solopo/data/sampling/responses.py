@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_solopo.data.files.progress import differences, hold, refuse_other_settings, write_aside
-from megatron_solopo.data.files.records import parse_line, read_jsonl
+from megatron_solopo.atomic import file_aside, finish_file, new_file, write_text
+from megatron_solopo.data.files.jobs import Jobs, differences
+from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.schema import check_ids, require
 from megatron_solopo.errors import UserError, system_reason
 
@@ -130,15 +129,11 @@ class InStep:
         return self._left
 
 
-class _Line(NamedTuple):
-    """Where a line of a `PartialFile` begins, and how many responses it holds."""
+class _Samples(NamedTuple):
+    """Where samples of a question are in the jobs file, and how many."""
 
     start: int
-    responses: int
-
-
-NOT_DECIDING = ("limit", "samples")
-"""Settings of earlier versions that decide no response."""
+    count: int
 
 
 def settings_path(output: Path) -> Path:
@@ -179,79 +174,52 @@ def check_output(output: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-class PartialFile:
-    """Responses written so far, next to the output, with the settings they were sampled under.
+class SampledJobs(Jobs):
+    """Responses sampled so far, in ``OUTPUT.partial``: a job is what was sampled at once.
 
-    A line is what was sampled at once: the samples of a question from number ``first`` on. Opening the file drops an
-    unfinished last line and locks it, so that no second process samples the same. Memory holds where the lines are, not
-    what is in them.
+    It is named ``[question, first, count]``: the samples of a question from number ``first`` on. Memory holds where the
+    lines are, not what is in them.
 
     A finished output is extended (`extend`): it stays until the new one is complete.
 
-    Args:
-        settings: those that decide a response.
-        anew: leave out what a finished output holds, and what an unfinished extension of it does.
-
     Raises:
-        UserError: the file holds samples of other settings, is not such a file, or another process writes it; or the
-            finished output cannot be extended (`check_output`).
+        UserError: as `Jobs`.
     """
 
-    def __init__(self, output: Path, settings: dict[str, object], anew: bool = False) -> None:
+    def __init__(self, output: Path) -> None:
         self._output = output
-        self.path = output.with_name(output.name + ".partial")
-        self._settings = json.loads(json.dumps(settings))
-        self._parts: dict[str, dict[int, _Line]] = {}
-        self._size = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab", buffering=0)
-        try:
-            hold(self._file.fileno(), self.path)
-            put_in_place(output)
-            self._extends = output.exists() and not anew
-            if self._extends:
-                check_output(output, self._settings)
-            self._resume(anew and output.exists())
-        except UserError:
-            self._file.close()
-            raise
+        self._samples: dict[str, dict[int, _Samples]] = {}
+        super().__init__(output.with_name(output.name + ".partial"))
+        put_in_place(output)
 
-    def __enter__(self) -> PartialFile:
-        return self
+    def begin_sampling(self, settings: Mapping[str, Any], anew: bool = False) -> None:
+        """Resumes or begins the work.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self._file.close()
+        Args:
+            settings: those that decide a response.
+            anew: leave out what a finished output holds, and what an unfinished extension of it does.
 
-    def _resume(self, anew: bool) -> None:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break
-                where = f"{self.path}:{number}"
-                record = parse_line(line, where)
-                if number == 1:
-                    made = require(record, "settings", dict, where)
-                    made = {name: value for name, value in made.items() if name not in NOT_DECIDING}
-                    extends = not record.get("anew", False)
-                else:
-                    if number == 2:  # with nothing sampled, any settings may take the file
-                        refuse_other_settings(self.path, made, self._settings)
-                        if anew and extends:
-                            break
-                    part = _responses(record, where)
-                    place = _Line(self._size, len(part.responses))
-                    self._parts.setdefault(part.id, {})[require(record, "first", int, where)] = place
-                self._size += len(line)
-        if not self._parts:
-            self._size = 0
-        self._file.truncate(self._size)
-        if self._size == 0:
-            self._write({"settings": self._settings, **({"anew": True} if anew else {})})
+        Raises:
+            UserError: as `Jobs.begin`; or the finished output cannot be extended (`check_output`).
+        """
+        self._extends = self._output.exists() and not anew
+        if self._extends:
+            check_output(self._output, json.loads(json.dumps(settings)))
+        head = {"anew": True} if anew and self._output.exists() else {}
+        self.begin(settings, **head)
+        if head and "anew" not in self.head:
+            self.restart(settings, **head)
 
-    def __contains__(self, question_id: str) -> bool:
-        return question_id in self._parts
+    def restart(self, settings: Mapping[str, Any], **head: Any) -> None:
+        self._samples.clear()
+        super().restart(settings, **head)
+
+    def _finished(self, job: dict[str, Any], start: int) -> None:
+        question_id, first, count = job["job"]
+        self._samples.setdefault(question_id, {})[first] = _Samples(start, count)
+
+    def __contains__(self, question_id: object) -> bool:
+        return question_id in self._samples
 
     def extend(self, ids: Sequence[str], samples: int) -> bool:
         """Copies here what a finished output holds.
@@ -263,89 +231,70 @@ class PartialFile:
             return True
         held = {record.id: len(record.responses) for record in read_responses(self._output)}
         if all(held.get(name, 0) >= samples for name in ids):
+            ends = (
+                (name, first + part.count) for name, parts in self._samples.items() for first, part in parts.items()
+            )
+            if all(end <= held.get(name, 0) for name, end in ends):  # a kill left what is in the output
+                self.remove()
             return False
         for record in read_responses(self._output):
             for run in runs(self.missing(record.id, len(record.responses))):
-                self.add(cut(record, run[0], run[-1] + 1), run[0])
+                self.add_samples(cut(record, run[0], run[-1] + 1), run[0])
         return True
 
-    @property
-    def empty(self) -> bool:
-        return not self._parts
+    def _end(self, question_id: str) -> int:
+        """The number behind the last sample of a question that is there."""
+        return max(first + part.count for first, part in self._samples[question_id].items())
 
     def missing(self, question_id: str, samples: int) -> list[int]:
         """The numbers of the samples that are not there yet, ascending."""
-        parts = self._parts.get(question_id, {})
-        there = {first + index for first, line in parts.items() for index in range(line.responses)}
+        parts = self._samples.get(question_id, {})
+        there = {first + index for first, part in parts.items() for index in range(part.count)}
         return [number for number in range(samples) if number not in there]
 
-    def add(self, responses: Responses, first: int = 0) -> None:
+    def add_samples(self, responses: Responses, first: int = 0) -> None:
         """Writes what was sampled, at once; ``first`` is the number of its first sample."""
-        start = self._size
-        self._write({"first": first, **responses.record()})
-        self._parts.setdefault(responses.id, {})[first] = _Line(start, len(responses.responses))
-
-    def _write(self, record: dict[str, object]) -> None:
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        try:
-            if self._file.write(line) == len(line):
-                self._size += len(line)
-                return
-            why = "the disk is full"
-        except OSError as error:
-            why = system_reason(error)
-        self._file.truncate(self._size)  # answers to other requests may still come, and find room
-        raise UserError(f"{self.path}: {why}; make room and repeat the command, what is finished is kept")
+        known = responses.record()
+        self.add([known.pop("id"), first, len(responses.responses)], known)
 
     def finish(self, ids: Sequence[str], samples: int, notes: Mapping[str, Any] | None = None) -> bool:
         """Writes the output: questions in the order of ``ids``, of each the first ``samples`` samples in order.
 
-        Beside it go its settings. This file is removed where all of it is in the output.
+        Beside it go its settings. The jobs are removed where all of them are in the output.
 
         Args:
             notes: what the settings file says beside the settings.
 
         Returns:
-            Whether this file was removed.
+            Whether the jobs were removed.
         """
-        output, aside = self._output, _aside(self._output)
+        output = self._output
         try:
-            with self.path.open("rb") as lines, aside.open("w", encoding="utf-8") as out:
+            with new_file(output) as out:
                 for question_id in ids:
-                    parts = []
-                    for _, line in sorted(self._parts[question_id].items()):
-                        lines.seek(line.start)
-                        where = f"{self.path}, byte {line.start}"
-                        parts.append(_responses(parse_line(lines.readline(), where), where))
-                    record = cut(joined(parts), 0, samples).record()
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    parts = [self._read(question_id, part) for _, part in sorted(self._samples[question_id].items())]
+                    out.write(json.dumps(cut(joined(parts), 0, samples).record(), ensure_ascii=False) + "\n")
                 out.flush()
-                os.fsync(out.fileno())  # what it is made of is removed
-            beside = {"settings": self._settings, **(notes or {}), "bytes": aside.stat().st_size}
-            write_aside(settings_path(output), beside)
+                os.fsync(out.fileno())
+                # Before the output takes its place: after a kill, `put_in_place` knows by them that it is whole.
+                beside = {"settings": self.settings, **(notes or {}), "bytes": os.fstat(out.fileno()).st_size}
+                write_text(settings_path(output), json.dumps(beside, ensure_ascii=False))
         except OSError as error:
             raise UserError(
-                f"{aside}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"
+                f"--output {output}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"
             ) from None
-        put_in_place(output)
-        held = sum(line.responses for parts in self._parts.values() for line in parts.values())
+        held = sum(part.count for parts in self._samples.values() for part in parts.values())
         if held > len(ids) * samples:
             return False
-        self.path.unlink()
+        self.remove()
         return True
 
-    def discard(self) -> None:
-        """Removes the file."""
-        self.path.unlink()
-
-
-def _aside(output: Path) -> Path:
-    return output.with_name(output.name + ".complete")
+    def _read(self, question_id: str, part: _Samples) -> Responses:
+        return _responses(self.read(part.start) | {"id": question_id}, f"{self.place}, byte {part.start}")
 
 
 def put_in_place(output: Path) -> None:
-    """Moves an output that is whole to its place, now or after a kill: the settings, written before, name its size."""
-    aside = _aside(output)
-    with contextlib.suppress(FileNotFoundError):  # nothing to do, or another process has just done it
-        if output_settings(output, aside) is not None:
-            aside.replace(output)
+    """Ends what a command that was killed in `finish` began: an output that is whole, which its settings' size tells,
+    takes its place."""
+    if output_settings(output, file_aside(output)) is not None:
+        finish_file(output)

@@ -17,11 +17,10 @@ from megatron_solopo import template_kwargs
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.files.inputs import first_field
-from megatron_solopo.data.files.progress import begun_with
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_jsonl, check_outputs, files_of
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, check_output, output_settings, put_in_place
+from megatron_solopo.data.sampling.responses import SampledJobs, check_output, output_settings
 from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
@@ -194,16 +193,20 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     named = TokenizerOptions.of(options, options.model)
+    with SampledJobs(Path(options.output)) as jobs:  # before anything is written: a second command is refused here
+        return _sample(options, named, jobs)
+
+
+def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJobs) -> int:
     output = Path(options.output)
-    put_in_place(output)
-    begun = begun_with(Path(options.output + ".partial"))
+    begun = jobs.settings
     if not begun and not options.overwrite:
         begun = output_settings(output) or {}
     tokenizer = named.load(
         begun_with=begun.get(template_kwargs.DATE),
         of_data=first_field(options.contexts, template_kwargs.DATE),
     )
-    prompts = Prompts(Path(options.output).parent, islice(_prompts(options, tokenizer), options.limit))
+    prompts = Prompts(output.parent, islice(_prompts(options, tokenizer), options.limit))
     if not prompts:
         raise UserError(f"--contexts {options.contexts}: holds no question")
     if options.server:  # its client is an optional package
@@ -225,19 +228,17 @@ def main(argv: list[str] | None = None) -> int:
         check_output(output, settings)
     backend = Backend(options, tokenizer, prompts)
     statistics = Statistics()
-    with PartialFile(output, settings | backend.settings, anew=options.overwrite) as partial:
-        if not partial.extend(prompts.names, options.samples):
-            if partial.empty:
-                partial.discard()
-            print(f"{output} holds {options.samples} responses to each of {len(prompts)} questions already")
-            return 0
-        begin = time.monotonic()
-        backend.run(partial, statistics)
-        seconds = time.monotonic() - begin
-        whole = partial.finish(prompts.names, options.samples, backend.notes)
+    jobs.begin_sampling(settings | backend.settings, anew=options.overwrite)
+    if not jobs.extend(prompts.names, options.samples):
+        print(f"{output} holds {options.samples} responses to each of {len(prompts)} questions already")
+        return 0
+    begin = time.monotonic()
+    backend.run(jobs, statistics)
+    seconds = time.monotonic() - begin
+    whole = jobs.finish(prompts.names, options.samples, backend.notes)
     print(f"wrote {len(prompts)} questions x {options.samples} responses to {options.output}")
     if not whole:
-        print(f"  more samples or questions are in {partial.path}, for a larger --samples or --limit")
+        print(f"  more samples or questions are in {jobs.place}, for a larger --samples or --limit")
     if statistics.responses:
         speed, mean = statistics.tokens / max(seconds, 1e-9), statistics.tokens / statistics.responses
         print(

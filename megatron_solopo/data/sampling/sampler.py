@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
-from functools import partial as partial_of
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids, weight_facts
 from megatron_solopo.data.sampling.decoding import Job, decode, decode_by_generate, shares_prompts
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, runs
+from megatron_solopo.data.sampling.responses import SampledJobs, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
@@ -87,13 +87,13 @@ class InProcess:
         }
         self.notes: dict[str, Any] = {}
 
-    def run(self, partial: PartialFile, statistics: Statistics) -> None:
-        """Samples what ``partial`` lacks, the longest prompts first: out of memory shows at once."""
+    def run(self, jobs: SampledJobs, statistics: Statistics) -> None:
+        """Samples what ``jobs`` lack, the longest prompts first: out of memory shows at once."""
         options, prompts = self._options, self._prompts
         missing = {
             index: numbers
             for index, name in enumerate(prompts.names)
-            if (numbers := partial.missing(name, options.samples))
+            if (numbers := jobs.missing(name, options.samples))
         }
         total = len(prompts) * options.samples
         before = total - sum(map(len, missing.values()))
@@ -108,15 +108,15 @@ class InProcess:
                 file=sys.stderr,
             )
         decoder = decode if shared else decode_by_generate
-        draw = partial_of(choose, temperature=options.temperature, top_p=options.top_p)
-        jobs = (self._job(prompts[index], missing[index]) for index in order)
+        draw = partial(choose, temperature=options.temperature, top_p=options.top_p)
+        prompted = (self._job(prompts[index], missing[index]) for index in order)
         with ProgressBar(desc="sampling", total=total, initial=before, unit="response") as bar:
             sampled = decoder(
-                self._model, jobs, rows=options.batch_size, draw=draw, stops=set(self._stops), ended=bar.update
+                self._model, prompted, rows=options.batch_size, draw=draw, stops=set(self._stops), ended=bar.update
             )
             try:
                 for place, responses in sampled:
-                    self._add(prompts[order[place]], missing[order[place]], responses, partial, statistics)
+                    self._add(prompts[order[place]], missing[order[place]], responses, jobs, statistics)
                     bar.update(len(missing[order[place]]) - len(responses))  # those that are one at temperature 0
             except torch.OutOfMemoryError:
                 raise UserError(
@@ -136,7 +136,7 @@ class InProcess:
         prompt: Prompt,
         missing: Sequence[int],
         sampled: list[list[int]],
-        partial: PartialFile,
+        jobs: SampledJobs,
         statistics: Statistics,
     ) -> None:
         """Writes the samples of a question, a line for each run of neighbouring numbers."""
@@ -144,4 +144,4 @@ class InProcess:
         for numbers in runs(missing):
             ids = [by_number[number] for number in numbers]
             finished = [one[-1] in self._stops for one in ids]
-            partial.add(from_ids(self._tokenizer, prompt, ids, finished, self._stops, statistics), numbers[0])
+            jobs.add_samples(from_ids(self._tokenizer, prompt, ids, finished, self._stops, statistics), numbers[0])

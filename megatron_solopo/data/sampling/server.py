@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
-from megatron_solopo.data.sampling.responses import PartialFile, Responses, runs
+from megatron_solopo.data.sampling.responses import Responses, SampledJobs, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.data.text.chat import render_prompt
@@ -269,33 +269,33 @@ class FromServer:
             body["generation_config"] = json.dumps(config)
         return body
 
-    def run(self, partial: PartialFile, statistics: Statistics) -> None:
-        """Asks for what ``partial`` lacks.
+    def run(self, jobs: SampledJobs, statistics: Statistics) -> None:
+        """Asks for what ``jobs`` lack.
 
         Raises:
             UserError: a request failed for good; the answers to those in flight are waited for and kept.
         """
         samples = self._options.samples
         total = len(self._prompts) * samples
-        before = total - sum(len(partial.missing(name, samples)) for name in self._prompts.names)
+        before = total - sum(len(jobs.missing(name, samples)) for name in self._prompts.names)
         if before:
             print(f"resuming: {before} of {total} responses were sampled before")
         with ProgressBar(desc="sampling", total=total, initial=before, unit="response") as bar:
-            asyncio.run(self._run(partial, statistics, bar))
+            asyncio.run(self._run(jobs, statistics, bar))
 
-    def _requests(self, partial: PartialFile) -> Iterator[Request]:
+    def _requests(self, jobs: SampledJobs) -> Iterator[Request]:
         options = self._options
         several = options.temperature > 0 and self._kind != "transformers"
         count = options.samples_per_request or (self._most if several else 1)
         for index, name in enumerate(self._prompts.names):
-            missing = partial.missing(name, options.samples)
+            missing = jobs.missing(name, options.samples)
             # A request asks for neighbours; samples that are there already can lie between the missing ones.
             for run in runs(missing):
                 for some in batched(run, count):
                     yield Request(self._prompts[index], some[0], len(some))
 
-    async def _run(self, partial: PartialFile, statistics: Statistics, bar: ProgressBar) -> None:
-        requests = self._requests(partial)
+    async def _run(self, jobs: SampledJobs, statistics: Statistics, bar: ProgressBar) -> None:
+        requests = self._requests(jobs)
         failures: list[UserError] = []
 
         async def work() -> None:
@@ -304,7 +304,7 @@ class FromServer:
                 while request.count and not failures:
                     try:
                         responses = await self._ask(client, request, statistics)
-                        partial.add(responses, request.first)
+                        jobs.add_samples(responses, request.first)
                     except UserError as error:
                         failures.append(error)
                         return

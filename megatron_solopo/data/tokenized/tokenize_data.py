@@ -1,8 +1,8 @@
 """``solopo tokenize-data``: a data file to a folder of token ids that training opens by mmap (token_store.py).
 
 The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
-other into a file of its own; then all are put together in order. So the result does not depend on the number of
-workers, memory not on the size of the file, and a killed run resumes with the parts that are not there yet.
+other, and what it made is appended to the result in the order of the parts. So the result does not depend on the number
+of workers, memory not on the size of the file, and a killed run resumes with the parts that are not there yet.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import __version__, template_kwargs
 from megatron_solopo.arguments import Parser
+from megatron_solopo.atomic import put_folder
 from megatron_solopo.data.files.inputs import as_file, first_field
-from megatron_solopo.data.files.progress import differences, held, refuse_other_settings, write_aside
+from megatron_solopo.data.files.jobs import Jobs, differences
 from megatron_solopo.data.files.records import Part, read_records, scan, write_jsonl
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
@@ -42,12 +42,14 @@ from megatron_solopo.data.tokenized.token_store import (
     sequences_of,
 )
 from megatron_solopo.data.tokenized.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
-from megatron_solopo.data.workers import map_in_order
+from megatron_solopo.data.workers import Work, map_in_order
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.progress import ProgressBar, reporting
 
-SETTINGS = "settings.json"
-"""Of a folder that is not complete: what it was begun with."""
+RESULT = "result"
+"""The folder, in that of the unfinished work, which becomes the output."""
+
+TOKENS, DIGESTS = f"{RESULT}/tokens.bin", f"{RESULT}/digests.bin"
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,29 @@ class Job:
     objective: str
     seq_length: int | None
     overlong: str
-    parts: Path
-
-    def part_file(self, number: int) -> Path:
-        return self.parts / f"{number:06}.npz"
 
 
-def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, part: Part) -> None:
-    """Writes the part's file, aside first; a file that is there is whole."""
+@dataclass(frozen=True)
+class TokenizedPart:
+    """What a part becomes.
+
+    Attributes:
+        known: what the jobs file notes: ids, the lengths of their sequences, the report and the largest token.
+        tokens: all sequences, int32.
+        digests: of each sequence.
+    """
+
+    number: int
+    known: dict[str, Any]
+    tokens: bytes
+    digests: bytes
+
+
+def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, part: Part) -> TokenizedPart:
     encoder = Encoder(tokenizer, job.seq_length, job.overlong)
     read = read_conversations if job.objective == "sft" else read_groups
     ids: list[str] = []
-    tokens: list[np.ndarray] = []
+    tokens: list[bytes] = []
     lengths: list[list[int]] = []
     digests: list[bytes] = []
     largest: tuple[int, str] = (-1, "")
@@ -87,106 +100,50 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
             continue
         sequences = sequences_of(group, job.objective)
         ids.append(group.id)
-        tokens += [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        tokens += [np.asarray(sequence, dtype=np.int32).tobytes() for sequence in sequences]
         lengths.append([len(sequence) for sequence in sequences])
         digests += [digest_of(sequence) for sequence in sequences]
         largest = max(largest, (max(max(sequence) for sequence in group.sequences()), group.id), key=lambda f: f[0])
-    words = {"ids": ids, "report": asdict(encoder.report), "largest": largest}
-    aside = job.part_file(number).with_suffix(f".{os.getpid()}.aside")
-    with aside.open("wb") as file:
-        np.savez(
-            file,
-            tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
-            lengths=np.array(lengths, dtype=np.int32).reshape(-1, len(LAYOUTS[job.objective])),
-            digests=np.frombuffer(b"".join(digests), dtype=np.uint8),
-            words=np.frombuffer(json.dumps(words).encode(), dtype=np.uint8),
-        )
-    aside.replace(job.part_file(number))
+    known = {"ids": ids, "lengths": lengths, "report": asdict(encoder.report), "largest": largest}
+    return TokenizedPart(number, known, b"".join(tokens), b"".join(digests))
 
 
-def read_part(path: Path, *names: str) -> list[Any]:
-    """Arrays of a part's file; ``words`` as the object that was written.
-
-    Raises:
-        UserError: the file is damaged; it is removed, so that the next run writes it anew.
-    """
-    try:
-        with np.load(path) as file:
-            found = [file[name] for name in names]
-            return [json.loads(a.tobytes()) if n == "words" else a for n, a in zip(names, found, strict=True)]
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-        path.unlink()
-        raise UserError(f"{path}: damaged ({error}); it was removed: run the same command again") from None
+def _work_of(job: Job) -> Work:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: processes are what --workers counts
+    return partial(tokenize_part, job, job.tokenizer.load())
 
 
-# One worker process. The tokenizer's own threads are off: processes are what --workers counts.
-
-_job: Job
-_tokenizer: PreTrainedTokenizerBase
-
-
-def _start_worker(job: Job) -> None:
-    global _job, _tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _job, _tokenizer = job, job.tokenizer.load()
+def tokenize_parts(job: Job, todo: dict[int, Part], workers: int) -> Iterator[TokenizedPart]:
+    """Tokenises parts, here or in several processes, and yields each in order."""
+    yield from map_in_order(_work_of, (job,), list(todo.items()), workers)
 
 
-def _work(number: int, part: Part) -> int:
-    tokenize_part(_job, _tokenizer, number, part)
-    return number
-
-
-def _tokenize_parts(job: Job, todo: dict[int, Part], workers: int) -> Iterator[int]:
-    """Tokenises parts and yields the number of each when it is done, in order."""
-    if workers == 1 or len(todo) == 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        tokenizer = job.tokenizer.load()
-        for number, part in todo.items():
-            tokenize_part(job, tokenizer, number, part)
-            yield number
-        return
-    yield from map_in_order(_work, todo.items(), min(workers, len(todo)), _start_worker, (job,))
-
-
-# Putting parts together.
-
-
-def _merge(job: Job, count: int, result: Path) -> tuple[dict[str, Any], Report]:
-    """Writes all files of the result but the manifest; returns the manifest's part about them, and the report."""
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    builder = indexed_dataset().IndexedDatasetBuilder(str(result / "tokens.bin"), dtype=np.int32)
-    digest, report, largest, total = hashlib.sha256(), Report(), (-1, ""), 0
-    with (result / "digests.bin").open("wb") as digests, (result / "ids.jsonl").open("w", encoding="utf-8") as ids:
-        for number in ProgressBar(range(count), desc="merging", unit="part", leave=False):
-            tokens, lengths, own_digests, words = read_part(
-                job.part_file(number), "tokens", "lengths", "digests", "words"
-            )
-            digest.update(tokens.tobytes())
-            ends = lengths.sum(axis=1).cumsum()
-            for document, of in zip(np.split(tokens, ends[:-1]) if len(ends) else (), lengths.tolist(), strict=True):
-                builder.add_document(document, of)
-            digests.write(own_digests.tobytes())
-            ids.writelines(json.dumps(name, ensure_ascii=False) + "\n" for name in words["ids"])
-            report.add(_report(words["report"]))
-            largest = max(largest, tuple(words["largest"]), key=lambda found: found[0])
-            total += tokens.size
+def _complete(jobs: Jobs, objective: str, settings: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+    """Writes the files of the result that are not there yet; returns the manifest and the report."""
+    result = jobs.stream(RESULT)
+    builder = indexed_dataset().IndexedDatasetBuilder(os.devnull, dtype=np.int32)  # for the index; tokens.bin is there
+    report, largest = Report(), (-1, "")
+    with (result / "ids.jsonl").open("w", encoding="utf-8") as ids:
+        for job in jobs.finished():
+            for lengths in job["lengths"]:
+                builder.sequence_lengths.extend(lengths)
+                builder.document_indices.append(len(builder.sequence_lengths))
+            ids.writelines(json.dumps(name, ensure_ascii=False) + "\n" for name in job["ids"])
+            report.add(_report(job["report"]))
+            largest = max(largest, tuple(job["largest"]), key=lambda found: found[0])
     builder.finalize(str(result / "tokens.idx"))
     write_jsonl(result / "overlong.jsonl", overlong_records(report))
     files = {}
     for name in ("tokens.bin", "tokens.idx", "digests.bin", "ids.jsonl", "overlong.jsonl"):
-        path = result / name
-        if name != "tokens.bin":
-            with path.open("rb") as file:
-                digest_of_file = hashlib.file_digest(file, "sha256")
-        files[name] = {
-            "bytes": path.stat().st_size,
-            "sha256": (digest if name == "tokens.bin" else digest_of_file).hexdigest(),
-        }
+        with (result / name).open("rb") as file:
+            files[name] = {
+                "bytes": os.fstat(file.fileno()).st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
     groups = len(builder.document_indices) - 1
     counts = {
         "groups": groups,
-        "tokens": int(total),
+        "tokens": sum(builder.sequence_lengths),
         "dropped": len(report.dropped),
         "cut": len(report.cut),
         "ids_used": report.ids_used,
@@ -194,8 +151,9 @@ def _merge(job: Job, count: int, result: Path) -> tuple[dict[str, Any], Report]:
         "control_tokens_as_text": len(report.spelled),
         "thoughts_not_closed": len(report.open),
     }
-    found = {"counts": counts, "largest_token": {"id": largest[0], "group": largest[1]}, "files": files}
-    return found, report
+    named = {"sequences": LAYOUTS[objective], "largest_token": {"id": largest[0], "group": largest[1]}}
+    manifest = settings | named | {"counts": counts, "files": files}
+    return manifest, report
 
 
 def _report(fields: dict[str, Any]) -> Report:
@@ -209,10 +167,9 @@ def _report(fields: dict[str, Any]) -> Report:
     )
 
 
-def _check_ids(job: Job, number: int, seen: set[str]) -> int:
+def _check_ids(job: Job, known: dict[str, Any], seen: set[str]) -> int:
     """Refuses an id that an earlier part has; returns the number of ids."""
-    (words,) = read_part(job.part_file(number), "words")
-    names = [*words["ids"], *(dropped[0] for dropped in words["report"]["dropped"])]
+    names = [*known["ids"], *(dropped[0] for dropped in known["report"]["dropped"])]
     for name in names:
         if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
             places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
@@ -277,19 +234,22 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(options.output)
     if output.name in ("", ".."):
         raise UserError(f"--output {options.output}: is no name for a new folder; give one, such as tokens")
-    partial = output.with_name(output.name + ".partial")
     job = Job(
         source=options.train_data,
         tokenizer=TokenizerOptions.of(options),
         objective=options.objective,
         seq_length=options.seq_length,
         overlong=options.overlong or "refuse",
-        parts=partial / "parts",
     )
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
+    work = output.with_name(output.name + ".partial")
     try:
-        return _run(job, output, partial, options.workers)
+        aside = work.with_name(work.name + ".jsonl")
+        with Jobs(work, (TOKENS, DIGESTS)) as jobs, as_file(job.source, aside) as file:
+            return _run(replace(job, source=file), job.source, output, jobs, options.workers)
     except OSError as error:
-        if error.filename not in (None, str(output)) and not str(error.filename).startswith(str(partial)):
+        if error.filename not in (None, str(output)) and not str(error.filename).startswith(str(work)):
             raise
         raise UserError(
             f"--output {output}: cannot be written ({system_reason(error)}); what is done is kept: mend that and run "
@@ -297,17 +257,10 @@ def main(argv: list[str] | None = None) -> int:
         ) from None
 
 
-def _run(job: Job, output: Path, partial: Path, workers: int) -> int:
-    with as_file(job.source, partial.with_name(partial.name + ".jsonl")) as file:
-        return _run_on(replace(job, source=file), job.source, output, partial, workers)
-
-
-def _run_on(job: Job, source: str, output: Path, partial: Path, workers: int) -> int:
+def _run(job: Job, source: str, output: Path, jobs: Jobs, workers: int) -> int:
     """The work on a file that holds what ``source`` names."""
     begin = time.monotonic()
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
-    begun = _begun_text(output) or _begun_text(partial)
+    begun = _text_of(output) or jobs.settings.get("text", {})
     tokenizer = job.tokenizer.load(begun.get(template_kwargs.DATE), first_field(job.source, template_kwargs.DATE))
     job = replace(job, tokenizer=job.tokenizer.dated(tokenizer))
     with reporting("reading the file"):
@@ -320,83 +273,52 @@ def _run_on(job: Job, source: str, output: Path, partial: Path, workers: int) ->
         "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
         "text": text_facts(job.tokenizer.folder, tokenizer),
     }
-    named = {"file": source, "sequences": LAYOUTS[job.objective]}
     if output.is_dir() and any(output.iterdir()):
         manifest = read_manifest(output)
-        if told := differences({key: manifest.get(key) for key in settings}, settings):
-            names = ", ".join(name for name, _, _ in told)
+        if differing := differences({key: manifest.get(key) for key in settings}, settings):
+            names = ", ".join(name for name, _, _ in differing)
             raise UserError(
                 f"--output {output}: is there already, made with another {names}; give another name, or delete it"
             )
-        shutil.rmtree(partial, ignore_errors=True)
+        jobs.remove()
         print(f"{output} is complete: {manifest['counts']['groups']} groups; nothing is left to do")
         return 0
-    with held(partial):
-        _begin(partial, settings)
-        return _make(job, output, partial, workers, parts, settings, named, begin)
-
-
-def _begun_text(folder: Path) -> dict[str, Any]:
-    """`text_facts` of a folder that is complete or begun, {} where there is none."""
-    for name in (MANIFEST, SETTINGS):
-        try:
-            text = json.loads((folder / name).read_text(encoding="utf-8"))["text"]
-            return text if isinstance(text, dict) else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
-
-
-def _make(
-    job: Job,
-    output: Path,
-    partial: Path,
-    workers: int,
-    parts: list[Part],
-    settings: dict[str, Any],
-    named: dict[str, Any],
-    begin: float,
-) -> int:
-    done = {number for number in range(len(parts)) if job.part_file(number).is_file()}
-    seen: set[str] = set()
-    with ProgressBar(desc="tokenizing", unit="group") as bar:
-        for number in sorted(done):
-            bar.update(_check_ids(job, number, seen))
-        todo = {number: part for number, part in enumerate(parts) if number not in done}
-        for number in _tokenize_parts(job, todo, workers) if todo else ():
-            bar.update(_check_ids(job, number, seen))
-    result = partial / "result"
-    found, report = _merge(job, len(parts), result)
-    counts = found["counts"]
+    jobs.begin(settings)
+    done = _tokenize(job, parts, jobs, workers)
+    manifest, report = _complete(jobs, job.objective, settings | {"file": source})
+    counts = manifest["counts"]
     if not counts["groups"]:
         raise UserError(no_example(job.source, counts["dropped"], job.seq_length))
-    manifest = settings | named | found
+    result = jobs.stream(RESULT)
     (result / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    result.replace(output)
-    shutil.rmtree(partial)
+    put_folder(result, output)
+    jobs.remove()
     print("\n".join(report.lines(job.seq_length)) or "nothing was left out")
     print(
         f"wrote {counts['groups']} groups of {counts['tokens']:,} tokens to {output} in "
         f"{time.monotonic() - begin:.1f} s with {workers} workers"
-        + (f"; {len(done)} of {len(parts)} parts were done before" if done else "")
+        + (f"; {done} of {len(parts)} parts were done before" if done else "")
     )
     return 0
 
 
-def _begin(partial: Path, settings: dict[str, Any]) -> None:
-    """The folder of what is not complete yet, new or with the same settings; one without a finished part is new."""
-    parts, path = partial / "parts", partial / SETTINGS
-    parts.mkdir(parents=True, exist_ok=True)
-    for aside in parts.glob("*.aside"):
-        aside.unlink()
-    begun = any(parts.iterdir())
-    if begun and path.is_file():
-        try:
-            made = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            made = {}
-        refuse_other_settings(partial, made, settings)
-        return
-    if begun:
-        raise UserError(f"{partial}: holds no settings.json, so it cannot be resumed; delete the folder")
-    write_aside(path, settings)
+def _text_of(folder: Path) -> dict[str, Any]:
+    """`text_facts` of a complete folder, {} where there is none."""
+    try:
+        text = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["text"]
+        return text if isinstance(text, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _tokenize(job: Job, parts: list[Part], jobs: Jobs, workers: int) -> int:
+    """Tokenises the parts that a killed run has not finished; returns how many it has."""
+    seen: set[str] = set()
+    with ProgressBar(desc="tokenizing", unit="group") as bar:
+        for known in jobs.finished():
+            bar.update(_check_ids(job, known, seen))
+        done = len(jobs.lines)
+        for part in tokenize_parts(job, {n: part for n, part in enumerate(parts) if n not in jobs}, workers):
+            jobs.add(part.number, part.known, {TOKENS: part.tokens, DIGESTS: part.digests})
+            bar.update(_check_ids(job, part.known, seen))
+    return done
