@@ -24,6 +24,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_solopo.arguments import Parser
+from megatron_solopo.atomic import folder_aside, put_folder
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.schema import Conversation
 from megatron_solopo.errors import UserError
@@ -219,13 +220,12 @@ def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    aside = folder.with_name(folder.name + ".partial")
+    aside = folder_aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tokenizer.save(str(aside / "tokenizer.json"))
     (aside / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.replace(folder)
+    put_folder(aside, folder)
     return len(vocabulary)
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from megatron_solopo.atomic import new_file
 from megatron_solopo.evaluation.results import Point
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -303,6 +304,5 @@ def spread(wanted: Mapping[str, float], heights: Mapping[str, float]) -> dict[st
 
 
 def _save(figure: Figure, path: Path) -> None:
-    aside = path.with_name(path.name + ".partial")
-    figure.savefig(aside, format="png", facecolor="white")
-    aside.replace(path)
+    with new_file(path, "wb") as file:
+        figure.savefig(file, format="png", facecolor="white")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from megatron_solopo.arguments import Parser
+from megatron_solopo.atomic import write_text
 from megatron_solopo.data.options import check_outputs
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.curves import training_section
@@ -64,9 +65,7 @@ def write_report(
         parts += training_section(output, runs, looks, figures)
     if closing:
         parts.append(closing.strip())
-    aside = output.with_name(output.name + ".partial")
-    aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    aside.replace(output)
+    write_text(output, "\n\n".join(parts) + "\n")
     return output, figures
 
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_solopo.atomic import rename
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
 from megatron_solopo.conversion.megatron_folder import METADATA, load_models, model_states, reason_of
@@ -149,7 +150,7 @@ class Checkpoints:
         write_manifest(writing.aside, writing.iteration, layout, self._progress)
         target = checkpoint_folder(self._folder, writing.iteration)
         retention.delete([target])
-        writing.aside.rename(target)
+        rename(writing.aside, target)
         write_latest(self._folder, writing.iteration)
         output = self._output
         retention.delete(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from megatron_solopo.atomic import write_text
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError, system_reason
 
@@ -228,7 +229,5 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
                 earlier.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # half a line, cut by the kill
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "".join(text + "\n" for text in kept))
     return earlier

@@ -11,10 +11,8 @@ slow process delays the others and never times them out. Only where experts are 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from megatron_solopo.atomic import new_file
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
@@ -240,16 +239,12 @@ def _partial_files(path: Path) -> list[Path]:
 
 def _write(path: Path, table: Tensor, done: Tensor) -> str | None:
     """Writes a file in one piece or leaves the old one; returns what went wrong."""
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.aside")  # of this writer: several runs share a cache
     tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not `save_file`: its files have mode 0600 whatever the umask, and a colleague's run could not read them.
-        aside.write_bytes(serialize(tensors, metadata={"sha256": _checksum(tensors)}))
-        aside.replace(path)
+        with new_file(path, "wb", shared=True) as file:  # several runs share a cache
+            # Not `save_file`: its files have mode 0600 whatever the umask, and a colleague's run could not read them.
+            file.write(serialize(tensors, metadata={"sha256": _checksum(tensors)}))
     except OSError as error:
-        with contextlib.suppress(OSError):  # what failed may be the folder
-            aside.unlink()
         return f"{path} cannot be written ({system_reason(error)})"
     return None
 

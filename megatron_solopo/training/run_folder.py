@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_solopo.atomic import write_text
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import unused
 from megatron_solopo.data.files.records import write_jsonl
@@ -38,7 +39,7 @@ def write_settings(folder: Path, config: Config) -> None:
     }
     for name, document in (("config.yaml", options), ("versions.yaml", versions)):
         try:
-            (folder / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+            write_text(folder / name, yaml.safe_dump(document, sort_keys=False))
         except OSError as error:
             raise UserError(f"--save {folder}: {name} cannot be written ({system_reason(error)})") from None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from megatron_solopo.atomic import write_text
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.inspection.charts import Series, gathers, histogram, strip
 from megatron_solopo.data.inspection.examples import FLAGS
@@ -67,10 +68,7 @@ def write_page(path: Path, source: Source, statistics: Statistics, views: Sequen
     The same data, options and seed give the same bytes.
     """
     text = render(source, statistics, views)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    aside.replace(path)
+    write_text(path, text, errors="replace")
     return path.stat().st_size
 
 
