@@ -16,14 +16,13 @@ SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "us
 
 TOOL_CALLS = ("tool_calls", "function_call")
 
-_KINDS = (
+_OURS = (
     ({"short_messages", "chosen", "rejected"}, "preference groups, as build-pairs writes them"),
     ({"short_messages", "long_messages", "short_tokens"}, "contexts, as prepare-data writes them"),
     ({"id", "responses"}, "responses, as sample-responses writes them"),
     ({"settings"}, "an unfinished file of sample-responses; repeat that command to complete it"),
-    ({"question", "paragraphs"}, "questions of --source musique"),
-    ({"question", "context", "supporting_facts"}, "questions of --source hotpotqa or 2wiki"),
-    ({"question", "documents"}, "questions of --source jsonl"),
+)
+_OTHERS = (
     ({"completion", "label"}, "single answers with a label, as KTO's; pair a true with a false one of the same prompt"),
     ({"prompt", "chosen", "rejected"}, "pairs for --objective preference"),
     ({"conversation_a", "conversation_b"}, "votes between conversations; name the better chosen, the other rejected"),
@@ -36,13 +35,17 @@ _KINDS = (
     ({"instruction", "output"}, "instructions with one answer each, for --objective sft (Alpaca)"),
     ({"text"}, "plain texts, which say of no part who wrote it; give conversations"),
 )
-"""Fields that tell what a record is, for a file that was given in another one's place."""
+"""Fields that tell what a record is, for a file that was given in another one's place; questions stand between."""
 
 
 def kind_of(record: dict[str, Any]) -> str | None:
     """What a record is by its fields, in words; None where they do not say."""
+    from megatron_solopo.data.building.sources import kinds_of  # sources read their fields with this module
+
     fields = {name for name, value in record.items() if value is not None}
-    return next((words for needed, words in _KINDS if needed <= fields), None)
+    names = kinds_of(fields)
+    questions = [(set[str](), f"questions of --source {' or '.join(names)}")] if names else []
+    return next((words for needed, words in (*_OURS, *questions, *_OTHERS) if needed <= fields), None)
 
 
 def require(

@@ -5,11 +5,8 @@ A user's own function takes their place as ``module:function``.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -18,6 +15,7 @@ import numpy as np
 
 from megatron_solopo.data.answers import answers_response, golds, normalise
 from megatron_solopo.errors import UserError
+from megatron_solopo.user_function import error_text, load_function, short
 
 Metric = Callable[..., float]
 """(prediction, gold answers, fold): ``fold`` as in `answers.normalise`, with the metric's own default."""
@@ -104,24 +102,7 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
         )
     if name in SCORERS:
         return lambda response, answers, question: score(name, response, answers, normalisation)
-    module_name, colon, function_name = name.partition(":")
-    if not (colon and module_name and function_name):
-        raise UserError(f"{flag}: give {', '.join(SCORERS)}, or a function of your own as module:function")
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module does when it is read
-        raise UserError(
-            f"{flag}: the module {module_name} cannot be imported ({_told(error)}); put {module_name}.py into the "
-            "current folder or on PYTHONPATH"
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        kind = "is not a function" if hasattr(module, function_name) else "is not there"
-        raise UserError(f"{flag}: {function_name} {kind} in {getattr(module, '__file__', None) or module_name}")
-    return _UserScorer(flag, function)
+    return _UserScorer(flag, load_function(flag, name, SCORERS))
 
 
 class _UserScorer:
@@ -139,20 +120,10 @@ class _UserScorer:
         try:
             score = self._function(response, list(answers), **more)
         except Exception as error:
-            raise UserError(f"{self._flag}: raised {_told(error)} for the response {_short(response)}") from None
+            raise UserError(f"{self._flag}: raised {error_text(error)} for the response {short(response)}") from None
         if not isinstance(score, Real | np.bool_) or not math.isfinite(score):
             raise UserError(
-                f"{self._flag}: returned {_short(score)} for the response {_short(response)}; a score is a finite "
+                f"{self._flag}: returned {short(score)} for the response {short(response)}; a score is a finite "
                 "number, or True or False"
             )
         return float(score)
-
-
-def _told(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -21,7 +21,14 @@ from megatron_solopo.atomic import write_text
 from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
-from megatron_solopo.data.building.sources import SOURCES, LeftOut, read_pool, read_questions
+from megatron_solopo.data.building.sources import (
+    DEFAULT,
+    LeftOut,
+    add_source_option,
+    load_source,
+    read_pool,
+    read_questions,
+)
 from megatron_solopo.data.files.inputs import fingerprint, place
 from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import write_jsonl
@@ -66,7 +73,7 @@ def build_items(
     seed: int = 0,
     pool: Sequence[str | Path] = (),
     limit: int | None = None,
-    source: str = "musique",
+    source: str = DEFAULT,
 ) -> tuple[list[Item], Counter[str]]:
     """The questions that can be asked at every size, with their prompts; the others are counted by reason.
 
@@ -215,9 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("input and output")
     group.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder (a training run's --save-hf)")
     group.add_argument("--data", nargs="+", required=True, metavar="FILE", help="question files")
-    group.add_argument(
-        "--source", choices=sorted(SOURCES), default="musique", help="format of the questions (default: %(default)s)"
-    )
+    add_source_option(group)
     group.add_argument(
         "--pool",
         nargs="+",
@@ -301,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    load_source(options.source)
     prompt_format = prompt_format_of(options)
     read = [(flag, place(name)) for flag in ("--data", "--pool") for name in getattr(options, flag[2:])]
     outputs = [("--output", path) for path in (options.output, predictions_path(options.output))]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from word_tokenizer import save_word_tokenizer
 
+from megatron_solopo.data.building import prepare_data, sources
+from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.building.sources import LeftOut, read_pool, read_questions
 from megatron_solopo.data.files import inputs
 from megatron_solopo.data.files.inputs import read_records
-from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.schema import Paragraph, Question, read_groups
 from megatron_solopo.errors import UserError
 
 MUSIQUE = {
@@ -284,6 +289,151 @@ def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 3
     finally:
         tracemalloc.stop()
+
+
+TOY = """
+from megatron_solopo.data.building.sources._source import Source, make_question
+from megatron_solopo.data.schema import Paragraph
+
+def _question(record, question_id, where, labelled):
+    return make_question(record, question_id, where, [Paragraph("", t, n == 0) for n, t in enumerate(record["toy"])])
+
+SOURCE = Source("toys", "`question, answer, toy [text]`, the first of them gold", _question, frozenset({"toy"}))
+"""
+
+
+def test_a_source_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With the file, and nothing else, the source is in --help, in hints about mistaken files, and prepares data."""
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "toy.py").write_text(TOY)
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "sources")])
+    records = [{"id": f"t{i}", "question": "?", "answer": f"w{i}", "toy": [f"w{i} w9", f"x{i}"]} for i in range(4)]
+    path, out = write(tmp_path / "q.jsonl", *records), tmp_path / "contexts.jsonl"
+    size = ["--short-documents", "1", "--long-documents", "3", "--output", str(out)]
+    tokenizer = ["--tokenizer", str(save_word_tokenizer(tmp_path / "tokenizer"))]
+    assert prepare_data.main(["--source", "toys", "--input", str(path), *size, *tokenizer]) == 0
+    pairs = list(read_contexts(out))
+    assert [(pair.id, pair.source) for pair in pairs] == [(f"t{i}", "toys") for i in range(4)]
+    assert all(f"w{i} w9" in pair.short_messages[-1]["content"] for i, pair in enumerate(pairs))
+    with pytest.raises(UserError, match="these are questions of --source toys"):
+        list(read_groups(path))
+    with pytest.raises(SystemExit):
+        prepare_data.main(["--help"])
+    assert "toys: question, answer, toy [text], the first of them gold" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_documentation_has_the_forms_of_the_sources() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data-contexts.md").read_text(encoding="utf-8")
+    assert [f"| `{name}` | {form} |" in text for name, form in sources.forms()] == [True] * 6
+
+
+MINE = """
+from megatron_solopo.data.schema import Paragraph, Question, read_groups
+
+def convert(record):
+    if record["q"] == "skip":
+        return None
+    return {"question": record["q"], "answers": record["gold"], "documents": record["texts"]}
+
+def made(record):
+    return Question("", record["q"], record["gold"][0], (), (Paragraph("T", record["texts"][0]["text"], True),))
+
+def name(record):
+    return record["q"]
+
+there = 7
+"""
+RAW = {
+    "_id": 5,
+    "q": "Who?",
+    "gold": ["Ada", "A."],
+    "texts": [{"text": "Ada was first.", "is_supporting": True}, "Rain"],
+}
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a user's module in the current folder, another for each test."""
+    module = f"mine_{tmp_path.name}".replace("-", "_")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / f"{module}.py").write_text(MINE)
+    return module
+
+
+def test_a_function_of_a_users_own_is_a_source(tmp_path: Path, mine: str) -> None:
+    path = write(tmp_path / "q.jsonl", RAW, RAW | {"_id": 6, "q": "skip"}, without("_id", RAW), RAW | {"_id": "x"})
+    left_out = LeftOut()
+    one, two, three = read_questions(f"{mine}:convert", [path], left_out, exclude={"none"})
+    assert (one.id, one.answers, one.paragraphs) == (
+        "5",
+        ("Ada", "A."),
+        (Paragraph("", "Ada was first.", True), Paragraph("", "Rain")),
+    )
+    assert len(two.id) == 16 and two.answers == one.answers and three.id == "x"  # an id made of the content
+    assert left_out.entries == [("6", f"{mine}:convert returned None")]
+    assert [q.id for q in read(f"{mine}:convert", path, exclude={"5", "x"})] == [two.id]
+    (made,) = read(f"{mine}:made", write(tmp_path / "m.jsonl", RAW))
+    assert made == Question("5", "Who?", "Ada", (), (Paragraph("T", "Ada was first.", True),))
+
+
+@pytest.mark.parametrize(
+    ("function", "record", "message"),
+    [
+        ("convert", {"gold": 1}, "q.jsonl:2: --source {mine}:convert: raised KeyError: 'q'"),
+        ("convert", RAW | {"gold": []}, "q.jsonl:2, from {mine}:convert: the field 'answers' must be a non-empty list"),
+        ("convert", RAW | {"texts": [7]}, "q.jsonl:2, from {mine}:convert, documents[0]: expected a text or an object"),
+        ("convert", RAW | {"texts": ["Ada"]}, "q.jsonl:2, from {mine}:convert: no document has 'is_supporting'"),
+        ("convert", RAW, "q.jsonl:2: the id '5' was used before at"),
+        (
+            "name",
+            RAW,
+            "q.jsonl:1: --source {mine}:name: returned 'Who?'; return a record {{question, answer or answers,",
+        ),
+        ("nothing", RAW, "--source {mine}:nothing: nothing is not there in "),
+        ("there", RAW, "--source {mine}:there: there is not a function in "),
+    ],
+)
+def test_a_mistake_of_a_users_function_names_it(
+    tmp_path: Path, mine: str, function: str, record: Any, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        read(f"{mine}:{function}", write(tmp_path / "q.jsonl", RAW, record))
+    assert message.format(mine=mine) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["musiqe", "trl", "nowhere:f", ":f"])
+def test_a_source_that_is_not_there(tmp_path: Path, name: str) -> None:
+    told = {
+        "trl": "have no documents .* --train-data FILE --context-mode short",
+        "nowhere:f": "the module nowhere cannot be imported",
+    }.get(name, "give 2wiki, hotpotqa, jsonl, musique, or a function of your own as module:function")
+    with pytest.raises(UserError, match=f"^--source {name}: .*{told}"):
+        read(name, write(tmp_path / "q.jsonl", MUSIQUE))
+
+
+def test_unfinished_work_of_another_function_is_refused(
+    tmp_path: Path, mine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit of the function's file in the middle: what the first pass read is no longer what would be read."""
+
+    build_all = prepare_data.build_all
+
+    def killed(*args: Any, **settings: Any) -> Iterator[Any]:
+        yield next(build_all(*args, **settings))
+        raise KeyboardInterrupt
+
+    path = write(tmp_path / "q.jsonl", *(RAW | {"_id": i} for i in range(20)))
+    command = ["--source", f"{mine}:convert", "--input", str(path), "--short-documents", "1", "--long-documents", "1"]
+    command += ["--tokenizer", str(save_word_tokenizer(tmp_path / "tokenizer")), "--output", str(tmp_path / "c.jsonl")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data, "build_all", killed)
+        prepare_data.main(command)
+    Path(f"{mine}.py").write_text(MINE + "\n# another\n")
+    with pytest.raises(UserError, match="source_code"):
+        prepare_data.main(command)
+    Path(f"{mine}.py").write_text(MINE)
+    assert prepare_data.main(command) == 0
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from megatron_solopo.data.building.second_pass import (
     build_all,
     left_out_line,
 )
-from megatron_solopo.data.building.sources import SOURCES
+from megatron_solopo.data.building.sources import add_source_option, load_source
 from megatron_solopo.data.files.inputs import TABLES, fingerprint, place, read_records
 from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import read_text
@@ -50,7 +50,6 @@ from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar, reporting
 
-TRL = "trl"
 FIRST_PASS = "first pass"
 """A finished job; the others are batches of the second pass, named by the question they end before."""
 DEFAULT_EVIDENCE_DOCUMENTS = 4
@@ -63,12 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "A killed run is resumed when the command is repeated.",
     )
     group = parser.add_argument_group("input and output")
-    group.add_argument(
-        "--source",
-        choices=sorted([*SOURCES, TRL]),
-        default="musique",
-        help="format of the input's records (default: musique); jsonl: {question, answer or answers, documents}",
-    )
+    add_source_option(group)
     group.add_argument(
         "--input",
         nargs="+",
@@ -186,11 +180,7 @@ def _gold_depth(value: str) -> float | None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.source == TRL:
-        raise UserError(
-            "--source trl: prompt / chosen / rejected records have no documents to build contexts from; give the file "
-            "to training as it is, --train-data FILE --context-mode short"
-        )
+    load_source(options.source)
     for flag, value in (
         ("--limit", options.limit),
         ("--workers", options.workers),
@@ -254,6 +244,8 @@ def _settings(
         from megatron_solopo.data.hf_model import weight_facts
 
         how["evidence_weights"] = weight_facts(build.evidence_model)
+    if digest := load_source(build.source).digest:
+        how["source_code"] = digest
     return {
         **how,
         **text_facts(build.tokenizer.folder, tokenizer),

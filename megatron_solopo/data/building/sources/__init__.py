@@ -1,0 +1,148 @@
+"""Question sets, read into ``schema.Question`` and checked record by record.
+
+Each source is a file of this folder whose ``SOURCE`` says what it reads; `sources` finds them, so a file is all that a
+new one needs. What all have in common (ids, answers that can be scored, ids to leave out) is checked once, in
+`read_questions`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_solopo.data.answers import golds
+from megatron_solopo.data.building.sources._source import CannotUse, Record, Source, text_of, title_of
+from megatron_solopo.data.building.sources._user import FORM, user_source
+from megatron_solopo.data.fields import require
+from megatron_solopo.data.files.inputs import read_records
+from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.errors import UserError
+
+DEFAULT = "musique"
+"""The source of commands that are given none."""
+
+NO_EVIDENCE = "no document is marked as supporting"
+EXCLUDED = "listed in --exclude-ids"
+
+
+@dataclass
+class LeftOut:
+    """What was read and not used: counts by reason, and every id with its reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    entries: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, question_id: str, reason: str) -> None:
+        self.counts[reason] += 1
+        self.entries.append((question_id, reason))
+
+
+def sources() -> dict[str, Source]:
+    """Every source of this folder by its name, in the order of the names; files that begin with ``_`` hold none."""
+    names = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    found = [importlib.import_module(f"{__name__}.{name}").SOURCE for name in names]
+    return {source.name: source for source in sorted(found, key=lambda source: source.name)}
+
+
+def load_source(name: str) -> Source:
+    """A source of `sources`, or a user's function named ``module:function``.
+
+    Raises:
+        UserError: there is no such source, module or function, or no question can be made of its records.
+    """
+    known = sources()
+    source = known[name] if name in known else user_source(name, [one.name for one in known.values() if one.question])
+    if source.question is None:
+        raise UserError(f"--source {name}: {source.form}")
+    return source
+
+
+def kinds_of(fields: Collection[str]) -> list[str]:
+    """The names of the sources whose records have these fields."""
+    return [source.name for source in sources().values() if source.fields and source.fields <= set(fields)]
+
+
+def forms() -> list[tuple[str, str]]:
+    """(name, form in Markdown) of every source and of a user's own, for people."""
+    return [*((name, source.form) for name, source in sources().items()), ("module:function", FORM)]
+
+
+def add_source_option(group: argparse._ArgumentGroup) -> None:
+    """``--source``, with the form of each source in its help."""
+    known = "; ".join(f"{name}: {form}" for name, form in forms()).replace("`", "").replace("%", "%%")
+    group.add_argument(
+        "--source", default=DEFAULT, metavar="NAME", help=f"form of the questions (default: {DEFAULT}). {known}"
+    )
+
+
+def read_questions(
+    source: str,
+    inputs: Iterable[str | Path],
+    left_out: LeftOut,
+    *,
+    labelled: bool = True,
+    exclude: Collection[str] = (),
+) -> Iterator[Question]:
+    """Yields the questions of the inputs (see `inputs.read_records`), in their order.
+
+    Args:
+        source: see `load_source`.
+        inputs: the ids of what is yielded must be unique over all of them.
+        left_out: gets the questions that were read and not yielded; grows while reading.
+        labelled: the evidence must be marked; else marks are read where there are any.
+        exclude: ids that are left out.
+
+    Raises:
+        UserError: naming ``file:line`` (or the row) and the field that is missing or of the wrong kind.
+    """
+    read = load_source(source)
+    seen: dict[str, str] = {}
+    for where, record in read_records(inputs):
+        question_id = None
+        try:
+            converted = read.convert(record, where)
+            question_id = _id(converted, where + read.origin)
+            if question_id in exclude:
+                raise CannotUse(EXCLUDED)
+            question = read.question(converted, question_id, where + read.origin, labelled)
+            if labelled and not any(paragraph.is_supporting for paragraph in question.paragraphs):
+                raise CannotUse(NO_EVIDENCE)
+            if not golds([question.answer]):
+                raise CannotUse("the answer has no visible character, so no response can be scored")
+        except CannotUse as reason:
+            left_out.add(question_id or str(record.get("id", record.get("_id", where))), str(reason))
+            continue
+        if question_id in seen:
+            raise UserError(
+                f"{where}: the id {question_id!r} was used before at {seen[question_id]}; ids must be unique"
+            )
+        seen[question_id] = where
+        yield question
+
+
+def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
+    """Yields distractor paragraphs from records of ``{title?, text}``.
+
+    Raises:
+        UserError: naming ``file:line`` and the field.
+    """
+    for where, record in read_records(paths):
+        yield Paragraph(title=title_of(record, where), text=text_of(record, "text", where))
+
+
+def _id(record: Record, where: str) -> str:
+    for key in ("id", "_id"):
+        if record.get(key) is not None:
+            return str(require(record, key, (str, int), where))
+    if "question" in record and "documents" in record:
+        # A generic record needs no id; one made of its content stays the same wherever the record stands.
+        text = json.dumps([record["question"], record["documents"]], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return require(record, "id", (str, int), where)

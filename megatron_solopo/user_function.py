@@ -1,0 +1,53 @@
+"""A user's own function, named ``module:function`` in the place of one that comes with the package."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from megatron_solopo.errors import UserError
+
+
+def load_function(flag: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
+    """The function ``module:function``; the module is looked for in the current folder first, then where Python looks.
+
+    Args:
+        flag: the option and its value, which errors begin with.
+        known: names that could have been given instead.
+
+    Raises:
+        UserError: there is no such module or function.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise UserError(f"{flag}: give {', '.join(known)}, or a function of your own as module:function")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module does when it is read
+        raise UserError(
+            f"{flag}: the module {module_name} cannot be imported ({error_text(error)}); put {module_name}.py into the "
+            "current folder or on PYTHONPATH"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        kind = "is not a function" if hasattr(module, function_name) else "is not there"
+        raise UserError(f"{flag}: {function_name} {kind} in {getattr(module, '__file__', None) or module_name}")
+    return function
+
+
+def error_text(error: Exception) -> str:
+    """An exception of a user's code in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def short(value: object) -> str:
+    """A value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
