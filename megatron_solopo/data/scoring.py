@@ -15,12 +15,29 @@ import numpy as np
 
 from megatron_solopo.data.answers import answers_response, golds, normalise
 from megatron_solopo.errors import UserError
+from megatron_solopo.metrics import ACCURACY, Metric, register
 from megatron_solopo.user_function import error_text, load_function, short
 
-Metric = Callable[..., float]
-"""(prediction, gold answers, fold): ``fold`` as in `answers.normalise`, with the metric's own default."""
+AnswerScore = Callable[..., float]
+"""(prediction, gold answers, fold): ``fold`` as in `answers.normalise`, with the score's own default."""
+
+SCORERS: dict[str, AnswerScore] = {}
+"""Every score by the name the commands know it under, in the order of tables."""
 
 
+def _scorer(label: str, binary: bool = True) -> Callable[[AnswerScore], AnswerScore]:
+    """Makes a function a score, under its name; ``binary``: its values are 0 and 1."""
+
+    def add(function: AnswerScore) -> AnswerScore:
+        name = function.__name__
+        register(Metric(name, label, higher_is_better=True, figure=ACCURACY, limits=(0, 1), binary=binary))
+        SCORERS[name] = function
+        return function
+
+    return add
+
+
+@_scorer("sub-EM")
 def sub_em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """1.0 when any gold answer is found in the prediction, else 0.0; short ones count in its answer part only.
 
@@ -30,6 +47,7 @@ def sub_em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     return float(answers_response(prediction, answers, fold))
 
 
+@_scorer("plain sub-EM")
 def sub_em_plain(prediction: str, answers: Iterable[str], fold: bool = False) -> float:
     """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0: the paper's sub-EM.
 
@@ -39,6 +57,7 @@ def sub_em_plain(prediction: str, answers: Iterable[str], fold: bool = False) ->
     return float(any(gold.text in found for gold in golds(answers, fold) if gold.keep == "words"))
 
 
+@_scorer("EM")
 def em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """1.0 when the normalised prediction equals any normalised answer, else 0.0."""
     return float(any(normalise(prediction, fold, gold.keep) == gold.text for gold in golds(answers, fold)))
@@ -47,6 +66,7 @@ def em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
 _JUDGEMENTS = frozenset({"yes", "no", "noanswer"})
 
 
+@_scorer("F1", binary=False)
 def f1(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """The best F1 of words between the prediction and any answer, in [0, 1].
 
@@ -62,9 +82,6 @@ def f1(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
         best = max(best, 2 * (words & own).total() / (words.total() + own.total()))
     return best
 
-
-SCORERS: dict[str, Metric] = {"sub_em": sub_em, "sub_em_plain": sub_em_plain, "em": em, "f1": f1}
-"""Every metric by the name the commands know it under."""
 
 NORMALISATIONS = {"unicode": True, "squad": False}
 """What ``--normalisation`` knows: name -> ``fold`` of `answers.normalise`."""

@@ -8,38 +8,7 @@ from typing import Any
 
 from megatron_solopo.evaluation.results import Run, curve, finite, labels_of
 from megatron_solopo.evaluation.tables import markdown_table
-
-PREFERENCE_PANELS = {
-    "Total loss": ("loss", "nats"),
-    "Preference loss": ("po_loss", "nats"),
-    "Alignment": ("alignment_loss", "before alpha"),
-    "Margin": ("margin", "reward, chosen - rejected"),
-    "Reward of chosen": ("reward_chosen", "reward"),
-    "Reward of rejected": ("reward_rejected", "reward"),
-    "Reward of chosen, long context": ("reward_long_chosen", "reward"),
-    "Reward of rejected, long context": ("reward_long_rejected", "reward"),
-    "Log-prob of chosen": ("logp_chosen", "nats an answer"),
-    "Likelihood term": ("sft_loss", "before its weight"),
-    "Pair accuracy": ("accuracy", "share ranked right"),
-    "Short-long gap": ("short_long_gap_nats_per_token", "nats per token"),
-    "Gradient norm": ("grad_norm", "before clipping"),
-}
-"""Panels of preference training, those that some run has: title -> (field of metrics.jsonl, name of the axis)."""
-
-SUPERVISED_PANELS = {"Supervised loss": ("loss", "nats per token"), "Gradient norm": ("grad_norm", "before clipping")}
-
-LEARNT_COLUMNS = {
-    "loss": "loss",
-    "po_loss": "preference loss",
-    "alignment_loss": "alignment",
-    "reward_chosen": "reward chosen",
-    "reward_rejected": "reward rejected",
-    "margin": "margin",
-    "accuracy": "pair accuracy",
-    "logp_chosen": "log-prob chosen",
-    "short_long_gap_nats_per_token": "short-long gap (nats per token)",
-}
-"""Columns of the table of what was learnt: means over examples."""
+from megatron_solopo.metrics import Metric, metric_of, of_records
 
 
 def training_section(
@@ -51,32 +20,29 @@ def training_section(
     parts = ["## Training"]
     preference = [run for run in runs if any("margin" in record for record in (*run.train, *run.valid))]
     supervised = [run for run in runs if run not in preference]
-    for name, group, wanted in (
-        ("training", preference, PREFERENCE_PANELS),
-        ("supervised", supervised, SUPERVISED_PANELS),
-    ):
+    for name, group in (("training", preference), ("supervised", supervised)):
         panels = {}
-        for title, (field, y_name) in wanted.items():
+        for metric in _measured(group):
             train, valid = (
-                {label: points for label in labels_of(group) if (points := curve(group, label, field, split))}
+                {label: points for label in labels_of(group) if (points := curve(group, label, metric.name, split))}
                 for split in ("train", "valid")
             )
             if train or valid:
-                panels[title] = (y_name, train, valid)
+                panels[metric] = (train, valid)
         if not panels:
             continue
         figure = output.with_name(f"{output.stem}-{name}.png")
         records = [record for run in group for record in run.train if "clip_grad" in record]
         # One far above all gradients would only press their curve flat.
         clips = sorted({one["clip_grad"] for one in records if one["clip_grad"] <= 3 * one["grad_norm"]})
-        draw_curves(figure, panels, looks, {"Gradient norm": clips})
+        draw_curves(figure, panels, looks, {"grad_norm": clips})
         figures.append(figure)
         parts.append(f"![Training curves]({figure.name})")
         parts.append(f"*{_caption(name, group, panels, clips)}.*")
     parts += [
         markdown_table(*_learnt(runs), text_columns=2),
         "*Each row is a mean over the examples that it counts; train: the first and the last tenth of the steps. A tie "
-        "of two rewards counts half in the pair accuracy (0 in older runs).*",
+        "of two rewards counts half in the pair accuracy (0 in older runs); arrows point to the better end.*",
         markdown_table(*_costs(runs), text_columns=2),
         "*Of all steps. Peak memory is that of the largest process; saves (checkpoints and exports) gather the weights "
         "and the optimizer's state and are measured apart, except in older runs.*",
@@ -93,10 +59,16 @@ def training_section(
     return parts
 
 
-def _caption(name: str, runs: Sequence[Run], panels: Mapping[str, Any], clips: Sequence[float]) -> str:
+def _measured(runs: Sequence[Run]) -> list[Metric]:
+    """What the runs' steps and evaluations measure and a figure draws, with the labels that their losses declared."""
+    more = {name: metric for run in runs for name, metric in run.metrics.items()}
+    return of_records([record for run in runs for record in (*run.train, *run.valid)], more)
+
+
+def _caption(name: str, runs: Sequence[Run], panels: Mapping[Metric, Any], clips: Sequence[float]) -> str:
     from megatron_solopo.evaluation.plots import steps_in_a_mean
 
-    series = [points for _, train, _ in panels.values() for points in train.values()]
+    series = [points for train, _ in panels.values() for points in train.values()]
     notes = []
     if series:
         averaged = sorted({steps_in_a_mean(points) for points in series})
@@ -107,16 +79,18 @@ def _caption(name: str, runs: Sequence[Run], panels: Mapping[str, Any], clips: S
             if averaged == [1]
             else f"lines are centred means over {_between(averaged)} steps{of_a_step}"
         )
-    if any(valid for _, _, valid in panels.values()):
+    if any(valid for _, valid in panels.values()):
         examples = sorted({record["groups"] for run in runs for record in run.valid if "groups" in record})
         notes.append("markers are evaluations" + (f" on {_between(examples)} validation examples" if examples else ""))
     if len(labels_of(runs)) < len(runs):
         notes.append("lines are means over seeds and bands reach from the lowest to the highest")
-    if "Alignment" in panels:
+    if metric_of("alignment_loss") in panels:
         notes.append("the total loss is the preference loss + alpha x the alignment, which can rise from 0")
     if clips:
         notes.append("the dotted line is --clip-grad, to which larger gradients are scaled down")
-    if name == "training" and len(labels_of(runs)) > 1:
+    if name == "supervised":
+        notes.append("the loss is in nats per token")
+    elif len(labels_of(runs)) > 1:
         notes.append("losses of different methods are not comparable")
     return f"{'Preference training' if name == 'training' else 'Supervised training'}: {'; '.join(notes)}"
 
@@ -128,8 +102,7 @@ def _between(numbers: Sequence[int]) -> str:
 
 def _learnt(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the first and last steps of every run, and its first and last evaluation."""
-    records = [record for run in runs for record in (*run.train, *run.valid)]
-    columns = [field for field in LEARNT_COLUMNS if any(finite(record.get(field)) for record in records)]
+    columns = [metric for metric in _measured(runs) if metric.column]
     rows = []
     for run in runs:
         steps = [record for record in run.train if finite(record.get("loss"))]
@@ -146,16 +119,17 @@ def _learnt(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         weights = [record.get("groups", 1) for record in part]
         examples = f"{sum(weights):,}" if all("groups" in record for record in part) else "-"
         means = [
-            _weighted([(record.get(field), weight) for record, weight in zip(part, weights, strict=True)])
-            for field in columns
+            _weighted([(record.get(metric.name), weight) for record, weight in zip(part, weights, strict=True)])
+            for metric in columns
         ]
         cells.append([label, name, examples, *("-" if mean is None else f"{mean:.3f}" for mean in means)])
-    return ["label", "of", "examples", *(LEARNT_COLUMNS[field] for field in columns)], cells
+    return ["label", "of", "examples", *(metric.head for metric in columns)], cells
 
 
 def _costs(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: what every run took."""
-    head = ["label", "folder", "steps", "clipped", "tokens", "tokens per second", "padding share", "seconds a step"]
+    shown = ("clipped", "tokens", "tokens_per_second", "padding_share", "seconds")
+    head = ["label", "folder", "steps", *(metric_of(name).label for name in shown)]
     rows = []
     for run in runs:
         means = (
@@ -172,7 +146,7 @@ def _costs(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             *(_peak(records) for records in (run.train, run.saves)),
         ]
         rows.append([run.label, f"`{run.folder}`", *cells])
-    return [*head, "minutes", "peak memory (GiB)", "peak in saves (GiB)"], rows
+    return [*head, "minutes", metric_of("memory_gib").head, "peak in saves (GiB)"], rows
 
 
 def _peak(records: Sequence[dict[str, Any]]) -> str:

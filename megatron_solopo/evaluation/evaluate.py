@@ -43,14 +43,15 @@ from megatron_solopo.data.options import (
     prompt_format_of,
 )
 from megatron_solopo.data.schema import Question
-from megatron_solopo.data.scoring import score
+from megatron_solopo.data.scoring import SCORERS, score
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, Response, generate
-from megatron_solopo.evaluation.results import METRICS, intervals_text, length_label, mean_interval
+from megatron_solopo.evaluation.results import intervals_text, length_label, mean_interval
+from megatron_solopo.metrics import metric_of
 from megatron_solopo.progress import ProgressBar
 
 
@@ -146,17 +147,17 @@ def score_responses(
             "answers": item.answers,
             "prediction": response.text,
             "finished": response.finished,
-            **{name: score(name, response.text, item.answers, normalisation) for name in METRICS},
+            **{name: score(name, response.text, item.answers, normalisation) for name in SCORERS},
             "prompt_tokens": len(item.prompts[index]),
         }
         for item, response in zip(items, responses, strict=True)
     ]
-    values = {name: [record[name] for record in records] for name in METRICS}
-    metrics: dict[str, Any] = {name: statistics.fmean(values[name]) for name in METRICS}
+    values = {name: [record[name] for record in records] for name in SCORERS}
+    metrics: dict[str, Any] = {name: statistics.fmean(values[name]) for name in SCORERS}
     metrics["count"] = len(records)
     metrics["cut"] = sum(not record["finished"] for record in records)
     metrics["mean_prompt_tokens"] = statistics.fmean(record["prompt_tokens"] for record in records)
-    intervals = {name: mean_interval(name, values[name]) for name in METRICS}
+    intervals = {name: mean_interval(name, values[name]) for name in SCORERS}
     metrics["interval"] = {name: list(interval) for name, (interval, _) in intervals.items()}
     metrics["interval_method"] = {name: method for name, (_, method) in intervals.items()}
     return metrics, records
@@ -169,12 +170,12 @@ def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
     """
     lines = [
         f"{'context':<16}{'questions':>10}{'cut':>8}{'prompt tokens':>15}"
-        + "".join(f"{METRICS[name]:>22}" for name in METRICS)
+        + "".join(f"{metric_of(name).label:>22}" for name in SCORERS)
     ]
     for label, values in metrics.items():
         cells = (
             f"{values[name]:.3f} [{values['interval'][name][0]:.3f}, {values['interval'][name][1]:.3f}]"
-            for name in METRICS
+            for name in SCORERS
         )
         lines.append(
             f"{label:<16}{values['count']:>10,}{values['cut']:>8,}{values['mean_prompt_tokens']:>15,.1f}"

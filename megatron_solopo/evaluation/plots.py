@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_solopo.atomic import new_file
 from megatron_solopo.evaluation.results import Point
+from megatron_solopo.metrics import Metric
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -108,26 +109,26 @@ def draw_accuracy(
 @matplotlib.rc_context(STYLE)
 def draw_curves(
     path: Path,
-    panels: Mapping[str, tuple[str, Mapping[str, Sequence[Point]], Mapping[str, Sequence[Point]]]],
+    panels: Mapping[Metric, tuple[Mapping[str, Sequence[Point]], Mapping[str, Sequence[Point]]]],
     looks: Mapping[str, dict[str, str]],
     marks: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Training curves, one panel a metric.
 
     Args:
-        panels: title -> (name of the y axis, label -> training points, label -> evaluation points).
-        marks: title -> values of --clip-grad, at which a dotted line crosses the panel.
+        panels: metric -> (label -> training points, label -> evaluation points).
+        marks: name of a metric -> values of --clip-grad, at which a dotted line crosses the panel.
 
     A single panel has its labels at the ends of the lines; several share one legend above them.
     """
     columns = min(len(panels), 2 if len(panels) <= 4 else 3)
     rows = (len(panels) + columns - 1) // columns
     figure, all_axes = _figure(len(panels), columns, width=(6.4, 7.4, 9.6)[columns - 1], height=0.4 + 2.4 * rows)
-    series = [points for _, train, valid in panels.values() for points in (*train.values(), *valid.values())]
+    series = [points for train, valid in panels.values() for points in (*train.values(), *valid.values())]
     steps = [point.x for points in series for point in points]
     room = 0.01 * (max(steps) - min(steps)) or 0.5
     ends_of_steps = min(steps) - room, max(steps) + room
-    for axes, (title, (y_name, train, valid)) in zip(all_axes, panels.items(), strict=True):
+    for axes, (metric, (train, valid)) in zip(all_axes, panels.items(), strict=True):
         ends = {}
         for label in dict.fromkeys([*train, *valid]):
             points = _smooth(train.get(label, ()))
@@ -162,13 +163,13 @@ def draw_curves(
                 )
             last = (points or checks)[-1]
             ends[label] = (last.x, last.mean)
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set_ylabel(y_name)
+        axes.set_title(metric.title, loc="left", fontweight="bold")
+        axes.set_ylabel(metric.unit)
         axes.set_xlabel("Step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        _limit(axes, title, [point for points in (*map(_smooth, train.values()), *valid.values()) for point in points])
+        _limit(axes, metric, [point for points in (*map(_smooth, train.values()), *valid.values()) for point in points])
         axes.set_xlim(*ends_of_steps)
-        for value in (marks or {}).get(title, ()):
+        for value in (marks or {}).get(metric.name, ()):
             axes.axhline(value, color="#555555", linestyle=":", linewidth=1.2, zorder=2)
             axes.annotate(f"clip {value:g}", (1.02, value), xycoords=("axes fraction", "data"), va="center")
             low, high = axes.get_ylim()
@@ -176,8 +177,8 @@ def draw_curves(
         if len(panels) == 1:
             _label_ends(figure, axes, ends, looks)
     if len(panels) > 1:
-        labels = list(dict.fromkeys(label for _, train, valid in panels.values() for label in (*train, *valid)))
-        kinds = {"training": "", "validation": "o"} if any(valid for _, _, valid in panels.values()) else {}
+        labels = list(dict.fromkeys(label for train, valid in panels.values() for label in (*train, *valid)))
+        kinds = {"training": "", "validation": "o"} if any(valid for _, valid in panels.values()) else {}
         line = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.7}
         of_labels = (looks[label] | ({} if kinds else {"marker": ""}) for label in labels)
         of_kinds = ({"color": "#777777", "marker": m, "linewidth": 0.6 if m else 1.5} for m in kinds.values())
@@ -194,9 +195,10 @@ def draw_curves(
     _save(figure, path)
 
 
-def _limit(axes: Axes, title: str, points: Sequence[Point]) -> None:
-    if "accuracy" in title.lower():
-        axes.set_ylim(0, 1.02)
+def _limit(axes: Axes, metric: Metric, points: Sequence[Point]) -> None:
+    if metric.limits:
+        low, high = metric.limits
+        axes.set_ylim(low, high + 0.02 * (high - low))
         return
     values = sorted(value for point in points for value in (point.low, point.high))
     low, high = values[0], values[-1]

@@ -9,10 +9,10 @@ from pathlib import Path
 from megatron_solopo.arguments import Parser
 from megatron_solopo.atomic import write_text
 from megatron_solopo.data.options import check_outputs
+from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.curves import training_section
 from megatron_solopo.evaluation.results import (
-    METRICS,
     Evaluation,
     LengthResult,
     Point,
@@ -26,6 +26,7 @@ from megatron_solopo.evaluation.results import (
     read_runs,
 )
 from megatron_solopo.evaluation.tables import markdown_table
+from megatron_solopo.metrics import metric_of
 
 
 def write_report(
@@ -43,7 +44,7 @@ def write_report(
 
     Args:
         text, closing: Markdown put after the title and at the end.
-        metric: the one that is drawn, a key of `METRICS`.
+        metric: the one that is drawn, a key of `SCORERS`.
 
     Raises:
         UserError: nothing to report.
@@ -77,36 +78,42 @@ def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "
     return _by_length(
         evaluations,
         unit,
-        METRICS[metric],
-        lambda points: "{0.mean:.2f} [{0.low:.2f}, {0.high:.2f}]".format(*points),
+        metric_of(metric).label,
+        lambda point: f"{point.mean:.2f} [{point.low:.2f}, {point.high:.2f}]",
         [metric],
     )
 
 
 def _other_metrics_table(evaluations: Sequence[Evaluation], unit: str, metrics: list[str]) -> str:
-    name = " / ".join(METRICS[metric] for metric in metrics)
-    return _by_length(
-        evaluations, unit, name, lambda points: " / ".join(f"{point.mean:.2f}" for point in points), metrics
-    )
+    name = " / ".join(metric_of(metric).label for metric in metrics)
+    return _by_length(evaluations, unit, name, lambda point: f"{point.mean:.2f}", metrics)
 
 
 def _by_length(
-    evaluations: Sequence[Evaluation], unit: str, name: str, cell: Callable[[list[Point]], str], metrics: list[str]
+    evaluations: Sequence[Evaluation], unit: str, name: str, cell: Callable[[Point], str], metrics: list[str]
 ) -> str:
+    """A row a label; a cell holds what ``cell`` writes of each metric, "-" where a file has none."""
     lengths = _lengths(evaluations, unit)
     rows = []
     for label in labels_of(evaluations):
         found = [
             {point.x: point for point in accuracy_by_length(evaluations, label, unit, metric)} for metric in metrics
         ]
-        if found[0]:
-            rows.append(
-                [
-                    label,
-                    *(cell([points[length] for points in found]) if length in found[0] else "-" for length in lengths),
-                ]
+        if any(found):
+            cells = (
+                [cell(points[length]) if length in points else "-" for points in found]
+                if any(length in points for points in found)
+                else ["-"]
+                for length in lengths
             )
+            rows.append([label, *map(" / ".join, cells)])
     return markdown_table([name, *(f"{length:,} {unit}" for length in lengths)], rows)
+
+
+def _measured(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Every metric that some file has: ours in their order, then others."""
+    names = dict.fromkeys(name for one in evaluations for result in one.results for name in result.means)
+    return list(dict.fromkeys([*(name for name in SCORERS if name in names), *names]))
 
 
 def _lengths(evaluations: Sequence[Evaluation], unit: str) -> list[int]:
@@ -124,25 +131,30 @@ def _accuracy_section(
     from megatron_solopo.evaluation.plots import draw_accuracy
 
     labels = labels_of(evaluations)
+    measured = _measured(evaluations)
+    if metric not in measured:
+        raise UserError(f"--metric {metric}: no evaluation has it; give one of {', '.join(measured)}")
     parts = ["## Accuracy by context length"]
     units = list(dict.fromkeys(result.unit for evaluation in evaluations for result in evaluation.results))
     for unit in units:
         series = {label: points for label in labels if (points := accuracy_by_length(evaluations, label, unit, metric))}
+        if not series:
+            continue
         results = [(one.label, result) for one in evaluations for result in one.results if result.unit == unit]
         tokens = {
             length: _mean([result.mean_prompt_tokens for _, result in results if result.length == length])
             for length in _lengths(evaluations, unit)
         }
         figure = output.with_name(f"{output.stem}-accuracy{'' if len(units) == 1 else '-' + unit}.png")
-        draw_accuracy(figure, series, looks, METRICS[metric], unit, tokens)
+        draw_accuracy(figure, series, looks, metric_of(metric).label, unit, tokens)
         figures.append(figure)
-        parts.append(f"![{METRICS[metric]} by context length in {unit}]({figure.name})")
+        parts.append(f"![{metric_of(metric).label} by context length in {unit}]({figure.name})")
         parts.append(
-            f"*{METRICS[metric]} by context length; {_questions(results)}. "
+            f"*{metric_of(metric).label} by context length; {_questions(results)}. "
             f"{_spread([point.seeds for points in series.values() for point in points], _method(results, metric))}.*"
         )
         parts.append(accuracy_table(evaluations, unit, metric))
-        parts.append(_other_metrics_table(evaluations, unit, [other for other in METRICS if other != metric]))
+        parts.append(_other_metrics_table(evaluations, unit, [other for other in measured if other != metric]))
         parts += _cut_answers(results)
     rows = [
         [
@@ -242,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     outputs.add_argument("--title", default="Report", help="first line of the report (default: %(default)s)")
     outputs.add_argument(
-        "--metric", choices=list(METRICS), default="sub_em", help="the metric that is drawn (default: %(default)s)"
+        "--metric", choices=list(SCORERS), default="sub_em", help="the metric that is drawn (default: %(default)s)"
     )
     return parser
 

@@ -13,9 +13,7 @@ from typing import Any
 from megatron_solopo.data.files.records import read_jsonl, read_text
 from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
-
-METRICS = {"sub_em": "sub-EM", "sub_em_plain": "plain sub-EM", "em": "EM", "f1": "F1"}
-"""Metrics of an evaluation: field -> name for people. data/scoring.py has them; the plain form is the paper's."""
+from megatron_solopo.metrics import LABELS, Metric, from_json, metric_of
 
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -45,16 +43,16 @@ ENOUGH_FOR_NORMAL = 30
 def mean_interval(metric: str, values: Sequence[float]) -> tuple[tuple[float, float], str]:
     """95 % interval of the mean of a metric over questions, and how it was computed (`INTERVAL_METHODS`).
 
-    sub-EM and EM are 0 or 1 for each question: Wilson's interval. F1 lies between, and has the normal approximation.
-    Below `ENOUGH_FOR_NORMAL` questions that is too narrow (with one question it has no width), so it has Wilson's
-    interval of its mean there: values in [0, 1] vary at most as much as zeros and ones of the same mean do.
+    sub-EM and EM are 0 or 1 for each question (`Metric.binary`): Wilson's interval. F1 lies between, and has the
+    normal approximation. Below `ENOUGH_FOR_NORMAL` questions that is too narrow (with one question it has no width), so
+    it has Wilson's interval of its mean there: values in [0, 1] vary at most as zeros and ones of the same mean do.
 
     Args:
         values: one a question, in [0, 1].
     """
     count = len(values)
     mean = sum(values) / count if count else 0.0
-    if metric != "f1":
+    if metric_of(metric).binary:
         return wilson_interval(mean, count), "wilson"
     if count < ENOUGH_FOR_NORMAL:
         return wilson_interval(mean, count), "wilson_bound"
@@ -71,8 +69,8 @@ def intervals_text(methods: Iterable[dict[str, str]]) -> str:
             of_metric.setdefault(metric, {})[INTERVAL_METHODS.get(method, method)] = None
     metrics_of: dict[str, list[str]] = {}
     for metric, names in of_metric.items():
-        metrics_of.setdefault(" or ".join(names), []).append(METRICS.get(metric, metric))
-    return "; ".join(f"{', '.join(metrics)}: {names}" for names, metrics in metrics_of.items())
+        metrics_of.setdefault(" or ".join(names), []).append(metric_of(metric).label)
+    return "; ".join(f"{', '.join(labels)}: {names}" for names, labels in metrics_of.items())
 
 
 NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out")
@@ -90,7 +88,7 @@ class LengthResult:
 
     Attributes:
         length, unit: the length asked for and what it counts (``documents`` or ``tokens``).
-        means, intervals: by metric (`METRICS`); intervals are 95 % over questions.
+        means, intervals: by metric, those that the file has; intervals are 95 % over questions.
         count: number of questions.
         mean_prompt_tokens: tokens of a whole prompt, on average.
         methods: by metric, how its interval was computed (`INTERVAL_METHODS`); {} in older files.
@@ -132,6 +130,7 @@ class Run:
 
     Attributes:
         saves: the time and memory of checkpoints and exports; () in older runs.
+        metrics: what its loss declared of what it measures, by name.
     """
 
     label: str
@@ -139,6 +138,7 @@ class Run:
     train: tuple[dict[str, Any], ...]
     valid: tuple[dict[str, Any], ...]
     saves: tuple[dict[str, Any], ...] = ()
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -248,12 +248,14 @@ def read_evaluation(argument: str) -> Evaluation:
         intervals = require(values, "interval", dict, where)
         if "sub_em_plain" not in values and "sub_em" in intervals:  # an older file, whose sub-EM is the plain one
             values["sub_em_plain"], intervals["sub_em_plain"] = values.get("sub_em"), intervals["sub_em"]
+        if not intervals:
+            raise UserError(f"{where}: holds no score with an interval; give a results file written by evaluate")
         results.append(
             LengthResult(
                 length=int(match[1]),
                 unit=match[2],
-                means={name: float(require(values, name, (int, float), where)) for name in METRICS},
-                intervals={name: tuple(require(intervals, name, list, where)) for name in METRICS},
+                means={name: float(require(values, name, (int, float), where)) for name in intervals},
+                intervals={name: tuple(require(intervals, name, list, where)) for name in intervals},
                 count=require(values, "count", int, where),
                 mean_prompt_tokens=float(require(values, "mean_prompt_tokens", (int, float), where)),
                 methods=dict(values.get("interval_method") or {}),
@@ -312,7 +314,15 @@ def read_run(argument: str) -> Run:
         train,
         valid,
         save + export,
+        _declared(folder),
     )
+
+
+def _declared(folder: Path) -> dict[str, Metric]:
+    try:
+        return from_json(json.loads((folder / LABELS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def labels_of(*groups: Iterable[Evaluation | Run]) -> list[str]:
@@ -326,7 +336,7 @@ def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str,
     for evaluation in evaluations:
         if evaluation.label == label:
             for result in evaluation.results:
-                if result.unit == unit:
+                if result.unit == unit and metric in result.means:
                     by_length.setdefault(result.length, []).append(result)
     points = []
     for length, results in sorted(by_length.items()):

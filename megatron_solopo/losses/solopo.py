@@ -23,11 +23,17 @@ from torch import Tensor
 from megatron_solopo.config import LOSSES_WITH_REFERENCE, MethodConfig
 from megatron_solopo.losses.rewards import dpo_reward, orpo_clamped, orpo_log_odds, simpo_reward
 from megatron_solopo.losses.terms import alignment_distance, ipo_loss, logistic_loss, negative_log_likelihood
+from megatron_solopo.metrics import Metric, register
 
 SHORT_CHOSEN, SHORT_REJECTED = "short_chosen", "short_rejected"
 LONG_CHOSEN, LONG_REJECTED = "long_chosen", "long_rejected"
 RESPONSE = "response"
 """Roles: which log-prob of a group a tensor holds. RESPONSE is the only one of --objective sft."""
+
+register(
+    Metric("ipo_margin", "IPO margin", "nats per token", True, figure=None),
+    Metric("orpo_clamped", "clamped log-odds", "of the scored answers", False, figure=None),
+)
 
 
 @dataclass(frozen=True)

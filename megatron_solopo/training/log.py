@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from megatron_solopo import metrics
 from megatron_solopo.atomic import write_text
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError, system_reason
@@ -120,6 +121,8 @@ class RunLog:
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)
+        if labels := metrics.beside_the_usual():
+            write_aside(folder / metrics.LABELS, metrics.to_json(labels))
         self._file = path.open("ab" if first_step else "wb", buffering=0)
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -195,22 +198,17 @@ class RunLog:
 
 def _summary(values: dict[str, Any]) -> str:
     """The values that a person follows, with their units."""
-    shown = {
-        "skipped": "skipped",
-        "loss": "loss {:.4g}",
-        "po_loss": "po {:.4g}",
-        "accuracy": "acc {:.4g}",
-        "margin": "margin {:.4g}",
-        "alignment_loss": "align {:.4g}",
-        "grad_norm": "grad {:.4g}" + (" (clipped to {clip_grad:g})" if values.get("clipped") else ""),
-        "lr": "lr {:.3g}",
-        "tokens_per_second": "{:,.0f} tok/s",
-        "seconds": "{:.3g} s/step" if values["split"] == "train" else "{:.3g} s",
-    }
+    known = sorted(metrics.declared(), key=lambda metric: metric.figure is None)  # what a step cost comes last
+    shown = {"skipped": "skipped"} | {metric.name: metric.line for metric in known if metric.line}
+    if values.get("clipped"):
+        shown["grad_norm"] += " (clipped to {clip_grad:g})"
+    if values["split"] != "train":
+        shown["seconds"] = shown["seconds"].removesuffix("/step")
     if values["split"] == "valid":
-        shown["groups"] = "({:,} examples)"
+        shown["groups"] = f"({{:,}} {metrics.metric_of('groups').label})"
     elif values["split"] != "train":
-        shown["memory_gib"] = "peak memory {:.2f} GiB"
+        memory = metrics.metric_of("memory_gib")
+        shown["memory_gib"] = f"{memory.label} {{:.2f}} {memory.unit}"
     return " ".join(text.format(values[name], **values) for name, text in shown.items() if values.get(name) is not None)
 
 

@@ -14,6 +14,7 @@ import pytest
 from training_home import ENVIRONMENT, ROOT, Home, command, furnish
 
 from megatron_solopo.cli import run
+from megatron_solopo.evaluation.results import read_run
 from megatron_solopo.training.run import main
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -39,6 +40,7 @@ def test_a_run_is_evaluated_before_its_first_step(home: Home, capfd: pytest.Capt
     before, after = home.metrics("runs/still", "valid")
     assert (before.pop("step"), after.pop("step")) == (0, 2) and before == after and before["groups"] == 3
     lines = console(capfd)
+    assert read_run(str(home.folder / "runs/still")).metrics["orpo_clamped"].label == "clamped log-odds"  # for reports
     [start] = [line for line in lines if line.startswith("step 0 valid loss ")]
     assert start.endswith("(3 examples)") and lines.index(start) < lines.index(next(x for x in lines if "step 1/" in x))
 

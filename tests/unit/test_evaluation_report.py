@@ -10,8 +10,9 @@ import sys
 import pytest
 from evaluation_files import write_evaluation, write_run
 
+from megatron_solopo import metrics
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation import report, results
+from megatron_solopo.evaluation import plots, report, results
 from megatron_solopo.evaluation.plots import look, spread
 
 
@@ -90,9 +91,11 @@ def test_validation_and_the_parts_of_the_loss_are_in_the_table(tmp_path):
         ["solo", "validation, before step 1", "3", "5.000"],
         ["solo", "validation, after step 20", "3", "25.000"],
     ]
-    column = head.index("preference loss")
+    column = head.index("preference loss (nats) ↓")
     assert [row[column] for row in rows] == ["0.685", "0.508", "0.700", "0.500"]
-    assert {"alignment", "reward chosen", "reward rejected", "log-prob chosen"} <= set(head)
+    assert {"alignment (before alpha) ↓", "reward of chosen (reward)", "log-prob of chosen (nats an answer)"} <= set(
+        head
+    )
 
 
 def test_what_a_run_took_names_saves_and_clipped_steps_apart(tmp_path):
@@ -120,8 +123,6 @@ def test_a_caption_says_how_much_a_mean_covers(tmp_path, steps, mean):
 
 
 def test_the_parts_of_the_loss_are_drawn(tmp_path, monkeypatch):
-    from megatron_solopo.evaluation import plots
-
     drawn = {}
     draw = plots.draw_curves
 
@@ -132,12 +133,21 @@ def test_the_parts_of_the_loss_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "draw_curves", kept)
     run = results.read_run(str(write_solo_run(tmp_path / "solo", 20, valid=(0, 20))))
     report.write_report(tmp_path / "r.md", [run])
-    fields = {y_name: train["solo"][0].mean for y_name, train, _ in drawn["panels"].values()}
-    assert list(drawn["panels"])[:3] == ["Total loss", "Preference loss", "Alignment"]
-    assert {"Reward of chosen", "Reward of rejected", "Log-prob of chosen", "Gradient norm"} <= set(drawn["panels"])
-    assert "Short-long gap" not in drawn["panels"] and fields["before clipping"] == 7.0  # no run has the gap
-    assert [point.x for point in drawn["panels"]["Preference loss"][2]["solo"]] == [0, 20]
-    assert drawn["marks"] == {"Gradient norm": [1.0]}
+    panels = {metric.title: panel for metric, panel in drawn["panels"].items()}
+    assert list(panels)[:5] == ["Total loss", "Preference loss", "Pair accuracy", "Reward margin", "Alignment"]
+    assert {"Reward of chosen", "Reward of rejected", "Log-prob of chosen"} <= set(panels)
+    assert "Short-long gap" not in panels and panels["Gradient norm"][0]["solo"][0].mean == 7.0  # no run has the gap
+    assert [point.x for point in panels["Preference loss"][1]["solo"]] == [0, 20]
+    assert drawn["marks"] == {"grad_norm": [1.0]}
+
+
+def test_an_axis_ends_where_its_metric_does(tmp_path, monkeypatch):
+    """A pair accuracy of 0.5 is drawn between 0 and 1, and a loss near its values."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    report.write_report(tmp_path / "r.md", [results.read_run(str(write_solo_run(tmp_path / "solo", 20)))])
+    limits = {axes.get_title(loc="left"): axes.get_ylim() for axes in figures[0].axes}
+    assert limits["Pair accuracy"] == (0, 1.02) and limits["Total loss"][0] > 0.6
 
 
 def test_answers_that_were_cut_are_told(tmp_path):
@@ -284,3 +294,57 @@ def test_importing_the_report_does_not_import_torch():
         "False",
         "False",
     ]
+
+
+def test_a_metric_that_is_declared_appears_everywhere(tmp_path, monkeypatch):
+    """One declaration, by whoever measures it, and the curves, the table and the printed line have it."""
+    from megatron_solopo.training import log
+
+    declared = dict(metrics._DECLARED)
+    monkeypatch.setattr(metrics, "_DECLARED", declared)
+    metrics.register(metrics.Metric("kl", "divergence", "nats per token", False, line="kl {:.3g}"))
+    folder = write_solo_run(tmp_path / "run", 20)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"kl": 0.25, "mystery": 1.5} if line["split"] == "train" else {}) for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / metrics.LABELS).write_text(json.dumps(metrics.to_json(metrics.beside_the_usual())))
+
+    def shown():
+        """Heads of the table of what was learnt, and titles of the panels with their axes."""
+        drawn = []
+        monkeypatch.setattr(plots, "draw_curves", lambda path, panels, *more: drawn.extend(panels))
+        text = report.write_report(tmp_path / "r.md", [results.read_run(str(folder))])[0].read_text()
+        return rows_of(text, r"\| label +\| of ")[0], [(metric.title, metric.unit) for metric in drawn]
+
+    heads, panels = shown()
+    assert heads[-2:] == ["divergence (nats per token) ↓", "mystery"] and heads.index("total loss (nats) ↓") == 3
+    assert panels[-2:] == [("Divergence", "nats per token"), ("mystery", "")]  # nobody declared the last one
+    assert log._summary(lines[0]).split(" grad ")[1] == "7 (clipped to 1) kl 0.25 20 tok/s 0.5 s/step"
+    del declared["kl"]  # a process that does not know the loss that declares it reads it from the run's folder
+    assert set(shown()[1]) == set(panels)
+    (folder / metrics.LABELS).unlink()
+    assert ("kl", "") in shown()[1]
+
+
+def test_two_metrics_of_one_name_are_refused():
+    metrics.register(metrics.metric_of("loss"))
+    with pytest.raises(ValueError, match="two metrics are named 'loss'"):
+        metrics.register(metrics.Metric("loss", "another"))
+
+
+def test_a_score_of_a_file_that_nobody_declared_is_in_the_tables(tmp_path):
+    paths = [write_evaluation(tmp_path / f"{name}.json", {8: 0.5}) for name in "ab"]
+    whole = json.loads(paths[0].read_text())
+    values = whole["metrics"]["8 documents"]
+    values["rouge"], values["interval"]["rouge"] = 0.75, [0.7, 0.8]
+    paths[0].write_text(json.dumps(whole))
+    evaluations = [results.read_evaluation(f"{path.stem}={path}") for path in paths]
+    text = report.write_report(tmp_path / "r.md", (), evaluations)[0].read_text()
+    assert rows_of(text, r"\| plain sub-EM / EM / F1 / rouge ")[2:] == [
+        ["a", "0.50 / 0.50 / 0.50 / 0.75"],
+        ["b", "0.50 / 0.50 / 0.50 / -"],
+    ]
+    drawn = report.write_report(tmp_path / "r.md", (), evaluations, metric="rouge")[0].read_text()
+    assert rows_of(drawn, r"\| rouge ")[2:] == [["a", "0.75 [0.70, 0.80]"]]
+    with pytest.raises(UserError, match="--metric bleu: no evaluation has it; give one of sub_em, "):
+        report.write_report(tmp_path / "r.md", (), evaluations, metric="bleu")
