@@ -75,6 +75,8 @@ def write(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def view_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, **method: Any) -> View:
+def view_of(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, full: bool = False, **method: Any
+) -> View:
     example = next(read_examples(write(tmp_path / "one.jsonl", [record])))
-    return make_view(example, tokenizer, MethodConfig(**method))
+    return make_view(example, tokenizer, MethodConfig(**method), full=full)

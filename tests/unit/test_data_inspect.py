@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.files.parquet import write_groups
 from megatron_solopo.data.inspection import inspect_data
+from megatron_solopo.data.inspection.context import Document, Fold
 from megatron_solopo.data.inspection.view import token_text, uses
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -139,15 +140,15 @@ def test_documents_stand_at_the_positions_named(tokenizer: PreTrainedTokenizerBa
         for document, (start, end, gold) in zip(context.documents, spans, strict=True):
             found = tokenizer.decode(ids[document.first_token : document.first_token + document.tokens])
             # A token may reach over the border of a document.
-            assert document.text[2:-2] in found and len(found) - len(document.text) <= 4
-            assert document.text == chat[-1]["content"][start:end] and document.gold == gold
+            assert document.text.plain[2:-2] in found and len(found) - len(document.text) <= 4
+            assert document.text.plain == chat[-1]["content"][start:end] and document.gold == gold
         starts = [start for start, _, _ in spans]
         expected = [np.interp(start, [starts[0], starts[-1]], [0, 1]) for start, _, gold in spans if gold]
         assert context.depths == pytest.approx(expected) and len(expected) == 2
-        folds = [piece for piece in context.pieces if piece.kind == "fold"]
-        assert [document.number for piece in context.pieces for document in piece.documents] == [
-            *range(1, len(spans) + 1)
-        ]
+        folds = [piece for piece in context.pieces if isinstance(piece, Fold)]
+        shown = [piece.documents if isinstance(piece, Fold) else [piece] for piece in context.pieces]
+        documents = [document for one in shown for document in one if isinstance(document, Document)]
+        assert documents == context.documents and len(documents) == len(spans)
         for fold in folds:  # from the first token of its first document to the last of its last
             first, last = fold.documents[0], fold.documents[-1]
             assert fold.tokens == last.first_token + last.tokens - first.first_token
@@ -238,10 +239,10 @@ def test_a_runs_configuration_decides_what_is_shown(
     assert inspect_data.main(base) == 0
     said = capsys.readouterr().out
     assert "--preference-loss simpo --context-mode long" in said and "! longer than --seq-length" in said
-    assert re.findall(r"^(\w+_\w+) +\w", said, re.MULTILINE) == ["long_chosen", "long_rejected"]
+    assert re.findall(r"^(\w+_\w+) +\d", said, re.MULTILINE) == ["long_chosen", "long_rejected"]
     assert inspect_data.main([*base, "--context-mode", "short", "--seq-length", "5000"]) == 0
     said = capsys.readouterr().out
-    assert re.findall(r"^(\w+_\w+) +\w", said, re.MULTILINE) == ["short_chosen", "short_rejected"]
+    assert re.findall(r"^(\w+_\w+) +\d", said, re.MULTILINE) == ["short_chosen", "short_rejected"]
     assert "! longer" not in said
     run.write_text("method: {preference_loss: simpo}\n")  # --train-iters on training's command line
     assert inspect_data.main(base) == 0 and "--preference-loss simpo" in capsys.readouterr().out

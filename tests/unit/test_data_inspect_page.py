@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
+import re
 import weakref
 from collections import Counter
 from html.parser import HTMLParser
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from inspected import groups, tokenizer_folder, write
+from markupsafe import escape
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.inspection import inspect_data
-from megatron_solopo.data.inspection.charts import Series, bins
+from megatron_solopo.data.inspection.charts import Histogram
 from megatron_solopo.data.inspection.examples import FLAGS, Example, Reservoir, measure, read_examples
 from megatron_solopo.data.inspection.statistics import Distribution, Repeats, Statistics
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -115,7 +117,7 @@ def test_contexts_without_responses(
     records[1]["long_tokens"] += 1
     path = write(tmp_path / "contexts.jsonl", records)
     page = make_page(path, folder, tmp_path / "page.html")
-    assert len(page.shown()) == 5 and "What the loss sees" not in page.text
+    assert len(page.shown()) == 5 and "what the loss sees" not in page.text
     assert "oddities: 1 recorded length of a context" in capsys.readouterr().out
     assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q3"]) == 0
     said = capsys.readouterr().out
@@ -197,7 +199,7 @@ def test_distributions_are_exact() -> None:
         assert counted.total == len(values) and counted.mean == pytest.approx(values.mean())
         for share in (0.05, 0.5, 0.95, 1):
             assert counted.quantile(share) == np.quantile(values, share, method="inverted_cdf")
-        start, width, (counts,) = bins([Series("x", "x", counted)], None)
+        start, width, (counts,) = Histogram("", [("x", "x", counted)], "").bins
         assert sum(counts) == len(values)  # nothing is lost, whatever the tails
         inner = np.histogram(values, [start + i * width - 0.5 for i in range(1, len(counts))])[0]
         assert counts[1:-1] == inner.tolist()
@@ -207,7 +209,7 @@ def test_one_far_value_does_not_flatten_a_chart() -> None:
     counted = Distribution()
     for value in [*range(100)] * 3 + [100_000]:
         counted.add(value)
-    start, width, (counts,) = bins([Series("x", "x", counted)], None)
+    start, width, (counts,) = Histogram("", [("x", "x", counted)], "").bins
     assert start + width * len(counts) <= 120 and sum(counts) == 301
 
 
@@ -288,3 +290,32 @@ def test_repeated_texts() -> None:
     for text in ["a", "b", "a", "c", "a", "b", "x" * 500]:
         repeats.add(text)
     assert repeats.repeated == 3 and repeats.most(5) == [("a", 3), ("b", 2)]
+
+
+def test_numbers_of_any_size_are_shown(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the sum nor the difference of such scores is finite."""
+    records = groups(12, sizes=(3, 4))
+    for index, record in enumerate(records):
+        record["scores"] = {"wild": (-1) ** index * 1e308, "tiny": index * 1e-320, "most": 1e308, "endless": 10**400}
+    records[0]["scores"]["most"] = 0.5
+    path = write(tmp_path / "groups.jsonl", records)
+    page = make_page(path, folder, tmp_path / "page.html")
+    said = capsys.readouterr().out
+    assert re.search(r"Score: wild +-1e\+300 +█ +█ +1\.1e\+300 +-1e\+308 +0\.000 +-1e\+308 to", said), said
+    assert re.search(r"Score: most +0 +▁ +█ .* 1e\+308 +9\.167e\+307 ", said), said
+    assert "median -1e+308" in page.text and "endless" not in page.text
+    assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder)]) == 0
+    assert "scores    wild 1e+308, tiny 0, most 0.5\n" in capsys.readouterr().out
+
+
+def test_the_terminal_and_the_page_show_the_same_bars(folder: Path, tmp_path: Path) -> None:
+    counted = Distribution()
+    for value in [3] * 8 + [5] * 4 + [10]:
+        counted.add(value)
+    chart = Histogram("Words", [("chosen", "chosen", counted)], "words")
+    page = Page(str(escape(chart)))
+    bars = {a["title"]: a["style"] for tag, a in page.elements if tag == "i"}
+    heights = {"chosen, 3 words: 8 (61.5%)": "100.0%", "chosen, 5 words: 4 (30.8%)": "50.0%"}
+    assert heights.items() <= {title: style.removeprefix("height: ") for title, style in bars.items()}.items()
+    assert chart.bars(0).plain == "\u2588 \u2584    \u2581"
+    assert page.text.startswith("Words8") and "median 3, mean 4.2, middle 90 % from 3 to 10" in page.text

@@ -11,10 +11,10 @@ import pytest
 from inspected import WORDS, groups, tokenizer_folder, view_of
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.answers import find_in_document
-from megatron_solopo.data.inspection import text as terminal
-from megatron_solopo.data.inspection.view import View, answer_pattern, marked
+from megatron_solopo.data.inspection.blocks import console, highlighted, stretches
+from megatron_solopo.data.inspection.context import Fold
+from megatron_solopo.data.inspection.view import View, answer_pattern
 from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.prompt import PromptFormat
@@ -37,9 +37,9 @@ class Screen(io.StringIO):
         return True
 
 
-def printed(view: View, full: bool = False, out: io.StringIO | None = None) -> str:
+def printed(view: View, out: io.StringIO | None = None) -> str:
     out = out or io.StringIO()
-    terminal.Printer(terminal.console(out), full).print(view, "groups.jsonl", MethodConfig())
+    console(out).print(*view.printed("groups.jsonl"), sep="\n")
     return out.getvalue()
 
 
@@ -66,7 +66,7 @@ def test_colours_on_a_terminal_and_plain_marks_elsewhere(
 def test_long_contexts_are_folded_around_the_evidence(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (record,) = groups(1)
     view = view_of(record, tokenizer, tmp_path)
-    folded, full = printed(view), printed(view, full=True)
+    folded, full = printed(view), printed(view_of(record, tokenizer, tmp_path, full=True))
     content = record["long_messages"][-1]["content"]
     for start, end, gold in record["long_spans"]:
         title = content[start:end].splitlines()[0]
@@ -85,8 +85,9 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
     text = printed(view)
     assert "[[HARBOUR  Town]]" in text and "where its documents stand is not recorded" in text
     assert len(re.findall(r"\.\.\. [\d,]+ tokens \.\.\.", text)) == 2
-    assert "".join(p.text or p.documents[0].text for p in view.contexts[0].pieces) == record["prompt"]
-    assert view.contexts[0].tokens > sum(piece.tokens for piece in view.contexts[0].pieces) > 500
+    parts = [p.documents[0] if isinstance(p, Fold) else p for p in view.contexts[0].pieces]
+    assert "".join(part.text.plain for part in parts) == record["prompt"]
+    assert view.contexts[0].tokens > sum(p.tokens for p in view.contexts[0].pieces if isinstance(p, Fold)) > 500
     assert [segment.role for segment in view.segments] == ["short_chosen", "short_rejected"]
     refused = view_of(record, tokenizer, tmp_path)  # solo needs a long context
     assert refused.facts.flags == ("refused",) and "--context-mode short" in printed(refused)
@@ -95,26 +96,26 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
 def test_answers_inside_other_words_are_told_apart() -> None:
     text = "It was with it, IT! 19 in 1919. \u4e2d\u56fd\u4eba"
     answers = ["it", "19", "\u56fd"]
-    parts = list(marked(text, find_in_document(text, answers), answer_pattern(answers)))
+    parts = list(stretches(highlighted(text, find_in_document(text, answers), answer_pattern(answers))))
     assert "".join(part for part, _ in parts) == text
     assert [found for found in parts if found[1]] == [
-        ("It", "found"),
+        ("It", "answer"),
         ("it", "other"),
-        ("it", "found"),
-        ("IT", "found"),
-        ("19", "found"),
+        ("it", "answer"),
+        ("IT", "answer"),
+        ("19", "answer"),
         ("19", "other"),
         ("19", "other"),
-        ("\u56fd", "found"),
+        ("\u56fd", "answer"),
     ]
-    assert answer_pattern(["?", ""]) is None and list(marked(text, [])) == [(text, "")]
+    assert answer_pattern(["?", ""]) is None and list(stretches(highlighted(text, []))) == [(text, "")]
 
 
 def test_control_characters_do_not_reach_the_terminal(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (record,) = groups(1)
     record |= {"chosen": "red \x1b[31m and\x07 \r x", "id": "\x1b]0;title\x07", "question": "\x9b?"}
     text = printed(view_of(record, tokenizer, tmp_path))
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) and r"red \x1b[31m and\x07 \x0d x" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) and "red \u241b[31m and\u2407 \u240d x" in text
 
 
 NUMBERED = {
@@ -143,7 +144,7 @@ def test_the_number_of_a_document_is_no_answer(
     view = view_of(record, tokenizer, tmp_path)
     flags = {"short_answer", "answer_not_in_short", "answer_not_in_long", "answer_not_in_evidence"}
     assert set(view.facts.flags) == flags and view.contexts[1].answers_in == []
-    text = printed(view, full=True)
+    text = printed(view_of(record, tokenizer, tmp_path, full=True))
     assert "[[" not in text.partition("== chosen")[0] and f"Answer: [[{last}]]" in text
     content = record["long_messages"][-1]["content"]
     there = content.rindex("it was")  # in the last document's text
@@ -202,7 +203,7 @@ def test_prompts_are_shown_as_the_template_renders_them(
         rendered, messages = context.rendered, record[f"{context.name}_messages"]
         prompt = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert rendered.text == prompt and len(rendered.shown) == shown
-        frames = ["".join(stretch.text for stretch in frame) for frame in rendered.frames]
+        frames = [frame.plain for frame in rendered.frames]
         if not shown:
             assert frames == [prompt]
             continue
@@ -212,11 +213,11 @@ def test_prompts_are_shown_as_the_template_renders_them(
             "<|im_end|>\n<|im_start|>assistant\n",
         ]
         assert frames[0] + content + frames[1] == prompt and prompt[slice(*rendered.content)] == content
-        assert [s.text for frame in rendered.frames for s in frame if s.control] == [
+        assert [text for frame in rendered.frames for text, style in stretches(frame) if style == "control"] == [
             "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"
         ]  # fmt: skip
-        assert "".join(p.text or "".join(d.text for d in p.documents) for p in context.pieces)
-    text = printed(view, full=True)
+        assert context.pieces
+    text = printed(view_of(record, own, tmp_path, full=True))
     assert "| {<|im_start|>}system\n| You help.{<|im_end|>}\n| {<|im_start|>}user\n" in text
     assert "| {<|im_end|>}\n| {<|im_start|>}assistant\n" in text and "[[Harbour0x]]" in text
     system = [{"role": "system", "content": "user"}, *record["short_messages"]]

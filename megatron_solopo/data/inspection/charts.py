@@ -1,31 +1,26 @@
-"""Histograms as inline SVG. Colours are classes of the page's style sheet and follow its light or dark scheme."""
+"""Distributions as bars: a row of block characters on a terminal, a figure of the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from markupsafe import Markup, escape
+import numpy as np
+from markupsafe import Markup
+from rich.text import Text
 
-from megatron_solopo.data.inspection.statistics import Distribution
-from megatron_solopo.data.inspection.view import ContextView
+from megatron_solopo.data.inspection.blocks import Table, table, visible
+from megatron_solopo.data.inspection.statistics import Distribution, Statistics, number
 
-WIDTH, HEIGHT = 300, 150
-_LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 10, 24
 _BARS = 24
 _FEWEST_BARS = 6
 _TAIL = 0.02
 """Share of the values on either side that the last bar gathers, where they would stretch the axis by half or more."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """One distribution of a chart; ``style`` is a CSS class of the page, or "signed": by the sign of the values."""
-
-    name: str
-    style: str
-    values: Distribution
+_FARTHEST = 1e300
+"""Where an axis ends; differences of larger numbers are not finite."""
+_EIGHTHS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
 def nice_step(span: float, most: int) -> float:
@@ -35,140 +30,165 @@ def nice_step(span: float, most: int) -> float:
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
 
 
-def bins(series: Sequence[Series], limits: tuple[float, float] | None) -> tuple[float, float, list[list[int]]]:
-    """(start, width of a bin, counts of each series); every value is in one bin, long tails in the first and last.
+@dataclass(frozen=True)
+class Histogram:
+    """One or more distributions over one axis.
 
-    Args:
+    Attributes:
+        series: (name, style, values); the style "signed" is that of the values' sign.
+        unit: what a value is.
         limits: the axis, where it is known (a share: 0 to 1); else that of the values.
     """
-    step = max(one.values.step for one in series)
-    low, high = limits or _range(series)
-    width = nice_step(max(high - low, step), _BARS)
-    if step >= 1:  # whole numbers: bins of one width hold as many of them
-        width = max(1.0, math.ceil(width))
-    start = math.floor(low / width + 1e-9) * width
-    number = max(round((high - start) / width) if limits else math.floor((high - start) / width + 1e-9) + 1, 1)
-    if number < _FEWEST_BARS and not limits:
-        start -= (_FEWEST_BARS - number) // 2 * width
-        number = _FEWEST_BARS
-    counts = [[0] * number for _ in series]
-    for row, one in zip(counts, series, strict=True):
-        for value, count in one.values.values:
-            row[min(max(math.floor((value - start) / width + 1e-9), 0), number - 1)] += count
-    return start, width, counts
 
+    title: str
+    series: Sequence[tuple[str, str, Distribution]]
+    unit: str
+    limits: tuple[float, float] | None = None
+    note: str = ""
 
-def _range(series: Sequence[Series]) -> tuple[float, float]:
-    """The smallest and the largest value, or where the bulk ends if a few values are far from it."""
-    low = min(one.values.values[0][0] for one in series)
-    high = max(one.values.values[-1][0] for one in series)
-    bulk_low = min(one.values.quantile(_TAIL) for one in series)
-    bulk_high = max(one.values.quantile(1 - _TAIL) for one in series)
-    return (bulk_low, bulk_high) if high - low > 1.5 * (bulk_high - bulk_low) > 0 else (low, high)
+    @property
+    def whole(self) -> bool:
+        """Whether the values are whole numbers."""
+        return max(one.step for _, _, one in self.series) >= 1
 
+    @cached_property
+    def bins(self) -> tuple[float, float, list[list[int]]]:
+        """(start, width of a bin, counts of each series); every value is in a bin, long tails in the first and last."""
+        values = [np.clip(one.values, -_FARTHEST, _FARTHEST) for _, _, one in self.series]
+        low, high = self.limits or _axis(np.concatenate(values))
+        width = nice_step(max(high - low, max(one.step for _, _, one in self.series)), _BARS)
+        if self.whole:  # bins of one width hold as many whole numbers
+            width = max(1.0, math.ceil(width))
+        start = math.floor(low / width + 1e-9) * width
+        # The last bin of a share holds its upper limit too.
+        most = max(round((high - start) / width) if self.limits else math.floor((high - start) / width + 1e-9) + 1, 1)
+        if most < _FEWEST_BARS and not self.limits:
+            start -= (_FEWEST_BARS - most) // 2 * width
+            most = _FEWEST_BARS
+        places = [np.clip(np.floor((one - start) / width + 1e-9), 0, most - 1).astype(int) for one in values]
+        return start, width, [np.bincount(one, minlength=most).tolist() for one in places]
 
-def gathers(series: Sequence[Series], limits: tuple[float, float] | None) -> bool:
-    """Whether the first or the last bar stands for values beyond the axis too."""
-    start, width, counts = bins(series, limits)
-    end = start + width * len(counts[0])
-    return any(one.values.values[0][0] < start or one.values.values[-1][0] > end for one in series)
+    def ends(self, place: int) -> tuple[float, float]:
+        """The smallest and the largest value of a bin; -1: the last."""
+        start, width, counts = self.bins
+        place %= len(counts[0])
+        return start + place * width, start + (place + 1) * width - (1 if self.whole else 0)
 
+    def bars(self, index: int) -> Text:
+        """A series in block characters."""
+        counts, (_, style, _) = self.bins[2], self.series[index]
+        most, made = max(map(max, counts)), Text(no_wrap=True)
+        for place, count in enumerate(counts[index]):
+            made.append(_EIGHTHS[math.ceil(8 * count / most)], _shade(style, *self.ends(place)))
+        return made
 
-def histogram(series: Sequence[Series], unit: str, limits: tuple[float, float] | None = None) -> Markup:
-    """A histogram of one or more distributions over each other, with a tooltip on every bar.
+    def _columns(self) -> Iterator[Markup]:
+        _, _, counts = self.bins
+        most, bar = max(map(max, counts)), Markup('<i class="{}" style="height: {:.1f}%" title="{}"></i>')
+        for place, column in enumerate(zip(*counts, strict=True)):
+            low, high = self.ends(place)
+            made = []
+            for (name, style, one), count in zip(self.series, column, strict=True):
+                span = short(low) if low == high else f"{short(low)} to {short(high)}"
+                if place == 0 and one.values.min() < low:
+                    span = f"{short(high)} or less"
+                if place == len(counts[0]) - 1 and one.values.max() > high:
+                    span = f"{short(low)} or more"
+                title = f"{name}, {span} {self.unit}: {count:,} ({count / one.total:.1%})"
+                made.append(bar.format(_shade(style, low, high), 100 * count / most, title))
+            yield Markup("<span>{}</span>").format(Markup("").join(made))
 
-    Args:
-        unit: what a value is, for the tooltips and for people who hear the page.
-        limits: see `bins`.
-    """
-    start, width, counts = bins(series, limits)
-    number, top = len(counts[0]), max(max(row) for row in counts)
-    whole = max(one.values.step for one in series) >= 1
-    inner_width, inner_height = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
-    floor = HEIGHT - _BOTTOM
-    tick = nice_step(max(top, 1), 3)
-    tick = max(1.0, math.ceil(tick))
-    ceiling = math.ceil(top / tick) * tick
+    def _ticks(self) -> Iterator[Markup]:
+        start, width, counts = self.bins
+        bars = len(counts[0])
+        step = max(1, math.ceil(nice_step(bars, 5)))
+        half = 0.5 if self.whole and width == 1 else 0  # a bar of one whole number: below its middle
+        first = -math.floor(start / width + 0.5) % step  # ticks are multiples of their distance
+        for place in range(first, bars + (0 if half else 1), step):
+            tick = Markup('<span style="left: {:.1f}%">{}</span>')
+            yield tick.format(100 * (place + half) / bars, short(start + place * width))
 
-    def x(value: float) -> float:
-        return _LEFT + (value - start) / (number * width) * inner_width
-
-    def y(count: float) -> float:
-        return floor - count / ceiling * inner_height
-
-    said = "; ".join(f"{one.name}: median {_number(one.values.quantile(0.5))}" for one in series)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="Histogram of {escape(unit)}. {escape(said)}">'
-    ]
-    for line in range(round(ceiling / tick) + 1):
-        at = y(line * tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{line * tick:,.0f}</text>')
-    for one, row in zip(series, counts, strict=True):
-        for place, count in enumerate(row):
-            if not count:
-                continue
-            low = start + place * width
-            high = low + width - 1 if whole else low + width
-            span = _number(low) if whole and width == 1 else f"{_number(low)} to {_number(high)}"
-            if place == 0 and one.values.values[0][0] < low:
-                span = f"{_number(high)} or less"
-            if place == number - 1 and one.values.values[-1][0] > low + width:
-                span = f"{_number(low)} or more"
-            bar = inner_width / number
-            gap = min(1.0, bar / 8)
-            parts.append(
-                f'<rect class="{_style(one.style, low, high)}" x="{x(low) + gap / 2:.1f}" y="{y(count):.1f}" '
-                f'width="{bar - gap:.1f}" height="{floor - y(count):.1f}"><title>{escape(one.name)}, '
-                f"{span} {escape(unit)}: {count:,} ({count / one.values.total:.1%})</title></rect>"
+    def __html__(self) -> str:
+        lines = (
+            Markup('<div><span class="key {}"></span>{}{}</div>').format(
+                style, f"{name}: " if len(self.series) > 1 else "", one.words()
             )
-    for value in _ticks(start, start + number * width, whole):
-        # A bar of whole numbers stands for its first value where it holds one only, so the tick is below its middle.
-        at = x(value + (0.5 if whole and width == 1 else 0))
-        anchor = "end" if at > WIDTH - _RIGHT - 12 else "middle"
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{_number(value)}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
-    if start < 0 < start + number * width:
-        middle = x(0.5 if whole and width == 1 else 0)
-        parts.append(f'<line class="zero" x1="{middle:.1f}" x2="{middle:.1f}" y1="{_TOP}" y2="{floor}"/>')
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def strip(context: ContextView) -> Markup:
-    """The documents of a context as a bar, as wide as their tokens, evidence in its colour."""
-    total = sum(document.tokens for document in context.documents) or 1
-    parts = [
-        f'<svg class="strip" viewBox="0 0 1000 14" preserveAspectRatio="none" role="img" aria-label="'
-        f"{len(context.documents)} documents, evidence at depth "
-        f'{", ".join(f"{depth:.2f}" for depth in context.depths) or "unknown"}">'
-    ]
-    begun = 0
-    for document in context.documents:
-        left, width = 1000 * begun / total, 1000 * document.tokens / total
-        begun += document.tokens
-        kind = "evidence" if document.gold else "distractor"
-        parts.append(
-            f'<rect class="{kind}" x="{left:.1f}" y="0" width="{max(width - 1.2, 1.2):.1f}" height="14">'
-            f"<title>document {document.number}, {kind}, {document.tokens:,} tokens</title></rect>"
+            for name, style, one in self.series
         )
-    return Markup("".join([*parts, "</svg>"]))
+        low, high = self.ends(0)[0], self.ends(-1)[1]
+        beyond = any(one.values.min() < low or one.values.max() > high for _, _, one in self.series)
+        return Markup(
+            '<figure><h3>{}</h3><div class="chart" role="img" aria-label="Histogram of {}"><sup>{:,}</sup>'
+            '<div class="bars">{}</div><div class="axis">{}</div></div>'
+            "<figcaption>{}{} {}</figcaption></figure>"
+        ).format(
+            self.title,
+            self.unit or self.title,
+            max(map(max, self.bins[2])),
+            Markup("").join(self._columns()),
+            Markup("").join(self._ticks()),
+            Markup("").join(lines),
+            self.note,
+            "The outer bars gather what lies beyond." if beyond else "",
+        )
 
 
-def _style(style: str, low: float, high: float) -> str:
+def _axis(values: np.ndarray) -> tuple[float, float]:
+    """The smallest and the largest value, or where the bulk ends if a few values are far from it."""
+    low, first, last, high = np.quantile(values, (0, _TAIL, 1 - _TAIL, 1), method="inverted_cdf").tolist()
+    return (first, last) if high - low > 1.5 * (last - first) > 0 else (low, high)
+
+
+def _shade(style: str, low: float, high: float) -> str:
     if style != "signed":
         return style
     return "neutral" if low == high == 0 else "chosen" if low >= 0 else "rejected"
 
 
-def _ticks(low: float, high: float, whole: bool) -> list[float]:
-    step = nice_step(high - low, 5)
-    if whole:
-        step = max(1.0, math.ceil(step))
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor((high - (1 if whole and high - low > 1 else 0)) / step + 1e-9)
-    return [place * step for place in range(first, last + 1)]
+def short(value: float) -> str:
+    """A number for a person: at most four decimals."""
+    text = number(value, 0 if value == round(value) else 4)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
+def histograms(statistics: Statistics) -> list[Histogram]:
+    """The charts for which there are numbers."""
+    tokens, made = statistics.tokens, []
+    contexts = [name for name in ("short", "long") if name in tokens]
+    for name in contexts:
+        title = f"Tokens of the {name} context"
+        made.append(Histogram(title, [(name, name, tokens[name])], "tokens", note="Chat template included."))
+    if statistics.ratio.total:
+        series = [("ratio", "neutral", statistics.ratio)]
+        made.append(Histogram("Compression ratio short / long", series, "of the long context's tokens"))
+    for name, depths in statistics.depths.items():
+        if depths.total:
+            unit = "of the way from the first document to the last"
+            note = "0: as the first document, 1: as the last. Where documents are few, more stand at the ends."
+            title = f"Evidence depth, {name} context"
+            made.append(Histogram(title, [("depth", "gold", depths)], unit, (0, 1), note))
+    both = [(name, name, tokens[name]) for name in ("chosen", "rejected") if name in tokens]
+    if both:
+        made.append(Histogram("Tokens of the responses", both, "tokens", note="The end of turn counts."))
+        series = [("chosen - rejected", "signed", statistics.difference)]
+        made.append(Histogram("Chosen minus rejected", series, "tokens", note="Right of 0, chosen is longer."))
+    for name, documents in statistics.documents.items():
+        if documents.total:
+            made.append(Histogram(f"Documents of the {name} context", [(name, name, documents)], "documents"))
+    for name, values in sorted(statistics.scores.items()):
+        if len(set(values.values)) > 1:
+            title = "Share of right answers" if name == "share_right" else f"Score: {name}"
+            shares = values.values.min() >= 0 and values.values.max() <= 1
+            made.append(Histogram(title, [(name, "neutral", values)], "", (0, 1) if shares else None))
+    return made
+
+
+def distribution_table(charts: Sequence[Histogram]) -> Table:
+    """The charts as rows of a table for a terminal."""
+    made = table("what", ">from", "", "to", ">median", ">mean", "middle 90 %")
+    for chart in charts:
+        low, high = short(chart.ends(0)[0]), short(chart.ends(-1)[1])
+        for index, (name, _, values) in enumerate(chart.series):
+            title = visible(chart.title + (f", {name}" if len(chart.series) > 1 else ""))
+            made.add_row(Text(title), low, chart.bars(index), high, *values.figures())
+    return made

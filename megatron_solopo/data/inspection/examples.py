@@ -147,10 +147,18 @@ def _without_question(content: str, question: str) -> str:
     return _blank(content, [*spans, *(m.span(1) for m in re.finditer(rf"(?m)^{_HEAD}(\d+)(?!\d)", content))])
 
 
+def _finite(value: object) -> float | None:
+    """A finite number as a float; None for anything else, whole numbers beyond a float's range too."""
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
 def _from_group(index: int, group: PreferenceGroup) -> Example:
     chats = {SHORT: group.short_messages} | ({LONG: group.long_messages} if group.long_messages else {})
     spans = {SHORT: group.short_spans, LONG: group.long_spans}
-    scores = {name: float(v) for name, v in group.scores.items() if isinstance(v, int | float) and math.isfinite(v)}
+    scores = {name: value for name, one in group.scores.items() if (value := _finite(one)) is not None}
     answers = [str(answer) for answer in group.answers]
     return Example(index, group.id, group.question, answers, group.source, chats, spans, scores, group)
 

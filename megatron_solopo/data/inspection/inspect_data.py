@@ -16,6 +16,8 @@ from megatron_solopo.arguments import Parser
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_load import load, read_yaml
 from megatron_solopo.data.files.inputs import first_field
+from megatron_solopo.data.inspection.blocks import console
+from megatron_solopo.data.inspection.charts import distribution_table, histograms
 from megatron_solopo.data.inspection.examples import (
     Example,
     Reservoir,
@@ -26,7 +28,6 @@ from megatron_solopo.data.inspection.examples import (
 )
 from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
-from megatron_solopo.data.inspection.text import Printer, console
 from megatron_solopo.data.inspection.view import make_view
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs, files_of
 from megatron_solopo.errors import UserError
@@ -190,7 +191,7 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     if not statistics.examples:
         raise UserError(f"--data {options.data}: holds no record")
     method_or_default = method or Config().method
-    views = [make_view(example, tokenizer, method_or_default, limit) for example in sample.examples()]
+    views = [make_view(example, tokenizer, method_or_default, limit, options.full) for example in sample.examples()]
     kind = "contexts" if method is None else "groups"
     source = Source(Path(options.data).name, kind, options.tokenizer, method, seed, options.full, limit)
     size = write_page(Path(options.html), source, statistics, views)
@@ -199,6 +200,7 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     if bias := statistics.length_bias():
         print(("warning: " if bias[1] else "") + bias[0])
     print("oddities: " + ("; ".join(found) or "none"))
+    console().print(distribution_table(histograms(statistics)))
     print(f"wrote {options.html} ({size / 1e6:.1f} MB)")
 
 
@@ -214,8 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.html or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method
-        view = make_view(find(options), tokenizer, method, limit)
-        Printer(console(), options.full).print(view, options.data, method)
+        view = make_view(find(options), tokenizer, method, limit, options.full)
+        console().print(*view.printed(options.data), sep="\n")
     if options.html:
         _page(options, tokenizer, config)
     return 0

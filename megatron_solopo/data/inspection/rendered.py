@@ -5,18 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from megatron_solopo.data.inspection.blocks import visible
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.text.chat import render_prompt
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A piece of what the template writes; ``control``: a control token."""
-
-    text: str
-    control: bool
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,8 @@ class Rendered:
 
     Attributes:
         text: the whole of it.
-        frames: what the template writes before each message of ``shown`` and after the last of them.
+        frames: what the template writes before each message of ``shown`` and after the last of them; its control
+            tokens in the style "control".
         shown: the messages that stand in the prompt as they are, or without spaces at their ends; none where the
             template rewrites the last one, and only that one where it rewrites others.
         content: start and end of the last message's content in ``text``; None where it is not there.
@@ -33,7 +28,7 @@ class Rendered:
     """
 
     text: str
-    frames: list[list[Stretch]]
+    frames: list[Text]
     shown: list[Message]
     content: tuple[int, int] | None
     cut: int = 0
@@ -87,9 +82,11 @@ def _frames(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: s
     return frames if text[place:] == frames[-1] else None
 
 
-def split_control(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Stretch]:
-    """A text of the template in stretches; control tokens are the tokenizer's added ones."""
+def split_control(tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
+    """A text of the template; control tokens are the tokenizer's added ones."""
     control = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(tokenizer.all_special_tokens)
     pattern = "|".join(map(re.escape, sorted(filter(str.strip, control), key=len, reverse=True)))
-    parts = re.split(f"({pattern})", text) if pattern else [text]
-    return [Stretch(part, index % 2 == 1) for index, part in enumerate(parts) if part]
+    made = Text(visible(text))
+    for match in re.finditer(pattern, text) if pattern else ():
+        made.stylize("control", *match.span())
+    return made

@@ -1,15 +1,18 @@
 """Distributions and oddities of a whole file, from one pass that keeps no text.
 
-A distribution counts rounded values, so its memory depends on how many different values there are, not on how many
-examples. Only repeated texts need something an example: an 8-byte digest and a count.
+Of an example there remain 8 bytes for each number, and a digest of 8 bytes with a count for each text that may come
+again.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from megatron_solopo.data.inspection.examples import CONTEXTS, FLAGS, LONG, SHORT, Example, Facts
 from megatron_solopo.data.pairing.lengths import FEWEST, Lengths
@@ -18,36 +21,45 @@ _EXCERPT = 160
 
 
 class Distribution:
-    """Numbers counted by value, rounded to ``step``."""
+    """Finite numbers, each as 8 bytes, rounded to ``digits`` decimals, multiples of ``step``."""
 
-    def __init__(self, step: float = 1) -> None:
-        self.step = step
-        self._counts: Counter[int] = Counter()
+    def __init__(self, digits: int = 0) -> None:
+        self._digits, self.step = digits, 10.0**-digits
+        self._numbers = array("d")
 
     def add(self, value: float) -> None:
-        self._counts[round(value / self.step)] += 1
+        self._numbers.append(round(float(value), self._digits))
+
+    @property
+    def values(self) -> np.ndarray:
+        """[numbers] float64, in the order of their coming."""
+        return np.array(self._numbers)
 
     @property
     def total(self) -> int:
-        return self._counts.total()
-
-    @property
-    def values(self) -> list[tuple[float, int]]:
-        """(value, count), ascending."""
-        return [(key * self.step, count) for key, count in sorted(self._counts.items())]
+        return len(self._numbers)
 
     @property
     def mean(self) -> float:
-        return sum(value * count for value, count in self.values) / self.total
+        return float((self.values / self.total).sum())  # the sum of large numbers may not be finite
 
     def quantile(self, share: float) -> float:
         """The smallest value that at least ``share`` of the numbers do not exceed."""
-        seen = 0
-        for value, count in self.values:
-            seen += count
-            if seen >= share * self.total:
-                return value
-        raise ValueError("a distribution of nothing has no quantile")
+        return float(np.quantile(self.values, share, method="inverted_cdf"))
+
+    def figures(self) -> tuple[str, str, str]:
+        """Median, mean, and the middle 90 %, in words."""
+        digits = 3 if self._digits else 0
+        low, median, high = (number(self.quantile(share), digits) for share in (0.05, 0.5, 0.95))
+        return median, number(self.mean, digits or 1), f"{low} to {high}"
+
+    def words(self) -> str:
+        return "median {}, mean {}, middle 90 % from {}".format(*self.figures())
+
+
+def number(value: float, digits: int) -> str:
+    """With so many decimals; large ones in powers of ten."""
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
 class Repeats:
@@ -93,10 +105,10 @@ class Statistics:
     without_answers: int = 0
     without_long: int = 0
     tokens: dict[str, Distribution] = field(default_factory=dict)
-    ratio: Distribution = field(default_factory=lambda: Distribution(0.0001))
+    ratio: Distribution = field(default_factory=lambda: Distribution(4))
     difference: Distribution = field(default_factory=Distribution)
     lengths: Lengths = field(default_factory=lambda: Lengths("tokens"))
-    depths: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution(0.001) for name in CONTEXTS})
+    depths: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution(3) for name in CONTEXTS})
     documents: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in CONTEXTS})
     scores: dict[str, Distribution] = field(default_factory=dict)
     flags: Counter[str] = field(default_factory=Counter)
@@ -121,7 +133,7 @@ class Statistics:
             for depth in facts.depths[name]:
                 self.depths[name].add(depth)
         for name, value in example.scores.items():
-            self.scores.setdefault(name, Distribution(0.001)).add(value)
+            self.scores.setdefault(name, Distribution(3)).add(value)
         self.flags.update(facts.flags)
         if facts.refused is not None:
             self.refusals[facts.refused] += 1
