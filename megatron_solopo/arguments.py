@@ -1,21 +1,32 @@
-"""The argument parser of every command: options by their full names, each given once, a mistake in one line."""
+"""The options of every command, from the command line and from a YAML file: one parser, a mistake in one line.
+
+``--config FILE`` gives any option under its name with underscores; the command line has the last word.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import functools
+import json
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, nearest
+from megatron_solopo.yaml_options import Options, read_options
 
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean --seq-length?"``, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+RENAMED: dict[str, dict[str, str]] = {
+    "prepare-data": {"--input": "--data"},
+    "tokenize-data": {"--train-data": "--data"},
+    "inspect-data": {"--html": "--output"},
+    "hf-to-megatron": {"--force": "--overwrite"},
+    "megatron-to-hf": {"--force": "--overwrite"},
+    "pretrain_solopo.py": {"--force": "--overwrite", "--no-force": "--no-overwrite"},
+}
+"""Last word of a parser's ``prog`` -> {spelling of version 0.1: spelling now}; the next version drops the old ones."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,25 +34,51 @@ class Parser(argparse.ArgumentParser):
 
     argparse itself takes the beginning of a name for the whole, keeps the last of several values without a word, and
     prints its usage before each error.
+
+    Args:
+        config: add ``--config``. It leaves nothing in the namespace but the options of its file.
+        sections: names of the options in each section of that file; None: the file has none.
+
+    Attributes:
+        given: `dest` of every option that the last command line or its file set.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(
+        self, *, config: bool = True, sections: Mapping[str, Collection[str]] | None = None, **settings: Any
+    ) -> None:
         super().__init__(**({"allow_abbrev": False} | settings))
+        self.given: set[str] = set()
+        self._sections = sections
+        self._places: dict[str, str] = {}
+        self._config: argparse.Action | None = None
+        if config:
+            kind = f"with the sections {', '.join(sections)}" if sections else "of options, name_of_option: value"
+            self._config = self.add_argument(
+                "--config", metavar="FILE", help=f"YAML {kind}; the command line has the last word"
+            )
 
     def error(self, message: str) -> NoReturn:
         # "argument --bf16/--no-bf16: ..." names the option as a person wrote it.
-        raise UserError(re.sub(r"^argument ([^\s:/]+)[^\s:]*: ", r"\1: ", message))
+        option = re.match(r"argument ([^\s:/]+)[^\s:]*: ", message)
+        if option:
+            message = f"{self._places.get(option[1], option[1])}: {message[option.end() :]}"
+        raise UserError(message)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        args = sys.argv[1:] if args is None else list(args)
-        self._refuse_twice(args)
+        args = self._renamed(sys.argv[1:] if args is None else list(args))
+        given = self._given(args)
+        self._places = {}
+        self.given = {action.dest for action in given}
         try:
-            return super().parse_known_args(args, namespace)
+            values, unknown = super().parse_known_args([*self._from_file(args, given), *args], namespace)
         except UserError as error:
             self._refuse_misspelt(args, str(error).partition("arguments are required: ")[2].split(", "))
             raise
+        if self._config is not None:
+            del values.config
+        return values, unknown
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -72,11 +109,12 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and name not in self._option_string_actions and (hint := nearest(name, missing)):
                 raise UserError(f"{name}: unknown option{hint}")
 
-    def _refuse_twice(self, args: Sequence[str]) -> None:
+    def _given(self, args: Sequence[str]) -> set[argparse.Action]:
+        """The options on a command line; refuses one that is given twice."""
         before: dict[argparse.Action, str] = {}
         for text in args:
             if text == "--":
-                return
+                break
             name = text.split("=")[0]
             action = self._option_string_actions.get(name)
             if action is None:
@@ -86,3 +124,125 @@ class Parser(argparse.ArgumentParser):
                 several = f"all its values behind one {name}" if action.nargs in ("+", "*") else None
                 raise UserError(f"{name}: given twice; give {several or 'it once, with the value that counts'}")
             before[action] = name
+        return set(before)
+
+    def _from_file(self, args: Sequence[str], given: Collection[argparse.Action]) -> list[str]:
+        """What --config's file says and the command line does not."""
+        if self._config not in given:
+            return []
+        place = next(index for index, text in enumerate(args) if text.split("=")[0] == "--config")
+        path = args[place].partition("=")[2] or next(iter(args[place + 1 :]), None)
+        if path is None:
+            return []  # argparse says so
+        options = self.read_file(path)
+        if "config" in options:
+            raise UserError(f"{options['config'][1]}: unknown option; one file does not name another")
+        return self.words(options, besides=given)
+
+    def read_file(self, path: str | Path) -> Options:
+        """The options of a file that --config takes; see `read_options`."""
+        sections = None
+        if self._sections is not None:
+            old = self._old_keys()
+            sections = {
+                section: [*names, *(key for key, now in old.items() if now in names)]
+                for section, names in self._sections.items()
+            }
+        return read_options(path, sections)
+
+    def words(self, options: Options, besides: Collection[argparse.Action] = ()) -> list[str]:
+        """The command line that gives the options of a file; later messages about them name their lines.
+
+        Args:
+            besides: options to leave out.
+
+        Raises:
+            UserError: an option is unknown (the nearest is named), given under two names, or its value has a type that
+                no text on a command line stands for.
+        """
+        commands = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+        if commands is not None:
+            name, where = options.get(commands.dest, (None, ""))
+            if name not in commands.choices:
+                place = f"{where}: {name!r} is none" if where else f"{commands.dest}: missing"
+                raise UserError(f"{place}; give one of {', '.join(commands.choices)}")
+            rest = {key: value for key, value in options.items() if key != commands.dest}
+            return [name, *commands.choices[name].words(rest)]
+        known = {
+            strings[0].removeprefix("--").replace("-", "_"): action
+            for action in self._actions
+            if (strings := action.option_strings) and strings[0].startswith("--") and action.dest != "help"
+        }
+        old = self._old_keys()
+        words: list[str] = []
+        places: dict[argparse.Action, str] = {}
+        for key, (value, where) in options.items():
+            name = key
+            if key not in known and old.get(key) in known:
+                name = old[key]
+                _warn(f"{where}: is now {name}")
+            if name not in known:
+                raise UserError(f"{where.removesuffix(key).rstrip()} unknown option '{key}'{nearest(key, known)}")
+            action = known[name]
+            if action in places:
+                raise UserError(f"{where}: is {name}, which {places[action]} gives too; give it once")
+            places[action] = where
+            if action not in besides:
+                words += _words_of(action, value, where)
+                if value is not None:
+                    self.given.add(action.dest)
+                self._places |= dict.fromkeys(action.option_strings, where)
+        return words
+
+    def _old_names(self) -> dict[str, str]:
+        """Old name -> new name of this command's options."""
+        known = self._option_string_actions
+        return {
+            old: new for old, new in RENAMED.get(self.prog.split()[-1], {}).items() if new in known and old not in known
+        }
+
+    def _old_keys(self) -> dict[str, str]:
+        """The same of names in a file."""
+        return {before[2:].replace("-", "_"): now[2:].replace("-", "_") for before, now in self._old_names().items()}
+
+    def _renamed(self, args: list[str]) -> list[str]:
+        """The command line with the names that options have now."""
+        old, new = self._old_names(), []
+        for text in args:
+            name, equals, value = text.partition("=")
+            if name in old:
+                _warn(f"{name} is now {old[name]}")
+                text = old[name] + equals + value
+            new.append(text)
+        return new
+
+
+@functools.cache  # a process may read its options several times
+def _warn(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}; the next version will not know the old name", file=sys.stderr)
+
+
+def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:
+    """An option of a file as it is written on a command line."""
+    name = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: must be true or false, found {_shown(value)}")
+        return [name] if value else [text for text in action.option_strings if text.startswith("--no-")]
+    if value is None:
+        if action.default is None and not action.required:
+            return []
+        raise UserError(f"{where}: needs a value ({action.help})")
+    if isinstance(value, dict) and action.metavar == "JSON":
+        value = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list) and action.nargs in ("+", "*") and all(isinstance(one, str) for one in value):
+        return [name, *value]
+    if not isinstance(value, str):
+        kind = getattr(action.type, "__name__", "str")
+        raise UserError(f"{where}: must be {kind}, found {_shown(value)}")
+    return [name, value] if action.nargs in ("+", "*") else [f"{name}={value}"]
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)

@@ -318,7 +318,7 @@ class OutputConfig:
     save_hf_interval: int = option(
         0, "steps between Hugging Face folders iter_0000100 and so on inside --save-hf; 0: none", minimum=0
     )
-    force: bool = option(False, "overwrite an existing --save-hf folder")
+    overwrite: bool = option(False, "overwrite an existing --save-hf folder")
     tensorboard_dir: str | None = option(None, "write TensorBoard events there")
     wandb_project: str | None = option(None, "log to this Weights & Biases project (WANDB_MODE=offline: to files)")
     wandb_exp_name: str | None = option(None, "name of the Weights & Biases run; default: the run folder's name")

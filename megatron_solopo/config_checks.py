@@ -173,7 +173,7 @@ def unused(config: Config) -> dict[str, str]:
         ("wandb_exp_name", output.wandb_project is not None, "needs --wandb-project"),
         ("wandb_save_dir", output.wandb_project is not None, "needs --wandb-project"),
         ("save_hf_interval", output.save_hf is not None, "needs --save-hf"),
-        ("force", config.output.save_hf is not None, "needs --save-hf"),
+        ("overwrite", config.output.save_hf is not None, "needs --save-hf"),
         ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
     ]
     idle: dict[str, str] = {}

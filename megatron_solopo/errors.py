@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -15,6 +17,12 @@ class UserError(Exception):
 
 class LostProcess(UserError):
     """Another process of the run is gone: what it says of itself is the reason, and another start may go well."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean --seq-length?"``, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def system_reason(error: BaseException) -> str:

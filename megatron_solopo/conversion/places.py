@@ -68,7 +68,7 @@ def check_target(option: str, folder: Path, force: bool, filling: bool = False) 
         )
     model = (real / "config.json").is_file()
     if not force and (model or not filling):
-        raise UserError(f"{option} {folder}: exists already; choose another folder, or overwrite it with --force")
+        raise UserError(f"{option} {folder}: exists already; choose another folder, or overwrite it with --overwrite")
     if not model and not all(map(_is_export, real.iterdir())):
         raise UserError(f"{option} {folder}: holds no model, and only models are replaced; choose another folder")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import textwrap
@@ -78,7 +77,7 @@ def answer_lines(answers: Sequence[Answer], width: int) -> list[str]:
     return lines
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="solopo ask",
         description="Ask one question over a document and show the answers of several models side by side.",

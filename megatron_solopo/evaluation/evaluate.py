@@ -215,7 +215,7 @@ def lengths_option(flag: str, value: str) -> list[int]:
     return sorted(lengths)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="solopo evaluate",
         description="Ask a model the same questions at several context lengths and score its answers.",

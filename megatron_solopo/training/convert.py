@@ -47,9 +47,8 @@ RUN_OPTIONS = (
 """Of a run's config.yaml: what makes its model and tokenizer another than those of --hf-path."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound."""
-    parser = Parser(description=DESCRIPTION)
+def build_parser() -> Parser:
+    parser = Parser(config=False, description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     to_megatron = _command(
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for command in (to_megatron, to_hf):
         command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
-        command.add_argument("--force", action="store_true", help="overwrite an existing folder")
+        command.add_argument("--overwrite", action="store_true", help="overwrite an existing folder")
 
     verify = _command(
         commands,
@@ -90,7 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="largest difference of a log-prob, nats (default: 1e-3 in float32, else none)",
     )
-    return _run(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound."""
+    return _run(build_parser().parse_args(argv))
 
 
 def _command(
@@ -197,4 +201,4 @@ def _check_target(given: argparse.Namespace, config: Config) -> None:
     check_apart(option, target, {"--load": getattr(given, "load", None), "--hf-path": config.model.hf_path})
     if os.environ.get("RANK", "0") == "0":
         restore(target)
-    check_target(option, target, given.force)
+    check_target(option, target, given.overwrite)

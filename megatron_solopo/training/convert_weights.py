@@ -92,7 +92,7 @@ def _to_hf(given: argparse.Namespace, config: Config, hf_config: PretrainedConfi
             hf_config,
             config.model.hf_path,
             given.save_hf,
-            force=given.force,
+            force=given.overwrite,
             chat_template=chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
             chat_template_date=config.model.chat_template_date,

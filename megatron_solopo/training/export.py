@@ -62,10 +62,10 @@ def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | 
 
 
 def delete_earlier_exports(config: Config) -> None:
-    """A new run starts without what the run it replaces noted, and with --force without its folders."""
+    """A new run starts without what the run it replaces noted, and with --overwrite without its folders."""
     if dist.get_rank() == 0:
         resume.forget_export(config)
-        if config.output.save_hf_interval and config.output.force:
+        if config.output.save_hf_interval and config.output.overwrite:
             restore(resume.export_folder(config))
             for path in resume.export_folder(config).glob("iter_*"):
                 shutil.rmtree(path, ignore_errors=True)

@@ -124,7 +124,7 @@ def check_folders(config: Config) -> None:
         if not (output.auto_resume and begun):
             # With --auto-resume the run may have exported, and been killed before its first checkpoint.
             going_on = output.auto_resume or (load is not None and _same_folder(load, save))
-            check_target(flag("save_hf"), target, output.force, filling=going_on and output.save_hf_interval > 0)
+            check_target(flag("save_hf"), target, output.overwrite, filling=going_on and output.save_hf_interval > 0)
 
 
 def find_start(config: Config) -> Path | None:
@@ -156,12 +156,12 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
     exported = state == _noted(config, steps, complete=True) and (Path(output.save_hf) / "config.json").is_file()
     if exported and resumed == steps:
         return True
-    if resumed == steps and state is None and not output.force and (Path(output.save_hf) / "config.json").is_file():
+    if resumed == steps and state is None and not output.overwrite and (Path(output.save_hf) / "config.json").is_file():
         raise UserError(
             f"--save-hf {output.save_hf}: exists already, and {Path(output.save) / EXPORT} does not say that this run "
-            "made it; choose another folder, or write it again with --force"
+            "made it; choose another folder, or write it again with --overwrite"
         )
-    check_target(flag("save_hf"), Path(output.save_hf), output.force or state is not None, filling=True)
+    check_target(flag("save_hf"), Path(output.save_hf), output.overwrite or state is not None, filling=True)
     return False
 
 
@@ -179,7 +179,7 @@ def begin_export(config: Config, steps: int) -> None:
         UserError: it is another's model.
     """
     own = _noted_export(config) is not None
-    check_target(flag("save_hf"), export_folder(config), config.output.force or own, filling=True)
+    check_target(flag("save_hf"), export_folder(config), config.output.overwrite or own, filling=True)
     write_text(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=False)) + "\n")
 
 

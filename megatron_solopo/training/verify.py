@@ -20,6 +20,7 @@ from megatron_solopo.parallel import platform
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``. Returns 1 where a difference is above its bound."""
     parser = Parser(
+        config=False,  # training's
         description="Compares one step's loss and gradient under parallel layouts with those of one process, from the "
         "weights of --hf-path; stages are even.",
         epilog="Every other option is one of pretrain_solopo.py (--config FILE, --hf-path, --train-data, ...); "

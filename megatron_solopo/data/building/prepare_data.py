@@ -55,7 +55,7 @@ FIRST_PASS = "first pass"
 DEFAULT_EVIDENCE_DOCUMENTS = 4
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="solopo prepare-data",
         description="Build, for each question, a short and a long context that hold the same gold paragraphs. "
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("input and output")
     add_source_option(group)
     group.add_argument(
-        "--input",
+        "--data",
         nargs="+",
         required=True,
         metavar="INPUT",
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--exclude-ids",
         metavar="FILE",
-        help="ids to leave out, one a line, or a file like --input's whose records have one",
+        help="ids to leave out, one a line, or a file like --data's whose records have one",
     )
     group.add_argument("--left-out", metavar="FILE", help="write every question left out, JSONL of {id, reason}")
     group.add_argument(
@@ -207,7 +207,7 @@ def _check(options: argparse.Namespace) -> None:
         ("--validation-output", options.validation_output),
         ("--left-out", options.left_out),
     ]
-    read = [(flag, place(name)) for flag in ("--input", "--pool") for name in getattr(options, flag[2:])]
+    read = [(flag, place(name)) for flag in ("--data", "--pool") for name in getattr(options, flag[2:])]
     check_outputs(outputs, [*read, ("--exclude-ids", options.exclude_ids), *files_of(options)])
     for flag, path in outputs:
         check_jsonl(flag, path)
@@ -250,7 +250,7 @@ def _settings(
         **how,
         **text_facts(build.tokenizer.folder, tokenizer),
         "version": __version__,
-        "input": fingerprint(options.input),
+        "input": fingerprint(options.data),
         "pool": fingerprint(options.pool),
         "exclude_ids": hashlib.sha256(json.dumps(sorted(excluded)).encode()).hexdigest(),
         "limit": options.limit,
@@ -260,7 +260,7 @@ def _settings(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     sizes, in_tokens = _sizes(options)
     _check(options)
     excluded = _excluded(options.exclude_ids)
@@ -306,7 +306,7 @@ def _prepared(
         found = ingest(
             jobs.place,
             source=options.source,
-            inputs=options.input,
+            inputs=options.data,
             pool=options.pool,
             prompt_format=build.prompt_format,
             count=counter.texts if build.in_tokens else None,

@@ -188,7 +188,7 @@ def holds_groups(path: str | Path) -> bool:
     if {"short_messages", "short_tokens"} <= record.keys():
         return False
     for key, what in (
-        ("paragraphs", "questions; give what 'solopo prepare-data --input' makes of them"),
+        ("paragraphs", "questions; give what 'solopo prepare-data --data' makes of them"),
         ("responses", "responses; give what 'solopo build-pairs --responses' makes of them"),
         ("messages", "conversations for --objective sft, which have no contexts to compare; give preference groups"),
     ):

@@ -48,8 +48,9 @@ TOKENIZER = ("chat_template", "chat_template_kwargs", "chat_template_date", "add
 """Options of training that decide the tokens."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
+        config=False,  # its --config is that of a training run
         prog="solopo inspect-data",
         description="Show one preference group, or one question's contexts, as a reader and as the loss sees it, and "
         "write a page with distributions, oddities and samples of the whole file.",
@@ -61,13 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         help="preference groups, JSONL or Parquet (also TRL's prompt / chosen / rejected), or what prepare-data wrote",
     )
     add_tokenizer_options(parser)
-    group = parser.add_argument_group("which example to print (default: the first, or none with --html)")
+    group = parser.add_argument_group("which example to print (default: the first, or none with --output)")
     group.add_argument("--id", metavar="ID", help="the one with this id")
     group.add_argument("--index", type=int, metavar="N", help="the N-th of the file, from 0")
     group.add_argument("--random", action="store_true", help="one drawn with --seed")
     group.add_argument("--full", action="store_true", help="fold no document, and cut none on the page")
     group = parser.add_argument_group("page")
-    group.add_argument("--html", metavar="FILE", help="write a page about the whole file, one file without network")
+    group.add_argument("--output", metavar="FILE", help="write a page about the whole file, one file without network")
     group.add_argument("--samples", type=int, metavar="N", help="examples to page through (default: 50)")
     group.add_argument("--limit", type=int, metavar="N", help="count the first N examples only (default: all)")
     group.add_argument(
@@ -132,12 +133,12 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
         value = getattr(options, name)
         if value is None:
             continue
-        if not options.html:
-            raise UserError(f"{flag(name)} has no effect without --html")
+        if not options.output:
+            raise UserError(f"{flag(name)} has no effect without --output")
         if value < 1:
             raise UserError(f"{flag(name)} {value}: give a number of at least 1")
-    if options.seed is not None and not (options.html or options.random):
-        raise UserError("--seed has no effect without --random or --html")
+    if options.seed is not None and not (options.output or options.random):
+        raise UserError("--seed has no effect without --random or --output")
     if not groups:
         given = [name for name in (*METHOD_OPTIONS, "seq_length", "config") if getattr(options, name) is not None]
         if given:
@@ -146,7 +147,7 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
                 "give the groups that build-pairs made of them"
             )
     read = [("--data", options.data), ("--config", options.config), *files_of(options)]
-    check_outputs([("--html", options.html)], read)
+    check_outputs([("--output", options.output)], read)
 
 
 def find(options: argparse.Namespace) -> Example:
@@ -194,30 +195,30 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     views = [make_view(example, tokenizer, method_or_default, limit, options.full) for example in sample.examples()]
     kind = "contexts" if method is None else "groups"
     source = Source(Path(options.data).name, kind, options.tokenizer, method, seed, options.full, limit)
-    size = write_page(Path(options.html), source, statistics, views)
+    size = write_page(Path(options.output), source, statistics, views)
     found = [f"{number} {words}" for _, words, number in statistics.checks() if number]
     print(f"{statistics.examples:,} {kind} counted, {len(views)} sampled")
     if bias := statistics.length_bias():
         print(("warning: " if bias[1] else "") + bias[0])
     print("oddities: " + ("; ".join(found) or "none"))
     console().print(distribution_table(histograms(statistics)))
-    print(f"wrote {options.html} ({size / 1e6:.1f} MB)")
+    print(f"wrote {options.output} ({size / 1e6:.1f} MB)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     groups = holds_groups(options.data)
     _check(options, groups)
     config = training_config(options) if groups else None
     for name in TOKENIZER if config else ():
         setattr(options, name, getattr(options, name) or getattr(config.model, name))
     tokenizer = TokenizerOptions.of(options).load(of_data=first_field(options.data, template_kwargs.DATE))
-    if not options.html or options.id is not None or options.index is not None or options.random:
+    if not options.output or options.id is not None or options.index is not None or options.random:
         limit = config.data.seq_length if config and "seq_length" in config.explicit else None
         method = config.method if config else Config().method
         view = make_view(find(options), tokenizer, method, limit, options.full)
         console().print(*view.printed(options.data), sep="\n")
-    if options.html:
+    if options.output:
         _page(options, tokenizer, config)
     return 0

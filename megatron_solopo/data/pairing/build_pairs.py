@@ -184,7 +184,7 @@ def _group(
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="solopo build-pairs",
         description="Score responses and pair a right with a wrong one for every question that has both.",
@@ -300,7 +300,7 @@ def _pairing(options: argparse.Namespace) -> Pairing:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     sampled = None if options.responses == GOLD else options.responses
     read = [("--contexts", options.contexts), ("--responses", sampled), *files_of(options)]
     check_outputs([("--output", options.output)], read)

@@ -41,7 +41,7 @@ SERVER = {
 """Options that only one of the two backends reads, and their defaults."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="solopo sample-responses",
         description="Sample responses to every question of a contexts file, with a Hugging Face model in this process "
@@ -190,7 +190,7 @@ def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     _check(options)
     named = TokenizerOptions.of(options, options.model)
     with SampledJobs(Path(options.output)) as jobs:  # before anything is written: a second command is refused here

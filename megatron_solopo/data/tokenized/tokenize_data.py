@@ -178,14 +178,14 @@ def _check_ids(job: Job, known: dict[str, Any], seen: set[str]) -> int:
     return len(names)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="solopo tokenize-data",
         description="Tokenise a data file once, into a folder that --train-data and --valid-data take. A killed run "
         "continues where it was when the command is repeated.",
     )
     parser.add_argument(
-        "--train-data",
+        "--data",
         required=True,
         metavar="FILE",
         help="preference groups or conversations: JSONL, Parquet, a JSON array, CSV, or hub:NAME[:CONFIG][:SPLIT]",
@@ -229,13 +229,13 @@ def _check(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     _check(options)
     output = Path(options.output)
     if output.name in ("", ".."):
         raise UserError(f"--output {options.output}: is no name for a new folder; give one, such as tokens")
     job = Job(
-        source=options.train_data,
+        source=options.data,
         tokenizer=TokenizerOptions.of(options),
         objective=options.objective,
         seq_length=options.seq_length,

@@ -1,0 +1,181 @@
+"""A YAML file of options for every command, under the command line; and the names that options had before."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_arguments import NEEDED, answer
+
+from megatron_solopo import arguments
+from megatron_solopo.arguments import RENAMED, Parser
+from megatron_solopo.cli import COMMANDS
+from megatron_solopo.config_load import build_parser as training_parser
+from megatron_solopo.config_load import load
+from megatron_solopo.errors import UserError
+
+WITH_FILE = ("prepare-data", "sample-responses", "build-pairs", "tokenize-data", "evaluate", "report", "ask")
+"""Commands whose file is a flat list of their own options; that of training has sections."""
+
+
+def parser_of(command: str) -> Parser:
+    return importlib.import_module(COMMANDS[command][0]).build_parser()
+
+
+def document(argv: list[str]) -> dict[str, Any]:
+    """A command line as a file says it."""
+    pairs = zip(argv[::2], argv[1::2], strict=True)
+    several = ("--data", "--pool", "--runs")
+    return {flag[2:].replace("-", "_"): [value] if flag in several else value for flag, value in pairs}
+
+
+def written(folder: Path, content: Any) -> list[str]:
+    (folder / "o.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return ["--config", str(folder / "o.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def _warnings_again() -> None:
+    arguments._warn.cache_clear()
+
+
+@pytest.mark.parametrize("command", WITH_FILE)
+def test_a_file_says_what_a_command_line_says(command: str, tmp_path: Path) -> None:
+    argv = NEEDED[command]
+    names = document(argv)
+    if command == "ask":
+        names["model"] = ["m"]
+    if command == "tokenize-data":
+        names["data"] = "t"
+    assert parser_of(command).parse_args(written(tmp_path, names)) == parser_of(command).parse_args(argv)
+
+
+def test_a_file_of_a_commands_command(tmp_path: Path) -> None:
+    convert = parser_of("convert-checkpoint")
+    argv = ["hf-to-megatron", "--hf-path", "m", "--save", "s", "--overwrite"]
+    file = written(tmp_path, {"hf_path": "m", "save": "s", "overwrite": True})
+    assert convert.parse_args([argv[0], *file]) == convert.parse_args(argv)
+
+
+def test_values_of_every_kind(tmp_path: Path) -> None:
+    text = """
+        data: [a.jsonl, 'b c.jsonl']
+        tokenizer: m
+        output: o
+        short_tokens: 10      # a number
+        gold_depth: 0         # and a text that is one
+        drop_gold_share: 1e-1
+        limit:                # the default
+        system_prompt: --data
+        chat_template_kwargs: {enable_thinking: false, style: "é"}
+    """
+    given = parser_of("prepare-data").parse_args(written(tmp_path, text))
+    assert (given.data, given.short_tokens, given.gold_depth) == (["a.jsonl", "b c.jsonl"], 10, "0")
+    assert (given.drop_gold_share, given.limit, given.system_prompt) == (0.1, None, "--data")
+    assert given.chat_template_kwargs == '{"enable_thinking": false, "style": "é"}'
+    assert not hasattr(given, "config")
+    switch = {"contexts": "c", "responses": "r", "output": "o", "keep_unfinished": False}
+    assert not parser_of("build-pairs").parse_args(written(tmp_path, switch)).keep_unfinished
+    assert parser_of("build-pairs").parse_args(written(tmp_path, switch | {"keep_unfinished": True})).keep_unfinished
+
+
+def test_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+    file = written(tmp_path, {"contexts": "c", "model": "m", "output": "o", "samples": 4, "seed": 1})
+    parser = parser_of("sample-responses")
+    given = parser.parse_args([*file, "--samples", "8", "--output=p"])
+    assert (given.samples, given.output, given.seed, given.contexts) == (8, "p", 1, "c")
+    assert {"samples", "output", "seed"} < parser.given and "temperature" not in parser.given
+
+
+WRONG = {
+    "unknown": ("short_tok: 3", "o.yaml:1: unknown option 'short_tok'; did you mean short_tokens?"),
+    "dashes": ("\nshort-tokens: 3", "o.yaml:2: unknown option 'short-tokens'; did you mean short_tokens?"),
+    "another file": ("config: b.yaml", "o.yaml:1: config: unknown option; one file does not name another"),
+    "help": ("help: true", "o.yaml:1: unknown option 'help'"),
+    "no number": ("seed: 1\nlimit: many", "o.yaml:2: limit: invalid int value: 'many'"),
+    "choice": ("evidence: guess", "o.yaml:1: evidence: invalid choice: 'guess' (choose from 'labels', 'bm25', "),
+    "switch for a value": ("limit: true", "o.yaml:1: limit: must be int, found True"),
+    "list for a value": ("output: [a, b]", "o.yaml:1: output: must be str, found [a, b]"),
+    "mapping for a value": ("output: {a: b}", "o.yaml:1: output: must be str, found {'a': 'b'}"),
+    "null": ("seed:", "o.yaml:1: seed: needs a value (with a question's id"),
+    "null where it is needed": ("output:", "o.yaml:1: output: needs a value (contexts, JSONL)"),
+    "twice": ("seed: 1\nseed: 1", "o.yaml:2: not valid YAML ('seed' is given twice)"),
+    "both names": (
+        "data: a\ninput: b",
+        "warning: {0}:2: input: is now data; the next version will not know the old name\n"
+        "error: {0}:2: input: is data, which {0}:1: data gives too; give it once",
+    ),
+    "no mapping": ("- a", "o.yaml: must hold 'name: value' lines"),
+    "no YAML": ("a: [", "o.yaml:1: not valid YAML (expected the node content, but found '<stream end>')"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_in_a_file_gets_one_line_that_names_its_own(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, expected = WRONG[case]
+    file = written(tmp_path, text)
+    told = answer(capsys, ["prepare-data", *file])
+    path = file[1]
+    assert told.startswith(expected.format(path) if "{0}" in expected else f"error: {tmp_path}/{expected}")
+    assert told.count("\n") == 1 + expected.count("\n")
+
+
+def test_a_mistake_on_the_command_line_does_not_blame_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, {"limit": 3})
+    told = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], *file, "--limit", "many"])
+    assert told == "error: --limit: invalid int value: 'many'\n"
+    assert answer(capsys, ["report", "--config", "absent.yaml"]) == "error: --config absent.yaml: no such file\n"
+    assert answer(capsys, ["report", "--config"]) == "error: --config: expected one argument\n"
+
+
+OLD = {
+    "prepare-data": (["--input", "a", "--tokenizer", "m", "--output", "o"], "--input is now --data"),
+    "tokenize-data": (["--train-data=a", "--tokenizer", "m", "--output", "o"], "--train-data is now --data"),
+    "inspect-data": (["--data", "d", "--tokenizer", "m", "--html", "p"], "--html is now --output"),
+    "convert-checkpoint": (
+        ["hf-to-megatron", "--hf-path", "m", "--save", "s", "--force"],
+        "--force is now --overwrite",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", OLD)
+def test_an_old_name_is_taken_with_a_warning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, told = OLD[command]
+    old, new = told.split(" is now ")
+    assert parser_of(command).parse_args(argv) == parser_of(command).parse_args(
+        [text.replace(old, new, 1) if text.startswith(old) else text for text in argv]
+    )
+    assert capsys.readouterr().err == f"warning: {told}; the next version will not know the old name\n"
+    name, value = next((text, argv[i + 1 : i + 2]) for i, text in enumerate(argv) if text.startswith(old))
+    if "force" not in name:  # a switch may be given again
+        with pytest.raises(UserError, match=f"^{new}: given twice"):
+            parser_of(command).parse_args([*argv, new, *(value or ["x"])])
+
+
+def test_the_old_name_in_a_runs_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = {"model": {"hf_path": "m"}, "data": {"train_data": "t"}, "training": {"train_iters": 1}}
+    file = written(tmp_path, sections | {"output": {"save": "run", "save_hf": "hf", "force": True}})
+    config, _ = load(file)
+    assert config.output.overwrite and "overwrite" in config.explicit
+    assert "output.force: is now overwrite" in capsys.readouterr().err
+    assert load([*file, "--no-force"])[0].output.overwrite is False
+
+
+def test_every_renamed_option_is_there_under_its_new_name_only() -> None:
+    parsers: dict[str, argparse.ArgumentParser] = {"pretrain_solopo.py": training_parser()}
+    for command in (*WITH_FILE, "inspect-data"):
+        parsers[command] = parser_of(command)
+    convert = parser_of("convert-checkpoint")
+    parsers |= next(a.choices for a in convert._actions if isinstance(a, argparse._SubParsersAction))
+    for command, names in RENAMED.items():
+        known = parsers[command]._option_string_actions
+        assert names.keys().isdisjoint(known) and known.keys() >= set(names.values()), command
