@@ -1,6 +1,6 @@
 """Time and memory of prepare-data by the number of questions, and its speed beside the tokenizer library's own.
 
-    python examples/benchmarks/data.py --input musique.jsonl --tokenizer MODEL --questions 1000 3000 10000
+    python examples/benchmarks/data.py --data musique.jsonl --tokenizer MODEL --questions 1000 3000 10000
 
 The questions are real ones repeated under new ids; the distractors of each are new paragraphs made of sentences of
 real ones, so that the pool grows with the questions as that of a real set does. Memory is that of all processes
@@ -99,7 +99,7 @@ def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        first = {"source": "musique", "inputs": [given.input], "pool": [], "prompt_format": prompt_format}
+        first = {"source": "musique", "inputs": [given.data], "pool": [], "prompt_format": prompt_format}
         reading, _ = cpu_seconds(lambda: ingest(path, count=counter.texts, limit=64, **first))
         documents = [f"{p['title']}\n{p['paragraph_text']}" for record in real for p in record["paragraphs"]]
         alone, tokens = cpu_seconds(lambda: library(list(dict.fromkeys(documents))))
@@ -131,7 +131,7 @@ def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, metavar="FILE", help="real questions, MuSiQue's JSONL")
+    parser.add_argument("--data", required=True, metavar="FILE", help="real questions, MuSiQue's JSONL")
     parser.add_argument("--tokenizer", required=True, metavar="DIR")
     parser.add_argument("--chat-template", metavar="FILE")
     parser.add_argument("--questions", type=int, nargs="+", default=[1000, 3000, 10_000], metavar="N")
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--extrapolate", type=int, default=100_000, metavar="N")
     given = parser.parse_args()
-    real = [record for _, record in read_jsonl(given.input)]
+    real = [record for _, record in read_jsonl(given.data)]
 
     if given.unit == "tokens":
         measured = multiprocessing.get_context("spawn").Process(target=speed, args=(given, real))
@@ -156,7 +156,7 @@ def main() -> None:
         for questions in given.questions:
             corpus, output = Path(folder, "corpus.jsonl"), Path(folder, "contexts.jsonl")
             write_corpus(corpus, real, questions)
-            command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--input", str(corpus)]
+            command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--data", str(corpus)]
             command += ["--output", str(output), "--tokenizer", given.tokenizer, "--workers", str(given.workers)]
             command += [f"--short-{given.unit}", str(given.sizes[0]), f"--long-{given.unit}", str(given.sizes[1])]
             command += ["--limit", str(given.limit)] if given.limit else []

@@ -230,7 +230,7 @@ def main() -> None:
     for count in options.groups:
         path, store = options.output / f"{count}.jsonl", options.output / f"{count}.tokens"
         write(options.data, count, path, WORD_CHARACTERS if options.word_level else CHARACTERS_A_TOKEN)
-        command = [sys.executable, str(ROOT / "tools" / "tokenize_data.py"), "--train-data", str(path)]
+        command = [sys.executable, str(ROOT / "tools" / "tokenize_data.py"), "--data", str(path)]
         command += ["--output", str(store), "--tokenizer", str(tokenizer), "--chat-template", str(TEMPLATE)]
         seconds, peak = watched([*command, "--workers", str(options.workers)])
         size = sum(file.stat().st_size for file in store.iterdir()) / 2**30

@@ -1,6 +1,6 @@
 """SimPO, DPO and SoLoPO's options beside the demo's ORPO, from the same base on the same groups; one table over seeds.
 
-    python examples/quickstart/demo.py --seed 1 --output-dir runs/demo-seed1
+    python examples/quickstart/demo.py --seed 1 --output runs/demo-seed1
     python examples/quickstart/compare.py runs/demo runs/demo-seed1
 
 Finished runs are skipped when it is started again.
@@ -54,7 +54,7 @@ def compare(folder: Path) -> list[Evaluation]:
     """
     pairs, settings_file = folder / ".stages" / "pairs.json", folder / "solo" / "config.yaml"
     if not pairs.is_file() or not settings_file.is_file():
-        raise UserError(f"{folder}: no finished demo there; run examples/quickstart/demo.py --output-dir {folder}")
+        raise UserError(f"{folder}: no finished demo there; run examples/quickstart/demo.py --output {folder}")
     seed = yaml.safe_load(settings_file.read_text(encoding="utf-8"))["training"]["seed"]
     settings = dataclasses.replace(Settings(), at_once=2)
     for some in batched(RUNS, settings.at_once):

@@ -3,7 +3,7 @@
 Every stage is a command of the project, printed before it runs. Finished stages are skipped when the demo is
 started again with the same settings.
 
-    python examples/quickstart/demo.py [--quick] [--output-dir runs/demo] [--seed 0]
+    python examples/quickstart/demo.py [--quick] [--output runs/demo] [--seed 0]
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def write_initial_model(folder: Path, tokenizer_folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--output-dir", default=str(ROOT / "runs" / "demo"), metavar="DIR", help="everything the demo makes"
+        "--output", default=str(ROOT / "runs" / "demo"), metavar="DIR", help="everything the demo makes"
     )
     parser.add_argument("--seed", type=int, default=0, help="of questions, samples, pairs and training order")
     parser.add_argument(
@@ -210,7 +210,7 @@ def build(stages: Stages, settings: Settings, folder: Path, seed: int) -> None:
     """Questions, base model, pairs, and one model a method."""
     data, base = folder / "data", folder / "base-hf"
     names = vars(settings) | {"data": data, "base": base, "folder": folder, "seed": seed}
-    questions = """--output-dir {data} --seed {seed} --echoes {echoes} --lookups {lookups}
+    questions = """--output {data} --seed {seed} --echoes {echoes} --lookups {lookups}
         --train-questions {questions} --eval-questions {eval_questions}"""
     stages.run("questions", 3, [sys.executable, str(HERE / "facts.py"), *words(questions, **names)])
     if not (folder / "initial" / "config.json").is_file():
@@ -218,10 +218,10 @@ def build(stages: Stages, settings: Settings, folder: Path, seed: int) -> None:
     sft = """--hf-path {folder}/initial --random-init --objective sft
         --train-data {data}/conversations.jsonl --no-shuffle --seq-length 512 --train-iters {iters}
         --global-batch-size 32 --micro-batch-size 16 --lr 2e-3 --lr-decay-style constant --lr-warmup-fraction 0.27
-        --weight-decay 0.01 --seed {seed} --log-interval 100 --save {folder}/base --save-hf {base} --force"""
+        --weight-decay 0.01 --seed {seed} --log-interval 100 --save {folder}/base --save-hf {base} --overwrite"""
     iters = (settings.echoes + settings.lookups) // 32
     stages.run("base", 55, train(sft, iters=iters, **names), remakes=[folder / "base"])
-    contexts = """prepare-data --input {data}/train.jsonl --tokenizer {base} --short-documents {short}
+    contexts = """prepare-data --data {data}/train.jsonl --tokenizer {base} --short-documents {short}
         --long-documents {long} --seed {seed} --output {folder}/contexts.jsonl"""
     stages.run("contexts", 12, solopo(contexts, **names) + PROMPT)
     sample = """sample-responses --contexts {folder}/contexts.jsonl --model {base} --samples {samples} --temperature 1.0
@@ -240,7 +240,7 @@ def preference(settings: Settings, folder: Path, name: str, seed: int, options: 
     """A preference run from the demo's base on the demo's groups."""
     command = """--hf-path {folder}/base-hf --train-data {folder}/groups.jsonl --seq-length 512 --train-iters {steps}
         --global-batch-size 32 --micro-batch-size 16 --lr 6e-4 --lr-warmup-fraction 0.05 --seed {seed}
-        --log-interval 50 --save {folder}/{name} --save-hf {folder}/{name}-hf --force"""
+        --log-interval 50 --save {folder}/{name} --save-hf {folder}/{name}-hf --overwrite"""
     values = vars(settings) | {"processes": settings.processes // settings.at_once}
     return train(f"{command} {options}", **values, folder=folder, name=name, seed=seed)
 
@@ -321,7 +321,7 @@ def next_commands() -> str:
     """Three commands for an own model."""
     return textwrap.indent(
         """\
-solopo prepare-data --input QUESTIONS.jsonl --tokenizer MODEL --short-tokens 1024 --long-tokens 8192 \\
+solopo prepare-data --data QUESTIONS.jsonl --tokenizer MODEL --short-tokens 1024 --long-tokens 8192 \\
     --output contexts.jsonl
 solopo sample-responses --contexts contexts.jsonl --model MODEL --output responses.jsonl && \\
     solopo build-pairs --contexts contexts.jsonl --responses responses.jsonl --output groups.jsonl

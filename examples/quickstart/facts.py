@@ -5,7 +5,7 @@ Every item draws its own facts, so that nothing can be learnt by heart: the answ
 or nowhere. Questions come in MuSiQue's JSONL format; conversations for ``--objective sft`` first repeat
 random words (which is how a small transformer comes to copy from its context), then look facts up.
 
-    python examples/quickstart/facts.py --output-dir runs/demo/data --seed 0
+    python examples/quickstart/facts.py --output runs/demo/data --seed 0
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output-dir",
+        "--output",
         required=True,
         metavar="DIR",
         help="folder for train.jsonl, eval.jsonl, conversations.jsonl, conversations_valid.jsonl and tokenizer/",
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     def stream(name: str) -> random.Random:
         return random.Random(f"{name}-{args.seed}")
 
-    folder = Path(args.output_dir)
+    folder = Path(args.output)
     for name, count, held_out in (("train", args.train_questions, False), ("eval", args.eval_questions, True)):
         items_random = stream(name)
         items = (question_item(items_random, f"{name}-{index}", args.paragraphs, held_out) for index in range(count))

@@ -25,9 +25,9 @@ kill $server
 head -n 100 "$demo/contexts.jsonl" >"$out/contexts.jsonl"
 solopo build-pairs --contexts "$out/contexts.jsonl" --responses "$out/responses.jsonl" --tokenizer "$model" \
     --output "$out/groups.parquet"
-solopo inspect-data --data "$out/groups.parquet" --tokenizer "$model" --html "$out/groups.html"
+solopo inspect-data --data "$out/groups.parquet" --tokenizer "$model" --output "$out/groups.html"
 rm -rf "$out/tokens"
-solopo tokenize-data --train-data "$out/groups.parquet" --tokenizer "$model" --output "$out/tokens" --workers 2
+solopo tokenize-data --data "$out/groups.parquet" --tokenizer "$model" --output "$out/tokens" --workers 2
 torchrun --standalone --nproc_per_node 2 pretrain_solopo.py --hf-path "$model" --train-data "$out/tokens" \
     --preference-loss orpo --train-epochs 4 --global-batch-size 8 --micro-batch-size 4 --seq-length 512 --lr 3e-4 \
-    --device cpu --save "$out/solo" --save-hf "$out/solo-hf" --force
+    --device cpu --save "$out/solo" --save-hf "$out/solo-hf" --overwrite

@@ -159,14 +159,14 @@ WRONG = {
     ),
     "existing target": (
         ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{megatron}"],
-        r"--save \S+/megatron: exists already; choose another folder, or overwrite it with --force",
+        r"--save \S+/megatron: exists already; choose another folder, or overwrite it with --overwrite",
     ),
     "onto what it reads": (
-        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{hf}", "--force"],
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{hf}", "--overwrite"],
         r"--save \S+/hf: would take the place of --hf-path \S+/hf; choose a folder that does not hold it",
     ),
     "into the current folder": (
-        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", ".", "--force"],
+        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", ".", "--overwrite"],
         r"--save-hf \.: would take the place of the folder that the command runs in, /\S+; choose",
     ),
     "Megatron folder without a name": (
@@ -174,11 +174,11 @@ WRONG = {
         r"--save: the name of the folder is empty; give one",
     ),
     "folder without a name": (
-        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", "", "--force"],
+        ["megatron-to-hf", "--load", "{megatron}", "--save-hf", "", "--overwrite"],
         r"--save-hf: the name of the folder is empty; give one",
     ),
     "no model to overwrite": (
-        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{folder}", "--force"],
+        ["hf-to-megatron", "--hf-path", "{hf}", "--save", "{folder}", "--overwrite"],
         r"holds no model, and only models are replaced",
     ),
     "Megatron already": (
@@ -267,7 +267,7 @@ def test_a_folder_around_the_one_it_reads_stays(home: Home, tmp_path: Path) -> N
     out = shutil.copytree(home.folder / "hf", tmp_path / "out")
     succeed("hf-to-megatron", "--hf-path", out, "--save", out / "megatron")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    status, _, told = convert("megatron-to-hf", "--load", out / "megatron", "--save-hf", out, "--force")
+    status, _, told = convert("megatron-to-hf", "--load", out / "megatron", "--save-hf", out, "--overwrite")
     assert status == 2 and told.count("\n") == 1, told
     assert told.startswith(f"error: --save-hf {out}: would take the place of --load {out}/megatron; choose a folder")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -277,7 +277,7 @@ def test_a_folder_around_the_one_it_reads_stays(home: Home, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
 def test_a_link_to_a_folder_stays_a_link(direction: str, home: Home, megatron: Path, tmp_path: Path) -> None:
-    """With --force again and again; the work is done on the disk that the link leads to."""
+    """With --overwrite again and again; the work is done on the disk that the link leads to."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
     ways = {
@@ -285,7 +285,7 @@ def test_a_link_to_a_folder_stays_a_link(direction: str, home: Home, megatron: P
         "megatron-to-hf": ["--load", megatron, "--save-hf"],
     }
     for _ in range(3):
-        succeed(direction, *ways[direction], tmp_path / "link", "--force")
+        succeed(direction, *ways[direction], tmp_path / "link", "--overwrite")
         assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").is_file()
         assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

@@ -83,7 +83,7 @@ def test_a_conversion_killed_again_and_again(home: Home, direction: str, existin
         if existing:
             shutil.copytree(home.folder / f"earlier-{kind}", target)
 
-    argv = [*command(home, direction, target), *(["--force"] if existing else [])]
+    argv = [*command(home, direction, target), *(["--overwrite"] if existing else [])]
     begin()
     assert convert(argv, told, moment=0) == 0, told.read_text()
     last = int(re.search(r"changes: (\d+)", told.read_text())[1])

@@ -40,7 +40,7 @@ def commands(inputs: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
     """Module and command line of each resumable command."""
     hf, made = str(inputs / "hf"), ["--output", str(output)]
     questions = str(inputs / "questions.jsonl")
-    build = ["--source", "jsonl", "--input", questions, "--tokenizer", hf, "--short-documents", "1"]
+    build = ["--source", "jsonl", "--data", questions, "--tokenizer", hf, "--short-documents", "1"]
     build += ["--long-documents", "2", "--left-out", f"{output}.left", "--validation-share", "0.3"]
     build += ["--validation-output", f"{output}.valid"]
     sample = ["--contexts", str(inputs / "contexts.jsonl"), "--model", hf, "--samples", "2", "--max-new-tokens", "3"]

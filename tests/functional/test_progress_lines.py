@@ -67,7 +67,7 @@ def test_the_commands_of_data_and_evaluation(home: Home, phases: Callable[..., s
     tokenizer, sizes = ["--tokenizer", hf], ["--short-documents", 1, "--long-documents", 3]
     contexts = folder / "contexts.jsonl"
     split = ["--validation-share", 0.5, "--validation-output", folder / "validation.jsonl"]
-    made = ["prepare-data", "--input", folder / "questions.jsonl", *tokenizer]
+    made = ["prepare-data", "--data", folder / "questions.jsonl", *tokenizer]
     assert phases(*made, "--output", contexts, *sizes) >= {"reading", "contexts", "reading the inputs"}
     tokens = ["--short-tokens", 60, "--long-tokens", 100, "--pool", folder / "pool.jsonl", *split]
     write_lines(folder / "pool.jsonl", [{"title": f"w{n}", "text": f"w{n} w{n + 1}"} for n in range(40)])
@@ -84,9 +84,9 @@ def test_the_commands_of_data_and_evaluation(home: Home, phases: Callable[..., s
     groups = folder / "made.jsonl"
     paired = ["build-pairs", "--contexts", contexts, "--responses", folder / "answers.jsonl", "--output", groups]
     assert phases(*paired) >= {"pairing"}
-    tokenized = ["tokenize-data", "--train-data", groups, *tokenizer, "--output", folder / "tokens", "--workers", 1]
+    tokenized = ["tokenize-data", "--data", groups, *tokenizer, "--output", folder / "tokens", "--workers", 1]
     assert phases(*tokenized) >= {"reading the file", "tokenizing", "merging"}
-    assert phases("inspect-data", "--data", groups, *tokenizer, "--html", folder / "page.html") >= {"counting"}
+    assert phases("inspect-data", "--data", groups, *tokenizer, "--output", folder / "page.html") >= {"counting"}
     asked = ["--model", hf, "--max-new-tokens", 3]
     lengths = ["--context-documents", "2,3", "--data", folder / "questions.jsonl", "--output", folder / "results.json"]
     results = phases("evaluate", *asked, *lengths)

@@ -55,7 +55,7 @@ def home(solopo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["--tokenizer", str(solopo_data / "tokenizers" / "qwen2"), "--output", str(folder / "start")]
     )
     arguments = [
-        "--input",
+        "--data",
         folder / "questions.jsonl",
         "--limit",
         4,
@@ -216,7 +216,7 @@ def test_sixty_four_real_groups_a_step_are_spread_evenly(
     """Padding up to 3 %, compute of the dearest process up to 10 % above the mean, for many layouts."""
     source = solopo_data / "musique" / "musique_ans_train_subset.jsonl"
     contexts, groups = tmp_path / "contexts.jsonl", tmp_path / "groups.jsonl"
-    arguments = ["--input", source, "--limit", 128, *lengths, "--tokenizer", home / "start", "--output", contexts]
+    arguments = ["--data", source, "--limit", 128, *lengths, "--tokenizer", home / "start", "--output", contexts]
     assert prepare_data.main(list(map(str, arguments))) == 0
     assert build_pairs.main(["--contexts", str(contexts), "--responses", "gold", "--output", str(groups)]) == 0
     method = MethodConfig()

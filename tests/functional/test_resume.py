@@ -199,12 +199,12 @@ def test_a_run_killed_at_its_export_still_exports_over_an_older_model(
     }
     with monkeypatch.context() as patch:
         patch.setattr(f"megatron_solopo.training.{place[moment]}", killed)
-        assert run(main, exporting(home, name, "--force")) == 130
+        assert run(main, exporting(home, name, "--overwrite")) == 130
     assert (older.read_bytes() == first) == (moment != "behind")
-    assert run(main, exporting(home, name, "--force")) == 0
+    assert run(main, exporting(home, name, "--overwrite")) == 0
     exported = older.read_bytes()
     assert exported != first and "nothing is left" not in capfd.readouterr().err
-    assert run(main, exporting(home, name, "--force")) == 0
+    assert run(main, exporting(home, name, "--overwrite")) == 0
     assert "nothing is left" in capfd.readouterr().err and older.read_bytes() == exported
 
 
@@ -215,7 +215,7 @@ def test_a_model_that_the_run_did_not_export_is_never_taken_for_its_own(
     shutil.copytree(home.folder / "hf", home.folder / "foreign-hf")
     error = error_of(capfd, exporting(home, "foreign"))
     assert "foreign-hf: exists already, and " in error and "does not say that this run made it" in error
-    # Its own, where it was killed between the export and the note of it, needs no --force.
+    # Its own, where it was killed between the export and the note of it, needs no --overwrite.
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.resume.export_is_complete", killed)
         assert run(main, exporting(home, "own")) == 130
@@ -240,7 +240,7 @@ def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, m
     assert run(main, exporting(home, "back", "--save-interval", 2)) == 0
     weights = home.folder / "back-hf/model.safetensors"
     first = weights.read_bytes()
-    flags = ["--save-interval", 2, "--lr", 2e-3, "--override-opt-param-scheduler", "--force"]
+    flags = ["--save-interval", 2, "--lr", 2e-3, "--override-opt-param-scheduler", "--overwrite"]
     back = [flag for flag in exporting(home, "back", *flags) if flag != "--auto-resume"]
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.export.export_last_model", killed)
@@ -257,11 +257,11 @@ def test_what_another_run_exported_is_not_this_ones(home: Home, simpo: Path, mon
     folder = home.folder / "runs/lost"
     shutil.rmtree(folder / "iter_0000005")
     (folder / LATEST).unlink()
-    new = [flag for flag in exporting(home, "lost", "--force") if flag != "--auto-resume"]
+    new = [flag for flag in exporting(home, "lost", "--overwrite") if flag != "--auto-resume"]
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.export.export_last_model", killed)
         assert run(main, [*new, "--load", str(simpo), "--ckpt-step", "2"]) == 130
-    assert run(main, exporting(home, "lost", "--force")) == 0
+    assert run(main, exporting(home, "lost", "--overwrite")) == 0
     assert weights.read_bytes() != first
 
 

@@ -64,7 +64,7 @@ def test_a_run_is_the_same_run_on_another_day(home: Home, on: Callable[[int], No
     on(1)
     assert run(main, whole) == 0
     assert run(main, [*parts, "--auto-resume"]) == 0
-    back = ["--load", str(folder / "parts/run"), "--ckpt-step", "2", "--force"]
+    back = ["--load", str(folder / "parts/run"), "--ckpt-step", "2", "--overwrite"]
     for day, more in ((2, ["--auto-resume"]), (3, back)):
         on(day)
         assert run(main, [*parts, *more]) == 0, capfd.readouterr().err

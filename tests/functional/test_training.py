@@ -169,7 +169,7 @@ def test_an_export_killed_behind_its_last_rename_is_ended(home: Home) -> None:
     assert iterations(folder) == [2] and not earlier.exists()
     earlier.mkdir()
     (folder / "iter_0000002").rename(earlier / "iter_0000001")
-    assert run(main, home.argv("runs/replacing", *flags, "--force")) == 0
+    assert run(main, home.argv("runs/replacing", *flags, "--overwrite")) == 0
     assert iterations(folder) == [2] and not earlier.exists()
 
 

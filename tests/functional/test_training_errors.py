@@ -139,7 +139,7 @@ def _existing_export(home: Home) -> dict[str, Any]:
 def _no_model(home: Home) -> dict[str, Any]:
     (home.folder / "adapter").mkdir()
     (home.folder / "adapter" / "adapter_model.safetensors").write_text("mine")
-    return {"flags": ["--save-hf", home.folder / "adapter", "--force"]}
+    return {"flags": ["--save-hf", home.folder / "adapter", "--overwrite"]}
 
 
 def _broken_generation_config(home: Home) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _broken_generation_config(home: Home) -> dict[str, Any]:
 
 def _export(name: str) -> Callable[[Home], dict[str, Any]]:
     """A run in runs/wrong, exported into another folder of the home."""
-    return lambda home: {"flags": ["--save-hf", name and home.folder / name, "--force"]}
+    return lambda home: {"flags": ["--save-hf", name and home.folder / name, "--overwrite"]}
 
 
 def _empty_run(home: Home) -> dict[str, Any]:
@@ -260,7 +260,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         r"--save \S+/runs/dpo: holds checkpoints of another run than --load \S+/runs/origin",
     ),
     "nothing to load": (_empty_run, r"--load \S+: no complete checkpoint there"),
-    "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--force"),
+    "export exists": (_existing_export, r"--save-hf \S+/mine: exists already; .*--overwrite"),
     "export over no model": (_no_model, r"--save-hf \S+/adapter: holds no model, and only models are replaced"),
     "export over the run folder": (
         _export("runs/wrong"),
@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str]] = {
         r"--save-hf \S+/new: would take the place of --tensorboard-dir \S+/new/boards;",
     ),
     "export over the current folder": (
-        lambda home: {"flags": ["--save-hf", ".", "--force"]},
+        lambda home: {"flags": ["--save-hf", ".", "--overwrite"]},
         r"--save-hf .: would take the place of the folder that the command runs in, /\S+; choose",
     ),
     "export without a name": (_export(""), r"--save-hf: the name of the folder is empty; give one"),

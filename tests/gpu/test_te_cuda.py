@@ -217,7 +217,7 @@ def test_twenty_steps_and_back_to_the_portable_implementation(
     first, last = (sum(line["loss"] for line in part) / len(part) for part in (lines[:3], lines[-3:]))
     assert len(lines) == 20 and last < 0.95 * first
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(torch.tensor([[1, 5, 2]])).logits).all()
-    again = run("--load", tmp_path / "run", "--ckpt-step", 10, "--force")
+    again = run("--load", tmp_path / "run", "--ckpt-step", 10, "--overwrite")
     assert len(again) == 20 and again[:10] == lines[:10]
     off = [abs(ours["loss"] - theirs["loss"]) / theirs["loss"] for ours, theirs in zip(again, lines, strict=True)]
     assert max(off[10:]) <= (0.15 if precision in FP8_MULTIPLES else 0.05)

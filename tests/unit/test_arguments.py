@@ -31,10 +31,10 @@ SHORTENED = {
 }
 
 NEEDED = {
-    "prepare-data": ["--input", "a", "--tokenizer", "m", "--output", "o"],
+    "prepare-data": ["--data", "a", "--tokenizer", "m", "--output", "o"],
     "sample-responses": ["--contexts", "c", "--model", "m", "--output", "o"],
     "build-pairs": ["--contexts", "c", "--responses", "r", "--output", "o"],
-    "tokenize-data": ["--train-data", "t", "--tokenizer", "m", "--output", "o"],
+    "tokenize-data": ["--data", "t", "--tokenizer", "m", "--output", "o"],
     "inspect-data": ["--data", "d", "--tokenizer", "m"],
     "evaluate": ["--model", "m", "--data", "d", "--output", "o.json", "--context-documents", "8"],
     "report": ["--runs", "r", "--output", "o.md"],
@@ -83,8 +83,8 @@ def test_a_misspelt_name_is_not_called_missing(argv: list[str], line: str, capsy
 
 
 def test_an_option_of_several_values_says_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
-    told = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], "--input", "b"])
-    assert told == "error: --input: given twice; give all its values behind one --input\n"
+    told = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], "--data", "b"])
+    assert told == "error: --data: given twice; give all its values behind one --data\n"
 
 
 def test_what_is_missing_or_no_value_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:

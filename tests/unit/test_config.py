@@ -91,7 +91,7 @@ RUNS = [
         "5",
         "--save-hf",
         "out",
-        "--force",
+        "--overwrite",
         "--load",
         "run",
         "--seed",

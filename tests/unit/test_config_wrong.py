@@ -229,8 +229,8 @@ WRONG_FLAGS = {
         argv("--eval-interval", "5"),
         r"^--eval-interval would have no effect: it needs --valid-data$",
     ),
-    "force without export": (argv("--force"), r"^--force would have no effect: it needs --save-hf$"),
-    "default spelt out, unused": (argv("--no-force"), r"^--force would have no effect"),
+    "force without export": (argv("--overwrite"), r"^--overwrite would have no effect: it needs --save-hf$"),
+    "default spelt out, unused": (argv("--no-overwrite"), r"^--overwrite would have no effect"),
     "min-lr above lr": (argv("--lr", "1e-6", "--min-lr", "1e-5"), r"^--min-lr 1e-05 is above --lr 1e-06"),
     "min-lr of a constant": (
         argv("--lr-decay-style", "constant", "--min-lr", "1e-9"),

@@ -160,7 +160,7 @@ def test_every_form_of_a_list_of_ids(tmp_path: Path, form: str, capsys: pytest.C
     argv = [
         "--source",
         "jsonl",
-        "--input",
+        "--data",
         str(source),
         "--output",
         str(tmp_path / "c.jsonl"),
@@ -176,7 +176,7 @@ def test_every_form_of_a_list_of_ids(tmp_path: Path, form: str, capsys: pytest.C
 
 
 def test_a_list_that_is_no_list_of_ids(tmp_path: Path) -> None:
-    argv = ["--source", "jsonl", "--input", str(lines(tmp_path / "q.jsonl", questions())), "--short-documents", "1"]
+    argv = ["--source", "jsonl", "--data", str(lines(tmp_path / "q.jsonl", questions())), "--short-documents", "1"]
     argv += ["--long-documents", "1", "--output", str(tmp_path / "c.jsonl"), "--tokenizer", "model", "--exclude-ids"]
     for name, text, told in (
         ("a.json", '["000", "001"]', r"a\.json:1: expected a JSON object, found str"),
@@ -193,7 +193,7 @@ def test_nothing_beyond_the_limit_is_left_out(tmp_path: Path, capsys: pytest.Cap
     records = questions()
     unusable = [{**records[0], "id": name, "answer": "\u200b"} for name in ("before", "between", "after")]
     order = [unusable[0], records[0], unusable[1], records[1], unusable[2], records[2]]
-    argv = ["--source", "jsonl", "--input", str(lines(tmp_path / "q.jsonl", order)), "--limit", "2"]
+    argv = ["--source", "jsonl", "--data", str(lines(tmp_path / "q.jsonl", order)), "--limit", "2"]
     argv += ["--tokenizer", str(save_word_tokenizer(tmp_path / "model")), "--output", str(tmp_path / "c.jsonl")]
     (tmp_path / "ids").write_text("after\n002\n")
     argv += ["--exclude-ids", str(tmp_path / "ids"), "--left-out", str(tmp_path / "left.jsonl")]

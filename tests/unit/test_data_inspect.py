@@ -189,9 +189,13 @@ WRONG = {
     ),
     "index below": (["--index", "-1"], lambda g: g, "--index -1: examples are counted from 0"),
     "two choices": (["--id", "q1", "--random"], lambda g: g, "--id and --random: give one of them"),
-    "samples without page": (["--samples", "3"], lambda g: g, "--samples has no effect without --html"),
-    "no samples": (["--html", "page.html", "--samples", "0"], lambda g: g, "--samples 0: give a number of at least 1"),
-    "seed of nothing": (["--seed", "1"], lambda g: g, "--seed has no effect without --random or --html"),
+    "samples without page": (["--samples", "3"], lambda g: g, "--samples has no effect without --output"),
+    "no samples": (
+        ["--output", "page.html", "--samples", "0"],
+        lambda g: g,
+        "--samples 0: give a number of at least 1",
+    ),
+    "seed of nothing": (["--seed", "1"], lambda g: g, "--seed has no effect without --random or --output"),
     "unknown loss": (["--preference-loss", "dpoo"], lambda g: g, "'dpoo' is not one of dpo, ipo"),
     "unused option": (
         ["--context-mode", "short", "--alignment-target", "both"],
@@ -204,7 +208,7 @@ WRONG = {
         [{"short_messages": [], "short_tokens": 1}],
         "holds contexts without responses, so no loss sees them",
     ),
-    "page over the data": (["--html", "groups.jsonl"], lambda g: g, "is the file of --data too; give another"),
+    "page over the data": (["--output", "groups.jsonl"], lambda g: g, "is the file of --data too; give another"),
     "no tokenizer": (["--tokenizer", "nowhere"], lambda g: g, "nowhere: no such folder"),
 }
 
@@ -220,7 +224,7 @@ def test_a_mistake_is_one_line(
         found = records(good) if callable(records) else records
         lines = (record if isinstance(record, str) else json.dumps(record) for record in found)
         Path("groups.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    page = [] if "--html" in arguments or case != "broken later" else ["--html", "page.html"]
+    page = [] if "--output" in arguments or case != "broken later" else ["--output", "page.html"]
     with pytest.raises(UserError) as error:
         inspect_data.main(last_wins(["--data", "groups.jsonl", "--tokenizer", str(folder), *arguments, *page]))
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 
 def make_page(path: Path, folder: Path, out: Path, *more: str) -> Page:
-    assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--html", str(out), *more]) == 0
+    assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--output", str(out), *more]) == 0
     return Page(out.read_text(encoding="utf-8"))
 
 

@@ -26,14 +26,14 @@ from megatron_solopo.evaluation import evaluate, report
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]] = {
     "prepare-data": (
         prepare_data.main,
-        [*("--input", "questions.jsonl", "--pool", "pool.jsonl", "--exclude-ids", "ids.txt"), *("--tokenizer", "model")]
+        [*("--data", "questions.jsonl", "--pool", "pool.jsonl", "--exclude-ids", "ids.txt"), *("--tokenizer", "model")]
         + ["--short-documents", "2", "--long-documents", "3", "--output", "made.jsonl"],
         "--output",
         ["questions.jsonl", "pool.jsonl", "ids.txt"],
     ),
     "prepare-data, listed": (
         prepare_data.main,
-        [*("--input", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"), "--left-out", "left.jsonl"]
+        [*("--data", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"), "--left-out", "left.jsonl"]
         + ["--short-documents", "2", "--long-documents", "3"],
         "--left-out",
         ["questions.jsonl"],
@@ -52,8 +52,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]
     ),
     "inspect-data": (
         inspect_data.main,
-        ["--data", "groups.jsonl", "--tokenizer", "model", "--html", "made.html"],
-        "--html",
+        ["--data", "groups.jsonl", "--tokenizer", "model", "--output", "made.html"],
+        "--output",
         ["groups.jsonl"],
     ),
     "evaluate": (
@@ -161,8 +161,8 @@ def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None
 
 def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
     for given in (".", "hub:.", "hub:.::train"):
-        argv = with_value(COMMANDS["prepare-data, listed"][1], "--input", given)
-        assert "--output made.jsonl: lies in --input ., which is read" in refusal(prepare_data.main, argv)
+        argv = with_value(COMMANDS["prepare-data, listed"][1], "--data", given)
+        assert "--output made.jsonl: lies in --data ., which is read" in refusal(prepare_data.main, argv)
         argv = with_value(COMMANDS["prepare-data"][1], "--pool", given)
         assert "--output made.jsonl: lies in --pool ., which is read" in refusal(prepare_data.main, argv)
         argv = [*COMMANDS["evaluate"][1], "--pool", given]
@@ -170,7 +170,7 @@ def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
 
 
 def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
-    argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output"]
+    argv = ["--data", "groups.jsonl", "--tokenizer", "model", "--output"]
     assert "groups.jsonl: is a file; give the name of a folder" in refusal(tokenize_data.main, [*argv, "groups.jsonl"])
 
 
@@ -203,7 +203,7 @@ def test_an_output_in_a_models_folder(here: Path, name: str) -> None:
 
 @pytest.mark.parametrize("given", [".", "..", "", "/", "model/.."])
 def test_an_output_needs_a_name(here: Path, given: str) -> None:
-    argv = ["--train-data", "groups.jsonl", "--tokenizer", "model", "--output", given]
+    argv = ["--data", "groups.jsonl", "--tokenizer", "model", "--output", given]
     told = f"--output {given}: is no name for a new folder; give one, such as tokens"
     assert refusal(tokenize_data.main, argv) == told
     for main, argv, flag, _ in COMMANDS.values():
@@ -246,7 +246,7 @@ def test_marks_and_line_ends_of_other_systems_change_nothing(here: Path, change:
     Path("array.json").write_bytes(
         codecs.BOM_UTF8 + f"[{','.join(Path('questions.jsonl').read_text('utf-8-sig').splitlines())}]".encode()
     )
-    argv = with_value(with_value(COMMANDS["prepare-data"][1], "--input", "array.json"), "--output", "array.jsonl")
+    argv = with_value(with_value(COMMANDS["prepare-data"][1], "--data", "array.json"), "--output", "array.jsonl")
     assert prepare_data.main(argv) == 0 and Path("array.jsonl").read_bytes() == plain["prepare-data"]
 
 
@@ -271,7 +271,7 @@ def test_json_that_python_does_not_read(tmp_path: Path, line: str, reason: str) 
         ("build-pairs", "--contexts", "responses.jsonl", "these are responses, as sample-responses writes them"),
         ("build-pairs", "--responses", "contexts.jsonl", "these are contexts, as prepare-data writes them"),
         ("build-pairs", "--contexts", "questions.jsonl", "these are questions of --source musique"),
-        ("prepare-data", "--input", "contexts.jsonl", "these are contexts, as prepare-data writes them"),
+        ("prepare-data", "--data", "contexts.jsonl", "these are contexts, as prepare-data writes them"),
         ("prepare-data", "--pool", "questions.jsonl", "these are questions of --source musique"),
         ("build-pairs", "--contexts", "model", "model: is a folder; give the path of a JSONL file"),
         ("build-pairs", "--contexts", "empty", "--contexts empty: holds no question; give what prepare-data wrote"),
@@ -319,10 +319,10 @@ def test_fields_of_contexts_are_checked(here: Path, field: str, value: object, t
 
 def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
     """The corrected command goes on at once, without a folder or a file to delete."""
-    argv = ["--train-data", "contexts.jsonl", "--tokenizer", "model", "--output", "tokens", "--workers", "1"]
+    argv = ["--data", "contexts.jsonl", "--tokenizer", "model", "--output", "tokens", "--workers", "1"]
     assert "these are contexts" in refusal(tokenize_data.main, argv)
     assert not Path("tokens.partial").exists()
-    assert tokenize_data.main(with_value(argv, "--train-data", "groups.jsonl")) == 0
+    assert tokenize_data.main(with_value(argv, "--data", "groups.jsonl")) == 0
     assert Path("tokens/manifest.json").is_file() and not Path("tokens.partial").exists()
 
 

@@ -62,7 +62,7 @@ def building(tmp_path: Path, model: Path) -> list[str]:
             record["documents"][1]["text"] += " w29x w29"
             out.write(json.dumps(record) + "\n")
     return [
-        *("--source", "jsonl", "--input", str(tmp_path / "q.jsonl"), "--tokenizer", str(model)),
+        *("--source", "jsonl", "--data", str(tmp_path / "q.jsonl"), "--tokenizer", str(model)),
         *("--short-documents", "2", "--long-documents", "3", "--output", str(tmp_path / "c.jsonl")),
         *("--evidence", "log-prob", "--evidence-model", str(model), "--evidence-documents", "1", "--device", "cpu"),
     ]

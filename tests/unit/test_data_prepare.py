@@ -59,7 +59,7 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(questions: Path, tokenizer: Path, tmp_path: Path) -> list[str]:
-    return ["--input", str(questions), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "contexts.jsonl")]
+    return ["--data", str(questions), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "contexts.jsonl")]
 
 
 def test_records_and_summary(
@@ -248,7 +248,7 @@ def test_work_begun_with_other_settings_is_not_mixed(
         main([*many, "--seed", "1"])
     with pytest.raises(UserError, match=r"begun with input = "):
         (tmp_path / "more.jsonl").write_bytes((tmp_path / "q.jsonl").read_bytes())
-        main([*many, "--input", str(tmp_path / "more.jsonl")])
+        main([*many, "--data", str(tmp_path / "more.jsonl")])
     with pytest.raises(UserError, match=r"begun with added_tokens\.<new> = None, now"):
         main([*many, "--add-special-tokens", "<new>"])
     with Jobs(work, ()), pytest.raises(UserError, match=r"contexts\.jsonl\.work: another process is writing it"):
@@ -322,7 +322,7 @@ def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
         ([*SIZES, "--validation-share", "2", "--validation-output", "v"], "--validation-share 2.0"),
         ([*SIZES, "--validation-share", "0.01", "--validation-output", "v"], "of 11 questions 0 would be"),
         ([*SIZES, "--left-out", "x", "--validation-output", "./x", "--validation-share", "0.5"], "is the file of --v"),
-        ([*SIZES, "--output", "INPUT"], "q.jsonl: is the file of --input too; give another"),
+        ([*SIZES, "--output", "INPUT"], "q.jsonl: is the file of --data too; give another"),
         ([*SIZES, "--left-out", "x.parquet"], "--left-out x.parquet: is written as JSONL"),
         ([*SIZES, "--evidence-documents", "3"], "--evidence-documents: the labels say"),
         ([*SIZES, "--evidence", "log-prob"], "--evidence log-prob and --evidence-model DIR need each other"),

@@ -311,7 +311,7 @@ def test_a_source_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     path, out = write(tmp_path / "q.jsonl", *records), tmp_path / "contexts.jsonl"
     size = ["--short-documents", "1", "--long-documents", "3", "--output", str(out)]
     tokenizer = ["--tokenizer", str(save_word_tokenizer(tmp_path / "tokenizer"))]
-    assert prepare_data.main(["--source", "toys", "--input", str(path), *size, *tokenizer]) == 0
+    assert prepare_data.main(["--source", "toys", "--data", str(path), *size, *tokenizer]) == 0
     pairs = list(read_contexts(out))
     assert [(pair.id, pair.source) for pair in pairs] == [(f"t{i}", "toys") for i in range(4)]
     assert all(f"w{i} w9" in pair.short_messages[-1]["content"] for i, pair in enumerate(pairs))
@@ -424,7 +424,7 @@ def test_unfinished_work_of_another_function_is_refused(
         raise KeyboardInterrupt
 
     path = write(tmp_path / "q.jsonl", *(RAW | {"_id": i} for i in range(20)))
-    command = ["--source", f"{mine}:convert", "--input", str(path), "--short-documents", "1", "--long-documents", "1"]
+    command = ["--source", f"{mine}:convert", "--data", str(path), "--short-documents", "1", "--long-documents", "1"]
     command += ["--tokenizer", str(save_word_tokenizer(tmp_path / "tokenizer")), "--output", str(tmp_path / "c.jsonl")]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_data, "build_all", killed)

@@ -79,7 +79,7 @@ def test_untitled_documents_fill_contexts(tmp_path: Path) -> None:
     argv = [
         "--source",
         "jsonl",
-        "--input",
+        "--data",
         str(write(tmp_path / "q.jsonl", record)),
         "--output",
         str(tmp_path / "c.jsonl"),

@@ -327,7 +327,7 @@ def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_
         config, _ = load(list(map(str, [*base, "--train-data", source])))
         data = load_data(config)
         tokens = tmp_path / name
-        made = ["tokenize-data", "--train-data", source, "--tokenizer", home / "hf", "--output", tokens, "--workers", 2]
+        made = ["tokenize-data", "--data", source, "--tokenizer", home / "hf", "--output", tokens, "--workers", 2]
         assert run(dispatch, list(map(str, made))) == 0, capfd.readouterr().err
         assert run(dispatch, list(map(str, made))) == 0 and "nothing is left to do" in capfd.readouterr().out
         stored, _ = load(list(map(str, [*base, "--train-data", tokens])))
@@ -345,7 +345,7 @@ def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_
 
 def test_an_error_in_what_is_no_file_names_the_source(tmp_path: Path, home: Path, capfd) -> None:
     (tmp_path / "pairs.json").write_text(json.dumps([FORMS["texts"][0], PAIR]))
-    made = ["tokenize-data", "--train-data", tmp_path / "pairs.json", "--tokenizer", home / "hf"]
+    made = ["tokenize-data", "--data", tmp_path / "pairs.json", "--tokenizer", home / "hf"]
     made += ["--output", tmp_path / "t"]
     assert run(dispatch, list(map(str, made))) == 2
     error = capfd.readouterr().err

@@ -45,8 +45,8 @@ WRITTEN = ["config.json", "model.safetensors", "tokenizer.json"]
 
 @pytest.mark.parametrize("force", [True, False])
 def test_nothing_of_an_earlier_model_stays_but_those_of_the_steps(tmp_path: Path, force: bool) -> None:
-    """Its chat template or pickled weights would be read in place of the new ones. Without --force there is no model
-    yet, only those of the steps so far."""
+    """Its chat template or pickled weights would be read in place of the new ones. Without --overwrite there is no
+    model yet, only those of the steps so far."""
     folder = tmp_path / "hf"
     if force:
         model(folder, "chat_template.jinja", "pytorch_model.bin", "model-00002-of-00002.safetensors")

@@ -29,7 +29,7 @@ SIZES = "--train-questions 60 --eval-questions 20 --echoes 64 --lookups 64 --val
 @pytest.fixture(scope="module")
 def folder(facts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("facts")
-    assert facts.main(["--output-dir", str(folder), "--seed", "3", *SIZES]) == 0
+    assert facts.main(["--output", str(folder), "--seed", "3", *SIZES]) == 0
     return folder
 
 
@@ -54,7 +54,7 @@ def test_no_evaluation_question_is_asked_in_training(folder):
 
 
 def test_the_same_seed_gives_the_same_bytes(facts, folder, tmp_path):
-    facts.main(["--output-dir", str(tmp_path), "--seed", "3", *SIZES])
+    facts.main(["--output", str(tmp_path), "--seed", "3", *SIZES])
     for name in (
         "train.jsonl",
         "eval.jsonl",
@@ -87,6 +87,6 @@ def test_conversations_of_a_batch_have_one_length(facts, folder):
 
 def test_a_folder_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    command = [sys.executable, str(HERE), "--output-dir", str(tmp_path / "file" / "x")]
+    command = [sys.executable, str(HERE), "--output", str(tmp_path / "file" / "x")]
     done = subprocess.run(command, cwd=HERE.parents[2], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'file' / 'x'}: Not a directory\n")

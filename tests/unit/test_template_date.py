@@ -212,11 +212,11 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
     monkeypatch.setattr(records, "PART_BYTES", 400)
     hf, contexts, responses = str(folder), tmp_path / "contexts.jsonl", tmp_path / "responses.jsonl"
     groups, tokens = tmp_path / "groups.jsonl", tmp_path / "tokens"
-    prepare = ["prepare-data", "--input", questions, "--tokenizer", hf, "--output", contexts]
+    prepare = ["prepare-data", "--data", questions, "--tokenizer", hf, "--output", contexts]
     prepare += ["--short-documents", 1, "--long-documents", 3]
     sample = ["sample-responses", "--contexts", contexts, "--output", responses, "--model", hf]
     sample += ["--samples", 2, "--batch-size", 2, "--max-new-tokens", 4]
-    tokenize = ["tokenize-data", "--train-data", groups, "--tokenizer", hf, "--output", tokens, "--workers", 1]
+    tokenize = ["tokenize-data", "--data", groups, "--tokenizer", hf, "--output", tokens, "--workers", 1]
     prepare, sample, tokenize = (list(map(str, argv)) for argv in (prepare, sample, tokenize))
 
     on("2026-01-01")

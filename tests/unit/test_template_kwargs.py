@@ -126,7 +126,7 @@ def test_every_command_refuses_them(folder: Path, tmp_path: Path) -> None:
     output, end = str(tmp_path / "out.json"), ["--chat-template-kwargs", '{"thinking": 1}']
     model, sizes = ["--model", str(folder)], ["--short-documents", "1", "--long-documents", "1"]
     commands: list[tuple[Any, list[str]]] = [
-        (prepare_data, ["--input", str(data), "--tokenizer", str(folder), "--output", output, *sizes]),
+        (prepare_data, ["--data", str(data), "--tokenizer", str(folder), "--output", output, *sizes]),
         (sample_responses, [*model, "--contexts", str(tmp_path / "contexts.jsonl"), "--output", output]),
         (evaluate, [*model, "--data", str(data), "--context-documents", "1", "--output", output]),
         (ask, [*model, "--document", str(document), "--question", "?"]),

@@ -59,7 +59,7 @@ def home(tmp_path_factory):
 
 
 def make(home, data: str, output: str, *more: str) -> Path:
-    argv = ["--train-data", home.folder / data, "--output", home.folder / output, "--tokenizer", home.folder / "hf"]
+    argv = ["--data", home.folder / data, "--output", home.folder / output, "--tokenizer", home.folder / "hf"]
     assert tokenize_data.main([*map(str, argv), "--workers", "1", *map(str, more)]) == 0
     assert not (home.folder / f"{output}.partial").exists()
     return home.folder / output
@@ -253,7 +253,7 @@ WRONG = {
         ["--overlong", "cut", "--seq-length", "9", "--objective", "sft"],
         r"conversations have no documents to cut; take drop$",
     ),
-    "no file": (["--train-data", "absent.jsonl"], r"absent.jsonl: no such file; give the path of a JSONL or Parquet"),
+    "no file": (["--data", "absent.jsonl"], r"absent.jsonl: no such file; give the path of a JSONL or Parquet"),
     "chats for groups": (["--objective", "sft"], r"groups.jsonl:1: the field 'messages' is missing"),
     "too long": (["--seq-length", "60"], r"groups.jsonl: example 'g\d+' has \d+ tokens, above --seq-length 60"),
     "all too long": (["--seq-length", "2", "--overlong", "drop"], r"no usable example; all 40 are longer"),
@@ -266,10 +266,10 @@ WRONG = {
         ["--output", "begun"],
         r"begun.partial: begun with source.sha256 = '0', now '\w{64}'; repeat the first",
     ),
-    "not Parquet": (["--train-data", "text.parquet"], r"text.parquet: not a Parquet file"),
-    "same id twice": (["--train-data", "twice.jsonl"], r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids"),
+    "not Parquet": (["--data", "text.parquet"], r"text.parquet: not a Parquet file"),
+    "same id twice": (["--data", "twice.jsonl"], r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids"),
     "same id twice, dropped": (
-        ["--train-data", "twice.jsonl", "--seq-length", "2", "--overlong", "drop"],
+        ["--data", "twice.jsonl", "--seq-length", "2", "--overlong", "drop"],
         r"twice.jsonl:81: the id 'g0' was used before at .*:1; ids",
     ),
 }
@@ -292,7 +292,7 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
     Path("begun.partial").mkdir(exist_ok=True)
     Path("begun.partial/jobs.jsonl").write_text(json.dumps({"settings": settings}) + '\n{"job": 0}\n')
     shutil.rmtree("wrong.partial", ignore_errors=True)
-    argv = ["--train-data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
+    argv = ["--data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
     with pytest.raises(UserError, match=pattern) as caught:
         tokenize_data.main(last_wins(argv))
     assert "\n" not in str(caught.value) and not Path("wrong").exists()

@@ -63,7 +63,7 @@ def training(out: Recorder) -> None:
         flags = ["--train-data", groups, "--preference-loss", "dpo", "--lr", 1e-3, "--train-iters", 10]
         lines = run(out, save, *flags, "--save-interval", 5, "--save-hf", hf)
         out.check("dpo/first_loss_off_ln_2", abs(lines[0]["po_loss"] - math.log(2)), 2e-2)
-        again = run(out, save, *flags, "--save-hf", hf, "--load", save, "--ckpt-step", 5, "--force")
+        again = run(out, save, *flags, "--save-hf", hf, "--load", save, "--ckpt-step", 5, "--overwrite")
         plain = [[{k: v for k, v in line.items() if k not in TIMES} for line in some] for some in (lines, again)]
         # On CUDA sums over tokens are taken in any order: a resumed run may be exact all the same.
         out.value("dpo/resume_is_exact", plain[0] == plain[1])
