@@ -18,7 +18,7 @@ setup: ## find a Python, make .venv, install what is pinned in constraints.txt
 	@bash tools/bootstrap.sh
 
 demo: setup ## the whole method on this machine in 10 minutes, no GPU needed (QUICK=1: 3 minutes)
-	$(PYTHON_IN_VENV) examples/quickstart/demo.py $(if $(filter-out 0,$(QUICK)),--quick)
+	$(PYTHON_IN_VENV) -m megatron_solopo.cli run examples/quickstart/demo$(if $(filter-out 0,$(QUICK)),-quick).yaml
 
 test: setup ## unit tests, the commands as a user runs them, and a minute of four processes
 	SOLOPO_LAYOUTS=cheap $(PYTEST) $(WORKERS) tests/unit tests/functional tests/distributed/test_layouts.py

@@ -78,6 +78,9 @@ class Parser(argparse.ArgumentParser):
             raise
         if self._config is not None:
             del values.config
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                self.given |= {action.dest, *action.choices[getattr(values, action.dest)].given}
         return values, unknown
 
     def parse_args(
@@ -241,7 +244,7 @@ def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:
     if not isinstance(value, str):
         kind = getattr(action.type, "__name__", "str")
         raise UserError(f"{where}: must be {kind}, found {_shown(value)}")
-    return [name, value] if action.nargs in ("+", "*") else [f"{name}={value}"]
+    return [name, value] if action.nargs in ("+", "*") or not value.startswith("-") else [f"{name}={value}"]
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from megatron_solopo import __version__, launch
 from megatron_solopo.errors import LostProcess, UserError, system_reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("megatron_solopo.pipeline", "the stages of a recipe: data, training, evaluation, report"),
     "train": ("megatron_solopo.training.run", "preference optimization or sft (pretrain_solopo.py under torchrun)"),
     "prepare-data": (
         "megatron_solopo.data.building.prepare_data",

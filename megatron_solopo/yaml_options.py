@@ -39,6 +39,9 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
                 seen.add(key.value)
         super().flatten_mapping(node)
+        # What is merged stands before what replaces it; a node that is merged elsewhere comes here again.
+        last = {key.value if isinstance(key, yaml.ScalarNode) else key: (key, value) for key, value in node.value}
+        node.value = list(last.values())
 
     def option(self, node: yaml.Node) -> Any:
         """The value of an option: None, a switch, a text (numbers too), a list of texts, or what is nested."""

@@ -1,0 +1,269 @@
+"""Recipes of `solopo run`: a YAML file whose stages are commands of the package with their options.
+
+    output: runs/first                # everything is made there; relative to this file
+    stages:
+      contexts:                       # a name; the order is the file's
+        prepare-data:
+          data: ./questions.jsonl     # ./ and ../ are seen from this file, other relative paths from `output`
+          tokenizer: /models/base
+          short_tokens: 1024
+          long_tokens: 8192
+          output: contexts.jsonl
+      solo:
+        processes: 2                  # of train and convert-checkpoint
+        train: {hf_path: /models/base, train_data: groups.jsonl, train_iters: 100, save: solo, save_hf: solo-hf}
+      table:
+        script: table.py              # a Python file beside this one, with options as --name value
+        options: {runs: [solo]}
+
+``base: FILE`` takes another recipe, whose stages this one changes and adds to; ``environment`` holds variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.arguments import Parser
+from megatron_solopo.errors import UserError, nearest
+from megatron_solopo.yaml_options import Entry, OptionFile, Options
+
+COMMANDS = {
+    "prepare-data": "megatron_solopo.data.building.prepare_data",
+    "sample-responses": "megatron_solopo.data.sampling.sample_responses",
+    "build-pairs": "megatron_solopo.data.pairing.build_pairs",
+    "tokenize-data": "megatron_solopo.data.tokenized.tokenize_data",
+    "inspect-data": "megatron_solopo.data.inspection.inspect_data",
+    "train": "megatron_solopo.config_load",
+    "convert-checkpoint": "megatron_solopo.training.convert",
+    "evaluate": "megatron_solopo.evaluation.evaluate",
+    "report": "megatron_solopo.evaluation.report",
+    "ask": "megatron_solopo.evaluation.ask",
+}
+"""Commands that a stage may be -> the module whose `build_parser` makes their parser."""
+
+SEVERAL = ("train", "convert-checkpoint")
+"""Those that run in several processes."""
+
+SCRIPT = "script"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a recipe.
+
+    Attributes:
+        name, where: its name, and the ``file:line`` of that.
+        command: a key of `COMMANDS`, or `SCRIPT`.
+        options: as written, but for paths that begin with ./ or ../, which are absolute.
+        processes: how many; above 1 torchrun's launcher starts them.
+        script: the Python file of a script.
+    """
+
+    name: str
+    where: str
+    command: str
+    options: Options = field(default_factory=dict)
+    processes: int = 1
+    script: Path | None = None
+
+    def checked(self) -> tuple[list[str], dict[str, Any]]:
+        """The options as a command line, and the value of each that is given, after the command's own parser read them.
+
+        Raises:
+            UserError: what the command itself would say before it begins, with the line of the recipe.
+        """
+        if self.script is not None:
+            if not self.script.is_file():
+                raise UserError(f"{self.where}: stage '{self.name}': {self.script}: no such file")
+            return _script_words(self.options), {name: value for name, (value, _) in self.options.items()}
+        parser: Parser = importlib.import_module(COMMANDS[self.command]).build_parser()
+        words = parser.words(self.options)
+        try:
+            values = vars(parser.parse_args(words))
+            if self.command == "train":
+                _check_run(words)
+        except UserError as error:
+            raise UserError(self._placed(str(error))) from None
+        return words, {name: values[name] for name in sorted(parser.given)}
+
+    def _placed(self, message: str) -> str:
+        """A message of the command's parser, with the line of the option that it begins with."""
+        name = re.match(r"--(?:no-)?([\w-]+)(: )?", message)
+        _, where = self.options.get(name[1].replace("-", "_") if name else "", (None, ""))
+        if where and name[2]:
+            return f"{where}: {message[name.end() :]}"
+        return f"{(where or self.where).partition(': ')[0]}: stage '{self.name}': {message}"
+
+    def command_line(self, words: list[str]) -> list[str]:
+        """What runs the stage, in the folder `Recipe.output`."""
+        if self.script is not None:
+            return [sys.executable, str(self.script), *words]
+        program = ["-m", "megatron_solopo.cli", self.command, *words]
+        if self.processes > 1:
+            launch = ["-m", "megatron_solopo.launch", "--standalone", "--nproc_per_node", str(self.processes)]
+            program = [*launch, *program]
+        return [sys.executable, *program]
+
+
+def readable(command_line: list[str]) -> str:
+    """The command as a person types it."""
+    text = shlex.join(command_line[1:]).replace("-m megatron_solopo.launch", "solopo launch", 1)
+    if text.startswith("-m megatron_solopo.cli"):
+        return text.replace("-m megatron_solopo.cli", "solopo", 1)
+    return text if text.startswith("solopo launch") else f"python {text}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `read_recipe` reads; ``output`` is absolute."""
+
+    path: Path
+    output: Path
+    environment: dict[str, str]
+    stages: list[Stage]
+
+
+def read_recipe(path: str | Path, output: str | None = None, seed: int | None = None) -> Recipe:
+    """Reads a recipe, with what the command line says instead.
+
+    Args:
+        output: in place of the recipe's; relative to the current folder.
+        seed: in place of every ``seed`` that a stage gives.
+
+    Raises:
+        UserError: naming ``file:line`` and the nearest known name. Options are checked by `Stage.checked` alone.
+    """
+    recipe = _read(Path(path), frozenset())
+    if output is not None:
+        recipe = dataclasses.replace(recipe, output=Path(output).absolute())
+    if recipe.output == Path():
+        raise UserError(f"{path}: output: missing; give the folder for everything that the stages make")
+    if not recipe.stages:
+        raise UserError(f"{path}: has no stages")
+    if seed is not None:
+        stages = [
+            dataclasses.replace(stage, options=stage.options | {"seed": (str(seed), "--seed")})
+            if "seed" in stage.options
+            else stage
+            for stage in recipe.stages
+        ]
+        recipe = dataclasses.replace(recipe, stages=stages)
+    return recipe
+
+
+TOP = ("base", "output", "environment", "stages")
+
+
+def _read(path: Path, above: frozenset[Path]) -> Recipe:
+    if path.resolve() in above:
+        raise UserError(f"{path}: is its own base")
+    with OptionFile(path, "") as file:
+        lines = {line.name: line for line in file.entries(file.root, f"{path}: must hold output: and stages:")}
+        for line in lines.values():
+            if line.name not in TOP:
+                raise UserError(
+                    f"{line.where}: unknown '{line.name}'{nearest(line.name, TOP)}; a recipe has {_list(TOP)}"
+                )
+        recipe = Recipe(path, Path(), {}, [])
+        if "base" in lines:
+            base = Path(os.path.normpath(path.parent / _text(file, lines["base"])))
+            recipe = _read(base, above | {path.resolve()})
+        output, environment = recipe.output, dict(recipe.environment)
+        if "output" in lines:
+            output = Path(os.path.normpath(path.parent.absolute() / _text(file, lines["output"])))
+        for line in _mapping(file, lines.get("environment")):
+            environment[line.name] = _text(file, line)
+        stages = {stage.name: stage for stage in recipe.stages}
+        for line in _mapping(file, lines.get("stages")):
+            stages[line.name] = _stage(file, line, stages.get(line.name))
+    return Recipe(path, output, environment, list(stages.values()))
+
+
+def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
+    """A stage, or what it changes of the one of this name in the base."""
+    if not re.fullmatch(r"\w[\w.-]*", line.name):
+        raise UserError(f"{line.where}: '{line.name}': name a stage by letters, digits, - and _")
+    known = (*COMMANDS, SCRIPT, "options", "processes")
+    parts = {part.name: part for part in _mapping(file, line)}
+    for part in parts.values():
+        if part.name not in known:
+            raise UserError(f"{part.where}: '{part.name}' is no command of a stage{nearest(part.name, known)}")
+    commands = [name for name in parts if name in COMMANDS or name == SCRIPT]
+    if len(commands) != 1 and not (before and not commands):
+        raise UserError(f"{line.where}: stage '{line.name}': give one command: {_list((*COMMANDS, SCRIPT))}")
+    command = commands[0] if commands else before.command
+    if before is not None and before.command != command:
+        raise UserError(f"{line.where}: stage '{line.name}': is {before.command} in the base; give another name")
+    stage = before or Stage(line.name, line.where, command)
+    if command == SCRIPT and commands:
+        stage = dataclasses.replace(stage, script=file.path.parent.absolute() / _text(file, parts[SCRIPT]))
+    place = "options" if command == SCRIPT else command
+    if "options" in parts and place != "options":
+        raise UserError(f"{parts['options'].where}: the options of {command} belong under it")
+    options = {
+        name: (_from_here(file.value(node), file.path.parent.absolute()), f"{where}: {name}")
+        for name, where, node in _mapping(file, parts.get(place))
+    }
+    if command == "train" and "auto_resume" not in stage.options | options and "load" not in stage.options | options:
+        options["auto_resume"] = (True, f"{line.where}: auto_resume")
+    if "processes" in parts:
+        if command not in SEVERAL:
+            raise UserError(f"{parts['processes'].where}: processes: {command} runs in one; of {_list(SEVERAL)} only")
+        number = _text(file, parts["processes"])
+        if not number.isdigit() or int(number) < 1:
+            raise UserError(f"{parts['processes'].where}: processes: must be a number of at least 1, found {number!r}")
+        stage = dataclasses.replace(stage, processes=int(number))
+    return dataclasses.replace(stage, options=stage.options | options)
+
+
+def _mapping(file: OptionFile, line: Entry | None) -> list[Entry]:
+    return file.entries(line.node, f"{line.where}: {line.name}: must hold 'name: value' lines") if line else []
+
+
+def _text(file: OptionFile, line: Entry) -> str:
+    value = file.value(line.node)
+    if not isinstance(value, str):
+        raise UserError(f"{line.where}: {line.name}: must be a text, found {value!r}")
+    return value
+
+
+def _from_here(value: Any, folder: Path) -> Any:
+    """The value with paths that begin with ./ or ../ (behind @ or LABEL= too) seen from ``folder``."""
+    if isinstance(value, list):
+        return [_from_here(one, folder) for one in value]
+    path = re.match(r"(@|[^=/\s]+=)?(\.\.?/.*)", value, re.DOTALL) if isinstance(value, str) else None
+    return f"{path[1] or ''}{os.path.normpath(folder / path[2])}" if path else value
+
+
+def _script_words(options: Options) -> list[str]:
+    words = []
+    for name, (value, where) in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            raise UserError(f"{where}: must be one value or a list, found {value!r}")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif isinstance(value, str):
+            words += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
+        elif value:
+            words.append(flag)
+    return words
+
+
+def _check_run(words: list[str]) -> None:
+    """What contradicts something else, or would have no effect in a training run."""
+    from megatron_solopo.config_load import load  # with what knows models
+
+    load(words)
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
