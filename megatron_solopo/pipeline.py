@@ -105,12 +105,14 @@ class Work:
     Attributes:
         number: "2/9".
         given: the value of each option that is given.
+        later: what it and the stages after it write.
     """
 
     stage: Stage
     number: str
     words: list[str]
     given: dict[str, Any]
+    later: set[Path] = dataclasses.field(default_factory=set)
 
     def __str__(self) -> str:
         return f"[{self.number}] {self.stage.name}"
@@ -130,17 +132,17 @@ class Work:
         return json.loads(json.dumps([self.stage.command, script, given], default=str))
 
     def inputs(self) -> dict[str, Any]:
-        """Size and time of every file and folder that an option names, but for what the stage writes."""
+        """Size and time of every file and folder that an option names, but for what is written from here on: a stage
+        of --preference-loss orpo must not take a later one's folder orpo for an input."""
         places = [str(self.stage.script)] if self.stage.script else []
         for name, value in self.given.items():
             if name not in (*OUTPUTS, *NEITHER):
                 places += [place for one in (value if isinstance(value, list) else [value]) for place in _places(one)]
-        here = Path.cwd().resolve()
-        written = {Path(output).resolve() for output in self.outputs}
+        above = [Path.cwd().resolve(), *Path.cwd().resolve().parents]
         return {
             place: _state(Path(place))
             for place in dict.fromkeys(places)
-            if (real := Path(place).resolve()) not in written and real != here and real not in here.parents
+            if (real := Path(place).resolve()) not in above and self.later.isdisjoint([real, *real.parents])
         }
 
 
@@ -155,6 +157,10 @@ def _works(recipe: Recipe) -> list[Work]:
             if other != stage.name:
                 raise UserError(f"{stage.where}: stage '{stage.name}': {output} is what stage '{other}' makes too")
         works.append(work)
+    later: set[Path] = set()
+    for work in reversed(works):
+        later |= {Path(output).resolve() for output in work.outputs}
+        work.later.update(later)
     return works
 
 

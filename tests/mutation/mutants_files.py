@@ -189,6 +189,8 @@ STORE = "tests/unit/test_token_store.py"
 OVERLONG = "tests/unit/test_overlong.py"
 
 SCORING = "tests/unit/test_data_scoring.py"
+NAMES = "tests/unit/test_option_names.py"
+PIPELINE = "tests/functional/test_pipeline.py -k 'not killed'"
 
 DATA = [
     *within(
@@ -281,5 +283,34 @@ DATA = [
             "key=lambda i: (abs(spans[i][0] + spans[i][1] - len(text)), i)",
             "key=lambda i: i",
         ),
+    ),
+    *within(
+        "arguments.py",
+        NAMES,
+        ("the file over the command line", "if action not in besides:", "if True:"),
+        ("a mistake in a file blamed on the command line", "self._places.get(option[1], option[1])", "option[1]"),
+        ("two names of one option in a file", "if action in places:", "if False:"),
+    ),
+    *within(
+        "pipeline.py",
+        PIPELINE,
+        (
+            "another stage before it overlooked",
+            "inputs = _digest([before, work.inputs()])",
+            "inputs = _digest([work.inputs()])",
+        ),
+        ("another input overlooked", "inputs = _digest([before, work.inputs()])", "inputs = _digest([before])"),
+        (
+            "another output taken for its own",
+            "noted.options == options and _untouched(noted.files)",
+            "noted.options == options",
+        ),
+        (
+            "a file of the user deleted",
+            "[output for output in work.outputs if not os.path.lexists(output)]",
+            "list(work.outputs)",
+        ),
+        ("a file elsewhere deleted", " and here in path.absolute().resolve().parents]", "]"),
+        ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None"),
     ),
 ]
