@@ -190,7 +190,7 @@ OVERLONG = "tests/unit/test_overlong.py"
 
 SCORING = "tests/unit/test_data_scoring.py"
 NAMES = "tests/unit/test_option_names.py"
-PIPELINE = "tests/functional/test_pipeline.py -k 'not killed'"
+PIPELINE = "tests/functional/test_recipe_runs.py -k 'not killed'"
 
 DATA = [
     *within(
