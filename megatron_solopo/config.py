@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_solopo.errors import UserError
+from megatron_solopo.losses import registry
+from megatron_solopo.losses.registry import (
+    LOSSES,
+    aligns_with_reference,
+    defaults_in_words,
+    own_options,
+    reads,
+    those_that,
+)
+from megatron_solopo.option import option
 from megatron_solopo.parallel import context
-
-
-def option(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    mapping: bool = False,
-) -> Any:
-    """A field of a section: default, one line of help, allowed values or the smallest allowed number.
-
-    With ``mapping`` it is a JSON object in a text, which a YAML file may also give as a mapping.
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "mapping": mapping})
 
 
 @dataclass
@@ -115,7 +112,7 @@ class DataConfig:
 
 @dataclass
 class MethodConfig:
-    """What is learnt. Formulas: losses/solopo.py."""
+    """What is learnt. Formulas: losses/, a file a preference loss, whose own options stand in ``loss_options``."""
 
     objective: str = option(
         "preference",
@@ -124,9 +121,8 @@ class MethodConfig:
     )
     preference_loss: str = option(
         "dpo",
-        "the preference loss and its reward; longpo is a baseline that compares the policy on the long context with "
-        "the reference on the short one",
-        ("dpo", "ipo", "simpo", "orpo", "longpo"),
+        "the preference loss and its reward, or module:CLASS, a loss of yours (docs/method.md)",
+        LOSSES,
     )
     context_mode: str = option(
         "solo",
@@ -136,17 +132,13 @@ class MethodConfig:
     )
     beta: float | None = option(
         None,
-        "reward scale; default 0.1 for dpo, ipo and longpo, 2.0 for simpo; ipo's margin aims at 1 / (2 beta) "
-        "nats per token",
+        f"reward scale; default {defaults_in_words('beta')}; ipo's margin aims at 1 / (2 beta) nats per token",
         minimum=0,
     )
-    simpo_gamma: float = option(1.0, "SimPO's target margin, in reward units", minimum=0)
-    orpo_lambda: float = option(0.1, "ORPO's weight of the odds-ratio term", minimum=0)
-    longpo_lambda: float = option(
-        0.01, "LongPO's weight of the preference term, beside the chosen answer's likelihood at length", minimum=0
-    )
     label_smoothing: float = option(
-        0.0, "probability that a pair's labels are swapped, below 0.5, for dpo and simpo", minimum=0
+        0.0,
+        f"probability that a pair's labels are swapped, below 0.5, for {those_that(reads('label_smoothing'), 'and')}",
+        minimum=0,
     )
     label_smoothing_form: str = option(
         "conservative",
@@ -157,18 +149,19 @@ class MethodConfig:
     sft_weight: float = option(
         0.0,
         "weight of the chosen answer's negative log-likelihood, on the context of the preference loss (solo: short), "
-        "added to dpo, ipo or simpo; TRL's rpo_alpha, cpo_alpha and loss type sft, RPO's alpha",
+        f"added to {those_that(reads('sft_weight'))}; TRL's rpo_alpha, cpo_alpha and loss type sft, RPO's alpha",
         minimum=0,
     )
     sft_normalization: str = option(
         "sequence",
-        "of that likelihood and of LongPO's; sequence: the mean over each answer's tokens, every group the same "
+        f"of that likelihood and of that in {those_that(reads('sft_normalization'))}; sequence: the mean "
+        "over each answer's tokens, every group the same "
         "(RPO); token: the mean over the chosen tokens of the global batch (TRL)",
         ("sequence", "token"),
     )
     alignment_weight: float | None = option(
         None,
-        "alpha, the weight of the short-to-long alignment; default 3 for dpo and ipo, 1 for simpo and orpo",
+        f"alpha, the weight of the short-to-long alignment; default {defaults_in_words('alignment_weight')}",
         minimum=0,
     )
     alignment_target: str = option("chosen", "which responses are aligned", ("chosen", "both"))
@@ -182,12 +175,14 @@ class MethodConfig:
     alignment_stop_short_gradient: bool = option(False, "the alignment moves only the long side")
     alignment_reference: str = option(
         "per_context",
-        "the reference log-prob in the long reward of dpo and ipo: on its own context, or on the short one",
+        f"the reference log-prob in the long reward of {those_that(aligns_with_reference, 'and')}: on its own context, "
+        "or on the short one",
         ("per_context", "short"),
     )
     reference_cache: str | None = option(
         None, "folder of cached reference log-probs; default: reference/ beside the run folder"
     )
+    loss_options: dict[str, Any] = field(default_factory=dict)
 
 
 FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
@@ -195,9 +190,6 @@ FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
 
 MAX_SHARD_SIZE = "5GB"
 """Of a weight file in a Hugging Face folder, unless convert-checkpoint is told otherwise."""
-
-LOSSES_WITH_REFERENCE = ("dpo", "ipo", "longpo")
-"""Preference losses that compare the policy with its starting weights."""
 
 
 @dataclass
@@ -338,16 +330,84 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     explicit: set[str] = field(default_factory=set)
 
-    def sections(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "explicit"}
+    def value(self, name: str) -> Any:
+        """What an option is; of a preference loss that the run does not have: the default."""
+        option = OWNER[name]
+        section = getattr(self, option.section)
+        return section.loss_options.get(name, option.spec.default) if option.of_loss else getattr(section, name)
+
+    def set(self, name: str, value: Any) -> None:
+        option = OWNER[name]
+        section = getattr(self, option.section)
+        if option.of_loss:
+            section.loss_options[name] = value
+        else:
+            setattr(section, name, value)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section, as written to config.yaml."""
-        return {name: dataclasses.asdict(section) for name, section in self.sections().items()}
+        return {section: {name: self.value(name) for name in names_of(section)} for section in SECTIONS}
 
 
-SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "explicit"}
-OWNER = {f.name: (section, f) for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
+class Option(NamedTuple):
+    """Where an option is declared.
+
+    Attributes:
+        section: its section in a YAML file.
+        spec: the field, with what `option` says of it.
+        kind: the dataclass it is a field of.
+    """
+
+    section: str
+    spec: dataclasses.Field
+    kind: type
+
+    @property
+    def of_loss(self) -> bool:
+        """Whether it is a preference loss's own."""
+        return self.kind is not SECTIONS[self.section]
+
+
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "explicit"}
+
+OWNER: dict[str, Option] = {
+    spec.name: Option(section, spec, kind)
+    for section, kind in SECTIONS.items()
+    for spec in dataclasses.fields(kind)
+    if spec.metadata
+} | {spec.name: Option("method", spec, kind) for kind in LOSSES.values() for spec in own_options(kind)}
+"""Every option by name; those of a user's loss once `load_loss` read it."""
+
+RESERVED = frozenset(
+    {"help", "config", "dry_run", "mathematics", "tokens", "steps", "total", "iteration", "reference_weights"}
+)
+"""Names that no option has: flags of the command line, and what a checkpoint keeps beside the options."""
+
+
+def names_of(section: str) -> list[str]:
+    """The options of a section, in order."""
+    return [name for name, option in OWNER.items() if option.section == section]
+
+
+def load_loss(name: str, where: str) -> None:
+    """Makes a user's loss, module:CLASS, and its options known; of another name nothing is done.
+
+    Args:
+        where: what names it: a flag, or a place in a file.
+
+    Raises:
+        UserError: there is no such loss, it is not complete, or one of its options has the name of another.
+    """
+    if ":" not in name:
+        return
+    try:
+        kind = registry.loss_class(name)
+        for spec in own_options(kind):
+            if spec.name in RESERVED or (spec.name in OWNER and OWNER[spec.name].kind is not kind):
+                raise ValueError(f"{name}: its option {spec.name} has a name that is taken; choose another")
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    OWNER.update({spec.name: Option("method", spec, kind) for spec in own_options(kind)})
 
 
 def flag(name: str) -> str:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from megatron_solopo.config import LOSSES_WITH_REFERENCE, Config, flag
+from megatron_solopo.config import Config, MethodConfig, flag, names_of
 from megatron_solopo.errors import UserError
+from megatron_solopo.losses.registry import (
+    LOSSES,
+    aligns_with_reference,
+    loss_class,
+    own_options,
+    preference_loss,
+    reads,
+    those_that,
+)
 from megatron_solopo.parallel.context import method_of
 
 
@@ -16,6 +25,7 @@ def check(config: Config) -> None:
     _check_method(config)
     _check_implementation(config)
     _check_unused(config)
+    _check_loss_options(config.method)
     _check_parallel(config)
     _check_training(config)
     _check_output(config)
@@ -37,10 +47,11 @@ def _check_method(config: Config) -> None:
         if config.data.overlong == "cut":
             raise UserError("--overlong cut with --objective sft: conversations have no documents to cut; take drop")
         return
-    if method.preference_loss == "longpo" and method.context_mode != "long":
+    modes = loss_class(method.preference_loss).context_modes
+    if method.context_mode not in modes:
         raise UserError(
-            f"--preference-loss longpo trains on the long context, not on --context-mode {method.context_mode}; "
-            "give --context-mode long"
+            f"--preference-loss {method.preference_loss} trains on the {' or '.join(modes)} context, not on "
+            f"--context-mode {method.context_mode}; give --context-mode {modes[0]}"
         )
     if method.beta == 0:
         raise UserError(
@@ -55,6 +66,14 @@ def _check_method(config: Config) -> None:
         raise UserError("--alignment-huber-delta must be above 0")
 
 
+def _check_loss_options(method: MethodConfig) -> None:
+    """What the loss itself refuses of its options."""
+    try:
+        preference_loss(method)
+    except ValueError as error:
+        raise UserError(f"--preference-loss {method.preference_loss}: {error}") from None
+
+
 def _check_implementation(config: Config) -> None:
     model, method = config.model, config.method
     engine = model.transformer_impl == "transformer_engine"
@@ -65,81 +84,27 @@ def _check_implementation(config: Config) -> None:
             "--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; take portable"
         )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
-    compared = method.objective == "preference" and method.preference_loss in LOSSES_WITH_REFERENCE
+    compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
+        without = those_that(lambda kind: not kind.needs_reference)
         raise UserError(
             f"--fp8-recipe delayed with {method.preference_loss}: it scales by earlier batches, and the reference is "
-            "computed before there are any; take tensorwise, or simpo or orpo"
+            f"computed before there are any; take tensorwise, or {without}"
         )
+
+
+Rule = tuple[str, bool, str]
+"""(option, whether something reads it, what it needs)."""
 
 
 def unused(config: Config) -> dict[str, str]:
     """Options that nothing would read in this run, and what they would need."""
-    method, model, training, output = config.method, config.model, config.training, config.output
+    model, training, output = config.model, config.training, config.output
     staged = config.parallel.pipeline_model_parallel_size > 1, "needs --pipeline-model-parallel-size above 1"
     overlapped = config.parallel.overlap_grad_reduce, "needs --overlap-grad-reduce"
     stops = output.exit_signal_handler or output.exit_duration_in_mins is not None
-    preference = method.objective == "preference"
-    solo = preference and method.context_mode == "solo"
-    loss = method.preference_loss if preference else None
-    likelihood = loss in ("dpo", "ipo", "simpo")
-    preference_only = (
-        "preference_loss",
-        "context_mode",
-        "beta",
-        "simpo_gamma",
-        "orpo_lambda",
-        "longpo_lambda",
-        "label_smoothing",
-        "label_smoothing_form",
-        "sft_weight",
-        "sft_normalization",
-        "alignment_weight",
-        "alignment_target",
-        "alignment_distance",
-        "alignment_huber_delta",
-        "alignment_stop_short_gradient",
-        "alignment_reference",
-        "reference_cache",
-    )
     rules = [
-        *((name, preference, "needs --objective preference") for name in preference_only),
-        ("beta", loss != "orpo", "needs a --preference-loss other than orpo (its weight is --orpo-lambda)"),
-        ("simpo_gamma", loss == "simpo", "needs --preference-loss simpo"),
-        ("orpo_lambda", loss == "orpo", "needs --preference-loss orpo"),
-        ("longpo_lambda", loss == "longpo", "needs --preference-loss longpo"),
-        ("label_smoothing", loss in ("dpo", "simpo"), "needs --preference-loss dpo or simpo"),
-        ("label_smoothing_form", method.label_smoothing > 0, "needs --label-smoothing above 0"),
-        (
-            "sft_weight",
-            likelihood,
-            "needs --preference-loss dpo, ipo or simpo (orpo and longpo hold this term; weigh it against theirs with "
-            "--orpo-lambda or --longpo-lambda)",
-        ),
-        (
-            "sft_normalization",
-            loss == "longpo" or (likelihood and method.sft_weight > 0),
-            "needs --sft-weight above 0, or --preference-loss longpo",
-        ),
-        ("alignment_weight", solo, "needs --context-mode solo"),
-        ("alignment_target", solo, "needs --context-mode solo"),
-        ("alignment_distance", solo, "needs --context-mode solo"),
-        (
-            "alignment_huber_delta",
-            solo and method.alignment_distance == "huber",
-            "needs --context-mode solo and --alignment-distance huber",
-        ),
-        ("alignment_stop_short_gradient", solo, "needs --context-mode solo"),
-        (
-            "alignment_reference",
-            solo and loss in ("dpo", "ipo"),
-            "needs --context-mode solo and --preference-loss dpo or ipo (other rewards have no reference)",
-        ),
-        (
-            "reference_cache",
-            loss in LOSSES_WITH_REFERENCE,
-            "needs --preference-loss dpo, ipo or longpo (other losses have no reference)",
-        ),
+        *_method_rules(config.method),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
@@ -181,6 +146,55 @@ def unused(config: Config) -> dict[str, str]:
         if not used:
             idle.setdefault(name, why)
     return idle
+
+
+def _method_rules(method: MethodConfig) -> list[Rule]:
+    """Those of the method, from what the losses say of themselves."""
+    preference = method.objective == "preference"
+    solo = preference and method.context_mode == "solo"
+    loss = loss_class(method.preference_loss)
+    added = method.sft_weight > 0 and "sft_weight" in loss.reads
+    no_sft_weight = those_that(lambda kind: kind.holds_likelihood, "and")
+
+    own = f"; {method.preference_loss} has {', '.join(flag(spec.name) for spec in own_options(loss))}"
+
+    def takes(option: str) -> str:
+        return f"needs --preference-loss {those_that(reads(option))}"
+
+    return [
+        *((name, preference, "needs --objective preference") for name in names_of("method") if name != "objective"),
+        *(
+            (spec.name, kind is loss, f"needs --preference-loss {name}")
+            for name, kind in LOSSES.items()
+            for spec in own_options(kind)
+        ),
+        ("beta", reads("beta")(loss), takes("beta") + (own if own_options(loss) else "")),
+        ("label_smoothing", reads("label_smoothing")(loss), takes("label_smoothing")),
+        ("label_smoothing_form", method.label_smoothing > 0, "needs --label-smoothing above 0"),
+        ("sft_weight", reads("sft_weight")(loss), f"{takes('sft_weight')} ({no_sft_weight} hold this term)"),
+        (
+            "sft_normalization",
+            added or reads("sft_normalization")(loss),
+            f"needs --sft-weight above 0, or --preference-loss {those_that(reads('sft_normalization'))}",
+        ),
+        (
+            "alignment_huber_delta",
+            solo and method.alignment_distance == "huber",
+            "needs --context-mode solo and --alignment-distance huber",
+        ),
+        (
+            "alignment_reference",
+            solo and aligns_with_reference(loss),
+            f"needs --context-mode solo and --preference-loss {those_that(aligns_with_reference)} (other rewards have "
+            "no reference)",
+        ),
+        *((name, solo, "needs --context-mode solo") for name in names_of("method") if name.startswith("alignment_")),
+        (
+            "reference_cache",
+            loss.needs_reference,
+            f"needs --preference-loss {those_that(lambda kind: kind.needs_reference)} (other losses have no reference)",
+        ),
+    ]
 
 
 def _check_unused(config: Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import math
 import types
@@ -15,16 +14,18 @@ from typing import Any
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.arguments import Parser
-from megatron_solopo.config import OWNER, SECTIONS, Config, flag
+from megatron_solopo.config import OWNER, SECTIONS, Config, flag, load_loss, names_of
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import nearest
+from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.model.rope_scaling import parse as parse_rope_scaling
-from megatron_solopo.yaml_options import Options
+from megatron_solopo.yaml_options import OptionFile, Options
+
+_hints = functools.cache(typing.get_type_hints)  # evaluating annotations is slow, and every option asks
 
 
-@functools.cache  # evaluating annotations is slow, and every option asks
-def _base_type(kind: type, name: str) -> type:
-    annotation = typing.get_type_hints(kind)[name]
+def _base_type(name: str) -> type:
+    annotation = _hints(OWNER[name].kind)[name]
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
     return annotation
@@ -32,8 +33,7 @@ def _base_type(kind: type, name: str) -> type:
 
 def _converter(name: str) -> Callable[[str], Any]:
     """What makes an option's value of its text: of its type, within its choices and minimum."""
-    section, spec = OWNER[name]
-    kind = _base_type(SECTIONS[section], name)
+    spec, kind = OWNER[name].spec, _base_type(name)
 
     def convert(text: str) -> Any:
         try:
@@ -63,41 +63,59 @@ def build_parser() -> Parser:
         prog="pretrain_solopo.py",
         description="Train a language model with SoLoPO on Megatron Core. "
         "Start it under torchrun for several processes.",
-        sections={section: [spec.name for spec in dataclasses.fields(kind)] for section, kind in SECTIONS.items()},
+        sections={section: names_of(section) for section in SECTIONS},
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)
-        for spec in dataclasses.fields(kind):
+        for name in names_of(section):
+            spec = OWNER[name].spec
             text = spec.metadata["help"].replace("%", "%%")
             default: dict[str, Any] = {"default": spec.default}
-            if _base_type(kind, spec.name) is bool:
+            if _base_type(name) is bool:
                 text += f" (default: {'on' if spec.default else 'off'})"
-                group.add_argument(flag(spec.name), action=argparse.BooleanOptionalAction, help=text, **default)
+                group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text, **default)
                 continue
             if spec.metadata["choices"]:
                 text += f" [{' | '.join(spec.metadata['choices'])}]"
             if spec.default is not None:
                 text += f" (default: {spec.default})"
-            form = "JSON" if spec.metadata["mapping"] else _base_type(kind, spec.name).__name__.upper()
-            group.add_argument(flag(spec.name), metavar=form, type=_converter(spec.name), help=text, **default)
+            form = "JSON" if spec.metadata["mapping"] else _base_type(name).__name__.upper()
+            group.add_argument(flag(name), metavar=form, type=_converter(name), help=text, **default)
     return parser
 
 
 def read_yaml(path: str | Path) -> Options:
     """What a run's YAML file says, not converted; see `read_options`."""
+    _load_loss_of(path)
     return build_parser().read_file(path)
 
 
+def _load_loss_of(path: str | Path) -> None:
+    """Makes the loss that a run's YAML file names known, with the options that the file may have; see `load_loss`."""
+    for name, (value, where) in _read_section(path, "method").items():
+        if name == "preference_loss":
+            load_loss(str(value), where)
+
+
+def _read_section(path: str | Path, wanted: str) -> Options:
+    """The options of one section of a YAML file, known or not."""
+    with OptionFile(path, "--config") as file:
+        sections = file.entries(file.root, f"{path}: must hold the sections {', '.join(SECTIONS)}")
+        node = next((node for section, _, node in sections if section == wanted), None)
+        lines = file.entries(node, f"{path}: section '{wanted}' must hold 'name: value' lines")
+        return {name: (file.value(node), f"{where}: {wanted}.{name}") for name, where, node in lines}
+
+
 def read_model_options(path: str | Path) -> dict[str, Any]:
-    """The model's options in a run's config.yaml.
+    """The model's options in a run's config.yaml, whatever became of a loss of the user's that the run had.
 
     Raises:
-        UserError: see `read_options`, or a value that is none of its option.
+        UserError: unreadable YAML, or a value that is none of its option.
     """
     parser = build_parser()
-    values = vars(parser.parse_args(["--config", str(path)]))
-    return {name: values[name] for name in parser.given if name in OWNER and OWNER[name][0] == "model"}
+    values = vars(parser.parse_args(parser.words(_read_section(path, "model"))))
+    return {name: values[name] for name in parser.given & OWNER.keys()}
 
 
 def load(argv: list[str] | None = None) -> tuple[Config, bool]:
@@ -106,11 +124,19 @@ def load(argv: list[str] | None = None) -> tuple[Config, bool]:
     Raises:
         UserError: what is unknown, contradicts something else, or would have no effect.
     """
+    first = Parser(config=False, add_help=False)  # what tells which options there are
+    first.add_argument("--config")
+    first.add_argument("--preference-loss")
+    before, _ = first.parse_known_args(argv)
+    if before.config:
+        _load_loss_of(before.config)
+    if before.preference_loss is not None:
+        load_loss(before.preference_loss, flag("preference_loss"))
     parser = build_parser()
     values = parser.parse_args(argv)
     config = Config(explicit=parser.given & OWNER.keys())
     for name in config.explicit:
-        setattr(getattr(config, OWNER[name][0]), name, getattr(values, name))
+        config.set(name, getattr(values, name))
     resolve(config)
     return config, values.dry_run
 
@@ -129,8 +155,9 @@ def resolve(config: Config) -> None:
     if model.chat_template_date is not None:
         template_kwargs.check_date(model.chat_template_date)
     if method.objective == "preference":
-        if method.beta is None and method.preference_loss != "orpo":
-            method.beta = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "longpo": 0.1}[method.preference_loss]
-        if method.alignment_weight is None and method.context_mode == "solo" and method.preference_loss != "longpo":
-            method.alignment_weight = {"dpo": 3.0, "ipo": 3.0, "simpo": 1.0, "orpo": 1.0}[method.preference_loss]
+        defaults = loss_class(method.preference_loss).defaults
+        if method.beta is None:
+            method.beta = defaults.get("beta")
+        if method.alignment_weight is None and method.context_mode == "solo":
+            method.alignment_weight = defaults.get("alignment_weight")
     check(config)

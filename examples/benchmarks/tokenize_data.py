@@ -163,7 +163,8 @@ def merge(folder: Path, count: int) -> None:
     from megatron_solopo.data.options import TokenizerOptions
     from megatron_solopo.data.text.text_facts import TEXT_FACTS
     from megatron_solopo.data.tokenized import tokenize_data
-    from megatron_solopo.data.tokenized.token_store import ALL_ROLES, FORMAT, indexed_dataset, open_tokens
+    from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, FORMAT, indexed_dataset, open_tokens
+    from megatron_solopo.pack import Context, Side
 
     indexed_dataset()  # the import is no part of the times
     shutil.rmtree(folder, ignore_errors=True)
@@ -185,7 +186,7 @@ def merge(folder: Path, count: int) -> None:
     store = folder / tokenize_data.RESULT
     (store / "manifest.json").write_text(json.dumps(manifest | {"text": facts}), encoding="utf-8")
     begin = time.process_time()
-    dataset = open_tokens(store, facts, ALL_ROLES, 8292).with_roles(ALL_ROLES[:3])
+    dataset = open_tokens(store, facts, BOTH_PAIRS, 8292).only(BOTH_PAIRS - {(Context.LONG, Side.REJECTED)})
     opened = time.process_time() - begin
     read = sum(len(list(ids)) for place in range(8) for ids in dataset.groups[place * (count // 100)].sequences())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -25,6 +25,7 @@ from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGro
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
+from megatron_solopo.pack import Context, Segments, Side
 from megatron_solopo.progress import ProgressBar, reporting
 
 PROMPTS = (
@@ -159,11 +160,12 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
 
     modules = [*model.decoder.layers[:-1], model.decoder.final_layernorm]
     hooks = [module.register_forward_hook(keep) for module in modules]
-    group = TokenGroup("prompt", (Prompt(list(ids[:1]), (Continuation("text", list(ids[1:])),)),))
+    group = TokenGroup("prompt", (Prompt(Context.SHORT, list(ids[:1]), (Continuation(Side.PLAIN, list(ids[1:])),)),))
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     pack = build_pack([group], [0], False, multiple)
     # Every token a segment of its own: the head sums log-probs by segment.
-    pack = dataclasses.replace(pack, segments=torch.arange(len(ids) - 1), segment_roles=("text",) * (len(ids) - 1))
+    each = Segments.of([(0, Context.SHORT, Side.PLAIN, place, 1) for place in range(len(ids) - 1)], 1)
+    pack = dataclasses.replace(pack, segments=torch.arange(len(ids) - 1), scored=each)
     try:
         log_probs = segment_log_probs(model, device_pack(pack, model.config, parameter.device), head, parameter.dtype)
     finally:

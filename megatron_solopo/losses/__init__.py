@@ -1,16 +1,24 @@
-"""Pure losses: log-probs, lengths and counts in, a loss for each group out."""
+"""Pure losses: log-probs, lengths and indices in, a loss for each group out. One file a preference loss."""
 
-from megatron_solopo.losses.rewards import dpo_reward, orpo_log_odds, simpo_reward
-from megatron_solopo.losses.solopo import GroupLosses, sft_loss, solopo_loss
-from megatron_solopo.losses.terms import alignment_distance, ipo_loss, logistic_loss, negative_log_likelihood
+from megatron_solopo.losses.base import Pairs, PreferenceLoss, Responses
+from megatron_solopo.losses.dpo import dpo_reward
+from megatron_solopo.losses.orpo import orpo_log_odds
+from megatron_solopo.losses.sft import sft_loss
+from megatron_solopo.losses.simpo import simpo_reward
+from megatron_solopo.losses.solopo import solopo_loss
+from megatron_solopo.losses.terms import GroupLosses, alignment_distance, logistic_loss, negative_log_likelihood
+from megatron_solopo.option import option
 
 __all__ = [
     "GroupLosses",
+    "Pairs",
+    "PreferenceLoss",
+    "Responses",
     "alignment_distance",
     "dpo_reward",
-    "ipo_loss",
     "logistic_loss",
     "negative_log_likelihood",
+    "option",
     "orpo_log_odds",
     "sft_loss",
     "simpo_reward",

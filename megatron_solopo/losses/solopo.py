@@ -2,178 +2,146 @@
 
     L = L_PO(x_short, y_w, y_l) + alpha * s( r(x_short, y_w) - r(x_long, y_w) )
 
-with DPO, IPO, SimPO or ORPO as L_PO, r its reward and s a distance (|.| unless `--alignment-distance` says another).
-`--context-mode short | long` are plain preference optimization on that context; `--alignment-target both` adds the
-same alignment term for y_l. `--sft-weight` adds the negative log-likelihood of y_w to DPO, IPO and SimPO.
+with a preference loss L_PO of losses/ (or a user's), r its reward and s a distance (|.| unless `--alignment-distance`
+says another). `--context-mode short | long` are plain preference optimization on that context; `--alignment-target
+both` adds the same alignment term for y_l. `--sft-weight` adds the negative log-likelihood of y_w to losses that do not
+hold it.
 
-LongPO (arXiv 2502.13922) is a baseline beside it: the policy on the long context, the reference on the short one,
-
-    L = NLL(y_w | x_long) - lambda * log sigmoid( beta log [pi(y_w | x_long) / pi_ref(y_w | x_short)]
-                                                - beta log [pi(y_l | x_long) / pi_ref(y_l | x_short)] )
+A group of k chosen and m rejected responses has k m pairs, whose mean is its L_PO. Its alignment is the mean over the k
+chosen responses, with `both` plus the mean over the m rejected ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_solopo.config import LOSSES_WITH_REFERENCE, MethodConfig
-from megatron_solopo.losses.rewards import dpo_reward, orpo_clamped, orpo_log_odds, simpo_reward
-from megatron_solopo.losses.terms import alignment_distance, ipo_loss, logistic_loss, negative_log_likelihood
-from megatron_solopo.metrics import Metric, register
+from megatron_solopo.losses.base import Pairs, Responses
+from megatron_solopo.losses.registry import loss_class, preference_loss
+from megatron_solopo.losses.terms import GroupLosses, alignment_distance, group_mean, group_sum, negative_log_likelihood
+from megatron_solopo.pack import Context, Scored, Segments, Side
 
-SHORT_CHOSEN, SHORT_REJECTED = "short_chosen", "short_rejected"
-LONG_CHOSEN, LONG_REJECTED = "long_chosen", "long_rejected"
-RESPONSE = "response"
-"""Roles: which log-prob of a group a tensor holds. RESPONSE is the only one of --objective sft."""
-
-register(
-    Metric("ipo_margin", "IPO margin", "nats per token", True, figure=None),
-    Metric("orpo_clamped", "clamped log-odds", "of the scored answers", False, figure=None),
-)
+if TYPE_CHECKING:  # which reads this room's registry
+    from megatron_solopo.config import MethodConfig
 
 
-@dataclass(frozen=True)
-class GroupLosses:
-    """The loss of each group and what to watch.
-
-    Attributes:
-        loss: [n groups], differentiable, in nats.
-        metrics: name -> [n groups], detached.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
+def pair_context(method: MethodConfig) -> Context:
+    """The context of the preference loss."""
+    return Context.LONG if method.context_mode == "long" else Context.SHORT
 
 
-def roles(method: MethodConfig) -> tuple[str, ...]:
-    """The log-probs of the policy that the method needs of each group, short context first."""
-    if method.objective == "sft":
-        return (RESPONSE,)
-    short, long = (SHORT_CHOSEN, SHORT_REJECTED), (LONG_CHOSEN, LONG_REJECTED)
-    if method.context_mode == "short":
-        return short
-    if method.context_mode == "long":
-        return long
-    return short + (long if method.alignment_target == "both" else long[:1])
-
-
-def reference_roles(method: MethodConfig) -> tuple[str, ...]:
-    """The log-probs of the reference model that the method reads of each group, short context first; () without one."""
-    if method.objective == "sft" or method.preference_loss not in LOSSES_WITH_REFERENCE:
+def aligned_sides(method: MethodConfig) -> tuple[Side, ...]:
+    """The sides whose short and long rewards are aligned."""
+    if method.context_mode != "solo":
         return ()
-    return tuple(dict.fromkeys(_reference_role(role, method) for role in roles(method)))
+    return (Side.CHOSEN, Side.REJECTED) if method.alignment_target == "both" else (Side.CHOSEN,)
 
 
-def _reference_role(role: str, method: MethodConfig) -> str:
-    """Which reference log-prob a policy role is compared with."""
-    on_short = method.preference_loss == "longpo" or (
-        method.context_mode == "solo" and method.alignment_reference == "short"
-    )
-    return role.replace("long_", "short_") if on_short else role
+def policy_scores(method: MethodConfig) -> Scored:
+    """What the policy scores of each group."""
+    if method.objective == "sft":
+        return frozenset({(Context.SHORT, Side.PLAIN)})
+    pairs = {(pair_context(method), side) for side in (Side.CHOSEN, Side.REJECTED)}
+    return frozenset(pairs | {(Context.LONG, side) for side in aligned_sides(method)})
 
 
-def scored_roles(method: MethodConfig) -> tuple[str, ...]:
-    """What the policy or the reference scores, short context first."""
-    wanted = {*roles(method), *reference_roles(method)}
-    return tuple(
-        role for role in (SHORT_CHOSEN, SHORT_REJECTED, LONG_CHOSEN, LONG_REJECTED, RESPONSE) if role in wanted
-    )
+def reference_scores(method: MethodConfig) -> Scored:
+    """What the reference model scores of each group; nothing without one."""
+    if not needs_reference(method):
+        return frozenset()
+    return frozenset((reference_context(context, method), side) for context, side in policy_scores(method))
+
+
+def all_scores(method: MethodConfig) -> Scored:
+    """What the policy or the reference scores."""
+    return policy_scores(method) | reference_scores(method)
 
 
 def needs_reference(method: MethodConfig) -> bool:
     """Whether the loss compares with reference log-probs."""
-    return bool(reference_roles(method))
+    return method.objective == "preference" and loss_class(method.preference_loss).needs_reference
 
 
-def chosen_role(method: MethodConfig) -> str:
-    """The chosen answer on the context of the preference loss."""
-    return LONG_CHOSEN if method.context_mode == "long" else SHORT_CHOSEN
+def reference_context(context: Context, method: MethodConfig) -> Context:
+    """The context on which the reference scores what the policy scores on this one."""
+    on_short = loss_class(method.preference_loss).reference_on_short or (
+        method.context_mode == "solo" and method.alignment_reference == "short"
+    )
+    return Context.SHORT if on_short else context
 
 
-def has_likelihood(method: MethodConfig) -> bool:
-    """Whether the chosen answer's negative log-likelihood is a term of its own (ORPO's is part of its loss)."""
-    return method.objective == "preference" and (method.preference_loss == "longpo" or method.sft_weight > 0)
+def adds_likelihood(method: MethodConfig) -> bool:
+    """Whether --sft-weight adds the chosen answer's negative log-likelihood to the loss."""
+    return method.objective == "preference" and method.sft_weight > 0
 
 
-def needs_tokens_per_group(method: MethodConfig) -> bool:
+def needs_mean_chosen_length(method: MethodConfig) -> bool:
     """Whether the loss depends on the mean chosen length of the global batch."""
-    return has_likelihood(method) and method.sft_normalization == "token"
-
-
-def sft_loss(log_probs: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> GroupLosses:
-    """The mean negative log-likelihood of each example's learnt tokens, in nats per token."""
-    loss = negative_log_likelihood(log_probs[RESPONSE], lengths[RESPONSE])
-    return GroupLosses(loss, {"nll": loss.detach()})
+    if method.objective != "preference" or method.sft_normalization != "token":
+        return False
+    return adds_likelihood(method) or "sft_normalization" in loss_class(method.preference_loss).reads
 
 
 def solopo_loss(
-    log_probs: Mapping[str, Tensor],
-    lengths: Mapping[str, Tensor],
-    reference: Mapping[str, Tensor] | None,
+    log_probs: Tensor,
+    segments: Segments,
+    pairs: Tensor,
+    alignments: Tensor,
+    reference: Tensor | None,
     method: MethodConfig,
-    tokens_per_group: Tensor | None = None,
+    mean_chosen_length: Tensor | None = None,
 ) -> GroupLosses:
-    """The loss of each of n groups; nothing is averaged over groups.
+    """The loss of each of n groups; nothing is averaged over groups. All tensors are on one device.
 
     Args:
-        log_probs: role -> [n], summed log-probs of the policy over a response's tokens, nats.
-        lengths: role -> [n], the number of those tokens.
-        reference: role -> [n], the sums of `reference_roles(method)` under the reference model; None without one.
+        log_probs: [N] summed log-probs of the policy over each segment's tokens, nats.
+        segments: the N segments, those of `policy_scores(method)`.
+        pairs: [P, 2] `segments.pairs(pair_context(method))`.
+        alignments: [A, 2] `segments.alignments(aligned_sides(method))`.
+        reference: [N] the sum under the reference model that each segment is compared with, see `reference_context`;
+            None without one.
         method: resolved options (beta and alignment_weight set).
-        tokens_per_group: [] the mean of ``lengths[chosen_role(method)]`` over the global batch, where
-            `needs_tokens_per_group(method)`.
+        mean_chosen_length: [] where `needs_mean_chosen_length(method)`: the mean over the groups of the global batch of
+            the mean length of their chosen responses, on the context of the preference loss.
 
     Raises:
-        KeyError: a role of `roles(method)` is missing, or the reference.
-        ValueError: ``tokens_per_group`` is missing.
+        ValueError: ``reference`` or ``mean_chosen_length`` is missing.
     """
-    if needs_tokens_per_group(method) and tokens_per_group is None:
+    if not needs_mean_chosen_length(method):
+        mean_chosen_length = None
+    elif mean_chosen_length is None:
         raise ValueError("--sft-normalization token needs the mean chosen length of the global batch")
-    log_probs = {role: log_probs[role] for role in roles(method)}
-    rewards = {role: _reward(role, log_probs, lengths, reference, method) for role in log_probs}
-    chosen, rejected = chosen_role(method), chosen_role(method).replace("chosen", "rejected")
-    margin = rewards[chosen] - rewards[rejected]
-    metrics = {
-        "reward_chosen": rewards[chosen],
-        "reward_rejected": rewards[rejected],
+    kind = preference_loss(method)
+    responses = Responses(log_probs, segments.lengths.to(log_probs.dtype), reference)
+    rewards = kind.reward(responses)
+    chosen, rejected = pairs.unbind(1)
+    compared = Pairs(responses[chosen], responses[rejected], rewards[chosen], rewards[rejected], mean_chosen_length)
+    margin, preference = compared.margin, kind.loss(compared)
+    of_pairs = {
+        "reward_chosen": compared.chosen_rewards,
+        "reward_rejected": compared.rejected_rewards,
         "margin": margin,
         "accuracy": pair_accuracy(margin),
-        "logp_chosen": log_probs[chosen],
-        "logp_rejected": log_probs[rejected],
+        "logp_chosen": compared.chosen.log_probs,
+        "logp_rejected": compared.rejected.log_probs,
+        "po_loss": preference,
     }
-    if method.preference_loss == "ipo":
-        # The loss sees means over tokens, in nats; reward, margin and accuracy stay DPO's, as TRL logs them.
-        per_token = rewards[chosen] / lengths[chosen] - rewards[rejected] / lengths[rejected]
-        metrics["ipo_margin"] = margin = per_token / method.beta
-    if method.preference_loss == "orpo":
-        metrics["orpo_clamped"] = sum(orpo_clamped(log_probs[role], lengths[role]) for role in log_probs)
-    preference = _preference_loss(margin, log_probs[chosen], lengths[chosen], method)
-    metrics["po_loss"] = preference
-    loss = method.longpo_lambda * preference if method.preference_loss == "longpo" else preference
-    if has_likelihood(method):
-        mean_length = tokens_per_group if method.sft_normalization == "token" else None
-        likelihood = negative_log_likelihood(log_probs[chosen], lengths[chosen], mean_length)
-        loss = loss + (1.0 if method.preference_loss == "longpo" else method.sft_weight) * likelihood
-        metrics["sft_loss"] = likelihood
+    each = preference
+    if adds_likelihood(method):
+        likelihood = negative_log_likelihood(compared.chosen.log_probs, compared.chosen.lengths, mean_chosen_length)
+        each = each + method.sft_weight * likelihood
+        of_pairs["sft_loss"] = likelihood
+    mean = group_mean(segments.groups[chosen], segments.group_count)
+    loss = mean(each)
+    metrics = {name: mean(values) for name, values in (of_pairs | kind.pair_metrics(compared)).items()}
+    count = group_sum(segments.groups, segments.group_count)
+    metrics |= {name: count(values) for name, values in kind.response_counts(responses).items()}
     if method.context_mode == "solo":
-        alignment = _alignment(rewards, method)
+        alignment, watched = _alignment(responses, rewards, segments, alignments, method)
         loss = loss + method.alignment_weight * alignment
-        gap = (log_probs[SHORT_CHOSEN] - log_probs[LONG_CHOSEN]) / lengths[SHORT_CHOSEN]
-        metrics |= {
-            "alignment_loss": alignment,
-            "reward_long_chosen": rewards[LONG_CHOSEN],
-            "logp_long_chosen": log_probs[LONG_CHOSEN],
-            "short_long_gap_nats_per_token": gap,
-        }
-        if LONG_REJECTED in log_probs:
-            metrics |= {
-                "reward_long_rejected": rewards[LONG_REJECTED],
-                "logp_long_rejected": log_probs[LONG_REJECTED],
-            }
+        metrics |= {"alignment_loss": alignment} | watched
     return GroupLosses(loss, {name: value.detach() for name, value in metrics.items()})
 
 
@@ -184,47 +152,32 @@ def pair_accuracy(margin: Tensor) -> Tensor:
     0 (`chosen_rewards > rejected_rewards`), which reads as if every pair were ranked wrong.
 
     Args:
-        margin: [n] chosen minus rejected reward.
+        margin: [P] chosen minus rejected reward.
     """
     return torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)  # torch's sign of NaN is 0
 
 
-def _reward(
-    role: str,
-    log_probs: Mapping[str, Tensor],
-    lengths: Mapping[str, Tensor],
-    reference: Mapping[str, Tensor] | None,
-    method: MethodConfig,
-) -> Tensor:
-    if method.preference_loss == "simpo":
-        return simpo_reward(log_probs[role], lengths[role], method.beta)
-    if method.preference_loss == "orpo":
-        return orpo_log_odds(log_probs[role], lengths[role])
-    if reference is None:
-        raise KeyError(f"{method.preference_loss} needs reference log-probs")
-    return dpo_reward(log_probs[role], reference[_reference_role(role, method)], method.beta)
-
-
-def _preference_loss(margin: Tensor, chosen_log_prob: Tensor, chosen_length: Tensor, method: MethodConfig) -> Tensor:
-    if method.preference_loss == "ipo":
-        return ipo_loss(margin, method.beta)
-    if method.preference_loss == "orpo":
-        return negative_log_likelihood(chosen_log_prob, chosen_length) + method.orpo_lambda * logistic_loss(margin)
-    if method.preference_loss == "longpo":
-        return logistic_loss(margin)
-    if method.preference_loss == "simpo":
-        margin = margin - method.simpo_gamma
-    return logistic_loss(margin, method.label_smoothing, method.label_smoothing_form)
-
-
-def _alignment(rewards: Mapping[str, Tensor], method: MethodConfig) -> Tensor:
-    """The distance of short and long rewards, summed over the aligned responses."""
-    pairs = [(SHORT_CHOSEN, LONG_CHOSEN)]
-    if method.alignment_target == "both":
-        pairs.append((SHORT_REJECTED, LONG_REJECTED))
-    total = torch.zeros_like(rewards[SHORT_CHOSEN])
-    for short, long in pairs:
-        short_reward = rewards[short].detach() if method.alignment_stop_short_gradient else rewards[short]
-        difference = short_reward - rewards[long]
-        total = total + alignment_distance(difference, method.alignment_distance, method.alignment_huber_delta)
-    return total
+def _alignment(
+    responses: Responses, rewards: Tensor, segments: Segments, alignments: Tensor, method: MethodConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[n] the distance of short and long rewards, the mean over a side's responses added over the aligned sides; and
+    metrics of [n]."""
+    short, long = alignments.unbind(1)
+    short_rewards = rewards[short].detach() if method.alignment_stop_short_gradient else rewards[short]
+    distance = alignment_distance(
+        short_rewards - rewards[long], method.alignment_distance, method.alignment_huber_delta
+    )
+    sides = segments.sides[short]
+    # One row for each side of a group, in which a mean is taken.
+    by_side = group_mean(segments.groups[short] * len(Side) + sides, segments.group_count * len(Side))
+    rows = {
+        "reward_long": rewards[long],
+        "logp_long": responses.log_probs[long],
+        "gap": (responses.log_probs[short] - responses.log_probs[long]) / responses.lengths[short],
+    }
+    means = {name: by_side(values).reshape(-1, len(Side)) for name, values in rows.items()}
+    metrics = {"short_long_gap_nats_per_token": means["gap"][:, Side.CHOSEN]}
+    for side in aligned_sides(method):
+        for name in ("reward_long", "logp_long"):
+            metrics[f"{name}_{side.name.lower()}"] = means[name][:, side]
+    return by_side(distance).reshape(-1, len(Side)).sum(1), metrics

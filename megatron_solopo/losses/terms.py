@@ -1,9 +1,37 @@
-"""The terms of a group's loss, from rewards and log-probs: preference, alignment, likelihood of the chosen answer."""
+"""The terms that losses are made of, from rewards and log-probs, and their means over the pairs of a group."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupLosses:
+    """The loss of each group and what to watch.
+
+    Attributes:
+        loss: [n groups], differentiable, in nats.
+        metrics: name -> [n groups], detached.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def group_sum(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
+    """What adds [K] values up to [group_count], by the [K] groups they belong to."""
+    return lambda values: values.new_zeros(group_count).index_add(0, groups, values)
+
+
+def group_mean(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
+    """What averages [K] values to [group_count]; a group without any has 0."""
+    counts = groups.new_zeros(group_count).index_add(0, groups, torch.ones_like(groups))[groups]
+    return lambda values: values.new_zeros(group_count).index_add(0, groups, values / counts)
 
 
 def logistic_loss(margin: Tensor, label_smoothing: float = 0.0, form: str = "conservative") -> Tensor:
@@ -24,16 +52,6 @@ def logistic_loss(margin: Tensor, label_smoothing: float = 0.0, form: str = "con
     if form == "robust":
         return (kept - swapped) / (1 - 2 * label_smoothing)
     return kept + swapped
-
-
-def ipo_loss(margin: Tensor, beta: float) -> Tensor:
-    """(m - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17; beta is its tau).
-
-    Args:
-        margin: [n], chosen minus rejected log-ratio log pi - log pi_ref, each the mean over its response's tokens, as
-            the paper's authors computed it and TRL 1.16's DPO trainer does.
-    """
-    return (margin - 1 / (2 * beta)) ** 2
 
 
 def alignment_distance(difference: Tensor, distance: str, huber_delta: float) -> Tensor:

@@ -73,7 +73,7 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
         shared = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = parallel_state.get_tensor_model_parallel_group() if shared else None
         log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group)
-        sums = segment_sums(log_probs, part.segments, len(part.segment_roles))
+        sums = segment_sums(log_probs, part.segments, len(part.scored))
         # Every context-parallel rank goes on with the whole sums, and its gradient is that of its own tokens.
         return reduce_from_tensor_model_parallel_region(sums, context)
 

@@ -74,5 +74,7 @@ def on_device(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        if isinstance(value, Pack):
+            del fields["scored"]  # stays on the host
         return dataclasses.replace(value, **{name: on_device(field, device) for name, field in fields.items()})
     return value

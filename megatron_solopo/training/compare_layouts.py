@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo import config_load, launch, template_kwargs
@@ -25,7 +24,7 @@ from megatron_solopo.config_checks import check
 from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import needs_reference, reference_roles
+from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model.transformer_engine import check_machine
 from megatron_solopo.parallel.layouts import Layout, parse_layout
 from megatron_solopo.parallel.platform import Platform, choose, end_model_parallel
@@ -33,6 +32,7 @@ from megatron_solopo.progress import ProgressBar
 from megatron_solopo.training.engine import Engine, build_engine, initialize_parallel
 from megatron_solopo.training.gradients import whole_gradients
 from megatron_solopo.training.preflight import check_cut, check_run_inputs, dated_tokenizer, read_model
+from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
 from megatron_solopo.training.step import StepSums, make_packs, run_step, segment_table
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
@@ -179,16 +179,17 @@ def _step(platform: Platform, config: Config, dtype: torch.dtype, folder: Path) 
     return engine, run_step(engine, packs, len(indices), config.method, reference)
 
 
-def _reference(engine: Engine, dataset: TokenDataset, indices: list[int], config: Config, path: Path) -> Tensor:
-    """[examples, reference roles] log-probs under the first layout, which all others read from ``path``. Collective."""
+def _reference(
+    engine: Engine, dataset: TokenDataset, indices: list[int], config: Config, path: Path
+) -> ReferenceLogProbs:
+    """Log-probs of the step's examples under the first layout, which all others read from ``path``. Collective."""
+    places = SegmentPlaces.of_dataset(dataset)
     if not path.exists():
         dist.barrier()
-        names = reference_roles(config.method)
-        table = torch.zeros(len(dataset.groups), len(names), dtype=torch.float64)
-        table[indices] = segment_table(engine, names, indices, make_packs(engine, dataset, indices, config)).cpu()
+        table = segment_table(engine, places, make_packs(engine, dataset, indices, config))
         # Policy = reference is the alignment's kink, where the gradient is the sign of rounding noise.
         table += torch.randn(table.shape, generator=torch.Generator().manual_seed(0), dtype=table.dtype)
         if dist.get_rank() == 0:
             torch.save(table, path)
         dist.barrier()
-    return torch.load(path)
+    return ReferenceLogProbs(places, torch.load(path))

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
-from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles
+from megatron_solopo.losses.solopo import needs_reference, policy_scores, reference_scores
 from megatron_solopo.model.families.fields import attention_window
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.rope import reach
+from megatron_solopo.pack import names_of_scored
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import (
@@ -72,8 +73,8 @@ def describe(config: Config) -> str:
         f"cut {len(data.train.report.cut)}",
         *([f"valid: {len(data.valid.groups):,} examples, dropped {len(data.valid.dropped)}"] if data.valid else []),
         *(f"warning: {split}: {above}" for split, above in crowded if above),
-        f"scored responses: {', '.join(roles(config.method))}"
-        + (f"; by the reference: {', '.join(reference_roles(config.method))}" if data.reference else ""),
+        f"scored responses: {names_of_scored(policy_scores(config.method))}"
+        + (f"; by the reference: {names_of_scored(reference_scores(config.method))}" if data.reference else ""),
         "",
         "# steps",
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.errors import UserError
+from megatron_solopo.losses.registry import aligns_with_reference, loss_class
 
 WINDOW = 20
 """Steps in a mean: noise of single steps must not warn."""
@@ -169,7 +170,8 @@ def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[st
 def no_transfer(method: MethodConfig) -> str | None:
     """A line about a form of the alignment with which nothing was transferred when it was measured, or None."""
     solo = method.objective == "preference" and method.context_mode == "solo" and method.alignment_weight
-    if not solo or method.preference_loss not in ("dpo", "ipo") or method.alignment_reference != "per_context":
+    compared = aligns_with_reference(loss_class(method.preference_loss))
+    if not solo or not compared or method.alignment_reference != "per_context":
         return None
     return (
         f"--preference-loss {method.preference_loss} with --alignment-reference per_context (the default): "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -9,66 +12,121 @@ from torch import Tensor
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.tokenized.tokens import TokenDataset
+from megatron_solopo.losses.sft import sft_loss
 from megatron_solopo.losses.solopo import (
-    RESPONSE,
-    GroupLosses,
-    chosen_role,
-    needs_tokens_per_group,
-    reference_roles,
-    roles,
-    sft_loss,
+    aligned_sides,
+    needs_mean_chosen_length,
+    pair_context,
+    policy_scores,
+    reference_context,
     solopo_loss,
 )
-from megatron_solopo.pack import Pack
+from megatron_solopo.losses.terms import GroupLosses
+from megatron_solopo.pack import Context, Pack, Segments, Side
+from megatron_solopo.parallel.device_pack import on_device
+from megatron_solopo.training.segment_table import ReferenceLogProbs
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a pack reads beside its segment sums, on the device; see `solopo_loss`.
+
+    Made on the host before the step: indices by value would make the host wait for the device in every pack.
+
+    Attributes:
+        groups: the indices of the pack's groups in the data set.
+        compared: [N] float64 log-probs of the reference, or None.
+    """
+
+    groups: tuple[int, ...]
+    segments: Segments
+    pairs: Tensor
+    alignments: Tensor
+    compared: Tensor | None
+
+
+def loss_inputs(
+    pack: Pack, reference: ReferenceLogProbs | None, method: MethodConfig, device: torch.device
+) -> LossInputs:
+    """Those of a pack, whose ``scored`` is on the host.
+
+    Args:
+        reference: log-probs of the whole data set, or None.
+    """
+    scored = pack.scored
+    pairs = alignments = torch.zeros(0, 2, dtype=torch.int64)
+    compared = None
+    if method.objective == "preference":
+        pairs, alignments = scored.pairs(pair_context(method)), scored.alignments(aligned_sides(method))
+    if reference is not None:
+        compared = reference.of_pack(pack, [reference_context(context, method) for context in Context])
+    return on_device(LossInputs(pack.groups, scored, pairs, alignments, compared), device)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """`LossInputs` of this process's packs of a step, and the names of what the loss measures."""
+
+    packs: list[LossInputs]
+    names: tuple[str, ...]
+
+
+def step_inputs(
+    packs: Sequence[Pack], reference: ReferenceLogProbs | None, method: MethodConfig, device: torch.device
+) -> StepInputs:
+    """What `run_parts` reads beside the packs; see `loss_inputs`."""
+    return StepInputs([loss_inputs(pack, reference, method, device) for pack in packs], metric_names(method))
 
 
 def group_losses(
-    sums: Tensor, pack: Pack, reference: Tensor | None, method: MethodConfig, tokens_per_group: Tensor | None = None
+    sums: Tensor, inputs: LossInputs, method: MethodConfig, mean_chosen_length: Tensor | None = None
 ) -> GroupLosses:
-    """The losses of a pack's groups from its segment sums.
+    """The losses of a pack's groups.
 
     Args:
         sums: [N] segment log-probs.
-        reference: [examples, reference roles] of the whole data set, or None.
-        tokens_per_group: [] see `solopo_loss`.
+        mean_chosen_length: [] see `solopo_loss`.
     """
-    names = roles(method)
-    log_probs = {role: sums[pack.role(role)] for role in names}
-    lengths = {role: pack.segment_lengths[pack.role(role)].to(sums.dtype) for role in names}
     if method.objective == "sft":
-        return sft_loss(log_probs, lengths)
-    known = None
-    if reference is not None:
-        rows = reference[list(pack.groups)].to(device=sums.device, dtype=sums.dtype)
-        known = {role: rows[:, column] for column, role in enumerate(reference_roles(method))}
-    return solopo_loss(log_probs, lengths, known, method, tokens_per_group)
+        return sft_loss(sums, inputs.segments)
+    compared = None if inputs.compared is None else inputs.compared.to(sums.dtype)
+    return solopo_loss(sums, inputs.segments, inputs.pairs, inputs.alignments, compared, method, mean_chosen_length)
 
 
 def mean_chosen_length(packs: list[Pack], total_groups: int, method: MethodConfig, device: torch.device) -> Tensor:
-    """[] float64, the chosen tokens of a group on the preference loss's context, over all groups of the step."""
-    tokens = torch.zeros((), dtype=torch.float64, device=device)
-    for pack in packs:
-        tokens += pack.segment_lengths[pack.role(chosen_role(method))].sum()
+    """[] float64, the mean over all groups of the step of their chosen responses' mean length, in tokens, on the
+    preference loss's context."""
+    tokens = torch.tensor(
+        sum(_chosen_length(pack.scored, pair_context(method)) for pack in packs), dtype=torch.float64, device=device
+    )
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
     return tokens / total_groups
 
 
+def _chosen_length(segments: Segments, context: Context) -> float:
+    """The chosen responses' mean length of each group, added over the groups."""
+    chosen = (segments.contexts == context) & (segments.sides == Side.CHOSEN)
+    groups = segments.groups[chosen]
+    return float((segments.lengths[chosen].double() / groups.bincount()[groups]).sum())
+
+
 def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: torch.device) -> Tensor | None:
     """The same over all groups of a data set; None where no loss reads it."""
-    if not needs_tokens_per_group(method):
+    if not needs_mean_chosen_length(method):
         return None
-    role = chosen_role(method)
-    continuations = (c for group in dataset.groups for prompt in group.prompts for c in prompt.continuations)
-    tokens = sum(c.learnt_count for c in continuations if c.role == role)
+    tokens = 0.0
+    for group in dataset.groups:
+        segments = ((c, s) for c, s in group.segments() if c == pair_context(method) and s.side == Side.CHOSEN)
+        lengths = [continuation.learnt_count for _, continuation in segments]
+        tokens += sum(lengths) / len(lengths)
     return torch.tensor(tokens / len(dataset.groups), dtype=torch.float64, device=device)
 
 
 def metric_names(method: MethodConfig) -> tuple[str, ...]:
-    """What `run_step` sums; the same on every pipeline stage, though only the last one computes losses."""
-    one = torch.ones(1)
+    """What a step sums; the same on every pipeline stage, though only the last one computes losses."""
+    rows = [(0, context, side, 0, 1) for context, side in sorted(policy_scores(method))]
+    segments, sums = Segments.of(rows, 1), -torch.ones(len(rows))
     if method.objective == "sft":
-        result = sft_loss({RESPONSE: -one}, {RESPONSE: one})
-    else:
-        names, compared = roles(method), dict.fromkeys(reference_roles(method), -one)
-        result = solopo_loss(dict.fromkeys(names, -one), dict.fromkeys(names, one), compared, method, torch.ones(()))
-    return ("loss", *result.metrics)
+        return ("loss", *sft_loss(sums, segments).metrics)
+    pairs, alignments = segments.pairs(pair_context(method)), segments.alignments(aligned_sides(method))
+    return ("loss", *solopo_loss(sums, segments, pairs, alignments, sums, method, torch.ones(())).metrics)

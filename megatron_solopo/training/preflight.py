@@ -29,7 +29,7 @@ from megatron_solopo.data.tokenized.batches import Schedule, make_schedule
 from megatron_solopo.data.tokenized.token_store import is_store, open_tokens, read_manifest
 from megatron_solopo.data.tokenized.tokens import TokenDataset, tokenize
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import needs_reference, reference_roles, roles, scored_roles
+from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_scores, reference_scores
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, padded_vocab_size
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
@@ -214,7 +214,7 @@ def load_data(config: Config) -> RunData:
         UserError: see `tokenize` and `open_tokens`.
     """
     tokenizer = dated_tokenizer(config)
-    wanted, data = scored_roles(config.method), config.data
+    wanted, data = all_scores(config.method), config.data
     read: dict[str, TokenDataset] = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):
         if path and is_store(path):
@@ -222,9 +222,9 @@ def load_data(config: Config) -> RunData:
             read[split] = open_tokens(path, facts, wanted, data.seq_length, data.overlong)
         elif path:
             read[split] = tokenize(path, tokenizer, wanted, data.seq_length, data.overlong)
-    policy = {split: dataset.with_roles(roles(config.method)) for split, dataset in read.items()}
-    compared = reference_roles(config.method)
-    reference = {split: dataset.with_roles(compared) for split, dataset in read.items()} if compared else {}
+    policy = {split: dataset.only(policy_scores(config.method)) for split, dataset in read.items()}
+    compared = reference_scores(config.method)
+    reference = {split: dataset.only(compared) for split, dataset in read.items()} if compared else {}
     template = chosen_template(config.model, tokenizer)
     return RunData(policy["train"], policy.get("valid"), reference, template, end_of_turn(tokenizer))
 

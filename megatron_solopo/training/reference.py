@@ -1,8 +1,9 @@
 """Reference log-probs: computed once through the training path, kept on disk, the same for every epoch and restart.
 
-A cache file is keyed by all that its numbers depend on: weights, token ids (and with them data, tokenizer and
-template), roles and precision. Anything else finds another file, never a wrong one. What is read is checked against
-its own checksum and against a few examples computed anew.
+A cache file has one number for each scored segment (segment_table.py) and is keyed by all that its numbers depend on:
+weights, token ids (and with them data, tokenizer and template), what is scored, and precision. Anything else finds
+another file, never a wrong one. What is read is checked against its own checksum and against a few examples computed
+anew.
 
 Filling it is shared by all processes: each computes its share of the examples and keeps what it has in a partial file
 of its own, so that a killed run computes no example twice. Nobody waits in a collective until everybody is done: a
@@ -30,13 +31,14 @@ from megatron_solopo.config import Config
 from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
-from megatron_solopo.losses.solopo import reference_roles
+from megatron_solopo.losses.solopo import reference_scores
 from megatron_solopo.parallel.platform import choose, wait_for_all
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
+from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
 from megatron_solopo.training.step import make_packs, over_the_layout, own_segment_table
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when the meaning of a cache file changes."""
 
 PARTIAL = ".partial.safetensors"
@@ -63,7 +65,7 @@ def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
         "weights": weights,
         "config": _config_digest(config),
         "tokens": dataset.fingerprint,
-        "roles": reference_roles(config.method),
+        "scored": sorted(reference_scores(config.method)),
         "dtype": "bfloat16" if config.model.bf16 else "float32",
     }
     if config.model.rope_scaling is not None:
@@ -88,13 +90,13 @@ def reference_log_probs(
     weights: str,
     say: Callable[[str], None] = lambda text: None,
     heard: Callable[[], bool] = lambda: False,
-) -> Tensor | None:
-    """[examples, reference roles] float64 log-probs, from the cache or computed with the model as it is now.
+) -> ReferenceLogProbs | None:
+    """The log-probs of a data set, from the cache or computed with the model as it is now.
 
     Must run before training changes the weights: until then `Engine.eval` communicates with nobody. Collective.
 
     Args:
-        dataset: the examples with the roles of `reference_roles`.
+        dataset: the examples with what `reference_scores` names.
         weights: see `starting_weights`.
         say: told in a line what is done.
         heard: whether any process should stop, asked between batches; see `StopRequests.heard`.
@@ -105,29 +107,28 @@ def reference_log_probs(
     Raises:
         UserError: the cache file does not hold what the model computes.
     """
-    names = reference_roles(config.method)
-    shape = (len(dataset.groups), len(names))
+    places, examples = SegmentPlaces.of_dataset(dataset), len(dataset.groups)
     path = shared(lambda: cache_folder(config) / f"{cache_key(config, dataset, weights)}.safetensors")
-    table, done = shared(lambda: _read_all(path, shape))
+    table, done = shared(lambda: _read_all(path, places))
     if not done.all():
         say(
-            f"reference log-probs of {shape[0]} examples"
+            f"reference log-probs of {examples} examples"
             + (f", {int(done.sum())} of them computed before" if done.any() else "")
         )
-        table = _fill(engine, dataset, config, names, path, table, done, heard)
+        table = _fill(engine, dataset, config, places, path, table, done, heard)
         if table is None:
             return None
         if dist.get_rank() == 0:
-            problem = _write(path, table, torch.ones(shape[0], dtype=torch.bool))
+            problem = _write(path, table, torch.ones(examples, dtype=torch.bool))
             if problem:
                 say(f"warning: {problem}; the run goes on, the next one computes them again")
             else:
                 for partial in _partial_files(path):
                     partial.unlink(missing_ok=True)  # another run may fill the same file
-    elif shape[0]:
-        _check(engine, dataset, config, names, path, table)
+    elif examples:
+        _check(engine, dataset, config, places, path, table)
     wait_for_all("reference")
-    return table
+    return ReferenceLogProbs(places, table)
 
 
 def shared(make: Callable[[], Any]) -> Any:
@@ -150,7 +151,7 @@ def _fill(
     engine: Engine,
     dataset: TokenDataset,
     config: Config,
-    names: tuple[str, ...],
+    places: SegmentPlaces,
     path: Path,
     table: Tensor,
     done: Tensor,
@@ -183,7 +184,8 @@ def _fill(
                 break
             indices = todo[first : first + batch]
             packs = make_packs(engine, dataset, indices, config)
-            own[indices] = own_segment_table(engine, names, indices, packs).cpu()
+            at, sums = own_segment_table(engine, places, packs)
+            own[at] = sums
             own_done[[index for pack in packs for index in pack.groups]] = True
             bar.update(len(indices))
             if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
@@ -200,36 +202,41 @@ def _fill(
 
 
 def _check(
-    engine: Engine, dataset: TokenDataset, config: Config, names: tuple[str, ...], path: Path, table: Tensor
+    engine: Engine, dataset: TokenDataset, config: Config, places: SegmentPlaces, path: Path, table: Tensor
 ) -> None:
     """Computes a few examples anew: a cache that another model or code wrote must not become a wrong loss."""
     _, size = data_parallel()
     indices = list(range(min(size, len(dataset.groups))))
     engine.eval()
-    found = own_segment_table(engine, names, indices, make_packs(engine, dataset, indices, config))
+    at, sums = own_segment_table(engine, places, make_packs(engine, dataset, indices, config))
+    found = torch.zeros_like(table)
+    found[at] = sums
     wait_for_all("reference")
-    found = over_the_layout(found).cpu()
+    found = over_the_layout(found.to(engine.platform.device)).cpu()
     # Rounding of another layout or number of processes; bfloat16 keeps 8 bits of each of a response's log-probs.
     tolerance = 0.05 if config.model.bf16 else 1e-3
-    off = (found - table[indices]).abs() - tolerance * (1 + table[indices].abs())
+    off = (found - table).abs() - tolerance * (1 + table.abs())
+    off = off[: int(places.counts[: len(indices)].sum())]  # the first examples' places come first
     if bool((off > 0).any()):
-        row, column = divmod(int(off.argmax()), off.shape[1])
+        place = int(off.argmax())
+        example, name = places.segment_at(place)
         raise UserError(
-            f"{path}: holds {table[row, column]:.4f} for {names[column]} of example {dataset.groups[row].id!r}, "
-            f"the model computes {found[row, column]:.4f}; delete the file, and it is computed again"
+            f"{path}: holds {table[place]:.4f} for {name} of example {dataset.groups[example].id!r}, "
+            f"the model computes {found[place]:.4f}; delete the file, and it is computed again"
         )
 
 
-def _read_all(path: Path, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _read_all(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
     """(table, which examples are done) of the cache file, or else of the partial files beside it."""
-    complete = _read(path, shape)
+    complete = _read(path, places)
     if complete is not None and complete[1].all():
         return complete
-    table, done = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0], dtype=torch.bool)
+    table, done = torch.zeros(places.size, dtype=torch.float64), torch.zeros(len(places.counts), dtype=torch.bool)
     for partial in _partial_files(path):
-        part = _read(partial, shape)
+        part = _read(partial, places)
         if part is not None:
-            table[part[1]], done[part[1]] = part[0][part[1]], True
+            known = places.of_examples(part[1])
+            table[known], done[part[1]] = part[0][known], True
     return table, done
 
 
@@ -253,8 +260,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in ("log_probs", "done"))).hexdigest()
 
 
-def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
-    """A file's table and which of its rows are done, or None: a damaged file is computed again."""
+def _read(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor] | None:
+    """A file's table and which of its examples are done, or None: a damaged file is computed again."""
     if not path.is_file():
         return None
     try:
@@ -263,4 +270,5 @@ def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
             whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
     except (SafetensorError, OSError):
         return None
-    return (tensors["log_probs"], tensors["done"]) if whole and tuple(tensors["log_probs"].shape) == shape else None
+    table, done = tensors["log_probs"], tensors["done"]
+    return (table, done) if whole and table.shape == (places.size,) and done.shape == places.counts.shape[:1] else None

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_solopo.atomic import write_text
-from megatron_solopo.config import OWNER, Config, MethodConfig, OutputConfig, ParallelConfig, flag
+from megatron_solopo.config import OWNER, Config, OutputConfig, ParallelConfig, flag, names_of
 from megatron_solopo.conversion.manifest import (
     find_checkpoint,
     latest_iteration,
@@ -40,14 +40,13 @@ unless --override-opt-param-scheduler says that they change."""
 
 IDENTITY = frozenset(
     SCHEDULE
-    | {spec.name for spec in dataclasses.fields(MethodConfig)} - {"reference_cache"}
     | {
         *("random_init", "bf16", "fp8_format", "fp8_recipe", "rope_scaling", "add_special_tokens"),
         *("make_vocab_size_divisible_by", "shuffle", "global_batch_size", "seed"),
         *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),
     }
 )
-"""Options that are part of what a run is: kept in every checkpoint, and refused by name where they change."""
+"""Options that are part of what a run is, beside those of the method: see `identity`."""
 
 LENGTH = frozenset({"train_iters", "train_epochs"})
 """Options that are compared by the steps and examples they come to."""
@@ -75,7 +74,14 @@ FREE = frozenset(
         "override_opt_param_scheduler",
     }
 )
-"""Options that a run may change whenever it goes on. Each option is in one of these sets."""
+"""Options that a run may change whenever it goes on. Each option is in one of these sets, or of the method."""
+
+
+def identity() -> frozenset[str]:
+    """Options that are part of what a run is: kept in every checkpoint, and refused by name where they change. Those of
+    the method are, with the own options of each loss."""
+    return IDENTITY | (frozenset(names_of("method")) - FREE)
+
 
 APART = (
     "save",
@@ -117,7 +123,7 @@ def check_folders(config: Config) -> None:
         find_checkpoint(load, None)
     if output.save_hf is not None:
         target = named_folder(flag("save_hf"), output.save_hf)
-        others = {flag(name): getattr(getattr(config, OWNER[name][0]), name) for name in APART}
+        others = {flag(name): config.value(name) for name in APART}
         if needs_reference(config.method):
             others[flag("reference_cache")] = cache_folder(config)
         check_apart(flag("save_hf"), target, others, run=save)
@@ -226,12 +232,8 @@ def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_conf
         "tokens": train.fingerprint,
         "steps": schedule.steps,
         "total": schedule.total,
-        **{name: _value(config, name) for name in sorted(IDENTITY | EXAMPLES)},
+        **{name: config.value(name) for name in sorted(identity() | EXAMPLES)},
     }
-
-
-def _value(config: Config, name: str) -> Any:
-    return getattr(getattr(config, OWNER[name][0]), name)
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
@@ -256,7 +258,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
 
     again = "give the same as before, or start anew in another --save"
     override = config.training.override_opt_param_scheduler
-    if differs := changed(IDENTITY - SCHEDULE):
+    if differs := changed(identity() - SCHEDULE):
         raise UserError(f"{differs}; {again}")
     for name, value in now[MATHEMATICS].items():
         if (earlier := before.get(MATHEMATICS, {}).get(name, value)) != value:
@@ -271,8 +273,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
         )
     if not override and (differs := changed(SCHEDULE)):
         raise UserError(f"{differs}; {again}, or change it from here on with --override-opt-param-scheduler")
-    length = next(name for name in sorted(LENGTH) if _value(config, name) is not None)
-    given = f"{flag(length)} {_value(config, length)}"
+    length = next(name for name in sorted(LENGTH) if config.value(name) is not None)
+    given = f"{flag(length)} {config.value(length)}"
     steps = now["steps"]
     if override and steps < before["iteration"]:
         done = before["iteration"]

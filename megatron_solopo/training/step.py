@@ -21,7 +21,7 @@ from megatron_solopo.data.tokenized.batches import Schedule, StepPlan, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import needs_tokens_per_group
+from megatron_solopo.losses.solopo import needs_mean_chosen_length
 from megatron_solopo.model.forward import device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
@@ -30,12 +30,14 @@ from megatron_solopo.training.ahead import Ahead
 from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, update, whole_norm
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.objective import (
+    StepInputs,
     group_losses,
     mean_chosen_length,
     mean_chosen_length_of,
-    metric_names,
+    step_inputs,
 )
 from megatron_solopo.training.readings import of_all_processes
+from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
 
 
 @dataclass
@@ -62,14 +64,31 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a process computes in a step: the examples of all processes, their plan, and its own packs."""
+    """What a process computes in a step: the examples of all processes, their plan, its own packs, and what the loss
+    reads of them."""
 
     indices: Sequence[int]
     plan: StepPlan
     packs: list[DevicePack]
+    inputs: StepInputs
 
 
-def step_work(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> StepWork:
+def step_work(
+    engine: Engine,
+    dataset: TokenDataset,
+    indices: Sequence[int],
+    config: Config,
+    reference: ReferenceLogProbs | None,
+) -> StepWork:
+    """The work of a training step on the given examples."""
+    plan, packs = _planned(engine, dataset, indices, config)
+    inputs = step_inputs([pack.pack for pack in packs], reference, config.method, engine.platform.device)
+    return StepWork(indices, plan, packs, inputs)
+
+
+def _planned(
+    engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config
+) -> tuple[StepPlan, list[DevicePack]]:
     """The packs of the given examples over this run's data-parallel processes, on their devices.
 
     As many packs on every process; processes that share a model get the same ones, each its part of them.
@@ -88,7 +107,7 @@ def step_work(engine: Engine, dataset: TokenDataset, indices: Sequence[int], con
         )
         for places in plan.shares[rank]
     ]
-    return StepWork(indices, plan, sent(engine, packs))
+    return plan, sent(engine, packs)
 
 
 def sent(engine: Engine, packs: Sequence[Pack]) -> list[DevicePack]:
@@ -97,14 +116,22 @@ def sent(engine: Engine, packs: Sequence[Pack]) -> list[DevicePack]:
 
 
 def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[DevicePack]:
-    """The packs of `step_work`."""
-    return step_work(engine, dataset, indices, config).packs
+    """This process's packs of the given examples."""
+    return _planned(engine, dataset, indices, config)[1]
 
 
-def training_work(engine: Engine, dataset: TokenDataset, schedule: Schedule, config: Config) -> Ahead[StepWork]:
+def training_work(
+    engine: Engine,
+    dataset: TokenDataset,
+    schedule: Schedule,
+    config: Config,
+    reference: ReferenceLogProbs | None,
+) -> Ahead[StepWork]:
     """The work of each training step, by its number from 0."""
     return Ahead(
-        lambda step: step_work(engine, dataset, schedule.step(step), config), schedule.steps, engine.platform.device
+        lambda step: step_work(engine, dataset, schedule.step(step), config, reference),
+        schedule.steps,
+        engine.platform.device,
     )
 
 
@@ -158,21 +185,22 @@ def run_step(
     packs: list[DevicePack],
     total_groups: int,
     method: MethodConfig,
-    reference: Tensor | None,
+    reference: ReferenceLogProbs | None,
     forward_only: bool = False,
     tokens_per_group: Tensor | None = None,
 ) -> StepSums:
     """`run_parts`, and the sums of all processes; collective."""
-    parts = run_parts(engine, packs, total_groups, method, reference, forward_only, tokens_per_group)
+    inputs = step_inputs([pack.pack for pack in packs], reference, method, engine.platform.device)
+    parts = run_parts(engine, packs, inputs, total_groups, method, forward_only, tokens_per_group)
     return parts.sums(of_all_processes(parts.scalars, parts.numbers, engine.platform.device))
 
 
 def run_parts(
     engine: Engine,
     packs: list[DevicePack],
+    inputs: StepInputs,
     total_groups: int,
     method: MethodConfig,
-    reference: Tensor | None,
     forward_only: bool = False,
     tokens_per_group: Tensor | None = None,
 ) -> StepParts:
@@ -182,6 +210,7 @@ def run_parts(
     the number of data-parallel processes, and the loss is multiplied by both.
 
     Args:
+        inputs: of the same packs.
         tokens_per_group: [] the mean chosen length where the means are over more than this step, see
             `mean_chosen_length_of`; default: that of the step.
     """
@@ -190,11 +219,13 @@ def run_parts(
     device = engine.platform.device
     each: list[tuple[Sequence[int], Tensor]] = []
     length = tokens_per_group
-    if length is None and needs_tokens_per_group(method):
+    if length is None and needs_mean_chosen_length(method):
         length = mean_chosen_length([pack.pack for pack in packs], total_groups, method, device)
 
+    of_pack = {id(pack.pack): one for pack, one in zip(packs, inputs.packs, strict=True)}
+
     def loss(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
-        result = group_losses(output, pack, reference, method, length)
+        result = group_losses(output, of_pack[id(pack)], method, length)
         each.append((pack.groups, result.loss.detach()))
         total = result.loss.sum()
         # The schedule scales the loss in place, so the log keeps a copy.
@@ -204,7 +235,7 @@ def run_parts(
     parts = run_packs(engine, packs, loss, forward_only)
     reports = _reports()
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in metric_names(method)}
+    scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in inputs.names}
     settings = engine.models[0].config
     if settings.num_moe_experts and settings.moe_aux_loss_coeff and not forward_only:
         # Each layer of each part of each pack is on one process; the mean is over all layers and packs.
@@ -242,28 +273,31 @@ def over_the_layout(sums: Tensor) -> Tensor:
     return sums
 
 
-def own_segment_table(
-    engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[DevicePack]
-) -> Tensor:
-    """[len(indices), len(names)] float64 log-prob sums: rows of this process's packs filled (on the last pipeline
-    stage), the others 0. No communication between data-parallel processes."""
-    table = torch.zeros(len(indices), len(names), dtype=torch.float64, device=engine.platform.device)
-    row_of = {index: row for row, index in enumerate(indices)}
+def own_segment_table(engine: Engine, places: SegmentPlaces, packs: list[DevicePack]) -> tuple[Tensor, Tensor]:
+    """The log-prob sums of this process's packs. No communication between data-parallel processes.
+
+    Returns:
+        [K] int64 places in a table and [K] float64 sums, on the CPU; K is 0 but on the last pipeline stage.
+    """
+    at: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    sums: list[Tensor] = [torch.zeros(0, dtype=torch.float64, device=engine.platform.device)]
 
     def keep(output: Tensor, pack: Pack) -> tuple[Tensor, dict]:
-        rows = torch.tensor([row_of[index] for index in pack.groups], dtype=torch.int64, device=table.device)
-        for column, role in enumerate(names):
-            table[rows, column] = output[pack.role(role)].double()
+        at.append(places.of_pack(pack))
+        sums.append(output.detach().double())
         return output.sum(), {}
 
     with torch.no_grad():
         run_packs(engine, packs, keep, forward_only=True)
-    return table
+    return torch.cat(at), torch.cat(sums).cpu()
 
 
-def segment_table(engine: Engine, names: tuple[str, ...], indices: Sequence[int], packs: list[DevicePack]) -> Tensor:
-    """[len(indices), len(names)] float64 log-prob sums of the given examples, on every process."""
-    return over_the_layout(own_segment_table(engine, names, indices, packs))
+def segment_table(engine: Engine, places: SegmentPlaces, packs: list[DevicePack]) -> Tensor:
+    """[T] float64 log-prob sums of the packs of all processes, on every process; 0 for segments that are in none."""
+    table = torch.zeros(places.size, dtype=torch.float64)
+    at, sums = own_segment_table(engine, places, packs)
+    table[at] = sums
+    return over_the_layout(table.to(engine.platform.device)).cpu()
 
 
 def train_step(
@@ -275,7 +309,6 @@ def train_step(
     work: Ahead[StepWork],
     step: int,
     config: Config,
-    reference: Tensor | None,
     memory: PeakMemory,
     stop: Callable[[], int] = lambda: 0,
 ) -> tuple[dict[str, Any], int]:
@@ -297,7 +330,7 @@ def train_step(
     own = work.take(step)
     engine.zero_gradients()
     optimizer.zero_grad()
-    parts = run_parts(engine, own.packs, len(own.indices), config.method, reference)
+    parts = run_parts(engine, own.packs, own.inputs, len(own.indices), config.method)
     allocated = engine.platform.peak_allocated_gib()
     everyone = of_all_processes(
         parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},
@@ -348,7 +381,9 @@ def _why_not_finite(sums: StepSums, grad_norm: float, dataset: TokenDataset, ind
     return None
 
 
-def evaluate(engine: Engine, dataset: TokenDataset, config: Config, reference: Tensor | None) -> dict[str, float]:
+def evaluate(
+    engine: Engine, dataset: TokenDataset, config: Config, reference: ReferenceLogProbs | None
+) -> dict[str, float]:
     """Means of the loss and its metrics over all validation examples, and their number, ``groups``."""
     engine.eval()
     length = mean_chosen_length_of(dataset, config.method, engine.platform.device)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
@@ -30,6 +29,7 @@ from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.preflight import Preflight, preflight
 from megatron_solopo.training.reference import reference_log_probs
 from megatron_solopo.training.run_folder import effective, write_overlong, write_settings
+from megatron_solopo.training.segment_table import ReferenceLogProbs
 
 
 def train(platform: Platform, config: Config) -> None:
@@ -68,7 +68,7 @@ class Trainer:
         self.data, self.schedule = plan.inputs.data, plan.inputs.schedule
         self.done = plan.resumed
         self.reason: str | None = None
-        self.reference: dict[str, Tensor | None] = {"train": None, "valid": None}
+        self.reference: dict[str, ReferenceLogProbs | None] = {"train": None, "valid": None}
         engines.initialize_parallel(config)
         self.engine = engines.build_engine(platform, plan.inputs.hf_config, config)
         first = dist.get_rank() == 0
@@ -152,7 +152,9 @@ class Trainer:
         self.engine.train()
         self.reason = self.stop.agreed(self.platform.device)
         self.memory = PeakMemory(self.platform)
-        self.work = step.training_work(self.engine, self.data.train, self.schedule, self.config)
+        self.work = step.training_work(
+            self.engine, self.data.train, self.schedule, self.config, self.reference["train"]
+        )
 
     def _resume(self, source: Path) -> None:
         training, plan = self.config.training, self.plan
@@ -176,7 +178,6 @@ class Trainer:
             self.work,
             self.done,
             self.config,
-            self.reference["train"],
             self.memory,
             self.stop.own,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from typing import Any
@@ -68,14 +67,15 @@ def test_every_option_is_a_loss_of_its_own(expected: Any) -> None:
 
 def test_the_options_reach_every_value(world: World) -> None:
     """A loss, context mode or alignment option that config.py gains must join the comparison."""
-    from megatron_solopo.config import MethodConfig
+    from megatron_solopo.config import OWNER, names_of
 
-    for field in dataclasses.fields(MethodConfig):
-        if field.metadata["choices"]:
-            used = {METHODS[name].get(field.name, field.default) for name in METHODS}
-            assert used == set(field.metadata["choices"]), field.name
-        elif field.name != "reference_cache":
-            assert any(field.name in method for method in METHODS.values()), field.name
+    for name in names_of("method"):
+        spec = OWNER[name].spec
+        if spec.metadata["choices"]:
+            used = {method.get(name, spec.default) for method in METHODS.values()}
+            assert used == set(spec.metadata["choices"]), name
+        elif name != "reference_cache":
+            assert any(name in method for method in METHODS.values()), name
     assert set(LAID_OUT) <= METHODS.keys() and CONSTANTS.keys() == {m.get("preference_loss") for m in OPTIONS.values()}
 
 

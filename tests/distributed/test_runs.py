@@ -158,7 +158,7 @@ def test_longpo_compares_the_long_context_with_a_reference_on_the_short_one(two:
         examples.append({"id": group["id"], "prompts": prompts})
     rows = oracle.reference_table(world.model("llama"), examples)
     (cache,) = (two.folder / "longpo-reference").iterdir()
-    wanted = torch.tensor([[row[role] for role in SHORT] for row in rows], dtype=torch.float64)
+    wanted = torch.tensor([row[role] for row in rows for role in SHORT], dtype=torch.float64)
     torch.testing.assert_close(load_file(cache)["log_probs"], wanted, rtol=0, atol=1e-4)
     method = METHODS["longpo long token"]
     losses, _ = oracle.batch(oracle.scores(world.model("llama"), examples[:4]), rows[:4], method)

@@ -24,15 +24,18 @@ from megatron_solopo.parallel import platform
 
 def token_dataset(path: str) -> Any:
     """The examples of a JSON file; see oracle.py for their form."""
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+    from segment_names import SEGMENTS, continuation
+
+    from megatron_solopo.data.tokenized.tokens import Prompt, TokenDataset, TokenGroup
 
     groups = [
         TokenGroup(
             example["id"],
             tuple(
                 Prompt(
+                    SEGMENTS[prompt["continuations"][0]["role"]][0],
                     prompt["ids"],
-                    tuple(Continuation(c["role"], c["ids"], c["learnt"]) for c in prompt["continuations"]),
+                    tuple(continuation(c["role"], c["ids"], c["learnt"]) for c in prompt["continuations"]),
                 )
                 for prompt in example["prompts"]
             ),
@@ -45,16 +48,21 @@ def token_dataset(path: str) -> Any:
 def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.losses.solopo import reference_roles, roles
+    from megatron_solopo.losses.solopo import reference_scores
+    from megatron_solopo.pack import Context, Side, segment_name
     from megatron_solopo.training.gradients import whole_gradients
+    from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
     from megatron_solopo.training.step import make_packs, run_step, segment_table, sent
 
     dataset, indices = token_dataset(case["examples"]), case["indices"]
-    names = roles(config.method)
     reference = None
     if case["reference"]:
-        compared = reference_roles(config.method)
-        reference = torch.tensor([[row[name] for name in compared] for row in case["reference"]], dtype=torch.float64)
+        compared = sorted(reference_scores(config.method))
+        counts = torch.zeros(len(dataset.groups), len(Context), len(Side), dtype=torch.int64)
+        for one in compared:
+            counts[:, *one] = 1
+        values = [row[segment_name(*one)] for row in case["reference"] for one in compared]
+        reference = ReferenceLogProbs(SegmentPlaces(counts), torch.tensor(values, dtype=torch.float64))
 
     def packs() -> list[Any]:
         made = make_packs(engine, dataset, indices, config)
@@ -82,7 +90,9 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     found = whole_gradients(engine)
     if case["table"]:
         engine.eval()
-        values["table"] = segment_table(engine, names, indices, packs()).tolist()
+        places = SegmentPlaces.of_dataset(dataset)
+        table = segment_table(engine, places, packs())
+        values["table"] = table.reshape(len(dataset.groups), -1)[indices].tolist()  # one row for each example
     return values, found
 
 

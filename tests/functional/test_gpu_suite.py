@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_solopo.pack import Context, Side
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -178,10 +180,11 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
         angles = width // TINY["num_attention_heads"] * tokens  # of RoPE, which transformers makes by a product
         return counted(tokens) - angles - head * (tokens - predicted) - 4 * layers * width * (full - causal)
 
-    one = TokenGroup("g", (Prompt([1] * prompt, (Continuation("short_chosen", [1] * (own + 1)),)),))
+    continuation = Continuation(Side.CHOSEN, [1] * (own + 1))
+    one = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (continuation,)),))
     for pack in (build_pack([one], [0], share_prompts=False), build_pack([one], [0], True, 1, 1, 128)):
         assert model_flops(hf_config, [pack]) == 3 * expected(prompt + own, own + 1)
-    two = TokenGroup("g", (Prompt([1] * prompt, (Continuation("short_chosen", [1] * (own + 1)),) * 2),))
+    two = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (continuation,) * 2),))
     shared = build_pack([two], [0])
     again = expected(prompt + own, own + 1) - expected(prompt, 0)
     assert model_flops(hf_config, [shared]) == 3 * (expected(prompt + own, own + 1) + again)

@@ -26,7 +26,7 @@ from megatron_solopo.data.tokenized.batches import make_schedule, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.evaluation import ask
-from megatron_solopo.losses.solopo import scored_roles
+from megatron_solopo.losses.solopo import all_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (768, 3072)
@@ -220,7 +220,7 @@ def test_sixty_four_real_groups_a_step_are_spread_evenly(
     assert prepare_data.main(list(map(str, arguments))) == 0
     assert build_pairs.main(["--contexts", str(contexts), "--responses", "gold", "--output", str(groups)]) == 0
     method = MethodConfig()
-    dataset = tokenize(groups, load_tokenizer(str(home / "start")), scored_roles(method), 32768)
+    dataset = tokenize(groups, load_tokenizer(str(home / "start")), all_scores(method), 32768)
     schedule = make_schedule(len(dataset.groups), 64, 4, None, 0, shuffle=True)
     worst = defaultdict(float)
     for step, ranks, context in product(range(2), (2, 4, 8), (1, 2, 4, 8)):

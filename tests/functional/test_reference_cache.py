@@ -39,17 +39,18 @@ def test_a_killed_fill_computes_no_example_twice(home: Home, capfd: pytest.Captu
     from megatron_solopo.training.reference import PARTIAL, _write
 
     whole = load_file(cache(home))["log_probs"]
-    done = torch.zeros(len(whole), dtype=torch.bool)
+    done = torch.zeros(10, dtype=torch.bool)
     done[torch.tensor([0, 3, 4, 8])] = True
     folder = home.folder / "killed"
     # What two processes of the killed run left; a wrong number shows whether it is used.
     marked = whole.clone()
-    marked[3] += 1000
+    marked.reshape(10, 3)[3] += 1000
     _write(folder / f"{cache(home).stem}.0{PARTIAL}", marked, done)
-    _write(folder / f"{cache(home).stem}.1{PARTIAL}", whole, ~done & (torch.arange(len(whole)) < 3))
+    _write(folder / f"{cache(home).stem}.1{PARTIAL}", whole, ~done & (torch.arange(10) < 3))
     assert again(home, "killed") == 0
     assert "reference log-probs of 10 examples, 6 of them computed before" in capfd.readouterr().err
-    found = load_file(folder / cache(home).name)["log_probs"]
+    found = load_file(folder / cache(home).name)["log_probs"].reshape(10, 3)
+    marked, whole = marked.reshape(10, 3), whole.reshape(10, 3)
     assert torch.equal(found[[0, 3, 4, 8]], marked[[0, 3, 4, 8]])
     torch.testing.assert_close(found[[1, 2, 5, 6, 7, 9]], whole[[1, 2, 5, 6, 7, 9]], rtol=0, atol=1e-4)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [cache(home).name]

@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from segment_names import prompt_of
 from tiny_models import preference_groups, write_lines, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_solopo import config_load
 from megatron_solopo.config import FP8_MULTIPLES, Config
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import TokenDataset, TokenGroup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +48,6 @@ MODELS = {
     "qwen2": Qwen2Config(**SHAPE | dict(tie_word_embeddings=True)),
     "qwen3_moe": Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256),
 }
-ROLES = ("short_chosen", "short_rejected", "long_chosen")
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def groups() -> list[TokenGroup]:
     for number, (short, long) in enumerate([(100, 1500), (257, 900), (31, 2011)]):
         chosen, rejected = ids(60), ids(23)
         prompts = (
-            Prompt(ids(short), (Continuation("short_chosen", chosen), Continuation("short_rejected", rejected))),
-            Prompt(ids(long), (Continuation("long_chosen", chosen),)),
+            prompt_of(ids(short), {"short_chosen": chosen, "short_rejected": rejected}),
+            prompt_of(ids(long), {"long_chosen": chosen}),
         )
         made.append(TokenGroup(str(number), prompts))
     return made
@@ -103,17 +103,17 @@ def config_of(folder: Path, kind: str, share: bool = True) -> Config:
 
 
 def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float, dict[str, Tensor]]:
-    """([groups, roles] log-probs, loss, gradient by the parameter's portable name) of one step, float64."""
+    """([segments] log-probs, loss, gradient by the parameter's portable name) of one step, float64."""
     from megatron_solopo.data.tokenized.batches import plan_step
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.model.transformer_engine import portable_name
     from megatron_solopo.training.engine import build_engine
-    from megatron_solopo.training.step import own_segment_table, run_step, sent
+    from megatron_solopo.training.segment_table import SegmentPlaces
+    from megatron_solopo.training.step import run_step, segment_table, sent
 
     engine = build_engine(here, read_hf_config(config.model.hf_path), config)
     data, share = groups(), config.data.share_prompts
-    indices = list(range(len(data)))
     plan = plan_step(data, SHAPE["hidden_size"], 1, config)
     packs = [
         build_pack([data[i] for i in some], some, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts)
@@ -121,7 +121,7 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     ]
     packs = sent(engine, packs)
     engine.eval()
-    table = own_segment_table(engine, ROLES, indices, packs)
+    table = segment_table(engine, SegmentPlaces.of_dataset(TokenDataset(data, [], "")), packs)
     engine.train()
     engine.zero_gradients()
     loss = run_step(engine, packs, len(data), config.method, None).means()["loss"]

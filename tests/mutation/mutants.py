@@ -33,83 +33,120 @@ CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 
 MUTANTS: list[Mutant] = [
     *within(
-        "losses/rewards.py",
+        "losses/dpo.py",
         LOSSES,
         ("reference left out of DPO's reward", "beta * (log_prob - reference_log_prob)", "beta * log_prob"),
+    ),
+    *within(
+        "losses/simpo.py",
+        LOSSES,
         ("sum for mean in SimPO", "beta * log_prob / length", "beta * log_prob"),
+        ("sign of gamma", "pairs.margin - self.simpo_gamma", "pairs.margin + self.simpo_gamma"),
+    ),
+    *within(
+        "losses/orpo.py",
+        LOSSES,
         ("sum for mean in ORPO's odds", "mean = (log_prob / length)", "mean = log_prob"),
         ("odds taken for their logarithm's inverse", "return mean - torch.log(", "return mean + torch.log("),
-        ("ORPO's clamp dropped", ".clamp(max=ORPO_LARGEST_MEAN)", ""),
+        ("ORPO's clamp dropped", ".clamp(max=LARGEST_MEAN)", ""),
+        ("ORPO's lambda dropped", "self.orpo_lambda * logistic_loss", "logistic_loss"),
+    ),
+    *within(
+        "losses/ipo.py",
+        LOSSES,
+        ("IPO's target twice as far", "- 1 / (2 * self.beta)", "- 1 / self.beta"),
+        ("sum for mean in IPO", "pairs.chosen_rewards / pairs.chosen.lengths", "pairs.chosen_rewards"),
+    ),
+    *within(
+        "losses/longpo.py",
+        LOSSES,
+        ("LongPO's lambda dropped", "self.longpo_lambda * logistic_loss", "logistic_loss"),
+        ("LongPO's reference on the long context", "reference_on_short = True", "reference_on_short = False"),
+    ),
+    *within(
+        "losses/base.py",
+        LOSSES,
+        (
+            "chosen and rejected swapped",
+            "self.chosen_rewards - self.rejected_rewards",
+            "self.rejected_rewards - self.chosen_rewards",
+        ),
     ),
     *within(
         "losses/terms.py",
         LOSSES,
-        ("IPO's target twice as far", "1 / (2 * beta)", "1 / beta"),
         ("label smoothing without the swapped half", "return kept + swapped", "return kept"),
         ("robust smoothing not divided", "(kept - swapped) / (1 - 2 * label_smoothing)", "(kept - swapped)"),
         ("half of the squared distance", "return difference**2", "return difference**2 / 2"),
         ("Huber's delta ignored", '"none", huber_delta)', '"none", 1.0)'),
         ("mean over the batch's tokens ignored", "length if tokens_per_group is None else tokens_per_group", "length"),
+        ("every pair weighs what a group weighs", "groups, values / counts)", "groups, values)"),
     ),
     *within(
         "losses/solopo.py",
         LOSSES,
         ("alpha dropped", "loss + method.alignment_weight * alignment", "loss + alignment"),
-        ("chosen and rejected swapped", "rewards[chosen] - rewards[rejected]", "rewards[rejected] - rewards[chosen]"),
-        ("sign of gamma", "margin - method.simpo_gamma", "margin + method.simpo_gamma"),
-        ("ORPO's lambda dropped", "method.orpo_lambda * logistic_loss", "logistic_loss"),
-        ("LongPO's lambda dropped", "method.longpo_lambda * preference", "preference"),
-        ("sum for mean in IPO", "rewards[chosen] / lengths[chosen]", "rewards[chosen]"),
         (
             "preference loss of mode long on the short side",
-            'LONG_CHOSEN if method.context_mode == "long" else SHORT_CHOSEN',
-            "SHORT_CHOSEN",
+            'Context.LONG if method.context_mode == "long" else Context.SHORT',
+            "Context.SHORT",
         ),
-        (
-            "reference of the wrong context",
-            "reference[_reference_role(role, method)]",
-            'reference[role.replace("long_", "short_")]',
-        ),
-        ("LongPO's reference on the long context", 'method.preference_loss == "longpo" or (', "("),
+        ("reference of the wrong context", "Context.SHORT if on_short else context", "Context.SHORT"),
         (
             "stop-gradient on the wrong side",
-            "difference = short_reward - rewards[long]",
-            "difference = rewards[short] - (rewards[long].detach() "
-            "if method.alignment_stop_short_gradient else rewards[long])",
+            "short_rewards - rewards[long]",
+            "rewards[short] - (rewards[long].detach() if method.alignment_stop_short_gradient else rewards[long])",
         ),
         (
             "alignment of the rejected answer forgotten",
-            "pairs.append((SHORT_REJECTED, LONG_REJECTED))",
-            "pairs.append((SHORT_CHOSEN, LONG_CHOSEN))",
+            '(Side.CHOSEN, Side.REJECTED) if method.alignment_target == "both" else (Side.CHOSEN,)',
+            "(Side.CHOSEN,)",
+        ),
+        ("weight of the likelihood dropped", "each + method.sft_weight * likelihood", "each + likelihood"),
+        ("a tie counted as wrong", "(margin.sign() + 1) / 2", "(margin > 0).to(margin.dtype)"),
+        ("alignment's sign", "return by_side(distance)", "return -by_side(distance)"),
+        (
+            "an alignment of k chosen weighed with the rejected ones",
+            "segments.groups[short] * len(Side) + sides, ",
+            "segments.groups[short] * len(Side), ",
+        ),
+    ),
+    *within(
+        "pack.py",
+        PACKS,
+        ("pairs across groups", "rejected & (self.groups[:, None] == self.groups)", "rejected"),
+        ("another response aligned", "& (self.responses[:, None] == self.responses)", ""),
+    ),
+    *within(
+        "training/segment_table.py",
+        STEP,
+        ("every response at the first one's place", "self._starts[key] + scored.responses", "self._starts[key]"),
+        (
+            "reference row of another example",
+            "dtype=torch.int64)[scored.groups]",
+            "dtype=torch.int64)[scored.groups] * 0",
+        ),
+        ("reference of each segment's own context", "of_pack(pack, compared)", "of_pack(pack)"),
+    ),
+    *within(
+        "training/objective.py",
+        STEP,
+        (
+            "mean length of a pack, not of the batch",
+            "return tokens / total_groups",
+            "return tokens / sum(len(pack.groups) for pack in packs[:1])",
         ),
         (
-            "weight of the likelihood dropped",
-            "else method.sft_weight) * likelihood",
-            "else 1.0) * likelihood",
+            "chosen lengths added, not averaged",
+            "segments.lengths[chosen].double() / groups.bincount()[groups]",
+            "segments.lengths[chosen].double()",
         ),
-        ("a tie counted as wrong", "(margin.sign() + 1) / 2", "(margin > 0).to(margin.dtype)"),
-        ("alignment's sign", "total + alignment_distance(", "total - alignment_distance("),
     ),
     *within(
         "training/step.py",
         STEP,
         ("weight by micro-batch, not by group", "scale = len(packs) * ranks / total_groups", "scale = ranks"),
         ("mean over groups, then over packs", "total = result.loss.sum()", "total = result.loss.mean()"),
-        (
-            "reference row of another example",
-            "rows = reference[list(pack.groups)]",
-            "rows = reference[list(range(len(pack.groups)))]",
-        ),
-        (
-            "reference columns in the policy's order",
-            "for column, role in enumerate(reference_roles(method))}",
-            "for column, role in enumerate(names[: rows.shape[1]])}",
-        ),
-        (
-            "mean length of a pack, not of the batch",
-            "return tokens / total_groups",
-            "return tokens / sum(len(pack.groups) for pack in packs[:1])",
-        ),
     ),
     *within(
         "data/tokenized/packs.py",
@@ -121,7 +158,7 @@ MUTANTS: list[Mutant] = [
         ),
         ("positions restart at a continuation", "ids[:-1], len(prompt_ids), prompt)", "ids[:-1], 0, prompt)"),
         ("labels not shifted", "prompt_end if k == 0 else start + k - 1", "start + k"),
-        ("labels shifted twice", "lambda k: first + k - 1, group", "lambda k: first + k - 2, group"),
+        ("labels shifted twice", "lambda k: first + k - 1, segment", "lambda k: first + k - 2, segment"),
         (
             "tokens of the user learnt",
             "continuation.learnt is None or continuation.learnt[k]]",
@@ -129,8 +166,8 @@ MUTANTS: list[Mutant] = [
         ),
         (
             "last token of a response not counted",
-            "self.segment_lengths.append(len(learnt))",
-            "self.segment_lengths.append(len(learnt) - 1)",
+            "side, response, continuation.learnt_count))",
+            "side, response, continuation.learnt_count - 1))",
         ),
     ),
     *within(
@@ -170,7 +207,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "data/tokenized/tokens.py",
         TOKENS,
-        ("the reference scores what the policy scores", "if c.role in roles)) for p", "if c.role)) for p"),
+        ("the reference scores what the policy scores", "if (p.context, c.side) in scored))", "if p))"),
     ),
     *within(
         "model/log_probs.py",
@@ -195,8 +232,8 @@ MUTANTS: list[Mutant] = [
         CONFIG,
         (
             "an unused option accepted",
-            '        ("simpo_gamma", loss == "simpo", "needs --preference-loss simpo"),\n',
-            "",
+            '(spec.name, kind is loss, f"needs --preference-loss {name}")',
+            '(spec.name, True, "")',
         ),
     ),
     *within(
@@ -227,9 +264,9 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/reference.py",
         REFERENCE,
-        ("a killed fill forgotten", "part = _read(partial, shape)", "part = None"),
-        ("a cache never checked against the model", "elif shape[0]:", "elif False:"),
-        ("a damaged cache used", "if whole and tuple(", "if tuple("),
+        ("a killed fill forgotten", "part = _read(partial, places)", "part = None"),
+        ("a cache never checked against the model", "elif examples:", "elif False:"),
+        ("a damaged cache used", "if whole and table.shape", "if table.shape"),
         (
             "a slow process times the others out",
             '    wait_for_all("reference")\n    dist.all_reduce(stopped',

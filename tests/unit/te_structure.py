@@ -21,6 +21,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from megatron_solopo.pack import Context, Side
+
 warnings.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -192,8 +194,12 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     portable = PackedAttention(None, 1, None, "self", softmax_scale=0.3)
     frequencies = RotaryFrequencies(engine.hf_config)
     prompts = tuple(
-        Prompt(list(range(p)), tuple(Continuation(f"{p}{n}", list(range(n))) for n in lengths))
-        for p, lengths in ((5, (3, 1, 7)), (11, (2,)))
+        Prompt(
+            context,
+            list(range(p)),
+            tuple(Continuation(Side.CHOSEN, list(range(n)), None, i) for i, n in enumerate(each)),
+        )
+        for context, p, each in ((Context.SHORT, 5, (3, 1, 7)), (Context.LONG, 11, (2,)))
     )
     groups = [TokenGroup("a", prompts), TokenGroup("b", prompts[:1])]
     worst = {}

@@ -6,10 +6,11 @@ import random
 from collections import Counter
 
 import pytest
+from segment_names import prompt_of
 
 from megatron_solopo.data.tokenized.batches import _order, attention_cost, make_schedule, plan
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import TokenGroup
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -142,8 +143,8 @@ def test_cost_counts_tokens_and_attended_pairs(share, hidden):
     group = TokenGroup(
         "g",
         (
-            Prompt([0] * 300, (Continuation("short_chosen", [0] * 40), Continuation("short_rejected", [0] * 60))),
-            Prompt([0] * 900, (Continuation("long_chosen", [0] * 40),)),
+            prompt_of([0] * 300, {"short_chosen": [0] * 40, "short_rejected": [0] * 60}),
+            prompt_of([0] * 900, {"long_chosen": [0] * 40}),
         ),
     )
     pack = build_pack([group], [0], share)

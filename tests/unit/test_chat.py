@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from segment_names import scored
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -319,4 +320,4 @@ def test_tokenizer_problems_get_one_line(tmp_path):
 def test_what_a_template_refuses_is_named(tmp_path, record, role, pattern):
     (tmp_path / "data.jsonl").write_text(record + "\n")
     with pytest.raises(UserError, match=pattern):
-        tokenize(tmp_path / "data.jsonl", byte_tokenizer(STRICT, "<|eot|>"), (role,), 64)
+        tokenize(tmp_path / "data.jsonl", byte_tokenizer(STRICT, "<|eot|>"), scored(role), 64)

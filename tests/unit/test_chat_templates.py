@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from segment_names import scored
 from test_chat import LLAMA3, SPECIAL, assistant, byte_tokenizer, user
 from tiny_models import write_lines
 from transformers import PreTrainedTokenizerBase
@@ -115,7 +116,9 @@ def test_what_was_sampled_is_learnt_to_the_id(template: str, values: str | None,
             continue
         record = {"id": "g", "short_messages": prompt.messages, "chosen_ids": kept[0], "rejected_ids": kept[number]}
         record |= {"chosen": done.responses[0], "rejected": done.responses[number]}
-        data = tokenize(write_lines(tmp_path / "g.jsonl", [record]), tokenizer, ("short_chosen", "short_rejected"), 999)
+        data = tokenize(
+            write_lines(tmp_path / "g.jsonl", [record]), tokenizer, scored("short_chosen", "short_rejected"), 999
+        )
         (only,) = data.groups[0].prompts
         assert list(only.ids) == list(prompt.ids)
         assert [list(one.ids) for one in only.continuations] == [[*sampled[0], end], [*ids, end]]
@@ -155,7 +158,7 @@ def test_turns_that_the_template_rewrites_are_refused(template: str, values: str
     tokenizer = make(tmp_path, template, values)
     path = write_lines(tmp_path / "c.jsonl", [{"id": "c1", "messages": TURNS}])
     with pytest.raises(UserError, match="c.jsonl: conversation 'c1': the chat template rewrites earlier turns"):
-        tokenize(path, tokenizer, ("response",), 999)
+        tokenize(path, tokenizer, scored("response"), 999)
 
 
 def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
@@ -164,9 +167,9 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
     record = {"id": "g1", "short_messages": [user("hi")], "chosen": BOTH, "rejected": "no"}
     path = tmp_path / "g.jsonl"
     with pytest.raises(UserError, match="group 'g1': the chat template's generation prompt .*--chat-template-kw"):
-        tokenize(write_lines(path, [record]), tokenizer, ("short_chosen",), 999)
+        tokenize(write_lines(path, [record]), tokenizer, scored("short_chosen"), 999)
     ids = tokenizer.encode(BOTH)
-    data = tokenize(write_lines(path, [record | {"chosen_ids": ids}]), tokenizer, ("short_chosen",), 999)
+    data = tokenize(write_lines(path, [record | {"chosen_ids": ids}]), tokenizer, scored("short_chosen"), 999)
     assert list(data.groups[0].prompts[0].continuations[0].ids) == [*ids, tokenizer.eos_token_id]
     counts = Statistics()
     prompt = Prompt("q", [user("hi")], prompt_ids(tokenizer, [user("hi")]))
@@ -175,7 +178,7 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_answers_inside_an_open_thought_are_counted_and_listed(tmp_path: Path) -> None:
-    tokenizer, roles = make(tmp_path, R1), ("short_chosen", "short_rejected")
+    tokenizer, roles = make(tmp_path, R1), scored("short_chosen", "short_rejected")
     texts = [("a</think>b", "c</think>d"), ("a", "c</think>d"), ("a</think>b", "<think>c")]
     records = [
         {"id": f"g{n}", "short_messages": [user("hi")], "chosen": chosen, "rejected": rejected}

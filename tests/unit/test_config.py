@@ -8,13 +8,14 @@ import pytest
 import yaml
 from option_lines import argv, last_wins
 
-from megatron_solopo.config import Config, flag
+from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_checks import unused
 from megatron_solopo.config_load import build_parser, load
+from megatron_solopo.losses.registry import preference_loss
 from megatron_solopo.training.run_folder import effective, write_settings
 
 SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if f.name != "explicit"]
-OPTIONS = {f.name: (section, f) for section in SECTION_NAMES for f in dataclasses.fields(getattr(Config(), section))}
+OPTIONS = {name: (option.section, option.spec) for name, option in OWNER.items()}
 
 
 def test_the_command_line_has_the_last_word(tmp_path):
@@ -56,7 +57,7 @@ def test_defaults_of_each_loss(loss, beta, alpha):
 
 def test_longpo_has_the_papers_defaults():
     method = load(argv("--preference-loss", "longpo", "--context-mode", "long"))[0].method
-    assert (method.beta, method.longpo_lambda, method.alignment_weight) == (0.1, 0.01, None)
+    assert (method.beta, preference_loss(method).longpo_lambda, method.alignment_weight) == (0.1, 0.01, None)
 
 
 def test_sft_resolves_no_preference_options():
@@ -115,7 +116,7 @@ def test_the_written_configuration_loads_again_to_the_same_run(options, tmp_path
 
 
 def value_of(config, name):
-    return getattr(getattr(config, OPTIONS[name][0]), name)
+    return config.value(name)
 
 
 ENGINE = ["--bf16", "--transformer-impl", "transformer_engine"]

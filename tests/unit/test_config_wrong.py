@@ -101,7 +101,7 @@ WRONG_FLAGS = {
     "reference by delayed scaling": (
         argv(*TE, "--fp8-format", "hybrid", "--fp8-recipe", "delayed"),
         r"^--fp8-recipe delayed with dpo: it scales by earlier batches, and the reference is computed before there are "
-        r"any; take tensorwise, or simpo or orpo$",
+        r"any; take tensorwise, or orpo or simpo$",
     ),
     "ring attention without Transformer Engine": (
         argv("--context-parallel-size", "2", "--cp-comm-type", "p2p"),
@@ -151,7 +151,7 @@ WRONG_FLAGS = {
     ),
     "longpo with sft weight": (
         argv("--preference-loss", "longpo", "--context-mode", "long", "--sft-weight", "1"),
-        r"^--sft-weight would have no effect: it needs --preference-loss dpo, ipo or simpo \(orpo and longpo hold",
+        r"^--sft-weight would have no effect: it needs --preference-loss dpo, ipo or simpo \(longpo and orpo hold",
     ),
     "longpo's lambda with dpo": (
         argv("--longpo-lambda", "0.1"),
@@ -380,7 +380,7 @@ WRONG_FILES = {
     ),
     "choice": (
         b"method:\n  preference_loss: kto\n",
-        r"run.yaml:\d: method.preference_loss: 'kto' is not one of dpo, ipo, simpo, orpo, longpo",
+        r"run.yaml:\d: method.preference_loss: 'kto' is not one of dpo, ipo, longpo, orpo, simpo",
     ),
     "unused": (b"method:\n  simpo_gamma: 1\n", r"^--simpo-gamma would have no effect"),
 }

@@ -60,10 +60,11 @@ dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())  # coll
 from megatron_solopo.parallel import platform
 here = platform.start("cpu")
 from megatron_solopo.data.tokenized.batches import plan_step
-from megatron_solopo.model.build import read_hf_config
+from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.training.dry_run import _rank_table
 from megatron_solopo.training.engine import build_engine, initialize_parallel
-from megatron_solopo.training.preparation import load_data
+from megatron_solopo.training.objective import step_inputs
+from megatron_solopo.training.preflight import load_data
 from megatron_solopo.training.step import make_packs, run_parts
 
 found = {"choices": context.choices(), "help": config_load.build_parser().format_help()}
@@ -81,8 +82,9 @@ found["multiple"] = plan.of_pieces
 packs = make_packs(engine, data, range(len(data.groups)), config)
 found["tokens"] = [(pack.tokens, len(pack.pack.tokens)) for pack in packs]
 found["slots"] = [piece.slot for pack in packs for piece in pack.pack.pieces]
+inputs = step_inputs([pack.pack for pack in packs], None, config.method, here.device)
 with host_reads() as reads:
-    run_parts(engine, packs, len(data.groups), config.method, None)
+    run_parts(engine, packs, inputs, len(data.groups), config.method)
 found["reads"] = reads
 if job["stub"]:
     found["calls"] = context.methods()["halves"].__class__.layout.__globals__["CALLS"]

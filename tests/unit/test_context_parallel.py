@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-from megatron_solopo.pack import Pack
+from megatron_solopo.pack import Context, Pack, Side
 from megatron_solopo.parallel.spans import SpanLayout, span_attention
 from megatron_solopo.parallel.zigzag import rows_of, spans_of
 
@@ -28,8 +28,8 @@ def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
         TokenGroup(
             f"g{number}",
             tuple(
-                Prompt(ids(most), tuple(Continuation(role, ids(9)) for role in ("chosen", "rejected")))
-                for most in (10, 40)
+                Prompt(context, ids(most), tuple(Continuation(side, ids(9)) for side in (Side.CHOSEN, Side.REJECTED)))
+                for context, most in ((Context.SHORT, 10), (Context.LONG, 40))
             ),
         )
         for number in range(draw.randint(1, 3))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from segment_names import prompt_of
 from tiny_models import SHAPE, preference_groups, write_lines, write_model
 from transformers import LlamaConfig
 
@@ -19,6 +20,7 @@ from megatron_solopo.config import Config, ModelConfig, TrainingConfig
 from megatron_solopo.data.tokenized.batches import above_the_token_limit, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
 from megatron_solopo.parallel.platform import expand_segments
 
@@ -112,8 +114,8 @@ def draw_groups(seed: int, longest: int = 900) -> list[TokenGroup]:
         TokenGroup(
             f"g{number}",
             tuple(
-                Prompt(ids(longest), tuple(Continuation(f"{context}_{side}", ids(40)) for side in sides))
-                for context, sides in (("short", ("chosen", "rejected")), ("long", ("chosen",)))
+                Prompt(context, ids(longest), tuple(Continuation(side, ids(40)) for side in sides))
+                for context, sides in ((Context.SHORT, (Side.CHOSEN, Side.REJECTED)), (Context.LONG, (Side.CHOSEN,)))
             ),
         )
         for number in range(5)
@@ -151,8 +153,8 @@ def test_what_else_is_no_kernel_of_cudnn_keeps_its_lengths(change: dict[str, Any
 
 
 def test_the_limit_of_a_pack_counts_the_padding_of_prompts() -> None:
-    prompt = Prompt([1] * 129, (Continuation("short_chosen", [1] * 2), Continuation("short_rejected", [1] * 2)))
-    groups, config = [TokenGroup("g", (prompt,))], Config()
+    group = TokenGroup("g", (prompt_of([1] * 129, {"short_chosen": [1] * 2, "short_rejected": [1] * 2}),))
+    groups, config = [group], Config()
     config.training.max_tokens_per_rank = 131
     assert above_the_token_limit(groups, config) is None
     assert "up to 258 tokens a process" in above_the_token_limit(groups, config, "cuda")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from inspected import WORDS, groups, tokenizer_folder, view_of, write
 from option_lines import last_wins
+from segment_names import SEGMENTS, loss_by_name, names_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -24,7 +25,7 @@ from megatron_solopo.data.inspection.view import token_text, uses
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import reference_roles, roles, solopo_loss
+from megatron_solopo.losses.solopo import reference_scores
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +60,19 @@ def test_the_loss_depends_on_exactly_what_is_said(method: dict[str, Any]) -> Non
     def leaves(wanted: Any) -> dict[str, torch.Tensor]:
         return {name: (-5 - torch.rand(1, generator=draw).double()).requires_grad_() for name in wanted}
 
-    policy, reference = leaves(names), leaves(reference_roles(config))
+    policy, reference = leaves(names), leaves(names_of(reference_scores(config)))
     lengths = {name: torch.tensor([4.0], dtype=torch.float64) for name in names}
 
     def gradients(**change: Any) -> dict[str, float]:
         changed = MethodConfig(**{**vars(config), **change})
-        given = {role: policy[role] for role in roles(config)}
-        total = solopo_loss(given, lengths, reference or None, changed).loss.sum()
+        total = loss_by_name(policy, lengths, reference or None, changed).loss.sum()
         found = torch.autograd.grad(total, [*policy.values(), *reference.values()], allow_unused=True)
         keys = [*policy, *(f"reference {name}" for name in reference)]
         return {key: 0.0 if g is None else g.item() for key, g in zip(keys, found, strict=True)}
 
     whole, without_alignment = gradients(), gradients(alignment_weight=0.0)
     for role in names:
-        said = " | ".join(uses(role, config))
+        said = " | ".join(uses(*SEGMENTS[role], config))
         assert bool(said) == bool(whole[role] or whole.get(f"reference {role}"))
         preferred = "preference loss" in said
         assert preferred == (without_alignment[role] != 0)
@@ -100,10 +100,10 @@ def test_segments_are_the_sequences_of_transformers(
     (record,) = groups(1)
     record["rejected"] = "Na\u00efve \U0001f600 <b>\n no"
     view = view_of(record, tokenizer, tmp_path, **method)
-    assert [segment.role for segment in view.segments] == expected
+    assert [segment.name for segment in view.segments] == expected
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for segment in view.segments:
-        context, response = segment.role.split("_")
+        context, response = segment.name.split("_")
         chat = [*record[f"{context}_messages"], {"role": "assistant", "content": record[response]}]
         full = tokenizer.apply_chat_template(chat)["input_ids"]
         prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)["input_ids"]
@@ -272,7 +272,7 @@ def test_every_position_of_the_pack_is_accounted_for(tokenizer: PreTrainedTokeni
     """The places that predict lie in the pack, and no two tokens of a response share one."""
     (record,) = groups(1)
     view = view_of(record, tokenizer, tmp_path)
-    prompts = {segment.role.split("_")[0]: segment.prompt_tokens for segment in view.segments}
+    prompts = {segment.name.split("_")[0]: segment.prompt_tokens for segment in view.segments}
     responses = sum(len(segment.tokens) - 1 for segment in view.segments)
     assert view.pack_tokens == sum(prompts.values()) + responses
     for segment in view.segments:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from inspected import groups, tokenizer_folder, write
 from markupsafe import escape
+from segment_names import scored
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.inspection import inspect_data
@@ -180,7 +181,7 @@ def test_every_oddity_is_counted_where_it_is(tokenizer: PreTrainedTokenizerBase,
         for r in records
         if r["long_messages"]
     )
-    statistics, wanted = Statistics(), ("short_chosen", "short_rejected", "long_chosen")
+    statistics, wanted = Statistics(), scored("short_chosen", "short_rejected", "long_chosen")
     for example in read_examples(write(tmp_path / "groups.jsonl", records)):
         facts = measure(example, tokenizer, wanted, longest + 100)
         assert set(facts.flags) == expected[example.id], example.id

@@ -88,7 +88,7 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
     parts = [p.documents[0] if isinstance(p, Fold) else p for p in view.contexts[0].pieces]
     assert "".join(part.text.plain for part in parts) == record["prompt"]
     assert view.contexts[0].tokens > sum(p.tokens for p in view.contexts[0].pieces if isinstance(p, Fold)) > 500
-    assert [segment.role for segment in view.segments] == ["short_chosen", "short_rejected"]
+    assert [segment.name for segment in view.segments] == ["short_chosen", "short_rejected"]
     refused = view_of(record, tokenizer, tmp_path)  # solo needs a long context
     assert refused.facts.flags == ("refused",) and "--context-mode short" in printed(refused)
 

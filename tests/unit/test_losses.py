@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from segment_names import loss_by_name, names_of, scored
 from torch.testing import assert_close
 
 from megatron_solopo.config import MethodConfig
@@ -16,20 +17,20 @@ from megatron_solopo.losses import (
     orpo_log_odds,
     sft_loss,
     simpo_reward,
-    solopo_loss,
 )
 from megatron_solopo.losses.solopo import (
-    chosen_role,
-    has_likelihood,
+    all_scores,
     needs_reference,
     pair_accuracy,
-    reference_roles,
-    roles,
-    scored_roles,
+    pair_context,
+    policy_scores,
+    reference_scores,
 )
+from megatron_solopo.pack import Context, Segments, Side, segment_name
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-CONSTANTS = dict(simpo_gamma=0.7, orpo_lambda=0.4, longpo_lambda=0.6, alignment_huber_delta=1.2)
+OWN = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}, "longpo": {"longpo_lambda": 0.6}}
+CONSTANTS = dict(alignment_huber_delta=1.2)
 BETA = {"dpo": 0.3, "ipo": 0.4, "simpo": 2.1, "orpo": None, "longpo": 0.2}
 ALPHA = 1.7
 GROUPS = 5
@@ -37,7 +38,10 @@ GROUPS = 5
 
 def make(loss, mode, **options):
     alpha = {"alignment_weight": ALPHA} if mode == "solo" else {}
-    return MethodConfig(preference_loss=loss, context_mode=mode, beta=BETA[loss], **CONSTANTS, **alpha, **options)
+    own = {"loss_options": OWN.get(loss, {})}
+    return MethodConfig(
+        preference_loss=loss, context_mode=mode, beta=BETA[loss], **own, **CONSTANTS, **alpha, **options
+    )
 
 
 def variants():
@@ -115,12 +119,12 @@ def closed_form(m, p, n, ref, mean_length, still=None):
     margin = reward(chosen, p) - reward(rejected, p)
     likelihood = -p[chosen] / (mean_length if m.sft_normalization == "token" else n[chosen])
     if loss == "simpo":
-        margin -= m.simpo_gamma
+        margin -= m.loss_options["simpo_gamma"]
     e = m.label_smoothing
     if loss == "ipo":
         preference = (ratio(chosen, p) / n[chosen] - ratio(rejected, p) / n[rejected] - 1 / (2 * m.beta)) ** 2
     elif loss == "orpo":
-        preference = likelihood + m.orpo_lambda * softplus(-margin)
+        preference = likelihood + m.loss_options["orpo_lambda"] * softplus(-margin)
     elif m.label_smoothing_form == "robust":
         preference = ((1 - e) * softplus(-margin) - e * softplus(margin)) / (1 - 2 * e)
     else:
@@ -134,7 +138,7 @@ def closed_form(m, p, n, ref, mean_length, still=None):
 def total(m, *arguments):
     preference, likelihood, alignment = closed_form(m, *arguments)
     if m.preference_loss == "longpo":
-        return m.longpo_lambda * preference + likelihood
+        return m.loss_options["longpo_lambda"] * preference + likelihood
     return preference + m.sft_weight * likelihood + (m.alignment_weight or 0) * alignment
 
 
@@ -143,7 +147,7 @@ def mean_chosen_length(n):
 
 
 def loss_of(p, n, ref, method):
-    return solopo_loss(p, n, ref, method, n[chosen_role(method)].mean())
+    return loss_by_name(p, n, ref, method, n[segment_name(pair_context(method), Side.CHOSEN)].mean())
 
 
 def tensors(values, **options):
@@ -165,7 +169,9 @@ def test_value_equals_the_closed_form(method):
     arguments = [(group(p, i), group(n, i), group(ref, i), mean_chosen_length(n)) for i in range(GROUPS)]
     parts = {"po_loss": 0, "sft_loss": 1, "alignment_loss": 2}
     wanted = {name: [closed_form(method, *one)[place] for one in arguments] for name, place in parts.items()}
-    for name in ("sft_loss",) * (not has_likelihood(method)) + ("alignment_loss",) * (method.context_mode != "solo"):
+    for name in ("sft_loss",) * (not method.sft_weight and method.preference_loss != "longpo") + ("alignment_loss",) * (
+        method.context_mode != "solo"
+    ):
         del wanted[name]
         assert name not in got.metrics
     assert_close(got.loss, doubles([total(method, *one) for one in arguments]), rtol=1e-12, atol=1e-12)
@@ -189,7 +195,7 @@ def test_gradient_equals_differences_of_the_closed_form(method):
         )
         gradient = 0.0 if inputs[role].grad is None else float(inputs[role].grad[i])
         assert gradient == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=1e-8), role
-        assert (inputs[role].grad is not None) == (role in roles(method)), role
+        assert (inputs[role].grad is not None) == (role in names_of(policy_scores(method))), role
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def test_gradient_equals_differences_of_the_closed_form(method):
 )
 def test_gradcheck(method):
     p, n, ref = draw(2)
-    wanted = roles(method)
+    wanted = names_of(policy_scores(method))
     lengths, reference = tensors(n), tensors(ref)
 
     def loss(*values):
@@ -210,21 +216,21 @@ def test_gradcheck(method):
 
 def test_sft_is_the_mean_negative_log_likelihood():
     log_prob = torch.tensor([-6.0, -1.0], dtype=torch.float64, requires_grad=True)
-    lengths = {"response": torch.tensor([3.0, 4.0], dtype=torch.float64)}
-    assert sft_loss({"response": log_prob}, lengths).loss.tolist() == [2.0, 0.25]
-    assert torch.autograd.gradcheck(lambda x: sft_loss({"response": x}, lengths).loss, (log_prob,))
+    segments = Segments.of([(i, Context.SHORT, Side.PLAIN, 0, length) for i, length in enumerate((3, 4))], 2)
+    assert sft_loss(log_prob, segments).loss.tolist() == [2.0, 0.25]
+    assert torch.autograd.gradcheck(lambda x: sft_loss(x, segments).loss, (log_prob,))
 
 
-def test_roles_and_reference():
+def test_what_the_policy_scores():
     def method(**options):
         return MethodConfig(alignment_weight=1.0, beta=0.1, **options)
 
-    assert roles(method(objective="sft")) == ("response",)
-    assert roles(method(context_mode="short")) == ROLES[:2]
-    assert roles(method(context_mode="long")) == ROLES[2:]
-    assert roles(method()) == ROLES[:3]
-    assert roles(method(alignment_target="both")) == ROLES
-    assert roles(method(preference_loss="longpo", context_mode="long")) == ROLES[2:]
+    assert policy_scores(method(objective="sft")) == scored("response")
+    assert policy_scores(method(context_mode="short")) == scored(*ROLES[:2])
+    assert policy_scores(method(context_mode="long")) == scored(*ROLES[2:])
+    assert policy_scores(method()) == scored(*ROLES[:3])
+    assert policy_scores(method(alignment_target="both")) == scored(*ROLES)
+    assert policy_scores(method(preference_loss="longpo", context_mode="long")) == scored(*ROLES[2:])
 
 
 def test_the_reference_scores_what_the_loss_reads():
@@ -235,10 +241,8 @@ def test_the_reference_scores_what_the_loss_reads():
         ref = tensors(ref, requires_grad=True)
         loss_of(tensors(p), tensors(n), ref, method).loss.sum().backward()
         read = tuple(role for role in ROLES if ref[role].grad is not None)
-        assert read == reference_roles(method)
-        assert needs_reference(method) and scored_roles(method) == tuple(
-            role for role in ROLES if role in read + roles(method)
-        )
+        assert scored(*read) == reference_scores(method)
+        assert needs_reference(method) and all_scores(method) == scored(*read) | policy_scores(method)
         return read
 
     for loss in ("dpo", "ipo"):
@@ -249,29 +253,29 @@ def test_the_reference_scores_what_the_loss_reads():
         assert read_of(preference_loss=loss, context_mode="long") == ROLES[2:]
     assert read_of(preference_loss="longpo", context_mode="long") == ROLES[:2]
     for without in (dict(preference_loss="simpo"), dict(preference_loss="orpo"), dict(objective="sft")):
-        assert reference_roles(MethodConfig(**without)) == () and not needs_reference(MethodConfig(**without))
+        assert not reference_scores(MethodConfig(**without)) and not needs_reference(MethodConfig(**without))
 
 
-@pytest.mark.parametrize("missing", ["short_chosen", "short_rejected", "long_chosen"])
-def test_a_missing_role_is_an_error(missing):
-    p, n, ref = draw()
-    with pytest.raises(KeyError, match=missing):
-        solopo_loss(
-            tensors({r: v for r, v in p.items() if r != missing}), tensors(n), tensors(ref), make("dpo", "solo")
-        )
+def test_a_group_without_a_pair_or_with_one_context_is_an_error():
+    both = [(Context.SHORT, Side.CHOSEN), (Context.SHORT, Side.REJECTED), (Context.LONG, Side.CHOSEN)]
+    for missing, match in ((0, "no pair"), (1, "no pair"), (2, "not scored on both contexts")):
+        rows = [(group, *one, 0, 3) for group in (0, 1) for k, one in enumerate(both) if (group, k) != (1, missing)]
+        with pytest.raises(ValueError, match=match):
+            Segments.of(rows, 2).pairs(Context.SHORT)
+            Segments.of(rows, 2).alignments([Side.CHOSEN])
 
 
 def test_dpo_without_reference_is_an_error():
     p, n, _ = draw()
-    with pytest.raises(KeyError, match="reference"):
-        solopo_loss(tensors(p), tensors(n), None, make("dpo", "solo"))
+    with pytest.raises(ValueError, match="reference"):
+        loss_by_name(tensors(p), tensors(n), None, make("dpo", "solo"))
 
 
 @pytest.mark.parametrize("mode", ["solo", "short", "long"])
 def test_dpo_starts_at_ln_2(mode):
     p, n, _ = draw(3)
     method = MethodConfig(context_mode=mode, beta=0.1, alignment_weight=3.0)
-    got = solopo_loss(tensors(p), tensors(n), tensors(p), method)
+    got = loss_by_name(tensors(p), tensors(n), tensors(p), method)
     assert_close(got.metrics["po_loss"], torch.full((GROUPS,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-15)
     assert got.metrics["accuracy"].tolist() == [0.5] * GROUPS and got.metrics["margin"].abs().max() == 0
     if mode == "solo":
@@ -291,7 +295,7 @@ def test_aligned_responses_are_logged_at_length(loss):
     p, n, ref = draw(6)
     for target in ("chosen", "both"):
         method = make(loss, "solo", alignment_target=target)
-        got = solopo_loss(tensors(p), tensors(n), tensors(ref), method).metrics
+        got = loss_by_name(tensors(p), tensors(n), tensors(ref), method).metrics
         aligned = ("chosen", "rejected") if target == "both" else ("chosen",)
         long = {f"{kind}_long_{answer}" for kind in ("reward", "logp") for answer in aligned}
         assert {name for name in got if "_long_" in name} == long | {"short_long_gap_nats_per_token"}
@@ -307,10 +311,10 @@ def test_equal_short_and_long_log_probs_leave_plain_preference_optimization(loss
     p, ref = ({role: values["short_" + role.split("_")[1]] for role in ROLES} for values in (p, ref))
     solo, short = make(loss, "solo", alignment_target=target), make(loss, "short")
     inputs = tensors(p, requires_grad=True)
-    got = solopo_loss(inputs, tensors(n), tensors(ref), solo)
+    got = loss_by_name(inputs, tensors(n), tensors(ref), solo)
     assert got.metrics["alignment_loss"].tolist() == [0.0] * GROUPS
     assert got.metrics["short_long_gap_nats_per_token"].tolist() == [0.0] * GROUPS
-    assert torch.equal(got.loss, solopo_loss(tensors(p), tensors(n), tensors(ref), short).loss)
+    assert torch.equal(got.loss, loss_by_name(tensors(p), tensors(n), tensors(ref), short).loss)
     got.loss.sum().backward()
     assert inputs["long_chosen"].grad.abs().max() == 0  # the subgradient of |x| at 0
 
@@ -323,7 +327,7 @@ def test_stopped_short_side_gets_no_gradient_from_the_alignment(loss):
     for mode, stop in (("short", False), ("solo", True), ("solo", False)):
         method = make(loss, mode, alignment_target="both", alignment_stop_short_gradient=stop)
         inputs = tensors(p, requires_grad=True)
-        solopo_loss(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
+        loss_by_name(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
         gradients[mode, stop] = {role: x.grad for role, x in inputs.items()}
     for role in ("short_chosen", "short_rejected"):
         assert torch.equal(gradients["solo", True][role], gradients["short", False][role])
@@ -344,7 +348,7 @@ def test_orpo_is_stable_where_the_answer_is_certain(dtype):
     inputs = {role: torch.tensor(value, dtype=dtype, requires_grad=True) for role, value in p.items()}
     lengths = {role: torch.ones(4, dtype=dtype) for role in p}
     method = make("orpo", "solo")
-    got = solopo_loss(inputs, lengths, None, method)
+    got = loss_by_name(inputs, lengths, None, method)
     got.loss.sum().backward()
     assert got.loss.isfinite().all()
     assert all(x.grad.isfinite().all() for x in inputs.values())
@@ -396,7 +400,7 @@ def test_token_normalization_gives_every_chosen_token_one_weight():
     likelihood = loss_of(inputs, tensors(n), tensors(ref), method).metrics["sft_loss"].mean()
     assert float(likelihood) == pytest.approx(-sum(p["short_chosen"]) / sum(n["short_chosen"]))
     with pytest.raises(ValueError, match="mean chosen length"):
-        solopo_loss(tensors(p), tensors(n), tensors(ref), method)
+        loss_by_name(tensors(p), tensors(n), tensors(ref), method)
 
 
 def test_robust_smoothing_is_unbiased():

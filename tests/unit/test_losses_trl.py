@@ -7,21 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from segment_names import loss_by_name, scored, segment_name
 from torch.testing import assert_close
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.schema import PreferenceGroup
 from megatron_solopo.data.tokenized.tokens import Encoder
-from megatron_solopo.losses import solopo_loss
 
 ROLES = ("short_chosen", "short_rejected")
 CPU = SimpleNamespace(device="cpu")
 
 
 def short(loss, beta=None, **options):
-    return MethodConfig(
-        preference_loss=loss, context_mode="short", beta=beta, simpo_gamma=0.7, orpo_lambda=0.4, **options
-    )
+    own = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}}.get(loss, {})
+    return MethodConfig(preference_loss=loss, context_mode="short", beta=beta, loss_options=own, **options)
 
 
 def draw(seed, groups=5):
@@ -42,13 +41,13 @@ def test_simpo_equals_trl(monkeypatch, smoothing):
     settings = SimpleNamespace(
         loss_type="simpo",
         beta=method.beta,
-        simpo_gamma=method.simpo_gamma,
+        simpo_gamma=0.7,
         label_smoothing=smoothing,
         alpha=0.0,
         accelerator=CPU,
     )
     losses, chosen, rejected = cpo.CPOTrainer.cpo_loss(settings, *(p[role] / n[role] for role in ROLES))
-    got = solopo_loss(p, n, None, method)
+    got = loss_by_name(p, n, None, method)
     assert_close(got.loss, losses, rtol=1e-12, atol=1e-12)
     assert_close(got.metrics["reward_chosen"], chosen, rtol=1e-12, atol=1e-12)
     assert_close(got.metrics["reward_rejected"], rejected, rtol=1e-12, atol=1e-12)
@@ -60,10 +59,10 @@ def test_orpo_odds_ratio_equals_trl(monkeypatch):
     orpo = pytest.importorskip("trl.experimental.orpo")
     p, n = draw(7)
     method = short("orpo")
-    settings = SimpleNamespace(beta=method.orpo_lambda, accelerator=CPU)
+    settings = SimpleNamespace(beta=0.4, accelerator=CPU)
     means = [p[role] / n[role] for role in ROLES]
     odds_term = orpo.ORPOTrainer.odds_ratio_loss(settings, *means)[0]
-    assert_close(solopo_loss(p, n, None, method).loss.float(), -means[0].float() - odds_term, rtol=1e-5, atol=1e-6)
+    assert_close(loss_by_name(p, n, None, method).loss.float(), -means[0].float() - odds_term, rtol=1e-5, atol=1e-6)
 
 
 ROWS = [("w1 w2 w3 w4", "w5 w6", "w7"), ("w8 w9", "w10", "w11 w12 w13")]
@@ -105,8 +104,9 @@ def ours(trainer):
     tokenizer, found, sums, lengths = trainer.processing_class, set(), {}, {}
     for question, chosen, rejected in ROWS:
         group = PreferenceGroup("x", chat("user", question), None, chosen, rejected)
-        (prompt,) = Encoder(tokenizer, None, "refuse").encode(group, ROLES).prompts
+        (prompt,) = Encoder(tokenizer, None, "refuse").encode(group, scored(*ROLES)).prompts
         for continuation in prompt.continuations:
+            role = segment_name(prompt.context, continuation.side)
             ids = [*prompt.ids, *continuation.ids]
             found.add(tuple(ids))
             for name, model in (
@@ -115,8 +115,8 @@ def ours(trainer):
             ):
                 with torch.no_grad():
                     picked = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
-                sums.setdefault((name, continuation.role), []).append(picked[len(prompt.ids) - 1 :].sum())
-            lengths.setdefault(continuation.role, []).append(float(len(continuation.ids)))
+                sums.setdefault((name, role), []).append(picked[len(prompt.ids) - 1 :].sum())
+            lengths.setdefault(role, []).append(float(len(continuation.ids)))
     policy, reference = ({role: torch.stack(sums[name, role]) for role in ROLES} for name in ("policy", "ref"))
     return found, policy, {role: torch.tensor(v) for role, v in lengths.items()}, reference
 
@@ -150,18 +150,18 @@ def test_dpo_trainer_losses_equal_trl(trainer, ours, monkeypatch, case):
         monkeypatch.setattr(trainer, name, value)
     theirs = trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader()))).detach()
     _, policy, lengths, reference = ours
-    got = solopo_loss(policy, lengths, reference, method, lengths["short_chosen"].mean())
+    got = loss_by_name(policy, lengths, reference, method, lengths["short_chosen"].mean())
     assert got.metrics["margin"].abs().min() > 0.01  # the models differ, so the comparison says something
     assert_close(got.loss.mean(), theirs, rtol=1e-5, atol=1e-5)
     if method.sft_weight:
-        by_answer = solopo_loss(policy, lengths, reference, short(method.preference_loss, 0.3, sft_weight=0.6))
+        by_answer = loss_by_name(policy, lengths, reference, short(method.preference_loss, 0.3, sft_weight=0.6))
         assert abs(float(by_answer.loss.mean() - theirs)) > 1e-3  # each answer's own mean is another loss
 
 
 def test_the_cases_are_not_one_loss(ours):
     _, policy, lengths, reference = ours
     losses = [
-        float(solopo_loss(policy, lengths, reference, case[3], lengths["short_chosen"].mean()).loss.mean())
+        float(loss_by_name(policy, lengths, reference, case[3], lengths["short_chosen"].mean()).loss.mean())
         for case in DPO_CASES.values()
     ]
     assert all(abs(a - b) > 1e-3 for (i, a), (j, b) in product(enumerate(losses), repeat=2) if i != j)

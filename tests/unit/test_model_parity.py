@@ -19,6 +19,7 @@ from transformers import (
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.pack import Context, Side
 
 SMALL = dict(
     hidden_size=64,
@@ -75,9 +76,12 @@ def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
     def ids(n):
         return torch.randint(0, SMALL["vocab_size"], (n,), generator=g).tolist()
 
-    roles = iter(["short_chosen", "short_rejected", "long_chosen", "long_rejected"])
     return TokenGroup(
-        f"g{seed}", tuple(Prompt(ids(p), tuple(Continuation(next(roles), ids(c)) for c in cs)) for p, cs in prompts)
+        f"g{seed}",
+        tuple(
+            Prompt(context, ids(p), tuple(Continuation(side, ids(c)) for side, c in zip(Side, cs, strict=False)))
+            for context, (p, cs) in zip(Context, prompts, strict=False)
+        ),
     )
 
 
@@ -145,8 +149,8 @@ def test_greedy_tokens_equal_transformers(engine, hf_folder):
     hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
     ids = list(random_group(5, ((90, (1,)),)).prompts[0].ids)
     for _ in range(6):
-        every = tuple(Continuation("response", [token]) for token in range(hf_config.vocab_size))
-        pack = build_pack([TokenGroup("next", (Prompt(ids, every),))], [0])
+        every = tuple(Continuation(Side.PLAIN, [token], None, token) for token in range(hf_config.vocab_size))
+        pack = build_pack([TokenGroup("next", (Prompt(Context.SHORT, ids, every),))], [0])
         with torch.no_grad():
             ours = run_pack(hf_config, model, pack, torch.float32, chunk=64)
             theirs = hf(torch.tensor([ids])).logits[0, -1].log_softmax(-1)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from segment_names import scored
 from tiny_models import write_lines, write_model
 
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -10,7 +11,7 @@ from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.data.tokenized.tokens import Shortened, tokenize
 from megatron_solopo.errors import UserError
 
-ROLES = ("short_chosen", "short_rejected", "long_chosen")
+SCORED = scored("short_chosen", "short_rejected", "long_chosen")
 
 
 def count_texts(texts):
@@ -135,7 +136,7 @@ def home(tmp_path_factory):
 
 def test_what_cannot_be_cut_is_dropped_with_its_reason(home):
     path, tokenizer = home
-    found = tokenize(path, tokenizer, ROLES, 30, "cut")
+    found = tokenize(path, tokenizer, SCORED, 30, "cut")
     assert [group.id for group in found.groups] == ["fits", "cut"]
     # <user> w9, ten gold words, w8 <assistant>, and three tokens of the response: 13 words of distractors are left.
     assert found.report.cut == [Shortened("cut", "long", 44, 27)]
@@ -153,4 +154,4 @@ def test_what_cannot_be_cut_is_dropped_with_its_reason(home):
 def test_refusing_names_the_ways_out(home):
     path, tokenizer = home
     with pytest.raises(UserError, match=r"example 'cut' has 47 tokens, above --seq-length 30; .* --overlong cut$"):
-        tokenize(path, tokenizer, ROLES, 30)
+        tokenize(path, tokenizer, SCORED, 30)

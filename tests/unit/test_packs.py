@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
+from segment_names import prompt_of
 
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-
-ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
+from megatron_solopo.pack import Context, Segments, Side
 
 
 def draw_group(draw, number):
@@ -20,12 +20,13 @@ def draw_group(draw, number):
     def continuation():
         tokens = ids(8)
         learnt = [draw.random() < 0.6 for _ in tokens] if draw.random() < 0.5 else None
-        return Continuation(draw.choice(ROLES), tokens, learnt)
+        return Continuation(draw.choice(list(Side)), tokens, learnt, draw.randint(0, 3))
 
     return TokenGroup(
         f"g{number}",
         tuple(
-            Prompt(ids(12), tuple(continuation() for _ in range(draw.randint(1, 3)))) for _ in range(draw.randint(1, 3))
+            Prompt(draw.choice(list(Context)), ids(12), tuple(continuation() for _ in range(draw.randint(1, 3))))
+            for _ in range(draw.randint(1, 3))
         ),
     )
 
@@ -34,6 +35,10 @@ def draw_pack(seed, share, *multiples):
     draw = random.Random(seed)
     groups = [draw_group(draw, number) for number in range(draw.randint(1, 4))]
     return groups, build_pack(groups, range(10, 10 + len(groups)), share, *multiples)
+
+
+def rows_of(scored):
+    return list(zip(*(value.tolist() for value in list(vars(scored).values())[:5]), strict=True))
 
 
 def seen_by(pack, row):
@@ -62,7 +67,7 @@ def test_each_target_is_predicted_from_exactly_its_past(seed, share):
                     for k in range(len(prompt.ids), len(full))
                     if learnt[k - len(prompt.ids)]
                 ]
-                segments.append((number, continuation.role, sum(learnt)))
+                segments.append((number, prompt.context, continuation.side, continuation.response, sum(learnt)))
     got = []
     for predictor, target, segment in zip(
         pack.predictors.tolist(), pack.targets.tolist(), pack.segments.tolist(), strict=True
@@ -71,10 +76,7 @@ def test_each_target_is_predicted_from_exactly_its_past(seed, share):
         assert [position for position, _ in past] == list(range(len(past)))
         got.append((segment, [token for _, token in past], target))
     assert got == wanted
-    assert (
-        list(zip(pack.segment_groups.tolist(), pack.segment_roles, pack.segment_lengths.tolist(), strict=True))
-        == segments
-    )
+    assert rows_of(pack.scored) == segments and pack.scored.group_count == len(groups)
     assert pack.groups == tuple(range(10, 10 + len(groups)))
 
 
@@ -100,9 +102,7 @@ def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple
 
 
 def test_a_prompt_stands_once_when_it_is_shared():
-    group = TokenGroup(
-        "g", (Prompt([11, 12, 13], (Continuation("short_chosen", [21, 22]), Continuation("short_rejected", [31]))),)
-    )
+    group = TokenGroup("g", (prompt_of([11, 12, 13], {"short_chosen": [21, 22], "short_rejected": [31]}),))
     shared, apart = build_pack([group], [0]), build_pack([group], [0], share_prompts=False)
     assert shared.tokens.tolist() == [11, 12, 13, 21]  # the last token of a continuation is only predicted
     assert shared.positions.tolist() == [0, 1, 2, 3]
@@ -115,11 +115,12 @@ def test_a_prompt_stands_once_when_it_is_shared():
 def test_only_learnt_tokens_of_a_conversation_are_predicted():
     """Assistant 21 22, user 31 32, assistant 41: the user's tokens are context."""
     learnt = [True, True, False, False, True]
-    group = TokenGroup("c", (Prompt([11, 12], (Continuation("response", [21, 22, 31, 32, 41], learnt),)),))
+    response = Continuation(Side.PLAIN, [21, 22, 31, 32, 41], learnt)
+    group = TokenGroup("c", (Prompt(Context.SHORT, [11, 12], (response,)),))
     pack = build_pack([group], [0])
     assert pack.tokens.tolist() == [11, 12, 21, 22, 31, 32]
     assert (pack.predictors.tolist(), pack.targets.tolist()) == ([1, 2, 5], [21, 22, 41])
-    assert pack.segment_lengths.tolist() == [3] == [group.prompts[0].continuations[0].learnt_count]
+    assert pack.scored.lengths.tolist() == [3] == [group.prompts[0].continuations[0].learnt_count]
 
 
 @pytest.mark.parametrize("multiple_of", [1, 16])
@@ -127,19 +128,37 @@ def test_a_pack_without_groups_is_padding_alone(multiple_of):
     pack = build_pack([], [], multiple_of=multiple_of)
     assert len(pack.tokens) == pack.padding == multiple_of
     assert pack.positions.tolist() == list(range(multiple_of))
-    assert pack.segment_roles == () and pack.groups == ()
-    for empty in (pack.predictors, pack.targets, pack.segments, pack.segment_groups, pack.segment_lengths):
+    assert len(pack.scored) == pack.scored.group_count == 0 and pack.groups == ()
+    assert pack.scored.pairs(Context.SHORT).shape == pack.scored.alignments([Side.CHOSEN]).shape == (0, 2)
+    for empty in (pack.predictors, pack.targets, pack.segments, pack.scored.groups, pack.scored.lengths):
         assert empty.numel() == 0 and empty.dtype == torch.int64
 
 
-def test_role_gives_the_segment_of_each_group_in_order():
-    def group(number):
-        short = Prompt([1, 2], (Continuation("short_chosen", [3]), Continuation("short_rejected", [4, 5])))
-        return TokenGroup(f"g{number}", (short, Prompt([6, 7, 8], (Continuation("long_chosen", [3]),))))
-
-    pack = build_pack([group(0), group(1)], [4, 9]).to(torch.device("cpu"))
-    assert pack.role("short_chosen").tolist() == [0, 3]
-    assert pack.role("short_rejected").tolist() == [1, 4]
-    assert pack.role("long_chosen").tolist() == [2, 5]
-    assert pack.role("long_rejected").tolist() == []
-    assert pack.groups == (4, 9)
+def test_pairs_and_alignments_are_those_of_each_group_whatever_their_order():
+    """Against brute force over all segments, with k chosen and m rejected responses in an order of their own."""
+    draw = random.Random(5)
+    for _ in range(20):
+        rows = []
+        count = draw.randint(1, 4)
+        for group in range(count):
+            for side, most in ((Side.CHOSEN, draw.randint(1, 3)), (Side.REJECTED, draw.randint(1, 3))):
+                rows += [(group, context, side, k, 1) for context in Context for k in range(most)]
+        draw.shuffle(rows)
+        segments = Segments.of(rows, count)
+        for context in Context:
+            wanted = [
+                [i, j]
+                for i, one in enumerate(rows)
+                for j, other in enumerate(rows)
+                if one[:3] == (other[0], context, Side.CHOSEN) and other[1:3] == (context, Side.REJECTED)
+            ]
+            assert segments.pairs(context).tolist() == wanted
+        aligned = segments.alignments([Side.CHOSEN, Side.REJECTED]).tolist()
+        assert sorted(aligned) == sorted(
+            [i, j]
+            for i, one in enumerate(rows)
+            for j, other in enumerate(rows)
+            if (one[1], other[1]) == (Context.SHORT, Context.LONG) and one[0] == other[0] and one[2:] == other[2:]
+        )
+        chosen = segments.alignments([Side.CHOSEN]).tolist()
+        assert chosen == [pair for pair in aligned if rows[pair[0]][2] == Side.CHOSEN]

@@ -16,7 +16,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.training import resume
 
 SETS = {
-    "identity": resume.IDENTITY,
+    "identity": resume.identity(),
     "length": resume.LENGTH,
     "examples": resume.EXAMPLES,
     "start": resume.START,
@@ -27,7 +27,7 @@ SETS = {
 def config_of(**changed: Any) -> Config:
     config = Config()
     for name, value in ({"train_iters": 5, "beta": 0.1, "alignment_weight": 3.0} | changed).items():
-        setattr(getattr(config, OWNER[name][0]), name, value)
+        config.set(name, value)
     return config
 
 
@@ -62,10 +62,10 @@ def test_every_option_is_in_one_set() -> None:
         assert not SETS[one] & SETS[other], (one, other)
 
 
-@pytest.mark.parametrize("name", sorted(resume.IDENTITY))
+@pytest.mark.parametrize("name", sorted(resume.identity()))
 def test_what_is_part_of_a_run_is_refused_by_name_with_both_values(name: str) -> None:
     before, now = config_of(), config_of(**{name: another(name)})
-    shown = [resume._shown(getattr(getattr(config, OWNER[name][0]), name)) for config in (before, now)]
+    shown = [resume._shown(config.value(name)) for config in (before, now)]
     told = refusal(before, now)
     assert told.startswith(f"{flag(name)}: the checkpoint's run has {shown[0]}, this one {shown[1]}; give the same as")
     assert ("--override-opt-param-scheduler" in told) == (name in resume.SCHEDULE)

@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 import torch
 from host_reads import host_reads
-from test_step import GROUPS, METHODS, draw
+from test_step import GROUPS, METHODS, draw, reference_of
 from tiny_models import EXPERTS, SHAPE, write_model
 from transformers import LlamaConfig, MixtralConfig
 
 from megatron_solopo.config import Config, ModelConfig, TrainingConfig
 from megatron_solopo.data.tokenized.batches import make_schedule
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import reference_roles
+from megatron_solopo.losses.solopo import policy_scores
 
 MODELS = {
     "dense": LlamaConfig(**SHAPE, tie_word_embeddings=False),
@@ -43,21 +43,31 @@ def trainer(engine: Any, folder: Path, **training: Any) -> tuple[Any, Any, Any, 
     return (built, *build_optimizer(built, config.training, 4), config)
 
 
-def table() -> torch.Tensor:
-    shape = GROUPS, len(reference_roles(SOLO))
-    return -10 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def examples() -> tuple[Any, Any]:
+    """Groups, and numbers for what the reference would score."""
+    everything = draw(SOLO)
+    return everything.only(policy_scores(SOLO)), reference_of(everything, SOLO)
+
+
+def parts(built: Any, config: Config) -> Any:
+    from megatron_solopo.training.objective import step_inputs
+    from megatron_solopo.training.step import make_packs, run_parts
+
+    dataset, reference = examples()
+    packs = make_packs(built, dataset, range(GROUPS), config)
+    inputs = step_inputs([pack.pack for pack in packs], reference, SOLO, built.platform.device)
+    return lambda: run_parts(built, packs, inputs, GROUPS, SOLO)
 
 
 def test_nothing_is_read_between_a_pack_and_the_optimizer(engine: Any, folders: dict[str, Path]) -> None:
     """Neither by value nor by a shape that depends on values: that would make the host wait for every pack."""
     from megatron_solopo.training.engine import squared_gradient_norm
-    from megatron_solopo.training.step import make_packs, run_parts
 
     built, optimizer, _, config = trainer(engine, folders["dense"])
-    packs, reference = make_packs(built, draw(SOLO), range(GROUPS), config), table()
+    run = parts(built, config)
     built.zero_gradients()
     with host_reads() as reads:
-        run_parts(built, packs, GROUPS, SOLO, reference)
+        run()
         squared_gradient_norm(optimizer)
     assert not reads
 
@@ -67,7 +77,7 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
     from megatron_solopo.training.memory import PeakMemory
 
     built, optimizer, scheduler, config = trainer(engine, folders["dense"])
-    data, schedule = draw(SOLO), make_schedule(GROUPS, GROUPS, 2, None, 0, True)
+    (data, reference), schedule = examples(), make_schedule(GROUPS, GROUPS, 2, None, 0, True)
     collectives = []
 
     def counted(kind: str, collective: Any) -> Any:
@@ -79,11 +89,14 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
 
     kinds = ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object")
     patches = {kind: counted(kind, getattr(torch.distributed, kind)) for kind in kinds}
-    with steps.training_work(built, data, schedule, config) as work, mock.patch.multiple(torch.distributed, **patches):
+    with (
+        steps.training_work(built, data, schedule, config, reference) as work,
+        mock.patch.multiple(torch.distributed, **patches),
+    ):
         # torch's Adam counts its steps on the CPU.
         with host_reads() as reads, mock.patch.object(steps, "update"):
             _, agreed = steps.train_step(
-                built, optimizer, scheduler, data, schedule, work, 0, config, table(), PeakMemory(engine), lambda: 15
+                built, optimizer, scheduler, data, schedule, work, 0, config, PeakMemory(engine), lambda: 15
             )
     assert len(reads) == 1 and "readings.py" in reads[0], reads
     assert agreed == 15
@@ -96,7 +109,6 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
 def test_the_norm_and_the_update_are_megatrons(engine: Any, folders: dict[str, Path], model: str, clip: float) -> None:
     """Bit for bit what the optimizer's own step does, clipped or not."""
     from megatron_solopo.training.engine import squared_gradient_norm, update
-    from megatron_solopo.training.step import make_packs, run_parts
 
     after = []
     for ours in (True, False):
@@ -104,7 +116,7 @@ def test_the_norm_and_the_update_are_megatrons(engine: Any, folders: dict[str, P
         for _ in range(2):
             built.zero_gradients()
             optimizer.zero_grad()
-            run_parts(built, make_packs(built, draw(SOLO), range(GROUPS), config), GROUPS, SOLO, table())
+            parts(built, config)()
             scheduler.step(1)
             if ours:
                 norm = squared_gradient_norm(optimizer).item() ** 0.5
@@ -165,7 +177,7 @@ def test_a_cut_pack_keeps_what_its_rank_predicts() -> None:
             part, rows = found.pack, torch.from_numpy(method_of(size, "all_gather").rows(pack.pieces, rank, size))
             assert found.tokens == pack.tokens.numel() and part.tokens.numel() == found.tokens // size
             assert torch.equal(part.positions, pack.positions[rows]) and part.pieces == pack.pieces
-            assert torch.equal(part.segment_lengths, pack.segment_lengths)
+            assert part.scored is pack.scored
             assert torch.equal(found.is_padding, pack.is_padding()[rows])
             columns = (rows[part.predictors], part.targets, part.segments)
             predicted += list(zip(*(column.tolist() for column in columns), strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from segment_names import scored
 from tiny_models import TEMPLATE, preference_groups, write_lines, write_model
 from transformers import AutoTokenizer
 
@@ -52,7 +53,7 @@ def test_training_tokens_and_their_fingerprint_follow_the_values(folder: Path, t
     found = {}
     for text in (None, OFF, '{"enable_thinking": true}'):
         tokenizer = load_tokenizer(folder, chat_template_kwargs=text)
-        found[text] = tokenize(groups, tokenizer, ("short_chosen", "short_rejected"), 256)
+        found[text] = tokenize(groups, tokenizer, scored("short_chosen", "short_rejected"), 256)
     assert found[None].fingerprint == found['{"enable_thinking": true}'].fingerprint != found[OFF].fingerprint
     thought = AutoTokenizer.from_pretrained(folder).encode("w58 w59")
     assert all(list(group.prompts[0].ids[-2:]) == thought for group in found[OFF].groups)

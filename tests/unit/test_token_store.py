@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from option_lines import last_wins
+from segment_names import scored
 from tiny_models import TEMPLATE, WORDS, conversations, preference_groups, write_lines, write_model
 
 from megatron_solopo.data.files import records
@@ -21,11 +22,17 @@ from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.text_facts import AS_READ, text_facts
 from megatron_solopo.data.tokenized import tokenize_data
-from megatron_solopo.data.tokenized.token_store import ALL_ROLES, learnt_marks, learnt_stretches, open_tokens
-from megatron_solopo.data.tokenized.tokens import tokenize
+from megatron_solopo.data.tokenized.token_store import (
+    BOTH_PAIRS,
+    SHORT_PAIR,
+    learnt_marks,
+    learnt_stretches,
+    open_tokens,
+)
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, tokenize
 from megatron_solopo.errors import UserError
 
-SHORT, SOLO = ALL_ROLES[:2], ALL_ROLES[:3]
+SHORT, SOLO = SHORT_PAIR, SHORT_PAIR | scored("long_chosen")
 FILES = ("digests.bin", "ids.jsonl", "manifest.json", "overlong.jsonl", "tokens.bin", "tokens.idx")
 
 
@@ -69,23 +76,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("roles", [SHORT, ALL_ROLES[2:], SOLO, ALL_ROLES])
-def test_a_folder_holds_what_is_tokenised_in_memory(home, roles):
+@pytest.mark.parametrize("wanted", [SHORT, BOTH_PAIRS - SHORT, SOLO, BOTH_PAIRS])
+def test_a_folder_holds_what_is_tokenised_in_memory(home, wanted):
     """Equal fingerprints too: a reference cache serves both."""
-    limit = 20 if roles == SHORT else 60
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, roles, limit, "drop")
-    folder = open_tokens(home.groups, home.facts, roles, limit, "drop")
+    limit = 20 if wanted == SHORT else 60
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, wanted, limit, "drop")
+    folder = open_tokens(home.groups, home.facts, wanted, limit, "drop")
     assert memory.dropped and folder.dropped == memory.dropped
     assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
     assert folder.chosen_rejected_lengths() == memory.chosen_rejected_lengths()
     assert [len(ids) for g in folder.groups for ids in g.sequences()] == [
         len(ids) for g in memory.groups for ids in g.sequences()
     ]
-    for some in (SHORT, SOLO, ("long_chosen",)):
-        kept = tuple(role for role in some if role in roles)
-        if kept:
-            assert folder.with_roles(kept).fingerprint == memory.with_roles(kept).fingerprint
-            assert list(folder.with_roles(kept).groups) == memory.with_roles(kept).groups
+    for some in (SHORT, SOLO, scored("long_chosen")):
+        if kept := some & wanted:
+            assert folder.only(kept).fingerprint == memory.only(kept).fingerprint
+            assert list(folder.only(kept).groups) == memory.only(kept).groups
 
 
 def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
@@ -94,8 +100,8 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
     template.write_text(TEMPLATE.replace("'<assistant> ' + m", f"'<assistant> ' + ({long}) + m"), encoding="utf-8")
     folder = make(home, "groups.jsonl", "by-length", "--chat-template", template)
     tokenizer = load_tokenizer(home.folder / "hf", template)
-    memory = tokenize(home.folder / "groups.jsonl", tokenizer, ALL_ROLES, 400)
-    found = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), ALL_ROLES, 400)
+    memory = tokenize(home.folder / "groups.jsonl", tokenizer, BOTH_PAIRS, 400)
+    found = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), BOTH_PAIRS, 400)
     assert list(found.groups) == memory.groups
     pairs = [
         (list(short.continuations[0].ids), list(long.continuations[0].ids))
@@ -105,8 +111,8 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
 
 
 def test_conversations_of_several_turns(home):
-    memory = tokenize(home.folder / "chats.jsonl", home.tokenizer, ("response",), 60, "drop")
-    folder = open_tokens(home.folder / "chats", home.facts, ("response",), 60, "drop")
+    memory = tokenize(home.folder / "chats.jsonl", home.tokenizer, CONVERSATION, 60, "drop")
+    folder = open_tokens(home.folder / "chats", home.facts, CONVERSATION, 60, "drop")
     assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
     learnt = [c.learnt for g in folder.groups for p in g.prompts for c in p.continuations]
     assert any(marks and False in marks for marks in learnt) and None in learnt
@@ -128,7 +134,7 @@ def test_megatrons_own_reader_sees_one_document_a_group(home):
         np.concatenate([found[i] for i in range(first, last)]).tolist()
         for first, last in zip(found.document_indices[:-1], found.document_indices[1:], strict=True)
     ]
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 1000)
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS, 1000)
     for document, group in zip(documents, memory.groups, strict=True):
         short, long = group.prompts
         # The long context's responses are the short one's, and stored once.
@@ -142,9 +148,9 @@ def test_nothing_but_lengths_is_read_before_a_group_is_looked_at(home, monkeypat
     monkeypatch.setattr(
         "megatron_solopo.data.tokenized.token_store.StoredIds.ids", property(lambda ids: pytest.fail("read"))
     )
-    folder = open_tokens(home.groups, home.facts, ALL_ROLES, 1000)
+    folder = open_tokens(home.groups, home.facts, BOTH_PAIRS, 1000)
     assert sum(g.tokens(True) for g in folder.groups) and max(g.longest for g in folder.groups)
-    assert folder.largest_token()[0] < 64 and folder.with_roles(SOLO).fingerprint
+    assert folder.largest_token()[0] < 64 and folder.only(SOLO).fingerprint
 
 
 def test_parquet_gives_the_same_tokens(home):
@@ -239,7 +245,7 @@ def test_limits_of_training_are_its_own(home):
 
 def test_what_was_dropped_is_listed_in_the_folder_and_in_training(home):
     folder = make(home, "groups.jsonl", "dropped", "--seq-length", 60, "--overlong", "drop")
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 60, "drop")
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS, 60, "drop")
     assert open_tokens(folder, home.facts, SHORT, 60).dropped == memory.dropped
     listed = [json.loads(line) for line in (folder / "overlong.jsonl").read_text().splitlines()]
     assert [(record["id"], record["tokens"]) for record in listed] == [(d.id, d.tokens) for d in memory.dropped]
@@ -346,5 +352,5 @@ def test_the_manifest_tells_what_the_folder_was_made_from(home):
     assert manifest["source"]["sha256"] == sha256(home.folder / "groups.jsonl")
     assert manifest["files"]["tokens.bin"]["sha256"] == sha256(home.groups / "tokens.bin")
     assert manifest["text"] == home.facts and manifest["counts"]["groups"] == 40
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, ALL_ROLES, 1000)
+    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS, 1000)
     assert manifest["largest_token"]["id"] == memory.largest_token()[0]

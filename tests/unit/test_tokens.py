@@ -2,12 +2,13 @@
 
 from array import array
 
+from segment_names import names_in, prompt_of, scored
 from tiny_models import preference_groups, write_lines, write_model
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, Report, TokenDataset, TokenGroup, tokenize
-from megatron_solopo.losses.solopo import reference_roles, roles, scored_roles
+from megatron_solopo.data.tokenized.tokens import Report, TokenDataset, TokenGroup, tokenize
+from megatron_solopo.losses.solopo import all_scores, policy_scores, reference_scores
 
 SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")
 LONGPO = MethodConfig(preference_loss="longpo", context_mode="long", beta=0.1)
@@ -19,29 +20,27 @@ def ids(*values):
 
 def group(number):
     responses = {"chosen": ids(number, 1), "rejected": ids(number, 2, 3)}
-    prompts = (("short", SHORT), ("long", LONG))
     return TokenGroup(
         f"g{number}",
         tuple(
-            Prompt(ids(number), tuple(Continuation(role, responses[role.split("_")[1]]) for role in names))
-            for _, names in prompts
+            prompt_of(ids(number), {role: responses[role.split("_")[1]] for role in names}) for names in (SHORT, LONG)
         ),
     )
 
 
 def names(dataset):
-    return [[c.role for p in g.prompts for c in p.continuations] for g in dataset.groups]
+    return [names_in(group) for group in dataset.groups]
 
 
 def test_a_selection_keeps_order_drops_and_prompts_that_are_used():
     both = TokenDataset([group(i) for i in range(3)], [("long one", 99)], "all")
-    short = both.with_roles(SHORT)
+    short = both.only(scored(*SHORT))
     assert names(short) == [list(SHORT)] * 3 and [g.id for g in short.groups] == ["g0", "g1", "g2"]
     assert [len(g.prompts) for g in short.groups] == [1] * 3 and short.dropped == both.dropped
-    solo = both.with_roles((*SHORT, "long_chosen"))
+    solo = both.only(scored(*SHORT, "long_chosen"))
     assert names(solo) == [[*SHORT, "long_chosen"]] * 3
-    assert both.with_roles((*SHORT, *LONG)) is both
-    assert len({both.fingerprint, short.fingerprint, solo.fingerprint, both.with_roles(LONG).fingerprint}) == 4
+    assert both.only(scored(*SHORT, *LONG)) is both
+    assert len({both.fingerprint, short.fingerprint, solo.fingerprint, both.only(scored(*LONG)).fingerprint}) == 4
 
 
 def test_a_selection_is_what_tokenising_those_roles_gives(tmp_path):
@@ -50,10 +49,10 @@ def test_a_selection_is_what_tokenising_those_roles_gives(tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
     path = write_lines(tmp_path / "groups.jsonl", preference_groups(5))
-    both = tokenize(path, tokenizer, scored_roles(LONGPO), 128)
+    both = tokenize(path, tokenizer, all_scores(LONGPO), 128)
     assert names(both) == [[*SHORT, *LONG]] * 5
-    for wanted in (roles(LONGPO), reference_roles(LONGPO)):
-        assert both.with_roles(wanted) == tokenize(path, tokenizer, wanted, 128)
+    for wanted in (policy_scores(LONGPO), reference_scores(LONGPO)):
+        assert both.only(wanted) == tokenize(path, tokenizer, wanted, 128)
 
 
 def test_policy_and_reference_drop_the_same_examples(tmp_path):
@@ -62,11 +61,11 @@ def test_policy_and_reference_drop_the_same_examples(tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
     path = write_lines(tmp_path / "groups.jsonl", preference_groups(9))
-    both = tokenize(path, tokenizer, scored_roles(LONGPO), 60, "drop")
-    policy, reference = both.with_roles(roles(LONGPO)), both.with_roles(reference_roles(LONGPO))
+    both = tokenize(path, tokenizer, all_scores(LONGPO), 60, "drop")
+    policy, reference = both.only(policy_scores(LONGPO)), both.only(reference_scores(LONGPO))
     assert both.dropped and len(policy.groups) == 9 - len(both.dropped)
     assert [g.id for g in policy.groups] == [g.id for g in reference.groups]
-    assert len(tokenize(path, tokenizer, reference_roles(LONGPO), 60, "drop").groups) == 9
+    assert len(tokenize(path, tokenizer, reference_scores(LONGPO), 60, "drop").groups) == 9
 
 
 def test_sampled_ids_are_trained_on_where_they_are_the_text(tmp_path):
@@ -86,8 +85,8 @@ def test_sampled_ids_are_trained_on_where_they_are_the_text(tmp_path):
     }
     for name, (chosen, rejected, expected, used) in cases.items():
         path = write_lines(tmp_path / "g.jsonl", [group | {"chosen_ids": chosen, "rejected_ids": rejected}])
-        data = tokenize(path, tokenizer, (*SHORT, *LONG), 128)
-        for prompt in data.groups[0].prompts:
-            assert [list(c.ids) for c in prompt.continuations] == [[*expected, end], [w2, end]], name
+        data = tokenize(path, tokenizer, scored(*SHORT, *LONG), 128)
+        for one in data.groups[0].prompts:
+            assert [list(c.ids) for c in one.continuations] == [[*expected, end], [w2, end]], name
         assert (data.report.ids_used, data.report.ids_mismatched) == (used, 0 if chosen is None else 2 - used), name
     assert "token ids of 1 responses are not this tokenizer's" in Report(ids_mismatched=1).lines(9)[0]

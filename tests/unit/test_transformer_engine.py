@@ -18,6 +18,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention, pack_layout
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
+from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.layout import block_layout, select, sequence_layout
 
 
@@ -39,7 +40,10 @@ def draw_groups(count: int) -> list[TokenGroup]:
     return [
         TokenGroup(
             str(number),
-            tuple(Prompt(ids(40), tuple(Continuation(f"{side}{n}", ids(12)) for n in range(2))) for side in "sl"),
+            tuple(
+                Prompt(context, ids(40), tuple(Continuation(side, ids(12)) for side in (Side.CHOSEN, Side.REJECTED)))
+                for context in Context
+            ),
         )
         for number in range(count)
     ]

@@ -79,19 +79,19 @@ def packed(out: Recorder) -> None:
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
+    from megatron_solopo.pack import Context, Side
     from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
     from megatron_solopo.parallel.device_pack import on_device
     from megatron_solopo.parallel.layout import block_layout
 
     heads, kv_heads, size, dtype = attention_shape(out)
     short, long, answer = (60, 500, 10) if out.dry else (1000, 8100, 100)
-    group = TokenGroup(
-        "g",
-        (
-            Prompt([0] * short, (Continuation("short_chosen", [0] * answer), Continuation("short_rejected", [0] * 7))),
-            Prompt([0] * long, (Continuation("long_chosen", [0] * answer), Continuation("long_rejected", [0] * 7))),
-        ),
+    continuations = Continuation(Side.CHOSEN, [0] * answer), Continuation(Side.REJECTED, [0] * 7)
+    prompts = (
+        Prompt(Context.SHORT, [0] * short, continuations),
+        Prompt(Context.LONG, [0] * long, continuations),
     )
+    group = TokenGroup("g", prompts)
     device = torch.device(out.device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads)).to(device)
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
@@ -153,6 +153,7 @@ def context(out: Recorder) -> None:
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
+    from megatron_solopo.pack import Context, Side
     from megatron_solopo.parallel.device_pack import on_device
     from megatron_solopo.parallel.layout import block_layout
     from megatron_solopo.parallel.spans import SpanLayout, span_attention
@@ -160,8 +161,8 @@ def context(out: Recorder) -> None:
 
     ranks, device = 2, torch.device(out.device)
     heads, kv_heads, size, dtype = attention_shape(out)
-    continuations = (Continuation("long_chosen", [0] * 100), Continuation("long_rejected", [0] * 7))
-    prompt = Prompt([0] * (511 if out.dry else 8191), continuations)
+    continuations = (Continuation(Side.CHOSEN, [0] * 100), Continuation(Side.REJECTED, [0] * 7))
+    prompt = Prompt(Context.LONG, [0] * (511 if out.dry else 8191), continuations)
     pack = build_pack([TokenGroup("g", (prompt,))], [0], True, 2 * ranks, 2 * ranks).to(device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
     layout = pack_layout(on_device(block_layout(pack.pieces), device), pack.positions, rope, dtype)

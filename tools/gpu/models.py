@@ -89,6 +89,7 @@ def packs_of(
 ) -> list[Any]:
     """Groups of a short prompt with two responses and a long one with one, as a training step packs them."""
     from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+    from megatron_solopo.pack import Context, Side
     from megatron_solopo.training.step import make_packs
 
     draw = torch.Generator().manual_seed(0)
@@ -98,9 +99,9 @@ def packs_of(
 
     made = []
     for number in range(groups):
-        chosen, rejected = Continuation("short_chosen", ids(response)), Continuation("short_rejected", ids(response))
-        again = Continuation("long_chosen", chosen.ids)
-        made.append(TokenGroup(str(number), (Prompt(ids(short), (chosen, rejected)), Prompt(ids(long), (again,)))))
+        chosen, rejected = Continuation(Side.CHOSEN, ids(response)), Continuation(Side.REJECTED, ids(response))
+        prompts = Prompt(Context.SHORT, ids(short), (chosen, rejected)), Prompt(Context.LONG, ids(long), (chosen,))
+        made.append(TokenGroup(str(number), prompts))
     return make_packs(engine, TokenDataset(made, [], ""), range(groups), config)
 
 

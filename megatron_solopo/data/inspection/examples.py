@@ -23,8 +23,10 @@ from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, 
 from megatron_solopo.data.scoring import sub_em
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.prompt import DEFAULT_DOCUMENT_TEMPLATE
+from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR
 from megatron_solopo.data.tokenized.tokens import Encoder, TokenGroup
 from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Context, Scored
 
 SHORT, LONG = "short", "long"
 CONTEXTS = (SHORT, LONG)
@@ -261,25 +263,22 @@ class Facts:
     refused: str | None
 
 
-def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> TokenGroup:
+def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, scored: Scored) -> TokenGroup:
     """The token ids that training makes of a group.
 
     Raises:
         UserError: why training refuses it.
     """
-    return Encoder(tokenizer, None, "refuse").encode(group, roles)
-
-
-ALL_ROLES = tuple(f"{context}_{response}" for context in CONTEXTS for response in ("chosen", "rejected"))
+    return Encoder(tokenizer, None, "refuse").encode(group, scored)
 
 
 def measure(
-    example: Example, tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = (), seq_length: int | None = None
+    example: Example, tokenizer: PreTrainedTokenizerBase, scored: Scored = frozenset(), seq_length: int | None = None
 ) -> Facts:
     """The facts about one example.
 
     Args:
-        roles: what the loss scores of a group; a group that lacks its context is one that training refuses.
+        scored: what the loss scores of a group; a group that lacks its context is one that training refuses.
         seq_length: the longest prompt plus response that training takes, if it is to be checked.
     """
     tokens: dict[str, int] = {}
@@ -290,12 +289,11 @@ def measure(
         if group is None:
             tokens = {name: len(prompt_ids(tokenizer, chat)) for name, chat in example.chats.items()}
         else:
-            made = encoder.encode(group, tuple(r for r in ALL_ROLES if r.split("_")[0] in example.chats))
+            made = encoder.encode(group, BOTH_PAIRS if LONG in example.chats else SHORT_PAIR)
             tokens = _lengths(made)
-            missing = [role for role in roles if role.split("_")[0] not in example.chats]
-            if missing:
+            if LONG not in example.chats and any(context == Context.LONG for context, _ in scored):
                 raise UserError("no long_messages; give long contexts, or train with --context-mode short")
-            if seq_length is not None and made.with_roles(roles).longest > seq_length:
+            if seq_length is not None and made.only(scored).longest > seq_length:
                 flags.add("too_long")
     except UserError as error:
         refused = str(error).removeprefix(f"group {example.id!r}: ")  # so that equal reasons are counted together
@@ -320,10 +318,9 @@ def measure(
 def _lengths(group: TokenGroup) -> dict[str, int]:
     tokens = {}
     for prompt in group.prompts:
+        tokens[prompt.context.name.lower()] = len(prompt.ids)
         for continuation in prompt.continuations:
-            context, response = continuation.role.split("_")
-            tokens |= {context: len(prompt.ids)}
-            tokens.setdefault(response, len(continuation.ids))
+            tokens.setdefault(continuation.side.name.lower(), len(continuation.ids))
     return tokens
 
 

@@ -31,7 +31,7 @@ from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.view import make_view
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs, files_of
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import scored_roles
+from megatron_solopo.losses.solopo import all_scores
 from megatron_solopo.progress import ProgressBar
 
 METHOD_OPTIONS = (
@@ -182,7 +182,9 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     seed, method = options.seed or 0, config.method if config else None
     limit = config.data.seq_length if config and "seq_length" in config.explicit else None
     sample, statistics = Reservoir(options.samples or 50, seed), Statistics()
-    count = partial(measure, tokenizer=tokenizer, roles=scored_roles(method) if method else (), seq_length=limit)
+    count = partial(
+        measure, tokenizer=tokenizer, scored=all_scores(method) if method else frozenset(), seq_length=limit
+    )
     examples = islice(read_examples(options.data), options.limit)
     workers = options.workers or len(os.sched_getaffinity(0))
     measured = measure_all(examples, count, workers)

@@ -26,16 +26,16 @@ from megatron_solopo.data.inspection.blocks import (
 from megatron_solopo.data.inspection.context import ContextView, make_context
 from megatron_solopo.data.inspection.examples import FLAGS, Example, Facts, measure, token_group
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.losses.solopo import chosen_role, has_likelihood, reference_roles, roles, scored_roles
-
-REWARDS = {
-    "dpo": "beta * (log pi - log pi_ref), summed over a response's tokens",
-    "ipo": "beta * (log pi - log pi_ref), summed over a response's tokens; the loss takes means per token",
-    "simpo": "beta * the mean log pi of a response's tokens",
-    "orpo": "log odds of the mean log pi of a response's tokens",
-    "longpo": "beta * (log pi on the long context - log pi_ref on the short one), summed over a response's tokens",
-}
-"""The reward of each --preference-loss in one line; losses/rewards.py has the formulas."""
+from megatron_solopo.losses.registry import loss_class
+from megatron_solopo.losses.solopo import (
+    adds_likelihood,
+    aligned_sides,
+    all_scores,
+    pair_context,
+    policy_scores,
+    reference_scores,
+)
+from megatron_solopo.pack import Context, Side, segment_name
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,16 @@ class Segment:
     """A response on a context as it stands in the pack.
 
     Attributes:
+        response: which response of its side, from 0.
         predictors: first and last place of each run of places in the pack whose hidden states predict its tokens; the
             prompt's last place predicts the first.
         learnt: tokens whose log-probs are summed.
         uses: the terms of the loss that its reward enters.
     """
 
-    role: str
+    context: Context
+    side: Side
+    response: int
     prompt_tokens: int
     tokens: list[Token]
     predictors: list[tuple[int, int]]
@@ -57,8 +60,8 @@ class Segment:
     uses: list[str]
 
     @property
-    def side(self) -> str:
-        return "chosen" if "chosen" in self.role.split("_") else "rejected"
+    def name(self) -> str:
+        return segment_name(self.context, self.side, self.response)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class View:
             alike.setdefault(tuple(token.id for token in segment.tokens), []).append(segment)
             partly = f" of {len(segment.tokens):,}" if segment.learnt != len(segment.tokens) else ""
             rows.add_row(
-                Text.assemble((segment.role, segment.side)),
+                Text.assemble((segment.name, segment.side.name.lower())),
                 f"{segment.prompt_tokens:,}",
                 f"{segment.learnt:,}{partly}",
                 _run(segment.tokens[0].position, segment.tokens[-1].position),
@@ -144,9 +147,12 @@ class View:
         saved = (self.separate_tokens - self.pack_tokens) / self.separate_tokens
         pack = f"one pack of {many(self.pack_tokens, 'token')} with shared prompts"
         blocks = [
-            Note(f"--preference-loss {loss} --context-mode {mode}; reward: {REWARDS[loss]}"),
+            Note(f"--preference-loss {loss} --context-mode {mode}; reward: {loss_class(loss).reward_text}"),
             rows,
-            *(Tokens(", ".join(s.role for s in same), same[0].side, same[0].tokens) for same in alike.values()),
+            *(
+                Tokens(", ".join(s.name for s in same), same[0].side.name.lower(), same[0].tokens)
+                for same in alike.values()
+            ),
         ]
         note = f"{pack} ({self.separate_tokens:,} apart, {saved:.0%} saved)"
         return Section("what the loss sees", note, blocks, "loss")
@@ -168,7 +174,7 @@ def make_view(
     Args:
         full: fold and cut nothing.
     """
-    wanted = scored_roles(method) if example.group else ()
+    wanted = all_scores(method) if example.group else frozenset()
     facts = measure(example, tokenizer, wanted, seq_length)
     contexts = [make_context(example, name, tokenizer, full) for name in example.chats]
     view = View(example, facts, method, contexts, [])
@@ -194,12 +200,14 @@ def make_view(
         ]
         view.segments.append(
             Segment(
-                continuation.role,
+                prompt.context,
+                continuation.side,
+                continuation.response,
                 len(prompt.ids),
                 shown,
                 _runs(pack.predictors[own].tolist()),
-                int(pack.segment_lengths[number]),
-                uses(continuation.role, method),
+                int(pack.scored.lengths[number]),
+                uses(prompt.context, continuation.side, method),
             )
         )
     return replace(view, pack_tokens=len(pack.tokens), separate_tokens=tokens.separate_tokens())
@@ -216,22 +224,19 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def uses(role: str, method: MethodConfig) -> list[str]:
-    """The terms of the loss that a role's log-prob enters, in words."""
+def uses(context: Context, side: Side, method: MethodConfig) -> list[str]:
+    """The terms of the loss that a segment's log-prob enters, in words."""
     found = []
-    context, response = role.split("_")
-    if role in roles(method):
-        preferred = chosen_role(method)
-        if role == preferred:
-            found.append("preference loss: chosen")
-        if role == preferred.replace("chosen", "rejected"):
-            found.append("preference loss: rejected")
-        if role == preferred and (has_likelihood(method) or method.preference_loss == "orpo"):
-            found.append("likelihood term")
-        if method.context_mode == "solo" and (response == "chosen" or method.alignment_target == "both"):
-            stopped = ", no gradient" if context == "short" and method.alignment_stop_short_gradient else ""
-            found.append(f"alignment: {context} side{stopped}")
-    if role in reference_roles(method):
+    if (context, side) in policy_scores(method):
+        if context == pair_context(method):
+            found.append(f"preference loss: {side.name.lower()}")
+            held = loss_class(method.preference_loss).holds_likelihood or adds_likelihood(method)
+            if side == Side.CHOSEN and held:
+                found.append("likelihood term")
+        if side in aligned_sides(method):
+            stopped = context == Context.SHORT and method.alignment_stop_short_gradient
+            found.append(f"alignment: {context.name.lower()} side" + (", no gradient" if stopped else ""))
+    if (context, side) in reference_scores(method):
         found.append("reference log-prob")
     return found
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.data.tokenized.tokens import Continuation, TokenGroup
-from megatron_solopo.pack import Pack, Piece
+from megatron_solopo.pack import Context, Pack, Piece, Segments
 
 
 def build_pack(
@@ -35,10 +35,12 @@ def build_pack(
             if share_prompts:
                 piece = builder.add_piece(prompt.ids, 0, None)
                 for continuation in prompt.continuations:
-                    builder.add_continuation(prompt.ids, continuation, piece, number)
+                    segment = builder.add_segment(number, prompt.context, continuation)
+                    builder.add_continuation(prompt.ids, continuation, piece, segment)
             else:
                 for continuation in prompt.continuations:
-                    builder.add_joined(prompt.ids, continuation, number)
+                    segment = builder.add_segment(number, prompt.context, continuation)
+                    builder.add_joined(prompt.ids, continuation, segment)
     size = len(builder.tokens)
     at_the_end = (-size) % multiple_of if size else multiple_of
     if at_the_end:
@@ -59,9 +61,7 @@ class _Builder:
         self.predictors: list[int] = []
         self.targets: list[int] = []
         self.segments: list[int] = []
-        self.segment_groups: list[int] = []
-        self.segment_roles: list[str] = []
-        self.segment_lengths: list[int] = []
+        self.scored: list[tuple[int, int, int, int, int]] = []
 
     def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None, padding: int | None = None) -> int:
         if padding is None:
@@ -73,27 +73,31 @@ class _Builder:
         self.padding += padding
         return len(self.pieces) - 1
 
-    def add_continuation(self, prompt_ids: Sequence[int], continuation: Continuation, prompt: int, group: int) -> None:
+    def add_segment(self, group: int, context: Context, continuation: Continuation) -> int:
+        """Its number."""
+        side, response = continuation.side, continuation.response
+        self.scored.append((group, context, side, response, continuation.learnt_count))
+        return len(self.scored) - 1
+
+    def add_continuation(
+        self, prompt_ids: Sequence[int], continuation: Continuation, prompt: int, segment: int
+    ) -> None:
         prompt_end = self.pieces[prompt].start + self.pieces[prompt].length - 1
         start = len(self.tokens)
         if len(continuation.ids) > 1:
             self.add_piece(continuation.ids[:-1], len(prompt_ids), prompt)
-        self._predict(continuation, lambda k: prompt_end if k == 0 else start + k - 1, group)
+        self._predict(continuation, lambda k: prompt_end if k == 0 else start + k - 1, segment)
 
-    def add_joined(self, prompt_ids: Sequence[int], continuation: Continuation, group: int) -> None:
+    def add_joined(self, prompt_ids: Sequence[int], continuation: Continuation, segment: int) -> None:
         first = len(self.tokens) + len(prompt_ids)
         self.add_piece([*prompt_ids, *continuation.ids[:-1]], 0, None)
-        self._predict(continuation, lambda k: first + k - 1, group)
+        self._predict(continuation, lambda k: first + k - 1, segment)
 
-    def _predict(self, continuation: Continuation, predictor_of: Callable[[int], int], group: int) -> None:
-        segment = len(self.segment_roles)
+    def _predict(self, continuation: Continuation, predictor_of: Callable[[int], int], segment: int) -> None:
         learnt = [k for k in range(len(continuation.ids)) if continuation.learnt is None or continuation.learnt[k]]
         self.predictors.extend(predictor_of(k) for k in learnt)
         self.targets.extend(continuation.ids[k] for k in learnt)
         self.segments.extend([segment] * len(learnt))
-        self.segment_groups.append(group)
-        self.segment_roles.append(continuation.role)
-        self.segment_lengths.append(len(learnt))
 
     def finish(self, indices: tuple[int, ...]) -> Pack:
         def integers(values: list[int]) -> Tensor:
@@ -106,9 +110,7 @@ class _Builder:
             integers(self.predictors),
             integers(self.targets),
             integers(self.segments),
-            integers(self.segment_groups),
-            tuple(self.segment_roles),
-            integers(self.segment_lengths),
+            Segments.of(self.scored, len(indices)),
             indices,
             self.padding,
         )

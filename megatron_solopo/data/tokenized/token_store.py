@@ -25,11 +25,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
 from megatron_solopo.data.tokenized.tokens import (
-    RESPONSE,
+    CONVERSATION,
     Continuation,
     Dropped,
     Prompt,
@@ -41,6 +43,7 @@ from megatron_solopo.data.tokenized.tokens import (
     no_example,
 )
 from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Context, Scored, Side, segment_name
 
 FORMAT = 2
 """Raised when the meaning of a file changes."""
@@ -48,15 +51,32 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 32
 
-SHORT_ROLES = ("short_chosen", "short_rejected")
-ALL_ROLES = (*SHORT_ROLES, "long_chosen", "long_rejected")
+PAIR = (Side.CHOSEN, Side.REJECTED)
+SHORT_PAIR: Scored = frozenset((Context.SHORT, side) for side in PAIR)
+BOTH_PAIRS: Scored = frozenset((context, side) for context in Context for side in PAIR)
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "preference": ("short_prompt", *SHORT_ROLES, "long_prompt", *ALL_ROLES[2:]),
-    "sft": ("prompt", RESPONSE, "learnt"),
+    "preference": tuple(
+        name
+        for context in Context
+        for name in (f"{context.name.lower()}_prompt", *(segment_name(context, side) for side in PAIR))
+    ),
+    "sft": ("prompt", segment_name(Context.SHORT, Side.PLAIN), "learnt"),
 }
-"""Objective -> the sequences of a document. ``learnt``: lengths of the learnt and the other stretches of the response
-by turns, learnt first; absent where all of it is learnt."""
+"""Objective -> the sequences of a document; see `prompt_place` and `response_place`. ``learnt``: lengths of the learnt
+and the other stretches of the response by turns, learnt first; absent where all of it is learnt."""
+
+LEARNT = 2
+
+
+def prompt_place(context: Context) -> int:
+    """The place of a prompt in its document; a conversation's is the first."""
+    return context * (1 + len(PAIR))
+
+
+def response_place(context: Context, side: Side) -> int:
+    """The place of a response in its document; a conversation's is behind its prompt."""
+    return prompt_place(context) + 1 + (0 if side == Side.PLAIN else side)
 
 
 def learnt_stretches(learnt: Sequence[bool]) -> list[int]:
@@ -80,18 +100,22 @@ def learnt_marks(stretches: Iterable[int]) -> list[bool]:
 
 def sequences_of(group: TokenGroup, objective: str) -> list[Sequence[int]]:
     """A group's sequences in the order of `LAYOUTS`; absent ones are empty."""
-    found: dict[str, Sequence[int]] = {}
+    found: list[Sequence[int]] = [()] * len(LAYOUTS[objective])
     for prompt in group.prompts:
-        context = prompt.continuations[0].role.partition("_")[0]
-        found["prompt" if objective == "sft" else f"{context}_prompt"] = prompt.ids
+        found[prompt_place(prompt.context)] = prompt.ids
         for continuation in prompt.continuations:
-            found[continuation.role] = continuation.ids
+            place = response_place(prompt.context, continuation.side)
+            if found[place]:
+                raise ValueError(f"group {group.id!r}: the format has room for one response of a side")
+            found[place] = continuation.ids
             if continuation.learnt is not None:
-                found["learnt"] = learnt_stretches(continuation.learnt)
-    for role in ALL_ROLES[2:]:
-        if role in found and found[role] == found[role.replace("long_", "short_")]:
-            del found[role]
-    return [found.get(name, ()) for name in LAYOUTS[objective]]
+                found[LEARNT] = learnt_stretches(continuation.learnt)
+    if objective == "preference":
+        for side in PAIR:
+            short, long = (response_place(context, side) for context in Context)
+            if found[long] == found[short]:
+                found[long] = ()
+    return found
 
 
 class StoredIds(Sequence[int]):
@@ -100,9 +124,9 @@ class StoredIds(Sequence[int]):
     Reading raises UserError where the bytes are not those that were written.
     """
 
-    def __init__(self, store: _Store, row: int, name: str) -> None:
-        self._store, self._row, self._name = store, row, name
-        self._number = row * len(store.layout) + store.layout.index(name)
+    def __init__(self, store: _Store, row: int, place: int) -> None:
+        self._store, self._row, self._place = store, row, place
+        self._number = row * len(store.layout) + place
 
     def __len__(self) -> int:
         return int(self._store.lengths[self._number])
@@ -117,8 +141,9 @@ class StoredIds(Sequence[int]):
         data = self._store.tokens[self._number].tobytes()
         if hashlib.sha256(data).digest() != self.digest:
             raise UserError(
-                f"{self._store.folder}: {self._name} of group {self._store.ids[self._row]!r} is not what was written; "
-                "the disk or a copy damaged tokens.bin: copy it again, or delete the folder and tokenise again"
+                f"{self._store.folder}: {self._store.layout[self._place]} of group "
+                f"{self._store.ids[self._row]!r} is not what was written; the disk or a copy "
+                "damaged tokens.bin: copy it again, or delete the folder and tokenise again"
             )
         ids = array("i")
         ids.frombytes(data)
@@ -159,43 +184,45 @@ class _Store:
         """[groups, sequences of a group] int32: lengths, those of shared responses filled in."""
         table = self.lengths.reshape(-1, len(self.layout)).copy()
         if self.layout == LAYOUTS["preference"]:
-            shared = (table[:, 3:4] > 0) & (table[:, 4:] == 0)
-            table[:, 4:][shared] = table[:, 1:3][shared]
+            long_prompt = prompt_place(Context.LONG)
+            short, long = table[:, 1:long_prompt], table[:, long_prompt + 1 :]
+            shared = (table[:, long_prompt, None] > 0) & (long == 0)
+            long[shared] = short[shared]
         return table
 
-    def group(self, row: int, roles: Sequence[str]) -> TokenGroup:
-        if self.layout == LAYOUTS["sft"]:
-            learnt = StoredIds(self, row, "learnt")
-            marks = learnt_marks(learnt.ids) if len(learnt) else None
-            continuation = Continuation(RESPONSE, StoredIds(self, row, RESPONSE), marks)
-            return TokenGroup(self.ids[row], (Prompt(StoredIds(self, row, "prompt"), (continuation,)),))
+    def group(self, row: int, scored: Scored) -> TokenGroup:
+        marks = None
+        if self.layout == LAYOUTS["sft"] and len(learnt := StoredIds(self, row, LEARNT)):
+            marks = learnt_marks(learnt.ids)
         prompts = []
-        for context in ("short", "long"):
+        for context in Context:
             continuations = tuple(
-                Continuation(role, self._response(row, role)) for role in roles if role.startswith(context)
+                Continuation(side, self._response(row, context, side), marks)
+                for side in Side
+                if (context, side) in scored
             )
             if continuations:
-                prompts.append(Prompt(StoredIds(self, row, f"{context}_prompt"), continuations))
+                prompts.append(Prompt(context, StoredIds(self, row, prompt_place(context)), continuations))
         return TokenGroup(self.ids[row], tuple(prompts))
 
-    def _response(self, row: int, role: str) -> StoredIds:
-        own = StoredIds(self, row, role)
-        return own if len(own) else StoredIds(self, row, role.replace("long_", "short_"))
+    def _response(self, row: int, context: Context, side: Side) -> StoredIds:
+        own = StoredIds(self, row, response_place(context, side))
+        return own if len(own) else StoredIds(self, row, response_place(Context.SHORT, side))
 
 
 @dataclass(frozen=True, eq=False)
 class _StoredGroups(Sequence[TokenGroup]):
-    """Groups of a folder with some roles, made when they are looked at."""
+    """Groups of a folder with some of their segments, made when they are looked at."""
 
     store: _Store
     rows: np.ndarray
-    roles: tuple[str, ...]
+    scored: Scored
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> TokenGroup:
-        return self.store.group(int(self.rows[index]), self.roles)
+        return self.store.group(int(self.rows[index]), self.scored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,11 +234,17 @@ class StoredTokens(TokenDataset):
         found = self.groups.store.manifest["largest_token"]
         return found["id"], found["group"]
 
-    def with_roles(self, roles: Sequence[str]) -> TokenDataset:
-        kept = tuple(role for role in self.groups.roles if role in roles)
-        if kept == self.groups.roles:
+    def segment_counts(self) -> Tensor:
+        counts = torch.zeros(len(self.groups), len(Context), len(Side), dtype=torch.int64)
+        for context, side in self.groups.scored:
+            counts[:, context, side] = 1
+        return counts
+
+    def only(self, scored: Scored) -> TokenDataset:
+        kept = self.groups.scored & scored
+        if kept == self.groups.scored:
             return self
-        groups = replace(self.groups, roles=kept)
+        groups = replace(self.groups, scored=kept)
         return replace(self, groups=groups, fingerprint=fingerprint(groups))
 
 
@@ -221,14 +254,14 @@ def is_store(path: str | Path) -> bool:
 
 
 def open_tokens(
-    folder: str | Path, facts: Mapping[str, Any], roles: tuple[str, ...], seq_length: int, overlong: str = "refuse"
+    folder: str | Path, facts: Mapping[str, Any], scored: Scored, seq_length: int, overlong: str = "refuse"
 ) -> TokenDataset:
     """The examples of a folder; nothing but lengths, digests and ids is read.
 
     Args:
         facts: `text_facts` of the run.
-        roles: which (context, response) pairs the method scores.
-        seq_length: the longest prompt plus continuation of these roles, in tokens.
+        scored: what the method scores.
+        seq_length: the longest prompt plus continuation of these segments, in tokens.
         overlong: what is longer: ``refuse`` or ``drop``; ``cut`` needs the texts, and is refused where it is needed.
 
     Raises:
@@ -237,7 +270,7 @@ def open_tokens(
     """
     store = _open(Path(folder))
     manifest = store.manifest
-    objective = "sft" if roles == (RESPONSE,) else "preference"
+    objective = "sft" if scored == CONVERSATION else "preference"
     if manifest["objective"] != objective:
         raise UserError(f"{folder}: holds data of --objective {manifest['objective']}, the run has {objective}")
     told = text_differences(manifest["text"], facts)
@@ -247,16 +280,15 @@ def open_tokens(
             "(solopo tokenize-data)"
         )
     table, report = store.table(), _report(store)
-    layout = store.layout
     longest = np.zeros(len(table), dtype=np.int64)
-    for role in roles:
-        prompt = table[:, layout.index("prompt" if objective == "sft" else f"{role.partition('_')[0]}_prompt")]
+    for context, side in sorted(scored):
+        prompt = table[:, prompt_place(context)]
         if not prompt.all():
             raise UserError(
                 f"{folder}: group {store.ids[int(prompt.argmin())]!r}: no long_messages; give long contexts, or train "
                 "with --context-mode short"
             )
-        longest = np.maximum(longest, prompt + table[:, layout.index(role)])
+        longest = np.maximum(longest, prompt + table[:, response_place(context, side)])
     too_long = longest > seq_length
     for row in np.flatnonzero(too_long):
         if overlong != "drop":
@@ -273,7 +305,7 @@ def open_tokens(
     rows = np.flatnonzero(~too_long)
     if not len(rows):
         raise UserError(no_example(folder, len(report.dropped), seq_length))
-    groups = _StoredGroups(store, rows, roles)
+    groups = _StoredGroups(store, rows, scored)
     return StoredTokens(groups, report.dropped, fingerprint(groups), report)
 
 

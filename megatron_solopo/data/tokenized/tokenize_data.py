@@ -31,17 +31,25 @@ from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.schema import read_conversations, read_groups
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.data.tokenized.token_store import (
-    ALL_ROLES,
+    BOTH_PAIRS,
     FORMAT,
     LAYOUTS,
     MANIFEST,
-    SHORT_ROLES,
+    SHORT_PAIR,
     indexed_dataset,
     overlong_records,
     read_manifest,
     sequences_of,
 )
-from megatron_solopo.data.tokenized.tokens import RESPONSE, Dropped, Encoder, Report, Shortened, digest_of, no_example
+from megatron_solopo.data.tokenized.tokens import (
+    CONVERSATION,
+    Dropped,
+    Encoder,
+    Report,
+    Shortened,
+    digest_of,
+    no_example,
+)
 from megatron_solopo.data.workers import Work, map_in_order
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.progress import ProgressBar, reporting
@@ -89,11 +97,11 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
     largest: tuple[int, str] = (-1, "")
     for record in read(job.source, part):
         if job.objective == "sft":
-            roles: tuple[str, ...] = (RESPONSE,)
+            scored = CONVERSATION
         else:
-            roles = SHORT_ROLES if record.long_messages is None else ALL_ROLES
+            scored = SHORT_PAIR if record.long_messages is None else BOTH_PAIRS
         try:
-            group = encoder.encode(record, roles)
+            group = encoder.encode(record, scored)
         except UserError as error:
             raise UserError(f"{job.source}: {error}") from None
         if group is None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, read_conversations, read_groups
@@ -17,19 +21,25 @@ from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.tokenizer import encode_batch
 from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Context, Scored, Side, segment_name
 from megatron_solopo.progress import ProgressBar
 
-RESPONSE = "response"
-"""The one role of a conversation."""
+CONVERSATION: Scored = frozenset({(Context.SHORT, Side.PLAIN)})
+"""What is scored of a conversation."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a prompt: token ids, and which of them are learnt (a response: all)."""
+    """What follows a prompt: token ids, and which of them are learnt (a response: all).
 
-    role: str
+    ``response`` numbers the responses of its side in its group from 0; on another prompt the same response has the same
+    number.
+    """
+
+    side: Side
     ids: Sequence[int]
     learnt: Sequence[bool] | None = None
+    response: int = 0
 
     @property
     def learnt_count(self) -> int:
@@ -40,6 +50,7 @@ class Continuation:
 class Prompt:
     """A prompt's token ids and the continuations that are scored after it."""
 
+    context: Context
     ids: Sequence[int]
     continuations: tuple[Continuation, ...]
 
@@ -63,9 +74,16 @@ class TokenGroup:
             for continuation in prompt.continuations:
                 yield continuation.ids
 
-    def with_roles(self, roles: Sequence[str]) -> TokenGroup:
-        """The same example with these roles only; see `TokenDataset.with_roles`."""
-        kept = (Prompt(p.ids, tuple(c for c in p.continuations if c.role in roles)) for p in self.prompts)
+    def segments(self) -> Iterator[tuple[Context, Continuation]]:
+        """Every continuation with the context it follows, in the order of the packs."""
+        return ((prompt.context, continuation) for prompt in self.prompts for continuation in prompt.continuations)
+
+    def only(self, scored: Scored) -> TokenGroup:
+        """The same example with these segments only; see `TokenDataset.only`."""
+        kept = (
+            replace(p, continuations=tuple(c for c in p.continuations if (p.context, c.side) in scored))
+            for p in self.prompts
+        )
         return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.continuations))
 
     def tokens(self, share_prompts: bool, multiple_of: int = 1, prompt_multiple_of: int | None = None) -> int:
@@ -170,7 +188,7 @@ class TokenDataset:
         groups: the examples; from a folder (token_store.py) they are made when they are looked at, and the length of
             their ids is known without reading them.
         dropped: those beyond the length limit.
-        fingerprint: sha256 over all ids and roles; equal data, tokenizer and template give equal fingerprints.
+        fingerprint: sha256 over all ids and what they are; equal data, tokenizer and template give equal fingerprints.
         report: what else became of the examples.
     """
 
@@ -180,13 +198,16 @@ class TokenDataset:
     report: Report = field(default_factory=Report, compare=False)
 
     def chosen_rejected_lengths(self) -> list[tuple[int, int]]:
-        """Tokens of the chosen and the rejected answer of every group that has both on one context."""
+        """Tokens of the chosen and the rejected answer of every pair on one context of its group."""
         found = []
         for group in self.groups:
             for prompt in group.prompts:
-                lengths = {c.role.partition("_")[2]: len(c.ids) for c in prompt.continuations}
-                if lengths.keys() == {"chosen", "rejected"}:
-                    found.append((lengths["chosen"], lengths["rejected"]))
+                chosen, rejected = (
+                    [len(c.ids) for c in prompt.continuations if c.side == side]
+                    for side in (Side.CHOSEN, Side.REJECTED)
+                )
+                if chosen and rejected:
+                    found += itertools.product(chosen, rejected)
                     break
         return found
 
@@ -196,12 +217,29 @@ class TokenDataset:
             ((max(ids), group.id) for group in self.groups for ids in group.sequences()), key=lambda found: found[0]
         )
 
-    def with_roles(self, roles: Sequence[str]) -> TokenDataset:
-        """The same examples with these roles only; a prompt without any of them goes too.
+    def segment_counts(self) -> Tensor:
+        """[examples, contexts, sides] int64: how many responses each example has of each side on each context.
 
-        Policy and reference can score different roles of one data set, and then number its examples alike.
+        Raises:
+            ValueError: the responses of a side are not numbered from 0.
         """
-        groups = [group.with_roles(roles) for group in self.groups]
+        counts = torch.zeros(len(self.groups), len(Context), len(Side), dtype=torch.int64)
+        for row, group in enumerate(self.groups):
+            numbers: dict[tuple[Context, Side], list[int]] = defaultdict(list)
+            for context, continuation in group.segments():
+                numbers[context, continuation.side].append(continuation.response)
+            for (context, side), each in numbers.items():
+                if sorted(each) != list(range(len(each))):
+                    raise ValueError(f"responses {each} of one side of group {group.id!r} are not numbered from 0")
+                counts[row, context, side] = len(each)
+        return counts
+
+    def only(self, scored: Scored) -> TokenDataset:
+        """The same examples with these segments only; a prompt without any of them goes too.
+
+        Policy and reference can score different segments of one data set, and then number its examples alike.
+        """
+        groups = [group.only(scored) for group in self.groups]
         if groups == self.groups:
             return self
         return replace(self, groups=groups, fingerprint=fingerprint(groups))
@@ -210,15 +248,14 @@ class TokenDataset:
 def tokenize(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    roles: tuple[str, ...],
+    scored: Scored,
     seq_length: int,
     overlong: str = "refuse",
 ) -> TokenDataset:
-    """Reads and tokenises a file of groups, or of conversations when ``roles`` is ("response",), into memory.
+    """Reads and tokenises a file of groups, or of conversations where ``scored`` is `CONVERSATION`, into memory.
 
     Args:
-        roles: which (context, response) pairs the method scores, e.g. ("short_chosen", "short_rejected",
-            "long_chosen").
+        scored: what the method scores.
         seq_length: the longest prompt plus continuation, in tokens.
         overlong: what is longer: ``refuse``, ``drop``, or ``cut`` out of its distractors.
 
@@ -227,11 +264,11 @@ def tokenize(
             seq_length with ``refuse``, or no example at all.
     """
     encoder = Encoder(tokenizer, seq_length, overlong)
-    read = read_conversations if roles == (RESPONSE,) else read_groups
+    read = read_conversations if scored == CONVERSATION else read_groups
     groups = []
     for record in ProgressBar(read(path), desc=f"tokenizing {path}", unit="example", leave=False):
         try:
-            group = encoder.encode(record, roles)
+            group = encoder.encode(record, scored)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if group is not None:
@@ -262,12 +299,12 @@ class Encoder:
         self._closing = open_thought(tokenizer)
         self.report = Report()
 
-    def encode(self, record: PreferenceGroup | Conversation, roles: tuple[str, ...]) -> TokenGroup | None:
-        """The example with these roles, or None where it is too long and dropped.
+    def encode(self, record: PreferenceGroup | Conversation, scored: Scored) -> TokenGroup | None:
+        """The example with these segments, or None where it is too long and dropped.
 
         Raises:
-            UserError: a long role is asked for and the group has no long context, chosen and rejected have the same
-                token ids, the chat template refuses the messages, or the example is too long with ``refuse``.
+            UserError: the long context is asked for and the group has none, chosen and rejected have the same token
+                ids, the chat template refuses the messages, or the example is too long with ``refuse``.
         """
         is_group = isinstance(record, PreferenceGroup)
         cut: list[Shortened] = []
@@ -275,8 +312,8 @@ class Encoder:
         try:
             if is_group:
                 answers: list[str] = []
-                group = self._preference(record, roles, cut, whys, answers)
-                contexts = {role.partition("_")[0] for role in roles}
+                group = self._preference(record, scored, cut, whys, answers)
+                contexts = {context.name.lower() for context, _ in scored}
                 messages = [message for name in contexts for message in getattr(record, f"{name}_messages")]
             else:
                 group = self._conversation(record)
@@ -308,49 +345,51 @@ class Encoder:
     def _conversation(self, conversation: Conversation) -> TokenGroup:
         """The first turns as the prompt, everything after as one continuation."""
         prompt, ids, learnt = conversation_ids(self.tokenizer, conversation.messages)
-        continuation = Continuation(RESPONSE, array("i", ids), None if all(learnt) else learnt)
-        return TokenGroup(conversation.id, (Prompt(array("i", prompt), (continuation,)),))
+        continuation = Continuation(Side.PLAIN, array("i", ids), None if all(learnt) else learnt)
+        return TokenGroup(conversation.id, (Prompt(Context.SHORT, array("i", prompt), (continuation,)),))
 
     def _preference(
         self,
         group: PreferenceGroup,
-        roles: tuple[str, ...],
+        scored: Scored,
         cut: list[Shortened],
         whys: list[str],
         answers: list[str],
     ) -> TokenGroup:
-        """The prompts and continuations that ``roles`` name; notes what was cut, why something could not be, and the
+        """The prompts and continuations that ``scored`` names; notes what was cut, why something could not be, and the
         responses whose texts were tokenised."""
         prompts = []
+        texts = {Side.CHOSEN: group.chosen, Side.REJECTED: group.rejected}
         sampled = {
-            name: self._sampled(getattr(group, name), getattr(group, f"{name}_ids")) for name in ("chosen", "rejected")
+            Side.CHOSEN: self._sampled(group.chosen, group.chosen_ids),
+            Side.REJECTED: self._sampled(group.rejected, group.rejected_ids),
         }
-        for context in ("short", "long"):
-            wanted = [role for role in roles if role.startswith(context)]
+        for context in Context:
+            wanted = [side for side in Side if (context, side) in scored]
             if not wanted:
                 continue
-            messages = getattr(group, f"{context}_messages")
+            name = context.name.lower()
+            messages = getattr(group, f"{name}_messages")
             if messages is None:
                 raise UserError("no long_messages; give long contexts, or train with --context-mode short")
             continuations = []
-            for role in wanted:
-                name = role.partition("_")[2]
-                ids = sampled[name]
+            for side in wanted:
+                ids = sampled[side]
                 if ids is None:
-                    ids = response_ids(self.tokenizer, messages, getattr(group, name))
-                    answers.append(getattr(group, name))
-                continuations.append(Continuation(role, array("i", ids)))
+                    ids = response_ids(self.tokenizer, messages, texts[side])
+                    answers.append(texts[side])
+                continuations.append(Continuation(side, array("i", ids)))
             if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
                 raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
             ids = self._prompt(messages)
             if self.overlong == "cut" and self.seq_length is not None:
                 limit = self.seq_length - max(len(continuation.ids) for continuation in continuations)
                 if len(ids) > limit:
-                    shorter = self._cut(group, context, limit, whys)
+                    shorter = self._cut(group, name, limit, whys)
                     if shorter is not None:
-                        cut.append(Shortened(group.id, context, len(ids), len(shorter)))
+                        cut.append(Shortened(group.id, name, len(ids), len(shorter)))
                         ids = shorter
-            prompts.append(Prompt(array("i", ids), tuple(continuations)))
+            prompts.append(Prompt(context, array("i", ids), tuple(continuations)))
         return TokenGroup(group.id, tuple(prompts))
 
     def _prompt(self, messages: list[Message]) -> list[int]:
@@ -390,13 +429,14 @@ class Encoder:
 
 
 def fingerprint(groups: Iterable[TokenGroup]) -> str:
-    """sha256 over the ids, roles and learnt tokens of examples in order."""
+    """sha256 over the ids, names and learnt tokens of examples in order."""
     digest = hashlib.sha256()
     for group in groups:
         for prompt in group.prompts:
             digest.update(digest_of(prompt.ids))
             for continuation in prompt.continuations:
-                digest.update(continuation.role.encode() + digest_of(continuation.ids))
+                name = segment_name(prompt.context, continuation.side, continuation.response)
+                digest.update(name.encode() + digest_of(continuation.ids))
                 if continuation.learnt is not None:
                     digest.update(bytes(continuation.learnt))
     return digest.hexdigest()

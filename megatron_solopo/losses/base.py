@@ -1,0 +1,137 @@
+"""What a preference loss is: a frozen dataclass with a reward, a loss of pairs, and what it says of its options.
+
+A loss is one class in one file, here or anywhere (``--preference-loss module:NAME``):
+
+    @dataclass(frozen=True)
+    class Hinge(PreferenceLoss):
+        "max(0, hinge_margin - (r(x, y_w) - r(x, y_l))), with r(x, y) = beta log pi(y|x) / |y|."
+
+        name = "hinge"
+        reward_text = "beta * the mean log pi of a response's tokens"
+        defaults = {"beta": 1.0, "alignment_weight": 1.0}
+
+        hinge_margin: float = option(1.0, "margin beyond which a pair teaches nothing, in reward units", minimum=0)
+
+        def reward(self, responses: Responses) -> Tensor:
+            return self.beta * responses.log_probs / responses.lengths
+
+        def loss(self, pairs: Pairs) -> Tensor:
+            return (self.hinge_margin - pairs.margin).clamp(min=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from megatron_solopo.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Responses:
+    """n scored responses.
+
+    Attributes:
+        log_probs: [n] log pi(y|x), summed over a response's tokens, nats.
+        lengths: [n] |y|, the number of those tokens, in the dtype of ``log_probs``.
+        compared: [n] log pi_ref(y|x), summed likewise; None for a loss without a reference.
+    """
+
+    log_probs: Tensor
+    lengths: Tensor
+    compared: Tensor | None = None
+
+    @property
+    def reference(self) -> Tensor:
+        """[n] log pi_ref(y|x).
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.compared is None:
+            raise ValueError("the loss needs reference log-probs; its class must say needs_reference = True")
+        return self.compared
+
+    def __getitem__(self, indices: Tensor) -> Responses:
+        compared = None if self.compared is None else self.compared[indices]
+        return Responses(self.log_probs[indices], self.lengths[indices], compared)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """P pairs of a chosen and a rejected response to one prompt, on the context of the preference loss.
+
+    Attributes:
+        chosen, rejected: [P] each.
+        chosen_rewards, rejected_rewards: [P] `PreferenceLoss.reward` of them.
+        mean_chosen_length: [] the mean length of the chosen responses of the global batch, with --sft-normalization
+            token; None with sequence.
+    """
+
+    chosen: Responses
+    rejected: Responses
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    mean_chosen_length: Tensor | None = None
+
+    @property
+    def margin(self) -> Tensor:
+        """[P] r(x, y_w) - r(x, y_l)."""
+        return self.chosen_rewards - self.rejected_rewards
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss of pairs and its reward r(x, y). Subclasses are frozen dataclasses whose docstring has the formula.
+
+    A subclass's fields are its own options, declared with `option` and named unlike any other option; `__post_init__`
+    may refuse their values with a ValueError. The fields here are common options, which a loss reads where it says so.
+
+    Attributes:
+        name: the value of --preference-loss; a loss of a user is called module:CLASS.
+        reward_text: the reward in a line.
+        needs_reference: whether it compares with the starting weights.
+        reference_on_short: whether each response is compared with the reference's on the short context.
+        defaults: of "beta", where the loss reads it, and "alignment_weight", where --context-mode solo is for it.
+        reads: further common options that have an effect: "label_smoothing" (with its form), "sft_weight" (the
+            likelihood of the chosen response may be added to the loss), "sft_normalization" (the loss reads
+            `Pairs.mean_chosen_length`).
+        holds_likelihood: whether the likelihood of the chosen response is a part of the loss itself.
+        context_modes: the values of --context-mode that it is for.
+        metrics: what `pair_metrics` and `response_counts` add to the log.
+        beta: the reward's scale; NaN where the loss has no default for it.
+        label_smoothing, label_smoothing_form: see `terms.logistic_loss`.
+    """
+
+    name: ClassVar[str]
+    reward_text: ClassVar[str]
+    needs_reference: ClassVar[bool] = False
+    reference_on_short: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, float]] = {}
+    reads: ClassVar[frozenset[str]] = frozenset()
+    holds_likelihood: ClassVar[bool] = False
+    context_modes: ClassVar[tuple[str, ...]] = ("solo", "short", "long")
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+
+    beta: float
+    label_smoothing: float
+    label_smoothing_form: str
+
+    def reward(self, responses: Responses) -> Tensor:
+        """[n] r(x, y)."""
+        raise NotImplementedError
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        """[P] the loss of each pair, in nats."""
+        raise NotImplementedError
+
+    def pair_metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        """[P] each, averaged over the pairs of a group; a name of losses/solopo.py takes its place."""
+        return {}
+
+    def response_counts(self, responses: Responses) -> dict[str, Tensor]:
+        """[n] each, added over all scored responses of a group."""
+        return {}

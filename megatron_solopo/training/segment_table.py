@@ -1,0 +1,87 @@
+"""One number for each scored segment of a data set, in one flat table: whose place is which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_solopo.data.tokenized.tokens import TokenDataset
+from megatron_solopo.pack import Context, Pack, Side, segment_name
+
+
+@dataclass(frozen=True)
+class SegmentPlaces:
+    """The places of T segments: example by example, in each by context, side and number of the response.
+
+    Attributes:
+        counts: [examples, contexts, sides] int64, how many responses there are.
+    """
+
+    counts: Tensor
+
+    @classmethod
+    def of_dataset(cls, dataset: TokenDataset) -> SegmentPlaces:
+        return cls(dataset.segment_counts())
+
+    @cached_property
+    def size(self) -> int:
+        """T."""
+        return int(self.counts.sum())
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """[examples, contexts, sides] int64, the place of the first response."""
+        flat = self.counts.flatten()
+        return (flat.cumsum(0) - flat).reshape(self.counts.shape)
+
+    def of_pack(self, pack: Pack, contexts: Tensor | None = None) -> Tensor:
+        """[N] int64, the place of each segment of a pack.
+
+        Args:
+            contexts: [N] int64, the contexts to look for in place of the segments' own.
+
+        Raises:
+            IndexError: the table has no such segment.
+        """
+        scored = pack.scored
+        examples = torch.tensor(pack.groups, dtype=torch.int64)[scored.groups]
+        key = examples, scored.contexts if contexts is None else contexts, scored.sides
+        if bool((scored.responses >= self.counts[key]).any()):
+            raise IndexError("the table has no log-prob of a segment of the pack")
+        return self._starts[key] + scored.responses
+
+    def of_examples(self, chosen: Tensor) -> Tensor:
+        """[T] bool: the places of the chosen examples, [examples] bool."""
+        return chosen.repeat_interleave(self.counts.sum((1, 2)))
+
+    def segment_at(self, place: int) -> tuple[int, str]:
+        """(example, name of the segment) of a place."""
+        row = int((self._starts.flatten() <= place).nonzero()[-1])  # a row without segments starts where the next does
+        example, kind = divmod(row, len(Context) * len(Side))
+        return example, segment_name(*divmod(kind, len(Side)), place - int(self._starts.flatten()[row]))
+
+
+@dataclass(frozen=True)
+class ReferenceLogProbs:
+    """The reference model's log-prob sums of a data set.
+
+    Attributes:
+        places: of its segments.
+        values: [T] float64, nats.
+    """
+
+    places: SegmentPlaces
+    values: Tensor
+
+    def of_pack(self, pack: Pack, contexts: Sequence[Context]) -> Tensor:
+        """[N] float64: what each segment of a pack is compared with.
+
+        Args:
+            contexts: context of a segment -> the context it is compared on.
+        """
+        compared = torch.tensor(contexts, dtype=torch.int64)[pack.scored.contexts]
+        return self.values[self.places.of_pack(pack, compared)]
