@@ -7,10 +7,12 @@ from megatron_solopo.losses.sft import sft_loss
 from megatron_solopo.losses.simpo import simpo_reward
 from megatron_solopo.losses.solopo import solopo_loss
 from megatron_solopo.losses.terms import GroupLosses, alignment_distance, logistic_loss, negative_log_likelihood
+from megatron_solopo.metrics import Metric
 from megatron_solopo.option import option
 
 __all__ = [
     "GroupLosses",
+    "Metric",
     "Pairs",
     "PreferenceLoss",
     "Responses",

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from megatron_solopo.losses.base import PreferenceLoss
-from megatron_solopo.metrics import register
+from megatron_solopo.metrics import Metric, register
 
 if TYPE_CHECKING:  # which reads this registry
     from megatron_solopo.config import MethodConfig
@@ -121,6 +121,8 @@ def _check(kind: object, name: str) -> None:
         raise ValueError(f"{name} reads {unknown[0]}, which is no common option of losses")
     if "solo" in kind.context_modes and "alignment_weight" not in kind.defaults:
         raise ValueError(f"{name}: its defaults lack alignment_weight, which --context-mode solo needs")
+    if not all(isinstance(metric, Metric) for metric in kind.metrics):
+        raise ValueError(f"{name}: its metrics are no megatron_solopo.metrics.Metric")
     for method in ("reward", "loss"):
         if getattr(kind, method) is getattr(PreferenceLoss, method):
             raise ValueError(f"{name} defines no method {method}")

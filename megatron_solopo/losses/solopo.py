@@ -18,19 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_solopo.losses import sft
 from megatron_solopo.losses.base import Pairs, Responses
-from megatron_solopo.losses.registry import LOSSES, loss_class, preference_loss
+from megatron_solopo.losses.registry import loss_class, preference_loss
 from megatron_solopo.losses.terms import GroupLosses, alignment_distance, group_mean, group_sum, negative_log_likelihood
 from megatron_solopo.pack import Context, Scored, Segments, Side
 
 if TYPE_CHECKING:  # which reads this room's registry
     from megatron_solopo.config import MethodConfig
-
-
-def all_metrics() -> dict[str, tuple[str, str]]:
-    """Name in the log -> (label, unit) of all that losses tell, those of a user's loss once it is loaded."""
-    return sft.METRICS | METRICS | {name: words for kind in LOSSES.values() for name, words in kind.metrics.items()}
 
 
 def pair_context(method: MethodConfig) -> Context:

@@ -22,7 +22,7 @@ from megatron_solopo.training.run import main
 HINGE = '''
 from dataclasses import dataclass
 
-from megatron_solopo.losses import Pairs, PreferenceLoss, Responses, option
+from megatron_solopo.losses import Metric, Pairs, PreferenceLoss, Responses, option
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Hinge(PreferenceLoss):
 
     reward_text = "beta * the mean log pi, hinged"
     defaults = {"beta": 0.7, "alignment_weight": 1.5}
-    metrics = {"inside": ("Pairs inside the margin", "share")}
+    metrics = (Metric("inside", "pairs inside the margin", "share"),)
 
     hinge_margin: float = option(1.0, "margin beyond which a pair teaches nothing, in reward units", minimum=0)
 

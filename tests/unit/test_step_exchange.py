@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def trainer(engine: Any, folder: Path, **training: Any) -> tuple[Any, Any, Any, Config]:
     """(engine, optimizer, scheduler, configuration), the same at every call."""
-    from megatron_solopo.model.build import read_hf_config
+    from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine, build_optimizer
 
     training = {"lr": 1e-3, "lr_warmup_fraction": 0.0, "micro_batch_size": 2} | training
