@@ -20,8 +20,9 @@ from torch.nn.attention.bias import causal_lower_right
 from megatron_solopo.pack import Piece
 
 
+@dataclass(frozen=True)
 class RankLayout:
-    """A dataclass of tensors and numbers; `device_pack.on_device` moves it."""
+    """A dataclass of tensors and numbers, which `device_pack.on_device` moves."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query [S / cp, heads, head_dim], key and value [S / cp, kv_heads, head_dim], rotated -> as query."""
