@@ -403,11 +403,12 @@ def load_loss(name: str, where: str) -> None:
     try:
         kind = registry.loss_class(name)
         for spec in own_options(kind):
-            if spec.name in RESERVED or (spec.name in OWNER and OWNER[spec.name].kind is not kind):
+            if spec.name in RESERVED or (spec.name in OWNER and OWNER[spec.name].spec is not spec):
                 raise ValueError(f"{name}: its option {spec.name} has a name that is taken; choose another")
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    OWNER.update({spec.name: Option("method", spec, kind) for spec in own_options(kind)})
+    for spec in own_options(kind):
+        OWNER.setdefault(spec.name, Option("method", spec, kind))  # an inherited option stays that of its loss
 
 
 def flag(name: str) -> str:

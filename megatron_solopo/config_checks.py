@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from megatron_solopo.config import Config, MethodConfig, flag, names_of
+from megatron_solopo.config import OWNER, Config, MethodConfig, flag, names_of
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.registry import (
-    LOSSES,
     aligns_with_reference,
+    has,
     loss_class,
-    own_options,
     preference_loss,
     reads,
     those_that,
@@ -156,19 +155,16 @@ def _method_rules(method: MethodConfig) -> list[Rule]:
     added = method.sft_weight > 0 and "sft_weight" in loss.reads
     no_sft_weight = those_that(lambda kind: kind.holds_likelihood, "and")
 
-    own = f"; {method.preference_loss} has {', '.join(flag(spec.name) for spec in own_options(loss))}"
+    own = [name for name in names_of("method") if OWNER[name].of_loss]
+    instead = ", ".join(flag(name) for name in own if has(name)(loss))
 
     def takes(option: str) -> str:
         return f"needs --preference-loss {those_that(reads(option))}"
 
     return [
         *((name, preference, "needs --objective preference") for name in names_of("method") if name != "objective"),
-        *(
-            (spec.name, kind is loss, f"needs --preference-loss {name}")
-            for name, kind in LOSSES.items()
-            for spec in own_options(kind)
-        ),
-        ("beta", reads("beta")(loss), takes("beta") + (own if own_options(loss) else "")),
+        *((name, has(name)(loss), f"needs --preference-loss {those_that(has(name))}") for name in own),
+        ("beta", reads("beta")(loss), takes("beta") + (f"; {method.preference_loss} has {instead}" if instead else "")),
         ("label_smoothing", reads("label_smoothing")(loss), takes("label_smoothing")),
         ("label_smoothing_form", method.label_smoothing > 0, "needs --label-smoothing above 0"),
         ("sft_weight", reads("sft_weight")(loss), f"{takes('sft_weight')} ({no_sft_weight} hold this term)"),

@@ -88,7 +88,8 @@ def load(name: str) -> type[PreferenceLoss]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module does when it is imported
-        raise ValueError(f"module {module_name} cannot be imported ({type(error).__name__}: {error})") from error
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"module {module_name} cannot be imported ({said})") from error
     kind = getattr(module, class_name, None)
     if kind is None:
         there = ", ".join(value.__name__ for value in _classes(module)) or "no loss"
@@ -138,6 +139,11 @@ def those_that(have: Callable[[type[PreferenceLoss]], bool], word: str = "or") -
 def reads(option: str) -> Callable[[type[PreferenceLoss]], bool]:
     """Whether a loss reads a common option."""
     return lambda kind: option in kind.reads or option in kind.defaults
+
+
+def has(option: str) -> Callable[[type[PreferenceLoss]], bool]:
+    """Whether an option is a loss's own."""
+    return lambda kind: any(spec.name == option for spec in own_options(kind))
 
 
 def aligns_with_reference(kind: type[PreferenceLoss]) -> bool:

@@ -148,6 +148,7 @@ PARTIAL = """
 from dataclasses import dataclass
 from my_losses import Hinge
 from megatron_solopo.losses import PreferenceLoss, option
+from megatron_solopo.losses.simpo import SimPO
 
 class Bare(Hinge):
     more: float = option(1.0, "more")
@@ -168,6 +169,10 @@ class NoLoss(PreferenceLoss):
         return responses.log_probs
 
 @dataclass(frozen=True)
+class Sharper(SimPO):
+    sharpness: float = option(2.0, "sharpness")
+
+@dataclass(frozen=True)
 class NoAlpha(Hinge):
     defaults = {"beta": 1.0}
 """
@@ -183,6 +188,25 @@ def test_what_is_wrong_is_said_in_a_line(here: Home, case: str) -> None:
     with pytest.raises(UserError, match=pattern) as caught:
         load([*here.argv("runs/wrong"), *argv])
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_may_build_on_another(here: Home) -> None:
+    """With its options too, which stay refused for a loss that has them not."""
+    (here.folder / "partial.py").write_text(PARTIAL)
+    flags = [
+        "--preference-loss",
+        "partial:Sharper",
+        "--sharpness",
+        "3",
+        "--simpo-gamma",
+        "0.4",
+        "--label-smoothing",
+        "0.1",
+    ]
+    method = load([*here.argv("x"), *flags])[0].method
+    assert method.loss_options == {"sharpness": 3.0, "simpo_gamma": 0.4} and method.beta == 2.0
+    with pytest.raises(UserError, match="--simpo-gamma would .* needs --preference-loss simpo or partial:Sharper$"):
+        load([*here.argv("x"), "--simpo-gamma", "0.4"])
 
 
 def test_a_run_folder_can_be_read_without_the_file(here: Home) -> None:

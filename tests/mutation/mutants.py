@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant, within
 
 LOSSES = "tests/unit/test_losses.py"
+MANY = "tests/distributed/test_many_responses.py"
 STEP = "tests/unit/test_step.py"
 PACKS = "tests/unit/test_packs.py"
 BATCHES = "tests/unit/test_batches.py"
@@ -80,6 +81,10 @@ MUTANTS: list[Mutant] = [
         ("half of the squared distance", "return difference**2", "return difference**2 / 2"),
         ("Huber's delta ignored", '"none", huber_delta)', '"none", 1.0)'),
         ("mean over the batch's tokens ignored", "length if tokens_per_group is None else tokens_per_group", "length"),
+    ),
+    *within(
+        "losses/terms.py",
+        MANY,
         ("every pair weighs what a group weighs", "groups, values / counts)", "groups, values)"),
     ),
     *within(
@@ -105,8 +110,12 @@ MUTANTS: list[Mutant] = [
         ("weight of the likelihood dropped", "each + method.sft_weight * likelihood", "each + likelihood"),
         ("a tie counted as wrong", "(margin.sign() + 1) / 2", "(margin > 0).to(margin.dtype)"),
         ("alignment's sign", "return by_side(distance)", "return -by_side(distance)"),
+    ),
+    *within(
+        "losses/solopo.py",
+        MANY,
         (
-            "an alignment of k chosen weighed with the rejected ones",
+            "alignments of both sides averaged together",
             "segments.groups[short] * len(Side) + sides, ",
             "segments.groups[short] * len(Side), ",
         ),
@@ -232,8 +241,8 @@ MUTANTS: list[Mutant] = [
         CONFIG,
         (
             "an unused option accepted",
-            '(spec.name, kind is loss, f"needs --preference-loss {name}")',
-            '(spec.name, True, "")',
+            "(name, has(name)(loss), f",
+            "(name, True, f",
         ),
     ),
     *within(
