@@ -6,9 +6,11 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,6 +33,16 @@ NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 """Endings of tensors that old folders hold and that the config defines."""
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What a file says of a tensor: its shape, its dtype in the words of safetensors, and the byte where it begins
+    (0 in a ``.bin``, whose tensors are loaded)."""
+
+    shape: torch.Size
+    dtype: str
+    begin: int = 0
+
+
 class TensorReader:
     """The weights in a folder's files, sharded or not, read when asked for.
 
@@ -40,7 +52,8 @@ class TensorReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._heads: dict[str, dict[str, tuple[torch.Size, str]]] = {}
+        self._heads: dict[str, dict[str, _Head]] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._bins: dict[str, dict[str, Tensor]] = {}
         for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):  # transformers' order
             if (self.folder / single).is_file():
@@ -103,7 +116,7 @@ class TensorReader:
         Raises:
             UserError: it is not a dtype of weights, or see `shape`.
         """
-        code = self._head(name)[1]
+        code = self._head(name).dtype
         if code not in CODES.values():
             raise UserError(
                 f"{self.folder}: the tensor {name!r} is stored as {code}, and only {', '.join(CODES.values())} are "
@@ -111,18 +124,29 @@ class TensorReader:
             )
         return next(dtype for dtype, known in CODES.items() if known == code)
 
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor, "" where there is no such tensor."""
+        return self._file_of.get(name, "")
+
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype.
 
+        Each file is opened once. A tensor has a mapping of its own, which ends with it: what was read of a file that is
+        mapped as a whole would stay in memory.
+
         Raises:
-            UserError: the tensor is not in its file.
+            UserError: the tensor is not in its file, or see `dtype_of`.
         """
-        self._head(name)  # it is there
-        file = self._file_of[name]
+        dtype, head, file = self.dtype_of(name), self._head(name), self._file_of[name]
         if file.endswith(".bin"):
             return self._bin(file)[name]
-        with self._open(file) as opened:  # not kept open, since what was read of a mapped file stays in memory
-            return opened.get_tensor(name)
+        if not (size := head.shape.numel() * dtype.itemsize):
+            return torch.empty(head.shape, dtype=dtype)
+        if file not in self._files:
+            self._files[file] = (self.folder / file).open("rb")
+        return (
+            torch.from_numpy(np.memmap(self._files[file], np.uint8, "c", head.begin, size)).view(dtype).view(head.shape)
+        )
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor, which is not read.
@@ -130,10 +154,9 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
-        return self._head(name)[0]
+        return self._head(name).shape
 
-    def _head(self, name: str) -> tuple[torch.Size, str]:
-        """What a tensor's file says of it: its shape, and its dtype in the words of safetensors."""
+    def _head(self, name: str) -> _Head:
         if name not in self._file_of:
             raise UserError(f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json")
         file = self._file_of[name]
@@ -145,14 +168,19 @@ class TensorReader:
             )
         return self._heads[file][name]
 
-    def _heads_in(self, file: str) -> dict[str, tuple[torch.Size, str]]:
+    def _heads_in(self, file: str) -> dict[str, _Head]:
         _refuse_pointer(self.folder / file)
         if file.endswith(".bin"):
             tensors = self._bin(file).items()
-            return {name: (tensor.shape, CODES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors}
-        with self._open(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
-            return {name: (torch.Size(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: _Head(tensor.shape, CODES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors}
+        with self._open(file), (self.folder / file).open("rb") as opened:  # the library checks the whole file
+            size = int.from_bytes(opened.read(8), "little")
+            document = json.loads(opened.read(size))
+        return {
+            name: _Head(torch.Size(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
+            for name, entry in document.items()
+            if name != "__metadata__"
+        }
 
     def _bin(self, file: str) -> dict[str, Tensor]:
         """The tensors of a ``.bin`` file. Mapped ones are kept, and the last of those that cannot be mapped."""

@@ -51,6 +51,11 @@ class HfWeights:
                 self._sources[id(parameter)] = entry, names
                 self._parameters.append(parameter)
                 self._check(parameter)
+        self._parameters.sort(key=self._files)
+
+    def _files(self, parameter: torch.nn.Parameter) -> list[str]:
+        """The files that a parameter is read from; in their order a ``.bin`` that cannot be mapped is loaded once."""
+        return sorted({self._reader.file_of(name) for name in self._sources[id(parameter)][1]})
 
     def _check(self, parameter: torch.nn.Parameter) -> None:
         """The whole way without any number."""

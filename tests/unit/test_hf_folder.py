@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_solopo.conversion import hf_folder
 from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
 from megatron_solopo.conversion.shards import parse_size
@@ -39,6 +40,23 @@ def test_shards_are_written_as_they_fill_and_read_again(tmp_path: Path) -> None:
     assert [len(load_file(tmp_path / "new" / name)) for name in shards] == [2, 2, 1]
     reader = TensorReader(tmp_path / "new")
     assert all(torch.equal(reader.get(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_file_is_opened_once_and_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of tens of thousands of tensors is read once; a tensor that nobody holds is mapped no longer."""
+    write(tmp_path / "new", tmp_path, iter(TENSORS.items()), max_shard_size="50B")
+    opened, safe_open = [], hf_folder.safe_open
+    monkeypatch.setattr(hf_folder, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
+    reader = TensorReader(tmp_path / "new")
+    kept = reader.get("layer.0.weight")
+    assert kept.add_(1).equal(TENSORS["layer.0.weight"] + 1)  # memory of its own
+    for _ in range(3):
+        assert all(reader.get(name).equal(tensor) for name, tensor in TENSORS.items())
+    assert len(opened) == 3 and len(list(Path("/proc/self/fd").iterdir())) < 100
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    assert [Path(line.split()[-1]).name for line in mapped if str(tmp_path) in line] == [
+        "model-00001-of-00003.safetensors"
+    ]
 
 
 def test_one_shard_has_no_index(tmp_path: Path) -> None:

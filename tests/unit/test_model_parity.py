@@ -201,6 +201,28 @@ def test_round_trip_is_the_identity(engine, hf_folder, tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("hf_folder", ["qwen2"], indirect=True)
+def test_files_of_old_torch_are_loaded_twice_at_most(engine, hf_folder, tmp_path, monkeypatch):
+    """For names and shapes, and for the numbers: parameters are filled file by file, not kind by kind."""
+    from megatron_solopo.conversion import hf_folder as reading
+
+    tensors = load_file(hf_folder / "model.safetensors")
+    file_of = {name: f"{name.split('.')[2] if '.layers.' in name else 2}.bin" for name in tensors}
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    (old / reading.BIN_INDEX).write_text(json.dumps({"weight_map": file_of}))
+    for file in set(file_of.values()):
+        part = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
+        torch.save(part, old / file, _use_new_zipfile_serialization=False)
+    loaded, load = [], reading._load_bin
+    monkeypatch.setattr(reading, "_load_bin", lambda path: loaded.append(path.name) or load(path))
+    _, model = megatron_model(old, torch.float32)
+    assert len(loaded) <= 6 and {*loaded} == {"0.bin", "1.bin", "2.bin"}, loaded
+    _, expected = megatron_model(hf_folder, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 def test_a_pack_equals_its_groups_one_by_one(engine, tmp_path):
     torch.manual_seed(2)
     AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
