@@ -67,6 +67,48 @@ def test_the_parts_are_the_whole(name, tmp_path, monkeypatch):
         assert [part.count for part in parts] == [30, 30, 4, 30, 30, 4, 22]
 
 
+def test_parts_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
+    """In their order; a part that comes before, or of a file that was written anew, begins again and is right too."""
+    path = tmp_path / "a.parquet"
+    rows = [{**ROW, "id": f"g{number}"} for number in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1000)
+    monkeypatch.setattr("megatron_solopo.data.files.records.PART_ROWS", 30)
+    decoded = []
+    monkeypatch.setattr(parquet.pq, "ParquetFile", Counted.into(decoded))
+    _, parts = scan(path)
+    whole = list(read_records(path))
+    assert len(parts) == 34 and sum(decoded) == 1000
+    decoded.clear()
+    assert [found for part in parts for found in read_records(path, part)] == whole
+    assert sum(decoded) == 1000
+    decoded.clear()
+    third = [found for part in parts[::3] for found in whole[part.first - 1 : part.first - 1 + part.count]]
+    assert [found for part in parts[::3] for found in read_records(path, part)] == third
+    assert sum(decoded) == 1000  # as one of three workers does
+    assert list(read_records(path, parts[2])) == whole[60:90]
+    mixed = zip(read_records(path, parts[3]), read_records(path, parts[4]), strict=True)
+    assert list(mixed) == list(zip(whole[90:120], whole[120:150], strict=True))
+    pq.write_table(pa.Table.from_pylist([{**row, "chosen": "new"} for row in rows]), path, row_group_size=1000)
+    assert {record["chosen"] for _, record in read_records(path, parts[3])} == {"new"}
+
+
+class Counted:
+    """A Parquet file that notes how many rows of it are decoded."""
+
+    @classmethod
+    def into(cls, decoded):
+        opened = pq.ParquetFile
+        return lambda *given, **how: cls(opened(*given, **how), decoded)
+
+    def __init__(self, file, decoded):
+        self.metadata, self._file, self._decoded = file.metadata, file, decoded
+
+    def iter_batches(self, **how):
+        for batch in self._file.iter_batches(**how):
+            self._decoded.append(batch.num_rows)
+            yield batch
+
+
 def test_foreign_parquet_with_the_columns_is_read(tmp_path):
     """Row groups of another size, scores as a struct, columns of its own, TRL's form."""
     rows = [{**ROW, "id": f"g{n}", "scores": {"x": 0.5}, "extra": n, "long_messages": None} for n in range(100)]

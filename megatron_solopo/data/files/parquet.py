@@ -70,6 +70,8 @@ def read_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ``("file:row N", record)``; a null is an absent field.
 
+    Parts of one row group that a process reads in their order decode it once.
+
     Args:
         row_group: only this one, and of it ``count`` rows after the first ``skip``.
         first_row: the number of the first row that is yielded.
@@ -77,21 +79,68 @@ def read_rows(
     Raises:
         UserError: the file is missing, not Parquet or damaged.
     """
-    file = _open(path)
+    batches = _Batches.at(path, row_group, skip)
     number = first_row
     try:
-        wanted = None if row_group is None else [row_group]
-        for batch in file.iter_batches(batch_size=ROWS, row_groups=wanted):
-            passed = min(skip, batch.num_rows)
-            skip -= passed
-            left = None if count is None else first_row + count - number
-            if left == 0:
-                return
-            for row in _decoded(batch.slice(passed, left), path, number):
+        for batch in batches.take(count):
+            for row in _decoded(batch, path, number):
                 yield f"{path}:row {number}", record_of(row)
                 number += 1
+        batches.keep()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}:row {number}: damaged from here on ({_reason(error)}); write the file anew") from None
+
+
+class _Batches:
+    """The rows of a file or of one of its row groups as batches of at most `ROWS`.
+
+    Row groups of other writers hold a million rows and can only be decoded from their beginning, so the last one that
+    was read in part is kept, open, for the part that follows.
+    """
+
+    _kept: _Batches | None = None
+
+    def __init__(self, path: str | Path, row_group: int | None) -> None:
+        self._key = self._key_of(path, row_group)
+        self._batches = _open(path).iter_batches(batch_size=ROWS, row_groups=None if row_group is None else [row_group])
+        self._row, self._rest = 0, None
+
+    @classmethod
+    def at(cls, path: str | Path, row_group: int | None, skip: int) -> _Batches:
+        """Those behind the first ``skip`` rows."""
+        kept, cls._kept = cls._kept, None
+        if row_group is None or kept is None or kept._row > skip or kept._key != cls._key_of(path, row_group):
+            kept = cls(path, row_group)
+        kept._skip = skip - kept._row
+        return kept
+
+    @staticmethod
+    def _key_of(path: str | Path, row_group: int | None) -> tuple[str | Path | int | None, ...]:
+        found = Path(path).stat() if Path(path).is_file() else None
+        return str(path), row_group, *((found.st_ino, found.st_size, found.st_mtime_ns) if found else ())
+
+    def take(self, count: int | None) -> Iterator[pa.RecordBatch]:
+        """The next ``count`` rows, or all that are left."""
+        if self._skip:
+            for _ in self._next(self._skip):
+                pass
+        yield from self._next(count)
+
+    def _next(self, count: int | None) -> Iterator[pa.RecordBatch]:
+        while count is None or count > 0:
+            batch = self._rest if self._rest is not None else next(self._batches, None)
+            if batch is None:
+                return
+            part = batch.slice(0, count)
+            self._rest = batch.slice(part.num_rows) if part.num_rows < batch.num_rows else None
+            self._row += part.num_rows
+            count = None if count is None else count - part.num_rows
+            yield part
+
+    def keep(self) -> None:
+        """Lets the next call of `at` go on from here."""
+        if self._key[1] is not None:
+            type(self)._kept = self
 
 
 def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[str, Any]]:
