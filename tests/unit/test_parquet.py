@@ -72,12 +72,12 @@ def test_parts_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     rows = [{**ROW, "id": f"g{number}"} for number in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1000)
-    monkeypatch.setattr("megatron_solopo.data.files.records.PART_ROWS", 30)
+    monkeypatch.setattr("megatron_solopo.data.files.records.PART_ROWS", 100)
     decoded = []
     monkeypatch.setattr(parquet.pq, "ParquetFile", Counted.into(decoded))
     _, parts = scan(path)
     whole = list(read_records(path))
-    assert len(parts) == 34 and sum(decoded) == 1000
+    assert len(parts) == 10 and sum(decoded) == 1000
     decoded.clear()
     assert [found for part in parts for found in read_records(path, part)] == whole
     assert sum(decoded) == 1000
@@ -85,9 +85,9 @@ def test_parts_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
     third = [found for part in parts[::3] for found in whole[part.first - 1 : part.first - 1 + part.count]]
     assert [found for part in parts[::3] for found in read_records(path, part)] == third
     assert sum(decoded) == 1000  # as one of three workers does
-    assert list(read_records(path, parts[2])) == whole[60:90]
+    assert list(read_records(path, parts[2])) == whole[200:300]
     mixed = zip(read_records(path, parts[3]), read_records(path, parts[4]), strict=True)
-    assert list(mixed) == list(zip(whole[90:120], whole[120:150], strict=True))
+    assert list(mixed) == list(zip(whole[300:400], whole[400:500], strict=True))
     pq.write_table(pa.Table.from_pylist([{**row, "chosen": "new"} for row in rows]), path, row_group_size=1000)
     assert {record["chosen"] for _, record in read_records(path, parts[3])} == {"new"}
 
