@@ -32,7 +32,7 @@ def training_section(
         if not panels:
             continue
         figure = output.with_name(f"{output.stem}-{name}.png")
-        records = [record for run in group for record in run.train if "clip_grad" in record]
+        records = [record for run in group for record in run.train if finite(record.get("clip_grad"))]
         # One far above all gradients would only press their curve flat.
         clips = sorted({one["clip_grad"] for one in records if one["clip_grad"] <= 3 * one["grad_norm"]})
         draw_curves(figure, panels, looks, {"grad_norm": clips})

@@ -128,6 +128,8 @@ class Evaluation:
 class Run:
     """One run folder: its metrics by step; a step written twice (after a resume) counts once, the last one.
 
+    What is null in the file was not finite, and is NaN here.
+
     Attributes:
         saves: the time and memory of checkpoints and exports; () in older runs.
         metrics: what its loss declared of what it measures, by name.
@@ -148,6 +150,10 @@ class Run:
     def shared(self) -> dict[str, Any]:
         """What runs that are averaged have in common, unless LABEL= says that they are seeds."""
         return {"folder": self.folder.resolve()}
+
+
+class NoSteps(UserError):
+    """A run folder whose metrics hold no step yet."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +202,23 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
 def read_runs(arguments: Sequence[str]) -> list[Run]:
     """Reads several as `read_run` does; where LABEL is not given, differing folders have differing labels.
 
+    A run without a step is left out with a warning, where others have some.
+
     Raises:
         UserError: as `read_run`, or the name of one folder is the LABEL of another.
     """
-    runs = [read_run(argument) for argument in arguments]
-    return _told_apart(arguments, runs, [run.folder for run in runs])
+    read, runs, empty = [], [], []
+    for argument in arguments:
+        try:
+            runs.append(read_run(argument))
+            read.append(argument)
+        except NoSteps as error:
+            empty.append(error)
+    if empty and not runs:
+        raise empty[0]
+    for error in empty:
+        print(f"warning: {error}; this run is left out")
+    return _told_apart(read, runs, [run.folder for run in runs])
 
 
 def _told_apart[Item: (Evaluation, Run)](
@@ -286,6 +304,7 @@ def read_run(argument: str) -> Run:
     A last line that a killed run left unfinished is skipped with a note.
 
     Raises:
+        NoSteps: the run has not done any.
         UserError: no metrics in the folder.
     """
     label, folder = labelled(argument, "")
@@ -299,7 +318,8 @@ def read_run(argument: str) -> Run:
     try:
         for where, record in read_jsonl(path):
             read += 1
-            by_split.setdefault(record.get("split", "train"), {})[require(record, "step", int, where)] = record
+            numbers = {name: math.nan if value is None else value for name, value in record.items()}
+            by_split.setdefault(record.get("split", "train"), {})[require(record, "step", int, where)] = numbers
     except UserError:
         unfinished = read == lines - 1 and not written.endswith(b"\n")
         if not unfinished:
@@ -307,7 +327,7 @@ def read_run(argument: str) -> Run:
         print(f"note: {path}: the last line is unfinished and was skipped")
     train, valid, save, export, *_ = (tuple(steps[step] for step in sorted(steps)) for steps in by_split.values())
     if not train and not valid:
-        raise UserError(f"{path}: no steps in it yet; wait for the first step of the run")
+        raise NoSteps(f"{path}: no steps in it yet; wait for the first step of the run")
     return Run(
         label or folder.resolve().name,
         folder,

@@ -56,7 +56,7 @@ class Watch:
         if line.get("skipped"):
             self.skipped += 1
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row == MOST_SKIPPED:
+            if self.skipped_in_a_row >= MOST_SKIPPED:
                 raise UserError(
                     f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; "
                     "the last checkpoint is kept: look at the examples, or start a new run with a lower --lr"
@@ -80,7 +80,13 @@ class Watch:
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Sees lines that an earlier process of this run told about."""
         for line in lines:
-            if line.get("split") == "train" and not line.get("skipped"):
+            if line.get("split") != "train":
+                continue
+            if line.get("skipped"):
+                self.skipped += 1
+                self.skipped_in_a_row += 1
+            else:
+                self.skipped_in_a_row = 0
                 self._warnings(line)
 
     def _spikes(self, line: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sys
 import time
@@ -140,7 +141,8 @@ class RunLog:
         """
         if not self._active:
             return
-        self._write(json.dumps(values | ({"warnings": sorted(warnings)} if warnings else {})) + "\n")
+        line = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+        self._write(json.dumps(line | ({"warnings": sorted(warnings)} if warnings else {}), allow_nan=False) + "\n")
         number, split = values["step"], values["split"]
         for text in [*([values["skipped"]] if "skipped" in values else []), *(warnings or {}).values()]:
             self.say(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
@@ -196,6 +198,11 @@ class RunLog:
                 self.say(f"warning: the end of {type(thing).__name__} could not be written ({system_reason(error)})")
 
 
+def _is_not_finite(value: Any) -> bool:
+    """NaN and infinity are no JSON: the file has null in their place."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _summary(values: dict[str, Any]) -> str:
     """The values that a person follows, with their units."""
     known = sorted(metrics.declared(), key=lambda metric: metric.figure is None)  # what a step cost comes last
@@ -216,7 +223,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Takes out lines of steps that a killed run did after its last checkpoint; they are done again.
 
     Returns:
-        The lines that stay.
+        The lines that stay, with NaN for null, as they were told to `RunLog.step`.
     """
     kept, earlier = [], []
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -224,7 +231,7 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
             line = json.loads(text)
             if line["step"] <= step:
                 kept.append(text)
-                earlier.append(line)
+                earlier.append({name: math.nan if value is None else value for name, value in line.items()})
         except (json.JSONDecodeError, KeyError):
             continue  # half a line, cut by the kill
     write_text(path, "".join(text + "\n" for text in kept))

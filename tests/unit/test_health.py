@@ -130,6 +130,22 @@ def test_a_resumed_run_warns_where_an_unbroken_one_does():
         assert told(Watch_after(lines[:cut]), lines[cut:]) == expected
 
 
+@pytest.mark.parametrize("kept", [0, 3, MOST_SKIPPED - 1])
+def test_skipped_steps_in_a_row_end_a_resumed_run_where_they_end_an_unbroken_one(kept):
+    """``kept`` of them were done before the checkpoint that the run resumes from."""
+    lines = [line(1), *({"step": n, "split": "train", "skipped": "why", "loss": None} for n in range(2, 30))]
+    watch = Watch(10)
+    watch.replay([*lines[: 1 + kept], {"step": 1 + kept, "split": "save"}])
+    assert (watch.skipped, watch.skipped_in_a_row) == (kept, kept)
+    done = iter(lines[1 + kept :])
+    with pytest.raises(UserError, match=f"^step {1 + MOST_SKIPPED}: the {MOST_SKIPPED}th step in a row"):
+        for each in done:
+            watch.see(each)
+    watch = Watch(10)
+    watch.replay([*lines[:4], line(5)])
+    assert (watch.skipped, watch.skipped_in_a_row) == (3, 0)
+
+
 def test_skipped_steps_are_counted_and_end_a_run_when_they_do_not_end():
     watch = Watch(10)
     for step in (1, 2, 3):
