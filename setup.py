@@ -45,6 +45,7 @@ setup(
         "pyarrow>=15.0",
         "bm25s>=0.2.5",
         "openai>=1.98",
+        "pydantic>=2.7",
         "rich>=13.0",
         "numpy>=1.26",
         "jinja2>=3.1",

@@ -60,17 +60,20 @@ def require(
         UserError: naming ``where`` and the key.
     """
     if key not in record:
-        known = ", ".join(sorted(record)) or "none"
-        kind_found = kind_of(record)
-        hint = f"these are {kind_found}" if kind_found else otherwise
-        raise UserError(
-            f"{where}: the field '{key}' is missing (fields found: {known})" + (f"; {hint}" if hint else "")
-        )
+        raise UserError(missing(record, key, where, otherwise))
     value = record[key]
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
         raise UserError(f"{where}: the field '{key}' must be {wanted}, found {type(value).__name__}")
     return value
+
+
+def missing(record: dict[str, Any], key: str, where: str, otherwise: str | None = None) -> str:
+    """The line that says that a field is missing; see `require`."""
+    known = ", ".join(sorted(record)) or "none"
+    kind = kind_of(record)
+    hint = f"these are {kind}" if kind else otherwise
+    return f"{where}: the field '{key}' is missing (fields found: {known})" + (f"; {hint}" if hint else "")
 
 
 def check_messages(value: Any, key: str, where: str) -> list[Message]:

@@ -6,20 +6,19 @@ with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo import template_kwargs
-from megatron_solopo.data.fields import Message, check_messages, require
+from pydantic import TypeAdapter
+
+from megatron_solopo.data.fields import Message
 from megatron_solopo.data.files import inputs
 from megatron_solopo.data.files.records import Part, read_records
 from megatron_solopo.data.formats import as_conversation, as_group
+from megatron_solopo.data.validation import Chat, Day, DocumentSpan, Name, Printed, Response, TokenIds, validated
 from megatron_solopo.errors import UserError
-
-DocumentSpan = tuple[int, int, bool]
-"""(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,23 @@ class PreferenceGroup:
             prints none, or where that is not known.
     """
 
-    id: str
-    short_messages: list[Message]
-    long_messages: list[Message] | None
-    chosen: str
-    rejected: str
-    answers: list[str] = field(default_factory=list)
-    scores: dict[str, float] = field(default_factory=dict)
-    source: str = ""
+    id: Name
+    short_messages: Chat
+    long_messages: Chat | None
+    chosen: Response
+    rejected: Response
+    answers: list[Any] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
+    source: Printed = ""
     question: str = ""
     short_spans: list[DocumentSpan] = field(default_factory=list)
     long_spans: list[DocumentSpan] = field(default_factory=list)
-    chosen_ids: list[int] | None = None
-    rejected_ids: list[int] | None = None
-    chat_template_date: str | None = None
+    chosen_ids: TokenIds | None = None
+    rejected_ids: TokenIds | None = None
+    chat_template_date: Day | None = None
+
+
+_GROUP = TypeAdapter(PreferenceGroup)
 
 
 @dataclass(frozen=True)
@@ -83,38 +85,16 @@ class Conversation:
     messages: list[Message]
 
 
-def check_spans(value: Any, messages: list[Message] | None, key: str, where: str) -> list[DocumentSpan]:
-    """Documents of a chat's last message: ``[start, end, gold]`` in order, within its content; None is no document."""
-    if value is None:
-        return []
-    size, last, spans = len(messages[-1]["content"]) if messages else 0, 0, []
-    if not isinstance(value, list):
-        raise UserError(f"{where}: the field '{key}' must be a list of [start, end, gold]")
-    for index, span in enumerate(value):
-        if not isinstance(span, list) or [type(part) for part in span] != [int, int, bool]:
-            raise UserError(f"{where}: {key}[{index}] must be [start, end, gold], two whole numbers and true or false")
-        start, end, gold = span
+def check_spans(spans: Sequence[DocumentSpan], messages: list[Message] | None, key: str, where: str) -> None:
+    """Refuses documents that do not follow each other within a chat's last message."""
+    size, last = len(messages[-1]["content"]) if messages else 0, 0
+    for index, (start, end, _) in enumerate(spans):
         if not last <= start <= end <= size:
             raise UserError(
                 f"{where}: {key}[{index}] is {start} to {end}; spans must follow each other within the "
                 f"{size} characters of the last message"
             )
         last = end
-        spans.append((start, end, gold))
-    return spans
-
-
-def check_ids(value: Any, key: str, where: str) -> list[int] | None:
-    """Token ids of a response, or None."""
-    if value is not None and not (isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value)):
-        raise UserError(f"{where}: the field '{key}' must be a non-empty list of token ids")
-    return value
-
-
-def check_day(record: dict[str, Any], where: str) -> str | None:
-    """``chat_template_date`` of a record, None where it has none."""
-    value = record.get(template_kwargs.DATE)
-    return None if value is None else template_kwargs.check_date(value, f"{where}: the field '{template_kwargs.DATE}'")
 
 
 def read_groups(path: str | Path, part: Part | None = None) -> Iterator[PreferenceGroup]:
@@ -127,30 +107,12 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
     """
     seen: dict[str, str] = {}
     for where, record in _records(path, part):
-        record = as_group(record, where)
-        short = check_messages(require(record, "short_messages", list, where), "short_messages", where)
-        long = record.get("long_messages")
-        if long is not None:
-            long = check_messages(long, "long_messages", where)
-        for key, chat in (("short_messages", short), ("long_messages", long)):
+        group = validated(_GROUP, as_group(record, where), where, id=where, long_messages=None)
+        for context in ("short", "long"):
+            chat, key = getattr(group, f"{context}_messages"), f"{context}_messages"
             if chat and chat[-1]["role"] == "assistant":
                 raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
-        group = PreferenceGroup(
-            id=_id(record, where),
-            short_messages=short,
-            long_messages=long,
-            chosen=_response(record, "chosen", where),
-            rejected=_response(record, "rejected", where),
-            answers=_optional(record, "answers", list, where) or [],
-            scores=_optional(record, "scores", dict, where) or {},
-            source=str(record.get("source") or ""),
-            question=_optional(record, "question", str, where) or "",
-            short_spans=check_spans(record.get("short_spans"), short, "short_spans", where),
-            long_spans=check_spans(record.get("long_spans"), long, "long_spans", where),
-            chosen_ids=check_ids(record.get("chosen_ids"), "chosen_ids", where),
-            rejected_ids=check_ids(record.get("rejected_ids"), "rejected_ids", where),
-            chat_template_date=check_day(record, where),
-        )
+            check_spans(getattr(group, f"{context}_spans"), chat, f"{context}_spans", where)
         if group.chosen == group.rejected:
             raise UserError(f"{where}: chosen and rejected are the same text; such a pair teaches nothing, remove it")
         if group.id in seen:
@@ -178,14 +140,3 @@ def read_conversations(path: str | Path, part: Part | None = None) -> Iterator[C
 
 def _id(record: dict[str, Any], where: str) -> str:
     return where if record.get("id") is None else str(record["id"])
-
-
-def _optional(record: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    return None if record.get(key) is None else require(record, key, kind, where)
-
-
-def _response(record: dict[str, Any], key: str, where: str) -> str:
-    value = require(record, key, str, where)
-    if not value.strip():
-        raise UserError(f"{where}: '{key}' is empty; a response needs at least one word")
-    return value

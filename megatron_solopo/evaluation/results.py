@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.data.fields import require
 from megatron_solopo.data.files.records import read_jsonl, read_text
-from megatron_solopo.data.schema import require
 from megatron_solopo.errors import UserError
 from megatron_solopo.metrics import LABELS, Metric, from_json, metric_of
 

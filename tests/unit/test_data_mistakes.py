@@ -304,7 +304,7 @@ def test_a_broken_template_with_values_for_its_variables(here: Path) -> None:
     ("field", "value", "told"),
     [
         ("short_gold", 5, "the field 'short_gold' must be list, found int"),
-        ("long_gold", ["1"], "the field 'long_gold' must be a list of whole numbers"),
+        ("long_gold", ["1"], "the field 'long_gold[0]' must be int, found str"),
         ("short_documents", "many", "the field 'short_documents' must be int, found str"),
         ("answers", [" "], "the field 'answers' must be a non-empty list of texts, none of them empty"),
     ],

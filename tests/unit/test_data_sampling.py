@@ -148,9 +148,9 @@ def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:
         ("token_ids", [[1]], "the field 'token_ids' must be a list as long as 'responses' (2)"),
         ("token_ids", [[1], []], "the field 'token_ids[1]' must be a non-empty list of token ids"),
         ("token_ids", [[1], [-1]], "the field 'token_ids[1]' must be a non-empty list of token ids"),
-        ("finished", [True, "false"], "the field 'finished' must be a list of true and false"),
+        ("finished", [True, "false"], "the field 'finished[1]' must be bool, found str"),
         ("finished", [True], "the field 'finished' must be a list as long as 'responses' (2)"),
-        ("responses", ["a", 1], "the field 'responses' must be a list of texts"),
+        ("responses", ["a", 1], "the field 'responses[1]' must be str, found int"),
     ],
 )
 def test_malformed_responses_are_named(tmp_path: Path, field: str, value: Any, message: str) -> None:

@@ -139,7 +139,7 @@ WRONG = {
     ),
     "span without its end": (
         [{**ROW, "short_spans": [{"start": 0, "gold": True}]}],
-        r"row 1: short_spans\[0\] must be \[start, end, gold\]",
+        r"row 1: the field 'short_spans\[0\]\[1\]' must be int, found NoneType$",
     ),
     "same id": ([ROW, ROW], r"row 2: the id 'g' was used before at .*row 1; ids must be unique$"),
 }

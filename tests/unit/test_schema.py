@@ -33,7 +33,7 @@ WRONG_GROUPS = {
     ),
     "no chosen": (without(GROUP, "chosen"), r"the field 'chosen' is missing"),
     "no rejected": (without(GROUP, "rejected"), r"the field 'rejected' is missing"),
-    "text for messages": (GROUP | {"short_messages": "q"}, r"the field 'short_messages' must be list, found str$"),
+    "text for messages": (GROUP | {"short_messages": "q"}, r"the field 'short_messages' must be a non-empty list"),
     "no message": (GROUP | {"short_messages": []}, r"the field 'short_messages' must be a non-empty list"),
     "no long message": (GROUP | {"long_messages": []}, r"the field 'long_messages' must be a non-empty list"),
     "text for long messages": (GROUP | {"long_messages": "q"}, r"the field 'long_messages' must be a non-empty list"),
@@ -59,6 +59,14 @@ WRONG_GROUPS = {
     "equal responses": (GROUP | {"rejected": "a"}, r"chosen and rejected are the same text"),
     "text for answers": (GROUP | {"answers": "Paris"}, r"the field 'answers' must be list, found str$"),
     "list for scores": (GROUP | {"scores": [1.0]}, r"the field 'scores' must be dict, found list$"),
+    "a span of two": (GROUP | {"short_spans": [[0, 1]]}, r"the field 'short_spans\[0\]\[2\]' is missing$"),
+    "a number as a flag": (
+        GROUP | {"long_spans": [[0, 1, 1]]},
+        r"the field 'long_spans\[0\]\[2\]' must be bool, found",
+    ),
+    "a text as a number": (GROUP | {"chosen_ids": [1, "2"]}, r"the field 'chosen_ids\[1\]' must be int, found str$"),
+    "no ids": (GROUP | {"chosen_ids": []}, r"the field 'chosen_ids' must be a non-empty list of token ids$"),
+    "a list for an id": (GROUP | {"id": ["g"]}, r"the field 'id' must be str or int, found list$"),
     "TRL, number for prompt": (TRL | {"prompt": 1}, r"the field 'prompt' must be str or list, found int$"),
     "TRL, another question": (
         TRL | {"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]},

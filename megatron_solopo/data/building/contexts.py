@@ -10,22 +10,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import TOKEN_TOLERANCE, CannotBuild, Distractors
+from megatron_solopo.data.fields import Message
 from megatron_solopo.data.files.records import read_jsonl
-from megatron_solopo.data.schema import (
-    DocumentSpan,
-    Message,
-    Paragraph,
-    Question,
-    check_day,
-    check_messages,
-    check_spans,
-    require,
-)
+from megatron_solopo.data.schema import Paragraph, Question, check_spans
 from megatron_solopo.data.text.prompt import PromptFormat
+from megatron_solopo.data.validation import Chat, Day, DocumentSpan, Printed, Whole, Words, validated
 from megatron_solopo.errors import UserError
 
 CountTokens = Callable[[list[Message]], int]
@@ -62,20 +56,23 @@ class ContextPair:
 
     id: str
     question: str
-    answers: list[str]
-    short_messages: list[Message]
-    long_messages: list[Message]
-    short_tokens: int
-    long_tokens: int
-    source: str
-    short_documents: int = 0
-    long_documents: int = 0
-    short_gold: tuple[int, ...] = ()
-    long_gold: tuple[int, ...] = ()
+    answers: Words
+    short_messages: Chat
+    long_messages: Chat
+    short_tokens: Whole
+    long_tokens: Whole
+    source: Printed = ""
+    short_documents: Whole = 0
+    long_documents: Whole = 0
+    short_gold: tuple[Whole, ...] = ()
+    long_gold: tuple[Whole, ...] = ()
     short_spans: list[DocumentSpan] = field(default_factory=list)
     long_spans: list[DocumentSpan] = field(default_factory=list)
-    dropped_gold: int = 0
-    chat_template_date: str | None = None
+    dropped_gold: Whole = 0
+    chat_template_date: Day | None = None
+
+
+_PAIR = TypeAdapter(ContextPair)
 
 
 def read_contexts(path: str | Path) -> Iterator[ContextPair]:
@@ -86,41 +83,13 @@ def read_contexts(path: str | Path) -> Iterator[ContextPair]:
     """
     seen: dict[str, str] = {}
     for where, record in read_jsonl(path):
-        pair = ContextPair(
-            id=require(record, "id", str, where),
-            question=require(record, "question", str, where),
-            answers=require(record, "answers", list, where),
-            short_messages=check_messages(require(record, "short_messages", list, where), "short_messages", where),
-            long_messages=check_messages(require(record, "long_messages", list, where), "long_messages", where),
-            short_tokens=require(record, "short_tokens", int, where),
-            long_tokens=require(record, "long_tokens", int, where),
-            source=str(record.get("source") or ""),
-            short_documents=_count(record, "short_documents", where),
-            long_documents=_count(record, "long_documents", where),
-            short_gold=_indices(record, "short_gold", where),
-            long_gold=_indices(record, "long_gold", where),
-            short_spans=check_spans(record.get("short_spans"), record["short_messages"], "short_spans", where),
-            long_spans=check_spans(record.get("long_spans"), record["long_messages"], "long_spans", where),
-            dropped_gold=_count(record, "dropped_gold", where),
-            chat_template_date=check_day(record, where),
-        )
-        if not pair.answers or not all(isinstance(answer, str) and answer.strip() for answer in pair.answers):
-            raise UserError(f"{where}: the field 'answers' must be a non-empty list of texts, none of them empty")
+        pair = validated(_PAIR, record, where)
+        check_spans(pair.short_spans, pair.short_messages, "short_spans", where)
+        check_spans(pair.long_spans, pair.long_messages, "long_spans", where)
         if pair.id in seen:
             raise UserError(f"{where}: the id {pair.id!r} was used before at {seen[pair.id]}; ids must be unique")
         seen[pair.id] = where
         yield pair
-
-
-def _count(record: dict[str, Any], key: str, where: str) -> int:
-    return require(record, key, int, where) if key in record else 0
-
-
-def _indices(record: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
-    indices = require(record, key, list, where) if key in record else []
-    if not all(type(index) is int for index in indices):
-        raise UserError(f"{where}: the field '{key}' must be a list of whole numbers")
-    return tuple(indices)
 
 
 def build_contexts(

@@ -15,7 +15,7 @@ from megatron_solopo.data.options import add_normalisation_option, check_outputs
 from megatron_solopo.data.pairing.counts import Counts
 from megatron_solopo.data.pairing.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.sampling.responses import InStep, Responses
-from megatron_solopo.data.schema import PreferenceGroup, check_ids
+from megatron_solopo.data.schema import PreferenceGroup
 from megatron_solopo.data.scoring import SCORERS, Scorer, load_scorer
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
@@ -152,9 +152,8 @@ def _score(pair: ContextPair, sampled: Responses, how: Pairing, counts: Counts) 
     return scored
 
 
-def _scored(text: str, ids: object, pair: ContextPair, how: Pairing) -> Scored:
-    checked = check_ids(ids, "token_ids", f"responses of question {pair.id!r}")
-    return Scored(text, how.scorer(text, pair.answers, pair.question), None if checked is None else tuple(checked))
+def _scored(text: str, ids: list[int] | None, pair: ContextPair, how: Pairing) -> Scored:
+    return Scored(text, how.scorer(text, pair.answers, pair.question), None if ids is None else tuple(ids))
 
 
 def _group(

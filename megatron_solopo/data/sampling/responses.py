@@ -10,10 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from megatron_solopo.atomic import file_aside, finish_file, new_file, write_text
 from megatron_solopo.data.files.jobs import Jobs, differences
 from megatron_solopo.data.files.records import read_jsonl
-from megatron_solopo.data.schema import check_ids, require
+from megatron_solopo.data.validation import Flag, Name, Whole, validated
 from megatron_solopo.errors import UserError, system_reason
 
 
@@ -25,10 +27,10 @@ class Responses:
     those very ids, or where only the text is known. None for the whole line stands for None for each response.
     """
 
-    id: str
+    id: Name
     responses: list[str]
-    finished: list[bool]
-    token_ids: list[list[int] | None] | None = None
+    finished: list[Flag]
+    token_ids: list[list[Whole] | None] | None = None
 
     def record(self) -> dict[str, Any]:
         """What is written; ``token_ids`` only where there are some."""
@@ -80,24 +82,27 @@ def read_responses(path: str | Path) -> Iterator[Responses]:
         yield responses
 
 
+_RESPONSES = TypeAdapter(Responses)
+
+
 def _responses(record: dict[str, Any], where: str) -> Responses:
-    question_id = str(require(record, "id", (str, int), where))
-    texts = require(record, "responses", list, where)
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: the field 'responses' must be a list of texts")
-    finished = record.get("finished", [True] * len(texts))
-    if not isinstance(finished, list) or len(finished) != len(texts):
-        raise UserError(f"{where}: the field 'finished' must be a list as long as 'responses' ({len(texts)})")
-    if not all(isinstance(value, bool) for value in finished):
-        raise UserError(f"{where}: the field 'finished' must be a list of true and false")
-    token_ids = record.get("token_ids")
-    if token_ids is not None:
-        if not isinstance(token_ids, list) or len(token_ids) != len(texts):
-            raise UserError(f"{where}: the field 'token_ids' must be a list as long as 'responses' ({len(texts)})")
-        for index, ids in enumerate(token_ids):
-            if ids != [] or texts[index].strip():  # an empty response has none
-                check_ids(ids, f"token_ids[{index}]", where)
-    return Responses(question_id, texts, finished, token_ids)
+    texts = record.get("responses")
+    all_finished = [True] * len(texts) if isinstance(texts, list) else []
+    found = validated(_RESPONSES, record, where, finished=all_finished)
+    for name, values in (("finished", found.finished), ("token_ids", found.token_ids)):
+        if values is not None and len(values) != len(found.responses):
+            raise UserError(
+                f"{where}: the field '{name}' must be a list as long as 'responses' ({len(found.responses)})"
+            )
+    for index, ids in enumerate(found.token_ids or ()):
+        check_ids(ids, found.responses[index], f"{where}: the field 'token_ids[{index}]'")
+    return found
+
+
+def check_ids(ids: list[int] | None, text: str, where: str) -> None:
+    """Refuses token ids that no response can have; an empty one has none."""
+    if ids is not None and (min(ids) < 0 if ids else text.strip()):
+        raise UserError(f"{where} must be a non-empty list of token ids")
 
 
 class InStep:
