@@ -57,14 +57,19 @@ def write_text(path: str | Path, text: str, errors: str | None = None) -> None:
         file.write(text)
 
 
-def move_file(source: Path, path: Path) -> None:
-    """Moves a finished file to its place, which may lie on another disk."""
+def put_file(source: Path, path: Path) -> None:
+    """Gives a finished file its place, which may lie on another disk, under a second name; ``source`` stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = file_aside(path)
-    shutil.move(source, aside)
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, aside)
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     rename(aside, path)
+    aside.unlink(missing_ok=True)  # two names of one file are left as they are by a rename
 
 
 def finish_file(path: Path) -> None:

@@ -51,8 +51,17 @@ def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_finished_file_moves_to_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_a_finished_file_gets_its_place_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: Path) -> None:
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
     source, path = tmp_path / "work", tmp_path / "deep" / "a.txt"
     source.write_text("done")
-    atomic.move_file(source, path)
-    assert path.read_text() == "done" and not source.exists()
+    path.parent.mkdir()
+    atomic.file_aside(path).write_text("left by a kill")
+    for _ in range(2):
+        atomic.put_file(source, path)
+        assert path.read_text() == source.read_text() == "done" and list(path.parent.iterdir()) == [path]

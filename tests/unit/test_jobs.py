@@ -46,6 +46,9 @@ def test_a_kill_costs_what_was_in_flight(tmp_path: Path, case: str) -> None:
         jobs.put({"a.bin": tmp_path / "out" / "a"})
         assert (tmp_path / "out" / "a").read_bytes() == b"a0a1a2a3"
         assert jobs.stream("deep/b.bin").read_bytes() == b"bbbbbb"
+    with Jobs(tmp_path, STREAMS) as jobs:  # a kill before the work is removed costs no job
+        jobs.begin({"seed": 0})
+        assert len(jobs.lines) == 4
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from megatron_solopo.atomic import move_file
+from megatron_solopo.atomic import put_file
 from megatron_solopo.data.files.records import parse_line
 from megatron_solopo.errors import UserError, system_reason
 
@@ -271,11 +271,14 @@ class Jobs:
         return self.place / name
 
     def put(self, targets: Mapping[str, str | Path]) -> None:
-        """Moves streams to their places; then no job can be added."""
+        """Gives streams their places as files of the output; then no job can be added.
+
+        The work stays until it is removed, so that a kill in between costs no job.
+        """
         for file in self._streams.values():
             file.close()
         for name, target in targets.items():
-            move_file(self.stream(name), Path(target))
+            put_file(self.stream(name), Path(target))
 
 
 def lock(file: BinaryIO, place: Path) -> None:

@@ -236,11 +236,8 @@ class SampledJobs(Jobs):
             return True
         held = {record.id: len(record.responses) for record in read_responses(self._output)}
         if all(held.get(name, 0) >= samples for name in ids):
-            ends = (
-                (name, first + part.count) for name, parts in self._samples.items() for first, part in parts.items()
-            )
-            if all(end <= held.get(name, 0) for name, end in ends):  # a kill left what is in the output
-                self.remove()
+            if all(self._end(name) <= held.get(name, 0) for name in self._samples):
+                self.remove()  # a kill left what is in the output
             return False
         for record in read_responses(self._output):
             for run in runs(self.missing(record.id, len(record.responses))):
