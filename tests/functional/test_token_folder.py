@@ -25,7 +25,7 @@ TIMED = ("seconds", "tokens_per_second", "memory_gib")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = furnish(tmp_path_factory.mktemp("home"))
     for name, more in (("groups", ()), ("valid", ()), ("chats", ("--objective", "sft"))):
-        argv = ["--train-data", home.folder / f"{name}.jsonl", "--output", home.folder / name]
+        argv = ["--data", home.folder / f"{name}.jsonl", "--output", home.folder / name]
         argv += ["--tokenizer", home.folder / "hf", "--workers", 1, *more]
         assert run(tokenize_data.main, list(map(str, argv))) == 0
     return home
@@ -81,7 +81,7 @@ def test_workers_end_with_a_killed_command_and_the_next_goes_on(home: Home) -> N
         "sys.exit(tokenize_data.main(sys.argv[1:]))"
     )
     output = home.folder / "killed"
-    argv = [sys.executable, "-c", code, "--train-data", str(home.folder / "groups.jsonl"), "--output", str(output)]
+    argv = [sys.executable, "-c", code, "--data", str(home.folder / "groups.jsonl"), "--output", str(output)]
     argv += ["--tokenizer", str(home.folder / "hf"), "--workers", "2"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
