@@ -70,6 +70,8 @@ setup(
             "tiktoken>=0.7",
             "transformers[serving]>=5.0",
         ],
+        # `make lint`; basedpyright is pyright with its own node, which PyPI's pyright would download when it runs.
+        "dev": ["ruff>=0.14", "basedpyright>=1.31"],
     },
     entry_points={"console_scripts": ["solopo = megatron_solopo.cli:main"]},
     classifiers=[

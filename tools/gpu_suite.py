@@ -44,7 +44,7 @@ TAIL = 3000
 PRINTED = 9500
 """Characters of the table at the end."""
 
-WARM = ("transformers", "megatron_solopo.training.run", "megatron_solopo.training.engine", "gpu.models", "gpu.kernels")
+WARM = ("transformers", "megatron_solopo.training.trainer", "gpu.models", "gpu.kernels")
 WARM_ENGINE = ("transformer_engine.pytorch", "megatron_solopo.model.te_layers", "gpu.engine")
 """What is imported before forking; torch comes first, because Transformer Engine finds NCCL through it."""
 

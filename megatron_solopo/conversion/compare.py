@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_solopo.data.files.records import read_text
@@ -152,7 +152,7 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
     """([n - 1] log-probs of the tokens behind the first, the hidden states [n - 1, H] behind each layer)."""
     states: list[Tensor] = []
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
+    def keep(module: nn.Module, inputs: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if model.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)

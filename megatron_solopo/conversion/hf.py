@@ -90,7 +90,7 @@ def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[s
         parallel_state.get_expert_model_parallel_group(),
         parallel_state.get_pipeline_model_parallel_group(),
     ):
-        everyone: list[Any] = [shapes] * group.size()
+        everyone = [shapes] * group.size()
         if group.size() > 1:
             dist.all_gather_object(everyone, shapes, group=group)
         shapes = {name: shape for some in everyone for name, shape in some.items()}
@@ -177,7 +177,7 @@ def _own_hf_tensors(
         if entry.of_experts:
             # Every process comes to its n-th expert at the same time.
             group = parallel_state.get_expert_model_parallel_group()
-            everyone: list[Any] = [names] * group.size()
+            everyone = [names] * group.size()
             if group.size() > 1:
                 dist.all_gather_object(everyone, names, group=group)
             found = zip(everyone, _gather(whole, group), strict=True)

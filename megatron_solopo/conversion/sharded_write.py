@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -40,13 +40,13 @@ class _Results(logging.Handler):
         if record.levelno >= logging.ERROR and not self._reason:
             self._reason = record.getMessage()
 
-    def put(self, value: Any) -> None:
+    def put(self, value: object) -> None:
         if isinstance(value, Exception):
             value = RuntimeError(self._reason or str(value))
         pickle.dump(value, self._memory)
         self._memory.flush()
 
-    def get_nowait(self) -> Any:
+    def get_nowait(self) -> object:
         self._memory.seek(0)
         written = self._memory.read()
         return pickle.loads(written) if written else RuntimeError("the writing process was killed")
@@ -55,7 +55,7 @@ class _Results(logging.Handler):
 class _Pieces(io.RawIOBase):
     """A stream for torch.save that hands on what it is given in pieces."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def write(self, data: Any) -> int:
@@ -73,7 +73,7 @@ class _Pieces(io.RawIOBase):
 class _InPieces(_StorageWriterTransforms):
     """Where torch's writer of a checkpoint lets a stream be changed."""
 
-    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
+    def transform_save_stream(self, write_item: Any, raw_stream: BinaryIO) -> Any:
         return super().transform_save_stream(write_item, _Pieces(raw_stream))
 
 

@@ -85,7 +85,7 @@ class Shards:
             end += size
         return files
 
-    def _try(self, work: Callable[[], Any]) -> None:
+    def _try(self, work: Callable[[], object]) -> None:
         if self._error is None:
             try:
                 work()

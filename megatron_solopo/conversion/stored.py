@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -26,7 +27,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
 
-def sharded_tensors(states: Any) -> Iterator[ShardedTensor]:
+def sharded_tensors(states: object) -> Iterator[ShardedTensor]:
     """Those in nested states; `apply_factories` first."""
     if isinstance(states, ShardedTensor):
         yield states
@@ -117,7 +118,7 @@ class StoredWeights:
         chunk = ChunkStorageMetadata(torch.Size(part.global_offset), _sizes(part))
         return create_read_items_for_chunk_list(part.key, self._stored.state_dict_metadata[part.key], [chunk])
 
-    def _mapped(self, place: Any) -> Tensor:
+    def _mapped(self, place: _StorageInfo) -> Tensor:
         """The tensor that torch.save wrote at a place of a file, its memory being the file.
 
         Only the head is read: loaded to the device ``meta``, a storage says where its numbers stand

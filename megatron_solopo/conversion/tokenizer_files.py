@@ -95,7 +95,7 @@ def _spell_as_4(settings: dict[str, Any], folder: Path) -> None:
         _extend(settings, settings.pop("extra_special_tokens"))
 
 
-def _extend(settings: dict[str, Any], tokens: list[Any]) -> None:
+def _extend(settings: dict[str, Any], tokens: list[str | dict[str, Any]]) -> None:
     """Adds to the further special tokens of tokenizer_config.json or special_tokens_map.json."""
     if settings.get("extra_special_tokens") == {}:
         del settings["extra_special_tokens"]  # which transformers 5 takes instead of these
@@ -104,7 +104,7 @@ def _extend(settings: dict[str, Any], tokens: list[Any]) -> None:
     settings["additional_special_tokens"] = [*there, *(token for token in tokens if _name(token) not in names)]
 
 
-def _name(token: Any) -> str:
+def _name(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else str(token)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, SupportsIndex
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +26,7 @@ KERNELS = ("fused", "foreach", "capturable")
 """Fields of torch's AdamW that say how it computes, not what."""
 
 
-def _on_cpu(device: Any) -> Any:
+def _on_cpu[T](device: T) -> T | torch.device:
     if isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda")):
         return CPU
     if isinstance(device, torch.device) and device.type == "cuda":
@@ -57,13 +58,13 @@ class _CudaDevicesAreCpu(TorchFunctionMode):
 class _Event:
     """A CUDA event on a device whose work is done when the call returns."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def record(self, *args: Any) -> None:
+    def record(self, *args: object) -> None:
         pass
 
-    def wait(self, *args: Any) -> None:
+    def wait(self, *args: object) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -79,16 +80,16 @@ class _Event:
 class _Stream:
     """A CUDA stream on a device that has only one order of work."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, *args: Any) -> None:
+    def wait_stream(self, *args: object) -> None:
         pass
 
-    def wait_event(self, *args: Any) -> None:
+    def wait_event(self, *args: object) -> None:
         pass
 
-    def record_event(self, *args: Any) -> _Event:
+    def record_event(self, *args: object) -> _Event:
         return _Event()
 
     def synchronize(self) -> None:
@@ -97,7 +98,7 @@ class _Stream:
     def __enter__(self) -> _Stream:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
 
@@ -135,7 +136,7 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
     stack.callback(show_again)
 
 
-def _split_sizes_as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _split_sizes_as_numbers[T](tensor: T, as_numpy: bool = False, record_stream: bool = False) -> T | np.ndarray:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -186,7 +187,7 @@ def install() -> Callable[[], None]:
     with contextlib.ExitStack() as stack:
         _hide_transformer_engine(stack)
 
-        def patch(module: Any, name: str, value: Any) -> None:
+        def patch(module: object, name: str, value: object) -> None:
             stack.enter_context(mock.patch.object(module, name, value))
 
         cuda = torch.cuda
@@ -226,7 +227,7 @@ def install() -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def results_queue(queue: Any) -> Iterator[None]:
+def results_queue(queue: object) -> Iterator[None]:
     """Within it a planned checkpoint reports to ``queue`` (put, get_nowait), on both platforms.
 
     dist_checkpointing/strategies/filesystem_async.py:45 starts a manager process for its queue, which is left behind
@@ -254,7 +255,7 @@ def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
     return undo.close
 
 
-def _mend_optimizer_loading(patch: Callable[[Any, str, Any], None]) -> None:
+def _mend_optimizer_loading(patch: Callable[[object, str, object], object]) -> None:
     """torch's AdamW keeps a `step` tensor per parameter and has no state before its first step; the distributed
     optimizer expects neither.
 

@@ -25,6 +25,7 @@ from megatron_solopo.parallel.platform import first_error, on_first
 from megatron_solopo.progress import reporting
 from megatron_solopo.training import retention
 from megatron_solopo.training.engine import Engine
+from megatron_solopo.training.resume import Progress
 
 
 def _state(
@@ -70,7 +71,7 @@ class Checkpoints:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         latest: int,
-        progress: dict[str, Any],
+        progress: Progress,
     ) -> None:
         self._folder, self._output, self._parallel = Path(config.output.save), config.output, config.parallel
         self._engine, self._optimizer, self._scheduler = engine, optimizer, scheduler

@@ -25,7 +25,7 @@ from megatron_solopo.parallel.topology import (
     place_of,
     world_size,
 )
-from megatron_solopo.training.preflight import preflight
+from megatron_solopo.training.preflight import Preflight, RunData, preflight
 from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import new_schedule
 
@@ -37,55 +37,72 @@ def describe(config: Config) -> str:
         UserError: whatever the run itself would refuse before its first step.
     """
     plan = preflight(config, dry_run=True)
-    hf_config, data, schedule = plan.inputs.hf_config, plan.inputs.data, plan.inputs.schedule
-    device, output = choose(config.parallel.device), config.output
-    changed = new_schedule(plan.before, plan.progress, config) if plan.source else None
-    processes = world_size()
-    window = attention_window(hf_config)
-    counts = parameter_count(hf_config)
+    device, processes = choose(config.parallel.device), world_size()
+    unfit = plan.inputs.unfit
+    sections = {
+        "resolved configuration": [yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip()],
+        f"ranks ({processes} process{'es' if processes > 1 else ''} on {device})": [
+            *_rank_table(config.parallel, plan.inputs.hf_config.num_hidden_layers, processes),
+            *([f"warning: this machine cannot run it: {unfit}"] if unfit else []),
+        ],
+        "model": _model(plan.inputs.hf_config, config),
+        "data": _data(plan.inputs.data, config, device),
+        "steps": _steps(plan, config),
+        "files": _files(plan.inputs.schedule.steps, config),
+    }
+    return "\n\n".join("\n".join([f"# {title}", *lines]) for title, lines in sections.items())
+
+
+def _model(hf_config: PretrainedConfig, config: Config) -> list[str]:
+    counts, window = parameter_count(hf_config), attention_window(hf_config)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
-    tokens = sum(group.tokens(config.data.share_prompts) for group in data.train.groups)
-    separate = sum(group.separate_tokens() for group in data.train.groups)
-    crowded = [
-        (split, above_the_token_limit(dataset.groups, config, device))
-        for split, dataset in (("train", data.train), ("valid", data.valid))
-        if dataset is not None
-    ]
-    lines = [
-        "# resolved configuration",
-        yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
-        "",
-        f"# ranks ({processes} process{'es' if processes > 1 else ''} on {device})",
-        *_rank_table(config.parallel, hf_config.num_hidden_layers, processes),
-        *([f"warning: this machine cannot run it: {plan.inputs.unfit}"] if plan.inputs.unfit else []),
-        "",
-        "# model",
+    return [
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
         f"vocabulary {hf_config.vocab_size:,} padded to {padded:,}",
         f"positions: {reach(hf_config.max_position_embeddings, hf_config.rope_parameters):,} "
         f"(RoPE {hf_config.rope_parameters['rope_type']})"
         + (f", sliding window {window:,}, which --seq-length stays within" if window else ""),
-        "",
-        "# data",
-        f"train: {len(data.train.groups):,} examples, {tokens:,} tokens a pass "
+    ]
+
+
+def _data(data: RunData, config: Config, device: str) -> list[str]:
+    train, valid = data.train, data.valid
+    tokens = sum(group.tokens(config.data.share_prompts) for group in train.groups)
+    separate = sum(group.separate_tokens() for group in train.groups)
+    crowded = [
+        (split, above_the_token_limit(dataset.groups, config, device))
+        for split, dataset in (("train", train), ("valid", valid))
+        if dataset is not None
+    ]
+    return [
+        f"train: {len(train.groups):,} examples, {tokens:,} tokens a pass "
         f"({tokens / separate:.2f} of laying every prompt out for each response), "
-        f"longest {max(group.longest for group in data.train.groups):,}, dropped {len(data.train.dropped)}, "
-        f"cut {len(data.train.report.cut)}",
-        *([f"valid: {len(data.valid.groups):,} examples, dropped {len(data.valid.dropped)}"] if data.valid else []),
+        f"longest {max(group.longest for group in train.groups):,}, dropped {len(train.dropped)}, "
+        f"cut {len(train.report.cut)}",
+        *([f"valid: {len(valid.groups):,} examples, dropped {len(valid.dropped)}"] if valid else []),
         *(f"warning: {split}: {above}" for split, above in crowded if above),
         f"scored responses: {names_of_scored(policy_scores(config.method))}"
         + (f"; by the reference: {names_of_scored(reference_scores(config.method))}" if data.reference else ""),
-        "",
-        "# steps",
+    ]
+
+
+def _steps(plan: Preflight, config: Config) -> list[str]:
+    schedule = plan.inputs.schedule
+    changed = new_schedule(plan.before, plan.progress, config) if plan.source else None
+    return [
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "
         f"({schedule.total / schedule.examples:.2f} epochs)",
         *([f"goes on after step {plan.resumed}, from {plan.source}"] if plan.source and not plan.nothing_left else []),
         *([changed] if changed else []),
-        *([f"all are done and saved in {output.save}; nothing is left"] if plan.nothing_left else []),
-        "",
-        "# files",
+        *([f"all are done and saved in {config.output.save}; nothing is left"] if plan.nothing_left else []),
+    ]
+
+
+def _files(steps: int, config: Config) -> list[str]:
+    output = config.output
+    lines = [
         f"{output.save}/metrics.jsonl, config.yaml, versions.yaml",
-        f"{checkpoint_folder(output.save, schedule.steps)}/ ({MANIFEST} last) and {output.save}/{LATEST}"
+        f"{checkpoint_folder(output.save, steps)}/ ({MANIFEST} last) and {output.save}/{LATEST}"
         + (f" (also every {output.save_interval} steps)" if output.save_interval else "")
         + _kept(output),
     ]
@@ -102,7 +119,7 @@ def describe(config: Config) -> str:
             f"{checkpoint_folder(output.save_hf, output.save_hf_interval)}/ and so on, every {output.save_hf_interval} "
             "steps: the model so far in Hugging Face format"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _kept(output: OutputConfig) -> str:

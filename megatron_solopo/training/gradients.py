@@ -46,7 +46,7 @@ def whole_gradients(engine: Engine) -> dict[str, Tensor]:
         whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]
         for name, gradient in zip(names, entry.operator.to_hf(whole), strict=True):
             found[name] = gradient.cpu().clone().contiguous()
-    everyone: list[Any] = [None] * dist.get_world_size()
+    everyone: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.gather_object(found, everyone if dist.get_rank() == 0 else None)
     for other in everyone if dist.get_rank() == 0 else ():
         for name, gradient in other.items():

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
-from typing import Any
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.registry import aligns_with_reference, loss_class
+from megatron_solopo.training.log import Line
 
 WINDOW = 20
 """Steps in a mean: noise of single steps must not warn."""
@@ -47,7 +47,7 @@ class Watch:
         self._steps = self._unclipped = 0
         self.skipped = self.skipped_in_a_row = 0
 
-    def see(self, line: Mapping[str, Any]) -> dict[str, str]:
+    def see(self, line: Line) -> dict[str, str]:
         """New warnings of this training line: name -> one line of text.
 
         Raises:
@@ -65,7 +65,7 @@ class Watch:
         self.skipped_in_a_row = 0
         return self._warnings(line)
 
-    def _warnings(self, line: Mapping[str, Any]) -> dict[str, str]:
+    def _warnings(self, line: Line) -> dict[str, str]:
         found = self._spikes(line) | self._clipping(line)
         if len(self._first) < WINDOW:
             self._first.append(line)
@@ -77,7 +77,7 @@ class Watch:
         self._told = set(found)
         return new
 
-    def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def replay(self, lines: Iterable[Line]) -> None:
         """Sees lines that an earlier process of this run told about."""
         for line in lines:
             if line.get("split") != "train":
@@ -89,7 +89,7 @@ class Watch:
                 self.skipped_in_a_row = 0
                 self._warnings(line)
 
-    def _spikes(self, line: Mapping[str, Any]) -> dict[str, str]:
+    def _spikes(self, line: Line) -> dict[str, str]:
         found = []
         for name, past in self._history.items():
             value = line[name]
@@ -99,7 +99,7 @@ class Watch:
             past.append(value)
         return {SPIKE: f"a spike: {', '.join(found)}"} if found else {}
 
-    def _clipping(self, line: Mapping[str, Any]) -> dict[str, str]:
+    def _clipping(self, line: Line) -> dict[str, str]:
         self._steps += 1
         if not line.get("clipped"):  # older runs do not say
             self._unclipped += 1
@@ -131,7 +131,7 @@ class Watch:
             return None
         return f"every step ({self._steps}) was clipped {self._how(self._recent[-1])}"
 
-    def _how(self, line: Mapping[str, Any]) -> str:
+    def _how(self, line: Line) -> str:
         return (
             f"to --clip-grad {line['clip_grad']:g} (gradient norm {min(self._clipped):.3g} to "
             f"{max(self._clipped):.3g}): the size of the gradient has no effect then; lower --lr where the loss does "
@@ -139,7 +139,7 @@ class Watch:
         )
 
 
-def _means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _means(lines: Sequence[Line]) -> dict[str, float]:
     names = ("logp_chosen", "margin", "alignment_loss", "reward_chosen", "reward_long_chosen")
     return {name: fmean(line[name] for line in lines) for name in names if name in lines[0]}
 

@@ -21,6 +21,9 @@ from megatron_solopo.atomic import write_text
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError, system_reason
 
+type Line = Mapping[str, Any]
+"""A line of metrics.jsonl: ``step``, ``split`` (train, valid, or what was saved after the step), and values by name."""
+
 PACE_WINDOW = 50
 """Steps that the remaining time is estimated from, with the evaluations and saves between them."""
 
@@ -101,7 +104,7 @@ class RunLog:
         self._bar: tqdm[NoReturn] | None = None
         self._file: FileIO | None = None
         self._boards: list[TensorBoard | WeightsAndBiases] = []
-        self.earlier: list[dict[str, Any]] = []
+        self.earlier: list[Line] = []
         """What the file held of steps before ``first_step``."""
         self._pending = b""
         self._ends: deque[float] = deque(maxlen=PACE_WINDOW + 1)
@@ -133,7 +136,7 @@ class RunLog:
         if self._active:
             tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, file=sys.stderr, flush=True)
 
-    def step(self, values: dict[str, Any], warnings: Mapping[str, str] | None = None) -> None:
+    def step(self, values: Line, warnings: Mapping[str, str] | None = None) -> None:
         """A line of metrics.jsonl; ``values`` holds "step" and "split": train, valid, or what was saved after the step.
 
         Args:
@@ -162,7 +165,7 @@ class RunLog:
         self._ends.append(now)
         if self._bar is not None:
             # The bar has its own pace and remaining time.
-            self._bar.set_postfix_str(_summary(values | {"seconds": None}), refresh=False)
+            self._bar.set_postfix_str(_summary({**values, "seconds": None}), refresh=False)
             self._bar.update(1)
         elif number % self._interval == 0 or number in (self._first_step + 1, self._steps):
             pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
@@ -203,7 +206,7 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _summary(values: dict[str, Any]) -> str:
+def _summary(values: Line) -> str:
     """The values that a person follows, with their units."""
     known = sorted(metrics.declared(), key=lambda metric: metric.figure is None)  # what a step cost comes last
     shown = {"skipped": "skipped"} | {metric.name: metric.line for metric in known if metric.line}
@@ -219,7 +222,7 @@ def _summary(values: dict[str, Any]) -> str:
     return " ".join(text.format(values[name], **values) for name, text in shown.items() if values.get(name) is not None)
 
 
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+def _keep_until(path: Path, step: int) -> list[Line]:
     """Takes out lines of steps that a killed run did after its last checkpoint; they are done again.
 
     Returns:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -84,9 +83,9 @@ class Preflight:
     """
 
     inputs: RunInputs
-    progress: dict[str, Any]
+    progress: resume.Progress
     source: Path | None
-    before: dict[str, Any] = field(default_factory=dict)
+    before: resume.Progress = field(default_factory=dict)
     nothing_left: bool = False
     weights: str | None = None
 
@@ -110,7 +109,7 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
     inputs = check_run_inputs(config, refuse_machine=not dry_run)
     progress = resume.progress_of(inputs.schedule, inputs.data.train, config, inputs.hf_config)
     source = resume.find_start(config)
-    before: dict[str, Any] = {}
+    before: resume.Progress = {}
     if source is not None:
         before = resume.read_progress(source)
         resume.check_same_run(before, progress, config)

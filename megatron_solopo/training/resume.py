@@ -25,6 +25,10 @@ from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model.families.fields import mathematics
 from megatron_solopo.training.reference import cache_folder
 
+type Progress = dict[str, Any]
+"""What a checkpoint holds of its run: options by name, `MATHEMATICS`, `REFERENCE_WEIGHTS`, ``tokens`` (the data set's
+fingerprint), ``steps``, ``total`` (examples of all steps) and, as read, ``iteration``."""
+
 EXPORT = "export.json"
 """Of a run folder: what --save-hf holds, or is about to hold."""
 
@@ -199,11 +203,11 @@ def forget_export(config: Config) -> None:
     (Path(config.output.save) / EXPORT).unlink(missing_ok=True)
 
 
-def _noted(config: Config, steps: int, complete: bool) -> dict[str, Any]:
+def _noted(config: Config, steps: int, complete: bool) -> dict[str, str | int]:
     return {"save_hf": str(export_folder(config).resolve()), "step": steps, "complete": complete}
 
 
-def _noted_export(config: Config) -> dict[str, Any] | None:
+def _noted_export(config: Config) -> dict[str, str | int] | None:
     """What is noted of --save-hf; None: nothing, or another folder."""
     try:
         note = json.loads((Path(config.output.save) / EXPORT).read_text(encoding="utf-8"))
@@ -213,7 +217,7 @@ def _noted_export(config: Config) -> dict[str, Any] | None:
     return note if own else None
 
 
-def read_progress(source: Path) -> dict[str, Any]:
+def read_progress(source: Path) -> Progress:
     """``progress`` and ``iteration`` of a complete checkpoint; no tensor is read.
 
     Raises:
@@ -225,7 +229,7 @@ def read_progress(source: Path) -> dict[str, Any]:
     return document["progress"] | {"iteration": document["iteration"]}
 
 
-def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
+def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_config: PretrainedConfig) -> Progress:
     """What fixes model, order of the examples and each step of the optimizer; kept in every checkpoint."""
     return {
         MATHEMATICS: mathematics(hf_config),
@@ -236,7 +240,7 @@ def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_conf
     }
 
 
-def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+def check_same_run(before: Progress, now: Progress, config: Config) -> None:
     """Refuses to go on as another run: other examples, another order, method or schedule.
 
     Args:
@@ -291,11 +295,11 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], config: Config) 
         )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return {None: "none", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else f"{value}"
 
 
-def new_schedule(before: dict[str, Any], now: dict[str, Any], config: Config) -> str | None:
+def new_schedule(before: Progress, now: Progress, config: Config) -> str | None:
     """What --override-opt-param-scheduler changes of a run that goes on, in a line; None where nothing changes."""
     changes = [
         f"{flag(name)} {before[name]} -> {now[name]}"
@@ -315,7 +319,7 @@ def new_schedule(before: dict[str, Any], now: dict[str, Any], config: Config) ->
     )
 
 
-def check_reference(before: dict[str, Any], weights: str, config: Config) -> None:
+def check_reference(before: Progress, weights: str, config: Config) -> None:
     """Refuses to go on with another reference; checkpoints of earlier versions do not know theirs.
 
     Args:

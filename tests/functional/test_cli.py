@@ -29,6 +29,24 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     assert all(re.search(rf"^  {name} ", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("module", ["run", "convert", "verify"])
+def test_a_command_imports_megatron_core_only_behind_the_start_of_its_platform(module: str) -> None:
+    """megatron-core takes Transformer Engine where it finds it, and the CPU platform hides it at its start."""
+    code = f"import sys, megatron_solopo.training.{module}; print('megatron.core' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_megatron_core_and_torch_do_not_warn_at_the_start_of_a_command() -> None:
+    code = (
+        "import sys; from megatron_solopo.cli import run\n"
+        "def start(argv):\n    from megatron_solopo.training import trainer\n    return 0\n"
+        "sys.exit(run(start))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("given", "meant"), [("evalaute", "evaluate"), ("build_pairs", "build-pairs"), ("sample", "sample-responses")]
 )

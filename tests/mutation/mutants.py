@@ -14,6 +14,7 @@ LOG_PROBS = "tests/unit/test_log_probs.py"
 PARITY = "tests/unit/test_model_parity.py -k 'one_by_one or double'"
 TOKENS = "tests/unit/test_tokens.py"
 CONFIG = "tests/unit/test_config_wrong.py"
+REFUSALS = "tests/functional/test_training_errors.py -k 'tensor or another'"
 TRAINING = "tests/functional/test_training.py"
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
 CONTEXT = "tests/unit/test_context_parallel.py"
@@ -249,6 +250,16 @@ MUTANTS: list[Mutant] = [
         "training/step.py",
         TRAINING + " -k 'warms_up or killed'",
         ("learning rate one step late", "scheduler.step(1)  # before", "scheduler.step(int(step > 0))  # before"),
+    ),
+    *within(
+        "training/preflight.py",
+        REFUSALS,
+        (
+            "weights that a dry run does not look at",
+            "check_weights(config.model.hf_path, hf_config, padded)",
+            "pass",
+        ),
+        ("a dry run without the reference's weights", "(before or not dry_run)", "not dry_run"),
     ),
     *within(
         "training/health.py",

@@ -31,7 +31,7 @@ class Family:
     fields: frozenset[str] = frozenset()
 
 
-def refuse(hf_config: PretrainedConfig, **allowed: Any) -> None:
+def refuse(hf_config: PretrainedConfig, **allowed: object) -> None:
     """Refuses a config whose field differs from the one value that is covered.
 
     Raises:

@@ -131,7 +131,7 @@ def check_sizes(hf_config: PretrainedConfig, *names: str) -> None:
             raise UserError(f"config.json: {name} = {value!r} must be a whole number of at least 1")
 
 
-def check_number(name: str, value: Any, zero: bool = False) -> None:
+def check_number(name: str, value: object, zero: bool = False) -> None:
     """Refuses a field that is no finite number above 0, or with ``zero`` of at least 0.
 
     JSON as Python reads it has NaN and Infinity, which compare with nothing and spoil every result.
@@ -139,13 +139,13 @@ def check_number(name: str, value: Any, zero: bool = False) -> None:
     Raises:
         UserError: naming the field.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (value == 0 and not zero):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         least = "of at least 0" if zero else "above 0"
         raise UserError(f"config.json: {name} = {value!r} must be a finite number {least}")
 
 
-def _is_off(value: Any) -> bool:
+def _is_off(value: object) -> bool:
     return any(type(value) is type(off) and value == off for off in (*OFF, 0.0))
 
 
