@@ -79,18 +79,18 @@ def step_inputs(
 
 
 def group_losses(
-    sums: Tensor, inputs: LossInputs, method: MethodConfig, mean_chosen_length: Tensor | None = None
+    sums: Tensor, inputs: LossInputs, method: MethodConfig, mean_length: Tensor | None = None
 ) -> GroupLosses:
     """The losses of a pack's groups.
 
     Args:
         sums: [N] segment log-probs.
-        mean_chosen_length: [] see `solopo_loss`.
+        mean_length: [] the mean chosen length, see `solopo_loss`.
     """
     if method.objective == "sft":
         return sft_loss(sums, inputs.segments)
     compared = None if inputs.compared is None else inputs.compared.to(sums.dtype)
-    return solopo_loss(sums, inputs.segments, inputs.pairs, inputs.alignments, compared, method, mean_chosen_length)
+    return solopo_loss(sums, inputs.segments, inputs.pairs, inputs.alignments, compared, method, mean_length)
 
 
 def mean_chosen_length(packs: list[Pack], total_groups: int, method: MethodConfig, device: torch.device) -> Tensor:
