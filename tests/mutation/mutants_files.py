@@ -243,6 +243,12 @@ DATA = [
         ("half a file renamed", "            aside.unlink()", "            rename(aside, path)"),
     ),
     *within(
+        "data/validation.py",
+        "tests/unit/test_schema.py",
+        ("numbers made of texts", "Whole = Annotated[int, Strict()]", "Whole = int"),
+        ("the line of an error forgotten", "{where}: the field '{field}' must be", "the field '{field}' must be"),
+    ),
+    *within(
         "data/files/jobs.py",
         "tests/unit/test_jobs.py",
         (
