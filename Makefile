@@ -5,16 +5,16 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test clean
+.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r target text; do printf '  %-18s %s\n' "$$target" "$$text"; done
-	@echo "Settings: PYTHON=/path/to/python3.12 (which Python), TORCH_INDEX_URL=URL (another build of torch),"
+	@echo "Settings: PYTHON=/path/to/python3.12 (which Python), TORCH_INDEX_URL=URL (another build of torch), UV=no (use pip),"
 	@echo "          SOLOPO_DATA=FOLDER (real data for the tests)."
 
-setup: ## find a Python, make .venv, install what is pinned in constraints.txt
+setup: ## make .venv with the versions of uv.lock (uv sync where uv is, else venv and pip)
 	@bash tools/bootstrap.sh
 
 lint: setup .venv/linters ## ruff and pyright (the first time: 60 MB more)
@@ -22,7 +22,7 @@ lint: setup .venv/linters ## ruff and pyright (the first time: 60 MB more)
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright --pythonpath $(PYTHON_IN_VENV)
 
-.venv/linters: setup.py constraints.txt | setup
+.venv/linters: pyproject.toml constraints.txt | setup
 	$(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -52,6 +52,11 @@ SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 mutation-test: setup ## break the code in small ways; each must turn a named test red (over an hour)
 	$(PYTHON_IN_VENV) tests/mutation/run.py
+
+lock: ## write uv.lock anew after a change of pyproject.toml, and constraints.txt from it (needs uv)
+	uv lock
+	(echo '# Exported from uv.lock, for pip; written by `make lock`.'; uv export --frozen --quiet --extra test --extra dev --no-hashes \
+		--no-emit-project --no-annotate --no-header | sed 's/ ;.*//') > constraints.txt
 
 clean: ## remove caches and build outputs (runs/ and .venv stay)
 	rm -rf build dist .pytest_cache ./*.egg-info

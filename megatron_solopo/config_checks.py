@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from megatron_solopo.config import OWNER, Config, MethodConfig, flag, names_of
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, require
 from megatron_solopo.losses.registry import (
     aligns_with_reference,
     has,
@@ -250,8 +249,10 @@ def _check_output(config: Config) -> None:
             "--auto-resume goes on from --save, --load from another place: give one of them"
             " (--load and --ckpt-step once to go back, --auto-resume afterwards)"
         )
-    if output.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb-project: the package wandb is not installed; pip install 'megatron-solopo[wandb]'")
+    if output.wandb_project:
+        require("--wandb-project", "wandb", "wandb")
+    if output.tensorboard_dir:
+        require("--tensorboard-dir", "tensorboard", "tensorboard")
     if output.exit_duration_in_mins == 0:
         raise UserError("--exit-duration-in-mins must be above 0")
     retained, every = output.save_retain_interval, output.save_interval

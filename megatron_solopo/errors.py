@@ -1,8 +1,9 @@
-"""The one exception for mistakes a user can mend, and what the system says of its own."""
+"""The one exception for mistakes a user can mend, what the system says of its own, and packages that are optional."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable
 
@@ -23,6 +24,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean --seq-length?"``, or nothing where no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def require(what: str, package: str, extra: str, instead: str = "") -> None:
+    """Checks that an optional package is there.
+
+    Args:
+        what: the option, command or file that needs it.
+        extra: the extra of pyproject.toml that installs it.
+        instead: what else helps, to be put after the command.
+
+    Raises:
+        UserError: it is not installed; the extra is named.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{what}: the package {package} is not installed; pip install 'megatron-solopo[{extra}]'{instead}"
+        )
 
 
 def system_reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from megatron_solopo.arguments import Parser
 from megatron_solopo.atomic import write_text
 from megatron_solopo.data.options import check_outputs
 from megatron_solopo.data.scoring import SCORERS
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, require
 from megatron_solopo.evaluation.curves import training_section
 from megatron_solopo.evaluation.results import (
     Evaluation,
@@ -261,6 +261,8 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """``solopo report``."""
     args = build_parser().parse_args(argv)
+    for package in ("matplotlib", "pandas", "tabulate"):
+        require("solopo report", package, "report")
     read = [("--evaluations", labelled(argument, "")[1]) for argument in args.evaluations]
     read += [("--runs", metrics_file(labelled(argument, "")[1])) for argument in args.runs]
     check_outputs([("--output", args.output)], read)

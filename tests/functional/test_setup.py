@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
-import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from setuptools import find_packages
+from training_home import ENVIRONMENT, Home, furnish
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = "basename bash cat cut df dirname find flock head ls mkdir mv rm sed sha256sum tail timeout uname".split()
+TOOLS = "bash cat df dirname flock readlink rm sha256sum tail timeout uname".split()
 
 OLD = "import platform, sys; sys.version_info = (3, 11, 2); platform.python_version = lambda: '3.11.2'"
 NO_VENV = "import sys; sys.modules['ensurepip'] = None"
@@ -39,7 +44,7 @@ class Machine:
             made.mkdir(parents=True)
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
-        for name in ("setup.py", "pyproject.toml", "constraints.txt", "LICENSE"):
+        for name in ("setup.py", "pyproject.toml", "constraints.txt", "uv.lock", "LICENSE", "README.md"):
             shutil.copy(ROOT / name, self.root)
         shutil.copy(ROOT / "tools" / "bootstrap.sh", self.root / "tools")
         (self.root / "megatron_solopo").mkdir()
@@ -60,7 +65,7 @@ class Machine:
                     f"#!{self.bin}/bash",
                     "echo 'pyenv: command not found' >&2; exit 127" if prelude is None else "",
                     f'if [ "$2" = -c ]; then exec {ask}; fi',
-                    f'exec "{sys.executable}" "$@"' if installs else '[ "$*" = "-m pip --version" ]',
+                    f'exec "{sys.executable}" "$@"' if installs else "exit 1",
                 ]
             )
             + "\n"
@@ -102,26 +107,28 @@ def test_a_newer_default_python3_is_enough(machine: Machine) -> None:
     assert machine.found() == str(good)
 
 
-def test_uv_is_asked_for_the_pythons_it_manages(machine: Machine) -> None:
+def test_uv_makes_the_environment_where_it_is(machine: Machine) -> None:
+    """It finds or downloads a Python itself; UV=no and another build of torch leave the packages to pip."""
     good = machine.add_python(machine.home / "managed/python3")
-    uv = machine.bin / "uv"
-    uv.write_text(f'#!{machine.bin}/bash\n[ "$1 $2" = "python find" ] && echo {good}\n')
-    uv.chmod(0o755)
-    machine.add_python(machine.bin / "python3", OLD)
-    assert machine.found() == str(good)
-
-
-def test_uv_installs_one_when_there_is_none(machine: Machine) -> None:
-    good = machine.add_python(machine.home / "managed/python3", installs=False)
+    log = machine.home / "asked"
     uv = machine.bin / "uv"
     uv.write_text(
-        f'#!{machine.bin}/bash\n[ "$1 $2" = "python install" ] && echo installed >{machine.home}/done\n'
-        f'[ "$1 $2" = "python find" ] && [ -f {machine.home}/done ] && echo {good}\nexit 0\n'
+        f'#!{machine.bin}/bash\necho "$*" >>{log}\n'
+        f'if [ "$1" = venv ]; then "{sys.executable}" -m venv --without-pip .venv; else exit 3; fi\n'
     )
     uv.chmod(0o755)
     done = machine.bootstrap()
-    assert f"({good})" in done.stdout
-    assert f"{good} could not make the environment" in done.stderr
+    assert done.returncode == 1 and "uv could not install the packages" in done.stderr and "UV=no" in done.stderr
+    asked = log.read_text().splitlines()
+    assert asked[0].startswith("venv") and "--python >=3.12,<3.14 .venv" in asked[0]
+    assert asked[1:] == ["sync --frozen --extra test --inexact"]
+    done = machine.bootstrap(PYTHON="/some/python", TORCH_INDEX_URL="file:///nowhere", PIP_NO_INDEX="1")
+    assert "making .venv anew: its installation was not finished" in done.stdout
+    assert "--python /some/python .venv" in log.read_text() and log.read_text().count("sync") == 1
+    log.unlink()
+    machine.add_python(machine.bin / "python3", OLD)
+    done = machine.bootstrap(UV="no", PYTHON=str(good), PIP_NO_INDEX="1")
+    assert done.returncode == 1 and "pip could not be installed" in done.stderr and not log.exists()
 
 
 def test_PYTHON_is_obeyed_or_refused(machine: Machine) -> None:
@@ -129,7 +136,7 @@ def test_PYTHON_is_obeyed_or_refused(machine: Machine) -> None:
     chosen = machine.add_python(machine.home / "elsewhere/python")
     assert machine.found(PYTHON=str(chosen)) == str(chosen)
     old = machine.add_python(machine.home / "old/python", OLD)
-    for value, message in ((str(old), "is Python 3.11.2"), ("/nowhere/python", "no such command")):
+    for value, message in ((str(old), "is CPython 3.11.2"), ("/nowhere/python", "/nowhere/python does not run")):
         done = machine.bootstrap("--find-python", PYTHON=value)
         assert done.returncode == 1 and message in done.stderr, done.stderr
 
@@ -140,13 +147,11 @@ def test_without_a_usable_python_it_says_what_it_looked_at_and_what_to_do(machin
     machine.add_python(machine.bin / "python3", OLD)
     done = machine.bootstrap("--find-python")
     assert done.returncode == 1
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     for line in (
         f"{machine.bin}/python3.12 does not run",
-        f"{machine.bin}/python3 is Python 3.11.2",
-        "without the venv and ensurepip modules",
-        f"apt install python{version}-venv",
-        "uv python install",
+        f"{machine.bin}/python3 is CPython 3.11.2",
+        f"is Python {platform.python_version()} without the venv and ensurepip modules (apt install python3-venv)",
+        "install uv, which brings one",
     ):
         assert line in done.stderr, done.stderr
     assert not (machine.root / ".venv").exists()
@@ -190,16 +195,21 @@ def names(requirements: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
 
 
-def description() -> setuptools.Distribution:
-    """What setup.py describes."""
-    from distutils.core import run_setup  # setuptools provides it
+def described() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        return run_setup("setup.py", stop_after="init")
-    finally:
-        os.chdir(before)
+
+def extras() -> dict[str, list[str]]:
+    """Extra -> what it asks for, those of the package itself taken apart."""
+    asked = described()["optional-dependencies"]
+
+    def flat(requirement: str) -> list[str]:
+        one = Requirement(requirement)
+        if one.name != described()["name"]:
+            return [requirement]
+        return [inner for extra in sorted(one.extras) for inner in asked[extra]]
+
+    return {extra: [inner for one in requirements for inner in flat(one)] for extra, requirements in asked.items()}
 
 
 def test_set_up_installs_once_mends_itself_and_moves(machine: Machine, tmp_path: Path) -> None:
@@ -211,9 +221,10 @@ def test_set_up_installs_once_mends_itself_and_moves(machine: Machine, tmp_path:
             pytest.skip(f"this Python has {name} {metadata.version(name)}, constraints.txt has {pins()[name]}")
         pack_installed(wheels, name)
     contents = {"torch": "torch", "megatron-core": "megatron/core", "transformers": "transformers"}
-    asked = description()
-    for requirement in map(Requirement, [*asked.install_requires, *asked.extras_require["test"]]):
+    for requirement in map(Requirement, [*described()["dependencies"], *extras()["test"]]):
         name = canonicalize_name(requirement.name)
+        if name == "pip":  # packed above
+            continue
         folder = contents.get(name, name.replace("-", "_"))
         write_wheel(wheels, requirement.name, pins()[name], {f"{folder}/__init__.py": b""})
     python = machine.add_python(machine.bin / "python3.12")
@@ -221,32 +232,38 @@ def test_set_up_installs_once_mends_itself_and_moves(machine: Machine, tmp_path:
 
     first = machine.bootstrap(**offline)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert str(python) in first.stdout and re.search(r"download +\d+\.\d GiB .* GiB on disk", first.stdout)
+    assert re.search(r"\d\.\d GiB to download, \d\.\d GiB on disk", first.stdout)
+    assert python.name in (machine.root / ".venv/pyvenv.cfg").read_text() or python.is_file()
     assert (machine.root / ".venv/bin/solopo").is_file()
 
     second = machine.bootstrap(PIP_NO_INDEX="1")
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
 
-    # The checkout is moved, a pin changes, and a package was cut off half-way: all three are mended in one call.
-    machine.root = machine.root.rename(machine.root.with_name("moved"))
+    # A pin changes: it alone is installed.
     (site,) = machine.root.glob(".venv/lib/python3.*/site-packages")
-    (info,) = site.glob("torch-*.dist-info")
-    (info / "RECORD").unlink()
-    (site / "torch/__init__.py").unlink()
     write_wheel(wheels, "tqdm", "99.0", {"tqdm/__init__.py": b""})
     constraints = machine.root / "constraints.txt"
     constraints.write_text(re.sub(r"(?m)^tqdm==.*", "tqdm==99.0", constraints.read_text()))
+    (site / "mine.py").touch()
     third = machine.bootstrap(**offline)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert f"torch-{pins()['torch']} was half installed" in third.stdout
-    assert (site / "torch/__init__.py").is_file() and (info / "RECORD").is_file()
-    assert (site / "tqdm-99.0.dist-info").is_dir()
-    assert (machine.root / ".venv/bin/solopo").read_text().startswith(f"#!{machine.root}/.venv/bin/python")
-    assert f"{machine.root}/.venv" in (machine.root / ".venv/bin/activate").read_text()
+    assert (site / "tqdm-99.0.dist-info").is_dir() and (site / "mine.py").is_file()
+
+    # The checkout is moved, or a set-up is cut off half-way through a package: .venv is made anew.
+    machine.root = machine.root.rename(machine.root.with_name("moved"))
+    (site,) = machine.root.glob(".venv/lib/python3.*/site-packages")
+    for cut_off in (False, True):
+        if cut_off:
+            (machine.root / ".venv/.megatron_solopo_ready").write_text("unfinished\n")
+            (site / "torch/__init__.py").unlink()
+        again = machine.bootstrap(**offline)
+        assert again.returncode == 0 and "making .venv anew" in again.stdout, again.stdout + again.stderr
+        assert (site / "torch/__init__.py").is_file() and not (site / "mine.py").exists()
+        assert (machine.root / ".venv/bin/solopo").read_text().startswith(f"#!{machine.root}/.venv/bin/python")
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_downloaded(machine: Machine) -> None:
-    machine.add_python(machine.root / ".venv/bin/python", installs=False)
+    machine.add_python(machine.bin / "python3.12", installs=False)
     df = machine.bin / "df"
     df.unlink()
     df.write_text(
@@ -255,23 +272,55 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_downloaded(machine
     df.chmod(0o755)
     done = machine.bootstrap(PIP_NO_INDEX="1")
     assert done.returncode == 1
-    assert re.search(r"error: .*: 0\.0 GiB free on this disk, \d+\.\d GiB needed", done.stderr), done.stderr
+    assert re.search(r"error: .*: 0 GiB free on this disk, 8 GiB needed", done.stderr), done.stderr
+    assert not (machine.root / ".venv").exists()
 
 
 def test_an_environment_of_an_older_python_is_refused_and_kept(machine: Machine) -> None:
     kept = machine.add_python(machine.root / ".venv/bin/python", OLD, installs=False)
     done = machine.bootstrap()
-    assert done.returncode == 1 and "was made with Python 3.11" in done.stderr and "rm -r .venv" in done.stderr
+    assert (
+        done.returncode == 1 and ".venv: its Python is CPython 3.11.2" in done.stderr and "rm -r .venv" in done.stderr
+    )
     assert kept.is_file()
 
 
 # ------------------------------------------------------------------------------------------------- what is described
 
 
+def test_constraints_are_those_of_the_lock() -> None:
+    """Of the package with its tests; the lock itself is that of pyproject.toml's requirements."""
+    lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
+    packages = {package["name"]: package for package in lock}
+    assert len(packages) == len(lock), "two versions of one package"
+    own = packages[described()["name"]]
+    wanted = {(canonicalize_name(r.name), str(r.specifier)) for r in map(Requirement, described()["dependencies"])}
+    for requirements in described()["optional-dependencies"].values():
+        for one in map(Requirement, requirements):
+            wanted.add((canonicalize_name(one.name), str(one.specifier)))
+    locked = {(one["name"], str(SpecifierSet(one.get("specifier", "")))) for one in own["metadata"]["requires-dist"]}
+    assert locked == wanted, "run `make lock`"
+
+    reached: set[tuple[str, str | None]] = set()
+
+    def reach(name: str, extra: str | None) -> None:
+        if (name, extra) in reached:
+            return
+        reached.add((name, extra))
+        package = packages[name]
+        asked = package.get("optional-dependencies", {}).get(extra, []) if extra else package.get("dependencies", [])
+        for one in asked:
+            for wanted in (None, *one.get("extra", [])):
+                reach(one["name"], wanted)
+
+    reach(own["name"], None)
+    reach(own["name"], "test")
+    assert pins() == {name: packages[name]["version"] for name, _ in reached if name != own["name"]}, "run `make lock`"
+
+
 def test_requirements_are_ranges_that_the_pins_satisfy() -> None:
-    described = description()
     pinned = pins()
-    for requirement in map(Requirement, [*described.install_requires, *sum(described.extras_require.values(), [])]):
+    for requirement in map(Requirement, [*described()["dependencies"], *sum(extras().values(), [])]):
         operators = {specifier.operator for specifier in requirement.specifier}
         upper_bound_allowed = requirement.name == "megatron-core"
         assert operators == ({">=", "<"} if upper_bound_allowed else {">="}), requirement
@@ -282,7 +331,8 @@ def test_requirements_are_ranges_that_the_pins_satisfy() -> None:
 
 def test_every_folder_with_modules_is_packaged() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_solopo").rglob("*.py")}
-    assert {".".join(folder.parts) for folder in folders} == set(description().packages)
+    include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {".".join(folder.parts) for folder in folders} == set(find_packages(str(ROOT), include=include))
 
 
 def imported_modules() -> set[str]:
@@ -301,9 +351,44 @@ def imported_modules() -> set[str]:
 
 def test_what_the_package_imports_is_what_it_asks_for() -> None:
     module_of = {"megatron-core": "megatron", "pyyaml": "yaml"}
-    described = description()
-    required = {module_of.get(name, name) for name in names(described.install_requires)}
-    optional = {name.replace("-", "_") for name in names(sum(described.extras_require.values(), []))}
+    required = {module_of.get(name, name) for name in names(described()["dependencies"])}
+    optional = {name.replace("-", "_") for name in names(sum(extras().values(), []))}
     imported = imported_modules()
-    assert imported - required - optional == set(), "imported, but not in setup.py"
-    assert required - imported == set(), "in setup.py, but not imported"
+    assert imported - required - optional == set(), "imported, but not in pyproject.toml"
+    assert required - imported == set(), "in pyproject.toml, but not imported"
+
+
+BARE = """
+import importlib.util, sys
+optional, find_spec = set(sys.argv.pop(1).split()), importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in optional else find_spec(name, *rest)
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in optional:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from megatron_solopo.cli import main
+sys.exit(main())
+"""
+BOARDS = {"--wandb-project x": "wandb", "--tensorboard-dir x": "tensorboard"}
+
+
+@pytest.mark.parametrize("case", ["--help", "train", *BOARDS, "report"])
+def test_optional_packages_are_optional(case: str, tmp_path: Path) -> None:
+    """Where the required packages alone can be imported a run starts, and what needs another names its extra."""
+    optional = {name.replace("-", "_") for name in names(sum(extras().values(), []))} - {"transformers"}
+    arguments, status, said = [case], 0, "usage: solopo COMMAND"
+    if case == "report":
+        arguments, status = ["report", "--runs", str(tmp_path), "--output", str(tmp_path / "report.md")], 2
+        said = "error: solopo report: the package matplotlib is not installed; pip install 'megatron-solopo[report]'"
+    elif case != "--help":
+        furnish(tmp_path)
+        arguments = ["train", *Home(tmp_path).argv("run", "--dry-run", *case.split()[case == "train" :])]
+        said = "# resolved configuration"
+        if extra := BOARDS.get(case):
+            status, said = 2, f"error: {case.split()[0]}: the package {extra} is not installed; pip install "
+            said += f"'megatron-solopo[{extra}]'"
+    command = [sys.executable, "-c", BARE, " ".join(optional), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr, done.stdout + done.stderr

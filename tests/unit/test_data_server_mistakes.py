@@ -157,5 +157,5 @@ def test_options_of_the_other_backend_are_refused(folder: Path, tmp_path: Path) 
 
 def test_without_the_client_package_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"the package openai is not installed; pip install openai$"):
+    with pytest.raises(UserError, match=r"the package openai is not installed; pip install 'megatron-solopo.server.'$"):
         main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl"))

@@ -163,7 +163,9 @@ def test_an_absent_package_is_named(
     (tmp_path / "content").write_bytes(content)
     folder = folder_of(tmp_path / "hf", tmp_path / "content", "llama")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"tokenizer.model: .* the package {package}, which is not installed; pip inst"):
+    with pytest.raises(
+        UserError, match=f"tokenizer.model: .* the package {package} is not installed; pip install .*.{package}"
+    ):
         read_tokenizer(folder)
     (tmp_path / "out").mkdir()
     Companions(folder, "{}").write(tmp_path / "out")  # weights that are done get the files as they are

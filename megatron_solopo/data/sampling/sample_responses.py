@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -24,7 +23,7 @@ from megatron_solopo.data.sampling.responses import SampledJobs, check_output, o
 from megatron_solopo.data.sampling.sampled import Statistics
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, require
 from megatron_solopo.model_folder import download
 from megatron_solopo.progress import ProgressBar
 
@@ -158,8 +157,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--samples-per-request {options.samples_per_request} with --temperature 0: servers answer such a request "
             "with one response; leave it out"
         )
-    if options.server and importlib.util.find_spec("openai") is None:
-        raise UserError("--server: the package openai is not installed; pip install openai")
+    if options.server:
+        require("--server", "openai", "server")
     if options.server and not _is_url(options.server):
         raise UserError(f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1")
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
 
 from megatron_solopo.data.text.control import RESPONSE_TOKENS, control_tokens
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, require
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model_folder import check_is_folder, seen_in
 
@@ -99,18 +98,10 @@ def find_model(folder: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _require(package: str, model: Path) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{model}: transformers reads it with the package {package}, which is not installed; pip install "
-            f"{package}, or give a folder with a tokenizer.json"
-        )
-
-
 def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
     """transformers 5.17 leaves out what SentencePiece does before it cuts a text (AutoTokenizer: no space at the
     begin), or half of it (LlamaTokenizer: none before a space); its converters of older versions know it."""
-    _require("sentencepiece", model)
+    require(str(model), "sentencepiece", "sentencepiece", ", or give a folder with a tokenizer.json")
     from sentencepiece import SentencePieceProcessor
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -148,7 +139,7 @@ def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
 
 def _from_ranks(folder: Path, model: Path) -> PreTrainedTokenizerBase:
     """A rank file does not say how a text is cut into words first; transformers takes Llama 3's way."""
-    _require("tiktoken", model)
+    require(str(model), "tiktoken", "tiktoken", ", or give a folder with a tokenizer.json")
     config = folder / "config.json"
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind != "llama":
