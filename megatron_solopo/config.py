@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses import registry
@@ -368,7 +368,7 @@ class Option(NamedTuple):
         return self.kind is not SECTIONS[self.section]
 
 
-SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "explicit"}
+SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name != "explicit"}
 
 OWNER: dict[str, Option] = {
     spec.name: Option(section, spec, kind)

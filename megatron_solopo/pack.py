@@ -73,7 +73,9 @@ class Segments:
     @classmethod
     def of(cls, rows: Iterable[tuple[int, int, int, int, int]], group_count: int) -> Segments:
         """From (group, context, side, response, length) rows."""
-        return cls(*torch.tensor(list(rows), dtype=torch.int64).reshape(-1, 5).unbind(1), group_count)
+        table = torch.tensor(list(rows), dtype=torch.int64).reshape(-1, 5)
+        groups, contexts, sides, responses, lengths = table.unbind(1)
+        return cls(groups, contexts, sides, responses, lengths, group_count)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -159,8 +161,8 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same pack with its tensors on a device."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return Pack(**moved)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def is_padding(self) -> Tensor:
         """[S] bool: the tokens that belong to no group."""

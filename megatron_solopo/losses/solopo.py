@@ -107,7 +107,7 @@ def solopo_loss(
             the mean length of their chosen responses, on the context of the preference loss.
 
     Raises:
-        ValueError: ``reference`` or ``mean_chosen_length`` is missing.
+        ValueError: ``reference``, ``mean_chosen_length`` or the alignment's weight is missing.
     """
     if not needs_mean_chosen_length(method):
         mean_chosen_length = None
@@ -139,6 +139,10 @@ def solopo_loss(
     count = group_sum(segments.groups, segments.group_count)
     metrics |= {name: count(values) for name, values in kind.response_counts(responses).items()}
     if method.context_mode == "solo":
+        if method.alignment_weight is None:
+            raise ValueError(
+                "alignment_weight is missing; the defaults of a loss are filled in by `config_load.resolve`"
+            )
         alignment, watched = _alignment(responses, rewards, segments, alignments, method)
         loss = loss + method.alignment_weight * alignment
         metrics |= {"alignment_loss": alignment} | watched
