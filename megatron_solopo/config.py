@@ -336,7 +336,8 @@ class Config:
         section = getattr(self, option.section)
         return section.loss_options.get(name, option.spec.default) if option.of_loss else getattr(section, name)
 
-    def set(self, name: str, value: Any) -> None:
+    def assign(self, name: str, value: Any) -> None:
+        """Gives an option its value; an own option of a preference loss is kept in ``method.loss_options``."""
         option = OWNER[name]
         section = getattr(self, option.section)
         if option.of_loss:

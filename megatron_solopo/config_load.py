@@ -136,7 +136,7 @@ def load(argv: list[str] | None = None) -> tuple[Config, bool]:
     values = parser.parse_args(argv)
     config = Config(explicit=parser.given & OWNER.keys())
     for name in config.explicit:
-        config.set(name, getattr(values, name))
+        config.assign(name, getattr(values, name))
     resolve(config)
     return config, values.dry_run
 

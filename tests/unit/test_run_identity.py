@@ -27,7 +27,7 @@ SETS = {
 def config_of(**changed: Any) -> Config:
     config = Config()
     for name, value in ({"train_iters": 5, "beta": 0.1, "alignment_weight": 3.0} | changed).items():
-        config.set(name, value)
+        config.assign(name, value)
     return config
 
 
