@@ -154,15 +154,15 @@ def _method_rules(method: MethodConfig) -> list[Rule]:
     added = method.sft_weight > 0 and "sft_weight" in loss.reads
     no_sft_weight = those_that(lambda kind: kind.holds_likelihood, "and")
 
-    own = [name for name in names_of("method") if OWNER[name].of_loss]
-    instead = ", ".join(flag(name) for name in own if has(name)(loss))
+    of_losses = [name for name in names_of("method") if OWNER[name].of_loss]
+    instead = ", ".join(flag(name) for name in of_losses if has(name)(loss))
 
     def takes(option: str) -> str:
         return f"needs --preference-loss {those_that(reads(option))}"
 
     return [
         *((name, preference, "needs --objective preference") for name in names_of("method") if name != "objective"),
-        *((name, has(name)(loss), f"needs --preference-loss {those_that(has(name))}") for name in own),
+        *((name, has(name)(loss), f"needs --preference-loss {those_that(has(name))}") for name in of_losses),
         ("beta", reads("beta")(loss), takes("beta") + (f"; {method.preference_loss} has {instead}" if instead else "")),
         ("label_smoothing", reads("label_smoothing")(loss), takes("label_smoothing")),
         ("label_smoothing_form", method.label_smoothing > 0, "needs --label-smoothing above 0"),
