@@ -236,7 +236,7 @@ class SampledJobs(Jobs):
             return True
         held = {record.id: len(record.responses) for record in read_responses(self._output)}
         if all(held.get(name, 0) >= samples for name in ids):
-            if all(self._end(name) <= held.get(name, 0) for name in self._samples):
+            if all(self._behind(name) <= held.get(name, 0) for name in self._samples):
                 self.remove()  # a kill left what is in the output
             return False
         for record in read_responses(self._output):
@@ -244,7 +244,7 @@ class SampledJobs(Jobs):
                 self.add_samples(cut(record, run[0], run[-1] + 1), run[0])
         return True
 
-    def _end(self, question_id: str) -> int:
+    def _behind(self, question_id: str) -> int:
         """The number behind the last sample of a question that is there."""
         return max(first + part.count for first, part in self._samples[question_id].items())
 
