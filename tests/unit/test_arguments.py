@@ -16,6 +16,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 
 SHORTENED = {
+    "run": (["--dry"], "--dry: unknown option; did you mean --dry-run?"),
     "train": (["--train-dat", "x"], "--train-dat: unknown option; did you mean --train-data?"),
     "prepare-data": (["--short-tok", "3"], "--short-tok: unknown option; did you mean --short-tokens?"),
     "sample-responses": (["--sam", "3"], "--sam: unknown option; did you mean --samples?"),
@@ -31,6 +32,7 @@ SHORTENED = {
 }
 
 NEEDED = {
+    "run": ["--seed", "1", "recipe.yaml"],
     "prepare-data": ["--data", "a", "--tokenizer", "m", "--output", "o"],
     "sample-responses": ["--contexts", "c", "--model", "m", "--output", "o"],
     "build-pairs": ["--contexts", "c", "--responses", "r", "--output", "o"],
