@@ -96,7 +96,7 @@ class DataConfig:
     train_data: str = option(
         None,
         "preference groups, or conversations with --objective sft, in our or the hub's forms: JSONL, Parquet, a JSON "
-        "array, CSV, hub:NAME[:CONFIG][:SPLIT], or a folder of tokenize-data",
+        "array, CSV, a folder of these or of save_to_disk, hub:NAME[:CONFIG][:SPLIT], or a folder of tokenize-data",
     )
     valid_data: str | None = option(None, "the same for evaluation during training")
     seq_length: int = option(8192, "longest prompt plus response, tokens", minimum=2)

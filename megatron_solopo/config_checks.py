@@ -32,7 +32,11 @@ def check(config: Config) -> None:
 def _check_required(config: Config) -> None:
     for name, value, what in (
         ("hf_path", config.model.hf_path, "the Hugging Face folder to start from"),
-        ("train_data", config.data.train_data, "a file of training examples, or a folder of solopo tokenize-data"),
+        (
+            "train_data",
+            config.data.train_data,
+            "a file of training examples, or a folder of them or of tokenize-data",
+        ),
         ("save", config.output.save, "the run folder"),
     ):
         if not value:

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import preference_groups, write_model
 from word_tokenizer import save_word_tokenizer
 
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.building.prepare_data import main
 from megatron_solopo.data.building.sources import LeftOut, read_questions
 from megatron_solopo.data.files.inputs import read_records
+from megatron_solopo.data.inspection import inspect_data
+from megatron_solopo.data.schema import read_groups
+from megatron_solopo.data.tokenized import tokenize_data
+from megatron_solopo.data.tokenized.token_store import is_store
 from megatron_solopo.errors import UserError
 
 DOCUMENTS = [
@@ -202,3 +207,52 @@ def test_nothing_beyond_the_limit_is_left_out(tmp_path: Path, capsys: pytest.Cap
     assert left == ["before", "between"]
     printed = capsys.readouterr().out
     assert "questions kept: 2, left out: 2" in printed and "ids to exclude: 2 of 2 are in the input" in printed
+
+
+def saved(folder: Path, records: list[dict[str, Any]]) -> dict[str, Path]:
+    """The records in every form of a folder of data, and in a file."""
+    import datasets
+
+    table = datasets.Dataset.from_list(records)
+    (folder / "parquet").mkdir()
+    for place in range(2):
+        table.shard(2, place, contiguous=True).to_parquet(folder / "parquet" / f"train-{place:05d}-of-00002.parquet")
+    table.save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(folder / "splits")
+    return {name: folder / name for name in ("parquet", "saved", "splits")} | {
+        "file": lines(folder / "g.jsonl", records)
+    }
+
+
+def test_a_folder_of_data_is_training_data(tmp_path: Path, cache: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """In Parquet files or as save_to_disk wrote them: for training, tokenize-data and inspect-data."""
+    write_model(tmp_path / "hf")
+    forms = saved(tmp_path, preference_groups(6))
+    expected = list(read_groups(forms["file"]))
+    for name, path in forms.items():
+        assert not is_store(path) and list(read_groups(path)) == expected
+        command = ["--train-data", str(path), "--tokenizer", str(tmp_path / "hf"), "--workers", "1"]
+        assert tokenize_data.main([*command, "--output", str(tmp_path / f"tokens-{name}")]) == 0
+        assert inspect_data.main(["--data", str(path), "--tokenizer", str(tmp_path / "hf")]) == 0
+    tokens = {(tmp_path / f"tokens-{name}" / "tokens.bin").read_bytes() for name in forms}
+    assert len(tokens) == 1 and is_store(tmp_path / "tokens-file")
+    assert [group.id for group in read_groups(f"hub:{forms['splits']}::test")] == ["g0"]
+    with pytest.raises(UserError, match=r"splits::dev: has no split dev, only train, test; give hub:.*splits::SPLIT"):
+        list(read_groups(f"hub:{forms['splits']}::dev"))
+    with pytest.raises(UserError, match=r"saved::test: has no split test, only train; give"):
+        list(read_groups(f"hub:{forms['saved']}::test"))
+
+
+def test_a_folder_without_data_is_one_of_token_ids(tmp_path: Path) -> None:
+    """What is left of one, too: its reader says what is missing."""
+    for names in (
+        ("whole/manifest.json", "whole/ids.jsonl"),
+        ("half/tokens.bin", "half/ids.jsonl"),
+        ("x.partial/s.json",),
+    ):
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        assert is_store((tmp_path / names[0]).parent), names
+    (tmp_path / "empty").mkdir()
+    assert is_store(tmp_path / "empty") and not is_store(lines(tmp_path / "q.jsonl", []))

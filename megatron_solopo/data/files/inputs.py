@@ -24,6 +24,8 @@ TABLES = (".parquet", ".csv", ".arrow")
 """What the names of files end in that are neither JSON nor JSONL."""
 
 _OWN = (".jsonl", ".json", ".parquet", ".csv")
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+"""What `datasets` writes into a folder of ``save_to_disk``: of one split, of several."""
 _LONGEST_CELL = 1 << 30
 _CHUNK = 1 << 20
 _SPACES = " \t\r\n"
@@ -34,8 +36,9 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
 
     An input is a JSONL file, a ``.json`` file that holds one array (HotpotQA's and 2WikiMultihopQA's own files),
     a ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of such files (those that ``datasets`` takes for its split
-    ``train``), or ``hub:NAME[:CONFIG][:SPLIT]``: a data set of the Hugging Face hub, or a folder, with a split of that
-    name (default: ``train``). What a table says nothing in (a null, an empty cell of a CSV file) is an absent field.
+    ``train``), one that ``save_to_disk`` wrote, or ``hub:NAME[:CONFIG][:SPLIT]``: a data set of the Hugging Face hub,
+    or a folder, with a split of that name (default: ``train``). What a table says nothing in (a null, an empty cell of
+    a CSV file) is an absent field.
 
     Raises:
         UserError: the input cannot be read; the message names it.
@@ -45,6 +48,8 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
         if text.startswith(HUB):
             name, config, split = _hub_parts(text)
             yield from _rows(text, name, config, split)
+        elif _is_saved(path):
+            yield from _rows(text, text, None, "train")
         elif path.is_dir():
             files = _train_files(path)
             if all(file.suffix in _OWN for file in files):
@@ -72,14 +77,15 @@ def first_field(given: str | Path, name: str) -> Any:
 @contextlib.contextmanager
 def as_file(given: str, aside: Path) -> Iterator[str]:
     """A file that `records.scan` can cut into parts: the input itself, or where it is none (a data set of the hub, a
-    JSON array, a table) its records as JSONL in ``aside``, which is removed at the end. Errors name the input.
+    folder, a JSON array, a table) its records as JSONL in ``aside``, which is removed at the end. Errors name the
+    input.
 
     Raises:
         UserError: the input cannot be read.
     """
     path = Path(given)
     array = path.suffix == ".json" and path.is_file() and _starts_an_array(path)
-    if not (array or given.startswith(HUB) or path.suffix in (".csv", ".arrow")):
+    if not (array or path.is_dir() or given.startswith(HUB) or path.suffix in (".csv", ".arrow")):
         yield given
         return
     with aside.open("w", encoding="utf-8") as lines:
@@ -93,6 +99,16 @@ def as_file(given: str, aside: Path) -> Iterator[str]:
             raise UserError(str(error).replace(f"{aside}:", f"{given}, record ").replace(str(aside), given)) from None
         finally:
             aside.unlink(missing_ok=True)
+
+
+def holds_data(folder: str | Path) -> bool:
+    """Whether a folder holds files that `read_records` reads."""
+    return any(file.suffix in (*_OWN, ".arrow") for file in Path(folder).rglob("*"))
+
+
+def _is_saved(folder: str | Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    return any((Path(folder) / name).is_file() for name in _SAVED)
 
 
 def local_files(given: str | Path) -> list[Path]:
@@ -134,7 +150,15 @@ def _rows(given: str, name: str, config: str | None, split: str, **files: str) -
     import datasets  # takes a second, and most inputs do not need it
 
     with _told(given):
-        rows = datasets.load_dataset(name, config, split=split, **files)
+        if _is_saved(name):
+            rows = datasets.load_from_disk(name)
+            splits = rows if isinstance(rows, datasets.DatasetDict) else {str(rows.split or "train"): rows}
+        else:
+            splits = {split: datasets.load_dataset(name, config, split=split, **files)}
+    if (rows := splits.get(split)) is None:
+        raise UserError(
+            f"{given}: has no split {split}, only {', '.join(splits)}; give hub:{name}::SPLIT with one of these"
+        )
     for number, row in enumerate(rows, 1):
         yield f"{given}, row {number}", parquet.record_of(row)
 

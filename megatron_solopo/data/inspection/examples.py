@@ -23,7 +23,7 @@ from megatron_solopo.data.schema import DocumentSpan, Message, PreferenceGroup, 
 from megatron_solopo.data.scoring import sub_em
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.prompt import DEFAULT_DOCUMENT_TEMPLATE
-from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR
+from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR, is_store
 from megatron_solopo.data.tokenized.tokens import Encoder, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored
@@ -178,7 +178,7 @@ def holds_groups(path: str | Path) -> bool:
     Raises:
         UserError: it is missing, empty, or holds something else, which is named with the command that reads it.
     """
-    if Path(path).is_dir():
+    if is_store(path):
         raise UserError(f"--data {path}: is a folder; give the JSONL or Parquet file it was made from")
     if is_parquet(path):
         return True

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo import template_kwargs
+from megatron_solopo.data.files.inputs import holds_data
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
 from megatron_solopo.data.tokenized.tokens import (
     CONVERSATION,
@@ -249,8 +250,13 @@ class StoredTokens(TokenDataset):
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a path names a folder, which only this module reads."""
-    return Path(path).is_dir()
+    """Whether a path names a folder of token ids, or one that holds no data that could be read otherwise."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return False
+    tokens = any((folder / name).exists() for name in (MANIFEST, "tokens.bin", "tokens.idx"))
+    unfinished = folder.suffix in (".partial", ".work")
+    return tokens or unfinished or not holds_data(folder)
 
 
 def open_tokens(

@@ -196,7 +196,8 @@ def build_parser() -> Parser:
         "--data",
         required=True,
         metavar="FILE",
-        help="preference groups or conversations: JSONL, Parquet, a JSON array, CSV, or hub:NAME[:CONFIG][:SPLIT]",
+        help="preference groups or conversations: JSONL, Parquet, a JSON array, CSV, a folder of such files or of "
+        "save_to_disk, or hub:NAME[:CONFIG][:SPLIT]",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write")
     add_tokenizer_options(parser)
