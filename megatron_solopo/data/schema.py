@@ -20,6 +20,9 @@ from megatron_solopo.data.formats import as_conversation, as_group
 from megatron_solopo.data.validation import Chat, Day, DocumentSpan, Name, Printed, Response, TokenIds, validated
 from megatron_solopo.errors import UserError
 
+NAMED = 20
+"""Places of pairs that teach nothing that an error names."""
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -104,21 +107,52 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
     Args:
         path: see `_records`.
         part: read only this part of the file; ids are then unique within it.
+
+    Raises:
+        UserError: naming ``file:line`` and what is wrong there. Pairs that teach nothing, of which large data sets hold
+            some, are named all at once: nothing is yielded behind the first, and the file is read to its end.
     """
     seen: dict[str, str] = {}
+    useless: list[tuple[str, str]] = []
     for where, record in _records(path, part):
-        group = validated(_GROUP, as_group(record, where), where, id=where, long_messages=None)
+        record = as_group(record, where)
+        if reason := _teaches_nothing(record):
+            useless.append((where, reason))
+        if useless:
+            continue
+        group = validated(_GROUP, record, where, id=where, long_messages=None)
         for context in ("short", "long"):
             chat, key = getattr(group, f"{context}_messages"), f"{context}_messages"
             if chat and chat[-1]["role"] == "assistant":
                 raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
             check_spans(getattr(group, f"{context}_spans"), chat, f"{context}_spans", where)
-        if group.chosen == group.rejected:
-            raise UserError(f"{where}: chosen and rejected are the same text; such a pair teaches nothing, remove it")
         if group.id in seen:
             raise UserError(f"{where}: the id {group.id!r} was used before at {seen[group.id]}; ids must be unique")
         seen[group.id] = where
         yield group
+    if useless:
+        raise UserError(_useless_text(useless, f"{path}:"))
+
+
+def _teaches_nothing(record: dict[str, Any]) -> str | None:
+    """Why no preference can be learnt from a group's two responses; None where it can, or where they are no texts."""
+    responses = {name: record.get(name) for name in ("chosen", "rejected")}
+    if not all(isinstance(text, str) for text in responses.values()):
+        return None
+    if empty := [name for name, text in responses.items() if not text.strip()]:
+        return f"'{empty[0]}' is empty; a response needs at least one word"
+    same = responses["chosen"] == responses["rejected"]
+    return "chosen and rejected are the same text; such a pair teaches nothing, remove it" if same else None
+
+
+def _useless_text(useless: list[tuple[str, str]], prefix: str) -> str:
+    """One line about all pairs that teach nothing."""
+    (where, reason), *others = useless
+    if not others:
+        return f"{where}: {reason}"
+    places = [place.removeprefix(prefix) for place, _ in others[:NAMED]]
+    more = ", ..." if len(others) > NAMED else ""
+    return f"{where}: {reason} ({len(useless):,} such pairs in all, the others at {', '.join(places)}{more})"
 
 
 def _records(path: str | Path, part: Part | None) -> Iterator[tuple[str, dict[str, Any]]]:

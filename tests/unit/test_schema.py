@@ -3,6 +3,7 @@
 import json
 import re
 
+import pandas
 import pytest
 
 from megatron_solopo.data.files.records import read_jsonl, write_jsonl
@@ -118,6 +119,32 @@ def test_wrong_conversations_are_named_by_line(case, tmp_path):
     record, pattern = WRONG_CONVERSATIONS[case]
     good = {"messages": [*CHAT, {"role": "assistant", "content": "a"}]}
     check(read_conversations, write(tmp_path / "chats.jsonl", record, good), pattern)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_pairs_that_teach_nothing_are_named_all_at_once(tmp_path, name):
+    """Data sets of the hub hold some among tens of thousands; one line says where all of them are."""
+    rows = [{"prompt": "q", "chosen": f"a{n}", "rejected": "b"} for n in range(60)]
+    rows[4] |= {"chosen": "b"}
+    rows[7] |= {"rejected": " "}
+    path, row = tmp_path / name, "row " if name == "a.parquet" else ""
+    if name == "a.parquet":
+        pandas.DataFrame(rows).to_parquet(path)
+    elif name == "a.json":
+        path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+    else:
+        write_jsonl(path, rows)
+    groups = read_groups(path)
+    assert [next(groups).chosen for _ in range(4)] == ["a0", "a1", "a2", "a3"]
+    with pytest.raises(UserError) as error:
+        next(groups)
+    told = "chosen and rejected are the same text; such a pair teaches nothing, remove it"
+    assert str(error.value) == f"{path}:{row}5: {told} (2 such pairs in all, the others at {row}8)"
+    write_jsonl(tmp_path / "b.jsonl", [*rows[:9], *(each | {"chosen": "b"} for each in rows[9:])])
+    with pytest.raises(
+        UserError, match=r"b\.jsonl:5: .*e it \(53 such pairs in all, the others at 8, 10, .*, 28, \.\.\.\)$"
+    ):
+        list(read_groups(tmp_path / "b.jsonl"))
 
 
 def test_an_id_used_twice_names_both_places(tmp_path):
