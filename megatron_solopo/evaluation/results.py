@@ -352,36 +352,40 @@ def labels_of(*groups: Iterable[Evaluation | Run]) -> list[str]:
 
 def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str, metric: str) -> list[Point]:
     """The scores of one label by context length, shortest first, averaged over its evaluations."""
-    by_length: dict[int, list[LengthResult]] = {}
-    for evaluation in evaluations:
-        if evaluation.label == label:
-            for result in evaluation.results:
-                if result.unit == unit and metric in result.means:
-                    by_length.setdefault(result.length, []).append(result)
-    points = []
-    for length, results in sorted(by_length.items()):
-        values = [result.means[metric] for result in results]
-        low, high = results[0].intervals[metric] if len(results) == 1 else (min(values), max(values))
-        points.append(Point(length, sum(values) / len(values), low, high, len(values)))
-    return points
+    import pandas
+
+    results = [one for evaluation in evaluations if evaluation.label == label for one in evaluation.results]
+    results = [one for one in results if one.unit == unit and metric in one.means]
+    frame = pandas.DataFrame({"x": [one.length for one in results], "value": [one.means[metric] for one in results]})
+    points = _points(frame)
+    interval = {one.length: one.intervals[metric] for one in results}
+    return [
+        replace(point, low=interval[point.x][0], high=interval[point.x][1]) if point.seeds == 1 else point
+        for point in points
+    ]
 
 
 def curve(runs: Iterable[Run], label: str, metric: str, split: str = "train") -> list[Point]:
     """A metric of one label by step, averaged over its runs at the steps that all of them have."""
-    series = []
-    for run in runs:
-        if run.label == label:
-            values = {record["step"]: record[metric] for record in getattr(run, split) if finite(record.get(metric))}
-            if values:
-                series.append(values)
-    if not series:
-        return []
-    steps = sorted(set.intersection(*(set(values) for values in series)))
-    points = []
-    for step in steps:
-        values = [values[step] for values in series]
-        points.append(Point(step, sum(values) / len(values), min(values), max(values), len(values)))
-    return points
+    import pandas
+
+    rows = [
+        (index, record["step"], record[metric])
+        for index, run in enumerate(runs)
+        if run.label == label
+        for record in getattr(run, split)
+        if finite(record.get(metric))
+    ]
+    frame = pandas.DataFrame(rows, columns=["run", "x", "value"])
+    return [point for point in _points(frame) if point.seeds == frame["run"].nunique()]
+
+
+def _points(frame: Any) -> list[Point]:
+    """The mean, the lowest and the highest ``value`` of a DataFrame for each ``x``, ascending."""
+    spread = frame.groupby("x")["value"].agg(["mean", "min", "max", "count"])
+    return [
+        Point(x, float(mean), float(low), float(high), int(count)) for x, mean, low, high, count in spread.itertuples()
+    ]
 
 
 def finite(value: Any) -> bool:
