@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_solopo import __version__, launch
 from megatron_solopo.errors import LostProcess, UserError, system_reason
@@ -132,6 +133,11 @@ def dispatch(argv: list[str] | None = None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console command."""
     return run(dispatch, argv)
+
+
+def run_tool(path: str) -> None:
+    """Runs the sub-command that a file of tools/ is named after, with the rest of the command line, and exits."""
+    sys.exit(main([Path(path).stem.replace("_", "-"), *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

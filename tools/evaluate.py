@@ -1,9 +1,6 @@
 """The same as `solopo evaluate`; `--help` explains it."""
 
-import sys
-
-from megatron_solopo.cli import run
-from megatron_solopo.evaluation.evaluate import main
+from megatron_solopo.cli import run_tool
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run_tool(__file__)
