@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$(pwd -P)
-stamp=.venv/.megatron_solopo_ready # its key, then the checkout's path; "unfinished" while packages are installed
+stamp=.venv/.megatron_solopo_ready # its key, or "unfinished" while packages are installed; the checkout's path
 again="run the same command again"
 
 fail() {
@@ -75,11 +75,17 @@ if ready; then exit; fi
 
 uv=$(type -P uv) || uv=""
 [[ ${UV:-} != no ]] || uv=""
-# An installation that was cut off, or that lies elsewhere now, is made anew; pip and uv keep what they downloaded.
+# What an environment starts has its path, so that of a moved checkout is made anew; pip and uv keep their downloads.
 if [[ -f $stamp && $(tail -n 1 "$stamp") != "$root" ]]; then
-    echo "making .venv anew: its installation was not finished, or the checkout was moved"
+    echo "making .venv anew: it was made in $(tail -n 1 "$stamp")"
     rm -rf .venv
 fi
+# RECORD is written last: a package without it was cut off half-way, yet counts as installed.
+for info in .venv/lib/python3.*/site-packages/*.dist-info; do
+    [[ -d $info && ! -f $info/RECORD ]] || continue
+    echo "${info##*/} was half installed; installing it again"
+    rm -rf "$info"
+done
 if [[ -e .venv/bin/python ]]; then
     version=$(version_of .venv/bin/python)
     usable "$version" || fail ".venv: its Python $version, and megatron-core needs 3.12 or 3.13" \
@@ -101,7 +107,7 @@ if [[ -n $uv && ! -e .venv ]]; then
 elif [[ ! -e .venv ]]; then
     "$python" -m venv .venv || fail "$python could not make .venv; the lines above say why"
 fi
-echo unfinished >"$stamp"
+printf 'unfinished\n%s\n' "$root" >"$stamp"
 if [[ -n $uv && -z ${TORCH_INDEX_URL:-} ]]; then
     "$uv" sync --frozen --extra test --inexact ||
         fail "uv could not install the packages (its message is above)" "$again, or UV=no make setup to use pip"
