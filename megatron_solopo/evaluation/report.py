@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     check_outputs([("--output", args.output)], read)
     path, figures = write_report(
         args.output,
-        read_runs(args.runs),
+        read_runs(args.runs, required=not args.evaluations),
         read_evaluations(args.evaluations),
         title=args.title,
         metric=args.metric,

@@ -199,12 +199,13 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
     return _told_apart(arguments, evaluations, [one.model for one in evaluations])
 
 
-def read_runs(arguments: Sequence[str]) -> list[Run]:
+def read_runs(arguments: Sequence[str], required: bool = True) -> list[Run]:
     """Reads several as `read_run` does; where LABEL is not given, differing folders have differing labels.
 
-    A run without a step is left out with a warning, where others have some.
+    A run without a step is left out with a warning.
 
     Raises:
+        NoSteps: no run has a step, where some are ``required``.
         UserError: as `read_run`, or the name of one folder is the LABEL of another.
     """
     read, runs, empty = [], [], []
@@ -214,7 +215,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
             read.append(argument)
         except NoSteps as error:
             empty.append(error)
-    if empty and not runs:
+    if empty and not runs and required:
         raise empty[0]
     for error in empty:
         print(f"warning: {error}; this run is left out")

@@ -388,7 +388,7 @@ def test_a_function_of_a_users_own_is_a_source(tmp_path: Path, mine: str) -> Non
         (
             "name",
             RAW,
-            "q.jsonl:1: --source {mine}:name: returned 'Who?'; return a record {{question, answer or answers,",
+            "--source {mine}:name: returned 'Who?'; return a record {{question, answer or answers, documents}}",
         ),
         ("nothing", RAW, "--source {mine}:nothing: nothing is not there in "),
         ("there", RAW, "--source {mine}:there: there is not a function in "),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas
 import pytest
-from evaluation_files import write_run
+from evaluation_files import write_evaluation, write_run
 
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError
@@ -85,3 +85,6 @@ def test_a_run_without_a_step_is_left_out_of_a_report(tmp_path: Path, capsys: py
     assert "late" not in text and "means over seeds" in text  # one that is given twice counts twice
     with pytest.raises(UserError, match="empty/metrics.jsonl: no steps in it yet; wait for the first step of the run"):
         report.main(["--output", str(tmp_path / "r.md"), "--runs", str(empty)])
+    evaluation = str(write_evaluation(tmp_path / "e.json", {8: 0.5}))
+    assert report.main(["--output", str(tmp_path / "r.md"), "--runs", str(empty), "--evaluations", evaluation]) == 0
+    assert "## Training" not in (tmp_path / "r.md").read_text()

@@ -103,7 +103,8 @@ class _Batches:
     def __init__(self, path: str | Path, row_group: int | None) -> None:
         self._key = self._key_of(path, row_group)
         self._batches = _open(path).iter_batches(batch_size=ROWS, row_groups=None if row_group is None else [row_group])
-        self._row, self._rest = 0, None
+        self._row, self._skip = 0, 0
+        self._rest: pa.RecordBatch | None = None
 
     @classmethod
     def at(cls, path: str | Path, row_group: int | None, skip: int) -> _Batches:

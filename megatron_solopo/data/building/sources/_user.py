@@ -55,7 +55,7 @@ def _converted(function: Callable[..., Any], name: str, record: Record, where: s
     if not isinstance(result, dict):
         raise UserError(
             f"{where}: --source {name}: returned {short(result)}; return a record {{question, answer or answers, "
-            "documents}}, a Question, or None"
+            "documents}, a Question, or None"
         )
     if result.get("id") in (None, ""):
         result = {name: value for name, value in result.items() if name != "id"}
