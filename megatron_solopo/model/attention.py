@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ class PackLayout(PackedSeqParams):
         cos, sin: [S / cp, 1, head_dim] of each token's position.
     """
 
-    attention: RankLayout | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    attention: RankLayout = field(kw_only=True)
+    cos: Tensor = field(kw_only=True)
+    sin: Tensor = field(kw_only=True)
 
 
 def pack_layout(
@@ -58,7 +58,8 @@ class PackedAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackLayout | None = None,
+        *,
+        packed_seq_params: PackLayout,
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -47,7 +48,8 @@ def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -
         pack: on the CPU.
         settings: of the model.
     """
-    group = parallel_state.get_context_parallel_group()
+    group = cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
+    assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(group.size(), settings.cp_comm_type)
     fused = settings.transformer_impl == transformer_engine.NAME
     return on_device(cut(pack, method, fused, group.rank(), group.size(), group), device)
@@ -66,12 +68,12 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
     def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
         for hook in output_layer._forward_pre_hooks.values():
             hook(output_layer, ())  # waits for this layer's overlapped parameter gather: its forward never runs
-        weight = output_layer.weight if output_weight is None else output_weight
+        weight = cast(Tensor, output_layer.weight) if output_weight is None else output_weight
         if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the processes itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]
         shared = parallel_state.get_tensor_model_parallel_world_size() > 1
-        group = parallel_state.get_tensor_model_parallel_group() if shared else None
+        group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()) if shared else None
         log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group)
         sums = segment_sums(log_probs, part.segments, len(part.scored))
         # Every context-parallel rank goes on with the whole sums, and its gradient is that of its own tokens.

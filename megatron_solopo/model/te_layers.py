@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformer_engine.pytorch as te
+import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports] (optional)
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,7 +16,7 @@ from megatron_solopo.model.attention import PackedAttention, PackLayout
 from megatron_solopo.model.rope import rotate
 from megatron_solopo.model.router import Router
 from megatron_solopo.parallel.context import method_of
-from megatron_solopo.parallel.layout import select
+from megatron_solopo.parallel.layout import SequenceLayout, select
 
 FINAL_NORM = TENorm
 
@@ -28,7 +28,7 @@ class TEPackedAttention(TEDotProductAttention):
     (p2p, a2a) every piece stands alone, and Transformer Engine's zig-zag is that of `parallel.zigzag`.
     """
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called with a `PackLayout` only)
         self,
         query: Tensor,
         key: Tensor,
@@ -36,13 +36,15 @@ class TEPackedAttention(TEDotProductAttention):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackLayout | None = None,
+        *,
+        packed_seq_params: PackLayout,
         **ignored: Any,
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
         query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
         sequences = layout.attention
+        assert isinstance(sequences, SequenceLayout)
         # megatron-core's own forward knows no bottom-right mask for packed sequences.
         return te.DotProductAttention.forward(
             self,
@@ -67,9 +69,11 @@ def layer_spec(settings: TransformerConfig) -> ModuleSpec:
         moe_grouped_gemm=settings.moe_grouped_gemm,
         qk_layernorm=settings.qk_layernorm,
     )
+    assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(settings.context_parallel_size, settings.cp_comm_type)
     attention = TEPackedAttention if method.kernels_of_layers else PackedAttention
-    submodules.self_attention.submodules.core_attention = attention
+    # megatron-core declares these parts of a layer as any builder.
+    submodules.self_attention.submodules.core_attention = attention  # pyright: ignore[reportAttributeAccessIssue]
     if settings.num_moe_experts:
-        submodules.mlp.keywords["submodules"].router = Router
+        submodules.mlp.keywords["submodules"].router = Router  # pyright: ignore[reportAttributeAccessIssue]
     return ModuleSpec(module=TransformerLayer, submodules=submodules)

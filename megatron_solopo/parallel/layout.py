@@ -115,11 +115,12 @@ def sequence_layout(pieces: Sequence[Piece]) -> SequenceLayout:
     queries = [piece.slot for piece in pieces]
     seen, keys = [], []
     for piece in pieces:
+        seen.append(piece.slot)
         if piece.prompt is not None:
             prompt = pieces[piece.prompt]
             keys.append(np.arange(prompt.start, prompt.start + prompt.length))
+            seen[-1] += prompt.length
         keys.append(np.arange(piece.start, piece.start + piece.slot))
-        seen.append(piece.slot + (0 if piece.prompt is None else prompt.length))
     rows = _rows(np.concatenate(keys), sum(queries))
     return SequenceLayout(_cumulated(queries), _cumulated(seen), max(queries), max(seen), rows)
 

@@ -81,7 +81,7 @@ class _SpanAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
         query, key, value, output, log_sums = ctx.saved_tensors
         layout, scale, total = ctx.settings
         keys, values = _gather(key, layout), _gather(value, layout)

@@ -269,7 +269,7 @@ def update(optimizer: MegatronOptimizer, norm: float) -> None:
     The rest of `ChainedOptimizer.step` behind `squared_gradient_norm`.
     """
     for part in _parts(optimizer):
-        parameters = part.get_parameters()
+        parameters: list[Tensor] = [*part.get_parameters()]
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()

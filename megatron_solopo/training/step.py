@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -148,7 +148,7 @@ def run_packs(
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(packs) for _ in engine.chunks],  # every chunk computes every pack
-        model=engine.chunks,
+        model=list[torch.nn.Module](engine.chunks),
         num_microbatches=len(packs),
         seq_length=1,  # packs carry their own lengths
         micro_batch_size=1,
@@ -241,7 +241,7 @@ def run_parts(
         # Each layer of each part of each pack is on one process; the mean is over all layers and packs.
         own = sum(take_aux_loss(model) for model in engine.models)
         scalars["moe_aux_loss"] = (zero + own) * (total_groups / (settings.num_layers * len(packs) * ranks))
-    numbers = {
+    numbers: dict[str, float] = {
         "tokens": reports * sum(pack.tokens for pack in packs),
         "padding": reports * sum(pack.pack.padding for pack in packs),
     }
@@ -269,7 +269,8 @@ def over_the_layout(sums: Tensor) -> Tensor:
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(sums, last, group=parallel_state.get_pipeline_model_parallel_group())
+        group = cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+        dist.broadcast(sums, last, group=group)
     return sums
 
 
