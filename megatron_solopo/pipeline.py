@@ -24,7 +24,7 @@ from typing import Any
 
 import megatron_solopo
 from megatron_solopo.arguments import Parser
-from megatron_solopo.data.files.progress import write_aside
+from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError, nearest
 from megatron_solopo.recipe import Recipe, Stage, read_recipe, readable
 
@@ -34,10 +34,10 @@ OUTPUTS = ("output", "validation_output", "left_out", "save", "save_hf", "tensor
 NEITHER = ("reference_cache",)
 """What is read and written, under names of its content."""
 
-RESUMED = ("prepare-data", "sample-responses", "tokenize-data", "train")
+RESUMED = ("prepare-data", "sample-responses", "tokenize-data", "train", "evaluate")
 """Commands that a repeated command resumes; others begin again."""
 
-ASIDE = ("", ".partial", ".work", ".new", ".replaced", ".jobs")
+ASIDE = ("", ".partial", ".work", ".new", ".replaced")
 """Endings of what commands write beside an output before it takes its name."""
 
 STOPPED = {code: 128 + number for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
@@ -202,7 +202,7 @@ class Note:
             return None
 
     def write(self, path: Path) -> None:
-        write_aside(path, dataclasses.asdict(self))
+        write_text(path, json.dumps(dataclasses.asdict(self)) + "\n")
 
 
 DONE, RESUMES, BEGINS, LEFT_OUT = "done before", "resumes", "runs", "left out"
