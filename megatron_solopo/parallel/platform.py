@@ -40,11 +40,6 @@ class Platform:
     backend: str
     undo: Callable[[], None]
 
-    def synchronize(self) -> None:
-        """Waits for queued kernels, so that a clock read next is true."""
-        if self.name == "cuda":
-            torch.cuda.synchronize()
-
     def peak_memory_gib(self) -> float:
         """The most memory this process held since `reset_peak_memory`, in GiB: device memory on CUDA, resident set on
         CPU."""
