@@ -143,6 +143,7 @@ def test_work_is_made_in_order_and_one_ahead() -> None:
             assert ahead.take(number) == number * number
             ahead.settle()
             assert [n for n, _ in made] == list(range(1, min(number + 2, 4)))
+        assert ahead.take(0) == 0 and ahead.take(3) == 9  # not what was made ahead
     assert len({thread for _, thread in made}) == 1 and made[0][1] != threading.current_thread().name
     assert made[0][1] not in {thread.name for thread in threading.enumerate()}
 
