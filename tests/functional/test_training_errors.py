@@ -374,9 +374,9 @@ def wrong(home: Home, dpo: str) -> dict[str, dict[str, Any]]:
 def test_wrong_input_is_one_line_and_status_2(
     home: Home, wrong: dict[str, dict[str, Any]], capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
+    """The run and its dry run refuse the same, in the same words."""
     given = dict(wrong[name])
     argv = home.argv(given.pop("save", "runs/wrong"), *given.pop("flags", []), **given)
-    """The run and its dry run refuse the same, in the same words."""
     modes = [[]] if name in ONLY_IN_A_RUN else [[], ["--dry-run"]]
     for dry in modes:
         capfd.readouterr()
