@@ -87,6 +87,6 @@ def _work(moment: int, folder: Path, module: str, argv: list[str], told: Path) -
 
 SMALL: dict[str, dict[str, int]] = {
     "megatron_solopo.data.building.prepare_data": {"megatron_solopo.data.building.second_pass._BATCH": 2},
-    "megatron_solopo.data.tokenized.tokenize_data": {"megatron_solopo.data.files.records.PART_BYTES": 1000},
+    "megatron_solopo.data.tokenized.tokenize_data": {"megatron_solopo.data.files.records.PART_BYTES": 500},
 }
 """Smaller jobs than the commands have, so that a small input has several."""
