@@ -414,8 +414,8 @@ MUTANTS: list[Mutant] = [
         ENGINE,
         (
             "a sequence's keys without its prompt's",
-            "seen.append(piece.slot + (0 if piece.prompt is None else prompt.length))",
-            "seen.append(piece.slot)",
+            "seen[-1] += prompt.length",
+            "seen[-1] += 0",
         ),
         (
             "the prompt's padding among a sequence's keys",
