@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from segment_names import scored
 from test_chat import CHATML, R1, assistant, byte_tokenizer, user
 from tiny_models import write_lines, write_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -277,7 +278,7 @@ def test_what_a_tokenizer_cannot_take_as_text_is_refused(tmp_path: Path) -> None
     assert response_ids(tokenizer, [user("room")], "room room") == [2, 2, 1]
     record = {"id": "g1", "short_messages": [user("room")], "chosen": "room ### room", "rejected": "room"}
     with pytest.raises(UserError, match="groups.jsonl: group 'g1': .*holds the end of turn ###"):
-        tokenize(write_lines(tmp_path / "groups.jsonl", [record]), tokenizer, ("short_chosen",), 99)
+        tokenize(write_lines(tmp_path / "groups.jsonl", [record]), tokenizer, scored("short_chosen"), 99)
 
 
 def test_examples_that_spell_them_are_counted_and_listed(tmp_path: Path) -> None:
@@ -287,7 +288,7 @@ def test_examples_that_spell_them_are_counted_and_listed(tmp_path: Path) -> None
     records = [{"id": i, "short_messages": [user(q)], "chosen": a, "rejected": "w5"} for i, (q, a) in texts.items()]
     records.append(records[2] | {"id": "g4", "chosen_ids": [6, 3, 8]})  # ids that end before the text does
     records.append(records[2] | {"id": "g5", "chosen": "w2", "chosen_ids": [6, 3, 8]})
-    data = tokenize(write_lines(tmp_path / "g.jsonl", records), tokenizer, ("short_chosen", "short_rejected"), 99)
+    data = tokenize(write_lines(tmp_path / "g.jsonl", records), tokenizer, scored("short_chosen", "short_rejected"), 99)
     assert data.report.spelled == ["g1", "g2", "g3", "g4"]
     line = "control tokens in the texts of 4 examples, which are tokenised as text: g1, g2, g3, g4"
     assert line in data.report.lines(99)

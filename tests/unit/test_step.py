@@ -148,7 +148,7 @@ def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
     """Whatever packs and order the examples come in, each number is at the place of its segment, told by name too."""
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-    from megatron_solopo.training.step import segment_table
+    from megatron_solopo.training.step import segment_table, sent
 
     dataset = draw(METHODS["both"], 6, most=3)
     places = SegmentPlaces.of_dataset(dataset)
@@ -159,9 +159,9 @@ def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
     ]
     assert places.size == len(names) and [places.segment_at(place) for place in range(places.size)] == names
     packs = [build_pack([dataset.groups[i] for i in some], some) for some in ([5, 0], [3], [4, 1, 2])]
-    table = segment_table(double, places, packs)
+    table = segment_table(double, places, sent(double, packs))
     assert (table < 0).all()
-    one_by_one = [segment_table(double, places, [build_pack([dataset.groups[i]], [i])]) for i in range(6)]
+    one_by_one = [segment_table(double, places, sent(double, [build_pack([dataset.groups[i]], [i])])) for i in range(6)]
     torch.testing.assert_close(table, sum(one_by_one), rtol=1e-12, atol=1e-12)
     for i, alone in enumerate(one_by_one):
         chosen = torch.arange(6) == i
