@@ -102,8 +102,8 @@ def _read_section(path: str | Path, wanted: str) -> Options:
     """The options of one section of a YAML file, known or not."""
     with OptionFile(path, "--config") as file:
         sections = file.entries(file.root, f"{path}: must hold the sections {', '.join(SECTIONS)}")
-        node = next((node for section, _, node in sections if section == wanted), None)
-        lines = file.entries(node, f"{path}: section '{wanted}' must hold 'name: value' lines")
+        place, node = next(((where, node) for section, where, node in sections if section == wanted), ("", None))
+        lines = file.entries(node, f"{place}: section '{wanted}' must hold 'name: value' lines")
         return {name: (file.value(node), f"{where}: {wanted}.{name}") for name, where, node in lines}
 
 

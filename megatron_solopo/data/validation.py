@@ -6,10 +6,10 @@ The types here are what pydantic's own are not: numbers and flags are never made
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Strict, TypeAdapter, ValidationError, ValidationInfo
-from pydantic_core import ErrorDetails
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.fields import Message, check_messages, missing
@@ -88,7 +88,7 @@ _KINDS = {"string": "str", "int": "int", "bool": "bool", "list": "list", "tuple"
 """pydantic's names of types -> ours."""
 
 
-def _line(error: ErrorDetails, record: dict[str, Any], where: str) -> str:
+def _line(error: Mapping[str, Any], record: dict[str, Any], where: str) -> str:
     first, *inner = error["loc"]
     field = str(first) + "".join(f"[{part!r}]" for part in inner)
     if error["type"] == "missing":

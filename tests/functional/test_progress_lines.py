@@ -85,7 +85,7 @@ def test_the_commands_of_data_and_evaluation(home: Home, phases: Callable[..., s
     paired = ["build-pairs", "--contexts", contexts, "--responses", folder / "answers.jsonl", "--output", groups]
     assert phases(*paired) >= {"pairing"}
     tokenized = ["tokenize-data", "--data", groups, *tokenizer, "--output", folder / "tokens", "--workers", 1]
-    assert phases(*tokenized) >= {"reading the file", "tokenizing", "merging"}
+    assert phases(*tokenized) >= {"reading the file", "tokenizing"}
     assert phases("inspect-data", "--data", groups, *tokenizer, "--output", folder / "page.html") >= {"counting"}
     asked = ["--model", hf, "--max-new-tokens", 3]
     lengths = ["--context-documents", "2,3", "--data", folder / "questions.jsonl", "--output", folder / "results.json"]
