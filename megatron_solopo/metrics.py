@@ -85,11 +85,6 @@ def declared() -> list[Metric]:
     return list(_DECLARED.values())
 
 
-def beside_the_usual() -> list[Metric]:
-    """Training's metrics that others than this file declared: those that another process may not know."""
-    return [metric for metric in declared() if metric.figure != ACCURACY and metric.name not in _USUAL]
-
-
 def of_records(records: Iterable[Mapping[str, Any]], more: Mapping[str, Metric] | None = None) -> list[Metric]:
     """The metrics of training that records have numbers of: declared ones in their order, then others as they come."""
     names = dict.fromkeys(
@@ -157,4 +152,3 @@ register(
         )
     ),
 )
-_USUAL = frozenset(_DECLARED)

@@ -125,8 +125,6 @@ class RunLog:
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)
-        if labels := metrics.beside_the_usual():
-            write_text(folder / metrics.LABELS, json.dumps(metrics.to_json(labels), ensure_ascii=False) + "\n")
         self._file = path.open("ab" if first_step else "wb", buffering=0)
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=first_step, unit="step", dynamic_ncols=True)

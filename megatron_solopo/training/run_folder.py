@@ -1,7 +1,8 @@
-"""The files of a run folder that say what a start does: config.yaml, versions.yaml, overlong.jsonl."""
+"""The files of a run folder that say what a start does: config.yaml, versions.yaml, overlong.jsonl, labels of metrics."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -12,11 +13,13 @@ from typing import Any
 import yaml
 
 from megatron_solopo.atomic import write_text
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.config_checks import unused
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.tokenized.token_store import overlong_records
 from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.losses.registry import loss_class
+from megatron_solopo.metrics import LABELS, to_json
 from megatron_solopo.training.preflight import RunData
 
 
@@ -42,6 +45,18 @@ def write_settings(folder: Path, config: Config) -> None:
             write_text(folder / name, yaml.safe_dump(document, sort_keys=False))
         except OSError as error:
             raise UserError(f"--save {folder}: {name} cannot be written ({system_reason(error)})") from None
+
+
+def write_metric_labels(folder: Path, method: MethodConfig) -> None:
+    """metric_labels.json: what the loss measures of its own, for a report that does not load the loss."""
+    measured = loss_class(method.preference_loss).metrics if method.objective == "preference" else ()
+    try:
+        if measured:
+            write_text(folder / LABELS, json.dumps(to_json(measured), ensure_ascii=False) + "\n")
+        else:
+            (folder / LABELS).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {folder}: {LABELS} cannot be written ({system_reason(error)})") from None
 
 
 def write_overlong(folder: Path, data: RunData) -> None:

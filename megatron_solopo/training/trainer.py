@@ -28,7 +28,7 @@ from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.preflight import Preflight, preflight
 from megatron_solopo.training.reference import reference_log_probs
-from megatron_solopo.training.run_folder import effective, write_overlong, write_settings
+from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
 
 
@@ -218,7 +218,10 @@ class Trainer:
         output, steps = self.config.output, self.schedule.steps
         if self.done:
             self._check_weights()
-            if not self.checkpoints.has(self.done):
+            failed_before = self.checkpoints.unsaved
+            if not self.checkpoints.has(self.done):  # which waits for an asynchronous save
+                if self.checkpoints.unsaved not in (None, failed_before):
+                    self.log.say(f"warning: {self.checkpoints.unsaved}")
                 self._timed("save", lambda: self.checkpoints.save_last(self.done))
         for line in self.watch.at_end(self.done):
             self.log.say(line)
@@ -286,6 +289,7 @@ class Trainer:
         self.log.begin()
         if dist.get_rank() == 0:
             write_settings(Path(self.config.output.save), self.config)
+            write_metric_labels(Path(self.config.output.save), self.config.method)
             write_overlong(Path(self.config.output.save), self.data)
 
 
