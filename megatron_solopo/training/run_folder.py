@@ -1,4 +1,4 @@
-"""The files of a run folder that say what a start does: config.yaml, versions.yaml, overlong.jsonl, labels of metrics."""
+"""The files of a run folder that say what a start does: config.yaml, versions.yaml, overlong.jsonl, metric labels."""
 
 from __future__ import annotations
 
