@@ -112,7 +112,7 @@ class DataConfig:
 
 @dataclass
 class MethodConfig:
-    """What is learnt. Formulas: losses/, a file a preference loss, whose own options stand in ``loss_options``."""
+    """What is learnt; docs/method.md has the formulas."""
 
     objective: str = option(
         "preference",
@@ -183,6 +183,7 @@ class MethodConfig:
         None, "folder of cached reference log-probs; default: reference/ beside the run folder"
     )
     loss_options: dict[str, Any] = field(default_factory=dict)
+    """The own options of the preference loss, which its class in losses/ declares."""
 
 
 FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}

@@ -20,6 +20,10 @@ class LostProcess(UserError):
     """Another process of the run is gone: what it says of itself is the reason, and another start may go well."""
 
 
+class Diverged(UserError):
+    """Loss, gradient or weights are not finite any more; every process finds it at the same step."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean --seq-length?"``, or nothing where no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

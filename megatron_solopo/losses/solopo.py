@@ -13,6 +13,7 @@ chosen responses, with `both` plus the mean over the m rejected ones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,7 +108,8 @@ def solopo_loss(
             the mean length of their chosen responses, on the context of the preference loss.
 
     Raises:
-        ValueError: ``reference``, ``mean_chosen_length`` or the alignment's weight is missing.
+        ValueError: ``reference``, ``mean_chosen_length`` or the alignment's weight is missing, or what the preference
+            loss returns is not one value of each response or pair.
     """
     if not needs_mean_chosen_length(method):
         mean_chosen_length = None
@@ -116,6 +118,7 @@ def solopo_loss(
     kind = preference_loss(method)
     responses = Responses(log_probs, segments.lengths.to(log_probs.dtype), reference)
     rewards = kind.reward(responses)
+    _check_shapes({"reward": rewards}, log_probs, "response")
     chosen, rejected = pairs.unbind(1)
     compared = Pairs(responses[chosen], responses[rejected], rewards[chosen], rewards[rejected], mean_chosen_length)
     margin, preference = compared.margin, kind.loss(compared)
@@ -128,6 +131,9 @@ def solopo_loss(
         "logp_rejected": compared.rejected.log_probs,
         "po_loss": preference,
     }
+    measured, counted = kind.pair_metrics(compared), kind.response_counts(responses)
+    _check_shapes({"loss": preference} | measured, margin, "pair")
+    _check_shapes(counted, log_probs, "response")
     each = preference
     if adds_likelihood(method):
         likelihood = negative_log_likelihood(compared.chosen.log_probs, compared.chosen.lengths, mean_chosen_length)
@@ -135,9 +141,9 @@ def solopo_loss(
         of_pairs["sft_loss"] = likelihood
     mean = group_mean(segments.groups[chosen], segments.group_count)
     loss = mean(each)
-    metrics = {name: mean(values) for name, values in (of_pairs | kind.pair_metrics(compared)).items()}
+    metrics = {name: mean(values) for name, values in (of_pairs | measured).items()}
     count = group_sum(segments.groups, segments.group_count)
-    metrics |= {name: count(values) for name, values in kind.response_counts(responses).items()}
+    metrics |= {name: count(values) for name, values in counted.items()}
     if method.context_mode == "solo":
         if method.alignment_weight is None:
             raise ValueError(
@@ -147,6 +153,15 @@ def solopo_loss(
         loss = loss + method.alignment_weight * alignment
         metrics |= {"alignment_loss": alignment} | watched
     return GroupLosses(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def _check_shapes(values: Mapping[str, Tensor], like: Tensor, what: str) -> None:
+    """A sum or mean over the pack would be broadcast to every group, and train something else without a word."""
+    for name, each in values.items():
+        if each.shape != like.shape:
+            raise ValueError(
+                f"{name} has shape {[*each.shape]} for {len(like)} {what}s; it must have one value a {what}"
+            )
 
 
 def pair_accuracy(margin: Tensor) -> Tensor:

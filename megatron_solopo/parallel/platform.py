@@ -172,8 +172,11 @@ def lost_process(error: RuntimeError) -> str | None:
 
 
 @contextmanager
-def losses_explained() -> Iterator[None]:
+def losses_explained(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turns what a collective raises without another process into one line, behind which that one's own is to be read.
+
+    Args:
+        advice: the end of that line, made when it is needed.
 
     Raises:
         LostProcess: see `lost_process`.
@@ -184,7 +187,7 @@ def losses_explained() -> Iterator[None]:
         lost = lost_process(error)
         if lost is None:
             raise
-        raise LostProcess(f"{lost}; its own message says why") from None
+        raise LostProcess(f"{lost}; its own message says why{advice()}") from None
 
 
 def on_first(work: Callable[[], object]) -> str | None:

@@ -44,6 +44,7 @@ class Ahead[Work]:
 
     def close(self) -> None:
         """Ends the thread; what it makes at the moment is finished and dropped."""
+        self._next = None  # nobody would ever finish what is cancelled
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Ahead[Work]:

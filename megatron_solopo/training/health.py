@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.pairing.lengths import Lengths
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import Diverged
 from megatron_solopo.losses.registry import aligns_with_reference, loss_class
 from megatron_solopo.training.log import Line
 
@@ -51,13 +51,13 @@ class Watch:
         """New warnings of this training line: name -> one line of text.
 
         Raises:
-            UserError: the last `MOST_SKIPPED` steps were all skipped.
+            Diverged: the last `MOST_SKIPPED` steps were all skipped.
         """
         if line.get("skipped"):
             self.skipped += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MOST_SKIPPED:
-                raise UserError(
+                raise Diverged(
                     f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; "
                     "the last checkpoint is kept: look at the examples, or start a new run with a lower --lr"
                 )

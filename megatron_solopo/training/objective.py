@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.tokenized.tokens import TokenDataset
+from megatron_solopo.errors import UserError
+from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.losses.sft import sft_loss
 from megatron_solopo.losses.solopo import (
     aligned_sides,
     needs_mean_chosen_length,
+    needs_reference,
     pair_context,
     policy_scores,
     reference_context,
@@ -25,6 +30,17 @@ from megatron_solopo.losses.terms import GroupLosses
 from megatron_solopo.pack import Context, Pack, Segments, Side
 from megatron_solopo.parallel.device_pack import on_device
 from megatron_solopo.training.segment_table import ReferenceLogProbs
+from megatron_solopo.user_function import error_text
+
+NOT_OF_LOSSES = frozenset(
+    {
+        *("step", "split", "epoch", "loss", "moe_aux_loss", "grad_norm", "clip_grad", "clipped", "lr", "groups"),
+        *("tokens", "tokens_per_second", "padding_share", "compute_imbalance", "memory_gib", "memory_allocated_gib"),
+        *("seconds", "skipped", "warnings"),
+        *("padding", "squared_norm", "stop", "memory", "allocated"),  # what processes exchange beside them
+    }
+)
+"""Names in a line of metrics.jsonl, and in the exchange of a step, that no metric of a loss may have."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +140,45 @@ def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: t
 
 def metric_names(method: MethodConfig) -> tuple[str, ...]:
     """What a step sums; the same on every pipeline stage, though only the last one computes losses."""
-    rows = [(0, context, side, 0, 1) for context, side in sorted(policy_scores(method))]
-    segments, sums = Segments.of(rows, 1), -torch.ones(len(rows))
+    return ("loss", *_tried(method, 1).metrics)
+
+
+def check_loss(method: MethodConfig) -> None:
+    """Tries the loss on two groups that are made up, and on a pack without groups, which a step may hold.
+
+    Raises:
+        UserError: a loss of the user's raises an error, returns no value of each pair or response, or gives a metric
+            the name of something else in metrics.jsonl.
+    """
     if method.objective == "sft":
-        return ("loss", *sft_loss(sums, segments).metrics)
+        return
+    kind = loss_class(method.preference_loss)
+    groups, metrics = 2, set[str]()
+    try:
+        for groups in (2, 0):
+            result = _tried(method, groups)
+            result.loss.sum().backward()
+            metrics |= result.metrics.keys()
+    except Exception as error:  # whatever a user's loss does
+        file = sys.modules[kind.__module__].__file__
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((f"{file}:{frame.lineno}: " for frame in reversed(frames) if frame.filename == file), "")
+        problem = f"with {groups} groups: {place}{error_text(error)}"
+        raise UserError(f"--preference-loss {method.preference_loss}: {problem}") from error
+    if taken := sorted(metrics & NOT_OF_LOSSES):
+        raise UserError(
+            f"--preference-loss {method.preference_loss}: its metric {taken[0]!r} has the name of something else in "
+            "metrics.jsonl; choose another"
+        )
+
+
+def _tried(method: MethodConfig, groups: int) -> GroupLosses:
+    """The loss of groups that are made up."""
+    scored = sorted(policy_scores(method))
+    segments = Segments.of([(group, *each, 0, 2 + group) for group in range(groups) for each in scored], groups)
+    sums = torch.full((len(segments),), -1.0, requires_grad=True)
+    if method.objective == "sft":
+        return sft_loss(sums, segments)
     pairs, alignments = segments.pairs(pair_context(method)), segments.alignments(aligned_sides(method))
-    return ("loss", *solopo_loss(sums, segments, pairs, alignments, sums, method, torch.ones(())).metrics)
+    compared = torch.full((len(segments),), -1.0) if needs_reference(method) else None
+    return solopo_loss(sums, segments, pairs, alignments, compared, method, torch.ones(()))

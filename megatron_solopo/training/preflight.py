@@ -35,6 +35,7 @@ from megatron_solopo.model.transformer_engine import check_machine, check_widths
 from megatron_solopo.parallel.platform import choose
 from megatron_solopo.parallel.topology import check_layout, world_size
 from megatron_solopo.training import resume
+from megatron_solopo.training.objective import check_loss
 from megatron_solopo.training.reference import shared, starting_weights
 
 
@@ -132,10 +133,11 @@ def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:
     """Model, machine, data, vocabulary and order of the examples.
 
     Raises:
-        UserError: see `check_model`, `check_machine`, `load_data` and `check_vocabulary`.
+        UserError: see `check_model`, `check_loss`, `check_machine`, `load_data` and `check_vocabulary`.
     """
     device = choose(config.parallel.device)
     hf_config = check_model(config, device)
+    check_loss(config.method)
     unfit = None
     try:
         check_machine(config, device)

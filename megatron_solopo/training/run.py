@@ -11,7 +11,6 @@ import os
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.manifest import latest_iteration
-from megatron_solopo.errors import LostProcess
 from megatron_solopo.parallel import platform
 
 
@@ -38,22 +37,21 @@ def _train(config: Config) -> None:
     try:
         from megatron_solopo.training.trainer import train
 
-        train(here, config)
-    except RuntimeError as error:
-        lost = platform.lost_process(error)
-        if lost is None:
-            raise
-        raise LostProcess(
-            f"{lost}; its own message says why, and a slow one needs a larger --distributed-timeout-minutes "
-            f"(now {config.parallel.distributed_timeout_minutes:g}). {_resume_hint(config)}"
-        ) from None
+        with platform.losses_explained(lambda: _advice(config)):
+            train(here, config)
     finally:
         platform.stop(here)
 
 
-def _resume_hint(config: Config) -> str:
-    """What to do after a run that died, in a sentence."""
+def _advice(config: Config) -> str:
+    """What to do after the loss of a process."""
     iteration = latest_iteration(config.output.save)
-    if iteration is None:
-        return "No checkpoint was written yet: start the run again"
-    return f"The checkpoint of step {iteration} is complete: go on with --auto-resume"
+    return (
+        ", and a slow one needs a larger --distributed-timeout-minutes "
+        f"(now {config.parallel.distributed_timeout_minutes:g}). "
+        + (
+            "No checkpoint was written yet: start the run again"
+            if iteration is None
+            else f"The checkpoint of step {iteration} is complete: go on with --auto-resume"
+        )
+    )

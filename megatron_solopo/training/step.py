@@ -20,7 +20,7 @@ from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.data.tokenized.batches import Schedule, StepPlan, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import Diverged
 from megatron_solopo.losses.solopo import needs_mean_chosen_length
 from megatron_solopo.model.forward import device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
@@ -325,7 +325,7 @@ def train_step(
         stop: asked for a number above 0 where this process wants the run to stop, see `StopRequests.own`.
 
     Raises:
-        UserError: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
+        Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
     """
     begin = time.perf_counter()
     own = work.take(step)
@@ -343,7 +343,7 @@ def train_step(
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
     problem = _why_not_finite(sums, grad_norm, dataset, own.indices)
     if problem and config.training.on_nonfinite == "stop":
-        raise UserError(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
+        raise Diverged(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
     if problem:
         return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}, agreed
     update(optimizer, grad_norm)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import Diverged, UserError
 from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.parallel.platform import Platform
 from megatron_solopo.training import engine as engines
@@ -27,7 +27,7 @@ from megatron_solopo.training.health import Watch, length_bias, no_transfer
 from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.preflight import Preflight, preflight
-from megatron_solopo.training.reference import reference_log_probs
+from megatron_solopo.training.reference import reference_log_probs, shared
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
 
@@ -41,14 +41,16 @@ def train(platform: Platform, config: Config) -> None:
     """
     with note_sudden_death(config.output.save, config.parallel.distributed_timeout_minutes):
         stop = StopRequests(config.output.exit_signal_handler, config.output.exit_duration_in_mins)
-        tell_launcher("")
-        plan = preflight(config)
-        if not plan.nothing_left:
-            Trainer(platform, config, plan, stop).train()
-        elif dist.get_rank() == 0:
-            steps = plan.inputs.schedule.steps
-            print(f"all {steps} steps are done and saved in {config.output.save}; nothing is left", file=sys.stderr)
-        stop.close()
+        try:
+            tell_launcher("")
+            plan = preflight(config)
+            if not plan.nothing_left:
+                Trainer(platform, config, plan, stop).train()
+            elif dist.get_rank() == 0:
+                steps = plan.inputs.schedule.steps
+                print(f"all {steps} steps are done and saved in {config.output.save}; nothing is left", file=sys.stderr)
+        finally:
+            stop.close()
 
 
 class Trainer:
@@ -86,6 +88,18 @@ class Trainer:
         if not self.score_reference():
             return
         self.start()
+        try:
+            with self.work:
+                self._steps()
+            self.close()
+        except Diverged:
+            failed_before = self.checkpoints.unsaved
+            self.checkpoints.finish()  # an asynchronous save of weights that were still good
+            self._warn_if_unsaved(failed_before)
+            raise
+
+    def _steps(self) -> None:
+        """Trains to the last step, or to the one before which the run is asked to stop."""
         output, steps = self.config.output, self.schedule.steps
         if self.config.training.eval_on_start and self.plan.source is None and not self.reason:
             self.validate()
@@ -105,8 +119,6 @@ class Trainer:
                 self.reason = None
             elif evaluates or saves or exports:  # a pause is long enough for a request of its own
                 self.reason = self.reason or self.stop.agreed(self.platform.device)
-        self.work.close()
-        self.close()
 
     def score_reference(self) -> bool:
         """Reference log-probs of all examples, before a checkpoint moves the weights away from the reference; False
@@ -148,7 +160,8 @@ class Trainer:
         # A model may come with some, in rows that no token uses.
         self.not_finite_at_start = engines.weights_not_finite(self.engine)
         self.watch = Watch(training.spike_factor)
-        self.watch.replay(self.log.earlier)
+        # On every process alike, for too many skipped steps end the run; the log is on the first alone.
+        self.watch.replay(shared(lambda: self.log.earlier))
         self.engine.train()
         self.reason = self.stop.agreed(self.platform.device)
         self.memory = PeakMemory(self.platform)
@@ -202,8 +215,7 @@ class Trainer:
             self._check_weights()
         if saves:
             self._timed("save", lambda: self.checkpoints.save(self.done))
-        if self.checkpoints.unsaved not in (None, failed_before):
-            self.log.say(f"warning: {self.checkpoints.unsaved}; training goes on")
+        self._warn_if_unsaved(failed_before, "; training goes on")
         if exports:
             error = self._timed("export", lambda: export.export_model(self.engine, self.config, self.data, self.done))
             folder = self.config.output.save_hf
@@ -220,8 +232,7 @@ class Trainer:
             self._check_weights()
             failed_before = self.checkpoints.unsaved
             if not self.checkpoints.has(self.done):  # which waits for an asynchronous save
-                if self.checkpoints.unsaved not in (None, failed_before):
-                    self.log.say(f"warning: {self.checkpoints.unsaved}")
+                self._warn_if_unsaved(failed_before)
                 self._timed("save", lambda: self.checkpoints.save_last(self.done))
         for line in self.watch.at_end(self.done):
             self.log.say(line)
@@ -241,14 +252,21 @@ class Trainer:
         self.log.close()
         self.engine.close()
         if self.checkpoints.unsaved or unfinished:
-            self.stop.close()
             raise UserError("; ".join(text for text in (stopped, self.checkpoints.unsaved, unfinished) if text))
 
+    def _warn_if_unsaved(self, failed_before: str | None, more: str = "") -> None:
+        """A line about a save that failed since `Checkpoints.unsaved` was ``failed_before``."""
+        if self.checkpoints.unsaved not in (None, failed_before):
+            self.log.say(f"warning: {self.checkpoints.unsaved}{more}")
+
     def _check_weights(self) -> None:
-        """Refuses to save weights that training broke: a checkpoint is to be resumed from."""
+        """Refuses to save weights that training broke: a checkpoint is to be resumed from.
+
+        Raises:
+            Diverged: numbers that were finite when this start began are not any more.
+        """
         if engines.weights_not_finite(self.engine) > self.not_finite_at_start:
-            self.checkpoints.finish()
-            raise UserError(
+            raise Diverged(
                 f"step {self.done}: the weights are not finite any more; they are not saved, and earlier "
                 "checkpoints are kept: start a new run with a lower --lr or a larger --adam-eps"
             )

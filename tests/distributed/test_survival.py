@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 from forked_runs import ForkedRun
+from safetensors.torch import load_file, save_file
+from tiny_models import WORDS, preference_groups, write_lines, write_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training_home import ENVIRONMENT, Home, command, furnish
 from transformers import AutoModelForCausalLM
@@ -141,6 +143,28 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(home: Home, number: s
         assert f"stopped by {number.name} after step {steps} of 10000; saved in" in run.text()
         assert (home.folder / save / LATEST).read_text() == f"{steps}\n"
     assert "going on after step" in run.text()
+
+
+def test_skipped_steps_before_a_resume_count_on_every_process(home: Home) -> None:
+    """Only the first process has the metrics of earlier steps; the tenth skipped step in a row ends all of them."""
+    broken = write_model(home.folder / "broken", noise=0.02) / "model.safetensors"
+    tensors = load_file(broken)
+    tensors["model.embed_tokens.weight"][-1] = float("nan")
+    save_file(tensors, broken, metadata={"format": "pt"})
+    groups = json.loads(re.sub(rf"\b{WORDS[-1]}\b", "w1", json.dumps(preference_groups(30))))
+    for group in groups[2:]:
+        group["short_messages"][0]["content"] += f" {WORDS[-1]}"
+    write_lines(home.folder / "broken.jsonl", groups)
+    flags = ["--preference-loss", "simpo", "--on-nonfinite", "skip", "--no-shuffle", "--global-batch-size", 2]
+
+    def argv(steps: int, *more: Any) -> list[str]:
+        given = [*flags, "--train-iters", steps, *more]
+        return home.argv("skipped", *given, data="broken.jsonl", hf="broken")
+
+    finish(home, argv(5), 2)
+    run = begin(home, argv(14, "--auto-resume", "--override-opt-param-scheduler"), 2)
+    assert run.wait() == [2, 2]
+    assert "step 11: the 10th step in a row without a finite loss" in run.text() and "is gone" not in run.text()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ def test_the_run_skips_and_counts(home: Home, capfd: pytest.CaptureFixture[str])
 IN_ORDER = ["--preference-loss", "simpo", "--on-nonfinite", "skip", "--global-batch-size", 2, "--no-shuffle"]
 
 
+def test_what_was_saved_before_the_run_stops_stays(home: Home) -> None:
+    """Also where the save still goes on while the next step is computed."""
+    flags = ["--preference-loss", "simpo", "--global-batch-size", 2, "--no-shuffle", "--save-interval", 1]
+    assert run(main, home.argv("runs/async", *flags, "--async-save")) == 2
+    folder = home.folder / "runs" / "async"
+    assert [path.name for path in folder.glob("iter_*")] == ["iter_0000001"]
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1\n"
+
+
 def test_a_run_that_ends_with_skipped_steps_says_so(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(main, home.argv("runs/end", *IN_ORDER, "--train-iters", 2)) == 0
     err = capfd.readouterr().err

@@ -190,6 +190,51 @@ def test_what_is_wrong_is_said_in_a_line(here: Home, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+TRIED = """
+from dataclasses import dataclass
+from my_losses import Hinge
+
+@dataclass(frozen=True)
+class Fails(Hinge):
+    def loss(self, pairs):
+        return pairs.nothing
+
+@dataclass(frozen=True)
+class NoReference(Hinge):
+    def reward(self, responses):
+        return responses.reference
+
+@dataclass(frozen=True)
+class Mean(Hinge):
+    def loss(self, pairs):
+        return super().loss(pairs).mean()
+
+@dataclass(frozen=True)
+class Largest(Hinge):
+    def pair_metrics(self, pairs):
+        return {"largest": pairs.margin.max().expand(len(pairs.margin))}
+
+@dataclass(frozen=True)
+class Step(Hinge):
+    def pair_metrics(self, pairs):
+        return {"step": pairs.margin}
+"""
+REFUSED = {
+    "Fails": r"with 2 groups: \S+/tried.py:8: AttributeError: 'Pairs' object has no attribute 'nothing'$",
+    "NoReference": r"with 2 groups: \S+/tried.py:13: ValueError: the loss needs reference log-probs; ",
+    "Mean": r"with 2 groups: ValueError: loss has shape \[\] for 2 pairs; it must have one value a pair$",
+    "Largest": r"with 0 groups: \S+/tried.py:23: (Runtime|Index)Error: ",
+    "Step": r"its metric 'step' has the name of something else in metrics.jsonl; choose another$",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_loss_is_tried_before_the_run(here: Home, name: str) -> None:
+    (here.folder / "tried.py").write_text(TRIED)
+    with pytest.raises(UserError, match=rf"^--preference-loss tried:{name}: {REFUSED[name]}"):
+        main([*here.argv("runs/tried", "--preference-loss", f"tried:{name}"), "--dry-run"])
+
+
 def test_a_loss_may_build_on_another(here: Home) -> None:
     """With its options too, which stay refused for a loss that has them not."""
     (here.folder / "partial.py").write_text(PARTIAL)

@@ -75,6 +75,7 @@ def test_nothing_is_read_between_a_pack_and_the_optimizer(engine: Any, folders: 
 def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> None:
     from megatron_solopo.training import step as steps
     from megatron_solopo.training.memory import PeakMemory
+    from megatron_solopo.training.objective import NOT_OF_LOSSES, metric_names
 
     built, optimizer, scheduler, config = trainer(engine, folders["dense"])
     (data, reference), schedule = examples(), make_schedule(GROUPS, GROUPS, 2, None, 0, True)
@@ -95,11 +96,12 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
     ):
         # torch's Adam counts its steps on the CPU.
         with host_reads() as reads, mock.patch.object(steps, "update"):
-            _, agreed = steps.train_step(
+            line, agreed = steps.train_step(
                 built, optimizer, scheduler, data, schedule, work, 0, config, PeakMemory(engine), lambda: 15
             )
     assert len(reads) == 1 and "readings.py" in reads[0], reads
     assert agreed == 15
+    assert line.keys() - NOT_OF_LOSSES == {*metric_names(SOLO)} - {"loss"}
     ours = [kind for kind in collectives if kind != "all_reduce"]  # megatron-core sums gradients
     assert ours == ["all_gather_into_tensor"], collectives
 
@@ -146,6 +148,26 @@ def test_work_is_made_in_order_and_one_ahead() -> None:
         assert ahead.take(0) == 0 and ahead.take(3) == 9  # not what was made ahead
     assert len({thread for _, thread in made}) == 1 and made[0][1] != threading.current_thread().name
     assert made[0][1] not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_is_ended_is_not_waited_for() -> None:
+    """A save settles the work behind the last step too, where the thread may have been ended before it began a job."""
+    from megatron_solopo.training.ahead import Ahead
+
+    go_on = threading.Event()
+
+    def make(number: int) -> int:
+        ahead._thread.submit(go_on.wait)  # keeps the thread from the job behind this one
+        return number
+
+    ahead = Ahead(make, 2, torch.device("cpu"))
+    assert ahead.take(0) == 0
+    threading.Timer(0.1, go_on.set).start()
+    ahead.close()
+    settled = threading.Thread(target=ahead.settle, daemon=True)
+    settled.start()
+    settled.join(10)
+    assert not settled.is_alive()
 
 
 def test_an_error_comes_up_at_the_step_it_belongs_to() -> None:
