@@ -334,6 +334,8 @@ def _call(command: list[str], environment: dict[str, str], processes: int, locks
         signal.SIGTERM: lambda number, frame: process.terminate(),
         signal.SIGINT: lambda number, frame: os.killpg(process.pid, signal.SIGINT),
     }
+    # What is ignored here, as SIGINT is behind nohup or &, is ignored in the stage too.
+    handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         return process.wait(), bool(stopped.read_text())

@@ -188,7 +188,11 @@ SLEEP = "import sys, time; open(sys.argv[2], 'w').write('part'); time.sleep(600)
 def test_a_stop_reaches_the_stage_once_and_is_the_status(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "sleep.py").write_text(SLEEP)
     (tmp_path / "r.yaml").write_text("output: o\nstages: {nap: {script: sleep.py, options: {output: part}}}")
-    process = start(tmp_path / "r.yaml", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
+    try:
+        process = start(tmp_path / "r.yaml", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     wait_for(lambda: (tmp_path / "o" / "part").exists(), process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
