@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 from megatron_solopo.errors import UserError
@@ -24,21 +25,30 @@ def load_function(flag: str, name: str, known: Iterable[str]) -> Callable[..., A
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(f"{flag}: give {', '.join(known)}, or a function of your own as module:function")
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module does when it is read
-        raise UserError(
-            f"{flag}: the module {module_name} cannot be imported ({error_text(error)}); put {module_name}.py into the "
-            "current folder or on PYTHONPATH"
-        ) from None
+        module = import_module(module_name)
+    except ValueError as error:
+        raise UserError(f"{flag}: the {error}; put {module_name}.py into the current folder or on PYTHONPATH") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         kind = "is not a function" if hasattr(module, function_name) else "is not there"
         raise UserError(f"{flag}: {function_name} {kind} in {getattr(module, '__file__', None) or module_name}")
     return function
+
+
+def import_module(name: str) -> ModuleType:
+    """A user's module, from the current folder first, then from where Python looks.
+
+    Raises:
+        ValueError: it cannot be imported, in a line.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a user's module does when it is read
+        raise ValueError(f"module {name} cannot be imported ({error_text(error)})") from error
 
 
 def error_text(error: Exception) -> str:

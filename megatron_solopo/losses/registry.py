@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import os
 import pkgutil
 import sys
 import typing
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_solopo.losses.base import PreferenceLoss
 from megatron_solopo.metrics import Metric, register
+from megatron_solopo.user_function import import_module
 
 if TYPE_CHECKING:  # which reads this registry
     from megatron_solopo.config import MethodConfig
@@ -83,13 +83,7 @@ def load(name: str) -> type[PreferenceLoss]:
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
         raise ValueError(f"{name!r} is neither one of {', '.join(LOSSES)} nor module:CLASS of a loss of yours")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module does when it is imported
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"module {module_name} cannot be imported ({said})") from error
+    module = import_module(module_name)
     kind = getattr(module, class_name, None)
     if kind is None:
         there = ", ".join(value.__name__ for value in _classes(module)) or "no loss"

@@ -50,11 +50,9 @@ class LossInputs:
     Made on the host before the step: indices by value would make the host wait for the device in every pack.
 
     Attributes:
-        groups: the indices of the pack's groups in the data set.
         compared: [N] float64 log-probs of the reference, or None.
     """
 
-    groups: tuple[int, ...]
     segments: Segments
     pairs: Tensor
     alignments: Tensor
@@ -76,7 +74,7 @@ def loss_inputs(
         pairs, alignments = scored.pairs(pair_context(method)), scored.alignments(aligned_sides(method))
     if reference is not None:
         compared = reference.of_pack(pack, [reference_context(context, method) for context in Context])
-    return on_device(LossInputs(pack.groups, scored, pairs, alignments, compared), device)
+    return on_device(LossInputs(scored, pairs, alignments, compared), device)
 
 
 @dataclass(frozen=True)
