@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_solopo.errors import UserError, nearest
+from megatron_solopo.terminal import write_line
 from megatron_solopo.yaml_options import Options, read_options
 
 RENAMED: dict[str, dict[str, str]] = {
@@ -223,7 +224,7 @@ class Parser(argparse.ArgumentParser):
 @functools.cache  # a process may read its options several times
 def _warn(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}; the next version will not know the old name", file=sys.stderr)
+        write_line(f"warning: {message}; the next version will not know the old name")
 
 
 def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:

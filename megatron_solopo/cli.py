@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_solopo import __version__, launch
 from megatron_solopo.errors import LostProcess, UserError, system_reason
+from megatron_solopo.terminal import write_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("megatron_solopo.pipeline", "the stages of a recipe: data, training, evaluation, report"),
@@ -81,7 +82,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         return launch.REPORTED
     except KeyboardInterrupt:
         if launch.first_to_report("interrupted"):
-            print("interrupted", file=sys.stderr)
+            write_line("interrupted")
         return 130
 
 
@@ -103,7 +104,7 @@ def _report(message: str, passing: bool = False) -> None:
     if launch.first_to_report(message, passing):
         # Under torchrun all ranks write to one terminal, so all but the first say which they are.
         rank = os.environ.get("RANK", "0")
-        print(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
+        write_line(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message}")
 
 
 def dispatch(argv: list[str] | None = None) -> int:

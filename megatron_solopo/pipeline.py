@@ -27,6 +27,7 @@ from megatron_solopo.arguments import Parser
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError, nearest
 from megatron_solopo.recipe import Recipe, Stage, read_recipe, readable
+from megatron_solopo.terminal import write_line
 
 OUTPUTS = ("output", "validation_output", "left_out", "save", "save_hf", "tensorboard_dir", "wandb_save_dir")
 """Options of all commands that name what is written."""
@@ -273,7 +274,7 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
                 dataclasses.replace(note, files=files, seconds=round(seconds, 3)).write(work.note)
             continue
         if stopped or code in STOPPED:
-            print(f"{work} was stopped; run the same command again to resume", file=sys.stderr, flush=True)
+            write_line(f"{work} was stopped; run the same command again to resume")
             return STOPPED.get(code, WORK_REMAINS)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
         raise UserError(f"stage {work} {how}; finished stages are kept: mend that and run the same command again")
@@ -366,7 +367,7 @@ class _Locks:
             try:
                 fcntl.flock(self.stage, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print("waiting for the end of a stage that a killed run left", file=sys.stderr, flush=True)
+                write_line("waiting for the end of a stage that a killed run left")
                 fcntl.flock(self.stage, fcntl.LOCK_EX)
         return self
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_solopo.terminal import write_line
+
 INTERVAL = 28.0
 """Seconds between lines. The timer looks once a second and may be late; 30 is what is promised."""
 
@@ -146,7 +148,7 @@ class _Timer:
     def _print(self, bar: ProgressBar) -> None:
         self._last = clock()
         with contextlib.suppress(OSError, ValueError):  # a log that cannot be written must not cost the work
-            print(bar.line(), file=sys.stderr, flush=True)
+            write_line(bar.line())
 
     def _run(self) -> None:
         while True:

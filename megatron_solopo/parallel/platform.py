@@ -7,7 +7,6 @@ import faulthandler
 import gc
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch._C._distributed_c10d import HashStore
 from megatron_solopo import environment
 from megatron_solopo.errors import LostProcess, UserError, system_reason
 from megatron_solopo.parallel import cpu_shim
+from megatron_solopo.terminal import write_line
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
         torch.cuda.set_device(local_rank)
         engine = environment.transformer_engine()
         if engine["broken"] and os.environ.get("RANK", "0") == "0":
-            print(f"warning: Transformer Engine is not used: {engine['note']}", file=sys.stderr, flush=True)
+            write_line(f"warning: Transformer Engine is not used: {engine['note']}")
         platform = Platform(name, torch.device("cuda", local_rank), "nccl", cpu_shim.mend_on_cuda(engine["broken"]))
     else:
         platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
@@ -235,7 +235,7 @@ def wait_for_all(name: str, told_every: float = 60.0) -> None:
         pause = min(2 * pause, 0.5)
         if rank == 0 and time.monotonic() - told > told_every:
             missing = [other for other in range(size) if not store.check([keys[other]])]
-            print(f"{name}: waiting for ranks {', '.join(map(str, missing[:16]))}", file=sys.stderr, flush=True)
+            write_line(f"{name}: waiting for ranks {', '.join(map(str, missing[:16]))}")
             told = time.monotonic()
 
 

@@ -29,6 +29,7 @@ from megatron_solopo.model.transformer_engine import check_machine
 from megatron_solopo.parallel.layouts import Layout, parse_layout
 from megatron_solopo.parallel.platform import Platform, choose, end_model_parallel
 from megatron_solopo.progress import ProgressBar
+from megatron_solopo.terminal import write_line
 from megatron_solopo.training.engine import Engine, build_engine, initialize_parallel
 from megatron_solopo.training.gradients import whole_gradients
 from megatron_solopo.training.preflight import check_cut, check_run_inputs, dated_tokenizer, read_model
@@ -107,7 +108,7 @@ def _launch(folder: Path, argv: list[str], layouts: list[Layout], dtype: str, ru
         (folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc_per_node", str(processes)]
         command += ["-m", "megatron_solopo.training.verify", str(folder / "job.json")]
-        print(f"{processes} processes: {', '.join(names)}", file=sys.stderr)
+        write_line(f"{processes} processes: {', '.join(names)}")
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
         if done.returncode == launch.REPORTED:
             raise SystemExit(launch.REPORTED)  # in a line of its own

@@ -20,6 +20,7 @@ from megatron_solopo import metrics
 from megatron_solopo.atomic import write_text
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError, system_reason
+from megatron_solopo.terminal import write_line
 
 type Line = Mapping[str, Any]
 """A line of metrics.jsonl: ``step``, ``split`` (train, valid, or what was saved after the step), and values by name."""
@@ -132,7 +133,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for a person."""
         if self._active:
-            tqdm.write(text, file=sys.stderr) if self._bar is not None else print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr) if self._bar is not None else write_line(text)
 
     def step(self, values: Line, warnings: Mapping[str, str] | None = None) -> None:
         """A line of metrics.jsonl; ``values`` holds "step" and "split": train, valid, or what was saved after the step.

@@ -7,7 +7,6 @@ order.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
 from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.parallel.platform import Platform
+from megatron_solopo.terminal import write_line
 from megatron_solopo.training import engine as engines
 from megatron_solopo.training import export, resume, step
 from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
@@ -48,7 +48,7 @@ def train(platform: Platform, config: Config) -> None:
                 Trainer(platform, config, plan, stop).train()
             elif dist.get_rank() == 0:
                 steps = plan.inputs.schedule.steps
-                print(f"all {steps} steps are done and saved in {config.output.save}; nothing is left", file=sys.stderr)
+                write_line(f"all {steps} steps are done and saved in {config.output.save}; nothing is left")
         finally:
             stop.close()
 

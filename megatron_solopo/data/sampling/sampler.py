@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_solopo.data.sampling.responses import SampledJobs, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
+from megatron_solopo.terminal import write_line
 
 
 def uniforms(seed: int, question_id: str, samples: int, steps: int) -> torch.Tensor:
@@ -102,10 +102,9 @@ class InProcess:
         order = sorted(missing, key=lambda index: (-prompts.lengths[index], index))
         shared = not missing or shares_prompts(self._model)
         if not shared:
-            print(
+            write_line(
                 f"note: {options.model}: samples of a prompt cannot share its keys in this model's attention; "
-                "transformers' generate samples it, which is slower",
-                file=sys.stderr,
+                "transformers' generate samples it, which is slower"
             )
         decoder = decode if shared else decode_by_generate
         draw = partial(choose, temperature=options.temperature, top_p=options.top_p)

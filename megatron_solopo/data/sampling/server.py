@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import batched
@@ -32,6 +31,7 @@ from megatron_solopo.data.text.chat import render_prompt
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
+from megatron_solopo.terminal import write_line
 
 SAMPLES_PER_REQUEST = 8
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
@@ -121,10 +121,9 @@ class FromServer:
         self.notes: dict[str, Any] = {"sampling": {"sent": SET.get(self._kind, {})}}
         if self._kind not in SET:
             self.notes["sampling"]["left_to_the_server"] = LEFT
-            print(
+            write_line(
                 f"warning: --server {options.server}: of an unknown kind; {LEFT} are the server's own "
-                "defaults and may cut the distribution: switch them off there, or name its kind with --server-kind",
-                file=sys.stderr,
+                "defaults and may cut the distribution: switch them off there, or name its kind with --server-kind"
             )
         # What decides a response here. Another host may go on with what this one began, in smaller requests too.
         self.settings: dict[str, Any] = {
@@ -374,10 +373,9 @@ class FromServer:
         if tokens is None or tokens == len(prompt.ids) or self._foreign:
             return
         self._foreign = True
-        print(
+        write_line(
             f"warning: question {prompt.id!r} has {tokens} prompt tokens on the server and {len(prompt.ids)} here: its "
-            "chat template or tokenizer is another one; give the same, or use --server-api completions",
-            file=sys.stderr,
+            "chat template or tokenizer is another one; give the same, or use --server-api completions"
         )
 
 
