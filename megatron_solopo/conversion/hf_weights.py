@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_solopo.conversion.hf import named_entries, own_part
 from megatron_solopo.conversion.hf_folder import TensorReader
@@ -16,6 +17,7 @@ from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import Entry, PadRows
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.progress import ProgressBar
 
 OUTPUT = "lm_head.weight"
@@ -25,14 +27,13 @@ OUTPUT = "lm_head.weight"
 class HfWeights:
     """The folder's weights for the chunks of a model, cut for this process, converted to the parameters' dtype.
 
-    Names and shapes of all tensors are checked at once; a parameter's tensors are read when it is filled.
+    All tensors are checked at once (`check_tensors`); a parameter's tensors are read when it is filled.
 
     Args:
         new_rows: of tokens that the folder's model does not have.
 
     Raises:
-        UserError: a tensor is missing, left over, or has the wrong shape or no dtype of weights, or an output matrix of
-            its own would be lost.
+        UserError: see `check_tensors`.
     """
 
     def __init__(
@@ -43,35 +44,18 @@ class HfWeights:
         new_rows: NewRows | None = None,
     ) -> None:
         self._reader, self._new_rows = TensorReader(folder), new_rows
-        check_names(self._reader, hf_config, models[0].vocab_size)
+        check_tensors(self._reader, hf_config, models[0].vocab_size)
         self._sources: dict[int, tuple[Entry, tuple[str, ...]]] = {}
         self._parameters = []
         for model in models:
             for entry, names, parameter in named_entries(model, hf_config):
                 self._sources[id(parameter)] = entry, names
                 self._parameters.append(parameter)
-                self._check(parameter)
         self._parameters.sort(key=self._files)
 
     def _files(self, parameter: torch.nn.Parameter) -> list[str]:
         """The files that a parameter is read from; in their order a ``.bin`` that cannot be mapped is loaded once."""
         return sorted({self._reader.file_of(name) for name in self._sources[id(parameter)][1]})
-
-    def _check(self, parameter: torch.nn.Parameter) -> None:
-        """The whole way without any number."""
-        entry, names = self._sources[id(parameter)]
-        for name in names:
-            self._reader.dtype_of(name)  # it is one of weights
-        shapes = [self._reader.shape(name) for name in names]
-        meta = [torch.empty(shape, device="meta") for shape in shapes]
-        try:
-            self._fill(torch.empty_like(parameter, device="meta"), entry, meta, own_part(entry, parameter))
-        except (ValueError, RuntimeError):  # torch's kind, where a tensor cannot even be laid out so
-            found = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes, strict=True))
-            raise UserError(
-                f"{self._reader.folder}: {found} do not make the {tuple(parameter.shape)} of {entry.megatron} on this "
-                "process, which config.json wants"
-            ) from None
 
     def _fill(self, target: Tensor, entry: Entry, tensors: list[Tensor], part: tuple[int, int, int | None]) -> None:
         if self._new_rows is not None and isinstance(entry.operator, PadRows):
@@ -90,11 +74,15 @@ class HfWeights:
             self.fill(parameter)
 
 
-def check_names(reader: TensorReader, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
-    """Refuses a folder whose tensors are not those of its config.json; reads no tensor where that is clear.
+def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
+    """Refuses a folder whose tensors are not those of its config.json; reads no tensor where the files' heads suffice.
+
+    Args:
+        hf_config: of the model that trains, whose vocabulary may be larger than the folder's (--add-special-tokens).
 
     Raises:
-        UserError: a tensor is missing or left over, or an output matrix of its own would be lost.
+        UserError: a tensor is missing or left over, has another shape or no dtype of weights, or an output matrix of
+            its own would be lost.
     """
     table = family_of(hf_config).table(hf_config, padded_vocab_size)
     expected = {name for entry in table for name in _all_names(entry, hf_config)}
@@ -113,6 +101,14 @@ def check_names(reader: TensorReader, hf_config: PretrainedConfig, padded_vocab_
             f"{reader.folder}: the tensor {min(left_over)!r} is not part of {hf_config.model_type} "
             f"({len(left_over)} such); training would lose it"
         )
+    shapes = stored_shapes(read_hf_config(reader.folder))
+    for name in sorted(expected):
+        reader.dtype_of(name)  # it is one of weights
+        if reader.shape(name) != shapes[name]:
+            raise UserError(
+                f"{reader.folder}: the tensor {name!r} has the shape {tuple(reader.shape(name))}, config.json makes it "
+                f"{tuple(shapes[name])}; the two do not belong together, or the copy is damaged"
+            )
 
 
 def _is_embedding(reader: TensorReader, name: str) -> bool:
@@ -126,3 +122,13 @@ def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
     experts = range(hf_config.num_experts if entry.of_experts else 1)
     layers = range(hf_config.num_hidden_layers)
     return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
+
+
+def stored_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Name -> shape of every tensor that transformers writes for this model.
+
+    The model is built on the meta device, and transformers undoes what it changes on loading: it stacks experts.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return {name: tensor.shape for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}

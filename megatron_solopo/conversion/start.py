@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import ModelConfig, flag
 from megatron_solopo.conversion.hf_folder import TensorReader
-from megatron_solopo.conversion.hf_weights import HfWeights, check_names
+from megatron_solopo.conversion.hf_weights import HfWeights, check_tensors
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, find_checkpoint
 from megatron_solopo.conversion.megatron_folder import load_weights_from
 from megatron_solopo.conversion.new_tokens import new_rows
@@ -45,15 +45,15 @@ def model_config(options: ModelConfig) -> PretrainedConfig:
 
 
 def check_weights(folder: str | Path, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
-    """Refuses a folder without complete weights, or with others than the model's; reads as little as that takes.
+    """Refuses a folder without complete weights, or with others than the model's.
 
     Raises:
-        UserError: naming the file, or see `check_names`.
+        UserError: naming the file, or see `check_tensors`.
     """
     if is_megatron_folder(folder):
         find_checkpoint(folder, None, "--hf-path")
     else:
-        check_names(TensorReader(folder), hf_config, padded_vocab_size)
+        check_tensors(TensorReader(folder), hf_config, padded_vocab_size)
 
 
 def weights_fingerprint(folder: str | Path) -> str:

@@ -342,7 +342,7 @@ def test_weights_that_cannot_be_read_while_writing_are_not_a_failed_write(
         (
             "model.norm.weight",
             16,
-            r"model.norm.weight \(16,\) do not make the \(32,\) of decoder.final_layernorm.weight",
+            r"'model.norm.weight' has the shape \(16,\), config.json makes it \(32,\)",
         ),
         ("model.layers.0.self_attn.q_proj.bias", 32, r"'model.layers.0.self_attn.q_proj.bias' is not part of llama"),
         ("model.norm.weight", torch.int8, r"'model.norm.weight' is stored as I8, and only F64, F32, BF16, F16"),
