@@ -5,7 +5,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test lock clean
+.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test figure lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -52,6 +52,9 @@ SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 mutation-test: setup ## break the code in small ways; each must turn a named test red (over an hour)
 	$(PYTHON_IN_VENV) tests/mutation/run.py
+
+figure: setup ## the README's figure from the recorded results in docs/method.md
+	$(PYTHON_IN_VENV) tools/demo_figure.py
 
 lock: ## write uv.lock anew after a change of pyproject.toml, and constraints.txt from it (needs uv)
 	uv lock
