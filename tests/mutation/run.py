@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from mutant import Mutant
@@ -76,10 +77,16 @@ def try_mutant(folder: Path, mutant: Mutant) -> tuple[str | None, str]:
     )
 
 
+def table(mutants: Iterable[Mutant]) -> str:
+    """The mutants in Markdown, each with its file and the tests that must fail."""
+    rows = [f"| {m.name} | `{m.file}` | `{m.tests}` |\n" for m in mutants]
+    return "".join(["| mutant | file | tests |\n|---|---|---|\n", *rows])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name or file; default: all")
-    parser.add_argument("--list", action="store_true", help="print the mutants; run nothing")
+    parser.add_argument("--list", action="store_true", help="print the mutants as a Markdown table; run nothing")
     given = parser.parse_args(argv)
     everything = [*MUTANTS, *CONVERSION, *DATA]
     chosen = [m for m in everything if not given.names or any(part in f"{m.name} {m.file}" for part in given.names)]
@@ -87,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no mutant is named like {', '.join(given.names)}", file=sys.stderr)
         return 2
     if given.list:
-        print("\n".join(f"{m.name}: {m.file}: {m.tests}" for m in chosen))
+        print(table(chosen), end="")
         return 0
     wrong: list[str] = []
     begin = time.monotonic()
