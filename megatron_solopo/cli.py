@@ -73,12 +73,12 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     try:
         return main(argv)
     except UserError as error:
-        _report(f"{error}", passing=isinstance(error, LostProcess))
+        _report(f"{error}" + (f" [{error.code}]" if error.code else ""), passing=isinstance(error, LostProcess))
         return launch.REPORTED
     except OSError as error:
         if not error.filename:  # then a path alone would not explain it
             raise
-        _report(f"{error.filename}: {system_reason(error)}")
+        _report(f"{error.filename}: {system_reason(error)} [file-system]")
         return launch.REPORTED
     except KeyboardInterrupt:
         if launch.first_to_report("interrupted"):

@@ -6,14 +6,32 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterable
+from typing import Self
 
 
 class UserError(Exception):
-    """A one-line message: where (file:line, flag or rank), what is wrong, what to change.
+    """A mistake that a user can correct: one line that says where (file:line, flag or rank), what is wrong, what to
+    change.
 
-    Commands print it as ``error: <message>`` and exit with status 2; a traceback would only
-    hide the line that matters.
+    Commands print it as ``error: <message> [<code>]`` and exit with status 2; a traceback would only hide the line that
+    matters.
+
+    Attributes:
+        code: the kind of mistake, in lower-case words with hyphens (``option-unknown``). Codes stay the same from
+            version to version where messages do not; docs/errors.md lists them.
     """
+
+    def __init__(self, code: str, message: str = "") -> None:
+        super().__init__(code, message)
+        # Until every place gives a code, a single argument is the message.
+        self.code, self.message = (code, message) if message else ("", code)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def at(self, where: str) -> Self:
+        """The same mistake with the place in front: ``where: message``."""
+        return type(self)(self.code, f"{where}: {self.message}") if self.code else type(self)(f"{where}: {self}")
 
 
 class LostProcess(UserError):
