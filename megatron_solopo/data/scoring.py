@@ -16,7 +16,7 @@ import numpy as np
 from megatron_solopo.data.answers import answers_response, golds, normalise
 from megatron_solopo.errors import UserError
 from megatron_solopo.metrics import ACCURACY, Metric, register
-from megatron_solopo.user_function import error_text, load_function, short
+from megatron_solopo.user_function import error_text, load_function, short, source_digest
 
 AnswerScore = Callable[..., float]
 """(prediction, gold answers, fold): ``fold`` as in `answers.normalise`, with the score's own default."""
@@ -119,14 +119,18 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
         )
     if name in SCORERS:
         return lambda response, answers, question: score(name, response, answers, normalisation)
-    return _UserScorer(flag, load_function(flag, name, SCORERS))
+    return UserScorer(flag, load_function(flag, name, SCORERS))
 
 
-class _UserScorer:
-    """A user's function, whose mistakes are told by the response they were made on."""
+class UserScorer:
+    """A user's function; an error names the response that it was raised for.
+
+    Attributes:
+        digest: of the file that holds the function.
+    """
 
     def __init__(self, flag: str, function: Callable[..., object]) -> None:
-        self._flag, self._function = flag, function
+        self._flag, self._function, self.digest = flag, function, source_digest(function)
         try:
             self._with_question = "question" in inspect.signature(function).parameters
         except (TypeError, ValueError):  # some functions written in C do not tell their parameters

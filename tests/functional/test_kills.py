@@ -33,6 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         contexts.append({"id": f"q{number}", "question": "w1", "answers": ["w1"], "source": "", **chats, **lengths})
     write_lines(folder / "questions.jsonl", questions)
     write_lines(folder / "contexts.jsonl", contexts)
+    write_lines(folder / "responses.jsonl", [{"id": f"q{n}", "responses": ["w1 w2", f"w{n}"]} for n in range(12)])
     return folder
 
 
@@ -47,7 +48,9 @@ def commands(inputs: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
     tokenize = ["--train-data", str(inputs / "groups.jsonl"), "--tokenizer", hf, "--workers", "1"]
     ask = ["--model", hf, "--data", questions, "--source", "jsonl", "--context-documents", "1,2"]
     ask += ["--max-new-tokens", "3", "--batch-tokens", "40", "--device", "cpu"]
+    pair = ["--contexts", str(inputs / "contexts.jsonl"), "--responses", str(inputs / "responses.jsonl")]
     return {
+        "build-pairs": ("megatron_solopo.data.pairing.build_pairs", [*pair, *made, "--scorer", "own_judge:judge"]),
         "prepare-data": ("megatron_solopo.data.building.prepare_data", [*build, *made]),
         "prepare-data --workers 2": ("megatron_solopo.data.building.prepare_data", [*build, *made, "--workers", "2"]),
         "sample-responses": ("megatron_solopo.data.sampling.sample_responses", [*sample, *made, "--device", "cpu"]),

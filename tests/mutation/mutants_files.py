@@ -212,6 +212,13 @@ DATA = [
         ("F1 of yes with words beside it", "and not _JUDGEMENTS.isdisjoint((found, gold.text))", "and False"),
     ),
     *within(
+        "data/pairing/kept_scores.py",
+        "tests/unit/test_data_pairs_scored.py",
+        ("every question scored again", "if job not in jobs:", "if True:"),
+        ("one score for all questions of equal texts", "[question, list(answers), list(responses)]", "[question]"),
+        ("scores left behind", "        jobs.remove()", "        pass"),
+    ),
+    *within(
         "data/building/selection.py",
         CONTEXTS,
         (

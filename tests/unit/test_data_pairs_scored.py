@@ -92,6 +92,50 @@ def test_a_scorer_may_ask_for_the_question(graded: list[str], tmp_path: Path) ->
     assert (group.chosen, group.rejected) == ("gold", "lead")
 
 
+JUDGE = """
+def grade(response, answers):
+    with open("asked.txt", "a") as asked:
+        asked.write(response + "\\n")
+    if response == BROKEN:
+        raise ConnectionError("the judge is busy")
+    return int(response.split()[0]) / 10
+"""
+
+
+def test_scores_of_ones_own_are_kept_until_the_pairs_are_written(
+    graded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A judge that fails is asked again for the question it failed on; other options and files cost no score."""
+
+    def run(broken: str | None, *more: str) -> list[str]:
+        monkeypatch.delitem(sys.modules, "judge", raising=False)
+        Path("judge.py").write_text(f"BROKEN = {broken!r}\n" + JUDGE)
+        Path("asked.txt").write_text("")
+        if broken is None:
+            build([*graded[:4], "--scorer", "judge:grade"], tmp_path, *more)
+        else:
+            with pytest.raises(UserError, match="raised ConnectionError: the judge is busy for the response"):
+                build([*graded[:4], "--scorer", "judge:grade"], tmp_path, *more)
+        return Path("asked.txt").read_text().splitlines()
+
+    partial = Path("groups.jsonl.partial")
+    assert run(None, "--policy", "best_worst")[0] == "9 best"
+    whole = Path("groups.jsonl").read_bytes()
+    assert run("7 good") == ["9 best", "7 good"] and not partial.exists()  # no question was scored
+    assert run("8 fine")[-1] == "8 fine" and partial.is_file()
+    lines = Path("contexts.jsonl").read_text().splitlines()
+    Path("contexts.jsonl").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    assert run("2 bad", "--right-above", "0.6") == ["5 so so", "5 or so", "1 bad", "1 worse", "2 bad"]
+    Path("contexts.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"begun with scorer = 'judge:grade', now 'grades:grade'; repeat the first"):
+        build(graded, tmp_path)
+    capsys.readouterr()
+    assert run(None, "--policy", "best_worst") == ["9 best", "7 good", "8 fine", "2 bad", "1 worst"]
+    told = "resuming: 3 questions were scored before; the code of judge:grade is another now (delete groups.jsonl.part"
+    assert told in capsys.readouterr().out.replace(f"{tmp_path}/", "")
+    assert Path("groups.jsonl").read_bytes() == whole and not partial.exists()
+
+
 WRONG_OPTIONS = {
     "unknown": (
         ["--scorer", "bleu"],

@@ -7,16 +7,18 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.options import add_normalisation_option, check_outputs, files_of
 from megatron_solopo.data.pairing.counts import Counts
+from megatron_solopo.data.pairing.kept_scores import Score, kept_scores
 from megatron_solopo.data.pairing.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
 from megatron_solopo.data.sampling.responses import InStep, Responses
 from megatron_solopo.data.schema import PreferenceGroup
-from megatron_solopo.data.scoring import SCORERS, Scorer, load_scorer
+from megatron_solopo.data.scoring import SCORERS, load_scorer
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
@@ -31,7 +33,7 @@ TWO_VALUED = ("sub_em", "sub_em_plain", "em")
 class Pairing:
     """How pairs are made; see ``--help``."""
 
-    scorer: Scorer
+    score: Score
     right_above: float = 0.5
     wrong_below: float = 0.5
     policy: Policy = POLICIES["random"]
@@ -41,7 +43,6 @@ class Pairing:
     keep_unfinished: bool = False
     seed: int = 0
     count_tokens: Callable[[str], int] | None = None
-    scorer_name: str = "sub_em"
 
 
 def build_groups(
@@ -85,7 +86,7 @@ def build_groups(
             if choice == GOLD:
                 counts.gold += 1
                 more = {"chosen_is_gold": 1.0}
-                right = [_scored(_sentence(pair.answers[0]), None, pair, how)]
+                right = _scored(pair, [_sentence(pair.answers[0])], how)
                 candidates = how.policy(right, wrong, rng)
             else:
                 lowest, highest = min(r.score for r in scored), max(r.score for r in scored)
@@ -116,7 +117,7 @@ def build_gold_groups(
     for pair in pairs:
         counts.questions += 1
         rng = random.Random(f"{how.seed}\0{pair.id}")
-        drawn = (_scored(_sentence(other), None, pair, how) for other in _shuffled(others, rng))
+        drawn = (_scored(pair, [_sentence(other)], how)[0] for other in _shuffled(others, rng))
         wrong = next((response for response in drawn if response.score < how.wrong_below), None)
         if wrong is None:
             counts.all_right += 1
@@ -124,7 +125,7 @@ def build_gold_groups(
         counts.paired += 1
         counts.right_responses += 1
         counts.scored_responses += 2
-        right = _scored(_sentence(pair.answers[0]), None, pair, how)
+        [right] = _scored(pair, [_sentence(pair.answers[0])], how)
         yield _group(pair, 1, (right, wrong), {"share_right": 0.5, "chosen_is_gold": 1.0}, how, counts)
 
 
@@ -140,7 +141,7 @@ def _shuffled(items: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 def _score(pair: ContextPair, sampled: Responses, how: Pairing, counts: Counts) -> list[Scored]:
     """The usable responses of a question with their scores."""
-    scored = []
+    texts, kept = [], []
     ids = sampled.token_ids or [None] * len(sampled.responses)
     for text, finished, own_ids in zip(sampled.responses, sampled.finished, ids, strict=True):
         if not text.strip():
@@ -148,12 +149,22 @@ def _score(pair: ContextPair, sampled: Responses, how: Pairing, counts: Counts) 
         elif not finished and not how.keep_unfinished:
             counts.dropped_responses["not ended within --max-new-tokens (--keep-unfinished keeps them)"] += 1
         else:
-            scored.append(_scored(text, own_ids, pair, how))
-    return scored
+            texts.append(text)
+            kept.append(own_ids)
+    return _scored(pair, texts, how, kept)
 
 
-def _scored(text: str, ids: list[int] | None, pair: ContextPair, how: Pairing) -> Scored:
-    return Scored(text, how.scorer(text, pair.answers, pair.question), None if ids is None else tuple(ids))
+def _scored(
+    pair: ContextPair, texts: Sequence[str], how: Pairing, ids: Sequence[list[int] | None] | None = None
+) -> list[Scored]:
+    if not texts:
+        return []
+    return [
+        Scored(text, score, None if own_ids is None else tuple(own_ids))
+        for text, score, own_ids in zip(
+            texts, how.score(pair.question, pair.answers, texts), ids or [None] * len(texts), strict=True
+        )
+    ]
 
 
 def _group(
@@ -186,7 +197,8 @@ def _group(
 def build_parser() -> Parser:
     parser = Parser(
         prog="solopo build-pairs",
-        description="Score responses and pair a right with a wrong one for every question that has both.",
+        description="Score responses and pair a right with a wrong one for every question that has both. "
+        "A killed run with a scorer of your own is resumed when the command is repeated.",
     )
     group = parser.add_argument_group("input and output")
     group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
@@ -258,7 +270,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def _pairing(options: argparse.Namespace) -> Pairing:
+def _check(options: argparse.Namespace) -> None:
     if options.pairs_per_question < 1:
         raise UserError(f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1")
     for flag, value in (("--right-above", options.right_above), ("--wrong-below", options.wrong_below)):
@@ -275,16 +287,21 @@ def _pairing(options: argparse.Namespace) -> Pairing:
                 f"--{flag.replace('_', '-')} ranked with --scorer {options.scorer}: its scores are 0 and 1 only, so "
                 "equal responses have no rank; take f1 or a function of your own"
             )
-    count = None
+
+
+def _pairing(options: argparse.Namespace, score: Score) -> Pairing:
+    count: Callable[[str], int] | None = None
     if options.tokenizer:
-        # Here, because it brings torch, which the rest does without.
+        # Here, because it brings torch, which takes seconds and the rest does without.
         from megatron_solopo.data.text.tokenizer import encode, read_tokenizer
 
         tokenizer = read_tokenizer(options.tokenizer)
-        count = lambda text: len(encode(tokenizer, text))  # noqa: E731
+
+        def count(text: str) -> int:
+            return len(encode(tokenizer, text))
+
     return Pairing(
-        scorer=load_scorer(options.scorer, options.normalisation),
-        scorer_name=options.scorer,
+        score=score,
         right_above=options.right_above,
         wrong_below=options.wrong_below,
         policy=POLICIES[options.policy],
@@ -303,15 +320,18 @@ def main(argv: list[str] | None = None) -> int:
     sampled = None if options.responses == GOLD else options.responses
     read = [("--contexts", options.contexts), ("--responses", sampled), *files_of(options)]
     check_outputs([("--output", options.output)], read)
-    how, source = _pairing(options), None
-    counts = Counts(how.scorer_name)
-    if sampled is None:
-        others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
-        groups = build_gold_groups(read_contexts(options.contexts), others, how, counts)
-    else:
-        source = InStep(options.responses)
-        groups = build_groups(read_contexts(options.contexts), source, how, counts)
-    written = write_records(options.output, _checked(groups, counts, source, options))
+    _check(options)
+    scorer = load_scorer(options.scorer, options.normalisation)
+    counts, source = Counts(options.scorer), None
+    with kept_scores(options.scorer, scorer, Path(options.output)) as score:
+        how = _pairing(options, score)
+        if sampled is None:
+            others = sorted({pair.answers[0] for pair in read_contexts(options.contexts)})
+            groups = build_gold_groups(read_contexts(options.contexts), others, how, counts)
+        else:
+            source = InStep(options.responses)
+            groups = build_groups(read_contexts(options.contexts), source, how, counts)
+        written = write_records(options.output, _checked(groups, counts, source, options))
     print("\n".join(counts.lines()))
     print(f"wrote {written} preference groups to {options.output}")
     return 0

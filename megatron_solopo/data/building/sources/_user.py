@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from megatron_solopo.data.building.sources import jsonl
 from megatron_solopo.data.building.sources._source import CannotUse, Record, Source
 from megatron_solopo.data.schema import Question
 from megatron_solopo.errors import UserError
-from megatron_solopo.user_function import error_text, load_function, short
+from megatron_solopo.user_function import error_text, load_function, short, source_digest
 
 FORM = (
     "a function of your own: it is called with each record and returns one of `jsonl`'s form, a "
@@ -34,7 +31,7 @@ def user_source(name: str, known: Iterable[str]) -> Source:
         question=jsonl.SOURCE.question,
         convert=lambda record, where: _converted(function, name, record, where),
         origin=f", from {name}",
-        digest=_digest(function),
+        digest=source_digest(function),
     )
 
 
@@ -61,12 +58,3 @@ def _converted(function: Callable[..., Any], name: str, record: Record, where: s
         result = {name: value for name, value in result.items() if name != "id"}
         result |= {} if given is None else {"id": given}
     return result
-
-
-def _digest(function: Callable[..., Any]) -> str:
-    """sha256 of the file that holds the function, "" where it has none."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        return ""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
