@@ -63,7 +63,11 @@ class Parser(argparse.ArgumentParser):
         option = re.match(r"argument ([^\s:/]+)[^\s:]*: ", message)
         if option:
             message = f"{self._places.get(option[1], option[1])}: {message[option.end() :]}"
-        raise UserError(message)
+        if re.search(r"arguments .*(are|is) required", message):
+            raise UserError("option-missing", message)
+        if "not allowed with" in message:
+            raise UserError("option-conflict", message)
+        raise UserError("option-value", message)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -104,14 +108,14 @@ class Parser(argparse.ArgumentParser):
         for text in unknown:
             name = text.split("=")[0]
             if name.startswith("--"):
-                raise UserError(f"{name}: unknown option{nearest(name, known)}")
-            raise UserError(f"'{text}': unexpected argument; options start with --")
+                raise UserError("option-unknown", f"{name}: unknown option{nearest(name, known)}")
+            raise UserError("argument-unexpected", f"'{text}': unexpected argument; options start with --")
 
     def _refuse_misspelt(self, args: Sequence[str], missing: Sequence[str]) -> None:
         """Refuses an unknown name that is near a required one: that the required one is missing would mislead."""
         for name in (text.split("=")[0] for text in args):
             if name.startswith("--") and name not in self._option_string_actions and (hint := nearest(name, missing)):
-                raise UserError(f"{name}: unknown option{hint}")
+                raise UserError("option-unknown", f"{name}: unknown option{hint}")
 
     def _given(self, args: Sequence[str]) -> set[argparse.Action]:
         """The options on a command line; refuses one that is given twice."""
@@ -126,7 +130,9 @@ class Parser(argparse.ArgumentParser):
             # The same switch again says nothing new: launch scripts add some behind a user's own.
             if action in before and not (action.nargs == 0 and before[action] == name):
                 several = f"all its values behind one {name}" if action.nargs in ("+", "*") else None
-                raise UserError(f"{name}: given twice; give {several or 'it once, with the value that counts'}")
+                raise UserError(
+                    "option-twice", f"{name}: given twice; give {several or 'it once, with the value that counts'}"
+                )
             before[action] = name
         return set(before)
 
@@ -140,7 +146,7 @@ class Parser(argparse.ArgumentParser):
             return []  # argparse says so
         options = self.read_file(path)
         if "config" in options:
-            raise UserError(f"{options['config'][1]}: unknown option; one file does not name another")
+            raise UserError("option-unknown", f"{options['config'][1]}: unknown option; one file does not name another")
         return self.words(options, besides=given)
 
     def read_file(self, path: str | Path) -> Options:
@@ -167,9 +173,11 @@ class Parser(argparse.ArgumentParser):
         commands = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
         if commands is not None:
             name, where = options.get(commands.dest, (None, ""))
+            choices = ", ".join(commands.choices)
+            if not where:
+                raise UserError("option-missing", f"{commands.dest}: missing; give one of {choices}")
             if name not in commands.choices:
-                place = f"{where}: {name!r} is none" if where else f"{commands.dest}: missing"
-                raise UserError(f"{place}; give one of {', '.join(commands.choices)}")
+                raise UserError("option-value", f"{where}: {name!r} is not one of {choices}")
             rest = {key: value for key, value in options.items() if key != commands.dest}
             return [name, *commands.choices[name].words(rest)]
         known = {
@@ -186,10 +194,11 @@ class Parser(argparse.ArgumentParser):
                 name = old[key]
                 _warn(f"{where}: is now {name}")
             if name not in known:
-                raise UserError(f"{where.removesuffix(key).rstrip()} unknown option '{key}'{nearest(key, known)}")
+                place = where.removesuffix(key).rstrip()
+                raise UserError("option-unknown", f"{place} unknown option '{key}'{nearest(key, known)}")
             action = known[name]
             if action in places:
-                raise UserError(f"{where}: is {name}, which {places[action]} gives too; give it once")
+                raise UserError("option-twice", f"{where}: is {name}, which {places[action]} gives too; give it once")
             places[action] = where
             if action not in besides:
                 words += _words_of(action, value, where)
@@ -232,19 +241,19 @@ def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:
     name = action.option_strings[0]
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{where}: must be true or false, found {_shown(value)}")
+            raise UserError("option-value", f"{where}: must be true or false, found {_shown(value)}")
         return [name] if value else [text for text in action.option_strings if text.startswith("--no-")]
     if value is None:
         if action.default is None and not action.required:
             return []
-        raise UserError(f"{where}: needs a value ({action.help})")
+        raise UserError("option-value", f"{where}: needs a value ({action.help})")
     if isinstance(value, dict) and action.metavar == "JSON":
         value = json.dumps(value, ensure_ascii=False)
     if isinstance(value, list) and action.nargs in ("+", "*") and all(isinstance(one, str) for one in value):
         return [name, *value]
     if not isinstance(value, str):
         kind = getattr(action.type, "__name__", "str")
-        raise UserError(f"{where}: must be {kind}, found {_shown(value)}")
+        raise UserError("option-value", f"{where}: must be {kind}, found {_shown(value)}")
     return [name, value] if action.nargs in ("+", "*") or not value.startswith("-") else [f"{name}={value}"]
 
 

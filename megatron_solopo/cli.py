@@ -124,7 +124,7 @@ def dispatch(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else "the commands are " + ", ".join(COMMANDS)
-        raise UserError(f"solopo {name}: no such command; {hint}")
+        raise UserError("command-unknown", f"solopo {name}: no such command; {hint}")
     module = importlib.import_module(COMMANDS[name][0])
     # argparse takes the name it prints in usage lines from here.
     sys.argv = [f"solopo {name}", *rest]

@@ -408,7 +408,7 @@ def load_loss(name: str, where: str) -> None:
             if spec.name in RESERVED or (spec.name in OWNER and OWNER[spec.name].spec is not spec):
                 raise ValueError(f"{name}: its option {spec.name} has a name that is taken; choose another")
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError("loss-invalid", f"{where}: {error}") from None
     for spec in own_options(kind):
         OWNER.setdefault(spec.name, Option("method", spec, kind))  # an inherited option stays that of its loss
 

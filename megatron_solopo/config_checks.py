@@ -40,32 +40,38 @@ def _check_required(config: Config) -> None:
         ("save", config.output.save, "the run folder"),
     ):
         if not value:
-            raise UserError(f"{flag(name)} is missing: give {what}")
+            raise UserError("option-missing", f"{flag(name)} is missing: give {what}")
 
 
 def _check_method(config: Config) -> None:
     method = config.method
     if method.objective != "preference":
         if config.data.overlong == "cut":
-            raise UserError("--overlong cut with --objective sft: conversations have no documents to cut; take drop")
+            raise UserError(
+                "option-conflict",
+                "--overlong cut with --objective sft: conversations have no documents to cut; use --overlong drop",
+            )
         return
     modes = loss_class(method.preference_loss).context_modes
     if method.context_mode not in modes:
         raise UserError(
+            "option-conflict",
             f"--preference-loss {method.preference_loss} trains on the {' or '.join(modes)} context, not on "
-            f"--context-mode {method.context_mode}; give --context-mode {modes[0]}"
+            f"--context-mode {method.context_mode}; use --context-mode {modes[0]}",
         )
     if method.beta == 0:
         raise UserError(
-            f"--beta 0 with --preference-loss {method.preference_loss}: it scales every reward, and pairs would teach "
-            "nothing; give a beta above 0"
+            "option-value",
+            f"--beta 0 with --preference-loss {method.preference_loss}: it scales every reward, so pairs would have no "
+            "effect; set it above 0",
         )
     if method.label_smoothing >= 0.5:
         raise UserError(
-            f"--label-smoothing {method.label_smoothing}: must be below 0.5, where chosen and rejected are the same"
+            "option-value",
+            f"--label-smoothing {method.label_smoothing}: must be below 0.5, where chosen and rejected are the same",
         )
     if method.alignment_huber_delta == 0:
-        raise UserError("--alignment-huber-delta must be above 0")
+        raise UserError("option-value", "--alignment-huber-delta must be above 0")
 
 
 def _check_loss_options(method: MethodConfig) -> None:
@@ -73,25 +79,30 @@ def _check_loss_options(method: MethodConfig) -> None:
     try:
         preference_loss(method)
     except ValueError as error:
-        raise UserError(f"--preference-loss {method.preference_loss}: {error}") from None
+        raise UserError("option-value", f"--preference-loss {method.preference_loss}: {error}") from None
 
 
 def _check_implementation(config: Config) -> None:
     model, method = config.model, config.method
     engine = model.transformer_impl == "transformer_engine"
     if engine and not model.bf16:
-        raise UserError("--transformer-impl transformer_engine needs --bf16: its attention kernels take 16 bits")
+        raise UserError(
+            "option-conflict",
+            "--transformer-impl transformer_engine needs --bf16: its attention kernels take 16 bits",
+        )
     if engine and config.parallel.device == "cpu":
         raise UserError(
-            "--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; take portable"
+            "option-conflict",
+            "--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; use portable",
         )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
     compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
         without = those_that(lambda kind: not kind.needs_reference)
         raise UserError(
+            "option-conflict",
             f"--fp8-recipe delayed with {method.preference_loss}: it scales by earlier batches, and the reference is "
-            f"computed before there are any; take tensorwise, or {without}"
+            f"computed before the first one; use tensorwise, or {without}",
         )
 
 
@@ -200,7 +211,7 @@ def _check_unused(config: Config) -> None:
     """An option that somebody set and that nothing would read is a mistake, not a wish."""
     for name, why in unused(config).items():
         if name in config.explicit:
-            raise UserError(f"{flag(name)} would have no effect: it {why}")
+            raise UserError("option-unused", f"{flag(name)} would have no effect: it {why}")
 
 
 def _check_parallel(config: Config) -> None:
@@ -215,29 +226,32 @@ def check_on_cuda(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     training = config.training
-    if (training.train_iters is None) == (training.train_epochs is None):
-        raise UserError("give either --train-iters or --train-epochs" + (", not both" if training.train_iters else ""))
+    if training.train_iters is None and training.train_epochs is None:
+        raise UserError("option-missing", "--train-iters or --train-epochs: set one of them")
+    if training.train_iters is not None and training.train_epochs is not None:
+        raise UserError("option-conflict", "--train-iters and --train-epochs: set one of them, not both")
     if training.train_epochs is not None and training.train_epochs <= 0:
-        raise UserError(f"--train-epochs must be above 0, found {training.train_epochs}")
+        raise UserError("option-value", f"--train-epochs must be above 0, found {training.train_epochs}")
     if training.lr <= 0:
-        raise UserError("--lr must be above 0")
+        raise UserError("option-value", "--lr must be above 0")
     if training.min_lr > training.lr:
-        raise UserError(f"--min-lr {training.min_lr} is above --lr {training.lr}; the decay goes down")
+        raise UserError("option-conflict", f"--min-lr {training.min_lr} is above --lr {training.lr}; set it below")
     if training.lr_warmup_fraction >= 1:
-        raise UserError(f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be below 1")
+        raise UserError("option-value", f"--lr-warmup-fraction {training.lr_warmup_fraction}: must be below 1")
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(training, name) >= 1:
-            raise UserError(f"{flag(name)} {getattr(training, name)}: must be below 1")
+            raise UserError("option-value", f"{flag(name)} {getattr(training, name)}: must be below 1")
     if training.adam_eps == 0:
-        raise UserError("--adam-eps must be above 0: a weight without gradient would become 0 / 0")
+        raise UserError("option-value", "--adam-eps must be above 0: a weight without gradient would become 0 / 0")
     if training.seed >= 2**63:
-        raise UserError(f"--seed {training.seed}: must be below 2^63")
+        raise UserError("option-value", f"--seed {training.seed}: must be below 2^63")
     most, longest, ranks = training.max_tokens_per_rank, config.data.seq_length, config.parallel.context_parallel_size
     if most is not None and most * ranks < longest:
         times = f" x --context-parallel-size {ranks}" if ranks > 1 else ""
         raise UserError(
+            "option-conflict",
             f"--max-tokens-per-rank {most}{times} is below --seq-length {longest}: "
-            "one example might not fit; raise it or lower --seq-length"
+            "one example might not fit; raise it or lower --seq-length",
         )
 
 
@@ -245,20 +259,24 @@ def _check_output(config: Config) -> None:
     output = config.output
     if Path(output.save).resolve() == Path(config.model.hf_path).resolve():
         raise UserError(
+            "folder-overlap",
             f"--save {output.save}: is --hf-path too, and a checkpoint there would pass for the weights to start from; "
-            "choose another folder"
+            "choose another folder",
         )
     if output.auto_resume and output.load:
         raise UserError(
-            "--auto-resume goes on from --save, --load from another place: give one of them"
-            " (--load and --ckpt-step once to go back, --auto-resume afterwards)"
+            "option-conflict",
+            "--auto-resume resumes from --save, --load from another folder: set one of them"
+            " (--load and --ckpt-step once to go back, --auto-resume afterwards)",
         )
     if output.wandb_project:
         require("--wandb-project", "wandb", "wandb")
     if output.tensorboard_dir:
         require("--tensorboard-dir", "tensorboard", "tensorboard")
     if output.exit_duration_in_mins == 0:
-        raise UserError("--exit-duration-in-mins must be above 0")
+        raise UserError("option-value", "--exit-duration-in-mins must be above 0")
     retained, every = output.save_retain_interval, output.save_interval
     if retained and every and retained % every:
-        raise UserError(f"--save-retain-interval {retained}: must be a multiple of --save-interval {every}")
+        raise UserError(
+            "option-conflict", f"--save-retain-interval {retained}: must be a multiple of --save-interval {every}"
+        )

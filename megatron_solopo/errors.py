@@ -61,7 +61,8 @@ def require(what: str, package: str, extra: str, instead: str = "") -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{what}: the package {package} is not installed; pip install 'megatron-solopo[{extra}]'{instead}"
+            "package-missing",
+            f"{what}: the package {package} is not installed; pip install 'megatron-solopo[{extra}]'{instead}",
         )
 
 

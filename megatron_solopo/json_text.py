@@ -47,9 +47,9 @@ def check_json(*paths: Path) -> None:
     for path in paths:
         try:
             if (key := _not_a_number(loads(path.read_text(encoding="utf-8-sig")))) is not None:
-                raise UserError(f"{path}: {key} is NaN, which is no number; give the number that is meant")
+                raise UserError("json-nan", f"{path}: {key} is NaN, which is not a number; set a number")
         except KeyTwice as error:
-            raise UserError(f"{path}: {error}; keep one of them") from None
+            raise UserError("json-key-twice", f"{path}: {error}; keep one of them") from None
         except (OSError, ValueError, RecursionError):
             continue
 

@@ -87,9 +87,12 @@ def main(argv: list[str] | None = None) -> int:
                 self._remaining_restarts = 0
             return result
 
-    given = run.parse_args(argv)
-    if not given.module and not given.no_python and not Path(given.training_script).exists():
-        raise UserError(f"{given.training_script}: no such file; give the path of a Python script, behind the options")
+    arguments = run.parse_args(argv)
+    if not arguments.module and not arguments.no_python and not Path(arguments.training_script).exists():
+        raise UserError(
+            "file-missing",
+            f"{arguments.training_script}: no such file; give the path of a Python script, behind the options",
+        )
     before, api.LocalElasticAgent = api.LocalElasticAgent, Agent
     try:
         run.main(argv)

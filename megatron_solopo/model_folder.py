@@ -56,9 +56,11 @@ def check_is_folder(where: str, folder: str | Path, remedy: str) -> None:
     if path.is_dir():
         return
     if path.is_file():
-        raise UserError(f"{where}: is a file; {_of_file(path) or f'give the folder that it is in, {path.parent}'}")
+        raise UserError(
+            "not-a-folder", f"{where}: is a file; {_of_file(path) or f'set the folder that it is in, {path.parent}'}"
+        )
     hub = download(folder)
-    raise UserError(f"{where}: no such folder; {f'{hub}, and that folder given' if hub else remedy}")
+    raise UserError("folder-missing", f"{where}: no such folder; {f'{hub}, and that folder given' if hub else remedy}")
 
 
 def _of_file(path: Path) -> str | None:

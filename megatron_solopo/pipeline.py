@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     for flag, name in (("--from", options.start), ("--only", options.only)):
         if name is not None and name not in names:
             hint = nearest(name, names) or f"; the stages are {', '.join(names)}"
-            raise UserError(f"{flag} {name}: no such stage{hint}")
+            raise UserError("stage-unknown", f"{flag} {name}: no such stage{hint}")
     if not options.dry_run:
         recipe.output.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(recipe.output if recipe.output.is_dir() else "."):
@@ -156,7 +156,10 @@ def _works(recipe: Recipe) -> list[Work]:
         for output in work.outputs:
             other = made.setdefault(os.path.normpath(output), stage.name)
             if other != stage.name:
-                raise UserError(f"{stage.where}: stage '{stage.name}': {output} is what stage '{other}' makes too")
+                raise UserError(
+                    "stage-output-twice",
+                    f"{stage.where}: stage '{stage.name}': {output} is written by stage '{other}' too",
+                )
         works.append(work)
     later: set[Path] = set()
     for work in reversed(works):
@@ -277,7 +280,9 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
             write_line(f"{work} was stopped; run the same command again to resume")
             return STOPPED.get(code, WORK_REMAINS)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
-        raise UserError(f"stage {work} {how}; finished stages are kept: mend that and run the same command again")
+        raise UserError(
+            "stage-failed", f"stage {work} {how}; finished stages are kept: correct it and run the same command again"
+        )
     print(f"{recipe.output}: all is done, in {time.monotonic() - begin:.0f} s")
     return 0
 
@@ -362,7 +367,8 @@ class _Locks:
                 fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"{Path.cwd()}: another `solopo run` works there; wait for its end, or end it first"
+                    "folder-in-use",
+                    f"{Path.cwd()}: another `solopo run` works there; wait for its end, or end it first",
                 ) from None
             try:
                 fcntl.flock(self.stage, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -82,7 +82,7 @@ class Stage:
         """
         if self.script is not None:
             if not self.script.is_file():
-                raise UserError(f"{self.where}: stage '{self.name}': {self.script}: no such file")
+                raise UserError("file-missing", f"{self.where}: stage '{self.name}': {self.script}: no such file")
             return _script_words(self.options), {name: value for name, (value, _) in self.options.items()}
         parser: Parser = importlib.import_module(COMMANDS[self.command]).build_parser()
         words = parser.words(self.options)
@@ -91,7 +91,7 @@ class Stage:
             if self.command == "train":
                 _check_run(words)
         except UserError as error:
-            raise UserError(self._placed(str(error))) from None
+            raise UserError(error.code, self._placed(error.message)) from None
         return words, {name: values[name] for name in sorted(parser.given)}
 
     def _placed(self, message: str) -> str:
@@ -145,9 +145,9 @@ def read_recipe(path: str | Path, output: str | None = None, seed: int | None = 
     if output is not None:
         recipe = dataclasses.replace(recipe, output=Path(output).absolute())
     if recipe.output == Path():
-        raise UserError(f"{path}: output: missing; give the folder for everything that the stages make")
+        raise UserError("recipe-incomplete", f"{path}: output: missing; set it to the folder for the stages' outputs")
     if not recipe.stages:
-        raise UserError(f"{path}: has no stages")
+        raise UserError("recipe-incomplete", f"{path}: has no stages")
     if seed is not None:
         stages = [
             dataclasses.replace(stage, options=stage.options | {"seed": (str(seed), "--seed")})
@@ -164,13 +164,14 @@ TOP = ("base", "output", "environment", "stages")
 
 def _read(path: Path, above: frozenset[Path]) -> Recipe:
     if path.resolve() in above:
-        raise UserError(f"{path}: is its own base")
+        raise UserError("recipe-base-loop", f"{path}: is its own base")
     with OptionFile(path, "") as file:
         lines = {line.name: line for line in file.entries(file.root, f"{path}: must hold output: and stages:")}
         for line in lines.values():
             if line.name not in TOP:
                 raise UserError(
-                    f"{line.where}: unknown '{line.name}'{nearest(line.name, TOP)}; a recipe has {_list(TOP)}"
+                    "recipe-key",
+                    f"{line.where}: unknown '{line.name}'{nearest(line.name, TOP)}; a recipe has {_list(TOP)}",
                 )
         recipe = Recipe(path, Path(), {}, [])
         if "base" in lines:
@@ -190,24 +191,31 @@ def _read(path: Path, above: frozenset[Path]) -> Recipe:
 def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
     """A stage, or what it changes of the one of this name in the base."""
     if not re.fullmatch(r"\w[\w.-]*", line.name):
-        raise UserError(f"{line.where}: '{line.name}': name a stage by letters, digits, - and _")
+        raise UserError("stage-name", f"{line.where}: '{line.name}': name a stage by letters, digits, - and _")
     known = (*COMMANDS, SCRIPT, "options", "processes")
     parts = {part.name: part for part in _mapping(file, line)}
     for part in parts.values():
         if part.name not in known:
-            raise UserError(f"{part.where}: '{part.name}' is no command of a stage{nearest(part.name, known)}")
+            raise UserError(
+                "recipe-key", f"{part.where}: '{part.name}' is not a command of a stage{nearest(part.name, known)}"
+            )
     commands = [name for name in parts if name in COMMANDS or name == SCRIPT]
     if len(commands) != 1 and not (before and not commands):
-        raise UserError(f"{line.where}: stage '{line.name}': give one command: {_list((*COMMANDS, SCRIPT))}")
+        raise UserError(
+            "stage-command", f"{line.where}: stage '{line.name}': set one command: {_list((*COMMANDS, SCRIPT))}"
+        )
     command = commands[0] if commands else before.command
     if before is not None and before.command != command:
-        raise UserError(f"{line.where}: stage '{line.name}': is {before.command} in the base; give another name")
+        raise UserError(
+            "stage-command",
+            f"{line.where}: stage '{line.name}': is {before.command} in the base; choose another name",
+        )
     stage = before or Stage(line.name, line.where, command)
     if command == SCRIPT and commands:
         stage = dataclasses.replace(stage, script=file.path.parent.absolute() / _text(file, parts[SCRIPT]))
     place = "options" if command == SCRIPT else command
     if "options" in parts and place != "options":
-        raise UserError(f"{parts['options'].where}: the options of {command} belong under it")
+        raise UserError("recipe-key", f"{parts['options'].where}: the options of {command} belong under it")
     options = {
         name: (_from_here(file.value(node), file.path.parent.absolute()), f"{where}: {name}")
         for name, where, node in _mapping(file, parts.get(place))
@@ -216,10 +224,16 @@ def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
         options["auto_resume"] = (True, f"{line.where}: auto_resume")
     if "processes" in parts:
         if command not in SEVERAL:
-            raise UserError(f"{parts['processes'].where}: processes: {command} runs in one; of {_list(SEVERAL)} only")
+            raise UserError(
+                "recipe-key",
+                f"{parts['processes'].where}: processes: {command} runs in one; of {_list(SEVERAL)} only",
+            )
         number = _text(file, parts["processes"])
         if not number.isdigit() or int(number) < 1:
-            raise UserError(f"{parts['processes'].where}: processes: must be a number of at least 1, found {number!r}")
+            raise UserError(
+                "recipe-value",
+                f"{parts['processes'].where}: processes: must be a number of at least 1, found {number!r}",
+            )
         stage = dataclasses.replace(stage, processes=int(number))
     return dataclasses.replace(stage, options=stage.options | options)
 
@@ -231,7 +245,7 @@ def _mapping(file: OptionFile, line: Entry | None) -> list[Entry]:
 def _text(file: OptionFile, line: Entry) -> str:
     value = file.value(line.node)
     if not isinstance(value, str):
-        raise UserError(f"{line.where}: {line.name}: must be a text, found {value!r}")
+        raise UserError("recipe-value", f"{line.where}: {line.name}: must be a text, found {value!r}")
     return value
 
 
@@ -248,7 +262,7 @@ def _script_words(options: Options) -> list[str]:
     for name, (value, where) in options.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, dict):
-            raise UserError(f"{where}: must be one value or a list, found {value!r}")
+            raise UserError("recipe-value", f"{where}: must be one value or a list, found {value!r}")
         if isinstance(value, list):
             words += [flag, *map(str, value)]
         elif isinstance(value, str):

@@ -41,14 +41,17 @@ def parse(text: str) -> dict[str, Any]:
     try:
         values = json_text.loads(text)
     except json_text.KeyTwice as error:
-        raise UserError(f"{FLAG} {text}: {error}; keep one of them") from None
+        raise UserError("json-key-twice", f"{FLAG} {text}: {error}; keep one of them") from None
     except json.JSONDecodeError as error:
         raise UserError(
+            "not-json",
             f"{FLAG} {text}: not valid JSON ({error.msg} at column {error.colno}); "
-            """give an object such as '{"enable_thinking": false}'"""
+            """set an object such as '{"enable_thinking": false}'""",
         ) from None
     if not isinstance(values, dict):
-        raise UserError(f"""{FLAG} {text}: must be a JSON object such as '{{"enable_thinking": false}}'""")
+        raise UserError(
+            "option-value", f"""{FLAG} {text}: must be a JSON object such as '{{"enable_thinking": false}}'"""
+        )
     return values
 
 
@@ -73,7 +76,7 @@ def check_date(text: Any, where: str = DATE_FLAG) -> str:
             return text
     except (TypeError, ValueError):
         pass
-    raise UserError(f"{where} {text}: give a day as YYYY-MM-DD, such as 2026-01-31")
+    raise UserError("template-date", f"{where} {text}: set a day as YYYY-MM-DD, such as 2026-01-31")
 
 
 def of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -115,8 +118,9 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         if all(rendered(sent | {NOW: lambda form, day=day: day}) == wanted for day in ("one day", "another")):
             return sent
     raise UserError(
-        "--server-api chat: the chat template prints the date, and a server prints its own; take --server-api "
-        f"completions, whose prompts have the run's ({date})"
+        "template-date-server",
+        "--server-api chat: the chat template prints the date, and a server prints its own; use --server-api "
+        f"completions, whose prompts have the run's ({date})",
     )
 
 
@@ -164,7 +168,9 @@ def _give_date(
         check_date(date)
     if not _prints_date(tokenizer):
         if date is not None:
-            raise UserError(f"{DATE_FLAG} {date}: the chat template prints no date; leave the option out")
+            raise UserError(
+                "option-unused", f"{DATE_FLAG} {date}: the chat template prints no date; leave the option out"
+            )
         return
     if from_folder is not None:
         check_date(from_folder, f"{folder}: {DATE} of tokenizer_config.json,")
@@ -195,7 +201,7 @@ def give(
         tokenizer.init_kwargs[KEY] = parse(text)
     values, where = of(tokenizer), FLAG if text is not None else f"{folder}: {KEY} of tokenizer_config.json"
     if not isinstance(values, dict):
-        raise UserError(f"{where}: must be a JSON object, found {type(values).__name__}")
+        raise UserError("field-type", f"{where}: must be a JSON object, found {type(values).__name__}")
     if not values:
         return
     from transformers.utils.chat_template_utils import _get_template_variables
@@ -204,10 +210,11 @@ def give(
     known = sorted(_get_template_variables(tokenizer.get_chat_template()) - ours)
     for name in values:
         if name == NOW:
-            raise UserError(f"{where}: {NOW} is transformers' clock; give the day with {DATE_FLAG}")
+            raise UserError("template-variable", f"{where}: {NOW} is transformers' clock; set the day with {DATE_FLAG}")
         if name in ours:
-            raise UserError(f"{where}: {name} is set by every command itself; leave it out")
+            raise UserError("template-variable", f"{where}: {name} is set by every command itself; leave it out")
         if name not in known:
             raise UserError(
-                f"{where}: the chat template has no variable {name}; it has {', '.join(known) or 'none to set'}"
+                "template-variable",
+                f"{where}: the chat template has no variable {name}; it has {', '.join(known) or 'none to set'}",
             )

@@ -27,15 +27,18 @@ def load_function(flag: str, name: str, known: Iterable[str]) -> Callable[..., A
     """
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
-        raise UserError(f"{flag}: give {', '.join(known)}, or a function of your own as module:function")
+        raise UserError("option-value", f"{flag}: set {', '.join(known)}, or a function of your own as module:function")
     try:
         module = import_module(module_name)
     except ValueError as error:
-        raise UserError(f"{flag}: the {error}; put {module_name}.py into the current folder or on PYTHONPATH") from None
+        raise UserError(
+            "module-import", f"{flag}: the {error}; put {module_name}.py into the current folder or on PYTHONPATH"
+        ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        kind = "is not a function" if hasattr(module, function_name) else "is not there"
-        raise UserError(f"{flag}: {function_name} {kind} in {getattr(module, '__file__', None) or module_name}")
+        problem = "is not a function" if hasattr(module, function_name) else "is missing"
+        place = getattr(module, "__file__", None) or module_name
+        raise UserError("function-missing", f"{flag}: {function_name} {problem} in {place}")
     return function
 
 

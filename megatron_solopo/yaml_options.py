@@ -85,7 +85,7 @@ class OptionFile:
     def __init__(self, path: str | Path, flag: str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{flag} {path}: no such file".lstrip())
+            raise UserError("file-missing", f"{flag} {path}: no such file".lstrip())
         with self:
             self._loader = _Loader(self.path.read_text(encoding="utf-8-sig"))
             self.root = self._loader.get_single_node()
@@ -98,7 +98,7 @@ class OptionFile:
             mark = getattr(error, "problem_mark", None)
             problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
             place = f"{self.path}{f':{mark.line + 1}' if mark else ''}"
-            raise UserError(f"{place}: not valid YAML ({problem})") from None
+            raise UserError("not-yaml", f"{place}: not valid YAML ({problem})") from None
 
     def value(self, node: yaml.Node) -> Any:
         """See `Options`."""
@@ -118,7 +118,7 @@ class OptionFile:
         if self.is_empty(node):
             return []
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(otherwise)
+            raise UserError("yaml-structure", otherwise)
         self._loader.flatten_mapping(node)
         return [
             Entry(str(self._loader.option(key)), f"{self.path}:{key.start_mark.line + 1}", value)
@@ -145,13 +145,15 @@ def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | Non
         for section, where, values in file.entries(file.root, f"{path}: must hold the sections {', '.join(sections)}"):
             if section not in sections:
                 hint = nearest(section, sections)
-                raise UserError(f"{where}: unknown section '{section}'{hint}; sections are {', '.join(sections)}")
+                raise UserError(
+                    "option-unknown", f"{where}: unknown section '{section}'{hint}; sections are {', '.join(sections)}"
+                )
             for name, place, node in file.entries(
                 values, f"{where}: section '{section}' must hold 'name: value' lines"
             ):
                 if name not in sections[section]:
                     owner = next((other for other, names in sections.items() if name in names), None)
                     hint = f"; it belongs to section '{owner}'" if owner else nearest(name, sections[section])
-                    raise UserError(f"{place}: unknown option '{section}.{name}'{hint}")
+                    raise UserError("option-unknown", f"{place}: unknown option '{section}.{name}'{hint}")
                 found[name] = (file.value(node), f"{place}: {section}.{name}")
         return found
