@@ -1,4 +1,4 @@
-"""Every command takes options by their full names, each once, and JSON whose keys stand once."""
+"""Every command takes options by their full names, each once, and JSON without duplicate keys."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from refusals import check_refusal, refused
 from tiny_models import preference_groups
 
 from megatron_solopo.cli import COMMANDS, dispatch, run
@@ -16,20 +17,21 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 
 SHORTENED = {
-    "run": (["--dry"], "--dry: unknown option; did you mean --dry-run?"),
-    "train": (["--train-dat", "x"], "--train-dat: unknown option; did you mean --train-data?"),
-    "prepare-data": (["--short-tok", "3"], "--short-tok: unknown option; did you mean --short-tokens?"),
-    "sample-responses": (["--sam", "3"], "--sam: unknown option; did you mean --samples?"),
-    "build-pairs": (["--pol=random"], "--pol: unknown option; did you mean --policy?"),
-    "tokenize-data": (["--work", "2"], "--work: unknown option; did you mean --workers?"),
-    "inspect-data": (["--rand"], "--rand: unknown option; did you mean --random?"),
-    "evaluate": (["--context-doc", "8"], "--context-doc: unknown option; did you mean --context-documents?"),
-    "report": (["--titl", "x"], "--titl: unknown option; did you mean --title?"),
-    "ask": (["--quest", "x"], "--quest: unknown option; did you mean --question?"),
-    "convert-checkpoint": (["--hf-pat", "x"], "--hf-pat: unknown option; did you mean --hf-path?"),
-    "verify-parallelism": (["--layout", "cp2"], "--layout: unknown option"),
-    "env": (["--jso"], "--jso: unknown option; did you mean --json?"),
+    "run": (["--dry"], "--dry-run"),
+    "train": (["--train-dat", "x"], "--train-data"),
+    "prepare-data": (["--short-tok", "3"], "--short-tokens"),
+    "sample-responses": (["--sam", "3"], "--samples"),
+    "build-pairs": (["--pol=random"], "--policy"),
+    "tokenize-data": (["--work", "2"], "--workers"),
+    "inspect-data": (["--rand"], "--random"),
+    "evaluate": (["--context-doc", "8"], "--context-documents"),
+    "report": (["--titl", "x"], "--title"),
+    "ask": (["--quest", "x"], "--question"),
+    "convert-checkpoint": (["--hf-pat", "x"], "--hf-path"),
+    "verify-parallelism": (["--layout", "cp2"], None),
+    "env": (["--jso"], "--json"),
 }
+"""Command -> (an abbreviated option, the option that is meant and named)"""
 
 NEEDED = {
     "run": ["--seed", "1", "recipe.yaml"],
@@ -56,44 +58,46 @@ def answer(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"launch"}))  # whose options are torchrun's
 def test_the_beginning_of_a_name_is_no_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given, expected = SHORTENED[command]
-    argv = [command, *NEEDED.get(command, []), *given]
+    words, meant = SHORTENED[command]
+    argv = [command, *NEEDED.get(command, []), *words]
     if command == "verify-parallelism":  # which --layouts would take as its value's end
-        argv = [command, "--layouts", "cp2", *given]
-    told = answer(capsys, argv)
-    assert told.startswith(f"error: {expected}") and told.count("\n") == 1
+        argv = [command, "--layouts", "cp2", *words]
+    message = check_refusal(answer(capsys, argv), "option-unknown", *([f"mean {meant}?"] if meant else []))
+    assert message.startswith(f"{words[0].partition('=')[0]}: ")
 
 
 @pytest.mark.parametrize("command", NEEDED)
 def test_an_option_given_twice_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     needed = NEEDED[command]
     name = next(text for text in needed if text.startswith("--"))
-    assert answer(capsys, [command, *needed, name, "again"]).startswith(f"error: {name}: given twice; give ")
-    assert answer(capsys, [command, *needed, f"{name}=again"]).startswith(f"error: {name}: given twice; give ")
+    for again in ([name, "again"], [f"{name}=again"]):
+        assert check_refusal(answer(capsys, [command, *needed, *again]), "option-twice").startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize(
-    ("argv", "line"),
+    ("argv", "code", "named"),
     [
-        (["ask", "--mod", "m", "--document", "d", "--question", "q"], "--mod: unknown option; did you mean --model?"),
-        (["convert-checkpoint", "verify", "--hf-pth=m"], "--hf-pth: unknown option; did you mean --hf-path?"),
-        (["inspect-data", "--seq-length", "9"], "the following arguments are required: --data, --tokenizer"),
+        (["ask", "--mod", "m", "--document", "d", "--question", "q"], "option-unknown", ["--mod:", "mean --model?"]),
+        (["convert-checkpoint", "verify", "--hf-pth=m"], "option-unknown", ["--hf-pth:", "mean --hf-path?"]),
+        (["inspect-data", "--seq-length", "9"], "option-missing", [": --data, --tokenizer"]),
     ],
 )
-def test_a_misspelt_name_is_not_called_missing(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert answer(capsys, argv) == f"error: {line}\n"
+def test_a_misspelt_name_is_not_called_missing(
+    argv: list[str], code: str, named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refusal(answer(capsys, argv), code, *named)
 
 
 def test_an_option_of_several_values_says_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
-    told = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], "--data", "b"])
-    assert told == "error: --data: given twice; give all its values behind one --data\n"
+    stderr = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], "--data", "b"])
+    check_refusal(stderr, "option-twice", "--data: ", "all its values behind one --data")
 
 
 def test_what_is_missing_or_no_value_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["sample-responses", "--contexts", "c"]
-    assert answer(capsys, argv) == "error: the following arguments are required: --output, --model\n"
+    check_refusal(answer(capsys, argv), "option-missing", ": --output, --model")
     argv = ["sample-responses", *NEEDED["sample-responses"], "--samples", "many"]
-    assert answer(capsys, argv) == "error: --samples: invalid int value: 'many'\n"
+    check_refusal(answer(capsys, argv), "option-value", "--samples: ", "int", "'many'")
 
 
 TWICE = '{"id": "q", "chosen": "a", "chosen": "b"}'
@@ -102,7 +106,7 @@ TWICE = '{"id": "q", "chosen": "a", "chosen": "b"}'
 @pytest.mark.parametrize(
     ("name", "text", "where"), [("a.jsonl", f"\n{TWICE}\n", "a.jsonl:2"), ("a.json", f"[\n{TWICE}]", "a.json:2")]
 )
-def test_a_record_whose_key_stands_twice_is_refused(name: str, text: str, where: str, tmp_path: Path) -> None:
+def test_a_record_with_a_key_twice_is_refused(name: str, text: str, where: str, tmp_path: Path) -> None:
     from megatron_solopo.data.files.inputs import read_records as read_inputs
 
     (tmp_path / name).write_text(text)
@@ -111,7 +115,7 @@ def test_a_record_whose_key_stands_twice_is_refused(name: str, text: str, where:
         list(read(tmp_path / name))
 
 
-def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path: Path) -> None:
+def test_a_key_that_is_given_twice_with_one_value_is_read(tmp_path: Path) -> None:
     (group,) = preference_groups(1)
     line = json.dumps(group)
     (tmp_path / "a.jsonl").write_text(line[:-1] + f', "id": {json.dumps(group["id"])}}}')
@@ -119,14 +123,14 @@ def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "code", "key"),
     [
-        ('{"rms_norm_eps": 1e-5, "rms_norm_eps": 1e-6}', 'the key "rms_norm_eps" is given twice, with two values'),
-        ('{"a": {"theta": 1, "theta": 2}}', 'the key "theta" is given twice'),
-        ('{"a": {"theta": NaN}}', "theta is NaN"),
+        ('{"rms_norm_eps": 1e-5, "rms_norm_eps": 1e-6}', "json-key-twice", '"rms_norm_eps"'),
+        ('{"a": {"theta": 1, "theta": 2}}', "json-key-twice", '"theta"'),
+        ('{"a": {"theta": NaN}}', "json-nan", "theta is NaN"),
     ],
 )
-def test_a_model_folder_with_such_a_file_is_refused(text: str, told: str, tmp_path: Path) -> None:
+def test_a_model_folder_with_such_a_file_is_refused(text: str, code: str, key: str, tmp_path: Path) -> None:
     from megatron_solopo.conversion.companions import generation_config
     from megatron_solopo.conversion.hf_folder import TensorReader
     from megatron_solopo.model.hf_config import read_hf_config
@@ -139,7 +143,7 @@ def test_a_model_folder_with_such_a_file_is_refused(text: str, told: str, tmp_pa
     }
     for name, read in readers.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=f"^{tmp_path / name}: {told}"):
+        with refused(code, f"{tmp_path / name}: ", key):
             read(tmp_path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from refusals import check_refusal, refused
 from test_arguments import NEEDED, answer
 
 from megatron_solopo import arguments
@@ -16,7 +17,6 @@ from megatron_solopo.arguments import RENAMED, Parser
 from megatron_solopo.cli import COMMANDS
 from megatron_solopo.config_load import build_parser as training_parser
 from megatron_solopo.config_load import load
-from megatron_solopo.errors import UserError
 
 WITH_FILE = ("prepare-data", "sample-responses", "build-pairs", "tokenize-data", "evaluate", "report", "ask")
 """Commands whose file is a flat list of their own options; that of training has sections."""
@@ -92,25 +92,21 @@ def test_the_command_line_has_the_last_word(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "unknown": ("short_tok: 3", "o.yaml:1: unknown option 'short_tok'; did you mean short_tokens?"),
-    "dashes": ("\nshort-tokens: 3", "o.yaml:2: unknown option 'short-tokens'; did you mean short_tokens?"),
-    "another file": ("config: b.yaml", "o.yaml:1: config: unknown option; one file does not name another"),
-    "help": ("help: true", "o.yaml:1: unknown option 'help'"),
-    "no number": ("seed: 1\nlimit: many", "o.yaml:2: limit: invalid int value: 'many'"),
-    "choice": ("evidence: guess", "o.yaml:1: evidence: invalid choice: 'guess' (choose from 'labels', 'bm25', "),
-    "switch for a value": ("limit: true", "o.yaml:1: limit: must be int, found True"),
-    "list for a value": ("output: [a, b]", "o.yaml:1: output: must be str, found [a, b]"),
-    "mapping for a value": ("output: {a: b}", "o.yaml:1: output: must be str, found {'a': 'b'}"),
-    "null": ("seed:", "o.yaml:1: seed: needs a value (with a question's id"),
-    "null where it is needed": ("output:", "o.yaml:1: output: needs a value (contexts, JSONL)"),
-    "twice": ("seed: 1\nseed: 1", "o.yaml:2: not valid YAML ('seed' is given twice)"),
-    "both names": (
-        "data: a\ninput: b",
-        "warning: {0}:2: input: is now data; the next version will not know the old name\n"
-        "error: {0}:2: input: is data, which {0}:1: data gives too; give it once",
-    ),
-    "no mapping": ("- a", "o.yaml: must hold 'name: value' lines"),
-    "no YAML": ("a: [", "o.yaml:1: not valid YAML (expected the node content, but found '<stream end>')"),
+    "unknown": ("short_tok: 3", "option-unknown", "1: ", "'short_tok'", "mean short_tokens?"),
+    "dashes": ("\nshort-tokens: 3", "option-unknown", "2: ", "'short-tokens'", "mean short_tokens?"),
+    "another file": ("config: b.yaml", "option-unknown", "1: config: "),
+    "help": ("help: true", "option-unknown", "1: ", "'help'"),
+    "no number": ("seed: 1\nlimit: many", "option-value", "2: limit: ", "int", "'many'"),
+    "choice": ("evidence: guess", "option-value", "1: evidence: ", "'guess' (choose from 'labels', 'bm25', "),
+    "switch for a value": ("limit: true", "option-value", "1: limit: ", "int", "True"),
+    "list for a value": ("output: [a, b]", "option-value", "1: output: ", "str", "[a, b]"),
+    "mapping for a value": ("output: {a: b}", "option-value", "1: output: ", "str", "{'a': 'b'}"),
+    "null": ("seed:", "option-value", "1: seed: ", "(with a question's id"),
+    "null where it is needed": ("output:", "option-value", "1: output: ", "(contexts, JSONL)"),
+    "twice": ("seed: 1\nseed: 1", "not-yaml", "2: ", "'seed'"),
+    "both names": ("data: a\ninput: b", "option-twice", "2: input: ", "is data", "o.yaml:1: data"),
+    "no mapping": ("- a", "yaml-structure", " ", "'name: value'"),
+    "no YAML": ("a: [", "not-yaml", "1: ", "expected the node content, but found '<stream end>'"),
 }
 
 
@@ -118,22 +114,22 @@ WRONG = {
 def test_a_mistake_in_a_file_gets_one_line_that_names_its_own(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, expected = WRONG[case]
+    text, code, place, *named = WRONG[case]
     file = written(tmp_path, text)
-    told = answer(capsys, ["prepare-data", *file])
-    path = file[1]
-    assert told.startswith(expected.format(path) if "{0}" in expected else f"error: {tmp_path}/{expected}")
-    assert told.count("\n") == 1 + expected.count("\n")
+    stderr = answer(capsys, ["prepare-data", *file])
+    assert check_refusal(stderr, code, *named).startswith(f"{file[1]}:{place}")
+    warned = f"warning: {file[1]}:2: input: is now data" in stderr
+    assert stderr.count("\n") == 1 + warned and warned == (case == "both names")
 
 
 def test_a_mistake_on_the_command_line_does_not_blame_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path, {"limit": 3})
-    told = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], *file, "--limit", "many"])
-    assert told == "error: --limit: invalid int value: 'many'\n"
-    assert answer(capsys, ["report", "--config", "absent.yaml"]) == "error: --config absent.yaml: no such file\n"
-    assert answer(capsys, ["report", "--config"]) == "error: --config: expected one argument\n"
+    stderr = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], *file, "--limit", "many"])
+    assert check_refusal(stderr, "option-value", "int", "'many'").startswith("--limit: ")
+    check_refusal(answer(capsys, ["report", "--config", "absent.yaml"]), "file-missing", "--config absent.yaml: ")
+    check_refusal(answer(capsys, ["report", "--config"]), "option-value", "--config: ", "one argument")
 
 
 OLD = {
@@ -149,15 +145,15 @@ OLD = {
 
 @pytest.mark.parametrize("command", OLD)
 def test_an_old_name_is_taken_with_a_warning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv, told = OLD[command]
-    old, new = told.split(" is now ")
+    argv, warning = OLD[command]
+    old, new = warning.split(" is now ")
     assert parser_of(command).parse_args(argv) == parser_of(command).parse_args(
         [text.replace(old, new, 1) if text.startswith(old) else text for text in argv]
     )
-    assert capsys.readouterr().err == f"warning: {told}; the next version will not know the old name\n"
+    assert capsys.readouterr().err == f"warning: {warning}; the next version will not know the old name\n"
     name, value = next((text, argv[i + 1 : i + 2]) for i, text in enumerate(argv) if text.startswith(old))
     if "force" not in name:  # a switch may be given again
-        with pytest.raises(UserError, match=f"^{new}: given twice"):
+        with refused("option-twice", f"{new}: "):
             parser_of(command).parse_args([*argv, new, *(value or ["x"])])
 
 
