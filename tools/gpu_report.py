@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     for path, records in given.items():
         environment = tables.figures_of(records).get("environment", {})
         if environment.get("dry_run", {"value": True})["value"]:
-            raise UserError(f"{path}: of a dry run, or without the cell `environment`; --print shows it")
+            raise UserError(
+                "results-incomplete", f"{path}: of a dry run, or without the cell `environment`; --print shows it"
+            )
         KEPT.mkdir(exist_ok=True)
         (KEPT / f"{machine_of(path, records)}.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
@@ -61,9 +63,9 @@ def results_of(path: Path) -> list[dict[str, Any]]:
     try:
         records = read(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError("file-unreadable", f"{path}: cannot be read ({error})") from None
     if not any("status" in record for record in records if isinstance(record, dict)):
-        raise UserError(f"{path}: no results of tools/gpu_suite.py")
+        raise UserError("results-empty", f"{path}: no results of tools/gpu_suite.py")
     return records
 
 
@@ -89,7 +91,7 @@ def page(text: str, machines: dict[str, list[dict[str, Any]]]) -> str:
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise UserError(f"docs/gpu.md: the lines {BEGIN} and {END} are missing")
+        raise UserError("page-markers-missing", f"docs/gpu.md: the lines {BEGIN} and {END} are missing")
     return f"{before}{BEGIN}\n\n{tables.markdown(machines)}\n{END}{after}"
 
 

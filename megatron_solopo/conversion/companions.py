@@ -112,7 +112,7 @@ def generation_config(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise UserError(f"{path}: not a JSON object; copy or download it again, or take it away")
+        raise UserError("not-json", f"{path}: not a JSON object; copy or download it again, or remove it")
     return document
 
 

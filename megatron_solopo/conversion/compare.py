@@ -73,7 +73,7 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
     lines: Sequence[str] = PROMPTS
     if path is not None:
         if not Path(path).is_file():
-            raise UserError(f"--prompts {path}: no such file; give a text file with a prompt a line")
+            raise UserError("file-missing", f"--prompts {path}: no such file; set a text file with one prompt per line")
         lines = [line for line in read_text("--prompts", path).splitlines() if line.strip()]
     longest = hf_config.max_position_embeddings
     try:
@@ -82,7 +82,7 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
     except Exception as error:  # transformers raises many kinds
         if path is not None:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--prompts {path}: needs the tokenizer: {reason}") from None
+            raise UserError("tokenizer-unreadable", f"--prompts {path}: needs the tokenizer: {reason}") from None
         made = []
     usable = bool(made) and all(len(ids) > 1 and max(ids) < hf_config.vocab_size for ids in made)
     if path is None and not usable:
@@ -91,14 +91,17 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
         made = torch.randint(0, hf_config.vocab_size, shape, generator=generator).tolist()
     for number, ids in enumerate(made, start=1):
         if len(ids) < 2:
-            raise UserError(f"{path}:{number}: a prompt of {len(ids)} tokens; at least two are compared")
+            raise UserError(
+                "prompt-too-short", f"{path}:{number}: a prompt of {len(ids)} tokens; the comparison needs two or more"
+            )
         if max(ids) >= hf_config.vocab_size:
             raise UserError(
+                "token-beyond-vocabulary",
                 f"{path}:{number}: token id {max(ids)} is beyond vocab_size {hf_config.vocab_size} of {folder}; the "
-                "tokenizer is not this model's"
+                "tokenizer is not this model's",
             )
     if not made:
-        raise UserError(f"--prompts {path}: holds no text")
+        raise UserError("data-empty", f"--prompts {path}: holds no text")
     return made
 
 

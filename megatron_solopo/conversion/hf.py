@@ -49,11 +49,16 @@ def named_entries(
             for place, expert in enumerate(layer.mlp.local_expert_indices if entry.of_experts else (0,)):
                 name = entry.megatron.format(layer=local, expert=place)
                 if name not in parameters:
-                    raise UserError(f"the model has no parameter {name!r}, which {hf_config.model_type}'s table names")
+                    raise UserError(
+                        "parameter-unmapped",
+                        f"the model has no parameter {name!r}, which {hf_config.model_type}'s table names",
+                    )
                 names = tuple(hf.format(layer=number, expert=expert) for hf in entry.hf)
                 yield entry, names, parameters.pop(name)
     if parameters:
-        raise UserError(f"{hf_config.model_type}'s table makes no parameter {sorted(parameters)[0]!r}")
+        raise UserError(
+            "parameter-unmapped", f"{hf_config.model_type}'s table has no entry for the parameter {min(parameters)!r}"
+        )
 
 
 def tensor_group(entry: Entry) -> dist.ProcessGroup:

@@ -64,15 +64,16 @@ class TensorReader:
                 break
         else:
             raise UserError(
+                "weights-missing",
                 f"{folder}: no {SINGLE}, {INDEX}, {BIN_SINGLE} or {BIN_INDEX}; "
-                + (seen_in(folder) or "give a folder with weights, or start with --random-init")
+                + (seen_in(folder) or "use a folder with weights, or start with --random-init"),
             )
         self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(NEVER_WEIGHTS)}
         if not self._file_of:
-            raise UserError(f"{folder}: its weight files hold no weights; copy or download it again")
+            raise UserError("weights-missing", f"{folder}: its weight files hold no weights; copy or download it again")
         for name in sorted(set(self._file_of.values())):
             if not (self.folder / name).is_file():
-                raise UserError(f"{self.folder / name}: the shard is missing (named in {index})")
+                raise UserError("shard-missing", f"{self.folder / name}: the shard is missing (named in {index})")
 
     def _names_in(self, file: str) -> list[str]:
         _refuse_pointer(self.folder / file)
@@ -86,7 +87,9 @@ class TensorReader:
         try:
             return safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from None
+            raise UserError(
+                "file-damaged", f"{path}: not a complete safetensors file ({error}); copy or download it again"
+            ) from None
 
     def names(self) -> set[str]:
         """Of every weight."""
@@ -107,7 +110,9 @@ class TensorReader:
             found.setdefault(self.dtype_of(name), name)
         if len(found) > 1:
             several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in found.items())
-            raise UserError(f"{self.folder}: its weights have several dtypes, {several}; choose one with --dtype")
+            raise UserError(
+                "dtype-mixed", f"{self.folder}: its weights have several dtypes, {several}; choose one with --dtype"
+            )
         return next(iter(found))
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -119,8 +124,9 @@ class TensorReader:
         code = self._head(name).dtype
         if code not in CODES.values():
             raise UserError(
+                "dtype-unsupported",
                 f"{self.folder}: the tensor {name!r} is stored as {code}, and only {', '.join(CODES.values())} are "
-                "read; give the folder of the unquantized weights"
+                "read; use the folder of the unquantized weights",
             )
         return next(dtype for dtype, known in CODES.items() if known == code)
 
@@ -158,13 +164,17 @@ class TensorReader:
 
     def _head(self, name: str) -> _Head:
         if name not in self._file_of:
-            raise UserError(f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json")
+            raise UserError(
+                "tensor-missing",
+                f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json",
+            )
         file = self._file_of[name]
         if file not in self._heads:
             self._heads[file] = self._heads_in(file)
         if name not in self._heads[file]:
             raise UserError(
-                f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again"
+                "tensor-missing",
+                f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again",
             )
         return self._heads[file][name]
 
@@ -201,7 +211,10 @@ def _read_index(path: Path) -> dict[str, str]:
             return files
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path}: not valid JSON with a 'weight_map' of tensors and their files; copy or download it again")
+    raise UserError(
+        "file-damaged",
+        f"{path}: not valid JSON with a 'weight_map' of tensors and their files; copy or download it again",
+    )
 
 
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -211,22 +224,26 @@ def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
             mapped = file.read(2) == b"PK"  # the format of torch before 1.6 cannot be mapped
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        code = "Unsupported" in str(error) or "WeightsUnpickler" in str(error)
-        what = "holds more than tensors, which could run code" if code else "not a complete file of torch.save"
-        remedy = "convert it to safetensors where you trust it" if code else "copy or download it again"
-        raise UserError(f"{path}: {what}; {remedy}") from None
+        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
+            raise UserError(
+                "pickle-unsafe",
+                f"{path}: holds more than tensors, which could run code; convert it to safetensors if you trust it",
+            ) from None
+        raise UserError(
+            "file-damaged", f"{path}: not a complete file of torch.save; copy or download it again"
+        ) from None
     problem = f"holds no tensors by name (a {type(loaded).__name__})"
     if isinstance(loaded, dict):
         problem = next(
             (
-                f"{name!r} in it is no tensor ({type(value).__name__})"
+                f"{name!r} in it is not a tensor ({type(value).__name__})"
                 for name, value in loaded.items()
                 if not (isinstance(name, str) and isinstance(value, Tensor))
             ),
             None,
         )
     if problem is not None:
-        raise UserError(f"{path}: {problem}; save the model's state_dict() alone")
+        raise UserError("not-a-state-dict", f"{path}: {problem}; save the model's state_dict() alone")
     return loaded, mapped
 
 
@@ -234,7 +251,9 @@ def _refuse_pointer(path: Path) -> None:
     """What git leaves in a large file's place without git-lfs."""
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
-            raise UserError(f"{path}: only a pointer of git-lfs, not the weights; run git lfs pull in its folder")
+            raise UserError(
+                "git-lfs-pointer", f"{path}: only a pointer of git-lfs, not the weights; run git lfs pull in its folder"
+            )
 
 
 def write_folder(
@@ -281,5 +300,6 @@ def write_folder(
 
 def _not_written(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere"
+        "write-failed",
+        f"--save-hf {folder}: {error.strerror or error}; the checkpoint of the run is complete, export it elsewhere",
     )

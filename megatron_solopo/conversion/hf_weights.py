@@ -93,21 +93,24 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
         left_over.remove(OUTPUT)
     if left_over == {OUTPUT}:
         raise UserError(
+            "tensor-not-tied",
             f"{reader.folder}: {OUTPUT} is not the embedding, though config.json says so, and training "
-            'would lose it; set "tie_word_embeddings": false there, or take the tensor out'
+            'would lose it; set "tie_word_embeddings": false there, or remove the tensor',
         )
     if left_over:
         raise UserError(
+            "tensor-left-over",
             f"{reader.folder}: the tensor {min(left_over)!r} is not part of {hf_config.model_type} "
-            f"({len(left_over)} such); training would lose it"
+            f"({len(left_over)} such); training would lose it",
         )
     shapes = stored_shapes(read_hf_config(reader.folder))
     for name in sorted(expected):
         reader.dtype_of(name)  # it is one of weights
         if reader.shape(name) != shapes[name]:
             raise UserError(
+                "tensor-shape",
                 f"{reader.folder}: the tensor {name!r} has the shape {tuple(reader.shape(name))}, config.json makes it "
-                f"{tuple(shapes[name])}; the two do not belong together, or the copy is damaged"
+                f"{tuple(shapes[name])}; the two do not belong together, or the copy is damaged",
             )
 
 

@@ -54,8 +54,9 @@ def latest_iteration(folder: str | Path) -> int | None:
     text = path.read_text(errors="replace").strip()
     if not (text.isascii() and text.isdigit()):
         raise UserError(
+            "file-damaged",
             f"{path}: must hold the number of an iteration, found {text[:20]!r}"
-            + (_offer(Path(folder)) or "; write the number of a complete one there, or start anew in another folder")
+            + (_offer(Path(folder)) or "; write the number of a complete one there, or start in another folder"),
         )
     return int(text)
 
@@ -142,19 +143,21 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
     iteration = latest_iteration(folder) if ckpt_step is None else ckpt_step
     if iteration is None:
         raise UserError(
+            "checkpoint-missing",
             f"{option} {folder}: no complete checkpoint there ({LATEST} is missing)"
-            + (_offer(folder) or f"; {mistaken(folder) or 'give the folder of a run'}")
+            + (_offer(folder) or f"; {mistaken(folder) or 'use the folder of a run'}"),
         )
     source = checkpoint_folder(folder, iteration)
     problem = problem_of(source)
     if problem:
         named = f"{option} {folder}" if ckpt_step is None else f"--ckpt-step {ckpt_step}"
         raise UserError(
+            "checkpoint-incomplete",
             f"{named}: the checkpoint {source} cannot be used: {problem}"
             + (
                 _offer(folder, iteration, " in place of --auto-resume, once" if option == "--save" else "")
-                or "; no earlier complete checkpoint is there: start anew in another folder"
-            )
+                or "; there is no earlier complete checkpoint: start in another folder"
+            ),
         )
     return source
 
@@ -163,9 +166,9 @@ def mistaken(folder: Path) -> str | None:
     """What a folder is that people take for a run's, and what to do; None where nothing is recognised."""
     folder = folder.resolve()
     if is_marked(folder) and (number := folder.name.removeprefix("iter_")).isdecimal():
-        return f"it is one checkpoint: give the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
+        return f"it is one checkpoint: use the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
     if (folder / "config.json").is_file():
-        return "it is a Hugging Face folder, which is given as --hf-path"
+        return "it is a Hugging Face folder: pass it as --hf-path"
     return None
 
 
@@ -173,7 +176,7 @@ def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
     """Half a sentence: the newest complete checkpoint before an iteration and the flags that take it; or nothing."""
     for number in reversed(iterations(folder)):
         if (before is None or number < before) and problem_of(checkpoint_folder(folder, number)) is None:
-            return f"; iteration {number} is complete: go on from it with --load {folder} --ckpt-step {number}{note}"
+            return f"; iteration {number} is complete: resume from it with --load {folder} --ckpt-step {number}{note}"
     return ""
 
 

@@ -72,8 +72,9 @@ def model_states(
             del state[key]
         if stored is not None and len(left_out[name]) < len(scales) and os.environ.get(UNSAFE_PICKLES) != "1":
             raise UserError(
+                "pickle-unsafe",
                 f"--fp8-recipe delayed: {source} holds FP8 scales that Transformer Engine keeps as Python pickles, "
-                f"which could run any code; if the checkpoint is your own, set {UNSAFE_PICKLES}=1 in the environment"
+                f"which could run any code; if the checkpoint is your own, set {UNSAFE_PICKLES}=1 in the environment",
             )
     return states, left_out
 
@@ -154,7 +155,7 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
             shutil.rmtree(aside, ignore_errors=True)
         if filling is not None and filling.error is not None:
             raise filling.error
-        raise UserError(f"--save {target}: not written ({problem})")
+        raise UserError("write-failed", f"--save {target}: not written ({problem})")
 
 
 def in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:

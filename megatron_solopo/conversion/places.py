@@ -43,7 +43,7 @@ def named_folder(option: str, text: str) -> Path:
         UserError: the text is empty, which would be the folder that the command runs in.
     """
     if not text:
-        raise UserError(f"{option}: the name of the folder is empty; give one")
+        raise UserError("option-value", f"{option}: the name of the folder is empty; set one")
     return Path(text)
 
 
@@ -61,16 +61,23 @@ def check_target(option: str, folder: Path, force: bool, filling: bool = False) 
     if not real.exists():
         return
     if not real.is_dir():
-        raise UserError(f"{option} {folder}: is not a folder; choose another name")
+        raise UserError("not-a-folder", f"{option} {folder}: is not a folder; choose another name")
     if _is_mounted(real):
         raise UserError(
-            f"{option} {folder}: is a mount point, which cannot be renamed; give a folder inside it: {folder / 'model'}"
+            "folder-mounted",
+            f"{option} {folder}: is a mount point, which cannot be renamed; use a folder inside it: {folder / 'model'}",
         )
     model = (real / "config.json").is_file()
     if not force and (model or not filling):
-        raise UserError(f"{option} {folder}: exists already; choose another folder, or overwrite it with --overwrite")
+        raise UserError(
+            "folder-exists",
+            f"{option} {folder}: exists already; choose another folder, or overwrite it with --overwrite",
+        )
     if not model and not all(map(_is_export, real.iterdir())):
-        raise UserError(f"{option} {folder}: holds no model, and only models are replaced; choose another folder")
+        raise UserError(
+            "folder-not-a-model",
+            f"{option} {folder}: holds no model, and only models are replaced; choose another folder",
+        )
 
 
 def _is_mounted(folder: Path) -> bool:
@@ -102,11 +109,14 @@ def check_apart(option: str, folder: Path, others: Mapping[str, str | Path | Non
         # Also where nothing is replaced yet: the next start would find a model around the other one.
         if other is not None and any(Path(other).resolve().is_relative_to(target) for target in targets):
             raise UserError(
-                f"{option} {folder}: would take the place of {name} {other}; choose a folder that does not hold it"
+                "folder-overlap",
+                f"{option} {folder}: would take the place of {name} {other}; choose a folder that does not hold it",
             )
     runs = (run.resolve(),) if run is not None else ()
     for place in (targets[0], *targets[0].parents):
         if place.name.startswith("iter_") and (is_marked(place) or place.parent in runs):
             raise UserError(
-                f"{option} {folder}: lies in the checkpoint {place}, whose mark it breaks; choose another folder"
+                "folder-overlap",
+                f"{option} {folder}: lies in the checkpoint {place}, whose manifest would not match; choose another "
+                "folder",
             )

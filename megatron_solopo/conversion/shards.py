@@ -39,7 +39,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.I)
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if size < 1:
-        raise UserError(f"--max-shard-size {text}: must be a size such as 5GB or 500MB")
+        raise UserError("option-value", f"--max-shard-size {text}: must be a size such as 5GB or 500MB")
     return size
 
 

@@ -36,8 +36,9 @@ def model_config(options: ModelConfig) -> PretrainedConfig:
         return hf_config
     if is_megatron_folder(options.hf_path):
         raise UserError(
+            "option-conflict",
             f"{flag('add_special_tokens')} with the Megatron folder {options.hf_path}: its matrices have no rows for "
-            "them; give the option to convert-checkpoint hf-to-megatron, which makes such folders"
+            "them; pass the option to convert-checkpoint hf-to-megatron, which makes such folders",
         )
     grown = copy.deepcopy(hf_config)
     grown.vocab_size = new_rows(options.hf_path, hf_config.vocab_size, options.add_special_tokens).rows

@@ -81,8 +81,9 @@ class StoredWeights:
             problem = f"its {part.key} has the shape {tuple(stored.size)}, the model's {tuple(part.global_shape)}"
         if problem:
             raise UserError(
-                f"{self._source} cannot be read ({problem}); its files are complete, so it is another model's: give "
-                "the --hf-path of its run"
+                "checkpoint-other-model",
+                f"{self._source} cannot be read ({problem}); its files are complete, so it is another model's: use "
+                "the --hf-path of its run",
             )
 
     def fill_all(self) -> None:
