@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
-from megatron_solopo.data.fields import Message, check_messages, require
+from megatron_solopo.data.files.records import Record
+from megatron_solopo.data.validation import Message, check_messages, missing, wrong_kind
 from megatron_solopo.errors import UserError
 
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
@@ -41,7 +41,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-def as_group(record: dict[str, Any], where: str) -> dict[str, Any]:
+def as_group(record: Record, where: str) -> Record:
     """The record with ``short_messages``, ``chosen`` and ``rejected`` (texts), whatever form of pair it has.
 
     Raises:
@@ -50,12 +50,13 @@ def as_group(record: dict[str, Any], where: str) -> dict[str, Any]:
     if {"short_messages", "long_messages"} & record.keys():
         return record
     given = _present(record)
-    names = {"chosen": _first(given, CHOSEN), "rejected": _first(given, REJECTED)}
-    missing = [name for name, key in names.items() if key is None]
-    if missing:  # of a file that holds no pairs the first field is missed that all groups have
+    chosen, rejected = _first(given, CHOSEN), _first(given, REJECTED)
+    if chosen is None or rejected is None:
+        # Of a file that holds no pairs the first field is missed that all groups have.
+        key = "short_messages" if chosen is rejected else "chosen" if chosen is None else "rejected"
         named = "name the fields of pairs of another data set prompt, chosen and rejected"
-        require(given, "short_messages" if len(missing) == 2 else missing[0], list, where, named)
-    answers = {name: _answer(given[key], key, where) for name, key in names.items()}
+        raise UserError(missing(given, key, where, named))
+    answers = {"chosen": _answer(given, chosen, where), "rejected": _answer(given, rejected, where)}
     wholes = [name for name, answer in answers.items() if not isinstance(answer, str) and _is_whole(answer)]
     whole = len(wholes) == 2
     prompt, key = _prompt(given, ("prompt",) if whole else ("prompt", *CHATS, *QUESTIONS), where)
@@ -69,7 +70,8 @@ def as_group(record: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: 'chosen' and 'rejected' are answers alone, and no field holds their prompt (fields found: "
             f"{', '.join(sorted(given))}); give it as 'prompt', or whole conversations"
         )
-    if isinstance(given.get(key), str) and _turns(given[key]):  # whose answers begin with a space
+    text = given.get(key)
+    if isinstance(text, str) and _turns(text):  # whose answers begin with a space
         answers = {name: answer.strip() if isinstance(answer, str) else answer for name, answer in answers.items()}
     chats = {
         name: _with_system(given, _conversation(prompt, key, answer, name, where), where)
@@ -85,7 +87,7 @@ def as_group(record: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def as_conversation(record: dict[str, Any], where: str) -> list[Message]:
+def as_conversation(record: Record, where: str) -> list[Message]:
     """The messages of a record, whatever form of conversation it has.
 
     Raises:
@@ -93,27 +95,26 @@ def as_conversation(record: dict[str, Any], where: str) -> list[Message]:
     """
     given = _present(record)
     if key := _first(given, ("messages", *CHATS)):
-        chat = _unpacked(given[key], key, where)
-        return _with_system(given, check_messages(require({key: chat}, key, list, where), key, where), where)
+        return _with_system(given, check_messages(_unpacked(given[key], key, where), key, where), where)
     if {"chosen", "rejected"} <= given.keys() and "short_messages" not in given:
         known = ", ".join(sorted(given))
         raise UserError(f"{where}: no conversation (fields found: {known}); these are pairs for --objective preference")
     answer, (prompt, key) = _first(given, ANSWERS), _prompt(given, ("prompt", *QUESTIONS), where)
     if answer is None or prompt is None or OTHERWISE & given.keys():
-        require(given, "messages", list, where)
-    chat = _conversation(prompt, key, _answer(given[answer], answer, where), answer, where)
+        raise UserError(missing(given, "messages", where))
+    chat = _conversation(prompt, key, _answer(given, answer, where), answer, where)
     return _with_system(given, chat, where)
 
 
-def _present(record: dict[str, Any]) -> dict[str, Any]:
+def _present(record: Record) -> Record:
     return {name: value for name, value in record.items() if value is not None}
 
 
-def _first(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
+def _first(record: Record, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in record), None)
 
 
-def _prompt(record: dict[str, Any], names: tuple[str, ...], where: str) -> tuple[list[Message] | None, str]:
+def _prompt(record: Record, names: tuple[str, ...], where: str) -> tuple[list[Message] | None, str]:
     """The messages before an answer, and the field among ``names`` that they come from; None where there is none."""
     key = _first(record, names)
     if key is None:
@@ -123,19 +124,23 @@ def _prompt(record: dict[str, Any], names: tuple[str, ...], where: str) -> tuple
         value = value.get("messages", [value])
     if isinstance(value, list):
         messages = check_messages(value, key, where)
-    elif (turns := _turns(require(record, key, (str, list), where))) is not None:
+    elif not isinstance(value, str):
+        raise UserError(wrong_kind(value, key, where, "str or list"))
+    elif (turns := _turns(value)) is not None:
         messages = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     else:
-        if key == "instruction" and isinstance(record.get("input"), str) and record["input"]:
-            value = f"{value}\n{record['input']}"  # as LLaMA-Factory joins them
+        if key == "instruction" and isinstance(more := record.get("input"), str) and more:
+            value = f"{value}\n{more}"  # as LLaMA-Factory joins them
         messages = [{"role": "user", "content": value}]
     return messages, key
 
 
-def _with_system(record: dict[str, Any], messages: list[Message], where: str) -> list[Message]:
+def _with_system(record: Record, messages: list[Message], where: str) -> list[Message]:
     """The messages behind the system message that another field holds; an empty text is none."""
     key = _first(record, SYSTEMS)
-    text = require(record, key, str, where) if key else ""
+    text = record[key] if key else ""
+    if not isinstance(text, str):
+        raise UserError(wrong_kind(text, str(key), where, "str"))
     if not text:
         return messages
     system = {"role": "system", "content": text}
@@ -146,19 +151,19 @@ def _with_system(record: dict[str, Any], messages: list[Message], where: str) ->
     return [system, *messages]
 
 
-def _answer(value: Any, key: str, where: str) -> str | list[Message]:
+def _answer(record: Record, key: str, where: str) -> str | list[Message]:
     """An answer's text, or its messages: one, or a whole conversation."""
-    value = _unpacked(value, key, where)
+    value = _unpacked(record[key], key, where)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, str):
         return _turns(value) or value
     if not isinstance(value, list):
-        raise UserError(f"{where}: the field '{key}' must be str or list, found {type(value).__name__}")
+        raise UserError(wrong_kind(value, key, where, "str or list"))
     return check_messages(value, key, where)
 
 
-def _unpacked(value: Any, key: str, where: str) -> Any:
+def _unpacked(value: object, key: str, where: str) -> object:
     """The messages of a table's cell that holds them as JSON; anything else as it is.
 
     Raises:

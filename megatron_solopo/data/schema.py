@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
-from megatron_solopo.data.fields import Message
 from megatron_solopo.data.files import inputs
-from megatron_solopo.data.files.records import Part, read_records
+from megatron_solopo.data.files.records import Part, Record, read_records
 from megatron_solopo.data.formats import as_conversation, as_group
-from megatron_solopo.data.validation import Chat, Day, DocumentSpan, Name, Printed, Response, TokenIds, validated
+from megatron_solopo.data.validation import (
+    Chat,
+    Day,
+    DocumentSpan,
+    Message,
+    Name,
+    Printed,
+    Response,
+    TokenIds,
+    check_unique,
+    validated,
+)
 from megatron_solopo.errors import UserError
 
 NAMED = 20
@@ -66,8 +75,8 @@ class PreferenceGroup:
     long_messages: Chat | None
     chosen: Response
     rejected: Response
-    answers: list[Any] = field(default_factory=list)
-    scores: dict[str, Any] = field(default_factory=dict)
+    answers: list[object] = field(default_factory=list)
+    scores: dict[str, object] = field(default_factory=dict)
     source: Printed = ""
     question: str = ""
     short_spans: list[DocumentSpan] = field(default_factory=list)
@@ -84,8 +93,11 @@ _GROUP = TypeAdapter(PreferenceGroup)
 class Conversation:
     """One example for ``--objective sft``; every assistant message is learnt."""
 
-    id: str
-    messages: list[Message]
+    id: Name
+    messages: Chat
+
+
+_CONVERSATION = TypeAdapter(Conversation)
 
 
 def check_spans(spans: Sequence[DocumentSpan], messages: list[Message] | None, key: str, where: str) -> None:
@@ -126,20 +138,19 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
             if chat and chat[-1]["role"] == "assistant":
                 raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
             check_spans(getattr(group, f"{context}_spans"), chat, f"{context}_spans", where)
-        if group.id in seen:
-            raise UserError(f"{where}: the id {group.id!r} was used before at {seen[group.id]}; ids must be unique")
-        seen[group.id] = where
+        check_unique(group.id, where, seen)
         yield group
     if useless:
         raise UserError(_useless_text(useless, f"{path}:"))
 
 
-def _teaches_nothing(record: dict[str, Any]) -> str | None:
+def _teaches_nothing(record: Record) -> str | None:
     """Why no preference can be learnt from a group's two responses; None where it can, or where they are no texts."""
     responses = {name: record.get(name) for name in ("chosen", "rejected")}
-    if not all(isinstance(text, str) for text in responses.values()):
+    texts = {name: text for name, text in responses.items() if isinstance(text, str)}
+    if len(texts) < len(responses):
         return None
-    if empty := [name for name, text in responses.items() if not text.strip()]:
+    if empty := [name for name, text in texts.items() if not text.strip()]:
         return f"'{empty[0]}' is empty; a response needs at least one word"
     same = responses["chosen"] == responses["rejected"]
     return "chosen and rejected are the same text; such a pair teaches nothing, remove it" if same else None
@@ -155,7 +166,7 @@ def _useless_text(useless: list[tuple[str, str]], prefix: str) -> str:
     return f"{where}: {reason} ({len(useless):,} such pairs in all, the others at {', '.join(places)}{more})"
 
 
-def _records(path: str | Path, part: Part | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: str | Path, part: Part | None) -> Iterator[tuple[str, Record]]:
     """(where, record) of a part of a JSONL or Parquet file, or of all that an input of `inputs.read_records` holds,
     which may be ``hub:NAME``, a JSON array, CSV or Arrow too."""
     return inputs.read_records([path]) if part is None else read_records(path, part)
@@ -169,8 +180,4 @@ def read_conversations(path: str | Path, part: Part | None = None) -> Iterator[C
             raise UserError(f"{where}: 'messages' holds no assistant message, so there is nothing to learn")
         if messages[0]["role"] == "assistant":
             raise UserError(f"{where}: 'messages' starts with an assistant message; a prompt must come first")
-        yield Conversation(id=_id(record, where), messages=messages)
-
-
-def _id(record: dict[str, Any], where: str) -> str:
-    return where if record.get("id") is None else str(record["id"])
+        yield validated(_CONVERSATION, record | {"messages": messages}, where, id=where)

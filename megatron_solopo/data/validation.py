@@ -1,74 +1,90 @@
-"""Records of files made into dataclasses by pydantic; an error is one line with ``file:line`` and the field.
+"""The one layer that checks records of files: pydantic makes dataclasses of them.
 
-The types here are what pydantic's own are not: numbers and flags are never made of texts, chats come in the forms that
-`check_messages` reads.
+An error is one line that names ``file:line``, the field, what it must be, and what the record looks like where another
+kind of file was given. The types here are what pydantic's own are not: numbers and flags are never made of texts, chats
+come in the forms that `check_messages` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Strict, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    PlainValidator,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.data.fields import Message, check_messages, missing
 from megatron_solopo.errors import UserError
 
+Message = dict[str, str]
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": text}``."""
 
-def _messages(value: Any, info: ValidationInfo) -> list[Message]:
-    return check_messages(value, info.field_name, info.context)
+ROLES = ("system", "user", "assistant", "tool")
 
+SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+"""``from`` of ``{from, value}`` messages -> role."""
 
-def _name(value: Any, info: ValidationInfo) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(
-            f"{info.context}: the field '{info.field_name}' must be str or int, found {type(value).__name__}"
-        )
-    return str(value)
+TOOL_CALLS = ("tool_calls", "function_call")
 
-
-def _day(value: Any, info: ValidationInfo) -> str:
-    return template_kwargs.check_date(value, f"{info.context}: the field '{info.field_name}'")
-
-
-def _response(value: str, info: ValidationInfo) -> str:
-    if not value.strip():
-        raise UserError(f"{info.context}: '{info.field_name}' is empty; a response needs at least one word")
-    return value
-
-
-def _words(value: list[str], info: ValidationInfo) -> list[str]:
-    if not value or not all(text.strip() for text in value):
-        raise UserError(
-            f"{info.context}: the field '{info.field_name}' must be a non-empty list of texts, none of them empty"
-        )
-    return value
-
-
-def _tokens(value: list[int], info: ValidationInfo) -> list[int]:
-    if not value or min(value) < 0:
-        raise UserError(f"{info.context}: the field '{info.field_name}' must be a non-empty list of token ids")
-    return value
+_OURS = (
+    ({"short_messages", "chosen", "rejected"}, "preference groups, as build-pairs writes them"),
+    ({"short_messages", "long_messages", "short_tokens"}, "contexts, as prepare-data writes them"),
+    ({"id", "responses"}, "responses, as sample-responses writes them"),
+    ({"settings"}, "an unfinished file of sample-responses; repeat that command to complete it"),
+)
+_OTHERS = (
+    ({"completion", "label"}, "single answers with a label, as KTO's; pair a true with a false one of the same prompt"),
+    ({"prompt", "chosen", "rejected"}, "pairs for --objective preference"),
+    ({"conversation_a", "conversation_b"}, "votes between conversations; name the better chosen, the other rejected"),
+    ({"response_a", "response_b"}, "votes between responses; name the better one chosen, the other rejected"),
+    ({"response_0", "response_1"}, "votes between responses; name the better one chosen, the other rejected"),
+    ({"completions"}, "several rated answers a prompt; make pairs of them: prompt, chosen, rejected"),
+    ({"messages"}, "conversations for --objective sft"),
+    ({"conversations"}, "conversations for --objective sft (ShareGPT)"),
+    ({"prompt", "completion"}, "prompts with one answer each, for --objective sft"),
+    ({"instruction", "output"}, "instructions with one answer each, for --objective sft (Alpaca)"),
+    ({"text"}, "plain texts, which say of no part who wrote it; give conversations"),
+)
+"""Fields that tell what a record is, for a file that was given in another one's place; questions stand between."""
 
 
-Name = Annotated[str, BeforeValidator(_name)]
-"""An id: a text, or a number that stands for one."""
-Printed = Annotated[str, BeforeValidator(str)]
-"""A text made of whatever is there."""
-Whole = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
-Chat = Annotated[list[Any], BeforeValidator(_messages)]
-"""Messages (`fields.Message`); other fields than role and content may be no texts."""
-Response = Annotated[str, AfterValidator(_response)]
-Words = Annotated[list[str], AfterValidator(_words)]
-TokenIds = Annotated[list[Whole], AfterValidator(_tokens)]
-Day = Annotated[str, BeforeValidator(_day)]
-DocumentSpan = tuple[Whole, Whole, Flag]
-"""(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""
+def kind_of(record: Mapping[str, object]) -> str | None:
+    """What a record is by its fields, in words; None where they do not say."""
+    # Not at the top: the sources check their records with this module, and only an error asks for their fields.
+    from megatron_solopo.data.building.sources import kinds_of
+
+    fields = {name for name, value in record.items() if value is not None}
+    names = kinds_of(fields)
+    questions = [(set[str](), f"questions of --source {' or '.join(names)}")] if names else []
+    return next((words for needed, words in (*_OURS, *questions, *_OTHERS) if needed <= fields), None)
 
 
-def validated[T](kind: TypeAdapter[T], record: dict[str, Any], where: str, **otherwise: Any) -> T:
+def missing(record: Mapping[str, object], key: str, where: str, otherwise: str | None = None) -> str:
+    """The line that says that a field is missing.
+
+    Args:
+        otherwise: what to do where the other fields do not say what the record is.
+    """
+    known = ", ".join(sorted(record)) or "none"
+    kind = kind_of(record)
+    hint = f"these are {kind}" if kind else otherwise
+    return f"{where}: the field '{key}' is missing (fields found: {known})" + (f"; {hint}" if hint else "")
+
+
+def wrong_kind(value: object, key: str, where: str, kind: str) -> str:
+    """The line that says that a field is of another kind than it must be."""
+    return f"{where}: the field '{key}' must be {kind}, found {type(value).__name__}"
+
+
+def validated[T](kind: TypeAdapter[T], record: Mapping[str, object], where: str, **otherwise: object) -> T:
     """The record as its type; a null is an absent field, a field that the type does not know is left out.
 
     Args:
@@ -84,16 +100,144 @@ def validated[T](kind: TypeAdapter[T], record: dict[str, Any], where: str, **oth
         raise UserError(_line(errors.errors(include_url=False)[0], present, where)) from None
 
 
-_KINDS = {"string": "str", "int": "int", "bool": "bool", "list": "list", "tuple": "list", "dict": "dict"}
+def check_unique(name: str, where: str, seen: dict[str, str]) -> None:
+    """Refuses an id that a record before had; ``seen`` holds where each was, and gets this one."""
+    if name in seen:
+        raise UserError(f"{where}: the id {name!r} was used before at {seen[name]}; ids must be unique")
+    seen[name] = where
+
+
+_KINDS = {
+    **{"string": "str", "int": "int", "float": "a number", "bool": "bool", "list": "list", "tuple": "list"},
+    **{"dict": "dict", "dataclass": "an object", "too_long": "shorter"},
+}
 """pydantic's names of types -> ours."""
 
 
-def _line(error: Mapping[str, Any], record: dict[str, Any], where: str) -> str:
-    first, *inner = error["loc"]
-    field = str(first) + "".join(f"[{part!r}]" for part in inner)
+def _line(error: ErrorDetails, record: Mapping[str, object], where: str) -> str:
+    *outer, last = error["loc"]
+    if outer and isinstance(last, str):  # a field of an object inside the record
+        where, outer, record = f"{where}, {_path(outer)}", [], error["input"]
+    field = _path([*outer, last])
     if error["type"] == "missing":
-        return f"{where}: the field '{field}' is missing" if inner else missing(record, field, where)
-    wanted = _KINDS.get(error["type"].removesuffix("_type"))
-    if wanted is None:
-        return f"{where}: the field '{field}': {error['msg']}"
-    return f"{where}: the field '{field}' must be {wanted}, found {type(error['input']).__name__}"
+        return f"{where}: the field '{field}' is missing" if outer else missing(record, field, where)
+    if kind := _KINDS.get(error["type"].removesuffix("_type")):
+        return wrong_kind(error["input"], field, where, kind)
+    return f"{where}: the field '{field}'{'' if error['type'] == 'wrong' else ':'} {error['msg']}"
+
+
+def _path(parts: Sequence[int | str]) -> str:
+    return str(parts[0]) + "".join(f"[{part!r}]" for part in parts[1:])
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """What a validator raises; the line says it behind the name of the field: ``must be a list of texts``."""
+    return PydanticCustomError("wrong", "{text}", {"text": text})
+
+
+def check_messages(value: object, key: str, where: str) -> list[Message]:
+    """A chat as ``{role, content}`` messages with text contents.
+
+    ShareGPT's ``{from, value}`` and contents that are lists of ``{"type": "text", "text": ...}`` are read too; the
+    texts of a list are joined without anything between them, as chat templates write them. Other fields of a message
+    stay, for the chat template; nulls, which tables put where a field is absent, do not.
+
+    Raises:
+        UserError: it is no such list, or holds what is not text: images, tool calls.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: the field '{key}' must be a non-empty list of {{role, content}} messages")
+    return [_message(message, f"{where}: {key}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: object, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise UserError(f"{where} must be an object with a text 'content'")
+    message = {name: field for name, field in message.items() if field is not None}
+    if "from" in message and "role" not in message:
+        author = message.pop("from")
+        if author not in SHAREGPT:
+            raise UserError(f"{where} is from {author!r}; of ShareGPT's, {', '.join(SHAREGPT)} are read")
+        message = {"role": SHAREGPT[author], "content": message.pop("value", None)} | message
+    for name in TOOL_CALLS:
+        if message.get(name):
+            raise UserError(f"{where} has '{name}', which are not read; write the call into 'content', or leave it out")
+        message.pop(name, None)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _joined(content, where)
+    if not isinstance(content, str):
+        raise UserError(f"{where} must be an object with a text 'content'")
+    if message.get("role") not in ROLES:
+        raise UserError(f"{where} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+    return message | {"content": content}
+
+
+def _joined(parts: Iterable[object], where: str) -> str:
+    texts = []
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"{where}, content[{index}] is a part of type {kind!r}; only parts of type 'text' with a 'text' are "
+                "read"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _messages(value: object, info: ValidationInfo) -> list[Message]:
+    return check_messages(value, str(info.field_name), str(info.context))
+
+
+def _name(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise wrong(f"must be str or int, found {type(value).__name__}")
+    return str(value)
+
+
+def _day(value: object, info: ValidationInfo) -> str:
+    return template_kwargs.check_date(value, f"{info.context}: the field '{info.field_name}'")
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise wrong("is empty; fill it in or remove the record")
+    return value
+
+
+def _response(value: str) -> str:
+    if not value.strip():
+        raise wrong("is empty; a response needs at least one word")
+    return value
+
+
+def _words(value: list[str]) -> list[str]:
+    if not value or not all(text.strip() for text in value):
+        raise wrong("must be a non-empty list of texts, none of them empty")
+    return value
+
+
+def _tokens(value: list[int]) -> list[int]:
+    if not value or min(value) < 0:
+        raise wrong("must be a non-empty list of token ids")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_name)]
+"""An id: a text, or a number that stands for one."""
+Printed = Annotated[str, BeforeValidator(str)]
+"""A text made of whatever is there."""
+Text = Annotated[str, AfterValidator(_text)]
+"""A text with a visible character."""
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+Chat = Annotated[list[Message], PlainValidator(_messages)]
+"""Messages; other fields of theirs than role and content may be no texts."""
+Response = Annotated[str, AfterValidator(_response)]
+Words = Annotated[list[str], AfterValidator(_words)]
+TokenIds = Annotated[list[Whole], AfterValidator(_tokens)]
+Day = Annotated[str, BeforeValidator(_day)]
+DocumentSpan = tuple[Whole, Whole, Flag]
+"""(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""

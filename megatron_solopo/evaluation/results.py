@@ -8,12 +8,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_solopo.data.fields import require
-from megatron_solopo.data.files.records import read_jsonl, read_text
+from pydantic import TypeAdapter
+
+from megatron_solopo.data.files.records import Record, read_jsonl, read_text
+from megatron_solopo.data.validation import Number, Whole, missing, validated
 from megatron_solopo.errors import UserError
 from megatron_solopo.metrics import LABELS, Metric, from_json, metric_of
+
+if TYPE_CHECKING:
+    import pandas
 
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -114,14 +119,19 @@ class Evaluation:
     model: str
     data: str
     results: tuple[LengthResult, ...]
-    settings: dict[str, Any]
+    settings: Record
 
     @property
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> Record:
         """What evaluations that are averaged have in common, unless LABEL= says that they are seeds."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_SHARED}
         data = [Path(name).resolve() for name in self.data.split(", ")]
         return {"model": Path(self.model).resolve(), "data": data, **settings}
+
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl: numbers by name, NaN for what was not finite; ``split``, and where there is one ``skipped``,
+are texts."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +147,9 @@ class Run:
 
     label: str
     folder: Path
-    train: tuple[dict[str, Any], ...]
-    valid: tuple[dict[str, Any], ...]
-    saves: tuple[dict[str, Any], ...] = ()
+    train: tuple[Row, ...]
+    valid: tuple[Row, ...]
+    saves: tuple[Row, ...] = ()
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     @property
@@ -147,7 +157,7 @@ class Run:
         return metrics_file(self.folder)
 
     @property
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> Record:
         """What runs that are averaged have in common, unless LABEL= says that they are seeds."""
         return {"folder": self.folder.resolve()}
 
@@ -258,40 +268,60 @@ def read_evaluation(argument: str) -> Evaluation:
         ) from None
     if not isinstance(record, dict):
         raise UserError(f"{path}: expected a JSON object; give a results file written by evaluate")
-    results = []
-    for key, values in require(record, "metrics", dict, str(path)).items():
-        where = f"{path}: metrics['{key}']"
-        match = re.fullmatch(r"(\d+) (\w+)", key)
-        if not match:
-            raise UserError(f"{where}: a context length is written like '8 documents' or '4096 tokens'")
-        intervals = require(values, "interval", dict, where)
-        if "sub_em_plain" not in values and "sub_em" in intervals:  # an older file, whose sub-EM is the plain one
-            values["sub_em_plain"], intervals["sub_em_plain"] = values.get("sub_em"), intervals["sub_em"]
-        if not intervals:
-            raise UserError(f"{where}: holds no score with an interval; give a results file written by evaluate")
-        results.append(
-            LengthResult(
-                length=int(match[1]),
-                unit=match[2],
-                means={name: float(require(values, name, (int, float), where)) for name in intervals},
-                intervals={name: tuple(require(intervals, name, list, where)) for name in intervals},
-                count=require(values, "count", int, where),
-                mean_prompt_tokens=float(require(values, "mean_prompt_tokens", (int, float), where)),
-                methods=dict(values.get("interval_method") or {}),
-                cut=values.get("cut"),
-            )
-        )
-    if not results:
+    file = validated(_FILE, record, str(path))
+    if not file.metrics:
         raise UserError(f"{path}: 'metrics' holds no context length")
-    model = require(record, "model", str, str(path))
+    results = [_at_length(key, values, f"{path}: metrics['{key}']") for key, values in file.metrics.items()]
     return Evaluation(
-        label or folder_names([model])[0],
-        path,
-        model,
-        require(record, "data", str, str(path)),
-        tuple(results),
-        dict(record.get("settings") or {}),
+        label or folder_names([file.model])[0], path, file.model, file.data, tuple(results), dict(file.settings)
     )
+
+
+@dataclass(frozen=True)
+class _File:
+    metrics: dict[str, Record]
+    model: str
+    data: str
+    settings: Record = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _AtLength:
+    interval: dict[str, tuple[Number, Number]]
+    count: Whole
+    mean_prompt_tokens: Number
+    interval_method: dict[str, str] = field(default_factory=dict)
+    cut: Whole | None = None
+
+
+_FILE, _AT_LENGTH, _NUMBERS = TypeAdapter(_File), TypeAdapter(_AtLength), TypeAdapter(dict[str, Number])
+
+
+def _at_length(key: str, values: dict[str, object], where: str) -> LengthResult:
+    match = re.fullmatch(r"(\d+) (\w+)", key)
+    if not match:
+        raise UserError(f"{where}: a context length is written like '8 documents' or '4096 tokens'")
+    read = validated(_AT_LENGTH, values, where)
+    intervals = dict(read.interval)
+    if "sub_em_plain" not in values and "sub_em" in intervals:  # an older file, whose sub-EM is the plain one
+        values, intervals["sub_em_plain"] = values | {"sub_em_plain": values.get("sub_em")}, intervals["sub_em"]
+    if not intervals:
+        raise UserError(f"{where}: holds no score with an interval; give a results file written by evaluate")
+    means = validated(_NUMBERS, {name: values.get(name) for name in intervals}, where)
+    if absent := intervals.keys() - means.keys():
+        raise UserError(missing(values, min(absent), where))
+    return LengthResult(
+        int(match[1]), match[2], means, intervals, read.count, read.mean_prompt_tokens, read.interval_method, read.cut
+    )
+
+
+@dataclass(frozen=True)
+class _Line:
+    step: Whole
+    split: str = "train"
+
+
+_LINE = TypeAdapter(_Line)
 
 
 def metrics_file(folder: Path) -> Path:
@@ -312,15 +342,16 @@ def read_run(argument: str) -> Run:
     path = metrics_file(folder)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a training run")
-    by_split: dict[str, dict[int, dict[str, Any]]] = {split: {} for split in ("train", "valid", "save", "export")}
+    by_split: dict[str, dict[int, Row]] = {split: {} for split in ("train", "valid", "save", "export")}
     written = path.read_bytes()
     lines = sum(1 for line in written.split(b"\n") if line.strip())
     read = 0
     try:
         for where, record in read_jsonl(path):
             read += 1
-            numbers = {name: math.nan if value is None else value for name, value in record.items()}
-            by_split.setdefault(record.get("split", "train"), {})[require(record, "step", int, where)] = numbers
+            line = validated(_LINE, record, where)
+            row = {name: math.nan if value is None else value for name, value in record.items()}
+            by_split.setdefault(line.split, {})[line.step] = row
     except UserError:
         unfinished = read == lines - 1 and not written.endswith(b"\n")
         if not unfinished:
@@ -353,13 +384,13 @@ def labels_of(*groups: Iterable[Evaluation | Run]) -> list[str]:
 
 def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str, metric: str) -> list[Point]:
     """The scores of one label by context length, shortest first, averaged over its evaluations."""
-    import pandas
+    import pandas  # of the extra "report"
 
     results = [one for evaluation in evaluations if evaluation.label == label for one in evaluation.results]
     results = [one for one in results if one.unit == unit and metric in one.means]
     frame = pandas.DataFrame({"x": [one.length for one in results], "value": [one.means[metric] for one in results]})
     points = _points(frame)
-    interval = {one.length: one.intervals[metric] for one in results}
+    interval: dict[float, tuple[float, float]] = {one.length: one.intervals[metric] for one in results}
     return [
         replace(point, low=interval[point.x][0], high=interval[point.x][1]) if point.seeds == 1 else point
         for point in points
@@ -368,7 +399,7 @@ def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str,
 
 def curve(runs: Iterable[Run], label: str, metric: str, split: str = "train") -> list[Point]:
     """A metric of one label by step, averaged over its runs at the steps that all of them have."""
-    import pandas
+    import pandas  # of the extra "report"
 
     rows = [
         (index, record["step"], record[metric])
@@ -381,7 +412,7 @@ def curve(runs: Iterable[Run], label: str, metric: str, split: str = "train") ->
     return [point for point in _points(frame) if point.seeds == frame["run"].nunique()]
 
 
-def _points(frame: Any) -> list[Point]:
+def _points(frame: pandas.DataFrame) -> list[Point]:
     """The mean, the lowest and the highest ``value`` of a DataFrame for each ``x``, ascending."""
     spread = frame.groupby("x")["value"].agg(["mean", "min", "max", "count"])
     return [
@@ -389,6 +420,6 @@ def _points(frame: Any) -> list[Point]:
     ]
 
 
-def finite(value: Any) -> bool:
+def finite(value: object) -> bool:
     """Whether a value of metrics.jsonl is a number that can be drawn and averaged."""
     return isinstance(value, (int, float)) and math.isfinite(value)

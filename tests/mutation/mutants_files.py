@@ -253,7 +253,12 @@ DATA = [
         "data/validation.py",
         "tests/unit/test_schema.py",
         ("numbers made of texts", "Whole = Annotated[int, Strict()]", "Whole = int"),
-        ("the line of an error forgotten", "{where}: the field '{field}' must be", "the field '{field}' must be"),
+        ("an id that was used before accepted", "    if name in seen:", "    if False:"),
+        (
+            "the line of an error forgotten",
+            "{where}: the field '{key}' must be {kind}",
+            "the field '{key}' must be {kind}",
+        ),
     ),
     *within(
         "data/files/jobs.py",

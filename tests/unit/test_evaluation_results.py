@@ -175,14 +175,27 @@ def test_a_name_that_is_also_another_models_label_is_refused(tmp_path):
         ('{"metrics": {}}'.encode("utf-16"), "not UTF-8"),
         ("{", "not valid JSON"),
         ("{}", "the field 'metrics' is missing"),
-        ('{"metrics": {}}', "holds no context length"),
-        ('{"metrics": {"eight": {}}}', r"metrics\['eight'\]: a context length is written like"),
+        ('{"metrics": {}, NAMES}', "holds no context length"),
+        (
+            '{"metrics": {"eight": {}}, NAMES}',
+            r"metrics\['eight'\]: a context length is written like",
+        ),
+        (
+            '{"metrics": {"8 documents": {}}, NAMES}',
+            r"documents'\]: the field 'interval' is missing",
+        ),
+        (
+            '{"metrics": {"8 documents": {"interval": {"em": [0, "1"]}, "count": 1}}, NAMES}',
+            r"metrics\['8 documents'\]: the field 'interval\['em'\]\[1\]' must be a number, found str$",
+        ),
+        ('{"metrics": [], NAMES}', r"e\.json: the field 'metrics' must be dict, found list$"),
     ],
 )
 def test_evaluation_files_are_refused_by_name(tmp_path, content, message):
     path = tmp_path / "e.json"
     if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        names = '"model": "m", "data": "d"'
+        path.write_bytes(content if isinstance(content, bytes) else content.replace("NAMES", names).encode())
     with pytest.raises(UserError, match=message) as caught:
         results.read_evaluation(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)

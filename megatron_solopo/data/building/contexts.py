@@ -15,12 +15,20 @@ from pydantic import TypeAdapter
 
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import TOKEN_TOLERANCE, CannotBuild, Distractors
-from megatron_solopo.data.fields import Message
 from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.schema import Paragraph, Question, check_spans
 from megatron_solopo.data.text.prompt import PromptFormat
-from megatron_solopo.data.validation import Chat, Day, DocumentSpan, Printed, Whole, Words, validated
-from megatron_solopo.errors import UserError
+from megatron_solopo.data.validation import (
+    Chat,
+    Day,
+    DocumentSpan,
+    Message,
+    Printed,
+    Whole,
+    Words,
+    check_unique,
+    validated,
+)
 
 CountTokens = Callable[[list[Message]], int]
 """Tokens of a chat as a model sees it, chat template included."""
@@ -86,9 +94,7 @@ def read_contexts(path: str | Path) -> Iterator[ContextPair]:
         pair = validated(_PAIR, record, where)
         check_spans(pair.short_spans, pair.short_messages, "short_spans", where)
         check_spans(pair.long_spans, pair.long_messages, "long_spans", where)
-        if pair.id in seen:
-            raise UserError(f"{where}: the id {pair.id!r} was used before at {seen[pair.id]}; ids must be unique")
-        seen[pair.id] = where
+        check_unique(pair.id, where, seen)
         yield pair
 
 

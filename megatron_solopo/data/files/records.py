@@ -21,7 +21,8 @@ from megatron_solopo.data.files import parquet
 from megatron_solopo.errors import UserError
 from megatron_solopo.model_folder import download
 
-Record = dict[str, Any]
+Record = dict[str, object]
+"""A JSON object or a row of a table, not checked yet."""
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """What JSON text that holds half of a surrogate pair has in it (texts with whole pairs have it too)."""

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from megatron_solopo.atomic import file_aside, finish_file, new_file, write_text
 from megatron_solopo.data.files.jobs import Jobs, differences
 from megatron_solopo.data.files.records import read_jsonl
-from megatron_solopo.data.validation import Flag, Name, Whole, validated
+from megatron_solopo.data.validation import Flag, Name, Whole, check_unique, validated
 from megatron_solopo.errors import UserError, system_reason
 
 
@@ -74,11 +74,7 @@ def read_responses(path: str | Path) -> Iterator[Responses]:
     seen: dict[str, str] = {}
     for where, record in read_jsonl(path):
         responses = _responses(record, where)
-        if responses.id in seen:
-            raise UserError(
-                f"{where}: the id {responses.id!r} was used before at {seen[responses.id]}; ids must be unique"
-            )
-        seen[responses.id] = where
+        check_unique(responses.id, where, seen)
         yield responses
 
 

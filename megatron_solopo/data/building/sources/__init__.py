@@ -16,13 +16,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, TypeAdapter
 
 from megatron_solopo.data.answers import golds
-from megatron_solopo.data.building.sources._source import CannotUse, Record, Source, text_of, title_of
+from megatron_solopo.data.building.sources._source import CannotUse, Record, Source
 from megatron_solopo.data.building.sources._user import FORM, user_source
-from megatron_solopo.data.fields import require
 from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.validation import Name, Text, check_unique, validated
 from megatron_solopo.errors import UserError
 
 DEFAULT = "musique"
@@ -103,6 +106,7 @@ def read_questions(
         UserError: naming ``file:line`` (or the row) and the field that is missing or of the wrong kind.
     """
     read = load_source(source)
+    assert read.question is not None, "load_source refuses such"
     seen: dict[str, str] = {}
     for where, record in read_records(inputs):
         question_id = None
@@ -119,12 +123,22 @@ def read_questions(
         except CannotUse as reason:
             left_out.add(question_id or str(record.get("id", record.get("_id", where))), str(reason))
             continue
-        if question_id in seen:
-            raise UserError(
-                f"{where}: the id {question_id!r} was used before at {seen[question_id]}; ids must be unique"
-            )
-        seen[question_id] = where
+        check_unique(question_id, where, seen)
         yield question
+
+
+@dataclass(frozen=True)
+class _Document:
+    text: Text
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class _Named:
+    id: Annotated[Name, Field(validation_alias=AliasChoices("id", "_id"))]
+
+
+_DOCUMENT, _NAMED = TypeAdapter(_Document), TypeAdapter(_Named)
 
 
 def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
@@ -134,15 +148,13 @@ def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
         UserError: naming ``file:line`` and the field.
     """
     for where, record in read_records(paths):
-        yield Paragraph(title=title_of(record, where), text=text_of(record, "text", where))
+        document = validated(_DOCUMENT, record, where)
+        yield Paragraph(document.title, document.text)
 
 
 def _id(record: Record, where: str) -> str:
-    for key in ("id", "_id"):
-        if record.get(key) is not None:
-            return str(require(record, key, (str, int), where))
-    if "question" in record and "documents" in record:
+    if record.get("id") is None and record.get("_id") is None and {"question", "documents"} <= record.keys():
         # A generic record needs no id; one made of its content stays the same wherever the record stands.
         text = json.dumps([record["question"], record["documents"]], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    return require(record, "id", (str, int), where)
+    return validated(_NAMED, record, where).id

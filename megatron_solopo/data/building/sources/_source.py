@@ -1,17 +1,17 @@
-"""What a source is, and how the fields of its records are read."""
+"""What a source is, and the types of fields that several sources have."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from megatron_solopo.data.fields import require
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter
+
+from megatron_solopo.data.files.records import Record
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.errors import UserError
-
-Record = dict[str, Any]
+from megatron_solopo.data.validation import Flag, Text, validated, wrong
 
 
 class CannotUse(Exception):
@@ -43,61 +43,45 @@ class Source:
     digest: str = ""
 
 
-def make_question(record: Record, question_id: str, where: str, paragraphs: list[Paragraph]) -> Question:
+@dataclass(frozen=True)
+class _Asked:
+    question: Text
+    answer: Text
+    answer_aliases: list[str] = field(default_factory=list)
+
+
+_ASKED = TypeAdapter(_Asked)
+
+
+def make_question(record: Record, question_id: str, where: str, paragraphs: Sequence[Paragraph]) -> Question:
     """The question of a record that has ``question``, ``answer`` and perhaps ``answer_aliases``."""
-    aliases = record.get("answer_aliases") or []
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        raise UserError(f"{where}: the field 'answer_aliases' must be a list of texts")
-    return Question(
-        id=question_id,
-        question=text_of(record, "question", where),
-        answer=text_of(record, "answer", where),
-        answer_aliases=tuple(alias for alias in aliases if alias.strip()),
-        paragraphs=tuple(paragraphs),
-    )
+    asked = validated(_ASKED, record, where)
+    aliases = tuple(alias for alias in asked.answer_aliases if alias.strip())
+    return Question(question_id, asked.question, asked.answer, aliases, tuple(paragraphs))
 
 
-def list_of(record: Record, key: str, where: str) -> list[Any]:
-    """A list that is not empty; one given as JSON text (as tables of the hub do) is decoded."""
-    value = require(record, key, (list, str), where)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: the field '{key}' is a text and no JSON list ({error.msg})") from None
-        if not isinstance(value, list):
-            raise UserError(f"{where}: the field '{key}' must be list, found {type(value).__name__} in its text")
+def decoded(value: object) -> object:
+    """A value given as JSON text, as tables of the hub have lists."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise wrong(f"is a text and no JSON list ({error.msg})") from None
+
+
+def some[T](value: list[T]) -> list[T]:
+    """Refuses an empty list."""
     if not value:
-        raise UserError(f"{where}: the field '{key}' is empty; a question needs at least its supporting document")
+        raise wrong("is empty; a question needs at least its supporting document")
     return value
 
 
-def objects_of(record: Record, key: str, where: str) -> Iterator[tuple[str, Record]]:
-    """(where, object) of each element of a list of objects."""
-    for index, item in enumerate(list_of(record, key, where)):
-        place = f"{where}, {key}[{index}]"
-        if not isinstance(item, dict):
-            raise UserError(f"{place}: expected an object, found {type(item).__name__}")
-        yield place, item
+def _flag(value: object) -> object:
+    return value in ("True", "true") if value in ("True", "true", "False", "false") else value
 
 
-def text_of(record: Record, key: str, where: str) -> str:
-    """A text with a visible character."""
-    value = require(record, key, str, where)
-    if not value.strip():
-        raise UserError(f"{where}: the field '{key}' is empty; fill it in or remove the record")
-    return value
-
-
-def title_of(record: Record, where: str) -> str:
-    """The title, "" for a document without one."""
-    return "" if record.get("title") is None else require(record, "title", str, where)
-
-
-def flag_of(record: Record, key: str, where: str, default: bool | None = None) -> bool:
-    """True or false; None for ``default`` requires the field."""
-    if default is not None and record.get(key) is None:
-        return default
-    if record.get(key) in ("True", "true", "False", "false"):  # a CSV file knows texts only
-        return record[key] in ("True", "true")
-    return require(record, key, bool, where)
+type Some[T] = Annotated[list[T], BeforeValidator(decoded), AfterValidator(some)]
+"""A list that is not empty, or the JSON text of one."""
+Mark = Annotated[Flag, BeforeValidator(_flag)]
+"""True or false; a CSV file knows texts only."""

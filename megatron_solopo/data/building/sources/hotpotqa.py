@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
-from megatron_solopo.data.building.sources._source import CannotUse, Record, Source, list_of, make_question
-from megatron_solopo.data.fields import require
+from pydantic import BeforeValidator, TypeAdapter
+
+from megatron_solopo.data.building.sources._source import CannotUse, Record, Source, decoded, make_question
 from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.validation import validated, wrong
 from megatron_solopo.errors import UserError
 
 
+def _rows(value: object) -> object:
+    """``[[title, value], ...]`` of the hub's ``{title: [...], NAME: [...]}``; anything else as it is."""
+    value = decoded(value)
+    if not isinstance(value, dict):
+        return value
+    columns = [value[name] for name in ("title", "sentences", "sent_id") if name in value]
+    if len(columns) != 2 or not all(isinstance(column, list) for column in columns):
+        raise wrong("must have two lists, title and sentences or sent_id")
+    if len(columns[0]) != len(columns[1]):
+        raise wrong(f"has lists of different lengths ({len(columns[0])}, {len(columns[1])})")
+    return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class _Record:
+    context: Annotated[list[tuple[str, list[str]]], BeforeValidator(_rows)]
+    supporting_facts: Annotated[list[tuple[str, object]], BeforeValidator(_rows)]
+
+
+_RECORD = TypeAdapter(_Record)
+
+
 def _question(record: Record, question_id: str, where: str, labelled: bool) -> Question:
-    context = _pairs(record, "context", ("title", "sentences"), where)
-    marked = labelled or record.get("supporting_facts")
-    facts = _pairs(record, "supporting_facts", ("title", "sent_id"), where) if marked else []
-    supporting = {title for title, _ in facts}
+    read = validated(_RECORD, record, where, **({} if labelled else {"supporting_facts": []}))
+    supporting = {title for title, _ in read.supporting_facts}
     paragraphs = []
-    for index, (title, sentences) in enumerate(context):
-        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-            raise UserError(f"{where}: context[{index}] must be a title and a list of sentences")
+    for title, sentences in read.context:
         # HotpotQA's sentences bring their spaces along, 2WikiMultihopQA's do not.
         text = " ".join(filter(None, (sentence.strip() for sentence in sentences)))
         if text:
@@ -28,22 +49,6 @@ def _question(record: Record, question_id: str, where: str, labelled: bool) -> Q
     if missing := supporting - {paragraph.title for paragraph in paragraphs}:
         raise CannotUse(f"{len(missing)} titles of supporting_facts are not among the documents")
     return make_question(record, question_id, where, paragraphs)
-
-
-def _pairs(record: Record, key: str, names: tuple[str, str], where: str) -> list[tuple[str, Any]]:
-    """``[[title, value], ...]``, also from ``{names[0]: [...], names[1]: [...]}``."""
-    value = record.get(key)
-    if isinstance(value, dict):
-        columns = [require(value, name, list, f"{where}, {key}") for name in names]
-        if len(columns[0]) != len(columns[1]):
-            raise UserError(f"{where}: the lists of '{key}' differ in length ({len(columns[0])}, {len(columns[1])})")
-        pairs = list(map(list, zip(*columns, strict=True)))
-    else:
-        pairs = list_of(record, key, where)
-    for index, pair in enumerate(pairs):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise UserError(f"{where}: {key}[{index}] must be a pair that begins with a title")
-    return [(pair[0], pair[1]) for pair in pairs]
 
 
 SOURCE = Source(

@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
-from megatron_solopo.data.building.sources._source import (
-    Record,
-    Source,
-    flag_of,
-    list_of,
-    make_question,
-    text_of,
-    title_of,
-)
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter
+
+from megatron_solopo.data.building.sources._source import Mark, Record, Some, Source, make_question
 from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.validation import Text, validated, wrong
 from megatron_solopo.errors import UserError
 
 
+@dataclass(frozen=True)
+class _Document:
+    text: Text
+    title: str | None = None
+    is_supporting: Mark | None = None
+
+
+def _document(value: object) -> object:
+    if not isinstance(value, str | dict):
+        raise wrong(f"must be a text or an object, found {type(value).__name__}")
+    return {"text": value} if isinstance(value, str) else value
+
+
+def _answers(value: list[str]) -> list[str]:
+    if not value:
+        raise wrong("must be a non-empty list of texts")
+    return value
+
+
+@dataclass(frozen=True)
+class _Record:
+    documents: Some[Annotated[_Document, BeforeValidator(_document)]]
+    answer: object = None
+    answers: Annotated[list[str], AfterValidator(_answers)] | None = None
+
+
+_RECORD = TypeAdapter(_Record)
+
+
 def _question(record: Record, question_id: str, where: str, labelled: bool) -> Question:
-    paragraphs = []
-    marked = False
-    for index, item in enumerate(list_of(record, "documents", where)):
-        place = f"{where}, documents[{index}]"
-        if isinstance(item, str):
-            item = {"text": item}
-        if not isinstance(item, dict):
-            raise UserError(f"{place}: expected a text or an object, found {type(item).__name__}")
-        text = text_of(item, "text", place)
-        marked = marked or item.get("is_supporting") is not None
-        supporting = item.get("is_supporting") is not None and flag_of(item, "is_supporting", place)
-        paragraphs.append(Paragraph(title_of(item, place), text, supporting))
-    if labelled and not marked:
+    read = validated(_RECORD, record, where)
+    if labelled and all(document.is_supporting is None for document in read.documents):
         raise UserError(
             f"{where}: no document has 'is_supporting', so the evidence is not known; mark it, or let "
             "prepare-data find it with --evidence bm25"
         )
-    answers = record.get("answers")
-    if answers is not None and "answer" not in record:
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise UserError(f"{where}: the field 'answers' must be a non-empty list of texts")
-        record = {**record, "answer": answers[0], "answer_aliases": answers[1:]}
+    if read.answers and read.answer is None:
+        record = {**record, "answer": read.answers[0], "answer_aliases": read.answers[1:]}
+    paragraphs = [Paragraph(one.title or "", one.text, bool(one.is_supporting)) for one in read.documents]
     return make_question(record, question_id, where, paragraphs)
 
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from megatron_solopo.data.building.sources._source import (
-    CannotUse,
-    Record,
-    Source,
-    flag_of,
-    make_question,
-    objects_of,
-    text_of,
-)
-from megatron_solopo.data.fields import require
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from megatron_solopo.data.building.sources._source import CannotUse, Mark, Record, Some, Source, make_question
 from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.validation import Text, validated
+from megatron_solopo.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Paragraph:
+    title: str
+    paragraph_text: Text
+    is_supporting: Mark | None = None
+
+
+@dataclass(frozen=True)
+class _Record:
+    paragraphs: Some[_Paragraph]
+    answerable: Mark = True
+
+
+_RECORD = TypeAdapter(_Record)
 
 
 def _question(record: Record, question_id: str, where: str, labelled: bool) -> Question:
+    read = validated(_RECORD, record, where)
     # MuSiQue-Full has each question twice under one id, once with paragraphs that do not answer it.
-    if not flag_of(record, "answerable", where, default=True):
+    if not read.answerable:
         raise CannotUse("not answerable from its paragraphs")
-    paragraphs = [
-        Paragraph(
-            title=require(item, "title", str, place),
-            text=text_of(item, "paragraph_text", place),
-            is_supporting=flag_of(item, "is_supporting", place, default=None if labelled else False),
-        )
-        for place, item in objects_of(record, "paragraphs", where)
-    ]
+    unmarked = [index for index, one in enumerate(read.paragraphs) if one.is_supporting is None]
+    if labelled and unmarked:
+        raise UserError(f"{where}, paragraphs[{unmarked[0]}]: the field 'is_supporting' is missing; mark the evidence")
+    paragraphs = [Paragraph(one.title, one.paragraph_text, bool(one.is_supporting)) for one in read.paragraphs]
     return make_question(record, question_id, where, paragraphs)
 
 
