@@ -5,7 +5,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test figure lock clean
+.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs figure lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -53,12 +53,20 @@ SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 mutation-test: setup ## break the code in small ways; each must turn a named test red (over an hour)
 	$(PYTHON_IN_VENV) tests/mutation/run.py
 
+docs: setup .venv/docs ## the documentation as a site, build/site/index.html (the first time: 20 MB more)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+.venv/docs: pyproject.toml constraints.txt | setup
+	$(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[docs]'
+	touch $@
+
 figure: setup ## the README's figure from the recorded results in docs/method.md
 	$(PYTHON_IN_VENV) tools/demo_figure.py
 
 lock: ## write uv.lock anew after a change of pyproject.toml, and constraints.txt from it (needs uv)
 	uv lock
-	(echo '# Exported from uv.lock, for pip; written by `make lock`.'; uv export --frozen --quiet --extra test --extra dev --no-hashes \
+	(echo '# Exported from uv.lock, for pip; written by `make lock`.'; uv export --frozen --quiet --extra test --extra dev --extra docs --no-hashes \
 		--no-emit-project --no-annotate --no-header | sed 's/ ;.*//') > constraints.txt
 
 clean: ## remove caches and build outputs (runs/ and .venv stay)
