@@ -324,6 +324,7 @@ def test_constraints_are_those_of_the_lock() -> None:
     reach(own["name"], None)
     reach(own["name"], "test")
     reach(own["name"], "dev")
+    reach(own["name"], "docs")
     assert pins() == {name: packages[name]["version"] for name, _ in reached if name != own["name"]}, "run `make lock`"
 
 
