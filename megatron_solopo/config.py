@@ -106,6 +106,11 @@ class DataConfig:
         "contexts by distractor text, list them, and drop what that cannot shorten enough",
         ("refuse", "drop", "cut"),
     )
+    data_cache: str | None = option(
+        None,
+        "folder for the token ids of data files, which the first rank tokenizes at first use; default: $SOLOPO_CACHE, "
+        "else megatron_solopo/ in $XDG_CACHE_HOME or ~/.cache",
+    )
     share_prompts: bool = option(True, "compute a prompt once for all its continuations")
     shuffle: bool = option(True, "a new order each epoch; off: the file's order")
 

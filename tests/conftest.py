@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from megatron_solopo import progress
 
 # Runs in this process and runs as a user starts them are compared bit for bit, and sums depend on the threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Token ids that training makes of data files at first use; of all tests together, and of no user.
+_cache = tempfile.TemporaryDirectory(prefix="solopo-cache-")
+os.environ["SOLOPO_CACHE"] = _cache.name
 # A test that reaches for a model hub must fail at once, not wait for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests follow each other without a pause, so that a line of progress could come up in any of them.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.losses import solopo_loss
 from megatron_solopo.losses.solopo import aligned_sides, pair_context, policy_scores, reference_context
 from megatron_solopo.losses.terms import GroupLosses
@@ -38,6 +38,11 @@ def prompt_of(ids: Sequence[int], responses: Mapping[str, Sequence[int]]) -> Pro
     """One response of each name, all on the same context."""
     (context,) = {SEGMENTS[name][0] for name in responses}
     return Prompt(context, ids, tuple(continuation(name, each) for name, each in responses.items()))
+
+
+def only(dataset: TokenDataset, scored: Scored) -> TokenDataset:
+    """The same examples with these segments only."""
+    return TokenDataset([group.only(scored) for group in dataset.groups], [], "")
 
 
 def names_in(group: TokenGroup) -> list[str]:

@@ -7,12 +7,14 @@ import faulthandler
 import gc
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -205,6 +207,57 @@ def first_error(error: str | None) -> str | None:
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, error)
     return next((text for text in everyone if text), None)
+
+
+def agreed[T](work: Callable[[], T], name: str) -> T:
+    """What ``work``, which communicates with nobody, gives on this process; collective, where there are processes.
+
+    Args:
+        name: see `wait_for_all`.
+
+    Raises:
+        UserError: ``work`` raised one on some process; on every process the same, which names the rank and its machine
+            where rank 0 has no error.
+    """
+    result: Any = None
+    problem: str | None = None
+    try:
+        result = work()
+    except UserError as error:
+        if not dist.is_initialized():
+            raise
+        problem = str(error)
+    if dist.is_initialized():
+        wait_for_all(name)
+        everyone = _from_everyone(problem)
+        for rank, (host, found) in enumerate(everyone):
+            if found:
+                raise UserError(f"rank {rank} on {host}: {found}" if rank else found)
+    return result
+
+
+def check_same(value: object, what: str) -> None:
+    """Refuses a value that is not rank 0's on some process; collective, where there are processes.
+
+    Args:
+        what: what to say of it, behind the rank and its machine.
+    """
+    everyone = _from_everyone(value) if dist.is_initialized() else []
+    for rank, (host, found) in enumerate(everyone):
+        if found != everyone[0][1]:
+            raise UserError(f"rank {rank} on {host}: {what}")
+
+
+def _from_everyone[T](value: T) -> list[tuple[str, T]]:
+    """(machine, value) of every process; collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), value))
+    return everyone
+
+
+def first_of_node() -> bool:
+    """Whether this is the first of the processes that torchrun started on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def max_over_processes(value: float, device: torch.device) -> float:

@@ -8,11 +8,10 @@ verify-parallelism takes `check_run_inputs` (model, machine, data, vocabulary), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch.distributed as dist
 import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -22,17 +21,17 @@ from megatron_solopo.config_checks import check_on_cuda
 from megatron_solopo.conversion.companions import generation_config
 from megatron_solopo.conversion.start import check_weights, model_config
 from megatron_solopo.data.files.inputs import first_field
-from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.data.tokenized.batches import Schedule, make_schedule
-from megatron_solopo.data.tokenized.token_store import is_store, open_tokens, read_manifest
-from megatron_solopo.data.tokenized.tokens import TokenDataset, tokenize
+from megatron_solopo.data.tokenized.make_store import Job, cache_folder, cached_store, is_complete
+from megatron_solopo.data.tokenized.token_store import StoredTokens, is_store, open_tokens, read_manifest
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_scores, reference_scores
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, padded_vocab_size
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
-from megatron_solopo.parallel.platform import choose
+from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node
 from megatron_solopo.parallel.topology import check_layout, world_size
 from megatron_solopo.training import resume
 from megatron_solopo.training.objective import check_loss
@@ -49,9 +48,9 @@ class RunData:
         end_of_turn: the id that ends a turn.
     """
 
-    train: TokenDataset
-    valid: TokenDataset | None
-    reference: dict[str, TokenDataset]
+    train: StoredTokens
+    valid: StoredTokens | None
+    reference: dict[str, StoredTokens]
     chat_template: str | None
     end_of_turn: int
 
@@ -106,27 +105,29 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
     Raises:
         UserError: what is wrong, and what to change.
     """
-    resume.check_folders(config)
+    resume.check_shared_folder(Path(config.output.save))
+    agreed(lambda: resume.check_folders(config), "folders")
     inputs = check_run_inputs(config, refuse_machine=not dry_run)
     progress = resume.progress_of(inputs.schedule, inputs.data.train, config, inputs.hf_config)
-    source = resume.find_start(config)
-    before: resume.Progress = {}
+    source, before = agreed(lambda: _start(config), "checkpoint")
+    check_same((source, before), "another checkpoint there than on rank 0 to resume; let all nodes see one folder")
     if source is not None:
-        before = resume.read_progress(source)
         resume.check_same_run(before, progress, config)
     if resume.nothing_left(config, before.get("iteration", 0), inputs.schedule.steps):
         return Preflight(inputs, progress, source, before, nothing_left=True)
     weights = None
     if needs_reference(config.method) and (before or not dry_run):  # reads all weights
-        weights = _on_first(lambda: starting_weights(config))
+        weights = shared(lambda: starting_weights(config))
         progress[resume.REFERENCE_WEIGHTS] = weights
         if before:
             resume.check_reference(before, weights, config)
     return Preflight(inputs, progress, source, before, weights=weights)
 
 
-def _on_first(make: Callable[[], str]) -> str:
-    return shared(make) if dist.is_initialized() else make()
+def _start(config: Config) -> tuple[Path | None, resume.Progress]:
+    """The checkpoint that is resumed, and its `progress`."""
+    source = resume.find_start(config)
+    return source, {} if source is None else resume.read_progress(source)
 
 
 def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:
@@ -136,7 +137,7 @@ def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:
         UserError: see `check_model`, `check_loss`, `check_machine`, `load_data` and `check_vocabulary`.
     """
     device = choose(config.parallel.device)
-    hf_config = check_model(config, device)
+    hf_config = agreed(lambda: check_model(config, device), "model")
     check_loss(config.method)
     unfit = None
     try:
@@ -200,7 +201,7 @@ def check_vocabulary(data: RunData, vocab_size: int) -> None:
     for dataset in (data.train, data.valid, *data.reference.values()):
         if dataset is None:
             continue
-        largest, example = dataset.largest_token()
+        largest, example = dataset.largest_token
         if largest >= vocab_size:
             raise UserError(
                 f"example {example!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
@@ -209,25 +210,58 @@ def check_vocabulary(data: RunData, vocab_size: int) -> None:
 
 
 def load_data(config: Config) -> RunData:
-    """Training and validation data: files are tokenised, folders of token ids opened.
+    """Training and validation data, opened by mmap. Collective, where there are processes.
 
     Raises:
-        UserError: see `tokenize` and `open_tokens`.
+        UserError: see `_store_of` and `open_tokens`; the examples of some process are not those of rank 0.
     """
     tokenizer = dated_tokenizer(config)
     wanted, data = all_scores(config.method), config.data
-    read: dict[str, TokenDataset] = {}
+    facts = text_facts(config.model.hf_path, tokenizer)
+    read: dict[str, StoredTokens] = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):
-        if path and is_store(path):
-            facts = text_facts(config.model.hf_path, tokenizer)
-            read[split] = open_tokens(path, facts, wanted, data.seq_length, data.overlong)
-        elif path:
-            read[split] = tokenize(path, tokenizer, wanted, data.seq_length, data.overlong)
+        if not path:
+            continue
+        folder = _store_of(path, config, tokenizer)
+        source = None if folder == Path(path) else path
+        tokens = agreed(
+            lambda: open_tokens(folder, facts, wanted, data.seq_length, data.overlong, source),  # noqa: B023
+            "data",
+        )
+        check_same(tokens.fingerprint, f"{path} is other data there than on rank 0; copy rank 0's")
+        read[split] = tokens
     policy = {split: dataset.only(policy_scores(config.method)) for split, dataset in read.items()}
     compared = reference_scores(config.method)
     reference = {split: dataset.only(compared) for split, dataset in read.items()} if compared else {}
     template = chosen_template(config.model, tokenizer)
     return RunData(policy["train"], policy.get("valid"), reference, template, end_of_turn(tokenizer))
+
+
+def _store_of(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The token store of some data: what is given, or of a data file one in the cache, made now where it is not there.
+
+    Rank 0 makes it, while the others wait. The first process of each other machine looks for it, and makes the same of
+    its own file where its disk does not have it.
+
+    Raises:
+        UserError: see `cached_store`.
+    """
+    if shared(lambda: is_store(path), "data"):
+        return Path(path)
+    data, cache = config.data, cache_folder(config.data.data_cache)
+    job = Job(path, tokenizer_options(config.model), config.method.objective)
+    if data.overlong == "cut":  # which depends on what is scored; else one store serves every method and length
+        job = replace(job, seq_length=data.seq_length, overlong="cut", scored=all_scores(config.method))
+    workers = len(os.sched_getaffinity(0))
+    made, settings = shared(lambda: cached_store(job, tokenizer, cache, workers), f"tokenizing {path}")
+    folder = cache / made.name
+
+    def own() -> None:
+        if first_of_node() and not is_complete(folder, settings):
+            cached_store(job, tokenizer, cache, workers, settings)
+
+    agreed(own, f"tokenizing {path}")
+    return folder
 
 
 def run_schedule(config: Config, data: RunData) -> Schedule:
@@ -243,6 +277,18 @@ def run_schedule(config: Config, data: RunData) -> Schedule:
     )
 
 
+def tokenizer_options(options: ModelConfig) -> TokenizerOptions:
+    """What a run's tokenizer is loaded from."""
+    return TokenizerOptions(
+        options.hf_path,
+        options.chat_template,
+        options.eos_token,
+        options.chat_template_kwargs,
+        options.add_special_tokens,
+        options.chat_template_date,
+    )
+
+
 def load_run_tokenizer(
     options: ModelConfig, begun_with: str | None = None, of_data: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -254,16 +300,7 @@ def load_run_tokenizer(
     Raises:
         UserError: see `load_tokenizer`.
     """
-    return load_tokenizer(
-        options.hf_path,
-        options.chat_template,
-        options.eos_token,
-        chat_template_kwargs=options.chat_template_kwargs,
-        added_tokens=options.add_special_tokens,
-        chat_template_date=options.chat_template_date,
-        begun_with=begun_with,
-        of_data=of_data,
-    )
+    return tokenizer_options(options).load(begun_with, of_data)
 
 
 def dated_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -273,17 +310,19 @@ def dated_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     Raises:
         UserError: see `load_tokenizer`.
     """
-    days = [template_kwargs.today()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(days, src=0)
-    data, output = config.data.train_data, config.output
-    begun_with = _date_of_run(output.load or output.save)
-    if is_store(data):
-        begun_with = begun_with or read_manifest(Path(data))["text"].get(template_kwargs.DATE)
-    of_data = days[0] if is_store(data) else first_field(data, template_kwargs.DATE) or days[0]
-    tokenizer = load_run_tokenizer(config.model, begun_with, of_data)
+    begun_with, of_data = shared(lambda: _dates(config), "data")
+    tokenizer = agreed(lambda: load_run_tokenizer(config.model, begun_with, of_data), "tokenizer")
     config.model.chat_template_date = template_kwargs.date_of(tokenizer)
     return tokenizer
+
+
+def _dates(config: Config) -> tuple[str | None, str]:
+    """Those that the run was begun with, and that its data have."""
+    data, output, today = config.data.train_data, config.output, template_kwargs.today()
+    begun_with = _date_of_run(output.load or output.save)
+    if is_store(data):
+        return begun_with or read_manifest(Path(data))["text"].get(template_kwargs.DATE), today
+    return begun_with, first_field(data, template_kwargs.DATE) or today
 
 
 def _date_of_run(folder: str) -> str | None:

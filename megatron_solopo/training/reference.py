@@ -5,14 +5,18 @@ weights, token ids (and with them data, tokenizer and template), what is scored,
 another file, never a wrong one. What is read is checked against its own checksum and against a few examples computed
 anew.
 
+The first process reads the cache file and sends what it has to the others, whose disks need not have it.
+
 Filling it is shared by all processes: each computes its share of the examples and keeps what it has in a partial file
-of its own, so that a killed run computes no example twice. Nobody waits in a collective until everybody is done: a
-slow process delays the others and never times them out. Only where experts are spread must processes compute in step.
+of its own, on the disk that it sees, so that a killed run computes no example twice. Nobody waits in a collective until
+everybody is done: a slow process delays the others and never times them out. Only where experts are spread must
+processes compute in step.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -32,7 +36,7 @@ from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_scores
-from megatron_solopo.parallel.platform import choose, wait_for_all
+from megatron_solopo.parallel.platform import choose, first_of_node, wait_for_all
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
@@ -108,8 +112,9 @@ def reference_log_probs(
         UserError: the cache file does not hold what the model computes.
     """
     places, examples = SegmentPlaces.of_dataset(dataset), len(dataset.groups)
-    path = shared(lambda: cache_folder(config) / f"{cache_key(config, dataset, weights)}.safetensors")
-    table, done = shared(lambda: _read_all(path, places))
+    path = cache_folder(config) / shared(lambda: f"{cache_key(config, dataset, weights)}.safetensors")
+    complete = shared(lambda: _read(path, places))
+    table, done = complete if complete is not None and complete[1].all() else _of_all_nodes(path, places)
     if not done.all():
         say(
             f"reference log-probs of {examples} examples"
@@ -118,29 +123,33 @@ def reference_log_probs(
         table = _fill(engine, dataset, config, places, path, table, done, heard)
         if table is None:
             return None
-        if dist.get_rank() == 0:
-            problem = _write(path, table, torch.ones(examples, dtype=torch.bool))
-            if problem:
-                say(f"warning: {problem}; the run goes on, the next one computes them again")
-            else:
-                for partial in _partial_files(path):
-                    partial.unlink(missing_ok=True)  # another run may fill the same file
+        if problem := shared(lambda: _write(path, table, torch.ones(examples, dtype=torch.bool))):
+            say(f"warning: {problem}; the run goes on, the next one computes them again")
+        elif first_of_node():
+            for partial in _partial_files(path):
+                partial.unlink(missing_ok=True)  # another run may fill the same file
     elif examples:
         _check(engine, dataset, config, places, path, table)
     wait_for_all("reference")
     return ReferenceLogProbs(places, table)
 
 
-def shared(make: Callable[[], Any]) -> Any:
+def shared(make: Callable[[], Any], name: str = "reference") -> Any:
     """What the first process makes (it alone reads files), on every process; the others wait without a time limit.
-    Collective."""
+    Collective, where there are processes.
+
+    Args:
+        name: see `wait_for_all`.
+    """
+    if not dist.is_initialized():
+        return make()
     made: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             made = [make()]
         except UserError as error:
             made = [error]
-    wait_for_all("reference")
+    wait_for_all(name)
     dist.broadcast_object_list(made, src=0)
     if isinstance(made[0], UserError):
         raise made[0]
@@ -226,17 +235,18 @@ def _check(
         )
 
 
-def _read_all(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
-    """(table, which examples are done) of the cache file, or else of the partial files beside it."""
-    complete = _read(path, places)
-    if complete is not None and complete[1].all():
-        return complete
+def _of_all_nodes(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
+    """(table, which examples are done) of the partial files of every machine, each in the folder that it sees;
+    collective."""
     table, done = torch.zeros(places.size, dtype=torch.float64), torch.zeros(len(places.counts), dtype=torch.bool)
-    for partial in _partial_files(path):
-        part = _read(partial, places)
-        if part is not None:
-            known = places.of_examples(part[1])
-            table[known], done[part[1]] = part[0][known], True
+    partial_files = _partial_files(path) if first_of_node() else []
+    own = [part for part in (_read(partial, places) for partial in partial_files) if part is not None]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    wait_for_all("reference")
+    dist.all_gather_object(everyone, own)
+    for part in itertools.chain.from_iterable(everyone):
+        known = places.of_examples(part[1])
+        table[known], done[part[1]] = part[0][known], True
     return table, done
 
 

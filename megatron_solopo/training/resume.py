@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import secrets
+import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_solopo.atomic import write_text
@@ -23,7 +27,8 @@ from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model.families.fields import mathematics
-from megatron_solopo.training.reference import cache_folder
+from megatron_solopo.parallel.platform import agreed
+from megatron_solopo.training.reference import cache_folder, shared
 
 type Progress = dict[str, Any]
 """What a checkpoint holds of its run: options by name, `MATHEMATICS`, `REFERENCE_WEIGHTS`, ``tokens`` (the data set's
@@ -73,6 +78,7 @@ FREE = frozenset(
         # How a step is computed, not which.
         *("transformer_impl", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
+        "data_cache",
         # What is looked at, and what happens when a step goes wrong.
         *("valid_data", "eval_interval", "eval_on_start", "on_nonfinite", "spike_factor"),
         "override_opt_param_scheduler",
@@ -85,6 +91,53 @@ def identity() -> frozenset[str]:
     """Options that are part of what a run is: kept in every checkpoint, and refused by name where they change. Those of
     the method are, with the own options of each loss."""
     return IDENTITY | (frozenset(names_of("method")) - FREE)
+
+
+def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
+    """Refuses a run folder that some process does not share with rank 0, for all write into one checkpoint; collective,
+    where there are processes.
+
+    Args:
+        patience: seconds; a network file system may show a new file late.
+
+    Raises:
+        UserError: naming the rank and its machine.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    probe, added = shared(lambda: _probe(folder), "folders")
+
+    def look() -> None:
+        begin = time.monotonic()
+        while probe and not (folder / probe).exists():
+            if time.monotonic() - begin > patience:
+                raise UserError(
+                    f"--save {folder}: is not rank 0's folder there, and a checkpoint is one folder that all processes "
+                    "write into; give a folder on a disk that all nodes share"
+                )
+            time.sleep(0.1)
+
+    try:
+        agreed(look, "folders")
+    finally:
+        if dist.get_rank() == 0 and probe:
+            with contextlib.suppress(OSError):
+                (folder / probe).unlink()
+                for path in added:
+                    path.rmdir()
+
+
+def _probe(folder: Path) -> tuple[str | None, list[Path]]:
+    """(the name of a new file in a folder, the folders that were made for it); (None, []) where it cannot be written,
+    which other checks report."""
+    added = [path for path in (folder, *folder.parents) if not path.exists()]
+    name = f".shared-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    except OSError:
+        return None, []
+    return name, added
 
 
 APART = (

@@ -16,7 +16,6 @@ from megatron_solopo.atomic import write_text
 from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.config_checks import unused
 from megatron_solopo.data.files.records import write_jsonl
-from megatron_solopo.data.tokenized.token_store import overlong_records
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.metrics import LABELS, to_json
@@ -62,7 +61,7 @@ def write_metric_labels(folder: Path, method: MethodConfig) -> None:
 def write_overlong(folder: Path, data: RunData) -> None:
     """overlong.jsonl: every example that was dropped or cut for its length, where there are any."""
     reports = {"train": data.train.report} | ({"valid": data.valid.report} if data.valid is not None else {})
-    records = [{"split": split} | record for split, report in reports.items() for record in overlong_records(report)]
+    records = [{"split": split} | record for split, report in reports.items() for record in report.overlong()]
     try:
         if records:
             write_jsonl(folder / "overlong.jsonl", records)

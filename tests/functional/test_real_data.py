@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from token_data import tokenize
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +25,6 @@ from megatron_solopo.data.pairing import build_pairs
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.tokenized.batches import make_schedule, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.evaluation import ask
 from megatron_solopo.losses.solopo import all_scores
 

@@ -163,16 +163,24 @@ MUTANTS: list[Mutant] = [
         PACKS,
         (
             "position of a continuation off by one",
-            "self.add_piece(continuation.ids[:-1], len(prompt_ids), prompt)",
-            "self.add_piece(continuation.ids[:-1], len(prompt_ids) + 1, prompt)",
+            "first=len(prompt), prompt=piece)",
+            "first=len(prompt) + 1, prompt=piece)",
         ),
-        ("positions restart at a continuation", "ids[:-1], len(prompt_ids), prompt)", "ids[:-1], 0, prompt)"),
-        ("labels not shifted", "prompt_end if k == 0 else start + k - 1", "start + k"),
-        ("labels shifted twice", "lambda k: first + k - 1, segment", "lambda k: first + k - 2, segment"),
+        ("positions restart at a continuation", "ids[:-1], first=len(prompt), prompt", "ids[:-1], first=0, prompt"),
+        (
+            "labels not shifted",
+            "np.arange(self.size - 1, self.size - 1 + len(ids))",
+            "np.arange(self.size, self.size + len(ids))",
+        ),
+        (
+            "labels shifted twice",
+            "np.arange(start - 1, start - 1 + len(ids))",
+            "np.arange(start - 2, start - 2 + len(ids))",
+        ),
         (
             "tokens of the user learnt",
-            "continuation.learnt is None or continuation.learnt[k]]",
-            "True]",
+            "slice(None) if continuation.learnt is None else np.asarray(continuation.learnt)",
+            "slice(None)",
         ),
         (
             "last token of a response not counted",
@@ -431,7 +439,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "data/tokenized/packs.py",
         ENGINE,
-        ("padding of tokens of its own", "(builder.tokens[:size] * at_the_end)", "([] or [7])"),
+        ("padding of tokens of its own", "np.resize(np.concatenate(self.tokens), count)", "np.full(count, 7)"),
     ),
     *within(
         "model/transformer_engine.py",

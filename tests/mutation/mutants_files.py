@@ -282,10 +282,33 @@ DATA = [
         ("jobs whose stream is lost taken as done", "if any(self._length(name) < size", "if any(False"),
     ),
     *within(
+        "data/tokenized/token_table.py",
+        STORE,
+        ("a damaged sequence trained on", "if _digest(cell) != self._table.rows", "if False and self._table.rows"),
+        ("the short answer for every long one", "if not self.counts[name][row]:", "if True:"),
+        (
+            "lengths of the short answer for the long one",
+            "there = self.counts[own] > 0",
+            "there = self.counts[own] > 9",
+        ),
+        ("the second response of a side is the first", "found = cell[self._response]", "found = cell[0]"),
+        ("one fingerprint for all that can be scored", "sorted(scored)]", "sorted(scored)[:1]]"),
+    ),
+    *within(
         "data/tokenized/token_store.py",
         STORE,
-        ("a damaged sequence trained on", "if hashlib.sha256(data).digest() != self.digest:", "if False:"),
-        ("the short answer for every long one", "return own if len(own) else StoredIds", "return StoredIds"),
+        ("damaged lengths trusted", 'table.index_sha256() == written["index_sha256"]', "True"),
+        ("a store of another method taken", "if names_of_scored(scored) != only:", "if False:"),
+    ),
+    *within(
+        "data/tokenized/make_store.py",
+        STORE,
+        ("the store of another source taken", '"sha256": sha256}', '"sha256": ""}'),
+        (
+            "a broken store in the cache taken",
+            "    except UserError:\n        return False",
+            "    except UserError:\n        return True",
+        ),
     ),
     *within(
         "data/tokenized/tokens.py",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from segment_names import scored
+from token_data import tokenize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,12 +9,12 @@ import pytest
 from segment_names import scored
 from test_chat import LLAMA3, SPECIAL, assistant, byte_tokenizer, user
 from tiny_models import write_lines
+from token_data import tokenize
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.sampling.prompts import Prompt
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 
 END = "<|im_end|>"

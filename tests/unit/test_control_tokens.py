@@ -13,6 +13,7 @@ import pytest
 from segment_names import scored
 from test_chat import CHATML, R1, assistant, byte_tokenizer, user
 from tiny_models import write_lines, write_model
+from token_data import tokenize
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -27,7 +28,6 @@ from megatron_solopo.data.text.chat import (
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.tokenizer import encode, encode_batch, parse_batch
-from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.errors import UserError
 
 INST = (

@@ -18,7 +18,7 @@ from megatron_solopo.data.files.inputs import read_records
 from megatron_solopo.data.inspection import inspect_data
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.tokenized import tokenize_data
-from megatron_solopo.data.tokenized.token_store import is_store
+from megatron_solopo.data.tokenized.token_store import DATA, is_store
 from megatron_solopo.errors import UserError
 
 DOCUMENTS = [
@@ -234,7 +234,7 @@ def test_a_folder_of_data_is_training_data(tmp_path: Path, cache: None, capsys: 
         command = ["--train-data", str(path), "--tokenizer", str(tmp_path / "hf"), "--workers", "1"]
         assert tokenize_data.main([*command, "--output", str(tmp_path / f"tokens-{name}")]) == 0
         assert inspect_data.main(["--data", str(path), "--tokenizer", str(tmp_path / "hf")]) == 0
-    tokens = {(tmp_path / f"tokens-{name}" / "tokens.bin").read_bytes() for name in forms}
+    tokens = {(tmp_path / f"tokens-{name}" / DATA).read_bytes() for name in forms}
     assert len(tokens) == 1 and is_store(tmp_path / "tokens-file")
     assert [group.id for group in read_groups(f"hub:{forms['splits']}::test")] == ["g0"]
     with pytest.raises(UserError, match=r"splits::dev: has no split dev, only train, test; give hub:.*splits::SPLIT"):

@@ -5,10 +5,11 @@ import random
 import pytest
 from segment_names import scored
 from tiny_models import write_lines, write_model
+from token_data import tokenize
 
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.tokenized.overlong import cut_context
-from megatron_solopo.data.tokenized.tokens import Shortened, tokenize
+from megatron_solopo.data.tokenized.tokens import Shortened
 from megatron_solopo.errors import UserError
 
 SCORED = scored("short_chosen", "short_rejected", "long_chosen")

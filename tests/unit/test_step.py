@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from segment_names import SEGMENTS, loss_by_name
+from segment_names import SEGMENTS, loss_by_name, only
 from tiny_models import SHAPE, write_model
 from transformers import AutoModelForCausalLM
 
@@ -64,14 +64,14 @@ def draw(method: MethodConfig, count: int = GROUPS, seed: int = 3, most: int = 1
         groups.append(
             TokenGroup(f"g{number}", tuple(Prompt(c, tokens, continuations) for c, tokens in prompts.items()))
         )
-    return TokenDataset(groups, [], "").only(all_scores(method))
+    return only(TokenDataset(groups, [], ""), all_scores(method))
 
 
 def reference_of(dataset: TokenDataset, method: MethodConfig) -> Any:
     """Random numbers for what the reference would score."""
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
 
-    places = SegmentPlaces.of_dataset(dataset.only(reference_scores(method)))
+    places = SegmentPlaces.of_dataset(only(dataset, reference_scores(method)))
     values = -10 * torch.rand(places.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return ReferenceLogProbs(places, values)
 
@@ -83,15 +83,15 @@ def expected(hf: Any, dataset: TokenDataset, reference: torch.Tensor, method: Me
     """
     numbers = iter(reference.float())
     compared = {}
-    for example, group in enumerate(dataset.only(reference_scores(method)).groups):
+    for example, group in enumerate(only(dataset, reference_scores(method)).groups):
         for context, side, k in sorted((context, c.side, c.response) for context, c in group.segments()):
             compared[example, segment_name(context, side), k] = next(numbers)[None]
     lengths_of, losses = [], []
-    for group in dataset.only(policy_scores(method)).groups:
+    for group in only(dataset, policy_scores(method)).groups:
         chosen = [c for context, c in group.segments() if (context, c.side) == (pair_context(method), Side.CHOSEN)]
         lengths_of.append(sum(len(c.ids) for c in chosen) / len(chosen))
     mean_length = torch.tensor(sum(lengths_of) / len(lengths_of))
-    for example, group in enumerate(dataset.only(policy_scores(method)).groups):
+    for example, group in enumerate(only(dataset, policy_scores(method)).groups):
         sums, lengths = {}, {}
         for prompt in group.prompts:
             for c in prompt.continuations:
@@ -131,7 +131,7 @@ def test_a_group_weighs_the_same_however_it_is_packed(
     method = METHODS[name]
     config = Config(method=method, training=TrainingConfig(micro_batch_size=micro_batch_size))
     everything = draw(method, most=most)
-    dataset, reference = everything.only(policy_scores(method)), reference_of(everything, method)
+    dataset, reference = only(everything, policy_scores(method)), reference_of(everything, method)
     loss, gradient = expected(hf, everything, reference.values, method)
     engine.zero_gradients()
     packs = make_packs(engine, dataset, range(GROUPS), config)
@@ -183,7 +183,7 @@ def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
     chance = random.Random(seed)
     method = METHODS[chance.choice(list(METHODS))]
     everything = draw(method, chance.randint(1, 7), seed, chance.choice([1, 3]))
-    dataset, reference = everything.only(policy_scores(method)), reference_of(everything, method)
+    dataset, reference = only(everything, policy_scores(method)), reference_of(everything, method)
     count = len(dataset.groups)
 
     def measure(packs: list[list[int]], share: bool, *multiples: int) -> tuple[float, list[torch.Tensor]]:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from host_reads import host_reads
+from segment_names import only
 from test_step import GROUPS, METHODS, draw, reference_of
 from tiny_models import EXPERTS, SHAPE, write_model
 from transformers import LlamaConfig, MixtralConfig
@@ -46,7 +47,7 @@ def trainer(engine: Any, folder: Path, **training: Any) -> tuple[Any, Any, Any, 
 def examples() -> tuple[Any, Any]:
     """Groups, and numbers for what the reference would score."""
     everything = draw(SOLO)
-    return everything.only(policy_scores(SOLO)), reference_of(everything, SOLO)
+    return only(everything, policy_scores(SOLO)), reference_of(everything, SOLO)
 
 
 def parts(built: Any, config: Config) -> Any:

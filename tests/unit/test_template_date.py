@@ -23,7 +23,7 @@ from megatron_solopo.data.files.inputs import first_field
 from megatron_solopo.data.sampling.responses import SampledJobs
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences, text_facts
-from megatron_solopo.data.tokenized import tokenize_data
+from megatron_solopo.data.tokenized import make_store
 from megatron_solopo.training.preflight import load_data
 
 CHAT = [{"role": "user", "content": "w40"}]
@@ -242,7 +242,7 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
     assert {json.loads(line)["chat_template_date"] for line in groups.read_text().splitlines()} == {"2026-01-01"}
 
     on("2026-01-05")
-    killed_after(monkeypatch, tokenize_data, "tokenize_part", 1, [*tokenize, "--chat-template-date", "2026-01-06"])
+    killed_after(monkeypatch, make_store, "tokenize_part", 1, [*tokenize, "--chat-template-date", "2026-01-06"])
     on("2026-01-08")
     assert run(dispatch, tokenize) == 0 and "1 of " in capfd.readouterr().out
     assert json.loads((tokens / "manifest.json").read_text())["text"]["chat_template_date"] == "2026-01-06"

@@ -10,6 +10,7 @@ import pytest
 from refusals import refused
 from segment_names import scored
 from tiny_models import TEMPLATE, preference_groups, write_lines, write_model
+from token_data import tokenize
 from transformers import AutoTokenizer
 
 from megatron_solopo.config_load import load
@@ -17,7 +18,6 @@ from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.data.building.prepare_data import main as prepare_data
 from megatron_solopo.data.sampling.sample_responses import main as sample_responses
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.data.tokenized.tokens import tokenize
 from megatron_solopo.evaluation.ask import main as ask
 from megatron_solopo.evaluation.evaluate import main as evaluate
 from megatron_solopo.training.preflight import load_data

@@ -1,4 +1,4 @@
-"""Folders of token ids: the examples that memory holds, whatever kills the command, and one line for the rest."""
+"""Token stores: the examples that the encoder makes, whatever kills the command, and one line for the rest."""
 
 import hashlib
 import json
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from option_lines import last_wins
 from segment_names import scored
 from tiny_models import TEMPLATE, WORDS, conversations, preference_groups, write_lines, write_model
+from token_data import encoded, tokenize
 
 from megatron_solopo.data.files import records
 from megatron_solopo.data.files.jobs import Jobs
@@ -21,19 +24,16 @@ from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.text_facts import AS_READ, text_facts
-from megatron_solopo.data.tokenized import tokenize_data
-from megatron_solopo.data.tokenized.token_store import (
-    BOTH_PAIRS,
-    SHORT_PAIR,
-    learnt_marks,
-    learnt_stretches,
-    open_tokens,
-)
-from megatron_solopo.data.tokenized.tokens import CONVERSATION, tokenize
+from megatron_solopo.data.tokenized import make_store, tokenize_data
+from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, DATA, PAIR, SHORT_PAIR, open_tokens
+from megatron_solopo.data.tokenized.token_table import SCHEMAS, TokenTable, record_batch
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, Continuation, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Context, Side
 
 SHORT, SOLO = SHORT_PAIR, SHORT_PAIR | scored("long_chosen")
-FILES = ("digests.bin", "ids.jsonl", "manifest.json", "overlong.jsonl", "tokens.bin", "tokens.idx")
+FILES = (DATA, "dataset_info.json", "manifest.json", "state.json")
 
 
 def multi_turn(number: int) -> dict:
@@ -72,26 +72,68 @@ def make(home, data: str, output: str, *more: str) -> Path:
     return home.folder / output
 
 
+def sha256(data) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("wanted", [SHORT, BOTH_PAIRS - SHORT, SOLO, BOTH_PAIRS])
-def test_a_folder_holds_what_is_tokenised_in_memory(home, wanted):
-    """Equal fingerprints too: a reference cache serves both."""
-    limit = 20 if wanted == SHORT else 60
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, wanted, limit, "drop")
-    folder = open_tokens(home.groups, home.facts, wanted, limit, "drop")
-    assert memory.dropped and folder.dropped == memory.dropped
-    assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
-    assert folder.chosen_rejected_lengths() == memory.chosen_rejected_lengths()
-    assert [len(ids) for g in folder.groups for ids in g.sequences()] == [
-        len(ids) for g in memory.groups for ids in g.sequences()
+def test_a_store_holds_what_the_encoder_makes(home, wanted):
+    """Equal fingerprints too for what is made in a cache: a reference cache serves both."""
+    limit, path = 20 if wanted == SHORT else 60, home.folder / "groups.jsonl"
+    expected, store = (
+        encoded(path, home.tokenizer, wanted, limit),
+        open_tokens(home.groups, home.facts, wanted, limit, "drop"),
+    )
+    assert list(store.groups) == expected and len(store.dropped) == 40 - len(expected) > 0
+    cached = tokenize(path, home.tokenizer, wanted, limit, "drop")
+    assert cached.fingerprint == store.fingerprint and cached.dropped == store.dropped
+    assert store.chosen_rejected_lengths() == TokenDataset(expected, [], "").chosen_rejected_lengths()
+    assert torch.equal(store.segment_counts(), TokenDataset(expected, [], "").segment_counts())
+    assert [len(ids) for g in store.groups for ids in g.sequences()] == [
+        len(i) for g in expected for i in g.sequences()
     ]
     for some in (SHORT, SOLO, scored("long_chosen")):
         if kept := some & wanted:
-            assert folder.only(kept).fingerprint == memory.only(kept).fingerprint
-            assert list(folder.only(kept).groups) == memory.only(kept).groups
+            assert list(store.only(kept).groups) == [group.only(kept) for group in expected]
+
+
+def test_anybody_can_read_a_store(home):
+    """`datasets` opens it by mmap, and its columns are plain."""
+    rows = datasets.load_from_disk(str(home.groups))
+    expected = encoded(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS)
+    assert rows.cache_files == [{"filename": str(home.groups / DATA)}] and rows["id"][:] == [g.id for g in expected]
+    for row, group in zip(rows, expected, strict=True):
+        short, long = group.prompts
+        assert (row["short_prompt"], row["long_prompt"]) == (list(short.ids), list(long.ids))
+        assert [row["chosen"], row["rejected"]] == [[list(c.ids)] for c in short.continuations]
+        assert row["long_chosen"] is None and row["long_rejected"] is None  # as on the short context
+        assert row["sha256"]["short_prompt"] == sha256(np.int32([len(short.ids), *short.ids]))
+    assert set(contents(home.groups)) == set(FILES)
+
+
+def test_several_responses_of_a_side(tmp_path):
+    def prompt(number: int, context: Context) -> Prompt:
+        continuations = [
+            Continuation(side, [number, r, 7, *[9] * (context and side)], None, r)
+            for side in PAIR for r in range(1 + (number + side) % 3)
+        ]  # fmt: skip
+        return Prompt(context, list(range(number + 1, 2 * number + 3)), tuple(continuations))
+
+    groups = [TokenGroup(f"g{n}", tuple(prompt(n, context) for context in Context)) for n in range(7)]
+    path = tmp_path / "data.arrow"
+    batches = [record_batch(some, "preference").serialize().to_pybytes() for some in (groups[:3], groups[3:])]
+    path.write_bytes(b"".join([SCHEMAS["preference"].serialize().to_pybytes(), *batches]))
+    table = TokenTable(path, "preference")
+    assert [table.group(row, BOTH_PAIRS) for row in range(7)] == groups
+    for side in PAIR:
+        of_short, of_long = (table.of_responses(context, side, table.counts) for context in Context)
+        assert of_short.tolist() == of_long.tolist() == [1 + (n + side) % 3 for n in range(7)]
+    assert table.of_responses(Context.LONG, Side.REJECTED, table.lengths).tolist() == [4] * 7
+    assert table.of_responses(Context.LONG, Side.CHOSEN, table.lengths).tolist() == [3] * 7
 
 
 def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
@@ -100,9 +142,8 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
     template.write_text(TEMPLATE.replace("'<assistant> ' + m", f"'<assistant> ' + ({long}) + m"), encoding="utf-8")
     folder = make(home, "groups.jsonl", "by-length", "--chat-template", template)
     tokenizer = load_tokenizer(home.folder / "hf", template)
-    memory = tokenize(home.folder / "groups.jsonl", tokenizer, BOTH_PAIRS, 400)
     found = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), BOTH_PAIRS, 400)
-    assert list(found.groups) == memory.groups
+    assert list(found.groups) == encoded(home.folder / "groups.jsonl", tokenizer, BOTH_PAIRS)
     pairs = [
         (list(short.continuations[0].ids), list(long.continuations[0].ids))
         for short, long in (g.prompts for g in found.groups)
@@ -111,53 +152,41 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
 
 
 def test_conversations_of_several_turns(home):
-    memory = tokenize(home.folder / "chats.jsonl", home.tokenizer, CONVERSATION, 60, "drop")
-    folder = open_tokens(home.folder / "chats", home.facts, CONVERSATION, 60, "drop")
-    assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
-    learnt = [c.learnt for g in folder.groups for p in g.prompts for c in p.continuations]
+    store = open_tokens(home.folder / "chats", home.facts, CONVERSATION, 60, "drop")
+    assert list(store.groups) == encoded(home.folder / "chats.jsonl", home.tokenizer, CONVERSATION, 60)
+    learnt = [c.learnt for g in store.groups for p in g.prompts for c in p.continuations]
     assert any(marks and False in marks for marks in learnt) and None in learnt
 
 
 def test_groups_without_a_long_context_serve_the_short_one(home):
-    memory = tokenize(home.folder / "short.jsonl", home.tokenizer, SHORT, 128)
-    folder = open_tokens(home.folder / "short", home.facts, SHORT, 128)
-    assert list(folder.groups) == memory.groups and folder.fingerprint == memory.fingerprint
+    store = open_tokens(home.folder / "short", home.facts, SHORT, 128)
+    assert list(store.groups) == encoded(home.folder / "short.jsonl", home.tokenizer, SHORT)
     with pytest.raises(UserError, match=r"group 'g1': no long_messages; .*--context-mode short$"):
         open_tokens(home.folder / "short", home.facts, SOLO, 128)
 
 
-def test_megatrons_own_reader_sees_one_document_a_group(home):
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    found = IndexedDataset(str(home.groups / "tokens"))
-    documents = [
-        np.concatenate([found[i] for i in range(first, last)]).tolist()
-        for first, last in zip(found.document_indices[:-1], found.document_indices[1:], strict=True)
-    ]
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS, 1000)
-    for document, group in zip(documents, memory.groups, strict=True):
-        short, long = group.prompts
-        # The long context's responses are the short one's, and stored once.
-        answers = [i for c in short.continuations for i in c.ids]
-        assert answers == [i for c in long.continuations for i in c.ids]
-        assert document == [*short.ids, *answers, *long.ids]
-    assert set(contents(home.groups)) == set(FILES)
-
-
 def test_nothing_but_lengths_is_read_before_a_group_is_looked_at(home, monkeypatch):
     monkeypatch.setattr(
-        "megatron_solopo.data.tokenized.token_store.StoredIds.ids", property(lambda ids: pytest.fail("read"))
+        "megatron_solopo.data.tokenized.token_table._Stored.__array__", lambda *_, **__: pytest.fail("read")
     )
-    folder = open_tokens(home.groups, home.facts, BOTH_PAIRS, 1000)
-    assert sum(g.tokens(True) for g in folder.groups) and max(g.longest for g in folder.groups)
-    assert folder.largest_token()[0] < 64 and folder.only(SOLO).fingerprint
+    store = open_tokens(home.groups, home.facts, BOTH_PAIRS, 1000)
+    assert sum(g.tokens(True) for g in store.groups) and max(g.longest for g in store.groups)
+    assert store.largest_token[0] < 64 and store.only(SOLO).fingerprint
+
+
+def test_ids_are_the_pages_of_the_file(home):
+    """No copy: the array of a prompt lies in the memory that the file is mapped to."""
+    store = open_tokens(home.groups, home.facts, BOTH_PAIRS, 1000)
+    ids = np.asarray(store.groups[5].prompts[1].ids)
+    mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if DATA in line]
+    assert any(int(first, 16) <= ids.ctypes.data < int(last, 16) for first, last in mapped)
 
 
 def test_parquet_gives_the_same_tokens(home):
     write_records(home.folder / "groups.parquet", read_groups(home.folder / "groups.jsonl"))
     make(home, "groups.parquet", "from_parquet")
-    for name in set(FILES) - {"manifest.json"}:
-        assert (home.folder / "from_parquet" / name).read_bytes() == (home.groups / name).read_bytes()
+    tables = [TokenTable(folder / DATA, "preference") for folder in (home.groups, home.folder / "from_parquet")]
+    assert tables[0].rows.equals(tables[1].rows) and tables[0].index_sha256() == tables[1].index_sha256()
 
 
 def _replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -173,20 +202,41 @@ def _manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return edit
 
 
-def _flip(data: bytes) -> bytes:
-    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+def _change_sha256(folder: Path) -> None:
+    (digest,) = datasets.load_from_disk(str(folder))["sha256"][39:]
+    _replace(DATA, lambda data: data.replace(digest["chosen"], bytes(32)))(folder)
+
+
+def _earlier(folder: Path) -> None:
+    """As an earlier version wrote it, before its manifest."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name in ("tokens.bin", "ids.jsonl"):
+        (folder / name).touch()
+
+
+def _other_token(folder: Path) -> None:
+    """One id of the last long prompt is another."""
+    ids = np.int32(datasets.load_from_disk(str(folder))["long_prompt"][39])
+    changed = np.append(ids[:-1], ids[-1] ^ 1)
+    _replace(DATA, lambda data: data.replace(ids.tobytes(), changed.tobytes()))(folder)
 
 
 DAMAGED = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"a folder without manifest.json; give a JSONL or"),
     "half a manifest": (_replace("manifest.json", lambda d: d[:200]), r"manifest.json: not a manifest of solopo"),
     "a foreign manifest": (_manifest(lambda m: m.pop("text")), r"manifest.json: not a manifest of solopo"),
-    "an earlier format": (_manifest(lambda m: m.update(format=1)), r"of format 1, this version reads 2; tokenise ag"),
-    "a later format": (_manifest(lambda m: m.update(format=3)), r"of format 3, this version reads 2; tokenise again$"),
-    "tokens cut": (_replace("tokens.bin", lambda d: d[:-8]), r"tokens.bin: has [\d,]+ bytes, [\d,]+ were written"),
-    "index changed": (_replace("tokens.idx", _flip), r"tokens.idx: not what was written \(its sha256"),
-    "digests cut": (_replace("digests.bin", lambda d: d[:-32]), r"digests.bin: has [\d,]+ bytes"),
-    "ids gone": (lambda f: (f / "ids.jsonl").unlink(), r"ids.jsonl: is missing; copy it again"),
+    "an earlier format": (_manifest(lambda m: m.update(format=2)), r"of format 2, this version reads 3; tokenise ag"),
+    "a later format": (_manifest(lambda m: m.update(format=4)), r"of format 4, this version reads 3; tokenise again$"),
+    "IndexedDataset": (_earlier, r"a folder without manifest.json"),
+    "ids cut": (_replace(DATA, lambda d: d[:-8]), r"arrow: has [\d,]+ bytes, [\d,]+ were written"),
+    "data gone": (lambda f: (f / DATA).unlink(), r"arrow: is missing; copy it again"),
+    "schema changed": (
+        _replace(DATA, lambda d: d.replace(b"rejected", b"rejecter", 1)),
+        r"arrow: not what was written",
+    ),
+    "name changed": (_replace(DATA, lambda d: d.replace(b"g39", b"g93")), r"arrow: not what was written \(its index"),
+    "digest changed": (_change_sha256, r"arrow: not what was written \(its index differs from manifest.json's\)"),
     "other tokenizer": (
         _manifest(lambda m: m["text"]["tokenizer"].update({AS_READ: "0", "tokenizer.json": "0"})),
         r"made with another tokenizer \(tokenizer.json differs\); train with what it was made with",
@@ -227,11 +277,30 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(home, case, tmp_path)
 
 def test_a_changed_token_is_found_when_its_group_is_looked_at(home, tmp_path):
     folder = shutil.copytree(home.groups, tmp_path / "copy")
-    _replace("tokens.bin", _flip)(folder)  # of the last long prompt
+    _other_token(folder)
     groups = open_tokens(folder, home.facts, SOLO, 128).groups
-    assert list(groups[0].prompts[1].ids)
-    with pytest.raises(UserError, match=r"long_prompt of group 'g39' is not what was written; .*tokens.bin"):
-        list(groups[39].prompts[1].ids)
+    assert list(groups[0].prompts[1].ids) and list(groups[39].prompts[0].ids)
+    with pytest.raises(UserError, match=r"arrow: long_prompt of example 'g39' is not what was written; the disk or"):
+        build_pack([groups[39]], [39])
+
+
+def test_the_fingerprint_changes_with_what_is_scored_and_nothing_else(home, tmp_path):
+    group = preference_groups(1)[0]
+    whole = {name: tokenize(write_lines(tmp_path / "a.jsonl", [group]), home.tokenizer, scores, 128).fingerprint
+             for name, scores in (("short", SHORT), ("solo", SOLO), ("both", BOTH_PAIRS))}  # fmt: skip
+    other = [{"role": "user", "content": "w7 w8"}]
+    changes = {
+        "short_messages": (other, {"short", "solo", "both"}),
+        "long_messages": (other, {"solo", "both"}),
+        "chosen": ("w9", {"short", "solo", "both"}),
+        "rejected": ("w9", {"short", "solo", "both"}),
+        "id": ("another", set()),
+    }
+    for field, (value, expected) in changes.items():
+        path = write_lines(tmp_path / f"{field}.jsonl", [group | {field: value}])
+        now = {name: tokenize(path, home.tokenizer, scores, 128).fingerprint
+               for name, scores in (("short", SHORT), ("solo", SOLO), ("both", BOTH_PAIRS))}  # fmt: skip
+        assert {name for name in now if now[name] != whole[name]} == expected, field
 
 
 def test_limits_of_training_are_its_own(home):
@@ -243,12 +312,12 @@ def test_limits_of_training_are_its_own(home):
         open_tokens(home.groups, home.facts, SOLO, 2, "drop")
 
 
-def test_what_was_dropped_is_listed_in_the_folder_and_in_training(home):
+def test_what_was_dropped_is_reported_in_the_folder_and_in_training(home):
     folder = make(home, "groups.jsonl", "dropped", "--seq-length", 60, "--overlong", "drop")
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS, 60, "drop")
-    assert open_tokens(folder, home.facts, SHORT, 60).dropped == memory.dropped
-    listed = [json.loads(line) for line in (folder / "overlong.jsonl").read_text().splitlines()]
-    assert [(record["id"], record["tokens"]) for record in listed] == [(d.id, d.tokens) for d in memory.dropped]
+    left_out = open_tokens(home.groups, home.facts, BOTH_PAIRS, 60, "drop").dropped
+    assert open_tokens(folder, home.facts, SHORT, 60).dropped == left_out
+    listed = json.loads((folder / "manifest.json").read_text())["report"]["dropped"]
+    assert [(name, tokens) for name, tokens, _ in listed] == [(d.id, d.tokens) for d in left_out]
 
 
 WRONG = {
@@ -312,22 +381,14 @@ def test_two_commands_never_write_one_folder(home):
 
 def test_parts_that_were_done_are_not_tokenized_again(home, monkeypatch, capsys):
     monkeypatch.setattr(records, "PART_BYTES", 3000)
-    monkeypatch.setattr(tokenize_data, "_complete", lambda *_: 1 / 0)
+    monkeypatch.setattr(make_store, "_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(home, "groups.jsonl", "done")
     monkeypatch.undo()
     monkeypatch.setattr(records, "PART_BYTES", 3000)
-    monkeypatch.setattr(tokenize_data, "tokenize_part", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(make_store, "tokenize_part", lambda *_: pytest.fail("again"))
     assert contents(make(home, "groups.jsonl", "done")) == contents(home.groups)
     assert re.search(r"(\d+) of \1 parts were done before", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_marks_come_back_from_their_stretches(seed):
-    draw = random.Random(seed)
-    marks = [draw.random() < 0.7 for _ in range(draw.randint(1, 40))]
-    stretches = learnt_stretches(marks)
-    assert learnt_marks(stretches) == marks and 0 not in stretches[1:]
 
 
 def test_added_special_tokens_are_part_of_the_folder(home):
@@ -337,20 +398,92 @@ def test_added_special_tokens_are_part_of_the_folder(home):
     write_lines(home.folder / "think.jsonl", groups)
     make(home, "think.jsonl", name, *flags)
     tokenizer = load_tokenizer(home.folder / "hf", added_tokens="<think>")
-    memory = tokenize(home.folder / "think.jsonl", tokenizer, SOLO, 128)
     found = open_tokens(home.folder / name, text_facts(home.folder / "hf", tokenizer), SOLO, 128)
-    assert found.fingerprint == memory.fingerprint and found.largest_token()[0] == len(tokenizer) - 1
+    assert list(found.groups) == encoded(home.folder / "think.jsonl", tokenizer, SOLO)
+    assert found.largest_token[0] == len(tokenizer) - 1
     with pytest.raises(UserError, match=r"other --add-special-tokens \(<think>\)"):
         open_tokens(home.folder / name, home.facts, SOLO, 128)
 
 
 def test_the_manifest_tells_what_the_folder_was_made_from(home):
-    def sha256(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest, source = json.loads((home.groups / "manifest.json").read_text()), home.folder / "groups.jsonl"
+    assert manifest["source"] == {"bytes": source.stat().st_size, "sha256": sha256(source.read_bytes()).hex()}
+    assert manifest["text"] == home.facts and manifest["counts"]["examples"] == 40
+    sequences = [ids for group in encoded(source, home.tokenizer, BOTH_PAIRS) for ids in group.sequences()]
+    assert manifest["largest_token"]["id"] == max(map(max, sequences))
 
-    manifest = json.loads((home.groups / "manifest.json").read_text())
-    assert manifest["source"]["sha256"] == sha256(home.folder / "groups.jsonl")
-    assert manifest["files"]["tokens.bin"]["sha256"] == sha256(home.groups / "tokens.bin")
-    assert manifest["text"] == home.facts and manifest["counts"]["groups"] == 40
-    memory = tokenize(home.folder / "groups.jsonl", home.tokenizer, BOTH_PAIRS, 1000)
-    assert manifest["largest_token"]["id"] == memory.largest_token()[0]
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOLOPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def stores(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.is_dir())
+
+
+def test_a_store_in_the_cache_is_made_once_for_all_methods_and_lengths(home, cache, monkeypatch):
+    path = home.folder / "groups.jsonl"
+    whole = tokenize(path, home.tokenizer, BOTH_PAIRS, 1000)
+    (name,) = stores(cache)
+    assert name.startswith("groups-")
+    monkeypatch.setattr(make_store, "tokenize_part", lambda *_: pytest.fail("again"))
+    assert tokenize(path, home.tokenizer, SHORT, 500).fingerprint == whole.only(SHORT).fingerprint
+    with pytest.raises(UserError, match=r"groups.jsonl: example 'g\d+' has \d+ tokens, .*, or shorten their distract"):
+        tokenize(path, home.tokenizer, SOLO, 60)
+    monkeypatch.undo()
+
+
+def test_another_source_or_tokenizer_or_a_cut_is_another_store(home, cache):
+    path = home.folder / "again.jsonl"
+    found = []
+    for count, tokenizer, *limit in (
+        (3, home.tokenizer),
+        (4, home.tokenizer),
+        (4, load_tokenizer(home.folder / "hf", eos_token="<user>")),
+        (4, home.tokenizer, "cut"),
+    ):
+        write_lines(path, preference_groups(count))
+        found.append(tokenize(path, tokenizer, SOLO, 100, *limit))
+        assert len(stores(cache)) == len(found)
+    assert [len(tokens.groups) for tokens in found] == [3, 4, 4, 4]
+    assert len({tokens.fingerprint for tokens in found}) == 3  # nothing had to be cut
+
+
+def test_a_damaged_store_in_the_cache_is_made_again(home, cache):
+    path = home.folder / "groups.jsonl"
+    whole = tokenize(path, home.tokenizer, BOTH_PAIRS, 1000)
+    (name,) = stores(cache)
+    (cache / name / "manifest.json").write_text("{")
+    assert tokenize(path, home.tokenizer, BOTH_PAIRS, 1000).fingerprint == whole.fingerprint
+
+
+def test_a_store_of_one_method_says_so_to_another(home, cache):
+    tokenize(home.folder / "groups.jsonl", home.tokenizer, SOLO, 100, "cut")
+    (name,) = stores(cache)
+    with pytest.raises(UserError, match=r"holds short_chosen, short_rejected, long_chosen alone, the run scores"):
+        open_tokens(cache / name, home.facts, BOTH_PAIRS, 100)
+
+
+def test_a_cache_that_cannot_be_written_is_named(home, monkeypatch):
+    monkeypatch.setenv("SOLOPO_CACHE", str(home.folder / "groups.jsonl" / "below"))
+    with pytest.raises(UserError, match=r"--data-cache \S+below: cannot be written \(Not a directory\); give an"):
+        tokenize(home.folder / "chats.jsonl", home.tokenizer, CONVERSATION, 100)
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "expected"),
+    [
+        ("d", {"SOLOPO_CACHE": "s"}, "d"),
+        (None, {"SOLOPO_CACHE": "s", "XDG_CACHE_HOME": "x"}, "s"),
+        (None, {"XDG_CACHE_HOME": "x"}, "x/megatron_solopo"),
+        (None, {"HOME": "/h"}, "/h/.cache/megatron_solopo"),
+    ],
+)
+def test_where_the_cache_is(given, variables, expected, monkeypatch):
+    for name in ("SOLOPO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(make_store.cache_folder(given)) == expected

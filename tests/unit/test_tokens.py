@@ -4,10 +4,11 @@ from array import array
 
 from segment_names import names_in, prompt_of, scored
 from tiny_models import preference_groups, write_lines, write_model
+from token_data import encoded, tokenize
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.data.tokenized.tokens import Report, TokenDataset, TokenGroup, tokenize
+from megatron_solopo.data.tokenized.tokens import Report, TokenGroup
 from megatron_solopo.losses.solopo import all_scores, policy_scores, reference_scores
 
 SHORT, LONG = ("short_chosen", "short_rejected"), ("long_chosen", "long_rejected")
@@ -32,34 +33,30 @@ def names(dataset):
     return [names_in(group) for group in dataset.groups]
 
 
-def test_a_selection_keeps_order_drops_and_prompts_that_are_used():
-    both = TokenDataset([group(i) for i in range(3)], [("long one", 99)], "all")
-    short = both.only(scored(*SHORT))
-    assert names(short) == [list(SHORT)] * 3 and [g.id for g in short.groups] == ["g0", "g1", "g2"]
-    assert [len(g.prompts) for g in short.groups] == [1] * 3 and short.dropped == both.dropped
-    solo = both.only(scored(*SHORT, "long_chosen"))
-    assert names(solo) == [[*SHORT, "long_chosen"]] * 3
-    assert both.only(scored(*SHORT, *LONG)) is both
-    assert len({both.fingerprint, short.fingerprint, solo.fingerprint, both.only(scored(*LONG)).fingerprint}) == 4
+def test_a_selection_drops_prompts_that_are_not_used():
+    short, solo = (group(1).only(scored(*some)) for some in (SHORT, (*SHORT, "long_chosen")))
+    assert names_in(short) == list(SHORT) and len(short.prompts) == 1 and short.id == "g1"
+    assert names_in(solo) == [*SHORT, "long_chosen"] and group(1).only(scored(*SHORT, *LONG)) == group(1)
 
 
 def test_a_selection_is_what_tokenising_those_roles_gives(tmp_path):
     """So a reference cache is the same whichever method filled it."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    tokenizer = load_tokenizer(write_model(tmp_path / "model"))
     path = write_lines(tmp_path / "groups.jsonl", preference_groups(5))
     both = tokenize(path, tokenizer, all_scores(LONGPO), 128)
     assert names(both) == [[*SHORT, *LONG]] * 5
-    for wanted in (policy_scores(LONGPO), reference_scores(LONGPO)):
-        assert both.only(wanted) == tokenize(path, tokenizer, wanted, 128)
+    fingerprints = {both.fingerprint}
+    for wanted in (policy_scores(LONGPO), reference_scores(LONGPO), scored(*SHORT, "long_chosen")):
+        some = both.only(wanted)
+        assert some.fingerprint == tokenize(path, tokenizer, wanted, 128).fingerprint
+        assert list(some.groups) == encoded(path, tokenizer, wanted)
+        fingerprints.add(some.fingerprint)
+    assert len(fingerprints) == 4 and both.only(scored(*SHORT, *LONG)) is both
 
 
 def test_policy_and_reference_drop_the_same_examples(tmp_path):
     """An example whose long side is beyond the limit goes from the short side too: rows of the table stay in place."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model"))
+    tokenizer = load_tokenizer(write_model(tmp_path / "model"))
     path = write_lines(tmp_path / "groups.jsonl", preference_groups(9))
     both = tokenize(path, tokenizer, all_scores(LONGPO), 60, "drop")
     policy, reference = both.only(policy_scores(LONGPO)), both.only(reference_scores(LONGPO))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,46 +33,56 @@ def build_pack(
     builder = _Builder(piece_multiple_of, prompt_multiple_of or piece_multiple_of)
     for number, group in enumerate(groups):
         for prompt in group.prompts:
-            if share_prompts:
-                piece = builder.add_piece(prompt.ids, 0, None)
-                for continuation in prompt.continuations:
-                    segment = builder.add_segment(number, prompt.context, continuation)
-                    builder.add_continuation(prompt.ids, continuation, piece, segment)
-            else:
-                for continuation in prompt.continuations:
-                    segment = builder.add_segment(number, prompt.context, continuation)
-                    builder.add_joined(prompt.ids, continuation, segment)
-    size = len(builder.tokens)
-    at_the_end = (-size) % multiple_of if size else multiple_of
+            ids = np.asarray(prompt.ids)
+            piece = builder.add_piece(ids) if share_prompts else None
+            for continuation in prompt.continuations:
+                segment = builder.add_segment(number, prompt.context, continuation)
+                if piece is not None:
+                    builder.add_continuation(ids, continuation, piece, segment)
+                else:
+                    builder.add_joined(ids, continuation, segment)
+    at_the_end = (-builder.size) % multiple_of if builder.size else multiple_of
     if at_the_end:
-        builder.add_piece([], 0, None, at_the_end)
-        # As the pack begins: FP8 scales a tensor by its largest value, and these tokens compute none of their own.
-        builder.tokens[size:] = (builder.tokens[:size] * at_the_end)[:at_the_end] or [0] * at_the_end
+        builder.add_padding(at_the_end)
     return builder.finish(tuple(indices))
 
 
+_NONE = np.zeros(0, np.int64)
+
+
 class _Builder:
-    """Grows the lists of a pack."""
+    """Grows the arrays of a pack."""
 
     def __init__(self, piece_multiple_of: int, prompt_multiple_of: int) -> None:
-        self.piece_multiple_of, self.prompt_multiple_of, self.padding = piece_multiple_of, prompt_multiple_of, 0
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
+        self.piece_multiple_of, self.prompt_multiple_of, self.padding, self.size = (
+            piece_multiple_of,
+            prompt_multiple_of,
+            0,
+            0,
+        )
+        self.tokens, self.positions, self.predictors, self.targets, self.segments = ([_NONE] for _ in range(5))
         self.pieces: list[Piece] = []
-        self.predictors: list[int] = []
-        self.targets: list[int] = []
-        self.segments: list[int] = []
         self.scored: list[tuple[int, int, int, int, int]] = []
 
-    def add_piece(self, ids: Sequence[int], first_position: int, prompt: int | None, padding: int | None = None) -> int:
-        if padding is None:
-            padding = -len(ids) % (self.prompt_multiple_of if prompt is None else self.piece_multiple_of)
-        piece = Piece(len(self.tokens), len(ids), prompt, padding)
-        self.pieces.append(piece)
-        self.tokens.extend([*ids, *[0] * padding])
-        self.positions.extend(range(first_position, first_position + piece.slot))
-        self.padding += padding
+    def add_piece(self, *ids: np.ndarray, first: int = 0, prompt: int | None = None) -> int:
+        """The number of a piece of these ids one behind the other, whose positions begin with ``first``."""
+        length = sum(map(len, ids))
+        padding = -length % (self.prompt_multiple_of if prompt is None else self.piece_multiple_of)
+        self._add(Piece(self.size, length, prompt, padding), [*ids, np.zeros(padding, np.int32)], first)
         return len(self.pieces) - 1
+
+    def add_padding(self, count: int) -> None:
+        """A piece of padding alone, behind all others."""
+        # As the pack begins: FP8 scales a tensor by its largest value, and these tokens compute none of their own.
+        tokens = np.resize(np.concatenate(self.tokens), count) if self.size else np.zeros(count, np.int32)
+        self._add(Piece(self.size, 0, None, count), [tokens], 0)
+
+    def _add(self, piece: Piece, tokens: list[np.ndarray], first: int) -> None:
+        self.pieces.append(piece)
+        self.tokens += tokens
+        self.positions.append(np.arange(first, first + piece.slot))
+        self.padding += piece.padding
+        self.size += piece.slot
 
     def add_segment(self, group: int, context: Context, continuation: Continuation) -> int:
         """Its number."""
@@ -79,29 +90,30 @@ class _Builder:
         self.scored.append((group, context, side, response, continuation.learnt_count))
         return len(self.scored) - 1
 
-    def add_continuation(
-        self, prompt_ids: Sequence[int], continuation: Continuation, prompt: int, segment: int
-    ) -> None:
-        prompt_end = self.pieces[prompt].start + self.pieces[prompt].length - 1
-        start = len(self.tokens)
-        if len(continuation.ids) > 1:
-            self.add_piece(continuation.ids[:-1], len(prompt_ids), prompt)
-        self._predict(continuation, lambda k: prompt_end if k == 0 else start + k - 1, segment)
+    def add_continuation(self, prompt: np.ndarray, continuation: Continuation, piece: int, segment: int) -> None:
+        """A continuation of the prompt that is this piece."""
+        ids, prompt_end = np.asarray(continuation.ids), self.pieces[piece].start + len(prompt) - 1
+        predictors = np.arange(self.size - 1, self.size - 1 + len(ids))
+        predictors[0] = prompt_end
+        if len(ids) > 1:
+            self.add_piece(ids[:-1], first=len(prompt), prompt=piece)
+        self._predict(continuation, ids, predictors, segment)
 
-    def add_joined(self, prompt_ids: Sequence[int], continuation: Continuation, segment: int) -> None:
-        first = len(self.tokens) + len(prompt_ids)
-        self.add_piece([*prompt_ids, *continuation.ids[:-1]], 0, None)
-        self._predict(continuation, lambda k: first + k - 1, segment)
+    def add_joined(self, prompt: np.ndarray, continuation: Continuation, segment: int) -> None:
+        """A prompt and its continuation as one piece."""
+        ids, start = np.asarray(continuation.ids), self.size + len(prompt)
+        self.add_piece(prompt, ids[:-1])
+        self._predict(continuation, ids, np.arange(start - 1, start - 1 + len(ids)), segment)
 
-    def _predict(self, continuation: Continuation, predictor_of: Callable[[int], int], segment: int) -> None:
-        learnt = [k for k in range(len(continuation.ids)) if continuation.learnt is None or continuation.learnt[k]]
-        self.predictors.extend(predictor_of(k) for k in learnt)
-        self.targets.extend(continuation.ids[k] for k in learnt)
-        self.segments.extend([segment] * len(learnt))
+    def _predict(self, continuation: Continuation, ids: np.ndarray, predictors: np.ndarray, segment: int) -> None:
+        learnt = slice(None) if continuation.learnt is None else np.asarray(continuation.learnt)
+        self.predictors.append(predictors[learnt])
+        self.targets.append(ids[learnt])
+        self.segments.append(np.full(len(self.targets[-1]), segment))
 
     def finish(self, indices: tuple[int, ...]) -> Pack:
-        def integers(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64)
+        def integers(parts: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
 
         return Pack(
             integers(self.tokens),

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup, read_conversations, read_groups
+from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup
 from megatron_solopo.data.text.chat import conversation_ids, open_thought, prompt_ids, response_ids
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.tokenizer import encode_batch
 from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.errors import UserError
-from megatron_solopo.pack import Context, Scored, Side, segment_name
-from megatron_solopo.progress import ProgressBar
+from megatron_solopo.pack import Context, Scored, Side
 
 CONVERSATION: Scored = frozenset({(Context.SHORT, Side.PLAIN)})
 """What is scored of a conversation."""
@@ -43,7 +42,7 @@ class Continuation:
 
     @property
     def learnt_count(self) -> int:
-        return len(self.ids) if self.learnt is None else sum(self.learnt)
+        return len(self.ids) if self.learnt is None else int(np.count_nonzero(np.asarray(self.learnt)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class TokenGroup:
         return ((prompt.context, continuation) for prompt in self.prompts for continuation in prompt.continuations)
 
     def only(self, scored: Scored) -> TokenGroup:
-        """The same example with these segments only; see `TokenDataset.only`."""
+        """The same example with these segments only; a prompt without any of them goes too."""
         kept = (
             replace(p, continuations=tuple(c for c in p.continuations if (p.context, c.side) in scored))
             for p in self.prompts
@@ -140,6 +139,22 @@ class Report:
     spelled: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Report:
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        lists = {
+            "dropped": [Dropped(*one) for one in fields["dropped"]],
+            "cut": [Shortened(*one) for one in fields["cut"]],
+        }
+        return cls(**{**fields, **lists})
+
+    def overlong(self) -> Iterator[dict[str, Any]]:
+        """What was dropped and what was cut, as the records of an overlong.jsonl."""
+        for dropped in self.dropped:
+            yield {"what": "dropped", **dropped._asdict()}
+        for cut in self.cut:
+            yield {"what": "cut", **cut._asdict()}
+
     def add(self, other: Report) -> None:
         self.dropped += other.dropped
         self.cut += other.cut
@@ -185,7 +200,7 @@ class TokenDataset:
     """Tokenised examples in file order.
 
     Attributes:
-        groups: the examples; from a folder (token_store.py) they are made when they are looked at, and the length of
+        groups: the examples; those of a store (token_store.py) are made when they are looked at, and the length of
             their ids is known without reading them.
         dropped: those beyond the length limit.
         fingerprint: sha256 over all ids and what they are; equal data, tokenizer and template give equal fingerprints.
@@ -211,12 +226,6 @@ class TokenDataset:
                     break
         return found
 
-    def largest_token(self) -> tuple[int, str]:
-        """(the largest token id, an example that has it)."""
-        return max(
-            ((max(ids), group.id) for group in self.groups for ids in group.sequences()), key=lambda found: found[0]
-        )
-
     def segment_counts(self) -> Tensor:
         """[examples, contexts, sides] int64: how many responses each example has of each side on each context.
 
@@ -233,50 +242,6 @@ class TokenDataset:
                     raise ValueError(f"responses {each} of one side of group {group.id!r} are not numbered from 0")
                 counts[row, context, side] = len(each)
         return counts
-
-    def only(self, scored: Scored) -> TokenDataset:
-        """The same examples with these segments only; a prompt without any of them goes too.
-
-        Policy and reference can score different segments of one data set, and then number its examples alike.
-        """
-        groups = [group.only(scored) for group in self.groups]
-        if groups == self.groups:
-            return self
-        return replace(self, groups=groups, fingerprint=fingerprint(groups))
-
-
-def tokenize(
-    path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    scored: Scored,
-    seq_length: int,
-    overlong: str = "refuse",
-) -> TokenDataset:
-    """Reads and tokenises a file of groups, or of conversations where ``scored`` is `CONVERSATION`, into memory.
-
-    Args:
-        scored: what the method scores.
-        seq_length: the longest prompt plus continuation, in tokens.
-        overlong: what is longer: ``refuse``, ``drop``, or ``cut`` out of its distractors.
-
-    Raises:
-        UserError: a malformed record, a group without long context where one is needed, an example beyond
-            seq_length with ``refuse``, or no example at all.
-    """
-    encoder = Encoder(tokenizer, seq_length, overlong)
-    read = read_conversations if scored == CONVERSATION else read_groups
-    groups = []
-    for record in ProgressBar(read(path), desc=f"tokenizing {path}", unit="example", leave=False):
-        try:
-            group = encoder.encode(record, scored)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        if group is not None:
-            groups.append(group)
-    report = encoder.report
-    if not groups:
-        raise UserError(no_example(path, len(report.dropped), seq_length))
-    return TokenDataset(groups, report.dropped, fingerprint(groups), report)
 
 
 def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
@@ -426,23 +391,3 @@ class Encoder:
                 return [*body, end]
         self.report.ids_mismatched += 1
         return None
-
-
-def fingerprint(groups: Iterable[TokenGroup]) -> str:
-    """sha256 over the ids, names and learnt tokens of examples in order."""
-    digest = hashlib.sha256()
-    for group in groups:
-        for prompt in group.prompts:
-            digest.update(digest_of(prompt.ids))
-            for continuation in prompt.continuations:
-                name = segment_name(prompt.context, continuation.side, continuation.response)
-                digest.update(name.encode() + digest_of(continuation.ids))
-                if continuation.learnt is not None:
-                    digest.update(bytes(continuation.learnt))
-    return digest.hexdigest()
-
-
-def digest_of(ids: Sequence[int]) -> bytes:
-    """sha256 of ids as 32-bit integers; that of stored ids is known without reading them."""
-    known = getattr(ids, "digest", None)
-    return hashlib.sha256(array("i", ids).tobytes()).digest() if known is None else known

@@ -1,0 +1,313 @@
+"""Making a token store of a data file; `tokenize-data` does it where it is told to, training in a cache at first use.
+
+The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
+other, and the record batch that it becomes is appended to the result in the order of the parts. So the result does not
+depend on the number of workers, memory not on the size of the file, and killed work resumes with the parts that are not
+there yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_solopo import __version__
+from megatron_solopo.atomic import put_folder
+from megatron_solopo.data.files.inputs import as_file
+from megatron_solopo.data.files.jobs import Jobs, differences
+from megatron_solopo.data.files.records import Part, read_records, scan
+from megatron_solopo.data.options import TokenizerOptions
+from megatron_solopo.data.schema import read_conversations, read_groups
+from megatron_solopo.data.text.text_facts import text_facts
+from megatron_solopo.data.tokenized.token_store import (
+    BOTH_PAIRS,
+    DATA,
+    DATASETS_FILES,
+    FORMAT,
+    MANIFEST,
+    SHORT_PAIR,
+    read_manifest,
+)
+from megatron_solopo.data.tokenized.token_table import SCHEMAS, TokenTable, record_batch
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, Encoder, Report, TokenGroup, no_example
+from megatron_solopo.data.workers import Work, map_in_order
+from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Scored, names_of_scored
+from megatron_solopo.progress import ProgressBar, reporting
+
+RESULT = "result"
+"""The folder, in that of the unfinished work, which becomes the store."""
+
+STREAM = f"{RESULT}/{DATA}"
+
+Settings = dict[str, Any]
+"""All that decides a store: format, objective, options, source and `text_facts`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker does to its parts.
+
+    Attributes:
+        source: the file.
+        scored: the segments that are tokenised; None: all that a group has, which serves every method.
+        seq_length, overlong: see `Encoder`.
+    """
+
+    source: str
+    tokenizer: TokenizerOptions
+    objective: str
+    seq_length: int | None = None
+    overlong: str = "refuse"
+    scored: Scored | None = None
+
+    def scored_of(self, has_long: bool) -> Scored:
+        if self.objective == "sft":
+            return CONVERSATION
+        return self.scored or (BOTH_PAIRS if has_long else SHORT_PAIR)
+
+
+@dataclass(frozen=True)
+class TokenizedPart:
+    """What a part becomes.
+
+    Attributes:
+        known: what the jobs file notes: names, the report and the largest token.
+        data: the record batch, as it is in the file; empty without examples.
+    """
+
+    number: int
+    known: dict[str, Any]
+    data: bytes
+
+
+def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, part: Part) -> TokenizedPart:
+    encoder = Encoder(tokenizer, job.seq_length, job.overlong)
+    read = read_conversations if job.objective == "sft" else read_groups
+    groups: list[TokenGroup] = []
+    for record in read(job.source, part):
+        try:
+            group = encoder.encode(record, job.scored_of(getattr(record, "long_messages", None) is not None))
+        except UserError as error:
+            raise UserError(f"{job.source}: {error}") from None
+        if group is not None:
+            groups.append(group)
+    largest = max(
+        ((int(np.max(ids)), group.id) for group in groups for ids in group.sequences()),
+        key=lambda one: one[0],
+        default=(-1, ""),
+    )
+    known = {"ids": [group.id for group in groups], "report": asdict(encoder.report), "largest": largest}
+    data = record_batch(groups, job.objective).serialize().to_pybytes() if groups else b""
+    return TokenizedPart(number, known, data)
+
+
+def _work_of(job: Job, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: processes are what --workers counts
+    return partial(tokenize_part, job, tokenizer or job.tokenizer.load())
+
+
+def tokenize_parts(
+    job: Job, todo: dict[int, Part], workers: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[TokenizedPart]:
+    """Tokenises parts, here or in several processes, and yields each in order."""
+    yield from map_in_order(_work_of, (job,), list(todo.items()), workers, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a store is made from, with and in which parts."""
+
+    job: Job
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    parts: list[Part]
+
+    @classmethod
+    def of(cls, job: Job, tokenizer: PreTrainedTokenizerBase) -> Plan:
+        """Reads the file once.
+
+        Raises:
+            UserError: it is missing, or no Parquet file.
+        """
+        with reporting("reading the file"):
+            sha256, parts = scan(job.source)
+        options = {
+            "seq_length": job.seq_length,
+            "overlong": job.overlong if job.seq_length else None,
+            "scored": names_of_scored(job.scored) if job.scored else None,
+        }
+        settings = {
+            "format": FORMAT,
+            "version": __version__,
+            "objective": job.objective,
+            "options": options,
+            "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
+            "text": text_facts(job.tokenizer.folder, tokenizer),
+        }
+        return cls(replace(job, tokenizer=job.tokenizer.dated(tokenizer)), tokenizer, settings, parts)
+
+    @property
+    def key(self) -> str:
+        """16 hex digits over the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make` made: counts of the manifest, the report, and the parts that killed work had done before."""
+
+    counts: dict[str, int]
+    report: Report
+    done_before: int
+
+
+def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> Made:
+    """Makes a store, or resumes where a killed process was.
+
+    Args:
+        jobs: opened on the folder of the unfinished work with the stream `STREAM`, which is removed at the end.
+        name: of the source, for the manifest.
+
+    Raises:
+        UserError: a record that cannot be trained on, no example at all, or another plan than the work was begun with.
+    """
+    jobs.begin(plan.settings)
+    done = _tokenize(plan, jobs, workers)
+    manifest, report = _manifest(plan, jobs)
+    if not manifest["counts"]["examples"]:
+        raise UserError(no_example(name, len(report.dropped), plan.job.seq_length))
+    result = jobs.stream(RESULT)
+    for file, document in {**DATASETS_FILES, MANIFEST: manifest | {"file": name}}.items():
+        (result / file).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    put_folder(result, output)
+    jobs.remove()
+    return Made(manifest["counts"], report, done)
+
+
+def _tokenize(plan: Plan, jobs: Jobs, workers: int) -> int:
+    """Tokenises the parts that are not finished; returns how many were."""
+    job, seen = plan.job, set[str]()
+    with ProgressBar(desc="tokenizing", unit="example") as bar:
+        for known in jobs.finished():
+            bar.update(_check_ids(job, known, seen))
+        done = len(jobs.lines)
+        todo = {number: part for number, part in enumerate(plan.parts) if number not in jobs}
+        for part in tokenize_parts(job, todo, workers, plan.tokenizer):
+            schema = b"" if part.number else SCHEMAS[job.objective].serialize().to_pybytes()
+            jobs.add(part.number, part.known, {STREAM: schema + part.data})
+            bar.update(_check_ids(job, part.known, seen))
+    return done
+
+
+def _check_ids(job: Job, known: dict[str, Any], seen: set[str]) -> int:
+    """Refuses an id that an earlier part has; returns the number of ids."""
+    names = [*known["ids"], *(dropped[0] for dropped in known["report"]["dropped"])]
+    for name in names:
+        if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
+            places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
+            raise UserError(f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique")
+        seen.add(name)
+    return len(names)
+
+
+def _manifest(plan: Plan, jobs: Jobs) -> tuple[dict[str, Any], Report]:
+    report, largest = Report(), (-1, "")
+    for known in jobs.finished():
+        report.add(Report.of(known["report"]))
+        largest = max(largest, tuple(known["largest"]), key=lambda one: one[0])
+    path = jobs.stream(STREAM)
+    if not path.is_file():  # a file without a record has no part
+        return {"counts": {"examples": 0}}, report
+    table = TokenTable(path, plan.job.objective)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    counts = {
+        "examples": len(table),
+        "tokens": table.tokens,
+        "dropped": len(report.dropped),
+        "cut": len(report.cut),
+        "control_tokens_as_text": len(report.spelled),
+        "thoughts_not_closed": len(report.open),
+    }
+    manifest = plan.settings | {
+        "counts": counts,
+        "data": {"bytes": path.stat().st_size, "index_sha256": table.index_sha256()},
+        "largest_token": {"id": largest[0], "example": largest[1]},
+        "report": asdict(report),
+    }
+    return manifest, report
+
+
+def cache_folder(given: str | None) -> Path:
+    """--data-cache, or else where a user's caches are."""
+    if named := given or os.environ.get("SOLOPO_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "megatron_solopo")
+    except RuntimeError:  # a container's user may have no home
+        raise UserError("--data-cache: there is no home folder to keep token ids in; give a folder") from None
+
+
+def cached_store(
+    job: Job, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int, wanted: Settings | None = None
+) -> tuple[Path, Settings]:
+    """(the store of a data file in a cache, what it is made from), made now where it is not there.
+
+    Processes that want the same store wait for the one that makes it.
+
+    Args:
+        job: ``source`` is what `inputs.read_records` reads.
+        wanted: refuse to make another one than with these settings.
+
+    Raises:
+        UserError: see `make`; the cache cannot be written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = cache / f"records-{os.getpid()}.jsonl"
+        with as_file(job.source, aside) as file:
+            plan = Plan.of(replace(job, source=file), tokenizer)
+            for name, before, now in differences(wanted or plan.settings, plan.settings):
+                raise UserError(f"{job.source}: {name} is {now!r}, on rank 0 it is {before!r}; copy rank 0's")
+            folder = cache / f"{Path(job.source).stem}-{plan.key}"
+            with _alone(folder.with_name(folder.name + ".lock")):
+                if not is_complete(folder, plan.settings):
+                    with Jobs(folder.with_name(folder.name + ".partial"), (STREAM,)) as jobs:
+                        make(plan, folder, jobs, workers, job.source)
+            return folder, plan.settings
+    except OSError as error:
+        if not str(error.filename or "").startswith(str(cache)):
+            raise
+        raise UserError(
+            f"--data-cache {cache}: cannot be written ({error.strerror}); give another folder, or make room"
+        ) from None
+
+
+def is_complete(folder: Path, settings: Settings) -> bool:
+    """Whether a folder is the store of these settings."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return False
+    return not differences({key: manifest.get(key) for key in settings}, settings)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other process is in the block with the same file."""
+    with path.open("ab") as file:
+        with reporting(f"waiting for another process that makes {path.with_suffix('')}"), contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)  # some network file systems have no locks
+        yield

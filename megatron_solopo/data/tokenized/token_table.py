@@ -1,0 +1,247 @@
+"""Token ids as a table of Arrow: one row an example, in record batches that are written one by one and read by mmap.
+
+`COLUMNS` has the columns of ids. Beside them are ``id`` and ``sha256``, which has a digest of each of them. A prompt or
+response that is not there is null; ``long_chosen`` and ``long_rejected`` are null too where they equal ``chosen`` and
+``rejected``, as nearly always, though a template may write a response differently after another prompt.
+
+The file is Arrow's IPC stream, as `datasets` writes it: the schema, then the batches. A batch can be appended to it
+without reading what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Context, Scored, Side, names_of_scored
+
+_IDS, _RESPONSES, _MASK = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32())), pa.list_(pa.bool_())
+
+COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "preference": {
+        "short_prompt": _IDS,
+        "long_prompt": _IDS,
+        "chosen": _RESPONSES,
+        "rejected": _RESPONSES,
+        "long_chosen": _RESPONSES,
+        "long_rejected": _RESPONSES,
+    },
+    "sft": {"prompt": _IDS, "response": _IDS, "loss_mask": _MASK},
+}
+"""Objective -> its columns. ``loss_mask`` says which tokens of the response are learnt; null where all are."""
+
+SCHEMAS = {
+    objective: pa.schema(
+        [("id", pa.string()), *columns.items(), ("sha256", pa.struct([(name, pa.binary()) for name in columns]))]
+    )
+    for objective, columns in COLUMNS.items()
+}
+
+DIGEST_BYTES = 32
+
+_LOSS_MASK = "loss_mask"
+
+
+def _prompt_column(context: Context, objective: str) -> str:
+    return "prompt" if objective == "sft" else f"{context.name.lower()}_prompt"
+
+
+def _response_column(context: Context, side: Side) -> str:
+    if side == Side.PLAIN:
+        return "response"
+    return side.name.lower() if context == Context.SHORT else f"long_{side.name.lower()}"
+
+
+def record_batch(groups: Sequence[TokenGroup], objective: str) -> pa.RecordBatch:
+    """The rows of groups, each with all its responses."""
+    rows = [_cells(group, objective) for group in groups]
+    columns, digests = [], []
+    for name, kind in COLUMNS[objective].items():
+        dtype = np.bool_ if kind == _MASK else np.int32
+        cells = [[np.asarray(one, dtype) for one in row.get(name, ())] for row in rows]
+        columns.append(_column(cells, kind, dtype))
+        digests.append(pa.array([_digest(cell) for cell in cells], pa.binary()))
+    names = pa.array([group.id for group in groups], pa.string())
+    sha256 = pa.StructArray.from_arrays(digests, names=list(COLUMNS[objective]))
+    return pa.RecordBatch.from_arrays([names, *columns, sha256], schema=SCHEMAS[objective])
+
+
+def _cells(group: TokenGroup, objective: str) -> dict[str, list[Sequence[Any]]]:
+    """Column -> the prompt, the mask, or the responses in the order of their numbers; only those that are there."""
+    row: dict[str, list[Sequence[Any]]] = {}
+    for prompt in group.prompts:
+        row[_prompt_column(prompt.context, objective)] = [prompt.ids]
+        for continuation in sorted(prompt.continuations, key=lambda one: one.response):
+            responses = row.setdefault(_response_column(prompt.context, continuation.side), [])
+            if continuation.response != len(responses):
+                raise ValueError(f"responses of one side of group {group.id!r} are not numbered from 0")
+            responses.append(continuation.ids)
+            if continuation.learnt is not None:
+                row[_LOSS_MASK] = [continuation.learnt]
+    for side in ("chosen", "rejected"):
+        if row.get(f"long_{side}") == row.get(side):
+            row.pop(f"long_{side}", None)
+    return row
+
+
+def _column(cells: list[list[np.ndarray]], kind: pa.DataType, dtype: type) -> pa.ListArray:
+    flat = [one for cell in cells for one in cell]
+    values = pa.array(np.concatenate(flat) if flat else np.zeros(0, dtype))
+    absent = pa.array([not cell for cell in cells])
+    if kind != _RESPONSES:
+        return pa.ListArray.from_arrays(_offsets([sum(map(len, cell)) for cell in cells]), values, mask=absent)
+    each = pa.ListArray.from_arrays(_offsets([len(one) for one in flat]), values)
+    return pa.ListArray.from_arrays(_offsets([len(cell) for cell in cells]), each, mask=absent)
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]).astype(np.int32))
+
+
+def _digest(cell: Sequence[np.ndarray]) -> bytes:
+    """sha256 of the lengths of the sequences and of their ids (4 bytes each; of a mask 1)."""
+    digest = hashlib.sha256(np.array([len(one) for one in cell], np.int32).tobytes())
+    for one in cell:
+        digest.update(np.ascontiguousarray(one))
+    return digest.digest()
+
+
+class _Stored(Sequence[int]):
+    """Token ids, or the marks of a mask, that are read when they are looked at; their number is known before.
+
+    `numpy.asarray` of ids copies nothing. Reading raises UserError where the bytes are not those that were written.
+    """
+
+    def __init__(self, table: TokenTable, name: str, row: int, response: int = 0) -> None:
+        self._table, self._name, self._row, self._response = table, name, row, response
+        self._cell = table.cell(name, row)
+
+    def __len__(self) -> int:
+        return len(self._cell[self._response])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        cell = [one.to_numpy(zero_copy_only=False) for one in self._cell]
+        if _digest(cell) != self._table.rows["sha256"][self._row][self._name].as_py():
+            raise UserError(
+                f"{self._table.path}: {self._name} of example {self._table.id(self._row)!r} is not what was written; "
+                "the disk or a copy damaged it: copy the folder again, or delete it and tokenise again"
+            )
+        found = cell[self._response]
+        return found if dtype is None else found.astype(dtype, copy=bool(copy))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__array__()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.__array__().tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+
+class TokenTable:
+    """The rows of a file, opened by mmap.
+
+    Attributes:
+        rows: the table.
+        counts: column -> [rows] the sequences of each row.
+        lengths: column -> [rows] tokens of the longest of them; 0 where there is none.
+        digests: column -> [rows, 32] uint8.
+    """
+
+    def __init__(self, path: Path, objective: str) -> None:
+        self.path, self.objective = path, objective
+        self.rows = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        self.counts, self.lengths, self.digests = {}, {}, {}
+        digests = self.rows["sha256"].combine_chunks()
+        for name in COLUMNS[objective]:
+            # Offsets alone are read. (`pyarrow.compute.list_flatten` would copy the ids.)
+            sizes = [np.zeros((2, 0), np.int64), *map(_sizes, self.rows[name].chunks)]
+            self.counts[name], self.lengths[name] = np.concatenate(sizes, axis=1)
+            data = digests.field(name).buffers()[2]
+            self.digests[name] = np.frombuffer(data, np.uint8, len(self) * DIGEST_BYTES).reshape(-1, DIGEST_BYTES)
+
+    def __len__(self) -> int:
+        return self.rows.num_rows
+
+    @property
+    def tokens(self) -> int:
+        """All ids of the file."""
+        names = [name for name in COLUMNS[self.objective] if name != _LOSS_MASK]
+        values = [chunk.values for name in names for chunk in self.rows[name].chunks]
+        return sum(len(one.values if pa.types.is_list(one.type) else one) for one in values)
+
+    def id(self, row: int) -> str:
+        return self.rows["id"][row].as_py()
+
+    def cell(self, name: str, row: int) -> list[pa.Array]:
+        """The sequences of a row in a column, no id of which is read."""
+        values = self.rows[name][row].values
+        return [one.values for one in values] if pa.types.is_list(values.type) else [values]
+
+    def of_prompts(self, context: Context, what: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[rows, ...] of a value of each column, that of the context's prompts."""
+        return what[_prompt_column(context, self.objective)]
+
+    def of_responses(self, context: Context, side: Side, what: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[rows, ...] of a value of each column, that of the column that holds each row's responses."""
+        own, short = _response_column(context, side), _response_column(Context.SHORT, side)
+        there = self.counts[own] > 0
+        return np.where(there.reshape(-1, *[1] * (what[own].ndim - 1)), what[own], what[short])
+
+    def group(self, row: int, scored: Scored) -> TokenGroup:
+        """A row's example with these segments."""
+        prompts = []
+        for context in Context:
+            sides = [side for side in Side if (context, side) in scored]
+            continuations = tuple(one for side in sides for one in self._responses(row, context, side))
+            if continuations:
+                ids = _Stored(self, _prompt_column(context, self.objective), row)
+                prompts.append(Prompt(context, ids, continuations))
+        return TokenGroup(self.id(row), tuple(prompts))
+
+    def _responses(self, row: int, context: Context, side: Side) -> Iterator[Continuation]:
+        name = _response_column(context, side)
+        if not self.counts[name][row]:
+            name = _response_column(Context.SHORT, side)
+        masked = self.objective == "sft" and self.counts[_LOSS_MASK][row]
+        learnt = _Stored(self, _LOSS_MASK, row) if masked else None
+        for response in range(self.counts[name][row]):
+            yield Continuation(side, _Stored(self, name, row, response), learnt, response)
+
+    def fingerprint(self, rows: np.ndarray, scored: Scored) -> str:
+        """sha256 over all that these segments of these rows are: their ids, and which of them are learnt."""
+        digest = hashlib.sha256(names_of_scored(scored).encode())
+        parts = [self.of_prompts(context, self.digests) for context in sorted({context for context, _ in scored})]
+        parts += [self.of_responses(context, side, self.digests) for context, side in sorted(scored)]
+        parts += [self.digests[_LOSS_MASK]] if self.objective == "sft" else []
+        digest.update(np.concatenate(parts, axis=1)[rows])
+        return digest.hexdigest()
+
+    def index_sha256(self) -> str:
+        """sha256 of what is read before a group is: names, lengths and digests."""
+        digest = hashlib.sha256("\0".join(self.rows["id"].to_pylist()).encode())
+        for name in COLUMNS[self.objective]:
+            for part in (self.counts[name], self.lengths[name], self.digests[name]):
+                digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
+
+
+def _sizes(chunk: pa.ListArray) -> np.ndarray:
+    """[2, rows] int64: the sequences of each row of a column's chunk, and the tokens of the longest of them."""
+    starts = chunk.offsets.to_numpy()
+    counts = np.diff(starts)
+    if not pa.types.is_list(chunk.type.value_type):
+        return np.stack([counts > 0, counts])
+    each = np.append(np.diff(chunk.values.offsets.to_numpy()), 0)
+    # `reduceat` gives a row without sequences the next row's first one.
+    return np.stack([counts, np.where(counts > 0, np.maximum.reduceat(each, starts)[:-1], 0)])
