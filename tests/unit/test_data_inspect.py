@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.files.parquet import write_groups
 from megatron_solopo.data.inspection import inspect_data
-from megatron_solopo.data.inspection.context import Document, Fold
+from megatron_solopo.data.inspection.blocks import Block
 from megatron_solopo.data.inspection.view import token_text, uses
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
@@ -145,13 +145,17 @@ def test_documents_stand_at_the_positions_named(tokenizer: PreTrainedTokenizerBa
         starts = [start for start, _, _ in spans]
         expected = [np.interp(start, [starts[0], starts[-1]], [0, 1]) for start, _, gold in spans if gold]
         assert context.depths == pytest.approx(expected) and len(expected) == 2
-        folds = [piece for piece in context.pieces if isinstance(piece, Fold)]
-        shown = [piece.documents if isinstance(piece, Fold) else [piece] for piece in context.pieces]
-        documents = [document for one in shown for document in one if isinstance(document, Document)]
-        assert documents == context.documents and len(documents) == len(spans)
-        for fold in folds:  # from the first token of its first document to the last of its last
-            first, last = fold.documents[0], fold.documents[-1]
-            assert fold.tokens == last.first_token + last.tokens - first.first_token
+        pieces = [piece for piece in context.pieces if isinstance(piece, Block)]
+        shown = [one for piece in pieces for one in (piece.parts if piece.kind == "fold" else [piece])]
+        assert [one.kind for one in shown] == [document.kind for document in context.documents]
+        numbers = [int(re.search(r"document (\d+) of ", one.title)[1]) for one in shown]
+        assert numbers == [*range(1, len(spans) + 1)]
+        for fold in (piece for piece in pieces if piece.kind == "fold"):
+            # From the first token of its first document to the last of its last.
+            at = shown.index(fold.parts[0])
+            first, last = context.documents[at], context.documents[at + len(fold.parts) - 1]
+            tokens = last.first_token + last.tokens - first.first_token
+            assert fold.title.startswith(f"{tokens:,} tokens of {len(fold.parts)} distractor")
 
 
 def test_choosing_an_example(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

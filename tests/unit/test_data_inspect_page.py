@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from inspected import groups, tokenizer_folder, write
-from markupsafe import escape
 from segment_names import scored
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.inspection import inspect_data
-from megatron_solopo.data.inspection.charts import Histogram
-from megatron_solopo.data.inspection.examples import FLAGS, Example, Reservoir, measure, read_examples
-from megatron_solopo.data.inspection.statistics import Distribution, Repeats, Statistics
+from megatron_solopo.data.inspection.blocks import html
+from megatron_solopo.data.inspection.charts import Chart
+from megatron_solopo.data.inspection.examples import Example, read_examples, sample
+from megatron_solopo.data.inspection.facts import FLAGS, measure
+from megatron_solopo.data.inspection.statistics import Repeats, Statistics
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.training.health import length_bias
 
@@ -191,37 +192,44 @@ def test_every_oddity_is_counted_where_it_is(tokenizer: PreTrainedTokenizerBase,
     assert statistics.without_long == 1 and statistics.refusals.total() == 1
 
 
+def chart_of(values: Any, style: str = "chosen", **more: Any) -> Chart:
+    return Chart("Words", [("chosen", style, np.array(values, dtype=float))], "words", **more)
+
+
 def test_distributions_are_exact() -> None:
     draw = np.random.default_rng(0)
     for values in (draw.integers(-40, 900, 777), draw.integers(5, 6, 9), draw.normal(50, 400, 301).round()):
-        counted = Distribution()
-        for value in values:
-            counted.add(value)
-        assert counted.total == len(values) and counted.mean == pytest.approx(values.mean())
-        for share in (0.05, 0.5, 0.95, 1):
-            assert counted.quantile(share) == np.quantile(values, share, method="inverted_cdf")
-        start, width, (counts,) = Histogram("", [("x", "x", counted)], "").bins
+        chart = chart_of(values)
+        low, median, high = (f"{np.quantile(values, share, method='inverted_cdf'):,.0f}" for share in (0.05, 0.5, 0.95))
+        assert chart.figures(0) == (median, f"{values.mean():,.1f}", f"{low} to {high}")
+        start, width, (counts,) = chart.bins
         assert sum(counts) == len(values)  # nothing is lost, whatever the tails
         inner = np.histogram(values, [start + i * width - 0.5 for i in range(1, len(counts))])[0]
         assert counts[1:-1] == inner.tolist()
 
 
 def test_one_far_value_does_not_flatten_a_chart() -> None:
-    counted = Distribution()
-    for value in [*range(100)] * 3 + [100_000]:
-        counted.add(value)
-    start, width, (counts,) = Histogram("", [("x", "x", counted)], "").bins
-    assert start + width * len(counts) <= 120 and sum(counts) == 301
+    chart = chart_of([*range(100)] * 3 + [100_000])
+    start, width, (counts,) = chart.bins
+    assert start + width * len(counts) <= 120 and sum(counts) == 301 and chart.beyond
+
+
+def test_ticks_are_round_numbers_at_their_places() -> None:
+    for values, more in (([754, 764], {}), ([0.1, 0.9], {"digits": 3, "limits": (0, 1)}), ([-28, 17], {})):
+        chart = chart_of(values, **more)
+        start, width, (counts,) = chart.bins
+        ticks = [(place, float(text)) for place, text in chart.ticks()]
+        assert 2 <= len(ticks) <= 7 and (0 in dict(map(reversed, ticks))) == (values[0] < 1)
+        for place, value in ticks:
+            middle = 0.5 if not more and width == 1 else 0
+            assert start + width * (place / 100 * len(counts) - middle) == pytest.approx(value)
 
 
 def test_a_sample_is_uniform_and_in_order() -> None:
     examples = [Example(i, str(i), "", [], "", {}, {}) for i in range(20)]
     drawn: Counter[int] = Counter()
     for seed in range(600):
-        reservoir = Reservoir(5, seed)
-        for example in examples:
-            reservoir.add(example)
-        kept = [example.index for example in reservoir.examples()]
+        kept = [example.index for example in sample(iter(examples), 5, seed)]
         assert kept == sorted(set(kept)) and len(kept) == 5
         drawn.update(kept)
     # 600 x 5 / 20 = 150 times each, with a standard deviation of 10.6.
@@ -281,7 +289,8 @@ def test_the_length_bias_in_words(pairs: list[tuple[int, int]], warned: bool, wo
     """It is that of build-pairs and of training."""
     statistics = Statistics()
     for chosen, rejected in pairs:
-        statistics.lengths.add(chosen, rejected)
+        statistics.numbers["chosen tokens"].append(chosen)
+        statistics.numbers["rejected tokens"].append(rejected)
     said, lopsided = statistics.length_bias()
     assert lopsided == warned == (length_bias(pairs) is not None) and words in said
 
@@ -309,14 +318,13 @@ def test_numbers_of_any_size_are_shown(folder: Path, tmp_path: Path, capsys: pyt
     assert "scores    wild 1e+308, tiny 0, most 0.5\n" in capsys.readouterr().out
 
 
-def test_the_terminal_and_the_page_show_the_same_bars(folder: Path, tmp_path: Path) -> None:
-    counted = Distribution()
-    for value in [3] * 8 + [5] * 4 + [10]:
-        counted.add(value)
-    chart = Histogram("Words", [("chosen", "chosen", counted)], "words")
-    page = Page(str(escape(chart)))
-    bars = {a["title"]: a["style"] for tag, a in page.elements if tag == "i"}
+def test_the_terminal_and_the_page_show_the_same_bars() -> None:
+    chart = chart_of([3] * 8 + [5] * 4 + [10])
+    page = Page(str(html(chart.bars(0))))
+    bars = {a["title"]: (a["class"], a["style"]) for tag, a in page.elements if tag == "span"}
     heights = {"chosen, 3 words: 8 (61.5%)": "100.0%", "chosen, 5 words: 4 (30.8%)": "50.0%"}
-    assert heights.items() <= {title: style.removeprefix("height: ") for title, style in bars.items()}.items()
-    assert chart.bars(0).plain == "\u2588 \u2584    \u2581"
-    assert page.text.startswith("Words8") and "median 3, mean 4.2, middle 90 % from 3 to 10" in page.text
+    assert {title: ("chosen", f"height: {height}") for title, height in heights.items()}.items() <= bars.items()
+    assert chart.bars(0).plain == "\u2588 \u2584    \u2581" == page.text
+    assert chart.words(0) == "median 3, mean 4.2, middle 90 % from 3 to 10"
+    signs = [a["class"] for _, a in Page(str(html(chart_of([-1, 0, 1], "signed").bars(0)))).elements[1:]]
+    assert signs[1:4] == ["rejected", "neutral", "chosen"]

@@ -12,9 +12,8 @@ from inspected import WORDS, groups, tokenizer_folder, view_of
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.answers import find_in_document
-from megatron_solopo.data.inspection.blocks import console, highlighted, stretches
-from megatron_solopo.data.inspection.context import Fold
-from megatron_solopo.data.inspection.view import View, answer_pattern
+from megatron_solopo.data.inspection.blocks import Block, console, stretches
+from megatron_solopo.data.inspection.view import View, answer_pattern, highlighted
 from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.prompt import PromptFormat
@@ -85,9 +84,15 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
     text = printed(view)
     assert "[[HARBOUR  Town]]" in text and "where its documents stand is not recorded" in text
     assert len(re.findall(r"\.\.\. [\d,]+ tokens \.\.\.", text)) == 2
-    parts = [p.documents[0] if isinstance(p, Fold) else p for p in view.contexts[0].pieces]
-    assert "".join(part.text.plain for part in parts) == record["prompt"]
-    assert view.contexts[0].tokens > sum(p.tokens for p in view.contexts[0].pieces if isinstance(p, Fold)) > 500
+    pieces = (
+        view_of({**record, "answers": ["Harbour town"]}, tokenizer, tmp_path, True, context_mode="short")
+        .contexts[0]
+        .pieces
+    )
+    parts = [p.parts[0].parts[0] if isinstance(p, Block) else p for p in pieces]
+    assert "".join(part.plain for part in parts) == record["prompt"]
+    folded = [int(p.title.removesuffix(" tokens").replace(",", "")) for p in pieces if isinstance(p, Block)]
+    assert view.contexts[0].tokens > sum(folded) > 500
     assert [segment.name for segment in view.segments] == ["short_chosen", "short_rejected"]
     refused = view_of(record, tokenizer, tmp_path)  # solo needs a long context
     assert refused.facts.flags == ("refused",) and "--context-mode short" in printed(refused)
@@ -97,8 +102,8 @@ def test_answers_inside_other_words_are_told_apart() -> None:
     text = "It was with it, IT! 19 in 1919. \u4e2d\u56fd\u4eba"
     answers = ["it", "19", "\u56fd"]
     parts = list(stretches(highlighted(text, find_in_document(text, answers), answer_pattern(answers))))
-    assert "".join(part for part, _ in parts) == text
-    assert [found for found in parts if found[1]] == [
+    assert "".join(part for part, _, _ in parts) == text
+    assert [(part, *names) for part, names, _ in parts if names] == [
         ("It", "answer"),
         ("it", "other"),
         ("it", "answer"),
@@ -108,7 +113,7 @@ def test_answers_inside_other_words_are_told_apart() -> None:
         ("19", "other"),
         ("\u56fd", "answer"),
     ]
-    assert answer_pattern(["?", ""]) is None and list(stretches(highlighted(text, []))) == [(text, "")]
+    assert answer_pattern(["?", ""]) is None and list(stretches(highlighted(text, []))) == [(text, [], {})]
 
 
 def test_control_characters_do_not_reach_the_terminal(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def test_prompts_are_shown_as_the_template_renders_them(
             "<|im_end|>\n<|im_start|>assistant\n",
         ]
         assert frames[0] + content + frames[1] == prompt and prompt[slice(*rendered.content)] == content
-        assert [text for frame in rendered.frames for text, style in stretches(frame) if style == "control"] == [
+        assert [text for frame in rendered.frames for text, names, _ in stretches(frame) if names == ["control"]] == [
             "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"
         ]  # fmt: skip
         assert context.pieces

@@ -13,7 +13,8 @@ from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.evidence import mark, rank_by_bm25
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.split import near_duplicates
-from megatron_solopo.data.inspection.blocks import highlighted, stretches
+from megatron_solopo.data.inspection.blocks import stretches
+from megatron_solopo.data.inspection.view import highlighted
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.data.pairing.policies import Scored, length_matched_pairs, shortest_correct_pairs, words
 from megatron_solopo.data.schema import Paragraph, Question
@@ -43,8 +44,10 @@ QUESTION = Question("zh", "小说《家》的作者是谁？", "巴金", (), (MU
 )
 def test_a_short_answer_is_found_where_no_word_goes_on(text: str, answer: str, found: bool) -> None:
     assert mentions(text, golds([answer])[0]) is found
-    kinds = [kind for part, kind in stretches(highlighted(text, find_in_document(text, [answer]))) if part == answer]
-    assert ("answer" in kinds) is found
+    kinds = [
+        names for part, names, _ in stretches(highlighted(text, find_in_document(text, [answer]))) if part == answer
+    ]
+    assert (["answer"] in kinds) is found
 
 
 def test_a_distractor_never_names_the_answer() -> None:

@@ -1,23 +1,22 @@
-"""What is shown, once: each block prints itself through rich (``__rich_console__``) and is a piece of the page
-(``__html__``).
+"""What is shown, once: rich's `Text` and `Table`, and `Block` of them. A console prints it, and `html` makes it a piece
+of the page.
 
-Texts are rich's, and the name of a style is both an entry of `STYLES` and a CSS class of the page. Where there are no
-colours, `MARKS` and `BARS` say in characters what they would say.
+The name of a style is both an entry of `STYLES` and a CSS class of the page; the ``meta`` of a style are HTML
+attributes. Where there are no colours, `MARKS` and `BARS` say in characters what they would say.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from typing import TextIO
 
-import rich.table
 from markupsafe import Markup, escape
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.rule import Rule
+from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
@@ -32,15 +31,19 @@ STYLES = {
     "rejected": "red",
     "warn": "bold red",
     "soft": "dim",
+    "place": "dim",
     "short": "cyan",
     "long": "magenta",
-    "neutral": "",
     "odd": "reverse",
     "end": "bold magenta reverse",
+    "unlearnt": "dim",
+    **dict.fromkeys(("neutral", "token", "learnt", "line", "strip", "bars", "instructions"), ""),
 }
-MARKS = {"answer": ("[[", "]]"), "control": ("{", "}")}
+MARKS = {"answer": ("[[", "]]"), "control": ("{", "}"), "unlearnt": ("(", ")"), "token": ("", "|"), "place": ("", "|")}
 BARS = {"gold": ("> ", "\u2503 "), "template": ("| ", "\u2506 ")}
 """Before each line of a text of this style: without colours, with them."""
+_DRAWN = {"template": ("\n", Markup("<i>\u23ce</i>\n")), "token": (" ", Markup("<i>\u00b7</i>"))}
+"""What the page draws for a character that could not be seen at the end of a line or of a token."""
 
 PLAIN_WIDTH = 110
 
@@ -54,81 +57,14 @@ def visible(text: str) -> str:
     return text.translate(_PICTURES)
 
 
-def highlighted(text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None) -> Text:
-    """The text with answers in the style "answer", and in "other" those that do not count.
-
-    An answer that does not count is part of a longer word, or in a response outside its answer part.
-
-    Args:
-        found: start and end of those that count.
-        pattern: `answer_pattern`, which the others match.
-    """
-    made = Text(visible(text))
-    for start, end in found:
-        made.stylize("answer", start, end)
-    for match in pattern.finditer(text) if pattern else ():
-        if not any(match.start() < end and start < match.end() for start, end in found):
-            made.stylize("other", *match.span())
-    return made
-
-
 def many(count: int, what: str) -> str:
     """``1 token``, ``2,000 tokens``."""
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
-def console(out: TextIO | None = None) -> Console:
-    """A console on standard output: colours on a terminal only, and NO_COLOR is honoured."""
-    out = out or sys.stdout
-    width = None if out.isatty() else PLAIN_WIDTH
-    return Console(file=out, highlight=False, markup=False, emoji=False, width=width, theme=Theme(STYLES))
-
-
-def is_plain(console: Console) -> bool:
-    """Whether marks must stand for colours."""
-    return not console.is_terminal or console.no_color
-
-
-def stretches(text: Text) -> Iterator[tuple[str, str]]:
-    """(characters, names of their styles) in order."""
-    edges = sorted({0, len(text), *(edge for span in text.spans for edge in (span.start, span.end))})
-    for start, end in itertools.pairwise(edges):
-        names = dict.fromkeys(str(span.style) for span in text.spans if span.start <= start and end <= span.end)
-        yield text.plain[start:end], " ".join(names)
-
-
-def printable(text: Text, console: Console) -> Text:
-    """The text for this console, with `MARKS` where it has no colours."""
-    if not is_plain(console):
-        return text
-    marked = (MARKS.get(name, ("", "")) + (part,) for part, name in stretches(text))
-    return Text("".join(f"{before}{part}{after}" for before, after, part in marked))
-
-
-def html(text: Text, change: Callable[[str], Markup] = escape) -> Markup:
-    """The text as HTML: its styles are classes, its answers ``<mark>``."""
-    made = []
-    for part, names in stretches(text):
-        tag = "mark" if names in ("answer", "other") else "span"
-        made.append(Markup('<{0} class="{1}">{2}</{0}>').format(tag, names, change(part)) if names else change(part))
-    return Markup("").join(made)
-
-
-class Table(rich.table.Table):
-    """A table of rich that is one of the page too: the style of a row is its class."""
-
-    def __html__(self) -> str:
-        def row(tag: str, contents: Iterable[Any], style: Any = "") -> Markup:
-            made = Markup('<tr class="{}">').format(style or "")
-            for column, one in zip(self.columns, contents, strict=True):
-                right = Markup(' class="num"') if column.justify == "right" else ""
-                made += Markup("<{0}{1}>{2}</{0}>").format(tag, right, html(one) if isinstance(one, Text) else one)
-            return made + Markup("</tr>")
-
-        rows = zip(*(column.cells for column in self.columns), strict=True)
-        made = [row("td", contents, of.style) for of, contents in zip(self.rows, rows, strict=True)]
-        head = row("th", (column.header for column in self.columns))
-        return Markup('<div class="table"><table>{}{}</table></div>').format(head, Markup("").join(made))
+def attributes(**values: str) -> Style:
+    """A style that changes nothing on a terminal and adds HTML attributes on the page."""
+    return Style(meta=values)
 
 
 def table(*columns: str) -> Table:
@@ -139,126 +75,109 @@ def table(*columns: str) -> Table:
     return made
 
 
-class Block(Protocol):
-    """Something to show."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult: ...
-
-    def __html__(self) -> str: ...
-
-
-def joined(blocks: Sequence[Block]) -> Markup:
-    return Markup("").join(escape(block) for block in blocks)
+def console(out: TextIO | None = None) -> Console:
+    """A console on standard output: colours on a terminal only, and NO_COLOR is honoured."""
+    made = Console(file=out, highlight=False, markup=False, emoji=False, theme=Theme(STYLES))
+    if not made.is_terminal:
+        made.width = PLAIN_WIDTH
+    return made
 
 
-@dataclass
-class Prose:
-    """A text of the data; ``kind`` is its style as a whole: "" of a message, "gold", "distractor", "template"."""
-
-    text: Text
-    kind: str = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text = printable(self.text, console).copy()
-        text.style = self.kind
-        if self.kind not in BARS:
-            yield text
-            return
-        bar, text.style = BARS[self.kind][not is_plain(console)], "template" if self.kind == "template" else ""
-        for line in text.wrap(console, options.max_width - len(bar)):
-            yield Text.assemble((bar, "gold" if self.kind == "gold" else "soft"), line)
-
-    def __html__(self) -> str:
-        if self.kind != "template":
-            return Markup('<div class="body {}">{}</div>').format(self.kind, html(self.text))
-        text = html(self.text, lambda part: escape(part).replace("\n", Markup('<i class="break">\u23ce</i>\n')))
-        return Markup('<div class="template">{}</div>').format(text)
+def stretches(text: Text) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(characters, names of their styles, HTML attributes) in order."""
+    edges = sorted({0, len(text), *(edge for span in text.spans for edge in (span.start, span.end))})
+    for start, end in itertools.pairwise(edges):
+        styles = [span.style for span in text.spans if span.start <= start and end <= span.end]
+        names = list(dict.fromkeys(style for style in styles if isinstance(style, str)))
+        metas = [style.meta for style in styles if isinstance(style, Style)]
+        yield text.plain[start:end], names, {key: value for meta in metas for key, value in meta.items()}
 
 
 @dataclass
-class Note:
-    """A line about what is shown; ``style`` as in `STYLES`."""
+class Block:
+    """Parts under a heading.
 
-    text: str
-    style: str = "soft"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self.text, self.style)
-
-    def __html__(self) -> str:
-        return Markup('<p class="small {}">{}</p>').format(self.style, self.text)
-
-
-@dataclass
-class Section:
-    """Blocks under a heading; ``kind`` is a class of the page."""
+    Attributes:
+        kind: "fold", "evidence", "distractor", or a section with this class of the page.
+        instead: what a terminal prints of it, if not its heading and parts.
+    """
 
     title: str
-    note: str
-    blocks: Sequence[Block]
+    parts: Sequence[Text | Table | Block]
+    note: str = ""
     kind: str = ""
+    instead: Sequence[Text] | None = None
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        heading = f"{self.title}  {self.note}"
-        yield ""
-        yield f"== {heading} ==" if is_plain(console) else Rule(Text(heading, "bold"), align="left", style="soft")
-        yield from self.blocks
-
-    def __html__(self) -> str:
-        head = '<div class="head"><h3>{}</h3><span class="small soft">{}</span></div>'
-        return Markup(f'<section class="{{}}">{head}{{}}</section>').format(
-            self.kind, self.title, self.note, joined(self.blocks)
-        )
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a response: its id, its text, its position in the sequence, and whether it is learnt."""
-
-    id: int
-    text: str
-    position: int
-    learnt: bool
-    end_of_turn: bool
-
-    @property
-    def shown(self) -> str:
-        """With line breaks and tabs to be seen."""
-        return visible(self.text).replace("\n", "\u23ce").replace("\t", "\u21e5")
-
-
-@dataclass
-class Tokens:
-    """A response token by token: shades part them (``|`` without colours); what is not learnt is in parentheses."""
-
-    title: str
-    kind: str
-    tokens: Sequence[Token]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(f"\n{self.title}", f"bold {STYLES[self.kind]}")
-        bar, room = "|" if is_plain(console) else "", options.max_width - 10
-        line = Text()
-        for index, token in enumerate(self.tokens):
-            style = ("end" if token.end_of_turn else "odd" if index % 2 else "") if token.learnt else "soft"
-            cell = Text(token.shown if token.learnt else f"({token.shown})", "" if bar else style)
-            if not line or line.cell_len + cell.cell_len > room + 9:
-                yield from [line] * bool(line)
-                line = Text.assemble((f"{token.position:>8,} ", "soft"), bar, no_wrap=True, overflow="ignore")
-            line.append_text(cell).append(bar)
-        yield line
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = not console.is_terminal or console.no_color
+        if self.kind in ("evidence", "distractor"):
+            style = "gold" if self.kind == "evidence" else "distractor"
+            yield Text(f"{'>>' if style == 'gold' else '--'} {self.title}", style)
+        elif self.instead is None and self.title and self.kind != "fold":
+            heading = f"{self.title}  {self.note}"
+            yield ""
+            yield f"== {heading} ==" if plain else Rule(Text(heading, "bold"), align="left", style="soft")
+        for part in self.parts if self.instead is None else self.instead:
+            if isinstance(part, Text):
+                yield from _lines(_marked(part) if plain else part, plain, console, options)
+            else:
+                yield part
 
     def __html__(self) -> str:
-        made = []
-        for index, token in enumerate(self.tokens):
-            place = Markup("<sub>{:,}</sub>").format(token.position) if index % 20 == 0 else ""
-            classes = "learnt" * token.learnt + " end" * token.end_of_turn
-            title = f"position {token.position}, id {token.id}{'' if token.learnt else ', not learnt'}"
-            shown = escape(token.shown)
-            if token.text.strip(" ") != token.text:
-                shown = shown.replace(" ", Markup('<i class="space">\u00b7</i>'))
-            line_end = Markup("<br>") if "\n" in token.text else ""
-            made.append(Markup('{}<b class="{}" title="{}">{}</b>{}').format(place, classes, title, shown, line_end))
-        return Markup('<div class="tone-{}"><p class="small soft">{}</p><div class="tokens">{}</div></div>').format(
-            self.kind, self.title, Markup("").join(made)
-        )
+        outer, head = ("details", "summary") if self.kind == "fold" else ("section", "h3")
+        note = Markup(' <span class="note">{}</span>').format(self.note) if self.note else ""
+        heading = Markup(f"<{head}>{{}}{{}}</{head}>").format(self.title, note) if self.title else ""
+        return Markup(f'<{outer} class="{{}}">{{}}{{}}</{outer}>').format(self.kind, heading, html(self.parts))
+
+
+def _marked(text: Text) -> Text:
+    """With `MARKS` in the place of colours."""
+    made = Text(style=text.style)
+    for part, names, _ in stretches(text):
+        before, after = zip(*(MARKS.get(name, ("", "")) for name in ("", *names)), strict=True)
+        made.append("".join((*before, part, *reversed(after))))
+    return made
+
+
+def _lines(text: Text, plain: bool, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+    """The text behind the bar of its style, if that has one."""
+    name = str(text.style)
+    if name not in BARS:
+        yield text
+        return
+    bar, inner = BARS[name][not plain], text.copy()
+    inner.style = "template" if name == "template" else ""
+    for line in inner.wrap(console, options.max_width - len(bar)):
+        yield Text.assemble((bar, "gold" if name == "gold" else "soft"), line)
+
+
+def html(shown: object) -> Markup:
+    """A piece of the page; texts are escaped."""
+    if isinstance(shown, Text):
+        return Markup('<div class="text {}">{}</div>').format(shown.style, _inline(shown))
+    if isinstance(shown, Table):
+        rows = zip(*(column.cells for column in shown.columns), strict=True)
+        body = [_row(shown, "td", cells, row.style) for row, cells in zip(shown.rows, rows, strict=True)]
+        head = _row(shown, "th", (column.header for column in shown.columns))
+        return Markup('<div class="table"><table>{}{}</table></div>').format(head, Markup("").join(body))
+    return Markup("").join(map(html, shown)) if isinstance(shown, list | tuple) else escape(shown)
+
+
+def _row(table: Table, tag: str, cells: Iterable[RenderableType], style: object = "") -> Markup:
+    made = Markup('<tr class="{}">').format(style or "")
+    for column, cell in zip(table.columns, cells, strict=True):
+        content = _inline(cell) if isinstance(cell, Text) else cell
+        made += Markup('<{0} class="{1}">{2}</{0}>').format(tag, column.justify, content)
+    return made + Markup("</tr>")
+
+
+def _inline(text: Text) -> Markup:
+    made = []
+    for part, names, more in stretches(text):
+        content = escape(part)
+        for old, new in (_DRAWN[name] for name in (str(text.style), *names) if name in _DRAWN):
+            content = content.replace(old, new)
+        pairs = {"class": " ".join(names), **more} if names or more else {}
+        written = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs.items())
+        made.append(Markup("<span{}>{}</span>").format(written, content) if pairs else content)
+    return Markup("").join(made)

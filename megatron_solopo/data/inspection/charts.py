@@ -1,18 +1,19 @@
-"""Distributions as bars: a row of block characters on a terminal, a figure of the page."""
+"""Distributions as bars, which a terminal shows as block characters and the page as columns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from markupsafe import Markup
+from rich.table import Table
 from rich.text import Text
 
-from megatron_solopo.data.inspection.blocks import Table, table, visible
-from megatron_solopo.data.inspection.statistics import Distribution, Statistics, number
+from megatron_solopo.data.inspection.blocks import attributes, table, visible
+from megatron_solopo.data.inspection.examples import CONTEXTS
+from megatron_solopo.data.inspection.statistics import Statistics
 
 _BARS = 24
 _FEWEST_BARS = 6
@@ -31,33 +32,30 @@ def nice_step(span: float, most: int) -> float:
 
 
 @dataclass(frozen=True)
-class Histogram:
+class Chart:
     """One or more distributions over one axis.
 
     Attributes:
-        series: (name, style, values); the style "signed" is that of the values' sign.
+        series: (name, style, [numbers] float64); the style "signed" is that of the values' sign.
         unit: what a value is.
+        digits: decimals of the values; 0: they are whole numbers.
         limits: the axis, where it is known (a share: 0 to 1); else that of the values.
     """
 
     title: str
-    series: Sequence[tuple[str, str, Distribution]]
-    unit: str
+    series: Sequence[tuple[str, str, np.ndarray]]
+    unit: str = ""
+    digits: int = 0
     limits: tuple[float, float] | None = None
     note: str = ""
-
-    @property
-    def whole(self) -> bool:
-        """Whether the values are whole numbers."""
-        return max(one.step for _, _, one in self.series) >= 1
 
     @cached_property
     def bins(self) -> tuple[float, float, list[list[int]]]:
         """(start, width of a bin, counts of each series); every value is in a bin, long tails in the first and last."""
-        values = [np.clip(one.values, -_FARTHEST, _FARTHEST) for _, _, one in self.series]
+        values = [np.clip(one, -_FARTHEST, _FARTHEST) for _, _, one in self.series]
         low, high = self.limits or _axis(np.concatenate(values))
-        width = nice_step(max(high - low, max(one.step for _, _, one in self.series)), _BARS)
-        if self.whole:  # bins of one width hold as many whole numbers
+        width = nice_step(max(high - low, 10.0**-self.digits), _BARS)
+        if not self.digits:  # bins of one width hold as many whole numbers
             width = max(1.0, math.ceil(width))
         start = math.floor(low / width + 1e-9) * width
         # The last bin of a share holds its upper limit too.
@@ -68,69 +66,62 @@ class Histogram:
         places = [np.clip(np.floor((one - start) / width + 1e-9), 0, most - 1).astype(int) for one in values]
         return start, width, [np.bincount(one, minlength=most).tolist() for one in places]
 
+    @property
+    def most(self) -> int:
+        """The highest bar."""
+        return max(map(max, self.bins[2]))
+
     def ends(self, place: int) -> tuple[float, float]:
         """The smallest and the largest value of a bin; -1: the last."""
         start, width, counts = self.bins
         place %= len(counts[0])
-        return start + place * width, start + (place + 1) * width - (1 if self.whole else 0)
+        return start + place * width, start + (place + 1) * width - (0 if self.digits else 1)
 
     def bars(self, index: int) -> Text:
-        """A series in block characters."""
-        counts, (_, style, _) = self.bins[2], self.series[index]
-        most, made = max(map(max, counts)), Text(no_wrap=True)
-        for place, count in enumerate(counts[index]):
-            made.append(_EIGHTHS[math.ceil(8 * count / most)], _shade(style, *self.ends(place)))
+        """A series in block characters; on the page, where each is a column, with what it counts."""
+        counts, (name, style, values) = self.bins[2][index], self.series[index]
+        made = Text("", "bars", no_wrap=True)
+        for place, count in enumerate(counts):
+            low, high = self.ends(place)
+            span = short(low) if low == high else f"{short(low)} to {short(high)}"
+            if place == 0 and values.min() < low:
+                span = f"{short(high)} or less"
+            if place == len(counts) - 1 and values.max() > high:
+                span = f"{short(low)} or more"
+            title = f"{name}, {span} {self.unit}: {count:,} ({count / len(values):.1%})"
+            sign = "neutral" if low == high == 0 else "chosen" if low >= 0 else "rejected"
+            made.append(_EIGHTHS[math.ceil(8 * count / self.most)], sign if style == "signed" else style)
+            more = attributes(title=title, style=f"height: {100 * count / self.most:.1f}%")
+            made.stylize(more, place, place + 1)
         return made
 
-    def _columns(self) -> Iterator[Markup]:
-        _, _, counts = self.bins
-        most, bar = max(map(max, counts)), Markup('<i class="{}" style="height: {:.1f}%" title="{}"></i>')
-        for place, column in enumerate(zip(*counts, strict=True)):
-            low, high = self.ends(place)
-            made = []
-            for (name, style, one), count in zip(self.series, column, strict=True):
-                span = short(low) if low == high else f"{short(low)} to {short(high)}"
-                if place == 0 and one.values.min() < low:
-                    span = f"{short(high)} or less"
-                if place == len(counts[0]) - 1 and one.values.max() > high:
-                    span = f"{short(low)} or more"
-                title = f"{name}, {span} {self.unit}: {count:,} ({count / one.total:.1%})"
-                made.append(bar.format(_shade(style, low, high), 100 * count / most, title))
-            yield Markup("<span>{}</span>").format(Markup("").join(made))
-
-    def _ticks(self) -> Iterator[Markup]:
+    def ticks(self) -> list[tuple[float, str]]:
+        """(per cent of the axis, value) of about five places."""
         start, width, counts = self.bins
         bars = len(counts[0])
         step = max(1, math.ceil(nice_step(bars, 5)))
-        half = 0.5 if self.whole and width == 1 else 0  # a bar of one whole number: below its middle
-        first = -math.floor(start / width + 0.5) % step  # ticks are multiples of their distance
-        for place in range(first, bars + (0 if half else 1), step):
-            tick = Markup('<span style="left: {:.1f}%">{}</span>')
-            yield tick.format(100 * (place + half) / bars, short(start + place * width))
+        first = -math.floor(start / width + 0.5) % step  # values at ticks are multiples of their distance
+        middle = 0.5 if not self.digits and width == 1 else 0  # a bar of one whole number
+        places = range(first, bars + (not middle), step)
+        return [(100 * (place + middle) / bars, short(start + place * width)) for place in places]
 
-    def __html__(self) -> str:
-        lines = (
-            Markup('<div><span class="key {}"></span>{}{}</div>').format(
-                style, f"{name}: " if len(self.series) > 1 else "", one.words()
-            )
-            for name, style, one in self.series
-        )
+    def figures(self, index: int) -> tuple[str, str, str]:
+        """Median, mean, and the middle 90 % of a series, in words."""
+        values, digits = self.series[index][2], 3 if self.digits else 0
+        shares = np.quantile(values, (0.05, 0.5, 0.95), method="inverted_cdf")
+        low, median, high = (number(share, digits) for share in shares)
+        mean = (values / len(values)).sum()  # the sum of large numbers may not be finite
+        return median, number(mean, digits or 1), f"{low} to {high}"
+
+    def words(self, index: int) -> str:
+        """Its figures in a sentence."""
+        return "median {}, mean {}, middle 90 % from {}".format(*self.figures(index))
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the outer bars gather values beyond them."""
         low, high = self.ends(0)[0], self.ends(-1)[1]
-        beyond = any(one.values.min() < low or one.values.max() > high for _, _, one in self.series)
-        return Markup(
-            '<figure><h3>{}</h3><div class="chart" role="img" aria-label="Histogram of {}"><sup>{:,}</sup>'
-            '<div class="bars">{}</div><div class="axis">{}</div></div>'
-            "<figcaption>{}{} {}</figcaption></figure>"
-        ).format(
-            self.title,
-            self.unit or self.title,
-            max(map(max, self.bins[2])),
-            Markup("").join(self._columns()),
-            Markup("").join(self._ticks()),
-            Markup("").join(lines),
-            self.note,
-            "The outer bars gather what lies beyond." if beyond else "",
-        )
+        return any(values.min() < low or values.max() > high for _, _, values in self.series)
 
 
 def _axis(values: np.ndarray) -> tuple[float, float]:
@@ -139,10 +130,9 @@ def _axis(values: np.ndarray) -> tuple[float, float]:
     return (first, last) if high - low > 1.5 * (last - first) > 0 else (low, high)
 
 
-def _shade(style: str, low: float, high: float) -> str:
-    if style != "signed":
-        return style
-    return "neutral" if low == high == 0 else "chosen" if low >= 0 else "rejected"
+def number(value: float, digits: int) -> str:
+    """With so many decimals; large ones in powers of ten."""
+    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
 def short(value: float) -> str:
@@ -151,44 +141,50 @@ def short(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
-def histograms(statistics: Statistics) -> list[Histogram]:
+def charts(statistics: Statistics) -> list[Chart]:
     """The charts for which there are numbers."""
-    tokens, made = statistics.tokens, []
-    contexts = [name for name in ("short", "long") if name in tokens]
-    for name in contexts:
-        title = f"Tokens of the {name} context"
-        made.append(Histogram(title, [(name, name, tokens[name])], "tokens", note="Chat template included."))
-    if statistics.ratio.total:
-        series = [("ratio", "neutral", statistics.ratio)]
-        made.append(Histogram("Compression ratio short / long", series, "of the long context's tokens"))
-    for name, depths in statistics.depths.items():
-        if depths.total:
-            unit = "of the way from the first document to the last"
-            note = "0: as the first document, 1: as the last. Where documents are few, more stand at the ends."
-            title = f"Evidence depth, {name} context"
-            made.append(Histogram(title, [("depth", "gold", depths)], unit, (0, 1), note))
-    both = [(name, name, tokens[name]) for name in ("chosen", "rejected") if name in tokens]
-    if both:
-        made.append(Histogram("Tokens of the responses", both, "tokens", note="The end of turn counts."))
-        series = [("chosen - rejected", "signed", statistics.difference)]
-        made.append(Histogram("Chosen minus rejected", series, "tokens", note="Right of 0, chosen is longer."))
-    for name, documents in statistics.documents.items():
-        if documents.total:
-            made.append(Histogram(f"Documents of the {name} context", [(name, name, documents)], "documents"))
-    for name, values in sorted(statistics.scores.items()):
-        if len(set(values.values)) > 1:
+    numbers, made = statistics.numbers, []
+
+    def add(
+        title: str,
+        styles: dict[str, str],
+        unit: str = "",
+        digits: int = 0,
+        limits: tuple[float, float] | None = None,
+        note: str = "",
+    ) -> None:
+        """A chart of the numbers of these names."""
+        if all(numbers.get(name) for name in styles):
+            named = [(n.removesuffix(" tokens"), style, np.array(numbers[n])) for n, style in styles.items()]
+            made.append(Chart(title, named, unit, digits, limits, note))
+
+    for name in CONTEXTS:
+        add(f"Tokens of the {name} context", {f"{name} tokens": name}, "tokens", note="Chat template included.")
+    add("Compression ratio short / long", {"ratio": "neutral"}, "of the long context's tokens", digits=4)
+    for name in CONTEXTS:
+        unit = "of the way from the first document to the last"
+        note = "0: as the first document, 1: as the last. Where documents are few, more are at the ends."
+        add(f"Evidence depth, {name} context", {f"{name} depth": "gold"}, unit, 3, (0, 1), note)
+    both = {"chosen tokens": "chosen", "rejected tokens": "rejected"}
+    add("Tokens of the responses", both, "tokens", note="The end of turn counts.")
+    add("Chosen minus rejected", {"difference": "signed"}, "tokens", note="Right of 0, chosen is longer.")
+    for name in CONTEXTS:
+        add(f"Documents of the {name} context", {f"{name} documents": name}, "documents")
+    for key in sorted(name for name in numbers if name.startswith("score ")):
+        low, high = min(numbers[key]), max(numbers[key])
+        if low < high:
+            name = key.removeprefix("score ")
             title = "Share of right answers" if name == "share_right" else f"Score: {name}"
-            shares = values.values.min() >= 0 and values.values.max() <= 1
-            made.append(Histogram(title, [(name, "neutral", values)], "", (0, 1) if shares else None))
+            add(title, {key: "neutral"}, digits=3, limits=(0, 1) if low >= 0 and high <= 1 else None)
     return made
 
 
-def distribution_table(charts: Sequence[Histogram]) -> Table:
+def distribution_table(shown: Sequence[Chart]) -> Table:
     """The charts as rows of a table for a terminal."""
     made = table("what", ">from", "", "to", ">median", ">mean", "middle 90 %")
-    for chart in charts:
+    for chart in shown:
         low, high = short(chart.ends(0)[0]), short(chart.ends(-1)[1])
-        for index, (name, _, values) in enumerate(chart.series):
+        for index, (name, _, _) in enumerate(chart.series):
             title = visible(chart.title + (f", {name}" if len(chart.series) > 1 else ""))
-            made.add_row(Text(title), low, chart.bars(index), high, *values.figures())
+            made.add_row(Text(title), low, chart.bars(index), high, *chart.figures(index))
     return made

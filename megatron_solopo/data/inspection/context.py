@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from markupsafe import Markup
-from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.answers import stated_golds
-from megatron_solopo.data.inspection.blocks import (
-    Block,
-    Note,
-    Prose,
-    Section,
-    highlighted,
-    joined,
-    many,
-    printable,
-    visible,
-)
+from megatron_solopo.data.inspection.blocks import Block, attributes, many, visible
 from megatron_solopo.data.inspection.examples import Example, depths
 from megatron_solopo.data.inspection.rendered import Rendered, render
-from megatron_solopo.data.schema import Message
+from megatron_solopo.data.schema import DocumentSpan, Message
 from megatron_solopo.data.text.chat import prompt_length, prompt_starts
 from megatron_solopo.data.text.tokenizer import encode
 
@@ -51,8 +39,6 @@ class Document:
         number: from 1; 0 for a stretch of text.
         first_token: its position in the prompt; None where the template changed the text.
         depth: see `examples.depths`; None where it says nothing.
-        of: documents of the prompt.
-        full: whether the page cuts nothing.
     """
 
     text: Text
@@ -61,92 +47,28 @@ class Document:
     tokens: int
     first_token: int | None
     depth: float | None = None
-    of: int = 0
-    full: bool = True
 
     @property
     def kind(self) -> str:
         return "evidence" if self.gold else "distractor"
 
-    @property
-    def where(self) -> str:
+    def block(self, documents: int, full: bool) -> Block:
+        """What is shown of one of so many documents; the page cuts a distractor unless it is to be ``full``."""
+        text = self.text.copy() if full or self.gold else _cut(self.text)
+        text.style = "gold" if self.gold else "distractor" if self.number else ""
+        if not self.number:
+            return Block("", [text])
         place = "" if self.first_token is None else f" from position {self.first_token:,}"
         depth = "" if self.depth is None else f", depth {self.depth:.2f}"
-        return f"{self.kind}, document {self.number} of {self.of}, {many(self.tokens, 'token')}{place}{depth}"
+        where = f"{self.kind}, document {self.number} of {documents}, {many(self.tokens, 'token')}{place}{depth}"
+        return Block(where, [text], kind=self.kind)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        style = "gold" if self.gold else "distractor" if self.number else ""
-        if self.number:
-            yield Text(f"{'>>' if self.gold else '--'} {self.where}", style)
-        yield Prose(self.text, style)
-
-    def __html__(self) -> str:
-        body = Prose(self.text if self.full or self.gold else _cut(self.text))
-        where = Markup('<div class="where">{}</div>').format(self.where) if self.number else ""
-        return Markup('<div class="document {}">{}{}</div>').format(self.kind, where, body)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Documents behind one line; a terminal shows only where answers are in them, or with ``full`` all."""
-
-    tokens: int
-    documents: Sequence[Document]
-    full: bool
-
-    @property
-    def summary(self) -> str:
-        number = sum(document.number > 0 for document in self.documents)
-        return many(self.tokens, "token") + (f" of {many(number, 'distractor')}" if number else "")
-
-    @property
-    def with_answer(self) -> list[Document]:
-        """The documents in which an answer is found."""
-        return [document for document in self.documents if document.text.spans]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.full:
-            yield from self.documents
-            return
-        yield Text(f"... {self.summary} ...", "soft")
-        for document in self.with_answer[:_MOST_HINTS]:
-            (start, end), *_ = _excerpts(document.text, 0, _HINT)
-            excerpt = document.text[start:end]
-            excerpt.plain = excerpt.plain.replace("\n", " ")
-            place = f"    an answer in document {document.number}: ... "
-            yield Text.assemble((place, "warn"), printable(excerpt, console), " ...")
-
-    def __html__(self) -> str:
-        numbers = [document.number for document in self.with_answer]
-        answers = f" \u00b7 an answer in document {_listed(numbers)}" if numbers else ""
-        return Markup('<details class="fold"><summary>{}{}</summary>{}</details>').format(
-            self.summary, answers, joined(self.documents)
-        )
-
-
-@dataclass(frozen=True)
-class Strip:
-    """The documents of a prompt as a bar; evidence is never hidden by rounding."""
-
-    documents: Sequence[Document]
-    note: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        total = sum(document.tokens for document in self.documents) or 1
-        cells, begun = [("-", "soft")] * _STRIP_WIDTH, 0
-        for document in self.documents:
-            first = min(begun * _STRIP_WIDTH // total, _STRIP_WIDTH - 1)
-            begun += document.tokens
-            last = max(first + 1, begun * _STRIP_WIDTH // total)
-            if document.gold:
-                cells[first:last] = [("#", "gold")] * (last - first)
-        yield Text.assemble("[", *cells, "]", f"  {self.note}" if self.note else "")
-
-    def __html__(self) -> str:
-        cell = Markup('<i class="{}" style="flex-grow: {}" title="document {}, {}, {:,} tokens"></i>')
-        cells = (cell.format(one.kind, one.tokens, one.number, one.kind, one.tokens) for one in self.documents)
-        strip = Markup('<div class="strip" role="img" aria-label="{}">{}</div>')
-        return strip.format(self.note or "documents", Markup("").join(cells))
+    def hint(self) -> Text:
+        """Its first answer, in a line."""
+        ((start, end), *_) = _excerpts(self.text, 0, _HINT)
+        excerpt = self.text[start:end]
+        excerpt.plain = excerpt.plain.replace("\n", " ")
+        return Text.assemble((f"    an answer in document {self.number}: ... ", "warn"), excerpt, " ...")
 
 
 @dataclass(frozen=True)
@@ -169,31 +91,30 @@ class ContextView:
     tokens: int
     rendered: Rendered
     role: str
-    pieces: list[Prose | Document | Fold]
+    pieces: list[Text | Block]
     documents: list[Document]
     depths: list[float]
     answers_in: list[int] | None
     full: bool = field(default=False)
 
-    def section(self) -> Section:
+    def section(self) -> Block:
         """What is shown of it."""
         note = many(self.tokens, "token")
         if self.documents:
             note += f", {many(len(self.documents), 'document')}"
-            at = ", ".join(f"{depth:.2f}" for depth in self.depths)
-            blocks: list[Block] = [Strip(self.documents, f"evidence at depth {at}" if at else "")]
+            parts: list[Text | Block] = [_strip(self.documents, self.depths)]
         else:
-            blocks = [Note("where its documents stand is not recorded")]
-        frames, shown = self.rendered.frames, self.rendered.shown
-        if shown:
-            for frame, message in zip(frames[:-2], shown, strict=False):
-                blocks += [_template(frame), Prose(Text(visible(message["content"])))]
-            blocks += [_template(frames[-2]), *self.pieces, _template(frames[-1])]
+            parts = [Text("where its documents stand is not recorded", "soft")]
+        frames = [frame[: len(frame) - frame.plain.endswith("\n")] for frame in self.rendered.frames]
+        if self.rendered.shown:
+            for frame, message in zip(frames[:-2], self.rendered.shown, strict=False):
+                parts += [frame, Text(visible(message["content"]))]
+            parts += [frames[-2], *self.pieces, frames[-1]]
         else:
             said = "the template rewrites the messages; this is their rendering, then the last one as recorded"
-            frame = frames[0] if self.full else shortened(frames[0])
-            blocks += [Note(said), _template(frame), Note(f"[{self.role}]"), *self.pieces]
-        return Section(f"{self.name} context", f"{note}, {self._answers()}", blocks)
+            frame = frames[0] if self.full else _shortened(frames[0])
+            parts += [Text(said, "soft"), frame, Text(f"[{self.role}]", "soft"), *self.pieces]
+        return Block(f"{self.name} context", parts, f"{note}, {self._answers()}")
 
     def _answers(self) -> str:
         """In which documents an answer is found, in words."""
@@ -210,32 +131,46 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
-def _template(text: Text) -> Prose:
-    """What the chat template writes, without its last line break."""
-    return Prose(text[: len(text) - text.plain.endswith("\n")], "template")
+def _strip(documents: Sequence[Document], at: Sequence[float]) -> Text:
+    """The documents of a prompt as a bar; evidence is never hidden by rounding."""
+    total, begun = sum(document.tokens for document in documents) or 1, 0
+    of_cell: list[Document | None] = [None] * _STRIP_WIDTH
+    for document in documents:
+        first = min(begun * _STRIP_WIDTH // total, _STRIP_WIDTH - 1)
+        begun += document.tokens
+        for cell in range(first, max(first + document.gold, begun * _STRIP_WIDTH // total)):
+            if document.gold or of_cell[cell] is None:
+                of_cell[cell] = document
+    made = Text("[", "strip")
+    for document, run in itertools.groupby(of_cell):
+        start, cells, gold = len(made), len(list(run)), document is not None and document.gold
+        made.append(("#" if gold else "-") * cells, "gold" if gold else "soft")
+        title = f"document {document.number}, {document.kind}, {document.tokens:,} tokens" if document else ""
+        made.stylize(attributes(title=title, style=f"flex-grow: {cells}"), start, len(made))
+    return made.append("]" + (f"  evidence at depth {', '.join(f'{d:.2f}' for d in at)}" if at else ""))
 
 
-def _trimmed(text: Text) -> Text:
-    """Without line breaks at either end."""
-    return text[len(text) - len(text.plain.lstrip("\n")) : len(text.plain.rstrip("\n"))]
+def _merged(spans: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """The spans in order; those with at most ``gap`` characters between them as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _excerpts(text: Text, head: int, around: int) -> list[tuple[int, int]]:
     """Start and end of what is kept of a text that is cut: its beginning and what surrounds the answers."""
-    kept: list[tuple[int, int]] = [(0, min(head, len(text)))] if head else []
-    for span in text.spans:
-        start, end = max(span.start - around, 0), min(span.end + around, len(text))
-        if kept and start <= kept[-1][1]:
-            kept[-1] = kept[-1][0], max(end, kept[-1][1])
-        else:
-            kept.append((start, end))
-    return kept
+    spans = [(max(span.start - around, 0), min(span.end + around, len(text))) for span in text.spans]
+    return _merged([(0, min(head, len(text))), *spans] if head else spans, 0)
 
 
 def _cut(text: Text) -> Text:
     """Of a long distractor the beginning and what surrounds answers."""
     if len(text) <= _CUT:
-        return text
+        return text.copy()
     made, place = Text(), 0
     for start, end in _excerpts(text, _CUT, _KEPT):
         made.append(f" [... {start - place:,} characters ...] " if start > place else "")
@@ -244,7 +179,7 @@ def _cut(text: Text) -> Text:
     return made.append(f" [... {len(text) - place:,} more characters; --full keeps them]" if place < len(text) else "")
 
 
-def shortened(text: Text) -> Text:
+def _shortened(text: Text) -> Text:
     """The beginning and the end of a longer text."""
     left = len(text) - 2 * _REWRITTEN
     if left <= 0:
@@ -280,70 +215,79 @@ def make_context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase
     messages, spans = example.chats[name], example.spans[name]
     rendered = render(tokenizer, messages)
     ruler = _Ruler(tokenizer, messages, rendered)
+    content, depth = Text(visible(example.content(name))), depths(spans)
     starts = [start for start, _, _ in spans] or [0]
-    found = [
-        (begin + start, begin + end)
-        for begin, places in zip(starts, example.answers_found[name], strict=True)
-        for start, end in places
-    ]
-    content = highlighted(example.content(name), found)
-    parts = content.divide([edge for start, end, _ in spans for edge in (start, end)])
-    of_gold = iter(depths(spans))
+    for begin, places in zip(starts, example.answers_found[name], strict=True):
+        for start, end in places:
+            content.stylize("answer", begin + start, begin + end)
+    of_gold = iter(depth)
     documents = [
         Document(
-            parts[2 * number - 1],
+            content[start:end],
             gold,
             number,
             ruler.tokens(start, end),
             ruler.first(start),
             next(of_gold, None) if gold else None,
-            len(spans),
-            full,
         )
         for number, (start, end, gold) in enumerate(spans, 1)
     ]
     answers_in = [number for number, places in enumerate(example.answers_found[name], bool(spans)) if places]
-    if not stated_golds(example.answers):
-        answers_in = None
-    pieces = _around_documents(parts, documents, ruler, full) if spans else _around_answers(content, found, ruler, full)
-    depth = depths(spans)
-    role = messages[-1]["role"]
-    return ContextView(name, ruler.total, rendered, role, pieces, documents, depth, answers_in, full)
+    return ContextView(
+        name,
+        ruler.total,
+        rendered,
+        messages[-1]["role"],
+        _around_documents(content, spans, documents, ruler, full) if spans else _around_answers(content, ruler, full),
+        documents,
+        depth,
+        answers_in if stated_golds(example.answers) else None,
+        full,
+    )
+
+
+def _fold(tokens: int, documents: Sequence[Document], of: int, full: bool) -> Block:
+    """Documents behind one line; a terminal shows only where answers are in them, or with ``full`` all."""
+    number = sum(document.number > 0 for document in documents)
+    title = many(tokens, "token") + (f" of {many(number, 'distractor')}" if number else "")
+    with_answer = [document for document in documents if document.text.spans]
+    note = f"\u00b7 an answer in document {_listed([d.number for d in with_answer])}" if with_answer else ""
+    instead = [Text(f"... {title} ...", "soft"), *(document.hint() for document in with_answer[:_MOST_HINTS])]
+    return Block(title, [one.block(of, full) for one in documents], note, "fold", None if full else instead)
 
 
 def _around_documents(
-    parts: Sequence[Text], documents: Sequence[Document], ruler: _Ruler, full: bool
-) -> list[Prose | Document | Fold]:
-    """Evidence in full, each run of distractors as one fold; separators between documents belong to the fold.
-
-    Args:
-        parts: what stands before, in and after each document in turn.
-    """
-    places = list(itertools.accumulate(map(len, parts), initial=0))
-    pieces: list[Prose | Document | Fold] = [Prose(_trimmed(parts[0]), "instructions")]
+    content: Text, spans: Sequence[DocumentSpan], documents: Sequence[Document], ruler: _Ruler, full: bool
+) -> list[Text | Block]:
+    """Evidence in full, each run of distractors as one fold; separators between documents belong to the fold."""
+    edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(content)]
+    before, behind = content[: edges[1]], content[edges[-2] :]
+    pieces: list[Text | Block] = [_instructions(before)]
     for gold, run in itertools.groupby(documents, lambda document: document.gold):
+        run = list(run)
         if gold:
-            pieces += run
+            pieces += [document.block(len(spans), full) for document in run]
         else:
-            folded = list(run)
-            start, end = places[2 * folded[0].number - 1], places[2 * folded[-1].number]
-            pieces.append(Fold(ruler.tokens(start, end), folded, full))
-    pieces.append(Prose(_trimmed(parts[-1]), "instructions"))
-    return [piece for piece in pieces if not isinstance(piece, Prose) or piece.text]
+            start, end = edges[2 * run[0].number - 1], edges[2 * run[-1].number]
+            pieces.append(_fold(ruler.tokens(start, end), run, len(spans), full))
+    return [piece for piece in (*pieces, _instructions(behind)) if piece]
 
 
-def _around_answers(
-    content: Text, found: Sequence[tuple[int, int]], ruler: _Ruler, full: bool
-) -> list[Prose | Document | Fold]:
+def _instructions(text: Text) -> Text:
+    """Without line breaks at either end."""
+    text = text[len(text) - len(text.plain.lstrip("\n")) : len(text.plain.rstrip("\n"))]
+    text.style = "instructions"
+    return text
+
+
+def _around_answers(content: Text, ruler: _Ruler, full: bool) -> list[Text | Block]:
     """The ends of the text and what surrounds the answers; the rest in folds."""
-    size, start, end = len(content), 0, 0
-    pieces: list[Prose | Document | Fold] = []
-    kept = [(0, _AROUND), (size - 2 * _AROUND, size), *((first - _AROUND, last + _AROUND) for first, last in found)]
-    for first, last in sorted(kept):
-        if first - end > _SHORTEST_FOLD:
-            tokens = ruler.tokens(end, first)
-            stretch = Document(content[end:first], False, 0, tokens, ruler.first(end), full=full)
-            pieces += [Prose(content[start:end]), Fold(tokens, [stretch], full)]
-            start = first
-        end = min(max(end, last), size)
-    return [*pieces, Prose(content[start:end])]
+    size = len(content)
+    ends = [(0, min(_AROUND, size)), (max(size - 2 * _AROUND, 0), size)]
+    kept = _merged([*ends, *_excerpts(content, 0, _AROUND)], _SHORTEST_FOLD)
+    pieces: list[Text | Block] = [content[slice(*kept[0])]]
+    for (_, start), (end, last) in itertools.pairwise(kept):
+        tokens = ruler.tokens(start, end)
+        stretch = Document(content[start:end], False, 0, tokens, ruler.first(start))
+        pieces += [_fold(tokens, [stretch], 0, full), content[end:last]]
+    return pieces

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,15 +18,9 @@ from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.config_load import load, read_yaml
 from megatron_solopo.data.files.inputs import first_field
 from megatron_solopo.data.inspection.blocks import console
-from megatron_solopo.data.inspection.charts import distribution_table, histograms
-from megatron_solopo.data.inspection.examples import (
-    Example,
-    Reservoir,
-    holds_groups,
-    measure,
-    measure_all,
-    read_examples,
-)
+from megatron_solopo.data.inspection.charts import charts, distribution_table
+from megatron_solopo.data.inspection.examples import Example, holds_groups, read_examples, sample
+from megatron_solopo.data.inspection.facts import measure, measure_all
 from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.view import make_view
@@ -83,17 +78,14 @@ def build_parser() -> Parser:
         "--seq-length", type=int, metavar="N", help="count what is longer than a run's --seq-length (default: do not)"
     )
     for name in METHOD_OPTIONS:
-        spec = OWNER[name][1]
-        text = spec.metadata["help"].replace("%", "%%")
-        if isinstance(spec.default, bool):
-            default = "on" if spec.default else "off"
-            help_text = f"{text} (default: {default})"
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=help_text)
+        spec = OWNER[name].spec
+        text, default = spec.metadata["help"].replace("%", "%%"), spec.default
+        if isinstance(default, bool):
+            text = f"{text} (default: {'on' if default else 'off'})"
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = spec.metadata["choices"]
-            group.add_argument(
-                flag(name), metavar="|".join(choices) if choices else "X", help=f"{text} (default: {spec.default})"
-            )
+            form = "|".join(spec.metadata["choices"] or "X")
+            group.add_argument(flag(name), metavar=form, help=f"{text} (default: {default})")
     return parser
 
 
@@ -156,19 +148,13 @@ def find(options: argparse.Namespace) -> Example:
     Raises:
         UserError: there is no such example; the nearest ids or the range are named.
     """
-    drawn = Reservoir(1, options.seed or 0)
-    ids = []
-    for example in read_examples(options.data):
-        if options.random:
-            drawn.add(example)
-        elif options.id is not None:
-            if example.id == options.id:
-                return example
-        elif example.index == (options.index or 0):
+    ids: list[str] = []
+    examples = read_examples(options.data)
+    for example in sample(examples, 1, options.seed or 0) if options.random else examples:
+        by_id = options.id is not None
+        if options.random or (example.id == options.id if by_id else example.index == (options.index or 0)):
             return example
         ids.append(example.id)
-    if options.random and ids:
-        return drawn.examples()[0]
     if options.id is not None:
         near = difflib.get_close_matches(options.id, ids, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -179,32 +165,36 @@ def find(options: argparse.Namespace) -> Example:
 
 
 def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, config: Config | None) -> None:
-    seed, method = options.seed or 0, config.method if config else None
-    limit = config.data.seq_length if config and "seq_length" in config.explicit else None
-    sample, statistics = Reservoir(options.samples or 50, seed), Statistics()
-    count = partial(
-        measure, tokenizer=tokenizer, scored=all_scores(method) if method else frozenset(), seq_length=limit
-    )
+    seed, method, limit = options.seed or 0, config.method if config else None, _seq_length(config)
+    scored, statistics = all_scores(method) if method else frozenset(), Statistics()
+    count = partial(measure, tokenizer=tokenizer, scored=scored, seq_length=limit)
     examples = islice(read_examples(options.data), options.limit)
-    workers = options.workers or len(os.sched_getaffinity(0))
-    measured = measure_all(examples, count, workers)
-    for example, facts in ProgressBar(measured, desc="counting", unit="example"):
-        statistics.add(example, facts)
-        sample.add(example)
+    measured = measure_all(examples, count, options.workers or len(os.sched_getaffinity(0)))
+
+    def counted() -> Iterator[Example]:
+        for example, facts in ProgressBar(measured, desc="counting", unit="example"):
+            statistics.add(example, facts)
+            yield example
+
+    shown = sample(counted(), options.samples or 50, seed)
     if not statistics.examples:
         raise UserError(f"--data {options.data}: holds no record")
-    method_or_default = method or Config().method
-    views = [make_view(example, tokenizer, method_or_default, limit, options.full) for example in sample.examples()]
+    views = [make_view(one, tokenizer, method or Config().method, limit, options.full) for one in shown]
     kind = "contexts" if method is None else "groups"
     source = Source(Path(options.data).name, kind, options.tokenizer, method, seed, options.full, limit)
     size = write_page(Path(options.output), source, statistics, views)
-    found = [f"{number} {words}" for _, words, number in statistics.checks() if number]
     print(f"{statistics.examples:,} {kind} counted, {len(views)} sampled")
     if bias := statistics.length_bias():
         print(("warning: " if bias[1] else "") + bias[0])
-    print("oddities: " + ("; ".join(found) or "none"))
-    console().print(distribution_table(histograms(statistics)))
+    odd = [f"{number} {words}" for _, words, number in statistics.checks() if number]
+    print("oddities: " + ("; ".join(odd) or "none"))
+    console().print(distribution_table(charts(statistics)))
     print(f"wrote {options.output} ({size / 1e6:.1f} MB)")
+
+
+def _seq_length(config: Config | None) -> int | None:
+    """The length to check, where one was asked for."""
+    return config.data.seq_length if config and "seq_length" in config.explicit else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,13 +203,13 @@ def main(argv: list[str] | None = None) -> int:
     groups = holds_groups(options.data)
     _check(options, groups)
     config = training_config(options) if groups else None
-    for name in TOKENIZER if config else ():
-        setattr(options, name, getattr(options, name) or getattr(config.model, name))
+    if config is not None:
+        for name in TOKENIZER:
+            setattr(options, name, getattr(options, name) or getattr(config.model, name))
     tokenizer = TokenizerOptions.of(options).load(of_data=first_field(options.data, template_kwargs.DATE))
     if not options.output or options.id is not None or options.index is not None or options.random:
-        limit = config.data.seq_length if config and "seq_length" in config.explicit else None
-        method = config.method if config else Config().method
-        view = make_view(find(options), tokenizer, method, limit, options.full)
+        method = (config or Config()).method
+        view = make_view(find(options), tokenizer, method, _seq_length(config), options.full)
         console().print(*view.printed(options.data), sep="\n")
     if options.output:
         _page(options, tokenizer, config)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
 
 from megatron_solopo.atomic import write_text
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.inspection.blocks import Table, joined, table, visible
-from megatron_solopo.data.inspection.charts import histograms
+from megatron_solopo.data.inspection.blocks import html, table, visible
+from megatron_solopo.data.inspection.charts import Chart, charts
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.view import View
 
@@ -39,43 +41,40 @@ class Source:
 def write_page(path: Path, source: Source, statistics: Statistics, views: Sequence[View]) -> int:
     """Writes the page, aside first and renamed at the end; returns its size in bytes.
 
-    The same data, options and seed give the same bytes.
+    Everything that comes from data is escaped. The same data, options and seed give the same bytes.
     """
-    text = render(source, statistics, views)
-    write_text(path, text, errors="replace")
-    return path.stat().st_size
-
-
-def render(source: Source, statistics: Statistics, views: Sequence[View]) -> str:
-    """The page as text; everything that comes from data is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"visible": visible, "joined": joined}
+    environment.filters |= {"visible": visible, "html": html}
     style, script = (Markup(environment.get_template(f"page.{kind}.jinja").render()) for kind in ("css", "js"))
-    return environment.get_template("page.html.jinja").render(
+    drawn = charts(statistics)
+    text = environment.get_template("page.html.jinja").render(
         source=source,
         statistics=statistics,
         views=views,
-        charts=histograms(statistics),
-        tiles=tiles(statistics),
+        charts=drawn,
+        tiles=_tiles(statistics.examples, drawn),
         oddities=_oddities(source, statistics, views),
         repeats=_repeats(statistics),
         style=style,
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    write_text(path, text, errors="replace")
+    return path.stat().st_size
 
 
-def tiles(statistics: Statistics) -> list[tuple[str, str]]:
+def _tiles(examples: int, drawn: Sequence[Chart]) -> list[tuple[str, str]]:
     """(name, value) of the figures at the top."""
-    found = [("examples", f"{statistics.examples:,}")]
-    for name, what in (("short", "short context"), ("long", "long context"), ("chosen",) * 2, ("rejected",) * 2):
-        if name in statistics.tokens:
-            found.append((f"median tokens, {what}", f"{statistics.tokens[name].quantile(0.5):,.0f}"))
-    if statistics.ratio.total:
-        found.append(("median ratio, short / long", f"{statistics.ratio.quantile(0.5):.3f}"))
-    return found
+    tiles = [("examples", f"{examples:,}")]
+    for chart in drawn:
+        what = chart.title[:1].lower() + chart.title[1:]
+        if what.startswith(("tokens of", "compression ratio")):
+            for index, (name, _, _) in enumerate(chart.series):
+                named = f"tokens, {name}" if len(chart.series) > 1 else what
+                tiles.append((f"median {named}", chart.figures(index)[0]))
+    return tiles
 
 
 def _oddities(source: Source, statistics: Statistics, views: Sequence[View]) -> Table:
@@ -99,12 +98,11 @@ def _repeats(statistics: Statistics) -> Table:
     """Texts that come again."""
     made = table("what", ">came before", ">share", "most often")
     for what, repeats in statistics.repeats.items():
-        often = (
-            Markup('<div><span class="soft">{} x</span> {}</div>').format(times, visible(text))
-            for text, times in repeats.most(_LISTED)
+        often = Text("\n").join(
+            Text.assemble((f"{times} x ", "soft"), visible(text)) for text, times in repeats.most(_LISTED)
         )
         share = _share(repeats.repeated, statistics.examples)
-        made.add_row(what, *share, Markup("").join(often), style="some" if repeats.repeated else "none")
+        made.add_row(what, *share, often, style="some" if repeats.repeated else "none")
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Rendered:
         text: the whole of it.
         frames: what the template writes before each message of ``shown`` and after the last of them; its control
             tokens in the style "control".
-        shown: the messages that stand in the prompt as they are, or without spaces at their ends; none where the
+        shown: the messages that are in the prompt as they are, or without spaces at their ends; none where the
             template rewrites the last one, and only that one where it rewrites others.
         content: start and end of the last message's content in ``text``; None where it is not there.
         cut: characters that the template took from the beginning of the last message's content.
@@ -30,7 +31,7 @@ class Rendered:
     text: str
     frames: list[Text]
     shown: list[Message]
-    content: tuple[int, int] | None
+    content: tuple[int, int] | None = None
     cut: int = 0
 
 
@@ -40,53 +41,32 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Rende
     A message may say what a template says ("user"), so the messages' places are those of stand-ins for their contents.
     """
     text = render_prompt(tokenizer, messages)
-    frames = _frames(tokenizer, messages, text)
-    if frames is None:  # messages that the template rewrites; the last one may still be there
-        last = messages[-1]["content"]
-        for content in (last, last.strip()):
-            place = text.rfind(content) if content else -1
-            if place >= 0:
-                messages, frames = messages[-1:], [text[:place], text[place + len(content) :]]
-                break
-        else:
-            return Rendered(text, [split_control(tokenizer, text)], [], None)
-    content = messages[-1]["content"]
-    end = len(text) - len(frames[-1])
-    start = end - (len(content) if text[:end].endswith(content) else len(content.strip()))
-    cut = len(content) - len(content.lstrip()) if end - start < len(content) else 0
-    return Rendered(text, [split_control(tokenizer, frame) for frame in frames], messages, (start, end), cut)
-
-
-def _frames(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str) -> list[str] | None:
-    """What stands between the contents of all messages; None where the template rewrites one."""
     marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
     marked = render_prompt(tokenizer, [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
-    frames, rest = [], marked
-    for mark in marks:
-        before, there, rest = rest.partition(mark)
-        if not there or mark in rest:
-            return None
-        frames.append(before)
-    frames.append(rest)
-    place = 0
-    for frame, message, following in zip(frames, messages, frames[1:], strict=False):
-        if not text.startswith(frame, place):
-            return None
-        place += len(frame)
-        for content in (message["content"], message["content"].strip()):
-            if text.startswith(content + following, place):
-                place += len(content)
-                break
-        else:
-            return None
-    return frames if text[place:] == frames[-1] else None
+    pattern = re.compile("|".join(marks))
+    frames = pattern.split(marked)
+    variants = ([message["content"] for message in messages], [message["content"].strip() for message in messages])
+
+    def made(frames: list[str], shown: list[Message], last: str) -> Rendered:
+        end = len(text) - len(frames[-1])
+        cut = messages[-1]["content"].find(last)
+        return Rendered(text, [split_control(tokenizer, f) for f in frames], shown, (end - len(last), end), cut)
+
+    if pattern.findall(marked) == marks:
+        for contents in variants:
+            parts = itertools.chain.from_iterable(itertools.zip_longest(frames, contents, fillvalue=""))
+            if "".join(parts) == text:
+                return made(frames, messages, contents[-1])
+    for *_, last in variants:  # the template rewrites messages; the last one may still be there
+        before, _, behind = text.rpartition(last or "\0")
+        if len(before) + len(behind) < len(text):
+            return made([before, behind], messages[-1:], last)
+    return Rendered(text, [split_control(tokenizer, text)], [])
 
 
 def split_control(tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
     """A text of the template; control tokens are the tokenizer's added ones."""
     control = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(tokenizer.all_special_tokens)
-    pattern = "|".join(map(re.escape, sorted(filter(str.strip, control), key=len, reverse=True)))
-    made = Text(visible(text))
-    for match in re.finditer(pattern, text) if pattern else ():
-        made.stylize("control", *match.span())
+    made = Text(visible(text), "template")
+    made.highlight_words(sorted(filter(str.strip, control), key=len, reverse=True), "control")
     return made

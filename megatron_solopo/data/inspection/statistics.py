@@ -8,82 +8,39 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from megatron_solopo.data.inspection.examples import CONTEXTS, FLAGS, LONG, SHORT, Example, Facts
+from megatron_solopo.data.inspection.examples import LONG, SHORT, Example
+from megatron_solopo.data.inspection.facts import FLAGS, Facts
 from megatron_solopo.data.pairing.lengths import FEWEST, Lengths
 
 _EXCERPT = 160
-
-
-class Distribution:
-    """Finite numbers, each as 8 bytes, rounded to ``digits`` decimals, multiples of ``step``."""
-
-    def __init__(self, digits: int = 0) -> None:
-        self._digits, self.step = digits, 10.0**-digits
-        self._numbers = array("d")
-
-    def add(self, value: float) -> None:
-        self._numbers.append(round(float(value), self._digits))
-
-    @property
-    def values(self) -> np.ndarray:
-        """[numbers] float64, in the order of their coming."""
-        return np.array(self._numbers)
-
-    @property
-    def total(self) -> int:
-        return len(self._numbers)
-
-    @property
-    def mean(self) -> float:
-        return float((self.values / self.total).sum())  # the sum of large numbers may not be finite
-
-    def quantile(self, share: float) -> float:
-        """The smallest value that at least ``share`` of the numbers do not exceed."""
-        return float(np.quantile(self.values, share, method="inverted_cdf"))
-
-    def figures(self) -> tuple[str, str, str]:
-        """Median, mean, and the middle 90 %, in words."""
-        digits = 3 if self._digits else 0
-        low, median, high = (number(self.quantile(share), digits) for share in (0.05, 0.5, 0.95))
-        return median, number(self.mean, digits or 1), f"{low} to {high}"
-
-    def words(self) -> str:
-        return "median {}, mean {}, middle 90 % from {}".format(*self.figures())
-
-
-def number(value: float, digits: int) -> str:
-    """With so many decimals; large ones in powers of ten."""
-    return f"{value:,.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
 class Repeats:
     """How often each text came; the texts themselves are not kept but for the beginnings of repeated ones."""
 
     def __init__(self) -> None:
-        self._counts: dict[bytes, int] = {}
+        self._counts: Counter[bytes] = Counter()
         self._excerpts: dict[bytes, str] = {}
 
     def add(self, text: str) -> None:
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        self._counts[key] = count = self._counts.get(key, 0) + 1
-        if count == 2:
+        self._counts[key] += 1
+        if self._counts[key] == 2:
             self._excerpts[key] = text[:_EXCERPT].replace("\0", " / ") + ("..." if len(text) > _EXCERPT else "")
 
     @property
     def repeated(self) -> int:
         """Examples whose text came before."""
-        return sum(self._counts.values()) - len(self._counts)
+        return self._counts.total() - len(self._counts)
 
     def most(self, number: int) -> list[tuple[str, int]]:
         """(beginning, times) of the texts that came most often, at least twice."""
-        keys = sorted(self._excerpts, key=lambda key: (-self._counts[key], self._excerpts[key]))
-        return [(self._excerpts[key], self._counts[key]) for key in keys[:number]]
+        repeated = ((text, self._counts[key]) for key, text in self._excerpts.items())
+        return sorted(repeated, key=lambda one: (-one[1], one[0]))[:number]
 
 
 @dataclass
@@ -91,12 +48,7 @@ class Statistics:
     """What a file holds.
 
     Attributes:
-        tokens: "short", "long" (prompts), "chosen", "rejected" (responses) -> tokens.
-        ratio: rho = short / long prompt tokens.
-        difference: chosen - rejected tokens; ``lengths`` counts both sides for `length_bias`.
-        depths: "short", "long" -> where the evidence stands, 0 to 1.
-        documents: "short", "long" -> documents of a context.
-        scores: name -> values as recorded.
+        numbers: name (see `Facts.numbers`) -> values in the order of their coming.
         flags: key of `FLAGS` -> examples; ``refusals``: why training refuses -> examples.
         repeats: what is compared -> how often it came.
     """
@@ -104,41 +56,24 @@ class Statistics:
     examples: int = 0
     without_answers: int = 0
     without_long: int = 0
-    tokens: dict[str, Distribution] = field(default_factory=dict)
-    ratio: Distribution = field(default_factory=lambda: Distribution(4))
-    difference: Distribution = field(default_factory=Distribution)
-    lengths: Lengths = field(default_factory=lambda: Lengths("tokens"))
-    depths: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution(3) for name in CONTEXTS})
-    documents: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in CONTEXTS})
-    scores: dict[str, Distribution] = field(default_factory=dict)
+    numbers: defaultdict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     flags: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
-    repeats: dict[str, Repeats] = field(default_factory=dict)
+    repeats: defaultdict[str, Repeats] = field(default_factory=lambda: defaultdict(Repeats))
 
     def add(self, example: Example, facts: Facts) -> None:
         self.examples += 1
         self.without_answers += not example.answers
         self.without_long += LONG not in example.chats
         self.sources[example.source] += 1
-        for name, length in facts.tokens.items():
-            self.tokens.setdefault(name, Distribution()).add(length)
-        if {SHORT, LONG} <= facts.tokens.keys():
-            self.ratio.add(facts.tokens[SHORT] / facts.tokens[LONG])
-        if {"chosen", "rejected"} <= facts.tokens.keys():
-            self.difference.add(facts.tokens["chosen"] - facts.tokens["rejected"])
-            self.lengths.add(facts.tokens["chosen"], facts.tokens["rejected"])
-        for name in facts.documents:
-            self.documents[name].add(facts.documents[name])
-            for depth in facts.depths[name]:
-                self.depths[name].add(depth)
-        for name, value in example.scores.items():
-            self.scores.setdefault(name, Distribution(3)).add(value)
         self.flags.update(facts.flags)
         if facts.refused is not None:
             self.refusals[facts.refused] += 1
+        for name, value in facts.numbers:
+            self.numbers[name].append(value)
         for what, text in _compared(example):
-            self.repeats.setdefault(what, Repeats()).add(text)
+            self.repeats[what].add(text)
 
     def checks(self) -> list[tuple[str, str, int]]:
         """(key, plain words, examples) of every flag that could have been raised."""
@@ -147,13 +82,14 @@ class Statistics:
     def length_bias(self) -> tuple[str, bool] | None:
         """What the lengths of chosen and rejected say in plain words, and whether that is a warning; None without
         responses."""
-        if not len(self.lengths):
+        pairs = zip(self.numbers["chosen tokens"], self.numbers["rejected tokens"], strict=True)
+        lengths = Lengths.of("tokens", ((int(chosen), int(rejected)) for chosen, rejected in pairs))
+        if not len(lengths):
             return None
-        if bias := self.lengths.bias():
-            return f"{bias[0].upper()}{bias[1:]}.", True
-        verdict = "With so few groups that shows no bias." if len(self.lengths) < FEWEST else "No length bias."
-        line = self.lengths.line()
-        return f"{line[0].upper()}{line[1:]}. {verdict}", False
+        line, bias = lengths.line(), lengths.bias()
+        verdict = "With so few groups that shows no bias." if len(lengths) < FEWEST else "No length bias."
+        said = f"{bias}." if bias else f"{line}. {verdict}"
+        return said[0].upper() + said[1:], bool(bias)
 
 
 def _compared(example: Example) -> Iterator[tuple[str, str]]:

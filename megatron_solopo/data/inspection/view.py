@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.answers import find_in_response
-from megatron_solopo.data.inspection.blocks import (
-    Note,
-    Prose,
-    Section,
-    Token,
-    Tokens,
-    highlighted,
-    many,
-    table,
-    visible,
-)
+from megatron_solopo.data.inspection.blocks import STYLES, Block, attributes, many, table, visible
 from megatron_solopo.data.inspection.context import ContextView, make_context
-from megatron_solopo.data.inspection.examples import FLAGS, Example, Facts, measure, token_group
+from megatron_solopo.data.inspection.examples import Example
+from megatron_solopo.data.inspection.facts import FLAGS, Facts, measure, token_group
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.losses.solopo import (
@@ -37,10 +30,23 @@ from megatron_solopo.losses.solopo import (
 )
 from megatron_solopo.pack import Context, Side, segment_name
 
+_ROW = 100
+"""Cells of a row of tokens, each with a bar behind it."""
+
+
+class Token(NamedTuple):
+    """One token of a response: its id, its text, its position in the sequence, and whether it is learnt."""
+
+    id: int
+    text: str
+    position: int
+    learnt: bool
+    end_of_turn: bool
+
 
 @dataclass(frozen=True)
 class Segment:
-    """A response on a context as it stands in the pack.
+    """A response on a context in the pack.
 
     Attributes:
         response: which response of its side, from 0.
@@ -65,26 +71,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Response:
-    """``name`` is "chosen" or "rejected"; ``tokens`` count the end of turn.
-
-    ``text`` has the answers that sub-EM finds in the style "answer", others in "other"; ``right``: whether there are
-    any of the first, None where no answers are known.
-    """
-
-    name: str
-    text: Text
-    tokens: int
-    right: bool | None
-
-    def section(self) -> Section:
-        """What is shown of it."""
-        said = {None: "", True: ", an answer is found in it", False: ", no answer is found in it"}[self.right]
-        note = f"{many(self.tokens, 'token')}{said}"
-        return Section(self.name, note, [Prose(self.text)], f"response {self.name}")
-
-
-@dataclass(frozen=True)
 class View:
     """An example ready to be shown; without ``segments`` there are no responses, or ``facts.refused`` says why."""
 
@@ -92,7 +78,6 @@ class View:
     facts: Facts
     method: MethodConfig
     contexts: list[ContextView]
-    responses: list[Response]
     segments: list[Segment] = field(default_factory=list)
     pack_tokens: int = 0
     separate_tokens: int = 0
@@ -110,10 +95,9 @@ class View:
         reason = f": {visible(self.facts.refused or '')}"
         return [FLAGS[flag] + (reason if flag == "refused" else "") for flag in self.facts.flags]
 
-    def printed(self, file: str) -> Iterator[RenderableType]:
+    def printed(self, file: str) -> Iterator[Block]:
         """What a terminal shows of it, in order."""
         example = self.example
-        yield Section(visible(example.id), f"(index {example.index} of {file})", ())
         about = [
             ("question", visible(example.question) or "not recorded"),
             ("answers", " | ".join(map(visible, example.answers)) or "not recorded"),
@@ -121,16 +105,28 @@ class View:
             ("source", visible(example.source)),
             ("lengths", self.lengths),
         ]
-        yield from (Text.assemble((f"{name:<9} ", "soft"), value) for name, value in about if value)
-        yield from (Note(f"! {warning}", "warn") for warning in self.warnings)
-        yield Note("prompts as the chat template renders them: behind a bar what it adds, {control tokens} marked")
-        yield from (part.section() for part in (*self.contexts, *self.responses))
+        lines = [Text.assemble((f"{name:<9} ", "soft"), value) for name, value in about if value]
+        lines += [Text(f"! {warning}", "warn") for warning in self.warnings]
+        said = "prompts as the chat template renders them: behind a bar what it adds, {control tokens} marked"
+        yield Block(visible(example.id), [*lines, Text(said, "soft")], f"(index {example.index} of {file})")
+        yield from (context.section() for context in self.contexts)
+        yield from self.responses()
         if self.segments:
             yield self.loss()
 
-    def loss(self) -> Section:
+    def responses(self) -> Iterator[Block]:
+        """Chosen and rejected; whether an answer is found in them, where answers are known."""
+        for name in ("chosen", "rejected") if self.example.group else ():
+            response, answers = getattr(self.example.group, name), self.example.answers
+            found = find_in_response(response, answers) if answers else []
+            said = f", {'an' if found else 'no'} answer is found in it" if answers else ""
+            note = many(self.facts.tokens.get(name, 0), "token") + said
+            yield Block(name, [highlighted(response, found, answer_pattern(answers))], note, f"response {name}")
+
+    def loss(self) -> Block:
         """The segments of the pack, and the tokens of each response once."""
         rows = table("segment", ">prompt", ">learnt", "positions", "predicted from", "its reward enters")
+        parts: list[Text | Table | Block] = [rows]
         alike: dict[tuple[int, ...], list[Segment]] = {}
         for segment in self.segments:
             alike.setdefault(tuple(token.id for token in segment.tokens), []).append(segment)
@@ -143,19 +139,39 @@ class View:
                 " and ".join(_run(*places) for places in segment.predictors),
                 "; ".join(segment.uses),
             )
+        for same in alike.values():
+            side = same[0].side.name.lower()
+            title = Text("\n" + ", ".join(segment.name for segment in same), f"bold {STYLES[side]}")
+            lines = [title, *token_rows(same[0].tokens)]
+            parts.append(Block(title.plain.strip(), lines[1:], kind=f"tokens {side}", instead=lines))
         loss, mode = self.method.preference_loss, self.method.context_mode
+        reward = f"--preference-loss {loss} --context-mode {mode}; reward: {loss_class(loss).reward_text}"
         saved = (self.separate_tokens - self.pack_tokens) / self.separate_tokens
         pack = f"one pack of {many(self.pack_tokens, 'token')} with shared prompts"
-        blocks = [
-            Note(f"--preference-loss {loss} --context-mode {mode}; reward: {loss_class(loss).reward_text}"),
-            rows,
-            *(
-                Tokens(", ".join(s.name for s in same), same[0].side.name.lower(), same[0].tokens)
-                for same in alike.values()
-            ),
-        ]
         note = f"{pack} ({self.separate_tokens:,} apart, {saved:.0%} saved)"
-        return Section("what the loss sees", note, blocks, "loss")
+        return Block("what the loss sees", [Text(reward, "soft"), *parts], note, "loss")
+
+
+def token_rows(tokens: Sequence[Token]) -> Iterator[Text]:
+    """Rows of tokens, each behind the position of its first: shades part them (``|`` without colours), and what is not
+    learnt is in parentheses there."""
+    row, used = Text(), 0
+    for index, token in enumerate(tokens):
+        # With line breaks and tabs to be seen.
+        cell = Text(visible(token.text).replace("\n", "\u23ce").replace("\t", "\u21e5"))
+        styles = ["token", "learnt" if token.learnt else "unlearnt"]
+        styles += ["line"] * ("\n" in token.text)
+        styles += ["end"] if token.end_of_turn else ["odd"] * (token.learnt and index % 2)
+        said = f"position {token.position}, id {token.id}{'' if token.learnt else ', not learnt'}"
+        for style in (*styles, attributes(title=said)):
+            cell.stylize(style)
+        cells = cell.cell_len + (1 if token.learnt else 3)
+        if not row or used + cells > _ROW:
+            yield from [row] * bool(row)
+            row, used = Text.assemble((f"{token.position:>8,} ", "place")), 0
+        row.append_text(cell)
+        used += cells
+    yield row
 
 
 def _run(first: int, last: int) -> str:
@@ -176,36 +192,25 @@ def make_view(
     """
     wanted = all_scores(method) if example.group else frozenset()
     facts = measure(example, tokenizer, wanted, seq_length)
-    contexts = [make_context(example, name, tokenizer, full) for name in example.chats]
-    view = View(example, facts, method, contexts, [])
-    if example.group is None:
-        return view
-    for name in ("chosen", "rejected"):
-        text = getattr(example.group, name)
-        found = find_in_response(text, example.answers) if example.answers else []
-        marked = highlighted(text, found, answer_pattern(example.answers))
-        right = bool(found) if example.answers else None
-        view.responses.append(Response(name, marked, facts.tokens.get(name, 0), right))
-    if facts.refused is not None:
+    view = View(example, facts, method, [make_context(example, name, tokenizer, full) for name in example.chats])
+    if example.group is None or facts.refused is not None:
         return view
     tokens = token_group(example.group, tokenizer, wanted)
     pack = build_pack([tokens], [0])
     continuations = [(prompt, one) for prompt in tokens.prompts for one in prompt.continuations]
     for number, (prompt, continuation) in enumerate(continuations):
-        own = pack.segments == number
         learnt = continuation.learnt or [True] * len(continuation.ids)
-        shown = [
-            Token(i, token_text(tokenizer, i), len(prompt.ids) + k, learnt[k], i == tokenizer.eos_token_id)
-            for k, i in enumerate(continuation.ids)
-        ]
         view.segments.append(
             Segment(
                 prompt.context,
                 continuation.side,
                 continuation.response,
                 len(prompt.ids),
-                shown,
-                _runs(pack.predictors[own].tolist()),
+                [
+                    Token(i, token_text(tokenizer, i), len(prompt.ids) + k, learnt[k], i == tokenizer.eos_token_id)
+                    for k, i in enumerate(continuation.ids)
+                ],
+                _runs(pack.predictors[pack.segments == number].tolist()),
                 int(pack.scored.lengths[number]),
                 uses(prompt.context, continuation.side, method),
             )
@@ -215,13 +220,8 @@ def make_view(
 
 def _runs(places: list[int]) -> list[tuple[int, int]]:
     """First and last of each run of consecutive numbers."""
-    runs: list[tuple[int, int]] = []
-    for place in places:
-        if runs and place == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], place)
-        else:
-            runs.append((place, place))
-    return runs
+    runs = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
+    return [(run[0][1], run[-1][1]) for _, members in runs for run in [list(members)]]
 
 
 def uses(context: Context, side: Side, method: MethodConfig) -> list[str]:
@@ -242,10 +242,9 @@ def uses(context: Context, side: Side, method: MethodConfig) -> list[str]:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token as it stands in a text, its leading space included; the vocabulary's spelling where it is part of a
+    """One token as it is in a text, its leading space included; the vocabulary's spelling where it is part of a
     character."""
-    spelled = tokenizer.convert_ids_to_tokens(token)
-    text = tokenizer.decode([token])
+    spelled, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     if "\ufffd" in text or not text:
         return spelled
     return " " + text if spelled.startswith("\u2581") and not text.startswith(" ") else text
@@ -256,3 +255,21 @@ def answer_pattern(answers: Sequence[str]) -> re.Pattern[str] | None:
     words = [r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", answer))) for answer in answers]
     words = sorted(filter(None, words), key=len, reverse=True)
     return re.compile("|".join(words), re.IGNORECASE) if words else None
+
+
+def highlighted(text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None) -> Text:
+    """The text with answers in the style "answer", and in "other" those that do not count.
+
+    An answer that does not count is part of a longer word, or in a response outside its answer part.
+
+    Args:
+        found: start and end of those that count.
+        pattern: `answer_pattern`, which the others match.
+    """
+    made = Text(visible(text))
+    for start, end in found:
+        made.stylize("answer", start, end)
+    for match in pattern.finditer(text) if pattern else ():
+        if not any(match.start() < end and start < match.end() for start, end in found):
+            made.stylize("other", *match.span())
+    return made
