@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_solopo import __version__, launch
-from megatron_solopo.errors import LostProcess, UserError, system_reason
+from megatron_solopo.errors import LostProcess, UserError, files_explained
 from megatron_solopo.terminal import write_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -71,14 +71,10 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     """
     quiet()
     try:
-        return main(argv)
+        with files_explained():
+            return main(argv)
     except UserError as error:
         _report(f"{error}" + (f" [{error.code}]" if error.code else ""), passing=isinstance(error, LostProcess))
-        return launch.REPORTED
-    except OSError as error:
-        if not error.filename:  # then a path alone would not explain it
-            raise
-        _report(f"{error.filename}: {system_reason(error)} [file-system]")
         return launch.REPORTED
     except KeyboardInterrupt:
         if launch.first_to_report("interrupted"):

@@ -7,11 +7,14 @@ something else or would have no effect, and a run without an option that has no 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses import registry
+from megatron_solopo.losses.base import PreferenceLoss
 from megatron_solopo.losses.registry import (
     LOSSES,
     aligns_with_reference,
@@ -326,7 +329,14 @@ class OutputConfig:
 
 @dataclass
 class Config:
-    """A resolved run. `explicit` names the options somebody set, in the file or on the command line."""
+    """A resolved run: the options of ``solopo train``, by section.
+
+    Make one with `load` or `from_options`, which check it.
+
+    Attributes:
+        explicit: names of the options that somebody set, in the file, on the command line or in Python.
+        groups: the examples of --train-data and --valid-data that were given as lists, by the option's name.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -335,6 +345,40 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     explicit: set[str] = field(default_factory=set)
+    groups: dict[str, Sequence[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """The options of a YAML file, as ``solopo train --config PATH`` reads it.
+
+        Args:
+            overrides: words of the command line that replace what the file says: ``["--lr=3e-6", "--no-shuffle"]``.
+
+        Raises:
+            UserError: an option is unknown, contradicts another or would have no effect; in one line.
+        """
+        from megatron_solopo.config_load import load  # which reads this module
+
+        return load(["--config", str(path), *overrides], command=False)[0]
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Config:
+        """Options by their names, with the defaults, types and checks of the command line.
+
+            Config.from_options(hf_path="models/qwen", train_data=groups, save="runs/solo", train_epochs=1, lr=3e-6)
+
+        Args:
+            options: those of ``solopo train --help``, with underscores; ``config`` names a YAML file whose options the
+                others replace. ``train_data`` and ``valid_data`` are paths, or lists of `PreferenceGroup` or of records
+                as a file holds them, which `train` writes into the run folder. ``preference_loss`` is a name,
+                ``"module:CLASS"``, or a subclass of `PreferenceLoss`.
+
+        Raises:
+            UserError: an option is unknown, contradicts another or would have no effect; in one line.
+        """
+        from megatron_solopo.config_load import from_options  # which reads this module
+
+        return from_options(options)
 
     def value(self, name: str) -> Any:
         """What an option is; of a preference loss that the run does not have: the default."""
@@ -375,7 +419,9 @@ class Option(NamedTuple):
         return self.kind is not SECTIONS[self.section]
 
 
-SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Config).items() if name != "explicit"}
+SECTIONS: dict[str, type] = {
+    name: kind for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
+}
 
 OWNER: dict[str, Option] = {
     spec.name: Option(section, spec, kind)
@@ -396,26 +442,39 @@ def names_of(section: str) -> list[str]:
     return [name for name, option in OWNER.items() if option.section == section]
 
 
-def load_loss(name: str, where: str) -> None:
-    """Makes a user's loss, module:CLASS, and its options known; of another name nothing is done.
+def load_loss(loss: str | type[PreferenceLoss], where: str) -> str:
+    """Makes a user's loss and its options known; of the name of another loss nothing is done.
 
     Args:
+        loss: ``module:CLASS``, or the class itself.
         where: what names it: a flag, or a place in a file.
+
+    Returns:
+        The value of --preference-loss that names it.
 
     Raises:
         UserError: there is no such loss, it is not complete, or one of its options has the name of another.
     """
-    if ":" not in name:
-        return
+    if isinstance(loss, str) and ":" not in loss:
+        return loss
     try:
-        kind = registry.loss_class(name)
+        kind = registry.loss_class(loss) if isinstance(loss, str) else registry.add(loss)
+        earlier = [
+            name
+            for name, option in OWNER.items()
+            if getattr(option.kind, "name", None) == kind.name and option.kind is not kind
+        ]
         for spec in own_options(kind):
-            if spec.name in RESERVED or (spec.name in OWNER and OWNER[spec.name].spec is not spec):
-                raise ValueError(f"{name}: its option {spec.name} has a name that is taken; choose another")
+            taken = spec.name in OWNER and spec.name not in earlier and OWNER[spec.name].spec is not spec
+            if spec.name in RESERVED or taken:
+                raise ValueError(f"{kind.name}: its option {spec.name} has a name that is taken; choose another")
     except ValueError as error:
         raise UserError("loss-invalid", f"{where}: {error}") from None
+    for name in earlier:  # a notebook defines a class anew each time that its cell runs
+        del OWNER[name]
     for spec in own_options(kind):
         OWNER.setdefault(spec.name, Option("method", spec, kind))  # an inherited option stays that of its loss
+    return kind.name
 
 
 def flag(name: str) -> str:

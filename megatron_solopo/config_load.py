@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from megatron_solopo.arguments import Parser
 from megatron_solopo.config import OWNER, SECTIONS, Config, flag, load_loss, names_of
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import nearest
+from megatron_solopo.losses.base import PreferenceLoss
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.model.rope_scaling import parse as parse_rope_scaling
-from megatron_solopo.yaml_options import OptionFile, Options
+from megatron_solopo.yaml_options import OptionFile, Options, as_options
+
+GROUPS = ("train_data", "valid_data")
+"""Options that `from_options` takes as examples in memory too."""
 
 _hints = functools.cache(typing.get_type_hints)  # evaluating annotations is slow, and every option asks
 
@@ -57,15 +62,17 @@ def _converter(name: str) -> Callable[[str], Any]:
     return convert
 
 
-def build_parser() -> Parser:
-    """One group of options for each section."""
+def build_parser(command: bool = True) -> Parser:
+    """One group of options for each section; of the ``command`` there are --help and --dry-run too."""
     parser = Parser(
         prog="pretrain_solopo.py",
         description="Train a language model with SoLoPO on Megatron Core. "
         "Start it under torchrun for several processes.",
         sections={section: names_of(section) for section in SECTIONS},
+        add_help=command,
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
+    if command:
+        parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)
         for name in names_of(section):
@@ -118,8 +125,11 @@ def read_model_options(path: str | Path) -> dict[str, Any]:
     return {name: values[name] for name in parser.given & OWNER.keys()}
 
 
-def load(argv: list[str] | None = None) -> tuple[Config, bool]:
+def load(argv: list[str] | None = None, command: bool = True) -> tuple[Config, bool]:
     """The resolved configuration of a command line, and whether it is a dry run.
+
+    Args:
+        command: see `build_parser`.
 
     Raises:
         UserError: what is unknown, contradicts something else, or would have no effect.
@@ -128,17 +138,49 @@ def load(argv: list[str] | None = None) -> tuple[Config, bool]:
     first.add_argument("--config")
     first.add_argument("--preference-loss")
     before, _ = first.parse_known_args(argv)
-    if before.config:
-        _load_loss_of(before.config)
-    if before.preference_loss is not None:
-        load_loss(before.preference_loss, flag("preference_loss"))
-    parser = build_parser()
+    parser = _parser_of_run(before.config, before.preference_loss, command)
     values = parser.parse_args(argv)
+    config = _config_of(parser, values)
+    resolve(config)
+    return config, command and values.dry_run
+
+
+def from_options(options: Mapping[str, Any]) -> Config:
+    """See `Config.from_options`."""
+    texts, loss = dict(options), options.get("preference_loss")
+    parser = _parser_of_run(options.get("config"), loss, command=False)
+    if isinstance(loss, type):
+        texts["preference_loss"] = load_loss(loss, flag("preference_loss"))
+    groups = {name: tuple(texts[name]) for name in GROUPS if _holds_records(texts.get(name))}
+    texts |= dict.fromkeys(groups, "in memory")
+    config = _config_of(parser, parser.parse_args(parser.words(as_options(texts, "Config.from_options"))))
+    for name, records in groups.items():
+        config.groups[name] = records
+        config.assign(name, str(Path(config.output.save or "") / f"{name}.jsonl"))
+    resolve(config)
+    return config
+
+
+def _parser_of_run(file: str | Path | None, loss: str | type[PreferenceLoss] | None, command: bool) -> Parser:
+    """The parser, with the options of the loss that the run's file names and of the one that is named beside it."""
+    if file:
+        _load_loss_of(file)
+    if loss is not None:
+        load_loss(loss, flag("preference_loss"))
+    return build_parser(command)
+
+
+def _config_of(parser: Parser, values: argparse.Namespace) -> Config:
+    """What was given, not resolved."""
     config = Config(explicit=parser.given & OWNER.keys())
     for name in config.explicit:
         config.assign(name, getattr(values, name))
-    resolve(config)
-    return config, values.dry_run
+    return config
+
+
+def _holds_records(value: Any) -> bool:
+    """Whether examples are given themselves, and not the path of their file."""
+    return isinstance(value, Iterable) and not isinstance(value, str | os.PathLike)
 
 
 def resolve(config: Config) -> None:

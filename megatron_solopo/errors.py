@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -64,6 +65,21 @@ def require(what: str, package: str, extra: str, instead: str = "") -> None:
             "package-missing",
             f"{what}: the package {package} is not installed; pip install 'megatron-solopo[{extra}]'{instead}",
         )
+
+
+@contextmanager
+def files_explained() -> Iterator[None]:
+    """Turns a file that cannot be read or written, where nothing else says so, into one line.
+
+    Raises:
+        UserError: naming the file and what the system says.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not error.filename:  # then a path alone would not explain it
+            raise
+        raise UserError("file-system", f"{error.filename}: {system_reason(error)}") from error
 
 
 def system_reason(error: BaseException) -> str:

@@ -15,6 +15,21 @@ Options = dict[str, tuple[Any, str]]
 """Name of an option -> (value, where it is written). A number is a text, since its option says which type it has."""
 
 
+def as_options(values: Mapping[str, Any], caller: str) -> Options:
+    """Options that Python code has as values, as a file would have them.
+
+    Args:
+        caller: the function that takes them, for messages.
+    """
+    return {name: (_as_written(value), f"{caller}: {name}") for name, value in values.items()}
+
+
+def _as_written(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str | dict):
+        return value
+    return [str(part) for part in value] if isinstance(value, list | tuple) else str(value)
+
+
 class Entry(NamedTuple):
     """A line of a mapping: its key, ``file:line``, and its value."""
 

@@ -299,7 +299,19 @@ def add_generation_options(group: argparse._ArgumentGroup) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    options = build_parser().parse_args(argv)
+    begin, options = time.monotonic(), build_parser().parse_args(argv)
+    evaluate(options)
+    written = f"{options.output} and {predictions_path(options.output)}"
+    print(f"wrote {written} in {time.monotonic() - begin:.1f} s")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `build_parser` reads -> the content of the results file and of the predictions file, which are written.
+
+    Raises:
+        UserError: an option or a file that cannot be, or a length that no question can be asked at.
+    """
     unit = "documents" if options.context_documents is not None else "tokens"
     flag = f"--context-{unit}"
     sizes = lengths_option(flag, options.context_documents if unit == "documents" else options.context_tokens)
@@ -319,8 +331,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(
     options: argparse.Namespace, output: Path, sizes: list[int], unit: str, prompt_format: PromptFormat, jobs: Jobs
-) -> int:
-    flag, begin = f"--context-{unit}", time.monotonic()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    flag = f"--context-{unit}"
     named = TokenizerOptions.of(options, options.model)
     tokenizer = named.load(begun_with=jobs.settings.get(template_kwargs.DATE))
     options.chat_template_date = template_kwargs.date_of(tokenizer)  # for the results
@@ -397,5 +409,4 @@ def _evaluate(
     }
     write_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     jobs.remove()
-    print(f"wrote {output} and {predictions_path(output)} in {time.monotonic() - begin:.1f} s")
-    return 0
+    return results, records

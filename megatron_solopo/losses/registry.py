@@ -88,6 +88,22 @@ def load(name: str) -> type[PreferenceLoss]:
     if kind is None:
         there = ", ".join(value.__name__ for value in _classes(module)) or "no loss"
         raise ValueError(f"{getattr(module, '__file__', module_name)} has no {class_name}; it has {there}")
+    return add(kind, name)
+
+
+def add(kind: type[PreferenceLoss], name: str | None = None) -> type[PreferenceLoss]:
+    """Makes a class known as a loss, in the place of an earlier one of its name.
+
+    Args:
+        name: default: ``module:CLASS``; one that is known already keeps its name.
+
+    Raises:
+        ValueError: it is not a complete loss, in a line.
+    """
+    if name is None:
+        if kind in LOSSES.values():
+            return kind
+        name = f"{kind.__module__}:{kind.__qualname__}" if isinstance(kind, type) else repr(kind)
     _check(kind, name)
     register(*kind.metrics)
     kind.name = name

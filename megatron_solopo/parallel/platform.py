@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import itertools
 import os
 import resource
 import socket
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_solopo import environment
 from megatron_solopo.errors import LostProcess, UserError, system_reason
@@ -111,13 +113,29 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
     else:
         platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
     if not dist.is_initialized():
-        alone = "RANK" not in os.environ
-        dist.init_process_group(
-            platform.backend,
-            timeout=timedelta(minutes=timeout_minutes),
-            **({"store": HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-        )
+        timeout = timedelta(minutes=timeout_minutes)
+        store, rank, size = (HashStore(), 0, 1) if "RANK" not in os.environ else _store_of_this_start(timeout)
+        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return platform
+
+
+_rendezvous: list[tuple[Store, int, int]] = []
+"""torchrun's store, this process's rank and the number of processes, once they met."""
+
+_starts = itertools.count(1)
+
+
+def _store_of_this_start(timeout: timedelta) -> tuple[Store, int, int]:
+    """A store with keys of its own for each `start` of the same processes.
+
+    torch 2.11 names the default group alike each time (distributed_c10d.py, `_process_group_name`): a second one
+    would find the addresses of the first in the store, and wait for connections that nobody accepts.
+    """
+    if not _rendezvous:
+        _rendezvous.append(next(rendezvous("env://", timeout=timeout)))
+    store, rank, size = _rendezvous[0]
+    store.set_timeout(timeout)
+    return PrefixStore(f"solopo/start/{next(_starts)}", store), rank, size
 
 
 def expand_segments() -> None:

@@ -7,11 +7,14 @@ with megatron-core are imported here, behind the start of the platform, and ever
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.manifest import latest_iteration
 from megatron_solopo.parallel import platform
+from megatron_solopo.parallel.platform import Platform
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,17 +31,24 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(describe(config))
         return 0
-    _train(config)
+    with started(config) as here:
+        from megatron_solopo.training.trainer import train
+
+        train(here, config)
     return 0
 
 
-def _train(config: Config) -> None:
+@contextmanager
+def started(config: Config) -> Iterator[Platform]:
+    """The platform that a run computes on, within it.
+
+    Raises:
+        LostProcess: another process of the run is gone.
+    """
     here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
-        from megatron_solopo.training.trainer import train
-
         with platform.losses_explained(lambda: _advice(config)):
-            train(here, config)
+            yield here
     finally:
         platform.stop(here)
 

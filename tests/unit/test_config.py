@@ -14,7 +14,7 @@ from megatron_solopo.config_load import build_parser, load
 from megatron_solopo.losses.registry import preference_loss
 from megatron_solopo.training.run_folder import effective, write_settings
 
-SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if f.name != "explicit"]
+SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if f.name not in ("explicit", "groups")]
 OPTIONS = {name: (option.section, option.spec) for name, option in OWNER.items()}
 
 
