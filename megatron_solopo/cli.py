@@ -74,7 +74,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         with files_explained():
             return main(argv)
     except UserError as error:
-        _report(f"{error}" + (f" [{error.code}]" if error.code else ""), passing=isinstance(error, LostProcess))
+        _report(error)
         return launch.REPORTED
     except KeyboardInterrupt:
         if launch.first_to_report("interrupted"):
@@ -95,9 +95,10 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def _report(message: str, passing: bool = False) -> None:
+def _report(error: UserError) -> None:
     """Prints a mistake, unless another process of this machine did: most are the same on all."""
-    if launch.first_to_report(message, passing):
+    message = f"{error.message} [{error.code}]" if error.code else error.message
+    if launch.first_to_report(message, passing=isinstance(error, LostProcess)):
         # Under torchrun all ranks write to one terminal, so all but the first say which they are.
         rank = os.environ.get("RANK", "0")
         write_line(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from megatron_solopo.pack import Context, Side
 
@@ -224,15 +225,13 @@ def test_a_machines_results_become_tables_and_a_baseline(
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import gpu_report
 
-    from megatron_solopo.errors import UserError
-
     for name, folder in (("KEPT", "kept"), ("BASELINES", "baselines")):
         monkeypatch.setattr(gpu_report, name, tmp_path / folder)
     page = tmp_path / "gpu.md"
     page.write_text(f"# Before\n\n{gpu_report.BEGIN}\nold\n{gpu_report.END}\n\nAfter\n")
     monkeypatch.setattr(gpu_report, "PAGE", page)
     monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
-    with pytest.raises(UserError, match="of a dry run"):
+    with refused("results-incomplete", str(results), "dry run"):
         gpu_report.main([str(results)])
     assert not (tmp_path / "kept").exists() and "old" in page.read_text()
     assert gpu_report.main(["--print", str(results)]) == 0

@@ -387,18 +387,18 @@ BOARDS = {"--wandb-project x": "wandb", "--tensorboard-dir x": "tensorboard"}
 def test_optional_packages_are_optional(case: str, tmp_path: Path) -> None:
     """Where the required packages alone can be imported a run starts, and what needs another names its extra."""
     optional = {name.replace("-", "_") for name in names(sum(extras().values(), []))} - {"transformers"}
-    arguments, status, said = [case], 0, "usage: solopo COMMAND"
+    arguments, status, printed = [case], 0, "usage: solopo COMMAND"
     if case == "report":
         arguments, status = ["report", "--runs", str(tmp_path), "--output", str(tmp_path / "report.md")], 2
-        said = "error: solopo report: the package matplotlib is not installed; pip install 'megatron-solopo[report]'"
+        printed = "pip install 'megatron-solopo[report]' [package-missing]"
     elif case != "--help":
         furnish(tmp_path)
         arguments = ["train", *Home(tmp_path).argv("run", "--dry-run", *case.split()[case == "train" :])]
-        said = "# resolved configuration"
+        printed = "# resolved configuration"
         if extra := BOARDS.get(case):
-            status, said = 2, f"error: {case.split()[0]}: the package {extra} is not installed; pip install "
-            said += f"'megatron-solopo[{extra}]'"
+            status, printed = 2, f"error: {case.split()[0]}: the package {extra} is not installed; pip install "
+            printed += f"'megatron-solopo[{extra}]' [package-missing]"
     command = [sys.executable, "-c", BARE, " ".join(optional), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == status, done.stdout + done.stderr
-    assert said in done.stdout + done.stderr, done.stdout + done.stderr
+    assert printed in done.stdout + done.stderr, done.stdout + done.stderr
