@@ -30,7 +30,7 @@ from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
-from megatron_solopo.parallel.platform import first_error, on_first
+from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.progress import ProgressBar, reporting
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -130,7 +130,7 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
         shutil.rmtree(aside, ignore_errors=True)
         step.mkdir(parents=True)
 
-    problem, filling = first_error(on_first(begin)), None
+    problem, filling = first_error(run_on_rank0(begin)), None
     if problem is None:
         device = next(models[0].parameters()).device
         if device.type != "cpu":  # the writer takes all of them from there first
@@ -149,7 +149,7 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
             failed = write.finish()
         problem = first_error((str(filling.error) if filling.error else "") or failed)
     if problem is None:
-        problem = first_error(on_first(lambda: _publish(aside, companions, target)))
+        problem = first_error(run_on_rank0(lambda: _publish(aside, companions, target)))
     if problem is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)

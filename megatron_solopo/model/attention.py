@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
@@ -15,10 +16,10 @@ from megatron_solopo.parallel.layout import RankLayout
 
 @dataclass
 class PackLayout(PackedSeqParams):
-    """What every layer needs to know of a pack; travels through megatron-core as its packed sequence parameters.
+    """The layout of a pack as every layer reads it; passed through megatron-core as its packed sequence parameters.
 
     Attributes:
-        attention: of the rows that this rank computes.
+        attention: layout of the rows that this rank computes.
         cos, sin: [S / cp, 1, head_dim] of each token's position.
     """
 
@@ -30,7 +31,7 @@ class PackLayout(PackedSeqParams):
 def pack_layout(
     attention: RankLayout, positions: Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype
 ) -> PackLayout:
-    """The layout of a pack's rows, [S / cp] ``positions``, on their device."""
+    """Makes the layout of a pack's rows, [S / cp] ``positions``, on their device."""
     cos, sin = frequencies(positions, dtype)
     return PackLayout(qkv_format="thd", attention=attention, cos=cos, sin=sin)
 
@@ -40,12 +41,12 @@ class PackedAttention(nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: Any,
+        attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
-        **ignored: Any,
+        **ignored: object,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
@@ -56,7 +57,7 @@ class PackedAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
+        attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         *,
         packed_seq_params: PackLayout,

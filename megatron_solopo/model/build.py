@@ -1,4 +1,4 @@
-"""Hugging Face config -> megatron-core GPTModel. The only room that touches GPTModel."""
+"""Builds megatron-core's GPTModel from a Hugging Face config. The only module that touches GPTModel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_solopo.model.router import Router
 
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's configuration of the model, no dropout."""
+    """Returns megatron-core's configuration of the model, without dropout."""
     model, parallel = config.model, config.parallel
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
@@ -47,8 +47,8 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank if interleaved else None,
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
-        # Two stages that exchange several tensors in one batch mix them up: the interleaved schedule would be
-        # silently wrong with mcore's defaults.
+        # Two stages that exchange several tensors in one batch confuse them: with mcore's defaults the interleaved
+        # schedule would be silently wrong.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence_parallel,
@@ -74,21 +74,21 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Every weight is loaded, or drawn by conversion/random_start.py. Portable layers are then made on the CPU;
-        # Transformer Engine's would make whole matrices there.
+        # Every weight is loaded, or drawn by conversion/random_start.py. Portable layers are then built on the CPU;
+        # Transformer Engine's would build unsharded matrices there.
         perform_initialization=False,
         use_cpu_initialization=model.transformer_impl == "portable",
-        # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers bring their own.
+        # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers have their own.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        # Packs differ in length; mcore wants this dispatcher beside it, for dense models too.
+        # Packs differ in length; mcore requires this dispatcher with it, for dense models too.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # One call for all experts of a process; without Transformer Engine they are computed one by one.
+        # One call for all experts of a rank; without Transformer Engine they are computed one by one.
         moe_grouped_gemm=model.transformer_impl == transformer_engine.NAME,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -103,8 +103,11 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
 
 
 def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """A layer, and the norm behind the last one: Transformer Engine's, or megatron-core's local transformer layer with
-    our RMSNorm, packed attention and router."""
+    """Returns the spec of a layer, and the type of the final norm.
+
+    These are Transformer Engine's, or megatron-core's local transformer layer with this package's RMSNorm, packed
+    attention and router.
+    """
     if settings.transformer_impl == transformer_engine.NAME:
         from megatron_solopo.model import te_layers  # imports Transformer Engine, which is optional
 
@@ -119,7 +122,7 @@ def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
     if settings.num_moe_experts:
         mlp: Any = submodules.mlp  # a functools.partial
         mlp.keywords["submodules"].router = Router
-        # mcore's checkpoints would call it as in dense layers, which Transformer Engine's with experts do not.
+        # mcore's checkpoints would name it as in dense layers; Transformer Engine's layers with experts do not.
         submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     return ModuleSpec(module=TransformerLayer, submodules=submodules), RMSNorm
 
@@ -127,15 +130,15 @@ def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
 def build_model(
     hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None, vp_stage: int | None = None
 ) -> GPTModel:
-    """The GPTModel of a Hugging Face config, on the current device, weights not loaded.
+    """Builds the GPTModel of a Hugging Face config on the current device, without loading weights.
 
-    Position embeddings are ours (model/rope.py), applied inside the attention, so mcore's are switched off.
+    mcore's position embeddings are switched off: model/rope.py's are applied inside the attention.
 
     Args:
         dtype: parameter dtype; default by --bf16.
-        vp_stage: which of this process's model chunks, with more than one.
+        vp_stage: index of this rank's model chunk, where it has several.
     """
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns of GPTModel's age at every build
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns at every build that GPTModel is old
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     settings = transformer_config(hf_config, config, dtype)
     layer, final_norm = layer_spec(settings)
@@ -155,12 +158,12 @@ def build_model(
     )
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            # mcore does so only where experts are cut otherwise than the rest, and a checkpoint would then hold one
-            # optimizer where all are alike, and two elsewhere.
+            # mcore sets it only where experts are sharded unlike the other layers, and a checkpoint would then hold one
+            # optimizer under some layouts and two under others.
             setattr(parameter, "allreduce", False)
     return model.cuda(torch.cuda.current_device())
 
 
 def rotary_frequencies(hf_config: PretrainedConfig) -> RotaryFrequencies:
-    """The model's RoPE; see `hf_config.check_length` for how far it reaches."""
+    """Returns the model's RoPE; `hf_config.check_length` checks how many positions it covers."""
     return RotaryFrequencies(hf_config)

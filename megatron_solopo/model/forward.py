@@ -1,9 +1,9 @@
-"""A pack through the model: summed log-probs of each segment."""
+"""Runs a pack through the model: summed log-probs of each segment."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from megatron_solopo.parallel.device_pack import DevicePack, cut, on_device
 
 @dataclass(frozen=True)
 class LogProbHead:
-    """What turns final hidden states into log-probs.
+    """Turns final hidden states into log-probs.
 
     Attributes:
         vocab_size: real rows of the vocabulary.
@@ -42,11 +42,11 @@ class LogProbHead:
 
 
 def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -> DevicePack:
-    """This process's part of a pack, on its device.
+    """Returns this rank's part of a pack, on its device.
 
     Args:
-        pack: on the CPU.
-        settings: of the model.
+        pack: a pack on the CPU.
+        settings: the model's config.
     """
     group = cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
     assert isinstance(settings.cp_comm_type, str)  # one for all layers
@@ -59,29 +59,31 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
     """Runs a pack through a GPTModel (or its DDP wrapper).
 
     Returns:
-        On the last pipeline stage [N] summed log-probs of each segment's learnt tokens, nats, float32 or float64;
-        on the others the hidden states that go on to the next stage.
+        On the last pipeline stage [N] summed log-probs of each segment's trained tokens, nats, float32 or float64;
+        on the others the hidden states for the next stage.
     """
     part, context = pack.pack, parallel_state.get_context_parallel_group()
     sequence_parallel = get_model_config(model).sequence_parallel
 
-    def process(hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: Any) -> Tensor:
+    def process(
+        hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: object
+    ) -> Tensor:
         for hook in output_layer._forward_pre_hooks.values():
             hook(output_layer, ())  # waits for this layer's overlapped parameter gather: its forward never runs
         weight = cast(Tensor, output_layer.weight) if output_weight is None else output_weight
-        if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the processes itself
+        if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the ranks itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]
-        shared = parallel_state.get_tensor_model_parallel_world_size() > 1
-        group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()) if shared else None
+        parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
+        group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()) if parallel else None
         log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group)
         sums = segment_sums(log_probs, part.segments, len(part.scored))
-        # Every context-parallel rank goes on with the whole sums, and its gradient is that of its own tokens.
+        # Every context-parallel rank continues with the total sums, and its gradient is that of its own tokens.
         return reduce_from_tensor_model_parallel_region(sums, context)
 
     return model(
         input_ids=part.tokens[None],
-        position_ids=None,  # positions act through the layout's RoPE
+        position_ids=None,  # positions enter through the layout's RoPE
         attention_mask=None,
         packed_seq_params=pack_layout(pack.layout, part.positions, head.frequencies, dtype),
         padding_mask=padding_mask(model, pack.is_padding),

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder, and what follows from it alone; imports no megatron-core."""
+"""Reads config.json of a Hugging Face folder and checks what follows from it alone; imports no megatron-core."""
 
 from __future__ import annotations
 
@@ -15,48 +15,51 @@ from megatron_solopo.model_folder import check_is_folder, seen_in
 
 
 def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
-    """config.json of a Hugging Face folder, extended by --rope-scaling: the one place that makes a model's config.
+    """Reads config.json of a Hugging Face folder and extends it by --rope-scaling; every model's config is made here.
 
     Raises:
-        UserError: no folder, no config.json, one that transformers cannot read, or that cannot be extended so.
+        UserError: there is no folder or no config.json, transformers cannot read it, or the scaling does not fit it.
     """
     folder = Path(folder)
     check_is_folder(f"--hf-path {folder}", folder, "give a Hugging Face folder")
     if not (folder / "config.json").is_file():
         remedy = seen_in(folder) or "give a Hugging Face folder"
-        raise UserError(f"--hf-path {folder}: the folder holds no config.json; {remedy}")
+        raise UserError("model-config-missing", f"--hf-path {folder}: the folder holds no config.json; {remedy}")
     check_json(folder / "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:
         first, *others = str(error).splitlines() or [type(error).__name__]
         reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
-        raise UserError(f"{folder}/config.json: not readable ({reason})") from None
+        raise UserError("model-config-unreadable", f"{folder}/config.json: not readable ({reason})") from None
     return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
-    """Rows of the vocabulary matrices; depends on the config only, never on the number of processes."""
+    """Returns the rows of the vocabulary matrices; they depend on the config only, not on the number of processes."""
     return -(-hf_config.vocab_size // divisible_by) * divisible_by
 
 
 def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
-    """Refuses sequences beyond what the model's positions cover, or its sliding window: ours is full attention, which
-    is the same as long as no sequence is longer than the window.
+    """Refuses sequences beyond the model's positions or its sliding window.
+
+    Attention is always full here, which equals attention in a window while no sequence is longer than the window.
 
     Raises:
-        UserError: naming --seq-length.
+        UserError: --seq-length is too large.
     """
     covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
     if seq_length > covered:
         scaled = hf_config.rope_parameters["rope_type"] != "default"
         raise UserError(
+            "seq-length-beyond-positions",
             f"--seq-length {seq_length} is beyond the model's max_position_embeddings {covered} (config.json); "
-            f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or take a longer model"
+            f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or use a longer model",
         )
     window = attention_window(hf_config)
     if window is not None and seq_length > window:
         raise UserError(
+            "seq-length-beyond-window",
             f"--seq-length {seq_length} is longer than the model's sliding_window {window} (config.json), and "
-            f"attention in a window is not supported; lower it to {window}, or take a model without one"
+            f"sliding-window attention is not supported; lower it to {window}, or use a model without a window",
         )

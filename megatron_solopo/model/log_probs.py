@@ -1,8 +1,8 @@
 """Log-probs of response tokens from final hidden states, through the vocabulary-parallel output weight.
 
-Only positions that predict a learnt token get logits, a chunk at a time, in forward and again in backward; no
+Only positions that predict a trained token get logits, a chunk at a time, in forward and again in backward; no
 vocabulary-wide tensor exists for other tokens, nor for all response tokens at once. Rows that pad the vocabulary are
-masked, so that log-probs do not depend on how far it was padded. Sums run in float32 (float64 stays float64).
+masked, so that log-probs do not depend on the padding. Sums are computed in float32 (float64 stays float64).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight^T)[target] with logits recomputed in backward (the softmax's usual gradient:
-    (one-hot - p) times the incoming gradient)."""
+    """Computes log softmax(hidden @ weight^T)[target], and the logits again in backward.
+
+    The gradient is the softmax's: (one-hot - p) times the incoming gradient.
+    """
 
     @staticmethod
     def forward(
@@ -29,8 +31,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logits[:, real_rows:] = float("-inf")
             largest = logits.amax(dim=-1)
             local = targets[part] - first_row
-            here = (local >= 0) & (local < weight.shape[0])
-            picked = logits.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None])[:, 0].masked_fill(~here, 0)
+            in_shard = (local >= 0) & (local < weight.shape[0])
+            picked = logits.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None])[:, 0].masked_fill(~in_shard, 0)
             if group is not None:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
                 dist.all_reduce(picked, group=group)
@@ -55,8 +57,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             rows = (hidden[part] @ weight.t()).to(total).sub_(log_sums[part][:, None]).exp_().neg_()
             rows[:, real_rows:] = 0
             local = targets[part] - first_row
-            here = ((local >= 0) & (local < weight.shape[0])).to(total)
-            rows.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], here[:, None])
+            in_shard = ((local >= 0) & (local < weight.shape[0])).to(total)
+            rows.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], in_shard[:, None])
             rows = rows.mul_(grad[part][:, None]).to(hidden.dtype)
             grad_hidden[part] = rows @ weight
             grad_weight += (rows.t() @ hidden[part]).to(total)
@@ -73,15 +75,15 @@ def response_log_probs(
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Log-probs of ``targets``.
+    """Computes the log-probs of ``targets``.
 
     Args:
         hidden: [R, H], the states that predict each target.
-        weight: [V / tp, H], this process's rows of the padded output weight.
+        weight: [V / tp, H], this rank's rows of the padded output weight.
         targets: [R] token ids.
-        vocab_size: real rows of the whole weight; what is beyond is padding.
+        vocab_size: rows of the vocabulary; the rows beyond are padding.
         chunk_size: rows whose logits exist at one time.
-        group: the tensor-parallel group, or None where the weight is whole.
+        group: the tensor-parallel group, or None where the weight is not sharded.
 
     Returns:
         [R] float32 (float64 for float64 inputs), nats.
@@ -93,5 +95,5 @@ def response_log_probs(
 
 
 def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:
-    """[count] sums of log-probs by segment; tokens of a segment stand together, so the sum's order is fixed."""
+    """Sums log-probs by segment to [count]; the tokens of a segment are adjacent, so the order of the sum is fixed."""
     return log_probs.new_zeros(count).index_add(0, segments, log_probs)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 as Hugging Face models do (float64 stays float64).
+    """Computes x / rms(x) * weight in float32 as Hugging Face models do (float64 stays float64).
 
     megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, so that its
     gradient is summed over the tensor-parallel group.

@@ -1,7 +1,8 @@
 """Rotary position embedding fed by explicit positions.
 
-Megatron Core's packed RoPE restarts at every piece of a pack and hard-codes scaling constants; a continuation must
-go on from its prompt. Frequencies come from transformers, so that every field of the config acts as it does there.
+Megatron Core's packed RoPE restarts at every piece of a pack and hard-codes scaling constants; a completion must
+continue the positions of its prompt. Frequencies come from transformers, so that every field of the config acts as it
+does there.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ ROPE_FIELDS = {
     | {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
     | {"mscale", "mscale_all_dim", "truncate"},
 }
-"""Scalings whose frequencies do not depend on the length of the sequence at hand, and the fields that act in each."""
+"""Scalings whose frequencies do not depend on the sequence's length, and the fields that act in each."""
 
 SWITCHED_OFF_BY_0 = {"mscale", "mscale_all_dim"}
 """transformers takes yarn's usual factor on cos and sin where one of them is 0."""
 
 INERT_FIELDS = {"original_max_position_embeddings", "finetuned"}
-"""Notes that published configs carry where nothing reads them."""
+"""Fields of published configs that nothing reads."""
 
 
 class RotaryFrequencies(nn.Module):
-    """cos and sin of every position of a pack, as transformers computes them (angles in float32)."""
+    """Computes cos and sin of every position of a pack as transformers does (angles in float32)."""
 
     inverse: Tensor
 
@@ -63,30 +64,41 @@ def check_rope(hf_config: PretrainedConfig) -> None:
     parameters = dict(getattr(hf_config, "rope_parameters", None) or {})
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_FIELDS:
-        why = ": its frequencies depend on the length at hand" if kind in ("dynamic", "longrope") else ""
+        why = ": its frequencies depend on the sequence's length" if kind in ("dynamic", "longrope") else ""
         raise UserError(
-            f"config.json: rope_type {kind!r} is not supported{why}; supported are {', '.join(ROPE_FIELDS)}"
+            "rope-type-unsupported",
+            f"config.json: rope_type {kind!r} is not supported{why}; supported are {', '.join(ROPE_FIELDS)}",
         )
     if parameters.get("partial_rotary_factor") == 1:
         parameters.pop("partial_rotary_factor")
     for name, value in parameters.items():
         if name not in ROPE_FIELDS[kind] | INERT_FIELDS and value is not None:
             raise UserError(
-                f"config.json: {name} = {value!r} is not known for rope_type {kind!r} and might change the frequencies"
+                "model-field-unknown",
+                f"config.json: {name} = {value!r} is not known for rope_type {kind!r} and might change the "
+                "frequencies; remove the field if it does not",
             )
     check_number("rope_theta", parameters.get("rope_theta"))
     for name in ROPE_FIELDS[kind] - _ALWAYS - {"truncate"}:
         if parameters.get(name) is not None:
             check_number(name, parameters[name], zero=name in SWITCHED_OFF_BY_0)
     if (parameters.get("factor") or 1) < 1:
-        raise UserError(f"config.json: factor = {parameters['factor']!r} of rope_type {kind!r} must be at least 1")
+        factor = parameters["factor"]
+        raise UserError(
+            "model-field-value", f"config.json: factor = {factor!r} of rope_type {kind!r} must be at least 1"
+        )
     low, high = parameters.get("low_freq_factor"), parameters.get("high_freq_factor")
     if kind == "llama3" and low is not None and high is not None and low >= high:
-        raise UserError(f"config.json: low_freq_factor = {low!r} must be below high_freq_factor = {high!r}")
+        raise UserError(
+            "model-field-value", f"config.json: low_freq_factor = {low!r} must be below high_freq_factor = {high!r}"
+        )
 
 
 def inverse_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
-    """([head_dim / 2] float32 inverse frequencies, the factor on cos and sin) of a Hugging Face config.
+    """Computes the RoPE frequencies of a Hugging Face config.
+
+    Returns:
+        [head_dim / 2] float32 inverse frequencies, and the factor on cos and sin.
 
     Raises:
         UserError: see `check_rope`.
@@ -95,17 +107,17 @@ def inverse_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     parameters = hf_config.rope_parameters
     kind, size = parameters.get("rope_type", "default"), head_dim(hf_config)
     if kind != "default":
-        # transformers writes into the config it is given, and its yarn takes a head_dim of None (Mixtral's) as one.
-        own = copy.deepcopy(hf_config)
-        own.head_dim = size
-        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](own, torch.device("cpu"))
+        # transformers writes into the config, and its yarn uses a head_dim of None (Mixtral's) as a number.
+        config = copy.deepcopy(hf_config)
+        config.head_dim = size
+        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return inverse.float(), float(scaling)
     exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
 
 def reach(positions: int, parameters: dict[str, Any] | None) -> int:
-    """How far a model's positions reach.
+    """Returns the number of positions that a model covers.
 
     Args:
         positions: ``max_position_embeddings``.

@@ -1,4 +1,4 @@
-"""--rope-scaling TYPE:FACTOR:ORIGINAL, a longer model of a folder: its config as trained and as exported."""
+"""--rope-scaling TYPE:FACTOR:ORIGINAL extends a model's positions: its config while it trains, and as exported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RopeScaling:
     original: int
 
     def __str__(self) -> str:
-        """As given on the command line, one text for one scaling."""
+        """The option's value; equal scalings have equal texts."""
         return f"{self.kind}:{self.factor!r}:{self.original}".replace(".0:", ":")
 
     @property
@@ -35,56 +35,61 @@ class RopeScaling:
 
 
 def parse(text: str) -> RopeScaling:
-    """``yarn:4:32768`` -> its parts.
+    """Splits ``yarn:4:32768`` into its parts.
 
     Raises:
-        UserError: naming --rope-scaling and what is wrong.
+        UserError: a part is missing or has no valid value.
     """
     kind, *numbers = text.split(":")
+    option = f"--rope-scaling {text}"
     try:
         factor, original = numbers
         factor, original = float(factor), int(original)
     except ValueError:
-        raise UserError(f"--rope-scaling {text}: must be {FORM}, such as yarn:4:32768") from None
+        raise UserError("option-value", f"{option}: must be {FORM}, such as yarn:4:32768") from None
     if kind == "llama3":
-        raise UserError(f"--rope-scaling {text}: llama3 comes from config.json only; take {' or '.join(TYPES)}")
+        raise UserError("option-value", f"{option}: llama3 comes from config.json only; take {' or '.join(TYPES)}")
     if kind not in TYPES:
-        raise UserError(f"--rope-scaling {text}: TYPE {kind!r} is not one of {', '.join(TYPES)}")
+        raise UserError("option-value", f"{option}: TYPE {kind!r} is not one of {', '.join(TYPES)}")
     if not 1 < factor < float("inf"):
-        raise UserError(f"--rope-scaling {text}: FACTOR must be a number above 1")
+        raise UserError("option-value", f"{option}: FACTOR must be a number above 1")
     if original < 1 or factor * original % 1:
-        raise UserError(f"--rope-scaling {text}: ORIGINAL and FACTOR x ORIGINAL must be whole numbers above 0")
+        raise UserError("option-value", f"{option}: ORIGINAL and FACTOR x ORIGINAL must be whole numbers above 0")
     return RopeScaling(kind, factor, original)
 
 
 def extended(hf_config: PretrainedConfig, text: str) -> PretrainedConfig:
-    """The config of the extended model.
+    """Returns the config of the extended model.
 
     Raises:
-        UserError: config.json has a scaling already, or was trained on another length than ORIGINAL.
+        UserError: config.json has a scaling already, ORIGINAL is not the length the model was trained on, or the
+            result is no longer than the model.
     """
     scaling = parse(text)
     before, positions = hf_config.rope_parameters, hf_config.max_position_embeddings
     if before.get("rope_type", "default") != "default":
         raise UserError(
-            f"--rope-scaling {text}: config.json already has rope_type {before['rope_type']!r}; leave the option out"
+            "rope-scaling-already-set",
+            f"--rope-scaling {text}: config.json already has rope_type {before['rope_type']!r}; leave the option out",
         )
     # Qwen3's config.json counts 8,192 tokens for the answer on top of the 32,768 it was trained on.
     trained = {positions, 1 << (positions.bit_length() - 1)}
     if scaling.original not in trained:
         raise UserError(
-            f"--rope-scaling {text}: ORIGINAL is {scaling.original}, config.json has max_position_embeddings "
-            f"{positions}; give {' or '.join(map(str, sorted(trained)))}"
+            "rope-scaling-positions",
+            f"--rope-scaling {text}: ORIGINAL is {scaling.original}, but config.json has max_position_embeddings "
+            f"{positions}; use {' or '.join(map(str, sorted(trained)))}",
         )
     if scaling.positions <= positions:
         raise UserError(
-            f"--rope-scaling {text}: reaches {scaling.positions} tokens, no further than max_position_embeddings "
-            f"{positions} of config.json; give a larger FACTOR"
+            "rope-scaling-positions",
+            f"--rope-scaling {text}: extends to {scaling.positions} tokens, not beyond max_position_embeddings "
+            f"{positions} of config.json; use a larger FACTOR",
         )
     result = copy.deepcopy(hf_config)
     result.max_position_embeddings = scaling.positions
     result.rope_parameters = before | {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":  # which divides all positions, whatever the model was trained on
+    if scaling.kind != "linear":  # linear scaling divides all positions, whatever the model was trained on
         result.rope_parameters["original_max_position_embeddings"] = scaling.original
     return result
 
@@ -93,8 +98,8 @@ def write(document: dict[str, Any], hf_config: PretrainedConfig) -> None:
     """Writes a model's positions into its config.json.
 
     transformers 5 saves ``rope_parameters``, with rope_theta in it, and reads both that and the older fields (these
-    win); transformers 4, and what is built on it, reads ``rope_scaling`` and a ``rope_theta`` beside it and knows
-    nothing of ``rope_parameters``. With all three every reader finds the same numbers.
+    win); transformers 4, and what is built on it, reads ``rope_scaling`` and a ``rope_theta`` beside it and ignores
+    ``rope_parameters``. With all three fields every reader gets the same numbers.
     """
     document["max_position_embeddings"] = hf_config.max_position_embeddings
     document["rope_parameters"] = _of(hf_config)
@@ -106,7 +111,7 @@ def write(document: dict[str, Any], hf_config: PretrainedConfig) -> None:
 
 
 def is_read_alike(document: dict[str, Any], hf_config: PretrainedConfig) -> bool:
-    """Whether transformers 4 finds the positions of ``hf_config`` in config.json as well, and no field disagrees."""
+    """Whether transformers 4 reads the positions of ``hf_config`` from config.json too, and no field disagrees."""
     scaling, trained = document.get("rope_scaling"), _of(hf_config)
     if document.get("rope_parameters") is not None:
         if document["rope_parameters"] != hf_config.rope_parameters or "rope_theta" not in document:
@@ -123,5 +128,6 @@ def is_read_alike(document: dict[str, Any], hf_config: PretrainedConfig) -> bool
 
 
 def _of(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """``rope_parameters`` without the old name of rope_type, which transformers 4 lets win."""
+    """Returns ``rope_parameters`` without ``type``, the old name of rope_type, which takes precedence in transformers
+    4."""
     return {name: value for name, value in hf_config.rope_parameters.items() if name != "type"}

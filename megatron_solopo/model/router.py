@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 
 class Router(TopKRouter):
-    """Sends each token to its most probable experts.
+    """Routes each token to its most probable experts.
 
-    megatron-core's own takes the softmax in float32 whatever the model's dtype (moe_utils.py:841, 936, version
+    megatron-core's router computes the softmax in float32 whatever the model's dtype (moe_utils.py:841, 936, version
     0.19.2), and divides by 0 where a micro-batch is all padding (:138). This one keeps float64, and counts padding in
-    neither the load nor the probabilities. Padding does pass through the experts: no token is ever dropped for
+    neither the load nor the probabilities. Padding does pass through the experts: no token is dropped in favour of
     another, so it changes nothing.
 
     Attributes:
-        aux_loss: what the auxiliary loss of this process's tokens summed to since `take_aux_loss`, without coefficient.
+        aux_loss: sum of the auxiliary loss of this rank's tokens since `take_aux_loss`, without coefficient.
     """
 
     aux_loss: Tensor | float = 0.0
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The weight of each expert in each token's output, and which experts those are.
+        """Computes the weight of each expert in each token's output, and which experts are chosen.
 
         Args:
             logits: [S, 1, experts].
@@ -49,10 +49,10 @@ class Router(TopKRouter):
         return weights, chosen
 
     def _load_balancing_loss(self, probs: Tensor, chosen: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Switch Transformers' (arXiv 2101.03961, equations 4 to 6) over the micro-batch's T tokens for the top k.
+        """Computes Switch Transformers' loss (arXiv 2101.03961, equations 4 to 6) over T tokens for the top k.
 
-        E sum_i f_i P_i with E experts, f_i the share of the k T choices that fell on expert i, and P_i its mean
-        probability; 1 where balanced. Where processes share a micro-batch, each returns its tokens' part of the sum.
+        It is E sum_i f_i P_i with E experts, f_i the fraction of the k T choices of expert i, and P_i its mean
+        probability; 1 where balanced. Where ranks share a micro-batch, each returns its tokens' part of the sum.
         """
         if padding_mask is not None:
             real = ~padding_mask.reshape(-1, 1)
@@ -66,13 +66,13 @@ class Router(TopKRouter):
 
 
 def padding_mask(model: nn.Module, mask: Tensor) -> Tensor | None:
-    """[1, S] true where a token is padding, as megatron-core takes it; None where no auxiliary loss asks for it.
+    """Returns [1, S] true where a token is padding, as megatron-core expects it; None without an auxiliary loss.
+
+    mcore shards it for sequence parallelism on the first pipeline stage only (gpt_model.py:352, version 0.19.2);
+    this function shards it for the others.
 
     Args:
         mask: [S] of the rows of the pack that this context-parallel rank computes.
-
-    mcore cuts it for sequence parallelism on the first pipeline stage only (gpt_model.py:352, version 0.19.2), so
-    here it is cut for the others.
     """
     config = get_model_config(model)
     if not (config.num_moe_experts and config.moe_aux_loss_coeff):
@@ -84,7 +84,7 @@ def padding_mask(model: nn.Module, mask: Tensor) -> Tensor | None:
 
 
 def take_aux_loss(model: nn.Module) -> Tensor | float:
-    """The sum of the auxiliary loss over this process's layers and micro-batches since it was last taken."""
+    """Returns the sum of the auxiliary loss over this rank's layers and micro-batches since the last call."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     total = sum(router.aux_loss for router in routers)
     for router in routers:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports] (optional)
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -24,8 +23,8 @@ FINAL_NORM = TENorm
 class TEPackedAttention(TEDotProductAttention):
     """Transformer Engine's attention over a pack: one call of its kernels for packed sequences (THD).
 
-    A continuation's keys are its prompt's and its own, aligned at the end (bottom right). With context parallelism
-    (p2p, a2a) every piece stands alone, and Transformer Engine's zig-zag is that of `parallel.zigzag`.
+    A completion's keys are its prompt's and its own, aligned at the end (bottom right). With context parallelism
+    (p2p, a2a) every piece is a sequence of its own, and Transformer Engine's zig-zag is that of `parallel.zigzag`.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called with a `PackLayout` only)
@@ -34,18 +33,18 @@ class TEPackedAttention(TEDotProductAttention):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
+        attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         *,
         packed_seq_params: PackLayout,
-        **ignored: Any,
+        **ignored: object,
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
         query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
         sequences = layout.attention
         assert isinstance(sequences, SequenceLayout)
-        # megatron-core's own forward knows no bottom-right mask for packed sequences.
+        # megatron-core's forward has no bottom-right mask for packed sequences.
         return te.DotProductAttention.forward(
             self,
             query,
@@ -58,12 +57,12 @@ class TEPackedAttention(TEDotProductAttention):
             max_seqlen_q=sequences.max_seqlen_q,
             max_seqlen_kv=sequences.max_seqlen_kv,
             attn_mask_type="padding_causal" if sequences.keys is None else "padding_causal_bottom_right",
-            pad_between_seqs=False,  # what pads a piece stands behind it and is computed like the rest
+            pad_between_seqs=False,  # a piece's padding follows it and is computed like the rest
         )
 
 
 def layer_spec(settings: TransformerConfig) -> ModuleSpec:
-    """megatron-core's Transformer Engine layer with attention over packs and our router."""
+    """Returns megatron-core's Transformer Engine layer with attention over packs and this package's router."""
     submodules = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=settings.num_moe_experts,
         moe_grouped_gemm=settings.moe_grouped_gemm,

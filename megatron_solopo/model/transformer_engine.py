@@ -1,6 +1,6 @@
-"""What --transformer-impl transformer_engine needs, and what its layers call a parameter.
+"""Checks and parameter names of --transformer-impl transformer_engine.
 
-Imports no Transformer Engine; its layers are in te_layers.py, which can be imported only where it is installed.
+This module does not import Transformer Engine; te_layers.py does, and can be imported only where it is installed.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ FUSED = (
     (re.compile(r"\bmlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
     (re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
 )
-"""Parameters that its layers hold under another name: norms fused into the matrix behind them, experts in one group."""
+"""Parameters that Transformer Engine's layers name otherwise: norms fused into the next matrix, grouped experts."""
 
 
 def portable_name(name: str) -> str:
-    """What the portable layers call the parameter ``name`` of either implementation."""
+    """Returns the portable layers' name of the parameter ``name`` of either implementation."""
     for pattern, replacement in FUSED:
         name = pattern.sub(replacement, name)
     return name
 
 
 def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
-    """Refuses a model whose matrices or heads the chosen kernels do not take.
+    """Refuses a model whose matrices or heads the chosen kernels do not support.
 
     Raises:
-        UserError: naming the option and the width.
+        UserError: a width is no multiple of what the FP8 recipe needs, or the heads do not divide.
     """
     model, parallel = config.model, config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -56,39 +56,45 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     inner = getattr(hf_config, "moe_intermediate_size", None) if experts else None
     widths = {
         "hidden_size": hf_config.hidden_size,
-        "width of attention": size * heads["num_attention_heads"],
+        "attention width": size * heads["num_attention_heads"],
         "width of queries, keys and values": size * sum(heads.values()) + size * heads["num_key_value_heads"],
-        "width of the MLP": (inner or hf_config.intermediate_size) // (expert_tensor if experts else tensor),
+        "MLP width": (inner or hf_config.intermediate_size) // (expert_tensor if experts else tensor),
     }
     multiple = FP8_MULTIPLES[model.fp8_recipe]
     for name, width in widths.items():
         if width % multiple:
             raise UserError(
-                f"{flag('fp8_recipe')} {model.fp8_recipe}: the model's {name} on a process, {width}, is no multiple of "
-                f"{multiple}; leave --fp8-format out, or take another recipe or --tensor-model-parallel-size"
+                "fp8-width",
+                f"{flag('fp8_recipe')} {model.fp8_recipe}: the model's {name} on a rank, {width}, is no multiple of "
+                f"{multiple}; leave --fp8-format out, or change the recipe or --tensor-model-parallel-size",
             )
 
 
 def check_machine(config: Config, platform: str) -> None:
-    """Refuses a machine that cannot compute so; nothing happens with --transformer-impl portable.
+    """Refuses a machine that cannot run Transformer Engine; does nothing with --transformer-impl portable.
 
     Args:
         platform: ``cuda`` (its device chosen) or ``cpu``.
 
     Raises:
-        UserError: no CUDA device, no Transformer Engine, or a GPU without the FP8 that was asked for.
+        UserError: there is no CUDA device, no Transformer Engine, or the GPU lacks the requested FP8 recipe.
     """
     if config.model.transformer_impl != NAME:
         return
     if platform != "cuda":
-        raise UserError("--transformer-impl transformer_engine: torch sees no CUDA device here; take portable")
-    found = environment.transformer_engine()
-    if not found["found"]:
         raise UserError(
-            f"--transformer-impl transformer_engine: Transformer Engine is not usable here ({found['note']}); install "
-            "it with pip install 'megatron-solopo[te]' and see `solopo env`, or take portable"
+            "cuda-missing", "--transformer-impl transformer_engine: torch sees no CUDA device; use portable"
+        )
+    engine = environment.transformer_engine()
+    if not engine["found"]:
+        raise UserError(
+            "transformer-engine-unusable",
+            f"--transformer-impl transformer_engine: Transformer Engine is not usable ({engine['note']}); install it "
+            "with pip install 'megatron-solopo[te]' and run `solopo env`, or use portable",
         )
     if config.model.fp8_format is not None:
         reason = environment.fp8_refusals()[config.model.fp8_recipe]
         if reason:
-            raise UserError(f"--fp8-recipe {config.model.fp8_recipe}: not on this GPU ({reason})")
+            raise UserError(
+                "fp8-unsupported", f"--fp8-recipe {config.model.fp8_recipe}: this GPU does not support it ({reason})"
+            )

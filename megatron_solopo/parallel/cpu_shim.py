@@ -1,11 +1,11 @@
-"""What megatron-core 0.19 needs to run on CPU and gloo (and on CUDA: its optimizer without Transformer Engine, and all
-of it beside a broken one): the only file that patches other people's modules.
+"""Patches with which megatron-core 0.19 runs on CPU and gloo: the only file that patches other packages' modules.
 
-Megatron Core asks `torch.cuda` for its device, streams and random state, and writes ``device="cuda"`` in
-optimizer and schedule code. `install()` answers those questions with the CPU. Nothing happens on import;
-`install()` returns a function that undoes everything.
+Megatron Core asks `torch.cuda` for its device, streams and random state, and writes ``device="cuda"`` in optimizer and
+schedule code. `install()` makes these return the CPU. Nothing is patched on import; `install()` returns a function
+that removes all patches. On CUDA, `mend_on_cuda` patches the optimizer without Transformer Engine, and hides a
+Transformer Engine that cannot be imported.
 
-Each patch names the megatron-core (0.19.2) place that needs it.
+Each patch names the place in megatron-core (0.19.2) that needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 KERNELS = ("fused", "foreach", "capturable")
-"""Fields of torch's AdamW that say how it computes, not what."""
+"""Fields of torch's AdamW that choose its kernel and do not change the result."""
 
 
 def _on_cpu[T](device: T) -> T | torch.device:
@@ -35,7 +35,7 @@ def _on_cpu[T](device: T) -> T | torch.device:
 
 
 class _CudaDevicesAreCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in torch calls; everything else passes through untouched."""
+    """Replaces CUDA devices in torch calls; other arguments are unchanged."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs:
@@ -56,7 +56,7 @@ class _CudaDevicesAreCpu(TorchFunctionMode):
 
 
 class _Event:
-    """A CUDA event on a device whose work is done when the call returns."""
+    """A CUDA event on a device whose calls are synchronous."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -78,7 +78,7 @@ class _Event:
 
 
 class _Stream:
-    """A CUDA stream on a device that has only one order of work."""
+    """A CUDA stream on a device that has one stream."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -110,7 +110,7 @@ class _CpuGenerators(list):
 
 
 def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
-    """TE imports without a GPU and mcore then takes TE paths that need one: make the import fail, as an ImportError.
+    """Makes the import of TE fail with an ImportError: it imports without a GPU, and mcore would use its GPU kernels.
 
     Raises:
         RuntimeError: megatron.core was imported first and has already bound TE's modules.
@@ -120,8 +120,8 @@ def _hide_transformer_engine(stack: contextlib.ExitStack) -> None:
         raise RuntimeError(
             "the CPU platform must be installed before megatron.core is imported: Transformer Engine is already in use"
         )
-    # Not mock.patch.dict: undoing it would forget every module that was imported meanwhile. A failed import leaves
-    # modules behind, and one that is there is taken without asking for its parent.
+    # Not mock.patch.dict: undoing it would remove every module that was imported meanwhile. A failed import leaves
+    # modules behind, and a loaded module is imported without its parent.
     loaded = {name for name in sys.modules if name.partition(".")[0] == "transformer_engine"}
     names = loaded | {"transformer_engine", "transformer_engine.pytorch"}
     before = {name: sys.modules[name] for name in names if name in sys.modules}
@@ -141,7 +141,7 @@ def _split_sizes_as_numbers[T](tensor: T, as_numpy: bool = False, record_stream:
 
 
 def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``gather`` where all parts are equal; parts of different lengths are padded to the longest and cut again."""
+    """Wraps ``gather``, which needs equal parts: parts of different lengths are padded to the longest, then cut."""
 
     def gather_parts(
         input_: torch.Tensor,
@@ -161,7 +161,8 @@ def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.
 
 
 def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``scatter`` where all parts are equal; else every process gets the sum of all parts and keeps its own."""
+    """Wraps ``scatter``, which needs equal parts: for other parts every rank computes the total sum and keeps its
+    part."""
 
     def scatter_parts(
         input_: torch.Tensor,
@@ -228,10 +229,10 @@ def install() -> Callable[[], None]:
 
 @contextlib.contextmanager
 def results_queue(queue: object) -> Iterator[None]:
-    """Within it a planned checkpoint reports to ``queue`` (put, get_nowait), on both platforms.
+    """Makes a planned checkpoint report to ``queue`` (put, get_nowait) inside the block, on both platforms.
 
-    dist_checkpointing/strategies/filesystem_async.py:45 starts a manager process for its queue, which is left behind
-    for ever, memory and all, when the training process is killed.
+    dist_checkpointing/strategies/filesystem_async.py:45 starts a manager process for its queue, which keeps running,
+    with its memory, when the training process is killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async  # `install` comes before megatron.core
 
@@ -240,12 +241,12 @@ def results_queue(queue: object) -> Iterator[None]:
 
 
 def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
-    """What CUDA needs too; returns what undoes it.
+    """Installs the patches that CUDA needs too; returns the function that removes them.
 
     Args:
-        broken_transformer_engine: one is installed and cannot be imported. mcore (optimizer/__init__.py:13 and others)
-            imports it wherever it is found and catches ImportError only: a library that is missing or of another build
-            raises other errors and would end portable runs too.
+        broken_transformer_engine: whether an installed Transformer Engine cannot be imported. mcore
+            (optimizer/__init__.py:13 and others) imports an installed one and catches ImportError only: a library that
+            is missing or of another build raises other errors and would end portable runs too.
     """
     with contextlib.ExitStack() as stack:
         if broken_transformer_engine:
@@ -256,16 +257,18 @@ def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
 
 
 def _mend_optimizer_loading(patch: Callable[[object, str, object], object]) -> None:
-    """torch's AdamW keeps a `step` tensor per parameter and has no state before its first step; the distributed
+    """Lets the distributed optimizer load a checkpoint into torch's AdamW.
+
+    torch's AdamW keeps a `step` tensor for each parameter and has no state before its first step; the distributed
     optimizer expects neither.
 
     Without Transformer Engine or Apex, loading a checkpoint fails with an AssertionError where the optimizer has not
     stepped yet (distrib_optimizer.py:839), then with KeyError: 'step' (:1222), and afterwards all parameters share
-    one `step` tensor (:1032), which advances once for every parameter. Here the optimizer starts with a state of
-    zeros, and the loaded state keeps its `step`, one copy a parameter, beside it. Which kernels compute the step is no
-    part of a run: a checkpoint's are not taken over.
+    one `step` tensor (:1032), which advances once for every parameter. With this patch the optimizer starts with a
+    state of zeros, and the loaded state keeps its `step`, one copy for each parameter. The choice of kernels is not
+    part of a run and is not loaded from a checkpoint.
     """
-    # Not at the top: this file is imported before Transformer Engine is hidden, and these look for it.
+    # Not at the top: this file is imported before Transformer Engine is hidden, and these modules import it.
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
     if HAVE_APEX_OR_TE:
@@ -291,11 +294,11 @@ def _mend_optimizer_loading(patch: Callable[[object, str, object], object]) -> N
             tensors = dict(tensors, step=state["step"])
         return set_states(self, model_param, tensors)
 
-    def load_with_own_steps(self, state_dict):
+    def load_with_steps(self, state_dict):
         kernels = [{name: group.get(name) for name in KERNELS} for group in self.optimizer.param_groups]
         result = load(self, state_dict)
-        for group, own in zip(self.optimizer.param_groups, kernels, strict=True):
-            group |= own
+        for group, kernel in zip(self.optimizer.param_groups, kernels, strict=True):
+            group |= kernel
         for param, state in self.optimizer.state.items():
             if "step" in state:
                 state["step"] = state["step"].to(param.device, copy=True)
@@ -303,4 +306,4 @@ def _mend_optimizer_loading(patch: Callable[[object, str, object], object]) -> N
 
     patch(DistributedOptimizer, "state_dict", state_dict_with_state)
     patch(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_with_step)
-    patch(DistributedOptimizer, "load_state_dict", load_with_own_steps)
+    patch(DistributedOptimizer, "load_state_dict", load_with_steps)

@@ -1,4 +1,4 @@
-"""A pack as one process computes it: cut on the CPU over context-parallel ranks, then sent to the device at once."""
+"""A pack as one rank computes it: sharded over context-parallel ranks on the CPU, then sent to the device at once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class DevicePack:
     """A pack on the device of one of its context-parallel ranks.
 
     Attributes:
-        pack: with the tokens, positions and predictions of this rank; pieces, segments and groups of the whole pack.
-        layout: what attention needs to know of those tokens.
+        pack: tokens, positions and predictions of this rank; pieces, segments and groups of the complete pack.
+        layout: attention layout of those tokens.
         is_padding: [S / cp] bool, the tokens that belong to no group.
-        tokens: tokens of the whole pack.
+        tokens: number of tokens of the complete pack.
     """
 
     pack: Pack
@@ -33,40 +33,40 @@ class DevicePack:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """The indices of its groups in the data set."""
+        """Indices of the pack's groups in the data set."""
         return self.pack.groups
 
 
 def cut(
     pack: Pack, method: ContextMethod, fused: bool, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None
 ) -> DevicePack:
-    """A rank's part of a pack, on the CPU like the pack.
+    """Returns a rank's part of a pack, on the CPU like the pack.
 
     Args:
-        fused: the layers are Transformer Engine's.
-        group: the ``size`` context-parallel ranks.
+        fused: whether the layers are Transformer Engine's.
+        group: the group of the ``size`` context-parallel ranks.
     """
     rows = torch.from_numpy(method.rows(pack.pieces, rank, size))
     place = torch.full_like(pack.tokens, -1)
     place[rows] = torch.arange(rows.numel())
     predictors = place[pack.predictors]
-    here = predictors >= 0
+    on_rank = predictors >= 0
     part = dataclasses.replace(
         pack,
         tokens=pack.tokens[rows],
         positions=pack.positions[rows],
-        predictors=predictors[here],
-        targets=pack.targets[here],
-        segments=pack.segments[here],
+        predictors=predictors[on_rank],
+        targets=pack.targets[on_rank],
+        segments=pack.segments[on_rank],
     )
     layout = method.layout(pack.pieces, rank, size, group, fused)
     return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel())
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or a dataclass with all its tensors, on ``device``.
+    """Returns a tensor, or a dataclass with all its tensors, on ``device``; other values are returned as they are.
 
-    To a GPU they go through pinned memory, so that the host does not wait for its queue.
+    Copies to a GPU use pinned memory, so that the host does not wait for the GPU's queue.
     """
     if isinstance(value, Tensor):
         if device.type == "cuda" and value.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What Transformer Engine's own kinds of context parallelism have in common."""
+"""Common part of the context-parallel methods of Transformer Engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EngineMethod(ContextMethod):
-    """Every piece is a sequence of its own; Transformer Engine cuts its lengths by a zig-zag that is ours."""
+    """Every piece is a sequence of its own; Transformer Engine's zig-zag of the lengths is that of `zigzag`."""
 
     kernels_of_layers = True
 
@@ -25,19 +25,21 @@ class EngineMethod(ContextMethod):
         name = config.parallel.cp_comm_type
         if config.model.transformer_impl != "transformer_engine":
             raise UserError(
-                f"--cp-comm-type {name} is Transformer Engine's: add --transformer-impl transformer_engine, or take "
-                "all_gather"
+                "option-conflict",
+                f"--cp-comm-type {name} is Transformer Engine's: add --transformer-impl transformer_engine, or use "
+                "all_gather",
             )
         if config.data.share_prompts:
             raise UserError(
-                f"--cp-comm-type {name}: Transformer Engine's context parallelism cannot let continuations see one "
-                "shared prompt; add --no-share-prompts, or take all_gather"
+                "option-conflict",
+                f"--cp-comm-type {name}: Transformer Engine's context parallelism does not support completions that "
+                "share a prompt; add --no-share-prompts, or use all_gather",
             )
 
     def layout(
         self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, fused: bool
     ) -> RankLayout:
-        """Of the whole pack: Transformer Engine divides the lengths itself."""
+        """Returns the layout of the complete pack: Transformer Engine divides the lengths itself."""
         from megatron_solopo.parallel.layout import sequence_layout
 
         layout = sequence_layout(pieces)

@@ -1,7 +1,7 @@
-"""What attention needs to know of the tokens that a rank computes, and attention over a whole pack.
+"""Attention layouts of the tokens that a rank computes, and attention over a complete pack.
 
-The S x S score matrix of a pack never exists: pieces are attended one shape at a time through torch's fused scaled
-dot product attention. Layouts are made on the CPU, once a pack, and used by every layer.
+The S x S score matrix of a pack never exists: torch's fused scaled dot product attention computes the pieces of one
+shape at a time. Layouts are made on the CPU, once for a pack, and used by every layer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,32 +21,38 @@ from megatron_solopo.pack import Piece
 
 @dataclass(frozen=True)
 class RankLayout:
-    """A dataclass of tensors and numbers, which `device_pack.on_device` moves."""
+    """The attention layout of a rank: a dataclass of tensors and numbers, which `device_pack.on_device` moves."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query [S / cp, heads, head_dim], key and value [S / cp, kv_heads, head_dim], rotated -> as query."""
+        """Computes attention of query [S / cp, heads, head_dim] over key and value [S / cp, kv_heads, head_dim], all
+        rotated; the result has the shape of query."""
         raise NotImplementedError(f"{type(self).__name__} is for the kernels of the layers")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces of one shape, attended in one call: ``count`` pieces of ``own`` tokens that see ``seen`` tokens,
-    their prompt's and their own."""
+    """Pieces of one shape, computed in one call.
+
+    Attributes:
+        count: number of pieces.
+        queries: tokens of a piece.
+        keys: tokens that a piece attends to: its prompt's and its own.
+    """
 
     count: int
-    own: int
-    seen: int
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True)
 class BlockLayout(RankLayout):
-    """A whole pack: causal in every prompt, each continuation over its prompt and itself.
+    """A complete pack: causal attention in every prompt, and of each completion over its prompt and itself.
 
     Attributes:
         blocks: the attention calls.
-        queries: [S] rows of the pack, block after block; None where that is the order they stand in.
-        keys: [sum of count x seen] rows whose keys and values each block sees, prompt first; None likewise.
-        order: [S] where each row's output stands in the blocks' outputs: the inverse of ``queries``.
+        queries: [S] rows of the pack, block after block; None where that is the order of the pack.
+        keys: [sum of count x keys] rows whose keys and values each block attends to, prompt first; None likewise.
+        order: [S] index of each row's output in the blocks' outputs: the inverse of ``queries``.
     """
 
     blocks: tuple[Block, ...]
@@ -56,25 +61,25 @@ class BlockLayout(RankLayout):
     order: Tensor | None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        own = [block.count * block.own for block in self.blocks]
-        seen = [block.count * block.seen for block in self.blocks]
+        query_rows = [block.count * block.queries for block in self.blocks]
+        key_rows = [block.count * block.keys for block in self.blocks]
         # One gather and one split: slicing block by block would cost a pack-sized gradient for each block.
-        queries = select(query, self.queries).split(own)
-        keys = select(key, self.keys).split(seen)
-        values = select(value, self.keys).split(seen)
+        queries = select(query, self.queries).split(query_rows)
+        keys = select(key, self.keys).split(key_rows)
+        values = select(value, self.keys).split(key_rows)
         outputs = [_attend(*part, scale) for part in zip(self.blocks, queries, keys, values, strict=True)]
         return select(torch.cat(outputs), self.order)
 
 
 @dataclass(frozen=True)
 class SequenceLayout(RankLayout):
-    """A pack for kernels of packed sequences, with every piece a sequence as it stands.
+    """A pack for kernels of packed sequences, with every piece a sequence.
 
     Attributes:
-        cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, where each sequence's queries and keys begin, and the end.
-        max_seqlen_q, max_seqlen_kv: the longest of them.
-        keys: [cu_seqlens_kv's last] rows whose keys and values each piece sees, prompt first; None where that is the
-            order they stand in.
+        cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, the first query and key of each sequence, and the total.
+        max_seqlen_q, max_seqlen_kv: lengths of the longest sequences.
+        keys: [last of cu_seqlens_kv] rows whose keys and values each piece attends to, prompt first; None where that
+            is the order of the pack.
     """
 
     cu_seqlens_q: Tensor
@@ -85,17 +90,17 @@ class SequenceLayout(RankLayout):
 
 
 def block_layout(pieces: Sequence[Piece]) -> BlockLayout:
-    """The layout of a whole pack."""
+    """Makes the layout of a complete pack for torch's kernels."""
     shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, piece in enumerate(pieces):
         prompt = 0 if piece.prompt is None else pieces[piece.prompt].length
         shapes[(prompt, piece.slot)].append(number)
     blocks, queries, keys = [], [], []
-    for (prompt_length, own), numbers in shapes.items():
-        blocks.append(Block(len(numbers), own, prompt_length + own))
+    for (prompt_length, slot), numbers in shapes.items():
+        blocks.append(Block(len(numbers), slot, prompt_length + slot))
         for number in numbers:
             piece = pieces[number]
-            span = np.arange(piece.start, piece.start + own)
+            span = np.arange(piece.start, piece.start + slot)
             queries.append(span)
             if piece.prompt is not None:
                 start = pieces[piece.prompt].start
@@ -111,18 +116,20 @@ def block_layout(pieces: Sequence[Piece]) -> BlockLayout:
 
 
 def sequence_layout(pieces: Sequence[Piece]) -> SequenceLayout:
-    """The layout of a whole pack for kernels of packed sequences."""
-    queries = [piece.slot for piece in pieces]
-    seen, keys = [], []
+    """Makes the layout of a complete pack for kernels of packed sequences."""
+    query_lengths = [piece.slot for piece in pieces]
+    key_lengths, keys = [], []
     for piece in pieces:
-        seen.append(piece.slot)
+        key_lengths.append(piece.slot)
         if piece.prompt is not None:
             prompt = pieces[piece.prompt]
             keys.append(np.arange(prompt.start, prompt.start + prompt.length))
-            seen[-1] += prompt.length
+            key_lengths[-1] += prompt.length
         keys.append(np.arange(piece.start, piece.start + piece.slot))
-    rows = _rows(np.concatenate(keys), sum(queries))
-    return SequenceLayout(_cumulated(queries), _cumulated(seen), max(queries), max(seen), rows)
+    rows = _rows(np.concatenate(keys), sum(query_lengths))
+    return SequenceLayout(
+        _cumulated(query_lengths), _cumulated(key_lengths), max(query_lengths), max(key_lengths), rows
+    )
 
 
 def _cumulated(lengths: list[int]) -> Tensor:
@@ -130,31 +137,31 @@ def _cumulated(lengths: list[int]) -> Tensor:
 
 
 def _rows(rows: np.ndarray, tokens: int) -> Tensor | None:
-    """An index; None for "all rows as they stand", which needs no copy."""
+    """Returns an index, or None for all rows in their order, which needs no copy."""
     if rows.size == tokens and np.array_equal(rows, np.arange(rows.size)):
         return None
     return torch.from_numpy(rows)
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows of a tensor by an index of a layout."""
+    """Selects rows of a tensor by an index of a layout; None selects all."""
     return x if rows is None else x.index_select(0, rows)
 
 
 def _attend(block: Block, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """A block's outputs, [count x own, heads, head_dim]."""
+    """Computes a block's outputs, [count x queries, heads, head_dim]."""
 
     def batched(x: Tensor, length: int) -> Tensor:
         return x.view(block.count, length, *x.shape[1:]).transpose(1, 2)
 
     mask = None
-    if block.seen > block.own:
-        # Queries are the last `own` of `seen` positions; is_causal would align them with the first.
-        mask = _lower_right(block.own, block.seen, query.device)
+    if block.keys > block.queries:
+        # Queries are the last positions of the keys; is_causal would align them with the first.
+        mask = _lower_right(block.queries, block.keys, query.device)
     out = F.scaled_dot_product_attention(
-        batched(query, block.own),
-        batched(key, block.seen),
-        batched(value, block.seen),
+        batched(query, block.queries),
+        batched(key, block.keys),
+        batched(value, block.keys),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
@@ -163,9 +170,12 @@ def _attend(block: Block, query: Tensor, key: Tensor, value: Tensor, scale: floa
     return out.transpose(1, 2).reshape(query.shape)
 
 
-def _lower_right(own: int, seen: int, device: torch.device) -> Any:
-    """A causal mask aligned to the last position. CUDA's flash kernel takes it by name; on CPU the fused kernel
-    takes [own, seen] booleans, small because a response is short beside its prompt."""
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Returns a causal mask aligned to the last position.
+
+    CUDA's flash kernel has a name for it; the fused kernel on CPU takes [queries, keys] booleans, small because a
+    response is short compared with its prompt.
+    """
     if device.type == "cuda":
-        return causal_lower_right(own, seen)
-    return torch.ones(own, seen, dtype=torch.bool, device=device).tril(seen - own)
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

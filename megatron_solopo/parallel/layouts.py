@@ -15,19 +15,19 @@ OPTIONS = {
     "cp": "context_parallel_size",
     "pp": "pipeline_model_parallel_size",
 }
-"""Part of a name -> the option that it sets; each multiplies the processes of a copy of the model."""
+"""Part of a name -> the option that it sets; each multiplies the ranks of a model replica."""
 
 WITHIN = {
     "vpp": "num_virtual_stages_per_pipeline_rank",
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
-"""The same, of options that take no further process."""
+"""Part of a name -> the option that it sets, of options that add no ranks."""
 
 PARTS = OPTIONS | WITHIN
 
 KEPT = ("device", "distributed_timeout_minutes", "overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size")
-"""What a layout leaves as it is."""
+"""Options that a layout does not change."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Layout:
     """A parallel layout.
 
     Attributes:
-        name: as it was written.
-        options: fields of ParallelConfig that differ from one process.
-        copies: data-parallel copies of the model.
+        name: the layout's name as written.
+        options: fields of ParallelConfig that differ from those of one process.
+        copies: data-parallel replicas of the model.
     """
 
     name: str
@@ -49,22 +49,22 @@ class Layout:
         return self.copies * math.prod(self.options.get(option, 1) for option in OPTIONS.values())
 
     def applied(self, parallel: ParallelConfig) -> ParallelConfig:
-        """This layout with the options of ``parallel`` that are not about who holds what."""
+        """Returns this layout with the options `KEPT` of ``parallel``."""
         kept = {name: getattr(parallel, name) for name in KEPT}
         return dataclasses.replace(ParallelConfig(), **kept, **self.options)
 
 
 def parse_layout(name: str) -> Layout:
-    """The layout of a name.
+    """Parses the name of a layout.
 
     Raises:
-        UserError: a part that is none, or one that is given twice.
+        UserError: a part is unknown or occurs twice.
     """
     options: dict[str, int | bool] = {}
     copies = 1
     for part in name.split():
-        found = re.fullmatch(r"([a-z]*)(\d*)", part)
-        kind, size = (found[1], found[2]) if found else ("", "")
+        match = re.fullmatch(r"([a-z]*)(\d*)", part)
+        kind, size = (match[1], match[2]) if match else ("", "")
         if kind == "sp" and not size and "sequence_parallel" not in options:
             options["sequence_parallel"] = True
         elif kind == "dp" and int(size or 0) and copies == 1:
@@ -73,8 +73,9 @@ def parse_layout(name: str) -> Layout:
             options[PARTS[kind]] = int(size)
         elif part != "1":
             raise UserError(
-                f"layout {name!r}: {part!r} is no part of a layout or is given twice; parts are sp, dp2, "
+                "layout-name",
+                f"layout {name!r}: {part!r} is unknown or occurs twice; parts are sp, dp2, "
                 + ", ".join(f"{kind}2" for kind in PARTS)
-                + " and so on, or 1 for one process"
+                + " and so on, or 1 for one process",
             )
     return Layout(name, options, copies)

@@ -30,13 +30,13 @@ from megatron_solopo.terminal import write_line
 
 @dataclass(frozen=True)
 class Platform:
-    """Where this process computes.
+    """The device of this process.
 
     Attributes:
         name: ``cuda`` or ``cpu``.
         device: the device of this process.
         backend: torch.distributed's backend.
-        undo: takes back what `start` installed (the CPU answers for megatron-core).
+        undo: removes the patches of megatron-core that `start` installed.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Platform:
     undo: Callable[[], None]
 
     def peak_memory_gib(self) -> float:
-        """The most memory this process held since `reset_peak_memory`, in GiB: device memory on CUDA, resident set on
-        CPU."""
+        """Returns the peak memory of this process since `reset_peak_memory`, in GiB: device memory on CUDA, resident
+        set on CPU."""
         if self.name == "cuda":
             return torch.cuda.max_memory_reserved() / 2**30
         with contextlib.suppress(OSError):  # no /proc; the other figure is never reset
@@ -56,9 +56,9 @@ class Platform:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
     def reset_peak_memory(self) -> bool:
-        """Starts `peak_memory_gib` anew from what is held now; False where the system does not allow that."""
+        """Restarts `peak_memory_gib` from the current memory; returns False where the system does not allow that."""
         if self.name == "cuda":
-            torch.cuda.empty_cache()  # what was freed counts as reserved until then
+            torch.cuda.empty_cache()  # freed memory counts as reserved until then
             torch.cuda.reset_peak_memory_stats()
             return True
         try:
@@ -68,32 +68,38 @@ class Platform:
         return True
 
     def peak_allocated_gib(self) -> float | None:
-        """The most device memory that tensors held since `reset_peak_memory`, in GiB: what `peak_memory_gib` has above
-        it is cached or fragmented. None on CPU."""
+        """Returns the peak device memory of tensors since `reset_peak_memory`, in GiB, or None on CPU.
+
+        The rest of `peak_memory_gib` is cached or fragmented memory.
+        """
         return torch.cuda.max_memory_allocated() / 2**30 if self.name == "cuda" else None
 
 
 def choose(device: str) -> str:
-    """``auto`` becomes ``cuda`` where a GPU is usable, else ``cpu``.
+    """Resolves ``auto`` to ``cuda`` where a GPU is usable, else to ``cpu``.
 
     Raises:
-        UserError: ``cuda`` was asked for and torch sees no GPU.
+        UserError: ``cuda`` was requested and torch sees no GPU.
     """
     available = torch.cuda.is_available()
     if device == "auto":
         return "cuda" if available else "cpu"
     if device == "cuda" and not available:
         raise UserError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
+            "cuda-missing",
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi",
         )
     return device
 
 
 def start(device: str, timeout_minutes: float = 30.0) -> Platform:
-    """Prepares this process: device, the CPU answers for megatron-core, and the default process group.
+    """Prepares this process: device, patches of megatron-core, and the default process group.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them
-    the process is alone. On CPU this must come before megatron.core is imported.
+    there is one process. On CPU this must be called before megatron.core is imported.
+
+    Raises:
+        UserError: there is no GPU for this process.
     """
     name = choose(device)
     if name == "cuda":
@@ -102,8 +108,9 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
+                "gpus-too-few",
                 f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
-                "lower torchrun's --nproc_per_node to that number"
+                "lower torchrun's --nproc_per_node to that number",
             )
         torch.cuda.set_device(local_rank)
         engine = environment.transformer_engine()
@@ -139,24 +146,24 @@ def _store_of_this_start(timeout: timedelta) -> tuple[Store, int, int]:
 
 
 def expand_segments() -> None:
-    """Lets torch's allocator grow its segments of device memory, unless the user set the allocator otherwise.
+    """Lets torch's allocator grow its segments of device memory, unless the user configured the allocator.
 
-    Packs differ in length, and segments of fixed sizes fragment under them. torch reads the variables when it
-    allocates device memory for the first time (c10/cuda/CUDAAllocatorConfig.h), so this must come before.
+    Packs differ in length and would fragment segments of fixed sizes. torch reads the variables when it allocates
+    device memory for the first time (c10/cuda/CUDAAllocatorConfig.h), so this must be called before.
     """
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def end_model_parallel() -> None:
-    """Ends megatron-core's process groups, so that another layout can be built; collective.
+    """Destroys megatron-core's process groups, so that another layout can be built; collective.
 
-    megatron-core 0.19.2 only forgets them (parallel_state.py, `destroy_model_parallel`), and every forgotten gloo group
-    keeps three threads that poll. A group lives on while an engine refers to it, so drop engines first.
+    megatron-core 0.19.2 only drops its references (parallel_state.py, `destroy_model_parallel`), and every such gloo
+    group keeps three threads that poll. A group exists while an engine refers to it, so delete engines first.
     """
     from megatron.core import parallel_state  # not at the top: `start` must come before its import
 
-    gc.collect()  # models and optimizers refer to themselves
+    gc.collect()  # models and optimizers have reference cycles
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -165,38 +172,45 @@ def end_model_parallel() -> None:
 
 
 def stop(platform: Platform) -> None:
-    """Ends the process groups and takes the CPU answers back."""
+    """Destroys the process groups and removes the patches of megatron-core."""
     end_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
     platform.undo()
 
 
-def lost_process(error: RuntimeError) -> str | None:
-    """What a collective says when another process is gone or does not come, or None for any other error.
+LOST_PROCESS = {
+    "process-timeout": "another process did not come in time",
+    "process-lost": "another process is gone",
+}
+"""Code -> message of a `LostProcess`."""
 
-    gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own kinds,
-    which also tell of mistakes. Where NCCL's watchdog finds it first, no Python code runs any more: see
-    training/exits.py, `note_sudden_death`.
+
+def lost_process(error: RuntimeError) -> str | None:
+    """Returns the key of `LOST_PROCESS` for what a collective raised, or None for any other error.
+
+    gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own types,
+    which they raise for other mistakes too. Where NCCL's watchdog acts first, no Python code runs any more: see
+    `note_sudden_death` in training/exits.py.
     """
     text = str(error).lower()
     if "gloo" not in text and not isinstance(error, dist.DistError):
         return None
     if "timed out" in text or "timeout" in text:
-        return "another process did not come in time"
+        return "process-timeout"
     gone = (
         "closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process",
         "communicator was aborted",
     )  # fmt: skip
-    return "another process is gone" if any(words in text for words in gone) else None
+    return "process-lost" if any(words in text for words in gone) else None
 
 
 @contextmanager
-def losses_explained(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turns what a collective raises without another process into one line, behind which that one's own is to be read.
+def explain_lost_process(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns what a collective raises when another process is lost into one line that refers to that process's message.
 
     Args:
-        advice: the end of that line, made when it is needed.
+        advice: returns the end of the line; called when the line is written.
 
     Raises:
         LostProcess: see `lost_process`.
@@ -204,14 +218,14 @@ def losses_explained(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lost = lost_process(error)
-        if lost is None:
+        code = lost_process(error)
+        if code is None:
             raise
-        raise LostProcess(f"{lost}; its own message says why{advice()}") from None
+        raise LostProcess(code, f"{LOST_PROCESS[code]}; its own message says why{advice()}") from None
 
 
-def on_first(work: Callable[[], object]) -> str | None:
-    """Runs file work on the first process; returns what went wrong there, and None on the others."""
+def run_on_rank0(work: Callable[[], object]) -> str | None:
+    """Runs file work on rank 0; returns the system's message where it fails, and None on the other ranks."""
     if dist.get_rank() == 0:
         try:
             work()
@@ -220,11 +234,11 @@ def on_first(work: Callable[[], object]) -> str | None:
     return None
 
 
-def first_error(error: str | None) -> str | None:
-    """What the lowest-ranked process with an error says, on every process; collective."""
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, error)
-    return next((text for text in everyone if text), None)
+def first_error[Error: (str, UserError)](error: Error | None) -> Error | None:
+    """Returns on every rank the error of the lowest rank that has one; collective."""
+    errors: list[Error | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return next((error for error in errors if error), None)
 
 
 def agreed[T](work: Callable[[], T], name: str) -> T:
@@ -279,18 +293,18 @@ def first_of_node() -> bool:
 
 
 def max_over_processes(value: float, device: torch.device) -> float:
-    """The largest value of any process; collective."""
+    """Returns the largest value of all ranks; collective."""
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()
 
 
-def wait_for_all(name: str, told_every: float = 60.0) -> None:
-    """Waits until every process came here, however long that takes; a collective would end the run after
+def wait_for_all(name: str, log_every: float = 60.0) -> None:
+    """Waits until every rank calls this, without a time limit; a collective would end the run after
     --distributed-timeout-minutes. Collective.
 
     Args:
-        name: what everybody does, for the line that the first process writes every ``told_every`` seconds.
+        name: the activity that is waited for; rank 0 logs it and the missing ranks every ``log_every`` seconds.
     """
     if dist.get_world_size() == 1:
         return
@@ -298,17 +312,17 @@ def wait_for_all(name: str, told_every: float = 60.0) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     number = _waits[name] = _waits.get(name, 0) + 1
     keys = [f"solopo/wait/{name}/{number}/{other}" for other in range(size)]
-    store.set(keys[rank], "here")
-    told = time.monotonic()
+    store.set(keys[rank], "arrived")
+    logged = time.monotonic()
     pause = 0.001
     while not store.check(keys):
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-        if rank == 0 and time.monotonic() - told > told_every:
+        if rank == 0 and time.monotonic() - logged > log_every:
             missing = [other for other in range(size) if not store.check([keys[other]])]
             write_line(f"{name}: waiting for ranks {', '.join(map(str, missing[:16]))}")
-            told = time.monotonic()
+            logged = time.monotonic()
 
 
 _waits: dict[str, int] = {}
-"""How often this process came to each wait; the same on every process."""
+"""How often this process has called each wait; the same on every rank."""

@@ -1,12 +1,12 @@
 """Attention of a pack whose tokens are spread over context-parallel ranks (`parallel.zigzag`).
 
 Keys and values of all ranks are gathered for one layer at a time, in forward and again in backward; queries, outputs
-and what is kept for backward are this rank's alone. Each span of queries goes through torch's flash kernel, which
-tells its log-sum-exps, and the spans of a query are merged by them:
+and what is saved for backward are this rank's alone. torch's flash kernel computes each span of queries and returns
+its log-sum-exps, by which the spans of a query are merged:
 
     lse = log(sum_i exp(lse_i)),  out = sum_i exp(lse_i - lse) out_i.
 
-Given the merged lse and out, the kernel's backward of one span is that span's share of the whole gradient.
+With the merged lse and out, the kernel's backward of one span is that span's part of the total gradient.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megatron_solopo.parallel.zigzag import Span, rows_of, spans_of
 
 @dataclass(frozen=True)
 class SpanLayout(RankLayout):
-    """What the attention of one rank needs to know of a pack.
+    """The attention layout of one rank.
 
     Attributes:
-        spans: what the queries of this rank see.
-        gathered: [S] the order in which the ranks' rows stand once gathered: ``gathered[i]`` is a row of the pack.
-        in_pack: [S] its inverse: where each row of the pack stands among the gathered ones.
-        group: the context-parallel ranks; None where this process holds the whole pack.
+        spans: the keys that the queries of this rank attend to.
+        gathered: [S] order of the ranks' rows once gathered: ``gathered[i]`` is a row of the pack.
+        in_pack: [S] its inverse: the index of each row of the pack among the gathered ones.
+        group: the group of the context-parallel ranks; None where this rank holds the complete pack.
     """
 
     spans: tuple[Span, ...]
@@ -46,14 +46,15 @@ class SpanLayout(RankLayout):
 
 
 def span_layout(pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None) -> SpanLayout:
-    """The layout of a rank's part of a pack."""
+    """Makes the layout of a rank's part of a pack."""
     gathered = np.concatenate([rows_of(pieces, other, size) for other in range(size)])
     in_pack = torch.from_numpy(np.argsort(gathered))
     return SpanLayout(spans_of(pieces, rank, size), torch.from_numpy(gathered), in_pack, group)
 
 
 def span_attention(query: Tensor, key: Tensor, value: Tensor, layout: SpanLayout, scale: float | None) -> Tensor:
-    """query [S / cp, heads, head_dim], key and value [S / cp, kv_heads, head_dim], rotated -> as query.
+    """Computes attention of query [S / cp, heads, head_dim] over key and value [S / cp, kv_heads, head_dim], all
+    rotated; the result has the shape of query.
 
     Collective over ``layout.group``.
     """
@@ -110,35 +111,35 @@ def _parts(span: Span) -> tuple[slice, slice]:
 
 
 def _gather(x: Tensor, layout: SpanLayout) -> Tensor:
-    """Every rank's rows, in the pack's order."""
+    """Gathers the rows of all ranks, in the pack's order."""
     if layout.group is None:
         return x
-    everyone = torch.empty(layout.in_pack.numel(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(everyone, x.contiguous(), group=layout.group)
-    return everyone.index_select(0, layout.in_pack)
+    rows = torch.empty(layout.in_pack.numel(), *x.shape[1:], dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(rows, x.contiguous(), group=layout.group)
+    return rows.index_select(0, layout.in_pack)
 
 
 def _scatter_sum(x: Tensor, layout: SpanLayout) -> Tensor:
-    """This rank's rows of the sum over ranks; the adjoint of `_gather`."""
+    """Returns this rank's rows of the sum over ranks; the adjoint of `_gather`."""
     if layout.group is None:
         return x
-    own = torch.empty(x.shape[0] // dist.get_world_size(layout.group), *x.shape[1:], dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(own, x.index_select(0, layout.gathered), group=layout.group)
-    return own
+    rows = torch.empty(x.shape[0] // dist.get_world_size(layout.group), *x.shape[1:], dtype=x.dtype, device=x.device)
+    dist.reduce_scatter_tensor(rows, x.index_select(0, layout.gathered), group=layout.group)
+    return rows
 
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
-    """[L, heads, ...] -> [kv_heads, heads of each, L, ...]: grouped queries as a batch, keys not copied."""
+    """Returns [L, heads, ...] as [kv_heads, heads of each, L, ...]: grouped queries as a batch, keys not copied."""
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).movedim(0, 2)
 
 
 def _expanded(x: Tensor, heads: int) -> Tensor:
-    """[L, kv_heads, head_dim] -> [kv_heads, heads of each, L, head_dim]."""
+    """Returns [L, kv_heads, head_dim] as [kv_heads, heads of each, L, head_dim]."""
     return x.transpose(0, 1)[:, None].expand(-1, heads // x.shape[1], -1, -1)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """(output as query, [L, heads] log-sum-exps)."""
+    """Returns the output in the shape of query, and [L, heads] log-sum-exps."""
     kv_heads, heads = key.shape[1], query.shape[1]
     q, k, v = _by_kv_head(query, kv_heads), _expanded(key, heads), _expanded(value, heads)
     if query.device.type == "cpu":
@@ -151,7 +152,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, given the output and log-sum-exps over all spans."""
+    """Returns the gradients of query, key and value, from the output and log-sum-exps over all spans."""
     kv_heads, heads = key.shape[1], query.shape[1]
     q, k, v = _by_kv_head(query, kv_heads), _expanded(key, heads), _expanded(value, heads)
     g, o, s = (_by_kv_head(x, kv_heads) for x in (grad, output, lse))

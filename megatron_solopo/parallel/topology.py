@@ -1,4 +1,4 @@
-"""Which part of the model and of the data a process holds."""
+"""Which part of the model and of the data a rank holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_solopo.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """A process's place in each kind of parallelism, counted from 0."""
+    """A process's rank in each kind of parallelism."""
 
     tensor: int
     context: int
@@ -23,48 +23,49 @@ class Place:
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun tells; 1 without it."""
+    """Returns the number of processes of this run as torchrun sets it; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def data_parallel_size(parallel: ParallelConfig, world: int) -> int:
-    """Copies of the model.
+    """Returns the number of model replicas.
 
     Raises:
-        UserError: the processes do not divide into whole copies.
+        UserError: the number of processes is no multiple of those of a replica.
     """
     sizes = {
         name: getattr(parallel, name)
         for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
     }
-    copy = math.prod(sizes.values())
-    if world % copy:
-        cuts = " x ".join(f"{flag(name)} {size}" for name, size in sizes.items() if size > 1)
+    replica = math.prod(sizes.values())
+    if world % replica:
+        options = " x ".join(f"{flag(name)} {size}" for name, size in sizes.items() if size > 1)
         raise UserError(
-            f"{cuts} = {copy} processes a copy of the model, and {world} were started; start "
-            f"{_nearest_multiples(world, copy)} (torchrun's --nproc_per_node and --nnodes)"
+            "layout-processes",
+            f"{options} = {replica} processes for a model replica, and {world} were started; start "
+            f"{_nearest_multiples(world, replica)} (torchrun's --nproc_per_node and --nnodes)",
         )
-    return world // copy
+    return world // replica
 
 
 def _nearest_multiples(number: int, of: int) -> str:
-    """ "4 or 8" around 6; only the larger one where the smaller is none."""
+    """Returns "4 or 8" around 6; only the larger one where the smaller is 0."""
     below = number // of * of
     return f"{below} or {below + of}" if below else str(of)
 
 
 def place_of(rank: int, parallel: ParallelConfig, world: int) -> Place:
-    """Megatron's order: tensor-parallel processes are neighbours, then context, data, and last pipeline stages."""
+    """Returns a rank's place in Megatron's order: tensor parallelism innermost, then context, data, pipeline."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     data = data_parallel_size(parallel, world)
-    rest, own_tensor = divmod(rank, tensor)
-    rest, own_context = divmod(rest, context)
-    own_pipeline, own_data = divmod(rest, data)
-    return Place(own_tensor, own_context, own_data, own_pipeline)
+    rest, tensor_rank = divmod(rank, tensor)
+    rest, context_rank = divmod(rest, context)
+    pipeline_rank, data_rank = divmod(rest, data)
+    return Place(tensor_rank, context_rank, data_rank, pipeline_rank)
 
 
 def _nearest_divisors(size: int, *numbers: int) -> str:
-    """The common divisors of ``numbers`` around ``size``: "2 or 4"."""
+    """Returns the common divisors of ``numbers`` around ``size``: "2 or 4"."""
     common = math.gcd(*numbers)
     divisors = [d for d in range(1, common + 1) if common % d == 0]
     below, above = [d for d in divisors if d < size][-1:], [d for d in divisors if d > size][:1]
@@ -72,21 +73,21 @@ def _nearest_divisors(size: int, *numbers: int) -> str:
 
 
 def stage_sizes(num_layers: int, parallel: ParallelConfig) -> list[int] | None:
-    """Layers of each pipeline stage; None where they cannot be spread so."""
+    """Returns the layers of each pipeline stage, or None where the layers cannot be distributed so."""
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
-    asked = {0: parallel.decoder_first_pipeline_num_layers, stages - 1: parallel.decoder_last_pipeline_num_layers}
-    given = {stage: layers for stage, layers in asked.items() if layers is not None}
+    options = {0: parallel.decoder_first_pipeline_num_layers, stages - 1: parallel.decoder_last_pipeline_num_layers}
+    fixed = {stage: layers for stage, layers in options.items() if layers is not None}
     if stages == 1:
-        return None if given or chunks > 1 else [num_layers]
-    left, others = num_layers - sum(given.values()), stages - len(given)
+        return None if fixed or chunks > 1 else [num_layers]
+    left, others = num_layers - sum(fixed.values()), stages - len(fixed)
     if left < others or (left % others if others else left):
         return None
-    sizes = [given[stage] if stage in given else left // others for stage in range(stages)]
+    sizes = [fixed[stage] if stage in fixed else left // others for stage in range(stages)]
     return None if any(size % chunks for size in sizes) else sizes
 
 
 def layers_of_stage(stage: int, num_layers: int, parallel: ParallelConfig) -> list[range]:
-    """Layers, counted from 0, of each model chunk of a stage: every stage holds one chunk before any holds the next."""
+    """Returns the layers of each model chunk of a stage, counted from 0: all stages' first chunks come first."""
     chunks = parallel.num_virtual_stages_per_pipeline_rank
     stages = stage_sizes(num_layers, parallel)
     assert stages is not None  # `check_layout` refuses others
@@ -96,16 +97,16 @@ def layers_of_stage(stage: int, num_layers: int, parallel: ParallelConfig) -> li
 
 
 def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
-    """Refuses stages that the layers cannot be spread over.
+    """Refuses stages that the layers cannot be distributed over.
 
     Raises:
-        UserError: naming the first option that a change of its own puts right, and its nearest valid value.
+        UserError: names the first option whose change alone corrects the layout, and its nearest valid value.
     """
     if stage_sizes(num_layers, parallel) is not None:
         return
 
     def nearest(name: str, base: ParallelConfig) -> int | None:
-        """The value of an option with which ``base`` is valid."""
+        """Returns the nearest value of an option with which ``base`` is valid."""
         valid = [size for size in range(1, num_layers + 1) if stage_sizes(num_layers, replace(base, **{name: size}))]
         return min(valid, key=lambda size: abs(size - (getattr(parallel, name) or 0)), default=None)
 
@@ -116,36 +117,39 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
         options.append(chunks)
     if not options:
         raise UserError(
+            "layout-stages",
             f"{flag(stages)} {getattr(parallel, stages)}: does not divide the model's num_hidden_layers {num_layers}; "
-            f"the nearest valid size is {nearest(stages, parallel)} (or give the first or last stage a number of its "
-            f"own: {', '.join(map(flag, even))})"
+            f"the nearest valid size is {nearest(stages, parallel)} (or set the layers of the first or last stage: "
+            f"{', '.join(map(flag, even))})",
         )
     words = ", ".join(f"{flag(name)} {getattr(parallel, name)}" for name in (stages, *options))
     for name in (*options, stages):
         size = nearest(name, parallel)
         if size is not None:
             raise UserError(
-                f"{flag(name)} {getattr(parallel, name)}: the model's num_hidden_layers {num_layers} cannot be spread "
-                f"so ({words}); the nearest valid size is {size}"
+                "layout-stages",
+                f"{flag(name)} {getattr(parallel, name)}: the model's num_hidden_layers {num_layers} cannot be "
+                f"distributed so ({words}); the nearest valid size is {size}",
             )
     size = nearest(stages, replace(parallel, **even, **{chunks: 1}))
     raise UserError(
-        f"{flag(stages)} {getattr(parallel, stages)}: the model's num_hidden_layers {num_layers} cannot be spread so "
-        f"({words}); the nearest valid size is {size}, without {' and '.join(map(flag, options))}"
+        "layout-stages",
+        f"{flag(stages)} {getattr(parallel, stages)}: the model's num_hidden_layers {num_layers} cannot be "
+        f"distributed so ({words}); the nearest valid size is {size}, without {' and '.join(map(flag, options))}",
     )
 
 
 def expert_place(rank: int, parallel: ParallelConfig) -> int:
-    """Which part of the experts a process holds: expert-tensor-parallel processes are neighbours, then these."""
+    """Returns which part of the experts a rank holds: expert-tensor-parallel ranks are adjacent, then these."""
     tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     return rank // tensor % parallel.expert_model_parallel_size
 
 
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
-    """Refuses a layout that this model cannot be cut into.
+    """Refuses a layout that this model cannot be sharded by.
 
     Raises:
-        UserError: naming the option and the model's number that does not fit.
+        UserError: names the option and the model's number that does not fit.
     """
     parallel = config.parallel
     data_parallel_size(parallel, world)
@@ -169,16 +173,19 @@ def _check_dense(hf_config: PretrainedConfig, config: Config) -> None:
         section = config.training if name == "moe_aux_loss_coeff" else config.parallel
         value, default = getattr(section, name), OWNER[name][1].default
         if value != default:
-            raise UserError(f"{flag(name)} {value}: {hf_config.model_type} has no experts; leave it out")
+            raise UserError(
+                "model-without-experts", f"{flag(name)} {value}: {hf_config.model_type} has no experts; leave it out"
+            )
 
 
 def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> None:
-    """Each stage's processes are laid out twice: for experts as copies x expert parallel x expert tensor parallel."""
+    """Each stage's ranks have a second layout for experts: replicas x expert parallel x expert tensor parallel."""
     parallel = config.parallel
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise UserError(
-            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}: a model with experts needs "
-            "--sequence-parallel beside it (else each process would route every token again)"
+            "option-conflict",
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}: a model with experts also needs "
+            "--sequence-parallel (otherwise each rank would route every token)",
         )
     stage = world // parallel.pipeline_model_parallel_size
     width = getattr(hf_config, "moe_intermediate_size", None) or hf_config.intermediate_size
@@ -186,14 +193,15 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     note = "" if parallel.expert_tensor_parallel_size else " (that of --tensor-model-parallel-size)"
     processes = "processes of a pipeline stage"
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
-    spread = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
-    _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, spread)
+    numbers = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
+    _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, numbers)
 
 
 def _check_divides(option: str, size: int, numbers: dict[str, int], note: str = "") -> None:
     for name, number in numbers.items():
         if number % size:
             raise UserError(
+                "layout-not-divisible",
                 f"{flag(option)} {size}{note}: does not divide the {name} {number}; nearest that do: "
-                + _nearest_divisors(size, *numbers.values())
+                + _nearest_divisors(size, *numbers.values()),
             )

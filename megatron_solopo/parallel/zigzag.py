@@ -1,7 +1,7 @@
-"""The zig-zag: how a pack is cut over context-parallel ranks.
+"""The zig-zag: how a pack is sharded over context-parallel ranks.
 
-Every piece stands in 2 x cp chunks of one length; rank r computes chunk r and chunk 2 cp - 1 - r (zig-zag). Causal
-attention costs a chunk the more the later it stands, and an early chunk with its late mate costs every rank the same.
+Every piece is divided into 2 x cp chunks of one length; rank r computes chunk r and chunk 2 cp - 1 - r. In causal
+attention later chunks cost more, and an early chunk and its late counterpart together cost every rank the same.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megatron_solopo.pack import Piece
 
 @dataclass(frozen=True)
 class Span:
-    """Queries that stand side by side on this rank, over keys that stand side by side in the whole pack.
+    """Adjacent queries of this rank over adjacent keys of the complete pack.
 
     Attributes:
-        query, queries: first row on this rank, and how many.
-        key, keys: first row in the pack, and how many.
-        causal: the keys are the queries' own chunk; otherwise every query sees every key.
+        query, queries: first row on this rank, and number of rows.
+        key, keys: first row in the pack, and number of rows.
+        causal: whether the keys are the queries' own chunk; otherwise every query attends to every key.
     """
 
     query: int
@@ -32,20 +32,20 @@ class Span:
 
 
 def chunk_places(rank: int, size: int) -> tuple[int, int]:
-    """The two chunks of every piece that a rank computes."""
+    """Returns the two chunks of every piece that a rank computes."""
     return rank, 2 * size - 1 - rank
 
 
 def rows_of(pieces: Sequence[Piece], rank: int, size: int) -> np.ndarray:
-    """[S / size] the rows of the pack that a rank computes, in its order: piece after piece."""
+    """Returns [S / size] rows of the pack that a rank computes, in its order: piece after piece."""
     return np.concatenate([np.arange(begin, begin + length) for _, begin, length in _chunks(pieces, rank, size)])
 
 
 def spans_of(pieces: Sequence[Piece], rank: int, size: int) -> tuple[Span, ...]:
-    """What a rank's queries attend to.
+    """Returns the spans that a rank's queries attend to.
 
-    A chunk sees the earlier chunks of its piece whole and itself causally; a continuation's chunks also see all of
-    its prompt, without the padding behind it. The continuations of a prompt stand side by side, so one span holds
+    A chunk attends to all of the earlier chunks of its piece and to itself causally; a completion's chunks also attend
+    to all of its prompt, without the padding after it. The completions of a prompt are adjacent, so one span holds
     them all.
     """
     spans: list[Span] = []
@@ -58,14 +58,14 @@ def spans_of(pieces: Sequence[Piece], rank: int, size: int) -> tuple[Span, ...]:
         if piece.prompt is not None:
             prompt = pieces[piece.prompt]
             before = of_prompt.get(piece.prompt, Span(local, 0, prompt.start, prompt.length, causal=False))
-            assert before.query + before.queries == local, "continuations of a prompt stand side by side"
+            assert before.query + before.queries == local, "completions of a prompt are adjacent"
             of_prompt[piece.prompt] = Span(before.query, before.queries + length, before.key, before.keys, False)
         local += length
     return (*spans, *of_prompt.values())
 
 
 def _chunks(pieces: Sequence[Piece], rank: int, size: int) -> Iterator[tuple[Piece, int, int]]:
-    """(piece, first row, rows) of each chunk of a rank."""
+    """Yields (piece, first row, rows) of each chunk of a rank."""
     for piece in pieces:
         length = piece.slot // (2 * size)
         for place in chunk_places(rank, size):

@@ -21,7 +21,7 @@ from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest,
 from megatron_solopo.conversion.megatron_folder import METADATA, load_models, model_states, reason_of
 from megatron_solopo.conversion.sharded_write import ShardedWrite
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.platform import first_error, on_first
+from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.progress import reporting
 from megatron_solopo.training import retention
 from megatron_solopo.training.engine import Engine
@@ -102,7 +102,7 @@ class Checkpoints:
         names = [f"{target.name}.partial-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(names, src=0)
         aside = self._folder / names[0]
-        error = first_error(on_first(lambda: aside.mkdir(parents=True)))
+        error = first_error(run_on_rank0(lambda: aside.mkdir(parents=True)))
         if error:
             self._failed(iteration, aside, error)
             return
@@ -132,7 +132,7 @@ class Checkpoints:
         """Everything is written: metadata, mark, the final name, the latest file, and older checkpoints' end."""
         self._writing = None
         error = writing.write.finish()
-        error = first_error(error or on_first(lambda: self._publish(writing)))
+        error = first_error(error or run_on_rank0(lambda: self._publish(writing)))
         if error:
             self._failed(writing.iteration, writing.aside, error)
         else:

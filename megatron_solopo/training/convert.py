@@ -141,7 +141,7 @@ def _run(given: argparse.Namespace) -> int:
         # Behind the start of the platform, see run.py.
         from megatron_solopo.training.convert_weights import convert
 
-        with platform.losses_explained():
+        with platform.explain_lost_process():
             return convert(given, config)
     finally:
         platform.stop(here)

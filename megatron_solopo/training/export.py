@@ -12,7 +12,7 @@ from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.conversion.places import restore
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.platform import first_error, on_first
+from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.training import resume
 from megatron_solopo.training.engine import Engine
 from megatron_solopo.training.preflight import RunData
@@ -27,14 +27,16 @@ def export_model(engine: Engine, config: Config, data: RunData, step: int) -> st
 def export_last_model(engine: Engine, config: Config, data: RunData, steps: int) -> str | None:
     """Writes the model after the last step to --save-hf itself; otherwise as `export_model`."""
     try:
-        on_first(lambda: resume.begin_export(config, steps))  # a full disk must not cost the model: it is told below
+        run_on_rank0(
+            lambda: resume.begin_export(config, steps)
+        )  # a full disk must not cost the model: it is told below
         refused = first_error(None)
     except UserError as error:
         refused = first_error(str(error))
     problem = refused or _save(engine, config, data, resume.export_folder(config))
     if problem:
         return problem
-    full = first_error(on_first(lambda: resume.export_is_complete(config, steps)))
+    full = first_error(run_on_rank0(lambda: resume.export_is_complete(config, steps)))
     return full and (
         f"--save {config.output.save}: {resume.EXPORT} cannot be written ({full}); the model is in "
         f"{config.output.save_hf}, but the next start would not know"

@@ -47,7 +47,7 @@ def started(config: Config) -> Iterator[Platform]:
     """
     here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
-        with platform.losses_explained(lambda: _advice(config)):
+        with platform.explain_lost_process(lambda: _advice(config)):
             yield here
     finally:
         platform.stop(here)

@@ -47,7 +47,7 @@ def worker(argv: list[str] | None = None) -> int:
     try:
         from megatron_solopo.training.compare_layouts import measure
 
-        with platform.losses_explained():
+        with platform.explain_lost_process():
             measure(here, job)
     finally:
         platform.stop(here)

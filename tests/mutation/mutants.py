@@ -238,7 +238,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/layout.py",
         PARITY,
-        ("a continuation's mask aligned to its first token", ".tril(seen - own)", ".tril(0)"),
+        ("a continuation's mask aligned to its first token", ".tril(keys - queries)", ".tril(0)"),
         (
             "a continuation sees nothing of its prompt",
             "keys.append(np.arange(start, start + prompt_length))",
@@ -282,8 +282,8 @@ MUTANTS: list[Mutant] = [
         TOPOLOGY,
         (
             "pipeline stages as neighbours",
-            "own_pipeline, own_data = divmod(rest, data)",
-            "own_data, own_pipeline = divmod(rest, max(rest // data, 1))",
+            "pipeline_rank, data_rank = divmod(rest, data)",
+            "data_rank, pipeline_rank = divmod(rest, max(rest // data, 1))",
         ),
         ("a layout that does not divide the model accepted", "if number % size:", "if size > number:"),
         ("a later chunk's layers right behind the first's", "chunk * sum(sizes) + sum", "chunk * sizes[stage] + sum"),
@@ -330,8 +330,8 @@ MUTANTS: list[Mutant] = [
         ("positions of the whole pack", "pack.positions[rows]", "pack.positions[: rows.numel()]"),
         (
             "predictions of another rank's tokens",
-            "segments=pack.segments[here]",
-            "segments=pack.segments[: here.sum()]",
+            "segments=pack.segments[on_rank]",
+            "segments=pack.segments[: on_rank.sum()]",
         ),
     ),
     *within(
@@ -422,8 +422,8 @@ MUTANTS: list[Mutant] = [
         ENGINE,
         (
             "a sequence's keys without its prompt's",
-            "seen[-1] += prompt.length",
-            "seen[-1] += 0",
+            "key_lengths[-1] += prompt.length",
+            "key_lengths[-1] += 0",
         ),
         (
             "the prompt's padding among a sequence's keys",
@@ -558,7 +558,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/cpu_shim.py",
         CUDA,
-        ("a checkpoint's kernels taken over on CUDA", "            group |= own", "            pass"),
+        ("a checkpoint's kernels taken over on CUDA", "            group |= kernel", "            pass"),
     ),
     *within(
         "conversion/random_start.py",

@@ -31,7 +31,7 @@ class Halves(ContextMethod):
     about = "nothing at all"
     def check(self, config):
         if config.data.share_prompts:
-            raise UserError("--cp-comm-type halves: not with shared prompts")
+            raise UserError("option-conflict", "--cp-comm-type halves: not with shared prompts")
     def piece_multiple(self, size):
         return 3 * size
     def rows(self, pieces, rank, size):
@@ -67,28 +67,28 @@ from megatron_solopo.training.objective import step_inputs
 from megatron_solopo.training.preflight import load_data
 from megatron_solopo.training.step import make_packs, run_parts
 
-found = {"choices": context.choices(), "help": config_load.build_parser().format_help()}
+result = {"choices": context.choices(), "help": config_load.build_parser().format_help()}
 try:
     config_load.load(job["argv"])
 except UserError as error:
-    found["refused"] = str(error)
+    result["refused"] = str(error)
 config, _ = config_load.load([*job["argv"], "--no-share-prompts"] if job["stub"] else job["argv"])
-found["ranks"] = _rank_table(config.parallel, 2, 2)[1:]
+result["ranks"] = _rank_table(config.parallel, 2, 2)[1:]
 data = load_data(config).train
 initialize_parallel(config)
 engine = build_engine(here, read_hf_config(config.model.hf_path), config)
 plan = plan_step(data.groups, 32, 1, config)
-found["multiple"] = plan.of_pieces
+result["multiple"] = plan.of_pieces
 packs = make_packs(engine, data, range(len(data.groups)), config)
-found["tokens"] = [(pack.tokens, len(pack.pack.tokens)) for pack in packs]
-found["slots"] = [piece.slot for pack in packs for piece in pack.pack.pieces]
+result["tokens"] = [(pack.tokens, len(pack.pack.tokens)) for pack in packs]
+result["slots"] = [piece.slot for pack in packs for piece in pack.pack.pieces]
 inputs = step_inputs([pack.pack for pack in packs], None, config.method, here.device)
 with host_reads() as reads:
     run_parts(engine, packs, inputs, len(data.groups), config.method)
-found["reads"] = reads
+result["reads"] = reads
 if job["stub"]:
-    found["calls"] = context.methods()["halves"].__class__.layout.__globals__["CALLS"]
-print(json.dumps(found))
+    result["calls"] = context.methods()["halves"].__class__.layout.__globals__["CALLS"]
+print(json.dumps(result))
 """
 
 
@@ -115,16 +115,16 @@ def test_a_method_is_one_file(method: str, tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["choices"] == ["all_gather", "a2a", "halves", "p2p"]
-    assert "halves: nothing at all" in " ".join(found["help"].split())
-    assert found.get("refused") == ("--cp-comm-type halves: not with shared prompts" if stub else None)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["choices"] == ["all_gather", "a2a", "halves", "p2p"]
+    assert "halves: nothing at all" in " ".join(result["help"].split())
+    assert result.get("refused") == ("--cp-comm-type halves: not with shared prompts" if stub else None)
     multiple = 6 if stub else 4
-    assert found["multiple"] == multiple and all(slot % multiple == 0 for slot in found["slots"])
+    assert result["multiple"] == multiple and all(slot % multiple == 0 for slot in result["slots"])
     shares = [f"half {rank}" if stub else f"chunks {rank + 1} and {4 - rank} of 4 of each sequence" for rank in (0, 1)]
-    assert all(line.endswith(f", {share}") for line, share in zip(found["ranks"], shares, strict=True))
-    assert all(own * 2 == whole for whole, own in found["tokens"])
-    assert not found["reads"]
+    assert all(line.endswith(f", {share}") for line, share in zip(result["ranks"], shares, strict=True))
+    assert all(rank_tokens * 2 == tokens for tokens, rank_tokens in result["tokens"])
+    assert not result["reads"]
     if stub:
-        layers, own = 2, [own for _, own in found["tokens"]]
-        assert sorted(found["calls"]) == sorted(own * layers)
+        layers, rank_tokens = 2, [rank for _, rank in result["tokens"]]
+        assert sorted(result["calls"]) == sorted(rank_tokens * layers)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import check, refused
 from segment_names import prompt_of
 from tiny_models import SHAPE, preference_groups, write_lines, write_model
 from transformers import LlamaConfig
@@ -20,6 +21,7 @@ from megatron_solopo.config import Config, ModelConfig, TrainingConfig
 from megatron_solopo.data.tokenized.batches import above_the_token_limit, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.errors import LostProcess
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
 from megatron_solopo.parallel.platform import expand_segments
@@ -44,7 +46,7 @@ check_machine(Config(), "cuda")
 try:
     check_machine(Config(model=ModelConfig(transformer_impl="transformer_engine")), "cuda")
 except UserError as error:
-    print(error)
+    print(error.code, error)
 """
 """A process that starts as on CUDA, with the device and NCCL left out."""
 
@@ -75,9 +77,11 @@ def test_a_transformer_engine_that_does_not_import_stops_no_portable_run(
     message = raised.partition("'")[2].removesuffix("')")
     reason = f"installed, but its import fails: {raised.partition('(')[0]}: {message}"
     assert f"warning: Transformer Engine is not used: {reason}\n" in done.stderr
-    told = done.stdout.splitlines()
-    assert told[:2] == ["allocator expandable_segments:True", "adam False"]
-    assert told[2].startswith("--transformer-impl transformer_engine: Transformer Engine is not usable here (" + reason)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["allocator expandable_segments:True", "adam False"]
+    check(
+        *lines[2].split(" ", 1), "transformer-engine-unusable", "--transformer-impl transformer_engine: ", f"({reason}"
+    )
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -129,10 +133,11 @@ def test_lengths_of_prompts_are_few_on_cuda(share: bool) -> None:
     plan = plan_step(groups, 32, 2, config, "cuda")
     assert plan.of_prompts == CUDNN_LENGTHS and plan_step(groups, 32, 2, config).of_prompts == 1
     for places in (places for packs in plan.shares for places in packs):
-        own = [groups[i] for i in places]
-        pack = build_pack(own, places, share, plan.of_packs, plan.of_pieces, plan.of_prompts)
-        assert pack.tokens.numel() == sum(g.tokens(share, plan.of_pieces, plan.of_prompts) for g in own) or not own
-        for piece in pack.pieces if own else ():
+        chosen = [groups[i] for i in places]
+        pack = build_pack(chosen, places, share, plan.of_packs, plan.of_pieces, plan.of_prompts)
+        tokens = sum(g.tokens(share, plan.of_pieces, plan.of_prompts) for g in chosen)
+        assert pack.tokens.numel() == tokens or not chosen
+        for piece in pack.pieces if chosen else ():
             assert piece.slot % CUDNN_LENGTHS == 0 if piece.prompt is None else piece.padding == 0
 
 
@@ -259,24 +264,32 @@ def test_the_log_holds_allocated_memory_on_cuda_alone(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "code"),
     [
-        ("NCCL communicator was aborted on rank 1. Original reason for failure was: ...", "another process is gone"),
-        ("... a network error or a remote process exiting prematurely.", "another process is gone"),
-        (
-            "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, ...",
-            "another process did not come in time",
-        ),
+        ("NCCL communicator was aborted on rank 1. Original reason for failure was: ...", "process-lost"),
+        ("... a network error or a remote process exiting prematurely.", "process-lost"),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, ...", "process-timeout"),
         ("NCCL error: invalid usage", None),
     ],
 )
-def test_what_nccl_says_of_a_lost_process(text: str, answer: str | None) -> None:
-    from megatron_solopo.parallel.platform import lost_process
+def test_a_lost_process_is_recognized_by_nccls_message(text: str, code: str | None) -> None:
+    from megatron_solopo.parallel.platform import explain_lost_process, lost_process
 
-    assert lost_process(torch.distributed.DistBackendError(text)) == answer
+    error = torch.distributed.DistBackendError(text)
+    assert lost_process(error) == code
+    if code is None:
+        with pytest.raises(type(error)), explain_lost_process():
+            raise error
+        return
+    with (
+        refused(code, "another process", "its own message", "; resume") as caught,
+        explain_lost_process(lambda: "; resume"),
+    ):
+        raise error
+    assert type(caught.value) is LostProcess
 
 
-def test_the_word_for_a_sudden_death_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_note_about_a_sudden_death_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_solopo.training.exits import note_sudden_death
 
     path = tmp_path / "error.json"

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from tiny_models import EXPERTS, SHAPE
 from transformers import LlamaConfig, MixtralConfig
 
@@ -14,7 +15,6 @@ from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
-from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention, pack_layout
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
@@ -127,46 +127,46 @@ LARGE = SHAPE | dict(hidden_size=1024, intermediate_size=2816, num_attention_hea
 
 
 @pytest.mark.parametrize(
-    ("shape", "recipe", "parallel", "answer"),
+    ("shape", "recipe", "parallel", "named"),
     [
-        (dict(hidden_size=1000), "tensorwise", {}, r"the model's hidden_size on a process, 1000, is no multiple of 16"),
-        (dict(intermediate_size=2816 + 16), "mxfp8", {}, r"the model's width of the MLP .* 2832, is no multiple of 32"),
-        (dict(), "mxfp8", dict(tensor_model_parallel_size=16), r"MLP on a process, 176, is no multiple of 32"),
+        (dict(hidden_size=1000), "tensorwise", {}, ["hidden_size", " 1000,", "multiple of 16;"]),
+        (dict(intermediate_size=2816 + 16), "mxfp8", {}, ["MLP width", " 2832,", "multiple of 32;"]),
+        (dict(), "mxfp8", dict(tensor_model_parallel_size=16), ["MLP width", " 176,", "multiple of 32;"]),
         (dict(head_dim=60), "delayed", {}, None),
         (dict(head_dim=60), "mxfp8", {}, None),
-        (dict(head_dim=60), "blockwise", {}, r"width of attention on a process, 480, is no multiple of 128"),
-        (dict(num_key_value_heads=1, head_dim=8), "blockwise", {}, r"width of attention on a process, 64"),
+        (dict(head_dim=60), "blockwise", {}, ["attention width", " 480,", "multiple of 128;"]),
+        (dict(num_key_value_heads=1, head_dim=8), "blockwise", {}, ["attention width", " 64,"]),
         (dict(), "blockwise", {}, None),
     ],
 )  # fmt: skip
 def test_widths_that_fp8_does_not_take_are_one_line(
-    shape: dict, recipe: str, parallel: dict, answer: str | None
+    shape: dict, recipe: str, parallel: dict, named: list[str] | None
 ) -> None:
     hf_config = LlamaConfig(**LARGE | shape)
     if parallel:
         hf_config.num_attention_heads = hf_config.num_key_value_heads = 16
-    if answer is None:
+    if named is None:
         transformer_engine.check_widths(hf_config, fp8(recipe, **parallel))
         return
-    with pytest.raises(UserError, match=rf"^--fp8-recipe {recipe}: .*{answer}.*; leave --fp8-format out"):
+    with refused("fp8-width", f"--fp8-recipe {recipe}: ", "--fp8-format", *named):
         transformer_engine.check_widths(hf_config, fp8(recipe, **parallel))
 
 
 def test_width_of_an_expert_counts_for_models_with_experts() -> None:
     hf_config = MixtralConfig(**LARGE | EXPERTS | dict(intermediate_size=200))
-    with pytest.raises(UserError, match="width of the MLP on a process, 200, is no multiple of 16"):
+    with refused("fp8-width", "MLP width", " 200,", "multiple of 16;"):
         transformer_engine.check_widths(hf_config, fp8())
     hf_config.intermediate_size = 64
     transformer_engine.check_widths(hf_config, fp8(expert_tensor_parallel_size=4))
-    with pytest.raises(UserError, match="width of the MLP on a process, 8, is no multiple of 16"):
+    with refused("fp8-width", "MLP width", " 8,", "multiple of 16;"):
         transformer_engine.check_widths(hf_config, fp8(expert_tensor_parallel_size=8))
 
 
 def test_heads_that_cannot_be_exchanged_for_sequence_are_one_line() -> None:
     config = fp8(context_parallel_size=8, tensor_model_parallel_size=1)
     config.model.fp8_format, config.parallel.cp_comm_type = None, "a2a"
-    with pytest.raises(
-        UserError, match="^--cp-comm-type a2a: the model's num_key_value_heads on a process, 4, does not"
+    with refused(
+        "layout-not-divisible", "--cp-comm-type a2a: ", "num_key_value_heads", " 4,", "--context-parallel-size 8"
     ):
         transformer_engine.check_widths(LlamaConfig(**LARGE), config)
     config.parallel.context_parallel_size = 4
@@ -176,12 +176,12 @@ def test_heads_that_cannot_be_exchanged_for_sequence_are_one_line() -> None:
 
 
 def test_a_machine_without_it_is_one_line() -> None:
-    with pytest.raises(UserError, match="^--transformer-impl transformer_engine: torch sees no CUDA device here"):
+    with refused("cuda-missing", "--transformer-impl transformer_engine: "):
         transformer_engine.check_machine(fp8(), "cpu")
     transformer_engine.check_machine(Config(), "cpu")
 
 
 def test_a_machine_without_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"Transformer Engine is not usable here \(optional\); install it with pip"):
+    with refused("transformer-engine-unusable", "--transformer-impl transformer_engine: ", "(optional)", "pip install"):
         transformer_engine.check_machine(fp8(), "cuda")

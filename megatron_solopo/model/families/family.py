@@ -1,4 +1,4 @@
-"""What is known of a model family, and the refusal of a config field that it does not cover."""
+"""A model family, and the check of config fields that have one supported value."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Family:
     """A model family.
 
     Attributes:
-        model_type: of config.json.
-        table: (config, padded vocabulary) -> every parameter.
-        check: refuses configs whose mathematics this family does not cover, beyond what `family_of` refuses for all.
-        transformer_options: TransformerConfig fields beyond the common ones.
-        fields: of config.json that only this family reads or checks; see families/fields.py.
+        model_type: the ``model_type`` of config.json.
+        table: maps (config, padded vocabulary) to an entry for every parameter.
+        check: refuses configs whose mathematics this family does not implement, beyond what `family_of` refuses for
+            all families.
+        transformer_options: returns the TransformerConfig fields beyond the common ones.
+        fields: fields of config.json that only this family reads or checks; see families/fields.py.
     """
 
     model_type: str
@@ -32,14 +33,15 @@ class Family:
 
 
 def refuse(hf_config: PretrainedConfig, **allowed: object) -> None:
-    """Refuses a config whose field differs from the one value that is covered.
+    """Refuses a config whose field differs from the one supported value.
 
     Raises:
-        UserError: naming the field.
+        UserError: a field has another value.
     """
-    for name, value in allowed.items():
-        found = getattr(hf_config, name, value)
-        if found != value:
+    for name, supported in allowed.items():
+        value = getattr(hf_config, name, supported)
+        if value != supported:
             raise UserError(
-                f"config.json: {name} = {found!r} is not supported for {hf_config.model_type} (only {value!r} is)"
+                "model-field-unsupported",
+                f"config.json: {name} = {value!r} is not supported for {hf_config.model_type} (only {supported!r} is)",
             )

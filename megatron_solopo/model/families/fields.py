@@ -1,8 +1,8 @@
-"""Which fields of config.json are covered, and what some of them mean together.
+"""Which fields of config.json are supported, and what some of them mean together.
 
-A field that nobody here knows must be switched off in the file.
+A field that no list has must be switched off in the file.
 
-The lists hold what is read or checked, not what transformers knows: a field that a later transformers acts upon is
+The lists hold what is read or checked, not what transformers supports: a field that a later transformers acts upon is
 refused until a family reads it.
 """
 
@@ -30,7 +30,7 @@ READ = frozenset(
         "rms_norm_eps",
         "tie_word_embeddings",
         "rope_parameters",
-        "partial_rotary_factor",  # stands in rope_parameters as well, where model/rope.py looks at it
+        "partial_rotary_factor",  # is in rope_parameters too, where model/rope.py checks it
         "sliding_window",
         "use_sliding_window",
         "layer_types",
@@ -59,7 +59,7 @@ HARMLESS = frozenset(
         "transformers.js_config",
     }
 )
-"""Say nothing about the logits of a token: how the model is run, saved, tokenised or called."""
+"""Fields that do not affect a token's logits: how the model is run, saved, tokenised or named."""
 
 HARMLESS_ENDINGS = ("_token_id", "_token_ids", "_version")
 
@@ -71,33 +71,41 @@ SIZES = (
 OFF = (None, False, 0, "", [], {})
 
 
-def refuse_unknown(hf_config: PretrainedConfig, own: frozenset[str]) -> None:
-    """Refuses a field that is neither covered nor switched off.
+def refuse_unknown(hf_config: PretrainedConfig, family_fields: frozenset[str]) -> None:
+    """Refuses a field that is neither supported nor switched off.
 
     Args:
-        own: fields that the family reads or checks beside `READ`.
+        family_fields: fields that the family reads or checks beside `READ`.
 
     Raises:
-        UserError: naming the field.
+        UserError: a field is unknown, layers differ, or the weights are quantized.
     """
     if getattr(hf_config, "is_heterogeneous", False):
-        raise UserError("config.json: per_layer_config is set; layers that differ are not supported")
-    known = READ | HARMLESS | own | GenerationConfig().to_dict().keys()
+        raise UserError(
+            "model-field-unsupported", "config.json: per_layer_config is set; layers that differ are not supported"
+        )
+    supported = READ | HARMLESS | family_fields | GenerationConfig().to_dict().keys()
     for name, value in vars(hf_config).items():
-        # transformers keeps notes of its own on the object; the base class's fields say nothing about a decoder.
-        if name in known or name.startswith("_") or name.endswith(HARMLESS_ENDINGS) or hasattr(PretrainedConfig, name):
+        # transformers keeps private fields on the object; the base class's fields do not affect a decoder.
+        if name in supported or name.startswith("_") or name.endswith(HARMLESS_ENDINGS):
+            continue
+        if hasattr(PretrainedConfig, name):
             continue
         if name == "quantization_config" and value is not None:
-            raise UserError("config.json: quantization_config is set; give the folder of the unquantized weights")
+            raise UserError(
+                "model-quantized",
+                "config.json: quantization_config is set; use the folder of the unquantized weights",
+            )
         if not _is_off(value):
             raise UserError(
+                "model-field-unknown",
                 f"config.json: {name} = {value!r} is not known for {hf_config.model_type} and might change its "
-                "mathematics; take the field out if it does not"
+                "mathematics; remove the field if it does not",
             )
 
 
 def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Fields of a supported config that change what a layer computes and need not change a parameter's shape."""
+    """Returns the fields of a config that change what a layer computes but not necessarily a parameter's shape."""
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     experts = ("num_experts_per_tok", "norm_topk_prob")
     rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
@@ -108,7 +116,7 @@ def check_shape(hf_config: PretrainedConfig) -> None:
     """Refuses a decoder that cannot be built.
 
     Raises:
-        UserError: naming the field.
+        UserError: a field has an invalid value.
     """
     check_sizes(hf_config, *SIZES, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
     check_number("rms_norm_eps", hf_config.rms_norm_eps)
@@ -116,33 +124,38 @@ def check_shape(hf_config: PretrainedConfig) -> None:
         check_number("initializer_range", hf_config.initializer_range, zero=True)
     heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if heads % groups:
-        raise UserError(f"config.json: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}")
+        raise UserError(
+            "model-field-value",
+            f"config.json: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}",
+        )
 
 
 def check_sizes(hf_config: PretrainedConfig, *names: str) -> None:
-    """Refuses fields that are no sizes.
+    """Refuses fields that are not whole numbers of at least 1.
 
     Raises:
-        UserError: naming the field.
+        UserError: a field has an invalid value.
     """
     for name in names:
         value = getattr(hf_config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json: {name} = {value!r} must be a whole number of at least 1")
+            raise UserError(
+                "model-field-value", f"config.json: {name} = {value!r} must be a whole number of at least 1"
+            )
 
 
 def check_number(name: str, value: object, zero: bool = False) -> None:
     """Refuses a field that is no finite number above 0, or with ``zero`` of at least 0.
 
-    JSON as Python reads it has NaN and Infinity, which compare with nothing and spoil every result.
+    Python reads NaN and Infinity from JSON; they pass comparisons silently and make every result NaN.
 
     Raises:
-        UserError: naming the field.
+        UserError: the field has an invalid value.
     """
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         least = "of at least 0" if zero else "above 0"
-        raise UserError(f"config.json: {name} = {value!r} must be a finite number {least}")
+        raise UserError("model-field-value", f"config.json: {name} = {value!r} must be a finite number {least}")
 
 
 def _is_off(value: object) -> bool:
@@ -150,17 +163,17 @@ def _is_off(value: object) -> bool:
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:
-    """The size of an attention head; some configs leave it to hidden_size / heads."""
+    """Returns the size of an attention head; configs without the field mean hidden_size / heads."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def attention_window(hf_config: PretrainedConfig) -> int | None:
-    """The shortest sliding window of any layer, tokens: a token sees itself and the window - 1 before it.
+    """Returns the shortest sliding window of any layer in tokens: a token sees itself and the window - 1 before it.
 
-    In a sequence that is no longer it hides nothing; see `model.hf_config.check_length`.
+    In a sequence that is no longer than the window it hides nothing; see `model.hf_config.check_length`.
 
     Raises:
-        UserError: a layer whose attention is neither full nor that of a given window, or a window that is no size.
+        UserError: a layer's attention is neither full nor sliding, or the window is not a whole number of at least 1.
     """
     window = getattr(hf_config, "sliding_window", None)
     if not getattr(hf_config, "use_sliding_window", True):
@@ -170,8 +183,11 @@ def attention_window(hf_config: PretrainedConfig) -> int | None:
     kinds = getattr(hf_config, "layer_types", None)
     if kinds is None:
         return window
-    known = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
+    supported = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
     for kind in kinds:
-        if kind not in known:
-            raise UserError(f"config.json: layer_types has {kind!r} with sliding_window = {window}: not supported")
+        if kind not in supported:
+            raise UserError(
+                "model-field-unsupported",
+                f"config.json: layer_types has {kind!r} with sliding_window = {window}: not supported",
+            )
     return window if "sliding_attention" in kinds else None

@@ -12,7 +12,7 @@ MEGATRON_LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
 def table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
-    """Every parameter of the Llama layout; families with the same layout add to it."""
+    """Returns every parameter of the Llama layout; families with the same layout add to it."""
     gate_up = (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")
     return (
         *table_without_mlp(hf_config, padded_vocab_size),
@@ -22,7 +22,7 @@ def table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, .
 
 
 def table_without_mlp(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
-    """Vocabulary, norms and attention, which families with another MLP share."""
+    """Returns vocabulary, norms and attention, which families with another MLP share."""
     qkv = InterleaveQKV(hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config))
     vocabulary = PadRows(hf_config.vocab_size, padded_vocab_size)
     megatron, hf = MEGATRON_LAYER, HF_LAYER
@@ -40,13 +40,13 @@ def table_without_mlp(hf_config: PretrainedConfig, padded_vocab_size: int) -> tu
 
 
 def qkv_names(hf_layer: str, kind: str) -> tuple[str, str, str]:
-    """The names of a layer's query, key and value tensors."""
+    """Returns the names of a layer's query, key and value tensors."""
     query, key, value = (f"{hf_layer}self_attn.{part}_proj.{kind}" for part in "qkv")
     return query, key, value
 
 
 def head_norms() -> tuple[Entry, ...]:
-    """The norms over each head of queries and keys that some families add."""
+    """Returns the norms over each head of queries and keys that some families add."""
     return tuple(
         Entry(
             f"{MEGATRON_LAYER}self_attention.{x}_layernorm.weight", (f"{HF_LAYER}self_attn.{x}_norm.weight",), Rename()

@@ -1,4 +1,4 @@
-"""What families with experts share: a router and gated experts in every layer instead of the MLP."""
+"""Common parts of the families with experts: a router and gated experts in every layer instead of the MLP."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ FIELDS = frozenset(
         "num_experts",
         "num_local_experts",
         "num_experts_per_tok",
-        # Not read: --moe-aux-loss-coeff takes their place.
+        # Not read: --moe-aux-loss-coeff replaces them.
         "router_aux_loss_coef",
         "output_router_logits",
     }
 )
-"""Of config.json, what every family with experts reads."""
+"""Fields of config.json that every family with experts reads."""
 
 
 def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
-    """Router and experts of every layer.
+    """Returns the entries of router and experts of every layer.
 
-    transformers 5 holds a layer's experts in one tensor; its files have one tensor an expert and projection, as the
-    original models do.
+    transformers 5 holds a layer's experts in one tensor; its files have one tensor for each expert and projection, as
+    the original models do.
 
     Args:
-        hf_block: what a layer calls its block of experts.
-        gate, up, down: what an expert calls its projections.
+        hf_block: a layer's name of its block of experts.
+        gate, up, down: an expert's names of its projections.
     """
     experts = MEGATRON_LAYER + "mlp.experts.local_experts.{expert}."
     gate, up, down = (f"{HF_LAYER}{hf_block}.experts.{{expert}}.{name}.weight" for name in (gate, up, down))
@@ -45,11 +45,11 @@ def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry,
 
 
 def expert_options(hf_config: PretrainedConfig, ffn_hidden_size: int, renormalize: bool) -> dict[str, Any]:
-    """TransformerConfig fields of the experts.
+    """Returns the TransformerConfig fields of the experts.
 
     Args:
-        ffn_hidden_size: of one expert.
-        renormalize: the weights of a token's experts sum to 1; else they are the softmax over all experts.
+        ffn_hidden_size: intermediate size of one expert.
+        renormalize: the weights of a token's experts sum to 1; otherwise they are the softmax over all experts.
     """
     return {
         "num_moe_experts": hf_config.num_experts,
@@ -60,17 +60,18 @@ def expert_options(hf_config: PretrainedConfig, ffn_hidden_size: int, renormaliz
 
 
 def check_experts(hf_config: PretrainedConfig, renormalize: bool) -> None:
-    """Refuses what no family with experts covers.
+    """Refuses fields that no family with experts supports.
 
     Raises:
-        UserError: naming the field.
+        UserError: a field has an invalid or unsupported value.
     """
     check_sizes(hf_config, "num_experts", "num_experts_per_tok")
     if hf_config.num_experts_per_tok > hf_config.num_experts:
         raise UserError(
+            "model-field-value",
             f"config.json: num_experts_per_tok = {hf_config.num_experts_per_tok} is more than the "
-            f"{hf_config.num_experts} experts"
+            f"{hf_config.num_experts} experts",
         )
     if renormalize and hf_config.num_experts_per_tok == 1:
-        # The one weight is always 1: the router would have no gradient, and megatron-core refuses it.
+        # The one weight is always 1: the router would have no gradient, and megatron-core raises an error.
         refuse(hf_config, num_experts_per_tok=2)

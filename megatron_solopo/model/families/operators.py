@@ -1,7 +1,7 @@
-"""How one Megatron parameter is made of Hugging Face tensors: a few operators, each exact in both directions.
+"""Operators between one Megatron parameter and its Hugging Face tensors, each exact in both directions.
 
-An operator also knows how tensor parallelism cuts the parameter, because a stacked gate and up projection is cut in
-each half. ``None`` as cut means that every process holds the whole parameter.
+An operator also defines how tensor parallelism shards the parameter, because a stacked gate and up projection is
+sharded in each half. ``dimension`` None means that the parameter is replicated on every rank.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from torch import Tensor
 
 
 class Operator(ABC):
-    """Hugging Face tensors <-> one whole Megatron parameter."""
+    """Converts Hugging Face tensors to one full Megatron parameter and back."""
 
     @abstractmethod
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The Megatron parameter of these Hugging Face tensors."""
+        """Returns the full Megatron parameter of these Hugging Face tensors."""
 
     @abstractmethod
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
-        """The Hugging Face tensors of a Megatron parameter; the inverse of `to_megatron`."""
+        """Returns the Hugging Face tensors of a full Megatron parameter; the inverse of `to_megatron`."""
 
     def cut(self, parameter: Tensor, rank: int, size: int, dimension: int | None) -> Tensor:
-        """The part of a tensor-parallel process."""
+        """Returns the shard of a tensor-parallel rank."""
         return parameter if dimension is None else parameter.chunk(size, dimension)[rank]
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
-        """Copies a process's part of these Hugging Face tensors into its parameter, each number once.
+        """Copies a rank's shard of these Hugging Face tensors into its parameter, each number once.
 
-        The same as copying ``cut(to_megatron(tensors), ...)``, which would make the whole first.
+        Equals copying ``cut(to_megatron(tensors), ...)``, which would allocate the full parameter first.
 
         Raises:
             ValueError: the shapes do not fit.
         """
-        whole = self.to_megatron(tensors)
-        if dimension is not None and whole.shape[dimension] != parameter.shape[dimension] * size:
-            raise ValueError(f"{whole.shape[dimension]} for {size} x {parameter.shape[dimension]}")
-        _copy(parameter, self.cut(whole, rank, size, dimension))
+        full = self.to_megatron(tensors)
+        if dimension is not None and full.shape[dimension] != parameter.shape[dimension] * size:
+            raise ValueError(f"{full.shape[dimension]} for {size} x {parameter.shape[dimension]}")
+        _copy(parameter, self.cut(full, rank, size, dimension))
 
     def join(self, parts: Sequence[Tensor], dimension: int | None) -> Tensor:
-        """The whole parameter from the parts of all tensor-parallel processes; the inverse of `cut`."""
+        """Returns the full parameter from the shards of all tensor-parallel ranks; the inverse of `cut`."""
         return parts[0] if dimension is None else torch.cat(list(parts), dimension)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    """Unlike torch's own copy, without broadcasting."""
+    """Copies without broadcasting, unlike `Tensor.copy_`."""
     if target.shape != source.shape:
         raise ValueError(f"{tuple(source.shape)} for {tuple(target.shape)}")
     target.copy_(source)
@@ -56,7 +56,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Rename(Operator):
-    """The same tensor under another name."""
+    """Keeps the tensor under another name."""
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
         (tensor,) = tensors
@@ -68,7 +68,7 @@ class Rename(Operator):
 
 @dataclass(frozen=True)
 class PadRows(Rename):
-    """A vocabulary matrix: Megatron's has rows of zeros at the end."""
+    """Pads a vocabulary matrix, which has rows of zeros at the end in Megatron."""
 
     rows: int
     padded: int
@@ -85,15 +85,15 @@ class PadRows(Rename):
         (tensor,) = tensors
         if tensor.shape[0] != self.rows:
             raise ValueError(f"{tensor.shape[0]} rows for {self.rows}")
-        own = self.padded // size
-        part = tensor[rank * own : (rank + 1) * own]
+        shard_rows = self.padded // size
+        part = tensor[rank * shard_rows : (rank + 1) * shard_rows]
         _copy(parameter[: part.shape[0]], part)
         parameter[part.shape[0] :].zero_()
 
 
 @dataclass(frozen=True)
 class InterleaveQKV(Operator):
-    """q, k, v -> rows grouped by key-value head: its query heads, its key head, its value head."""
+    """Interleaves q, k and v to rows grouped by key-value head: its query heads, its key head, its value head."""
 
     heads: int
     kv_heads: int
@@ -104,21 +104,23 @@ class InterleaveQKV(Operator):
         return torch.cat((query, key, value), dim=1).flatten(0, 1)
 
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
-        own = self.heads // self.kv_heads * self.head_dim
         groups = parameter.reshape(self.kv_heads, -1, *parameter.shape[1:])
-        return [part.flatten(0, 1) for part in groups.split((own, self.head_dim, self.head_dim), dim=1)]
+        return [part.flatten(0, 1) for part in groups.split(self._group_rows, dim=1)]
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
-        own = self.heads // self.kv_heads * self.head_dim
         groups = parameter.view(self.kv_heads // size, -1, *parameter.shape[1:])
-        for target, tensor in zip(groups.split((own, self.head_dim, self.head_dim), dim=1), tensors, strict=True):
-            whole = tensor.reshape(self.kv_heads, -1, *tensor.shape[1:])
-            _copy(target, whole.chunk(size)[rank])
+        for target, tensor in zip(groups.split(self._group_rows, dim=1), tensors, strict=True):
+            _copy(target, tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]).chunk(size)[rank])
+
+    @property
+    def _group_rows(self) -> tuple[int, int, int]:
+        """Rows of query, key and value in the group of one key-value head."""
+        return self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim
 
 
 @dataclass(frozen=True)
 class StackGateUp(Operator):
-    """gate above up; each half is cut on its own."""
+    """Stacks the gate above the up projection; each half is sharded separately."""
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
         gate, up = tensors
@@ -143,7 +145,7 @@ class StackGateUp(Operator):
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter (``{layer}`` and ``{expert}`` stand for numbers) and the tensors it is made of."""
+    """One Megatron parameter (``{layer}`` and ``{expert}`` are placeholders of numbers) and its tensors."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -151,6 +153,6 @@ class Entry:
 
     @property
     def of_experts(self) -> bool:
-        """Whether each expert has such a parameter: expert parallelism spreads them, and expert tensor parallelism
-        cuts them."""
+        """Whether each expert has such a parameter, which expert parallelism distributes and expert tensor parallelism
+        shards."""
         return "{expert}" in self.megatron

@@ -19,15 +19,16 @@ FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, QW
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
-    """The family of a config, after its check.
+    """Checks a config and returns its family.
 
     Raises:
-        UserError: an unknown model_type, or a config field that the family does not cover.
+        UserError: the model_type is unknown, or the family does not support a config field.
     """
     if hf_config.model_type not in FAMILIES:
         raise UserError(
+            "model-type-unsupported",
             f"config.json: model_type {hf_config.model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
+            f"supported are {', '.join(sorted(FAMILIES))}",
         )
     family = FAMILIES[hf_config.model_type]
     refuse(hf_config, hidden_act="silu", attention_dropout=0.0)

@@ -15,8 +15,9 @@ class HeadsForSequence(EngineMethod):
         for name, count in heads.items():
             if count % size:
                 raise UserError(
-                    f"--cp-comm-type a2a: the model's {name} on a process, {count}, does not divide by "
-                    f"--context-parallel-size {size}; lower it, or take p2p or all_gather"
+                    "layout-not-divisible",
+                    f"--cp-comm-type a2a: the model's {name} on a rank, {count}, is no multiple of "
+                    f"--context-parallel-size {size}; lower it, or use p2p or all_gather",
                 )
 
 

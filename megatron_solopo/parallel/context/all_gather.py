@@ -29,8 +29,10 @@ class AllGather(ContextMethod):
     def check_on_cuda(self, config: Config) -> None:
         if not config.model.bf16:
             raise UserError(
+                "option-conflict",
                 f"--context-parallel-size {config.parallel.context_parallel_size} with --device cuda needs --bf16: its "
-                "attention merges parts of a sequence by the flash kernel's log-sum-exps, and that kernel takes 16 bits"
+                "attention merges parts of a sequence by the flash kernel's log-sum-exps, and that kernel takes 16 "
+                "bits",
             )
 
 

@@ -1,4 +1,4 @@
-"""Context parallelism of one rank: packs stay whole, attended by the kernels of --transformer-impl."""
+"""Context parallelism of one rank: packs are not sharded; attention uses the kernels of --transformer-impl."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ class Whole(ContextMethod):
         return 1
 
     def prompt_multiple(self, size: int, config: Config, device: str) -> int:
-        """torch 2.11 gives causal attention on Hopper to cuDNN, which builds a plan for every new shape and keeps it:
-        rounded lengths are few. Continuations, context parallelism and Transformer Engine go through other kernels."""
+        """Returns `CUDNN_LENGTHS` for portable layers on CUDA, else 1.
+
+        torch 2.11 runs causal attention on Hopper by cuDNN, which builds and keeps a plan for every new shape, so
+        there should be few lengths. Completions, context parallelism and Transformer Engine use other kernels.
+        """
         portable = config.model.transformer_impl == "portable"
         return math.lcm(self.piece_multiple(size), CUDNN_LENGTHS) if device == "cuda" and portable else 1
 
