@@ -292,7 +292,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/reference.py",
         REFERENCE,
-        ("a killed fill forgotten", "part = _read(partial, places)", "part = None"),
+        ("a killed fill forgotten", "(_read(partial, places) for partial in partial_files)", "()"),
         ("a cache never checked against the model", "elif examples:", "elif False:"),
         ("a damaged cache used", "if whole and table.shape", "if table.shape"),
         (
