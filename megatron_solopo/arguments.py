@@ -1,6 +1,6 @@
 """The options of every command, from the command line and from a YAML file: one parser, a mistake in one line.
 
-``--config FILE`` gives any option under its name with underscores; the command line has the last word.
+``--config FILE`` sets any option under its name with underscores; the command line overrides the file.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ RENAMED: dict[str, dict[str, str]] = {
     "megatron-to-hf": {"--force": "--overwrite"},
     "pretrain_solopo.py": {"--force": "--overwrite", "--no-force": "--no-overwrite"},
 }
-"""Last word of a parser's ``prog`` -> {spelling of version 0.1: spelling now}; the next version drops the old ones."""
+"""Last word of a parser's ``prog`` -> {name in version 0.1: name now}; the next version drops the old ones."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses, as a `UserError`, abbreviations, unknown options (naming the nearest) and options that are given twice.
+    """A parser that raises `UserError` for abbreviations, unknown options (naming the nearest) and repeated options.
 
-    argparse itself takes the beginning of a name for the whole, keeps the last of several values without a word, and
-    prints its usage before each error.
+    argparse itself accepts the beginning of a name, silently keeps the last of several values, and prints its usage
+    before each error.
 
     Args:
         config: add ``--config``. It leaves nothing in the namespace but the options of its file.
         sections: names of the options in each section of that file; None: the file has none.
 
     Attributes:
-        given: `dest` of every option that the last command line or its file set.
+        explicit: `dest` of every option that the last command line or its file set.
     """
 
     def __init__(
         self, *, config: bool = True, sections: Mapping[str, Collection[str]] | None = None, **settings: Any
     ) -> None:
         super().__init__(**({"allow_abbrev": False} | settings))
-        self.given: set[str] = set()
+        self.explicit: set[str] = set()
         self._sections = sections
         self._places: dict[str, str] = {}
         self._config: argparse.Action | None = None
         if config:
             kind = f"with the sections {', '.join(sections)}" if sections else "of options, name_of_option: value"
             self._config = self.add_argument(
-                "--config", metavar="FILE", help=f"YAML {kind}; the command line has the last word"
+                "--config", metavar="FILE", help=f"YAML {kind}; the command line overrides it"
             )
 
     def error(self, message: str) -> NoReturn:
-        # "argument --bf16/--no-bf16: ..." names the option as a person wrote it.
+        # "argument --bf16/--no-bf16: ..." names the option as the user wrote it.
         option = re.match(r"argument ([^\s:/]+)[^\s:]*: ", message)
         if option:
             message = f"{self._places.get(option[1], option[1])}: {message[option.end() :]}"
@@ -73,11 +73,11 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         args = self._renamed(sys.argv[1:] if args is None else list(args))
-        given = self._given(args)
+        explicit = self._options_in(args)
         self._places = {}
-        self.given = {action.dest for action in given}
+        self.explicit = {action.dest for action in explicit}
         try:
-            values, unknown = super().parse_known_args([*self._from_file(args, given), *args], namespace)
+            values, unknown = super().parse_known_args([*self._from_file(args, explicit), *args], namespace)
         except UserError as error:
             self._refuse_misspelt(args, str(error).partition("arguments are required: ")[2].split(", "))
             raise
@@ -85,40 +85,40 @@ class Parser(argparse.ArgumentParser):
             del values.config
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                self.given |= {action.dest, *action.choices[getattr(values, action.dest)].given}
+                self.explicit |= {action.dest, *action.choices[getattr(values, action.dest)].explicit}
         return values, unknown
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        given, unknown = self.parse_known_args(args, namespace)
-        self.refuse_unknown(unknown, given)
-        return given
+        values, unknown = self.parse_known_args(args, namespace)
+        self.refuse_unknown(unknown, values)
+        return values
 
-    def refuse_unknown(self, unknown: Sequence[str], given: argparse.Namespace) -> None:
-        """Refuses what is left of a command line.
+    def refuse_unknown(self, unknown: Sequence[str], values: argparse.Namespace) -> None:
+        """Refuses the words of a command line that no option took.
 
         Raises:
-            UserError: naming the first and the nearest option there is.
+            UserError: the first of them, with the nearest option.
         """
-        known = list(self._option_string_actions)
+        options = list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known += action.choices[getattr(given, action.dest)]._option_string_actions
+                options += action.choices[getattr(values, action.dest)]._option_string_actions
         for text in unknown:
             name = text.split("=")[0]
             if name.startswith("--"):
-                raise UserError("option-unknown", f"{name}: unknown option{nearest(name, known)}")
+                raise UserError("option-unknown", f"{name}: unknown option{nearest(name, options)}")
             raise UserError("argument-unexpected", f"'{text}': unexpected argument; options start with --")
 
     def _refuse_misspelt(self, args: Sequence[str], missing: Sequence[str]) -> None:
-        """Refuses an unknown name that is near a required one: that the required one is missing would mislead."""
+        """Refuses an unknown name near a required one, instead of reporting the required one as missing."""
         for name in (text.split("=")[0] for text in args):
             if name.startswith("--") and name not in self._option_string_actions and (hint := nearest(name, missing)):
                 raise UserError("option-unknown", f"{name}: unknown option{hint}")
 
-    def _given(self, args: Sequence[str]) -> set[argparse.Action]:
-        """The options on a command line; refuses one that is given twice."""
+    def _options_in(self, args: Sequence[str]) -> set[argparse.Action]:
+        """The options on a command line; refuses a repeated one."""
         before: dict[argparse.Action, str] = {}
         for text in args:
             if text == "--":
@@ -127,27 +127,25 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             if action is None:
                 continue
-            # The same switch again says nothing new: launch scripts add some behind a user's own.
+            # The same switch twice is harmless: launch scripts append some to a user's own.
             if action in before and not (action.nargs == 0 and before[action] == name):
-                several = f"all its values behind one {name}" if action.nargs in ("+", "*") else None
-                raise UserError(
-                    "option-twice", f"{name}: given twice; give {several or 'it once, with the value that counts'}"
-                )
+                remedy = f"put all its values behind one {name}" if action.nargs in ("+", "*") else "set it once"
+                raise UserError("option-twice", f"{name}: is set twice; {remedy}")
             before[action] = name
         return set(before)
 
-    def _from_file(self, args: Sequence[str], given: Collection[argparse.Action]) -> list[str]:
-        """What --config's file says and the command line does not."""
-        if self._config not in given:
+    def _from_file(self, args: Sequence[str], explicit: Collection[argparse.Action]) -> list[str]:
+        """The options of --config's file that the command line does not set."""
+        if self._config not in explicit:
             return []
         place = next(index for index, text in enumerate(args) if text.split("=")[0] == "--config")
         path = args[place].partition("=")[2] or next(iter(args[place + 1 :]), None)
         if path is None:
-            return []  # argparse says so
+            return []  # argparse reports it
         options = self.read_file(path)
         if "config" in options:
             raise UserError("option-unknown", f"{options['config'][1]}: unknown option; one file does not name another")
-        return self.words(options, besides=given)
+        return self.words(options, besides=explicit)
 
     def read_file(self, path: str | Path) -> Options:
         """The options of a file that --config takes; see `read_options`."""
@@ -161,26 +159,26 @@ class Parser(argparse.ArgumentParser):
         return read_options(path, sections)
 
     def words(self, options: Options, besides: Collection[argparse.Action] = ()) -> list[str]:
-        """The command line that gives the options of a file; later messages about them name their lines.
+        """The command line that sets the options of a file; later messages about them name their lines.
 
         Args:
             besides: options to leave out.
 
         Raises:
-            UserError: an option is unknown (the nearest is named), given under two names, or its value has a type that
-                no text on a command line stands for.
+            UserError: an option is unknown (the nearest is named), set under two names, or its value has a type that
+                a command line cannot express.
         """
         commands = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
         if commands is not None:
             name, where = options.get(commands.dest, (None, ""))
             choices = ", ".join(commands.choices)
             if not where:
-                raise UserError("option-missing", f"{commands.dest}: missing; give one of {choices}")
+                raise UserError("option-missing", f"{commands.dest}: missing; set one of {choices}")
             if name not in commands.choices:
                 raise UserError("option-value", f"{where}: {name!r} is not one of {choices}")
             rest = {key: value for key, value in options.items() if key != commands.dest}
             return [name, *commands.choices[name].words(rest)]
-        known = {
+        actions = {
             strings[0].removeprefix("--").replace("-", "_"): action
             for action in self._actions
             if (strings := action.option_strings) and strings[0].startswith("--") and action.dest != "help"
@@ -190,36 +188,35 @@ class Parser(argparse.ArgumentParser):
         places: dict[argparse.Action, str] = {}
         for key, (value, where) in options.items():
             name = key
-            if key not in known and old.get(key) in known:
+            if key not in actions and old.get(key) in actions:
                 name = old[key]
                 _warn(f"{where}: is now {name}")
-            if name not in known:
+            if name not in actions:
                 place = where.removesuffix(key).rstrip()
-                raise UserError("option-unknown", f"{place} unknown option '{key}'{nearest(key, known)}")
-            action = known[name]
+                raise UserError("option-unknown", f"{place} unknown option '{key}'{nearest(key, actions)}")
+            action = actions[name]
             if action in places:
-                raise UserError("option-twice", f"{where}: is {name}, which {places[action]} gives too; give it once")
+                raise UserError("option-twice", f"{where}: is {name}, which {places[action]} sets too; set it once")
             places[action] = where
             if action not in besides:
                 words += _words_of(action, value, where)
                 if value is not None:
-                    self.given.add(action.dest)
+                    self.explicit.add(action.dest)
                 self._places |= dict.fromkeys(action.option_strings, where)
         return words
 
     def _old_names(self) -> dict[str, str]:
         """Old name -> new name of this command's options."""
-        known = self._option_string_actions
-        return {
-            old: new for old, new in RENAMED.get(self.prog.split()[-1], {}).items() if new in known and old not in known
-        }
+        options = self._option_string_actions
+        renamed = RENAMED.get(self.prog.split()[-1], {})
+        return {old: new for old, new in renamed.items() if new in options and old not in options}
 
     def _old_keys(self) -> dict[str, str]:
-        """The same of names in a file."""
+        """Old name -> new name of this command's options in a file."""
         return {before[2:].replace("-", "_"): now[2:].replace("-", "_") for before, now in self._old_names().items()}
 
     def _renamed(self, args: list[str]) -> list[str]:
-        """The command line with the names that options have now."""
+        """The command line with old names of options replaced by new ones."""
         old, new = self._old_names(), []
         for text in args:
             name, equals, value = text.partition("=")
@@ -233,7 +230,7 @@ class Parser(argparse.ArgumentParser):
 @functools.cache  # a process may read its options several times
 def _warn(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        write_line(f"warning: {message}; the next version will not know the old name")
+        write_line(f"warning: {message}; the next version drops the old name")
 
 
 def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that are replaced atomically.
 
-Each is written beside its place, flushed to the disk and renamed over it, so that a reader sees the old content or the
-new, whatever is killed when. A file is written to ``NAME.new``, a folder to ``NAME.partial``.
+Each is written beside its target, flushed to the disk and renamed over it, so that a reader sees the old or the new
+content whenever a process is killed. A file is written to ``NAME.new``, a folder to ``NAME.partial``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 Keep = Callable[[Path, Path], None]
-"""Moves on what stays of an earlier folder (first argument) when a new one has taken its place (second)."""
+"""Moves the parts of an earlier folder (first argument) that are kept into the new one (second)."""
 
 
 def file_aside(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
+    """The temporary path at which a file is written before it is renamed."""
     return path.with_name(path.name + ".new")
 
 
@@ -27,12 +27,12 @@ def file_aside(path: Path) -> Path:
 def new_file(
     path: str | Path, mode: Literal["w", "wb"] = "w", *, shared: bool = False, errors: str | None = None
 ) -> Iterator[IO[Any]]:
-    """Opens a file that takes the place of ``path`` where the block ends, and is removed where the block fails.
+    """Opens a file that replaces ``path`` when the block ends, and is removed if the block fails.
 
     Args:
         mode: text (UTF-8) or bytes.
-        shared: several processes may write the same file, each under a random name beside it; the last one wins. What
-            a kill leaves of such a file is not overwritten by the next write.
+        shared: several processes may write the same file, each under a random name beside it; the last one wins. The
+            next write does not overwrite the temporary file of a killed one.
         errors: how characters that cannot be encoded are written (see `open`).
     """
     path = Path(path)
@@ -46,19 +46,19 @@ def new_file(
             _flush(file)
         rename(aside, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what failed may be the folder
+        with contextlib.suppress(OSError):  # the folder itself may have failed
             aside.unlink()
         raise
 
 
 def write_text(path: str | Path, text: str, errors: str | None = None) -> None:
-    """Writes a whole file; see `new_file`."""
+    """Writes a file atomically; see `new_file`."""
     with new_file(path, errors=errors) as file:
         file.write(text)
 
 
 def put_file(source: Path, path: Path) -> None:
-    """Gives a finished file its place, which may lie on another disk, under a second name; ``source`` stays."""
+    """Links or, to another disk, copies a finished file to ``path``; ``source`` stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = file_aside(path)
     aside.unlink(missing_ok=True)
@@ -69,33 +69,33 @@ def put_file(source: Path, path: Path) -> None:
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     rename(aside, path)
-    aside.unlink(missing_ok=True)  # two names of one file are left as they are by a rename
+    aside.unlink(missing_ok=True)  # a rename of one of two names of a file leaves both
 
 
 def finish_file(path: Path) -> None:
-    """Renames what a process that was killed in `new_file` had written; the caller knows that it is whole."""
+    """Renames the temporary file of a process that was killed in `new_file`; the caller knows that it is complete."""
     with contextlib.suppress(FileNotFoundError):  # another process has just done it
         rename(file_aside(path), path)
 
 
 def folder_aside(folder: Path) -> Path:
-    """Where a folder is written before it takes its name."""
+    """The temporary path at which a folder is written before it is renamed."""
     return _beside(folder, ".partial")
 
 
 def replaced(folder: Path) -> Path:
-    """Where an earlier folder waits while the new one takes its name."""
+    """The path of an earlier folder while the new one is renamed."""
     return _beside(folder, ".replaced")
 
 
 def _beside(folder: Path, ending: str) -> Path:
-    """Beside what a link leads to: a link cannot be replaced by a folder, and may lead to another disk."""
+    """A path beside a link's target: a folder cannot replace a link, whose target may be on another disk."""
     real = folder.resolve()
     return real.parent / (real.name + ending)
 
 
 def put_folder(aside: Path, folder: Path, keep: Keep | None = None) -> None:
-    """Gives a finished folder its name. Whatever was there is complete until then, under this name or beside it."""
+    """Renames a finished folder. An earlier one is complete until then, under its name or beside it."""
     folder = folder.resolve()
     if folder.exists():
         folder.rename(replaced(folder))
@@ -104,7 +104,7 @@ def put_folder(aside: Path, folder: Path, keep: Keep | None = None) -> None:
 
 
 def restore_folder(folder: Path, keep: Keep | None = None) -> None:
-    """Ends what a process that was killed in `put_folder` began: an earlier folder gets its name back, or goes."""
+    """Completes a `put_folder` that was killed: restores the earlier folder's name, or deletes that folder."""
     earlier, folder = replaced(folder), folder.resolve()
     if earlier.exists() and not folder.exists():
         rename(earlier, folder)
@@ -124,9 +124,9 @@ def _flush(file: IO[Any]) -> None:
 
 
 def rename(aside: Path, path: Path) -> None:
-    """Renames a file or folder, and writes the new entry of the folder around to the disk."""
+    """Renames a file or folder, and flushes the folder's entry to the disk."""
     aside.rename(path)
-    with contextlib.suppress(OSError):  # some network file systems have no descriptors of folders
+    with contextlib.suppress(OSError):  # some network file systems cannot open folders
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -64,7 +64,7 @@ def usage() -> str:
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Calls ``main(argv)`` and turns a user's mistake into one line on stderr.
+    """Calls ``main(argv)`` and reports a user's mistake in one line on stderr.
 
     Returns:
         ``main``'s exit status; 2 after a `UserError` or a file that cannot be read or written; 130 after Ctrl-C.
@@ -90,16 +90,16 @@ def quiet() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-    # The CPU platform sees every torch call, so torch's warnings of what megatron-core does name it as their place.
+    # The CPU platform intercepts every torch call, so torch's warnings about megatron-core name its file.
     warnings.filterwarnings("ignore", module=r"megatron_solopo\.parallel\.cpu_shim")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _report(error: UserError) -> None:
-    """Prints a mistake, unless another process of this machine did: most are the same on all."""
+    """Prints a mistake, unless another process of this machine printed the same one."""
     message = f"{error.message} [{error.code}]" if error.code else error.message
     if launch.first_to_report(message, passing=isinstance(error, LostProcess)):
-        # Under torchrun all ranks write to one terminal, so all but the first say which they are.
+        # Under torchrun all ranks write to one terminal, so all but rank 0 name themselves.
         rank = os.environ.get("RANK", "0")
         write_line(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message}")
 
@@ -108,7 +108,7 @@ def dispatch(argv: list[str] | None = None) -> int:
     """Runs the sub-command ``argv[0]`` with the rest of ``argv`` (default: the command line).
 
     Raises:
-        UserError: there is no such sub-command; the nearest one is named.
+        UserError: there is no such sub-command; the message names the nearest one.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -123,7 +123,7 @@ def dispatch(argv: list[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'?" if near else "the commands are " + ", ".join(COMMANDS)
         raise UserError("command-unknown", f"solopo {name}: no such command; {hint}")
     module = importlib.import_module(COMMANDS[name][0])
-    # argparse takes the name it prints in usage lines from here.
+    # argparse prints this name in usage lines.
     sys.argv = [f"solopo {name}", *rest]
     return module.main(rest)
 

@@ -1,7 +1,7 @@
 """Every option of a training run, once: its meaning, unit, default and section.
 
-Names are Megatron's where Megatron has the option. `config_load` reads them, `config_checks` refuses what contradicts
-something else or would have no effect, and a run without an option that has no ``| None`` and no default.
+Names are Megatron's if Megatron has the option. `config_load` reads them. `config_checks` refuses contradictions,
+options without effect, and missing options.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ModelConfig:
     chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
     eos_token: str | None = option(
         None,
-        "token that ends a turn, where it is not what the chat template writes there; the data commands must be given "
-        "the same",
+        "token that ends a turn, if it is not the one that the chat template writes there; the data commands need the "
+        "same",
     )
     chat_template_kwargs: str | None = option(
         None,
@@ -114,13 +114,13 @@ class DataConfig:
         "folder for the token ids of data files, which the first rank tokenizes at first use; default: $SOLOPO_CACHE, "
         "else megatron_solopo/ in $XDG_CACHE_HOME or ~/.cache",
     )
-    share_prompts: bool = option(True, "compute a prompt once for all its continuations")
+    share_prompts: bool = option(True, "compute a prompt once for all its responses")
     shuffle: bool = option(True, "a new order each epoch; off: the file's order")
 
 
 @dataclass
 class MethodConfig:
-    """What is learnt; docs/method.md has the formulas."""
+    """The objective; docs/method.md has the formulas."""
 
     objective: str = option(
         "preference",
@@ -191,14 +191,14 @@ class MethodConfig:
         None, "folder of cached reference log-probs; default: reference/ beside the run folder"
     )
     loss_options: dict[str, Any] = field(default_factory=dict)
-    """The own options of the preference loss, which its class in losses/ declares."""
+    """Options of the preference loss itself, which its class in losses/ declares."""
 
 
 FP8_MULTIPLES = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
-"""Tokens of a process, and widths of its matrices, are multiples of this: what each --fp8-recipe's kernels take."""
+"""--fp8-recipe -> what its kernels require: tokens of a process and widths of its matrices are multiples of this."""
 
 MAX_SHARD_SIZE = "5GB"
-"""Of a weight file in a Hugging Face folder, unless convert-checkpoint is told otherwise."""
+"""Default of convert-checkpoint --max-shard-size: the largest weight file of a Hugging Face folder."""
 
 
 @dataclass
@@ -230,8 +230,8 @@ class ParallelConfig:
     cp_comm_type: str = option(
         context.DEFAULT, f"how they exchange keys and values; {context.about()}", context.choices()
     )
-    overlap_grad_reduce: bool = option(False, "sum gradients over copies of the model while backward goes on")
-    overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass goes on")
+    overlap_grad_reduce: bool = option(False, "sum gradients over copies of the model during backward")
+    overlap_param_gather: bool = option(False, "gather updated parameters during the next forward pass")
     ddp_bucket_size: int | None = option(
         None,
         "parameters of a bucket, the unit of overlapped communication; default: the larger of 40 million and "
@@ -255,7 +255,7 @@ class TrainingConfig:
         None,
         "examples are packed together up to so many tokens of a process (a pack holds --context-parallel-size times as "
         "many); an example, with both contexts and all responses, is never split: a larger one is a pack of its own, "
-        "which the start tells; default: no limit beyond --micro-batch-size",
+        "which the start reports; default: no limit beyond --micro-batch-size",
         minimum=1,
     )
     lr: float = option(1e-6, "peak learning rate", minimum=0)
@@ -298,17 +298,17 @@ class OutputConfig:
     """The run folder and what goes into it."""
 
     save: str = option(None, "run folder: checkpoints, metrics.jsonl, config.yaml")
-    load: str | None = option(None, "run folder whose last checkpoint to go on from")
-    ckpt_step: int | None = option(None, "iteration of --load to go on from; default: the latest", minimum=1)
+    load: str | None = option(None, "run folder from whose last checkpoint to resume")
+    ckpt_step: int | None = option(None, "iteration of --load to resume from; default: the latest", minimum=1)
     auto_resume: bool = option(
-        False, "go on from --save where it holds a checkpoint, else start anew; the same command again and again"
+        False, "resume from --save if it holds a checkpoint, else start a new run; for commands that are repeated"
     )
     save_interval: int = option(0, "steps between checkpoints; 0: only after the last step", minimum=0)
     keep_last: int | None = option(
-        None, "complete checkpoints that stay; older ones are deleted once a new one is complete", minimum=1
+        None, "complete checkpoints to keep; older ones are deleted once a new one is complete", minimum=1
     )
     save_retain_interval: int | None = option(
-        None, "checkpoints at multiples of this stay; without --keep-last only the last other one does", minimum=1
+        None, "checkpoints at multiples of this are kept; without --keep-last only the last other one is", minimum=1
     )
     async_save: bool = option(False, "train on while another process writes the checkpoint")
     exit_signal_handler: bool = option(False, "on SIGTERM or SIGUSR1 finish the step, save, and exit with 0")
@@ -381,13 +381,13 @@ class Config:
         return from_options(options)
 
     def value(self, name: str) -> Any:
-        """What an option is; of a preference loss that the run does not have: the default."""
+        """The value of an option; the default, if the option is of another preference loss than the run's."""
         option = OWNER[name]
         section = getattr(self, option.section)
         return section.loss_options.get(name, option.spec.default) if option.of_loss else getattr(section, name)
 
     def assign(self, name: str, value: Any) -> None:
-        """Gives an option its value; an own option of a preference loss is kept in ``method.loss_options``."""
+        """Sets an option; one of the preference loss itself is kept in ``method.loss_options``."""
         option = OWNER[name]
         section = getattr(self, option.section)
         if option.of_loss:
@@ -405,7 +405,7 @@ class Option(NamedTuple):
 
     Attributes:
         section: its section in a YAML file.
-        spec: the field, with what `option` says of it.
+        spec: the field, with the metadata of `option`.
         kind: the dataclass it is a field of.
     """
 
@@ -415,7 +415,7 @@ class Option(NamedTuple):
 
     @property
     def of_loss(self) -> bool:
-        """Whether it is a preference loss's own."""
+        """Whether a preference loss declares it."""
         return self.kind is not SECTIONS[self.section]
 
 
@@ -434,7 +434,7 @@ OWNER: dict[str, Option] = {
 RESERVED = frozenset(
     {"help", "config", "dry_run", "mathematics", "tokens", "steps", "total", "iteration", "reference_weights"}
 )
-"""Names that no option has: flags of the command line, and what a checkpoint keeps beside the options."""
+"""Names that no option may have: flags of the command line, and keys of a checkpoint beside the options."""
 
 
 def names_of(section: str) -> list[str]:

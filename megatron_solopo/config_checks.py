@@ -18,7 +18,7 @@ from megatron_solopo.parallel.context import method_of
 
 
 def check(config: Config) -> None:
-    """Raises UserError at the first option that is missing, contradicted or without effect."""
+    """Raises UserError for the first option that is missing, contradictory or without effect."""
     _check_required(config)
     _check_method(config)
     _check_implementation(config)
@@ -40,7 +40,7 @@ def _check_required(config: Config) -> None:
         ("save", config.output.save, "the run folder"),
     ):
         if not value:
-            raise UserError("option-missing", f"{flag(name)} is missing: give {what}")
+            raise UserError("option-missing", f"{flag(name)} is missing: set {what}")
 
 
 def _check_method(config: Config) -> None:
@@ -75,7 +75,7 @@ def _check_method(config: Config) -> None:
 
 
 def _check_loss_options(method: MethodConfig) -> None:
-    """What the loss itself refuses of its options."""
+    """Refuses options that the loss itself rejects."""
     try:
         preference_loss(method)
     except ValueError as error:
@@ -107,11 +107,11 @@ def _check_implementation(config: Config) -> None:
 
 
 Rule = tuple[str, bool, str]
-"""(option, whether something reads it, what it needs)."""
+"""(option, whether the run reads it, what it needs)."""
 
 
 def unused(config: Config) -> dict[str, str]:
-    """Options that nothing would read in this run, and what they would need."""
+    """Options that this run would not read, and what each needs."""
     model, training, output = config.model, config.training, config.output
     staged = config.parallel.pipeline_model_parallel_size > 1, "needs --pipeline-model-parallel-size above 1"
     overlapped = config.parallel.overlap_grad_reduce, "needs --overlap-grad-reduce"
@@ -162,7 +162,7 @@ def unused(config: Config) -> dict[str, str]:
 
 
 def _method_rules(method: MethodConfig) -> list[Rule]:
-    """Those of the method, from what the losses say of themselves."""
+    """Rules of the method's options, from the declarations of the losses."""
     preference = method.objective == "preference"
     solo = preference and method.context_mode == "solo"
     loss = loss_class(method.preference_loss)
@@ -208,7 +208,7 @@ def _method_rules(method: MethodConfig) -> list[Rule]:
 
 
 def _check_unused(config: Config) -> None:
-    """An option that somebody set and that nothing would read is a mistake, not a wish."""
+    """Refuses options that the user set and that the run would not read."""
     for name, why in unused(config).items():
         if name in config.explicit:
             raise UserError("option-unused", f"{flag(name)} would have no effect: it {why}")
@@ -220,7 +220,7 @@ def _check_parallel(config: Config) -> None:
 
 
 def check_on_cuda(config: Config) -> None:
-    """Refuses what only the CPU can do; where --device is auto, once it is known."""
+    """Refuses options that only the CPU supports; called again once --device auto is resolved."""
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check_on_cuda(config)
 
 

@@ -37,7 +37,7 @@ def _base_type(name: str) -> type:
 
 
 def _converter(name: str) -> Callable[[str], Any]:
-    """What makes an option's value of its text: of its type, within its choices and minimum."""
+    """The function that parses an option's text: its type, choices and minimum."""
     spec, kind = OWNER[name].spec, _base_type(name)
 
     def convert(text: str) -> Any:
@@ -93,25 +93,25 @@ def build_parser(command: bool = True) -> Parser:
 
 
 def read_yaml(path: str | Path) -> Options:
-    """What a run's YAML file says, not converted; see `read_options`."""
+    """The options of a run's YAML file, not converted; see `read_options`."""
     _load_loss_of(path)
     return build_parser().read_file(path)
 
 
 def _load_loss_of(path: str | Path) -> None:
-    """Makes the loss that a run's YAML file names known, with the options that the file may have; see `load_loss`."""
+    """Registers the user's loss that a run's YAML file names, with its options; see `load_loss`."""
     for name, (value, where) in _read_section(path, "method").items():
         if name == "preference_loss":
             load_loss(str(value), where)
 
 
-def _read_section(path: str | Path, wanted: str) -> Options:
-    """The options of one section of a YAML file, known or not."""
+def _read_section(path: str | Path, section: str) -> Options:
+    """The options of one section of a YAML file; their names are not checked."""
     with OptionFile(path, "--config") as file:
         sections = file.entries(file.root, f"{path}: must hold the sections {', '.join(SECTIONS)}")
-        place, node = next(((where, node) for section, where, node in sections if section == wanted), ("", None))
-        lines = file.entries(node, f"{place}: section '{wanted}' must hold 'name: value' lines")
-        return {name: (file.value(node), f"{where}: {wanted}.{name}") for name, where, node in lines}
+        place, node = next(((where, node) for name, where, node in sections if name == section), ("", None))
+        lines = file.entries(node, f"{place}: section '{section}' must hold 'name: value' lines")
+        return {name: (file.value(node), f"{where}: {section}.{name}") for name, where, node in lines}
 
 
 def read_model_options(path: str | Path) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_model_options(path: str | Path) -> dict[str, Any]:
     """
     parser = build_parser()
     values = vars(parser.parse_args(parser.words(_read_section(path, "model"))))
-    return {name: values[name] for name in parser.given & OWNER.keys()}
+    return {name: values[name] for name in parser.explicit & OWNER.keys()}
 
 
 def load(argv: list[str] | None = None, command: bool = True) -> tuple[Config, bool]:
@@ -134,7 +134,7 @@ def load(argv: list[str] | None = None, command: bool = True) -> tuple[Config, b
     Raises:
         UserError: what is unknown, contradicts something else, or would have no effect.
     """
-    first = Parser(config=False, add_help=False)  # what tells which options there are
+    first = Parser(config=False, add_help=False)  # a user's loss adds options
     first.add_argument("--config")
     first.add_argument("--preference-loss")
     before, _ = first.parse_known_args(argv)
@@ -172,7 +172,7 @@ def _parser_of_run(file: str | Path | None, loss: str | type[PreferenceLoss] | N
 
 def _config_of(parser: Parser, values: argparse.Namespace) -> Config:
     """What was given, not resolved."""
-    config = Config(explicit=parser.given & OWNER.keys())
+    config = Config(explicit=parser.explicit & OWNER.keys())
     for name in config.explicit:
         config.assign(name, getattr(values, name))
     return config

@@ -1,4 +1,4 @@
-"""`solopo env`: what this machine and its packages can do, for a first look and for bug reports."""
+"""`solopo env`: versions, devices, cores and memory of this machine, for setup and bug reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a distribution, None when it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def package_version(name: str) -> str | None:
 
 
 def usable_cores() -> float:
-    """Processor cores this process may use: its affinity, and the container's limit where there is one."""
+    """Processor cores that this process may use: its affinity, limited by the container."""
     cores = float(len(os.sched_getaffinity(0)))
     limit = _first_line("/sys/fs/cgroup/cpu.max").split()
     if len(limit) == 2 and limit[0] != "max":
@@ -40,7 +40,7 @@ def usable_cores() -> float:
 
 
 def memory_gib() -> dict[str, float]:
-    """Main memory in GiB: ``total`` (the container's limit where that is lower) and ``available``."""
+    """Main memory in GiB: ``total`` (or the container's limit if that is lower) and ``available``."""
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     limit = _first_line("/sys/fs/cgroup/memory.max")
@@ -53,25 +53,24 @@ def memory_gib() -> dict[str, float]:
 
 @functools.cache
 def transformer_engine() -> dict[str, Any]:
-    """Whether Transformer Engine is installed, whether its PyTorch part can be imported (``broken`` where it cannot),
-    and what it is used for."""
+    """Whether Transformer Engine can be imported (``found``), or is installed and cannot (``broken``), and its use."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {"found": False, "broken": False, "version": None, "note": "optional"}
     version = package_version("transformer-engine")
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # a build for another torch or CUDA fails in many ways, none of them ours
+    except Exception as error:  # a build for another torch or CUDA raises many kinds
         note = f"installed, but its import fails: {_brief(error)}"
         return {"found": False, "broken": True, "version": version, "note": note}
     if not torch.cuda.is_available():
         return {"found": True, "broken": False, "version": version, "note": "not used: it needs a CUDA device"}
-    # megatron-core takes its fused Adam and gradient norms wherever it is found.
+    # megatron-core uses its fused Adam and gradient norms whenever it is installed.
     used = "used for the optimizer; for layers with --transformer-impl transformer_engine"
     return {"found": True, "broken": False, "version": version, "note": used}
 
 
 def fp8_refusals() -> dict[str, str]:
-    """Why this process's GPU does not compute with each FP8 recipe, empty where it does; needs Transformer Engine."""
+    """FP8 recipe -> why this GPU does not support it, "" if it does; needs Transformer Engine."""
     from transformer_engine.pytorch import quantization  # optional
 
     checks = {"mxfp8": quantization.check_mxfp8_support, "blockwise": quantization.check_fp8_block_scaling_support}
@@ -82,7 +81,7 @@ def fp8_refusals() -> dict[str, str]:
 def nvidia_apex() -> dict[str, Any]:
     """Whether NVIDIA Apex is installed; `apex` on PyPI is an unrelated package and does not count.
 
-    Looks at files only: importing the unrelated package can fail or do anything.
+    Only files are checked, because importing the unrelated package may have side effects.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -96,7 +95,7 @@ def nvidia_apex() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """The CUDA devices torch sees, and why there are none."""
+    """The CUDA devices that torch sees, or why there are none."""
     driver = _first_line("/proc/driver/nvidia/version")
     facts: dict[str, Any] = {
         "found": torch.cuda.is_available(),
@@ -144,7 +143,7 @@ def collect() -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """The facts as lines for a person."""
+    """The facts as readable lines."""
     gpu = facts["cuda"]
     rows = [("megatron_solopo", facts["megatron_solopo"]), ("python", facts["python"]), ("system", facts["system"])]
     rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
@@ -159,21 +158,21 @@ def describe(facts: dict[str, Any]) -> str:
         rows.append(("CUDA", f"not found ({gpu['note']}; torch is built {built})"))
     for label, key in (("Transformer Engine", "transformer_engine"), ("NVIDIA Apex", "nvidia_apex")):
         fact = facts[key]
-        found = fact.get("version") or "found" if fact["found"] else "not found"
-        rows.append((label, f"{found} ({fact['note']})" if fact["note"] else found))
+        state = fact.get("version") or "found" if fact["found"] else "not found"
+        rows.append((label, f"{state} ({fact['note']})" if fact["note"] else state))
     for recipe, reason in (facts["fp8_refusals"] or {}).items():
         rows.append((f"  FP8 {recipe}", f"not on this GPU ({reason})" if reason else "possible"))
     memory = facts["memory_gib"]
     rows.append(("cores", f"{facts['cores']:g}"))
     rows.append(("memory", f"{memory['total']} GiB, {memory['available']} GiB of it available"))
-    rows.append(("device", f"{facts['device']} (what --device auto takes here)"))
+    rows.append(("device", f"{facts['device']} (for --device auto)"))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Prints versions, devices, cores and memory of this machine.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for a person")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of readable lines")
     arguments = parser.parse_args(argv)
     facts = collect()
     print(json.dumps(facts, indent=2) if arguments.json else describe(facts))
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _first_line(path: str) -> str:
-    """The first line of a system file, empty where the file cannot be read."""
+    """The first line of a system file; "" if the file cannot be read."""
     try:
         with open(path, encoding="utf-8") as lines:
             return lines.readline().strip()

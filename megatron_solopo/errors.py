@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, what the system says of its own, and packages that are optional."""
+"""The exception for mistakes that a user can correct, reasons of system errors, and checks of optional packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UserError(Exception):
 
     def __init__(self, code: str, message: str = "") -> None:
         super().__init__(code, message)
-        # Until every place gives a code, a single argument is the message.
+        # While some places have no code, a single argument is the message.
         self.code, self.message = (code, message) if message else ("", code)
 
     def __str__(self) -> str:
@@ -36,29 +36,29 @@ class UserError(Exception):
 
 
 class LostProcess(UserError):
-    """Another process of the run is gone: what it says of itself is the reason, and another start may go well."""
+    """Another process of the run is gone. That process reports the reason, and a restart may succeed."""
 
 
 class Diverged(UserError):
-    """Loss, gradient or weights are not finite any more; every process finds it at the same step."""
+    """Loss, gradient or weights are no longer finite; every process raises it at the same step."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean --seq-length?"``, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean --seq-length?"``, or "" where no name is near."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def require(what: str, package: str, extra: str, instead: str = "") -> None:
-    """Checks that an optional package is there.
+    """Checks that an optional package is installed.
 
     Args:
         what: the option, command or file that needs it.
         extra: the extra of pyproject.toml that installs it.
-        instead: what else helps, to be put after the command.
+        instead: another remedy, which follows the command.
 
     Raises:
-        UserError: it is not installed; the extra is named.
+        UserError: it is not installed; the message names the extra.
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(
@@ -83,7 +83,7 @@ def files_explained() -> Iterator[None]:
 
 
 def system_reason(error: BaseException) -> str:
-    """The system's words where there are any ("No space left on device"), else the error's last line."""
+    """The system's reason if there is one ("No space left on device"), else the error's last line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     system = re.search(r"\[Errno \d+\] ([^:'\"\n]+)|I/O error: ([^(\n]+)", str(error))

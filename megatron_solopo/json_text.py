@@ -1,4 +1,4 @@
-"""JSON in which no key is given twice with two values: readers keep the last one without a word."""
+"""JSON without duplicate keys of different values, of which readers silently keep the last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_solopo.errors import UserError
 
 
 class KeyTwice(ValueError):
-    """A key of an object is given twice, with two values; the text of the error names it."""
+    """An object has a key twice, with different values; the message names it."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -24,22 +24,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
-"""Raises `KeyTwice` too. Made once: a new one for each line of a file takes longer."""
+"""Raises `KeyTwice` too. It is created once, because one for each line of a file would be slow."""
 
 
 def loads(text: str) -> Any:
-    """As `json.loads`.
+    """As `json.loads`, without duplicate keys.
 
     Raises:
-        KeyTwice: see there.
+        KeyTwice: an object has a key twice, with different values.
         json.JSONDecodeError: not JSON.
     """
     return DECODER.decode(text)
 
 
 def check_json(*paths: Path) -> None:
-    """Refuses files in which a key is given twice with two values, or has NaN as its value; what is missing or not JSON
-    is its reader's to tell.
+    """Refuses files in which a key occurs twice with different values, or has the value NaN. Missing files and invalid
+    JSON are left to the file's reader.
 
     Raises:
         UserError: naming the file and the key.

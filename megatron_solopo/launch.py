@@ -1,13 +1,12 @@
-"""`solopo launch`: torchrun, except that a mistake which a command reports in its one line is reported once.
+"""`solopo launch`: torchrun, except that a command's one-line error is printed once.
 
     solopo launch --nproc_per_node 8 pretrain_solopo.py --config run.yaml
 
-takes torchrun's own arguments. Where a process has reported what a person must mend, there is no traceback of the
-launcher behind the line, no other start of what would fail again (--max-restarts), and the exit status is the
-command's, 2. After Ctrl-C or SIGTERM there is no traceback either, and the status is a shell's: 128 + the signal's
-number.
+accepts torchrun's arguments. After a process has reported a mistake that a user must correct, the launcher prints no
+traceback, does not restart the processes (--max-restarts), and exits with the command's status, 2. After Ctrl-C or
+SIGTERM it prints no traceback either and exits with 128 + the signal's number, as a shell does.
 
-Under torchrun itself the line is printed once as well, with torchrun's own report behind it.
+Under torchrun itself the line is printed once too, followed by torchrun's report.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ REPORTED = 2
 """Exit status of a process that has reported its mistake; see `cli.run`."""
 
 _FINAL, _PASSING = "solopo-reported-", "solopo-passing-"
-"""Beginnings of the names of notes, in the folder of this start of the processes of a node."""
+"""Prefixes of marker files in torchrun's log folder of this start of a node's processes."""
 
 
 def first_to_report(message: str, passing: bool = False) -> bool:
-    """Whether no other process that torchrun started on this machine has reported the same; notes that one has now.
+    """Whether this process is the first of those that torchrun started on this machine to report a message.
 
     Args:
-        passing: another start may go well, as after the loss of a process.
+        passing: a restart may succeed, as after the loss of a process.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/LOCAL_RANK/error.json
     if not error_file:
@@ -49,7 +48,7 @@ def first_to_report(message: str, passing: bool = False) -> bool:
 
 
 def _reported(error_files: Iterable[str]) -> bool:
-    """Whether a process with one of these error files has reported a mistake that only a person can mend."""
+    """Whether a process with one of these error files has reported a mistake that a user must correct."""
     return any(any(folder.glob(f"{_FINAL}*")) for folder in {Path(file).parents[1] for file in error_files})
 
 
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """``solopo launch``; the arguments are torchrun's.
 
     Raises:
-        UserError: there is no such script; each process would say so, and the launcher again.
+        UserError: there is no such script; otherwise each process and the launcher would report it.
     """
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -68,11 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     reported = False
 
     class Agent(LocalElasticAgent):
-        """Does not start again what has reported a mistake (torch 2.11, elastic/agent/server/api.py, `_invoke_run`)."""
+        """Does not restart after a reported mistake (torch 2.11, elastic/agent/server/api.py, `_invoke_run`)."""
 
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **settings)
-            # torch logs here which processes have ended, and that it ends the others.
+            # torch logs here which processes have ended, and that it terminates the others.
             logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
             logger.addFilter(lambda record: not self._has_reported())
 
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.module and not arguments.no_python and not Path(arguments.training_script).exists():
         raise UserError(
             "file-missing",
-            f"{arguments.training_script}: no such file; give the path of a Python script, behind the options",
+            f"{arguments.training_script}: no such file; put the path of a Python script behind the options",
         )
     before, api.LocalElasticAgent = api.LocalElasticAgent, Agent
     try:
@@ -100,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         if not reported:
             raise
         return REPORTED
-    except SignalException as stopped:  # torch has ended the processes, and logged that
+    except SignalException as stopped:  # torch has terminated the processes and logged that
         return 128 + stopped.sigval
     finally:
         api.LocalElasticAgent = before

@@ -1,8 +1,8 @@
-"""What is measured: each metric is declared once, with its name for people, its unit and the figure that draws it.
+"""Metrics: each is declared once, with its label, unit and figure.
 
-Training's lines, the report's figures and tables, and the tables of an evaluation read labels and units here. The
-metrics that every run has are declared in this file, scores of answers in data/scoring.py, and a loss declares its own.
-What nobody declared is shown by its plain name.
+Training's printed lines, the report's figures and tables, and the tables of an evaluation use these labels and units.
+This file declares the metrics of every run, data/scoring.py the scores of answers, and each loss its own. An
+undeclared metric is shown by its name.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ TRAINING, ACCURACY = "training", "accuracy"
 
 
 LABELS = "metric_labels.json"
-"""The file of a run folder that holds the declarations of what its loss measures besides the usual."""
+"""The file of a run folder with the declarations of its loss's own metrics."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that is measured.
+    """A number that training or an evaluation records.
 
     Attributes:
         name: its field in metrics.jsonl, or in the results of an evaluation.
-        label: its name for people, in lower case where it is a word; default: ``name``.
-        unit: the name of its axis.
-        higher_is_better: None where neither end is the better one, or that is not known.
-        figure: the figure that draws it; None: none does.
-        column: the report's table of what was learnt has it.
-        line: a step's printed line has it, in this format: ``"po {:.4g}"``.
-        limits: the ends of its axis, where they are known.
+        label: its name in tables and figures, in lower case; default: ``name``.
+        unit: the label of its axis.
+        higher_is_better: None if neither direction is better, or if that is unknown.
+        figure: the figure that draws it; None: no figure.
+        column: whether the report's table of training results has a column for it.
+        line: its format in a step's printed line, such as ``"po {:.4g}"``; "": it is not printed.
+        limits: the ends of its axis, if they are fixed.
         binary: each value is 0 or 1.
     """
 
@@ -51,12 +51,12 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The label as the title of a panel; a plain name stays as it is."""
+        """The label as the title of a panel, capitalized unless it is the name."""
         return self.label if self.label == self.name else self.label[:1].upper() + self.label[1:]
 
     @property
     def head(self) -> str:
-        """The label with its unit, as the head of a column; an arrow points to the better end."""
+        """The label with its unit as the head of a column, with an arrow in the better direction."""
         arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
         return self.label + (f" ({self.unit})" if self.unit else "") + arrow
 
@@ -65,10 +65,10 @@ _DECLARED: dict[str, Metric] = {}
 
 
 def register(*metrics: Metric) -> None:
-    """Declares metrics; their order is that of panels, columns and printed lines.
+    """Declares metrics, in the order of panels, columns and printed lines.
 
     Raises:
-        ValueError: another metric has the name of one.
+        ValueError: a different metric of the same name is declared.
     """
     for metric in metrics:
         if _DECLARED.setdefault(metric.name, metric) != metric:
@@ -76,7 +76,7 @@ def register(*metrics: Metric) -> None:
 
 
 def metric_of(name: str, more: Mapping[str, Metric] | None = None) -> Metric:
-    """The metric that was declared under a name, here or in ``more``; else one that is shown by that name."""
+    """The metric of a name, declared here or in ``more``; else an undeclared one, which is shown by its name."""
     return _DECLARED.get(name) or (more or {}).get(name) or Metric(name)
 
 
@@ -86,16 +86,16 @@ def declared() -> list[Metric]:
 
 
 def of_records(records: Iterable[Mapping[str, Any]], more: Mapping[str, Metric] | None = None) -> list[Metric]:
-    """The metrics of training that records have numbers of: declared ones in their order, then others as they come."""
+    """The training metrics with numbers in the records: declared ones in their order, then others by appearance."""
     names = dict.fromkeys(
         name
         for record in records
         for name, value in record.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     )
-    known = [name for name in _DECLARED if name in names]
-    found = (metric_of(name, more) for name in dict.fromkeys([*known, *names]))
-    return [one for one in found if one.figure == TRAINING]
+    declared_first = dict.fromkeys([*(name for name in _DECLARED if name in names), *names])
+    metrics = (metric_of(name, more) for name in declared_first)
+    return [metric for metric in metrics if metric.figure == TRAINING]
 
 
 def to_json(metrics: Iterable[Metric]) -> dict[str, dict[str, Any]]:
@@ -104,14 +104,14 @@ def to_json(metrics: Iterable[Metric]) -> dict[str, dict[str, Any]]:
 
 
 def from_json(written: Any) -> dict[str, Metric]:
-    """Declarations that `to_json` wrote, by name; what this version cannot read is left out."""
-    found = {}
+    """Declarations that `to_json` wrote, by name; without those that this version cannot read."""
+    metrics = {}
     for name, fields in written.items() if isinstance(written, dict) else ():
         try:
-            found[name] = Metric(name, **fields)
+            metrics[name] = Metric(name, **fields)
         except TypeError:
             continue
-    return found
+    return metrics
 
 
 register(

@@ -1,4 +1,4 @@
-"""What to say of a place that is no Hugging Face folder: where the model is, or how to get it."""
+"""Messages about a path that is not a Hugging Face folder: where the model is, or how to download it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ OTHER_FORMATS = (
     ("onnx/*.onnx", "ONNX"),
     ("*.nemo", "NeMo"),
 )
-"""Files of weights that are not read, and what they are."""
+"""Patterns of weight files that are not read -> their format."""
 
 
 def download(name: str | Path, kind: str = "model") -> str | None:
-    """How to get what looks like a name of the Hugging Face hub, in an imperative; None for any other path.
+    """The download command of what looks like a name on the Hugging Face hub; None for any other path.
 
     Args:
         kind: ``model`` or ``dataset``.
     """
     match = _HUB.fullmatch(str(name))
-    if match is None or Path(str(name).split("/")[0]).exists():  # a path in a folder that is here, mistyped
+    if match is None or Path(str(name).split("/")[0]).exists():  # a mistyped path in an existing folder
         return None
     repository = match[1]
     option = "" if kind == "model" else f" --repo-type {kind}"
@@ -43,11 +43,11 @@ def download(name: str | Path, kind: str = "model") -> str | None:
 
 
 def check_is_folder(where: str, folder: str | Path, remedy: str) -> None:
-    """Refuses what is no folder.
+    """Refuses a path that is not a folder.
 
     Args:
-        where: what names it, first in the message.
-        remedy: what to give instead, where it does not look like a name of the hub.
+        where: the option and its value, which begin the message.
+        remedy: what to use instead, if the path does not look like a name on the hub.
 
     Raises:
         UserError: see above.
@@ -60,28 +60,28 @@ def check_is_folder(where: str, folder: str | Path, remedy: str) -> None:
             "not-a-folder", f"{where}: is a file; {_of_file(path) or f'set the folder that it is in, {path.parent}'}"
         )
     hub = download(folder)
-    raise UserError("folder-missing", f"{where}: no such folder; {f'{hub}, and that folder given' if hub else remedy}")
+    raise UserError("folder-missing", f"{where}: no such folder; {f'{hub}; use that folder' if hub else remedy}")
 
 
 def _of_file(path: Path) -> str | None:
     kind = next((kind for pattern, kind in OTHER_FORMATS if path.match(pattern)), None)
-    return kind and f"{kind} is not read: give the folder of the original model, with config.json and safetensors"
+    return kind and f"{kind} is not read: use the folder of the original model, with config.json and safetensors"
 
 
 def seen_in(folder: str | Path) -> str | None:
-    """What a folder holds that people take for a model, and what to do; None where nothing is recognised."""
+    """What a folder holds that may be mistaken for a model, and what to do; None if nothing is recognised."""
     folder = Path(folder)
     snapshots = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
     if snapshots:
-        return f"it is a model in the hub's cache: give its snapshot, {snapshots[-1].parent}"
+        return f"it is a model in the hub's cache: use its snapshot, {snapshots[-1].parent}"
     if any(folder.glob("models--*")):
-        return "it is the hub's cache: give the snapshot of one model, models--ORGANISATION--NAME/snapshots/REVISION"
+        return "it is the hub's cache: use the snapshot of one model, models--ORGANISATION--NAME/snapshots/REVISION"
     if any(folder.glob("*.incomplete")) or any(folder.glob(".cache/huggingface/download/*.incomplete")):
         return "its download is not complete: run the same hf download again"
     if (folder / "adapter_config.json").is_file():
         return (
             "it holds an adapter of PEFT alone (adapter_config.json): merge it into its base model (merge_and_unload "
-            "of the package peft, save_pretrained) and give that folder"
+            "of the package peft, save_pretrained) and use that folder"
         )
     for pattern, kind in OTHER_FORMATS:
         if files := sorted(path.name for path in folder.glob(pattern)):
@@ -92,9 +92,9 @@ def seen_in(folder: str | Path) -> str | None:
     if any(folder.glob("iter_*/manifest.json")):
         return (
             "it holds checkpoints of a run: write one as a Hugging Face folder, solopo convert-checkpoint "
-            f"megatron-to-hf --load {folder} --save-hf NEW, and give that"
+            f"megatron-to-hf --load {folder} --save-hf NEW, and use that"
         )
     inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
     if inside:
-        return f"the model is in a folder inside it: give {' or '.join(inside[:3])}"
+        return f"the model is in a folder inside it: use {' or '.join(inside[:3])}"
     return None

@@ -1,4 +1,4 @@
-"""How an option is declared: a dataclass field with its default, meaning and rule."""
+"""The declaration of an option: a dataclass field with its default, meaning and limits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ def option(
     minimum: float | None = None,
     mapping: bool = False,
 ) -> Any:
-    """A field of a section or of a loss: default, one line of help, allowed values or the smallest allowed number.
+    """A dataclass field of a section or of a loss.
 
-    With ``mapping`` it is a JSON object in a text, which a YAML file may also give as a mapping.
+    Args:
+        default: its value where nobody sets it.
+        help: its meaning, in one line.
+        choices: the allowed values.
+        minimum: the smallest allowed number.
+        mapping: it is a JSON object in a text, which a YAML file may write as a mapping.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "mapping": mapping})

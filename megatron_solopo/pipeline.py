@@ -1,7 +1,7 @@
 """`solopo run RECIPE.yaml`: the stages of a recipe one after the other, each in a process of its own.
 
-A stage that is done is skipped: with the same options and inputs, where what it wrote is as it left it. After a kill
-the same command resumes. What a stage is, and what it made, is noted in ``.stages`` of the output folder.
+A finished stage is skipped if its options, inputs and outputs are unchanged. After a kill the same command resumes.
+The folder ``.stages`` of the output folder records each stage's options and outputs.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from megatron_solopo.recipe import Recipe, Stage, read_recipe, readable
 from megatron_solopo.terminal import write_line
 
 OUTPUTS = ("output", "validation_output", "left_out", "save", "save_hf", "tensorboard_dir", "wandb_save_dir")
-"""Options of all commands that name what is written."""
+"""Options of all commands that name outputs."""
 
 NEITHER = ("reference_cache",)
-"""What is read and written, under names of its content."""
+"""Options that name caches, which are neither inputs nor outputs."""
 
 RESUMED = ("prepare-data", "sample-responses", "tokenize-data", "train", "evaluate")
-"""Commands that a repeated command resumes; others begin again."""
+"""Commands that resume when they are repeated; others start again."""
 
 ASIDE = ("", ".partial", ".work", ".new", ".replaced")
-"""Endings of what commands write beside an output before it takes its name."""
+"""Suffixes of the temporary files beside an output."""
 
 STOPPED = {code: 128 + number for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
-"""Statuses of a stage that a signal stopped -> that of this command."""
+"""Exit status of a stage that a signal stopped -> exit status of this command."""
 
 WORK_REMAINS = 75
-"""Status after a stage that stopped early by itself, as in examples/launch."""
+"""Exit status after a stage that stopped early by itself, as in examples/launch."""
 
 STOPPED_FILE = "SOLOPO_STOPPED_FILE"
 """Environment variable of `training.exits`."""
@@ -55,11 +55,11 @@ import ctypes, os, signal, sys
 libc = ctypes.CDLL(None)
 if hasattr(libc, "prctl"):
     libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which exec keeps
-if os.getppid() != int(sys.argv[1]):  # it died before
+if os.getppid() != int(sys.argv[1]):  # the parent has died already
     sys.exit(128 + signal.SIGTERM)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Becomes a command that gets SIGTERM when its parent dies. Popen's preexec_fn could hang where there are threads."""
+"""Runs a command that receives SIGTERM when its parent dies. Popen's preexec_fn can hang in a process with threads."""
 
 
 def build_parser() -> Parser:
@@ -70,12 +70,14 @@ def build_parser() -> Parser:
         "a run that was killed is resumed, when the command is repeated.",
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="output: FOLDER and stages: (docs/pipeline.md)")
-    parser.add_argument("--output", metavar="DIR", help="folder for everything that is made (default: the recipe's)")
-    parser.add_argument("--seed", type=int, metavar="N", help="in place of every seed that the recipe gives a stage")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run; touch nothing")
+    parser.add_argument("--output", metavar="DIR", help="folder for all outputs (default: the recipe's)")
+    parser.add_argument("--seed", type=int, metavar="N", help="replaces every seed of the recipe's stages")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run; touch nothing")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and those after it, done or not")
-    group.add_argument("--only", metavar="STAGE", help="run this stage alone, done or not")
+    group.add_argument(
+        "--from", dest="start", metavar="STAGE", help="run this stage and those after it, finished or not"
+    )
+    group.add_argument("--only", metavar="STAGE", help="run this stage alone, finished or not")
     return parser
 
 
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.chdir(recipe.output if recipe.output.is_dir() else "."):
         work = _works(recipe)
         if options.dry_run:
-            _say_plan(work, options.start, options.only)
+            _print_plan(work, options.start, options.only)
             return 0
         with _Locks(Path(".stages")) as locks:
             return _run(recipe, work, options.start, options.only, locks)
@@ -105,14 +107,14 @@ class Work:
 
     Attributes:
         number: "2/9".
-        given: the value of each option that is given.
-        later: what it and the stages after it write.
+        values: the value of each explicit option.
+        later: outputs of this stage and of those after it.
     """
 
     stage: Stage
     number: str
     words: list[str]
-    given: dict[str, Any]
+    values: dict[str, Any]
     later: set[Path] = dataclasses.field(default_factory=set)
 
     def __str__(self) -> str:
@@ -120,23 +122,23 @@ class Work:
 
     @property
     def outputs(self) -> list[str]:
-        return [value for name, value in self.given.items() if name in OUTPUTS and isinstance(value, str)]
+        return [value for name, value in self.values.items() if name in OUTPUTS and isinstance(value, str)]
 
     @property
     def note(self) -> Path:
         return Path(".stages") / f"{self.stage.name}.json"
 
     def options(self) -> list[Any]:
-        """What the stage is: not in how many processes, nor where it resumes."""
+        """The stage's command and options, without the number of processes and --auto-resume."""
         script = str(self.stage.script) if self.stage.script else None
-        given = {name: value for name, value in self.given.items() if name != "auto_resume"}
-        return json.loads(json.dumps([self.stage.command, script, given], default=str))
+        values = {name: value for name, value in self.values.items() if name != "auto_resume"}
+        return json.loads(json.dumps([self.stage.command, script, values], default=str))
 
     def inputs(self) -> dict[str, Any]:
-        """Size and time of every file and folder that an option names, but for what is written from here on: a stage
-        of --preference-loss orpo must not take a later one's folder orpo for an input."""
+        """Size and time of every file and folder that an option names, except outputs of this and later stages: the
+        value of --preference-loss orpo is not a later stage's folder orpo."""
         places = [str(self.stage.script)] if self.stage.script else []
-        for name, value in self.given.items():
+        for name, value in self.values.items():
             if name not in (*OUTPUTS, *NEITHER):
                 places += [place for one in (value if isinstance(value, list) else [value]) for place in _places(one)]
         above = [Path.cwd().resolve(), *Path.cwd().resolve().parents]
@@ -149,12 +151,12 @@ class Work:
 
 def _works(recipe: Recipe) -> list[Work]:
     """All stages, checked before the first one starts."""
-    made: dict[str, str] = {}
+    writers: dict[str, str] = {}
     works = []
     for number, stage in enumerate(recipe.stages, 1):
         work = Work(stage, f"{number}/{len(recipe.stages)}", *stage.checked())
         for output in work.outputs:
-            other = made.setdefault(os.path.normpath(output), stage.name)
+            other = writers.setdefault(os.path.normpath(output), stage.name)
             if other != stage.name:
                 raise UserError(
                     "stage-output-twice",
@@ -169,7 +171,7 @@ def _works(recipe: Recipe) -> list[Work]:
 
 
 def _places(value: Any) -> Iterator[str]:
-    """What a value of an option may name: a path, @FILE or LABEL=PATH; only what is there."""
+    """The existing paths that an option's value may name: a path, @FILE or LABEL=PATH."""
     if isinstance(value, str):
         for text in (value, value.removeprefix("@"), value.partition("=")[2]):
             if text and len(text) < 4096 and "\0" not in text and "\n" not in text and os.path.exists(text):
@@ -185,11 +187,13 @@ def _state(path: Path) -> list[Any]:
 
 @dataclass(frozen=True)
 class Note:
-    """What `.stages` says of a stage: what it is, and, once it is done, what it wrote and how long it took.
+    """The record of a stage in `.stages`.
 
-    ``outputs`` are those that were not there before it began, and may be deleted when it begins again.
-    ``inputs`` is a digest of its inputs and of all stages before it. It says whether what the stage left unfinished can
-    be resumed; the options say whether what it finished is still wanted.
+    Attributes:
+        options: see `Work.options`. A finished stage is skipped while they are the same.
+        inputs: digest of its inputs and of all stages before it. An unfinished stage is resumed while it is the same.
+        outputs: those that did not exist before it started; they are deleted when it starts again.
+        files: (name, size, time of the last change in ns) of what it wrote; None: unfinished.
     """
 
     options: list[Any]
@@ -210,12 +214,13 @@ class Note:
 
 
 DONE, RESUMES, BEGINS, LEFT_OUT = "done before", "resumes", "runs", "left out"
+"""States of a stage, as they are printed."""
 
 
-def _judged(
+def _states(
     works: Sequence[Work], start: str | None, only: str | None
 ) -> Iterator[tuple[Work, str, Note, Note | None]]:
-    """(stage, `DONE` and so on, the note it gets, the note it has), each when those before it have ended."""
+    """(stage, its state, the note to write, the note of an earlier run), each once the stages before it have ended."""
     before, chosen = "", not (start or only)
     for work in works:
         options = work.options()
@@ -240,7 +245,7 @@ def _digest(value: Any) -> str:
 
 
 def _untouched(files: Sequence[Sequence[Any]]) -> bool:
-    """Whether every file that a stage wrote is as it left it."""
+    """Whether no file that a stage wrote has changed since."""
     for name, size, changed in files:
         try:
             stat = os.stat(name)
@@ -253,7 +258,7 @@ def _untouched(files: Sequence[Sequence[Any]]) -> bool:
 
 def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | None, locks: _Locks) -> int:
     begin = time.monotonic()
-    for work, state, note, noted in _judged(works, start, only):
+    for work, state, note, noted in _states(works, start, only):
         if state == LEFT_OUT:
             continue
         if state == DONE:
@@ -279,18 +284,19 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
         if stopped or code in STOPPED:
             write_line(f"{work} was stopped; run the same command again to resume")
             return STOPPED.get(code, WORK_REMAINS)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
+        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}, see above"
         raise UserError(
-            "stage-failed", f"stage {work} {how}; finished stages are kept: correct it and run the same command again"
+            "stage-failed",
+            f"stage {work} {ending}; finished stages are kept: correct it and run the same command again",
         )
-    print(f"{recipe.output}: all is done, in {time.monotonic() - begin:.0f} s")
+    print(f"{recipe.output}: all stages are done, in {time.monotonic() - begin:.0f} s")
     return 0
 
 
-def _say_plan(works: Sequence[Work], start: str | None, only: str | None) -> None:
+def _print_plan(works: Sequence[Work], start: str | None, only: str | None) -> None:
     changed = False
-    for work, state, _, noted in _judged(works, start, only):
-        if state == DONE and changed:  # it will have other inputs
+    for work, state, _, noted in _states(works, start, only):
+        if state == DONE and changed:  # its inputs will change
             state = BEGINS
         changed = changed or (state in (RESUMES, BEGINS) and bool(work.outputs))
         command = f": {readable(work.stage.command_line(work.words))}" if state in (RESUMES, BEGINS) else ""
@@ -301,16 +307,16 @@ def _say_plan(works: Sequence[Work], start: str | None, only: str | None) -> Non
 
 
 def _earlier(outputs: Sequence[str]) -> list[Path]:
-    """What there is of outputs that a note names; in the output folder, nothing else."""
-    here = Path.cwd().resolve()
+    """The existing outputs that a note names; only those in the output folder."""
+    folder = Path.cwd().resolve()
     paths = [Path(output.rstrip("/") + ending) for output in outputs for ending in ASIDE]
-    return [path for path in paths if os.path.lexists(path) and here in path.absolute().resolve().parents]
+    return [path for path in paths if os.path.lexists(path) and folder in path.absolute().resolve().parents]
 
 
 def _remove(outputs: Sequence[str]) -> None:
-    """Deletes what an earlier run of a stage made."""
+    """Deletes the outputs of an earlier run of a stage."""
     for path in _earlier(outputs):
-        print(f"  removes {path}, which an earlier run made", flush=True)
+        print(f"  removes {path} of an earlier run", flush=True)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -320,8 +326,10 @@ def _remove(outputs: Sequence[str]) -> None:
 def _call(command: list[str], environment: dict[str, str], processes: int, locks: _Locks) -> tuple[int, bool]:
     """Runs a stage, and passes SIGTERM and Ctrl-C on to it.
 
-    Returns its status (negative: the signal that killed it), and whether it stopped before its end in good order.
-    It ends with this process, however that ends, and holds a lock as long as it is there.
+    The stage ends with this process, however that ends, and holds a lock while it runs.
+
+    Returns:
+        Its exit status (negative: the signal that killed it), and whether it saved its work and stopped early.
     """
     package = str(Path(megatron_solopo.__file__).parents[1])
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
@@ -333,14 +341,14 @@ def _call(command: list[str], environment: dict[str, str], processes: int, locks
         [sys.executable, "-I", "-S", "-c", _ENDS_WITH_PARENT, str(os.getpid()), *command],
         env=threads | os.environ | environment | {"PYTHONPATH": paths, STOPPED_FILE: str(stopped)},
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # so that Ctrl-C comes once, from here
+        start_new_session=True,  # so that this process alone forwards Ctrl-C
         pass_fds=[locks.stage],
     )
     handlers = {
         signal.SIGTERM: lambda number, frame: process.terminate(),
         signal.SIGINT: lambda number, frame: os.killpg(process.pid, signal.SIGINT),
     }
-    # What is ignored here, as SIGINT is behind nohup or &, is ignored in the stage too.
+    # Signals that this process ignores (SIGINT behind nohup or &) are ignored in the stage too.
     handlers = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
@@ -351,10 +359,10 @@ def _call(command: list[str], environment: dict[str, str], processes: int, locks
 
 
 class _Locks:
-    """One run at a time in an output folder, and no stage beside one that a killed run left.
+    """Locks of an output folder: one run at a time, and no stage beside one that a killed run left running.
 
     Raises:
-        UserError: another run is there.
+        UserError: another run holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Progress of long work: tqdm's bar on a terminal, elsewhere (nohup, Slurm, CI) a plain line at least every 30 s."""
+"""Progress of long work: tqdm's bar on a terminal; elsewhere (nohup, Slurm, CI) a plain line at least every 30 s."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tqdm import tqdm
 from megatron_solopo.terminal import write_line
 
 INTERVAL = 28.0
-"""Seconds between lines. The timer looks once a second and may be late; 30 is what is promised."""
+"""Seconds between lines. The timer ticks once a second and may be late; the documentation promises 30."""
 
 clock = time.monotonic
 
 
 class ProgressBar(tqdm):
-    """tqdm's interface, with lines on stderr where that is no terminal, and nothing on ranks other than 0.
+    """tqdm's interface, with lines instead of a bar if stderr is not a terminal; ranks other than 0 print nothing.
 
-    A line comes from a timer, so that a step of minutes is reported too. The time between lines runs on from one bar
-    to the next: a command of many short parts reports, and work that ends sooner prints nothing.
+    A timer prints the lines, so that a step of minutes is reported too. The interval continues from one bar to the
+    next: a command of many short parts reports its progress, and work that ends within one interval prints nothing.
 
     Args:
-        iterable, desc, total, initial, unit: as tqdm has them.
-        options: tqdm's others, for the terminal.
+        iterable, desc, total, initial, unit: see tqdm.
+        options: tqdm's other arguments, for the terminal.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class ProgressBar(tqdm):
         return super().update(n)
 
     def close(self) -> None:
-        if getattr(self, "_lines", False):  # not where __init__ failed
+        if getattr(self, "_lines", False):  # __init__ may have failed
             self._lines = False
             _timer.remove(self)
         super().close()
 
     def line(self) -> str:
-        """Name, counts, share, rate, and the time that has gone and that is left at the mean rate so far."""
+        """Name, counts, fraction, rate, elapsed time, and the remaining time at the mean rate so far."""
         seconds = clock() - self._begin
         rate = (self.n - self._first) / seconds if seconds > 0 else 0.0
         parts = []
@@ -88,7 +88,7 @@ class ProgressBar(tqdm):
 
 @contextlib.contextmanager
 def reporting(what: str) -> Iterator[None]:
-    """Work that cannot be counted: only where stderr is no terminal, lines that say how long it has been at it."""
+    """Lines with the elapsed time of work that cannot be counted; only if stderr is not a terminal."""
     if _is_terminal():
         yield
         return
@@ -97,7 +97,7 @@ def reporting(what: str) -> Iterator[None]:
 
 
 def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()  # None where a shell closed it
+    return sys.stderr is not None and sys.stderr.isatty()  # None if a shell closed it
 
 
 def _number(value: float) -> str:
@@ -105,10 +105,10 @@ def _number(value: float) -> str:
 
 
 class _Timer:
-    """Prints the line of the innermost bar of this process when `INTERVAL` has gone since the last one.
+    """Prints the line of this process's innermost bar `INTERVAL` seconds after the last line.
 
-    The lock is held while a line is printed and while the process forks, so that a child never inherits a stream that
-    is being written; a child has neither the thread nor the bars.
+    The lock is held while a line is printed and while the process forks, so that a child never inherits a stream
+    during a write. A child has neither the thread nor the bars.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class _Timer:
     def add(self, bar: ProgressBar) -> None:
         with self._lock:
             if not self._bars and clock() - self._idle > INTERVAL:
-                self._last = clock()  # other work, long after the last
+                self._last = clock()  # new work, long after the last
             self._bars.append(bar)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -134,8 +134,8 @@ class _Timer:
     def remove(self, bar: ProgressBar) -> None:
         with self._lock:
             others = [other for other in self._bars if other is not bar]  # tqdm's == compares places on the screen
-            known, self._bars, self._idle = len(others) < len(self._bars), others, clock()
-            if known and bar.reported:  # not in a forked process
+            listed, self._bars, self._idle = len(others) < len(self._bars), others, clock()
+            if listed and bar.reported:  # a forked process has no bars
                 self._print(bar)
 
     def tick(self) -> None:
@@ -147,7 +147,7 @@ class _Timer:
 
     def _print(self, bar: ProgressBar) -> None:
         self._last = clock()
-        with contextlib.suppress(OSError, ValueError):  # a log that cannot be written must not cost the work
+        with contextlib.suppress(OSError, ValueError):  # a log that cannot be written must not stop the work
             write_line(bar.line())
 
     def _run(self) -> None:

@@ -1,10 +1,10 @@
 """Recipes of `solopo run`: a YAML file whose stages are commands of the package with their options.
 
-    output: runs/first                # everything is made there; relative to this file
+    output: runs/first                # folder of all outputs; relative to this file
     stages:
       contexts:                       # a name; the order is the file's
         prepare-data:
-          data: ./questions.jsonl     # ./ and ../ are seen from this file, other relative paths from `output`
+          data: ./questions.jsonl     # ./ and ../ are relative to this file, other paths to `output`
           tokenizer: /models/base
           short_tokens: 1024
           long_tokens: 8192
@@ -16,7 +16,7 @@
         script: table.py              # a Python file beside this one, with options as --name value
         options: {runs: [solo]}
 
-``base: FILE`` takes another recipe, whose stages this one changes and adds to; ``environment`` holds variables.
+``base: FILE`` names another recipe, whose stages this one changes or extends; ``environment`` holds variables.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ COMMANDS = {
     "report": "megatron_solopo.evaluation.report",
     "ask": "megatron_solopo.evaluation.ask",
 }
-"""Commands that a stage may be -> the module whose `build_parser` makes their parser."""
+"""Command of a stage -> the module whose `build_parser` builds its parser."""
 
 SEVERAL = ("train", "convert-checkpoint")
-"""Those that run in several processes."""
+"""Commands that run in several processes."""
 
 SCRIPT = "script"
 
@@ -75,10 +75,10 @@ class Stage:
     script: Path | None = None
 
     def checked(self) -> tuple[list[str], dict[str, Any]]:
-        """The options as a command line, and the value of each that is given, after the command's own parser read them.
+        """(command line, value of each explicit option), checked by the command's own parser.
 
         Raises:
-            UserError: what the command itself would say before it begins, with the line of the recipe.
+            UserError: a mistake that the command itself would report, with the line of the recipe.
         """
         if self.script is not None:
             if not self.script.is_file():
@@ -92,10 +92,10 @@ class Stage:
                 _check_run(words)
         except UserError as error:
             raise UserError(error.code, self._placed(error.message)) from None
-        return words, {name: values[name] for name in sorted(parser.given)}
+        return words, {name: values[name] for name in sorted(parser.explicit)}
 
     def _placed(self, message: str) -> str:
-        """A message of the command's parser, with the line of the option that it begins with."""
+        """A message of the command's parser, with the recipe's line of the option that begins it."""
         name = re.match(r"--(?:no-)?([\w-]+)(: )?", message)
         _, where = self.options.get(name[1].replace("-", "_") if name else "", (None, ""))
         if where and name[2]:
@@ -103,7 +103,7 @@ class Stage:
         return f"{(where or self.where).partition(': ')[0]}: stage '{self.name}': {message}"
 
     def command_line(self, words: list[str]) -> list[str]:
-        """What runs the stage, in the folder `Recipe.output`."""
+        """The command that runs the stage in the folder `Recipe.output`."""
         if self.script is not None:
             return [sys.executable, str(self.script), *words]
         program = ["-m", "megatron_solopo.cli", self.command, *words]
@@ -132,14 +132,14 @@ class Recipe:
 
 
 def read_recipe(path: str | Path, output: str | None = None, seed: int | None = None) -> Recipe:
-    """Reads a recipe, with what the command line says instead.
+    """Reads a recipe.
 
     Args:
-        output: in place of the recipe's; relative to the current folder.
-        seed: in place of every ``seed`` that a stage gives.
+        output: replaces the recipe's; relative to the current folder.
+        seed: replaces every ``seed`` of a stage.
 
     Raises:
-        UserError: naming ``file:line`` and the nearest known name. Options are checked by `Stage.checked` alone.
+        UserError: naming ``file:line`` and the nearest valid name. `Stage.checked` checks the options.
     """
     recipe = _read(Path(path), frozenset())
     if output is not None:
@@ -189,15 +189,15 @@ def _read(path: Path, above: frozenset[Path]) -> Recipe:
 
 
 def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
-    """A stage, or what it changes of the one of this name in the base."""
+    """A stage; ``before`` is the base's stage of this name, which it changes."""
     if not re.fullmatch(r"\w[\w.-]*", line.name):
         raise UserError("stage-name", f"{line.where}: '{line.name}': name a stage by letters, digits, - and _")
-    known = (*COMMANDS, SCRIPT, "options", "processes")
+    keys = (*COMMANDS, SCRIPT, "options", "processes")
     parts = {part.name: part for part in _mapping(file, line)}
     for part in parts.values():
-        if part.name not in known:
+        if part.name not in keys:
             raise UserError(
-                "recipe-key", f"{part.where}: '{part.name}' is not a command of a stage{nearest(part.name, known)}"
+                "recipe-key", f"{part.where}: '{part.name}' is not a command of a stage{nearest(part.name, keys)}"
             )
     commands = [name for name in parts if name in COMMANDS or name == SCRIPT]
     if len(commands) != 1 and not (before and not commands):
@@ -217,7 +217,7 @@ def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
     if "options" in parts and place != "options":
         raise UserError("recipe-key", f"{parts['options'].where}: the options of {command} belong under it")
     options = {
-        name: (_from_here(file.value(node), file.path.parent.absolute()), f"{where}: {name}")
+        name: (_relative_to(file.path.parent.absolute(), file.value(node)), f"{where}: {name}")
         for name, where, node in _mapping(file, parts.get(place))
     }
     if command == "train" and "auto_resume" not in stage.options | options and "load" not in stage.options | options:
@@ -249,10 +249,10 @@ def _text(file: OptionFile, line: Entry) -> str:
     return value
 
 
-def _from_here(value: Any, folder: Path) -> Any:
-    """The value with paths that begin with ./ or ../ (behind @ or LABEL= too) seen from ``folder``."""
+def _relative_to(folder: Path, value: Any) -> Any:
+    """The value, in which paths that begin with ./ or ../ (behind @ or LABEL= too) are relative to ``folder``."""
     if isinstance(value, list):
-        return [_from_here(one, folder) for one in value]
+        return [_relative_to(folder, one) for one in value]
     path = re.match(r"(@|[^=/\s]+=)?(\.\.?/.*)", value, re.DOTALL) if isinstance(value, str) else None
     return f"{path[1] or ''}{os.path.normpath(folder / path[2])}" if path else value
 
@@ -273,8 +273,8 @@ def _script_words(options: Options) -> list[str]:
 
 
 def _check_run(words: list[str]) -> None:
-    """What contradicts something else, or would have no effect in a training run."""
-    from megatron_solopo.config_load import load  # with what knows models
+    """Refuses contradictions and options without effect of a training run."""
+    from megatron_solopo.config_load import load  # imports torch
 
     load(words)
 

@@ -1,13 +1,13 @@
 """``--chat-template-kwargs``: values for variables of a chat template, such as Qwen3's ``enable_thinking``; and
-``--chat-template-date``: the day that a template prints which asks for the time (``strftime_now``, as Llama 3.2's).
+``--chat-template-date``: the date for a template that prints one (``strftime_now``, as in Llama 3.2's).
 
-They belong to the tokenizer, as its chat template does: whatever renders a chat with it uses them. They live in
-``tokenizer_config.json`` under `KEY` and `DATE`, where transformers keeps fields that it does not know, so a folder
-that a training run exports says which values the model was trained with.
+Both belong to the tokenizer, as its chat template does, and apply to every chat that it renders. They are stored in
+``tokenizer_config.json`` under `KEY` and `DATE`, where transformers keeps unknown fields, so an exported folder records
+the values that the model was trained with.
 
-transformers prints today's date, so that the same text would be other tokens tomorrow. Here the date is fixed when
-work begins, recorded with what the work writes, and taken from there (`give`). A template that asks for no time has
-no date, and nothing is recorded.
+transformers prints today's date, so the same text would have other tokens tomorrow. Here the date is fixed when a
+command starts, recorded in its outputs, and read from there (`apply`). A template that prints no date has none, and
+nothing is recorded.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ KEY = "chat_template_kwargs"
 DATE_FLAG = "--chat-template-date"
 DATE = "chat_template_date"
 NOW = "strftime_now"
-"""What transformers gives to every template: ``strftime_now("%d %b %Y")`` is today."""
+"""The function that transformers passes to every template: ``strftime_now("%d %b %Y")`` is today."""
 
 
 def parse(text: str) -> dict[str, Any]:
-    """``'{"enable_thinking": false}'`` -> the values.
+    """Parses a JSON object such as ``'{"enable_thinking": false}'``.
 
     Raises:
         UserError: not JSON, or JSON but not an object.
@@ -56,41 +56,44 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def canonical(text: str) -> str:
-    """One text for the same values."""
+    """The same text for the same values: sorted keys, no extra spaces."""
     return json.dumps(parse(text), ensure_ascii=False, sort_keys=True)
 
 
 def today() -> str:
-    """The day of this machine, ``2026-01-31``."""
+    """This machine's date, ``2026-01-31``."""
     return datetime.date.today().isoformat()
 
 
 def check_date(text: Any, where: str = DATE_FLAG) -> str:
-    """A day as ``2026-01-31``.
+    """Returns a date of the form ``2026-01-31``.
+
+    Args:
+        where: the option or field, which begins the message.
 
     Raises:
-        UserError: it is none, or written otherwise.
+        UserError: it is not a date of this form.
     """
     try:
         if datetime.date.fromisoformat(text).isoformat() == text:
             return text
     except (TypeError, ValueError):
         pass
-    raise UserError("template-date", f"{where} {text}: set a day as YYYY-MM-DD, such as 2026-01-31")
+    raise UserError("template-date", f"{where} {text}: set a date as YYYY-MM-DD, such as 2026-01-31")
 
 
 def of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The values a tokenizer renders its chats with, without the date."""
+    """The values of a tokenizer's template variables, without the date."""
     return tokenizer.init_kwargs.get(KEY) or {}
 
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The day that a tokenizer's chats are rendered with; None where its template asks for no time."""
+    """The date of a tokenizer's chats; None if its template prints none."""
     return tokenizer.init_kwargs.get(DATE)
 
 
 def rendering(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `apply_chat_template` is given beside the messages: the values, and a clock that stands at the date."""
+    """The keyword arguments for `apply_chat_template`: the values, and a clock that is fixed at the date."""
     values, date = of(tokenizer), date_of(tokenizer)
     if date is None:
         return values
@@ -99,10 +102,10 @@ def rendering(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The values that make a server, which renders chats by its own clock, print the date.
+    """The values with which a server, which renders chats with its own clock, prints the date.
 
     Raises:
-        UserError: the template has no variable ``date_string``, as Llama's has, that would.
+        UserError: the template has no variable for it, such as Llama's ``date_string``.
     """
     values, date = of(tokenizer), date_of(tokenizer)
     if date is None:
@@ -112,10 +115,10 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         chat = [{"role": "user", "content": "?"}]
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **values)
 
-    wanted = rendered(rendering(tokenizer))
+    expected = rendered(rendering(tokenizer))
     for sent in (values, values | {"date_string": datetime.date.fromisoformat(date).strftime("%d %b %Y")}):
-        # Whatever the server's clock says.
-        if all(rendered(sent | {NOW: lambda form, day=day: day}) == wanted for day in ("one day", "another")):
+        # The server's clock must not matter.
+        if all(rendered(sent | {NOW: lambda form, day=day: day}) == expected for day in ("one day", "another")):
             return sent
     raise UserError(
         "template-date-server",
@@ -125,7 +128,7 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def recorded_date(text: Any) -> str | None:
-    """What work that began earlier recorded as its date, None where it recorded none."""
+    """The date that an earlier command recorded; None if it recorded no valid one."""
     try:
         return check_date(text)
     except UserError:
@@ -133,10 +136,10 @@ def recorded_date(text: Any) -> str | None:
 
 
 def write(folder: Path, text: str | None, date: str | None = None) -> None:
-    """Writes the values and the date, where there are any, into a folder's tokenizer_config.json.
+    """Writes the values and the date, if there are any, into a folder's tokenizer_config.json.
 
     Raises:
-        OSError: as the system says it.
+        OSError: the file cannot be written.
     """
     path = folder / "tokenizer_config.json"
     document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -146,8 +149,8 @@ def write(folder: Path, text: str | None, date: str | None = None) -> None:
 
 
 def _prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template asks for the time; a mere mention in its text is none."""
-    # Here and below, not at the top: the data commands read values without transformers, which takes seconds to import.
+    """Whether the chat template calls `NOW`; the name in a text of the template does not count."""
+    # Imported here: the data commands read values without transformers, which takes seconds to import.
     from jinja2 import nodes
 
     # transformers' own parser, since templates hold its {% generation %} tag.
@@ -160,7 +163,7 @@ def _prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(name.name == NOW for name in tree.find_all(nodes.Name))
 
 
-def _give_date(
+def _apply_date(
     tokenizer: PreTrainedTokenizerBase, date: str | None, folder: str, begun_with: str | None, of_data: str | None
 ) -> None:
     from_folder = tokenizer.init_kwargs.pop(DATE, None)
@@ -168,16 +171,14 @@ def _give_date(
         check_date(date)
     if not _prints_date(tokenizer):
         if date is not None:
-            raise UserError(
-                "option-unused", f"{DATE_FLAG} {date}: the chat template prints no date; leave the option out"
-            )
+            raise UserError("option-unused", f"{DATE_FLAG} {date}: the chat template prints no date; remove the option")
         return
     if from_folder is not None:
         check_date(from_folder, f"{folder}: {DATE} of tokenizer_config.json,")
     tokenizer.init_kwargs[DATE] = date or recorded_date(begun_with) or from_folder or recorded_date(of_data) or today()
 
 
-def give(
+def apply(
     tokenizer: PreTrainedTokenizerBase,
     text: str | None,
     folder: str,
@@ -185,18 +186,19 @@ def give(
     begun_with: str | None = None,
     of_data: str | None = None,
 ) -> None:
-    """Gives a tokenizer the values of the options, or checks those that its folder came with.
+    """Sets the options' values in a tokenizer, or checks the values of its folder.
 
     Args:
-        date: of --chat-template-date. Without it a template that prints the date prints, of these, the first that is
-            recorded: ``begun_with`` (of the work that is resumed), the folder's, ``of_data`` (of the data that the
-            work reads), or else today's.
+        text: of --chat-template-kwargs.
+        date: of --chat-template-date. Without it a template that prints the date prints the first recorded one of
+            ``begun_with`` (the work that is resumed), the folder's, and ``of_data`` (the data that is read), else
+            today's.
 
     Raises:
-        UserError: a name that the chat template has no variable for, or that is not the user's to set; a date of a
-            template that prints none.
+        UserError: a name is not a variable of the chat template, or is set by the commands; or a date is set and the
+            template prints none.
     """
-    _give_date(tokenizer, date, folder, begun_with, of_data)
+    _apply_date(tokenizer, date, folder, begun_with, of_data)
     if text is not None:
         tokenizer.init_kwargs[KEY] = parse(text)
     values, where = of(tokenizer), FLAG if text is not None else f"{folder}: {KEY} of tokenizer_config.json"
@@ -206,15 +208,17 @@ def give(
         return
     from transformers.utils.chat_template_utils import _get_template_variables
 
-    ours = {"messages", *inspect.signature(type(tokenizer).apply_chat_template).parameters}
-    known = sorted(_get_template_variables(tokenizer.get_chat_template()) - ours)
+    reserved = {"messages", *inspect.signature(type(tokenizer).apply_chat_template).parameters}
+    variables = sorted(_get_template_variables(tokenizer.get_chat_template()) - reserved)
     for name in values:
         if name == NOW:
-            raise UserError("template-variable", f"{where}: {NOW} is transformers' clock; set the day with {DATE_FLAG}")
-        if name in ours:
-            raise UserError("template-variable", f"{where}: {name} is set by every command itself; leave it out")
-        if name not in known:
+            raise UserError(
+                "template-variable", f"{where}: {NOW} is transformers' clock; set the date with {DATE_FLAG}"
+            )
+        if name in reserved:
+            raise UserError("template-variable", f"{where}: {name} is set by every command itself; remove it")
+        if name not in variables:
             raise UserError(
                 "template-variable",
-                f"{where}: the chat template has no variable {name}; it has {', '.join(known) or 'none to set'}",
+                f"{where}: the chat template has no variable {name}; it has {', '.join(variables) or 'none to set'}",
             )

@@ -6,9 +6,9 @@ import sys
 
 
 def write_line(text: str) -> None:
-    """Writes ``text`` and its line end to stderr in one call of the system.
+    """Writes ``text`` and its line end to stderr in one system call.
 
-    `print` writes them in two calls where Python is unbuffered, and lines of two processes then run together.
+    `print` makes two calls if Python is unbuffered, so that lines of two processes could mix.
     """
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A user's own function, named ``module:function`` in the place of one that comes with the package."""
+"""A user's function, named ``module:function`` in place of one of the package."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from typing import Any
 from megatron_solopo.errors import UserError
 
 
-def load_function(flag: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
-    """The function ``module:function``; the module is looked for in the current folder first, then where Python looks.
+def load_function(flag: str, name: str, choices: Iterable[str]) -> Callable[..., Any]:
+    """Imports ``module:function``, from the current folder first, then from Python's path.
 
     Args:
-        flag: the option and its value, which errors begin with.
-        known: names that could have been given instead.
+        flag: the option and its value, which begin error messages.
+        choices: the names of the package's own functions.
 
     Raises:
         UserError: there is no such module or function.
     """
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
-        raise UserError("option-value", f"{flag}: set {', '.join(known)}, or a function of your own as module:function")
+        raise UserError(
+            "option-value", f"{flag}: set {', '.join(choices)}, or a function of your own as module:function"
+        )
     try:
         module = import_module(module_name)
     except ValueError as error:
@@ -43,17 +45,17 @@ def load_function(flag: str, name: str, known: Iterable[str]) -> Callable[..., A
 
 
 def import_module(name: str) -> ModuleType:
-    """A user's module, from the current folder first, then from where Python looks.
+    """Imports a user's module, from the current folder first, then from Python's path.
 
     Raises:
-        ValueError: it cannot be imported, in a line.
+        ValueError: it cannot be imported; the message is one line.
     """
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever a user's module does when it is read
+    except Exception as error:  # a user's module may raise anything
         raise ValueError(f"module {name} cannot be imported ({error_text(error)})") from error
 
 
@@ -64,7 +66,7 @@ def error_text(error: Exception) -> str:
 
 
 def short(value: object) -> str:
-    """A value for an error message, cut where it is long."""
+    """A value for an error message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

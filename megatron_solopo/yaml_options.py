@@ -12,7 +12,7 @@ import yaml
 from megatron_solopo.errors import UserError, nearest
 
 Options = dict[str, tuple[Any, str]]
-"""Name of an option -> (value, where it is written). A number is a text, since its option says which type it has."""
+"""Name of an option -> (value, its place in the file). Numbers are texts, since the option defines the type."""
 
 
 def as_options(values: Mapping[str, Any], caller: str) -> Options:
@@ -51,22 +51,22 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' occurs twice", key.start_mark)
                 seen.add(key.value)
         super().flatten_mapping(node)
-        # What is merged stands before what replaces it; a node that is merged elsewhere comes here again.
+        # Merged keys come before those that override them; a node that is merged elsewhere comes here again.
         last = {key.value if isinstance(key, yaml.ScalarNode) else key: (key, value) for key, value in node.value}
         node.value = list(last.values())
 
     def option(self, node: yaml.Node) -> Any:
-        """The value of an option: None, a switch, a text (numbers too), a list of texts, or what is nested."""
+        """The value of an option: None, a bool, a text (numbers too), a list of texts, or a nested value."""
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float", ":str")):
             return node.value
         self._refuse_old_switches(node)
         return self.construct_object(node, deep=True)
 
     def _refuse_old_switches(self, node: yaml.Node) -> None:
-        """No option says what type a nested value has, and a chat template takes the text "no" for true."""
+        """Refuses YAML 1.1's yes and no in nested values: a chat template would evaluate the text "no" as true."""
         if isinstance(node, yaml.ScalarNode):
             if node.style is None and node.value.lower() in ("yes", "no", "on", "off"):
                 problem = f"{node.value} is neither true nor false; write one of these, or '{node.value}' for the text"
@@ -91,10 +91,11 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(lo
 class OptionFile:
     """A YAML file whose root is a mapping, read node by node.
 
-    Use it as a context: what is no YAML, found at the start or in a part read later, is a `UserError` with its line.
+    Use it as a context manager: invalid YAML, at the start or in a part that is read later, raises a `UserError` with
+    its line.
 
     Args:
-        flag: the option that names the file, for the message where there is none.
+        flag: the option that names the file, for the message about a missing file.
     """
 
     def __init__(self, path: str | Path, flag: str) -> None:
@@ -125,10 +126,10 @@ class OptionFile:
         return node is None or (isinstance(node, yaml.ScalarNode) and self._loader.option(node) is None)
 
     def entries(self, node: yaml.Node | None, otherwise: str) -> list[Entry]:
-        """The lines of a mapping, [] where it is empty.
+        """The lines of a mapping; [] if it is empty.
 
         Raises:
-            UserError: it is no mapping; the message is ``otherwise``.
+            UserError: it is not a mapping; the message is ``otherwise``.
         """
         if self.is_empty(node):
             return []
@@ -145,8 +146,8 @@ def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | Non
     """Options of a YAML file; ``where`` is "file:line: name", or "file:line: section.name".
 
     Args:
-        sections: names of the options in each section of the file; None: the file has none, and its options are not
-            known here.
+        sections: names of the options in each section of the file; None: the file has no sections, and the names of
+            its options are not checked.
 
     Raises:
         UserError: unreadable YAML, an unknown section or option (with the nearest valid name), or an option in the
@@ -156,7 +157,7 @@ def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | Non
         if sections is None:
             lines = file.entries(file.root, f"{path}: must hold 'name: value' lines")
             return {name: (file.value(node), f"{where}: {name}") for name, where, node in lines}
-        found: Options = {}
+        options: Options = {}
         for section, where, values in file.entries(file.root, f"{path}: must hold the sections {', '.join(sections)}"):
             if section not in sections:
                 hint = nearest(section, sections)
@@ -170,5 +171,5 @@ def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | Non
                     owner = next((other for other, names in sections.items() if name in names), None)
                     hint = f"; it belongs to section '{owner}'" if owner else nearest(name, sections[section])
                     raise UserError("option-unknown", f"{place}: unknown option '{section}.{name}'{hint}")
-                found[name] = (file.value(node), f"{place}: {section}.{name}")
-        return found
+                options[name] = (file.value(node), f"{place}: {section}.{name}")
+        return options

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import write_folder
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER, HEADS, KV_HEADS, ROWS = 2048, 8192, 16, 4, 151_936
@@ -121,8 +121,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         work = Path(name)
         (work / "empty").mkdir()
-        companions = Companions(work / "empty", config(layers).to_json_string())
-        write_folder(work / "hf", companions, shapes(layers), torch.bfloat16, tensors(layers))
+        sidecar_files = SidecarFiles(work / "empty", config(layers).to_json_string())
+        write_folder(work / "hf", sidecar_files, shapes(layers), torch.bfloat16, tensors(layers))
         size = sum(path.stat().st_size for path in (work / "hf").iterdir()) / 1e9
         bound = size + embedding / 1e9 + 1
         print(f"{size:.2f} GB, largest tensor {embedding / 1e9:.2f} GB; bound on memory {bound:.2f} GB")

@@ -1,4 +1,4 @@
-"""Whether a Megatron model computes what transformers does from the same weights, by token and by layer."""
+"""Compares a Megatron model with transformers on the same weights, by token and by layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = (
     "    return total / len(numbers)",
     "Es war einmal ein König, der hatte drei Söhne. 从前有一位国王。 Il était une fois 1,234.56 € — 7 × 8 = 56.",
 )
-"""Prose, code, and other languages, digits and signs."""
+"""Prose; code; other languages with digits and signs."""
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Comparison:
 
     Attributes:
         prompts: (tokens, largest difference of a token's log-prob in nats, its place) of each prompt.
-        layers: relative difference of the hidden states behind each layer, the last behind the final norm; the
-            largest of all prompts.
+        layers: relative difference of the hidden states after each layer (the last: after the final norm); the
+            maximum over all prompts.
     """
 
     prompts: list[tuple[int, float, int]] = field(default_factory=list)
@@ -53,19 +53,19 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        """Not a number where one of the differences is none: torch's maxima keep that, Python's lose it."""
+        """The largest difference; nan if any is nan, which torch's max keeps and Python's may lose."""
         return torch.tensor([difference for _, difference, _ in self.prompts], dtype=torch.float64).max().item()
 
     @property
     def worst_layer(self) -> int:
-        """The layer, counted from 0, that adds most to the difference."""
+        """The layer, counted from 0, that adds the most to the difference."""
         return int(torch.tensor([0.0, *self.layers]).diff().argmax())
 
 
 def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConfig) -> list[list[int]]:
     """Token ids of the lines of a file, or of the built-in prompts.
 
-    A folder without a usable tokenizer is compared on random ids, which test a conversion as well as text does.
+    Without a usable tokenizer the ids are random, which tests a conversion as well as text does.
 
     Raises:
         UserError: no such file, not UTF-8, or a line of fewer than two tokens.
@@ -78,18 +78,18 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
     longest = hf_config.max_position_embeddings
     try:
         tokenizer = read_tokenizer(folder)
-        made = [list(tokenizer(line)["input_ids"])[:longest] for line in lines]
+        prompts = [list(tokenizer(line)["input_ids"])[:longest] for line in lines]
     except Exception as error:  # transformers raises many kinds
         if path is not None:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError("tokenizer-unreadable", f"--prompts {path}: needs the tokenizer: {reason}") from None
-        made = []
-    usable = bool(made) and all(len(ids) > 1 and max(ids) < hf_config.vocab_size for ids in made)
+        prompts = []
+    usable = bool(prompts) and all(len(ids) > 1 and max(ids) < hf_config.vocab_size for ids in prompts)
     if path is None and not usable:
         generator = torch.Generator().manual_seed(0)
         shape = (3, min(64, longest))
-        made = torch.randint(0, hf_config.vocab_size, shape, generator=generator).tolist()
-    for number, ids in enumerate(made, start=1):
+        prompts = torch.randint(0, hf_config.vocab_size, shape, generator=generator).tolist()
+    for number, ids in enumerate(prompts, start=1):
         if len(ids) < 2:
             raise UserError(
                 "prompt-too-short", f"{path}:{number}: a prompt of {len(ids)} tokens; the comparison needs two or more"
@@ -100,9 +100,9 @@ def read_prompts(path: str | None, folder: str | Path, hf_config: PretrainedConf
                 f"{path}:{number}: token id {max(ids)} is beyond vocab_size {hf_config.vocab_size} of {folder}; the "
                 "tokenizer is not this model's",
             )
-    if not made:
+    if not prompts:
         raise UserError("data-empty", f"--prompts {path}: holds no text")
-    return made
+    return prompts
 
 
 @torch.no_grad()
@@ -113,11 +113,11 @@ def compare(
 
     Args:
         model: all layers, in float32 or bfloat16.
-        hf_config: of both, extended as the run's --rope-scaling says.
+        hf_config: of both, with the run's --rope-scaling.
         folder: the Hugging Face folder whose weights transformers loads, in the same dtype.
 
     Returns:
-        The comparison on the first process, None on others.
+        The comparison on rank 0, None on other ranks.
     """
     parameter = next(model.parameters())
     first = dist.get_rank() == 0
@@ -132,7 +132,7 @@ def compare(
         theirs = theirs.eval().to(parameter.device)
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config).to(parameter.device))
     model.eval()
-    found, layers = Comparison(), []
+    comparison, layers = Comparison(), []
     for ids in ProgressBar(prompts, desc="comparing", unit="prompt", leave=False):
         log_probs, states = _ours(model, head, ids, parameter)
         if theirs is None:
@@ -141,18 +141,20 @@ def compare(
         scores = output.logits[0, :-1].float().log_softmax(-1)
         expected = scores[range(len(ids) - 1), ids[1:]]
         difference = (log_probs - expected).abs()
-        found.prompts.append((len(ids), difference.max().item(), int(difference.argmax()) + 1))
+        comparison.prompts.append((len(ids), difference.max().item(), int(difference.argmax()) + 1))
         # One less: the last token predicts nothing and is not computed.
         others = [other[0, :-1].float() for other in output.hidden_states[1:]]
-        layers.append([(own.float() - other).norm() / other.norm() for own, other in zip(states, others, strict=True)])
+        layers.append(
+            [(ours.float() - other).norm() / other.norm() for ours, other in zip(states, others, strict=True)]
+        )
     if not first:
         return None
-    found.layers = torch.tensor(layers).amax(0).tolist()
-    return found
+    comparison.layers = torch.tensor(layers).amax(0).tolist()
+    return comparison
 
 
 def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """([n - 1] log-probs of the tokens behind the first, the hidden states [n - 1, H] behind each layer)."""
+    """([n - 1] log-probs of the tokens after the first, the hidden states [n - 1, H] after each layer)."""
     states: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Any) -> None:
@@ -166,7 +168,7 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
     group = TokenGroup("prompt", (Prompt(Context.SHORT, list(ids[:1]), (Continuation(Side.PLAIN, list(ids[1:])),)),))
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     pack = build_pack([group], [0], False, multiple)
-    # Every token a segment of its own: the head sums log-probs by segment.
+    # The head sums log-probs by segment, so each token is a segment.
     each = Segments.of([(0, Context.SHORT, Side.PLAIN, place, 1) for place in range(len(ids) - 1)], 1)
     pack = dataclasses.replace(pack, segments=torch.arange(len(ids) - 1), scored=each)
     try:
@@ -177,18 +179,19 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
     return log_probs, states
 
 
-def report(found: Comparison, dtype: str, bound: float | None) -> int:
-    """Prints a comparison; 1 where the largest difference is above the bound or not a number, else 0."""
-    for number, (tokens, difference, place) in enumerate(found.prompts, start=1):
+def report(comparison: Comparison, dtype: str, bound: float | None) -> int:
+    """Prints a comparison. Returns 1 if the largest difference is above the bound or nan, else 0."""
+    for number, (tokens, difference, place) in enumerate(comparison.prompts, start=1):
         print(f"prompt {number}: {tokens} tokens, log-probs differ by up to {difference:.2e} nats (token {place})")
-    worst = found.worst_layer
-    if all(difference == 0 for difference in found.layers):
-        print(f"no layer differs ({len(found.layers)} compared)")
+    worst = comparison.worst_layer
+    if all(difference == 0 for difference in comparison.layers):
+        print(f"no layer differs ({len(comparison.layers)} compared)")
     else:
         print(
-            f"worst layer: {worst} of {len(found.layers)} (hidden states differ by {found.layers[worst]:.2e} behind it)"
+            f"worst layer: {worst} of {len(comparison.layers)} "
+            f"(hidden states differ by {comparison.layers[worst]:.2e} after it)"
         )
-    good = math.isfinite(found.largest) if bound is None else found.largest <= bound
+    good = math.isfinite(comparison.largest) if bound is None else comparison.largest <= bound
     limit = f"bound {bound:g}" if bound is not None else "no bound"
-    print(f"{'agrees' if good else 'DIFFERS'} in {dtype}: {found.largest:.2e} nats, {limit}")
+    print(f"{'agrees' if good else 'DIFFERS'} in {dtype}: {comparison.largest:.2e} nats, {limit}")
     return 0 if good else 1

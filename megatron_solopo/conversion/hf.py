@@ -1,4 +1,4 @@
-"""Hugging Face folder <-> megatron-core model, through one table a family (model/families)."""
+"""Hugging Face folder <-> megatron-core model, by one table for each family (model/families)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import MAX_SHARD_SIZE
-from megatron_solopo.conversion.companions import Companions, config_json
 from megatron_solopo.conversion.hf_folder import write_folder
+from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import Entry
@@ -33,19 +33,21 @@ def named_entries(
     """(entry, its Hugging Face names, the parameter on this process) for every parameter of the model.
 
     Raises:
-        UserError: a parameter that no entry makes, or an entry without a parameter.
+        UserError: a parameter has no entry, or an entry has no parameter.
     """
     parameters = {portable_name(name): parameter for name, parameter in model.named_parameters()}
     for entry in family_of(hf_config).table(hf_config, model.vocab_size):
         if "{layer}" not in entry.megatron:
-            if entry.megatron in parameters:  # the first and the last pipeline stage hold what is not in a layer
+            if (
+                entry.megatron in parameters
+            ):  # only the first and the last pipeline stage hold parameters outside layers
                 yield entry, entry.hf, parameters.pop(entry.megatron)
             if entry.megatron == EMBEDDING and hf_config.tie_word_embeddings and TIED_COPY in parameters:
                 yield entry, entry.hf, parameters.pop(TIED_COPY)
             continue
         for local, layer in enumerate(model.decoder.layers):
             number = layer.layer_number - 1  # mcore counts from 1, over all pipeline stages
-            # This process's experts, by their number in the whole model.
+            # This process's experts, by their number in the model.
             for place, expert in enumerate(layer.mlp.local_expert_indices if entry.of_experts else (0,)):
                 name = entry.megatron.format(layer=local, expert=place)
                 if name not in parameters:
@@ -62,43 +64,43 @@ def named_entries(
 
 
 def tensor_group(entry: Entry) -> dist.ProcessGroup:
-    """The processes that a parameter is cut over."""
+    """The processes over which a parameter is split."""
     if entry.of_experts:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _cut_dimension(parameter: torch.nn.Parameter) -> int | None:
+def _split_dimension(parameter: torch.nn.Parameter) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
-def own_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int | None]:
-    """(number of the part that this process holds, how many parts, the dimension that is cut) of a parameter, as
-    `Operator.fill` takes them; (0, 1, None) of one that is not cut."""
-    dimension = _cut_dimension(parameter)
+def local_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int | None]:
+    """(index of this process's part, number of parts, the split dimension) of a parameter, for `Operator.fill`;
+    (0, 1, None) if the parameter is not split."""
+    dimension = _split_dimension(parameter)
     return (0, 1, None) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size(), dimension)
 
 
 def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Hugging Face name -> shape of every tensor of the model; of all of them on the first process.
+    """Hugging Face name -> shape of every tensor of the model; all tensors on rank 0.
 
-    Nothing is read. Collective over the expert-parallel and pipeline groups.
+    No tensor is read. Collective over the expert-parallel and pipeline groups.
     """
     shapes: dict[str, torch.Size] = {}
     for chunk in chunks:
         for entry, names, parameter in named_entries(chunk, hf_config):
-            dimension = _cut_dimension(parameter)
+            dimension = _split_dimension(parameter)
             count = 1 if dimension is None else tensor_group(entry).size()
-            whole = entry.operator.join([torch.empty_like(parameter, device="meta")] * count, dimension)
-            shapes |= {name: part.shape for name, part in zip(names, entry.operator.to_hf(whole), strict=True)}
+            joined = entry.operator.join([torch.empty_like(parameter, device="meta")] * count, dimension)
+            shapes |= {name: part.shape for name, part in zip(names, entry.operator.to_hf(joined), strict=True)}
     for group in (
         parallel_state.get_expert_model_parallel_group(),
         parallel_state.get_pipeline_model_parallel_group(),
     ):
-        everyone = [shapes] * group.size()
+        gathered = [shapes] * group.size()
         if group.size() > 1:
-            dist.all_gather_object(everyone, shapes, group=group)
-        shapes = {name: shape for some in everyone for name, shape in some.items()}
+            dist.all_gather_object(gathered, shapes, group=group)
+        shapes = {name: shape for of_rank in gathered for name, shape in of_rank.items()}
     return shapes
 
 
@@ -106,23 +108,23 @@ def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[s
 def hf_tensors(
     chunks: Sequence[GPTModel], hf_config: PretrainedConfig, stored: StoredWeights | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor on the CPU), joined over tensor-parallel processes, padding removed.
+    """(Hugging Face name, unsplit tensor on the CPU), joined over tensor-parallel processes, without padding.
 
-    Collective over the tensor-parallel, expert-parallel and pipeline groups. The first process gets the tensors of all
-    stages, one at a time, a stage's model chunks one after the other; other processes get some or none.
+    Collective over the tensor-parallel, expert-parallel and pipeline groups. Rank 0 yields the tensors of all stages,
+    one at a time, a stage's model chunks one after the other; other ranks yield a part or nothing.
 
     Args:
-        stored: where each parameter is read when it is wanted; it is given up afterwards. Without it the model is
-            loaded already, and stays.
+        stored: the checkpoint from which each parameter is mapped when it is needed, and released afterwards. Without
+            it the model is already loaded, and keeps its weights.
     """
-    own = (named for chunk in chunks for named in _own_hf_tensors(chunk, hf_config, stored))
+    of_stage = (named for chunk in chunks for named in _hf_tensors_of_chunk(chunk, hf_config, stored))
     if parallel_state.is_pipeline_first_stage():
-        yield from own
+        yield from of_stage
         for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if _on_writing_column() else ():
             while (received := _receive_tensor(stage)) is not None:
                 yield received
         return
-    for name, tensor in own:
+    for name, tensor in of_stage:
         if _on_writing_column() and name not in _names_of_first_stage(hf_config):
             _send_tensor(name, tensor)
     if _on_writing_column():
@@ -130,7 +132,7 @@ def hf_tensors(
 
 
 def _on_writing_column() -> bool:
-    """Whether this process's pipeline group holds the process that writes; the others send nothing."""
+    """Whether this process's pipeline group holds the writing process; other groups send nothing."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -138,12 +140,12 @@ def _on_writing_column() -> bool:
 
 
 def _names_of_first_stage(hf_config: PretrainedConfig) -> tuple[str, ...]:
-    """A tied embedding's copy on the last stage is not sent."""
+    """Names that only the first stage writes: the last stage does not send its copy of a tied embedding."""
     return ("model.embed_tokens.weight",) if hf_config.tie_word_embeddings else ()
 
 
 def _send_tensor(name: str | None, tensor: Tensor | None) -> None:
-    """To the same place of the first stage; None ends the stage's tensors."""
+    """Sends a tensor to the first stage's process of this pipeline group; None ends the stage's tensors."""
     group = parallel_state.get_pipeline_model_parallel_group()
     target = parallel_state.get_pipeline_model_parallel_first_rank()
     dist.send_object_list([(name, None if tensor is None else (tensor.shape, tensor.dtype))], target, group=group)
@@ -154,9 +156,9 @@ def _send_tensor(name: str | None, tensor: Tensor | None) -> None:
 def _receive_tensor(stage: int) -> tuple[str, Tensor] | None:
     group = parallel_state.get_pipeline_model_parallel_group()
     source = dist.get_global_rank(group, stage)
-    head: list[tuple[str | None, Any]] = [(None, None)]
-    dist.recv_object_list(head, source, group=group)
-    name, what = head[0]
+    header: list[tuple[str | None, Any]] = [(None, None)]
+    dist.recv_object_list(header, source, group=group)
+    name, what = header[0]
     if name is None:
         return None
     tensor = torch.empty(*what[:1], dtype=what[1], device=_wire_device())
@@ -165,38 +167,38 @@ def _receive_tensor(stage: int) -> tuple[str, Tensor] | None:
 
 
 def _wire_device() -> torch.device:
-    """NCCL sends device memory only."""
+    """The device of sent tensors: NCCL sends only device memory."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _own_hf_tensors(
+def _hf_tensors_of_chunk(
     model: GPTModel, hf_config: PretrainedConfig, stored: StoredWeights | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model chunk, joined over tensor-parallel processes, of all its experts."""
+    """The tensors of a model chunk and of all its experts, joined over tensor-parallel processes."""
     for entry, names, parameter in named_entries(model, hf_config):
         if stored is not None:
-            stored.lend(parameter)
-        whole, dimension = parameter.detach(), _cut_dimension(parameter)
+            stored.map(parameter)
+        joined, dimension = parameter.detach(), _split_dimension(parameter)
         if dimension is not None and tensor_group(entry).size() > 1:
-            whole = entry.operator.join(_gather(whole, tensor_group(entry)), dimension)
+            joined = entry.operator.join(_gather(joined, tensor_group(entry)), dimension)
         if entry.of_experts:
-            # Every process comes to its n-th expert at the same time.
+            # All processes reach their n-th expert at the same time.
             group = parallel_state.get_expert_model_parallel_group()
-            everyone = [names] * group.size()
+            names_by_rank = [names] * group.size()
             if group.size() > 1:
-                dist.all_gather_object(everyone, names, group=group)
-            found = zip(everyone, _gather(whole, group), strict=True)
+                dist.all_gather_object(names_by_rank, names, group=group)
+            experts = zip(names_by_rank, _gather(joined, group), strict=True)
         else:
-            found = [(names, whole)]
-        for these, parameter_of_these in found:
-            for name, tensor in zip(these, entry.operator.to_hf(parameter_of_these), strict=True):
+            experts = [(names, joined)]
+        for expert_names, weights in experts:
+            for name, tensor in zip(expert_names, entry.operator.to_hf(weights), strict=True):
                 yield name, tensor.cpu().contiguous()
         if stored is not None:
             stored.release(parameter)
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensor of every process of a group; all have one shape."""
+    """The tensors of all processes of a group; they have one shape."""
     if group.size() == 1:
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
@@ -219,14 +221,14 @@ def save_folder(
     max_shard_size: str = MAX_SHARD_SIZE,
     stored: StoredWeights | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face folder; config and tokenizer files come from ``source``, changed as training
-    options changed the model.
+    """Writes the model as a Hugging Face folder, with the config and tokenizer files of ``source``, adapted to the
+    training options.
 
-    Collective; the first process writes.
+    Collective; rank 0 writes.
 
     Args:
-        chunks: the parts of the model that this process holds.
-        chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date: see `Companions`.
+        chunks: this process's parts of the model.
+        chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date: see `SidecarFiles`.
         dtype: of the files; default the model's.
         stored: see `hf_tensors`.
 
@@ -241,8 +243,8 @@ def save_folder(
         return
     dtype = dtype or next(chunks[0].parameters()).dtype
     document = config_json(source, hf_config, dtype)
-    companions = Companions(
+    sidecar_files = SidecarFiles(
         Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date
     )
     tensors = ProgressBar(tensors, desc=f"writing {target}", total=len(shapes), unit="tensor", leave=False)
-    write_folder(Path(target), companions, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)
+    write_folder(Path(target), sidecar_files, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

@@ -1,4 +1,4 @@
-"""Reading tensors of a Hugging Face folder one at a time, and writing such a folder."""
+"""Reads tensors of a Hugging Face folder one at a time, and writes such a folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
-from megatron_solopo.conversion.companions import Companions, dtype_name
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
+from megatron_solopo.conversion.sidecar_files import SidecarFiles, dtype_name
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model_folder import seen_in
@@ -30,13 +30,13 @@ BIN_SINGLE = "pytorch_model.bin"
 POINTER = b"version https://git-lfs"
 
 NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
-"""Endings of tensors that old folders hold and that the config defines."""
+"""Suffixes of tensors in old folders that the config defines."""
 
 
 @dataclass(frozen=True)
-class _Head:
-    """What a file says of a tensor: its shape, its dtype in the words of safetensors, and the byte where it begins
-    (0 in a ``.bin``, whose tensors are loaded)."""
+class _Header:
+    """A tensor's entry in a file: its shape, its dtype as safetensors names it, and the byte at which it begins (0 in
+    a ``.bin``, whose tensors are loaded)."""
 
     shape: torch.Size
     dtype: str
@@ -44,15 +44,18 @@ class _Head:
 
 
 class TensorReader:
-    """The weights in a folder's files, sharded or not, read when asked for.
+    """The weights in a folder's files, sharded or not, each read on request.
 
-    Safetensors files, or else ``pytorch_model.bin`` as older folders have it, of which only tensors are loaded: a
-    pickle that would run code is refused.
+    Reads safetensors files, else ``pytorch_model.bin`` of older folders, of which it loads only tensors and refuses a
+    pickle that would run code.
+
+    Raises:
+        UserError: there are no weights, or a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._heads: dict[str, dict[str, _Head]] = {}
+        self._headers: dict[str, dict[str, _Header]] = {}
         self._files: dict[str, BinaryIO] = {}
         self._bins: dict[str, dict[str, Tensor]] = {}
         for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):  # transformers' order
@@ -92,7 +95,7 @@ class TensorReader:
             ) from None
 
     def names(self) -> set[str]:
-        """Of every weight."""
+        """The names of all weights."""
         return set(self._file_of)
 
     def files(self) -> list[Path]:
@@ -100,100 +103,102 @@ class TensorReader:
         return [self.folder / name for name in sorted(set(self._file_of.values()))]
 
     def dtype(self) -> torch.dtype:
-        """Of all weights; no tensor is read.
+        """The dtype of all weights; no tensor is read.
 
         Raises:
-            UserError: they have several, or see `dtype_of`.
+            UserError: they have several dtypes, or see `dtype_of`.
         """
-        found: dict[torch.dtype, str] = {}
+        names: dict[torch.dtype, str] = {}
         for name in sorted(self._file_of):
-            found.setdefault(self.dtype_of(name), name)
-        if len(found) > 1:
-            several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in found.items())
+            names.setdefault(self.dtype_of(name), name)
+        if len(names) > 1:
+            several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in names.items())
             raise UserError(
                 "dtype-mixed", f"{self.folder}: its weights have several dtypes, {several}; choose one with --dtype"
             )
-        return next(iter(found))
+        return next(iter(names))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Of one tensor, which is not read.
+        """The dtype of a tensor, which is not read.
 
         Raises:
             UserError: it is not a dtype of weights, or see `shape`.
         """
-        code = self._head(name).dtype
+        code = self._header(name).dtype
         if code not in CODES.values():
             raise UserError(
                 "dtype-unsupported",
                 f"{self.folder}: the tensor {name!r} is stored as {code}, and only {', '.join(CODES.values())} are "
                 "read; use the folder of the unquantized weights",
             )
-        return next(dtype for dtype, known in CODES.items() if known == code)
+        return next(dtype for dtype, name in CODES.items() if name == code)
 
     def file_of(self, name: str) -> str:
-        """The name of the file that holds a tensor, "" where there is no such tensor."""
+        """The name of the file that holds a tensor; "" if there is no such tensor."""
         return self._file_of.get(name, "")
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype.
 
-        Each file is opened once. A tensor has a mapping of its own, which ends with it: what was read of a file that is
-        mapped as a whole would stay in memory.
+        Each file is opened once. Each tensor has its own mapping, which ends with it; with one mapping of the file, all
+        pages that were read would stay in memory.
 
         Raises:
             UserError: the tensor is not in its file, or see `dtype_of`.
         """
-        dtype, head, file = self.dtype_of(name), self._head(name), self._file_of[name]
+        dtype, header, file = self.dtype_of(name), self._header(name), self._file_of[name]
         if file.endswith(".bin"):
             return self._bin(file)[name]
-        if not (size := head.shape.numel() * dtype.itemsize):
-            return torch.empty(head.shape, dtype=dtype)
+        if not (size := header.shape.numel() * dtype.itemsize):
+            return torch.empty(header.shape, dtype=dtype)
         if file not in self._files:
             self._files[file] = (self.folder / file).open("rb")
         return (
-            torch.from_numpy(np.memmap(self._files[file], np.uint8, "c", head.begin, size)).view(dtype).view(head.shape)
+            torch.from_numpy(np.memmap(self._files[file], np.uint8, "c", header.begin, size))
+            .view(dtype)
+            .view(header.shape)
         )
 
     def shape(self, name: str) -> torch.Size:
-        """Of one tensor, which is not read.
+        """The shape of a tensor, which is not read.
 
         Raises:
             UserError: the tensor is not in its file.
         """
-        return self._head(name).shape
+        return self._header(name).shape
 
-    def _head(self, name: str) -> _Head:
+    def _header(self, name: str) -> _Header:
         if name not in self._file_of:
             raise UserError(
                 "tensor-missing",
                 f"{self.folder}: the tensor {name!r} is missing; the folder does not match its config.json",
             )
         file = self._file_of[name]
-        if file not in self._heads:
-            self._heads[file] = self._heads_in(file)
-        if name not in self._heads[file]:
+        if file not in self._headers:
+            self._headers[file] = self._headers_in(file)
+        if name not in self._headers[file]:
             raise UserError(
                 "tensor-missing",
                 f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again",
             )
-        return self._heads[file][name]
+        return self._headers[file][name]
 
-    def _heads_in(self, file: str) -> dict[str, _Head]:
+    def _headers_in(self, file: str) -> dict[str, _Header]:
         _refuse_pointer(self.folder / file)
         if file.endswith(".bin"):
             tensors = self._bin(file).items()
-            return {name: _Head(tensor.shape, CODES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors}
-        with self._open(file), (self.folder / file).open("rb") as opened:  # the library checks the whole file
+            return {name: _Header(tensor.shape, CODES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors}
+        with self._open(file), (self.folder / file).open("rb") as opened:  # the library validates the file
             size = int.from_bytes(opened.read(8), "little")
             document = json.loads(opened.read(size))
         return {
-            name: _Head(torch.Size(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
+            name: _Header(torch.Size(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
             for name, entry in document.items()
             if name != "__metadata__"
         }
 
     def _bin(self, file: str) -> dict[str, Tensor]:
-        """The tensors of a ``.bin`` file. Mapped ones are kept, and the last of those that cannot be mapped."""
+        """The tensors of a ``.bin`` file. Mapped files are kept; of those that cannot be mapped, the last one."""
         if file not in self._bins:
             tensors, mapped = _load_bin(self.folder / file)
             if not mapped:
@@ -203,7 +208,7 @@ class TensorReader:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file of an index.json."""
+    """Tensor name -> file name, from an index.json."""
     check_json(path)
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -218,7 +223,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a ``.bin`` file, and whether they are mapped, so that only those that are read take memory."""
+    """(tensors of a ``.bin`` file, whether they are mapped, so that only those that are read take memory)."""
     try:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # the format of torch before 1.6 cannot be mapped
@@ -248,7 +253,7 @@ def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def _refuse_pointer(path: Path) -> None:
-    """What git leaves in a large file's place without git-lfs."""
+    """Refuses the pointer file that git without git-lfs leaves in place of a large file."""
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(
@@ -258,17 +263,17 @@ def _refuse_pointer(path: Path) -> None:
 
 def write_folder(
     folder: Path,
-    companions: Companions,
+    sidecar_files: SidecarFiles,
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: str = MAX_SHARD_SIZE,
     force: bool = False,
 ) -> None:
-    """Writes config, tokenizer files and weights, aside first and renamed at the end.
+    """Writes config, tokenizer files and weights, beside the folder first, and renames them at the end.
 
-    A tensor is written as it comes, so that one is in memory at a time. ``tensors`` is read to its end even if writing
-    fails, because other processes send them.
+    Each tensor is written as it arrives, so that one at a time is in memory. ``tensors`` is read to its end even if
+    writing fails, because other processes send them.
 
     Args:
         shapes: of every tensor, in the order of the files.
@@ -291,7 +296,7 @@ def write_folder(
         shards.add(name, tensor)
     try:
         shards.finish()
-        companions.write(aside)
+        sidecar_files.write(aside)
         put_in_place(aside, folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)

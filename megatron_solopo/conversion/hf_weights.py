@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, a parameter of the model at a time."""
+"""Reads the weights of a Hugging Face folder, one parameter of the model at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_solopo.conversion.hf import named_entries, own_part
+from megatron_solopo.conversion.hf import local_part, named_entries
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.errors import UserError
@@ -21,16 +21,16 @@ from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.progress import ProgressBar
 
 OUTPUT = "lm_head.weight"
-"""Also stands in folders whose output matrix is tied to the embedding."""
+"""Name of the output matrix; some folders with tied embeddings hold it too."""
 
 
 class HfWeights:
-    """The folder's weights for the chunks of a model, cut for this process, converted to the parameters' dtype.
+    """A folder's weights for the chunks of a model, split for this process, in the parameters' dtype.
 
-    All tensors are checked at once (`check_tensors`); a parameter's tensors are read when it is filled.
+    The constructor checks all tensors (`check_tensors`); `fill` reads those of a parameter.
 
     Args:
-        new_rows: of tokens that the folder's model does not have.
+        new_rows: rows of tokens that the folder's model does not have.
 
     Raises:
         UserError: see `check_tensors`.
@@ -54,7 +54,7 @@ class HfWeights:
         self._parameters.sort(key=self._files)
 
     def _files(self, parameter: torch.nn.Parameter) -> list[str]:
-        """The files that a parameter is read from; in their order a ``.bin`` that cannot be mapped is loaded once."""
+        """The files that hold a parameter; in their order, each ``.bin`` that cannot be mapped is loaded once."""
         return sorted({self._reader.file_of(name) for name in self._sources[id(parameter)][1]})
 
     def _fill(self, target: Tensor, entry: Entry, tensors: list[Tensor], part: tuple[int, int, int | None]) -> None:
@@ -66,28 +66,28 @@ class HfWeights:
     def fill(self, parameter: torch.nn.Parameter) -> None:
         """Copies a parameter's tensors into it."""
         entry, names = self._sources[id(parameter)]
-        self._fill(parameter, entry, [self._reader.get(name) for name in names], own_part(entry, parameter))
+        self._fill(parameter, entry, [self._reader.get(name) for name in names], local_part(entry, parameter))
 
     def fill_all(self) -> None:
-        """Every parameter of the model."""
+        """Fills every parameter of the model."""
         for parameter in ProgressBar(self._parameters, desc="reading weights", unit="parameter", leave=False):
             self.fill(parameter)
 
 
 def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
-    """Refuses a folder whose tensors are not those of its config.json; reads no tensor where the files' heads suffice.
+    """Refuses a folder whose tensors do not match its config.json, by the headers of its files where they suffice.
 
     Args:
-        hf_config: of the model that trains, whose vocabulary may be larger than the folder's (--add-special-tokens).
+        hf_config: of the trained model, whose vocabulary may be larger than the folder's (--add-special-tokens).
 
     Raises:
-        UserError: a tensor is missing or left over, has another shape or no dtype of weights, or an output matrix of
-            its own would be lost.
+        UserError: a tensor is missing or left over, has another shape or an unsupported dtype, or an untied output
+            matrix would be lost.
     """
     table = family_of(hf_config).table(hf_config, padded_vocab_size)
     expected = {name for entry in table for name in _all_names(entry, hf_config)}
     if missing := expected - reader.names():
-        reader.shape(min(missing))  # says so
+        reader.shape(min(missing))  # raises
     left_over = reader.names() - expected
     if hf_config.tie_word_embeddings and OUTPUT in left_over and _is_embedding(reader, OUTPUT):
         left_over.remove(OUTPUT)
@@ -105,7 +105,7 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
         )
     shapes = stored_shapes(read_hf_config(reader.folder))
     for name in sorted(expected):
-        reader.dtype_of(name)  # it is one of weights
+        reader.dtype_of(name)  # raises for an unsupported one
         if reader.shape(name) != shapes[name]:
             raise UserError(
                 "tensor-shape",
@@ -115,13 +115,13 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
 
 
 def _is_embedding(reader: TensorReader, name: str) -> bool:
-    """transformers 5 too ties only where both are the same; one of training without tying may stand there."""
+    """Whether a tensor equals the embedding; like transformers 5, which ties only equal tensors."""
     output, embedding = reader.get(name), reader.get("model.embed_tokens.weight")
     return output.dtype == embedding.dtype and torch.equal(output, embedding)
 
 
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """The Hugging Face names of an entry in every layer, of every expert."""
+    """The Hugging Face names of an entry in all layers and experts."""
     experts = range(hf_config.num_experts if entry.of_experts else 1)
     layers = range(hf_config.num_hidden_layers)
     return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
@@ -130,7 +130,7 @@ def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
 def stored_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
     """Name -> shape of every tensor that transformers writes for this model.
 
-    The model is built on the meta device, and transformers undoes what it changes on loading: it stacks experts.
+    The model is built on the meta device. transformers reverts its own conversions, which stack experts on loading.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)

@@ -1,6 +1,6 @@
-"""The completeness mark of a checkpoint: ``manifest.json``, written last, names every file with its size and digest.
+"""The manifest of a checkpoint, ``manifest.json``: written last, it lists every file with its size and digest.
 
-Nothing here needs Megatron: a run folder can be checked before the engine starts.
+This module does not need Megatron, so a run folder can be checked before the engine starts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Raised when the meaning of a checkpoint's content changes."""
+"""Version of a checkpoint's content."""
 
 WHOLE = 64 * 2**20
 BLOCK, BLOCKS = 2**20, 64
-"""Files up to WHOLE bytes are hashed whole; of larger ones BLOCKS evenly spread blocks, the first and last included.
+"""Files up to WHOLE bytes are hashed completely; of larger ones BLOCKS evenly spread blocks, with the first and last.
 
-So a mark costs the same for a checkpoint of any size. A cut, exchanged or zero-filled file is found; a single changed
-bit of a large file may not be.
+So a manifest costs the same for a checkpoint of any size. It detects a truncated, swapped or zero-filled file, but not
+every changed bit of a large one.
 """
 
 
@@ -37,16 +37,16 @@ def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
 
 
 def iterations(folder: str | Path) -> list[int]:
-    """Numbers of the checkpoint folders of a run, ascending, complete or not."""
-    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in Path(folder).glob("iter_*"))
-    return sorted(int(match[1]) for match in found if match)
+    """Iterations of a run's checkpoint folders, ascending, complete or not."""
+    matches = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in Path(folder).glob("iter_*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def latest_iteration(folder: str | Path) -> int | None:
-    """The last complete checkpoint of a run folder as its `LATEST` file names it, or None.
+    """The iteration in a run folder's `LATEST` file; None if there is no file.
 
     Raises:
-        UserError: the file holds something else than a number.
+        UserError: the file does not hold a number.
     """
     path = Path(folder) / LATEST
     if not path.is_file():
@@ -62,12 +62,12 @@ def latest_iteration(folder: str | Path) -> int | None:
 
 
 def write_latest(folder: Path, iteration: int) -> None:
-    """Names an iteration as the last complete one; atomic."""
+    """Records the iteration of the last complete checkpoint; atomic."""
     write_text(folder / LATEST, f"{iteration}\n")
 
 
 def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progress: dict[str, Any]) -> None:
-    """Marks a folder whose files are all written as complete; see the module's first lines."""
+    """Writes the manifest of a folder whose files are all written."""
     document = {
         "format": FORMAT,
         "iteration": iteration,
@@ -81,15 +81,15 @@ def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progres
 
 
 def is_marked(folder: Path) -> bool:
-    """Whether the mark was written, without reading what it names."""
+    """Whether a folder has a manifest; its files are not checked."""
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The mark of a checkpoint, its files not compared.
+    """The manifest of a checkpoint; its files are not checked.
 
     Raises:
-        ValueError: what is wrong with it, in a few words.
+        ValueError: it is missing, unreadable or of another version.
     """
     try:
         document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def problem_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, naming the file; None if it is complete and unchanged."""
+    """The problem of a checkpoint folder, with the file's name; None if it is complete and unchanged."""
     if not folder.is_dir():
         return "the folder is missing"
     try:
@@ -131,10 +131,10 @@ def problem_of(folder: Path) -> str | None:
 
 
 def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--load") -> Path:
-    """The checkpoint to go on from: the latest, or that of ``ckpt_step``; every file compared with its mark.
+    """The checkpoint to resume from: the latest, or that of ``ckpt_step``; every file is compared with the manifest.
 
     Args:
-        option: the flag that named the folder.
+        option: the flag that names the folder.
 
     Raises:
         UserError: there is none, or it is incomplete or changed; names the file and the previous complete checkpoint.
@@ -150,10 +150,10 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
     source = checkpoint_folder(folder, iteration)
     problem = problem_of(source)
     if problem:
-        named = f"{option} {folder}" if ckpt_step is None else f"--ckpt-step {ckpt_step}"
+        source_option = f"{option} {folder}" if ckpt_step is None else f"--ckpt-step {ckpt_step}"
         raise UserError(
             "checkpoint-incomplete",
-            f"{named}: the checkpoint {source} cannot be used: {problem}"
+            f"{source_option}: the checkpoint {source} cannot be used: {problem}"
             + (
                 _offer(folder, iteration, " in place of --auto-resume, once" if option == "--save" else "")
                 or "; there is no earlier complete checkpoint: start in another folder"
@@ -163,7 +163,7 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
 
 
 def mistaken(folder: Path) -> str | None:
-    """What a folder is that people take for a run's, and what to do; None where nothing is recognised."""
+    """What a folder is that may be mistaken for a run folder, and what to do; None if nothing is recognised."""
     folder = folder.resolve()
     if is_marked(folder) and (number := folder.name.removeprefix("iter_")).isdecimal():
         return f"it is one checkpoint: use the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
@@ -173,7 +173,7 @@ def mistaken(folder: Path) -> str | None:
 
 
 def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
-    """Half a sentence: the newest complete checkpoint before an iteration and the flags that take it; or nothing."""
+    """The end of a message, or "": the newest complete checkpoint before an iteration, and the flags to resume from."""
     for number in reversed(iterations(folder)):
         if (before is None or number < before) and problem_of(checkpoint_folder(folder, number)) is None:
             return f"; iteration {number} is complete: resume from it with --load {folder} --ckpt-step {number}{note}"
@@ -181,7 +181,7 @@ def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What a checkpoint consists of; ``.nfs*`` is what NFS leaves of deleted files that are still open."""
+    """The files of a checkpoint, without ``.nfs*``, which NFS keeps for deleted files that are still open."""
     return [path for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith(".nfs")]
 
 

@@ -1,8 +1,8 @@
-"""Weights of a model in megatron-core's distributed format: any layout writes them, any other reads them.
+"""Weights of a model in megatron-core's distributed format, which any layout writes and any other reads.
 
-A run's checkpoints hold them beside the optimizer. A Megatron folder (`save_megatron_folder`) holds only them, as
-iteration 0, with the config and tokenizer files of the Hugging Face folder it was made from, and stands wherever a
-Hugging Face folder does.
+A run's checkpoints hold them with the optimizer. A Megatron folder (`save_megatron_folder`) holds only weights, as
+iteration 0, with the config and tokenizer files of its Hugging Face folder, and may replace that folder in every
+option.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_solopo.atomic import folder_aside
-from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_weights import HfWeights
 from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
 from megatron_solopo.conversion.places import put_in_place, restore
 from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
@@ -34,28 +34,28 @@ from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.progress import ProgressBar, reporting
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""The optimizer's state by parameter, so that another layout can read it."""
+"""Stores the optimizer's state by parameter, so that another layout can read it."""
 
 FP8_SCALES = "._extra_state"
-"""In the keys of what Transformer Engine's layers know of earlier batches. Only delayed scaling knows anything; other
-layers, and megatron-core's own, have empty entries, which would only tie a checkpoint to the implementation."""
+"""Part of the keys of Transformer Engine's scales of earlier batches. Only delayed scaling has scales; other layers
+have empty entries, which would only tie a checkpoint to the implementation."""
 
 
 def chunk_names(models: Sequence[GPTModel]) -> list[str]:
-    """Megatron's keys of the model chunks. The files know a tensor by its place in the whole model."""
+    """Megatron's keys of the model chunks. In the files, a tensor's key is its place in the unsplit model."""
     return ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
 
 
 def model_states(
     models: Sequence[GPTModel], source: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, dict[str, None]]]:
-    """What a checkpoint holds of the chunks of a model, and the entries of `FP8_SCALES` left out, both by chunk.
+    """(states of the chunks of a model, the omitted entries of `FP8_SCALES`), both by chunk.
 
     Args:
-        source: the checkpoint that it is to be loaded from, or None when saving.
+        source: the checkpoint to load from; None when saving.
 
     Raises:
-        UserError: the checkpoint holds scales that only an environment variable allows to load.
+        UserError: the checkpoint holds scales that are loaded only if an environment variable allows it.
     """
     states = {
         name: model.sharded_state_dict(metadata=dict(METADATA))
@@ -80,13 +80,13 @@ def model_states(
 
 
 def load_models(models: Sequence[GPTModel], loaded: dict[str, Any], left_out: dict[str, dict[str, None]]) -> None:
-    """Puts loaded states of `model_states` into the chunks."""
+    """Loads states of `model_states` into the chunks."""
     for name, model in zip(chunk_names(models), models, strict=True):
         model.load_state_dict(loaded[name] | left_out[name])
 
 
 def load_weights_from(source: Path, models: Sequence[GPTModel]) -> None:
-    """The weights of a complete checkpoint, without its optimizer, into the chunks of a model.
+    """Loads the weights of a complete checkpoint, without its optimizer, into the chunks of a model.
 
     Raises:
         UserError: it belongs to another model.
@@ -95,29 +95,31 @@ def load_weights_from(source: Path, models: Sequence[GPTModel]) -> None:
 
 
 def stored_weights(source: Path, models: Sequence[GPTModel]) -> StoredWeights:
-    """The same, to be read a parameter at a time."""
+    """The weights of a complete checkpoint, which are read one parameter at a time."""
     states, _ = model_states(models, source)
     return StoredWeights(source, models, [states[name] for name in chunk_names(models)])
 
 
 def reason_of(error: BaseException) -> str:
-    """The last line of what megatron-core and torch say of a checkpoint that does not fit."""
+    """The type and last line of megatron-core's or torch's error about a checkpoint that does not fit."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 def stored_dtype(source: Path) -> torch.dtype:
-    """Of the weights in a checkpoint."""
+    """The dtype of the weights in a checkpoint."""
     return dist_checkpointing.load_tensors_metadata(str(source))["embedding.word_embeddings.weight"].dtype
 
 
-def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, target: Path, weights: HfWeights) -> None:
+def save_megatron_folder(
+    models: Sequence[GPTModel], sidecar_files: SidecarFiles, target: Path, weights: HfWeights
+) -> None:
     """Writes a Megatron folder; collective. A model in ``target`` is replaced once all is written.
 
     Args:
         models: the chunks of a model without weights.
-        companions: config and tokenizer files that go beside the weights.
-        weights: of the model. On the CPU a parameter is filled when it is written, and empty afterwards, so that one at
-            a time is in memory.
+        sidecar_files: config and tokenizer files beside the weights.
+        weights: of the model. On the CPU each parameter is filled when it is written and emptied afterwards, so that
+            one at a time is in memory.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -133,14 +135,14 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
     problem, filling = first_error(run_on_rank0(begin)), None
     if problem is None:
         device = next(models[0].parameters()).device
-        if device.type != "cpu":  # the writer takes all of them from there first
+        if device.type != "cpu":  # the writer copies all of them from the device first
             weights.fill_all()
         states, _ = model_states(models)
         apply_factories(states)
         owners = {}
         for parameter, parts in parts_of_parameters(models, [states[name] for name in chunk_names(models)]):
             for part in parts:
-                part.data = in_a_storage_of_its_own(part.data)
+                part.data = in_own_storage(part.data)
                 owners[part.data.data_ptr()] = parameter
         filling = _Filling(weights, owners)
         write = ShardedWrite(states, step, device)
@@ -149,7 +151,7 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
             failed = write.finish()
         problem = first_error((str(filling.error) if filling.error else "") or failed)
     if problem is None:
-        problem = first_error(run_on_rank0(lambda: _publish(aside, companions, target)))
+        problem = first_error(run_on_rank0(lambda: _publish(aside, sidecar_files, target)))
     if problem is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -158,24 +160,24 @@ def save_megatron_folder(models: Sequence[GPTModel], companions: Companions, tar
         raise UserError("write-failed", f"--save {target}: not written ({problem})")
 
 
-def in_a_storage_of_its_own(part: torch.Tensor) -> torch.Tensor:
-    """The same memory on the CPU, not as a part of a larger tensor, which megatron-core's writer would copy."""
+def in_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """The same CPU memory as a tensor with a storage of its own; megatron-core's writer copies parts of a storage."""
     part = part.detach()
     if part.device.type != "cpu" or not part.is_contiguous() or part.dim() == 0:
         return part
     begin = part.storage_offset() * part.itemsize
-    own = part.untyped_storage()[begin : begin + part.numel() * part.itemsize]
-    return torch.empty(0, dtype=part.dtype).set_(own, 0, part.shape, part.stride())
+    storage = part.untyped_storage()[begin : begin + part.numel() * part.itemsize]
+    return torch.empty(0, dtype=part.dtype).set_(storage, 0, part.shape, part.stride())
 
 
 class _Filling:
-    """Fills each parameter before its first part is written, and empties it behind its last.
+    """Fills each parameter before its first part is written, and empties it after its last.
 
     Args:
-        owners: the parameter whose memory begins or goes on at an address, for the address of every part.
+        owners: address of each part -> its parameter.
 
     Attributes:
-        error: why a parameter could not be filled, which megatron-core's writer would tell as its own failure.
+        error: why a parameter could not be filled; megatron-core's writer would report it as a failed write.
     """
 
     def __init__(self, weights: HfWeights, owners: Mapping[int, torch.nn.Parameter]) -> None:
@@ -199,11 +201,11 @@ class _Filling:
             yield item, tensor
             left[id(parameter)] -= 1
             if not left[id(parameter)]:
-                parameter.untyped_storage().resize_(0)  # the memory of ``tensor`` too, which nobody reads again
+                parameter.untyped_storage().resize_(0)  # frees the memory of ``tensor`` too
 
 
-def _publish(aside: Path, companions: Companions, target: Path) -> None:
+def _publish(aside: Path, sidecar_files: SidecarFiles, target: Path) -> None:
     write_manifest(checkpoint_folder(aside, 0), 0, {}, {})
-    companions.write(aside)
+    sidecar_files.write(aside)
     write_latest(aside, 0)
     put_in_place(aside, target)

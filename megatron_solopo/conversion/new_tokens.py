@@ -1,4 +1,4 @@
-"""--add-special-tokens: rows of the vocabulary matrices for tokens that a folder's model does not know yet."""
+"""--add-special-tokens: rows of the vocabulary matrices for new tokens."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ class NewRows:
     """The rows of new tokens.
 
     Attributes:
-        before: rows of the folder's vocabulary matrices, which may be more than its tokenizer has ids.
-        known: ids that the tokenizer had; the rows behind them mean nothing.
+        before: rows of the folder's vocabulary matrices, which may exceed the ids of its tokenizer.
+        used: ids of the folder's tokenizer; the rows after them are unused.
         ids: of the new tokens.
     """
 
     before: int
-    known: int
+    used: int
     ids: tuple[int, ...]
 
     @property
     def rows(self) -> int:
-        """Of the matrices with the new tokens."""
+        """Rows of the matrices with the new tokens."""
         return max(self.before, max(self.ids) + 1)
 
     def grown(self, matrix: Tensor) -> Tensor:
-        """[rows, H]: the matrix, and the mean of its known rows for each new token.
+        """[rows, H]: the matrix, and the mean of its used rows for each new token.
 
-        The mean is taken in float64. A matrix of other than `before` rows is returned as it is: it does not fit.
+        The mean is computed in float64. A matrix that does not have `before` rows is returned unchanged.
         """
         if matrix.shape[0] != self.before:
             return matrix
-        known = matrix[: self.known]
-        total = sum(part.double().sum(0) for part in known.split(ROWS_AT_A_TIME))
+        used = matrix[: self.used]
+        total = sum(part.double().sum(0) for part in used.split(ROWS_AT_A_TIME))
         result = matrix.new_zeros(self.rows, *matrix.shape[1:])
         result[: self.before] = matrix
-        result[list(self.ids)] = (total / known.shape[0]).to(matrix.dtype)
+        result[list(self.ids)] = (total / used.shape[0]).to(matrix.dtype)
         return result
 
 
 def new_rows(folder: str | Path, vocab_size: int, tokens: str) -> NewRows:
-    """What --add-special-tokens does to a folder's model.
+    """The rows that --add-special-tokens adds to a folder's model.
 
     Args:
         vocab_size: of its config.json.
@@ -56,5 +56,5 @@ def new_rows(folder: str | Path, vocab_size: int, tokens: str) -> NewRows:
         UserError: see `add_special_tokens` and `read_tokenizer`.
     """
     tokenizer = read_tokenizer(folder)
-    known = max(tokenizer.get_vocab().values()) + 1
-    return NewRows(vocab_size, min(known, vocab_size), tuple(add_special_tokens(tokenizer, tokens, folder)))
+    used = max(tokenizer.get_vocab().values()) + 1
+    return NewRows(vocab_size, min(used, vocab_size), tuple(add_special_tokens(tokenizer, tokens, folder)))

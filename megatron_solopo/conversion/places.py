@@ -1,4 +1,4 @@
-"""Where models are written: what may be replaced, and what stays."""
+"""Output folders of models: which may be replaced, and what is kept."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_solopo.errors import UserError
 
 
 def restore(folder: Path) -> None:
-    """Ends what a command that was killed in `put_in_place` began."""
+    """Completes a `put_in_place` that was killed."""
     restore_folder(folder, _keep_exports)
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
-    """Gives a finished model its name; see `put_folder`."""
+    """Renames a finished model; see `put_folder`."""
     put_folder(aside, folder, _keep_exports)
 
 
 def _keep_exports(earlier: Path, folder: Path) -> None:
-    """The models inside an earlier folder that --save-hf-interval wrote stay."""
-    for path in list(earlier.glob("iter_*.replaced")):  # of a model inside, whose own replacement was killed
+    """Moves the models of --save-hf-interval inside an earlier folder into the new one."""
+    for path in list(earlier.glob("iter_*.replaced")):  # the replacement of a model inside was killed
         restore(path.with_suffix(""))
     for path in filter(_is_export, earlier.glob("iter_*")):
         if path.suffix != ".partial" and not (folder / path.name).exists():
@@ -40,7 +40,7 @@ def named_folder(option: str, text: str) -> Path:
     """The folder that an option names.
 
     Raises:
-        UserError: the text is empty, which would be the folder that the command runs in.
+        UserError: the text is empty, which would mean the current folder.
     """
     if not text:
         raise UserError("option-value", f"{option}: the name of the folder is empty; set one")
@@ -48,14 +48,15 @@ def named_folder(option: str, text: str) -> Path:
 
 
 def check_target(option: str, folder: Path, force: bool, filling: bool = False) -> None:
-    """Refuses a folder that cannot be written, or that is not to be replaced, before any work is done.
+    """Refuses a folder that cannot be written or must not be replaced, before any work is done.
 
     Args:
-        option: the flag that named the folder.
-        filling: a folder that holds only models of --save-hf-interval will do without ``force``.
+        option: the flag that names the folder.
+        force: an existing model may be replaced.
+        filling: a folder that holds only models of --save-hf-interval is accepted without ``force``.
 
     Raises:
-        UserError: what stands there, and what to do.
+        UserError: what the folder is, and what to do.
     """
     real = folder.resolve()
     if not real.exists():
@@ -81,7 +82,7 @@ def check_target(option: str, folder: Path, force: bool, filling: bool = False) 
 
 
 def _is_mounted(folder: Path) -> bool:
-    """Linux's own list too, because `os.path.ismount` overlooks a folder of the same disk."""
+    """Whether a folder is a mount point, by Linux's list too: `os.path.ismount` misses binds of the same disk."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -90,23 +91,23 @@ def _is_mounted(folder: Path) -> bool:
 
 
 def check_apart(option: str, folder: Path, others: Mapping[str, str | Path | None], run: Path | None = None) -> None:
-    """Refuses a target that would take away what the command reads or writes elsewhere.
+    """Refuses a target that would replace a folder which the command reads or writes.
 
-    The target may lie inside another folder: runs and models are read by the names they know. Only a checkpoint is
-    marked with all that its folder holds.
+    The target may lie inside another folder, whose readers ignore unknown names; only the manifest of a checkpoint
+    lists all files of its folder.
 
     Args:
-        option: the flag that named the target.
-        others: by their flags.
-        run: the folder in which checkpoints are still to come.
+        option: the flag that names the target.
+        others: flag -> folder.
+        run: the folder in which checkpoints will be written.
 
     Raises:
         UserError: naming both.
     """
     targets = (folder.resolve(), folder_aside(folder), replaced(folder))
-    current = {"the folder that the command runs in,": Path.cwd()}  # else a shell would stand in a deleted folder
+    current = {"the folder that the command runs in,": Path.cwd()}  # else the shell's folder would be deleted
     for name, other in (others | current).items():
-        # Also where nothing is replaced yet: the next start would find a model around the other one.
+        # Also if nothing exists yet: the next start would find one model inside the other.
         if other is not None and any(Path(other).resolve().is_relative_to(target) for target in targets):
             raise UserError(
                 "folder-overlap",

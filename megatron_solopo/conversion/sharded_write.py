@@ -1,4 +1,4 @@
-"""Writing a sharded state in megatron-core's distributed format: what its own way of writing lacks."""
+"""Writes a sharded state in megatron-core's distributed format, with features that its writer lacks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from megatron_solopo.errors import system_reason
 from megatron_solopo.parallel.cpu_shim import results_queue
 
 WriteItem = tuple[Any, torch.Tensor]
-"""What torch's planner says of a tensor of a file, and the tensor."""
+"""(torch's write item of a tensor, the tensor)."""
 
 
 class _Results(logging.Handler):
-    """What a writer tells its training process: megatron-core's queue, and why a write failed.
+    """The channel from a writer to its training process: megatron-core's queue, with the reason of a failed write.
 
-    Memory that a forked writer shares, instead of megatron-core's manager process, which lives on for ever when a run
-    is killed. The writer only logs the reason of a failure, so that is caught here.
+    It is memory that a forked writer shares, instead of megatron-core's manager process, which survives a killed run.
+    The writer only logs the reason of a failure, so this class is a handler of its log.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class _Results(logging.Handler):
 
 
 class _Pieces(io.RawIOBase):
-    """A stream for torch.save that hands on what it is given in pieces."""
+    """A stream for torch.save that writes in pieces."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -61,7 +61,7 @@ class _Pieces(io.RawIOBase):
     def write(self, data: Any) -> int:
         try:
             write_in_pieces(self._stream, data)
-        except OSError as error:  # torch's archive raises its own error about a wrong position in the place of this one
+        except OSError as error:  # torch's archive would raise an error about a wrong position instead
             logging.getLogger(filesystem_async.__name__).error(error)
             raise
         return len(data)
@@ -71,14 +71,14 @@ class _Pieces(io.RawIOBase):
 
 
 class _InPieces(_StorageWriterTransforms):
-    """Where torch's writer of a checkpoint lets a stream be changed."""
+    """The hook of torch's checkpoint writer that replaces its stream."""
 
     def transform_save_stream(self, write_item: Any, raw_stream: BinaryIO) -> Any:
         return super().transform_save_stream(write_item, _Pieces(raw_stream))
 
 
 class ShardedWrite:
-    """The writing of a sharded state into a folder, from its plan (when made) to its metadata (`finish`).
+    """Writes a sharded state into a folder, from its plan (in the constructor) to its metadata (`finish`).
 
     Args:
         device: of this process's collectives.
@@ -86,25 +86,25 @@ class ShardedWrite:
 
     def __init__(self, state: dict[str, Any], folder: Path, device: torch.device) -> None:
         self._device, results = device, _Results()
-        # A manifest holds digests of the files; torch's checksum of every tensor, which it does not read, takes longer
+        # The manifest holds digests of the files. torch's checksum of every tensor, which nothing reads, takes longer
         # than writing.
         torch.serialization.set_crc32_options(False)
         with results_queue(results):
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
-        assert request is not None  # an asynchronous save gives one
+        assert request is not None  # an asynchronous save returns one
         self.request = request
         _log_to(results)
-        if self.request.async_fn is not None:  # None: this process holds nothing that another does not write
+        if self.request.async_fn is not None:  # None: other processes write everything that this one holds
             transforms, *_ = self.request.async_fn.args  # of write_preloaded_data_multithread, filesystem_async.py:220
             transforms[:] = [_InPieces()]
 
     def run(self, prepare: Callable[[Sequence[WriteItem]], Iterable[WriteItem]] = iter) -> None:
-        """Writes this process's part, here and now; collective. Not with a caller that runs `request` elsewhere.
+        """Writes this process's part synchronously; collective. Not for callers that run `request` elsewhere.
 
-        dist_checkpointing's own synchronous way starts an interpreter for each writer.
+        dist_checkpointing's own synchronous save starts an interpreter for each writer.
 
         Args:
-            prepare: makes of the items of a file those that are written, each when its turn comes.
+            prepare: returns the items to write for the items of a file; called when they are written.
         """
         request = self.request
         if request.async_fn is not None:
@@ -116,22 +116,23 @@ class ShardedWrite:
         dist.barrier()
 
     def finish(self) -> str | None:
-        """megatron-core's collective end of a save; returns what failed here or, after a failed write, anywhere."""
+        """Runs megatron-core's collective end of a save. Returns the reason of a failure here or, after a failed write,
+        of any process; None after success."""
         try:
             return self._finalize()
         finally:
             _log_to(None)
 
     def _finalize(self) -> str | None:
-        def tell_failure() -> None:
-            # state_dict_saver.py:263: the others wait for this flag when the first process could not write .metadata
+        def broadcast_failure() -> None:
+            # state_dict_saver.py:263: other ranks wait for this flag when rank 0 could not write .metadata
             failed = torch.ones(1, dtype=torch.int, device=self._device)
             dist.broadcast(failed, src=0)
 
-        for function, release_others in zip(self.request.finalize_fns, (tell_failure, dist.barrier), strict=True):
+        for function, release_others in zip(self.request.finalize_fns, (broadcast_failure, dist.barrier), strict=True):
             try:
                 function()
-            except CheckpointException as error:  # raised on all processes; the first knows the reasons
+            except CheckpointException as error:  # raised on all processes; rank 0 has the reasons
                 causes = [cause for cause, _ in error.failures.values()]
                 return system_reason(causes[0]) if causes else "another process could not write"
             except Exception as error:
@@ -142,7 +143,7 @@ class ShardedWrite:
 
 
 def _log_to(results: _Results | None) -> None:
-    """Sends the writer's log to ``results`` instead of the terminal, or back."""
+    """Redirects the writer's log to ``results``; None: to the terminal."""
     logger = logging.getLogger(filesystem_async.__name__)
     logger.handlers[:] = [] if results is None else [results]
     logger.propagate = results is None

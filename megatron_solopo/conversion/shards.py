@@ -1,8 +1,8 @@
-"""Safetensors files whose tensors are written as they arrive: heads first, then each tensor at its place.
+"""Writes safetensors files one tensor at a time: first the header, then each tensor at its offset.
 
-The safetensors library writes a file at once, all its tensors in memory. The format is eight bytes with the length of
-a JSON head, the head with every tensor's type, shape and place, and the tensors
-(https://huggingface.co/docs/safetensors, "Format"), so a head can be written before there is any tensor.
+The safetensors library writes a file at once, with all its tensors in memory. The format is eight bytes with the length
+of a JSON header, the header with every tensor's type, shape and offsets, and the tensors
+(https://huggingface.co/docs/safetensors, "Format"), so the header can be written before the tensors exist.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What the format calls the types of weights."""
+"""Names of the supported dtypes in the format."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB" or "500MB".
+    """Bytes of a size such as "5GB" or "500MB".
 
     Raises:
-        UserError: naming --max-shard-size.
+        UserError: it is not such a size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.I)
-    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.I)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
         raise UserError("option-value", f"--max-shard-size {text}: must be a size such as 5GB or 500MB")
     return size
@@ -46,12 +46,12 @@ def parse_size(text: str) -> int:
 class Shards:
     """The weight files of a folder.
 
-    A failed write is told by `finish`, so that whoever brings the tensors can go on to the end.
+    `finish` reports a failed write, so that the sender of the tensors can continue to the end.
 
     Args:
-        folder: made anew.
+        folder: created; an existing one is deleted.
         shapes: of every tensor, in the order of the files.
-        dtype: of all of them.
+        dtype: of the files.
         limit: bytes of a file, which a single larger tensor may exceed.
     """
 
@@ -67,13 +67,13 @@ class Shards:
             SINGLE if len(self._files) == 1 else f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
             for number in range(1, len(self._files) + 1)
         ]
-        self._heads = [_head(tensors, shapes, dtype) for tensors in self._files]
+        self._headers = [_header(tensors, shapes, dtype) for tensors in self._files]
         self._file_of = {name: number for number, tensors in enumerate(self._files) for name in tensors}
         shutil.rmtree(folder, ignore_errors=True)
         self._try(lambda: folder.mkdir(parents=True))
 
     def _cut(self, limit: int) -> list[dict[str, int]]:
-        """The tensors of each file, and where behind its head each begins."""
+        """The tensors of each file, with their offsets after the header."""
         files: list[dict[str, int]] = [{}]
         end = 0
         for name, shape in self._shapes.items():
@@ -93,7 +93,7 @@ class Shards:
                 self._error = error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor, of any dtype, and closes its file when it was the last one missing there."""
+        """Writes a tensor, of any dtype, and closes its file after the last missing one."""
         if tensor.shape != self._shapes[name]:
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
         number = self._file_of[name]
@@ -105,13 +105,13 @@ class Shards:
     def _write(self, number: int, name: str, tensor: Tensor) -> None:
         if number not in self._open:
             self._open[number] = (self.folder / self._names[number]).open("wb", buffering=0)
-            write_in_pieces(self._open[number], self._heads[number])
+            write_in_pieces(self._open[number], self._headers[number])
         file = self._open[number]
-        file.seek(len(self._heads[number]) + self._files[number][name])
+        file.seek(len(self._headers[number]) + self._files[number][name])
         write_in_pieces(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Writes the index, once all is on the disk.
+        """Waits until all files are on the disk, then writes the index.
 
         Raises:
             OSError: a write failed.
@@ -133,8 +133,8 @@ class Shards:
             (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _head(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
-    """The length and the JSON head of a file, padded so that the tensors begin at a multiple of eight bytes."""
+def _header(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
+    """The length and the JSON header of a file, padded so that the tensors begin at a multiple of eight bytes."""
     document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, begin in tensors.items():
         end = begin + shapes[name].numel() * dtype.itemsize

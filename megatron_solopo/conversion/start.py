@@ -1,4 +1,4 @@
-"""The weights a run starts from: a Hugging Face folder, or a Megatron folder made of one."""
+"""Initial weights of a run: a Hugging Face folder, or a Megatron folder converted from one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_solopo.model.hf_config import read_hf_config
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
-    """Whether weights lie there in megatron-core's format (the folder of a run has no config.json)."""
+    """Whether a folder holds weights in megatron-core's format and config.json, which a run folder does not have."""
     return (Path(folder) / LATEST).is_file() and (Path(folder) / "config.json").is_file()
 
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
-    """The Hugging Face config of the model that --hf-path, --rope-scaling and --add-special-tokens describe.
+    """The Hugging Face config of --hf-path with --rope-scaling and --add-special-tokens.
 
     Raises:
         UserError: see `read_hf_config` and `new_rows`.
@@ -40,16 +40,16 @@ def model_config(options: ModelConfig) -> PretrainedConfig:
             f"{flag('add_special_tokens')} with the Megatron folder {options.hf_path}: its matrices have no rows for "
             "them; pass the option to convert-checkpoint hf-to-megatron, which makes such folders",
         )
-    grown = copy.deepcopy(hf_config)
-    grown.vocab_size = new_rows(options.hf_path, hf_config.vocab_size, options.add_special_tokens).rows
-    return grown
+    extended = copy.deepcopy(hf_config)
+    extended.vocab_size = new_rows(options.hf_path, hf_config.vocab_size, options.add_special_tokens).rows
+    return extended
 
 
 def check_weights(folder: str | Path, hf_config: PretrainedConfig, padded_vocab_size: int) -> None:
-    """Refuses a folder without complete weights, or with others than the model's.
+    """Refuses a folder without complete weights, or with weights of another model.
 
     Raises:
-        UserError: naming the file, or see `check_tensors`.
+        UserError: a file is missing or damaged, or see `check_tensors`.
     """
     if is_megatron_folder(folder):
         find_checkpoint(folder, None, "--hf-path")
@@ -58,7 +58,7 @@ def check_weights(folder: str | Path, hf_config: PretrainedConfig, padded_vocab_
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """sha256 that changes with the weights: of the files' contents, or of a Megatron folder's digests of them."""
+    """sha256 of the weight files, or of the manifest of a Megatron folder."""
     digest = hashlib.sha256()
     if is_megatron_folder(folder):
         digest.update((find_checkpoint(folder, None, "--hf-path") / MANIFEST).read_bytes())
@@ -89,7 +89,7 @@ def open_hf_weights(
 def load_start(
     models: Sequence[GPTModel], hf_config: PretrainedConfig, folder: str | Path, add_special_tokens: str | None = None
 ) -> None:
-    """Copies a folder's weights into the chunks of a model, cut for this process, in the model's dtype.
+    """Copies a folder's weights into the chunks of a model, split for this process, in the model's dtype.
 
     Args:
         hf_config: of the model, see `model_config`.

@@ -1,8 +1,8 @@
-"""Reading the weights of a checkpoint in megatron-core's distributed format, a parameter at a time and in place.
+"""Reads the weights of a checkpoint in megatron-core's distributed format, one parameter at a time and in place.
 
-torch's own reader holds the bytes of a stored tensor and the tensor beside the parameter, and loads everything at
-once. Here the part of the file that a parameter needs is mapped and copied straight into it. A process reads what it
-holds and asks nobody.
+torch's reader holds a stored tensor's bytes and the tensor beside the parameter, and loads everything at once. Here the
+part of the file that a parameter needs is mapped and copied straight into it. A process reads what it holds, without
+communication.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_solopo.progress import ProgressBar
 
 
 def sharded_tensors(states: object) -> Iterator[ShardedTensor]:
-    """Those in nested states; `apply_factories` first."""
+    """The sharded tensors in nested states, after `apply_factories`."""
     if isinstance(states, ShardedTensor):
         yield states
     elif isinstance(states, dict | list):
@@ -39,7 +39,7 @@ def sharded_tensors(states: object) -> Iterator[ShardedTensor]:
 def parts_of_parameters(
     models: Sequence[GPTModel], states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[torch.nn.Parameter, list[ShardedTensor]]]:
-    """Each parameter of the chunks of a model and what a checkpoint holds of it; after `apply_factories`."""
+    """(parameter, its sharded tensors) for each parameter of the chunks of a model; after `apply_factories`."""
     for model, state in zip(models, states, strict=True):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, value in state.items():
@@ -87,7 +87,7 @@ class StoredWeights:
             )
 
     def fill_all(self) -> None:
-        """Every parameter of the model."""
+        """Fills every parameter of the model."""
         for parameter in ProgressBar(self._parameters, desc="reading weights", unit="parameter", leave=False):
             self.fill(parameter)
 
@@ -104,8 +104,8 @@ class StoredWeights:
                     narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
                 )
 
-    def lend(self, parameter: torch.nn.Parameter) -> None:
-        """Like `fill`; but where one stored tensor is the parameter, the file is its memory, and nothing is copied."""
+    def map(self, parameter: torch.nn.Parameter) -> None:
+        """Like `fill`; but a parameter that equals one stored tensor is mapped from the file instead of copied."""
         parts = self._parts[id(parameter)]
         items = self._read_items(parts[0])
         if len(parts) == len(items) == 1 and items[0].lengths == _sizes(parts[0]):
@@ -120,24 +120,28 @@ class StoredWeights:
         return create_read_items_for_chunk_list(part.key, self._stored.state_dict_metadata[part.key], [chunk])
 
     def _mapped(self, place: _StorageInfo) -> Tensor:
-        """The tensor that torch.save wrote at a place of a file, its memory being the file.
+        """The tensor that torch.save wrote at a place of a file, mapped from the file.
 
-        Only the head is read: loaded to the device ``meta``, a storage says where its numbers stand
+        Only the header is read: a storage loaded to the device ``meta`` has the offset of its numbers
         (torch/serialization.py, ``_checkpoint_offset``).
         """
         path = self._source / place.relative_path
         with path.open("rb") as file:
-            head = torch.load(self._reader._slice_file(file, place), map_location="meta", weights_only=True)
-        storage = head.untyped_storage()
+            header = torch.load(self._reader._slice_file(file, place), map_location="meta", weights_only=True)
+        storage = header.untyped_storage()
         numbers = np.memmap(path, np.uint8, "c", place.offset + storage._checkpoint_offset, storage.nbytes())
-        return torch.from_numpy(numbers).view(head.dtype).as_strided(head.shape, head.stride(), head.storage_offset())
+        return (
+            torch.from_numpy(numbers)
+            .view(header.dtype)
+            .as_strided(header.shape, header.stride(), header.storage_offset())
+        )
 
     def release(self, parameter: torch.nn.Parameter) -> None:
-        """Gives a parameter's memory back; it is empty afterwards."""
-        del self._parts[id(parameter)]  # which see its memory
+        """Frees a parameter's memory; it is empty afterwards."""
+        del self._parts[id(parameter)]  # views of its memory
         parameter.data = parameter.data.new_empty(0)
 
 
 def _sizes(part: ShardedTensor) -> torch.Size:
-    """Of a part, as the file has it: with an axis of one for each that the parameter does not have."""
+    """The shape of a part in the file, with an axis of 1 for each axis that the parameter lacks."""
     return torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))

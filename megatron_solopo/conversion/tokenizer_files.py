@@ -1,8 +1,7 @@
-"""Tokenizer files of an exported folder: one tokenizer for transformers 4, transformers 5 and what is built on them.
+"""Tokenizer files of an exported folder: the same tokenizer in transformers 4, transformers 5 and their dependents.
 
-Files that all of them read alike stay as they are. Where they do not, the folder names the class
-``PreTrainedTokenizerFast``, which every version reads as tokenizer.json says, and tokenizer.json holds the tokenizer
-that the model was trained with.
+Files that both versions read alike stay unchanged. Otherwise the folder names the class ``PreTrainedTokenizerFast``,
+which every version reads from tokenizer.json alone, and tokenizer.json holds the tokenizer of the training.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ from megatron_solopo.data.text.tokenizer import PROBES, add_special_tokens, find
 from megatron_solopo.errors import UserError
 
 PORTABLE = "PreTrainedTokenizerFast"
-"""The class that is read as tokenizer.json says; transformers 5 calls it TokenizersBackend and reads both names."""
+"""The class that is read from tokenizer.json alone; transformers 5 names it TokenizersBackend and reads both names."""
 
 ONLY_IN_5 = "Backend"
-"""How the classes end that transformers 4 does not have: TokenizersBackend, SentencePieceBackend, PythonBackend."""
+"""Suffix of classes that transformers 4 does not have: TokenizersBackend, SentencePieceBackend, PythonBackend."""
 
 LLAMAS = ("llama", "mistral", "mixtral")
-"""Values of model_type whose tokenizer is a LlamaTokenizer where no class is named."""
+"""Values of model_type whose tokenizer is a LlamaTokenizer if no class is named."""
 
 SETTINGS, VOCABULARY, NAMES = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"
 
 
 def complete_tokenizer(folder: Path, source: Path, added_tokens: str | None) -> None:
-    """Changes the files that ``folder`` has from ``source``, as far as that is needed.
+    """Changes the files that were copied from ``source`` to ``folder``, as far as necessary.
 
     Args:
         source: the Hugging Face folder that the model started from.
         added_tokens: --add-special-tokens.
 
     Raises:
-        OSError: as the system says it.
+        OSError: a file cannot be written.
         UserError: see `add_special_tokens`.
     """
     settings = _read(folder / SETTINGS) or {}
     before = json.dumps(settings)
     try:
         tokenizer = read_tokenizer(source)
-    except UserError:  # no tokenizer, or a package that reads it is missing: weights that are done do not wait for it
+    except UserError:  # no tokenizer, or its package is missing: finished weights are written without it
         if added_tokens is not None:
             raise
         tokenizer = None
@@ -71,10 +70,10 @@ def complete_tokenizer(folder: Path, source: Path, added_tokens: str | None) -> 
 
 
 def write_chat_template(folder: Path, text: str) -> None:
-    """Makes ``text`` the folder's chat template, in the file that wins and in tokenizer_config.json where one stands.
+    """Sets the folder's chat template in chat_template.jinja, which wins, and in tokenizer_config.json if it has one.
 
     Raises:
-        OSError: as the system says it.
+        OSError: a file cannot be written.
     """
     settings, file = _read(folder / SETTINGS) or {}, folder / "chat_template.jinja"
     stored = settings.get("chat_template")
@@ -88,20 +87,20 @@ def write_chat_template(folder: Path, text: str) -> None:
 
 
 def _spell_as_4(settings: dict[str, Any], folder: Path) -> None:
-    """What transformers 5 alone writes, in words that both versions read."""
+    """Replaces values that only transformers 5 reads by values that both versions read."""
     if str(settings.get("tokenizer_class", "")).endswith(ONLY_IN_5) and (folder / VOCABULARY).is_file():
         settings["tokenizer_class"] = PORTABLE
-    if isinstance(settings.get("extra_special_tokens"), list):  # 4 has a dictionary of that name
+    if isinstance(settings.get("extra_special_tokens"), list):  # a dictionary in transformers 4
         _extend(settings, settings.pop("extra_special_tokens"))
 
 
 def _extend(settings: dict[str, Any], tokens: list[str | dict[str, Any]]) -> None:
-    """Adds to the further special tokens of tokenizer_config.json or special_tokens_map.json."""
+    """Adds special tokens to tokenizer_config.json or special_tokens_map.json."""
     if settings.get("extra_special_tokens") == {}:
-        del settings["extra_special_tokens"]  # which transformers 5 takes instead of these
-    there = settings.get("additional_special_tokens") or []
-    names = {_name(token) for token in there}
-    settings["additional_special_tokens"] = [*there, *(token for token in tokens if _name(token) not in names)]
+        del settings["extra_special_tokens"]  # transformers 5 would read it instead
+    present = settings.get("additional_special_tokens") or []
+    names = {_name(token) for token in present}
+    settings["additional_special_tokens"] = [*present, *(token for token in tokens if _name(token) not in names)]
 
 
 def _name(token: str | dict[str, Any]) -> str:
@@ -109,7 +108,7 @@ def _name(token: str | dict[str, Any]) -> str:
 
 
 def _all_read_alike(source: Path, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> bool:
-    """Whether transformers 4 and 5 make the ids of training from the files of a folder."""
+    """Whether transformers 4 and 5 produce the ids of training from the files of a folder."""
     file = source / VOCABULARY
     if not file.is_file():
         return find_model(source) is None  # vocab.json and merges.txt have one meaning
@@ -120,14 +119,14 @@ def _all_read_alike(source: Path, tokenizer: PreTrainedTokenizerBase, settings: 
         return False
     if settings.get("tokenizer_class") in (None, PORTABLE) or type(tokenizer) is not PreTrainedTokenizerFast:
         return True
-    # Either transformers 5 takes that for the class named, or `read_tokenizer` had to.
+    # Either transformers 5 uses this class for the named one, or `read_tokenizer` had to.
     theirs = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
     return [theirs(text)["input_ids"] for text in texts] == ours
 
 
 def _as_4(source: Path, settings: dict[str, Any], texts: tuple[str, ...]) -> list[list[int]] | None:
-    """The ids of transformers 4.57's AutoTokenizer with special tokens, None where it cannot load the folder: those of
-    tokenizer.json, but for what its classes change in __init__."""
+    """The ids of transformers 4.57's AutoTokenizer with special tokens, None if it cannot load the folder: those of
+    tokenizer.json, with the changes that its classes make in __init__."""
     file = Tokenizer.from_file(str(source / VOCABULARY))
     file.no_truncation()
     file.no_padding()
@@ -140,7 +139,7 @@ def _as_4(source: Path, settings: dict[str, Any], texts: tuple[str, ...]) -> lis
     if "LlamaTokenizer" not in kind if kind else config.get("model_type") not in LLAMAS:
         return [file.encode(text).ids for text in texts]
     if settings.get("add_prefix_space") is not None and not (source / "tokenizer.model").is_file():
-        return None  # it converts the SentencePiece model anew
+        return None  # it converts the SentencePiece model again
     first, last = (
         [file.token_to_id(_name(settings.get(token, default)))] if settings.get(f"add_{token}", added) else []
         for token, default, added in (("bos_token", "<s>", True), ("eos_token", "</s>", False))
@@ -149,10 +148,10 @@ def _as_4(source: Path, settings: dict[str, Any], texts: tuple[str, ...]) -> lis
 
 
 def _pin(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes tokenizer_config.json one that says to read tokenizer.json as it stands."""
+    """Makes transformers read tokenizer.json alone, by tokenizer_config.json."""
     settings["tokenizer_class"] = PORTABLE
     for role, token in tokenizer.special_tokens_map.items():
-        settings.setdefault(role, token)  # classes have defaults, and this one has none
+        settings.setdefault(role, token)  # the named class has defaults, this one has none
     settings.pop("add_prefix_space", None)
     words = tokenizer.backend_tokenizer.pre_tokenizer
     if isinstance(words, pre_tokenizers.ByteLevel):
@@ -160,7 +159,7 @@ def _pin(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _add(settings: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
-    """Enters the last tokens of a tokenizer as special ones, in every file that lists those."""
+    """Adds new tokens as special tokens to every file that lists them."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
     _extend(settings, tokens)
     settings[RESPONSE_TOKENS] = tokenizer.init_kwargs[RESPONSE_TOKENS]
@@ -177,7 +176,7 @@ def _add(settings: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerB
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None where there is none."""
+    """A JSON object; None if there is none."""
     if not path.is_file():
         return None
     try:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.companions import Companions, config_json, dtype_name, generation_config
 from megatron_solopo.conversion.compare import compare, read_prompts, report
 from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.hf_folder import TensorReader
@@ -22,6 +21,7 @@ from megatron_solopo.conversion.megatron_folder import (
     stored_weights,
 )
 from megatron_solopo.conversion.shards import parse_size
+from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json, dtype_name, generation_config
 from megatron_solopo.conversion.start import check_weights, is_megatron_folder, load_start, open_hf_weights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.hf_config import padded_vocab_size
@@ -55,8 +55,8 @@ def _to_megatron(given: argparse.Namespace, config: Config, hf_config: Pretraine
     models = build_chunks(hf_config, config, dtype)
     added = config.model.add_special_tokens
     weights = open_hf_weights(models, hf_config, given.hf_path, added)
-    companions = Companions(Path(given.hf_path), config_json(given.hf_path, hf_config, dtype), added_tokens=added)
-    save_megatron_folder(models, companions, Path(given.save), weights)
+    sidecar_files = SidecarFiles(Path(given.hf_path), config_json(given.hf_path, hf_config, dtype), added_tokens=added)
+    save_megatron_folder(models, sidecar_files, Path(given.save), weights)
     if dist.get_rank() == 0:
         print(f"wrote {given.save} ({dtype_name(dtype)}); train from it with --hf-path {given.save}")
     return 0

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_solopo import template_kwargs
 from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.config_checks import check_on_cuda
-from megatron_solopo.conversion.companions import generation_config
+from megatron_solopo.conversion.sidecar_files import generation_config
 from megatron_solopo.conversion.start import check_weights, model_config
 from megatron_solopo.data.files.inputs import first_field
 from megatron_solopo.data.options import TokenizerOptions
@@ -295,7 +295,7 @@ def load_run_tokenizer(
     """The tokenizer of a run.
 
     Args:
-        begun_with, of_data: dates, see `template_kwargs.give`.
+        begun_with, of_data: dates, see `template_kwargs.apply`.
 
     Raises:
         UserError: see `load_tokenizer`.

@@ -44,10 +44,10 @@ class OneByOne:
 def convert(config: Config, source: Path, work: Path, before: Path | None) -> dict[str, list[str]]:
     """What comes back from a layout otherwise than it was: from the Hugging Face folder, from the Megatron folder of
     the layout before, and of the weights that the layout before drew."""
-    from megatron_solopo.conversion.companions import Companions, config_json
     from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.conversion.megatron_folder import save_megatron_folder
     from megatron_solopo.conversion.random_start import draw_start
+    from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
     from megatron_solopo.conversion.start import load_start, open_hf_weights
     from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_chunks
@@ -68,10 +68,10 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
         models = build_chunks(hf_config, config, torch.float32)
         load_start(models, hf_config, before / "megatron")
         compare("megatron", models, source)
-    companions = Companions(source, config_json(source, hf_config, torch.float32))
+    sidecar_files = SidecarFiles(source, config_json(source, hf_config, torch.float32))
     models = build_chunks(hf_config, config, torch.float32)
     weights = OneByOne(open_hf_weights(models, hf_config, source, None))
-    save_megatron_folder(models, companions, work / "megatron", weights)
+    save_megatron_folder(models, sidecar_files, work / "megatron", weights)
     assert weights.most in (0, 1), f"{weights.most} parameters in memory at once"  # 0: another process writes them
     return found
 

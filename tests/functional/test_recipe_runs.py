@@ -76,7 +76,7 @@ def test_what_is_done_is_skipped_and_what_changed_runs_with_what_follows(
     assert (folder.made / "c.txt").read_text() == "sabc"
     told = capfd.readouterr().out
     assert re.search(r"^\[2/3\] b runs: python \S+/copy.py --data a.txt --text b --output b.txt$", told, re.MULTILINE)
-    assert re.search(r"^\[3/3\] c: \d+\.\d s$", told, re.MULTILINE) and "made: all is done, in " in told
+    assert re.search(r"^\[3/3\] c: \d+\.\d s$", told, re.MULTILINE) and "made: all stages are done, in " in told
     assert folder.calls() == ""
     assert len(re.findall(r"^\[\d/3\] \w: done before \(\d+\.\d s\)$", capfd.readouterr().out, re.MULTILINE)) == 3
     folder.options["b"]["text"] = "B"

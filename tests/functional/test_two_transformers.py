@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from megatron_solopo.cli import run
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.training import convert
 
 PROGRAM = Path(__file__).parent.parent / "read_folders.py"
@@ -206,5 +206,5 @@ def test_tokenizers_of_every_class_have_the_same_ids(solopo_data: Path, tmp_path
 
 def export_tokenizer(source: Path, target: Path, added: str | None = None) -> Path:
     target.mkdir(parents=True)
-    Companions(source, (source / "config.json").read_text(), added_tokens=added).write(target)
+    SidecarFiles(source, (source / "config.json").read_text(), added_tokens=added).write(target)
     return target

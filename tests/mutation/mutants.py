@@ -494,7 +494,7 @@ MUTANTS: list[Mutant] = [
         "model/hf_config.py", LONGER, ("--rope-scaling without effect", "if rope_scaling is None else", "if True else")
     ),
     *within(
-        "conversion/companions.py",
+        "conversion/sidecar_files.py",
         LONGER,
         ("the scaling not exported", "if not rope_scaling.is_read_alike(document, hf_config):", "if 0:"),
     ),

@@ -106,7 +106,7 @@ CONVERSION = [
         "conversion/new_tokens.py",
         NEW_TOKENS,
         ("new rows of zeros", "result[list(self.ids)] =", "_ ="),
-        ("unused rows in the mean", "known = matrix[: self.known]", "known = matrix"),
+        ("unused rows in the mean", "used = matrix[: self.used]", "used = matrix"),
     ),
     *within(
         "training/resume.py",
@@ -114,12 +114,12 @@ CONVERSION = [
         ("resumed with other tokens", '"rope_scaling", "add_special_tokens"', '"rope_scaling"'),
     ),
     *within(
-        "conversion/companions.py",
+        "conversion/sidecar_files.py",
         NEW_TOKENS,
         ("the larger vocabulary not exported", 'document["vocab_size"] = hf_config.vocab_size', "pass"),
     ),
     *within(
-        "conversion/companions.py",
+        "conversion/sidecar_files.py",
         TWO_VERSIONS,
         ("experts under the newer name only", "document[older] = document[name]", "pass"),
         ("the dtype under the newer name only", "dict.fromkeys(names or DTYPES,", "dict.fromkeys(DTYPES[1:],"),
@@ -151,7 +151,7 @@ CONVERSION = [
     *within(
         "conversion/shards.py",
         WRITING,
-        ("a file begins with its tensors", "file.seek(len(self._heads[number]) +", "file.seek("),
+        ("a file begins with its tensors", "file.seek(len(self._headers[number]) +", "file.seek("),
         ("a tensor forgotten", "if missing is not None:", "if False:"),
     ),
     *within(
@@ -355,7 +355,7 @@ DATA = [
             "[output for output in work.outputs if not os.path.lexists(output)]",
             "list(work.outputs)",
         ),
-        ("a file elsewhere deleted", " and here in path.absolute().resolve().parents]", "]"),
+        ("a file elsewhere deleted", " and folder in path.absolute().resolve().parents]", "]"),
         ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None"),
     ),
 ]

@@ -131,8 +131,8 @@ def test_a_key_that_is_given_twice_with_one_value_is_read(tmp_path: Path) -> Non
     ],
 )
 def test_a_model_folder_with_such_a_file_is_refused(text: str, code: str, key: str, tmp_path: Path) -> None:
-    from megatron_solopo.conversion.companions import generation_config
     from megatron_solopo.conversion.hf_folder import TensorReader
+    from megatron_solopo.conversion.sidecar_files import generation_config
     from megatron_solopo.model.hf_config import read_hf_config
 
     readers = {

@@ -14,16 +14,16 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from megatron_solopo.conversion import hf_folder
-from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
 from megatron_solopo.conversion.shards import parse_size
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.model.families.operators import InterleaveQKV, Operator, PadRows, Rename, StackGateUp
 
 
 def write(folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]], **options: Any) -> None:
     """A folder of `TENSORS`, which come from ``tensors``."""
     shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
-    write_folder(folder, Companions(source, "{}"), shapes, torch.float32, tensors, **options)
+    write_folder(folder, SidecarFiles(source, "{}"), shapes, torch.float32, tensors, **options)
 
 
 TENSORS = {f"layer.{number}.weight": torch.arange(6.0).view(2, 3) + number for number in range(5)}

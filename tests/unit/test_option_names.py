@@ -88,7 +88,7 @@ def test_the_command_line_has_the_last_word(tmp_path: Path) -> None:
     parser = parser_of("sample-responses")
     given = parser.parse_args([*file, "--samples", "8", "--output=p"])
     assert (given.samples, given.output, given.seed, given.contexts) == (8, "p", 1, "c")
-    assert {"samples", "output", "seed"} < parser.given and "temperature" not in parser.given
+    assert {"samples", "output", "seed"} < parser.explicit and "temperature" not in parser.explicit
 
 
 WRONG = {
@@ -150,7 +150,7 @@ def test_an_old_name_is_taken_with_a_warning(command: str, capsys: pytest.Captur
     assert parser_of(command).parse_args(argv) == parser_of(command).parse_args(
         [text.replace(old, new, 1) if text.startswith(old) else text for text in argv]
     )
-    assert capsys.readouterr().err == f"warning: {warning}; the next version will not know the old name\n"
+    assert capsys.readouterr().err == f"warning: {warning}; the next version drops the old name\n"
     name, value = next((text, argv[i + 1 : i + 2]) for i, text in enumerate(argv) if text.startswith(old))
     if "force" not in name:  # a switch may be given again
         with refused("option-twice", f"{new}: "):

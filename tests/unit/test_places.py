@@ -12,9 +12,9 @@ import torch
 from refusals import refused
 
 from megatron_solopo.atomic import folder_aside
-from megatron_solopo.conversion.companions import Companions
 from megatron_solopo.conversion.hf_folder import write_folder
 from megatron_solopo.conversion.places import check_apart, check_target, put_in_place, restore
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 
 TENSORS = {"weight": torch.arange(6.0)}
 
@@ -25,7 +25,7 @@ def write(folder: Path, text: str = "new", **options: bool) -> None:
     source.mkdir(exist_ok=True)
     (source / "tokenizer.json").write_text(text)
     shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
-    write_folder(folder, Companions(source, text), shapes, torch.float32, iter(TENSORS.items()), **options)
+    write_folder(folder, SidecarFiles(source, text), shapes, torch.float32, iter(TENSORS.items()), **options)
 
 
 def model(folder: Path, *others: str) -> Path:
@@ -162,7 +162,7 @@ def test_what_is_not_a_model_is_not_replaced(
     tensors = ((name, read.append(name) or tensor) for name, tensor in TENSORS.items())
     shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
     with refused(code, f"--save-hf {tmp_path}/mine: "):
-        write_folder(tmp_path / "mine", Companions(tmp_path, "{}"), shapes, torch.float32, tensors, force=force)
+        write_folder(tmp_path / "mine", SidecarFiles(tmp_path, "{}"), shapes, torch.float32, tensors, force=force)
     assert read == list(TENSORS) and sorted(tmp_path.rglob("*")) == before
 
 

@@ -12,7 +12,7 @@ import torch
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, byte_tokenizer, write_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
-from megatron_solopo.conversion.companions import Companions, config_json
+from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.data.text.tokenizer import add_special_tokens, read_tokenizer
 from megatron_solopo.model.hf_config import read_hf_config
 
@@ -135,7 +135,7 @@ def written_of(source: Path, target: Path, added: str | None = None, **changed: 
     ours = read_tokenizer(source)
     if added is not None:
         add_special_tokens(ours, added, source)
-    Companions(source, (source / "config.json").read_text(), added_tokens=added, **changed).write(target)
+    SidecarFiles(source, (source / "config.json").read_text(), added_tokens=added, **changed).write(target)
     theirs = AutoTokenizer.from_pretrained(target)
     texts = [*TEXTS, "<think> x</think>y"]
     assert theirs(texts)["input_ids"] == ours(texts)["input_ids"]
@@ -157,7 +157,7 @@ def test_a_tokenizer_of_transformers_5_gets_a_class_that_4_has(added: str | None
     before = json.loads((source / "tokenizer_config.json").read_text())
     assert before["tokenizer_class"] == "TokenizersBackend" and isinstance(before["extra_special_tokens"], list)
     (tmp_path / "new").mkdir()
-    Companions(source, "{}", added_tokens=added).write(tmp_path / "new")
+    SidecarFiles(source, "{}", added_tokens=added).write(tmp_path / "new")
     written = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in written
     special = before["extra_special_tokens"] + (added.split(",") if added else [])

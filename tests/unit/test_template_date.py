@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from megatron_solopo import template_kwargs
 from megatron_solopo.cli import dispatch, run
 from megatron_solopo.config_load import load
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.data.building import second_pass
 from megatron_solopo.data.files import records
 from megatron_solopo.data.files.inputs import first_field
@@ -72,7 +72,7 @@ def test_the_day_is_that_of_the_option_the_unfinished_work_the_folder_the_data_o
 ) -> None:
     on("2026-01-05")
     (tmp_path / "hf").mkdir()
-    Companions(folder, "{}", chat_template_date="2026-01-04").write(tmp_path / "hf")
+    SidecarFiles(folder, "{}", chat_template_date="2026-01-04").write(tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["chat_template_date"] == "2026-01-04"
     for place, day, given in (
         (folder, "05", {}),
@@ -102,7 +102,7 @@ def test_facts_name_another_day_and_nothing_else(folder: Path, tmp_path: Path) -
     one, other = (text_facts(folder, load_tokenizer(folder, chat_template_date=f"2026-01-0{day}")) for day in (1, 2))
     assert text_differences(one, other) == ["--chat-template-date '2026-01-01' where the run has '2026-01-02'"]
     (tmp_path / "hf").mkdir()
-    Companions(folder, "{}", chat_template_date="2026-01-01").write(tmp_path / "hf")
+    SidecarFiles(folder, "{}", chat_template_date="2026-01-01").write(tmp_path / "hf")
     assert text_differences(one, text_facts(tmp_path / "hf", load_tokenizer(tmp_path / "hf"))) == []
 
 

@@ -14,7 +14,7 @@ from token_data import tokenize
 from transformers import AutoTokenizer
 
 from megatron_solopo.config_load import load
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.data.building.prepare_data import main as prepare_data
 from megatron_solopo.data.sampling.sample_responses import main as sample_responses
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
@@ -79,14 +79,14 @@ def test_a_training_run_ends_turns_as_it_is_told(folder: Path, tmp_path: Path) -
 def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) -> None:
     """They stand in tokenizer_config.json, every command takes them from there, and the option overrules them."""
     (tmp_path / "hf").mkdir()
-    Companions(folder, "{}", chat_template_kwargs=OFF).write(tmp_path / "hf")
+    SidecarFiles(folder, "{}", chat_template_kwargs=OFF).write(tmp_path / "hf")
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert written["chat_template_kwargs"] == {"enable_thinking": False}
     off, default = (prompt_ids(load_tokenizer(folder, chat_template_kwargs=text), CHAT) for text in (OFF, None))
     assert prompt_ids(load_tokenizer(tmp_path / "hf"), CHAT) == off != default
     assert prompt_ids(load_tokenizer(tmp_path / "hf", chat_template_kwargs="{}"), CHAT) == default
     (tmp_path / "again").mkdir()
-    Companions(tmp_path / "hf", "{}").write(tmp_path / "again")
+    SidecarFiles(tmp_path / "hf", "{}").write(tmp_path / "again")
     assert prompt_ids(load_tokenizer(tmp_path / "again"), CHAT) == off
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_models import TEMPLATE, write_model
 
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.text_facts import AS_READ, text_differences, text_facts
 
@@ -22,7 +22,7 @@ def facts(folder: Path, added_tokens: str | None = None) -> dict[str, Any]:
 
 def exported(folder: Path, target: Path, added_tokens: str | None = None) -> Path:
     target.mkdir()
-    Companions(folder, (folder / "config.json").read_text(), added_tokens=added_tokens).write(target)
+    SidecarFiles(folder, (folder / "config.json").read_text(), added_tokens=added_tokens).write(target)
     return target
 
 

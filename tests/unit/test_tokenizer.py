@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.data.text import tokenizer as tokenizers
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.tokenizer import add_special_tokens, parse_tokens, read_tokenizer
@@ -75,7 +75,7 @@ def test_sentencepiece_models_have_their_own_ids(
     assert ids(ours, texts) == theirs.encode(texts)
     assert (ours.bos_token_id, ours.eos_token_id, len(ours)) == (1, 2, theirs.get_piece_size())
     (tmp_path / "out").mkdir()
-    Companions(folder, (folder / "config.json").read_text()).write(tmp_path / "out")
+    SidecarFiles(folder, (folder / "config.json").read_text()).write(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
     exported = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     assert ids(exported, texts) == theirs.encode(texts) and exported.chat_template == ours.chat_template
@@ -125,7 +125,7 @@ def test_rank_files_have_tiktokens_ids(
     ours = read_tokenizer(folder)
     assert ids(ours, texts) == theirs.encode_batch(texts) and not caplog.text
     assert ids(ours, ["<|begin|>a<|eot_id|>"]) == [[20_000, *theirs.encode("a"), 20_001]]
-    Companions(folder, (folder / "config.json").read_text()).write(tmp_path)
+    SidecarFiles(folder, (folder / "config.json").read_text()).write(tmp_path)
     exported = AutoTokenizer.from_pretrained(str(tmp_path))
     assert ids(exported, texts) == theirs.encode_batch(texts) and exported.eos_token_id == 20_001
 
@@ -168,7 +168,7 @@ def test_an_absent_package_is_named(
     ):
         read_tokenizer(folder)
     (tmp_path / "out").mkdir()
-    Companions(folder, "{}").write(tmp_path / "out")  # weights that are done get the files as they are
+    SidecarFiles(folder, "{}").write(tmp_path / "out")  # weights that are done get the files as they are
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "tokenizer.model"]
 
 

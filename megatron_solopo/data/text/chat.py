@@ -44,7 +44,7 @@ def load_tokenizer(
 
     Args:
         added_tokens: --add-special-tokens of a training run; folders that a run exported hold them already.
-        chat_template_date, begun_with, of_data: for a template that prints the date, see `template_kwargs.give`.
+        chat_template_date, begun_with, of_data: for a template that prints the date, see `template_kwargs.apply`.
 
     Raises:
         UserError: no tokenizer in the folder, no chat template or a broken one, no variable of it by that name, no
@@ -65,7 +65,7 @@ def load_tokenizer(
         )
     where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
     try:
-        template_kwargs.give(tokenizer, chat_template_kwargs, str(folder), chat_template_date, begun_with, of_data)
+        template_kwargs.apply(tokenizer, chat_template_kwargs, str(folder), chat_template_date, begun_with, of_data)
         written = _template_end_of_turn(tokenizer, where)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{where}: line {error.lineno}: no valid Jinja template ({error.message}); repair it") from None

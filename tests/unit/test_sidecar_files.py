@@ -10,7 +10,7 @@ import pytest
 from tiny_models import write_model
 from transformers import AutoTokenizer, GenerationConfig
 
-from megatron_solopo.conversion.companions import Companions
+from megatron_solopo.conversion.sidecar_files import SidecarFiles
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_the_trained_end_of_turn_joins_the_stops(
     source.mkdir(), folder.mkdir()
     if generation is not None:
         (source / "generation_config.json").write_text(json.dumps(generation))
-    Companions(source, json.dumps(model), end_of_turn=9).write(folder)
+    SidecarFiles(source, json.dumps(model), end_of_turn=9).write(folder)
     written = json.loads((folder / "generation_config.json").read_text())
     assert written == (model if generation is None else generation) | {"eos_token_id": stops}
     assert GenerationConfig.from_pretrained(folder).eos_token_id == stops
@@ -42,7 +42,7 @@ def test_stops_that_hold_it_stay_as_they_are(tmp_path: Path, text: str | None) -
     source.mkdir(), folder.mkdir()
     if text is not None:
         (source / "generation_config.json").write_text(text)
-    Companions(source, '{"eos_token_id": [4, 9]}', end_of_turn=9).write(folder)
+    SidecarFiles(source, '{"eos_token_id": [4, 9]}', end_of_turn=9).write(folder)
     written = folder / "generation_config.json"
     assert (written.read_text() if written.exists() else None) == text
 
@@ -52,5 +52,5 @@ def test_further_chat_templates_come_along(tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     folder.mkdir()
-    Companions(source, "{}", chat_template="of the run").write(folder)
+    SidecarFiles(source, "{}", chat_template="of the run").write(folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template == {"default": "of the run", "tool_use": "with tools"}

@@ -1,4 +1,4 @@
-"""What lies beside the weights of an exported folder: config.json, tokenizer and chat template."""
+"""Sidecar files of an exported folder, beside its weights: config.json, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ CARRIED = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-"""Files that a trained folder takes over from the one it started from. Mistral's SentencePiece models are called
-``tokenizer.model.v3`` too."""
+"""Files that are copied from the folder that training started from. Some of Mistral's SentencePiece models are named
+``tokenizer.model.v3``."""
 
 DTYPES = ("torch_dtype", "dtype")
-"""What transformers calls the dtype of the weights; before 4.56 it reads the first only, and 4.57 writes the second."""
+"""Names of the weights' dtype in config.json: transformers before 4.56 reads only the first, 4.57 writes the second."""
 
 OLDER_NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
-"""Fields that transformers 5 writes under another name than transformers 4 reads, by model_type; 5 reads both."""
+"""model_type -> {name that transformers 5 writes: name that transformers 4 reads}; transformers 5 reads both."""
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What transformers takes from config.json where there is no generation_config.json."""
+"""Fields of config.json that transformers reads if there is no generation_config.json."""
 
 
 @dataclass(frozen=True)
-class Companions:
-    """The files beside the weights of a folder that is to be written.
+class SidecarFiles:
+    """The files beside the weights of a folder to write.
 
     Attributes:
         source: the Hugging Face folder that config and tokenizer files come from.
         config_json: the text of config.json.
-        chat_template: the text that takes the place of the source's template.
-        chat_template_kwargs: a JSON object that takes the place of the values in the source's tokenizer_config.json.
+        chat_template: replaces the source's template.
+        chat_template_kwargs: a JSON object that replaces the values in the source's tokenizer_config.json.
         added_tokens: --add-special-tokens, for the tokenizer.
-        end_of_turn: the id that the model was trained to end a turn with, at which generation is to stop.
-        chat_template_date: the day that the template prints, for tokenizer_config.json.
+        end_of_turn: the id with which the model was trained to end a turn, at which generation stops.
+        chat_template_date: the date that the template prints, for tokenizer_config.json.
     """
 
     source: Path
@@ -68,10 +68,10 @@ class Companions:
     chat_template_date: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Writes them into a folder, changed where versions of transformers would read them otherwise than in training.
+        """Writes the files into a folder, adapted so that transformers 4 and 5 read them as training did.
 
         Raises:
-            OSError: as the system says it.
+            OSError: a file cannot be written.
         """
         for path in (path for pattern in CARRIED for path in sorted(self.source.glob(pattern))):
             target = folder / path.relative_to(self.source)
@@ -84,24 +84,26 @@ class Companions:
             template_kwargs.write(folder, self.chat_template_kwargs, self.chat_template_date)
         if self.end_of_turn is not None:
             self._stop_at(self.end_of_turn, folder / "generation_config.json")
-        (folder / "config.json").write_text(self.config_json, encoding="utf-8")  # last: without it nothing loads
+        (folder / "config.json").write_text(
+            self.config_json, encoding="utf-8"
+        )  # last: without it the folder does not load
 
     def _stop_at(self, token: int, path: Path) -> None:
-        """Adds a token to those that end a text in generation_config.json; without one, config.json names them."""
+        """Adds a token to eos_token_id in generation_config.json, whose defaults are those of config.json."""
         model = json.loads(self.config_json)
         document = generation_config(path.parent) or {key: model[key] for key in SPECIAL_IDS if key in model}
-        found = document.get("eos_token_id")
-        stops = found if isinstance(found, list) else [] if found is None else [found]
+        stored = document.get("eos_token_id")
+        stops = stored if isinstance(stored, list) else [] if stored is None else [stored]
         if token not in stops:
             document["eos_token_id"] = [*stops, token]
             path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def generation_config(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's generation_config.json, None where there is none.
+    """The content of a folder's generation_config.json; None if there is none.
 
     Raises:
-        UserError: it is broken.
+        UserError: it is not a JSON object.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -117,10 +119,10 @@ def generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> str:
-    """config.json of a folder, with what training options changed of the model.
+    """The text of config.json, with the changes of training options.
 
     Args:
-        source: the folder the model started from.
+        source: the folder that training started from.
         hf_config: of the model, see `start.model_config`.
         dtype: of the weights.
     """
