@@ -38,7 +38,7 @@ def load_function(flag: str, name: str, choices: Iterable[str]) -> Callable[...,
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        problem = "is not a function" if hasattr(module, function_name) else "is missing"
+        problem = "is not a function" if hasattr(module, function_name) else "is not there"
         place = getattr(module, "__file__", None) or module_name
         raise UserError("function-missing", f"{flag}: {function_name} {problem} in {place}")
     return function
