@@ -1,11 +1,11 @@
-"""Writes what the GPU suite measured into the documentation: docs/gpu.md's tables and a baseline a machine.
+"""Writes the results of the GPU suite into the documentation: tables of docs/gpu.md and a baseline for each machine.
 
     python tools/gpu_report.py gpu_suite/results.jsonl    # keeps the results and writes tables and baseline
-    python tools/gpu_report.py                            # writes them again from the results that are kept
-    python tools/gpu_report.py --print FILE               # the tables of a file, dry runs too; writes nothing
+    python tools/gpu_report.py                            # writes them again from the kept results
+    python tools/gpu_report.py --print FILE               # prints the tables of a file, also of a dry run
 
-The results are kept as docs/gpu/MACHINE.jsonl; baselines are examples/benchmarks/baselines/MACHINE.json. Figures that
-nobody measured are "not measured".
+The results are kept as docs/gpu/MACHINE.jsonl; baselines are examples/benchmarks/baselines/MACHINE.json. Missing
+figures are "not measured".
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     """Writes tables and baselines; see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("results", nargs="*", metavar="FILE", help="results.jsonl of a machine")
-    parser.add_argument("--print", action="store_true", help="print the tables of the given files, write nothing")
+    parser.add_argument("--print", action="store_true", help="print the tables of the files, write nothing")
     options = parser.parse_args(argv)
-    given = {str(path): results_of(Path(path)) for path in options.results}
+    results = {str(path): results_of(Path(path)) for path in options.results}
     if options.print:
-        print(tables.markdown({machine_of(path, records): records for path, records in given.items()}), end="")
+        print(tables.markdown({machine_of(path, records): records for path, records in results.items()}), end="")
         return 0
-    for path, records in given.items():
+    for path, records in results.items():
         environment = tables.figures_of(records).get("environment", {})
         if environment.get("dry_run", {"value": True})["value"]:
             raise UserError(

@@ -1,12 +1,12 @@
-"""Takes the most from a GPU in one unattended command: correctness, kernels, training, speed, memory.
+"""Checks and measures a GPU in one unattended command: correctness, kernels, training, speed, memory.
 
     python tools/gpu_suite.py --output gpu_suite                     # on a CUDA machine
-    python tools/gpu_suite.py --dry-run --output gpu_suite           # every cell on the CPU, shapes cut
+    python tools/gpu_suite.py --dry-run --output gpu_suite           # every cell on the CPU, with small shapes
 
-Its cells (tools/gpu/cells.py) run one after the other, each in a process of its own that is forked from one with all
-imports done, and killed after its time. Every figure is appended to OUTPUT/results.jsonl and on the disk as soon as it
-is known, a failure is a result like others, and the exit status is 0 whatever they are (2 for a wrong command line).
-tools/gpu_report.py makes docs/gpu.md's tables of the results.
+Its cells (tools/gpu/cells.py) run one after the other. Each runs in a process that is forked after all imports, and is
+killed after its time limit. Every figure is appended to OUTPUT/results.jsonl and flushed as soon as it is measured. A
+failure is a result, and the exit status is 0 (2 for a wrong command line). tools/gpu_report.py writes the tables of
+docs/gpu.md from the results.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget-s", type=float, default=400, metavar="S", help="seconds in all (default: %(default)s)"
     )
-    parser.add_argument("--only", nargs="+", choices=names, metavar="CELL", help=f"some of {', '.join(names)}")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="CELL", help=f"of {', '.join(names)}")
     parser.add_argument("--resume", metavar="FILE", help="an earlier results.jsonl: what is ok there is not run again")
     parser.add_argument("--dry-run", action="store_true", help="every cell on the CPU, shapes cut")
     parser.add_argument(
-        "--te-site", metavar="DIR", help="folder with Transformer Engine, on the path of its own cells alone"
+        "--te-site", metavar="DIR", help="folder with Transformer Engine, on the path of its cells alone"
     )
     parser.add_argument("--max-files", type=int, default=8, metavar="N", help="files to leave (default: %(default)s)")
     parser.add_argument("--max-file-mib", type=float, default=16, metavar="M", help="MiB a file (default: %(default)s)")
@@ -181,7 +181,7 @@ class Suite:
         print(f"{cell.name:<20} {status:<10} {seconds:6.1f} s  {last_line(tail) if status != 'ok' else ''}", flush=True)
 
     def attempt(self, cell: Cell) -> tuple[str, float, str]:
-        """(status, seconds, end of the output) of a cell in a process of its own."""
+        """(status, seconds, end of the output) of a cell, which runs in its own process."""
         cap, begin = self.cap(cell), time.monotonic()
         reading, writing = os.pipe()
         sys.stdout.flush()
@@ -210,8 +210,8 @@ class Suite:
         return {0: "ok", SKIPPED: "skipped"}.get(status, "failed"), seconds, tail
 
     def run_with_transformer_engine(self, cells: list[Cell]) -> None:
-        """The same in a process that finds Transformer Engine: no other cell may, since megatron-core takes its Adam
-        wherever it is found, and one bad library of it ends every run."""
+        """Runs cells in a process that imports Transformer Engine. Other cells do not import it, since megatron-core
+        would use its Adam, and a broken library of it would end every cell."""
         runnable = [cell for cell in cells if not self.refusal(cell)]
         for cell in cells:
             if cell not in runnable:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """A unit of the suite, run in a process of its own.
+    """A unit of the suite, which runs in its own process.
 
     Attributes:
         work: module of this folder and function, called with a `Recorder`.
@@ -43,7 +43,7 @@ CELLS = (
         35,
         "packed and context-parallel attention against float64; kernels of torch, plans of cuDNN, repeatability",
     ),
-    Cell("training", "training:training", 30, "whole runs: the loss falls, checkpoint, resume, export"),
+    Cell("training", "training:training", 30, "complete runs: the loss falls, checkpoint, resume, export"),
     Cell("candidates", "kernels:candidates", 25, "fused norm, output product, SwiGLU and Adam against what runs today"),
     Cell(
         "model_1_5b", "models:model_1_5b", 20, "a step of 1.5B parameters at 8K with its optimizer: time, MFU, memory"

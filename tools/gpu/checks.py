@@ -1,4 +1,4 @@
-"""Figures against float64: losses and gradients of whole steps, and attention."""
+"""Figures against float64: losses and gradients of inputs steps, and attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def oracle(out: Recorder) -> None:
     prepared = torch.load(answers.FILE, weights_only=True)
     same = answers.write_models(out.work) == prepared["weights"] and answers.tokens_digest() == prepared["tokens"]
     out.require("weights_and_tokens_are_those_of_the_answers", same)
-    here, world = begin(out), World(out.work)
+    platform, world = begin(out), World(out.work)
     plans = [
         (dtype, method, model, layout, answers.BATCH)
         for dtype in BOUNDS
@@ -53,12 +53,12 @@ def oracle(out: Recorder) -> None:
                 initialize_parallel(config)
             if (model, dtype) not in engines:
                 hf_config = read_hf_config(config.model.hf_path)
-                engines[model, dtype] = build_engine(here, hf_config, config, getattr(torch, dtype))
-            values, found = gradient_case(engines[model, dtype], case, config)
+                engines[model, dtype] = build_engine(platform, hf_config, config, getattr(torch, dtype))
+            values, gradients = gradient_case(engines[model, dtype], case, config)
             expected = prepared["cases"][f"{method} {model}"]
             loss = abs(values["means"]["loss"] - expected["loss"]) / max(1, abs(expected["loss"]))
             errors = {
-                name: ((answers.sampled(found[name]) - tensor).norm() / tensor.norm()).item()
+                name: ((answers.sampled(gradients[name]) - tensor).norm() / tensor.norm()).item()
                 for name, tensor in expected["gradient"].items()
             }
             out.check(f"{key}/loss", loss, BOUNDS[dtype])
@@ -126,8 +126,8 @@ def packed(out: Recorder) -> None:
             last = rows[-min(64, piece.length) :]  # the hardest rows: they see the most
             query, key = rotate(q.detach().double(), cos, sin)[last], rotate(k.detach().double(), cos, sin)[seen]
             expected = exact_attention(query, key, v.detach().double()[seen])
-            found = result.view(tokens, heads, size)[last].double()
-            worst = max(worst, ((found - expected).norm() / expected.norm()).item())
+            actual = result.view(tokens, heads, size)[last].double()
+            worst = max(worst, ((actual - expected).norm() / expected.norm()).item())
         out.value(f"packed/{name}/tokens", tokens)
         out.check(f"packed/{name}/error", worst, ATTENTION_BOUNDS[dtype])
         times[name] = milliseconds(step, out.device)
@@ -146,7 +146,7 @@ def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def context(out: Recorder) -> None:
-    """Each rank's part of context-parallel attention, output and gradients, against the whole pack's attention."""
+    """Each rank's part of context-parallel attention, output and gradients, against the inputs pack's attention."""
     from transformers import LlamaConfig
 
     from megatron_solopo.data.tokenized.packs import build_pack
@@ -169,20 +169,23 @@ def context(out: Recorder) -> None:
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))
-    whole = [torch.randn(*s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
-    parts = [x.detach().clone().requires_grad_() for x in whole]
-    expected = attention(*whole, None, packed_seq_params=layout)
+    inputs = [torch.randn(*s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    parts = [x.detach().clone().requires_grad_() for x in inputs]
+    expected = attention(*inputs, None, packed_seq_params=layout)
     expected.float().square().sum().backward()
     everything = torch.arange(pack.tokens.numel(), device=device)
-    found = torch.zeros_like(expected)
+    output = torch.zeros_like(expected)
     for rank in range(ranks):
         rows = torch.from_numpy(rows_of(pack.pieces, rank, ranks)).to(device)
         query, key = (rotate(x, layout.cos, layout.sin) for x in parts[:2])
         spans = SpanLayout(spans_of(pack.pieces, rank, ranks), everything, everything, None)
         result = span_attention(query[rows], key, parts[2], spans, attention.softmax_scale).flatten(1)
         result.float().square().sum().backward()
-        found[rows] = result.detach()
-    pairs = [(found, expected.detach()), *((ours.grad, theirs.grad) for ours, theirs in zip(parts, whole, strict=True))]
+        output[rows] = result.detach()
+    pairs = [
+        (output, expected.detach()),
+        *((ours.grad, theirs.grad) for ours, theirs in zip(parts, inputs, strict=True)),
+    ]
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-5  # both sides round to 8 bits
     for name, (ours, theirs) in zip(("output", "query", "key", "value"), pairs, strict=True):
         error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()

@@ -23,11 +23,11 @@ def transformer_engine(out: Recorder) -> None:
         back_end(out)
     from gpu.machine import begin
 
-    here = begin(out)
+    platform = begin(out)
     with out.part("agreement"):
-        agreement(out, here)
+        agreement(out, platform)
     with out.part("fp8_training"):
-        fp8_training(out, here)
+        fp8_training(out, platform)
 
 
 def layers(out: Recorder) -> None:
@@ -45,8 +45,8 @@ def layers(out: Recorder) -> None:
     with torch.no_grad():
         exact = x.double() @ linear.weight.double().t()
 
-        def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-            return ((found.double() - expected).norm() / expected.norm()).item()
+        def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+            return ((actual.double() - expected).norm() / expected.norm()).item()
 
         normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + norm.eps)
         out.check("layers/rmsnorm_error", error(norm(x), normed), LAYER_BOUNDS["bf16"])
@@ -67,7 +67,7 @@ def layers(out: Recorder) -> None:
 
 
 def back_end(out: Recorder) -> None:
-    """Which attention it takes for packs with shared prompts: its own words, of a debug log."""
+    """The attention back end for packs with shared prompts, from Transformer Engine's debug log."""
     utils = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
     from transformer_engine.pytorch import DotProductAttention
 
@@ -102,12 +102,12 @@ def back_end(out: Recorder) -> None:
 
     result = both().view(-1, heads, size)
     selected = [line for line in lines if "Selected backend" in line]
-    out.value("back_end/selected", selected[-1] if selected else "not told")
+    out.value("back_end/selected", selected[-1] if selected else "not logged")
     utils.AttentionLogging._log_level = before
     logger.setLevel(logging.WARNING)
     with torch.no_grad():
-        for number, (own, of) in enumerate(zip(queries, seen, strict=True)):
-            rows = slice(int(ends[0][number + 1]) - min(64, own), int(ends[0][number + 1]))
+        for number, (length, of) in enumerate(zip(queries, seen, strict=True)):
+            rows = slice(int(ends[0][number + 1]) - min(64, length), int(ends[0][number + 1]))
             keys = slice(int(ends[1][number]), int(ends[1][number]) + of)
             expected = exact_attention(q[rows].double(), k[keys].double(), v[keys].double())
             error = ((result[rows].double() - expected).norm() / expected.norm()).item()
@@ -115,7 +115,7 @@ def back_end(out: Recorder) -> None:
     out.value("back_end/forward_and_backward", milliseconds(both, "cuda"), "ms")
 
 
-def agreement(out: Recorder, here: Any) -> None:
+def agreement(out: Recorder, platform: Any) -> None:
     """As far from float32 as the portable bfloat16, with each layout; FP8 by recipe. The measures are tests/gpu's."""
     import test_te_cuda as theirs
     from tiny_models import write_model
@@ -133,9 +133,9 @@ def agreement(out: Recorder, here: Any) -> None:
         for share in (True, False):
             key = f"{name}/{'shared' if share else 'separate'}"
             with out.part(key):
-                exact = theirs.measure(here, theirs.config_of(folder, "float32", share))
+                exact = theirs.measure(platform, theirs.config_of(folder, "float32", share))
                 portable, engine = (
-                    theirs.distances(theirs.measure(here, theirs.config_of(folder, kind, share)), exact)
+                    theirs.distances(theirs.measure(platform, theirs.config_of(folder, kind, share)), exact)
                     for kind in ("portable", "bfloat16")
                 )
                 for measure, value in engine.items():
@@ -146,14 +146,14 @@ def agreement(out: Recorder, here: Any) -> None:
                 if refusals[recipe]:
                     out.value(f"{name}/{recipe}", f"not on this GPU: {refusals[recipe]}")
                     continue
-                exact = theirs.measure(here, theirs.config_of(folder, "float32"))
+                exact = theirs.measure(platform, theirs.config_of(folder, "float32"))
                 for measure, value in theirs.distances(
-                    theirs.measure(here, theirs.config_of(folder, recipe)), exact
+                    theirs.measure(platform, theirs.config_of(folder, recipe)), exact
                 ).items():
                     out.value(f"{name}/{recipe}/{measure}", value)
 
 
-def fp8_training(out: Recorder, here: Any) -> None:
+def fp8_training(out: Recorder, platform: Any) -> None:
     """Twenty steps of the whole trainer in bfloat16 and with each FP8 recipe: the loss falls as it does portably."""
     import test_te_cuda as theirs
     from tiny_models import preference_groups, write_lines, write_model
@@ -179,5 +179,5 @@ def fp8_training(out: Recorder, here: Any) -> None:
                 "--save", save, "--train-iters", 20, *flags,
             ]  # fmt: skip
             end_model_parallel()
-            train(here, config_load.load(list(map(str, argv)))[0])
+            train(platform, config_load.load(list(map(str, argv)))[0])
             learns(out, f"steps/{kind}", train_lines(save))

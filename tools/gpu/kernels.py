@@ -50,7 +50,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The flash kernel for packed sequences, here of one."""
+    """The flash kernel for packed sequences, with one sequence."""
     ends = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
     lengths = (ends, ends, q.shape[0], k.shape[0])
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0]
@@ -75,12 +75,12 @@ def kernels_at(out: Recorder, length: int) -> None:
     for name, call in calls.items():
         key = f"{length}/{name}"
         try:
-            found = call(q, k, v)
+            actual = call(q, k, v)
         except RuntimeError as error:  # this kernel does not take these tensors, which is a figure and no failure
             out.value(f"{key}/refused", brief(error))
             continue
         with out.part(key):
-            error = ((found[-64:].double() - expected).norm() / expected.norm()).item()
+            error = ((actual[-64:].double() - expected).norm() / expected.norm()).item()
             out.check(f"{key}/error", error, checks.ATTENTION_BOUNDS[q.dtype])
 
             def both(call: Any = call) -> None:
@@ -94,7 +94,7 @@ def kernels_at(out: Recorder, length: int) -> None:
 
 
 def plans(out: Recorder) -> None:
-    """What a length costs when it comes for the first time, as it is and rounded up to a known one."""
+    """Time of a length's first call, unchanged and rounded up to a length that was planned before."""
     from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
 
     base = 256 if out.dry else 4096
@@ -103,22 +103,22 @@ def plans(out: Recorder) -> None:
     def both(tensors: list[Tensor]) -> Callable[[], None]:
         return lambda: causal(*tensors).sum().backward()
 
-    both(draw(out, base))()  # what the first call of all costs is no plan
+    both(draw(out, base))()  # the very first call costs more than a plan
     both(draw(out, base + CUDNN_LENGTHS))()
     for number in range(1, 6):
         new = draw(out, base + 17 * number)
         synchronize(out.device)
         first.append(host_milliseconds(both(new), out.device))
         again.append(host_milliseconds(both(new), out.device))
-        known = draw(out, base + CUDNN_LENGTHS)
+        planned = draw(out, base + CUDNN_LENGTHS)
         synchronize(out.device)
-        rounded.append(host_milliseconds(both(known), out.device))
+        rounded.append(host_milliseconds(both(planned), out.device))
     for name, values in (("first_time", first), ("second_time", again), ("rounded", rounded)):
         out.value(f"plans/{name}", statistics.median(values), "ms forward and backward")
 
 
 def repeats(out: Recorder) -> None:
-    """Whether two equal calls give the same bits."""
+    """Whether two equal calls compute the same bits."""
     tensors = draw(out, 512 if out.dry else 4096)
 
     def gradients() -> list[Tensor]:
@@ -157,8 +157,8 @@ def candidates(out: Recorder) -> None:
 
 def _passes(out: Recorder, key: str, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
     def both() -> None:
-        given = x.detach().requires_grad_()
-        call(given).sum().backward()
+        leaf = x.detach().requires_grad_()
+        call(leaf).sum().backward()
 
     out.value(f"{key}/forward_and_backward", milliseconds(both, out.device), "ms")
 

@@ -100,14 +100,14 @@ def start(out: Recorder) -> None:
     from gpu.models import TINY, build, packs_of, step_of
 
     begun = time.perf_counter()
-    here = begin(out)
-    out.value("backend", here.backend)
+    started = begin(out)
+    out.value("backend", started.backend)
     out.value("start", time.perf_counter() - begun, "s")
-    one = torch.ones((), device=here.device)
+    one = torch.ones((), device=started.device)
     dist.all_reduce(one)
     out.require("all_reduce", one.item() == 1)
     dist.barrier()
-    engine, config = build(out, here, TINY, torch.bfloat16, recompute=False)
+    engine, config = build(out, started, TINY, torch.bfloat16, recompute=False)
     packs = packs_of(engine, config, 64, 512, 16)
     begun = time.perf_counter()
     loss = step_of(engine, config, packs)()

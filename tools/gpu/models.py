@@ -60,9 +60,9 @@ def model_flops(hf_config: PretrainedConfig, packs: list[Any]) -> float:
 
 
 def build(
-    out: Recorder, here: Any, shape: dict[str, Any], dtype: torch.dtype, recompute: bool, **model: Any
+    out: Recorder, platform: Any, shape: dict[str, Any], dtype: torch.dtype, recompute: bool, **model: Any
 ) -> tuple[Any, Config]:
-    """(an engine of random weights, its configuration); the process groups are made where there are none."""
+    """(an engine of random weights, its configuration); creates the process groups if there are none."""
     from megatron.core import parallel_state
 
     from megatron_solopo.model.hf_config import read_hf_config
@@ -81,7 +81,7 @@ def build(
     config.parallel.device = out.device
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config)
-    return build_engine(here, read_hf_config(folder), config, dtype), config
+    return build_engine(platform, read_hf_config(folder), config, dtype), config
 
 
 def packs_of(
@@ -97,12 +97,12 @@ def packs_of(
     def ids(count: int) -> list[int]:
         return torch.randint(1, engine.hf_config.vocab_size, (count,), generator=draw).tolist()
 
-    made = []
+    token_groups = []
     for number in range(groups):
         chosen, rejected = Continuation(Side.CHOSEN, ids(response)), Continuation(Side.REJECTED, ids(response))
         prompts = Prompt(Context.SHORT, ids(short), (chosen, rejected)), Prompt(Context.LONG, ids(long), (chosen,))
-        made.append(TokenGroup(str(number), prompts))
-    return make_packs(engine, TokenDataset(made, [], ""), range(groups), config)
+        token_groups.append(TokenGroup(str(number), prompts))
+    return make_packs(engine, TokenDataset(token_groups, [], ""), range(groups), config)
 
 
 def step_of(engine: Any, config: Config, packs: list[Any], optimizer: Any = None) -> Callable[[], float]:
@@ -145,7 +145,7 @@ def _gpu() -> str:
 
 def case(
     out: Recorder,
-    here: Any,
+    platform: Any,
     key: str,
     shape: dict[str, Any],
     recompute: bool,
@@ -158,7 +158,7 @@ def case(
     from megatron_solopo.training.engine import build_optimizer
 
     reset_memory(out)
-    engine, config = build(out, here, shape, torch.bfloat16, recompute, **model)
+    engine, config = build(out, platform, shape, torch.bfloat16, recompute, **model)
     optimizer = None
     if optimize:
         optimizer, scheduler = build_optimizer(engine, config.training, 100)
@@ -185,24 +185,24 @@ def model_1_5b(out: Recorder) -> None:
     from gpu.machine import begin
 
     out.value("flops", FLOPS_COUNTED)
-    here = begin(out)
+    platform = begin(out)
     shape, lengths = (TINY, (64, 512, 16)) if out.dry else (QWEN_1_5B, (1024, 8192, RESPONSE))
     for recompute in (True, False):
-        alone(out, f"recompute_{'full' if recompute else 'none'}", here, shape, recompute, lengths, 5, True)
+        alone(out, f"recompute_{'full' if recompute else 'none'}", platform, shape, recompute, lengths, 5, True)
 
 
 def model_7b(out: Recorder) -> None:
-    """What fits without an optimizer tells what a planner of memory has to reckon with."""
+    """Memory of forward and backward without an optimizer, against which a memory plan is checked."""
     from gpu.machine import begin
 
     out.value("flops", FLOPS_COUNTED)
-    here = begin(out)
-    whole, four = (TINY, TINY) if out.dry else (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4})
+    platform = begin(out)
+    full, four = (TINY, TINY) if out.dry else (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4})
     for key, shape, recompute, long, repeats in (
-        ("8k/recompute_full", whole, True, 8192, 3),
-        ("8k/recompute_none", whole, False, 8192, 3),
+        ("8k/recompute_full", full, True, 8192, 3),
+        ("8k/recompute_none", full, False, 8192, 3),
         ("four_layers/32k/recompute_full", four, True, 32768, 2),
         ("four_layers/128k/recompute_full", four, True, 131072 - RESPONSE, 2),
     ):
         lengths = (64, long // 64, 16) if out.dry else (1024, long, RESPONSE)
-        alone(out, key, here, shape, recompute, lengths, repeats, False)
+        alone(out, key, platform, shape, recompute, lengths, repeats, False)

@@ -1,4 +1,4 @@
-"""Figures of a cell, appended to a file as soon as each is known: a kill costs the one that was being measured."""
+"""Figures of a cell, each appended to a file as soon as it is measured: a kill loses only the current one."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         ),
         Row("a length for the first time", "attention", "plans/first_time"),
         Row("for the second time", "attention", "plans/second_time"),
-        Row("rounded up to a known one", "attention", "plans/rounded"),
+        Row("rounded up to a planned one", "attention", "plans/rounded"),
         Row("packed, shared over separate prompts, time", "attention", "packed/shared_over_separate_time"),
     ),
     "Candidates": (

@@ -1,4 +1,4 @@
-"""Whole runs through the trainer's own command: what a user does first on a new machine."""
+"""Complete runs through the training command, as on a new machine."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def training(out: Recorder) -> None:
         lines = run(out, save, *flags, "--save-interval", 5, "--save-hf", hf)
         out.check("dpo/first_loss_off_ln_2", abs(lines[0]["po_loss"] - math.log(2)), 2e-2)
         again = run(out, save, *flags, "--save-hf", hf, "--load", save, "--ckpt-step", 5, "--overwrite")
-        plain = [[{k: v for k, v in line.items() if k not in TIMES} for line in some] for some in (lines, again)]
-        # On CUDA sums over tokens are taken in any order: a resumed run may be exact all the same.
+        plain = [[{k: v for k, v in line.items() if k not in TIMES} for line in records] for records in (lines, again)]
+        # On CUDA the order of sums over tokens varies: a resumed run may still be exact.
         out.value("dpo/resume_is_exact", plain[0] == plain[1])
         off = [abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(*plain, strict=True)]
         out.check("dpo/resume_loss_off", max(off), 0.05 if out.device == "cuda" else 0.0)
