@@ -37,16 +37,17 @@ def write_folder(
     """
     source, folder = Path(tokenizer) / "tokenizer.json", Path(output)
     if not source.is_file():
-        raise UserError(f"--tokenizer {tokenizer}: no tokenizer.json there; give a folder with Qwen2's")
+        raise UserError("file-missing", f"--tokenizer {tokenizer}: no tokenizer.json there; use a folder with Qwen2's")
     if min(hidden, layers, heads, kv_heads, reach) < 1 or hidden % (2 * heads) or heads % kv_heads:
         raise UserError(
-            f"--hidden {hidden} --heads {heads} --kv-heads {kv_heads}: give positive numbers, hidden divisible by "
-            "twice the heads, and heads by kv-heads"
+            "option-value",
+            f"--hidden {hidden} --heads {heads} --kv-heads {kv_heads}: set positive numbers, hidden divisible by "
+            "twice the heads, and heads by kv-heads",
         )
     ids = {token["content"]: token["id"] for token in json.loads(source.read_text(encoding="utf-8"))["added_tokens"]}
     missing = [token for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>") if token not in ids]
     if missing:
-        raise UserError(f"{source}: has no token {missing[0]}; give Qwen2's tokenizer.json")
+        raise UserError("token-missing", f"{source}: has no token {missing[0]}; use Qwen2's tokenizer.json")
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

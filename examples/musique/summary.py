@@ -24,7 +24,7 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
     """
     steps = [step for step in read_run(str(folder)).train if "skipped" not in step]
     if not steps:
-        raise UserError(f"{folder}: holds no training step")
+        raise UserError("data-empty", f"{folder}: holds no training step")
     return steps
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps a mean is taken over (default: 5)")
     given = parser.parse_args(argv)
     if given.steps < 1:
-        raise UserError(f"--steps {given.steps}: give 1 or more")
+        raise UserError("option-value", f"--steps {given.steps}: set 1 or more")
     for folder in given.runs:
         print(f"{folder}\n  " + "\n  ".join(lines_of(read_steps(folder), given.steps)))
     return 0

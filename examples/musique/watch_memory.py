@@ -44,7 +44,7 @@ def watch(command: list[str], output: Path, every: float) -> int:
     try:
         child = psutil.Popen(command)
     except OSError as error:
-        raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from None
+        raise UserError("command-failed", f"{command[0]}: cannot be started ({error.strerror})") from None
     samples: list[dict[str, float]] = []
     with output.open("w", encoding="utf-8", buffering=1) as file:
         while child.poll() is None:

@@ -106,8 +106,9 @@ def draw_facts(random_: random.Random, count: int) -> list[Fact]:
     """
     if count > len(ENTITIES):
         raise UserError(
+            "option-value",
             f"--paragraphs {count}: there are {len(ENTITIES)} entities with one fact each; "
-            f"ask for {len(ENTITIES)} or fewer"
+            f"ask for {len(ENTITIES)} or fewer",
         )
     return [
         Fact(entity, random_.randrange(len(VERBS)), random_.choice(THINGS))
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("train_questions", "eval_questions", "paragraphs", "echoes", "lookups", "valid_conversations"):
         value, least = getattr(args, name), 1 if name == "paragraphs" else 0
         if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+            raise UserError("option-value", f"--{name.replace('_', '-')} {value}: set {least} or more")
 
     # Each file has its own stream, so that the size of one does not change another.
     def stream(name: str) -> random.Random:

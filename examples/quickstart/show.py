@@ -77,7 +77,7 @@ def _ask(models: list[str]) -> None:
     command = ["ask", "--max-new-tokens", "3", "--device", "cpu", "--prompt-template", "{documents} {question}"]
     command += ["--document", str(document), "--question", question["question"], "--model", *models]
     if subprocess.run([sys.executable, "-m", "megatron_solopo.cli", *command], check=False).returncode:
-        raise UserError("asking all models failed; the message is above")
+        raise UserError("command-failed", "asking all models failed; the message is above")
 
 
 if __name__ == "__main__":

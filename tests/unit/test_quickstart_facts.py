@@ -89,4 +89,4 @@ def test_a_folder_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, str(HERE), "--output", str(tmp_path / "file" / "x")]
     done = subprocess.run(command, cwd=HERE.parents[2], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'file' / 'x'}: Not a directory\n")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'file' / 'x'}: Not a directory [file-system]\n")
