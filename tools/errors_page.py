@@ -51,15 +51,43 @@ class Raised:
 def raised_in(path: Path, kinds: set[str]) -> Iterator[Raised]:
     """The places of a file that call one of these classes. A place that takes its code from another error is left
     out."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or _last_name(node.func) not in kinds:
             continue
         place = f"{path.relative_to(ROOT)}:{node.lineno}"
         if len(node.args) != 2:
             yield Raised(place, "", template(node.args[0]) if node.args else "")
         elif not (isinstance(node.args[0], ast.Attribute) and node.args[0].attr == "code"):
-            code = node.args[0].value if isinstance(node.args[0], ast.Constant) else ""
-            yield Raised(place, code, template(node.args[1]))
+            for code in sorted(codes(node.args[0], tree)) or [""]:
+                yield Raised(place, code, template(node.args[1]))
+
+
+def codes(node: ast.expr, tree: ast.Module) -> set[str]:
+    """The texts that an expression may be: constants, and what a name is assigned or which table it is a key of."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return {text}
+        case ast.IfExp(body=body, orelse=orelse):
+            return codes(body, tree) | codes(orelse, tree)
+        case ast.Name(id=name):
+            tables: dict[str, ast.Dict] = {}
+            values: list[ast.expr | None] = []
+            for part in ast.walk(tree):
+                match part:
+                    case ast.Assign(targets=[ast.Name(id=table)], value=ast.Dict() as keys):
+                        tables[table] = keys
+                    case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name:
+                        values.append(value)
+                    case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=elements)):
+                        pairs = zip(targets, elements, strict=False)
+                        values += [value for target, value in pairs if _last_name(target) == name]
+            for part in ast.walk(tree):
+                match part:
+                    case ast.Subscript(value=ast.Name(id=table), slice=ast.Name(id=key)) if key == name:
+                        values += tables[table].keys if table in tables else []
+            return {code for value in values if isinstance(value, ast.expr) for code in codes(value, tree)}
+    return set()
 
 
 def all_raised() -> list[Raised]:

@@ -36,12 +36,20 @@ RAISED = '''
 class Gone(UserError):
     """A subclass."""
 
+TABLE = {"lost": "gone", "late": "did not come"}
+
 def check(path, error):
     raise UserError("no-text", f"{path}: {len(error.names)} of " f"{', '.join(names)}: no text" + remedy) from None
     raise errors.Gone("process-gone", "gone")
     raise UserError(error.code, f"{path}: {error}")
     raise UserError(f"{path}: no code")
-    raise UserError(code, "a name")
+    raise UserError(of_caller, "a name")
+    kind, remedy = "other-run", "keep it"
+    raise UserError(kind, remedy)
+    which = "loss-nan" if path else "gradient-nan"
+    raise UserError(which, "step")
+    key = find(error)
+    raise UserError(key, f"{TABLE[key]}")
 '''
 
 
@@ -50,10 +58,15 @@ def test_codes_and_messages_are_read_from_the_code(tmp_path: Path, monkeypatch: 
     (tmp_path / "tools" / "a.py").write_text(RAISED)
     monkeypatch.setattr(errors_page, "ROOT", tmp_path)
     assert [(raised.place, raised.code, raised.template) for raised in errors_page.all_raised()] == [
-        ("tools/a.py:6", "no-text", "{path}: {len(error.names)} of {…}: no text{remedy}"),
-        ("tools/a.py:7", "process-gone", "gone"),
-        ("tools/a.py:9", "", "{path}: no code"),
-        ("tools/a.py:10", "", "a name"),
+        ("tools/a.py:8", "no-text", "{path}: {len(error.names)} of {…}: no text{remedy}"),
+        ("tools/a.py:9", "process-gone", "gone"),
+        ("tools/a.py:11", "", "{path}: no code"),
+        ("tools/a.py:12", "", "a name"),
+        ("tools/a.py:14", "other-run", "{remedy}"),
+        ("tools/a.py:16", "gradient-nan", "step"),
+        ("tools/a.py:16", "loss-nan", "step"),
+        ("tools/a.py:18", "late", "{TABLE[key]}"),
+        ("tools/a.py:18", "lost", "{TABLE[key]}"),
     ]
     section = "## no-text\n\n- `{path}: {len(error.names)} of {…}: no text{remedy}`  \n  `tools/a.py`\n"
     assert section in errors_page.page()
