@@ -1,10 +1,10 @@
-"""The unit of one forward pass, as it travels from data through the model to the loss.
+"""The unit of one forward pass, used by data, model and loss.
 
-A pack is a list of pieces. A prompt is a piece that attends causally to itself; a continuation is a piece that
-attends to its prompt and causally to itself. A prompt's tokens stand once, however many continuations follow.
-Positions are explicit: a prompt counts from 0, each of its continuations from the prompt's length.
+A pack is a list of pieces. A prompt is a piece that attends causally to itself; a completion is a piece that attends to
+its prompt and causally to itself. A prompt's tokens occur once, however many completions follow. Positions are
+explicit: a prompt counts from 0, each of its completions from the prompt's length.
 
-The last token of a continuation is predicted and predicts nothing, so it is not computed.
+The last token of a completion is predicted and predicts nothing, so it is not in the pack.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Context(IntEnum):
 
 
 class Side(IntEnum):
-    """What a response is: a side of a preference pair, or the PLAIN response of a conversation."""
+    """The role of a response: a side of a preference pair, or the PLAIN response of a conversation."""
 
     CHOSEN = 0
     REJECTED = 1
@@ -33,33 +33,33 @@ class Side(IntEnum):
 
 
 Scored = frozenset[tuple[Context, Side]]
-"""What a method scores of each group: all responses of these sides after these prompts."""
+"""The responses of each group that a method scores: all responses of these sides after these prompts."""
 
 
 def segment_name(context: int, side: int, response: int = 0) -> str:
-    """``short_chosen``, ``long_rejected`` or ``response``; further responses of a side are numbered from 1.
+    """Returns ``short_chosen``, ``long_rejected`` or ``response``; further responses of a side are numbered from 1.
 
-    For people, and part of the fingerprint of a data set; nothing reads it back.
+    The name is shown to users and is part of a data set's fingerprint; it is not parsed.
     """
     name = "response" if side == Side.PLAIN else f"{Context(context).name}_{Side(side).name}".lower()
     return f"{name}_{response}" if response else name
 
 
 def names_of_scored(scored: Scored) -> str:
-    """``short_chosen, short_rejected, long_chosen``."""
+    """Returns the names in a line: ``short_chosen, short_rejected, long_chosen``."""
     return ", ".join(segment_name(context, side) for context, side in sorted(scored))
 
 
 @dataclass(frozen=True)
 class Segments:
-    """N scored continuations of n groups.
+    """N scored completions of n groups.
 
     Attributes:
         groups: [N] int64, the group of each segment, 0..n-1.
-        contexts: [N] int64, its `Context`.
-        sides: [N] int64, its `Side`.
-        responses: [N] int64, which response of its side in its group; short and long segments of one response agree.
-        lengths: [N] int64, its learnt tokens.
+        contexts: [N] int64, `Context` of each segment.
+        sides: [N] int64, `Side` of each segment.
+        responses: [N] int64, index of the response among those of its side and group; the same on both contexts.
+        lengths: [N] int64, number of trained tokens of each segment.
         group_count: n.
     """
 
@@ -72,7 +72,7 @@ class Segments:
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, int, int, int, int]], group_count: int) -> Segments:
-        """From (group, context, side, response, length) rows."""
+        """Makes segments of (group, context, side, response, length) rows."""
         table = torch.tensor(list(rows), dtype=torch.int64).reshape(-1, 5)
         groups, contexts, sides, responses, lengths = table.unbind(1)
         return cls(groups, contexts, sides, responses, lengths, group_count)
@@ -81,12 +81,14 @@ class Segments:
         return len(self.groups)
 
     def to(self, device: torch.device) -> Segments:
-        """The same segments with their tensors on a device."""
+        """Returns the segments with their tensors on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def pairs(self, context: Context) -> Tensor:
-        """[P, 2] int64 (chosen segment, rejected segment): every pair of a group on this context. Waits for the device.
+        """Returns [P, 2] int64 (chosen segment, rejected segment) of every pair of a group on this context.
+
+        Synchronizes with the device.
 
         Raises:
             ValueError: a group has no pair.
@@ -98,7 +100,9 @@ class Segments:
         return pairs
 
     def alignments(self, sides: Sequence[Side]) -> Tensor:
-        """[A, 2] int64 (short segment, long segment) of each response of these sides. Waits for the device.
+        """Returns [A, 2] int64 (short segment, long segment) of each response of these sides.
+
+        Synchronizes with the device.
 
         Raises:
             ValueError: a response is scored on one of the two contexts only.
@@ -118,8 +122,15 @@ class Segments:
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` tokens of the pack from ``start``, then ``padding`` that nothing else sees; ``prompt`` is the index of
-    the piece it continues, if any. Padding behind all groups is a piece of no length."""
+    """A prompt or a completion in a pack.
+
+    Attributes:
+        start: first row in the pack.
+        length: number of tokens.
+        prompt: index of the piece that it completes, or None for a prompt.
+        padding: padding tokens after it, which nothing else attends to. Padding after all groups is a piece of
+            length 0.
+    """
 
     start: int
     length: int
@@ -128,25 +139,24 @@ class Piece:
 
     @property
     def slot(self) -> int:
-        """Tokens with padding."""
+        """Number of tokens with padding."""
         return self.length + self.padding
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward pass: S tokens, R predicted tokens, N segments (scored continuations), n groups.
+    """One forward pass: S tokens, R predicted tokens, N segments (scored completions), n groups.
 
     Attributes:
         tokens: [S] int64 token ids.
         positions: [S] int64, the position of each token in its own sequence.
         pieces: the attention layout.
-        predictors: [R] int64, the place in the pack whose hidden state predicts a learnt token.
-        targets: [R] int64, that token.
-        segments: [R] int64, the segment it belongs to.
-        scored: what each segment is; its tensors stay on the CPU, where indices are made of them without waiting for
-            the device.
-        groups: the indices of the groups in the data set; empty for a pack that only keeps others company.
-        padding: tokens that belong to no group, behind pieces and at the end.
+        predictors: [R] int64, the row of the pack whose hidden state predicts a trained token.
+        targets: [R] int64, the id of that token.
+        segments: [R] int64, the segment of that token.
+        scored: the segments; their tensors stay on the CPU, where indices are computed without waiting for the device.
+        groups: indices of the groups in the data set; empty for a pack that only equalizes the number of packs.
+        padding: number of tokens that belong to no group, after pieces and at the end.
     """
 
     tokens: Tensor
@@ -160,12 +170,12 @@ class Pack:
     padding: int
 
     def to(self, device: torch.device) -> Pack:
-        """The same pack with its tensors on a device."""
+        """Returns the pack with its tensors on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def is_padding(self) -> Tensor:
-        """[S] bool: the tokens that belong to no group."""
+        """Returns [S] bool, true for tokens that belong to no group."""
         mask = torch.zeros(self.tokens.shape, dtype=torch.bool)
         for piece in self.pieces:
             mask[piece.start + piece.length : piece.start + piece.slot] = True

@@ -1,4 +1,4 @@
-"""Pure losses: log-probs, lengths and indices in, a loss for each group out. One file a preference loss."""
+"""Pure losses: from log-probs, lengths and indices to a loss for each group. Each preference loss is one file."""
 
 from megatron_solopo.losses.base import Pairs, PreferenceLoss, Responses
 from megatron_solopo.losses.dpo import dpo_reward

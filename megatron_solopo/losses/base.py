@@ -1,6 +1,6 @@
-"""What a preference loss is: a frozen dataclass with a reward, a loss of pairs, and what it says of its options.
+"""The interface of a preference loss: a frozen dataclass with a reward, a loss of pairs, and its options.
 
-A loss is one class in one file, here or anywhere (``--preference-loss module:NAME``):
+A loss is one class in one file, in this folder or anywhere (``--preference-loss module:NAME``):
 
     @dataclass(frozen=True)
     class Hinge(PreferenceLoss):
@@ -10,7 +10,7 @@ A loss is one class in one file, here or anywhere (``--preference-loss module:NA
         reward_text = "beta * the mean log pi of a response's tokens"
         defaults = {"beta": 1.0, "alignment_weight": 1.0}
 
-        hinge_margin: float = option(1.0, "margin beyond which a pair teaches nothing, in reward units", minimum=0)
+        hinge_margin: float = option(1.0, "margin beyond which a pair has no loss, in reward units", minimum=0)
 
         def reward(self, responses: Responses) -> Tensor:
             return self.beta * responses.log_probs / responses.lengths
@@ -37,7 +37,7 @@ class Responses:
     Attributes:
         log_probs: [n] log pi(y|x), summed over a response's tokens, nats.
         lengths: [n] |y|, the number of those tokens, in the dtype of ``log_probs``.
-        compared: [n] log pi_ref(y|x), summed likewise; None for a loss without a reference.
+        compared: [n] log pi_ref(y|x), summed over the same tokens; None for a loss without a reference.
     """
 
     log_probs: Tensor
@@ -49,7 +49,7 @@ class Responses:
         """[n] log pi_ref(y|x).
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are no reference log-probs.
         """
         if self.compared is None:
             raise ValueError("the loss needs reference log-probs; its class must say needs_reference = True")
@@ -66,7 +66,7 @@ class Pairs:
 
     Attributes:
         chosen, rejected: [P] each.
-        chosen_rewards, rejected_rewards: [P] `PreferenceLoss.reward` of them.
+        chosen_rewards, rejected_rewards: [P] `PreferenceLoss.reward` of the responses.
         mean_chosen_length: [] the mean length of the chosen responses of the global batch, with --sft-normalization
             token; None with sequence.
     """
@@ -87,21 +87,23 @@ class Pairs:
 class PreferenceLoss:
     """A loss of pairs and its reward r(x, y). Subclasses are frozen dataclasses whose docstring has the formula.
 
-    A subclass's fields are its own options, declared with `option` and named unlike any other option; `__post_init__`
-    may refuse their values with a ValueError. The fields here are common options, which a loss reads where it says so.
+    A subclass's fields are its own options, declared with `option` under names that no other option has;
+    `__post_init__` may refuse their values with a ValueError. The fields of this class are common options, which a loss
+    reads only where ``defaults`` or ``reads`` names them.
 
     Attributes:
-        name: the value of --preference-loss; a loss of a user is called module:CLASS.
-        reward_text: the reward in a line.
-        needs_reference: whether it compares with the starting weights.
-        reference_on_short: whether each response is compared with the reference's on the short context.
-        defaults: of "beta", where the loss reads it, and "alignment_weight", where --context-mode solo is for it.
-        reads: further common options that have an effect: "label_smoothing" (with its form), "sft_weight" (the
+        name: the value of --preference-loss; the name of a user's loss is module:CLASS.
+        reward_text: a description of the reward in one line.
+        needs_reference: whether the loss compares with the starting weights.
+        reference_on_short: whether the reference scores each response on the short context.
+        defaults: default of "beta", where the loss reads it, and of "alignment_weight", where it supports
+            --context-mode solo.
+        reads: other common options that have an effect: "label_smoothing" (with its form), "sft_weight" (the
             likelihood of the chosen response may be added to the loss), "sft_normalization" (the loss reads
             `Pairs.mean_chosen_length`).
-        holds_likelihood: whether the likelihood of the chosen response is a part of the loss itself.
-        context_modes: the values of --context-mode that it is for.
-        metrics: what `pair_metrics` and `response_counts` add to the log.
+        holds_likelihood: whether the loss itself contains the likelihood of the chosen response.
+        context_modes: the values of --context-mode that the loss supports.
+        metrics: the metrics of `pair_metrics` and `response_counts`.
         beta: the reward's scale; NaN where the loss has no default for it.
         label_smoothing, label_smoothing_form: see `terms.logistic_loss`.
     """
@@ -121,17 +123,18 @@ class PreferenceLoss:
     label_smoothing_form: str
 
     def reward(self, responses: Responses) -> Tensor:
-        """[n] r(x, y)."""
+        """Returns [n] rewards r(x, y)."""
         raise NotImplementedError
 
     def loss(self, pairs: Pairs) -> Tensor:
-        """[P] the loss of each pair, in nats."""
+        """Returns [P] losses, one for each pair, in nats."""
         raise NotImplementedError
 
     def pair_metrics(self, pairs: Pairs) -> dict[str, Tensor]:
-        """[P] each, averaged over the pairs of a group; a name of losses/solopo.py takes its place."""
+        """Returns metrics of [P], averaged over the pairs of a group; they replace those of losses/solopo.py of the
+        same name."""
         return {}
 
     def response_counts(self, responses: Responses) -> dict[str, Tensor]:
-        """[n] each, added over all scored responses of a group."""
+        """Returns metrics of [n], summed over all scored responses of a group."""
         return {}

@@ -11,7 +11,7 @@ from megatron_solopo.losses.terms import logistic_loss
 
 
 def dpo_reward(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
-    """beta * (log pi(y|x) - log pi_ref(y|x)), from sums over the response's tokens, in nats."""
+    """Returns beta * (log pi(y|x) - log pi_ref(y|x)), from sums over the response's tokens, in nats."""
     return beta * (log_prob - reference_log_prob)
 
 

@@ -15,8 +15,8 @@ from megatron_solopo.metrics import Metric
 class IPO(PreferenceLoss):
     """L = (m - 1 / (2 beta))^2, with m the chosen minus the rejected log-ratio (log pi - log pi_ref) / |y|.
 
-    The loss sees means over tokens, in nats, as the paper's authors computed it and TRL 1.16's DPO trainer does. The
-    reward, and with it margin, accuracy and alignment, is DPO's: beta times the sum.
+    The loss uses means over tokens, in nats, as the paper's authors computed it and TRL 1.16's DPO trainer does. The
+    reward, and so margin, accuracy and alignment, is DPO's: beta times the sum.
     """
 
     name = "ipo"

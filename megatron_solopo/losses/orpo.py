@@ -17,10 +17,10 @@ LARGEST_MEAN = -1e-6
 
 
 def orpo_log_odds(log_prob: Tensor, length: Tensor) -> Tensor:
-    """log(P / (1 - P)) with log P the mean log-prob of a token.
+    """Returns log(P / (1 - P)) with log P the mean log-prob of a token.
 
-    Computed as p - log(-expm1(p)): log1p(-exp(p)) overflows in value and gradient near p = 0, which
-    one-token answers reach.
+    It is computed as p - log(-expm1(p)): log1p(-exp(p)) overflows in value and gradient near p = 0, which one-token
+    answers reach.
     """
     mean = (log_prob / length).clamp(max=LARGEST_MEAN)
     return mean - torch.log(-torch.expm1(mean))

@@ -20,17 +20,17 @@ if TYPE_CHECKING:  # which reads this registry
     from megatron_solopo.config import MethodConfig
 
 COMMON = tuple(field.name for field in dataclasses.fields(PreferenceLoss))
-"""The options that every loss is made with."""
+"""The options that every loss has."""
 
 READABLE = frozenset({"label_smoothing", "sft_weight", "sft_normalization"})
-"""The options that only some losses read, see `PreferenceLoss.reads`."""
+"""The common options that only some losses read, see `PreferenceLoss.reads`."""
 
 LOSSES: dict[str, type[PreferenceLoss]] = {}
-"""Value of --preference-loss -> its class, in the order of names; a user's loss once it is loaded."""
+"""Value of --preference-loss -> its class, sorted by name; a user's loss is added once it is loaded."""
 
 
 def _classes(module: ModuleType) -> list[type[PreferenceLoss]]:
-    """The losses that a module defines."""
+    """Returns the losses that a module defines."""
     values = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, PreferenceLoss)]
     return [value for value in values if value.__module__ == module.__name__ and value is not PreferenceLoss]
 
@@ -39,7 +39,7 @@ def _read_folder() -> None:
     folder = __name__.rpartition(".")[0]
     path = sys.modules[folder].__path__
     for name in sorted(module.name for module in pkgutil.iter_modules(path)):
-        if name not in ("registry", "solopo"):  # which import this module
+        if name not in ("registry", "solopo"):  # these import this module
             for kind in _classes(importlib.import_module(f"{folder}.{name}")):
                 LOSSES[kind.name] = kind
                 register(*kind.metrics)
@@ -49,21 +49,21 @@ _read_folder()
 
 
 def own_options(kind: type[PreferenceLoss]) -> tuple[dataclasses.Field, ...]:
-    """The options that a loss alone has."""
+    """Returns the options of one loss alone."""
     return tuple(field for field in dataclasses.fields(kind) if field.name not in COMMON)
 
 
 def loss_class(name: str) -> type[PreferenceLoss]:
-    """The class of a --preference-loss; see `load` for a user's.
+    """Returns the class of a --preference-loss; see `load` for a user's.
 
     Raises:
-        ValueError: there is none, in a line.
+        ValueError: there is no such loss.
     """
     return LOSSES[name] if name in LOSSES else load(name)
 
 
 def preference_loss(method: MethodConfig) -> PreferenceLoss:
-    """The loss with its options.
+    """Returns the loss with its options.
 
     Raises:
         ValueError: the loss refuses them.
@@ -75,10 +75,10 @@ def preference_loss(method: MethodConfig) -> PreferenceLoss:
 
 
 def load(name: str) -> type[PreferenceLoss]:
-    """Imports the class that ``module:CLASS`` names, from the working directory or what is installed.
+    """Imports the class that ``module:CLASS`` names, from the working directory or an installed package.
 
     Raises:
-        ValueError: no such module or class, or it is not a loss, in a line.
+        ValueError: there is no such module or class, or it is not a loss.
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
@@ -86,19 +86,19 @@ def load(name: str) -> type[PreferenceLoss]:
     module = import_module(module_name)
     kind = getattr(module, class_name, None)
     if kind is None:
-        there = ", ".join(value.__name__ for value in _classes(module)) or "no loss"
-        raise ValueError(f"{getattr(module, '__file__', module_name)} has no {class_name}; it has {there}")
+        names = ", ".join(value.__name__ for value in _classes(module)) or "no loss"
+        raise ValueError(f"{getattr(module, '__file__', module_name)} has no {class_name}; it has {names}")
     return add(kind, name)
 
 
 def add(kind: type[PreferenceLoss], name: str | None = None) -> type[PreferenceLoss]:
-    """Makes a class known as a loss, in the place of an earlier one of its name.
+    """Registers a class as a loss, in place of an earlier one of its name.
 
     Args:
-        name: default: ``module:CLASS``; one that is known already keeps its name.
+        name: default: ``module:CLASS``; a registered class keeps its name.
 
     Raises:
-        ValueError: it is not a complete loss, in a line.
+        ValueError: it is not a complete loss, in one line.
     """
     if name is None:
         if kind in LOSSES.values():
@@ -112,7 +112,7 @@ def add(kind: type[PreferenceLoss], name: str | None = None) -> type[PreferenceL
 
 
 def _check(kind: object, name: str) -> None:
-    """Refuses what is no complete loss."""
+    """Refuses a class that is no complete loss."""
     if not (isinstance(kind, type) and issubclass(kind, PreferenceLoss)):
         raise ValueError(f"{name} is no subclass of megatron_solopo.losses.PreferenceLoss")
     declared = {key for key, value in vars(kind).items() if isinstance(value, dataclasses.Field)}
@@ -142,27 +142,27 @@ def _check(kind: object, name: str) -> None:
 
 
 def those_that(have: Callable[[type[PreferenceLoss]], bool], word: str = "or") -> str:
-    """The names of the losses of which something is true: ``dpo, ipo or simpo``."""
+    """Returns the names of the losses for which ``have`` is true: ``dpo, ipo or simpo``."""
     return _listed([name for name, kind in LOSSES.items() if have(kind)], word)
 
 
 def reads(option: str) -> Callable[[type[PreferenceLoss]], bool]:
-    """Whether a loss reads a common option."""
+    """Returns the condition that a loss reads a common option."""
     return lambda kind: option in kind.reads or option in kind.defaults
 
 
 def has(option: str) -> Callable[[type[PreferenceLoss]], bool]:
-    """Whether an option is a loss's own."""
+    """Returns the condition that an option is one of the loss alone."""
     return lambda kind: any(spec.name == option for spec in own_options(kind))
 
 
 def aligns_with_reference(kind: type[PreferenceLoss]) -> bool:
-    """Whether --alignment-reference chooses something for a loss."""
+    """Whether --alignment-reference has an effect for a loss."""
     return kind.needs_reference and not kind.reference_on_short and "solo" in kind.context_modes
 
 
 def defaults_in_words(option: str) -> str:
-    """``0.1 for dpo, ipo and longpo, 2 for simpo``."""
+    """Returns the defaults of an option in words: ``0.1 for dpo, ipo and longpo, 2 for simpo``."""
     by_value: dict[float, list[str]] = {}
     for name, kind in LOSSES.items():
         if option in kind.defaults:

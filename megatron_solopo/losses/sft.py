@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, --objective sft: the negative log-likelihood of each conversation's learnt tokens."""
+"""Supervised fine-tuning, --objective sft: the negative log-likelihood of each conversation's trained tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_solopo.pack import Segments
 
 
 def sft_loss(log_probs: Tensor, segments: Segments) -> GroupLosses:
-    """The mean negative log-likelihood of each conversation's learnt tokens, in nats per token.
+    """Computes the mean negative log-likelihood of each conversation's trained tokens, in nats per token.
 
     Args:
-        log_probs: [N] summed log-probs of the learnt tokens.
+        log_probs: [N] summed log-probs of the trained tokens.
         segments: N plain segments of n conversations, on the device of ``log_probs``.
     """
     each = negative_log_likelihood(log_probs, segments.lengths.to(log_probs.dtype))

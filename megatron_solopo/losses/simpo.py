@@ -12,7 +12,7 @@ from megatron_solopo.option import option
 
 
 def simpo_reward(log_prob: Tensor, length: Tensor, beta: float) -> Tensor:
-    """(beta / |y|) * log pi(y|x)."""
+    """Returns (beta / |y|) * log pi(y|x)."""
     return beta * log_prob / length
 
 

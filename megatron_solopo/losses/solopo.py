@@ -2,10 +2,10 @@
 
     L = L_PO(x_short, y_w, y_l) + alpha * s( r(x_short, y_w) - r(x_long, y_w) )
 
-with a preference loss L_PO of losses/ (or a user's), r its reward and s a distance (|.| unless `--alignment-distance`
-says another). `--context-mode short | long` are plain preference optimization on that context; `--alignment-target
-both` adds the same alignment term for y_l. `--sft-weight` adds the negative log-likelihood of y_w to losses that do not
-hold it.
+with a preference loss L_PO of losses/ (or a user's), r its reward and s the distance `--alignment-distance` (default
+|.|). `--context-mode short | long` are plain preference optimization on that context; `--alignment-target both` adds
+the same alignment term for y_l. `--sft-weight` adds the negative log-likelihood of y_w to losses that do not contain
+it.
 
 A group of k chosen and m rejected responses has k m pairs, whose mean is its L_PO. Its alignment is the mean over the k
 chosen responses, with `both` plus the mean over the m rejected ones.
@@ -24,24 +24,24 @@ from megatron_solopo.losses.registry import loss_class, preference_loss
 from megatron_solopo.losses.terms import GroupLosses, alignment_distance, group_mean, group_sum, negative_log_likelihood
 from megatron_solopo.pack import Context, Scored, Segments, Side
 
-if TYPE_CHECKING:  # which reads this room's registry
+if TYPE_CHECKING:  # config imports the registry of this package
     from megatron_solopo.config import MethodConfig
 
 
 def pair_context(method: MethodConfig) -> Context:
-    """The context of the preference loss."""
+    """Returns the context of the preference loss."""
     return Context.LONG if method.context_mode == "long" else Context.SHORT
 
 
 def aligned_sides(method: MethodConfig) -> tuple[Side, ...]:
-    """The sides whose short and long rewards are aligned."""
+    """Returns the sides whose short and long rewards are aligned."""
     if method.context_mode != "solo":
         return ()
     return (Side.CHOSEN, Side.REJECTED) if method.alignment_target == "both" else (Side.CHOSEN,)
 
 
 def policy_scores(method: MethodConfig) -> Scored:
-    """What the policy scores of each group."""
+    """Returns the responses of each group that the policy scores."""
     if method.objective == "sft":
         return frozenset({(Context.SHORT, Side.PLAIN)})
     pairs = {(pair_context(method), side) for side in (Side.CHOSEN, Side.REJECTED)}
@@ -49,14 +49,14 @@ def policy_scores(method: MethodConfig) -> Scored:
 
 
 def reference_scores(method: MethodConfig) -> Scored:
-    """What the reference model scores of each group; nothing without one."""
+    """Returns the responses of each group that the reference model scores; empty without a reference."""
     if not needs_reference(method):
         return frozenset()
     return frozenset((reference_context(context, method), side) for context, side in policy_scores(method))
 
 
 def all_scores(method: MethodConfig) -> Scored:
-    """What the policy or the reference scores."""
+    """Returns the responses of each group that the policy or the reference scores."""
     return policy_scores(method) | reference_scores(method)
 
 
@@ -66,7 +66,7 @@ def needs_reference(method: MethodConfig) -> bool:
 
 
 def reference_context(context: Context, method: MethodConfig) -> Context:
-    """The context on which the reference scores what the policy scores on this one."""
+    """Returns the context on which the reference scores the responses that the policy scores on ``context``."""
     on_short = loss_class(method.preference_loss).reference_on_short or (
         method.context_mode == "solo" and method.alignment_reference == "short"
     )
@@ -74,7 +74,7 @@ def reference_context(context: Context, method: MethodConfig) -> Context:
 
 
 def adds_likelihood(method: MethodConfig) -> bool:
-    """Whether --sft-weight adds the chosen answer's negative log-likelihood to the loss."""
+    """Whether --sft-weight adds the chosen response's negative log-likelihood to the loss."""
     return method.objective == "preference" and method.sft_weight > 0
 
 
@@ -94,22 +94,22 @@ def solopo_loss(
     method: MethodConfig,
     mean_chosen_length: Tensor | None = None,
 ) -> GroupLosses:
-    """The loss of each of n groups; nothing is averaged over groups. All tensors are on one device.
+    """Computes the loss of each of n groups, without a mean over groups. All tensors are on one device.
 
     Args:
         log_probs: [N] summed log-probs of the policy over each segment's tokens, nats.
         segments: the N segments, those of `policy_scores(method)`.
         pairs: [P, 2] `segments.pairs(pair_context(method))`.
         alignments: [A, 2] `segments.alignments(aligned_sides(method))`.
-        reference: [N] the sum under the reference model that each segment is compared with, see `reference_context`;
-            None without one.
+        reference: [N] summed log-probs of the reference model that each segment is compared with, see
+            `reference_context`; None without a reference.
         method: resolved options (beta and alignment_weight set).
         mean_chosen_length: [] where `needs_mean_chosen_length(method)`: the mean over the groups of the global batch of
             the mean length of their chosen responses, on the context of the preference loss.
 
     Raises:
-        ValueError: ``reference``, ``mean_chosen_length`` or the alignment's weight is missing, or what the preference
-            loss returns is not one value of each response or pair.
+        ValueError: ``reference``, ``mean_chosen_length`` or the alignment's weight is missing, or the preference loss
+            does not return one value for each response or pair.
     """
     if not needs_mean_chosen_length(method):
         mean_chosen_length = None
@@ -149,14 +149,15 @@ def solopo_loss(
             raise ValueError(
                 "alignment_weight is missing; the defaults of a loss are filled in by `config_load.resolve`"
             )
-        alignment, watched = _alignment(responses, rewards, segments, alignments, method)
+        alignment, of_alignment = _alignment(responses, rewards, segments, alignments, method)
         loss = loss + method.alignment_weight * alignment
-        metrics |= {"alignment_loss": alignment} | watched
+        metrics |= {"alignment_loss": alignment} | of_alignment
     return GroupLosses(loss, {name: value.detach() for name, value in metrics.items()})
 
 
 def _check_shapes(values: Mapping[str, Tensor], like: Tensor, what: str) -> None:
-    """A sum or mean over the pack would be broadcast to every group, and train something else without a word."""
+    """Refuses other shapes: a sum or mean over the pack would be broadcast to every group and silently train another
+    loss."""
     for name, each in values.items():
         if each.shape != like.shape:
             raise ValueError(
@@ -165,10 +166,10 @@ def _check_shapes(values: Mapping[str, Tensor], like: Tensor, what: str) -> None
 
 
 def pair_accuracy(margin: Tensor) -> Tensor:
-    """1 where the chosen reward is the higher one, 0 where it is the lower one, and 0.5 where the two are equal.
+    """Returns 1 where the chosen reward is higher, 0 where it is lower, and 0.5 where the two are equal.
 
     Rewards are equal at step 1 of a loss with a reference, where the policy is the reference. TRL 1.16 counts a tie as
-    0 (`chosen_rewards > rejected_rewards`), which reads as if every pair were ranked wrong.
+    0 (`chosen_rewards > rejected_rewards`), as if every pair were ranked wrongly.
 
     Args:
         margin: [P] chosen minus rejected reward.
@@ -179,15 +180,18 @@ def pair_accuracy(margin: Tensor) -> Tensor:
 def _alignment(
     responses: Responses, rewards: Tensor, segments: Segments, alignments: Tensor, method: MethodConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """[n] the distance of short and long rewards, the mean over a side's responses added over the aligned sides; and
-    metrics of [n]."""
+    """Computes the distance of short and long rewards.
+
+    Returns:
+        [n] means over a side's responses, summed over the aligned sides; and metrics of [n].
+    """
     short, long = alignments.unbind(1)
     short_rewards = rewards[short].detach() if method.alignment_stop_short_gradient else rewards[short]
     distance = alignment_distance(
         short_rewards - rewards[long], method.alignment_distance, method.alignment_huber_delta
     )
     sides = segments.sides[short]
-    # One row for each side of a group, in which a mean is taken.
+    # One row for each side of a group; the mean is over a row.
     by_side = group_mean(segments.groups[short] * len(Side) + sides, segments.group_count * len(Side))
     rows = {
         "reward_long": rewards[long],

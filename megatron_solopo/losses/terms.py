@@ -1,4 +1,4 @@
-"""The terms that losses are made of, from rewards and log-probs, and their means over the pairs of a group."""
+"""Terms of the losses, from rewards and log-probs, and means over the pairs of a group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GroupLosses:
-    """The loss of each group and what to watch.
+    """The loss and metrics of each group.
 
     Attributes:
         loss: [n groups], differentiable, in nats.
@@ -24,18 +24,18 @@ class GroupLosses:
 
 
 def group_sum(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
-    """What adds [K] values up to [group_count], by the [K] groups they belong to."""
+    """Returns a function that sums [K] values to [group_count] by their [K] ``groups``."""
     return lambda values: values.new_zeros(group_count).index_add(0, groups, values)
 
 
 def group_mean(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
-    """What averages [K] values to [group_count]; a group without any has 0."""
+    """Returns a function that averages [K] values to [group_count] by their [K] ``groups``; empty groups get 0."""
     counts = groups.new_zeros(group_count).index_add(0, groups, torch.ones_like(groups))[groups]
     return lambda values: values.new_zeros(group_count).index_add(0, groups, values / counts)
 
 
 def logistic_loss(margin: Tensor, label_smoothing: float = 0.0, form: str = "conservative") -> Tensor:
-    """l(m) = -log sigmoid(m) of a reward margin, with labels that are swapped with probability e = ``label_smoothing``.
+    """Computes l(m) = -log sigmoid(m) of a reward margin, for labels swapped with probability e = ``label_smoothing``.
 
     ``conservative``: (1 - e) l(m) + e l(-m), the expected loss (cDPO; TRL 1.16's CPO trainer).
     ``robust``: ((1 - e) l(m) - e l(-m)) / (1 - 2 e), whose expectation over swapped labels is l(m) of the true ones
@@ -55,10 +55,10 @@ def logistic_loss(margin: Tensor, label_smoothing: float = 0.0, form: str = "con
 
 
 def alignment_distance(difference: Tensor, distance: str, huber_delta: float) -> Tensor:
-    """How far two rewards are apart; 0 with gradient 0 where they are equal.
+    """Computes the distance of two rewards; 0 with gradient 0 where they are equal.
 
     ``l1`` is the upper bound that the paper derives for the logistic loss, up to a constant. ``l2`` and ``huber`` are
-    not the paper's: they pull less where the rewards nearly agree.
+    not in the paper: their gradients are smaller where the rewards nearly agree.
 
     Args:
         difference: [n], in reward units.
@@ -72,12 +72,12 @@ def alignment_distance(difference: Tensor, distance: str, huber_delta: float) ->
 
 
 def negative_log_likelihood(log_prob: Tensor, length: Tensor, tokens_per_group: Tensor | None = None) -> Tensor:
-    """-log pi(y|x) / |y|, in nats per token.
+    """Returns -log pi(y|x) / |y|, in nats per token.
 
     Args:
         log_prob: [n] sums over the response's tokens.
-        length: [n] those tokens.
-        tokens_per_group: [] the mean of ``length`` over the global batch; in place of each group's own length it makes
-            the mean over groups the mean over tokens.
+        length: [n] number of those tokens.
+        tokens_per_group: [] mean of ``length`` over the global batch; used instead of ``length``, it makes the mean
+            over groups the mean over tokens.
     """
     return -log_prob / (length if tokens_per_group is None else tokens_per_group)

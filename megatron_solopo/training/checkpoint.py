@@ -1,4 +1,4 @@
-"""Checkpoints in megatron-core's distributed format: written aside, marked, renamed, then named as the latest."""
+"""Checkpoints in megatron-core's distributed format: written aside, marked complete, renamed, named as latest."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from megatron_solopo.training.resume import Progress
 def _state(
     engine: Engine, optimizer: MegatronOptimizer, source: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, dict[str, None]]]:
-    """What a checkpoint holds of model and optimizer, and what `model_states` left out.
+    """Returns a checkpoint's state of model and optimizer, and what `model_states` left out.
 
     Args:
-        source: the checkpoint that it is to be loaded from, or None when saving.
+        source: the checkpoint to load from, or None when saving.
     """
     engine.gather_parameters()
     models, left_out = model_states(engine.models, source)
@@ -45,7 +45,7 @@ def _state(
 
 @dataclass
 class _Writing:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     iteration: int
     aside: Path
@@ -56,12 +56,12 @@ class _Writing:
 class Checkpoints:
     """Saves the checkpoints of a run; every method is collective.
 
-    A run killed at any moment leaves the previous checkpoint as the latest. A save that fails leaves it too, and
-    stands in `unsaved` until a later one succeeds.
+    A run killed at any moment leaves the previous checkpoint as the latest. So does a save that fails; `unsaved` says
+    so until a later one succeeds.
 
     Args:
-        latest: iteration of the run folder's checkpoint that the run goes on from, or 0.
-        progress: plain values that say which run this is.
+        latest: iteration of the run folder's checkpoint that the run resumes from, or 0.
+        progress: the run's identity, see `resume.progress_of`.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class Checkpoints:
         return iteration == self._latest
 
     def save(self, iteration: int) -> None:
-        """Saves, or with --async-save starts to; nothing happens when the iteration is saved already."""
+        """Saves, or with --async-save starts to save; does nothing when the iteration is saved already."""
         if self.has(iteration):
             return
         target = checkpoint_folder(self._folder, iteration)
-        # A new name each time: a writer that outlived its killed run may still be busy in the old one.
+        # A new name each time: a writer that outlived its killed run may still write to the old one.
         names = [f"{target.name}.partial-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(names, src=0)
         aside = self._folder / names[0]
@@ -129,7 +129,7 @@ class Checkpoints:
             self._complete(self._writing)
 
     def _complete(self, writing: _Writing) -> None:
-        """Everything is written: metadata, mark, the final name, the latest file, and older checkpoints' end."""
+        """Publishes a written checkpoint: metadata, manifest, final name, latest file, deletion of older ones."""
         self._writing = None
         error = writing.write.finish()
         error = first_error(error or run_on_rank0(lambda: self._publish(writing)))
@@ -185,7 +185,8 @@ def load_checkpoint(
     """Loads a complete checkpoint into model, optimizer and scheduler; collective.
 
     Args:
-        rates: peak and last learning rate to go on with (--override-opt-param-scheduler), or None for the checkpoint's.
+        rates: peak and last learning rate to use from now on (--override-opt-param-scheduler), or None for the
+            checkpoint's.
 
     Raises:
         UserError: it belongs to another model, or see `model_states`.
@@ -197,8 +198,9 @@ def load_checkpoint(
             loaded: Any = dist_checkpointing.load(state, str(source))  # a tuple only with other options
     except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
         raise UserError(
-            f"--load: {source} cannot be read ({reason_of(error)}); its files are complete, so it is "
-            "another model's: give the --hf-path of its run, or start anew in another folder"
+            "checkpoint-other-model",
+            f"--load: {source} cannot be read ({reason_of(error)}); its files are complete, so it is another model's: "
+            "use the --hf-path of its run, or start a new run in another folder",
         ) from None
     load_models(engine.models, loaded, left_out)
     if rates is not None:
@@ -208,11 +210,11 @@ def load_checkpoint(
 
 
 def _set_rates(state: dict[Any, Any], lr: float, min_lr: float) -> None:
-    """Writes other rates into an optimizer's state, one optimizer or several (experts have their own).
+    """Writes other rates into the state of one optimizer or several (experts have their own).
 
-    megatron-core 0.19.2 keeps both in every group of parameters, finds a group again by them
-    (distrib_optimizer.py:939), and its scheduler goes by the group's (optimizer_param_scheduler.py, `get_lr`) and not
-    by its own overridden ones.
+    megatron-core 0.19.2 keeps both rates in every parameter group and identifies a group by them
+    (distrib_optimizer.py:939); its scheduler uses the group's (optimizer_param_scheduler.py, `get_lr`), not its own
+    overridden ones.
     """
     for key, value in state.items():
         if key == "param_groups":

@@ -1,4 +1,4 @@
-"""`solopo verify-parallelism`: launches a step under each layout, each process's part of it, and the comparison."""
+"""The work of `solopo verify-parallelism`: launches of a step under each layout, the step itself, the comparison."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from megatron_solopo.parallel.platform import Platform, choose, end_model_parall
 from megatron_solopo.progress import ProgressBar
 from megatron_solopo.terminal import write_line
 from megatron_solopo.training.engine import Engine, build_engine, initialize_parallel
-from megatron_solopo.training.gradients import whole_gradients
+from megatron_solopo.training.gradients import full_gradients
 from megatron_solopo.training.preflight import check_cut, check_run_inputs, dated_tokenizer, read_model
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
 from megatron_solopo.training.step import StepSums, make_packs, run_step, segment_table
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
-"""Room for the order of sums. bfloat16 rounds every activation to 8 bits, so it has no bound of its own."""
+"""Largest relative differences, which the order of sums explains; bfloat16 rounds to 8 bits and has no bound."""
 
 
-def compare(given: argparse.Namespace, rest: list[str]) -> int:
+def compare(options: argparse.Namespace, rest: list[str]) -> int:
     """Measures the layouts and prints the table; returns 1 where a difference is above its bound.
 
     Args:
-        given: the options of `verify.main`.
-        rest: those of the training run.
+        options: the options of `verify.main`.
+        rest: the options of the training run.
 
     Raises:
-        UserError: what a layout, the model or this machine cannot do, before anything starts.
+        UserError: a layout does not fit the model or this machine, or a launch failed.
     """
-    layouts = [parse_layout(name) for name in dict.fromkeys([given.base, *given.layouts])]
+    layouts = [parse_layout(name) for name in dict.fromkeys([options.base, *options.layouts])]
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         arguments = [*rest, "--save", str(Path(folder) / "run")]
         config, _ = config_load.load(arguments)
@@ -62,16 +62,19 @@ def compare(given: argparse.Namespace, rest: list[str]) -> int:
         for layout in layouts:
             _check(arguments, layout, hf_config)
         check_machine(config, choose(config.parallel.device))
-        if given.float64 and config.model.transformer_impl != "portable":
-            raise UserError(f"--float64 with --transformer-impl {config.model.transformer_impl}: take portable")
-        dtype = "float64" if given.float64 else "bfloat16" if config.model.bf16 else "float32"
+        if options.float64 and config.model.transformer_impl != "portable":
+            raise UserError(
+                "option-conflict",
+                f"--float64 with --transformer-impl {config.model.transformer_impl}: use --transformer-impl portable",
+            )
+        dtype = "float64" if options.float64 else "bfloat16" if config.model.bf16 else "float32"
         _launch(Path(folder), arguments, layouts, dtype, config.parallel)
-        bound = given.bound if given.bound is not None else BOUNDS.get(dtype)
-        return _report(Path(folder), layouts, dtype, bound, given.tensors)
+        bound = options.bound if options.bound is not None else BOUNDS.get(dtype)
+        return _report(Path(folder), layouts, dtype, bound, options.tensors)
 
 
 def _config(argv: list[str], layout: Layout) -> Config:
-    """The run's options under a layout; packs are as large as under the run's own."""
+    """Returns the run's options under a layout; packs are as large as under the run's layout."""
     config, _ = config_load.load(argv)
     pack = most_tokens_of_a_pack(config)
     config.parallel = layout.applied(config.parallel)
@@ -83,21 +86,23 @@ def _config(argv: list[str], layout: Layout) -> Config:
 
 
 def _check(argv: list[str], layout: Layout, hf_config: PretrainedConfig) -> None:
-    """Refuses what this model or machine cannot do, before anything starts."""
+    """Refuses a layout that this model or machine does not support, before anything starts."""
     try:
         config = _config(argv, layout)
         check_cut(hf_config, config, layout.processes)
     except UserError as error:
-        raise UserError(f"layout {layout.name!r}: {error}") from None
+        raise error.at(f"layout {layout.name!r}") from None
     if choose(config.parallel.device) == "cuda" and layout.processes > torch.cuda.device_count():
         raise UserError(
-            f"layout {layout.name!r}: needs {layout.processes} GPUs, {torch.cuda.device_count()} are here; "
-            "give a smaller one, or --device cpu"
+            "gpus-too-few",
+            f"layout {layout.name!r}: needs {layout.processes} GPUs, this machine has {torch.cuda.device_count()}; "
+            "use a smaller one, or --device cpu",
         )
 
 
 def _launch(folder: Path, argv: list[str], layouts: list[Layout], dtype: str, run: ParallelConfig) -> None:
-    """Writes each layout's loss and gradient; the first one, the base, also the reference that all use."""
+    """Launches every layout, which writes its loss and gradient; the first one, the base, also writes the reference
+    log-probs that all use."""
     by_size: dict[int, list[str]] = defaultdict(list)
     for layout in layouts[1:]:
         by_size[layout.processes].append(layout.name)
@@ -111,33 +116,35 @@ def _launch(folder: Path, argv: list[str], layouts: list[Layout], dtype: str, ru
         write_line(f"{processes} processes: {', '.join(names)}")
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
         if done.returncode == launch.REPORTED:
-            raise SystemExit(launch.REPORTED)  # in a line of its own
+            raise SystemExit(launch.REPORTED)  # the process has printed its error
         if done.returncode:
-            raise UserError(f"the {processes} processes of {', '.join(names)} failed; their messages stand above")
+            raise UserError(
+                "launch-failed", f"the {processes} processes of {', '.join(names)} failed; see their messages above"
+            )
 
 
 def _report(folder: Path, layouts: list[Layout], dtype: str, bound: float | None, tensors: int) -> int:
-    """Prints the table; 1 where a difference is above the bound."""
+    """Prints the table; returns 1 where a difference is above the bound."""
     base = layouts[0].name
     results = {layout.name: json.loads((folder / f"{layout.name}.json").read_text()) for layout in layouts}
-    theirs = load_file(folder / f"{base}.safetensors")
-    whole = sum(tensor.double().norm() ** 2 for tensor in theirs.values()) ** 0.5
+    expected = load_file(folder / f"{base}.safetensors")
+    norm = sum(tensor.double().norm() ** 2 for tensor in expected.values()) ** 0.5
     print(
         f"one step of {results[base]['groups']} examples, {dtype}; base {base}: loss {results[base]['loss']:.10g}, ",
         end="",
     )
-    print(f"gradient norm {whole:.6g}")
+    print(f"gradient norm {norm:.6g}")
     print(f"{'layout':<24} {'loss':>9} {'gradient':>9}  worst tensors (|a - b| / |b|)")
     wrong = 0
     for layout in layouts[1:]:
-        ours = load_file(folder / f"{layout.name}.safetensors")
-        off = {name: (ours[name].double() - theirs[name].double()).norm() for name in theirs}
+        actual = load_file(folder / f"{layout.name}.safetensors")
+        off = {name: (actual[name].double() - expected[name].double()).norm() for name in expected}
         worst = sorted(
-            ((value / theirs[name].double().norm().clamp(min=1e-300)).item(), name) for name, value in off.items()
+            ((value / expected[name].double().norm().clamp(min=1e-300)).item(), name) for name, value in off.items()
         )[::-1]
         loss = abs(results[layout.name]["loss"] - results[base]["loss"]) / max(1, abs(results[base]["loss"]))
-        gradient = (sum(value**2 for value in off.values()) ** 0.5 / whole).item()
-        # What is not a number is no agreement.
+        gradient = (sum(value**2 for value in off.values()) ** 0.5 / norm).item()
+        # Written so that NaN counts as a difference.
         above = bound is not None and not all(value <= bound for value in (loss, *(each for each, _ in worst)))
         wrong += above
         shown = ", ".join(f"{value:.1e} {name}" for value, name in worst[:tensors])
@@ -150,13 +157,13 @@ def _report(folder: Path, layouts: list[Layout], dtype: str, bound: float | None
 
 
 def measure(platform: Platform, job: dict[str, Any]) -> None:
-    """A process's part of a launch: each layout's step in turn; the first process writes what came out. Collective."""
+    """Runs one step under each layout of a launch; rank 0 writes loss and gradient. Collective."""
     folder = Path(job["folder"])
     for name in job["layouts"]:
         config = _config(job["argv"], parse_layout(name))
         initialize_parallel(config)
         engine, sums = _step(platform, config, getattr(torch, job["dtype"]), folder)
-        gradients = whole_gradients(engine)
+        gradients = full_gradients(engine)
         if dist.get_rank() == 0:
             save_file(gradients, folder / f"{name}.safetensors")
             result = {"loss": sums.means()["loss"], "groups": sums.groups}
@@ -167,7 +174,7 @@ def measure(platform: Platform, job: dict[str, Any]) -> None:
 
 
 def _step(platform: Platform, config: Config, dtype: torch.dtype, folder: Path) -> tuple[Engine, StepSums]:
-    """The engine after forward and backward of the run's first step, and the step's sums."""
+    """Returns the engine after forward and backward of the run's first step, and the step's sums."""
     inputs = check_run_inputs(config)
     indices = inputs.schedule.step(0)
     engine = build_engine(platform, inputs.hf_config, config, dtype)
@@ -183,12 +190,13 @@ def _step(platform: Platform, config: Config, dtype: torch.dtype, folder: Path) 
 def _reference(
     engine: Engine, dataset: TokenDataset, indices: list[int], config: Config, path: Path
 ) -> ReferenceLogProbs:
-    """Log-probs of the step's examples under the first layout, which all others read from ``path``. Collective."""
+    """Computes the log-probs of the step's examples under the first layout; all others read them from ``path``.
+    Collective."""
     places = SegmentPlaces.of_dataset(dataset)
     if not path.exists():
         dist.barrier()
         table = segment_table(engine, places, make_packs(engine, dataset, indices, config))
-        # Policy = reference is the alignment's kink, where the gradient is the sign of rounding noise.
+        # At policy = reference the alignment has a kink, where the gradient is the sign of rounding noise.
         table += torch.randn(table.shape, generator=torch.Generator().manual_seed(0), dtype=table.dtype)
         if dist.get_rank() == 0:
             torch.save(table, path)

@@ -37,14 +37,14 @@ STAGES = (
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
 )
-"""Of `LAYOUT`, what verify has no use for: it compares layer by layer, in one stage."""
+"""Options of `LAYOUT` that verify does not have: it compares layer by layer, in one stage."""
 
 
 RUN_OPTIONS = (
     *("chat_template", "chat_template_kwargs", "chat_template_date", "eos_token"),
     *("rope_scaling", "add_special_tokens"),
 )
-"""Of a run's config.yaml: what makes its model and tokenizer another than those of --hf-path."""
+"""Options of a run's config.yaml by which its model and tokenizer differ from those of --hf-path."""
 
 
 def build_parser() -> Parser:
@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     to_megatron = _command(
         commands,
         "hf-to-megatron",
-        "writes a Hugging Face folder's weights in megatron-core's format, which --hf-path of a training run takes",
+        "writes a Hugging Face folder's weights in megatron-core's format, for --hf-path of a training run",
     )
     to_megatron.add_argument("--hf-path", required=True, metavar="FOLDER", help="Hugging Face folder")
     to_megatron.add_argument("--save", required=True, metavar="FOLDER", help="the new Megatron folder")
@@ -131,62 +131,65 @@ def _add_checkpoint(command: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> int:
-    """Checks what needs no process group, then starts the platform and does the work."""
-    config = _config(given)
-    if given.command != "verify":
-        _check_target(given, config)
-    here = platform.start(given.device)
+def _run(options: argparse.Namespace) -> int:
+    """Checks what needs no process group, starts the platform and runs the command."""
+    config = _config(options)
+    if options.command != "verify":
+        _check_target(options, config)
+    started = platform.start(options.device)
     try:
-        # Behind the start of the platform, see run.py.
+        # After the start of the platform, see run.py.
         from megatron_solopo.training.convert_weights import convert
 
         with platform.explain_lost_process():
-            return convert(given, config)
+            return convert(options, config)
     finally:
-        platform.stop(here)
+        platform.stop(started)
 
 
-def _config(given: argparse.Namespace) -> Config:
-    """The options as a training run would have them; those of a run folder come from its config.yaml."""
+def _config(options: argparse.Namespace) -> Config:
+    """Returns the options as those of a training run; a run folder's are read from its config.yaml."""
     config = Config()
     run: dict[str, Any] = {}
-    if getattr(given, "load", None) is not None:
-        if not Path(given.load).is_dir():
-            raise UserError(f"--load {given.load}: no such folder")
-        path = Path(given.load) / "config.yaml"
+    if getattr(options, "load", None) is not None:
+        if not Path(options.load).is_dir():
+            raise UserError("folder-missing", f"--load {options.load}: no such folder")
+        path = Path(options.load) / "config.yaml"
         run = read_model_options(path) if path.is_file() else {}
-    alone = given.load if getattr(given, "load", None) and (Path(given.load) / "config.json").is_file() else None
-    hf_path = given.hf_path or alone or run.get("hf_path")
+    alone = options.load if getattr(options, "load", None) and (Path(options.load) / "config.json").is_file() else None
+    hf_path = options.hf_path or alone or run.get("hf_path")
     if hf_path is None:
-        if remedy := mistaken(Path(given.load)):
-            raise UserError(f"--load {given.load}: {remedy}")
-        raise UserError(f"--hf-path is missing: {given.load} has no config.yaml that says what its run started from")
+        if remedy := mistaken(Path(options.load)):
+            raise UserError("checkpoint-missing", f"--load {options.load}: {remedy}")
+        raise UserError(
+            "option-missing",
+            f"--hf-path is missing: {options.load} has no config.yaml that names the folder its run started from",
+        )
     config.model.hf_path = hf_path
     for name in RUN_OPTIONS:
         setattr(config.model, name, run.get(name))
-    if given.command == "verify":
-        _leave_out_what_is_there(config)
-    if getattr(given, "add_special_tokens", None) is not None:
-        config.model.add_special_tokens = given.add_special_tokens
+    if options.command == "verify":
+        _drop_applied_options(config)
+    if getattr(options, "add_special_tokens", None) is not None:
+        config.model.add_special_tokens = options.add_special_tokens
     for option in ("make_vocab_size_divisible_by", *LAYOUT):
-        value = getattr(given, option)
+        value = getattr(options, option)
         if value is not None and value < 1:
-            raise UserError(f"{flag(option)} {value}: must be at least 1")
+            raise UserError("option-value", f"{flag(option)} {value}: must be at least 1")
     config.model.make_vocab_size_divisible_by = (
-        given.make_vocab_size_divisible_by
+        options.make_vocab_size_divisible_by
         or run.get("make_vocab_size_divisible_by")
         or config.model.make_vocab_size_divisible_by
     )
     for option in LAYOUT:
-        setattr(config.parallel, option, getattr(given, option))
-    # What changes no weight, but without which Megatron does not cut experts.
+        setattr(config.parallel, option, getattr(options, option))
+    # It changes no weight, but without it Megatron does not shard experts.
     config.parallel.sequence_parallel = config.parallel.tensor_model_parallel_size > 1
     return config
 
 
-def _leave_out_what_is_there(config: Config) -> None:
-    """An exported model's config and tokenizer hold a run's --rope-scaling and --add-special-tokens already."""
+def _drop_applied_options(config: Config) -> None:
+    """Removes a run's --rope-scaling and --add-special-tokens where an exported model's files contain them."""
     model = config.model
     if model.rope_scaling and read_hf_config(model.hf_path).rope_parameters.get("rope_type", "default") != "default":
         model.rope_scaling = None
@@ -195,10 +198,10 @@ def _leave_out_what_is_there(config: Config) -> None:
         model.add_special_tokens = None
 
 
-def _check_target(given: argparse.Namespace, config: Config) -> None:
-    option, name = ("--save", given.save) if given.command == "hf-to-megatron" else ("--save-hf", given.save_hf)
+def _check_target(options: argparse.Namespace, config: Config) -> None:
+    option, name = ("--save", options.save) if options.command == "hf-to-megatron" else ("--save-hf", options.save_hf)
     target = named_folder(option, name)
-    check_apart(option, target, {"--load": getattr(given, "load", None), "--hf-path": config.model.hf_path})
+    check_apart(option, target, {"--load": getattr(options, "load", None), "--hf-path": config.model.hf_path})
     if os.environ.get("RANK", "0") == "0":
         restore(target)
-    check_target(option, target, given.overwrite)
+    check_target(option, target, options.overwrite)

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it."""
+"""Describes what a run would do, without doing it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from megatron_solopo.training.resume import new_schedule
 
 
 def describe(config: Config) -> str:
-    """The resolved configuration, ranks, parameters, steps and files of a run; nothing is written.
+    """Describes the resolved configuration, ranks, parameters, steps and files of a run; writes nothing.
 
     Raises:
-        UserError: whatever the run itself would refuse before its first step.
+        UserError: the run would be refused before its first step.
     """
     plan = preflight(config, dry_run=True)
     device, processes = choose(config.parallel.device), world_size()
@@ -92,7 +92,7 @@ def _steps(plan: Preflight, config: Config) -> list[str]:
     return [
         f"{schedule.steps} steps of {schedule.global_batch_size} examples, {schedule.total:,} in all "
         f"({schedule.total / schedule.examples:.2f} epochs)",
-        *([f"goes on after step {plan.resumed}, from {plan.source}"] if plan.source and not plan.nothing_left else []),
+        *([f"resumes after step {plan.resumed}, from {plan.source}"] if plan.source and not plan.nothing_left else []),
         *([changed] if changed else []),
         *([f"all are done and saved in {config.output.save}; nothing is left"] if plan.nothing_left else []),
     ]
@@ -123,19 +123,19 @@ def _files(steps: int, config: Config) -> list[str]:
 
 
 def _kept(output: OutputConfig) -> str:
-    """Which checkpoints stay, where not all do."""
+    """Describes which checkpoints are kept, where not all are."""
     if output.keep_last is None and output.save_retain_interval is None:
         return ""
     retained = f" and multiples of {output.save_retain_interval}" if output.save_retain_interval else ""
-    return f"; the last {output.keep_last or 1}{retained} stay"
+    return f"; the last {output.keep_last or 1}{retained} are kept"
 
 
 def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> list[str]:
-    """One line a rank; long tables are cut in the middle, where they only repeat."""
+    """Returns one line for each rank; long tables are cut in the middle, where they only repeat."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
     method = method_of(context, parallel.cp_comm_type)
-    copies = data_parallel_size(parallel, processes)
+    replicas = data_parallel_size(parallel, processes)
     lines = []
     for rank in range(processes):
         place = place_of(rank, parallel, processes)
@@ -153,7 +153,7 @@ def _rank_table(parallel: ParallelConfig, num_layers: int, processes: int) -> li
         experts = parallel.expert_model_parallel_size
         if experts > 1:
             part += f", part {expert_place(rank, parallel) + 1} of {experts} of the experts"
-        share = f", 1/{copies} of each step's examples" if copies > 1 else ""
+        share = f", 1/{replicas} of each step's examples" if replicas > 1 else ""
         if context > 1:
             share += f", {method.share(place.context, context)}"
         lines.append(
@@ -171,9 +171,9 @@ def _named(layers: list[range]) -> str:
 
 
 def parameter_count(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Parameters of the Hugging Face model, without building it: {"total", "embedding"}.
+    """Counts the parameters of the Hugging Face model without building it: {"total", "embedding"}.
 
-    Counted on the meta device by transformers, so that vocabulary padding does not enter.
+    transformers makes them on the meta device, so that vocabulary padding is not counted.
     """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(hf_config)

@@ -1,8 +1,8 @@
-"""Model, optimizer and schedule of megatron-core, put together for one process."""
+"""Model, optimizer and learning-rate schedule of megatron-core on one rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,12 @@ from megatron_solopo.parallel.platform import Platform
 
 @dataclass(frozen=True)
 class Engine:
-    """What one process trains with.
+    """The model on one rank.
 
     Attributes:
         chunks: the GPTModels of this pipeline stage, each in megatron-core's DDP; one without virtual stages.
-        head: what turns the last one's hidden states into log-probs.
-        dtype: of parameters and activations.
+        head: turns the last chunk's hidden states into log-probs.
+        dtype: dtype of parameters and activations.
     """
 
     platform: Platform
@@ -52,36 +52,39 @@ class Engine:
         return [chunk.module for chunk in self.chunks]  # pyright: ignore[reportReturnType]  # DDP annotates any Module
 
     def train(self) -> None:
-        """Before training steps. With --overlap-param-gather forward passes gather the parameters they need."""
+        """Prepares for training steps. With --overlap-param-gather forward passes gather the parameters they need."""
         for chunk in self.chunks:
             chunk.train()
             if chunk.ddp_config.overlap_param_gather and not _gathers_in_forward(chunk):
                 chunk.enable_forward_pre_hook()
 
     def eval(self) -> None:
-        """Before forward passes that other processes may not share; gathers what training left to do (collective)."""
+        """Prepares for forward passes without communication; gathers the parameters that the last step updated
+        (collective)."""
         for chunk in self.chunks:
             chunk.eval()
             if _gathers_in_forward(chunk):
                 chunk.disable_forward_pre_hook()
 
     def gather_parameters(self) -> None:
-        """With --overlap-param-gather the optimizer's step leaves each process its own part of the new parameters:
-        needed before anything but a forward pass reads them. Collective."""
+        """Gathers the parameters before anything but a forward pass reads them; collective.
+
+        With --overlap-param-gather the optimizer's step updates only a rank's own part of the parameters.
+        """
         for chunk in self.chunks:
             if _gathers_in_forward(chunk):
                 chunk.start_param_sync(force_sync=True)
 
     def zero_gradients(self) -> None:
-        """Before a step."""
+        """Zeroes the gradient buffers before a step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     def close(self) -> None:
-        """Before the process groups end (`platform.end_model_parallel`).
+        """Releases the process groups; call it before `platform.end_model_parallel`.
 
-        megatron-core's token dispatchers keep the last forward pass's graph, and that the hooks of the parameters and
-        with them the groups, in a circle through C++ that Python does not see.
+        megatron-core's token dispatchers keep the last forward pass's graph, which keeps the parameters' hooks and so
+        the groups, in a cycle through C++ that Python's garbage collector does not see.
         """
         for dispatcher in (getattr(m, "token_dispatcher", None) for model in self.models for m in model.modules()):
             if dispatcher is not None:
@@ -89,8 +92,8 @@ class Engine:
 
 
 def gradient_buffers(chunk: DistributedDataParallel) -> list[_ParamAndGradBuffer]:
-    """The gradient buffers of a chunk, those of experts last."""
-    dense: Any = chunk.buffers  # DDP gives a method of nn.Module another meaning
+    """Returns the gradient buffers of a chunk, those of experts last."""
+    dense: Any = chunk.buffers  # DDP overrides a method of nn.Module by a list
     return [*dense, *chunk.expert_parallel_buffers]
 
 
@@ -99,7 +102,7 @@ def _gathers_in_forward(chunk: DistributedDataParallel) -> bool:
 
 
 def initialize_parallel(config: Config) -> None:
-    """The process groups of megatron-core, and its random state."""
+    """Initializes the process groups of megatron-core, and its random state."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -109,7 +112,7 @@ def initialize_parallel(config: Config) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # pyright: ignore[reportArgumentType]  # mcore multiplies it
-        # They serve checkpoint formats that are not used here, and a host whose name does not resolve fails at them.
+        # They are for checkpoint formats that are not used here, and fail on a host whose name does not resolve.
         create_gloo_process_groups=False,
     )
     torch.manual_seed(config.training.seed)
@@ -121,7 +124,7 @@ def _chunks(parallel: ParallelConfig) -> int:
 
 
 def build_chunks(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> list[GPTModel]:
-    """The parts of the model that this process holds, one without virtual stages; weights not loaded."""
+    """Builds the model chunks of this rank, one without virtual stages; their weights are not loaded."""
     chunks = _chunks(config.parallel)
     return [build_model(hf_config, config, dtype, stage) for stage in (range(chunks) if chunks > 1 else (None,))]
 
@@ -129,10 +132,10 @@ def build_chunks(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype
 def build_engine(
     platform: Platform, hf_config: PretrainedConfig, config: Config, dtype: torch.dtype | None = None
 ) -> Engine:
-    """Builds the model, loads or draws its weights and wraps it; process groups must exist.
+    """Builds the model, loads or draws its weights and wraps it in DDP; process groups must exist.
 
     Args:
-        dtype: of parameters and activations; default by --bf16. float64 has no optimizer, only gradients.
+        dtype: dtype of parameters and activations; default by --bf16. float64 has no optimizer, only gradients.
     """
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     parallel = config.parallel
@@ -161,7 +164,7 @@ def build_engine(
     head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, frequencies)
     engine = Engine(platform, hf_config, chunks, head, dtype)
     if ddp.overlap_param_gather:
-        for chunk in chunks:  # until `train`: nothing is to be gathered, and the reference pass must not communicate
+        for chunk in chunks:  # until `train`: nothing needs a gather, and the reference pass must not communicate
             chunk.disable_forward_pre_hook(param_sync=False)
     return engine
 
@@ -169,8 +172,8 @@ def build_engine(
 def _keep_padding_in_checkpoints(chunk: DistributedDataParallel) -> None:
     """Counts the padding at the end of each bucket as part of it.
 
-    distrib_optimizer.py:1312 joins the optimizer's buckets without their padding when it saves, and :1750 cuts the
-    parameters out at their padded places: all that stands behind the first padding would be saved wrong, silently.
+    distrib_optimizer.py:1312 joins the optimizer's buckets without their padding when it saves, and :1750 slices the
+    parameters at their padded offsets: everything after the first padding would silently be saved wrong.
     """
     for buffer in gradient_buffers(chunk):
         buffer.numel_unpadded = buffer.numel
@@ -179,25 +182,26 @@ def _keep_padding_in_checkpoints(chunk: DistributedDataParallel) -> None:
 
 
 def _set_schedule_functions(chunks: list[DistributedDataParallel], ddp: DistributedDataParallelConfig) -> None:
-    """What the schedule calls of DDP, as Megatron's training loop sets it; it reads the first chunk's config."""
+    """Sets DDP's functions for the pipeline schedule, which reads the first chunk's config, as Megatron's training loop
+    does."""
     settings = chunks[0].config
     settings.finalize_model_grads_func = finalize_model_grads
     settings.calculate_per_token_loss = False
 
-    def one_or_each(functions: list[Any]) -> Any:  # mcore takes both and annotates one
+    def one_or_list(functions: list[Callable[..., Any]]) -> Any:  # mcore takes both and annotates one
         return functions if len(functions) > 1 else functions[0]
 
     if ddp.overlap_grad_reduce:
-        settings.no_sync_func = one_or_each([chunk.no_sync for chunk in chunks])
-        settings.grad_sync_func = one_or_each([chunk.start_grad_sync for chunk in chunks])
+        settings.no_sync_func = one_or_list([chunk.no_sync for chunk in chunks])
+        settings.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in chunks])
     if ddp.align_param_gather:
-        settings.param_sync_func = one_or_each([chunk.start_param_sync for chunk in chunks])
+        settings.param_sync_func = one_or_list([chunk.start_param_sync for chunk in chunks])
 
 
 def build_optimizer(
     engine: Engine, training: TrainingConfig, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with the distributed optimizer, and its learning-rate schedule over ``steps`` steps."""
+    """Builds Adam with the distributed optimizer, and its learning-rate schedule over ``steps`` steps."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -215,8 +219,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, [*engine.chunks], use_gloo_process_groups=False)
     if engine.platform.name == "cuda" and not HAVE_APEX_OR_TE:
         fuse_adam(optimizer)
-    # The scheduler counts before each step, so that no step has a learning rate of 0: step k of w warm-up
-    # steps trains at lr * k / w, and min_lr would come one step after the last.
+    # The scheduler advances before each step, so that no step has a learning rate of 0: step k of w warm-up steps
+    # trains at lr * k / w, and min_lr would be reached one step after the last.
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -229,7 +233,7 @@ def build_optimizer(
         end_wd=training.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        # What a checkpoint holds of these is what they are, unless they may differ (`resume.check_same_run`).
+        # A checkpoint has the same values, unless they may differ (`resume.check_same_run`).
         use_checkpoint_opt_param_scheduler=not training.override_opt_param_scheduler,
         override_opt_param_scheduler=training.override_opt_param_scheduler,
     )
@@ -237,36 +241,39 @@ def build_optimizer(
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
-    """Lets torch's AdamW take its fused kernel: by default it computes a step on CUDA in passes over temporaries as
-    large as the parameters. Before the first step; Apex and Transformer Engine have an Adam of their own."""
+    """Makes torch's AdamW use its fused kernel; call it before the first step.
+
+    By default a step on CUDA needs temporaries as large as the parameters. Apex and Transformer Engine have their own
+    Adam.
+    """
     for part in _parts(optimizer):
         for group in part.param_groups:
             group |= {"fused": True, "foreach": False}
 
 
 def squared_gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
-    """[] this process's part of the squared norm of the whole gradient; the parts of all processes add up to it.
+    """Returns [] this rank's part of the squared gradient norm, which is the sum over all ranks.
 
-    The optimizer's own shards, without the copies that tensor parallelism and tied embeddings make: what
-    `ChainedOptimizer.step` would measure (megatron-core 0.19.2, optimizer.py:1760), which reads the device once for
-    each parameter where neither Transformer Engine nor Apex is there. Afterwards gradients are ready for `update`.
+    It is that of the optimizer's shards, without the copies of tensor parallelism and tied embeddings, as
+    `ChainedOptimizer.step` computes it (megatron-core 0.19.2, optimizer.py:1760); without Transformer Engine and Apex
+    that function reads the device once for each parameter. Afterwards gradients are ready for `update`.
     """
     optimizer.prepare_grads()
     gradients = [gradient for part in _parts(optimizer) for gradient in part.get_grads_for_grad_norm()]
-    if not gradients:  # all parameters of this stage are shards of other processes
+    if not gradients:  # all parameters of this stage are shards of other ranks
         return torch.zeros((), device=torch.cuda.current_device())
     return torch.nn.utils.get_total_norm(gradients) ** 2
 
 
-def whole_norm(parts: Sequence[float]) -> float:
-    """The norm of the whole gradient from all processes' `squared_gradient_norm`; megatron-core adds in float32 too."""
+def total_norm(parts: Sequence[float]) -> float:
+    """Returns the gradient norm from all ranks' `squared_gradient_norm`; float32 sums, as in megatron-core."""
     return float(np.sum(parts, dtype=np.float32)) ** 0.5
 
 
 def update(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Clips the gradients by their norm, where --clip-grad asks for it, and moves the weights.
+    """Clips the gradients by their norm, where --clip-grad is set, and updates the weights.
 
-    The rest of `ChainedOptimizer.step` behind `squared_gradient_norm`.
+    This is the part of `ChainedOptimizer.step` after `squared_gradient_norm`.
     """
     for part in _parts(optimizer):
         parameters: list[Tensor] = [*part.get_parameters()]
@@ -276,12 +283,12 @@ def update(optimizer: MegatronOptimizer, norm: float) -> None:
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of dense layers and of experts."""
+    """Returns the optimizers of dense layers and of experts."""
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]
 
 
 def weights_not_finite(engine: Engine) -> int:
-    """How many numbers of the weights are not finite, those of all processes added, copies too; collective."""
+    """Counts the weights that are not finite on all ranks, copies included; collective."""
     engine.gather_parameters()
     parameters = [parameter.detach() for model in engine.models for parameter in model.parameters()]
     count = torch.stack([(~torch.isfinite(parameter)).sum() for parameter in parameters]).sum()
@@ -290,5 +297,5 @@ def weights_not_finite(engine: Engine) -> int:
 
 
 def data_parallel() -> tuple[int, int]:
-    """(rank, size) among the processes that hold different examples."""
+    """Returns (rank, size) in the group of ranks that have different examples."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -1,4 +1,4 @@
-"""When a run stops before its last step: signals and the clock, agreed on by all processes."""
+"""Stops a run before its last step, by signals or by time; all ranks agree on the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What clusters send before they kill: SIGTERM (Kubernetes, Slurm's preemption, torchrun), SIGUSR1 (Slurm --signal)."""
+"""Signals of clusters before a kill: SIGTERM (Kubernetes, Slurm's preemption, torchrun), SIGUSR1 (Slurm --signal)."""
 
 _CLOCK = 1000
 """Above every signal's number."""
@@ -25,11 +25,11 @@ _STOP = "solopo/stop"
 
 STOPPED_FILE = "SOLOPO_STOPPED_FILE"
 """Environment variable of examples/launch with the name of a file of each node: empty, or why the run stopped before
-its last step. An exit status cannot tell: torchrun takes any but 0 for a failure, and starts the processes again."""
+its last step. An exit status cannot say it: torchrun takes any but 0 for a failure and restarts the processes."""
 
 
-def tell_launcher(why: str) -> None:
-    """Writes `STOPPED_FILE`, by the first process of each node; an empty text: the run has not stopped."""
+def report_to_launcher(why: str) -> None:
+    """Writes `STOPPED_FILE` on the first process of each node; an empty text means that the run has not stopped."""
     path = os.environ.get(STOPPED_FILE)
     if path and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(path).write_text(why, encoding="utf-8")
@@ -37,23 +37,23 @@ def tell_launcher(why: str) -> None:
 
 @contextlib.contextmanager
 def note_sudden_death(save: str, timeout_minutes: float) -> Iterator[None]:
-    """Leaves word, within it, for a death that no Python code sees: torchrun prints what stands in a failed process's
-    error file (torch/distributed/elastic/multiprocessing/errors, `ProcessFailure`).
+    """Keeps a note in the process's error file inside the block, for a death that no Python code can report.
 
-    NCCL's watchdog aborts a process from a thread of its own when a collective fails or comes too late, and the kernel
-    kills one when memory runs out. Errors that Python sees speak for themselves, and take the word back.
+    torchrun prints the error file of a failed process (torch/distributed/elastic/multiprocessing/errors,
+    `ProcessFailure`). NCCL's watchdog aborts a process from its own thread when a collective fails or times out, and
+    the kernel kills one when memory runs out. Where Python code raises an error instead, the note is removed.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         yield
         return
     text = (
-        f"rank {os.environ.get('RANK', '0')} was ended by a signal: SIGABRT (-6) from NCCL's watchdog, when another "
+        f"rank {os.environ.get('RANK', '0')} was killed by a signal: SIGABRT (-6) from NCCL's watchdog, when another "
         "process is gone or did not come to a collective within --distributed-timeout-minutes "
         f"{timeout_minutes:g} (its own message, above, begins with [rank); SIGKILL (-9) where memory ran out. "
         f"The same command with --auto-resume resumes from the last checkpoint in {save}"
     )
-    with contextlib.suppress(OSError):  # a note that cannot be left must not end the run
+    with contextlib.suppress(OSError):  # a note that cannot be written must not end the run
         Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
     try:
         yield
@@ -62,58 +62,58 @@ def note_sudden_death(save: str, timeout_minutes: float) -> Iterator[None]:
 
 
 class StopRequests:
-    """Remembers that a run should stop; the loop asks after each step.
+    """Records requests to stop the run; the training loop reads them after each step.
 
     Args:
-        on_signal: --exit-signal-handler: `SIGNALS` no longer end the process.
-        after_minutes: --exit-duration-in-mins, counted from here, or None.
+        on_signal: --exit-signal-handler; `SIGNALS` no longer end the process.
+        after_minutes: --exit-duration-in-mins, counted from now, or None.
     """
 
     def __init__(self, on_signal: bool, after_minutes: float | None) -> None:
         self._active = on_signal or after_minutes is not None
         self._deadline = None if after_minutes is None else time.monotonic() + after_minutes * 60
         self._received = 0
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS} if on_signal else {}
+        self._before = {number: signal.signal(number, self._record) for number in SIGNALS} if on_signal else {}
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
     def agreed(self, device: torch.device) -> str | None:
-        """Why all processes stop after this step, or None; collective.
+        """Returns why all ranks stop after this step, or None; collective.
 
-        A signal reaches processes at different steps, and some not at all: what one knows, all know.
+        A signal reaches processes at different steps, and some not at all, so they exchange their requests.
         """
         if not self._active:
             return None
-        code = torch.tensor(self.own(), device=device)
+        code = torch.tensor(self.on_this_rank(), device=device)
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         return self.reason(int(code.item()))
 
     @staticmethod
     def reason(code: int) -> str | None:
-        """What the largest `own` of all processes says."""
+        """Returns the reason for the largest `on_this_rank` of all ranks, or None for 0."""
         if not code:
             return None
         return "--exit-duration-in-mins" if code == _CLOCK else signal.Signals(code).name
 
-    def heard(self) -> bool:
-        """Whether any process should stop, without waiting for the others; for work that they do side by side.
+    def requested(self) -> bool:
+        """Whether any rank should stop, without waiting for the others; for work that they do independently.
 
-        Once true it stays true, and `agreed` tells why.
+        Once true it stays true, and `agreed` returns the reason.
         """
         if not self._active:
             return False
         store = dist.distributed_c10d._get_default_store()
-        if self.own():
+        if self.on_this_rank():
             store.set(_STOP, "stop")
         return store.check([_STOP])
 
-    def own(self) -> int:
-        """What this process knows: a signal's number, `_CLOCK`, or 0; for a step's own exchange (`train_step`)."""
+    def on_this_rank(self) -> int:
+        """Returns this process's request: a signal's number, `_CLOCK`, or 0; `train_step` exchanges it."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return self._received or (_CLOCK if late else 0)
 
     def close(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Restores the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Hugging Face folders of a run: the trained model in --save-hf, earlier ones in --save-hf/iter_0000100."""
+"""Exports a run's Hugging Face folders: the trained model to --save-hf, earlier ones to --save-hf/iter_0000100."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from megatron_solopo.training.preflight import RunData
 
 
 def export_model(engine: Engine, config: Config, data: RunData, step: int) -> str | None:
-    """Writes the model as it is now to a folder inside --save-hf; collective. Returns on every process what the first
-    could not do."""
+    """Writes the current model to a folder inside --save-hf; collective. Returns rank 0's error on every rank, or
+    None."""
     return _save(engine, config, data, checkpoint_folder(resume.export_folder(config), step))
 
 
 def export_last_model(engine: Engine, config: Config, data: RunData, steps: int) -> str | None:
     """Writes the model after the last step to --save-hf itself; otherwise as `export_model`."""
     try:
-        run_on_rank0(
-            lambda: resume.begin_export(config, steps)
-        )  # a full disk must not cost the model: it is told below
+        # A full disk must not cost the model: `export_is_complete` reports it.
+        run_on_rank0(lambda: resume.begin_export(config, steps))
         refused = first_error(None)
     except UserError as error:
         refused = first_error(str(error))
@@ -39,7 +38,7 @@ def export_last_model(engine: Engine, config: Config, data: RunData, steps: int)
     full = first_error(run_on_rank0(lambda: resume.export_is_complete(config, steps)))
     return full and (
         f"--save {config.output.save}: {resume.EXPORT} cannot be written ({full}); the model is in "
-        f"{config.output.save_hf}, but the next start would not know"
+        f"{config.output.save_hf}, but the next start will not find that out"
     )
 
 
@@ -51,7 +50,7 @@ def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | 
             engine.hf_config,
             config.model.hf_path,
             target,
-            force=True,  # a folder of an earlier start of this run, or what `begin_export` let pass
+            force=True,  # a folder of an earlier start of this run, or one that `begin_export` allowed
             chat_template=data.chat_template,
             chat_template_kwargs=config.model.chat_template_kwargs,
             chat_template_date=config.model.chat_template_date,
@@ -64,7 +63,7 @@ def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | 
 
 
 def delete_earlier_exports(config: Config) -> None:
-    """A new run starts without what the run it replaces noted, and with --overwrite without its folders."""
+    """Removes what an earlier run recorded of its export in the run folder, and with --overwrite its folders."""
     if dist.get_rank() == 0:
         resume.forget_export(config)
         if config.output.save_hf_interval and config.output.overwrite:

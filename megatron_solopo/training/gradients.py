@@ -1,8 +1,8 @@
-"""The whole gradient of a model that is spread over processes, by Hugging Face name."""
+"""The full gradient of a model that is sharded over ranks, by Hugging Face name."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,45 +10,45 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_solopo.conversion.hf import named_entries, tensor_group
-from megatron_solopo.training.engine import Engine
+from megatron_solopo.training.engine import Engine, gradient_buffers
 
 
-def whole_gradients(engine: Engine) -> dict[str, Tensor]:
-    """Hugging Face name -> gradient of the last step, on the CPU of the first process; elsewhere parts. Collective.
+def full_gradients(engine: Engine) -> dict[str, Tensor]:
+    """Gathers the gradient of the last step on the CPU, by Hugging Face name; complete on rank 0 only. Collective.
 
-    Each process of a distributed optimizer holds the sum of its shard; tensor-parallel processes hold parts of a
-    matrix, pipeline stages some of the layers, expert-parallel processes some of the experts. What several processes
-    hold is compared bit for bit.
+    Each rank of a distributed optimizer holds the sum of its shard; tensor-parallel ranks hold shards of a matrix,
+    pipeline stages some of the layers, expert-parallel ranks some of the experts. Gradients that several ranks hold are
+    compared bit for bit.
 
     Raises:
-        AssertionError: processes that must hold the same gradient do not.
+        AssertionError: ranks that must hold the same gradient do not.
     """
-    copies: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    expert_copies: Any = parallel_state.get_expert_data_parallel_group()
+    dense_group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
+    expert_group = cast(dist.ProcessGroup, parallel_state.get_expert_data_parallel_group())
     for chunk in engine.chunks:
-        dense: Any = chunk.buffers  # DDP gives a method of nn.Module another meaning
-        for buffers, group in ((dense, copies), (chunk.expert_parallel_buffers, expert_copies)):
-            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
-                own = bucket.grad_data.chunk(dist.get_world_size(group))
-                shards = [torch.empty_like(shard) for shard in own]
-                dist.all_gather(shards, own[dist.get_rank(group)].clone(), group=group)
+        for buffer in gradient_buffers(chunk):
+            group = expert_group if buffer in chunk.expert_parallel_buffers else dense_group
+            for bucket in buffer.buckets:
+                parts = bucket.grad_data.chunk(dist.get_world_size(group))
+                shards = [torch.empty_like(part) for part in parts]
+                dist.all_gather(shards, parts[dist.get_rank(group)].clone(), group=group)
                 bucket.grad_data.copy_(torch.cat(shards))
-    found = {}
-    every = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
-    for entry, names, parameter in every:
+    gradients: dict[str, Tensor] = {}
+    entries = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
+    for entry, names, parameter in entries:
         group = tensor_group(entry)
-        own: Any = parameter  # what mcore notes on a parameter
-        cut = own.partition_dim if getattr(own, "tensor_model_parallel", False) else None
-        parts = [torch.empty_like(own.main_grad) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own.main_grad.clone(), group=group)
-        if cut is None:  # kept whole on every process
-            assert all(torch.equal(part, parts[0]) for part in parts), names
-        whole = entry.operator.join(parts, cut) if len(parts) > 1 else parts[0]
-        for name, gradient in zip(names, entry.operator.to_hf(whole), strict=True):
-            found[name] = gradient.cpu().clone().contiguous()
-    everyone: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
-    dist.gather_object(found, everyone if dist.get_rank() == 0 else None)
-    for other in everyone if dist.get_rank() == 0 else ():
-        for name, gradient in other.items():
-            assert torch.equal(found.setdefault(name, gradient), gradient), name
-    return found
+        sharded: Any = parameter  # with mcore's attributes
+        dimension = sharded.partition_dim if getattr(sharded, "tensor_model_parallel", False) else None
+        shards = [torch.empty_like(sharded.main_grad) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shards, sharded.main_grad.clone(), group=group)
+        if dimension is None:  # replicated on every rank
+            assert all(torch.equal(shard, shards[0]) for shard in shards), names
+        full = entry.operator.join(shards, dimension) if len(shards) > 1 else shards[0]
+        for name, gradient in zip(names, entry.operator.to_hf(full), strict=True):
+            gradients[name] = gradient.cpu().clone().contiguous()
+    of_ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.gather_object(gradients, of_ranks if dist.get_rank() == 0 else None)
+    for of_rank in of_ranks if dist.get_rank() == 0 else ():
+        for name, gradient in of_rank.items():
+            assert torch.equal(gradients.setdefault(name, gradient), gradient), name
+    return gradients

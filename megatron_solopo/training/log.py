@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line a step, TensorBoard and Weights & Biases when asked, a progress bar for a person."""
+"""Logging of a run: a JSON line for each step, TensorBoard, Weights & Biases, and a progress bar."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.terminal import write_line
 
 type Line = Mapping[str, Any]
-"""A line of metrics.jsonl: ``step``, ``split`` (train, valid, or what was saved after the step), and values by name."""
+"""A line of metrics.jsonl: ``step``, ``split`` (train, valid, save or export), and values by name."""
 
 PACE_WINDOW = 50
-"""Steps that the remaining time is estimated from, with the evaluations and saves between them."""
+"""Number of last steps from which the remaining time is estimated, with the evaluations and saves between them."""
 
 
 class TensorBoard:
-    """Scalars as ``train/loss`` and so on; steps after ``first_step`` of an earlier process are hidden."""
+    """Logs scalars as ``train/loss`` and so on; steps after ``first_step`` of an earlier start are hidden."""
 
     def __init__(self, folder: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -46,10 +46,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same scalars under the same names, with the run's own step as axis.
+    """Logs the scalars to Weights & Biases under the same names, with the training step as axis.
 
-    The run's id is kept in the run folder, so that a resumed run goes on with the same curves; a step that is done
-    again after a kill is logged again.
+    The run's id is kept in the run folder, so that a resumed run continues the same curves; a step that is repeated
+    after a kill is logged again.
 
     Raises:
         UserError: Weights & Biases cannot start (no login, no network).
@@ -74,8 +74,9 @@ class WeightsAndBiases:
         except wandb.Error as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
+                "wandb-unavailable",
                 f"--wandb-project: Weights & Biases cannot start ({reason}); log in with `wandb login`, or set "
-                "WANDB_MODE=offline"
+                "WANDB_MODE=offline",
             ) from None
         self._run.define_metric("*", step_metric="step")
 
@@ -87,12 +88,12 @@ class WeightsAndBiases:
 
 
 class RunLog:
-    """Writes on the first process only; every method does nothing elsewhere. Until `begin` it only says lines.
+    """Writes the log on rank 0; its methods do nothing on other ranks. Before `begin` it prints messages only.
 
     Args:
-        output: ``metrics.jsonl`` grows in its ``save`` folder.
-        steps: steps of the whole run.
-        first_step: the step a resumed run goes on after.
+        output: options; ``metrics.jsonl`` is in the ``save`` folder.
+        steps: total number of steps of the run.
+        first_step: the last finished step of a resumed run, or 0.
         active: whether this process writes.
         settings: resolved options by section, for Weights & Biases.
     """
@@ -104,25 +105,25 @@ class RunLog:
         self._active, self._steps, self._interval = active, steps, output.log_interval
         self._bar: tqdm[NoReturn] | None = None
         self._file: FileIO | None = None
-        self._boards: list[TensorBoard | WeightsAndBiases] = []
+        self._loggers: list[TensorBoard | WeightsAndBiases] = []
         self.earlier: list[Line] = []
-        """What the file held of steps before ``first_step``."""
+        """Lines of the file up to ``first_step``."""
         self._pending = b""
         self._ends: deque[float] = deque(maxlen=PACE_WINDOW + 1)
-        """When the last training steps ended, seconds; before them, when the first began."""
+        """Times of the ends of the last training steps, in seconds; before them, that of the first step's start."""
 
     def begin(self) -> None:
-        """Opens boards and files, where lines after ``first_step`` are taken out. The metrics are cut last,
-        behind the boards, which can refuse the run."""
+        """Opens loggers and files, from which lines after ``first_step`` are removed. metrics.jsonl comes last, because
+        loggers can refuse the run."""
         if not self._active:
             return
         output, first_step = self._output, self._first_step
         folder = Path(output.save)
         folder.mkdir(parents=True, exist_ok=True)
         if output.wandb_project:
-            self._boards.append(WeightsAndBiases(output, self._settings))
+            self._loggers.append(WeightsAndBiases(output, self._settings))
         if output.tensorboard_dir:
-            self._boards.append(TensorBoard(output.tensorboard_dir, first_step))
+            self._loggers.append(TensorBoard(output.tensorboard_dir, first_step))
         path = folder / "metrics.jsonl"
         if first_step and path.is_file():
             self.earlier = _keep_until(path, first_step)
@@ -130,16 +131,17 @@ class RunLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def say(self, text: str) -> None:
-        """A line for a person."""
+    def message(self, text: str) -> None:
+        """Prints a line on stderr."""
         if self._active:
             tqdm.write(text, file=sys.stderr) if self._bar is not None else write_line(text)
 
     def step(self, values: Line, warnings: Mapping[str, str] | None = None) -> None:
-        """A line of metrics.jsonl; ``values`` holds "step" and "split": train, valid, or what was saved after the step.
+        """Writes a line of metrics.jsonl and logs its scalars.
 
         Args:
-            warnings: name -> text of what this step warns about.
+            values: values by name, with "step" and "split" (train, valid, save or export).
+            warnings: texts of this step's warnings, by name.
         """
         if not self._active:
             return
@@ -147,16 +149,16 @@ class RunLog:
         self._write(json.dumps(line | ({"warnings": sorted(warnings)} if warnings else {}), allow_nan=False) + "\n")
         number, split = values["step"], values["split"]
         for text in [*([values["skipped"]] if "skipped" in values else []), *(warnings or {}).values()]:
-            self.say(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
+            self.message(f"warning: step {number}: {text}" + ("; skipped" if "skipped" in values else ""))
         scalars = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        for board in list(self._boards):
+        for logger in list(self._loggers):
             try:
-                board.write(number, scalars)
+                logger.write(number, scalars)
             except OSError as error:
-                self._boards.remove(board)
-                self.say(f"warning: {type(board).__name__} ends at step {number} ({system_reason(error)})")
+                self._loggers.remove(logger)
+                self.message(f"warning: {type(logger).__name__} ends at step {number} ({system_reason(error)})")
         if split != "train":
-            self.say(f"step {number} {split} " + _summary(values))
+            self.message(f"step {number} {split} " + _summary(values))
             return
         now = time.monotonic()
         if not self._ends:
@@ -169,10 +171,10 @@ class RunLog:
         elif number % self._interval == 0 or number in (self._first_step + 1, self._steps):
             pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             left = timedelta(seconds=round(pace * (self._steps - number)))
-            self.say(f"step {number}/{self._steps} {_summary(values)} left {left}")
+            self.message(f"step {number}/{self._steps} {_summary(values)} left {left}")
 
     def _write(self, line: str) -> None:
-        """A full disk does not end the run: what did not fit is tried again with the next line."""
+        """Appends to metrics.jsonl. A full disk does not end the run: the rest is tried again with the next line."""
         assert self._file is not None  # `begin` opened it
         full = bool(self._pending)
         self._pending += line.encode()
@@ -181,34 +183,35 @@ class RunLog:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not full:
-                self.say(
+                self.message(
                     f"warning: {self._file.name} cannot be written ({system_reason(error)}); its lines wait for space"
                 )
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
+        """Ends the progress bar and closes files and loggers."""
         if self._pending:
             self._write("")
         if self._pending and self._file is not None:
             lost = self._pending.count(b"\n")
-            self.say(f"warning: the last {lost} lines of {self._file.name} could not be written")
-        for thing in (self._bar, self._file, *self._boards):
+            self.message(f"warning: the last {lost} lines of {self._file.name} could not be written")
+        for output in (self._bar, self._file, *self._loggers):
             try:
-                if thing is not None:
-                    thing.close()
+                if output is not None:
+                    output.close()
             except OSError as error:
-                self.say(f"warning: the end of {type(thing).__name__} could not be written ({system_reason(error)})")
+                reason = system_reason(error)
+                self.message(f"warning: the end of {type(output).__name__} could not be written ({reason})")
 
 
-def _is_not_finite(value: Any) -> bool:
-    """NaN and infinity are no JSON: the file has null in their place."""
+def _is_not_finite(value: object) -> bool:
+    """Whether a value is NaN or infinity, which JSON does not have; the file has null instead."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def _summary(values: Line) -> str:
-    """The values that a person follows, with their units."""
-    known = sorted(metrics.declared(), key=lambda metric: metric.figure is None)  # what a step cost comes last
-    shown = {"skipped": "skipped"} | {metric.name: metric.line for metric in known if metric.line}
+    """Returns the values of a printed line, with their units."""
+    declared = sorted(metrics.declared(), key=lambda metric: metric.figure is None)  # the cost of a step comes last
+    shown = {"skipped": "skipped"} | {metric.name: metric.line for metric in declared if metric.line}
     if values.get("clipped"):
         shown["grad_norm"] += " (clipped to {clip_grad:g})"
     if values["split"] != "train":
@@ -222,10 +225,10 @@ def _summary(values: Line) -> str:
 
 
 def _keep_until(path: Path, step: int) -> list[Line]:
-    """Takes out lines of steps that a killed run did after its last checkpoint; they are done again.
+    """Removes the lines of steps after a killed run's last checkpoint; these steps are repeated.
 
     Returns:
-        The lines that stay, with NaN for null, as they were told to `RunLog.step`.
+        The lines that are kept, with NaN for null, as they were passed to `RunLog.step`.
     """
     kept, earlier = [], []
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -235,6 +238,6 @@ def _keep_until(path: Path, step: int) -> list[Line]:
                 kept.append(text)
                 earlier.append({name: math.nan if value is None else value for name, value in line.items()})
         except (json.JSONDecodeError, KeyError):
-            continue  # half a line, cut by the kill
+            continue  # an incomplete line, cut by the kill
     write_text(path, "".join(text + "\n" for text in kept))
     return earlier

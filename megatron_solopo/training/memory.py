@@ -1,4 +1,4 @@
-"""The peak of memory of a run, saves apart from training: a save gathers the optimizer's state to the first process."""
+"""Peak memory of a run, separate for training and saves: a save gathers the optimizer's state to rank 0."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ TRAINING = "training"
 
 
 class PeakMemory:
-    """The most memory that any process held, in GiB, by what it was held for; from its creation on.
+    """Measures peak memory in GiB by activity, from the object's creation on.
 
-    Where the system cannot reset its own peak, a peak is known only if it is the highest so far; otherwise `of` gives
-    the highest so far, which is too high.
+    Where the system cannot reset its peak, an activity's peak is measured only if it is the highest so far; otherwise
+    `of` returns the highest so far, which is too high.
     """
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
         self._peaks: dict[str, float] = {}
         self.activities = [TRAINING]
-        """Training and what happened apart from it; the same on every process."""
+        """Training and the other activities; the same on every rank."""
         self._start()
 
     def _start(self) -> None:
@@ -35,7 +35,7 @@ class PeakMemory:
 
     @contextmanager
     def apart(self, activity: str) -> Iterator[None]:
-        """What happens inside counts as ``activity``, not as training."""
+        """Counts the memory inside the block as ``activity``, not as training."""
         self._credit(TRAINING)
         self._start()
         if activity not in self.activities:
@@ -46,12 +46,12 @@ class PeakMemory:
             self._credit(activity)
             self._start()
 
-    def own(self, activity: str = TRAINING) -> float:
-        """The peak of all times of an activity so far in this process."""
+    def on_this_rank(self, activity: str = TRAINING) -> float:
+        """Returns the peak of an activity so far in this process, in GiB."""
         if activity == TRAINING:
             self._credit(TRAINING)
         return self._peaks.get(activity, self._platform.peak_memory_gib())
 
     def of(self, activity: str = TRAINING) -> float:
-        """That of the process where it is the largest; collective."""
-        return max_over_processes(self.own(activity), self._platform.device)
+        """Returns the largest peak of all ranks, in GiB; collective."""
+        return max_over_processes(self.on_this_rank(activity), self._platform.device)

@@ -1,4 +1,4 @@
-"""The loss of a pack's groups from its segment sums, and what the loss needs to know of the whole step."""
+"""The loss of a pack's groups from its segment sums, and its inputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOT_OF_LOSSES = frozenset(
         *("step", "split", "epoch", "loss", "moe_aux_loss", "grad_norm", "clip_grad", "clipped", "lr", "groups"),
         *("tokens", "tokens_per_second", "padding_share", "compute_imbalance", "memory_gib", "memory_allocated_gib"),
         *("seconds", "skipped", "warnings"),
-        *("padding", "squared_norm", "stop", "memory", "allocated"),  # what processes exchange beside them
+        *("padding", "squared_norm", "stop", "memory", "allocated"),  # that ranks exchange in a step
     }
 )
 """Names in a line of metrics.jsonl, and in the exchange of a step, that no metric of a loss may have."""
@@ -45,9 +45,9 @@ NOT_OF_LOSSES = frozenset(
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of a pack reads beside its segment sums, on the device; see `solopo_loss`.
+    """The inputs of a pack's loss besides its segment sums, on the device; see `solopo_loss`.
 
-    Made on the host before the step: indices by value would make the host wait for the device in every pack.
+    They are made on the host before the step: computing the indices on the device would synchronize in every pack.
 
     Attributes:
         compared: [N] float64 log-probs of the reference, or None.
@@ -62,10 +62,10 @@ class LossInputs:
 def loss_inputs(
     pack: Pack, reference: ReferenceLogProbs | None, method: MethodConfig, device: torch.device
 ) -> LossInputs:
-    """Those of a pack, whose ``scored`` is on the host.
+    """Makes the loss inputs of a pack, whose ``scored`` is on the host.
 
     Args:
-        reference: log-probs of the whole data set, or None.
+        reference: log-probs of the complete data set, or None.
     """
     scored = pack.scored
     pairs = alignments = torch.zeros(0, 2, dtype=torch.int64)
@@ -95,7 +95,7 @@ def step_inputs(
 def group_losses(
     sums: Tensor, inputs: LossInputs, method: MethodConfig, mean_length: Tensor | None = None
 ) -> GroupLosses:
-    """The losses of a pack's groups.
+    """Computes the losses of a pack's groups.
 
     Args:
         sums: [N] segment log-probs.
@@ -137,16 +137,16 @@ def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: t
 
 
 def metric_names(method: MethodConfig) -> tuple[str, ...]:
-    """What a step sums; the same on every pipeline stage, though only the last one computes losses."""
-    return ("loss", *_tried(method, 1).metrics)
+    """Returns the metrics that a step sums; the same on every pipeline stage, though only the last computes losses."""
+    return ("loss", *_trial(method, 1).metrics)
 
 
 def check_loss(method: MethodConfig) -> None:
-    """Tries the loss on two groups that are made up, and on a pack without groups, which a step may hold.
+    """Tries the loss on two made-up groups, and on a pack without groups, which a step may have.
 
     Raises:
-        UserError: a loss of the user's raises an error, returns no value of each pair or response, or gives a metric
-            the name of something else in metrics.jsonl.
+        UserError: a user's loss raises an error, does not return one value for each pair or response, or has a metric
+            with the name of another field of metrics.jsonl.
     """
     if method.objective == "sft":
         return
@@ -154,24 +154,25 @@ def check_loss(method: MethodConfig) -> None:
     groups, metrics = 2, set[str]()
     try:
         for groups in (2, 0):
-            result = _tried(method, groups)
+            result = _trial(method, groups)
             result.loss.sum().backward()
             metrics |= result.metrics.keys()
-    except Exception as error:  # whatever a user's loss does
+    except Exception as error:  # a user's loss may raise anything
         file = sys.modules[kind.__module__].__file__
         frames = traceback.extract_tb(error.__traceback__)
         place = next((f"{file}:{frame.lineno}: " for frame in reversed(frames) if frame.filename == file), "")
         problem = f"with {groups} groups: {place}{error_text(error)}"
-        raise UserError(f"--preference-loss {method.preference_loss}: {problem}") from error
+        raise UserError("loss-raises", f"--preference-loss {method.preference_loss}: {problem}") from error
     if taken := sorted(metrics & NOT_OF_LOSSES):
         raise UserError(
-            f"--preference-loss {method.preference_loss}: its metric {taken[0]!r} has the name of something else in "
-            "metrics.jsonl; choose another"
+            "loss-metric-name",
+            f"--preference-loss {method.preference_loss}: its metric {taken[0]!r} has the name of another field of "
+            "metrics.jsonl; choose another name",
         )
 
 
-def _tried(method: MethodConfig, groups: int) -> GroupLosses:
-    """The loss of groups that are made up."""
+def _trial(method: MethodConfig, groups: int) -> GroupLosses:
+    """Computes the loss of made-up groups."""
     scored = sorted(policy_scores(method))
     segments = Segments.of([(group, *each, 0, 2 + group) for group in range(groups) for each in scored], groups)
     sums = torch.full((len(segments),), -1.0, requires_grad=True)

@@ -1,9 +1,9 @@
-"""What is checked before a run computes anything: one list of checks for training, its dry run and the other commands.
+"""The checks before a run computes anything: one list for training, its dry run and the other commands.
 
-`preflight` is all of it, in order: folders, model, machine, data, vocabulary, the run that is resumed, what is left to
-do, the reference's weights. Training and ``--dry-run`` call it, so that a dry run refuses what the run would.
-verify-parallelism takes `check_run_inputs` (model, machine, data, vocabulary), convert-checkpoint `read_model` and
-`check_cut` (model, layout), which are parts of it.
+`preflight` runs all checks in order: folders, model, machine, data, vocabulary, the run that is resumed, the work that
+is left, the reference's weights. Training and ``--dry-run`` call it, so that a dry run refuses what the run would.
+verify-parallelism calls a part of it, `check_run_inputs` (model, machine, data, vocabulary), and convert-checkpoint
+`read_model` and `check_cut` (model, layout).
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a step is computed from.
+    """The inputs of a run's steps.
 
     Attributes:
-        schedule: which examples each step trains on.
-        unfit: why this machine cannot compute the run, where that does not end the check.
+        schedule: the examples of each step.
+        unfit: why this machine cannot compute the run, where that is not an error.
     """
 
     hf_config: PretrainedConfig
@@ -72,10 +72,10 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Preflight:
-    """A run that nothing is known against.
+    """A run that passed all checks.
 
     Attributes:
-        progress: what says which run this is; kept in every checkpoint.
+        progress: the run's identity, which is saved in every checkpoint.
         source: the checkpoint that is resumed, or None.
         before: its `progress` and ``iteration``; empty without one.
         nothing_left: an earlier start of this command did all its work.
@@ -204,8 +204,9 @@ def check_vocabulary(data: RunData, vocab_size: int) -> None:
         largest, example = dataset.largest_token
         if largest >= vocab_size:
             raise UserError(
+                "token-beyond-vocabulary",
                 f"example {example!r}: token id {largest} is beyond the model's vocabulary of {vocab_size}; "
-                "tokenizer and config.json do not belong together"
+                "tokenizer and config.json do not belong together",
             )
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a step, from all processes to all of them: one collective and one read of the device."""
+"""Gathers the numbers of a step from all ranks: one collective and one read of the device."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from megatron_solopo.parallel.device_pack import on_device
 
 
-def of_all_processes(
+def gather_from_all_ranks(
     scalars: Mapping[str, Tensor], numbers: Mapping[str, float], device: torch.device
 ) -> dict[str, tuple[float, ...]]:
-    """Name -> the value of each process, in the order of ranks; collective.
+    """Returns the values of all ranks by name, in the order of ranks; collective.
 
-    Sums, maxima and choices are then made on the host, in one order and so with one result on every process.
+    The host then computes sums, maxima and choices in one order, so with the same result on every rank.
 
     Args:
-        scalars: [] tensors on ``device``; numbers: what the host knows. The same names in the same order everywhere.
+        scalars: [] tensors on ``device``.
+        numbers: values on the host. Both have the same names in the same order on every rank.
     """
     host = on_device(torch.tensor(list(numbers.values()), dtype=torch.float64), device)
-    own = torch.stack([value.double() for value in scalars.values()])
-    own = torch.cat((own, host))
-    everyone = torch.empty(dist.get_world_size() * own.numel(), dtype=own.dtype, device=device)
-    dist.all_gather_into_tensor(everyone, own)
-    rows = everyone.view(-1, own.numel()).tolist()
+    values = torch.cat((torch.stack([value.double() for value in scalars.values()]), host))
+    gathered = torch.empty(dist.get_world_size() * values.numel(), dtype=values.dtype, device=device)
+    dist.all_gather_into_tensor(gathered, values)
+    rows = gathered.view(-1, values.numel()).tolist()
     return dict(zip((*scalars, *numbers), zip(*rows, strict=True), strict=True))

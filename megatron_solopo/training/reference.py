@@ -1,16 +1,15 @@
-"""Reference log-probs: computed once through the training path, kept on disk, the same for every epoch and restart.
+"""Reference log-probs, computed once through the training path and cached on disk for all epochs and restarts.
 
-A cache file has one number for each scored segment (segment_table.py) and is keyed by all that its numbers depend on:
-weights, token ids (and with them data, tokenizer and template), what is scored, and precision. Anything else finds
-another file, never a wrong one. What is read is checked against its own checksum and against a few examples computed
-anew.
+A cache file has one number for each scored segment (segment_table.py). Its name is a key of everything that the
+numbers depend on: weights, token ids (and so data, tokenizer and template), the scored segments, and precision. A run
+with other inputs uses another file. A file is checked against its checksum and against a few recomputed examples.
 
-The first process reads the cache file and sends what it has to the others, whose disks need not have it.
+Rank 0 reads the cache file and sends its table to the others, whose disks need not have it.
 
-Filling it is shared by all processes: each computes its share of the examples and keeps what it has in a partial file
-of its own, on the disk that it sees, so that a killed run computes no example twice. Nobody waits in a collective until
-everybody is done: a slow process delays the others and never times them out. Only where experts are spread must
-processes compute in step.
+All ranks fill it: each computes its share of the examples and saves them in a partial file of its own, on the disk that
+it sees, so that a killed run computes no example twice. Ranks wait for each other without a time limit, not in a
+collective: a slow rank delays the others and does not time them out. Only with expert parallelism must ranks compute in
+step.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ from megatron_solopo.parallel.platform import choose, first_of_node, wait_for_al
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
-from megatron_solopo.training.step import make_packs, over_the_layout, own_segment_table
+from megatron_solopo.training.step import local_segment_sums, make_packs, reduce_to_all_ranks
 
 FORMAT = "3"
-"""Raised when the meaning of a cache file changes."""
+"""Version of the cache files."""
 
 PARTIAL = ".partial.safetensors"
 SECONDS_BETWEEN_SAVES = 30.0
 
 
 def starting_weights(config: Config) -> str:
-    """A text that changes with the weights the run starts from, which are the reference; reads all of them."""
+    """Returns a text that identifies the weights that the run starts from, the reference; reads all of them."""
     if config.model.random_init:
         drawn = "drawn by name" + (" on CUDA" if choose(config.parallel.device) == "cuda" else "")
         return f"{drawn}, seed {config.training.seed}, config {_config_digest(config)}"
@@ -63,7 +62,7 @@ def _config_digest(config: Config) -> str:
 
 
 def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
-    """16 hex digits over everything the log-probs depend on; ``weights`` are `starting_weights`."""
+    """Returns 16 hex digits over everything that the log-probs depend on; ``weights`` are `starting_weights`."""
     facts = {
         "format": FORMAT,
         "weights": weights,
@@ -83,7 +82,7 @@ def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
 
 
 def cache_folder(config: Config) -> Path:
-    """Where cache files lie: --reference-cache, or ``reference/`` beside the run folder."""
+    """Returns the folder of cache files: --reference-cache, or ``reference/`` beside the run folder."""
     return Path(config.method.reference_cache or Path(config.output.save).parent / "reference")
 
 
@@ -92,39 +91,39 @@ def reference_log_probs(
     dataset: TokenDataset,
     config: Config,
     weights: str,
-    say: Callable[[str], None] = lambda text: None,
-    heard: Callable[[], bool] = lambda: False,
+    message: Callable[[str], None] = lambda text: None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> ReferenceLogProbs | None:
-    """The log-probs of a data set, from the cache or computed with the model as it is now.
+    """Returns the log-probs of a data set, from the cache or computed with the current model.
 
-    Must run before training changes the weights: until then `Engine.eval` communicates with nobody. Collective.
+    Must be called before training changes the weights: until then `Engine.eval` does not communicate. Collective.
 
     Args:
-        dataset: the examples with what `reference_scores` names.
+        dataset: the examples with the responses of `reference_scores`.
         weights: see `starting_weights`.
-        say: told in a line what is done.
-        heard: whether any process should stop, asked between batches; see `StopRequests.heard`.
+        message: prints a line of progress.
+        stop_requested: whether any rank should stop; called between batches, see `StopRequests.requested`.
 
     Returns:
-        None if stopped; what was computed is kept.
+        None if stopped; the log-probs computed so far are saved.
 
     Raises:
-        UserError: the cache file does not hold what the model computes.
+        UserError: the cache file differs from what the model computes.
     """
     places, examples = SegmentPlaces.of_dataset(dataset), len(dataset.groups)
     path = cache_folder(config) / shared(lambda: f"{cache_key(config, dataset, weights)}.safetensors")
     complete = shared(lambda: _read(path, places))
     table, done = complete if complete is not None and complete[1].all() else _of_all_nodes(path, places)
     if not done.all():
-        say(
+        message(
             f"reference log-probs of {examples} examples"
             + (f", {int(done.sum())} of them computed before" if done.any() else "")
         )
-        table = _fill(engine, dataset, config, places, path, table, done, heard)
+        table = _fill(engine, dataset, config, places, path, table, done, stop_requested)
         if table is None:
             return None
         if problem := shared(lambda: _write(path, table, torch.ones(examples, dtype=torch.bool))):
-            say(f"warning: {problem}; the run goes on, the next one computes them again")
+            message(f"warning: {problem}; the run continues, the next one computes them again")
         elif first_of_node():
             for partial in _partial_files(path):
                 partial.unlink(missing_ok=True)  # another run may fill the same file
@@ -135,25 +134,25 @@ def reference_log_probs(
 
 
 def shared(make: Callable[[], Any], name: str = "reference") -> Any:
-    """What the first process makes (it alone reads files), on every process; the others wait without a time limit.
-    Collective, where there are processes.
+    """Returns on every rank what ``make`` returns on rank 0, the only rank that calls it; the others wait without a
+    time limit. Collective, where there are processes.
 
     Args:
         name: see `wait_for_all`.
     """
     if not dist.is_initialized():
         return make()
-    made: list[Any] = [None]
+    result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            made = [make()]
+            result = [make()]
         except UserError as error:
-            made = [error]
+            result = [error]
     wait_for_all(name)
-    dist.broadcast_object_list(made, src=0)
-    if isinstance(made[0], UserError):
-        raise made[0]
-    return made[0]
+    dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
 
 
 def _fill(
@@ -164,89 +163,94 @@ def _fill(
     path: Path,
     table: Tensor,
     done: Tensor,
-    heard: Callable[[], bool],
+    stop_requested: Callable[[], bool],
 ) -> Tensor | None:
-    """The whole table: what was done before, and this and the other processes' shares of the rest; None if stopped."""
+    """Computes the rest of the table with the other ranks; returns the complete table, or None if stopped."""
     rank, _ = data_parallel()
-    own_file = path.with_name(f"{path.stem}.{rank}{PARTIAL}")
-    # The last stage has the numbers; of the processes that share its layers and sequences one writes.
+    partial_file = path.with_name(f"{path.stem}.{rank}{PARTIAL}")
+    # The last stage has the numbers; of the ranks that share its layers and sequences one writes.
     writes = parallel_state.is_pipeline_last_stage() and not (
         parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
     )
     todo = (~done).nonzero()[:, 0].tolist()
-    own, own_done = torch.zeros_like(table), torch.zeros_like(done)
+    new, newly_done = torch.zeros_like(table), torch.zeros_like(done)
     saved = time.monotonic()
     engine.eval()
     batch = config.training.global_batch_size
     stopped = torch.zeros((), device=engine.platform.device)
     sharing = [parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()]
     if engine.models[0].config.num_moe_experts and parallel_state.get_expert_tensor_and_model_parallel_world_size() > 1:
-        sharing = [None]  # tokens travel to the experts of other processes, whose examples are others
-    known = len(done) - len(todo)
-    with ProgressBar(desc="reference log-probs", total=len(done), initial=known, unit="example", leave=False) as bar:
+        sharing = [None]  # tokens are sent to the experts of other ranks, which have other examples
+    before = len(done) - len(todo)
+    with ProgressBar(desc="reference log-probs", total=len(done), initial=before, unit="example", leave=False) as bar:
         for first in range(0, len(todo), batch):
-            # Processes that share a model compute together; the others are not waited for.
-            stopped.fill_(heard())
+            # Ranks that share a model replica compute together and do not wait for the others.
+            stopped.fill_(stop_requested())
             for group in sharing:
                 dist.all_reduce(stopped, op=dist.ReduceOp.MAX, group=group)
             if stopped:
                 break
             indices = todo[first : first + batch]
             packs = make_packs(engine, dataset, indices, config)
-            at, sums = own_segment_table(engine, places, packs)
-            own[at] = sums
-            own_done[[index for pack in packs for index in pack.groups]] = True
+            at, sums = local_segment_sums(engine, places, packs)
+            new[at] = sums
+            newly_done[[index for pack in packs for index in pack.groups]] = True
             bar.update(len(indices))
             if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                # Beside what was done before: another run may have had another number of processes.
-                _write(own_file, table + own, done | own_done)
+                # With what was done before: an earlier run may have had another number of ranks.
+                _write(partial_file, table + new, done | newly_done)
                 saved = time.monotonic()
         wait_for_all("reference")
     dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
     if stopped:
-        if writes and own_done.any():
-            _write(own_file, table + own, done | own_done)
+        if writes and newly_done.any():
+            _write(partial_file, table + new, done | newly_done)
         return None
-    return table + over_the_layout(own.to(engine.platform.device)).cpu()
+    return table + reduce_to_all_ranks(new.to(engine.platform.device)).cpu()
 
 
 def _check(
     engine: Engine, dataset: TokenDataset, config: Config, places: SegmentPlaces, path: Path, table: Tensor
 ) -> None:
-    """Computes a few examples anew: a cache that another model or code wrote must not become a wrong loss."""
+    """Recomputes a few examples: a cache that another model or version wrote must not cause a wrong loss.
+
+    Raises:
+        UserError: the cache file differs from what the model computes.
+    """
     _, size = data_parallel()
     indices = list(range(min(size, len(dataset.groups))))
     engine.eval()
-    at, sums = own_segment_table(engine, places, make_packs(engine, dataset, indices, config))
-    found = torch.zeros_like(table)
-    found[at] = sums
+    at, sums = local_segment_sums(engine, places, make_packs(engine, dataset, indices, config))
+    computed = torch.zeros_like(table)
+    computed[at] = sums
     wait_for_all("reference")
-    found = over_the_layout(found.to(engine.platform.device)).cpu()
-    # Rounding of another layout or number of processes; bfloat16 keeps 8 bits of each of a response's log-probs.
+    computed = reduce_to_all_ranks(computed.to(engine.platform.device)).cpu()
+    # For the rounding of another layout or number of ranks; bfloat16 keeps 8 bits of each of a response's log-probs.
     tolerance = 0.05 if config.model.bf16 else 1e-3
-    off = (found - table).abs() - tolerance * (1 + table.abs())
+    off = (computed - table).abs() - tolerance * (1 + table.abs())
     off = off[: int(places.counts[: len(indices)].sum())]  # the first examples' places come first
     if bool((off > 0).any()):
         place = int(off.argmax())
         example, name = places.segment_at(place)
         raise UserError(
+            "reference-cache-mismatch",
             f"{path}: holds {table[place]:.4f} for {name} of example {dataset.groups[example].id!r}, "
-            f"the model computes {found[place]:.4f}; delete the file, and it is computed again"
+            f"the model computes {computed[place]:.4f}; delete the file, and it is computed again",
         )
 
 
 def _of_all_nodes(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
-    """(table, which examples are done) of the partial files of every machine, each in the folder that it sees;
+    """Returns (table, which examples are done) of the partial files of every machine, each in the folder that it sees;
     collective."""
     table, done = torch.zeros(places.size, dtype=torch.float64), torch.zeros(len(places.counts), dtype=torch.bool)
     partial_files = _partial_files(path) if first_of_node() else []
-    own = [part for part in (_read(partial, places) for partial in partial_files) if part is not None]
-    everyone: list[Any] = [None] * dist.get_world_size()
+    parts = [part for part in (_read(partial, places) for partial in partial_files) if part is not None]
+    all_parts: list[Any] = [None] * dist.get_world_size()
     wait_for_all("reference")
-    dist.all_gather_object(everyone, own)
-    for part in itertools.chain.from_iterable(everyone):
-        known = places.of_examples(part[1])
-        table[known], done[part[1]] = part[0][known], True
+    dist.all_gather_object(all_parts, parts)
+    for part in itertools.chain.from_iterable(all_parts):
+        rows = places.of_examples(part[1])
+        table[rows], done[part[1]] = part[0][rows], True
     return table, done
 
 
@@ -255,11 +259,11 @@ def _partial_files(path: Path) -> list[Path]:
 
 
 def _write(path: Path, table: Tensor, done: Tensor) -> str | None:
-    """Writes a file in one piece or leaves the old one; returns what went wrong."""
+    """Replaces a file atomically; returns an error message where that fails, else None."""
     tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
     try:
         with new_file(path, "wb", shared=True) as file:  # several runs share a cache
-            # Not `save_file`: its files have mode 0600 whatever the umask, and a colleague's run could not read them.
+            # Not `save_file`: its files have mode 0600 whatever the umask, so other users' runs could not read them.
             file.write(serialize(tensors, metadata={"sha256": _checksum(tensors)}))
     except OSError as error:
         return f"{path} cannot be written ({system_reason(error)})"
@@ -271,14 +275,15 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor] | None:
-    """A file's table and which of its examples are done, or None: a damaged file is computed again."""
+    """Returns a file's table and which of its examples are done, or None where it is missing or damaged."""
     if not path.is_file():
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("log_probs", "done")}
-            whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
+            intact = (file.metadata() or {}).get("sha256") == _checksum(tensors)
     except (SafetensorError, OSError):
         return None
     table, done = tensors["log_probs"], tensors["done"]
-    return (table, done) if whole and table.shape == (places.size,) and done.shape == places.counts.shape[:1] else None
+    fits = table.shape == (places.size,) and done.shape == places.counts.shape[:1]
+    return (table, done) if intact and fits else None

@@ -1,4 +1,4 @@
-"""Where a run starts: anew, from a checkpoint of --load, or with --auto-resume from whatever --save holds."""
+"""How a run starts: new, from a checkpoint of --load, or with --auto-resume from the latest one of --save."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from megatron_solopo.parallel.platform import agreed
 from megatron_solopo.training.reference import cache_folder, shared
 
 type Progress = dict[str, Any]
-"""What a checkpoint holds of its run: options by name, `MATHEMATICS`, `REFERENCE_WEIGHTS`, ``tokens`` (the data set's
+"""A run's identity in its checkpoints: options by name, `MATHEMATICS`, `REFERENCE_WEIGHTS`, ``tokens`` (the data set's
 fingerprint), ``steps``, ``total`` (examples of all steps) and, as read, ``iteration``."""
 
 EXPORT = "export.json"
-"""Of a run folder: what --save-hf holds, or is about to hold."""
+"""The file of a run folder that records what --save-hf holds, or is about to hold."""
 
 MATHEMATICS = "mathematics"
-"""Of a checkpoint's progress: `fields.mathematics` of the model."""
+"""Key of a checkpoint's progress: `fields.mathematics` of the model."""
 
 REFERENCE_WEIGHTS = "reference_weights"
-"""Of a checkpoint's progress, where the loss has a reference: its `starting_weights`."""
+"""Key of a checkpoint's progress, where the loss has a reference: its `starting_weights`."""
 
 SCHEDULE = frozenset({"lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay"})
-"""Options that Megatron's optimizer-parameter scheduler follows, beside the number of steps: part of what a run is,
-unless --override-opt-param-scheduler says that they change."""
+"""Options of Megatron's optimizer-parameter scheduler, besides the number of steps: part of a run's identity, unless
+--override-opt-param-scheduler allows changes."""
 
 IDENTITY = frozenset(
     SCHEDULE
@@ -55,10 +55,10 @@ IDENTITY = frozenset(
         *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),
     }
 )
-"""Options that are part of what a run is, beside those of the method: see `identity`."""
+"""Options that are part of a run's identity, besides those of the method: see `identity`."""
 
 LENGTH = frozenset({"train_iters", "train_epochs"})
-"""Options that are compared by the steps and examples they come to."""
+"""Options that are compared by the resulting steps and examples."""
 
 EXAMPLES = frozenset(
     {
@@ -66,30 +66,29 @@ EXAMPLES = frozenset(
         *("seq_length", "overlong"),
     }
 )
-"""Options that are compared by the token ids they make."""
+"""Options that are compared by the resulting token ids."""
 
 START = frozenset({"hf_path"})
-"""Compared by what its config.json makes of the layers; by the files of its weights too, where the loss has a
-reference."""
+"""Options that are compared by the layers of config.json, and where the loss has a reference by the weight files."""
 
 FREE = frozenset(
     {
         *(spec.name for section in (ParallelConfig, OutputConfig) for spec in dataclasses.fields(section)),
-        # How a step is computed, not which.
+        # How a step is computed.
         *("transformer_impl", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
         "data_cache",
-        # What is looked at, and what happens when a step goes wrong.
+        # Validation, monitoring, and the handling of a failed step.
         *("valid_data", "eval_interval", "eval_on_start", "on_nonfinite", "spike_factor"),
         "override_opt_param_scheduler",
     }
 )
-"""Options that a run may change whenever it goes on. Each option is in one of these sets, or of the method."""
+"""Options that may change when a run resumes. Each option is in one of these sets, or one of the method."""
 
 
 def identity() -> frozenset[str]:
-    """Options that are part of what a run is: kept in every checkpoint, and refused by name where they change. Those of
-    the method are, with the own options of each loss."""
+    """Returns the options of a run's identity: saved in every checkpoint, and refused by name where they change. All
+    options of the method are among them, with those of each loss."""
     return IDENTITY | (frozenset(names_of("method")) - FREE)
 
 
@@ -150,32 +149,34 @@ APART = (
     "tensorboard_dir",
     "wandb_save_dir",
 )
-"""Options that name what --save-hf must not replace."""
+"""Options with paths that --save-hf must not replace."""
 
 
 def check_folders(config: Config) -> None:
-    """Refuses to write over an earlier run or an exported model before any work is done.
+    """Refuses to overwrite an earlier run or an exported model before any work is done.
 
     Raises:
-        UserError: naming the folder and what to do.
+        UserError: a folder is in use, missing or not a folder.
     """
     output = config.output
     save, load = Path(output.save), output.load
     if save.exists() and not save.is_dir():
-        raise UserError(f"--save {save}: is not a folder; choose another name")
+        raise UserError("not-a-folder", f"--save {save}: is not a folder; choose another name")
     begun = latest_iteration(save) is not None
     if load is None and begun and not output.auto_resume:
         raise UserError(
-            f"--save {save}: holds checkpoints of an earlier run; go on from them with --load {save} or --auto-resume, "
-            "or choose another folder"
+            "run-exists",
+            f"--save {save}: holds checkpoints of an earlier run; resume it with --load {save} or --auto-resume, "
+            "or choose another folder",
         )
     if load is not None and not _same_folder(load, save) and begun:
         raise UserError(
+            "run-exists",
             f"--save {save}: holds checkpoints of another run than --load {load}; "
-            f"go on in {load}, or choose an empty folder"
+            f"resume with --save {load}, or choose an empty folder",
         )
     if load is not None and not Path(load).is_dir():
-        raise UserError(f"--load {load}: no such folder; leave --load out to start anew")
+        raise UserError("folder-missing", f"--load {load}: no such folder; leave --load out to start a new run")
     if load is not None and output.ckpt_step is None and latest_iteration(load) is None:
         find_checkpoint(load, None)
     if output.save_hf is not None:
@@ -186,12 +187,12 @@ def check_folders(config: Config) -> None:
         check_apart(flag("save_hf"), target, others, run=save)
         if not (output.auto_resume and begun):
             # With --auto-resume the run may have exported, and been killed before its first checkpoint.
-            going_on = output.auto_resume or (load is not None and _same_folder(load, save))
-            check_target(flag("save_hf"), target, output.overwrite, filling=going_on and output.save_hf_interval > 0)
+            resumes = output.auto_resume or (load is not None and _same_folder(load, save))
+            check_target(flag("save_hf"), target, output.overwrite, filling=resumes and output.save_hf_interval > 0)
 
 
 def find_start(config: Config) -> Path | None:
-    """The checkpoint to go on from, every file compared with its mark; None starts anew.
+    """Returns the checkpoint to resume from, after its files were checked, or None for a new run.
 
     Raises:
         UserError: see `find_checkpoint`.
@@ -205,10 +206,10 @@ def find_start(config: Config) -> Path | None:
 
 
 def nothing_left(config: Config, resumed: int, steps: int) -> bool:
-    """Whether an earlier start of this very command did all its work.
+    """Whether an earlier start of the same command did all its work.
 
     Raises:
-        UserError: --save-hf is a model, but not of this run.
+        UserError: --save-hf holds a model of another run.
     """
     output = config.output
     if not (output.auto_resume and resumed):
@@ -221,38 +222,39 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
         return True
     if resumed == steps and state is None and not output.overwrite and (Path(output.save_hf) / "config.json").is_file():
         raise UserError(
-            f"--save-hf {output.save_hf}: exists already, and {Path(output.save) / EXPORT} does not say that this run "
-            "made it; choose another folder, or write it again with --overwrite"
+            "folder-exists",
+            f"--save-hf {output.save_hf}: exists already, and {Path(output.save) / EXPORT} does not record it as this "
+            "run's export; choose another folder, or overwrite it with --overwrite",
         )
     check_target(flag("save_hf"), Path(output.save_hf), output.overwrite or state is not None, filling=True)
     return False
 
 
 def export_folder(config: Config) -> Path:
-    """--save-hf of a run that has it."""
+    """Returns --save-hf of a run that has it."""
     assert config.output.save_hf is not None
     return Path(config.output.save_hf)
 
 
 def begin_export(config: Config, steps: int) -> None:
-    """Notes in the run folder that --save-hf is about to be this run's model: a start after a kill then neither takes
-    an older model there for its own, nor its own for an older one.
+    """Records in the run folder that --save-hf is about to be this run's model, so that a start after a kill can tell
+    it from an older model there.
 
     Raises:
-        UserError: it is another's model.
+        UserError: --save-hf holds another run's model.
     """
-    own = _noted_export(config) is not None
-    check_target(flag("save_hf"), export_folder(config), config.output.overwrite or own, filling=True)
+    of_this_run = _noted_export(config) is not None
+    check_target(flag("save_hf"), export_folder(config), config.output.overwrite or of_this_run, filling=True)
     write_text(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=False)) + "\n")
 
 
 def export_is_complete(config: Config, steps: int) -> None:
-    """Notes that --save-hf is the model of the run's last step."""
+    """Records that --save-hf is the model of the run's last step."""
     write_text(Path(config.output.save) / EXPORT, json.dumps(_noted(config, steps, complete=True)) + "\n")
 
 
 def forget_export(config: Config) -> None:
-    """What was exported is not the model that this start will make."""
+    """Deletes the record of an export, which is not the model that this start will train."""
     (Path(config.output.save) / EXPORT).unlink(missing_ok=True)
 
 
@@ -261,29 +263,32 @@ def _noted(config: Config, steps: int, complete: bool) -> dict[str, str | int]:
 
 
 def _noted_export(config: Config) -> dict[str, str | int] | None:
-    """What is noted of --save-hf; None: nothing, or another folder."""
+    """Returns the record of --save-hf, or None where there is none or it is of another folder."""
     try:
         note = json.loads((Path(config.output.save) / EXPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    own = isinstance(note, dict) and note.get("save_hf") == _noted(config, 0, complete=False)["save_hf"]
-    return note if own else None
+    of_folder = isinstance(note, dict) and note.get("save_hf") == _noted(config, 0, complete=False)["save_hf"]
+    return note if of_folder else None
 
 
 def read_progress(source: Path) -> Progress:
-    """``progress`` and ``iteration`` of a complete checkpoint; no tensor is read.
+    """Reads ``progress`` and ``iteration`` of a complete checkpoint, without its tensors.
 
     Raises:
         UserError: it is a Megatron folder of convert-checkpoint.
     """
     document = read_manifest(source)
     if not document["progress"]:
-        raise UserError(f"{source}: holds weights only, and no run to go on from; give {source.parent} as --hf-path")
+        raise UserError(
+            "checkpoint-weights-only",
+            f"{source}: holds weights only, and no run to resume; start a new run with --hf-path {source.parent}",
+        )
     return document["progress"] | {"iteration": document["iteration"]}
 
 
 def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_config: PretrainedConfig) -> Progress:
-    """What fixes model, order of the examples and each step of the optimizer; kept in every checkpoint."""
+    """Returns a run's identity, which determines the model, the order of the examples and each optimizer step."""
     return {
         MATHEMATICS: mathematics(hf_config),
         "tokens": train.fingerprint,
@@ -294,18 +299,18 @@ def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_conf
 
 
 def check_same_run(before: Progress, now: Progress, config: Config) -> None:
-    """Refuses to go on as another run: other examples, another order, method or schedule.
+    """Refuses to resume as another run: with other examples, another order, method or schedule.
 
     Args:
-        before: of the checkpoint; those of earlier versions lack some of the options, which are then not compared.
-        now: see `progress_of`.
+        before: progress of the checkpoint; options that an earlier version did not save are not compared.
+        now: progress of this start, see `progress_of`.
 
     Raises:
-        UserError: naming the option that differs, and both values.
+        UserError: names the first option that differs, and both values.
     """
 
     def changed(names: frozenset[str]) -> str | None:
-        """The first option that differs, with both values, and the names of the others, which may follow from it."""
+        """Describes the first option that differs, with both values, and names the others, which may follow from it."""
         differ = [name for name in OWNER if name in names and name in before and before[name] != now[name]]
         if not differ:
             return None
@@ -313,38 +318,42 @@ def check_same_run(before: Progress, now: Progress, config: Config) -> None:
         also = f" (also {', '.join(map(flag, others))})" if others else ""
         return f"{flag(first)}: the checkpoint's run has {_shown(before[first])}, this one {_shown(now[first])}{also}"
 
-    again = "give the same as before, or start anew in another --save"
+    other, remedy = "checkpoint-other-run", "keep it as before, or start a new run with another --save"
     override = config.training.override_opt_param_scheduler
     if differs := changed(identity() - SCHEDULE):
-        raise UserError(f"{differs}; {again}")
+        raise UserError(other, f"{differs}; {remedy}")
     for name, value in now[MATHEMATICS].items():
         if (earlier := before.get(MATHEMATICS, {}).get(name, value)) != value:
             raise UserError(
+                other,
                 f"--hf-path {config.model.hf_path}: its config.json has {name} {_shown(value)}, that of the "
-                f"checkpoint's run {_shown(earlier)}; {again}"
+                f"checkpoint's run {_shown(earlier)}; {remedy}",
             )
     if before["tokens"] != now["tokens"]:
         raise UserError(
+            "checkpoint-other-data",
             f"{changed(EXAMPLES) or flag('train_data')}: the checkpoint was trained on other examples (data, tokenizer "
-            f"or template changed); {again}"
+            f"or template changed); {remedy}",
         )
     if not override and (differs := changed(SCHEDULE)):
-        raise UserError(f"{differs}; {again}, or change it from here on with --override-opt-param-scheduler")
+        raise UserError(other, f"{differs}; {remedy}, or change it from now on with --override-opt-param-scheduler")
     length = next(name for name in sorted(LENGTH) if config.value(name) is not None)
-    given = f"{flag(length)} {config.value(length)}"
+    option = f"{flag(length)} {config.value(length)}"
     steps = now["steps"]
     if override and steps < before["iteration"]:
         done = before["iteration"]
-        raise UserError(f"{given}: comes to {steps} steps, and the checkpoint is of step {done}; give more")
+        raise UserError("steps-already-done", f"{option}: is {steps} steps, the checkpoint is of step {done}; raise it")
     if not override and before["steps"] != steps:
         raise UserError(
-            f"{given}: the checkpoint's run has {before['steps']} steps, this one {steps}; {again}, or extend the run "
-            f"with --override-opt-param-scheduler (the learning rate then follows the schedule of {steps} steps)"
+            other,
+            f"{option}: the checkpoint's run has {before['steps']} steps, this one {steps}; {remedy}, or extend the "
+            f"run with --override-opt-param-scheduler (the learning rate then follows the schedule of {steps} steps)",
         )
     if not override and before.get("total", now["total"]) != now["total"]:
         raise UserError(
-            f"{given}: the steps of the checkpoint's run have {before['total']} examples, those of this one "
-            f"{now['total']}; {again}"
+            other,
+            f"{option}: the steps of the checkpoint's run have {before['total']} examples, those of this one "
+            f"{now['total']}; {remedy}",
         )
 
 
@@ -353,7 +362,7 @@ def _shown(value: object) -> str:
 
 
 def new_schedule(before: Progress, now: Progress, config: Config) -> str | None:
-    """What --override-opt-param-scheduler changes of a run that goes on, in a line; None where nothing changes."""
+    """Describes in a line what --override-opt-param-scheduler changes of a resumed run; None where nothing changes."""
     changes = [
         f"{flag(name)} {before[name]} -> {now[name]}"
         for name in sorted(SCHEDULE)
@@ -368,12 +377,12 @@ def new_schedule(before: Progress, now: Progress, config: Config) -> str | None:
     return (
         f"--override-opt-param-scheduler: {', '.join(changes)}; the learning rate follows the new schedule from step "
         f"{before['iteration'] + 1} on"
-        + (f"; {left_out} examples that the short last step left out are not made up for" if left_out > 0 else "")
+        + (f"; {left_out} examples that the short last step left out are not trained on later" if left_out > 0 else "")
     )
 
 
 def check_reference(before: Progress, weights: str, config: Config) -> None:
-    """Refuses to go on with another reference; checkpoints of earlier versions do not know theirs.
+    """Refuses to resume with another reference; checkpoints of earlier versions do not record theirs.
 
     Args:
         weights: see `starting_weights`.
@@ -383,16 +392,17 @@ def check_reference(before: Progress, weights: str, config: Config) -> None:
     """
     if before.get(REFERENCE_WEIGHTS) not in (None, weights):
         raise UserError(
+            "checkpoint-other-reference",
             f"--hf-path {config.model.hf_path}: its files are not those that the run started from, the reference of "
-            f"{config.method.preference_loss}; give that folder as it was then, or start anew"
+            f"{config.method.preference_loss}; restore the folder, or start a new run",
         )
 
 
 def go_back(config: Config) -> None:
-    """Takes back what the run folder notes beyond the checkpoint that this start goes on from."""
+    """Removes what the run folder records beyond the checkpoint that this start resumes from."""
     output = config.output
     if output.load is None:
-        return  # --auto-resume goes on from the latest
+        return  # --auto-resume resumes from the latest
     if not _same_folder(output.load, output.save):
         forget_export(config)  # of a run whose checkpoints are gone
     elif output.ckpt_step is not None:

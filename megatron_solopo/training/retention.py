@@ -1,4 +1,4 @@
-"""Which checkpoints stay on the disk."""
+"""Which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megatron_solopo.conversion.manifest import MANIFEST, checkpoint_folder, is_
 
 
 def surplus(folder: Path, latest: int, keep_last: int | None, retain_interval: int | None) -> list[Path]:
-    """Checkpoint folders that --keep-last and --save-retain-interval let go.
+    """Returns the checkpoint folders to delete by --keep-last and --save-retain-interval.
 
     Args:
-        latest: the newest complete checkpoint; it and whatever is newer always stay.
-        keep_last: complete checkpoints that stay, ``latest`` included; None with a ``retain_interval`` means 1, as in
-            Megatron, and without one that all stay.
-        retain_interval: multiples of it stay for ever.
+        latest: iteration of the newest complete checkpoint; it and newer ones are kept.
+        keep_last: number of complete checkpoints to keep, ``latest`` included; None with a ``retain_interval`` means 1,
+            as in Megatron, and without one that all are kept.
+        retain_interval: multiples of it are always kept.
     """
     if keep_last is None and retain_interval is None:
         return []
@@ -27,13 +27,13 @@ def surplus(folder: Path, latest: int, keep_last: int | None, retain_interval: i
 
 
 def delete(folders: list[Path]) -> None:
-    """The mark goes first, so that what a kill leaves of a folder is not taken for a checkpoint."""
+    """Deletes checkpoints; the manifest first, so that what a kill leaves of a folder is not taken for a checkpoint."""
     for folder in folders:
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Takes away what killed runs left half written. Only one run may use a run folder at a time."""
+    """Deletes incomplete checkpoints of killed runs. Only one run may use a run folder at a time."""
     for path in folder.glob("iter_*.partial*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
 """``pretrain_solopo.py`` and ``solopo train``: options, platform, then the trainer.
 
-megatron-core looks for Transformer Engine where it is imported, and the CPU platform hides it: therefore the modules
-with megatron-core are imported here, behind the start of the platform, and everywhere else at the top of a module.
+megatron-core imports Transformer Engine, and the CPU platform hides it: therefore this module imports the modules with
+megatron-core after the start of the platform; all others import them at the top.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron_solopo.parallel.platform import Platform
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains, or with ``--dry-run`` says what training would do; returns the exit status.
+    """Trains, or with ``--dry-run`` prints what training would do; returns the exit status.
 
     Raises:
-        UserError: a mistake of the user, see `trainer.train`.
+        UserError: see `trainer.train`.
         LostProcess: another process of the run is gone.
     """
     config, dry_run = config_load.load(argv)
@@ -31,30 +31,30 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(describe(config))
         return 0
-    with started(config) as here:
+    with started(config) as running:
         from megatron_solopo.training.trainer import train
 
-        train(here, config)
+        train(running, config)
     return 0
 
 
 @contextmanager
 def started(config: Config) -> Iterator[Platform]:
-    """The platform that a run computes on, within it.
+    """Starts the platform of a run, and stops it at the end of the block.
 
     Raises:
         LostProcess: another process of the run is gone.
     """
-    here = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
+    running = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
     try:
         with platform.explain_lost_process(lambda: _advice(config)):
-            yield here
+            yield running
     finally:
-        platform.stop(here)
+        platform.stop(running)
 
 
 def _advice(config: Config) -> str:
-    """What to do after the loss of a process."""
+    """Returns what to do after a process was lost."""
     iteration = latest_iteration(config.output.save)
     return (
         ", and a slow one needs a larger --distributed-timeout-minutes "
@@ -62,6 +62,6 @@ def _advice(config: Config) -> str:
         + (
             "No checkpoint was written yet: start the run again"
             if iteration is None
-            else f"The checkpoint of step {iteration} is complete: go on with --auto-resume"
+            else f"The checkpoint of step {iteration} is complete: resume with --auto-resume"
         )
     )

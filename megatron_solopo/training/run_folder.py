@@ -1,4 +1,4 @@
-"""The files of a run folder that say what a start does: config.yaml, versions.yaml, overlong.jsonl, metric labels."""
+"""Files of a run folder about a start of the run: config.yaml, versions.yaml, overlong.jsonl, metric labels."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ from megatron_solopo.training.preflight import RunData
 
 
 def effective(config: Config) -> dict[str, dict[str, Any]]:
-    """Options without those that have no effect in this run, so that config.yaml is accepted again."""
+    """Returns the options without those that have no effect in this run, so that --config accepts config.yaml."""
     idle = unused(config)
     return {section: {k: v for k, v in values.items() if k not in idle} for section, values in config.as_dict().items()}
 
 
 def write_settings(folder: Path, config: Config) -> None:
-    """config.yaml: the resolved options, readable by --config; versions.yaml: what they ran on."""
+    """Writes config.yaml, the resolved options for --config, and versions.yaml, the software that ran.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     options = {
         section: {k: v for k, v in values.items() if v is not None} for section, values in effective(config).items()
     }
@@ -43,11 +47,15 @@ def write_settings(folder: Path, config: Config) -> None:
         try:
             write_text(folder / name, yaml.safe_dump(document, sort_keys=False))
         except OSError as error:
-            raise UserError(f"--save {folder}: {name} cannot be written ({system_reason(error)})") from None
+            raise _unwritable(folder, name, error) from None
 
 
 def write_metric_labels(folder: Path, method: MethodConfig) -> None:
-    """metric_labels.json: what the loss measures of its own, for a report that does not load the loss."""
+    """Writes metric_labels.json, the loss's metrics, for a report that does not load the loss.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     measured = loss_class(method.preference_loss).metrics if method.objective == "preference" else ()
     try:
         if measured:
@@ -55,11 +63,15 @@ def write_metric_labels(folder: Path, method: MethodConfig) -> None:
         else:
             (folder / LABELS).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"--save {folder}: {LABELS} cannot be written ({system_reason(error)})") from None
+        raise _unwritable(folder, LABELS, error) from None
 
 
 def write_overlong(folder: Path, data: RunData) -> None:
-    """overlong.jsonl: every example that was dropped or cut for its length, where there are any."""
+    """Writes overlong.jsonl, every example that was dropped or cut for its length; without any there is no file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     reports = {"train": data.train.report} | ({"valid": data.valid.report} if data.valid is not None else {})
     records = [{"split": split} | record for split, report in reports.items() for record in report.overlong()]
     try:
@@ -68,4 +80,8 @@ def write_overlong(folder: Path, data: RunData) -> None:
         else:
             (folder / "overlong.jsonl").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"--save {folder}: overlong.jsonl cannot be written ({system_reason(error)})") from None
+        raise _unwritable(folder, "overlong.jsonl", error) from None
+
+
+def _unwritable(folder: Path, name: str, error: OSError) -> UserError:
+    return UserError("write-failed", f"--save {folder}: {name} cannot be written ({system_reason(error)})")

@@ -1,4 +1,4 @@
-"""One number for each scored segment of a data set, in one flat table: whose place is which."""
+"""The flat table of one number for each scored segment of a data set, and the segments' places in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_solopo.pack import Context, Pack, Side, segment_name
 
 @dataclass(frozen=True)
 class SegmentPlaces:
-    """The places of T segments: example by example, in each by context, side and number of the response.
+    """The places of T segments, sorted by example, context, side and number of the response.
 
     Attributes:
-        counts: [examples, contexts, sides] int64, how many responses there are.
+        counts: [examples, contexts, sides] int64, number of responses.
     """
 
     counts: Tensor
@@ -29,20 +29,20 @@ class SegmentPlaces:
 
     @cached_property
     def size(self) -> int:
-        """T."""
+        """T, the number of segments."""
         return int(self.counts.sum())
 
     @cached_property
     def _starts(self) -> Tensor:
-        """[examples, contexts, sides] int64, the place of the first response."""
+        """[examples, contexts, sides] int64, place of the first response."""
         flat = self.counts.flatten()
         return (flat.cumsum(0) - flat).reshape(self.counts.shape)
 
     def of_pack(self, pack: Pack, contexts: Tensor | None = None) -> Tensor:
-        """[N] int64, the place of each segment of a pack.
+        """Returns [N] int64, the place of each segment of a pack.
 
         Args:
-            contexts: [N] int64, the contexts to look for in place of the segments' own.
+            contexts: [N] int64, contexts to look up instead of the segments' contexts.
 
         Raises:
             IndexError: the table has no such segment.
@@ -55,11 +55,11 @@ class SegmentPlaces:
         return self._starts[key] + scored.responses
 
     def of_examples(self, chosen: Tensor) -> Tensor:
-        """[T] bool: the places of the chosen examples, [examples] bool."""
+        """Returns [T] bool, the places of the chosen examples, [examples] bool."""
         return chosen.repeat_interleave(self.counts.sum((1, 2)))
 
     def segment_at(self, place: int) -> tuple[int, str]:
-        """(example, name of the segment) of a place."""
+        """Returns (example, name of the segment) of a place."""
         row = int((self._starts.flatten() <= place).nonzero()[-1])  # a row without segments starts where the next does
         example, kind = divmod(row, len(Context) * len(Side))
         return example, segment_name(*divmod(kind, len(Side)), place - int(self._starts.flatten()[row]))
@@ -70,7 +70,7 @@ class ReferenceLogProbs:
     """The reference model's log-prob sums of a data set.
 
     Attributes:
-        places: of its segments.
+        places: places of its segments.
         values: [T] float64, nats.
     """
 
@@ -78,10 +78,10 @@ class ReferenceLogProbs:
     values: Tensor
 
     def of_pack(self, pack: Pack, contexts: Sequence[Context]) -> Tensor:
-        """[N] float64: what each segment of a pack is compared with.
+        """Returns [N] float64, the value that each segment of a pack is compared with.
 
         Args:
-            contexts: context of a segment -> the context it is compared on.
+            contexts: for each context of a segment, the reference's context.
         """
-        compared = torch.tensor(contexts, dtype=torch.int64)[pack.scored.contexts]
-        return self.values[self.places.of_pack(pack, compared)]
+        reference_contexts = torch.tensor(contexts, dtype=torch.int64)[pack.scored.contexts]
+        return self.values[self.places.of_pack(pack, reference_contexts)]

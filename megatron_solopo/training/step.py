@@ -1,4 +1,4 @@
-"""A training step and an evaluation: megatron-core's schedule over packs, the loss's scale, and sums for the log."""
+"""Training step and evaluation: megatron-core's schedule over packs, the scale of the loss, and sums for the log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.device_pack import DevicePack
 from megatron_solopo.training.ahead import Ahead
-from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, update, whole_norm
+from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, total_norm, update
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.objective import (
     StepInputs,
@@ -36,20 +36,20 @@ from megatron_solopo.training.objective import (
     mean_chosen_length_of,
     step_inputs,
 )
-from megatron_solopo.training.readings import of_all_processes
+from megatron_solopo.training.readings import gather_from_all_ranks
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
 
 
 @dataclass
 class StepSums:
-    """Sums over the groups of a step, of all processes.
+    """Sums over the groups of a step, of all ranks.
 
     Attributes:
-        groups: groups in the step.
+        groups: number of groups in the step.
         values: name -> sum over groups.
-        tokens: tokens computed, padding included.
-        padding: those of them that belong to no group.
-        not_finite: the examples whose loss is not finite, where the sum is not.
+        tokens: number of computed tokens, padding included.
+        padding: number of computed tokens that belong to no group.
+        not_finite: the examples whose loss is not finite, if the sum is not.
     """
 
     groups: int
@@ -64,8 +64,7 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a process computes in a step: the examples of all processes, their plan, its own packs, and what the loss
-    reads of them."""
+    """The work of a rank in a step: the examples of all ranks, their plan, this rank's packs, and the loss inputs."""
 
     indices: Sequence[int]
     plan: StepPlan
@@ -80,7 +79,7 @@ def step_work(
     config: Config,
     reference: ReferenceLogProbs | None,
 ) -> StepWork:
-    """The work of a training step on the given examples."""
+    """Makes the work of a training step on the examples ``indices``."""
     plan, packs = _planned(engine, dataset, indices, config)
     inputs = step_inputs([pack.pack for pack in packs], reference, config.method, engine.platform.device)
     return StepWork(indices, plan, packs, inputs)
@@ -89,9 +88,9 @@ def step_work(
 def _planned(
     engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config
 ) -> tuple[StepPlan, list[DevicePack]]:
-    """The packs of the given examples over this run's data-parallel processes, on their devices.
+    """Returns the plan and this rank's packs of the examples ``indices``, on its device.
 
-    As many packs on every process; processes that share a model get the same ones, each its part of them.
+    Every rank has the same number of packs; ranks that share a model replica get the same packs, each its part.
     """
     rank, ranks = data_parallel()
     groups = [dataset.groups[i] for i in indices]
@@ -111,12 +110,12 @@ def _planned(
 
 
 def sent(engine: Engine, packs: Sequence[Pack]) -> list[DevicePack]:
-    """This process's parts of packs, on its device."""
+    """Returns this rank's parts of packs, on its device."""
     return [device_pack(pack, engine.models[0].config, engine.platform.device) for pack in packs]
 
 
 def make_packs(engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config) -> list[DevicePack]:
-    """This process's packs of the given examples."""
+    """Returns this rank's packs of the examples ``indices``."""
     return _planned(engine, dataset, indices, config)[1]
 
 
@@ -127,7 +126,7 @@ def training_work(
     config: Config,
     reference: ReferenceLogProbs | None,
 ) -> Ahead[StepWork]:
-    """The work of each training step, by its number from 0."""
+    """Returns the work of the training steps, which are numbered from 0."""
     return Ahead(
         lambda step: step_work(engine, dataset, schedule.step(step), config, reference),
         schedule.steps,
@@ -138,7 +137,7 @@ def training_work(
 def run_packs(
     engine: Engine, packs: list[DevicePack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool
 ) -> list[dict]:
-    """Runs megatron-core's schedule; returns what ``loss`` gave for each pack (last pipeline stage)."""
+    """Runs megatron-core's schedule; returns the dict that ``loss`` returned for each pack (last pipeline stage)."""
 
     def forward_step(packs_left: Iterator[DevicePack], model: torch.nn.Module):
         pack = next(packs_left)
@@ -158,12 +157,12 @@ def run_packs(
 
 @dataclass(frozen=True)
 class StepParts:
-    """What one process has of a step before the processes exchange it.
+    """One rank's part of a step's sums, before the ranks exchange them.
 
     Attributes:
-        groups: groups in the step, of all processes.
-        scalars: name -> [] on the device, what the processes' values add up to.
-        numbers: the same of numbers that the host knows.
+        groups: number of groups in the step, of all ranks.
+        scalars: name -> [] on the device; the result is the sum over ranks.
+        numbers: name -> number on the host; the result is the sum over ranks.
         losses: (examples, their losses) of each pack.
     """
 
@@ -172,10 +171,10 @@ class StepParts:
     numbers: dict[str, float]
     losses: list[tuple[Sequence[int], Tensor]]
 
-    def sums(self, everyone: Mapping[str, Sequence[float]]) -> StepSums:
-        """Of all processes, from `of_all_processes`; collective where the loss is not finite."""
-        values = {name: sum(everyone[name]) for name in self.scalars}
-        tokens, padding = (int(sum(everyone[name])) for name in ("tokens", "padding"))
+    def sums(self, of_ranks: Mapping[str, Sequence[float]]) -> StepSums:
+        """Returns the sums over all ranks from `gather_from_all_ranks`; collective where the loss is not finite."""
+        values = {name: sum(of_ranks[name]) for name in self.scalars}
+        tokens, padding = (int(sum(of_ranks[name])) for name in ("tokens", "padding"))
         named = [] if math.isfinite(values["loss"]) else _not_finite(self.losses)
         return StepSums(self.groups, values, tokens, padding, named)
 
@@ -189,10 +188,10 @@ def run_step(
     forward_only: bool = False,
     tokens_per_group: Tensor | None = None,
 ) -> StepSums:
-    """`run_parts`, and the sums of all processes; collective."""
+    """Calls `run_parts` and returns the sums of all ranks; collective."""
     inputs = step_inputs([pack.pack for pack in packs], reference, method, engine.platform.device)
     parts = run_parts(engine, packs, inputs, total_groups, method, forward_only, tokens_per_group)
-    return parts.sums(of_all_processes(parts.scalars, parts.numbers, engine.platform.device))
+    return parts.sums(gather_from_all_ranks(parts.scalars, parts.numbers, engine.platform.device))
 
 
 def run_parts(
@@ -204,14 +203,14 @@ def run_parts(
     forward_only: bool = False,
     tokens_per_group: Tensor | None = None,
 ) -> StepParts:
-    """Forward (and backward) of one step; gradients stand in the model's buffers afterwards.
+    """Runs forward (and backward) of one step; afterwards the gradients are in the model's buffers.
 
-    Every group weighs 1 / total_groups however it was packed: the schedule divides by the number of packs and DDP by
-    the number of data-parallel processes, and the loss is multiplied by both.
+    Every group has the weight 1 / total_groups however it was packed: the schedule divides by the number of packs and
+    DDP by the number of data-parallel ranks, and the loss is multiplied by both.
 
     Args:
-        inputs: of the same packs.
-        tokens_per_group: [] the mean chosen length where the means are over more than this step, see
+        inputs: loss inputs of the same packs.
+        tokens_per_group: [] mean chosen length where the means are over more than this step, see
             `mean_chosen_length_of`; default: that of the step.
     """
     _, ranks = data_parallel()
@@ -238,9 +237,9 @@ def run_parts(
     scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in inputs.names}
     settings = engine.models[0].config
     if settings.num_moe_experts and settings.moe_aux_loss_coeff and not forward_only:
-        # Each layer of each part of each pack is on one process; the mean is over all layers and packs.
-        own = sum(take_aux_loss(model) for model in engine.models)
-        scalars["moe_aux_loss"] = (zero + own) * (total_groups / (settings.num_layers * len(packs) * ranks))
+        # Each layer of each part of each pack is on one rank; the mean is over all layers and packs.
+        aux_loss = sum(take_aux_loss(model) for model in engine.models)
+        scalars["moe_aux_loss"] = (zero + aux_loss) * (total_groups / (settings.num_layers * len(packs) * ranks))
     numbers: dict[str, float] = {
         "tokens": reports * sum(pack.tokens for pack in packs),
         "padding": reports * sum(pack.pack.padding for pack in packs),
@@ -249,23 +248,23 @@ def run_parts(
 
 
 def _reports() -> bool:
-    """Whether this process, of those that share a model, has the losses and counts its packs."""
+    """Whether this rank, of those that share a model replica, has the losses and counts the packs."""
     others = parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
     return parallel_state.is_pipeline_last_stage() and not others
 
 
 def _not_finite(each: list[tuple[Sequence[int], Tensor]]) -> list[int]:
-    """The examples whose loss is not finite, from the (examples, losses) of every process; collective."""
-    own = {
+    """Returns the examples whose loss is not finite, from the (examples, losses) of every rank; collective."""
+    examples = {
         i for groups, losses in each for i, loss in zip(groups, losses.tolist(), strict=True) if not math.isfinite(loss)
     }
-    everyone: list[set[int]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return sorted(set().union(*everyone))
+    of_ranks: list[set[int]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, examples)
+    return sorted(set().union(*of_ranks))
 
 
-def over_the_layout(sums: Tensor) -> Tensor:
-    """The last pipeline stage's sums, added over data-parallel processes, on every process."""
+def reduce_to_all_ranks(sums: Tensor) -> Tensor:
+    """Adds the last pipeline stage's sums over data-parallel ranks; returns the result on every rank."""
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -274,11 +273,11 @@ def over_the_layout(sums: Tensor) -> Tensor:
     return sums
 
 
-def own_segment_table(engine: Engine, places: SegmentPlaces, packs: list[DevicePack]) -> tuple[Tensor, Tensor]:
-    """The log-prob sums of this process's packs. No communication between data-parallel processes.
+def local_segment_sums(engine: Engine, places: SegmentPlaces, packs: list[DevicePack]) -> tuple[Tensor, Tensor]:
+    """Computes the log-prob sums of this rank's packs, without communication between data-parallel ranks.
 
     Returns:
-        [K] int64 places in a table and [K] float64 sums, on the CPU; K is 0 but on the last pipeline stage.
+        [K] int64 places in a table and [K] float64 sums, on the CPU; K is 0 except on the last pipeline stage.
     """
     at: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     sums: list[Tensor] = [torch.zeros(0, dtype=torch.float64, device=engine.platform.device)]
@@ -294,11 +293,11 @@ def own_segment_table(engine: Engine, places: SegmentPlaces, packs: list[DeviceP
 
 
 def segment_table(engine: Engine, places: SegmentPlaces, packs: list[DevicePack]) -> Tensor:
-    """[T] float64 log-prob sums of the packs of all processes, on every process; 0 for segments that are in none."""
+    """Returns [T] float64 log-prob sums of the packs of all ranks, on every rank; 0 for segments of no pack."""
     table = torch.zeros(places.size, dtype=torch.float64)
-    at, sums = own_segment_table(engine, places, packs)
+    at, sums = local_segment_sums(engine, places, packs)
     table[at] = sums
-    return over_the_layout(table.to(engine.platform.device)).cpu()
+    return reduce_to_all_ranks(table.to(engine.platform.device)).cpu()
 
 
 def train_step(
@@ -313,37 +312,38 @@ def train_step(
     memory: PeakMemory,
     stop: Callable[[], int] = lambda: 0,
 ) -> tuple[dict[str, Any], int]:
-    """One optimizer step; returns its line of the log, and the largest ``stop`` of all processes.
+    """Runs one optimizer step; returns its line of the log, and the largest ``stop`` of all ranks.
 
-    The processes exchange all that the host decides by in one collective, between backward and the optimizer, and the
-    host reads the device there and nowhere else. So the memory of the line is the peak up to there, and on CUDA the
-    optimizer's time, which nothing waits for, is in the seconds of the step behind it.
+    The ranks exchange everything that the host needs in one collective, between backward and the optimizer, where the
+    host reads the device once. So the line's memory is the peak until then, and on CUDA the optimizer's time, which
+    nothing waits for, is part of the next step's seconds.
 
     Args:
-        work: of all steps, see `training_work`.
-        memory: of the run.
-        stop: asked for a number above 0 where this process wants the run to stop, see `StopRequests.own`.
+        work: work of all steps, see `training_work`.
+        memory: peak memory of the run.
+        stop: returns a number above 0 where this rank requests the run to stop, see `StopRequests.on_this_rank`.
 
     Raises:
-        Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are still good.
+        Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are unchanged.
     """
     begin = time.perf_counter()
-    own = work.take(step)
+    current = work.take(step)
     engine.zero_gradients()
     optimizer.zero_grad()
-    parts = run_parts(engine, own.packs, own.inputs, len(own.indices), config.method)
+    parts = run_parts(engine, current.packs, current.inputs, len(current.indices), config.method)
     allocated = engine.platform.peak_allocated_gib()
-    everyone = of_all_processes(
+    of_ranks = gather_from_all_ranks(
         parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},
-        parts.numbers | {"stop": stop(), "memory": memory.own(), "allocated": allocated or 0.0},
+        parts.numbers | {"stop": stop(), "memory": memory.on_this_rank(), "allocated": allocated or 0.0},
         engine.platform.device,
     )
-    sums, grad_norm = parts.sums(everyone), whole_norm(everyone["squared_norm"])
-    agreed = int(max(everyone["stop"]))
+    sums, grad_norm = parts.sums(of_ranks), total_norm(of_ranks["squared_norm"])
+    agreed = int(max(of_ranks["stop"]))
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
-    problem = _why_not_finite(sums, grad_norm, dataset, own.indices)
+    problem = _why_not_finite(sums, grad_norm, dataset, current.indices)
     if problem and config.training.on_nonfinite == "stop":
-        raise Diverged(f"step {step + 1}: {problem}; lower --lr, look at these examples, or --on-nonfinite skip")
+        code = "gradient-not-finite" if math.isfinite(sums.values["loss"]) else "loss-not-finite"
+        raise Diverged(code, f"step {step + 1}: {problem}; lower --lr, check these examples, or --on-nonfinite skip")
     if problem:
         return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}, agreed
     update(optimizer, grad_norm)
@@ -361,19 +361,19 @@ def train_step(
         "tokens": sums.tokens,
         "tokens_per_second": round(sums.tokens / seconds, 1),
         "padding_share": sums.padding / max(sums.tokens, 1),
-        "compute_imbalance": round(own.plan.imbalance, 6),
-        "memory_gib": round(max(everyone["memory"]), 3),
-        **({} if allocated is None else {"memory_allocated_gib": round(max(everyone["allocated"]), 3)}),
+        "compute_imbalance": round(current.plan.imbalance, 6),
+        "memory_gib": round(max(of_ranks["memory"]), 3),
+        **({} if allocated is None else {"memory_allocated_gib": round(max(of_ranks["allocated"]), 3)}),
         "seconds": round(seconds, 4),
     }
     return line, agreed
 
 
 def _why_not_finite(sums: StepSums, grad_norm: float, dataset: TokenDataset, indices: Sequence[int]) -> str | None:
-    """What is not finite in this step, and in which examples; None where all is well."""
+    """Describes what is not finite in this step, and in which examples; None where everything is finite."""
 
-    def names(some: Sequence[int]) -> str:
-        return ", ".join(dataset.groups[i].id for i in some[:8]) + (", ..." if len(some) > 8 else "")
+    def names(examples: Sequence[int]) -> str:
+        return ", ".join(dataset.groups[i].id for i in examples[:8]) + (", ..." if len(examples) > 8 else "")
 
     if not math.isfinite(sums.values["loss"]):
         return f"the loss is not finite for the examples {names(sums.not_finite or indices)}"
@@ -385,7 +385,7 @@ def _why_not_finite(sums: StepSums, grad_norm: float, dataset: TokenDataset, ind
 def evaluate(
     engine: Engine, dataset: TokenDataset, config: Config, reference: ReferenceLogProbs | None
 ) -> dict[str, float]:
-    """Means of the loss and its metrics over all validation examples, and their number, ``groups``."""
+    """Returns the means of the loss and its metrics over all validation examples, and their number, ``groups``."""
     engine.eval()
     length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
     totals: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """A training run, from its checks to its exit.
 
-`train` makes the checks, then a `Trainer`; its methods in order (`__init__`, `train`, `score_reference`, `start`,
-`train_step`, `validate`, `save`, `close`) are the run. All of them are collective: every process calls them in the same
+`train` runs the checks, then a `Trainer`; its methods in order (`__init__`, `train`, `score_reference`, `start`,
+`train_step`, `validate`, `save`, `close`) are the run. All of them are collective: every rank calls them in the same
 order.
 """
 
@@ -22,10 +22,10 @@ from megatron_solopo.terminal import write_line
 from megatron_solopo.training import engine as engines
 from megatron_solopo.training import export, resume, step
 from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
-from megatron_solopo.training.exits import StopRequests, note_sudden_death, tell_launcher
-from megatron_solopo.training.health import Watch, length_bias, no_transfer
+from megatron_solopo.training.exits import StopRequests, note_sudden_death, report_to_launcher
 from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.memory import PeakMemory
+from megatron_solopo.training.monitoring import Watch, length_bias, no_transfer
 from megatron_solopo.training.preflight import Preflight, preflight
 from megatron_solopo.training.reference import reference_log_probs, shared
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
@@ -36,13 +36,13 @@ def train(platform: Platform, config: Config) -> None:
     """Trains on the started platform; collective.
 
     Raises:
-        UserError: a mistake that was found before the first step, a loss that is not finite, or work that could not be
-            saved at the end.
+        UserError: a check before the first step failed, the loss is not finite, or the model could not be saved at the
+            end.
     """
     with note_sudden_death(config.output.save, config.parallel.distributed_timeout_minutes):
         stop = StopRequests(config.output.exit_signal_handler, config.output.exit_duration_in_mins)
         try:
-            tell_launcher("")
+            report_to_launcher("")
             plan = preflight(config)
             if not plan.nothing_left:
                 Trainer(platform, config, plan, stop).train()
@@ -54,14 +54,14 @@ def train(platform: Platform, config: Config) -> None:
 
 
 class Trainer:
-    """Engine, data, log and checkpoints of a run on this process.
+    """Engine, data, log and checkpoints of a run on this rank.
 
     Args:
-        plan: what `preflight` found.
+        plan: result of `preflight`.
         stop: requests to stop before the last step.
 
     Attributes:
-        done: steps whose update is in the weights.
+        done: number of steps whose update is in the weights.
         reason: why the run stops before its last step, or None.
     """
 
@@ -80,7 +80,7 @@ class Trainer:
             self._begin_run_folder()
 
     def train(self) -> None:
-        """The run.
+        """Runs the training.
 
         Raises:
             UserError: see `train` of this module.
@@ -94,12 +94,12 @@ class Trainer:
             self.close()
         except Diverged:
             failed_before = self.checkpoints.unsaved
-            self.checkpoints.finish()  # an asynchronous save of weights that were still good
+            self.checkpoints.finish()  # an asynchronous save of weights that were still finite
             self._warn_if_unsaved(failed_before)
             raise
 
     def _steps(self) -> None:
-        """Trains to the last step, or to the one before which the run is asked to stop."""
+        """Trains to the last step, or until the run is requested to stop."""
         output, steps = self.config.output, self.schedule.steps
         if self.config.training.eval_on_start and self.plan.source is None and not self.reason:
             self.validate()
@@ -117,38 +117,38 @@ class Trainer:
             self.save(saves, exports, failed_before)
             if last:
                 self.reason = None
-            elif evaluates or saves or exports:  # a pause is long enough for a request of its own
+            elif evaluates or saves or exports:  # a request may arrive during such a pause
                 self.reason = self.reason or self.stop.agreed(self.platform.device)
 
     def score_reference(self) -> bool:
-        """Reference log-probs of all examples, before a checkpoint moves the weights away from the reference; False
-        where the run was stopped meanwhile."""
+        """Computes the reference log-probs of all examples, before a checkpoint replaces the reference's weights;
+        returns False where the run was stopped meanwhile."""
         if not needs_reference(self.config.method):
             return True
         assert self.plan.weights is not None  # `preflight` reads them where the loss has a reference
         for split, dataset in self.data.reference.items():
             log_probs = reference_log_probs(
-                self.engine, dataset, self.config, self.plan.weights, self.log.say, self.stop.heard
+                self.engine, dataset, self.config, self.plan.weights, self.log.message, self.stop.requested
             )
             if log_probs is None:
                 stopped = f"stopped by {self.stop.agreed(self.platform.device)} before the first step"
-                self.log.say(f"{stopped}; the reference log-probs so far are kept")
-                tell_launcher(stopped)
+                self.log.message(f"{stopped}; the reference log-probs so far are saved")
+                report_to_launcher(stopped)
                 self.log.close()
                 return False
             self.reference[split] = log_probs
         return True
 
     def start(self) -> None:
-        """Optimizer, the checkpoint that is resumed, and what watches the steps."""
+        """Builds the optimizer, loads the checkpoint that is resumed, and prepares checkpoints and monitoring."""
         training = self.config.training
         self.optimizer, self.scheduler = engines.build_optimizer(self.engine, training, self.schedule.steps)
         if self.plan.source is None:
             export.delete_earlier_exports(self.config)
         else:
             self._resume(self.plan.source)
-        here = Path(self.config.output.save).resolve()
-        in_this_folder = self.plan.source is not None and self.plan.source.parent.resolve() == here
+        run_folder = Path(self.config.output.save).resolve()
+        in_this_folder = self.plan.source is not None and self.plan.source.parent.resolve() == run_folder
         self.checkpoints = Checkpoints(
             self.config,
             self.engine,
@@ -157,10 +157,10 @@ class Trainer:
             self.plan.resumed if in_this_folder else 0,
             self.plan.progress,
         )
-        # A model may come with some, in rows that no token uses.
+        # A model may have some at the start, in rows that no token uses.
         self.not_finite_at_start = engines.weights_not_finite(self.engine)
         self.watch = Watch(training.spike_factor)
-        # On every process alike, for too many skipped steps end the run; the log is on the first alone.
+        # On every rank, because too many skipped steps end the run; only rank 0 has the log.
         self.watch.replay(shared(lambda: self.log.earlier))
         self.engine.train()
         self.reason = self.stop.agreed(self.platform.device)
@@ -173,15 +173,16 @@ class Trainer:
         training, plan = self.config.training, self.plan
         rates = (training.lr, training.min_lr) if training.override_opt_param_scheduler else None
         load_checkpoint(source, self.engine, self.optimizer, self.scheduler, rates)
-        # Not before: a checkpoint that cannot be loaded must not cost the metrics after it.
+        # Not before: a checkpoint that cannot be loaded must not remove the metrics after it.
         self._begin_run_folder()
-        self.log.say(f"going on after step {plan.resumed} of {self.schedule.steps} from {source}")
+        self.log.message(f"resuming after step {plan.resumed} of {self.schedule.steps} from {source}")
         if changed := resume.new_schedule(plan.before, plan.progress, self.config):
-            self.log.say(changed)
+            self.log.message(changed)
         if dist.get_rank() == 0:
             resume.go_back(self.config)
 
     def train_step(self) -> None:
+        """Trains one step and logs it."""
         line, requested = step.train_step(
             self.engine,
             self.optimizer,
@@ -192,37 +193,37 @@ class Trainer:
             self.done,
             self.config,
             self.memory,
-            self.stop.own,
+            self.stop.on_this_rank,
         )
         self.reason = self.stop.reason(requested)
-        self.log.step(line, self.watch.see(line))
+        self.log.step(line, self.watch.read(line))
         self.done += 1
 
     def validate(self) -> None:
-        """Evaluates on --valid-data, where there are any."""
+        """Evaluates on --valid-data, if set."""
         if self.data.valid is not None:
             means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"])
             self.log.step({"step": self.done, "split": "valid"} | means)
 
     def save(self, saves: bool, exports: bool, failed_before: str | None) -> None:
-        """The checkpoint and the Hugging Face folder that are due after a step; one that fails is a warning.
+        """Saves the checkpoint and the Hugging Face folder that are due after a step; a failure is a warning.
 
         Args:
-            saves, exports: which of them are due.
-            failed_before: `Checkpoints.unsaved` before this step's asynchronous save was looked at.
+            saves, exports: whether they are due.
+            failed_before: `Checkpoints.unsaved` before this step's asynchronous save was polled.
         """
         if saves or exports:
             self._check_weights()
         if saves:
             self._timed("save", lambda: self.checkpoints.save(self.done))
-        self._warn_if_unsaved(failed_before, "; training goes on")
+        self._warn_if_unsaved(failed_before, "; training continues")
         if exports:
             error = self._timed("export", lambda: export.export_model(self.engine, self.config, self.data, self.done))
             folder = self.config.output.save_hf
-            self.log.say(f"warning: {error}" if error else f"Hugging Face folder of step {self.done} in {folder}")
+            self.log.message(f"warning: {error}" if error else f"Hugging Face folder of step {self.done} in {folder}")
 
     def close(self) -> None:
-        """The last save, the export, and what a person should know of the run.
+        """Saves and exports the model and logs the end of the run.
 
         Raises:
             UserError: the model could not be saved or exported.
@@ -231,48 +232,50 @@ class Trainer:
         if self.done:
             self._check_weights()
             failed_before = self.checkpoints.unsaved
-            if not self.checkpoints.has(self.done):  # which waits for an asynchronous save
+            if not self.checkpoints.has(self.done):  # waits for an asynchronous save
                 self._warn_if_unsaved(failed_before)
                 self._timed("save", lambda: self.checkpoints.save_last(self.done))
         for line in self.watch.at_end(self.done):
-            self.log.say(line)
+            self.log.message(line)
         stopped = f"stopped by {self.reason} after step {self.done} of {steps}" if self.reason else None
         if stopped and not self.checkpoints.unsaved:
-            self.log.say(f"{stopped}; " + (f"saved in {output.save}" if self.done else "nothing was done yet"))
-            tell_launcher(stopped)
+            self.log.message(f"{stopped}; " + (f"saved in {output.save}" if self.done else "nothing was done yet"))
+            report_to_launcher(stopped)
         unfinished = None
         if output.save_hf and not stopped:
             unfinished = self._timed(
                 "export", lambda: export.export_last_model(self.engine, self.config, self.data, self.done)
             )
             if not unfinished:
-                self.log.say(f"Hugging Face folder: {output.save_hf}")
+                self.log.message(f"Hugging Face folder: {output.save_hf}")
         peaks = ", ".join(f"{name} {self.memory.of(name):.2f} GiB" for name in self.memory.activities)
-        self.log.say(f"peak memory of the largest process: {peaks}")
+        self.log.message(f"peak memory of the largest process: {peaks}")
         self.log.close()
         self.engine.close()
         if self.checkpoints.unsaved or unfinished:
-            raise UserError("; ".join(text for text in (stopped, self.checkpoints.unsaved, unfinished) if text))
+            code = "checkpoint-not-saved" if self.checkpoints.unsaved else "export-failed"
+            raise UserError(code, "; ".join(text for text in (stopped, self.checkpoints.unsaved, unfinished) if text))
 
     def _warn_if_unsaved(self, failed_before: str | None, more: str = "") -> None:
-        """A line about a save that failed since `Checkpoints.unsaved` was ``failed_before``."""
+        """Logs a save that failed since `Checkpoints.unsaved` was ``failed_before``."""
         if self.checkpoints.unsaved not in (None, failed_before):
-            self.log.say(f"warning: {self.checkpoints.unsaved}{more}")
+            self.log.message(f"warning: {self.checkpoints.unsaved}{more}")
 
     def _check_weights(self) -> None:
-        """Refuses to save weights that training broke: a checkpoint is to be resumed from.
+        """Refuses to save weights that a run could not resume from.
 
         Raises:
-            Diverged: numbers that were finite when this start began are not any more.
+            Diverged: weights that were finite when this start began are not any more.
         """
         if engines.weights_not_finite(self.engine) > self.not_finite_at_start:
             raise Diverged(
+                "weights-not-finite",
                 f"step {self.done}: the weights are not finite any more; they are not saved, and earlier "
-                "checkpoints are kept: start a new run with a lower --lr or a larger --adam-eps"
+                "checkpoints are kept: start a new run with a lower --lr or a larger --adam-eps",
             )
 
     def _timed[T](self, split: str, save: Callable[[], T]) -> T:
-        """A save, with a line about its time and memory."""
+        """Runs a save and logs its time and memory."""
         self.work.settle()  # a save may fork
         begin = time.perf_counter()
         with self.memory.apart(split):
@@ -282,10 +285,10 @@ class Trainer:
         return result
 
     def _announce(self) -> None:
-        """What the run is made of, and what may go wrong with it."""
+        """Logs the size of the run, and warnings about its data and options."""
         schedule, train = self.schedule, self.data.train
         rest = schedule.total % schedule.global_batch_size
-        self.log.say(
+        self.log.message(
             f"{len(train.groups)} examples, {schedule.steps} steps of {schedule.global_batch_size}"
             + (f", last step {rest}" if rest else "")
             + "; values of a step are means over its examples"
@@ -294,16 +297,16 @@ class Trainer:
             if dataset is None:
                 continue
             for line in dataset.report.lines(self.config.data.seq_length):
-                self.log.say(f"{split}: {line}")
+                self.log.message(f"{split}: {line}")
             if above := above_the_token_limit(dataset.groups, self.config, self.platform.name):
-                self.log.say(f"warning: {split}: {above}")
+                self.log.message(f"warning: {split}: {above}")
         if bias := length_bias(train.chosen_rejected_lengths()):
-            self.log.say(f"warning: {bias}")
+            self.log.message(f"warning: {bias}")
         if note := no_transfer(self.config.method):
-            self.log.say(f"note: {note}")
+            self.log.message(f"note: {note}")
 
     def _begin_run_folder(self) -> None:
-        """Makes the run folder's files those of this start."""
+        """Opens the log and writes the files of this start to the run folder."""
         self.log.begin()
         if dist.get_rank() == 0:
             write_settings(Path(self.config.output.save), self.config)

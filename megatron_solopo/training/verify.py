@@ -1,8 +1,8 @@
-"""Does a parallel layout train the same model? One step's loss and gradient under each, on this machine's processes.
+"""`solopo verify-parallelism`: checks that parallel layouts train the same model, by one step's loss and gradient.
 
     solopo verify-parallelism --config run.yaml --layouts "tp2 sp" cp2 "pp2 cp2"
 
-takes the run's own model, data and method. Layouts that need the same number of processes share a launch.
+uses the run's model, data and method. Layouts of the same number of processes share a launch.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bound", type=float, help="largest relative difference (default: by dtype; bfloat16: none)")
     parser.add_argument("--tensors", type=int, default=3, metavar="N", help="worst tensors to show (default: 3)")
     parser.add_argument("--save", help=argparse.SUPPRESS)  # of a training run's command line
-    given, rest = parser.parse_known_args(argv)
-    from megatron_solopo.training.compare_layouts import compare  # with megatron-core, which --help does without
+    options, rest = parser.parse_known_args(argv)
+    from megatron_solopo.training.compare_layouts import compare  # imports megatron-core, which --help does not need
 
-    return compare(given, rest)
+    return compare(options, rest)
 
 
 def worker(argv: list[str] | None = None) -> int:
-    """One process of a launch: ``argv[0]`` is the job file of `compare_layouts`."""
+    """Runs one process of a launch; ``argv[0]`` is the job file of `compare_layouts`."""
     job = json.loads(Path((sys.argv[1:] if argv is None else argv)[0]).read_text())
-    here = platform.start(job["device"], job["timeout_minutes"])
+    started = platform.start(job["device"], job["timeout_minutes"])
     try:
         from megatron_solopo.training.compare_layouts import measure
 
         with platform.explain_lost_process():
-            measure(here, job)
+            measure(started, job)
     finally:
-        platform.stop(here)
+        platform.stop(started)
     return 0
 
 

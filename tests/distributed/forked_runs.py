@@ -22,9 +22,9 @@ def train(argv: list[str]) -> int:
 
 
 def _process(
-    work: Callable[[list[str]], int], argv: list[str], rank: int, processes: int, port: int, told: str
+    work: Callable[[list[str]], int], argv: list[str], rank: int, processes: int, port: int, stderr: str
 ) -> None:
-    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ["OMP_NUM_THREADS"] = "1"
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -36,18 +36,18 @@ class ForkedRun:
     """All processes of one start of a run, as torchrun starts them.
 
     Args:
-        told: the file that gets what they tell on standard error.
+        stderr: the file of their standard error.
         work: a function of a module: the arguments -> the exit status.
     """
 
-    def __init__(self, argv: list[str], processes: int, told: Path, work: Callable[[list[str]], int] = train) -> None:
+    def __init__(self, argv: list[str], processes: int, stderr: Path, work: Callable[[list[str]], int] = train) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        told.unlink(missing_ok=True)
-        self.told = told
+        stderr.unlink(missing_ok=True)
+        self.stderr = stderr
         self.processes: list[BaseProcess] = [
-            fork_server.process(_process, work, argv, rank, processes, port, str(told)) for rank in range(processes)
+            fork_server.process(_process, work, argv, rank, processes, port, str(stderr)) for rank in range(processes)
         ]
         for process in self.processes:
             process.start()
@@ -69,5 +69,5 @@ class ForkedRun:
         return codes
 
     def text(self) -> str:
-        """What the run told on standard error."""
-        return self.told.read_text() if self.told.exists() else ""
+        """Standard error of the run."""
+        return self.stderr.read_text() if self.stderr.exists() else ""

@@ -87,10 +87,10 @@ def two_nodes(home: Home, script: str, per_node: int, argv: list[str], **setting
     """The same command on two "nodes", as a user starts it on each."""
     shared = environment(NNODES=2, GPUS_PER_NODE=per_node, MASTER_ADDR="127.0.0.1", **settings)
     command = ["bash", str(LAUNCH / script), *argv]
-    told = [home.folder / f"{script}-{node}.txt" for node in range(2)]
+    outputs = [home.folder / f"{script}-{node}.txt" for node in range(2)]
     with (
-        started(command, told[0], shared | {"NODE_RANK": "0"}, home.folder) as first,
-        started(command, told[1], shared | {"NODE_RANK": "1"}, home.folder) as second,
+        started(command, outputs[0], shared | {"NODE_RANK": "0"}, home.folder) as first,
+        started(command, outputs[1], shared | {"NODE_RANK": "1"}, home.folder) as second,
     ):
         yield [first, second]
 
@@ -98,8 +98,8 @@ def two_nodes(home: Home, script: str, per_node: int, argv: list[str], **setting
 def wait_for(moment: Callable[[], Any], runs: list[Started], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not moment():
-        told = "\n".join(run.text()[-3000:] for run in runs)
-        assert all(run.shell.poll() is None for run in runs) and time.monotonic() < deadline, told
+        output = "\n".join(run.text()[-3000:] for run in runs)
+        assert all(run.shell.poll() is None for run in runs) and time.monotonic() < deadline, output
         time.sleep(0.02)
 
 
@@ -107,11 +107,11 @@ def statuses(runs: list[Started], seconds: float = 200) -> list[int]:
     return [run.shell.wait(seconds) for run in runs]
 
 
-def told_by(runs: list[Started]) -> str:
+def output_of(runs: list[Started]) -> str:
     return "\n".join(run.text() for run in runs)
 
 
-def test_two_nodes_go_on_by_themselves_after_a_kill(home: Home) -> None:
+def test_two_nodes_resume_by_themselves_after_a_kill(home: Home) -> None:
     """Both agents start their processes again, from the last checkpoint; bit for bit the unbroken run."""
     flags = ["--train-iters", 20, "--save-interval", 2]
     unbroken = ForkedRun(arguments(home, "unbroken", *flags), 4, home.folder / "unbroken.txt")
@@ -123,8 +123,8 @@ def test_two_nodes_go_on_by_themselves_after_a_kill(home: Home) -> None:
         killed = [node.training_processes() for node in nodes]
         assert [len(processes) for processes in killed] == [2, 2]
         killed[1][0].kill()
-        assert statuses(nodes) == [0, 0], told_by(nodes)
-    assert "going on after step" in told_by(nodes)
+        assert statuses(nodes) == [0, 0], output_of(nodes)
+    assert "resuming after step" in output_of(nodes)
     assert timeless(home, "killed") == timeless(home, "unbroken")
     assert latest.read_text() == "20\n"
 
@@ -135,9 +135,9 @@ def test_a_stop_of_one_node_is_a_stop_of_all_and_work_remains(home: Home) -> Non
     with two_nodes(home, "torchrun_static.sh", 1, argv) as nodes:
         wait_for(lambda: lines(home.folder / "drained") >= 2, nodes)
         nodes[1].shell.send_signal(signal.SIGTERM)
-        assert statuses(nodes) == [WORK_REMAINS] * 2, told_by(nodes)
+        assert statuses(nodes) == [WORK_REMAINS] * 2, output_of(nodes)
     steps = len(timeless(home, "drained"))
-    assert f"stopped by SIGUSR1 after step {steps} of 10000; saved in" in told_by(nodes)
+    assert f"stopped by SIGUSR1 after step {steps} of 10000; saved in" in output_of(nodes)
     assert (home.folder / "drained" / LATEST).read_text() == f"{steps}\n"
 
 
@@ -188,7 +188,7 @@ def test_a_slurm_job_queues_again_until_all_is_done(home: Home) -> None:
     assert len(requeue) == 1
     with job(home, argv, SLURM_RESTART_COUNT=1) as batch:
         assert batch.shell.wait(200) == 0, batch.text()
-    assert f"going on after step {steps} of 40" in batch.text()
+    assert f"resuming after step {steps} of 40" in batch.text()
     assert (home.folder / "queued" / LATEST).read_text() == "40\n"
     assert [line for line in asked(home) if line.startswith("scontrol ")] == requeue
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from refusals import check_refusal, refused
 from training_home import ENVIRONMENT, ROOT, Home, furnish
 
 from megatron_solopo.cli import run
-from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layouts import parse_layout
 from megatron_solopo.training.compare_layouts import _config
 from megatron_solopo.training.verify import main
@@ -47,24 +47,26 @@ def test_a_difference_above_the_bound_is_named(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "answer"),
+    ("layout", "code", "named"),
     [
-        ("xp2", "layout 'xp2': 'xp2' is no part of a layout or is given twice; parts are sp, dp2, tp2, cp2, "),
-        ("tp2 tp2", "layout 'tp2 tp2': 'tp2' is no part"),
-        ("tp", "layout 'tp': 'tp' is no part"),
-        ("tp0", "layout 'tp0': 'tp0' is no part"),
-        ("tp3", "layout 'tp3': --tensor-model-parallel-size 3: does not divide"),
+        ("xp2", "layout-name", ["'xp2' ", "sp, dp2, tp2, cp2, "]),
+        ("tp2 tp2", "layout-name", ["'tp2' "]),
+        ("tp", "layout-name", ["'tp' "]),
+        ("tp0", "layout-name", ["'tp0' "]),
+        ("tp3", "layout-not-divisible", ["--tensor-model-parallel-size 3: "]),
     ],
 )
-def test_a_wrong_layout_is_one_line(home: Home, layout: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_layout_is_one_line(
+    home: Home, layout: str, code: str, named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(main, [*home.argv("none"), "--layouts", layout]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {answer}")
+    check_refusal(capsys.readouterr().err, code, f"layout '{layout}': ", *named)
 
 
 def test_options_that_do_not_go_with_a_layout_name_it(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, [*home.argv("none", "--device", "cuda"), "--base", "cp2", "--layouts", "1"]) == 2
-    answer = "layout 'cp2': --context-parallel-size 2 with --device cuda needs --bf16: "
-    assert capsys.readouterr().err.startswith(f"error: {answer}")
+    named = ["layout 'cp2': ", "--context-parallel-size 2 ", "--device cuda ", "--bf16"]
+    check_refusal(capsys.readouterr().err, "option-conflict", *named)
 
 
 def test_a_layout_packs_as_many_tokens_as_the_run(home: Home) -> None:
@@ -84,5 +86,5 @@ def test_names_of_layouts() -> None:
         "pipeline_model_parallel_size": 3,
     }
     assert parse_layout("1").processes == 1 and parse_layout("1").options == {}
-    with pytest.raises(UserError):
+    with refused("layout-name", "'2'"):
         parse_layout("2")

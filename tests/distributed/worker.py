@@ -50,7 +50,7 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.losses.solopo import reference_scores
     from megatron_solopo.pack import Context, Side, segment_name
-    from megatron_solopo.training.gradients import whole_gradients
+    from megatron_solopo.training.gradients import full_gradients
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
     from megatron_solopo.training.step import make_packs, run_step, segment_table, sent
 
@@ -64,8 +64,8 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
         values = [row[segment_name(*one)] for row in case["reference"] for one in compared]
         reference = ReferenceLogProbs(SegmentPlaces(counts), torch.tensor(values, dtype=torch.float64))
 
-    def packs() -> list[Any]:
-        made = make_packs(engine, dataset, indices, config)
+    def planned() -> list[Any]:
+        packs = make_packs(engine, dataset, indices, config)
         if case.get("multiple_of"):
             padded = [
                 build_pack(
@@ -75,25 +75,25 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
                     case["multiple_of"],
                     case["multiple_of"] // 2,
                 )
-                for pack in made
+                for pack in packs
             ]
             return sent(engine, padded)
-        return made
+        return packs
 
     engine.zero_gradients()
     engine.train()
-    mine = packs()
-    sums = run_step(engine, mine, len(indices), config.method, reference)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [list(pack.groups) for pack in mine])
-    values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": everyone}
-    found = whole_gradients(engine)
+    packs = planned()
+    sums = run_step(engine, packs, len(indices), config.method, reference)
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, [list(pack.groups) for pack in packs])
+    values = {"means": sums.means(), "tokens": sums.tokens, "padding": sums.padding, "packs": of_ranks}
+    gradients = full_gradients(engine)
     if case["table"]:
         engine.eval()
         places = SegmentPlaces.of_dataset(dataset)
-        table = segment_table(engine, places, packs())
+        table = segment_table(engine, places, planned())
         values["table"] = table.reshape(len(dataset.groups), -1)[indices].tolist()  # one row for each example
-    return values, found
+    return values, gradients
 
 
 def cut(source: Path, target: Path, iteration: int) -> None:
@@ -136,8 +136,8 @@ def main(argv: list[str]) -> int:
         if key not in engines:
             hf_config = read_hf_config(config.model.hf_path, config.model.rope_scaling)
             engines[key] = build_engine(here, hf_config, config, getattr(torch, case["dtype"]))
-        results[case["name"]], found = gradient_case(engines[key], case, config)
-        tensors |= {f"{case['name']}|{name}": tensor for name, tensor in found.items()}
+        results[case["name"]], gradients = gradient_case(engines[key], case, config)
+        tensors |= {f"{case['name']}|{name}": tensor for name, tensor in gradients.items()}
     end(engines)
     for run in job["runs"]:
         if "cut" in run and dist.get_rank() == 0:

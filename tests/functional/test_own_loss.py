@@ -33,7 +33,7 @@ class Hinge(PreferenceLoss):
     defaults = {"beta": 0.7, "alignment_weight": 1.5}
     metrics = (Metric("inside", "pairs inside the margin", "share"),)
 
-    hinge_margin: float = option(1.0, "margin beyond which a pair teaches nothing, in reward units", minimum=0)
+    hinge_margin: float = option(1.0, "margin beyond which a pair has no loss, in reward units", minimum=0)
 
     def __post_init__(self):
         if self.hinge_margin > 100:

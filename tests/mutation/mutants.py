@@ -22,7 +22,7 @@ METHODS = "tests/unit/test_context_methods.py"
 EXCHANGE = "tests/unit/test_step_exchange.py"
 CONTEXT_RUNS = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and context'"
 EXPERTS = "tests/distributed/test_experts.py -k 'oracles_gradient or auxiliary'"
-HEALTH = "tests/unit/test_health.py"
+HEALTH = "tests/unit/test_monitoring.py"
 TOPOLOGY = "tests/unit/test_topology.py"
 REFERENCE = "tests/functional/test_reference_cache.py"
 ENGINE = "tests/unit/test_transformer_engine.py"
@@ -136,7 +136,7 @@ MUTANTS: list[Mutant] = [
             "dtype=torch.int64)[scored.groups]",
             "dtype=torch.int64)[scored.groups] * 0",
         ),
-        ("reference of each segment's own context", "of_pack(pack, compared)", "of_pack(pack)"),
+        ("reference of each segment's own context", "of_pack(pack, reference_contexts)", "of_pack(pack)"),
     ),
     *within(
         "training/objective.py",
@@ -270,7 +270,7 @@ MUTANTS: list[Mutant] = [
         ("a dry run without the reference's weights", "(before or not dry_run)", "not dry_run"),
     ),
     *within(
-        "training/health.py",
+        "training/monitoring.py",
         HEALTH,
         ("a healthy alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
         ("displacement told whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
@@ -294,7 +294,7 @@ MUTANTS: list[Mutant] = [
         REFERENCE,
         ("a killed fill forgotten", "(_read(partial, places) for partial in partial_files)", "()"),
         ("a cache never checked against the model", "elif examples:", "elif False:"),
-        ("a damaged cache used", "if whole and table.shape", "if table.shape"),
+        ("a damaged cache used", "if intact and fits", "if fits"),
         (
             "a slow process times the others out",
             '    wait_for_all("reference")\n    dist.all_reduce(stopped',
@@ -375,8 +375,8 @@ MUTANTS: list[Mutant] = [
         EXCHANGE,
         (
             "a second reading of the device",
-            "sums, grad_norm = parts.sums(everyone), whole_norm(",
-            'parts.scalars["loss"].item()\n    sums, grad_norm = parts.sums(everyone), whole_norm(',
+            "sums, grad_norm = parts.sums(of_ranks), total_norm(",
+            'parts.scalars["loss"].item()\n    sums, grad_norm = parts.sums(of_ranks), total_norm(',
         ),
     ),
     *within(

@@ -25,7 +25,7 @@ from megatron_solopo.data.inspection.examples import Example, read_examples, sam
 from megatron_solopo.data.inspection.facts import FLAGS, measure
 from megatron_solopo.data.inspection.statistics import Repeats, Statistics
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.training.health import length_bias
+from megatron_solopo.training.monitoring import length_bias
 
 
 @pytest.fixture(scope="module")

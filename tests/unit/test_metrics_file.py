@@ -15,8 +15,8 @@ from evaluation_files import write_evaluation, write_run
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import report, results
-from megatron_solopo.training.health import WINDOW, Watch
 from megatron_solopo.training.log import RunLog
+from megatron_solopo.training.monitoring import WINDOW, Watch
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def test_null_is_not_finite_for_our_readers(folder: Path, tmp_path: Path) -> Non
     log = run_log(folder, first_step=len(LINES))
     whole, resumed = Watch(10), Watch(10)
     for each in LINES:
-        whole.see(each)
+        whole.read(each)
     resumed.replay(log.earlier)
     log.close()
     after = line(len(LINES) + 1, grad_norm=50.0)
-    assert resumed.see(after) == whole.see(after) != {}
+    assert resumed.read(after) == whole.read(after) != {}
     assert (resumed.skipped, resumed.skipped_in_a_row) == (whole.skipped, whole.skipped_in_a_row) == (1, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which options a run that goes on must keep, by one table for every option there is."""
+"""Which options a resumed run must keep, by one table for every option."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from refusals import refused
 from transformers import LlamaConfig
 
 from megatron_solopo.config import OWNER, Config, flag
 from megatron_solopo.data.tokenized.batches import make_schedule
-from megatron_solopo.errors import UserError
 from megatron_solopo.training import resume
 
 SETS = {
@@ -49,11 +49,12 @@ def another(name: str) -> Any:
     return others[0] if others else next((value for kind, value in kinds.items() if kind in str(spec.type)), "text")
 
 
-def refusal(before: Config, now: Config, tokens: str = "tokens") -> str:
-    with pytest.raises(UserError) as caught:
+def refuse(before: Config, now: Config, *named: str, code: str = "checkpoint-other-run", tokens: str = "tokens") -> str:
+    """The message; its first part of ``named`` is its beginning."""
+    with refused(code, *named) as caught:
         resume.check_same_run(progress(before) | {"iteration": 2}, progress(now, tokens), now)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert caught.value.message.startswith(named[0])
+    return caught.value.message
 
 
 def test_every_option_is_in_one_set() -> None:
@@ -66,10 +67,9 @@ def test_every_option_is_in_one_set() -> None:
 def test_what_is_part_of_a_run_is_refused_by_name_with_both_values(name: str) -> None:
     before, now = config_of(), config_of(**{name: another(name)})
     shown = [resume._shown(config.value(name)) for config in (before, now)]
-    told = refusal(before, now)
-    assert told.startswith(f"{flag(name)}: the checkpoint's run has {shown[0]}, this one {shown[1]}; give the same as")
-    assert ("--override-opt-param-scheduler" in told) == (name in resume.SCHEDULE)
-    assert refusal(now, before).startswith(f"{flag(name)}: the checkpoint's run has {shown[1]}, this one {shown[0]}; ")
+    message = refuse(before, now, f"{flag(name)}: ", f"checkpoint's run has {shown[0]}, this one {shown[1]}; ")
+    assert ("--override-opt-param-scheduler" in message) == (name in resume.SCHEDULE)
+    refuse(now, before, f"{flag(name)}: ", f"checkpoint's run has {shown[1]}, this one {shown[0]}; ")
 
 
 @pytest.mark.parametrize("name", sorted(resume.FREE | resume.EXAMPLES | resume.START))
@@ -81,8 +81,8 @@ def test_what_is_not_may_change(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(resume.EXAMPLES))
 def test_what_made_other_examples_is_named(name: str) -> None:
-    told = refusal(config_of(), config_of(**{name: another(name)}), "other tokens")
-    assert told.startswith(f"{flag(name)}: the checkpoint's run has ") and "trained on other examples" in told
+    now = config_of(**{name: another(name)})
+    refuse(config_of(), now, f"{flag(name)}: ", code="checkpoint-other-data", tokens="other tokens")
 
 
 @pytest.mark.parametrize(
@@ -99,26 +99,22 @@ def test_a_config_json_with_other_mathematics_is_refused(
 ) -> None:
     config = config_of()
     stored = json.loads(json.dumps(progress(config, **before) | {"iteration": 2}))
-    with pytest.raises(UserError, match=f"^--hf-path None: its config.json has {field} .*, that of the checkpoint's"):
+    with refused("checkpoint-other-run", "--hf-path None: ", "config.json", f"{field} "):
         resume.check_same_run(stored, progress(config, **now), config)
     resume.check_same_run(stored, progress(config, max_position_embeddings=9, **before), config)
     resume.check_same_run(stored | {"mathematics": {}}, progress(config, **now), config)  # of an earlier version
 
 
 def test_a_file_that_was_changed_in_place_is_refused() -> None:
-    assert refusal(config_of(), config_of(), "other tokens").startswith("--train-data: the checkpoint was trained on ")
+    refuse(config_of(), config_of(), "--train-data: ", code="checkpoint-other-data", tokens="other tokens")
 
 
 def test_another_length_is_refused_and_the_way_to_extend_named() -> None:
-    told = refusal(config_of(), config_of(train_iters=9))
-    assert told.startswith("--train-iters 9: the checkpoint's run has 5 steps, this one 9; give the same as before")
-    assert told.endswith(
-        "or extend the run with --override-opt-param-scheduler (the learning rate then follows the schedule of 9 steps)"
-    )
-    assert refusal(config_of(), config_of(train_iters=1234567)).startswith("--train-iters 1234567: ")
+    override = "--override-opt-param-scheduler (the learning rate then follows the schedule of 9 steps)"
+    refuse(config_of(), config_of(train_iters=9), "--train-iters 9: ", "run has 5 steps, this one 9; ", override)
+    refuse(config_of(), config_of(train_iters=1234567), "--train-iters 1234567: ")
     before = config_of(train_iters=None, train_epochs=1.0, global_batch_size=4)  # 4 + 4 + 2 examples
-    told = refusal(before, config_of(train_iters=3, global_batch_size=4))
-    assert told.startswith("--train-iters 3: the steps of the checkpoint's run have 10 examples, those of this one 12")
+    refuse(before, config_of(train_iters=3, global_batch_size=4), "--train-iters 3: ", " 10 examples, ", " 12; ")
     resume.check_same_run(progress(before) | {"iteration": 2}, progress(before), before)
 
 
@@ -127,15 +123,15 @@ def test_the_override_changes_the_schedule_and_says_so(name: str) -> None:
     before = progress(config_of()) | {"iteration": 5}
     config = config_of(override_opt_param_scheduler=True, train_iters=9, **{name: another(name)})
     resume.check_same_run(before, progress(config), config)
-    told = resume.new_schedule(before, progress(config), config)
-    assert told.startswith(f"--override-opt-param-scheduler: 5 -> 9 steps, {flag(name)} ")
-    assert told.endswith("the learning rate follows the new schedule from step 6 on")
+    line = resume.new_schedule(before, progress(config), config)
+    assert line.startswith(f"--override-opt-param-scheduler: 5 -> 9 steps, {flag(name)} ")
+    assert line.endswith("the learning rate follows the new schedule from step 6 on")
 
 
 def test_the_override_changes_nothing_else_and_does_not_go_back() -> None:
-    assert refusal(config_of(), config_of(override_opt_param_scheduler=True, clip_grad=2.0)).startswith("--clip-grad: ")
-    told = refusal(config_of(), config_of(override_opt_param_scheduler=True, train_iters=1))
-    assert told == "--train-iters 1: comes to 1 steps, and the checkpoint is of step 2; give more"
+    refuse(config_of(), config_of(override_opt_param_scheduler=True, clip_grad=2.0), "--clip-grad: ")
+    shorter = config_of(override_opt_param_scheduler=True, train_iters=1)
+    refuse(config_of(), shorter, "--train-iters 1: ", " 1 steps, ", " step 2; ", code="steps-already-done")
     config = config_of(override_opt_param_scheduler=True)
     assert resume.new_schedule(progress(config) | {"iteration": 2}, progress(config), config) is None
 
@@ -150,5 +146,5 @@ def test_what_an_earlier_version_did_not_record_is_not_compared() -> None:
     config = config_of(clip_grad=2.0, preference_loss="ipo")
     recorded = {"tokens": "tokens", "steps": 5, "seed": 1234, "lr": 1e-6, "iteration": 2}
     resume.check_same_run(recorded, progress(config), config)
-    with pytest.raises(UserError, match="^--seed: the checkpoint's run has 7, this one 1234; "):
+    with refused("checkpoint-other-run", "--seed: ", "run has 7, this one 1234; "):
         resume.check_same_run(recorded | {"seed": 7}, progress(config), config)

@@ -1,7 +1,7 @@
-"""What goes wrong quietly in preference training, seen in the metrics of a run and told in a line.
+"""Warns of problems of preference training that show only in the metrics of a run.
 
-`Watch` reads the lines of metrics.jsonl and nothing else, so that a resumed run, which reads its earlier lines
-again, sees what an unbroken one sees.
+`Watch` reads only the lines of metrics.jsonl, so that a resumed run, which reads its earlier lines again, warns as an
+uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from megatron_solopo.losses.registry import aligns_with_reference, loss_class
 from megatron_solopo.training.log import Line
 
 WINDOW = 20
-"""Steps in a mean: noise of single steps must not warn."""
+"""Steps of a mean, so that the noise of single steps causes no warning."""
 MOST_SKIPPED = 10
-"""Skipped steps in a row that end a run: the weights are lost by then."""
+"""Consecutive skipped steps that end a run: the weights are useless by then."""
 SPIKE_WINDOW = 64
 """Steps that a spike is compared with."""
 FALL = 0.1
-"""A chosen log-prob fell if it lost this share of its first value (and at least 1 nat an answer)."""
+"""A chosen log-prob fell if it lost this fraction of its first value (and at least 1 nat per response)."""
 
 DISPLACEMENT, SHORT_SIDE, SPIKE = "chosen_log_prob_falls", "short_side_falls", "spike"
 CLIPPED = "clipped"
 
 
 class Watch:
-    """Sees every training line of a run in order; a warning is told once, and again only after it was over.
+    """Reads every training line of a run in order and warns once of each problem, and again after it had ended.
 
     Args:
         spike_factor: a loss or gradient norm above this many times the median of the last `SPIKE_WINDOW` steps is a
-            spike; 0 switches the detector off.
+            spike; 0 disables the warning.
     """
 
     def __init__(self, spike_factor: float) -> None:
@@ -42,13 +42,13 @@ class Watch:
         self._first: list[Mapping[str, float]] = []
         self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         self._history: dict[str, deque[float]] = {name: deque(maxlen=SPIKE_WINDOW) for name in ("loss", "grad_norm")}
-        self._told: set[str] = set()
-        self._clipped: deque[float] = deque(maxlen=WINDOW)  # gradient norms of the last steps, all of them clipped
+        self._active: set[str] = set()
+        self._clipped: deque[float] = deque(maxlen=WINDOW)  # gradient norms of the last steps if all were clipped
         self._steps = self._unclipped = 0
         self.skipped = self.skipped_in_a_row = 0
 
-    def see(self, line: Line) -> dict[str, str]:
-        """New warnings of this training line: name -> one line of text.
+    def read(self, line: Line) -> dict[str, str]:
+        """Reads a training line and returns its new warnings, one line of text by name.
 
         Raises:
             Diverged: the last `MOST_SKIPPED` steps were all skipped.
@@ -58,27 +58,28 @@ class Watch:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MOST_SKIPPED:
                 raise Diverged(
+                    "steps-skipped",
                     f"step {line['step']}: the {MOST_SKIPPED}th step in a row without a finite loss and gradient; "
-                    "the last checkpoint is kept: look at the examples, or start a new run with a lower --lr"
+                    "the last checkpoint is kept: check the examples, or start a new run with a lower --lr",
                 )
             return {}
         self.skipped_in_a_row = 0
         return self._warnings(line)
 
     def _warnings(self, line: Line) -> dict[str, str]:
-        found = self._spikes(line) | self._clipping(line)
+        warnings = self._spikes(line) | self._clipping(line)
         if len(self._first) < WINDOW:
             self._first.append(line)
         self._recent.append(line)
         if len(self._first) == WINDOW and self._recent[0]["step"] > self._first[-1]["step"]:
             first, now = _means(self._first), _means(self._recent)
-            found |= _displacement(first, now) | _short_side(first, now)
-        new = {name: text for name, text in found.items() if name not in self._told}
-        self._told = set(found)
+            warnings |= _displacement(first, now) | _short_side(first, now)
+        new = {name: text for name, text in warnings.items() if name not in self._active}
+        self._active = set(warnings)
         return new
 
     def replay(self, lines: Iterable[Line]) -> None:
-        """Sees lines that an earlier process of this run told about."""
+        """Reads the lines that earlier starts of this run wrote, without warnings."""
         for line in lines:
             if line.get("split") != "train":
                 continue
@@ -90,18 +91,18 @@ class Watch:
                 self._warnings(line)
 
     def _spikes(self, line: Line) -> dict[str, str]:
-        found = []
+        spikes = []
         for name, past in self._history.items():
             value = line[name]
             usual = median(past) if len(past) >= WINDOW else None
             if self._spike_factor and usual is not None and value > self._spike_factor * usual > 0:
-                found.append(f"{name.replace('_', ' ')} {value:.4g} against a usual {usual:.4g}")
+                spikes.append(f"{name.replace('_', ' ')} {value:.4g} (median {usual:.4g})")
             past.append(value)
-        return {SPIKE: f"a spike: {', '.join(found)}"} if found else {}
+        return {SPIKE: f"a spike: {', '.join(spikes)}"} if spikes else {}
 
     def _clipping(self, line: Line) -> dict[str, str]:
         self._steps += 1
-        if not line.get("clipped"):  # older runs do not say
+        if not line.get("clipped"):  # older runs have no such field
             self._unclipped += 1
             self._clipped.clear()
             return {}
@@ -111,7 +112,7 @@ class Watch:
         return {CLIPPED: f"every one of the last {WINDOW} steps was clipped {self._how(line)}"}
 
     def at_end(self, done: int) -> list[str]:
-        """Lines about the whole run, for its end after step ``done``."""
+        """Returns lines about the run as a whole, for its end after step ``done``."""
         lines = []
         if self.skipped:
             lines.append(f"skipped {self.skipped} steps whose loss or gradient was not finite (see metrics.jsonl)")
@@ -119,14 +120,14 @@ class Watch:
             trained = done - self.skipped_in_a_row
             lines.append(
                 f"warning: every step after step {trained} was skipped: the model is still that of step {trained}; "
-                "look at their examples, or start a new run with a lower --lr"
+                "check their examples, or start a new run with a lower --lr"
             )
         if clipped := self.all_clipped():
             lines.append(f"warning: {clipped}")
         return lines
 
     def all_clipped(self) -> str | None:
-        """A line where every step of a run that is too short for the warning was clipped, else None."""
+        """Returns a line if every step of a run that is too short for the warning was clipped, else None."""
         if self._unclipped or not 0 < self._steps < WINDOW:
             return None
         return f"every step ({self._steps}) was clipped {self._how(self._recent[-1])}"
@@ -134,8 +135,8 @@ class Watch:
     def _how(self, line: Line) -> str:
         return (
             f"to --clip-grad {line['clip_grad']:g} (gradient norm {min(self._clipped):.3g} to "
-            f"{max(self._clipped):.3g}): the size of the gradient has no effect then; lower --lr where the loss does "
-            "not fall, or raise --clip-grad"
+            f"{max(self._clipped):.3g}), so the size of the gradient has no effect; lower --lr if the loss does not "
+            "fall, or raise --clip-grad"
         )
 
 
@@ -145,21 +146,22 @@ def _means(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def _displacement(first: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
-    """The margin grows while both answers become less likely (likelihood displacement, arXiv 2410.08847)."""
+    """Warns where the margin grows while both responses become less likely (likelihood displacement, arXiv
+    2410.08847)."""
     if "logp_chosen" not in first:
         return {}
     before, after = first["logp_chosen"], now["logp_chosen"]
     if before - after < max(1.0, FALL * abs(before)) or now["margin"] <= first["margin"]:
         return {}
     return {
-        DISPLACEMENT: f"the chosen answers' log-prob fell from {before:.2f} to {after:.2f} nats while the margin grew "
-        f"from {first['margin']:.3g} to {now['margin']:.3g}; the model may be unlearning both answers: lower --lr, add "
-        "--sft-weight, or use ORPO"
+        DISPLACEMENT: f"the chosen responses' log-prob fell from {before:.2f} to {after:.2f} nats while the margin "
+        f"grew from {first['margin']:.3g} to {now['margin']:.3g}; the model may be unlearning both responses: lower "
+        "--lr, add --sft-weight, or use ORPO"
     }
 
 
 def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
-    """The alignment falls more because the short reward fell than because the long one rose."""
+    """Warns where the alignment loss fell more because the short reward fell than because the long one rose."""
     if "alignment_loss" not in first or now["alignment_loss"] >= first["alignment_loss"]:
         return {}
     fell = first["reward_chosen"] - now["reward_chosen"]
@@ -167,17 +169,17 @@ def _short_side(first: Mapping[str, float], now: Mapping[str, float]) -> dict[st
     if fell <= max(rose, 0) or fell < FALL * first["alignment_loss"]:
         return {}
     return {
-        SHORT_SIDE: f"the alignment fell from {first['alignment_loss']:.3g} to {now['alignment_loss']:.3g} mostly "
-        f"because the chosen answer's short-context reward fell by {fell:.3g} (the long one changed by {rose:+.3g}): "
+        SHORT_SIDE: f"the alignment loss fell from {first['alignment_loss']:.3g} to {now['alignment_loss']:.3g} mostly "
+        f"because the chosen response's short-context reward fell by {fell:.3g} (the long one changed by {rose:+.3g}): "
         "add --alignment-stop-short-gradient or lower --alignment-weight"
     }
 
 
 def no_transfer(method: MethodConfig) -> str | None:
-    """A line about a form of the alignment with which nothing was transferred when it was measured, or None."""
+    """Returns a line about a form of the alignment that transferred nothing where it was measured, or None."""
     solo = method.objective == "preference" and method.context_mode == "solo" and method.alignment_weight
-    compared = aligns_with_reference(loss_class(method.preference_loss))
-    if not solo or not compared or method.alignment_reference != "per_context":
+    aligned = aligns_with_reference(loss_class(method.preference_loss))
+    if not solo or not aligned or method.alignment_reference != "per_context":
         return None
     return (
         f"--preference-loss {method.preference_loss} with --alignment-reference per_context (the default): "
@@ -187,5 +189,6 @@ def no_transfer(method: MethodConfig) -> str | None:
 
 
 def length_bias(lengths: Sequence[tuple[int, int]]) -> str | None:
-    """A warning about (chosen, rejected) lengths in tokens so different that length itself may be learnt, or None."""
+    """Returns a warning where (chosen, rejected) lengths in tokens differ so much that training may favour a length,
+    or None."""
     return Lengths.of("tokens", lengths).bias()
