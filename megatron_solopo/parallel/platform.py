@@ -179,15 +179,8 @@ def stop(platform: Platform) -> None:
     platform.undo()
 
 
-LOST_PROCESS = {
-    "process-timeout": "another process did not come in time",
-    "process-lost": "another process is gone",
-}
-"""Code -> message of a `LostProcess`."""
-
-
-def lost_process(error: RuntimeError) -> str | None:
-    """Returns the key of `LOST_PROCESS` for what a collective raised, or None for any other error.
+def lost_process(error: RuntimeError) -> LostProcess | None:
+    """Returns the error of a process that is gone or late, by what a collective raised, or None for any other error.
 
     gloo raises plain RuntimeErrors with its source file in front; NCCL and the rendezvous store have their own types,
     which they raise for other mistakes too. Where NCCL's watchdog acts first, no Python code runs any more: see
@@ -197,12 +190,12 @@ def lost_process(error: RuntimeError) -> str | None:
     if "gloo" not in text and not isinstance(error, dist.DistError):
         return None
     if "timed out" in text or "timeout" in text:
-        return "process-timeout"
+        return LostProcess("process-timeout", "another process did not come in time")
     gone = (
         "closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process",
         "communicator was aborted",
     )  # fmt: skip
-    return "process-lost" if any(words in text for words in gone) else None
+    return LostProcess("process-lost", "another process is gone") if any(words in text for words in gone) else None
 
 
 @contextmanager
@@ -218,10 +211,10 @@ def explain_lost_process(advice: Callable[[], str] = lambda: "") -> Iterator[Non
     try:
         yield
     except RuntimeError as error:
-        code = lost_process(error)
-        if code is None:
+        lost = lost_process(error)
+        if lost is None:
             raise
-        raise LostProcess(code, f"{LOST_PROCESS[code]}; its own message says why{advice()}") from None
+        raise LostProcess(lost.code, f"{lost}; its own message says why{advice()}") from None
 
 
 def run_on_rank0(work: Callable[[], object]) -> str | None:

@@ -318,14 +318,14 @@ def check_same_run(before: Progress, now: Progress, config: Config) -> None:
         also = f" (also {', '.join(map(flag, others))})" if others else ""
         return f"{flag(first)}: the checkpoint's run has {_shown(before[first])}, this one {_shown(now[first])}{also}"
 
-    other, remedy = "checkpoint-other-run", "keep it as before, or start a new run with another --save"
+    remedy = "keep it as before, or start a new run with another --save"
     override = config.training.override_opt_param_scheduler
     if differs := changed(identity() - SCHEDULE):
-        raise UserError(other, f"{differs}; {remedy}")
+        raise UserError("checkpoint-other-run", f"{differs}; {remedy}")
     for name, value in now[MATHEMATICS].items():
         if (earlier := before.get(MATHEMATICS, {}).get(name, value)) != value:
             raise UserError(
-                other,
+                "checkpoint-other-run",
                 f"--hf-path {config.model.hf_path}: its config.json has {name} {_shown(value)}, that of the "
                 f"checkpoint's run {_shown(earlier)}; {remedy}",
             )
@@ -336,7 +336,9 @@ def check_same_run(before: Progress, now: Progress, config: Config) -> None:
             f"or template changed); {remedy}",
         )
     if not override and (differs := changed(SCHEDULE)):
-        raise UserError(other, f"{differs}; {remedy}, or change it from now on with --override-opt-param-scheduler")
+        raise UserError(
+            "checkpoint-other-run", f"{differs}; {remedy}, or change it from now on with --override-opt-param-scheduler"
+        )
     length = next(name for name in sorted(LENGTH) if config.value(name) is not None)
     option = f"{flag(length)} {config.value(length)}"
     steps = now["steps"]
@@ -345,13 +347,13 @@ def check_same_run(before: Progress, now: Progress, config: Config) -> None:
         raise UserError("steps-already-done", f"{option}: is {steps} steps, the checkpoint is of step {done}; raise it")
     if not override and before["steps"] != steps:
         raise UserError(
-            other,
+            "checkpoint-other-run",
             f"{option}: the checkpoint's run has {before['steps']} steps, this one {steps}; {remedy}, or extend the "
             f"run with --override-opt-param-scheduler (the learning rate then follows the schedule of {steps} steps)",
         )
     if not override and before.get("total", now["total"]) != now["total"]:
         raise UserError(
-            other,
+            "checkpoint-other-run",
             f"{option}: the steps of the checkpoint's run have {before['total']} examples, those of this one "
             f"{now['total']}; {remedy}",
         )

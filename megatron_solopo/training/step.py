@@ -340,12 +340,13 @@ def train_step(
     sums, grad_norm = parts.sums(of_ranks), total_norm(of_ranks["squared_norm"])
     agreed = int(max(of_ranks["stop"]))
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
-    problem = _why_not_finite(sums, grad_norm, dataset, current.indices)
+    problem = _divergence(sums, grad_norm, dataset, current.indices)
     if problem and config.training.on_nonfinite == "stop":
-        code = "gradient-not-finite" if math.isfinite(sums.values["loss"]) else "loss-not-finite"
-        raise Diverged(code, f"step {step + 1}: {problem}; lower --lr, check these examples, or --on-nonfinite skip")
+        remedy = "lower --lr, check these examples, or --on-nonfinite skip"
+        raise Diverged(problem.code, f"step {step + 1}: {problem}; {remedy}")
     if problem:
-        return {"step": step + 1, "split": "train", "skipped": problem, "loss": None, "groups": sums.groups}, agreed
+        skipped = problem.message
+        return {"step": step + 1, "split": "train", "skipped": skipped, "loss": None, "groups": sums.groups}, agreed
     update(optimizer, grad_norm)
     seconds = time.perf_counter() - begin
     clip = config.training.clip_grad
@@ -369,16 +370,17 @@ def train_step(
     return line, agreed
 
 
-def _why_not_finite(sums: StepSums, grad_norm: float, dataset: TokenDataset, indices: Sequence[int]) -> str | None:
-    """Describes what is not finite in this step, and in which examples; None where everything is finite."""
+def _divergence(sums: StepSums, grad_norm: float, dataset: TokenDataset, indices: Sequence[int]) -> Diverged | None:
+    """Returns what is not finite in this step, and in which examples; None where everything is finite."""
 
     def names(examples: Sequence[int]) -> str:
         return ", ".join(dataset.groups[i].id for i in examples[:8]) + (", ..." if len(examples) > 8 else "")
 
     if not math.isfinite(sums.values["loss"]):
-        return f"the loss is not finite for the examples {names(sums.not_finite or indices)}"
+        examples = names(sums.not_finite or indices)
+        return Diverged("loss-not-finite", f"the loss is not finite for the examples {examples}")
     if not math.isfinite(grad_norm):
-        return f"the gradient is not finite for one of the examples {names(indices)}"
+        return Diverged("gradient-not-finite", f"the gradient is not finite for one of the examples {names(indices)}")
     return None
 
 

@@ -252,9 +252,11 @@ class Trainer:
         self.log.message(f"peak memory of the largest process: {peaks}")
         self.log.close()
         self.engine.close()
-        if self.checkpoints.unsaved or unfinished:
-            code = "checkpoint-not-saved" if self.checkpoints.unsaved else "export-failed"
-            raise UserError(code, "; ".join(text for text in (stopped, self.checkpoints.unsaved, unfinished) if text))
+        problem = "; ".join(text for text in (stopped, self.checkpoints.unsaved, unfinished) if text)
+        if self.checkpoints.unsaved:
+            raise UserError("checkpoint-not-saved", problem)
+        if unfinished:
+            raise UserError("export-failed", problem)
 
     def _warn_if_unsaved(self, failed_before: str | None, more: str = "") -> None:
         """Logs a save that failed since `Checkpoints.unsaved` was ``failed_before``."""

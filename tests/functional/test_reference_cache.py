@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import check_refusal
 from safetensors.torch import load_file
 from training_home import ENVIRONMENT, ROOT, Home, furnish
 
@@ -74,29 +75,28 @@ def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.C
     whole = load_file(cache(home))
     _write(home.folder / "foreign" / cache(home).name, whole["log_probs"] + 0.5, whole["done"])
     assert again(home, "foreign") == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and cache(home).name in errors[0] and "of example 'g0'" in errors[0]
+    check_refusal(capfd.readouterr().err, "reference-cache-mismatch", cache(home).name, "example 'g0'")
     assert not list((home.folder / "foreign" / "run").glob("iter_*"))
 
 
 def test_two_runs_that_fill_one_cache_do_not_stop_each_other(
     home: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The other one writes the same file while this one does, and deletes the partial files that this one found."""
+    """The other one writes the same file while this one does, and deletes the partial files of this one."""
     from megatron_solopo.training import reference
 
-    serialize, found = reference.serialize, []
+    serialize, written = reference.serialize, []
 
     def beside_another(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-        found.append(tensors)
-        if len(found) == 1:
+        written.append(tensors)
+        if len(written) == 1:
             assert reference._write(home.folder / "both" / cache(home).name, *tensors.values()) is None
         return serialize(tensors, metadata=metadata)
 
     monkeypatch.setattr(reference, "serialize", beside_another)
     monkeypatch.setattr(reference, "_partial_files", lambda path: [path.with_name(f"{path.stem}.7{reference.PARTIAL}")])
     assert again(home, "both") == 0
-    assert len(found) == 2 and "warning" not in capfd.readouterr().err
+    assert len(written) == 2 and "warning" not in capfd.readouterr().err
     assert [path.name for path in (home.folder / "both").glob("*safetensors*")] == [cache(home).name]
 
 
@@ -104,7 +104,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(home: Home, capfd: pytes
     flags = ["--train-iters", 1, "--reference-cache", home.folder / "groups.jsonl" / "cache"]
     assert run(main, home.argv("below-a-file/run", *flags)) == 0
     assert re.search(
-        r"^warning: \S+ cannot be written \(Not a directory\); the run goes on, ", capfd.readouterr().err, re.M
+        r"^warning: \S+ cannot be written \(Not a directory\); the run continues, ", capfd.readouterr().err, re.M
     )
 
 
@@ -121,13 +121,13 @@ platform.wait_for_all("start")
 
 from megatron_solopo.training import engine, preflight, reference
 
-own = reference.own_segment_table
+compute = reference.local_segment_sums
 
 def slow(*arguments):
     time.sleep(15 if platform.dist.get_rank() == 1 else 0)
-    return own(*arguments)
+    return compute(*arguments)
 
-reference.own_segment_table = slow
+reference.local_segment_sums = slow
 inputs = preflight.check_run_inputs(config)
 platform.wait_for_all("data")
 engine.initialize_parallel(config)
@@ -161,21 +161,21 @@ import os, signal, sys
 from megatron_solopo.cli import run
 from megatron_solopo.training import reference, run as training
 
-own, calls = reference.own_segment_table, []
+compute, calls = reference.local_segment_sums, []
 
 def with_signal(*arguments):
     calls.append(1)
     if len(calls) == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGUSR1)
-    return own(*arguments)
+    return compute(*arguments)
 
-reference.own_segment_table = with_signal
+reference.local_segment_sums = with_signal
 sys.exit(run(training.main))
 """
 
 
 def test_a_signal_while_the_reference_is_computed_keeps_what_is_done(home: Home, tmp_path: Path) -> None:
-    """It comes to one process in its second of five batches; both end with 0, and the next start goes on from there."""
+    """It reaches one process in its second of five batches; both end with 0, and the next start resumes from there."""
     (tmp_path / "signalled.py").write_text(SIGNALLED)
     flags = ["--train-iters", 2, "--global-batch-size", 2, "--exit-signal-handler", "--auto-resume"]
     argv = home.argv("signalled/run", *flags, "--reference-cache", home.folder / "signalled")
@@ -183,7 +183,7 @@ def test_a_signal_while_the_reference_is_computed_keeps_what_is_done(home: Home,
         [*TWO, str(tmp_path / "signalled.py"), *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "stopped by SIGUSR1 before the first step; the reference log-probs so far are kept\n" in done.stderr
+    assert "stopped by SIGUSR1 before the first step; the reference log-probs so far are saved\n" in done.stderr
     assert not list((home.folder / "signalled" / "run").glob("iter_*"))
     again = subprocess.run(
         [*TWO, str(ROOT / "pretrain_solopo.py"), *argv], env=ENVIRONMENT, capture_output=True, text=True

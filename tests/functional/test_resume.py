@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import check_refusal
 from tiny_models import SHAPE, write_model
 from training_home import Home, furnish
 from transformers import LlamaConfig
@@ -32,22 +33,20 @@ def simpo(home: Home) -> Path:
     return home.folder / "runs/simpo"
 
 
-def error_of(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """What a command that is refused says."""
+def refuse(capfd: pytest.CaptureFixture[str], argv: list[str], code: str, *named: str) -> str:
+    """The message of a command line that is refused."""
     capfd.readouterr()
     assert run(main, argv) == 2
-    told = capfd.readouterr().err
-    [error] = [line for line in told.splitlines() if line.startswith("error: ")]
-    return error
+    return check_refusal(capfd.readouterr().err, code, *named)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def go_on(home: Home, name: str, *flags: Any, **given: Any) -> list[str]:
-    """The command line that goes on from step 2 of runs/NAME."""
-    return home.argv(f"runs/{name}", "--load", home.folder / "runs" / name, "--ckpt-step", 2, *flags, **given)
+def resume_argv(home: Home, name: str, *flags: Any, **more: Any) -> list[str]:
+    """The command line that resumes from step 2 of runs/NAME."""
+    return home.argv(f"runs/{name}", "--load", home.folder / "runs" / name, "--ckpt-step", 2, *flags, **more)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_leaves_the_run_folder_as_it_was(
@@ -56,10 +55,12 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_run_folder_as_it_was(
     """The metrics of steps 3 to 5 above all, and the settings they had."""
     folder = Path(shutil.copytree(simpo, home.folder / "runs/kept"))
     before = contents(folder)
-    board = home.folder / "board"
-    flags = ["--preference-loss", "simpo", "--tensorboard-dir", board]
-    assert "cannot be read" in error_of(capfd, go_on(home, "kept", *flags, hf="wide"))
-    assert contents(folder) == before and not board.exists()
+    events = home.folder / "events"
+    flags = ["--preference-loss", "simpo", "--tensorboard-dir", events]
+    refuse(
+        capfd, resume_argv(home, "kept", *flags, hf="wide"), "checkpoint-other-model", "/kept/iter_0000002", "--hf-path"
+    )
+    assert contents(folder) == before and not events.exists()
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +86,17 @@ def test_a_reference_of_other_weights_is_refused(
     """The folder that --save-hf wrote, for one, which fits in every other way."""
     shutil.copytree(dpo, home.folder / "runs/other", dirs_exist_ok=True)
     shutil.copytree(simpo, home.folder / "runs/other-simpo", dirs_exist_ok=True)
-    error = error_of(capfd, go_on(home, "other", *dry, hf="dpo-hf"))
-    assert error == (
-        f"error: --hf-path {home.folder}/dpo-hf: its files are not those that the run started from, the "
-        "reference of dpo; give that folder as it was then, or start anew"
-    )
-    assert run(main, go_on(home, "other-simpo", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0  # no reference
+    argv = resume_argv(home, "other", *dry, hf="dpo-hf")
+    refuse(capfd, argv, "checkpoint-other-reference", f"--hf-path {home.folder}/dpo-hf: ", "reference of dpo;")
+    assert (
+        run(main, resume_argv(home, "other-simpo", "--preference-loss", "simpo", *dry, hf="dpo-hf")) == 0
+    )  # no reference
 
 
-def test_checkpoints_that_do_not_know_are_gone_on_from(home: Home, dpo: Path) -> None:
+def test_checkpoints_of_earlier_versions_are_resumed(home: Home, dpo: Path) -> None:
     folder = Path(shutil.copytree(dpo, home.folder / "runs/older"))
     drop_progress(folder, "reference_weights", "adam_beta1", "adam_beta2", "adam_eps")
-    assert run(main, go_on(home, "older")) == 0
+    assert run(main, resume_argv(home, "older")) == 0
     assert [line["step"] for line in home.metrics("runs/older")] == [1, 2, 3, 4, 5]
     assert "reference_weights" in (folder / "iter_0000005/manifest.json").read_text()
 
@@ -118,23 +118,22 @@ def test_checkpoints_that_do_not_know_are_gone_on_from(home: Home, dpo: Path) ->
 def test_a_run_with_other_settings_is_refused_though_it_is_done(
     home: Home, simpo: Path, changed: tuple[Any, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Finished or not, dry or not; nothing is left to do says only the same run."""
+    """Finished or not, dry or not; only the same run reports that nothing is left."""
     flags = ["--preference-loss", "simpo", *changed]
     for argv in (
         home.argv("runs/simpo", "--auto-resume", *flags),
         home.argv("runs/simpo", "--auto-resume", "--dry-run", *flags),
-        go_on(home, "simpo", *flags),
+        resume_argv(home, "simpo", *flags),
     ):
-        error = error_of(capfd, argv)
         name = changed[0].replace("--no-", "--")
-        assert error.startswith(f"error: {name}: the checkpoint's run has ") and "start anew" in error
+        assert refuse(capfd, argv, "checkpoint-other-run", "--save").startswith(f"{name}: ")
 
 
-def test_a_run_goes_on_with_another_way_of_computing(home: Home, simpo: Path) -> None:
+def test_a_run_resumes_with_another_way_of_computing(home: Home, simpo: Path) -> None:
     shutil.copytree(simpo, home.folder / "runs/freely")
     flags = ["--preference-loss", "simpo", "--micro-batch-size", 1, "--no-share-prompts", "--log-interval", 1]
     flags += ["--recompute-granularity", "full", "--save-interval", 1, "--on-nonfinite", "skip", "--seq-length", 160]
-    assert run(main, go_on(home, "freely", *flags, "--valid-data", home.folder / "valid.jsonl")) == 0
+    assert run(main, resume_argv(home, "freely", *flags, "--valid-data", home.folder / "valid.jsonl")) == 0
     assert [line["step"] for line in home.metrics("runs/freely")] == [1, 2, 3, 4, 5]
 
 
@@ -142,18 +141,19 @@ def test_a_run_goes_on_with_another_way_of_computing(home: Home, simpo: Path) ->
 def test_a_finished_run_is_extended_with_the_override_only(
     home: Home, simpo: Path, begin: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its learning rate is then that of a run of the new length, and what it was extended to is what it is."""
+    """Its learning rate is then that of a run of the new length, which it stays."""
     name = f"extended{begin}"
     folder = Path(shutil.copytree(simpo, home.folder / "runs" / name))
     start = [begin] if begin == "--auto-resume" else [begin, folder]
     flags = ["--preference-loss", "simpo", "--train-iters", 8, "--save-interval", 2]
-    assert "--override-opt-param-scheduler" in error_of(capfd, home.argv(f"runs/{name}", *flags, *start))
+    argv = home.argv(f"runs/{name}", *flags, *start)
+    refuse(capfd, argv, "checkpoint-other-run", "--train-iters 8: ", "--override-opt-param-scheduler")
     override = [*flags, "--override-opt-param-scheduler", "--lr", 5e-4]
     assert run(main, home.argv(f"runs/{name}", *override, *start, "--dry-run")) == 0
-    told = "--override-opt-param-scheduler: 5 -> 8 steps, --lr 0.001 -> 0.0005; the learning rate follows the new"
-    assert told in capfd.readouterr().out
+    line = "--override-opt-param-scheduler: 5 -> 8 steps, --lr 0.001 -> 0.0005; the learning rate follows the new"
+    assert line in capfd.readouterr().out
     assert run(main, home.argv(f"runs/{name}", *override, *start)) == 0
-    assert told in capfd.readouterr().err
+    assert line in capfd.readouterr().err
     whole = [*flags, "--lr", 5e-4]
     if not (home.folder / "runs/whole").exists():
         assert run(main, home.argv("runs/whole", *whole)) == 0
@@ -165,12 +165,12 @@ def test_a_finished_run_is_extended_with_the_override_only(
     assert run(main, home.argv(f"runs/{name}", *whole, "--auto-resume")) == 0
     assert "all 8 steps are done" in capfd.readouterr().err
     shorter = ["--preference-loss", "simpo", "--lr", 5e-4, "--auto-resume"]
-    assert "run has 8 steps, this one 5; " in error_of(capfd, home.argv(f"runs/{name}", *shorter))
+    refuse(capfd, home.argv(f"runs/{name}", *shorter), "checkpoint-other-run", "run has 8 steps, this one 5; ")
 
 
-def test_a_dry_run_says_where_a_run_goes_on(home: Home, dpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(main, go_on(home, "dpo", "--dry-run")) == 0
-    assert f"goes on after step 2, from {dpo}/iter_0000002\n" in capsys.readouterr().out
+def test_a_dry_run_says_where_a_run_resumes(home: Home, dpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, resume_argv(home, "dpo", "--dry-run")) == 0
+    assert f"resumes after step 2, from {dpo}/iter_0000002\n" in capsys.readouterr().out
     assert run(main, home.argv("runs/dpo", "--auto-resume", "--dry-run")) == 0
     assert f"all are done and saved in {dpo}; nothing is left\n" in capsys.readouterr().out
 
@@ -213,8 +213,7 @@ def test_a_model_that_the_run_did_not_export_is_never_taken_for_its_own(
 ) -> None:
     shutil.copytree(simpo, home.folder / "runs/foreign")
     shutil.copytree(home.folder / "hf", home.folder / "foreign-hf")
-    error = error_of(capfd, exporting(home, "foreign"))
-    assert "foreign-hf: exists already, and " in error and "does not say that this run made it" in error
+    refuse(capfd, exporting(home, "foreign"), "folder-exists", "/foreign-hf: ", "export.json", "--overwrite")
     # Its own, where it was killed between the export and the note of it, needs no --overwrite.
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.resume.export_is_complete", killed)
@@ -231,8 +230,8 @@ def test_a_full_disk_at_the_note_does_not_cost_the_model(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("megatron_solopo.training.resume.write_text", full)
-    error = error_of(capfd, exporting(home, "full"))
-    assert "export.json cannot be written (No space left on device); the model is in " in error
+    named = ["export.json ", "(No space left on device)", "the model is in ", "/full-hf"]
+    refuse(capfd, exporting(home, "full"), "export-failed", *named)
     assert (home.folder / "full-hf/config.json").is_file()
 
 
@@ -277,13 +276,13 @@ def test_a_run_killed_before_its_first_checkpoint_finds_its_models_of_the_steps(
     assert (home.folder / "early-hf/config.json").is_file()
 
 
-def test_weights_alone_are_nothing_to_go_on_from(home: Home, simpo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_alone_are_not_resumed(home: Home, simpo: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The folder that convert-checkpoint writes is a checkpoint of no run."""
     folder = Path(shutil.copytree(simpo, home.folder / "runs/weights"))
     path = folder / "iter_0000002/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"progress": {}}))
-    error = error_of(capfd, go_on(home, "weights", "--preference-loss", "simpo"))
-    assert error.endswith(f"holds weights only, and no run to go on from; give {folder} as --hf-path")
+    argv = resume_argv(home, "weights", "--preference-loss", "simpo")
+    refuse(capfd, argv, "checkpoint-weights-only", "/iter_0000002: ", f"--hf-path {folder}")
 
 
 def test_random_weights_are_the_reference_again(home: Home) -> None:
@@ -293,7 +292,7 @@ def test_random_weights_are_the_reference_again(home: Home) -> None:
     assert run(main, home.argv("runs/drawn", *flags)) == 0
     unbroken = home.metrics("runs/drawn")
     shutil.rmtree(home.folder / "drawn")
-    assert run(main, go_on(home, "drawn", *flags)) == 0
+    assert run(main, resume_argv(home, "drawn", *flags)) == 0
     lines = [
         [{k: v for k, v in line.items() if k not in times} for line in of]
         for of in (unbroken, home.metrics("runs/drawn"))
@@ -306,4 +305,5 @@ def test_random_weights_of_another_config_are_another_reference(home: Home, capf
     assert run(main, home.argv("runs/config", "--random-init", "--save-interval", 2, hf="hf-drawn")) == 0
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"initializer_range": 0.02', '"initializer_range": 0.2'))
-    assert "hf-drawn: its files are not those" in error_of(capfd, go_on(home, "config", "--random-init", hf="hf-drawn"))
+    argv = resume_argv(home, "config", "--random-init", hf="hf-drawn")
+    refuse(capfd, argv, "checkpoint-other-reference", "--hf-path ", "/hf-drawn: ")

@@ -90,14 +90,15 @@ def test_the_time_left_is_that_of_the_steps_with_what_happens_between_them() -> 
     from megatron_solopo.config import OutputConfig
     from megatron_solopo.training import log
 
-    told: list[str] = []
+    messages: list[str] = []
     clock = iter([10.0 + 20 * n for n in range(50)])  # a step of 5 s every 20 s
     with patch.object(log.time, "monotonic", lambda: next(clock)), patch.object(log.RunLog, "_write"):
         one = log.RunLog(OutputConfig(log_interval=1), steps=100, first_step=10, active=True)
-        one.say = told.append
+        one.message = messages.append
         for step in (11, 12, 13):
             one.step({"step": step, "split": "train", "loss": 1.0, "seconds": 5.0})
-    assert [line.rpartition(" left ")[2] for line in told] == ["0:07:25", "0:18:20", "0:21:45"]  # 5, 12.5 and 15 s each
+    left = [line.rpartition(" left ")[2] for line in messages]
+    assert left == ["0:07:25", "0:18:20", "0:21:45"]  # 5, 12.5 and 15 s each
 
 
 def test_memory_of_saves_is_named_apart(
@@ -177,9 +178,9 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_says(home: Home, umask:
     assert {path: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys(files, oct(0o666 & ~umask))
 
 
-def test_a_form_of_the_alignment_without_transfer_is_told(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_form_of_the_alignment_without_transfer_is_reported(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     for more, count in (([], 1), (["--alignment-reference", "short"], 0)):
-        assert run(main, home.argv(f"runs/told{count}", "--train-iters", 1, *more)) == 0
+        assert run(main, home.argv(f"runs/note{count}", "--train-iters", 1, *more)) == 0
         notes = [line for line in console(capfd) if line.startswith("note: --preference-loss dpo with --alignment-ref")]
         assert len(notes) == count
 
