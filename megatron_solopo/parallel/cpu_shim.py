@@ -147,7 +147,7 @@ def _gather_unequal(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.
         input_: torch.Tensor,
         group: torch.distributed.ProcessGroup,
         output_split_sizes: list[int] | None = None,
-        *options: Any,
+        *options: object,
     ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, None, *options)
@@ -168,7 +168,7 @@ def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torc
         input_: torch.Tensor,
         group: torch.distributed.ProcessGroup,
         input_split_sizes: list[int] | None = None,
-        *options: Any,
+        *options: object,
     ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return scatter(input_, group, None, *options)

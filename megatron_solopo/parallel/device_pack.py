@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -63,18 +63,18 @@ def cut(
     return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel())
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def on_device[Value](value: Value, device: torch.device) -> Value:
     """Returns a tensor, or a dataclass with all its tensors, on ``device``; other values are returned as they are.
 
     Copies to a GPU use pinned memory, so that the host does not wait for the GPU's queue.
     """
     if isinstance(value, Tensor):
-        if device.type == "cuda" and value.device.type == "cpu":
-            return value.pin_memory().to(device, non_blocking=True)
-        return value.to(device)
+        from_host = device.type == "cuda" and value.device.type == "cpu"
+        return cast(Value, value.pin_memory().to(device, non_blocking=True) if from_host else value.to(device))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         if isinstance(value, Pack):
             del fields["scored"]  # stays on the host
-        return dataclasses.replace(value, **{name: on_device(field, device) for name, field in fields.items()})
+        moved = {name: on_device(field, device) for name, field in fields.items()}
+        return cast(Value, dataclasses.replace(value, **moved))
     return value

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,24 @@ from megatron_solopo.training.step import StepSums, make_packs, run_step, segmen
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 """Largest relative differences, which the order of sums explains; bfloat16 rounds to 8 bits and has no bound."""
+
+
+class Job(TypedDict):
+    """The job file of a launch.
+
+    Attributes:
+        folder: the folder of the results.
+        argv: the command line of the training run.
+        layouts: names of the layouts to measure.
+        dtype: name of the torch dtype.
+    """
+
+    folder: str
+    argv: list[str]
+    layouts: list[str]
+    dtype: str
+    device: str
+    timeout_minutes: float
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> int:
@@ -108,8 +126,14 @@ def _launch(folder: Path, argv: list[str], layouts: list[Layout], dtype: str, ru
         by_size[layout.processes].append(layout.name)
     launches = [(layouts[0].processes, [layouts[0].name]), *sorted(by_size.items())]
     for processes, names in ProgressBar(launches, desc="layouts", unit="launch", leave=False):
-        job = {"folder": str(folder), "argv": argv, "layouts": names, "dtype": dtype}
-        job |= {"device": run.device, "timeout_minutes": run.distributed_timeout_minutes}
+        job = Job(
+            folder=str(folder),
+            argv=argv,
+            layouts=names,
+            dtype=dtype,
+            device=run.device,
+            timeout_minutes=run.distributed_timeout_minutes,
+        )
         (folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc_per_node", str(processes)]
         command += ["-m", "megatron_solopo.training.verify", str(folder / "job.json")]
@@ -156,7 +180,7 @@ def _report(folder: Path, layouts: list[Layout], dtype: str, bound: float | None
     return 1 if wrong else 0
 
 
-def measure(platform: Platform, job: dict[str, Any]) -> None:
+def measure(platform: Platform, job: Job) -> None:
     """Runs one step under each layout of a launch; rank 0 writes loss and gradient. Collective."""
     folder = Path(job["folder"])
     for name in job["layouts"]:

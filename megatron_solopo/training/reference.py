@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -133,7 +133,7 @@ def reference_log_probs(
     return ReferenceLogProbs(places, table)
 
 
-def shared(make: Callable[[], Any], name: str = "reference") -> Any:
+def shared[T](make: Callable[[], T], name: str = "reference") -> T:
     """Returns on every rank what ``make`` returns on rank 0, the only rank that calls it; the others wait without a
     time limit. Collective, where there are processes.
 
@@ -142,17 +142,18 @@ def shared(make: Callable[[], Any], name: str = "reference") -> Any:
     """
     if not dist.is_initialized():
         return make()
-    result: list[Any] = [None]
+    results: list[T | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            result = [make()]
+            results = [make()]
         except UserError as error:
-            result = [error]
+            results = [error]
     wait_for_all(name)
-    dist.broadcast_object_list(result, src=0)
-    if isinstance(result[0], UserError):
-        raise result[0]
-    return result[0]
+    dist.broadcast_object_list(results, src=0)
+    result = results[0]
+    if isinstance(result, UserError):
+        raise result
+    return cast(T, result)
 
 
 def _fill(

@@ -37,7 +37,7 @@ def write_settings(folder: Path, config: Config) -> None:
     options = {
         section: {k: v for k, v in values.items() if v is not None} for section, values in effective(config).items()
     }
-    versions: dict[str, Any] = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    versions: dict[str, object] = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
     versions |= {
         "python": platform.python_version(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
