@@ -1,4 +1,4 @@
-"""What the launches of this folder do: gradients of every layout, and whole runs."""
+"""The launches of this folder: gradients of every layout, and complete runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def case_name(plan: tuple[str, ...]) -> str:
 
 
 def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any]]:
-    """Random ids; lengths from one token to many, so that no two packs are alike. In sft some tokens are not learnt."""
+    """Random ids; lengths from one token to many, so that no two packs are alike. In sft not all tokens are trained."""
     draw, examples = random.Random(5), []
 
     def ids(length: int) -> list[int]:
@@ -263,8 +263,8 @@ def launch(processes: int, out: Path, cases: list[dict], runs: list[dict], torch
     else:
         run = ForkedRun([str(job)], processes, out / "stderr.txt", worker.main)
         assert run.wait(1500) == [0] * processes, run.text()[-8000:]
-    found: dict[str, dict[str, Tensor]] = {}
+    gradients_by_case: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(out / "gradients.safetensors").items():
         case, _, name = key.partition("|")
-        found.setdefault(case, {})[name] = tensor
-    return Launch(json.loads((out / "results.json").read_text()), found, out)
+        gradients_by_case.setdefault(case, {})[name] = tensor
+    return Launch(json.loads((out / "results.json").read_text()), gradients_by_case, out)

@@ -27,14 +27,14 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 
 def _options() -> dict[str, dict[str, Any]]:
     """Every loss x context mode x alignment option, then each further option in every mode."""
-    found: dict[str, dict[str, Any]] = {}
+    combinations: dict[str, dict[str, Any]] = {}
 
     def add(loss: str, mode: str, **options: Any) -> None:
         method = PREFERENCE | {"preference_loss": loss, "context_mode": mode} | CONSTANTS[loss]
         if mode == "solo":
             method["alignment_weight"] = 0.7
         words = [name.replace("_", " ") if value is True else str(value) for name, value in options.items() if value]
-        found[" ".join([loss, mode, *words])] = method | {k: v for k, v in options.items() if v is not False}
+        combinations[" ".join([loss, mode, *words])] = method | {k: v for k, v in options.items() if v is not False}
 
     for loss in ("dpo", "ipo", "simpo", "orpo"):
         for mode in ("short", "long"):
@@ -69,7 +69,7 @@ def _options() -> dict[str, dict[str, Any]]:
         sft_weight=0.5,
         sft_normalization="token",
     )
-    return found
+    return combinations
 
 
 OPTIONS = _options()

@@ -21,7 +21,7 @@ from transformers_in_double import by_file_name, load
 
 
 def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Role -> summed log-prob of the learnt tokens, and their number; one sequence at a time."""
+    """Role -> summed log-prob of the trained tokens, and their number; one sequence at a time."""
     sums, counts = {}, {}
     for prompt in example["prompts"]:
         for continuation in prompt["continuations"]:

@@ -57,7 +57,7 @@ def three_steps(world: World, out: Any, name: str, *flags: Any, method: str = "d
 
 @pytest.fixture(scope="module")
 def cut(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Two processes, in each of the ways; they also go on from a checkpoint of whole models, and of spread experts."""
+    """Two processes, in each of the ways; they also resume from checkpoints of one process and of sharded experts."""
     out = tmp_path_factory.mktemp("experts")
     cases, runs = [], []
     for name, flags in CUTS.items():
@@ -163,9 +163,9 @@ def check_balanced(launched: Launch, expected: Any, world: World, name: str, pla
     parameters, packs = dict(model.named_parameters()), balanced_packs(launched, case)
     examples = token_examples(method_roles(METHODS[method]))
     total = sum(oracle.load_balancing(model, [examples[i] for i in pack]) for pack in packs if pack) / len(packs)
-    found = torch.autograd.grad(COEFFICIENT * total, list(parameters.values()), allow_unused=True)
+    grads = torch.autograd.grad(COEFFICIENT * total, list(parameters.values()), allow_unused=True)
     auxiliary = {
-        key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(parameters.items(), found, strict=True)
+        key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(parameters.items(), grads, strict=True)
     }
     auxiliary = oracle.by_file_name(model, auxiliary)
     means = launched.results[case]["means"]
@@ -179,6 +179,6 @@ def check_balanced(launched: Launch, expected: Any, world: World, name: str, pla
 
 
 def balanced_packs(launched: Launch, case: str) -> list[list[int]]:
-    """Every pack of a case once; processes that share packs tell the same."""
+    """Every pack of a case once; ranks that share packs return the same."""
     shares = {json.dumps(packs): packs for packs in launched.results[case]["packs"]}
     return [pack for packs in shares.values() for pack in packs]

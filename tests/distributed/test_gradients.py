@@ -57,12 +57,12 @@ def test_every_option_equals_the_oracle(two: Launch, expected: Any, plan: tuple[
 
 def test_every_option_is_a_loss_of_its_own(expected: Any) -> None:
     """Otherwise an option that nobody reads would pass the comparison above: no two methods share a gradient."""
-    found: dict[str, Tensor] = {}
+    actual: dict[str, Tensor] = {}
     for name in OPTIONS:
         gradient = torch.cat([tensor.flatten() for tensor in expected("llama", name, "three")[1].values()])
-        for other, known in found.items():
+        for other, known in actual.items():
             assert (gradient - known).norm() > 1e-4 * known.norm(), f"{name} = {other}"
-        found[name] = gradient
+        actual[name] = gradient
 
 
 def test_the_options_reach_every_value(world: World) -> None:
@@ -122,10 +122,10 @@ def test_the_reference_table_is_the_oracles(launched: Launch, world: World, mode
         ("separate", "float64", 1e-10),
         ("by-two", "float32", 1e-4),
     ):
-        found = torch.tensor(launched.results[f"{dtype} dpo llama {layout} seven"]["table"], dtype=torch.float64)
-        torch.testing.assert_close(found, table, rtol=0, atol=bound)
-    found = torch.tensor(launched.results["float64 dpo llama one-by-one three"]["table"], dtype=torch.float64)
-    torch.testing.assert_close(found, table[BATCHES["three"]], rtol=0, atol=1e-10)
+        actual = torch.tensor(launched.results[f"{dtype} dpo llama {layout} seven"]["table"], dtype=torch.float64)
+        torch.testing.assert_close(actual, table, rtol=0, atol=bound)
+    actual = torch.tensor(launched.results["float64 dpo llama one-by-one three"]["table"], dtype=torch.float64)
+    torch.testing.assert_close(actual, table[BATCHES["three"]], rtol=0, atol=1e-10)
 
 
 def test_the_oracle_knows_the_step_zero_laws(world: World) -> None:

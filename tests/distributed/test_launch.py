@@ -1,6 +1,6 @@
 """examples/launch run here: torchrun agents over loopback, and the Slurm file against stand-ins of Slurm's commands.
 
-Every agent, process and signal is real. What stands in for Slurm is in slurm_commands/.
+Every agent, process and signal is real. The stand-ins for Slurm's commands are in slurm_commands/.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def environment(**settings: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Started:
-    """A shell that runs a launch script, and what it and all its processes told."""
+    """A shell that runs a launch script, and the output of it and its processes."""
 
     shell: subprocess.Popen
-    told: Path
+    output: Path
 
     def text(self) -> str:
-        return self.told.read_text()
+        return self.output.read_text()
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.shell.pid).children(recursive=True)
@@ -68,11 +68,11 @@ class Started:
 
 
 @contextmanager
-def started(command: list[str], told: Path, settings: dict[str, str], cwd: Path) -> Iterator[Started]:
+def started(command: list[str], output: Path, settings: dict[str, str], cwd: Path) -> Iterator[Started]:
     """Leaves no process behind."""
-    with told.open("w") as file:
+    with output.open("w") as file:
         shell = subprocess.Popen(command, env=settings, cwd=cwd, stdout=file, stderr=file, start_new_session=True)
-    run = Started(shell, told)
+    run = Started(shell, output)
     try:
         yield run
     finally:

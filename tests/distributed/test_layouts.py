@@ -81,7 +81,7 @@ STEPPED = {
 }
 """Layouts that also take three optimizer steps; a run costs as much as ten gradients."""
 RESUMED = {"tp2 sp cp2": ["pp2 vpp2", "cp4"], "cp2 pp2": ["tp4 sp", "dp4"]}
-"""Layout of the first steps -> layouts that go on from their checkpoint, on four processes."""
+"""Layout of the first steps -> layouts that resume from their checkpoint, on four processes."""
 if os.environ.get("SOLOPO_LAYOUTS") == "cheap":  # what `make test` has a minute for: every cut once, beside another
     LAYOUTS = {4: ["dp4", "tp2 sp cp2", "cp2 pp2 vpp2", "tp4 sp", "cp4 separate", "tp2 sp etp1 ep2"]}
     STEPPED, RESUMED = {}, {}

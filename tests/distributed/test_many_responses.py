@@ -1,4 +1,4 @@
-"""Several chosen and rejected responses a group, against the oracle's formulas on hand-made sums."""
+"""Several chosen and rejected responses for each group, against the oracle's formulas on made-up sums."""
 
 from __future__ import annotations
 

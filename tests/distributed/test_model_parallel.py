@@ -52,7 +52,7 @@ def two(world: World, tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture(scope="module")
 def cut(world: World, reference: list, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Two processes that share one model, in each of the ways; they also go on from data-parallel checkpoints."""
+    """Two processes that share one model, in each of the ways; they also resume from data-parallel checkpoints."""
     out = tmp_path_factory.mktemp("cut")
     cases, runs = [], []
     for name, flags in CUTS.items():

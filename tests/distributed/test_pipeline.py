@@ -85,7 +85,7 @@ def alone(world: World, reference: list, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def staged(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Two processes; of six steps, two whole runs, and each other's checkpoint of step 2 gone on from."""
+    """Two processes; two complete runs of six steps, and each resumed from the other's checkpoint of step 2."""
     out = tmp_path_factory.mktemp("staged")
     runs = [run for name, flags in CUTS.items() for run in three_steps(world, out, name, flags)]
 
@@ -188,7 +188,7 @@ def test_three_steps_in_bfloat16_go_where_one_process_goes(of: Any, alone: Launc
 
 @pytest.mark.parametrize("name", ["virtual", "data-to-virtual", "virtual-to-data", "virtual-to-first-3"])
 def test_checkpoints_go_from_any_stages_to_any_others(staged: Launch, name: str) -> None:
-    """Against six unbroken steps of copies of the whole model; evaluation sees the same weights too."""
+    """Against six uninterrupted steps of replicas of the model; evaluation sees the same weights too."""
     assert staged.results["data"] == staged.results[name] == "done"
     for split, steps in (("train", [1, 2, 3, 4, 5, 6]), ("valid", [0, 3, 6])):
         ours, theirs = staged.metrics(name, split), staged.metrics("data", split)

@@ -67,7 +67,7 @@ def two(world: World, tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture(scope="module")
 def one(world: World, two: Launch, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """One process; it also goes on from a checkpoint of two."""
+    """One process; it also resumes from a checkpoint of two."""
     out = tmp_path_factory.mktemp("one")
     valid = ["--valid-data", world.folder / "valid.jsonl"]
     return launch(

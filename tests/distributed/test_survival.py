@@ -42,7 +42,7 @@ def begin(home: Home, argv: list[str], processes: int = 1) -> ForkedRun:
 
 
 def finish(home: Home, argv: list[str], processes: int = 1) -> str:
-    """Runs to the end; returns what the run told."""
+    """Runs to the end; returns the run's standard error."""
     run = begin(home, argv, processes)
     assert run.wait() == [0] * processes, run.text()[-3000:]
     return run.text()

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from refusals import check_refusal
 from tiny_models import TEMPLATE
 from training_home import Home, as_a_user, furnish
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def export(home: Home, target: Path) -> tuple[int, str]:
-    """(status, what it said on stderr) of megatron-to-hf of the run."""
+    """(status, stderr) of megatron-to-hf of the run."""
     from megatron_solopo.training.convert import main
 
     err = io.StringIO()
@@ -43,8 +44,8 @@ def test_an_exported_model_ends_its_turns_as_it_was_trained_to(how: str, home: H
     folder = home.folder / "run-hf"
     if how == "command":
         folder = tmp_path / "hf"
-        status, told = export(home, folder)
-        assert status == 0, told
+        status, stderr = export(home, folder)
+        assert status == 0, stderr
     before = json.loads((home.folder / "hf" / "generation_config.json").read_text())
     written = json.loads((folder / "generation_config.json").read_text())
     assert before["eos_token_id"] == 2 and written == before | {"eos_token_id": [2, 1]}  # of <user>
@@ -53,12 +54,12 @@ def test_an_exported_model_ends_its_turns_as_it_was_trained_to(how: str, home: H
     assert tokenizer.chat_template == GIVEN and tokenizer.eos_token == "<end>"
 
 
-def test_a_chat_template_that_is_gone_is_told_before_any_work(home: Home, tmp_path: Path) -> None:
+def test_a_chat_template_that_is_gone_is_refused_before_any_work(home: Home, tmp_path: Path) -> None:
     template = home.folder / "chat.jinja"
     aside = template.rename(tmp_path / "elsewhere")
     try:
-        status, told = export(home, tmp_path / "hf")
+        status, stderr = export(home, tmp_path / "hf")
     finally:
         aside.rename(template)
-    assert status == 2 and told.count("\n") == 1 and not list(tmp_path.iterdir())
-    assert f"--load {home.folder / 'run'}: the --chat-template {template} of its run is no longer there" in told
+    assert status == 2 and stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    check_refusal(stderr, "file-missing", f"--load {home.folder / 'run'}: ", f"--chat-template {template} ")

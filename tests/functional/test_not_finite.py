@@ -21,13 +21,13 @@ BROKEN = "w59"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = furnish(tmp_path_factory.mktemp("home"))
-    # The word stands nowhere but in one context.
+    # The word occurs in one context only.
     groups = json.loads(re.sub(rf"\b{BROKEN}\b", "w1", json.dumps(preference_groups(10))))
     groups[3]["short_messages"][0]["content"] += f" {BROKEN}"
     write_lines(home.folder / "groups.jsonl", groups)
     path = Path(home.folder / "hf" / "model.safetensors")
     tensors = load_file(path)
-    tensors["model.embed_tokens.weight"][4 + int(BROKEN[1:])] = float("nan")  # four special tokens stand before
+    tensors["model.embed_tokens.weight"][4 + int(BROKEN[1:])] = float("nan")  # after four special tokens
     save_file(tensors, path, metadata={"format": "pt"})
     return home
 

@@ -284,7 +284,7 @@ def test_killed_in_sampling_and_in_training_it_ends_as_an_unbroken_run(home: Pat
     assert [re.search(rf"^\[\d/6\] {name}:? (done before|resumes|runs)", out, re.MULTILINE)[1] for name in (
         "contexts", "responses", "pairs", "solo", "accuracy", "curves")] == [
         "done before", "done before", "done before", "resumes", "runs", "runs"]  # fmt: skip
-    assert re.search(r"going on after step (?!0)\d+ of 12", err)
+    assert re.search(r"resuming after step (?!0)\d+ of 12", err)
     assert "removes" not in out
     assert results(made) == results(unbroken)
     assert (made / "report.md").read_text().count("sub-EM") == (unbroken / "report.md").read_text().count("sub-EM") > 0

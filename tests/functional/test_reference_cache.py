@@ -39,21 +39,21 @@ def again(home: Home, name: str) -> int:
 def test_a_killed_fill_computes_no_example_twice(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     from megatron_solopo.training.reference import PARTIAL, _write
 
-    whole = load_file(cache(home))["log_probs"]
+    complete = load_file(cache(home))["log_probs"]
     done = torch.zeros(10, dtype=torch.bool)
     done[torch.tensor([0, 3, 4, 8])] = True
     folder = home.folder / "killed"
     # What two processes of the killed run left; a wrong number shows whether it is used.
-    marked = whole.clone()
+    marked = complete.clone()
     marked.reshape(10, 3)[3] += 1000
     _write(folder / f"{cache(home).stem}.0{PARTIAL}", marked, done)
-    _write(folder / f"{cache(home).stem}.1{PARTIAL}", whole, ~done & (torch.arange(10) < 3))
+    _write(folder / f"{cache(home).stem}.1{PARTIAL}", complete, ~done & (torch.arange(10) < 3))
     assert again(home, "killed") == 0
     assert "reference log-probs of 10 examples, 6 of them computed before" in capfd.readouterr().err
-    found = load_file(folder / cache(home).name)["log_probs"].reshape(10, 3)
-    marked, whole = marked.reshape(10, 3), whole.reshape(10, 3)
-    assert torch.equal(found[[0, 3, 4, 8]], marked[[0, 3, 4, 8]])
-    torch.testing.assert_close(found[[1, 2, 5, 6, 7, 9]], whole[[1, 2, 5, 6, 7, 9]], rtol=0, atol=1e-4)
+    actual = load_file(folder / cache(home).name)["log_probs"].reshape(10, 3)
+    marked, complete = marked.reshape(10, 3), complete.reshape(10, 3)
+    assert torch.equal(actual[[0, 3, 4, 8]], marked[[0, 3, 4, 8]])
+    torch.testing.assert_close(actual[[1, 2, 5, 6, 7, 9]], complete[[1, 2, 5, 6, 7, 9]], rtol=0, atol=1e-4)
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [cache(home).name]
 
 
@@ -65,15 +65,15 @@ def test_a_damaged_cache_is_computed_again(home: Home, capfd: pytest.CaptureFixt
     (folder / cache(home).name).write_bytes(data)
     assert again(home, "damaged") == 0
     assert "reference log-probs of 10 examples\n" in capfd.readouterr().err
-    found = load_file(folder / cache(home).name)["log_probs"]
-    torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
+    actual = load_file(folder / cache(home).name)["log_probs"]
+    torch.testing.assert_close(actual, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
 
 
 def test_a_cache_of_another_model_is_refused_by_name(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     from megatron_solopo.training.reference import _write
 
-    whole = load_file(cache(home))
-    _write(home.folder / "foreign" / cache(home).name, whole["log_probs"] + 0.5, whole["done"])
+    complete = load_file(cache(home))
+    _write(home.folder / "foreign" / cache(home).name, complete["log_probs"] + 0.5, complete["done"])
     assert again(home, "foreign") == 2
     check_refusal(capfd.readouterr().err, "reference-cache-mismatch", cache(home).name, "example 'g0'")
     assert not list((home.folder / "foreign" / "run").glob("iter_*"))
@@ -152,8 +152,8 @@ def test_a_slow_process_delays_the_others_and_never_times_them_out(home: Home, t
         [*TWO, str(tmp_path / "slow.py"), *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = load_file(home.folder / "slow" / cache(home).name)["log_probs"]
-    torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
+    actual = load_file(home.folder / "slow" / cache(home).name)["log_probs"]
+    torch.testing.assert_close(actual, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
 
 
 SIGNALLED = """
@@ -190,5 +190,5 @@ def test_a_signal_while_the_reference_is_computed_keeps_what_is_done(home: Home,
     )
     assert again.returncode == 0, again.stderr[-4000:]
     assert re.search(r"reference log-probs of 10 examples, [2-9] of them computed before", again.stderr)
-    found = load_file(home.folder / "signalled" / cache(home).name)["log_probs"]
-    torch.testing.assert_close(found, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)
+    actual = load_file(home.folder / "signalled" / cache(home).name)["log_probs"]
+    torch.testing.assert_close(actual, load_file(cache(home))["log_probs"], rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What a run tells its user: the console, metrics.jsonl from before step 1 to the end, and who can read its files."""
+"""The log of a run: the console, metrics.jsonl from before step 1 to the end, and the permissions of its files."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_a_run_is_evaluated_before_its_first_step(home: Home, capfd: pytest.Capt
 def test_a_resumed_run_is_not_evaluated_again_before_its_first_step(home: Home) -> None:
     argv = home.argv("runs/parts", *flags(home, "--save-interval", 2, "--auto-resume"))
     assert run(main, argv) == 0
-    whole = [(line["step"], line["loss"]) for line in home.metrics("runs/parts", "valid")]
+    expected = [(line["step"], line["loss"]) for line in home.metrics("runs/parts", "valid")]
     for iteration in (home.folder / "runs/parts").glob("iter_000000[45]"):
         iteration.rename(iteration.with_name("gone" + iteration.name))
     (home.folder / "runs/parts/latest_checkpointed_iteration.txt").write_text("2")
     assert run(main, argv) == 0
-    assert [(line["step"], line["loss"]) for line in home.metrics("runs/parts", "valid")] == whole
-    assert [step for step, _ in whole] == [0, 5]
+    assert [(line["step"], line["loss"]) for line in home.metrics("runs/parts", "valid")] == expected
+    assert [step for step, _ in expected] == [0, 5]
 
 
 def test_the_evaluation_before_the_first_step_can_be_switched_off(

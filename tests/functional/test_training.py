@@ -260,7 +260,7 @@ def test_reference_log_probs_are_computed_once(home: Home, dpo: str, capsys: pyt
     train = next(path for path in files if len(load_file(path)["done"]) == 10)
     good = load_file(train)["log_probs"]
     # Shifted by 1 nat, the table moves rewards by beta: what the file holds is what counts. (The first example is
-    # computed anew when the file is read, so it stays.)
+    # computed again when the file is read, so it stays.)
     shift = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).repeat(10, 1)
     shift[0] = 0
     _write(train, good + shift.flatten(), torch.ones(10, dtype=torch.bool))

@@ -1,7 +1,7 @@
 """Transformer Engine's layers built on a machine without a GPU; run by test_te_layers.py in a process of its own.
 
-Its kernels need CUDA, but its modules hold their parameters wherever they are told to. Here they are built on the CPU
-(Transformer Engine is told that CUDA is there), which shows names, shapes, cuts, checkpoints and what attention is
+Its kernels need CUDA, but its modules hold their parameters on any device. Here they are built on the CPU
+(Transformer Engine sees a pretended CUDA device), which shows names, shapes, cuts, checkpoints and what attention is
 called with; the kernels themselves are compared in tests/gpu.
 """
 
