@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_solopo.arguments import Parser
 from megatron_solopo.cli import run
-from megatron_solopo.evaluation.report import accuracy_table
+from megatron_solopo.evaluation.accuracy import accuracy_table
 from megatron_solopo.evaluation.results import read_evaluation
 
 RESULTS = {

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_solopo.evaluation.results import Run, curve, finite, labels_of
+import numpy as np
+import pandas
+
+from megatron_solopo.evaluation.plots import Look, draw_curves, steps_in_a_mean
+from megatron_solopo.evaluation.results import Point, Run, curve, finite, labels_of
 from megatron_solopo.evaluation.tables import markdown_table
 from megatron_solopo.metrics import Metric, metric_of, of_records
 
+Panels = Mapping[Metric, tuple[Mapping[str, Sequence[Point]], Mapping[str, Sequence[Point]]]]
 
-def training_section(
-    output: Path, runs: Sequence[Run], looks: dict[str, dict[str, str]], figures: list[Path]
-) -> list[str]:
+
+def training_section(output: Path, runs: Sequence[Run], looks: dict[str, Look], figures: list[Path]) -> list[str]:
     """The section's parts; what is drawn is added to ``figures``."""
-    from megatron_solopo.evaluation.plots import draw_curves
-
     parts = ["## Training"]
     preference = [run for run in runs if any("margin" in record for record in (*run.train, *run.valid))]
     supervised = [run for run in runs if run not in preference]
     for name, group in (("training", preference), ("supervised", supervised)):
-        panels = {}
+        panels: dict[Metric, tuple[dict[str, list[Point]], dict[str, list[Point]]]] = {}
         for metric in _measured(group):
             train, valid = (
                 {label: points for label in labels_of(group) if (points := curve(group, label, metric.name, split))}
@@ -40,10 +41,10 @@ def training_section(
         parts.append(f"![Training curves]({figure.name})")
         parts.append(f"*{_caption(name, group, panels, clips)}.*")
     parts += [
-        markdown_table(*_learnt(runs), text_columns=2),
+        markdown_table(_learnt(runs), text_columns=2),
         "*Each row is a mean over the examples that it counts; train: the first and the last tenth of the steps. A tie "
         "of two rewards counts half in the pair accuracy (0 in older runs); arrows point to the better end.*",
-        markdown_table(*_costs(runs), text_columns=2),
+        markdown_table(_costs(runs), text_columns=2),
         "*Of all steps. Peak memory is that of the largest process; saves (checkpoints and exports) gather the weights "
         "and the optimizer's state and are measured apart, except in older runs.*",
     ]
@@ -65,22 +66,16 @@ def _measured(runs: Sequence[Run]) -> list[Metric]:
     return of_records([record for run in runs for record in (*run.train, *run.valid)], more)
 
 
-def _caption(name: str, runs: Sequence[Run], panels: Mapping[Metric, Any], clips: Sequence[float]) -> str:
-    from megatron_solopo.evaluation.plots import steps_in_a_mean
-
+def _caption(name: str, runs: Sequence[Run], panels: Panels, clips: Sequence[float]) -> str:
     series = [points for train, _ in panels.values() for points in train.values()]
     notes = []
     if series:
-        averaged = sorted({steps_in_a_mean(points) for points in series})
-        groups = sorted({record["groups"] for run in runs for record in run.train if "groups" in record})
-        of_a_step = f", each the mean over {_between(groups)} examples" if groups else ""
-        notes.append(
-            f"lines show every step{of_a_step}"
-            if averaged == [1]
-            else f"lines are centred means over {_between(averaged)} steps{of_a_step}"
-        )
+        averaged = {steps_in_a_mean(points) for points in series}
+        groups = [record["groups"] for run in runs for record in run.train if "groups" in record]
+        lines = "show every step" if averaged == {1} else f"are centred means over {_between(averaged)} steps"
+        notes.append(f"lines {lines}" + (f", each the mean over {_between(groups)} examples" if groups else ""))
     if any(valid for _, valid in panels.values()):
-        examples = sorted({record["groups"] for run in runs for record in run.valid if "groups" in record})
+        examples = [record["groups"] for run in runs for record in run.valid if "groups" in record]
         notes.append("markers are evaluations" + (f" on {_between(examples)} validation examples" if examples else ""))
     if len(labels_of(runs)) < len(runs):
         notes.append("lines are means over seeds and bands reach from the lowest to the highest")
@@ -95,66 +90,72 @@ def _caption(name: str, runs: Sequence[Run], panels: Mapping[Metric, Any], clips
     return f"{'Preference training' if name == 'training' else 'Supervised training'}: {'; '.join(notes)}"
 
 
-def _between(numbers: Sequence[int]) -> str:
-    """``5`` or ``5 to 32``; ascending."""
-    return f"{numbers[0]:,}" if numbers[0] == numbers[-1] else f"{numbers[0]:,} to {numbers[-1]:,}"
+def _between(numbers: Iterable[int]) -> str:
+    """``5`` or ``5 to 32``."""
+    known = sorted(numbers)
+    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"
 
 
-def _learnt(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the first and last steps of every run, and its first and last evaluation."""
-    columns = [metric for metric in _measured(runs) if metric.column]
+def _numbers(records: Iterable[Mapping[str, object]], name: str) -> np.ndarray:
+    """[records] float64; NaN where a record has no such number or it is not finite."""
+    values = (record.get(name) for record in records)
+    return np.array([float(value) if isinstance(value, int | float) and finite(value) else np.nan for value in values])
+
+
+def _mean(values: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
+    """The mean of the values that are not NaN; NaN where there is none."""
+    known = ~np.isnan(values) * weights
+    return float(np.nansum(values * weights) / known.sum()) if known.sum() else np.nan
+
+
+def _text(form: str, value: float) -> str:
+    return "-" if np.isnan(value) else form.format(value)
+
+
+def _learnt(runs: Sequence[Run]) -> pandas.DataFrame:
+    """The first and last steps of every run, and its first and last evaluation."""
+    metrics = [metric for metric in _measured(runs) if metric.column]
     rows = []
+
+    def add(run: Run, name: str, part: Sequence[Mapping[str, object]]) -> None:
+        groups = _numbers(part, "groups")
+        weights = np.nan_to_num(groups, nan=1.0)
+        means = {metric.head: _mean(_numbers(part, metric.name), weights) for metric in metrics}
+        examples = "-" if np.isnan(groups).any() else f"{weights.sum():,.0f}"
+        cells = {head: _text("{:.3f}", mean) for head, mean in means.items()}
+        rows.append({"label": run.label, "of": name, "examples": examples} | cells)
+
     for run in runs:
         steps = [record for record in run.train if finite(record.get("loss"))]
         tenth = max(1, len(steps) // 10)
-        some = {steps[0]["step"]: steps[:tenth], steps[-tenth]["step"]: steps[-tenth:]} if steps else {}
-        for part in some.values():
+        for part in (steps[:tenth], steps[-tenth:])[: min(len(steps), 2)]:
             first, last = part[0]["step"], part[-1]["step"]
-            rows.append([run.label, f"train, step{'s' if last > first else ''} {_between([first, last])}", part])
-        for record in {one["step"]: one for one in (*run.valid[:1], *run.valid[-1:])}.values():
+            add(run, f"train, step{'s' if last > first else ''} {_between([first, last])}", part)
+        for record in (*run.valid[:1], *run.valid[1:][-1:]):
             step = record["step"]
-            rows.append([run.label, f"validation, {f'after step {step:,}' if step else 'before step 1'}", [record]])
-    cells = []
-    for label, name, part in rows:
-        weights = [record.get("groups", 1) for record in part]
-        examples = f"{sum(weights):,}" if all("groups" in record for record in part) else "-"
-        means = [
-            _weighted([(record.get(metric.name), weight) for record, weight in zip(part, weights, strict=True)])
-            for metric in columns
-        ]
-        cells.append([label, name, examples, *("-" if mean is None else f"{mean:.3f}" for mean in means)])
-    return ["label", "of", "examples", *(metric.head for metric in columns)], cells
+            add(run, f"validation, {f'after step {step:,}' if step else 'before step 1'}", [record])
+    return pandas.DataFrame(rows, columns=["label", "of", "examples", *(metric.head for metric in metrics)])
 
 
-def _costs(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: what every run took."""
-    shown = ("clipped", "tokens", "tokens_per_second", "padding_share", "seconds")
-    head = ["label", "folder", "steps", *(metric_of(name).label for name in shown)]
+def _costs(runs: Sequence[Run]) -> pandas.DataFrame:
+    """What every run took."""
+    means = {"tokens_per_second": "{:,.0f}", "padding_share": "{:.3f}", "seconds": "{:.3g}"}
     rows = []
     for run in runs:
-        means = (
-            (text, _weighted([(record.get(field), 1) for record in run.train]))
-            for field, text in (("tokens_per_second", "{:,.0f}"), ("padding_share", "{:.3f}"), ("seconds", "{:.3g}"))
+        clipped = any("clip_grad" in record for record in run.train)
+        peaks = [max(_numbers(records, "memory_gib"), default=np.nan) for records in (run.train, run.saves)]
+        sums = {name: np.nansum(_numbers(run.train, name)) for name in ("clipped", "tokens", "seconds")}
+        rows.append(
+            {
+                "label": run.label,
+                "folder": f"`{run.folder}`",
+                "steps": f"{len(run.train):,}",
+                metric_of("clipped").label: f"{sums['clipped']:,.0f}" if clipped else "-",
+                metric_of("tokens").label: f"{sums['tokens']:,.0f}",
+                **{metric_of(n).label: _text(form, _mean(_numbers(run.train, n))) for n, form in means.items()},
+                "minutes": f"{sums['seconds'] / 60:.1f}",
+                metric_of("memory_gib").head: _text("{:.2f}", peaks[0]),
+                "peak in saves (GiB)": _text("{:.2f}", peaks[1]),
+            }
         )
-        told = any("clip_grad" in record for record in run.train)
-        cells = [
-            f"{len(run.train):,}",
-            f"{sum(record.get('clipped', 0) for record in run.train):,}" if told else "-",
-            f"{sum(record.get('tokens', 0) for record in run.train):,}",
-            *("-" if mean is None else text.format(mean) for text, mean in means),
-            f"{sum(record.get('seconds', 0.0) for record in run.train) / 60:.1f}",
-            *(_peak(records) for records in (run.train, run.saves)),
-        ]
-        rows.append([run.label, f"`{run.folder}`", *cells])
-    return [*head, "minutes", metric_of("memory_gib").head, "peak in saves (GiB)"], rows
-
-
-def _peak(records: Sequence[dict[str, Any]]) -> str:
-    memory = [record["memory_gib"] for record in records if "memory_gib" in record]
-    return f"{max(memory):.2f}" if memory else "-"
-
-
-def _weighted(values: Sequence[tuple[Any, float]]) -> float | None:
-    """The mean of (value, weight) over the values that are finite."""
-    known = [(value, weight) for value, weight in values if finite(value)]
-    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
+    return pandas.DataFrame(rows)

@@ -246,12 +246,12 @@ def _of_all_nodes(path: Path, places: SegmentPlaces) -> tuple[Tensor, Tensor]:
     table, done = torch.zeros(places.size, dtype=torch.float64), torch.zeros(len(places.counts), dtype=torch.bool)
     partial_files = _partial_files(path) if first_of_node() else []
     parts = [part for part in (_read(partial, places) for partial in partial_files) if part is not None]
-    all_parts: list[Any] = [None] * dist.get_world_size()
+    all_parts: list[list[tuple[Tensor, Tensor]] | None] = [None] * dist.get_world_size()
     wait_for_all("reference")
     dist.all_gather_object(all_parts, parts)
-    for part in itertools.chain.from_iterable(all_parts):
-        rows = places.of_examples(part[1])
-        table[rows], done[part[1]] = part[0][rows], True
+    for sums, examples in itertools.chain.from_iterable(parts or [] for parts in all_parts):
+        rows = places.of_examples(examples)
+        table[rows], done[examples] = sums[rows], True
     return table, done
 
 

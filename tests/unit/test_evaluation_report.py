@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import random
 import re
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from evaluation_files import write_evaluation, write_run
 
 from megatron_solopo import metrics
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation import plots, report, results
-from megatron_solopo.evaluation.plots import look, spread
+from megatron_solopo.evaluation import curves, plots, report, results
+from megatron_solopo.evaluation.plots import look, smooth
 
 
 def test_report_of_runs_and_evaluations(tmp_path, capsys):
@@ -130,7 +129,7 @@ def test_the_parts_of_the_loss_are_drawn(tmp_path, monkeypatch):
         drawn.update(panels=panels, marks=marks)
         draw(path, panels, looks, marks)
 
-    monkeypatch.setattr(plots, "draw_curves", kept)
+    monkeypatch.setattr(curves, "draw_curves", kept)
     run = results.read_run(str(write_solo_run(tmp_path / "solo", 20, valid=(0, 20))))
     report.write_report(tmp_path / "r.md", [run])
     panels = {metric.title: panel for metric, panel in drawn["panels"].items()}
@@ -229,23 +228,30 @@ def test_steps_without_a_finite_loss_are_named(tmp_path):
     assert "nan" not in path.read_text().lower()
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])
-def test_labels_never_overlap_and_stay_inside(count):
-    rng = random.Random(count)
-    for _ in range(200):
-        wanted = {str(index): rng.choice([0.0, 0.97, rng.random()]) for index in range(count)}
-        heights = {label: rng.choice([0.05, 0.1]) for label in wanted}
-        placed = spread(wanted, heights)
-        order = sorted(placed, key=placed.get)
-        assert [wanted[label] for label in order] == sorted(wanted.values())
-        for a, b in itertools.pairwise(order):
-            assert placed[b] - placed[a] >= (heights[a] + heights[b]) / 2 - 1e-9
-        assert all(-1e-9 <= place <= 1 + 1e-9 for place in placed.values())
+def test_a_curve_is_a_centred_mean():
+    points = [results.Point(step, step % 2, step % 2 - 1, step % 2 + 1, 1) for step in range(1, 101)]
+    frame = smooth(points)  # 100 points: over 5 steps
+    for name in ("mean", "low", "high"):
+        values = [getattr(point, name) for point in points]
+        expected = [sum(part) / len(part) for i in range(100) if (part := values[max(i - 2, 0) : i + 3])]
+        assert frame[name].tolist() == pytest.approx(expected)
+    assert frame["x"].tolist() == [*range(1, 101)] and frame["seeds"].tolist() == [1] * 100
+    assert smooth(points[:49])["mean"].tolist() == [point.mean for point in points[:49]]
 
 
-def test_labels_that_do_not_collide_stay_where_their_lines_end():
-    wanted = {"a": 0.2, "b": 0.5, "c": 0.9}
-    assert spread(wanted, dict.fromkeys(wanted, 0.1)) == pytest.approx(wanted)
+def test_a_legend_names_every_label_once(tmp_path, monkeypatch):
+    """Runs and evaluations of a label look alike."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    runs = [results.read_run(f"{name}={write_solo_run(tmp_path / name, 20, valid=(0, 20))}") for name in "ab"]
+    evaluations = [
+        results.read_evaluation(f"{name}={write_evaluation(tmp_path / f'{name}.json', {8: 0.5})}") for name in "ab"
+    ]
+    report.write_report(tmp_path / "r.md", runs, evaluations)
+    accuracy, training = ([text.get_text() for text in figure.legends[0].texts] for figure in figures)
+    assert accuracy == ["a", "b"] and training == ["a", "b", "training", "validation"]
+    colours = {line.get_color() for axes in figures[1].axes for line in axes.lines if line.get_marker() == "o"}
+    assert colours == {plots.COLOURS[0]} != {plots.COLOURS[1]}
 
 
 def test_every_label_looks_different():
@@ -312,7 +318,7 @@ def test_a_metric_that_is_declared_appears_everywhere(tmp_path, monkeypatch):
     def shown():
         """Heads of the table of what was learnt, and titles of the panels with their axes."""
         drawn = []
-        monkeypatch.setattr(plots, "draw_curves", lambda path, panels, *more: drawn.extend(panels))
+        monkeypatch.setattr(curves, "draw_curves", lambda path, panels, *more: drawn.extend(panels))
         text = report.write_report(tmp_path / "r.md", [results.read_run(str(folder))])[0].read_text()
         return rows_of(text, r"\| label +\| of ")[0], [(metric.title, metric.unit) for metric in drawn]
 

@@ -11,7 +11,7 @@ import pytest
 from evaluation_files import write_evaluation, write_run
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation import report, results
+from megatron_solopo.evaluation import accuracy, report, results
 
 
 @pytest.mark.parametrize(("mean", "count"), [(0.5, 10), (0.9, 512), (0.0, 20), (1.0, 20), (0.17, 300)])
@@ -60,7 +60,7 @@ def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
     assert second.mean == pytest.approx(0.8)
     [single] = results.accuracy_by_length(evaluations, "base", "documents", "sub_em")
     assert (single.low, single.high) == results.wilson_interval(0.5, 100)
-    table = report.accuracy_table(evaluations, "documents").splitlines()
+    table = accuracy.accuracy_table(evaluations, "documents").splitlines()
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["SoLoPO", "0.90 [0.80, 1.00]", "0.80 [0.70, 0.90]"]
     assert [cell.strip() for cell in table[3].split("|")[1:-1]] == ["base", "0.50 [0.40, 0.60]", "-"]
 

@@ -1,0 +1,147 @@
+"""The report's section about evaluations: accuracy by context length, and where the numbers come from."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import pandas
+
+from megatron_solopo.data.scoring import SCORERS
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.plots import Look, draw_accuracy
+from megatron_solopo.evaluation.results import Evaluation, LengthResult, accuracy_by_length, intervals_text, labels_of
+from megatron_solopo.evaluation.tables import markdown_table
+from megatron_solopo.metrics import metric_of
+
+
+def accuracy_section(
+    output: Path, evaluations: Sequence[Evaluation], looks: dict[str, Look], metric: str, figures: list[Path]
+) -> list[str]:
+    """The section's parts; what is drawn is added to ``figures``.
+
+    Raises:
+        UserError: no evaluation has ``metric``.
+    """
+    names = dict.fromkeys(name for one in evaluations for result in one.results for name in result.means)
+    measured = list(dict.fromkeys([*(name for name in SCORERS if name in names), *names]))  # ours in their order
+    if metric not in measured:
+        raise UserError(f"--metric {metric}: no evaluation has it; give one of {', '.join(measured)}")
+    title = metric_of(metric).label
+    parts = ["## Accuracy by context length"]
+    units = list(dict.fromkeys(result.unit for evaluation in evaluations for result in evaluation.results))
+    for unit in units:
+        labels = labels_of(evaluations)
+        series = {label: points for label in labels if (points := accuracy_by_length(evaluations, label, unit, metric))}
+        if not series:
+            continue
+        results = [(one.label, result) for one in evaluations for result in one.results if result.unit == unit]
+        tokens: dict[float, list[float]] = defaultdict(list)
+        for _, result in results:
+            tokens[result.length].append(result.mean_prompt_tokens)
+        figure = output.with_name(f"{output.stem}-accuracy{'' if len(units) == 1 else '-' + unit}.png")
+        draw_accuracy(figure, series, looks, title, unit, {length: fmean(of) for length, of in tokens.items()})
+        figures.append(figure)
+        seeds = [point.seeds for points in series.values() for point in points]
+        caption = f"{title} by context length; {_questions(results)}. {_spread(seeds, _method(results, metric))}."
+        parts += [
+            f"![{title} by context length in {unit}]({figure.name})",
+            f"*{caption}*",
+            accuracy_table(evaluations, unit, metric),
+        ]
+        if others := [other for other in measured if other != metric]:
+            parts.append(_by_length(evaluations, unit, others, "{0.mean:.2f}"))
+        if cut := _cut_answers(results):
+            parts.append(cut)
+    return [*parts, "Where the numbers come from:", _sources(evaluations)]
+
+
+def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "sub_em") -> str:
+    """A Markdown table, one row a label and one column a context length in ``unit``.
+
+    A cell is ``mean [low, high]``: the 95 % interval of a single evaluation, lowest and highest of several.
+    """
+    return _by_length(evaluations, unit, [metric], "{0.mean:.2f} [{0.low:.2f}, {0.high:.2f}]")
+
+
+def _by_length(evaluations: Sequence[Evaluation], unit: str, metrics: list[str], cell: str) -> str:
+    """A row a label; a cell holds each metric's point as ``cell`` formats it, "-" where there is none."""
+    points = {
+        (label, point.x, metric): cell.format(point)
+        for label in labels_of(evaluations)
+        for metric in metrics
+        for point in accuracy_by_length(evaluations, label, unit, metric)
+    }
+    lengths = sorted({result.length for one in evaluations for result in one.results if result.unit == unit})
+    labels = list(dict.fromkeys(label for label, _, _ in points))
+
+    def text(label: str, length: int) -> str:
+        cells = [points.get((label, length, metric), "-") for metric in metrics]
+        return " / ".join(cells) if any(one != "-" for one in cells) else "-"
+
+    columns = {" / ".join(metric_of(metric).label for metric in metrics): labels}
+    columns |= {f"{length:,} {unit}": [text(label, length) for label in labels] for length in lengths}
+    return markdown_table(pandas.DataFrame(columns))
+
+
+def _questions(results: Sequence[tuple[str, LengthResult]]) -> str:
+    """How many questions were asked, from (label, result) of what is drawn."""
+    by_label: dict[str, set[int]] = defaultdict(set)
+    for label, result in results:
+        by_label[label].add(result.count)
+    counts = sorted(set().union(*by_label.values()))
+    number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    # Files of one label can have left different questions out.
+    same = all(len(of_label) == 1 for of_label in by_label.values())
+    return f"{number} questions" + (", the same at every length" if same else "")
+
+
+def _spread(seeds: Sequence[int], method: str) -> str:
+    """What the bars of points are, by the number of evaluations in each; ``method``: how intervals were computed."""
+    if max(seeds) == 1:
+        return f"Bars and brackets are 95 % intervals over questions{method}"
+    over_seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"
+    single = f"; with a single seed, the 95 % interval over questions{method}"
+    return over_seeds if min(seeds) > 1 else over_seeds + single
+
+
+def _method(results: Sequence[tuple[str, LengthResult]], metric: str) -> str:
+    """How the intervals of a metric were computed, in brackets."""
+    # Older files do not say; theirs of 0 / 1 metrics are Wilson's too.
+    known = [result.methods or {"sub_em": "wilson", "em": "wilson"} for _, result in results]
+    text = intervals_text({metric: one[metric]} for one in known if metric in one)
+    return f" ({text.partition(': ')[2]})" if text else ""
+
+
+def _cut_answers(results: Sequence[tuple[str, LengthResult]]) -> str:
+    """How many answers of each label were cut, in a sentence; "" where none was."""
+    cut, asked = Counter[str](), Counter[str]()
+    for label, result in results:
+        if result.cut is not None:
+            cut[label] += result.cut
+            asked[label] += result.count
+    counts = [f"{label} {number:,} of {asked[label]:,}" for label, number in cut.items() if number]
+    return f"Answers cut at --max-new-tokens, scored as far as they go: {'; '.join(counts)}." if counts else ""
+
+
+def _sources(evaluations: Sequence[Evaluation]) -> str:
+    """The table of models and settings."""
+    keys = {"seed": "seed", "max_new_tokens": "new tokens at most", "dtype": "dtype", "device": "device"}
+    rows = [
+        {
+            "label": one.label,
+            "model": f"`{_shown(one.model)}`",
+            "questions": f"`{', '.join(map(_shown, one.data.split(', ')))}`",
+            **{head: str(one.settings.get(key, "-")) for key, head in keys.items()},
+        }
+        for one in evaluations
+    ]
+    return markdown_table(pandas.DataFrame(rows), text_columns=3)
+
+
+def _shown(name: str) -> str:
+    """A path as seen from the current folder where it lies inside."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else name
