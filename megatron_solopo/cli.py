@@ -99,9 +99,11 @@ def _report(error: UserError) -> None:
     """Prints a mistake, unless another process of this machine printed the same one."""
     message = f"{error.message} [{error.code}]" if error.code else error.message
     if launch.first_to_report(message, passing=isinstance(error, LostProcess)):
-        # Under torchrun all ranks write to one terminal, so all but rank 0 name themselves.
+        # Under torchrun all ranks write to one terminal, so all but rank 0 name themselves; what `agreed` raises on
+        # all of them names a rank already.
         rank = os.environ.get("RANK", "0")
-        write_line(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message}")
+        named = rank == "0" or message.startswith("rank ")
+        write_line(f"error: {message}" if named else f"error: rank {rank}: {message}")
 
 
 def dispatch(argv: list[str] | None = None) -> int:

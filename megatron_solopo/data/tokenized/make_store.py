@@ -228,7 +228,7 @@ def _manifest(plan: Plan, jobs: Jobs) -> tuple[dict[str, Any], Report]:
         report.add(Report.of(known["report"]))
         largest = max(largest, tuple(known["largest"]), key=lambda one: one[0])
     path = jobs.stream(STREAM)
-    if not path.is_file():  # a file without a record has no part
+    if not path.stat().st_size:  # a file without a record has no part
         return {"counts": {"examples": 0}}, report
     table = TokenTable(path, plan.job.objective)
     with path.open("rb") as file:
