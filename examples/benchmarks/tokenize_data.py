@@ -2,11 +2,12 @@
 
     python examples/benchmarks/tokenize_data.py --data $SOLOPO_DATA --groups 1000 3000 10000 --output runs/tokenize
 
-The groups have contexts of about 1K and 8K tokens made of Wikipedia paragraphs in a random order, so that no two are
-alike. For each number of groups the whole command is timed in a process of its own, with the peak of its process tree's
-resident memory (shared pages counted once: proportional set sizes). The library's speed is that of the same texts in
-batches of 64, `tokenizer(texts)`, on as many of its own threads as there are workers. With `--workers 1` both speeds
-are by processor time, which other work on the machine changes little; else by the clock.
+The groups have contexts of about 1K and 8K tokens (--tokens) made of Wikipedia paragraphs in a random order, so that no
+two are alike. For each number of groups the whole command is timed in a process of its own, by the clock and by
+processor time, with the peak of its process tree's resident memory (shared pages counted once: proportional set sizes).
+The library's speed is that of the same texts in batches of 64, `tokenizer(texts)`, on as many of its own threads as
+there are workers. With `--workers 1` both speeds are by processor time, which other work on the machine changes little;
+else by the clock.
 
 `--merge N` measures what alone sees all groups: parts of N made-up groups (random ids) are put together, opened as
 training opens them, and a step of 8 groups is read; in one process, with its peak resident memory so far.
@@ -15,7 +16,7 @@ training opens them, and a step of 8 groups is read; in one process, with its pe
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import json
 import os
 import random
@@ -24,7 +25,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "examples" / "chat_templates" / "chatml.jinja"
 CHARACTERS_A_TOKEN, WORD_CHARACTERS = 4.4, 6.1
 """Of English Wikipedia in Qwen2's vocabulary, roughly, and of a word with its space."""
+SIZES = (1024, 8192)
 
 
-def groups(data: Path, count: int, characters: float) -> Iterator[dict[str, Any]]:
-    """Preference groups with contexts of about 1K and 8K tokens of so many characters."""
+def groups(data: Path, count: int, characters: float, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Preference groups with contexts of about so many tokens of so many characters."""
     with (data / "hotpotqa" / "hotpot_corpus.jsonl").open(encoding="utf-8") as lines:
         passages = [json.loads(line) for line in lines]
     draw = random.Random(0)
     for number in range(count):
         contexts = []
-        for tokens in (1024, 8192):
+        for tokens in sizes:
             parts, size = [], 0
             while size < tokens * characters:
                 passage = draw.choice(passages)
@@ -61,9 +64,9 @@ def groups(data: Path, count: int, characters: float) -> Iterator[dict[str, Any]
         }
 
 
-def write(data: Path, count: int, path: Path, characters: float = CHARACTERS_A_TOKEN) -> None:
+def write(data: Path, count: int, path: Path, characters: float, sizes: Sequence[int] = SIZES) -> None:
     with path.open("w", encoding="utf-8") as out:
-        for group in groups(data, count, characters):
+        for group in groups(data, count, characters, sizes):
             out.write(json.dumps(group, ensure_ascii=False) + "\n")
 
 
@@ -83,9 +86,9 @@ def word_level(data: Path, folder: Path) -> Path:
     return folder
 
 
-def watched(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak GiB of the process tree) of a command."""
-    begin, peak = time.monotonic(), 0
+def watched(command: list[str]) -> tuple[float, float, float]:
+    """(seconds, processor seconds, peak GiB of the process tree) of a command."""
+    begin, peak, before = time.monotonic(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     tree = psutil.Process(process.pid)
     while process.poll() is None:
@@ -99,7 +102,9 @@ def watched(command: list[str]) -> tuple[float, float]:
         time.sleep(1)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return time.monotonic() - begin, peak / 2**30
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.monotonic() - begin, processor, peak / 2**30
 
 
 Clock = Callable[[], float]
@@ -125,36 +130,36 @@ def library_speed(path: Path, tokenizer_folder: Path, limit: int, clock: Clock) 
 def part_speed(path: Path, tokenizer_folder: Path, workers: int, clock: Clock) -> tuple[float, int]:
     """(tokens a second, tokens) of the command's workers once they are there: no start, no merge."""
     from megatron_solopo.data.options import TokenizerOptions
-    from megatron_solopo.data.tokenized import tokenize_data
+    from megatron_solopo.data.tokenized import make_store
 
-    job = tokenize_data.Job(
-        source=str(path),
-        tokenizer=TokenizerOptions(str(tokenizer_folder), str(TEMPLATE)),
-        objective="preference",
-        seq_length=None,
-        overlong="refuse",
-    )
-    _, parts = tokenize_data.scan(path)
+    options = TokenizerOptions(str(tokenizer_folder), str(TEMPLATE))
+    job = make_store.Job(str(path), options, "preference")
+    _, parts = make_store.scan(path)
     times = []
-    for part in tokenize_data.tokenize_parts(job, dict(enumerate(parts)), workers):
-        times.append((clock(), len(part.tokens) // 4))
+    for part in make_store.tokenize_parts(job, dict(enumerate(parts)), workers, options.load()):
+        times.append((clock(), len(part.data) // 4))  # but for names, lengths and digests, 1 % of the bytes
     rest = times[workers:-workers]  # from the first round of parts to the last: all workers are busy
     return sum(size for _, size in rest) / (rest[-1][0] - times[workers - 1][0]), sum(size for _, size in rest)
 
 
 def made_up_part(number: int, size: int = 100) -> Any:
     """A `TokenizedPart` of groups with contexts of 1K and 8K random ids."""
-    from megatron_solopo.data.tokenized.tokenize_data import TokenizedPart
+    from megatron_solopo.data.tokenized.make_store import TokenizedPart
+    from megatron_solopo.data.tokenized.token_table import record_batch
+    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, Report, TokenGroup
+    from megatron_solopo.pack import Context, Side
 
-    draw = np.random.default_rng(number)
-    lengths = np.tile(np.array([1024, 100, 100, 8192, 0, 0], dtype=np.int32), (size, 1))
-    tokens = draw.integers(0, 150_000, lengths.sum(), dtype=np.int32)
-    sequences = np.split(tokens, lengths.ravel().cumsum()[:-1])
-    digests = b"".join(hashlib.sha256(sequence.tobytes()).digest() for sequence in sequences)
-    report = {"dropped": [], "cut": [], "ids_used": 0, "ids_mismatched": 0}
-    ids = [f"g{number}-{i}" for i in range(size)]
-    known = {"ids": ids, "lengths": lengths.tolist(), "report": report, "largest": [149_999, "g0-0"]}
-    return TokenizedPart(number, known, tokens.tobytes(), digests)
+    draw, made = np.random.default_rng(number), []
+    for i in range(size):
+        short, chosen, rejected, long = np.split(draw.integers(0, 150_000, 9416, dtype=np.int32), [1024, 1124, 1224])
+        answers = tuple(
+            Continuation(*one) for one in ((Side.CHOSEN, array("i", chosen)), (Side.REJECTED, array("i", rejected)))
+        )
+        prompts = (Prompt(Context.SHORT, short, answers), Prompt(Context.LONG, long, answers))
+        made.append(TokenGroup(f"g{number}-{i}", prompts))
+    report = dataclasses.asdict(Report())
+    known = {"ids": [group.id for group in made], "report": report, "largest": [149_999, "g0-0"]}
+    return TokenizedPart(number, known, record_batch(made, "preference").serialize().to_pybytes())
 
 
 def merge(folder: Path, count: int) -> None:
@@ -162,41 +167,40 @@ def merge(folder: Path, count: int) -> None:
     from megatron_solopo.data.files.jobs import Jobs
     from megatron_solopo.data.options import TokenizerOptions
     from megatron_solopo.data.text.text_facts import TEXT_FACTS
-    from megatron_solopo.data.tokenized import tokenize_data
-    from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, FORMAT, indexed_dataset, open_tokens
+    from megatron_solopo.data.tokenized import make_store
+    from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, DATA, FORMAT, open_tokens
     from megatron_solopo.pack import Context, Side
 
-    indexed_dataset()  # the import is no part of the times
     shutil.rmtree(folder, ignore_errors=True)
-    job = tokenize_data.Job("", TokenizerOptions(""), "preference", None, "refuse")
-    facts = dict.fromkeys(TEXT_FACTS, {})
+    store, facts = folder.with_name(f"{folder.name}.tokens"), dict.fromkeys(TEXT_FACTS, {})
+    shutil.rmtree(store, ignore_errors=True)
+    settings = {"format": FORMAT, "objective": "preference", "options": {"scored": None}, "text": facts}
+    plan = make_store.Plan(make_store.Job("", TokenizerOptions(""), "preference"), None, settings, [])
     seen: set[str] = set()
     merged = 0.0
-    with Jobs(folder, (tokenize_data.TOKENS, tokenize_data.DIGESTS)) as jobs:
-        jobs.begin({})
+    with Jobs(folder, (make_store.STREAM,)) as jobs:
+        jobs.begin(settings)
+        schema = make_store.SCHEMAS["preference"].serialize().to_pybytes()
         for number in range(count // 100):
             part = made_up_part(number)
             begin = time.process_time()
-            jobs.add(number, part.known, {tokenize_data.TOKENS: part.tokens, tokenize_data.DIGESTS: part.digests})
-            tokenize_data._check_ids(job, part.known, seen)
+            jobs.add(number, part.known, {make_store.STREAM: (schema if not number else b"") + part.data})
+            make_store._check_ids(plan.job, part.known, seen)
             merged += time.process_time() - begin
         begin = time.process_time()
-        manifest, _ = tokenize_data._complete(jobs, "preference", {"format": FORMAT, "objective": "preference"})
+        make_store.make(plan, store, jobs, 1, "random")
     merged += time.process_time() - begin
-    store = folder / tokenize_data.RESULT
-    (store / "manifest.json").write_text(json.dumps(manifest | {"text": facts}), encoding="utf-8")
     begin = time.process_time()
     dataset = open_tokens(store, facts, BOTH_PAIRS, 8292).only(BOTH_PAIRS - {(Context.LONG, Side.REJECTED)})
     opened = time.process_time() - begin
-    read = sum(len(list(ids)) for place in range(8) for ids in dataset.groups[place * (count // 100)].sequences())
+    read = sum(len(np.asarray(ids)) for place in range(8) for ids in dataset.groups[place * (count // 100)].sequences())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    size = (store / "tokens.bin").stat().st_size / 2**30
     print(
-        f"{count:>7,} groups, tokens.bin {size:.2f} GiB: merged in {merged:.1f} s of processor time, opened in "
-        f"{opened:.1f} s, {read:,} tokens read; peak so far {peak:.2f} GiB",
+        f"{count:>7,} groups, {(store / DATA).stat().st_size / 2**30:.2f} GiB: merged in {merged:.1f} s of processor "
+        f"time, opened in {opened:.1f} s, {read:,} tokens read; peak so far {peak:.2f} GiB",
         flush=True,
     )
-    shutil.rmtree(folder)
+    shutil.rmtree(store)
 
 
 def main() -> None:
@@ -205,6 +209,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder for what is generated")
     parser.add_argument("--groups", type=int, nargs="*", default=[], metavar="N", help="sizes of the whole command")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--tokens", type=int, nargs=2, default=SIZES, metavar="N", help="of the contexts (1024 8192)")
     parser.add_argument("--word-level", action="store_true", help="tokens are words: memory at larger sizes, sooner")
     parser.add_argument("--speed-groups", type=int, default=600, metavar="N", help="groups of the speed test")
     parser.add_argument("--merge", type=int, nargs="*", default=[], metavar="N", help="sizes of the second half alone")
@@ -218,7 +223,7 @@ def main() -> None:
     os.environ |= {"RAYON_NUM_THREADS": str(options.workers), "TOKENIZERS_PARALLELISM": "true"}
     if options.speed_groups:
         path = options.output / "speed.jsonl"
-        write(options.data, options.speed_groups, path)
+        write(options.data, options.speed_groups, path, CHARACTERS_A_TOKEN)
         clock = time.process_time if options.workers == 1 else time.monotonic
         for _ in range(3):  # by turns, since other work on the machine comes and goes
             library, tokens = library_speed(path, tokenizer, options.speed_groups // 2, clock)
@@ -230,14 +235,15 @@ def main() -> None:
             )
     for count in options.groups:
         path, store = options.output / f"{count}.jsonl", options.output / f"{count}.tokens"
-        write(options.data, count, path, WORD_CHARACTERS if options.word_level else CHARACTERS_A_TOKEN)
+        characters = WORD_CHARACTERS if options.word_level else CHARACTERS_A_TOKEN
+        write(options.data, count, path, characters, options.tokens)
         command = [sys.executable, str(ROOT / "tools" / "tokenize_data.py"), "--data", str(path)]
         command += ["--output", str(store), "--tokenizer", str(tokenizer), "--chat-template", str(TEMPLATE)]
-        seconds, peak = watched([*command, "--workers", str(options.workers)])
+        seconds, processor, peak = watched([*command, "--workers", str(options.workers)])
         size = sum(file.stat().st_size for file in store.iterdir()) / 2**30
         print(
             f"{count:>7,} groups ({path.stat().st_size / 2**30:.2f} GiB): {seconds:.0f} s, {count / seconds:.1f} a "
-            f"second, peak {peak:.2f} GiB, folder {size:.2f} GiB",
+            f"second, {processor:.0f} s of processor time, peak {peak:.2f} GiB, folder {size:.2f} GiB",
             flush=True,
         )
         path.unlink()
