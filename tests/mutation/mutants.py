@@ -261,6 +261,12 @@ MUTANTS: list[Mutant] = [
     ),
     *within(
         "training/preflight.py",
+        "tests/distributed/test_separate_disks.py -k 'other_data or run_folder_of_each'",
+        ("each node trains on its own data", "check_same(tokens.fingerprint,", "check_same(None,"),
+        ("a run folder of each node", "    resume.check_shared_folder(Path(config.output.save))\n", ""),
+    ),
+    *within(
+        "training/preflight.py",
         REFUSALS,
         (
             "weights that a dry run does not look at",

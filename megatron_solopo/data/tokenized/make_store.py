@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -51,9 +51,6 @@ RESULT = "result"
 
 STREAM = f"{RESULT}/{DATA}"
 
-Settings = dict[str, Any]
-"""All that decides a store: format, objective, options, source and `text_facts`."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -72,20 +69,9 @@ class Job:
     overlong: str = "refuse"
     scored: Scored | None = None
 
-    def scored_of(self, has_long: bool) -> Scored:
-        if self.objective == "sft":
-            return CONVERSATION
-        return self.scored or (BOTH_PAIRS if has_long else SHORT_PAIR)
 
-
-@dataclass(frozen=True)
-class TokenizedPart:
-    """What a part becomes.
-
-    Attributes:
-        known: what the jobs file notes: names, the report and the largest token.
-        data: the record batch, as it is in the file; empty without examples.
-    """
+class TokenizedPart(NamedTuple):
+    """What a part becomes: what the jobs file notes (names, report, largest token), and the bytes of its batch."""
 
     number: int
     known: dict[str, Any]
@@ -97,41 +83,35 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
     read = read_conversations if job.objective == "sft" else read_groups
     groups: list[TokenGroup] = []
     for record in read(job.source, part):
+        if job.objective == "sft":
+            scored = CONVERSATION
+        else:
+            scored = job.scored or (SHORT_PAIR if record.long_messages is None else BOTH_PAIRS)
         try:
-            group = encoder.encode(record, job.scored_of(getattr(record, "long_messages", None) is not None))
+            group = encoder.encode(record, scored)
         except UserError as error:
             raise UserError(f"{job.source}: {error}") from None
         if group is not None:
             groups.append(group)
-    largest = max(
-        ((int(np.max(ids)), group.id) for group in groups for ids in group.sequences()),
-        key=lambda one: one[0],
-        default=(-1, ""),
-    )
+    each = ((int(np.max(ids)), group.id) for group in groups for ids in group.sequences())
+    largest = max(each, key=lambda one: one[0], default=(-1, ""))
     known = {"ids": [group.id for group in groups], "report": asdict(encoder.report), "largest": largest}
     data = record_batch(groups, job.objective).serialize().to_pybytes() if groups else b""
     return TokenizedPart(number, known, data)
 
 
-def _work_of(job: Job, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
+def work_of(job: Job, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: processes are what --workers counts
     return partial(tokenize_part, job, tokenizer or job.tokenizer.load())
 
 
-def tokenize_parts(
-    job: Job, todo: dict[int, Part], workers: int, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[TokenizedPart]:
-    """Tokenises parts, here or in several processes, and yields each in order."""
-    yield from map_in_order(_work_of, (job,), list(todo.items()), workers, tokenizer=tokenizer)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What a store is made from, with and in which parts."""
+    """What a store is made from, with and in which parts; ``settings`` are all that decides it."""
 
     job: Job
     tokenizer: PreTrainedTokenizerBase
-    settings: Settings
+    settings: dict[str, Any]
     parts: list[Part]
 
     @classmethod
@@ -164,17 +144,9 @@ class Plan:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Made:
-    """What `make` made: counts of the manifest, the report, and the parts that killed work had done before."""
-
-    counts: dict[str, int]
-    report: Report
-    done_before: int
-
-
-def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> Made:
-    """Makes a store, or resumes where a killed process was.
+def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> tuple[dict[str, int], Report, int]:
+    """Makes a store, or resumes where a killed process was; returns the manifest's counts, the report, and how many
+    parts were done before.
 
     Args:
         jobs: opened on the folder of the unfinished work with the stream `STREAM`, which is removed at the end.
@@ -193,7 +165,7 @@ def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> Made:
         (result / file).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     put_folder(result, output)
     jobs.remove()
-    return Made(manifest["counts"], report, done)
+    return manifest["counts"], report, done
 
 
 def _tokenize(plan: Plan, jobs: Jobs, workers: int) -> int:
@@ -203,8 +175,8 @@ def _tokenize(plan: Plan, jobs: Jobs, workers: int) -> int:
         for known in jobs.finished():
             bar.update(_check_ids(job, known, seen))
         done = len(jobs.lines)
-        todo = {number: part for number, part in enumerate(plan.parts) if number not in jobs}
-        for part in tokenize_parts(job, todo, workers, plan.tokenizer):
+        todo = [(number, part) for number, part in enumerate(plan.parts) if number not in jobs]
+        for part in map_in_order(work_of, (job,), todo, workers, tokenizer=plan.tokenizer):
             schema = b"" if part.number else SCHEMAS[job.objective].serialize().to_pybytes()
             jobs.add(part.number, part.known, {STREAM: schema + part.data})
             bar.update(_check_ids(job, part.known, seen))
@@ -261,8 +233,8 @@ def cache_folder(given: str | None) -> Path:
 
 
 def cached_store(
-    job: Job, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int, wanted: Settings | None = None
-) -> tuple[Path, Settings]:
+    job: Job, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int, wanted: dict[str, Any] | None = None
+) -> tuple[Path, dict[str, Any]]:
     """(the store of a data file in a cache, what it is made from), made now where it is not there.
 
     Processes that want the same store wait for the one that makes it.
@@ -295,7 +267,7 @@ def cached_store(
         ) from None
 
 
-def is_complete(folder: Path, settings: Settings) -> bool:
+def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether a folder is the store of these settings."""
     try:
         manifest = read_manifest(folder)

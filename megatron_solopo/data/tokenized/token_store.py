@@ -234,14 +234,7 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> TokenTable:
     try:
         table = TokenTable(path, manifest["objective"])
         same = table.index_sha256() == written["index_sha256"]
-    except (
-        pa.ArrowException,
-        OSError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        TypeError,
-    ):  # whatever its bytes make of it
+    except (pa.ArrowException, OSError, LookupError, ValueError, AttributeError, TypeError):  # what its bytes raise
         same = False
     if not same:
         raise UserError(

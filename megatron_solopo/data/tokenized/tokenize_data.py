@@ -117,12 +117,12 @@ def _run(job: Job, source: str, output: Path, jobs: Jobs, workers: int) -> int:
         jobs.remove()
         print(f"{output} is complete: {manifest['counts']['examples']} examples; nothing is left to do")
         return 0
-    made = make(plan, output, jobs, workers, source)
-    print("\n".join(made.report.lines(job.seq_length)) or "nothing was left out")
+    counts, report, done = make(plan, output, jobs, workers, source)
+    print("\n".join(report.lines(job.seq_length)) or "nothing was left out")
     print(
-        f"wrote {made.counts['examples']} examples of {made.counts['tokens']:,} tokens to {output} in "
+        f"wrote {counts['examples']} examples of {counts['tokens']:,} tokens to {output} in "
         f"{time.monotonic() - begin:.1f} s with {workers} workers"
-        + (f"; {made.done_before} of {len(plan.parts)} parts were done before" if made.done_before else "")
+        + (f"; {done} of {len(plan.parts)} parts were done before" if done else "")
     )
     return 0
 
