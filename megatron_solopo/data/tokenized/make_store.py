@@ -156,7 +156,7 @@ def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> tuple
         UserError: a record that cannot be trained on, no example at all, or another plan than the work was begun with.
     """
     jobs.begin(plan.settings)
-    done = _tokenize(plan, jobs, workers)
+    done = _tokenize(plan, jobs, workers, name)
     manifest, report = _manifest(plan, jobs)
     if not manifest["counts"]["examples"]:
         raise UserError(no_example(name, len(report.dropped), plan.job.seq_length))
@@ -168,10 +168,10 @@ def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> tuple
     return manifest["counts"], report, done
 
 
-def _tokenize(plan: Plan, jobs: Jobs, workers: int) -> int:
+def _tokenize(plan: Plan, jobs: Jobs, workers: int, name: str) -> int:
     """Tokenises the parts that are not finished; returns how many were."""
     job, seen = plan.job, set[str]()
-    with ProgressBar(desc="tokenizing", unit="example") as bar:
+    with ProgressBar(desc=f"tokenizing {name}", unit="example") as bar:
         for known in jobs.finished():
             bar.update(_check_ids(job, known, seen))
         done = len(jobs.lines)
