@@ -83,6 +83,7 @@ class Parser(argparse.ArgumentParser):
             raise
         if self._config is not None:
             del values.config
+            self.given.discard("config")
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 self.explicit |= {action.dest, *action.choices[getattr(values, action.dest)].explicit}

@@ -70,6 +70,17 @@ def test_stages_are_command_lines(folder: Path) -> None:
     }
 
 
+def test_a_stage_with_a_file_of_options_has_those_of_the_file(folder: Path) -> None:
+    """What `solopo run` compares with the stage's last run; a change in the file is a change of the stage."""
+    (folder / "solo.yaml").write_text("training: {train_iters: 2, lr: 2e-3}\n")
+    stage = "train: {config: ./solo.yaml, hf_path: m, train_data: g.jsonl, save: solo, lr: 1e-3}"
+    (folder / "r.yaml").write_text(f"output: made\nstages:\n  solo:\n    {stage}\n")
+    [solo] = read_recipe(folder / "r.yaml").stages
+    words, values = solo.checked()
+    assert words[:2] == ["--config", f"{folder}/solo.yaml"]
+    assert (values["train_iters"], values["lr"], "config" in values) == (2, 1e-3, False)
+
+
 def test_a_variant_changes_stages_and_adds_some(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "v.yaml").write_text(
