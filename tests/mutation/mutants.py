@@ -27,6 +27,7 @@ TOPOLOGY = "tests/unit/test_topology.py"
 REFERENCE = "tests/functional/test_reference_cache.py"
 ENGINE = "tests/unit/test_transformer_engine.py"
 FAMILIES = "tests/unit/test_families.py -k 'not real_shapes'"
+API = "tests/functional/test_python_api.py -k 'training or stopped or again'"
 TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
 ROPE = "tests/unit/test_rope.py"
 LONGER = "tests/functional/test_rope_scaling.py"
@@ -570,5 +571,24 @@ MUTANTS: list[Mutant] = [
         "conversion/random_start.py",
         CUDA,
         ("one piece on CUDA as large as the tensor", ".split(PIECE)", ".split(tensor.numel())"),
+    ),
+    *within(
+        "api.py",
+        API,
+        ("the examples of another run overwritten", "fresh.read_bytes() != path.read_bytes()", "False"),
+        ("the caller's config changed", "copy.deepcopy(getattr(config, name))", "getattr(config, name)"),
+        ("a stopped run called finished", '["progress"]["steps"] == step', '["progress"]["steps"] > 0'),
+        ("evaluation read as training", 'last[line["split"]] = line', 'last["train"] = line'),
+    ),
+    *within("config.py", API, ("options of a loss's earlier definition kept", "del OWNER[name]", "pass")),
+    *within(
+        "losses/registry.py",
+        API,
+        ("a loss's earlier definition kept", "LOSSES[name] = kind", "LOSSES.setdefault(name, kind)"),
+    ),
+    *within(
+        "parallel/platform.py",
+        "tests/distributed/test_python_runs.py",
+        ("a second run finds the addresses of the first", "{next(_starts)}", "1"),
     ),
 ]
