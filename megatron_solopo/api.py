@@ -17,7 +17,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,26 +164,30 @@ def _write_groups(config: Config) -> None:
     """Writes examples that were given in memory where the options name them; collective.
 
     Raises:
-        UserError: the run folder has checkpoints of a run on other examples, or it cannot be written.
+        UserError: the run folder has checkpoints of a run on other examples, or an example cannot be written.
     """
     error = None
     if os.environ.get("LOCAL_RANK", "0") == "0":  # a run folder may be a disk of each node's own
-        try:
-            for name, records in config.groups.items():
-                _write_examples(Path(config.value(name)), records, flag(name))
-        except (OSError, UserError) as problem:
-            error = str(problem) if isinstance(problem, UserError) else f"--save: {system_reason(problem)}"
+        for name, records in config.groups.items():
+            error = error or _write_examples(Path(config.value(name)), records, flag(name))
     if error := first_error(error):
         raise UserError(error)
 
 
-def _write_examples(path: Path, records: Iterable[Any], option: str) -> None:
+def _write_examples(path: Path, records: Iterable[Any], option: str) -> str | None:
+    """Writes a file of examples; returns why it cannot be."""
     fresh = path.with_name(f"{path.name}.given")
-    write_jsonl(fresh, records)
-    if path.is_file() and latest_iteration(path.parent) is not None and fresh.read_bytes() != path.read_bytes():
-        fresh.unlink()
-        raise UserError(f"{option}: the run in {path.parent} has other examples; give the same, or another --save")
-    fresh.replace(path)
+    try:
+        write_jsonl(fresh, records)
+        if path.is_file() and latest_iteration(path.parent) is not None and fresh.read_bytes() != path.read_bytes():
+            fresh.unlink()
+            return f"{option}: the run in {path.parent} has other examples; give the same, or another --save"
+        fresh.replace(path)
+    except (OSError, UserError) as error:
+        return f"--save {path.parent}: {path.name} cannot be written ({system_reason(error)})"
+    except (TypeError, ValueError) as error:  # json's, of a value that it has no form for
+        return f"{option}: an example cannot be written as JSON ({error})"
+    return None
 
 
 def _result(config: Config) -> TrainResult:
@@ -192,8 +196,10 @@ def _result(config: Config) -> TrainResult:
     checkpoint = None if step is None else checkpoint_folder(save, step)
     finished = checkpoint is not None and read_manifest(checkpoint)["progress"]["steps"] == step
     last: dict[str, dict[str, Any]] = {"train": {}, "valid": {}}
-    for line in map(json.loads, (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
-        last[line["split"]] = line
+    for text in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a full disk cuts a line
+            line = json.loads(text)
+            last[line["split"]] = line
     return TrainResult(
         save=save,
         step=step or 0,

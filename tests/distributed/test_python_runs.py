@@ -31,7 +31,16 @@ def test_the_same_processes_train_twice(tmp_path: Path) -> None:
     home = furnish(tmp_path)
     (tmp_path / "groups.json").write_text(json.dumps(preference_groups(10)))
     (tmp_path / "twice.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "megatron_solopo.cli", "launch", "--nproc_per_node", "2", "twice.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_solopo.cli",
+        "launch",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "twice.py",
+    ]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -34,7 +34,7 @@ build_meta.build_sdist(output)
 build_meta.build_wheel(output)  # sys.argv is another now
 """
 NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.pyc", "gpu_suite[!.]*", "site"
+    ".[!d]*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.pyc", "gpu_suite[!.]*", "site"
 )
 """What a checkout has beside its files."""
 
@@ -189,7 +189,7 @@ def test_from_questions_to_a_report(installed: Installation) -> None:
     installed.solopo("inspect-data", "--data", "groups.jsonl", "--tokenizer", "hf", "--output", "groups.html")
     assert "<style>" in (home.folder / "groups.html").read_text()
     argv = home.argv("runs/one", "--train-iters", 1, "--preference-loss", "orpo", "--save-hf", "one-hf")
-    installed.solopo("launch", "--nproc_per_node", 1, "-m", "megatron_solopo.cli", "train", *argv)
+    installed.solopo("launch", "--standalone", "--nproc_per_node", 1, "-m", "megatron_solopo.cli", "train", *argv)
     assert home.metrics("runs/one")[0]["loss"] > 0 and (home.folder / "one-hf/config.json").is_file()
     asked = ["--context-documents", 2, "--max-new-tokens", 2, "--limit", 2, "--output", "one.json"]
     installed.solopo("evaluate", "--model", "one-hf", "--data", "questions.jsonl", *asked)

@@ -267,6 +267,8 @@ def test_what_train_refuses_is_a_user_error_and_the_next_run_works(home: Home) -
         train(Config.from_options(**options("runs/broken", train_data="broken.jsonl")))
     with pytest.raises(UserError, match=r"train_data.jsonl:2: "):
         train(Config.from_options(**options("runs/records", train_data=[*preference_groups(1), {"prompt": "w1"}])))
+    with pytest.raises(UserError, match=r"^--train-data: an example cannot be written as JSON \(Object of type set "):
+        train(Config.from_options(**options("runs/records", train_data=[{"prompt": {"w1"}}])))
     short.training.lr = -1.0
     with pytest.raises(UserError, match=r"^--lr must be above 0$"):
         train(short)
