@@ -280,9 +280,9 @@ MUTANTS: list[Mutant] = [
         "training/monitoring.py",
         HEALTH,
         ("a healthy alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
-        ("displacement told whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
+        ("displacement reported whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
         ("a spike against the last value", "median(past) if", "past[-1] if"),
-        ("steps clipped now and then told as all", "            self._clipped.clear()\n", ""),
+        ("steps clipped now and then reported as all", "            self._clipped.clear()\n", ""),
     ),
     *within(
         "parallel/topology.py",
@@ -565,7 +565,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/cpu_shim.py",
         CUDA,
-        ("a checkpoint's kernels taken over on CUDA", "            group |= kernel", "            pass"),
+        ("a checkpoint's kernels loaded on CUDA", "            group |= kernel", "            pass"),
     ),
     *within(
         "conversion/random_start.py",
