@@ -38,9 +38,8 @@ def named_entries(
     parameters = {portable_name(name): parameter for name, parameter in model.named_parameters()}
     for entry in family_of(hf_config).table(hf_config, model.vocab_size):
         if "{layer}" not in entry.megatron:
-            if (
-                entry.megatron in parameters
-            ):  # only the first and the last pipeline stage hold parameters outside layers
+            # Only the first and the last pipeline stage hold parameters outside layers.
+            if entry.megatron in parameters:
                 yield entry, entry.hf, parameters.pop(entry.megatron)
             if entry.megatron == EMBEDDING and hf_config.tie_word_embeddings and TIED_COPY in parameters:
                 yield entry, entry.hf, parameters.pop(TIED_COPY)
