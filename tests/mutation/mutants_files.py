@@ -337,6 +337,15 @@ DATA = [
         ("two names of one option in a file", "if action in places:", "if False:"),
     ),
     *within(
+        "recipe.py",
+        "tests/unit/test_recipe.py",
+        (
+            "the code of a stage's mistake lost",
+            "raise UserError(error.code, self._placed(",
+            'raise UserError("stage-command", self._placed(',
+        ),
+    ),
+    *within(
         "pipeline.py",
         PIPELINE,
         (
