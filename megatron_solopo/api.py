@@ -137,8 +137,10 @@ def evaluate(
             **options,
         }
         parser = evaluation.build_parser()
-        results, predictions = evaluation.evaluate(parser.parse_args(parser.words(as_options(named, "evaluate"))))
-    return Evaluation(results["metrics"], predictions, results["settings"])
+        metrics, settings, predictions = evaluation.evaluate(
+            parser.parse_args(parser.words(as_options(named, "evaluate")))
+        )
+    return Evaluation(metrics, predictions, settings)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, *, config: bool = True, sections: Mapping[str, Collection[str]] | None = None, **settings: Any
     ) -> None:
-        super().__init__(**({"allow_abbrev": False} | settings))
+        settings.setdefault("allow_abbrev", False)
+        super().__init__(**settings)
         self.explicit: set[str] = set()
         self._sections = sections
         self._places: dict[str, str] = {}
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError("option-conflict", message)
         raise UserError("option-value", message)
 
-    def parse_known_args(
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # one of its overloads
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         args = self._renamed(sys.argv[1:] if args is None else list(args))
@@ -77,19 +78,20 @@ class Parser(argparse.ArgumentParser):
         self._places = {}
         self.explicit = {action.dest for action in explicit}
         try:
-            values, unknown = super().parse_known_args([*self._from_file(args, explicit), *args], namespace)
+            words = [*self._from_file(args, explicit), *args]
+            values, unknown = super().parse_known_args(words, namespace or argparse.Namespace())
         except UserError as error:
             self._refuse_misspelt(args, str(error).partition("arguments are required: ")[2].split(", "))
             raise
         if self._config is not None:
-            del values.config
-            self.given.discard("config")
+            delattr(values, self._config.dest)
+            self.explicit.discard("config")
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 self.explicit |= {action.dest, *action.choices[getattr(values, action.dest)].explicit}
         return values, unknown
 
-    def parse_args(
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # one of its overloads
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         values, unknown = self.parse_known_args(args, namespace)
@@ -175,7 +177,7 @@ class Parser(argparse.ArgumentParser):
             choices = ", ".join(commands.choices)
             if not where:
                 raise UserError("option-missing", f"{commands.dest}: missing; set one of {choices}")
-            if name not in commands.choices:
+            if not isinstance(name, str) or name not in commands.choices:
                 raise UserError("option-value", f"{where}: {name!r} is not one of {choices}")
             rest = {key: value for key, value in options.items() if key != commands.dest}
             return [name, *commands.choices[name].words(rest)]
@@ -234,7 +236,7 @@ def _warn(message: str) -> None:
         write_line(f"warning: {message}; the next version drops the old name")
 
 
-def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:
+def _words_of(action: argparse.Action, value: object, where: str) -> list[str]:
     """An option of a file as it is written on a command line."""
     name = action.option_strings[0]
     if action.nargs == 0:
@@ -255,5 +257,5 @@ def _words_of(action: argparse.Action, value: Any, where: str) -> list[str]:
     return [name, value] if action.nargs in ("+", "*") or not value.startswith("-") else [f"{name}={value}"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)

@@ -420,7 +420,9 @@ class Option(NamedTuple):
 
 
 SECTIONS: dict[str, type] = {
-    name: kind for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
+    name: kind
+    for name, kind in get_type_hints(Config).items()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }
 
 OWNER: dict[str, Option] = {

@@ -42,7 +42,7 @@ def _converter(name: str) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         try:
-            number = Decimal(text) if kind is int else None  # exact, and 1e3 is a whole number
+            number = Decimal(text) if kind is int else Decimal()  # exact, and 1e3 is a whole number
             value = int(number) if kind is int else kind(text)
         except (ValueError, ArithmeticError):
             raise argparse.ArgumentTypeError(f"must be {kind.__name__}, found {text!r}") from None

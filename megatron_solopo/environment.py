@@ -14,10 +14,14 @@ from typing import Any
 
 import psutil
 import torch  # before Transformer Engine, which finds NCCL through it
+from torch.cuda import nccl
 
 from megatron_solopo import __version__
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import FP8_MULTIPLES
+
+Facts = dict[str, Any]
+"""What is printed as JSON: texts, numbers, flags, and more of these."""
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -52,7 +56,7 @@ def memory_gib() -> dict[str, float]:
 
 
 @functools.cache
-def transformer_engine() -> dict[str, Any]:
+def transformer_engine() -> Facts:
     """Whether Transformer Engine can be imported (``found``), or is installed and cannot (``broken``), and its use."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {"found": False, "broken": False, "version": None, "note": "optional"}
@@ -71,14 +75,13 @@ def transformer_engine() -> dict[str, Any]:
 
 def fp8_refusals() -> dict[str, str]:
     """FP8 recipe -> why this GPU does not support it, "" if it does; needs Transformer Engine."""
-    from transformer_engine.pytorch import quantization  # optional
-
+    quantization = importlib.import_module("transformer_engine.pytorch.quantization")  # optional
     checks = {"mxfp8": quantization.check_mxfp8_support, "blockwise": quantization.check_fp8_block_scaling_support}
     answers = {recipe: checks.get(recipe, quantization.check_fp8_support)() for recipe in FP8_MULTIPLES}
     return {recipe: "" if possible else reason.rstrip(".") for recipe, (possible, reason) in answers.items()}
 
 
-def nvidia_apex() -> dict[str, Any]:
+def nvidia_apex() -> Facts:
     """Whether NVIDIA Apex is installed; `apex` on PyPI is an unrelated package and does not count.
 
     Only files are checked, because importing the unrelated package may have side effects.
@@ -94,10 +97,10 @@ def nvidia_apex() -> dict[str, Any]:
     return {"found": True, "note": ""}
 
 
-def cuda() -> dict[str, Any]:
+def cuda() -> Facts:
     """The CUDA devices that torch sees, or why there are none."""
     driver = _first_line("/proc/driver/nvidia/version")
-    facts: dict[str, Any] = {
+    facts: Facts = {
         "found": torch.cuda.is_available(),
         "torch_built_for": torch.version.cuda,
         "driver": driver.split("Kernel Module")[-1].split("(")[0].strip() or None,
@@ -114,7 +117,7 @@ def cuda() -> dict[str, Any]:
                     "compute_capability": f"{properties.major}.{properties.minor}",
                 }
             )
-        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["nccl"] = ".".join(map(str, nccl.version()))
     elif not facts["driver"]:
         facts["note"] = "no NVIDIA driver on this machine"
     elif torch.version.cuda is None:
@@ -124,7 +127,7 @@ def cuda() -> dict[str, Any]:
     return facts
 
 
-def collect() -> dict[str, Any]:
+def collect() -> Facts:
     """All facts, as `solopo env --json` prints them."""
     gpu, engine = cuda(), transformer_engine()
     return {
@@ -142,7 +145,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def describe(facts: dict[str, Any]) -> str:
+def describe(facts: Facts) -> str:
     """The facts as readable lines."""
     gpu = facts["cuda"]
     rows = [("megatron_solopo", facts["megatron_solopo"]), ("python", facts["python"]), ("system", facts["system"])]

@@ -14,7 +14,7 @@ class KeyTwice(ValueError):
     """An object has a key twice, with different values; the message names it."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) < len(pairs):
         for key, value in pairs:
@@ -54,7 +54,7 @@ def check_json(*paths: Path) -> None:
             continue
 
 
-def _not_a_number(value: Any, key: str = "a value") -> str | None:
+def _not_a_number(value: object, key: str = "a value") -> str | None:
     """The key whose value is NaN."""
     if isinstance(value, dict):
         return next((name for key, inner in value.items() if (name := _not_a_number(inner, key)) is not None), None)

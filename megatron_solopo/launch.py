@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         def _has_reported(self) -> bool:
             return self._pcontext is not None and _reported(self._pcontext.error_files.values())
 
-        def _monitor_workers(self, worker_group: Any) -> Any:
+        def _monitor_workers(self, worker_group: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
             nonlocal reported
-            result = super()._monitor_workers(worker_group)
+            result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]  # wrapped without types
             reported = result.is_failed() and self._has_reported()
             if reported:
                 self._remaining_restarts = 0
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             "file-missing",
             f"{arguments.training_script}: no such file; put the path of a Python script behind the options",
         )
-    before, api.LocalElasticAgent = api.LocalElasticAgent, Agent
+    launcher: Any = api  # whose agent is replaced
+    before, launcher.LocalElasticAgent = launcher.LocalElasticAgent, Agent
     try:
         run.main(argv)
     except ChildFailedError:
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     except SignalException as stopped:  # torch has terminated the processes and logged that
         return 128 + stopped.sigval
     finally:
-        api.LocalElasticAgent = before
+        launcher.LocalElasticAgent = before
     return 0
 
 

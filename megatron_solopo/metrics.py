@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 TRAINING, ACCURACY = "training", "accuracy"
 """Figures: curves over the steps of a run; scores of answers by context length."""
@@ -85,7 +84,7 @@ def declared() -> list[Metric]:
     return list(_DECLARED.values())
 
 
-def of_records(records: Iterable[Mapping[str, Any]], more: Mapping[str, Metric] | None = None) -> list[Metric]:
+def of_records(records: Iterable[Mapping[str, object]], more: Mapping[str, Metric] | None = None) -> list[Metric]:
     """The training metrics with numbers in the records: declared ones in their order, then others by appearance."""
     names = dict.fromkeys(
         name
@@ -98,12 +97,12 @@ def of_records(records: Iterable[Mapping[str, Any]], more: Mapping[str, Metric] 
     return [metric for metric in metrics if metric.figure == TRAINING]
 
 
-def to_json(metrics: Iterable[Metric]) -> dict[str, dict[str, Any]]:
+def to_json(metrics: Iterable[Metric]) -> dict[str, dict[str, object]]:
     """Declarations as JSON, by name, without the name."""
     return {metric.name: {key: value for key, value in asdict(metric).items() if key != "name"} for metric in metrics}
 
 
-def from_json(written: Any) -> dict[str, Metric]:
+def from_json(written: object) -> dict[str, Metric]:
     """Declarations that `to_json` wrote, by name; without those that this version cannot read."""
     metrics = {}
     for name, fields in written.items() if isinstance(written, dict) else ():

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import megatron_solopo
 from megatron_solopo.arguments import Parser
@@ -114,7 +113,7 @@ class Work:
     stage: Stage
     number: str
     words: list[str]
-    values: dict[str, Any]
+    values: dict[str, object]
     later: set[Path] = dataclasses.field(default_factory=set)
 
     def __str__(self) -> str:
@@ -128,13 +127,13 @@ class Work:
     def note(self) -> Path:
         return Path(".stages") / f"{self.stage.name}.json"
 
-    def options(self) -> list[Any]:
+    def options(self) -> list[object]:
         """The stage's command and options, without the number of processes and --auto-resume."""
         script = str(self.stage.script) if self.stage.script else None
         values = {name: value for name, value in self.values.items() if name != "auto_resume"}
         return json.loads(json.dumps([self.stage.command, script, values], default=str))
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, list[State]]:
         """Size and time of every file and folder that an option names, except outputs of this and later stages: the
         value of --preference-loss orpo is not a later stage's folder orpo."""
         places = [str(self.stage.script)] if self.stage.script else []
@@ -170,7 +169,11 @@ def _works(recipe: Recipe) -> list[Work]:
     return works
 
 
-def _places(value: Any) -> Iterator[str]:
+State = tuple[str, int, int]
+"""(name, size, time of the last change in ns) of a file."""
+
+
+def _places(value: object) -> Iterator[str]:
     """The existing paths that an option's value may name: a path, @FILE or LABEL=PATH."""
     if isinstance(value, str):
         for text in (value, value.removeprefix("@"), value.partition("=")[2]):
@@ -178,11 +181,11 @@ def _places(value: Any) -> Iterator[str]:
                 yield text
 
 
-def _state(path: Path) -> list[Any]:
-    """(name, size, time of the last change in ns) of a file, or of each file in a folder."""
+def _state(path: Path) -> list[State]:
+    """The state of a file, or of each file in a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     facts = [(str(file), file.stat()) for file in files if file.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
 
 
 @dataclass(frozen=True)
@@ -196,10 +199,10 @@ class Note:
         files: (name, size, time of the last change in ns) of what it wrote; None: unfinished.
     """
 
-    options: list[Any]
+    options: list[object]
     inputs: str
     outputs: list[str] = dataclasses.field(default_factory=list)
-    files: list[Any] | None = None
+    files: list[State] | None = None
     seconds: float = 0.0
 
     @classmethod
@@ -240,11 +243,11 @@ def _states(
         yield work, state, note, noted
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _untouched(files: Sequence[Sequence[Any]]) -> bool:
+def _untouched(files: Sequence[State]) -> bool:
     """Whether no file that a stage wrote has changed since."""
     for name, size, changed in files:
         try:
@@ -261,7 +264,7 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
     for work, state, note, noted in _states(works, start, only):
         if state == LEFT_OUT:
             continue
-        if state == DONE:
+        if state == DONE and noted is not None:
             print(f"{work}: done before ({noted.seconds:.1f} s)", flush=True)
             continue
         command = work.stage.command_line(work.words)
@@ -269,7 +272,7 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
         if state == BEGINS and noted is not None:
             _remove(noted.outputs)
         outputs = [output for output in work.outputs if not os.path.lexists(output)]
-        note = dataclasses.replace(note, outputs=noted.outputs if state == RESUMES else outputs)
+        note = dataclasses.replace(note, outputs=noted.outputs if state == RESUMES and noted is not None else outputs)
         if work.outputs:
             note.write(work.note)
         began = time.monotonic()

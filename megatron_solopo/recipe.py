@@ -29,7 +29,6 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_solopo.arguments import Parser
 from megatron_solopo.errors import UserError, nearest
@@ -74,7 +73,7 @@ class Stage:
     processes: int = 1
     script: Path | None = None
 
-    def checked(self) -> tuple[list[str], dict[str, Any]]:
+    def checked(self) -> tuple[list[str], dict[str, object]]:
         """(command line, value of each explicit option), checked by the command's own parser.
 
         Raises:
@@ -96,10 +95,10 @@ class Stage:
 
     def _placed(self, message: str) -> str:
         """A message of the command's parser, with the recipe's line of the option that begins it."""
-        name = re.match(r"--(?:no-)?([\w-]+)(: )?", message)
-        _, where = self.options.get(name[1].replace("-", "_") if name else "", (None, ""))
-        if where and name[2]:
-            return f"{where}: {message[name.end() :]}"
+        option = re.match(r"--(?:no-)?([\w-]+)(: )?", message)
+        _, where = self.options.get(option[1].replace("-", "_") if option else "", (None, ""))
+        if where and option and option[2]:
+            return f"{where}: {message[option.end() :]}"
         return f"{(where or self.where).partition(': ')[0]}: stage '{self.name}': {message}"
 
     def command_line(self, words: list[str]) -> list[str]:
@@ -200,11 +199,14 @@ def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
                 "recipe-key", f"{part.where}: '{part.name}' is not a command of a stage{nearest(part.name, keys)}"
             )
     commands = [name for name in parts if name in COMMANDS or name == SCRIPT]
-    if len(commands) != 1 and not (before and not commands):
+    if before is not None and not commands:
+        command = before.command
+    elif len(commands) == 1:
+        command = commands[0]
+    else:
         raise UserError(
             "stage-command", f"{line.where}: stage '{line.name}': set one command: {_list((*COMMANDS, SCRIPT))}"
         )
-    command = commands[0] if commands else before.command
     if before is not None and before.command != command:
         raise UserError(
             "stage-command",
@@ -249,7 +251,7 @@ def _text(file: OptionFile, line: Entry) -> str:
     return value
 
 
-def _relative_to(folder: Path, value: Any) -> Any:
+def _relative_to(folder: Path, value: object) -> object:
     """The value, in which paths that begin with ./ or ../ (behind @ or LABEL= too) are relative to ``folder``."""
     if isinstance(value, list):
         return [_relative_to(folder, one) for one in value]
@@ -274,7 +276,7 @@ def _script_words(options: Options) -> list[str]:
 
 def _check_run(words: list[str]) -> None:
     """Refuses contradictions and options without effect of a training run."""
-    from megatron_solopo.config_load import load  # imports torch
+    from megatron_solopo.config_load import load  # with torch and transformers, which take 3 s
 
     load(words)
 

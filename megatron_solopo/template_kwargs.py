@@ -12,9 +12,11 @@ nothing is recorded.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,11 @@ NOW = "strftime_now"
 """The function that transformers passes to every template: ``strftime_now("%d %b %Y")`` is today."""
 
 
-def parse(text: str) -> dict[str, Any]:
+Values = dict[str, Any]
+"""Values of a template's variables, by name."""
+
+
+def parse(text: str) -> Values:
     """Parses a JSON object such as ``'{"enable_thinking": false}'``.
 
     Raises:
@@ -65,7 +71,7 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def check_date(text: Any, where: str = DATE_FLAG) -> str:
+def check_date(text: object, where: str = DATE_FLAG) -> str:
     """Returns a date of the form ``2026-01-31``.
 
     Args:
@@ -74,15 +80,13 @@ def check_date(text: Any, where: str = DATE_FLAG) -> str:
     Raises:
         UserError: it is not a date of this form.
     """
-    try:
-        if datetime.date.fromisoformat(text).isoformat() == text:
+    with contextlib.suppress(ValueError):
+        if isinstance(text, str) and datetime.date.fromisoformat(text).isoformat() == text:
             return text
-    except (TypeError, ValueError):
-        pass
     raise UserError("template-date", f"{where} {text}: set a date as YYYY-MM-DD, such as 2026-01-31")
 
 
-def of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def of(tokenizer: PreTrainedTokenizerBase) -> Values:
     """The values of a tokenizer's template variables, without the date."""
     return tokenizer.init_kwargs.get(KEY) or {}
 
@@ -92,7 +96,7 @@ def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return tokenizer.init_kwargs.get(DATE)
 
 
-def rendering(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def rendering(tokenizer: PreTrainedTokenizerBase) -> Values:
     """The keyword arguments for `apply_chat_template`: the values, and a clock that is fixed at the date."""
     values, date = of(tokenizer), date_of(tokenizer)
     if date is None:
@@ -101,7 +105,22 @@ def rendering(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return values | {NOW: moment.strftime}
 
 
-def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Sequence[Mapping[str, str]],
+    values: Values | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text of a chat; ``values`` in the place of `rendering`."""
+    values = rendering(tokenizer) if values is None else values
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in chat], tokenize=False, add_generation_prompt=add_generation_prompt, **values
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def for_server(tokenizer: PreTrainedTokenizerBase) -> Values:
     """The values with which a server, which renders chats with its own clock, prints the date.
 
     Raises:
@@ -111,14 +130,13 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if date is None:
         return values
 
-    def rendered(values: dict[str, Any]) -> str:
-        chat = [{"role": "user", "content": "?"}]
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **values)
+    def asked(values: Values) -> str:
+        return rendered(tokenizer, [{"role": "user", "content": "?"}], values, add_generation_prompt=True)
 
-    expected = rendered(rendering(tokenizer))
+    expected = asked(rendering(tokenizer))
     for sent in (values, values | {"date_string": datetime.date.fromisoformat(date).strftime("%d %b %Y")}):
         # The server's clock must not matter.
-        if all(rendered(sent | {NOW: lambda form, day=day: day}) == expected for day in ("one day", "another")):
+        if all(asked(sent | {NOW: lambda form, day=day: day}) == expected for day in ("one day", "another")):
             return sent
     raise UserError(
         "template-date-server",
@@ -127,7 +145,7 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     )
 
 
-def recorded_date(text: Any) -> str | None:
+def recorded_date(text: object) -> str | None:
     """The date that an earlier command recorded; None if it recorded no valid one."""
     try:
         return check_date(text)
@@ -206,7 +224,7 @@ def apply(
         raise UserError("field-type", f"{where}: must be a JSON object, found {type(values).__name__}")
     if not values:
         return
-    from transformers.utils.chat_template_utils import _get_template_variables
+    from transformers.utils.chat_template_utils import _get_template_variables  # see `_prints_date`
 
     reserved = {"messages", *inspect.signature(type(tokenizer).apply_chat_template).parameters}
     variables = sorted(_get_template_variables(tokenizer.get_chat_template()) - reserved)

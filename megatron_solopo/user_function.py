@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from megatron_solopo.errors import UserError
 
 
-def load_function(flag: str, name: str, choices: Iterable[str]) -> Callable[..., Any]:
+def load_function(flag: str, name: str, choices: Iterable[str]) -> Callable[..., object]:
     """Imports ``module:function``, from the current folder first, then from Python's path.
 
     Args:
@@ -71,7 +70,7 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def source_digest(function: Callable[..., Any]) -> str:
+def source_digest(function: Callable[..., object]) -> str:
     """sha256 of the file that holds the function, "" where it has none."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))

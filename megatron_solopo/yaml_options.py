@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from megatron_solopo.errors import UserError, nearest
 
-Options = dict[str, tuple[Any, str]]
+Options = dict[str, tuple[object, str]]
 """Name of an option -> (value, its place in the file). Numbers are texts, since the option defines the type."""
 
 
-def as_options(values: Mapping[str, Any], caller: str) -> Options:
+def as_options(values: Mapping[str, object], caller: str) -> Options:
     """Options that Python code has as values, as a file would have them.
 
     Args:
@@ -24,7 +24,7 @@ def as_options(values: Mapping[str, Any], caller: str) -> Options:
     return {name: (_as_written(value), f"{caller}: {name}") for name, value in values.items()}
 
 
-def _as_written(value: Any) -> Any:
+def _as_written(value: object) -> object:
     if value is None or isinstance(value, bool | str | dict):
         return value
     return [str(part) for part in value] if isinstance(value, list | tuple) else str(value)
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
     PyYAML follows YAML 1.1, where 010 is 8, 1:30 is 90, no is false and 1e-6 a text, and drops the first of two keys.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # of this class, not PyYAML's
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen = set()
@@ -58,7 +58,13 @@ class _Loader(yaml.SafeLoader):
         last = {key.value if isinstance(key, yaml.ScalarNode) else key: (key, value) for key, value in node.value}
         node.value = list(last.values())
 
-    def option(self, node: yaml.Node) -> Any:
+    def whole(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node))
+
+    def number(self, node: yaml.ScalarNode) -> float:
+        return float(self.construct_scalar(node))
+
+    def option(self, node: yaml.Node) -> object:
         """The value of an option: None, a bool, a text (numbers too), a list of texts, or a nested value."""
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float", ":str")):
             return node.value
@@ -84,8 +90,8 @@ for _tag, _pattern, _begins in (
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _begins)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
 
 class OptionFile:
@@ -116,7 +122,7 @@ class OptionFile:
             place = f"{self.path}{f':{mark.line + 1}' if mark else ''}"
             raise UserError("not-yaml", f"{place}: not valid YAML ({problem})") from None
 
-    def value(self, node: yaml.Node) -> Any:
+    def value(self, node: yaml.Node) -> object:
         """See `Options`."""
         if isinstance(node, yaml.SequenceNode) and all(isinstance(part, yaml.ScalarNode) for part in node.value):
             return [self._loader.option(part) for part in node.value]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_solopo.data.text.control import end_of_turn_id
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.rope import reach as reach_of
@@ -29,7 +30,7 @@ def check_device(device: str) -> None:
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
 
 
-def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> PreTrainedModel:
+def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model") -> PreTrainedModel:
     """A causal language model ready to generate; ``flag`` named its folder.
 
     Raises:
@@ -44,27 +45,28 @@ def load_model(folder: str, device: str, dtype: str, flag: str = "--model") -> P
     wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
         with reporting(f"loading {folder}"):
-            model, told = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=wanted, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason, seen = str(error).splitlines()[0], seen_in(folder)
         raise UserError(f"{flag} {folder}: cannot be loaded ({reason})" + (f"; {seen}" if seen else "")) from None
+    model, told = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)  # with `output_loading_info`
     if missing := sorted(told["missing_keys"]):  # transformers draws them, and goes on
         raise UserError(
             f"{flag} {folder}: {missing[0]} is not in its weights ({len(missing)} such), and would be random numbers; "
             "copy or convert the model again"
         )
-    return model.to(device).eval()
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps `to` without types
 
 
-def weight_facts(folder: str | Path) -> dict[str, Any]:
+def weight_facts(folder: str | Path) -> dict[str, str | dict[str, int]]:
     """What tells the weights in a Hugging Face folder from those that were there before, for a run that goes on.
 
     Config by content, weights by size and time of change: reading a large model takes minutes at every start,
     and whoever puts other weights into the folder writes the files anew.
     """
-    facts: dict[str, Any] = {}
+    facts: dict[str, str | dict[str, int]] = {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
         if path.name in ("config.json", "adapter_config.json"):
             facts[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -75,9 +77,9 @@ def weight_facts(folder: str | Path) -> dict[str, Any]:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a response: the tokenizer's end of turn and those of the model's generation config."""
-    own = model.generation_config.eos_token_id
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
-    return sorted({tokenizer.eos_token_id, *ids})
+    return sorted({end_of_turn_id(tokenizer), *ids})
 
 
 def reach(folder: str | Path) -> int | None:
@@ -120,6 +122,13 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
         )
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids have an embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    assert isinstance(rows, int)
+    return rows
+
+
 def check_rows(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
     """Refuses token ids that the model has no embedding for.
 
@@ -129,7 +138,7 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
     Raises:
         UserError: naming ``where`` and the largest id.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    rows = embedding_rows(model)
     if ids and max(ids) >= rows:
         raise UserError(
             f"{where}: token id {max(ids)} is beyond the {rows:,} embeddings of {model.name_or_path}; "

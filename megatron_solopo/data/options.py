@@ -42,11 +42,13 @@ FOLDERS = ("model", "tokenizer", "evidence_model")
 """Options that name a Hugging Face folder, or a model of a server."""
 
 
-def files_of(options: argparse.Namespace) -> list[tuple[str, str]]:
+def files_of(options: argparse.Namespace) -> list[tuple[str, str | None]]:
     """(option, what it names) of the files and folders of the model's, tokenizer's and prompt's options, for
     `check_outputs`."""
     named = {flag: getattr(options, flag[2:].replace("-", "_"), None) for flag in TEXTS}
-    found = [(flag, text[1:]) for flag, text in named.items() if text and text.startswith("@")]
+    found: list[tuple[str, str | None]] = [
+        (flag, text[1:]) for flag, text in named.items() if text and text.startswith("@")
+    ]
     folders = [(f"--{name.replace('_', '-')}", getattr(options, name, None)) for name in FOLDERS]
     return [*found, ("--chat-template", getattr(options, "chat_template", None)), *folders]
 
@@ -163,7 +165,7 @@ class TokenizerOptions:
 
     def load(self, begun_with: str | None = None, of_data: str | None = None) -> PreTrainedTokenizerBase:
         """See `chat.load_tokenizer`."""
-        from megatron_solopo.data.text.chat import load_tokenizer  # with transformers, which options do without
+        from megatron_solopo.data.text.chat import load_tokenizer  # with transformers and torch, which take 3 s
 
         tokenizer = load_tokenizer(
             self.folder,

@@ -11,16 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any
+from typing import cast
 
 from megatron_solopo.errors import UserError
 
-Work = Callable[..., Any]
+type Work[T] = Callable[..., T]
 
 
-def map_in_order(
-    make: Callable[..., Work], arguments: tuple[Any, ...], items: Sequence[tuple[Any, ...]], workers: int, **here: Any
-) -> Iterator[Any]:
+def map_in_order[T](
+    make: Callable[..., Work[T]],
+    arguments: tuple[object, ...],
+    items: Sequence[tuple[object, ...]],
+    workers: int,
+    **here: object,
+) -> Iterator[T]:
     """Yields ``work(*item)`` of each item, where every process has made its ``work = make(*arguments)`` once.
 
     Few results wait at a time, so that memory does not grow with the items. A worker ends with its parent, however that
@@ -43,10 +47,11 @@ def map_in_order(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__])
     pool = ProcessPoolExecutor(workers, context, _begin, (make, arguments))
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[Future[T]] = deque()
+    do = cast(Callable[..., T], _do)  # calls what `make` made in that process
     try:
         for item in items:
-            waiting.append(pool.submit(_do, *item))
+            waiting.append(pool.submit(do, *item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -60,22 +65,24 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-_work: Work
+_work: Work[object]
 """Of a worker process."""
 
 
-def _begin(make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+def _begin(make: Callable[..., Work[object]], arguments: tuple[object, ...]) -> None:
     global _work
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and waits for what is begun
     _work = make(*arguments)
 
 
-def _do(*item: Any) -> Any:
+def _do(*item: object) -> object:
     return _work(*item)
 
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)

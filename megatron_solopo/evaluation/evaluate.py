@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -31,7 +30,7 @@ from megatron_solopo.data.building.sources import (
 )
 from megatron_solopo.data.files.inputs import fingerprint, place
 from megatron_solopo.data.files.jobs import Jobs
-from megatron_solopo.data.files.records import write_jsonl
+from megatron_solopo.data.files.records import Record, write_jsonl
 from megatron_solopo.data.hf_model import DTYPES, check_device, check_reach, load_model, weight_facts
 from megatron_solopo.data.options import (
     TokenizerOptions,
@@ -50,7 +49,7 @@ from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS, Response, generate
-from megatron_solopo.evaluation.results import intervals_text, length_label, mean_interval
+from megatron_solopo.evaluation.results import LengthResult, intervals_text, length_label, mean_interval
 from megatron_solopo.metrics import metric_of
 from megatron_solopo.progress import ProgressBar
 
@@ -130,40 +129,50 @@ def build_items(
 
 
 def score_responses(
-    items: Sequence[Item], index: int, label: str, responses: Sequence[Response], normalisation: str | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metrics of one length and one record a question for the predictions file.
+    items: Sequence[Item],
+    index: int,
+    length: int,
+    unit: str,
+    responses: Sequence[Response],
+    normalisation: str | None = None,
+) -> tuple[LengthResult, list[Record]]:
+    """The scores at one length and one record a question for the predictions file.
 
     Args:
         index: of the length in every item's ``prompts``.
         responses: one a question, in the order of the items.
         normalisation: see `scoring.score`.
     """
-    records = [
+    answered = list(zip(items, responses, strict=True))
+    scores = {name: [score(name, one.text, item.answers, normalisation) for item, one in answered] for name in SCORERS}
+    intervals = {name: mean_interval(name, values) for name, values in scores.items()}
+    result = LengthResult(
+        length,
+        unit,
+        means={name: statistics.fmean(values) for name, values in scores.items()},
+        intervals={name: interval for name, (interval, _) in intervals.items()},
+        count=len(answered),
+        mean_prompt_tokens=statistics.fmean(len(item.prompts[index]) for item in items),
+        methods={name: method for name, (_, method) in intervals.items()},
+        cut=sum(not response.finished for response in responses),
+    )
+    records: list[Record] = [
         {
             "id": item.id,
-            "length": label,
+            "length": result.label,
             "question": item.question,
             "answers": item.answers,
             "prediction": response.text,
             "finished": response.finished,
-            **{name: score(name, response.text, item.answers, normalisation) for name in SCORERS},
+            **{name: values[number] for name, values in scores.items()},
             "prompt_tokens": len(item.prompts[index]),
         }
-        for item, response in zip(items, responses, strict=True)
+        for number, (item, response) in enumerate(answered)
     ]
-    values = {name: [record[name] for record in records] for name in SCORERS}
-    metrics: dict[str, Any] = {name: statistics.fmean(values[name]) for name in SCORERS}
-    metrics["count"] = len(records)
-    metrics["cut"] = sum(not record["finished"] for record in records)
-    metrics["mean_prompt_tokens"] = statistics.fmean(record["prompt_tokens"] for record in records)
-    intervals = {name: mean_interval(name, values[name]) for name in SCORERS}
-    metrics["interval"] = {name: list(interval) for name, (interval, _) in intervals.items()}
-    metrics["interval_method"] = {name: method for name, (_, method) in intervals.items()}
-    return metrics, records
+    return result, records
 
 
-def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
+def table_lines(results: Sequence[LengthResult]) -> list[str]:
     """The results for a terminal: a mean and its 95 % interval over questions for each metric and length.
 
     The last lines say how the intervals were computed, and what a cut answer is where there are any.
@@ -172,18 +181,17 @@ def table_lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
         f"{'context':<16}{'questions':>10}{'cut':>8}{'prompt tokens':>15}"
         + "".join(f"{metric_of(name).label:>22}" for name in SCORERS)
     ]
-    for label, values in metrics.items():
+    for one in results:
         cells = (
-            f"{values[name]:.3f} [{values['interval'][name][0]:.3f}, {values['interval'][name][1]:.3f}]"
-            for name in SCORERS
+            f"{mean:.3f} [{one.intervals[name][0]:.3f}, {one.intervals[name][1]:.3f}]"
+            for name, mean in one.means.items()
         )
         lines.append(
-            f"{label:<16}{values['count']:>10,}{values['cut']:>8,}{values['mean_prompt_tokens']:>15,.1f}"
+            f"{one.label:<16}{one.count:>10,}{one.cut or 0:>8,}{one.mean_prompt_tokens:>15,.1f}"
             + "".join(f"{cell:>22}" for cell in cells)
         )
-    how = intervals_text(values["interval_method"] for values in metrics.values())
-    lines.append(f"[low, high]: 95 % intervals over questions; {how}")
-    if any(values["cut"] for values in metrics.values()):
+    lines.append(f"[low, high]: 95 % intervals over questions; {intervals_text(one.methods for one in results)}")
+    if any(one.cut for one in results):
         lines.append("cut: answers that did not end within --max-new-tokens; they are scored as far as they go")
     return lines
 
@@ -306,15 +314,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `build_parser` reads -> the content of the results file and of the predictions file, which are written.
+def evaluate(options: argparse.Namespace) -> tuple[dict[str, Record], Record, list[Record]]:
+    """Evaluates and writes the two files; returns metrics by length, settings, and the predictions.
 
     Raises:
         UserError: an option or a file that cannot be, or a length that no question can be asked at.
     """
     unit = "documents" if options.context_documents is not None else "tokens"
     flag = f"--context-{unit}"
-    sizes = lengths_option(flag, options.context_documents if unit == "documents" else options.context_tokens)
+    sizes = lengths_option(flag, getattr(options, f"context_{unit}"))
     for name in ("limit", "max_new_tokens", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -331,7 +339,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str
 
 def _evaluate(
     options: argparse.Namespace, output: Path, sizes: list[int], unit: str, prompt_format: PromptFormat, jobs: Jobs
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Record], Record, list[Record]]:
     flag = f"--context-{unit}"
     named = TokenizerOptions.of(options, options.model)
     tokenizer = named.load(begun_with=jobs.settings.get(template_kwargs.DATE))
@@ -372,8 +380,8 @@ def _evaluate(
         )
     if known:
         print(f"resuming: {sum(map(len, known.values()))} of {len(items) * len(sizes)} answers were generated before")
-    metrics: dict[str, dict[str, Any]] = {}
-    records: list[dict[str, Any]] = []
+    results: list[LengthResult] = []
+    records: list[Record] = []
     for index, size in enumerate(sizes):
         label = length_label(size, unit)
 
@@ -390,23 +398,22 @@ def _evaluate(
             known=known.get(label),
             add=add,
         )
-        metrics[label], some = score_responses(items, index, label, responses, options.normalisation)
-        records += some
-    print("\n".join(table_lines(metrics)))
+        result, predictions = score_responses(items, index, size, unit, responses, options.normalisation)
+        results.append(result)
+        records += predictions
+    print("\n".join(table_lines(results)))
     write_jsonl(predictions_path(output), records)
-    results = {
-        "model": _full(options.model),
-        "data": ", ".join(map(_full, options.data)),
-        "metrics": metrics,
-        "settings": {
-            **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "left_out": dict(left_out),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    metrics = {result.label: result.record() for result in results}
+    settings: Record = {
+        **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "left_out": dict(left_out),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
-    write_text(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    names = {"model": _full(options.model), "data": ", ".join(map(_full, options.data))}
+    file = names | {"metrics": metrics, "settings": settings}
+    write_text(output, json.dumps(file, indent=2, ensure_ascii=False) + "\n")
     jobs.remove()
-    return results, records
+    return metrics, settings, records

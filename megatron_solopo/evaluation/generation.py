@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -87,7 +88,7 @@ def generate(
             for row, index in enumerate(batch):
                 ids[row, longest - lengths[index] :] = torch.tensor(prompts[index], dtype=torch.long)
                 mask[row, longest - lengths[index] :] = 1
-            out = model.generate(
+            out = cast(Any, model).generate(  # a GenerationMixin too, which its class does not say
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
@@ -97,7 +98,7 @@ def generate(
             answered = {}
             for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
                 end = next((position for position, token in enumerate(row) if token in stops), len(row))
-                text = tokenizer.decode(row[:end], skip_special_tokens=True)
+                text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
                 answered[index] = Response(text, finished=end < len(row))
             responses |= answered
             if add is not None:
@@ -115,10 +116,10 @@ class _Steps(StoppingCriteria):
         self._bar, self._tokens, self._steps = bar, tokens, steps
         self._step = self._counted = 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused: object) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: object, **unused: object) -> torch.BoolTensor:
         self._step += 1
         self._count(self._tokens * self._step // self._steps)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return cast(torch.BoolTensor, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
 
     def finish(self) -> None:
         """The batch has ended, maybe before the last step."""

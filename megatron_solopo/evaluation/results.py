@@ -109,6 +109,22 @@ class LengthResult:
     methods: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
 
+    @property
+    def label(self) -> str:
+        """Its key in an evaluation file."""
+        return length_label(self.length, self.unit)
+
+    def record(self) -> Record:
+        """What an evaluation file holds of it; `read_evaluation` reads it."""
+        return {
+            **self.means,
+            "count": self.count,
+            "cut": self.cut,
+            "mean_prompt_tokens": self.mean_prompt_tokens,
+            "interval": {name: list(interval) for name, interval in self.intervals.items()},
+            "interval_method": self.methods,
+        }
+
 
 @dataclass(frozen=True)
 class Evaluation:

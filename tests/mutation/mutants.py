@@ -192,7 +192,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "data/text/chat.py",
         CHAT,
-        ("end-of-turn token missed", "return [*ids, tokenizer.eos_token_id]", "return ids"),
+        ("end-of-turn token missed", "return [*ids, end_of_turn_id(tokenizer)]", "return ids"),
         (
             "end-of-turn token counted twice",
             "return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids",

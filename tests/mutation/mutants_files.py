@@ -91,7 +91,7 @@ CONVERSION = [
     *within(
         "data/text/tokenizer.py",
         TOKENIZERS,
-        ("SentencePiece without its prefix", "backend.normalizer = converter.normalizer(converter.proto)", "pass"),
+        ("SentencePiece without its prefix", "backend.normalizer = converter.normalizer(proto)", "pass"),
         ("merges by id", "generate_merges(ids, scores)", "generate_merges(ids, None)"),
         ("a tokenizer that differs accepted", "for text in PROBES if", "for text in () if"),
         ("ranks of any family as Llama 3's", 'if kind != "llama":', "if False:"),

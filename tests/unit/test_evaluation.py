@@ -17,6 +17,7 @@ from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import ask, evaluate
 from megatron_solopo.evaluation.generation import Response
+from megatron_solopo.evaluation.results import read_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -84,27 +85,24 @@ def test_evaluate_folds_spellings_by_choice(normalisation, expected):
     assert score("sub_em_plain", "O\u2019Brien", ["O'Brien"], normalisation) == 0.0  # the paper's, whatever is chosen
 
 
-def test_scores_of_known_responses():
+def test_scores_of_known_responses(tmp_path):
     items = [evaluate.Item(str(index), "?", ["The red fox", "fox"], [[1] * (index + 1)]) for index in range(4)]
     texts = ["Answer: red fox.", "the red fox", "wolf", "a red wolf"]
     responses = [Response(text, finished=text != "wolf") for text in texts]
-    metrics, records = evaluate.score_responses(items, 0, "8 documents", responses)
-    assert (metrics["sub_em"], metrics["em"], metrics["count"], metrics["mean_prompt_tokens"]) == (0.5, 0.25, 4, 2.5)
-    assert metrics["f1"] == pytest.approx(
-        (4 / 5 + 1 + 0 + 1 / 2) / 4
-    )  # words in common: 2 of 3 + 2, all, none, 1 of 2 + 2
+    result, records = evaluate.score_responses(items, 0, 8, "documents", responses)
+    means = result.means
+    assert (means["sub_em"], means["em"], result.count, result.mean_prompt_tokens) == (0.5, 0.25, 4, 2.5)
+    assert means["f1"] == pytest.approx((4 / 5 + 1 + 0 + 1 / 2) / 4)  # words in common: 2 of 3 + 2, all, 0, 1 of 2 + 2
     assert [record["sub_em"] for record in records] == [1, 1, 0, 0]
-    assert [record["finished"] for record in records] == [True, True, False, True] and metrics["cut"] == 1
-    assert metrics["interval_method"] == {
-        **dict.fromkeys(("sub_em", "sub_em_plain", "em"), "wilson"),
-        "f1": "wilson_bound",
-    }
+    assert [record["finished"] for record in records] == [True, True, False, True] and result.cut == 1
+    assert result.methods == {**dict.fromkeys(("sub_em", "sub_em_plain", "em"), "wilson"), "f1": "wilson_bound"}
     # Wilson's interval of 2 out of 4 is centred on 1/2, its half width z / (2 sqrt(n + z^2)).
     half = 1.959964 / (2 * (4 + 1.959964**2) ** 0.5)
-    assert metrics["interval"]["sub_em"] == pytest.approx([0.5 - half, 0.5 + half])
-    assert re.search(
-        r"8 documents +4 +1 +2\.5 +0\.500 \[0\.150, 0\.850\]", evaluate.table_lines({"8 documents": metrics})[1]
-    )
+    assert result.intervals["sub_em"] == pytest.approx([0.5 - half, 0.5 + half])
+    assert re.search(r"8 documents +4 +1 +2\.5 +0\.500 \[0\.150, 0\.850\]", evaluate.table_lines([result])[1])
+    written = {"model": "m", "data": "d", "metrics": {result.label: result.record()}}
+    (tmp_path / "e.json").write_text(json.dumps(written))
+    assert read_evaluation(str(tmp_path / "e.json")).results == (result,)
 
 
 def test_results_name_model_and_data_from_anywhere(folder, questions, tmp_path, monkeypatch):

@@ -159,18 +159,24 @@ def build_contexts(
 
 def _grow(distractors: Distractors, size: int, smaller: Context, arrange: Callable[[], Context]) -> Context:
     """``smaller`` with so many more distractors that it has ``size`` tokens."""
-    if (1 - TOKEN_TOLERANCE) * size <= smaller.tokens <= size:
+    tokens = _tokens(smaller)
+    if (1 - TOKEN_TOLERANCE) * size <= tokens <= size:
         return smaller
-    if smaller.tokens > size:
+    if tokens > size:
         raise CannotBuild("the question and its gold paragraphs alone are longer than {size}")
     built = [smaller]
 
     def count() -> int:
         built.append(arrange())
-        return built[-1].tokens
+        return _tokens(built[-1])
 
-    distractors.grow_to_tokens(size, smaller.tokens, count)
+    distractors.grow_to_tokens(size, tokens, count)
     return built[-1]
+
+
+def _tokens(context: Context) -> int:
+    assert context.tokens is not None, "sizes in documents"
+    return context.tokens
 
 
 def _keep(gold: list[Paragraph], drop_share: float, rng: random.Random) -> list[Paragraph]:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import cast
 
 import bm25s
 import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.answers import UNSPACED, mentions, normalise, stated_golds
 from megatron_solopo.data.building.sources import CannotUse
-from megatron_solopo.data.schema import Question
+from megatron_solopo.data.hf_model import check_rows, reach
+from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.text.chat import prompt_ids, response_ids
 from megatron_solopo.data.text.prompt import PromptFormat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINDERS = ("labels", "bm25", "log-prob")
 """What ``--evidence`` knows; ``labels`` are those of the data."""
@@ -38,12 +38,9 @@ _TOKENS = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
 def rank_by_bm25(question: Question) -> list[int]:
     """BM25 of question and answers among the question's own paragraphs, the best one's words counting a little."""
     texts = [f"{paragraph.title}. {paragraph.text}" for paragraph in question.paragraphs]
-    query, *documents = bm25s.tokenize(
-        [" ".join([question.question, *question.answers]), *texts],
-        token_pattern=_TOKENS,
-        return_ids=False,
-        show_progress=False,
-    )
+    asked = " ".join([question.question, *question.answers])
+    tokenised = bm25s.tokenize([asked, *texts], token_pattern=_TOKENS, return_ids=False, show_progress=False)
+    query, *documents = cast(list[list[str]], tokenised)  # words, without `return_ids`
     if not any(documents):
         return list(range(len(texts)))
     index = bm25s.BM25()
@@ -66,10 +63,8 @@ class LogProbFinder:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
-        from megatron_solopo.data.hf_model import reach
-
         self._model, self._tokenizer, self._format = model, tokenizer, prompt_format
-        self._positions = reach(model.name_or_path)
+        self._positions = reach(str(model.name_or_path))
 
     def __call__(self, question: Question) -> list[int]:
         drops = self.drops(question)
@@ -88,11 +83,7 @@ class LogProbFinder:
             for index in range(len(paragraphs))
         ]
 
-    def _log_prob(self, question: Question, paragraphs: Sequence) -> float:
-        import torch
-
-        from megatron_solopo.data.hf_model import check_rows
-
+    def _log_prob(self, question: Question, paragraphs: Sequence[Paragraph]) -> float:
         messages = self._format.messages(question.question, paragraphs)
         prompt = prompt_ids(self._tokenizer, messages)
         response = response_ids(self._tokenizer, messages, question.answer)

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -126,5 +125,5 @@ def _dump(question: Question) -> bytes:
 
 def _load(line: bytes) -> Question:
     question_id, question, answer, aliases, paragraphs = json.loads(line)
-    made: tuple[Any, ...] = tuple(Paragraph(*paragraph) for paragraph in paragraphs)
+    made = tuple(Paragraph(*paragraph) for paragraph in paragraphs)
     return Question(question_id, question, answer, tuple(aliases), made)

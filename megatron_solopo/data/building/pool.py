@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +95,7 @@ def _count_tokens(file: BinaryIO, rows: np.ndarray, prompt_format: PromptFormat,
     with ProgressBar(total=len(rows), desc="lengths", unit="paragraph", leave=False) as bar:
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
-            texts = [_length_text(_read(file.fileno(), rows[row]), prompt_format) for row in batch]
+            texts = [_length_text(_read(file.fileno(), rows, row), prompt_format) for row in batch]
             rows["tokens"][batch] = count(texts)
             bar.update(len(batch))
 
@@ -151,27 +151,28 @@ class DistractorPool:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Candidate:
-        return Candidate(_read(self._file.fileno(), self._rows[row]), int(self._rows["tokens"][row]))
+        return Candidate(_read(self._file.fileno(), self._rows, row), int(self._rows["tokens"][row]))
 
     def typical_lengths(self) -> tuple[int, int] | None:
         """Tokens that 5 % and 75 % of the paragraphs stay below; None where there are none."""
         total = len(self._lengths)
         return (int(self._lengths[total // 20]), int(self._lengths[3 * total // 4])) if total else None
 
-    def of_length(self, low: int, high: int) -> Sequence[int]:
+    def of_length(self, low: int, high: int) -> np.ndarray:
         """Rows of the paragraphs of ``low`` to ``high`` tokens, the shortest first."""
         first = np.searchsorted(self._lengths, low, "left")
         return self._by_length[first : np.searchsorted(self._lengths, high, "right")]
 
     def candidates_for(self, paragraphs: Iterable[Paragraph]) -> list[Candidate]:
         """Candidates of any paragraphs; those in the pool are not measured again."""
-        found: dict[Paragraph, Candidate | None] = {}
+        found: dict[Paragraph, Candidate] = {}
         plain = [Paragraph(paragraph.title, paragraph.text) for paragraph in paragraphs]
         for paragraph in plain:
             row = int(np.searchsorted(self._digests, np.uint64(_digest(paragraph))))
             known = self[row] if row < len(self) and self._digests[row] == _digest(paragraph) else None
-            found[paragraph] = known if known and known.paragraph == paragraph else None
-        new = [paragraph for paragraph, candidate in found.items() if candidate is None]
+            if known and known.paragraph == paragraph:
+                found[paragraph] = known
+        new = [paragraph for paragraph in dict.fromkeys(plain) if paragraph not in found]
         lengths = self._count([_length_text(p, self._format) for p in new]) if self._count and new else [0] * len(new)
         found |= {paragraph: Candidate(paragraph, length) for paragraph, length in zip(new, lengths, strict=True)}
         return [found[paragraph] for paragraph in plain]
@@ -205,5 +206,5 @@ def _digest(paragraph: Paragraph) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _read(descriptor: int, row: np.void) -> Paragraph:
-    return Paragraph(*json.loads(os.pread(descriptor, int(row["size"]), int(row["offset"]))))
+def _read(descriptor: int, rows: np.ndarray, row: int) -> Paragraph:
+    return Paragraph(*json.loads(os.pread(descriptor, int(rows["size"][row]), int(rows["offset"][row]))))

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from megatron_solopo.data.building.evidence import FINDERS
 from megatron_solopo.data.building.first_pass import Ingested, ingest
 from megatron_solopo.data.building.second_pass import (
     LEFT_OUT,
+    SUMMARY,
     TRAIN,
     VALIDATION,
     BuildSettings,
@@ -35,6 +35,7 @@ from megatron_solopo.data.building.sources import add_source_option, load_source
 from megatron_solopo.data.files.inputs import TABLES, fingerprint, place, read_records
 from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import read_text
+from megatron_solopo.data.hf_model import weight_facts
 from megatron_solopo.data.memory import give_back_freed_memory
 from megatron_solopo.data.options import (
     TokenizerOptions,
@@ -236,13 +237,11 @@ def _excluded(path: str | None) -> frozenset[str]:
 
 def _settings(
     options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that decides the output's bytes."""
     how = dataclasses.asdict(build)
     del how["tokenizer"]  # names of files, whose content is told
     if build.evidence_model:
-        from megatron_solopo.data.hf_model import weight_facts
-
         how["evidence_weights"] = weight_facts(build.evidence_model)
     if digest := load_source(build.source).digest:
         how["source_code"] = digest
@@ -334,7 +333,7 @@ def _build(
     """Builds what a killed run has not built yet, and puts the files in their places."""
     summary, done = Summary(left_out=Counter(reason for _, reason in prepared.left_out)), 0
     for job in islice(jobs.finished(), 1, None):
-        summary.merge(Summary.from_json(job["summary"]))
+        summary.merge(SUMMARY.validate_python(job["summary"]))
         done = job["job"]
     if done:
         print(f"resuming: {done} of {prepared.questions} questions were done before")
@@ -344,7 +343,7 @@ def _build(
             summary.merge(batch.summary)
             bar.update(batch.stop - done)
             done = batch.stop
-            jobs.add(done, {"summary": batch.summary.to_json()}, batch.parts)
+            jobs.add(done, {"summary": SUMMARY.dump_python(batch.summary)}, batch.parts)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in summary.left_out.most_common())
     if not summary.counts["kept"]:
         jobs.remove()  # there is nothing in it

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.answers import golds
@@ -18,6 +18,7 @@ from megatron_solopo.data.building.first_pass import QuestionFile
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import CannotUse
+from megatron_solopo.data.hf_model import load_model
 from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.schema import Question
 from megatron_solopo.data.text.counting import TokenCounter
@@ -106,15 +107,6 @@ class Summary:
         for name, spread in other.spreads.items():
             self.spreads.setdefault(name, Spread()).merge(spread)
 
-    def to_json(self) -> dict[str, Any]:
-        spreads = {name: vars(spread) for name, spread in self.spreads.items()}
-        return {"counts": dict(self.counts), "left_out": dict(self.left_out), "spreads": spreads}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Summary:
-        spreads = {name: Spread(**spread) for name, spread in value["spreads"].items()}
-        return cls(Counter(value["counts"]), Counter(value["left_out"]), spreads)
-
     def lines(self) -> list[str]:
         """The summary for a person."""
         counts, spreads = self.counts, self.spreads
@@ -147,6 +139,10 @@ class Summary:
         return lines
 
 
+SUMMARY = TypeAdapter(Summary)
+"""To and from JSON."""
+
+
 def _mean(spread: Spread) -> float:
     return spread.total / spread.count
 
@@ -172,9 +168,7 @@ class Builder:
         self._pool = DistractorPool.open(folder, settings.prompt_format, count)
         self._rank: Rank | None = rank_by_bm25 if settings.evidence == "bm25" else None
         if settings.evidence == "log-prob":
-            from megatron_solopo.data.hf_model import load_model
-
-            model = load_model(settings.evidence_model, settings.device, "auto", "--evidence-model")
+            model = load_model(str(settings.evidence_model), settings.device, "auto", "--evidence-model")
             self._rank = LogProbFinder(model, tokenizer, settings.prompt_format)
 
     def build(self, start: int, stop: int) -> Batch:
@@ -234,7 +228,7 @@ def left_out_line(question_id: str, reason: str) -> bytes:
     return _line({"id": question_id, "reason": reason})
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 

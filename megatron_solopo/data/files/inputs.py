@@ -7,13 +7,13 @@ import contextlib
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, cast
 
 from megatron_solopo import json_text
 from megatron_solopo.data.files import parquet, records
-from megatron_solopo.data.files.records import HALF, check_encodes
+from megatron_solopo.data.files.records import HALF, Record, check_encodes
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
@@ -31,7 +31,7 @@ _CHUNK = 1 << 20
 _SPACES = " \t\r\n"
 
 
-def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, Record]]:
     """Yields ``(where, record)`` of every input, in order; ``where`` names the file and line, or the row.
 
     An input is a JSONL file, a ``.json`` file that holds one array (HotpotQA's and 2WikiMultihopQA's own files),
@@ -57,7 +57,7 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
             else:
                 yield from _rows(text, text, None, "train")
         elif path.suffix == ".arrow" and path.is_file():
-            yield from _rows(text, "arrow", None, "train", data_files=text)
+            yield from _rows(text, "arrow", None, "train", text)
         elif path.suffix == ".csv" and path.is_file():
             yield from _csv(path)
         elif path.suffix == ".json" and path.is_file() and _starts_an_array(path):
@@ -66,12 +66,13 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, 
             yield from records.read_records(path)
 
 
-def first_field(given: str | Path, name: str) -> Any:
-    """A field of the first record of an input; None where there is no such record or field."""
+def first_field(given: str | Path, name: str) -> str | None:
+    """A text of the first record of an input; None where there is no such record or field."""
     try:
-        return next((record.get(name) for _, record in read_records([given])), None)
+        value = next((record.get(name) for _, record in read_records([given])), None)
     except UserError:
         return None  # whoever reads the records says why
+    return value if isinstance(value, str) else None
 
 
 @contextlib.contextmanager
@@ -146,15 +147,18 @@ def _hub_parts(text: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
-def _rows(given: str, name: str, config: str | None, split: str, **files: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(
+    given: str, name: str, config: str | None, split: str, file: str | None = None
+) -> Iterator[tuple[str, Record]]:
     import datasets  # takes a second, and most inputs do not need it
 
     with _told(given):
         if _is_saved(name):
             rows = datasets.load_from_disk(name)
-            splits = rows if isinstance(rows, datasets.DatasetDict) else {str(rows.split or "train"): rows}
+            loaded = rows if isinstance(rows, datasets.DatasetDict) else {str(rows.split or "train"): rows}
         else:
-            splits = {split: datasets.load_dataset(name, config, split=split, **files)}
+            loaded = {split: datasets.load_dataset(name, config, split=split, data_files=file)}
+    splits = cast(Mapping[str, Iterable[Record]], loaded)
     if (rows := splits.get(split)) is None:
         raise UserError(
             f"{given}: has no split {split}, only {', '.join(splits)}; give hub:{name}::SPLIT with one of these"
@@ -165,10 +169,10 @@ def _rows(given: str, name: str, config: str | None, split: str, **files: str) -
 
 def _train_files(folder: Path) -> list[Path]:
     """The files of a folder's split ``train``, as `datasets` finds them: by their names, or as its README.md says."""
-    import datasets
+    import datasets  # see `_rows`
 
     with _told(str(folder)):
-        splits = datasets.load_dataset_builder(str(folder)).config.data_files
+        splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
     if "train" not in splits:
         raise UserError(
             f"{folder}: has no split train, only {', '.join(map(str, splits))}; give its files, or hub:{folder}::SPLIT"
@@ -189,7 +193,7 @@ def _told(given: str) -> Iterator[None]:
         raise UserError(f"{given}: datasets cannot load it ({reason[:300]})") from None
 
 
-def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(path: Path) -> Iterator[tuple[str, Record]]:
     """The rows of a CSV file, named by their first lines; each cell is a text: a guess would make 12 of the id 0012."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -218,7 +222,7 @@ def _starts_an_array(path: Path) -> bool:
         return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _array(path: Path) -> Iterator[tuple[str, Record]]:
     """The objects of one JSON array, one in memory at a time; an error names the line an object starts in."""
     with path.open(encoding="utf-8-sig") as file:
         try:
@@ -227,7 +231,7 @@ def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
 
 
-def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, Record]]:
     decoder, text, position, line = json_text.DECODER, "", 0, 1
 
     def more() -> bool:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -25,9 +25,15 @@ LOG = "jobs.jsonl"
 """The log of work that has a folder."""
 
 
-def differences(made: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[tuple[str, Any, Any]]:
+Line = dict[str, Any]
+"""A line of a log, which this package wrote: whoever reads a field knows what it wrote there."""
+
+
+def differences(
+    made: Mapping[str, object], now: Mapping[str, object], where: str = ""
+) -> list[tuple[str, object, object]]:
     """(name, value then, value now) of settings that are not equal; names of nested ones are joined by dots."""
-    differing = []
+    differing: list[tuple[str, object, object]] = []
     for key in sorted(made.keys() | now.keys()):
         before, after = made.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -57,7 +63,8 @@ class Jobs:
     """
 
     def __init__(self, place: Path, streams: Sequence[str] | None = None) -> None:
-        self.place, self.lines = place, {}
+        self.place = place
+        self.lines: dict[object, int] = {}
         self._folder = place if streams is not None else None
         self._log = place if streams is None else place / LOG
         self._names = tuple(streams or ())
@@ -75,7 +82,7 @@ class Jobs:
             raise
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Line:
         return self.head.get("settings", {})
 
     def _open(self) -> BinaryIO:
@@ -113,7 +120,12 @@ class Jobs:
         else:
             self._log.unlink(missing_ok=True)
 
-    def begin(self, settings: Mapping[str, Any], preparation: Sequence[str] = (), **head: Any) -> None:
+    def begin(
+        self,
+        settings: Mapping[str, object],
+        preparation: Sequence[object] = (),
+        head: Mapping[str, object] | None = None,
+    ) -> None:
         """Resumes the work, or begins it where nothing is finished.
 
         Args:
@@ -136,15 +148,15 @@ class Jobs:
         elif not self._empty:
             self._resume()
         if self._empty:
-            self.restart(settings, **head)
+            self.restart(settings, head)
 
-    def restart(self, settings: Mapping[str, Any], **head: Any) -> None:
+    def restart(self, settings: Mapping[str, object], head: Mapping[str, object] | None = None) -> None:
         """Begins anew, whatever is finished; ``head`` is what the first line says beside the settings."""
         self.lines.clear()
         for path in self._folder.iterdir() if self._folder is not None else ():
             if path != self._log:
                 path.unlink() if not path.is_dir() else shutil.rmtree(path)
-        self._empty, self._size, self.head = True, 0, {"settings": dict(settings), **head}
+        self._empty, self._size, self.head = True, 0, {"settings": dict(settings), **(head or {})}
         self._file.truncate(0)
         self._open_streams(dict.fromkeys(self._names, 0))
         self._write(self.head)
@@ -174,7 +186,7 @@ class Jobs:
             file.truncate(size)
             file.seek(size)
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _lines(self) -> Generator[tuple[int, Line]]:
         """Where each whole line begins, and what it says; `_end` is where it ends."""
         self._end = 0
         with self._log.open("rb") as lines:
@@ -190,12 +202,12 @@ class Jobs:
                 start, self._end = self._end, self._end + len(line)
                 yield start, record
 
-    def _jobs(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _jobs(self) -> Iterator[tuple[int, Line]]:
         lines = self._lines()
         next(lines, None)
         yield from lines
 
-    def _finished(self, job: dict[str, Any], start: int) -> None:
+    def _finished(self, job: Line, start: int) -> None:
         """Keeps where a finished job's line begins; called for each when the work is resumed, and by `add`."""
         name = job["job"]
         self.lines[tuple(name) if isinstance(name, list) else name] = start
@@ -208,7 +220,7 @@ class Jobs:
         """Whether no job is finished."""
         return self._empty
 
-    def add(self, name: Any, known: Mapping[str, Any], parts: Mapping[str, bytes] | None = None) -> None:
+    def add(self, name: object, known: Mapping[str, object], parts: Mapping[str, bytes] | None = None) -> None:
         """Notes a finished job.
 
         Args:
@@ -219,7 +231,7 @@ class Jobs:
         Raises:
             UserError: the disk is full; the job is not noted, and others still can be.
         """
-        job = {"job": name, **known}
+        job: Line = {"job": name, **known}
         start, before = self._size, {stream: self._streams[stream].tell() for stream in parts or ()}
         try:
             for stream, part in (parts or {}).items():
@@ -235,7 +247,7 @@ class Jobs:
         self._empty = False
         self._finished(job, start)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Mapping[str, object]) -> None:
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         try:
             self._append(self._file, line)
@@ -254,14 +266,14 @@ class Jobs:
                 f"{self.place}: {system_reason(error)}; make room and repeat the command, what is finished is kept"
             ) from None
 
-    def read(self, start: int) -> dict[str, Any]:
+    def read(self, start: int) -> Line:
         """The job whose line begins at a byte of the log."""
         if self._reader is None:
             self._reader = self._log.open("rb")
         self._reader.seek(start)
         return parse_line(self._reader.readline(), f"{self._log}, byte {start}")
 
-    def finished(self) -> Iterator[dict[str, Any]]:
+    def finished(self) -> Iterator[Line]:
         """The finished jobs, in the order they were finished in."""
         for _, job in self._jobs():
             yield job

@@ -8,16 +8,19 @@ columns a reader asks for is read too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_solopo.atomic import new_file
 from megatron_solopo.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _SPANS = pa.list_(pa.struct({"start": pa.int64(), "end": pa.int64(), "gold": pa.bool_()}))
@@ -47,7 +50,7 @@ ROWS = 64
 """Rows in a row group, and rows in memory while one is read: about 3 MB of groups with an 8K context."""
 
 
-def write_groups(path: str | Path, groups: Iterable[Any]) -> int:
+def write_groups(path: str | Path, groups: Iterable[DataclassInstance]) -> int:
     """Writes preference groups, aside first and renamed at the end; returns the count."""
     count, groups = 0, iter(groups)
     with new_file(path, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
@@ -57,7 +60,7 @@ def write_groups(path: str | Path, groups: Iterable[Any]) -> int:
     return count
 
 
-def _row(group: Any) -> dict[str, Any]:
+def _row(group: DataclassInstance) -> dict[str, Any]:
     row = dataclasses.asdict(group)
     row["scores"] = [{"name": name, "value": value} for name, value in row["scores"].items()]
     for name in ("short_spans", "long_spans"):
@@ -67,7 +70,7 @@ def _row(group: Any) -> dict[str, Any]:
 
 def read_rows(
     path: str | Path, row_group: int | None = None, first_row: int = 1, skip: int = 0, count: int | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields ``("file:row N", record)``; a null is an absent field.
 
     Parts of one row group that a process reads in their order decode it once.
@@ -144,7 +147,7 @@ class _Batches:
             type(self)._kept = self
 
 
-def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[str, Any]]:
+def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[str, object]]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -176,16 +179,16 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def record_of(row: dict[str, Any]) -> dict[str, Any]:
+def record_of(row: Mapping[str, object]) -> dict[str, object]:
     """A table's row as the record that it was made of; a null is an absent field."""
     record = {name: value for name, value in row.items() if value is not None}
     scores = record.get("scores")
     if isinstance(scores, list) and all(isinstance(s, dict) and s.keys() == {"name", "value"} for s in scores):
         record["scores"] = {score["name"]: score["value"] for score in scores}
     for name in ("short_spans", "long_spans"):
-        if isinstance(record.get(name), list):
+        if isinstance(spans := record.get(name), list):
             record[name] = [
                 [span.get("start"), span.get("end"), span.get("gold")] if isinstance(span, dict) else span
-                for span in record[name]
+                for span in spans
             ]
     return record

@@ -10,16 +10,19 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_solopo import json_text
 from megatron_solopo.atomic import new_file
 from megatron_solopo.data.files import parquet
 from megatron_solopo.errors import UserError
 from megatron_solopo.model_folder import download
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Record = dict[str, object]
 """A JSON object or a row of a table, not checked yet."""
@@ -132,7 +135,7 @@ def parse_line(line: bytes, where: str) -> Record:
     return record
 
 
-def check_encodes(value: Any, where: str) -> None:
+def check_encodes(value: object, where: str) -> None:
     """JSON can hold halves of surrogate pairs (``"\\ud83d"``), which no tokenizer and no file takes.
 
     Raises:
@@ -182,18 +185,17 @@ def scan(path: str | Path) -> tuple[str, list[Part]]:
     return digest.hexdigest(), parts
 
 
-def write_records(path: str | Path, records: Iterable[Any]) -> int:
+def write_records(path: str | Path, records: Iterable[DataclassInstance]) -> int:
     """Writes preference groups as JSONL or Parquet, aside first and renamed at the end; returns the count."""
     return parquet.write_groups(path, records) if is_parquet(path) else write_jsonl(path, records)
 
 
-def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object] | DataclassInstance]) -> int:
     """Writes dataclasses or dicts, one a line, aside first and renamed at the end; returns the count."""
     count = 0
     with new_file(path) as out:
         for record in records:
-            if dataclasses.is_dataclass(record):
-                record = dataclasses.asdict(record)
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            written = record if isinstance(record, Mapping) else dataclasses.asdict(record)
+            out.write(json.dumps(written, ensure_ascii=False) + "\n")
             count += 1
     return count

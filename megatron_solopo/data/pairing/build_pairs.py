@@ -182,7 +182,7 @@ def _group(
         long_messages=pair.long_messages,
         chosen=chosen.text,
         rejected=rejected.text,
-        answers=pair.answers,
+        answers=[*pair.answers],
         scores={"chosen": chosen.score, "rejected": rejected.score, **scores},
         source=pair.source,
         question=pair.question,
@@ -289,17 +289,15 @@ def _check(options: argparse.Namespace) -> None:
             )
 
 
+def _count_tokens(folder: str) -> Callable[[str], int]:
+    # Not at the top: with transformers and torch, which take 3 s and the rest does without.
+    from megatron_solopo.data.text.tokenizer import encode, read_tokenizer
+
+    tokenizer = read_tokenizer(folder)
+    return lambda text: len(encode(tokenizer, text))
+
+
 def _pairing(options: argparse.Namespace, score: Score) -> Pairing:
-    count: Callable[[str], int] | None = None
-    if options.tokenizer:
-        # Here, because it brings torch, which takes seconds and the rest does without.
-        from megatron_solopo.data.text.tokenizer import encode, read_tokenizer
-
-        tokenizer = read_tokenizer(options.tokenizer)
-
-        def count(text: str) -> int:
-            return len(encode(tokenizer, text))
-
     return Pairing(
         score=score,
         right_above=options.right_above,
@@ -310,7 +308,7 @@ def _pairing(options: argparse.Namespace, score: Score) -> Pairing:
         all_wrong=options.all_wrong,
         keep_unfinished=options.keep_unfinished,
         seed=options.seed,
-        count_tokens=count,
+        count_tokens=_count_tokens(options.tokenizer) if options.tokenizer else None,
     )
 
 

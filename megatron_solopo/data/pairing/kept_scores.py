@@ -34,7 +34,7 @@ def kept_scores(name: str, scorer: Scorer, output: Path) -> Iterator[Score]:
         yield scored
         return
     with Jobs(output.with_name(output.name + ".partial")) as jobs:
-        jobs.begin({"version": __version__, "scorer": name}, code=scorer.digest)
+        jobs.begin({"version": __version__, "scorer": name}, head={"code": scorer.digest})
         if not jobs.empty:
             changed = "" if jobs.head["code"] == scorer.digest else f"; the code of {name} is another now"
             print(

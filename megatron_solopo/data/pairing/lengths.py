@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 FEWEST = 20
 """Pairs below which a difference is chance."""
@@ -73,9 +74,6 @@ def _mean(counts: Counter[int]) -> float:
 
 
 def _spread(counts: Counter[int]) -> str:
-    half, seen = (counts.total() + 1) // 2, 0
-    for length in sorted(counts):
-        seen += counts[length]
-        if seen >= half:
-            break
-    return f"mean {_mean(counts):.1f}, median {length}, {min(counts)} to {max(counts)}"
+    half, seen = (counts.total() + 1) // 2, accumulate(counts[length] for length in sorted(counts))
+    median = next(length for length, count in zip(sorted(counts), seen, strict=True) if count >= half)
+    return f"mean {_mean(counts):.1f}, median {median}, {min(counts)} to {max(counts)}"

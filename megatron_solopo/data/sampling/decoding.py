@@ -11,7 +11,7 @@ every row's keys for every other row where there is no flash attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -22,6 +22,9 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
 )
+from transformers.cache_utils import CacheLayerMixin
+
+from megatron_solopo.data.hf_model import embedding_rows
 
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits [rows, vocabulary] and uniform numbers [rows] to token ids [rows]."""
@@ -29,6 +32,13 @@ Job = tuple[Sequence[int], torch.Tensor]
 """A prompt's token ids, and [samples, steps] uniform numbers: steps is the most tokens a response may have."""
 _NAME = "solopo_shared_prompt"
 _ROOM = 32  # keys that a row's first buffer has room for; full buffers double
+
+
+def _states(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer of a cache."""
+    if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+        raise TypeError(f"{type(layer).__name__} has no keys and values")
+    return layer.keys, layer.values
 
 
 class _Prompt:
@@ -48,7 +58,7 @@ class _Prompt:
         ids, self.numbers = job
         self.length, self.logits = len(ids), logits
         self.tokens: list[list[int]] = [[] for _ in self.numbers]
-        self.states = [(layer.keys, layer.values) for layer in cache.layers]
+        self.states = [_states(layer) for layer in cache.layers]
         self.started = self.ended = 0
 
     def add(self, sample: int, token: int, stops: Collection[int]) -> bool:
@@ -101,7 +111,8 @@ class _Rows:
         if self._span > self._room:
             self._room *= 2
             self.own = {
-                layer: tuple(self._buffer(part.shape[1:], part) for part in parts) for layer, parts in self.own.items()
+                layer: (self._buffer(keys.shape[1:], keys), self._buffer(values.shape[1:], values))
+                for layer, (keys, values) in self.own.items()
             }
         self._row, self._last = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
         rows_of: dict[_Prompt, list[int]] = {}
@@ -110,7 +121,7 @@ class _Rows:
         self._prompts = {prompt: torch.tensor(rows, device=device) for prompt, rows in rows_of.items()}
         self._order = torch.cat(list(self._prompts.values()))
         self._back = self._order.argsort()
-        self._biases: dict[Any, torch.Tensor | None] = {}
+        self._biases: dict[tuple[_Prompt | None, int | None], torch.Tensor | None] = {}
 
     def _buffer(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         """Zeros, because a masked key counts zero times its value, which must be a number."""
@@ -156,8 +167,9 @@ class _Rows:
         """
         rows, heads = key.shape[:2]
         if layer not in self.own:
-            self.own[layer] = tuple(
-                part.new_zeros(self.count, heads, self._room, part.shape[-1]) for part in (key, value)
+            self.own[layer] = (
+                key.new_zeros(self.count, heads, self._room, key.shape[-1]),
+                value.new_zeros(self.count, heads, self._room, value.shape[-1]),
             )
         keys, values = self.own[layer]
         keys[self._row, :, self._last], values[self._row, :, self._last] = key, value
@@ -248,12 +260,14 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     shared_prompts: _Rows,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface of an attention function; query, key and value are [rows, heads, 1, dimension]."""
     query, key, value = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = shared_prompts.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap, s_aux)
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    out = shared_prompts.attend(layer, query, key, value, scale, sliding_window, softcap, s_aux)
     return out[:, None], None
 
 
@@ -274,7 +288,7 @@ def _step(model: PreTrainedModel, rows: _Rows) -> torch.Tensor:
     live = [(prompt, prompt.tokens[sample]) for prompt, sample in rows.live]
     ids = torch.tensor([[tokens[-1]] for _, tokens in live], device=model.device)
     positions = torch.tensor([[prompt.length + len(tokens) - 1] for prompt, tokens in live], device=model.device)
-    own = model.config._attn_implementation
+    own = str(model.config._attn_implementation)
     model.set_attn_implementation(_NAME)
     try:
         return model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=rows).logits[:, -1]
@@ -290,7 +304,7 @@ def decode(
     rows: int,
     draw: Draw,
     stops: Collection[int],
-    ended: Callable[[int], Any] = lambda count: None,
+    ended: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Samples continuations, ``rows`` of them at a time.
 
@@ -343,7 +357,7 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         numbers = self._numbers[:, input_ids.shape[1] - self._width].to(scores.device)
         only = torch.full_like(scores, float("-inf"))
-        return only.scatter_(1, self._draw(scores, numbers)[:, None], 0.0)
+        return cast(torch.FloatTensor, only.scatter_(1, self._draw(scores, numbers)[:, None], 0.0))
 
 
 @torch.inference_mode()
@@ -354,7 +368,7 @@ def decode_by_generate(
     rows: int,
     draw: Draw,
     stops: Collection[int],
-    ended: Callable[[int], Any] = lambda count: None,
+    ended: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """The same as `decode` through transformers' ``generate``, for models whose attention `decode` cannot compute."""
     end = sorted(stops)
@@ -367,7 +381,7 @@ def decode_by_generate(
             for part in numbers.split(rows):
                 ids = torch.tensor([list(prompt)] * len(part), device=model.device)
                 drawn = LogitsProcessorList([_Drawn(part, len(prompt), draw)])
-                out = model.generate(
+                out = cast(Any, model).generate(  # a GenerationMixin too, which its class does not say
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
@@ -392,7 +406,7 @@ def shares_prompts(model: PreTrainedModel) -> bool:
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
     if set(types) - {"full_attention", "sliding_attention"} or not model._can_set_attn_implementation():
         return False
-    tokens = torch.arange(19) * 7919 % model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(19) * 7919 % embedding_rows(model)
     ids = tokens.tolist()
     bound = 1e-3 if model.dtype == torch.float32 else 0.1
     try:

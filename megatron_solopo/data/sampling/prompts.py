@@ -22,7 +22,7 @@ class Prompt:
     ids: Sequence[int]
 
 
-class Prompts(Sequence[Prompt]):
+class Prompts:
     """Prompts that are read when they are looked at; not by several threads.
 
     Args:

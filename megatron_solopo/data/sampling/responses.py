@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_solopo.atomic import file_aside, finish_file, new_file, write_text
-from megatron_solopo.data.files.jobs import Jobs, differences
-from megatron_solopo.data.files.records import read_jsonl
+from megatron_solopo.data.files.jobs import Jobs, Line, differences
+from megatron_solopo.data.files.records import Record, read_jsonl
 from megatron_solopo.data.validation import Flag, Name, Whole, check_unique, validated
 from megatron_solopo.errors import UserError, system_reason
 
@@ -32,7 +31,7 @@ class Responses:
     finished: list[Flag]
     token_ids: list[list[Whole] | None] | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """What is written; ``token_ids`` only where there are some."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -81,7 +80,7 @@ def read_responses(path: str | Path) -> Iterator[Responses]:
 _RESPONSES = TypeAdapter(Responses)
 
 
-def _responses(record: dict[str, Any], where: str) -> Responses:
+def _responses(record: Record, where: str) -> Responses:
     texts = record.get("responses")
     all_finished = [True] * len(texts) if isinstance(texts, list) else []
     found = validated(_RESPONSES, record, where, finished=all_finished)
@@ -130,7 +129,8 @@ class InStep:
         return self._left
 
 
-class _Samples(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Samples:
     """Where samples of a question are in the jobs file, and how many."""
 
     start: int
@@ -142,21 +142,29 @@ def settings_path(output: Path) -> Path:
     return output.with_name(output.name + ".settings.json")
 
 
-def output_settings(output: Path, file: Path | None = None) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Beside:
+    settings: Record
+    bytes: int
+
+
+_BESIDE = TypeAdapter(_Beside)
+
+
+def output_settings(output: Path, file: Path | None = None) -> Record | None:
     """The settings that a finished output was sampled under; None: nothing beside it says so.
 
     Args:
         file: what to look at, where it is not yet in the output's place.
     """
     try:
-        recorded = json.loads(settings_path(output).read_text(encoding="utf-8"))
-        matches = recorded["bytes"] == (file or output).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
+        recorded = _BESIDE.validate_json(settings_path(output).read_bytes())
+        return recorded.settings if recorded.bytes == (file or output).stat().st_size else None
+    except (OSError, ValidationError):
         return None
-    return recorded["settings"] if matches else None
 
 
-def check_output(output: Path, settings: Mapping[str, Any]) -> None:
+def check_output(output: Path, settings: Mapping[str, object]) -> None:
     """Refuses to extend a finished output that was not sampled under these settings.
 
     Args:
@@ -193,7 +201,7 @@ class SampledJobs(Jobs):
         super().__init__(output.with_name(output.name + ".partial"))
         put_in_place(output)
 
-    def begin_sampling(self, settings: Mapping[str, Any], anew: bool = False) -> None:
+    def begin_sampling(self, settings: Mapping[str, object], anew: bool = False) -> None:
         """Resumes or begins the work.
 
         Args:
@@ -207,15 +215,15 @@ class SampledJobs(Jobs):
         if self._extends:
             check_output(self._output, json.loads(json.dumps(settings)))
         head = {"anew": True} if anew and self._output.exists() else {}
-        self.begin(settings, **head)
+        self.begin(settings, head=head)
         if head and "anew" not in self.head:
-            self.restart(settings, **head)
+            self.restart(settings, head)
 
-    def restart(self, settings: Mapping[str, Any], **head: Any) -> None:
+    def restart(self, settings: Mapping[str, object], head: Mapping[str, object] | None = None) -> None:
         self._samples.clear()
-        super().restart(settings, **head)
+        super().restart(settings, head)
 
-    def _finished(self, job: dict[str, Any], start: int) -> None:
+    def _finished(self, job: Line, start: int) -> None:
         question_id, first, count = job["job"]
         self._samples.setdefault(question_id, {})[first] = _Samples(start, count)
 
@@ -252,10 +260,10 @@ class SampledJobs(Jobs):
 
     def add_samples(self, responses: Responses, first: int = 0) -> None:
         """Writes what was sampled, at once; ``first`` is the number of its first sample."""
-        known = responses.record()
-        self.add([known.pop("id"), first, len(responses.responses)], known)
+        known = {name: value for name, value in responses.record().items() if name != "id"}
+        self.add([responses.id, first, len(responses.responses)], known)
 
-    def finish(self, ids: Sequence[str], samples: int, notes: Mapping[str, Any] | None = None) -> bool:
+    def finish(self, ids: Sequence[str], samples: int, notes: Mapping[str, object] | None = None) -> bool:
         """Writes the output: questions in the order of ``ids``, of each the first ``samples`` samples in order.
 
         Beside it go its settings. The jobs are removed where all of them are in the output.
@@ -288,7 +296,8 @@ class SampledJobs(Jobs):
         return True
 
     def _read(self, question_id: str, part: _Samples) -> Responses:
-        return _responses(self.read(part.start) | {"id": question_id}, f"{self.place}, byte {part.start}")
+        record: Record = {**self.read(part.start), "id": question_id}
+        return _responses(record, f"{self.place}, byte {part.start}")
 
 
 def put_in_place(output: Path) -> None:

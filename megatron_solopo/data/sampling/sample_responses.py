@@ -202,7 +202,7 @@ def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJ
     if not begun and not options.overwrite:
         begun = output_settings(output) or {}
     tokenizer = named.load(
-        begun_with=begun.get(template_kwargs.DATE),
+        begun_with=template_kwargs.recorded_date(begun.get(template_kwargs.DATE)),
         of_data=first_field(options.contexts, template_kwargs.DATE),
     )
     prompts = Prompts(output.parent, islice(_prompts(options, tokenizer), options.limit))

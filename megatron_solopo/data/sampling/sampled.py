@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo.data.sampling.prompts import Prompt
 from megatron_solopo.data.sampling.responses import Responses
 from megatron_solopo.data.text.chat import body_ids
+from megatron_solopo.data.text.control import end_of_turn
 from megatron_solopo.data.text.tokenizer import encode
 from megatron_solopo.errors import UserError
 
@@ -75,7 +76,7 @@ def from_texts(
         tokens: how many the server says were sampled, ends of turn included; None where it does not. Of several
             responses some servers count the first only: a number nearer to that one's than to that of all is not used.
     """
-    parts = [text.partition(tokenizer.eos_token) for text in texts]
+    parts = [text.partition(end_of_turn(tokenizer)) for text in texts]
     texts = [text for text, _, _ in parts]
     finished = [end or bool(mark) for end, (_, mark, _) in zip(finished, parts, strict=True)]
     each = [len(_learnt(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True)]

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -80,12 +79,12 @@ class InProcess:
             check_rows(self._model, prompt.ids, f"question {prompt.id!r}")
         self._stops = stop_ids(self._model, tokenizer)
         # What decides a response here; the batch size only changes rounding.
-        self.settings: dict[str, Any] = {
+        self.settings: dict[str, object] = {
             "weights": weight_facts(options.model),
             "dtype": str(self._model.dtype),
             "stop_ids": self._stops,
         }
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, object] = {}
 
     def run(self, jobs: SampledJobs, statistics: Statistics) -> None:
         """Samples what ``jobs`` lack, the longest prompts first: out of memory shows at once."""

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import openai
@@ -28,7 +27,7 @@ from megatron_solopo.data.sampling.responses import Responses, SampledJobs, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
 from megatron_solopo.data.text.chat import render_prompt
-from megatron_solopo.data.text.control import control_tokens
+from megatron_solopo.data.text.control import control_tokens, end_of_turn_id
 from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 from megatron_solopo.terminal import write_line
@@ -39,7 +38,7 @@ OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
 FINISHED = {"stop": True, "length": False}
 """What a server's ``finish_reason`` says of a response."""
 PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-SET: Mapping[str, Mapping[str, Any]] = {
+SET: Mapping[str, Mapping[str, object]] = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
     "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
     "llama.cpp": {
@@ -93,7 +92,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> list[int]:
     except (ValueError, AttributeError):
         raise UserError(f"{path}: not a JSON object; copy it again from where the model came from") from None
     ids = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *ids})
+    return sorted({end_of_turn_id(tokenizer), *ids})
 
 
 class FromServer:
@@ -118,15 +117,16 @@ class FromServer:
         self._as_ids = self._prompts_as_ids()
         self._with_start = set(self._prompts_with_start()) if self._as_text else set()
         self._foreign = False
-        self.notes: dict[str, Any] = {"sampling": {"sent": SET.get(self._kind, {})}}
+        sent: dict[str, object] = {"sent": SET.get(self._kind, {})}
+        self.notes: dict[str, object] = {"sampling": sent}
         if self._kind not in SET:
-            self.notes["sampling"]["left_to_the_server"] = LEFT
+            sent["left_to_the_server"] = LEFT
             write_line(
                 f"warning: --server {options.server}: of an unknown kind; {LEFT} are the server's own "
                 "defaults and may cut the distribution: switch them off there, or name its kind with --server-kind"
             )
         # What decides a response here. Another host may go on with what this one began, in smaller requests too.
-        self.settings: dict[str, Any] = {
+        self.settings: dict[str, object] = {
             "backend": "server",
             "server_api": options.server_api,
             "server_kind": self._kind,
@@ -172,9 +172,10 @@ class FromServer:
     async def _slots(self, client: openai.AsyncOpenAI) -> int:
         """The most choices that llama.cpp's server gives in one answer: it refuses more than it has slots."""
         try:
-            slots = (await client.get(f"{self._root}/props", cast_to=object)).get("total_slots")
-        except (openai.OpenAIError, ValueError, AttributeError):
+            properties = await client.get(f"{self._root}/props", cast_to=object)
+        except (openai.OpenAIError, ValueError):
             return 1
+        slots = properties.get("total_slots") if isinstance(properties, dict) else None
         return slots if type(slots) is int and slots > 0 else 1
 
     @property
@@ -192,7 +193,7 @@ class FromServer:
 
     def _text(self, prompt: Prompt, with_start: bool) -> str:
         """transformers serve takes prompts as text, and puts the tokenizer's own start token before it."""
-        start = self._tokenizer.bos_token or ""
+        start = str(self._tokenizer.bos_token or "")
         text = render_prompt(self._tokenizer, prompt.messages).removeprefix(start)
         return start + text if with_start else text
 
@@ -237,9 +238,9 @@ class FromServer:
     def _api(self, prompt: Prompt) -> str:
         return "completions" if prompt.id in self._as_ids else self._options.server_api
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def _body(self, request: Request) -> dict[str, object]:
         options, kind, prompt = self._options, self._kind, request.prompt
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": options.model,
             "temperature": options.temperature,
             "top_p": options.top_p,
@@ -338,7 +339,7 @@ class FromServer:
                 raise UserError(explain(options, request.name, error)) from None
         raise AssertionError("the last attempt returns or raises")
 
-    def _read(self, request: Request, answer: Any, statistics: Statistics) -> Responses:
+    def _read(self, request: Request, answer: object, statistics: Statistics) -> Responses:
         """The responses of an answer.
 
         Raises:
@@ -353,14 +354,14 @@ class FromServer:
             raise BadAnswer(f"the answer has {len(choices)} choices, {request.count} were asked for")
         read = [_choice(choice, self._api(request.prompt)) for choice in choices]
         finished = [end for _, _, end in read]
-        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-        usage = {name: count for name, count in usage.items() if isinstance(count, int)}
+        told = answer.get("usage")
+        usage = {name: count for name, count in (told.items() if isinstance(told, dict) else ()) if type(count) is int}
         self._compare_prompts(request.prompt, usage.get("prompt_tokens"))
-        ids = [ids for _, ids, _ in read]
-        if None not in ids:
+        ids = [ids for _, ids, _ in read if ids is not None]
+        if len(ids) == len(read):
             return from_ids(self._tokenizer, request.prompt, ids, finished, self._stops, statistics)
-        texts = [text for text, _, _ in read]
-        if None in texts:
+        texts = [text for text, _, _ in read if text is not None]
+        if len(texts) < len(read):
             raise UserError(
                 f"--server {self._options.server}: request {request.name}: the server took reasoning or a tool call "
                 "out of the response; start it without a parser for them, or use --server-api completions"
@@ -379,7 +380,7 @@ class FromServer:
         )
 
 
-def _choice(choice: Any, api: str) -> tuple[str | None, list[int] | None, bool]:
+def _choice(choice: object, api: str) -> tuple[str | None, list[int] | None, bool]:
     """The text of a response (None: not as it was sampled), its token ids (None: not told) and whether it ended.
 
     Raises:
@@ -395,8 +396,9 @@ def _choice(choice: Any, api: str) -> tuple[str | None, list[int] | None, bool]:
     text = message.get("content" if api == "chat" else "text") if isinstance(message, dict) else None
     if isinstance(message, dict) and any(message.get(key) for key in PARSED_OUT):
         return None, ids, finished
-    if ids is None and not isinstance(text, str):
-        raise BadAnswer("a response has no text")
-    if ids is None and any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadAnswer("a response holds half of a surrogate pair")
+    if ids is None:
+        if not isinstance(text, str):
+            raise BadAnswer("a response has no text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadAnswer("a response holds half of a surrogate pair")
     return text, ids, finished

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.text.control import control_tokens
-from megatron_solopo.data.text.tokenizer import add_special_tokens, parse_batch, read_tokenizer
+from megatron_solopo.data.text.control import control_tokens, end_of_turn, end_of_turn_id
+from megatron_solopo.data.text.tokenizer import Tokens, add_special_tokens, parse_batch, read_tokenizer
 from megatron_solopo.errors import UserError
 
 
@@ -71,9 +70,9 @@ def load_tokenizer(
         raise UserError(f"{where}: line {error.lineno}: no valid Jinja template ({error.message}); repair it") from None
     if eos_token is not None and eos_token not in tokenizer.get_vocab():
         raise UserError(f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn")
-    end_of_turn = eos_token or written
-    if end_of_turn is not None and end_of_turn != tokenizer.eos_token:
-        tokenizer.eos_token = end_of_turn
+    end = eos_token or written
+    if end is not None and end != tokenizer.eos_token:
+        tokenizer.eos_token = end
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{folder}: the tokenizer names no eos_token and the chat template writes no special token "
@@ -91,7 +90,7 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
     marker = "solopo end of message"
     try:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.rendering(tokenizer))
+        text = template_kwargs.rendered(tokenizer, chat)
     except jinja2.TemplateSyntaxError:
         raise
     except jinja2.TemplateError:
@@ -134,11 +133,8 @@ class _Chat:
             UserError: the template refuses them.
         """
         try:
-            return self._tokenizer.apply_chat_template(
-                self.messages[:count],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **template_kwargs.rendering(self._tokenizer),
+            return template_kwargs.rendered(
+                self._tokenizer, self.messages[:count], add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
             raise UserError(f"the chat template refuses the messages ({error})") from None
@@ -147,7 +143,7 @@ class _Chat:
         """The text as a person reads it."""
         return text if self._reader is None else self._reader.exchange(text, self._reader.aliases)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Tokens]:
         """See `tokenizer.parse_batch`."""
         if self._reader is None:
             return parse_batch(self._tokenizer, texts)
@@ -161,7 +157,7 @@ class _Chat:
         if self._reader is None:
             encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return [start for start, _ in encoding["offset_mapping"]]
-        (tokens,) = self.encode_batch([text])
+        (tokens,) = self._reader.encode_batch([self._reader.exchange(text)])
         return [start for start, _ in tokens.offsets]
 
     def ids_behind(self, before: str, text: str) -> list[int]:
@@ -184,13 +180,14 @@ class _Chat:
         """
         full, response = self.render(count), self.messages[count - 1]["content"]
         if full.startswith(prompt):
-            body, end, _ = full[len(prompt) :].partition(self._tokenizer.eos_token)
+            body, end, _ = full[len(prompt) :].partition(end_of_turn(self._tokenizer))
             if body.strip() == response.strip() or self._framed(body, response):
                 return body + end
         end, start = prompt[-_BOUNDARY:], response.lstrip()
         opened, closed = _OPENED.search(end), _CLOSED.search(end)
-        for tag in re.finditer(_TAG, opened[0]) if opened else ():
-            repeated = opened[0][tag.start() :]
+        tags = opened[0] if opened else ""
+        for tag in re.finditer(_TAG, tags):
+            repeated = tags[tag.start() :]
             if tag[0][1] != "/" and start.startswith(repeated.strip()):
                 spaces = repeated[len(repeated.rstrip()) :]
                 return start.removeprefix(repeated.strip()).removeprefix(spaces)
@@ -276,7 +273,7 @@ def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """The ids of a response and the end of turn."""
     if not ids:
         raise UserError("a response has no token before its end of turn; remove the example")
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, end_of_turn_id(tokenizer)]
 
 
 def conversation_ids(
@@ -288,7 +285,7 @@ def conversation_ids(
     turn's end included, are marked True.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    chat, end = _Chat(tokenizer, messages), tokenizer.eos_token
+    chat, end = _Chat(tokenizer, messages), end_of_turn(tokenizer)
     prompt = rendered = chat.render(turns[0], add_generation_prompt=True)
     ids: list[int] = []
     learnt: list[bool] = []

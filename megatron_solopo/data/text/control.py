@@ -39,6 +39,18 @@ _NUMBER, _MARKS = 0xF0000, range(0x100000, 0x10FFFE)
 with."""
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that ends a turn, of a tokenizer of `chat.load_tokenizer`, which has refused those without."""
+    assert isinstance(tokenizer.eos_token, str)
+    return tokenizer.eos_token
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `end_of_turn`."""
+    assert isinstance(tokenizer.eos_token_id, int)
+    return tokenizer.eos_token_id
+
+
 class ControlTokens:
     """The control tokens of a tokenizer with its chat template, and how chats that spell them become ids."""
 
@@ -72,7 +84,8 @@ class ControlTokens:
         raw, normalised = self._response if role == "assistant" else self._prompt
         if raw is not None and raw.search(text):
             return True
-        return normalised is not None and bool(normalised.search(self._backend.normalizer.normalize_str(text)))
+        normalizer = self._backend.normalizer if self._backend is not None else None
+        return bool(normalised and normalizer and normalised.search(normalizer.normalize_str(text)))
 
     def reader(self, texts: Iterable[str]) -> _Reader:
         """One whose aliases none of the texts holds.
@@ -88,7 +101,8 @@ class ControlTokens:
                     "a text holds a control token, and only a tokenizer with a tokenizer.json can take it as text; "
                     "give such a tokenizer, or remove the example"
                 )
-            self._readers[mark] = _Reader(self._backend, self._added, self._names, mark)
+            words = {name for name in self._names if self._added[name].single_word}
+            self._readers[mark] = _Reader(self._backend, self._names, words, mark)
         return self._readers[mark]
 
     def hide(self, messages: list[Message]) -> tuple[list[Message], _Reader | None]:
@@ -112,23 +126,25 @@ class _Reader:
     """A tokenizer with aliases for its control tokens.
 
     Args:
-        added: its added tokens.
         names: its control tokens, the longest first.
+        words: those of them that are found as whole words only.
         mark: the character that the aliases begin with.
 
     Raises:
         UserError: it would not be the same tokenizer.
     """
 
-    def __init__(self, backend: Tokenizer, added: dict[str, AddedToken], names: Sequence[str], mark: str) -> None:
+    def __init__(self, backend: Tokenizer, names: Sequence[str], words: Collection[str], mark: str) -> None:
         aliases = {name: mark + chr(number) + mark * (len(name) - 2) for number, name in enumerate(names, _NUMBER)}
         self._other = aliases | {alias: name for name, alias in aliases.items()}
         self.aliases = _any_of(aliases.values())
-        bounds = ((re.escape(name), r"(?<!\w)%s(?!\w)" if added[name].single_word else "%s") for name in names)
-        self._both = re.compile("|".join([*(bound % name for name, bound in bounds), self.aliases.pattern]))
+        bounds = ((re.escape(name), r"(?<!\w)%s(?!\w)" if name in words else "%s") for name in names)
+        self._both = re.compile(
+            "|".join([*(bound % name for name, bound in bounds), *map(re.escape, aliases.values())])
+        )
         self._tokenizer = Tokenizer.from_str(_renamed(backend.to_str(), aliases))
         for name, alias in aliases.items():
-            probe = "{0}" if added[name].single_word else "{0} a{0}b"
+            probe = "{0}" if name in words else "{0} a{0}b"
             theirs = backend.encode(probe.format(name), add_special_tokens=False)
             if theirs.ids != self._tokenizer.encode(probe.format(alias), add_special_tokens=False).ids:
                 raise UserError(
@@ -165,7 +181,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> tupl
     texts = ("solopo question", "solopo answer", "solopo next question")
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=True)]
     try:
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs.rendering(tokenizer))
+        rendered = template_kwargs.rendered(tokenizer, chat)
     except jinja2.TemplateError:
         return set(), set()
     before, _, rest = rendered.partition(texts[0])

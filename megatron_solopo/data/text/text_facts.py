@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,11 @@ TEXT_FACTS = ("tokenizer", "added_tokens", "chat_template", "chat_template_kwarg
 """The keys of `text_facts`; a template that prints the date adds `template_kwargs.DATE`."""
 
 
-def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+Facts = dict[str, Any]
+"""What `text_facts` makes, now or in a file that this package wrote; its keys are `TEXT_FACTS`."""
+
+
+def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Facts:
     """What turns a chat into ids: digests of the tokenizer, its files and its chat template, and how it is used.
 
     Args:
@@ -63,7 +66,7 @@ def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     chosen, date = tokenizer.chat_template, template_kwargs.date_of(tokenizer)
     return {
         "tokenizer": files,
-        "added_tokens": dict(sorted(tokenizer.get_added_vocab().items())),
+        "added_tokens": dict(sorted((str(token), number) for number, token in tokenizer.added_tokens_decoder.items())),
         "chat_template": hashlib.sha256(chosen.encode() if isinstance(chosen, str) else _canonical(chosen)).hexdigest(),
         "chat_template_kwargs": template_kwargs.of(tokenizer),
         "end_of_turn": tokenizer.eos_token,
@@ -71,11 +74,11 @@ def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     }
 
 
-def _canonical(value: Any) -> bytes:
+def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def text_differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def text_differences(made: Facts, now: Facts) -> list[str]:
     """In words, how two results of `text_facts` differ."""
     told = []
     made_files, files = made["tokenizer"], now["tokenizer"]

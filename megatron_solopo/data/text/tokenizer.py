@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
@@ -102,29 +103,30 @@ def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
     """transformers 5.17 leaves out what SentencePiece does before it cuts a text (AutoTokenizer: no space at the
     begin), or half of it (LlamaTokenizer: none before a space); its converters of older versions know it."""
     require(str(model), "sentencepiece", "sentencepiece", ", or give a folder with a tokenizer.json")
-    from sentencepiece import SentencePieceProcessor
+    from sentencepiece import SentencePieceProcessor  # of the extra "sentencepiece"
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     settings = folder / "tokenizer_config.json"
     legacy = json.loads(settings.read_text(encoding="utf-8")).get("legacy") if settings.is_file() else None
     original = SimpleNamespace(vocab_file=str(model), add_prefix_space=True, legacy=legacy is not False)
     converter = LlamaConverter(original)
-    if converter.proto.trainer_spec.model_type != TRAINED_BPE:
+    proto: Any = converter.proto  # made by protobuf, without types
+    if proto.trainer_spec.model_type != TRAINED_BPE:
         converter = SpmConverter(original)
     else:
-        scores = {piece.piece: piece.score for piece in converter.proto.pieces}
+        scores = {piece.piece: piece.score for piece in proto.pieces}
         ids = {piece: number for number, piece in enumerate(scores)}
         # from_pretrained orders merges by id; SentencePiece by score, which differs for runs of spaces.
         tokenizer.backend_tokenizer.model = BPE(
             ids,
             generate_merges(ids, scores),
-            unk_token=converter.proto.trainer_spec.unk_piece,
+            unk_token=proto.trainer_spec.unk_piece,
             fuse_unk=True,
-            byte_fallback=converter.proto.trainer_spec.byte_fallback,
+            byte_fallback=proto.trainer_spec.byte_fallback,
         )
-    prefix = original.add_prefix_space = converter.proto.normalizer_spec.add_dummy_prefix
+    prefix = original.add_prefix_space = proto.normalizer_spec.add_dummy_prefix
     backend = tokenizer.backend_tokenizer
-    backend.normalizer = converter.normalizer(converter.proto)
+    backend.normalizer = converter.normalizer(proto)
     backend.pre_tokenizer = converter.pre_tokenizer(SPACE, prefix)
     backend.decoder = converter.decoder(SPACE, prefix)
     theirs = SentencePieceProcessor(model_file=str(model))
@@ -163,16 +165,19 @@ def _is_ranks(path: Path) -> bool:
     return bool(token) and rank.isdigit()
 
 
-def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
-    """The tokens of each rendered chat, where control tokens count: ids, or the Rust tokenizer's encodings, whose ids
-    are made when they are asked for. No special tokens are added.
+Tokens = Encoding | list[int]
+"""The tokens of a text: ids, or the Rust tokenizer's encoding, whose ids are made when they are asked for."""
+
+
+def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Tokens]:
+    """The tokens of each rendered chat, where control tokens count. No special tokens are added.
 
     The Rust tokenizer is called directly: transformers builds ids, masks and offsets as Python objects for every
     text, which takes longer than the tokenisation. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
     Tokenizers without a Rust backend are called through transformers.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not hasattr(backend, "encode_batch_fast"):
+    if not isinstance(backend, Tokenizer):
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     # A tokenizer.json may carry both; transformers switches them off on each call.
     backend.no_truncation()
@@ -180,7 +185,7 @@ def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
     return backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding] | list[list[int]]:
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Tokens]:
     """The tokens of each text, no special tokens added; control tokens that it spells are text (`control`)."""
     control = control_tokens(tokenizer)
     spelled = [number for number, text in enumerate(texts) if control.spelled(text)]
@@ -237,4 +242,5 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: st
             )
     tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
     tokenizer.init_kwargs[RESPONSE_TOKENS] = [*tokenizer.init_kwargs.get(RESPONSE_TOKENS, ()), *tokens]
-    return tokenizer.convert_tokens_to_ids(tokens)
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]

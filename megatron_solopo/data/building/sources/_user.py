@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from megatron_solopo.data.building.sources import jsonl
 from megatron_solopo.data.building.sources._source import CannotUse, Record, Source
@@ -35,7 +34,7 @@ def user_source(name: str, known: Iterable[str]) -> Source:
     )
 
 
-def _converted(function: Callable[..., Any], name: str, record: Record, where: str) -> Record:
+def _converted(function: Callable[..., object], name: str, record: Record, where: str) -> Record:
     given = record.get("id", record.get("_id"))
     try:
         result = function(record)
