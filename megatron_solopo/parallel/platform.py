@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -235,53 +235,56 @@ def first_error[Error: (str, UserError)](error: Error | None) -> Error | None:
 
 
 def agreed[T](work: Callable[[], T], name: str) -> T:
-    """What ``work``, which communicates with nobody, gives on this process; collective, where there are processes.
+    """Calls ``work``, which does not communicate, and returns its result on this rank; collective, where there are
+    processes.
 
     Args:
         name: see `wait_for_all`.
 
     Raises:
-        UserError: ``work`` raised one on some process; on every process the same, which names the rank and its machine
-            where rank 0 has no error.
+        UserError: ``work`` raised one on some rank; every rank raises that of the lowest rank, with rank and machine
+            in front where it is not rank 0.
     """
-    result: Any = None
-    problem: str | None = None
+    result: T | None = None
+    problem: UserError | None = None
     try:
         result = work()
     except UserError as error:
         if not dist.is_initialized():
             raise
-        problem = str(error)
+        problem = error
     if dist.is_initialized():
         wait_for_all(name)
-        everyone = _from_everyone(problem)
-        for rank, (host, found) in enumerate(everyone):
-            if found:
-                raise UserError(f"rank {rank} on {host}: {found}" if rank else found)
-    return result
+        for rank, (host, error) in enumerate(_from_all_ranks(problem)):
+            if error is not None:
+                raise error.at(f"rank {rank} on {host}") if rank else error
+    return cast(T, result)
 
 
 def check_same(value: object, what: str) -> None:
-    """Refuses a value that is not rank 0's on some process; collective, where there are processes.
+    """Refuses a value that differs from rank 0's on some rank; collective, where there are processes.
 
     Args:
-        what: what to say of it, behind the rank and its machine.
+        what: the message, after rank and machine.
+
+    Raises:
+        UserError: a rank has another value.
     """
-    everyone = _from_everyone(value) if dist.is_initialized() else []
-    for rank, (host, found) in enumerate(everyone):
-        if found != everyone[0][1]:
-            raise UserError(f"rank {rank} on {host}: {what}")
+    values = _from_all_ranks(value) if dist.is_initialized() else []
+    for rank, (host, other) in enumerate(values):
+        if other != values[0][1]:
+            raise UserError("ranks-differ", f"rank {rank} on {host}: {what}")
 
 
-def _from_everyone[T](value: T) -> list[tuple[str, T]]:
-    """(machine, value) of every process; collective."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), value))
-    return everyone
+def _from_all_ranks[T](value: T) -> list[tuple[str, T]]:
+    """Returns (machine, value) of every rank; collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, (socket.gethostname(), value))
+    return values
 
 
 def first_of_node() -> bool:
-    """Whether this is the first of the processes that torchrun started on its machine."""
+    """Whether this is the first process that torchrun started on its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

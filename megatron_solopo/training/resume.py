@@ -93,14 +93,14 @@ def identity() -> frozenset[str]:
 
 
 def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
-    """Refuses a run folder that some process does not share with rank 0, for all write into one checkpoint; collective,
-    where there are processes.
+    """Refuses a run folder that some rank does not share with rank 0, because all ranks write into one checkpoint;
+    collective, where there are processes.
 
     Args:
-        patience: seconds; a network file system may show a new file late.
+        patience: seconds to wait; a network file system may show a new file late.
 
     Raises:
-        UserError: naming the rank and its machine.
+        UserError: names the rank and its machine.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -111,8 +111,9 @@ def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
         while probe and not (folder / probe).exists():
             if time.monotonic() - begin > patience:
                 raise UserError(
-                    f"--save {folder}: is not rank 0's folder there, and a checkpoint is one folder that all processes "
-                    "write into; give a folder on a disk that all nodes share"
+                    "folder-not-shared",
+                    f"--save {folder}: is not rank 0's folder there, and all ranks write into one checkpoint; use a "
+                    "folder on a disk that all nodes share",
                 )
             time.sleep(0.1)
 
@@ -127,8 +128,8 @@ def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
 
 
 def _probe(folder: Path) -> tuple[str | None, list[Path]]:
-    """(the name of a new file in a folder, the folders that were made for it); (None, []) where it cannot be written,
-    which other checks report."""
+    """Returns the name of a new file in a folder, and the folders created for it; (None, []) where it cannot be
+    written, which other checks report."""
     added = [path for path in (folder, *folder.parents) if not path.exists()]
     name = f".shared-{secrets.token_hex(8)}"
     try:

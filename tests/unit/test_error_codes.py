@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import errors_page  # noqa: E402
 
-WITHOUT_CODES = ("data", "evaluation", "planning", "model", "parallel", "training", "losses")
+WITHOUT_CODES = ("data", "evaluation", "planning")
 """Rooms whose errors may still lack a code."""
 
 
