@@ -58,6 +58,8 @@ OTHERS = {
     "export": "of the shell",
     "source": "of the shell",
 }
+PLACEHOLDERS = {"COMMAND", "--help"}
+"""Words of a sentence about a command, not of one to try."""
 OURS = ("solopo", "torchrun", "python", "python3", "make", "pytest", "bash", "sbatch", "pretrain_solopo.py")
 NEEDED = {"--hf-path": "MODEL", "--train-data": "groups.jsonl", "--save": "run", "--train-iters": "3"}
 """What a training command that a page writes with ``...`` has there."""
@@ -119,7 +121,7 @@ def documented() -> list[pytest.param]:
     seen: dict[tuple[str, ...], str] = {}
     for page in PAGES:
         for number, words in simple_commands(page):
-            if len(words) > 1 and words[0] not in OTHERS and "COMMAND" not in words:
+            if len(words) > 1 and words[0] not in OTHERS and not PLACEHOLDERS & set(words) and "{" not in words[1]:
                 seen.setdefault(tuple(words), f"{page.relative_to(ROOT)}:{number}")
     return [pytest.param(list(words), id=f"{place} {' '.join(words[:3])}") for words, place in seen.items()]
 
