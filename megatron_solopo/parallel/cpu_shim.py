@@ -179,8 +179,12 @@ def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torc
     return scatter_parts
 
 
-def install() -> Callable[[], None]:
+def install(device: torch.device = CPU) -> Callable[[], None]:
     """Makes megatron-core run on the CPU in this process; returns the function that undoes it.
+
+    Args:
+        device: what megatron-core is to take for its device; another than the CPU only without a GPU, for fake tensors
+            (planning/fake.py).
 
     Raises:
         RuntimeError: if Transformer Engine was already bound by megatron-core.
@@ -192,7 +196,8 @@ def install() -> Callable[[], None]:
             stack.enter_context(mock.patch.object(module, name, value))
 
         cuda = torch.cuda
-        patch(cuda, "current_device", lambda: CPU)  # everywhere in mcore
+        current = CPU if device.type == "cpu" else device.index
+        patch(cuda, "current_device", lambda: current)  # everywhere in mcore
         patch(cuda, "set_device", lambda *args: None)  # parallel_state.py
         patch(cuda, "synchronize", lambda *args: None)  # schedules.py, timers.py
         patch(cuda, "empty_cache", lambda: None)  # dist_checkpointing
@@ -222,7 +227,8 @@ def install() -> Callable[[], None]:
         patch(mappings, "_gather_along_first_dim", _gather_unequal(mappings._gather_along_first_dim))
         patch(mappings, "_reduce_scatter_along_first_dim", _scatter_unequal(mappings._reduce_scatter_along_first_dim))
         _mend_optimizer_loading(patch)
-        stack.enter_context(_CudaDevicesAreCpu())
+        if device.type == "cpu":
+            stack.enter_context(_CudaDevicesAreCpu())
         undo = stack.pop_all()
     return undo.close
 

@@ -79,17 +79,25 @@ def loss_inputs(
 
 @dataclass(frozen=True)
 class StepInputs:
-    """`LossInputs` of this process's packs of a step, and the names of what the loss measures."""
+    """`LossInputs` of this process's packs of a step, and the names of what the loss measures.
+
+    Attributes:
+        chosen_length: the groups' mean chosen lengths, added over this process's groups; see `mean_chosen_length`.
+    """
 
     packs: list[LossInputs]
     names: tuple[str, ...]
+    chosen_length: float
 
 
 def step_inputs(
     packs: Sequence[Pack], reference: ReferenceLogProbs | None, method: MethodConfig, device: torch.device
 ) -> StepInputs:
     """What `run_parts` reads beside the packs; see `loss_inputs`."""
-    return StepInputs([loss_inputs(pack, reference, method, device) for pack in packs], metric_names(method))
+    each = [loss_inputs(pack, reference, method, device) for pack in packs]
+    reads_length = needs_mean_chosen_length(method)
+    length = sum(_chosen_length(pack.scored, pair_context(method)) for pack in packs) if reads_length else 0.0
+    return StepInputs(each, metric_names(method), length)
 
 
 def group_losses(
@@ -107,12 +115,10 @@ def group_losses(
     return solopo_loss(sums, inputs.segments, inputs.pairs, inputs.alignments, compared, method, mean_length)
 
 
-def mean_chosen_length(packs: list[Pack], total_groups: int, method: MethodConfig, device: torch.device) -> Tensor:
+def mean_chosen_length(inputs: StepInputs, total_groups: int, device: torch.device) -> Tensor:
     """[] float64, the mean over all groups of the step of their chosen responses' mean length, in tokens, on the
-    preference loss's context."""
-    tokens = torch.tensor(
-        sum(_chosen_length(pack.scored, pair_context(method)) for pack in packs), dtype=torch.float64, device=device
-    )
+    preference loss's context; collective."""
+    tokens = torch.tensor(inputs.chosen_length, dtype=torch.float64, device=device)
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
     return tokens / total_groups
 

@@ -219,7 +219,7 @@ def run_parts(
     each: list[tuple[Sequence[int], Tensor]] = []
     length = tokens_per_group
     if length is None and needs_mean_chosen_length(method):
-        length = mean_chosen_length([pack.pack for pack in packs], total_groups, method, device)
+        length = mean_chosen_length(inputs, total_groups, device)
 
     of_pack = {id(pack.pack): one for pack, one in zip(packs, inputs.packs, strict=True)}
 

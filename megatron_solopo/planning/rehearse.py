@@ -1,0 +1,166 @@
+"""A rehearsal of one process's training step: the product's engine, optimizer, packs, schedule and step, under `fake`.
+
+Everything is as large as in a run and nothing is computed, so a layout of hundreds of processes is rehearsed in
+seconds on one CPU. What is not rehearsed: the allocator's fragmentation, the CUDA context and NCCL's buffers
+(docs/planning.md states an allowance), workspaces inside of kernels, loading weights, saving.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_solopo.config import Config, MethodConfig
+from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.losses.solopo import needs_reference, policy_scores
+from megatron_solopo.pack import Context, Side
+from megatron_solopo.planning import fake
+from megatron_solopo.planning.memory import (
+    FORWARD,
+    GRADIENTS,
+    INPUTS,
+    OPTIMIZER,
+    UPDATE,
+    WEIGHTS,
+    Ledger,
+    Moment,
+    followed,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rehearsal found of one process.
+
+    Attributes:
+        rank: the process.
+        standing: bytes between steps, by kind.
+        peaks: phase -> its largest moment.
+        tokens: tokens of the pack, of all processes that share it.
+        packs: packs of the step that were rehearsed.
+    """
+
+    rank: int
+    standing: dict[str, int]
+    peaks: dict[str, Moment]
+    tokens: int
+    packs: int
+
+    @property
+    def peak(self) -> Moment:
+        """The largest moment of all."""
+        return max(self.peaks.values(), key=lambda moment: moment.total)
+
+
+def rehearse(
+    config: Config,
+    hf_config: PretrainedConfig,
+    groups: Sequence[TokenGroup],
+    packs: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    device: str = "cuda",
+) -> Outcome:
+    """One step of a process in the steady state, when the optimizer has its moments.
+
+    Args:
+        config: of the run; ``hf_path`` is not read.
+        groups: those of one pack. Every pack of the step is like it.
+        packs: packs of the step; see `packs_that_matter`.
+        rank, world: which of how many processes.
+        device: whose code path, ``cuda`` or ``cpu``.
+
+    Raises:
+        RuntimeError: this process has a process group already.
+    """
+    with fake.rehearsal(device, rank, world) as here:
+        # behind the start of the platform, as in training/run.py
+        from megatron_solopo.training import engine as engines
+        from megatron_solopo.training.step import train_step
+
+        engines.initialize_parallel(config)
+        ledger = Ledger(here.platform.device)
+        with here.mode, ledger:
+            ledger.enter("build", WEIGHTS)
+            engine = engines.build_engine(here.platform, hf_config, config)
+            buffers = [buffer for chunk in engine.chunks for buffer in engines.gradient_buffers(chunk)]
+            ledger.mark((bucket.grad_data for buffer in buffers for bucket in buffer.buckets), GRADIENTS)
+            ledger.enter("build", OPTIMIZER)
+            optimizer, scheduler = engines.build_optimizer(engine, config.training, 2)
+            engine.zero_gradients()
+            engines.squared_gradient_norm(optimizer)
+            engines.update(optimizer, 1.0)  # Adam makes its moments in its first step
+            engine.train()
+            gc.collect()
+        work = _work(engine, config, groups, packs)
+        tokens = work.packs[0].tokens
+        here.stage.hidden = _hidden(work.packs[0].pack.tokens.numel(), hf_config, config)
+        arguments: Any = (
+            SimpleNamespace(groups=[*groups] * packs),
+            SimpleNamespace(examples=1, global_batch_size=1, total=1),
+            SimpleNamespace(take=lambda step, work=work: work),
+            0,
+            config,
+            # Asked for the peak between backward and the update.
+            SimpleNamespace(own=lambda: ledger.enter(UPDATE) or 0.0),
+        )
+        with here.mode, ledger, followed(ledger, engine.models):
+            ledger.mark(fake.fakes([work]), INPUTS)
+            standing = dict(ledger.held)
+            ledger.enter(FORWARD)
+            train_step(engine, optimizer, scheduler, *arguments)
+        engine.close()
+        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs)
+        del engine, optimizer, scheduler, work, arguments, buffers
+    return outcome
+
+
+def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int) -> Any:
+    """The work of a step as `step.step_work` makes it, of packs that are all alike."""
+    from megatron_solopo.data.tokenized.batches import plan_step
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.training.objective import step_inputs
+    from megatron_solopo.training.step import StepWork, sent
+
+    plan = plan_step(groups, engine.hf_config.hidden_size, 1, config, engine.platform.name)
+    indices = list(range(len(groups)))
+    share = config.data.share_prompts
+    pack = build_pack(groups, indices, share, plan.of_packs, plan.of_pieces, plan.of_prompts)
+    # what the reference says is a number a segment
+    zeros = SimpleNamespace(of_pack=lambda pack, contexts: torch.zeros(len(pack.scored), dtype=torch.float64))
+    reference = cast(Any, zeros) if needs_reference(config.method) else None
+    each = [pack] + [pack.to(torch.device("cpu")) for _ in range(packs - 1)]
+    inputs = step_inputs(each, reference, config.method, engine.platform.device)
+    return StepWork(indices * packs, plan, sent(engine, each), inputs)
+
+
+def example(method: MethodConfig, short: int, long: int, response: int) -> TokenGroup:
+    """A group of what ``method`` scores, one response a side, whose ids count up from 0.
+
+    Args:
+        short, long: tokens of the prompts; response: of each response. A conversation has the long prompt's.
+    """
+    if method.objective == "sft":
+        continuations = (Continuation(Side.PLAIN, range(response)),)
+        return TokenGroup("example", (Prompt(Context.SHORT, range(long), continuations),))
+    scored = sorted(policy_scores(method))
+    lengths = {Context.SHORT: short, Context.LONG: long}
+
+    def prompt(context: Context) -> Prompt:
+        sides = [side for other, side in scored if other == context]
+        return Prompt(context, range(lengths[context]), tuple(Continuation(side, range(response)) for side in sides))
+
+    return TokenGroup("example", tuple(prompt(context) for context in sorted({context for context, _ in scored})))
+
+
+def _hidden(tokens: int, hf_config: PretrainedConfig, config: Config) -> tuple[int, int, int]:
+    """Shape of the states between pipeline stages; ``tokens`` of a context-parallel rank."""
+    parallel = config.parallel
+    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return tokens // cut, 1, hf_config.hidden_size
