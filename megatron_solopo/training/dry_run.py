@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,11 @@ from megatron_solopo.training.reference import cache_folder
 from megatron_solopo.training.resume import new_schedule
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, memory: Callable[[Preflight, str], list[str]] | None = None) -> str:
     """Describes the resolved configuration, ranks, parameters, steps and files of a run; writes nothing.
+
+    Args:
+        memory: makes the lines about its memory, of what was checked and the device (``cuda`` or ``cpu``).
 
     Raises:
         UserError: the run would be refused before its first step.
@@ -48,6 +52,7 @@ def describe(config: Config) -> str:
         "model": _model(plan.inputs.hf_config, config),
         "data": _data(plan.inputs.data, config, device),
         "steps": _steps(plan, config),
+        **({"memory": memory(plan, device)} if memory is not None and not plan.nothing_left else {}),
         "files": _files(plan.inputs.schedule.steps, config),
     }
     return "\n\n".join("\n".join([f"# {title}", *lines]) for title, lines in sections.items())

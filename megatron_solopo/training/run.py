@@ -26,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     config, dry_run = config_load.load(argv)
     if dry_run:
+        from megatron_solopo.planning.table import memory_of_run
         from megatron_solopo.training.dry_run import describe
 
         if os.environ.get("RANK", "0") == "0":
-            print(describe(config))
+            print(describe(config, lambda plan, device: memory_of_run(config, plan, device)))
         return 0
     with started(config) as running:
         from megatron_solopo.training.trainer import train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -240,6 +241,10 @@ def test_a_dry_run_tells_and_touches_nothing(home: Home, dpo: str, capsys: pytes
     assert "5 steps of 4 examples, 20 in all (2.00 epochs)" in out
     assert "preference_loss: dpo" in out and "beta: 0.1" in out and "alignment_weight: 3.0" in out
     assert "1 process on cpu" in out and "the whole model" in out
+    table = out.partition("# memory\n")[2].splitlines()
+    assert re.fullmatch(r"a process at its peak, rehearsed, with the largest pack: 2 examples, \d+ tokens", table[0])
+    assert re.match(r"ranks +(.*)activations(.*) +peak +at$", table[1])
+    assert re.match(r" +0 .* [\d.]+ MiB  (forward|backward|update): aten", table[2]), table[2]
     for path in ("runs/new/metrics.jsonl", "runs/new/iter_0000005", "new-hf/", "b/", "runs/reference"):
         assert path in out, path
     tokens = sum(line["tokens"] for line in home.metrics(dpo)) / 2  # its five steps are two passes

@@ -573,6 +573,11 @@ MUTANTS: list[Mutant] = [
         ("memory that was freed counts on", "self.held[block.kind] -= block.size\n        self._total", "self._total"),
     ),
     *within(
+        "planning/table.py",
+        "tests/unit/test_rehearsal.py",
+        ("the last pack rehearsed, not the largest", "if tokens > most:", "if True:"),
+    ),
+    *within(
         "planning/rehearse.py",
         "tests/unit/test_rehearsal.py",
         ("a first step without moments", "engines.update(optimizer, 1.0)", "pass"),

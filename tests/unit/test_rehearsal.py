@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
 from megatron_solopo.parallel.layouts import parse_layout
-from megatron_solopo.planning.memory import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS
-from megatron_solopo.planning.rehearse import example
-from megatron_solopo.planning.workers import Rehearsals, Task
+from megatron_solopo.planning.memory import ACTIVATIONS, GRADIENTS, LOG_PROBS, OPTIMIZER, WEIGHTS
+from megatron_solopo.planning.rehearse import Outcome, example
+from megatron_solopo.planning.table import largest_pack, packs_that_matter
+from megatron_solopo.planning.workers import Rehearsals, Task, outcome_of
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 1000
 LLAMA = LlamaConfig(
@@ -118,3 +120,46 @@ def test_every_method_and_layout_is_rehearsed(rehearsals: Rehearsals) -> None:
         tasks.append(task(*method, "--bf16", *flags, layout=layout, model=model, packs=packs, device=device))
     for outcome in rehearsals.each(tasks):
         assert outcome.peak.total > sum(outcome.standing.values())
+
+
+def test_the_largest_pack_of_a_run_is_the_one_rehearsed() -> None:
+    config = options("--micro-batch-size", 2, "--global-batch-size", 4, layout="dp2 pp2")
+    lengths = [9, 50, 7, 8, 60, 61, 5, 6]
+    groups = [example(config.method, 3, length, 2) for length in lengths]
+    schedule = SimpleNamespace(steps=2, step=lambda number: range(4 * number, 4 * number + 4))
+    inputs: Any = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(groups=groups)), schedule=schedule)
+    inputs.hf_config = LLAMA
+    pack, packs = largest_pack(config, inputs, 4, "cpu")
+    longest = sorted(len(prompt.ids) for group in pack for prompt in group.prompts)
+    assert 61 in longest and longest[0] == 3 and packs == 1
+    assert packs_that_matter(9, config.parallel) == 2  # each stage holds as many packs as there are stages
+
+
+def leaking(given: Task) -> Outcome:
+    """A rehearsal of a product that computes the logits of all tokens at once, and keeps them."""
+    from megatron_solopo.model import forward
+
+    kept: list[Any] = []
+    head = forward.response_log_probs
+
+    def leak(states: Any, weight: Any, *rest: Any) -> Any:
+        kept.append(states.detach() @ weight.detach().t())
+        return head(states, weight, *rest)
+
+    forward.response_log_probs = leak
+    try:
+        return outcome_of(given)
+    finally:
+        forward.response_log_probs = head
+
+
+def test_a_tensor_of_all_logits_is_noticed(rehearsals: Rehearsals) -> None:
+    """The head holds logits of a chunk alone; where all of them are kept, each byte is in the peaks behind that."""
+    config = options("--bf16", "--logprob-chunk-size", 4)
+    given = Task(config, LLAMA, [example(config.method, 30, 200, 120)])
+    [clean] = rehearsals.each([given])
+    leaked = rehearsals.run(leaking, given).result()
+    logits = 3 * 120 * 1024 * 2
+    assert clean.peaks["forward"].held[LOG_PROBS] < logits / 4
+    for phase in ("backward", "update"):
+        assert leaked.peaks[phase].total - clean.peaks[phase].total == logits, phase

@@ -1,0 +1,117 @@
+"""The memory table of a run's own layout, from its own largest pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.config import Config, ParallelConfig
+from megatron_solopo.data.tokenized.batches import plan_step
+from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.parallel.topology import data_parallel_size, world_size
+from megatron_solopo.planning.memory import KINDS
+from megatron_solopo.planning.rehearse import Outcome
+from megatron_solopo.planning.workers import Rehearsals, Task
+from megatron_solopo.training.preflight import Preflight, RunInputs
+
+UNITS = {"GiB": 2**30, "MiB": 2**20}
+
+ALLOWANCE_GIB = 2.0
+"""For what no rehearsal knows: the CUDA context, NCCL's buffers, kernels' workspaces. Assumed, not measured."""
+
+MOST_STEPS = 1000
+"""Steps whose packs are looked at for the largest one."""
+
+
+def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
+    """Rehearses the first and the last pipeline stage of a run with its largest pack, and shows what they hold.
+
+    Args:
+        plan: of the run; device: ``cuda`` or ``cpu``, where it is to compute.
+    """
+    if config.model.transformer_impl != "portable":
+        return [f"not rehearsed: layers of --transformer-impl {config.model.transformer_impl} are built on a GPU alone"]
+    world, inputs = world_size(), plan.inputs
+    pack, packs = largest_pack(config, inputs, world, device)
+    tasks = tasks_of(config, inputs.hf_config, pack, packs, world, device)
+    with Rehearsals(len(tasks)) as rehearsals:
+        outcomes = list(rehearsals.each(tasks))
+    return [
+        f"a process at its peak, rehearsed, with the largest pack: {len(pack)} examples, {outcomes[0].tokens:,} tokens",
+        *table(outcomes, world // config.parallel.pipeline_model_parallel_size),
+        *(
+            [f"and on a GPU fragmentation, and about {ALLOWANCE_GIB:g} GiB of the CUDA context and NCCL"]
+            if device == "cuda"
+            else []
+        ),
+    ]
+
+
+def tasks_of(
+    config: Config, hf_config: PretrainedConfig, pack: Sequence[TokenGroup], packs: int, world: int, device: str
+) -> list[Task]:
+    """Rehearsals of the stages that hold most: the first has the most packs in flight, the last has the head.
+
+    Processes of one stage differ in padding alone.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    each = world // stages
+    count = packs_that_matter(packs, config.parallel)
+    return [Task(config, hf_config, pack, count, stage * each, world, device) for stage in sorted({0, stages - 1})]
+
+
+def packs_that_matter(packs: int, parallel: ParallelConfig) -> int:
+    """Packs of a step after which a further one adds no memory: a stage holds at most as many as there are stages, and
+    twice as many of the interleaved schedule's warm-up."""
+    stages = parallel.pipeline_model_parallel_size
+    most = 2 * stages if parallel.num_virtual_stages_per_pipeline_rank > 1 else stages
+    return min(packs, max(most, 2))
+
+
+def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> tuple[list[TokenGroup], int]:
+    """The groups of the pack with the most tokens in the run's first steps, and how many packs a process has then."""
+    groups, copies = inputs.data.train.groups, data_parallel_size(config.parallel, world)
+    share_prompts = config.data.share_prompts
+    most, pack, packs = -1, list[TokenGroup](), 1
+    for number in range(min(inputs.schedule.steps, MOST_STEPS)):
+        step = [groups[index] for index in inputs.schedule.step(number)]
+        plan = plan_step(step, inputs.hf_config.hidden_size, copies, config, device)
+        for share in plan.shares:
+            for places in share:
+                own = [step[place] for place in places]
+                tokens = sum(group.tokens(share_prompts, plan.of_pieces, plan.of_prompts) for group in own)
+                if tokens > most:
+                    most, pack, packs = tokens, own, len(share)
+    return pack, packs
+
+
+def table(outcomes: Sequence[Outcome], processes: int) -> list[str]:
+    """A line a stage: what it holds at its peak, by kind, and what it does then.
+
+    Args:
+        processes: of a stage.
+    """
+    unit = UNITS["GiB" if max(outcome.peak.total for outcome in outcomes) >= UNITS["GiB"] else "MiB"]
+    shown = [kind for kind in KINDS if any(outcome.peak.held[kind] >= unit / 100 for outcome in outcomes)]
+    header = ["ranks", *shown, "peak", "at"]
+    rows = [
+        [
+            f"{outcome.rank}-{outcome.rank + processes - 1}" if processes > 1 else f"{outcome.rank}",
+            *(f"{outcome.peak.held[kind] / unit:.2f}" for kind in shown),
+            f"{outcome.peak.total / unit:.2f} {next(name for name, size in UNITS.items() if size == unit)}",
+            f"{outcome.peak.phase}: {outcome.peak.operation}",
+        ]
+        for outcome in outcomes
+    ]
+    return columns([header, *rows])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of one width a column, figures to the right and the last column to the left."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    last = len(widths) - 1
+    return [
+        "  ".join(text if place == last else f"{text:>{widths[place]}}" for place, text in enumerate(row)).rstrip()
+        for row in rows
+    ]
