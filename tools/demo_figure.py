@@ -14,9 +14,21 @@ sys.path.insert(0, str(ROOT))
 import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from megatron_solopo.evaluation.plots import STYLE, look  # noqa: E402
+from megatron_solopo.evaluation.plots import look  # noqa: E402
 
 TABLE, FIGURE = ROOT / "docs" / "method.md", ROOT / "docs" / "images" / "demo.svg"
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555555",
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.hashsalt": "demo",  # the same file at each run
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+}
 CELL = re.compile(r"([\d.]+) \[([\d.]+), ([\d.]+)\]")
 
 
@@ -36,7 +48,7 @@ def read_table(markdown: str) -> tuple[list[int], dict[str, list[tuple[float, fl
     return [int(cell.split()[0]) for cell in head[1:]], series
 
 
-@matplotlib.rc_context(STYLE | {"svg.hashsalt": "demo"})
+@matplotlib.rc_context(STYLE)
 def draw(path: Path, lengths: list[int], series: dict[str, list[tuple[float, float, float]]]) -> None:
     """One line per model, with the range over seeds as error bars, labelled at its right end."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

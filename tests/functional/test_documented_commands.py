@@ -8,7 +8,7 @@
 | `solopo verify-parallelism` | options, layouts and the configuration of the run |
 | other commands of `solopo` and of tools/, scripts | their options alone: they need models, servers or hours |
 | `make` | `make -n` |
-| `pytest`, shell scripts | the files exist |
+| `pytest`, `python -m build`, shell scripts | the files exist |
 | other programs (`OTHERS`) | not tried |
 
 CONTRIBUTING.md's sessions are followed by test_contributing.py.
@@ -261,7 +261,7 @@ def script(monkeypatch: pytest.MonkeyPatch, words: list[str], folder: Path) -> N
     """A Python file: a command of tools/, the entry of training, or a parser of its own."""
     path, argv = words[0], words[1:]
     if path == "-m":
-        assert argv[0] == "pytest"
+        assert argv[0] in ("pytest", "build"), "another module"
         return files_exist(argv[1:])
     assert (ROOT / path).is_file(), path
     if path == "pretrain_solopo.py":
