@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from megatron_solopo import Config, Evaluation, PreferenceGroup, PreferenceLoss,
 from megatron_solopo import evaluate, train  # isort: skip
 from megatron_solopo.evaluation import evaluate as evaluation
 from megatron_solopo.losses import Pairs, Responses, option, registry
+from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.run import main
 
 QUOTES = [("README.md", "train.py"), ("docs/python.md", "train.py"), ("docs/python.md", "own_loss.py")]
@@ -224,6 +226,7 @@ def test_training_from_python_is_training_by_the_command(home: Home) -> None:
     """Twice in one process, with groups in memory and as a path; bit for bit what the command computes."""
     main(home.argv("runs/command", "--preference-loss", "orpo", "--train-iters", 2, "--valid-data", "valid.jsonl"))
     given = Config.from_options(**options("runs/path", valid_data="valid.jsonl", save_hf="path-hf"))
+    given.method.alignment_weight = None  # which `train` fills in its copy
     before = given.as_dict()
     result = train(given)
     assert given.as_dict() == before, "the caller's config is changed"
@@ -240,12 +243,15 @@ def test_training_from_python_is_training_by_the_command(home: Home) -> None:
     assert not dist.is_initialized() and folder.is_dir() and (home.folder / "path-hf/config.json").is_file()
 
 
-def test_a_run_that_was_stopped_resumes_with_the_same_groups_alone(home: Home) -> None:
+def test_a_run_that_was_stopped_resumes_with_the_same_groups_alone(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = preference_groups(10)
     given = options("runs/stopped", train_data=groups, auto_resume=True, train_iters=4)
-    stopped = train(Config.from_options(**given, exit_duration_in_mins=1e-9))
-    assert not stopped.finished and 0 <= stopped.step < 4 and stopped.hf_folder is None
-    first = train(Config.from_options(**given | dict(train_iters=4, save_interval=2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", lambda self, values, warnings=None: signal.raise_signal(signal.SIGTERM))
+        stopped = train(Config.from_options(**given, exit_signal_handler=True))
+    assert 0 < stopped.step < 4 and not stopped.finished and stopped.hf_folder is None
+    assert stopped.checkpoint == Path(f"runs/stopped/iter_{stopped.step:07d}")
+    first = train(Config.from_options(**given))
     assert first.finished and first.step == 4
     written = (home.folder / "runs/stopped/train_data.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"^--train-data: the run in runs/stopped has other examples; "):
