@@ -212,6 +212,7 @@ def test_a_loss_that_is_defined_again_takes_the_place_of_the_earlier(home: Home)
     for number, default in enumerate((0.5, 2.0)):
         made = Config.from_options(**options(f"runs/again-{number}", preference_loss=hinge(default)))
         assert made.method.preference_loss == f"{__name__}:hinge.<locals>.Hinge"
+        assert made.as_dict()["method"]["hinge_margin"] == default, "what config.yaml will say"
         line = train(made).metrics
         assert line["po_loss"] == pytest.approx(max(0.0, default - line["margin"]), abs=1e-6)
     built_in = registry.LOSSES["simpo"]
