@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.errors import system_reason
 from megatron_solopo.parallel.topology import data_parallel_size, world_size
 from megatron_solopo.planning.memory import KINDS
 from megatron_solopo.planning.rehearse import Outcome
@@ -35,8 +36,9 @@ def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
     world, inputs = world_size(), plan.inputs
     pack, packs = largest_pack(config, inputs, world, device)
     tasks = tasks_of(config, inputs.hf_config, pack, packs, world, device)
-    with Rehearsals(len(tasks)) as rehearsals:
-        outcomes = list(rehearsals.each(tasks))
+    outcomes = outcomes_of(tasks)
+    if isinstance(outcomes, str):
+        return [outcomes]
     return [
         f"a process at its peak, rehearsed, with the largest pack: {len(pack)} examples, {outcomes[0].tokens:,} tokens",
         *table(outcomes, world // config.parallel.pipeline_model_parallel_size),
@@ -46,6 +48,15 @@ def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
             else []
         ),
     ]
+
+
+def outcomes_of(tasks: Sequence[Task]) -> list[Outcome] | str:
+    """The outcomes of rehearsals, or why there are none: the rest of a dry run holds without them."""
+    try:
+        with Rehearsals(len(tasks)) as rehearsals:
+            return list(rehearsals.each(tasks))
+    except Exception as error:  # fake tensors may fail where real ones would not
+        return f"not known: the rehearsal failed ({type(error).__name__}: {system_reason(error)})"
 
 
 def tasks_of(

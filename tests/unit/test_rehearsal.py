@@ -15,7 +15,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.parallel.layouts import parse_layout
 from megatron_solopo.planning.memory import ACTIVATIONS, GRADIENTS, LOG_PROBS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.rehearse import Outcome, example
-from megatron_solopo.planning.table import largest_pack, packs_that_matter
+from megatron_solopo.planning.table import largest_pack, outcomes_of, packs_that_matter
 from megatron_solopo.planning.workers import Rehearsals, Task, outcome_of
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 1000
@@ -163,3 +163,8 @@ def test_a_tensor_of_all_logits_is_noticed(rehearsals: Rehearsals) -> None:
     assert clean.peaks["forward"].held[LOG_PROBS] < logits / 4
     for phase in ("backward", "update"):
         assert leaked.peaks[phase].total - clean.peaks[phase].total == logits, phase
+
+
+def test_a_failed_rehearsal_is_a_line_of_the_dry_run() -> None:
+    without_groups = Task(Config(), LLAMA, [])
+    assert "not known: the rehearsal failed (" in outcomes_of([without_groups])
