@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def check_device(device: str) -> None:
     """Refuses ``cuda`` where there is none."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+        raise UserError("cuda-missing", "--device cuda: torch finds no GPU here; use --device cpu")
 
 
 def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model") -> PreTrainedModel:
@@ -50,12 +50,15 @@ def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason, seen = str(error).splitlines()[0], seen_in(folder)
-        raise UserError(f"{flag} {folder}: cannot be loaded ({reason})" + (f"; {seen}" if seen else "")) from None
+        raise UserError(
+            "model-unreadable", f"{flag} {folder}: cannot be loaded ({reason})" + (f"; {seen}" if seen else "")
+        ) from None
     model, told = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)  # with `output_loading_info`
     if missing := sorted(told["missing_keys"]):  # transformers draws them, and goes on
         raise UserError(
+            "tensor-missing",
             f"{flag} {folder}: {missing[0]} is not in its weights ({len(missing)} such), and would be random numbers; "
-            "copy or convert the model again"
+            "copy or convert the model again",
         )
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps `to` without types
 
@@ -94,8 +97,9 @@ def reach(folder: str | Path) -> int | None:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(
+            "model-config-missing",
             f"--model {folder}: no config.json there; "
-            + (seen_in(folder) or "give a Hugging Face folder with a model (--save-hf of a training run writes one)")
+            + (seen_in(folder) or "give a Hugging Face folder with a model (--save-hf of a training run writes one)"),
         )
     config = json.loads(path.read_text(encoding="utf-8"))
     config = config.get("text_config") or config
@@ -116,9 +120,10 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
     positions = reach(folder)
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise UserError(
+            "prompt-beyond-positions",
             f"{where}: a prompt of {prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens} go beyond the "
             f"max_position_embeddings {positions:,} of {Path(folder) / 'config.json'}; use a shorter context or a "
-            "shorter response"
+            "shorter response",
         )
 
 
@@ -141,6 +146,7 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
     rows = embedding_rows(model)
     if ids and max(ids) >= rows:
         raise UserError(
+            "token-beyond-vocabulary",
             f"{where}: token id {max(ids)} is beyond the {rows:,} embeddings of {model.name_or_path}; "
-            "the tokenizer is not this model's"
+            "the tokenizer is not this model's",
         )

@@ -30,7 +30,7 @@ def text_option(flag: str, value: str) -> str:
         return value.replace("\\n", "\n").replace("\\t", "\t")
     path = Path(value[1:])
     if not path.is_file():
-        raise UserError(f"{flag} {value}: no such file; give @FILE or the text itself")
+        raise UserError("file-missing", f"{flag} {value}: no such file; give @FILE or the text itself")
     return read_text(flag, path).removesuffix("\n")
 
 
@@ -75,20 +75,23 @@ def check_outputs(
             continue
         path = Path(output)
         if path.is_dir():
-            raise UserError(f"{flag} {output}: is a folder; give the name of a file")
+            raise UserError("not-a-file", f"{flag} {output}: is a folder; give the name of a file")
         for other, name in taken:
             if path.resolve() == name.resolve() or (path.exists() and name.exists() and path.samefile(name)):
-                raise UserError(f"{flag} {output}: is the file of {other} too; give another")
+                raise UserError("file-overlap", f"{flag} {output}: is the file of {other} too; give another")
         for other, name in folders:
             if name.resolve() in path.resolve().parents:
                 raise UserError(
-                    f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder"
+                    "folder-overlap",
+                    f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder",
                 )
             if path.exists() and any(path.samefile(file) for file in name.iterdir() if file.exists()):
-                raise UserError(f"{flag} {output}: is a file of {other} {name} too, which is read; give another")
+                raise UserError(
+                    "file-overlap", f"{flag} {output}: is a file of {other} {name} too, which is read; give another"
+                )
         above = next(parent for parent in path.resolve().parents if parent.exists())
         if not above.is_dir():
-            raise UserError(f"{flag} {output}: {above} is a file and no folder; give another place")
+            raise UserError("not-a-folder", f"{flag} {output}: {above} is a file and no folder; give another place")
         taken.append((flag, path))
 
 
@@ -106,7 +109,7 @@ def add_normalisation_option(group: argparse._ArgumentGroup, default: str | None
 def check_jsonl(flag: str, path: str | None) -> None:
     """Refuses a name of Parquet for a file that is written as JSONL, since readers go by the name."""
     if path is not None and is_parquet(path):
-        raise UserError(f"{flag} {path}: is written as JSONL; give a name that does not end in .parquet")
+        raise UserError("file-suffix", f"{flag} {path}: is written as JSONL; give a name that does not end in .parquet")
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:

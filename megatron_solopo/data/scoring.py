@@ -114,8 +114,9 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
     flag = f"--scorer {name}"
     if normalisation is not None and (name == "sub_em_plain" or name not in SCORERS):
         raise UserError(
+            "option-unused",
             f"--normalisation {normalisation} has no effect with {flag}, which compares texts in its own way; "
-            "leave it out"
+            "leave it out",
         )
     if name in SCORERS:
         return lambda response, answers, question: score(name, response, answers, normalisation)
@@ -141,10 +142,13 @@ class UserScorer:
         try:
             score = self._function(response, list(answers), **more)
         except Exception as error:
-            raise UserError(f"{self._flag}: raised {error_text(error)} for the response {short(response)}") from None
+            raise UserError(
+                "scorer-raises", f"{self._flag}: raised {error_text(error)} for the response {short(response)}"
+            ) from None
         if not isinstance(score, Real | np.bool_) or not math.isfinite(score):
             raise UserError(
+                "scorer-value",
                 f"{self._flag}: returned {short(score)} for the response {short(response)}; a score is a finite "
-                "number, or True or False"
+                "number, or True or False",
             )
         return float(score)

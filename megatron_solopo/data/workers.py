@@ -58,8 +58,9 @@ def map_in_order[T](
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(
+            "worker-killed",
             f"--workers {workers}: a worker was killed (out of memory?); what is done is kept: repeat the command, "
-            "with fewer workers if need be"
+            "with fewer workers if need be",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -97,7 +97,9 @@ def as_file(given: str, aside: Path) -> Iterator[str]:
             lines.flush()
             yield str(aside)
         except UserError as error:
-            raise UserError(str(error).replace(f"{aside}:", f"{given}, record ").replace(str(aside), given)) from None
+            raise UserError(
+                error.code, str(error).replace(f"{aside}:", f"{given}, record ").replace(str(aside), given)
+            ) from None
         finally:
             aside.unlink(missing_ok=True)
 
@@ -142,7 +144,7 @@ def _hub_parts(text: str) -> tuple[str, str | None, str]:
     """(name, config, split) of ``hub:NAME[:CONFIG][:SPLIT]``."""
     name, *rest = text.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
-        raise UserError(f"{text}: give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+        raise UserError("dataset-name", f"{text}: give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     config, split = [*rest, "", ""][:2]
     return name, config or None, split or "train"
 
@@ -161,7 +163,8 @@ def _rows(
     splits = cast(Mapping[str, Iterable[Record]], loaded)
     if (rows := splits.get(split)) is None:
         raise UserError(
-            f"{given}: has no split {split}, only {', '.join(splits)}; give hub:{name}::SPLIT with one of these"
+            "split-missing",
+            f"{given}: has no split {split}, only {', '.join(splits)}; give hub:{name}::SPLIT with one of these",
         )
     for number, row in enumerate(rows, 1):
         yield f"{given}, row {number}", parquet.record_of(row)
@@ -175,7 +178,8 @@ def _train_files(folder: Path) -> list[Path]:
         splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
     if "train" not in splits:
         raise UserError(
-            f"{folder}: has no split train, only {', '.join(map(str, splits))}; give its files, or hub:{folder}::SPLIT"
+            "split-missing",
+            f"{folder}: has no split train, only {', '.join(map(str, splits))}; give its files, or hub:{folder}::SPLIT",
         )
     whole = folder.resolve()
     found = map(Path, splits["train"])
@@ -190,7 +194,7 @@ def _told(given: str) -> Iterator[None]:
     except Exception as error:
         # The outer error of a broken file only says that generating failed; its cause says why.
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise UserError(f"{given}: datasets cannot load it ({reason[:300]})") from None
+        raise UserError("dataset-unreadable", f"{given}: datasets cannot load it ({reason[:300]})") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Record]]:
@@ -201,20 +205,21 @@ def _csv(path: Path) -> Iterator[tuple[str, Record]]:
         try:
             names = next(rows, [])
             if len(set(names)) < len(names):
-                raise UserError(f"{path}:1: two columns have one name; rename one of them")
+                raise UserError("column-twice", f"{path}:1: two columns have one name; rename one of them")
             line = rows.line_num + 1
             for cells in rows:
                 if len(cells) > len(names):
                     raise UserError(
-                        f"{path}:{line}: {len(cells)} cells under {len(names)} names; quote texts with commas"
+                        "not-csv",
+                        f"{path}:{line}: {len(cells)} cells under {len(names)} names; quote texts with commas",
                     )
                 if cells:  # a blank line has none
                     yield f"{path}:{line}", {name: cell for name, cell in zip(names, cells, strict=False) if cell}
                 line = rows.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}:{line}: not valid CSV ({error}); repair the row") from None
+            raise UserError("not-csv", f"{path}:{line}: not valid CSV ({error}); repair the row") from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+            raise UserError("not-utf8", f"{path}: not UTF-8; save the file as UTF-8") from None
 
 
 def _starts_an_array(path: Path) -> bool:
@@ -228,7 +233,7 @@ def _array(path: Path) -> Iterator[tuple[str, Record]]:
         try:
             yield from _objects(path, file)
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+            raise UserError("not-utf8", f"{path}: not UTF-8; save the file as UTF-8") from None
 
 
 def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, Record]]:
@@ -265,18 +270,20 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, Record]]:
                 number -= 1
                 continue
             raise UserError(
+                "not-json",
                 f"{path}:{broken}: not valid JSON ({error.msg} at column {error.colno}); "
-                "the file must be one array of objects"
+                "the file must be one array of objects",
             ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: cannot be read ({error}); repair the record") from None
+            code = "json-key-twice" if isinstance(error, json_text.KeyTwice) else "not-json"
+            raise UserError(code, f"{where}: cannot be read ({error}); repair the record") from None
         if HALF.search(text, position, end):
             check_encodes(record, where)
         if not isinstance(record, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            raise UserError("field-type", f"{where}: expected a JSON object, found {type(record).__name__}")
         yield where, record
         last = line = line + text.count("\n", position, end)
         position = end
     position += 1
     if skip(_SPACES):
-        raise UserError(f"{path}:{line}: more text follows the array; keep one array in the file")
+        raise UserError("not-json", f"{path}:{line}: more text follows the array; keep one array in the file")

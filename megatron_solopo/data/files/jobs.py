@@ -141,8 +141,9 @@ class Jobs:
             if any(job["job"] not in preparation for _, job in self._jobs()):
                 name, before, after = differing[0]
                 raise UserError(
+                    "unfinished-other-settings",
                     f"{self.place}: begun with {name} = {before!r}, now {after!r}; repeat the first settings to "
-                    "resume, or delete it to start again"
+                    "resume, or delete it to start again",
                 )
             self._empty = True
         elif not self._empty:
@@ -196,8 +197,9 @@ class Jobs:
                 record = parse_line(line, f"{self._log}:{number}")
                 if ("settings" if number == 1 else "job") not in record:
                     raise UserError(
+                        "unfinished-other-version",
                         f"{self._log}:{number}: not a line of unfinished work of this version; delete {self.place} to "
-                        "start again"
+                        "start again",
                     )
                 start, self._end = self._end, self._end + len(line)
                 yield start, record
@@ -263,7 +265,8 @@ class Jobs:
                 left = left[file.write(left) :]
         except OSError as error:
             raise UserError(
-                f"{self.place}: {system_reason(error)}; make room and repeat the command, what is finished is kept"
+                "write-failed",
+                f"{self.place}: {system_reason(error)}; make room and repeat the command, what is finished is kept",
             ) from None
 
     def read(self, start: int) -> Line:
@@ -303,4 +306,6 @@ def lock(file: BinaryIO, place: Path) -> None:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{place}: another process is writing it; wait for its end, or end it first") from None
+            raise UserError(
+                "output-in-use", f"{place}: another process is writing it; wait for its end, or end it first"
+            ) from None

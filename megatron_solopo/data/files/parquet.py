@@ -91,7 +91,9 @@ def read_rows(
                 number += 1
         batches.keep()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}:row {number}: damaged from here on ({_reason(error)}); write the file anew") from None
+        raise UserError(
+            "file-damaged", f"{path}:row {number}: damaged from here on ({_reason(error)}); write the file anew"
+        ) from None
 
 
 class _Batches:
@@ -155,7 +157,9 @@ def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[s
             try:
                 batch.slice(index, 1).to_pylist()
             except UnicodeDecodeError:
-                raise UserError(f"{path}:row {first + index}: a text is not UTF-8; write the file anew") from None
+                raise UserError(
+                    "not-utf8", f"{path}:row {first + index}: a text is not UTF-8; write the file anew"
+                ) from None
         raise
 
 
@@ -167,12 +171,14 @@ def row_group_sizes(path: str | Path) -> list[int]:
 
 def _open(path: str | Path) -> pq.ParquetFile:
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the path of a Parquet file")
+        raise UserError("file-missing", f"{path}: no such file; give the path of a Parquet file")
     try:
         # Without a stream's buffer the whole row group is read at once, however large another writer made it.
         return pq.ParquetFile(path, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({_reason(error)}); a JSONL file ends in .jsonl") from None
+        raise UserError(
+            "not-parquet", f"{path}: not a Parquet file ({_reason(error)}); a JSONL file ends in .jsonl"
+        ) from None
 
 
 def _reason(error: BaseException) -> str:

@@ -66,7 +66,9 @@ def read_text(flag: str, path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+        raise UserError(
+            "not-utf8", f"{flag} {path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+        ) from None
 
 
 def _absent(path: Path) -> str:
@@ -97,7 +99,7 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {_absent(path)}; give the path of a JSONL file")
+        raise UserError("file-missing", f"{path}: {_absent(path)}; give the path of a JSONL file")
     start, first, count = (part.start, part.first, part.count) if part else (0, 1, None)
     with path.open("rb") as lines:
         lines.seek(start)
@@ -121,17 +123,21 @@ def parse_line(line: bytes, where: str) -> Record:
         text = line.decode("utf-8")
         record = json_text.loads(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+        raise UserError(
+            "not-utf8", f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+            "not-json",
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object",
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UserError(f"{where}: cannot be read ({error}); repair the line") from None
+        code = "json-key-twice" if isinstance(error, json_text.KeyTwice) else "not-json"
+        raise UserError(code, f"{where}: cannot be read ({error}); repair the line") from None
     if HALF.search(text):
         check_encodes(record, where)
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise UserError("field-type", f"{where}: expected a JSON object, found {type(record).__name__}")
     return record
 
 
@@ -147,7 +153,7 @@ def check_encodes(value: object, where: str) -> None:
     except UnicodeEncodeError as error:
         before = text[max(error.start - 20, 0) : error.start]
         raise UserError(
-            f"{where}: the character after {before!r} is half of a surrogate pair; repair the text"
+            "surrogate-half", f"{where}: the character after {before!r} is half of a surrogate pair; repair the text"
         ) from None
 
 
@@ -159,7 +165,7 @@ def scan(path: str | Path) -> tuple[str, list[Part]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {_absent(path)}; give the path of a JSONL or Parquet file")
+        raise UserError("file-missing", f"{path}: {_absent(path)}; give the path of a JSONL or Parquet file")
     if is_parquet(path):
         parts, first = [], 1
         for group, size in enumerate(parquet.row_group_sizes(path)):

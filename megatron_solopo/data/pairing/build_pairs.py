@@ -272,20 +272,24 @@ def build_parser() -> Parser:
 
 def _check(options: argparse.Namespace) -> None:
     if options.pairs_per_question < 1:
-        raise UserError(f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1")
+        raise UserError(
+            "option-value", f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1"
+        )
     for flag, value in (("--right-above", options.right_above), ("--wrong-below", options.wrong_below)):
         if not math.isfinite(value):
-            raise UserError(f"{flag} {value}: give a finite number")
+            raise UserError("option-value", f"{flag} {value}: give a finite number")
     if not options.wrong_below <= options.right_above:
         raise UserError(
+            "option-conflict",
             f"--wrong-below {options.wrong_below:g} is above --right-above {options.right_above:g}: "
-            "a response could be both; lower it"
+            "a response could be both; lower it",
         )
     for flag in ("all_right", "all_wrong"):
         if getattr(options, flag) == "ranked" and options.scorer in TWO_VALUED:
             raise UserError(
+                "option-conflict",
                 f"--{flag.replace('_', '-')} ranked with --scorer {options.scorer}: its scores are 0 and 1 only, so "
-                "equal responses have no rank; take f1 or a function of your own"
+                "equal responses have no rank; take f1 or a function of your own",
             )
 
 
@@ -343,22 +347,25 @@ def _checked(
     for group in ProgressBar(groups, desc="pairing", unit="group", leave=False):
         if group.id in seen:
             raise UserError(
+                "id-twice",
                 f"--pairs-per-question {options.pairs_per_question}: {group.id!r} would be the id of two groups, of a "
                 f"question and of another one's further pair; rename that question in {options.contexts} and "
-                f"{options.responses}"
+                f"{options.responses}",
             )
         seen.add(group.id)
         yield group
     if not counts.questions:
-        raise UserError(f"--contexts {options.contexts}: holds no question; give what prepare-data wrote")
+        raise UserError("data-empty", f"--contexts {options.contexts}: holds no question; give what prepare-data wrote")
     strangers = source.unasked() if source else set()
     if strangers:
         raise UserError(
+            "responses-other-contexts",
             f"--responses {options.responses}: {len(strangers)} ids are not in {options.contexts} (one is "
-            f"{min(strangers)!r}); give the contexts file the responses were sampled from"
+            f"{min(strangers)!r}); give the contexts file the responses were sampled from",
         )
     if not counts.groups:
         raise UserError(
+            "pairs-none",
             f"no question has both a right and a wrong response ({counts.sampled} questions: "
             f"{counts.all_right} all right, {counts.all_wrong} all wrong, {counts.no_response} without a usable "
             f"response{f'; {counts.not_sampled} more were not sampled' if counts.not_sampled else ''}); "
@@ -366,5 +373,5 @@ def _checked(
                 "give contexts of more questions, whose answers differ"
                 if source is None
                 else "sample more responses, raise --temperature, or use another model"
-            )
+            ),
         )
