@@ -21,6 +21,8 @@ from megatron_solopo.yaml_options import Options, read_options
 
 RENAMED: dict[str, dict[str, str]] = {
     "prepare-data": {"--input": "--data"},
+    "sample-responses": {"--num-samples-context": "--sample-on"},
+    "build-pairs": {"--right-above": "--correct-threshold", "--wrong-below": "--incorrect-threshold"},
     "tokenize-data": {"--train-data": "--data"},
     "inspect-data": {"--html": "--output"},
     "hf-to-megatron": {"--force": "--overwrite"},

@@ -20,17 +20,17 @@ RESULTS = {
     "ORPO short-PO": "short-po",
     "ORPO long-PO": "long-po",
     "ORPO SoLo": "solo",
-    "ORPO SoLo, short side stopped": "solo-stopped",
+    "ORPO SoLo, stop-grad on short": "solo-stopped",
     "SimPO short-PO": "simpo-short-po",
     "SimPO long-PO": "simpo-long-po",
     "SimPO SoLo": "simpo-solo",
     "SimPO SoLo, alpha 0.3": "simpo-solo-alpha-0.3",
-    "SimPO SoLo, short side stopped": "simpo-solo-short-side-stopped",
+    "SimPO SoLo, stop-grad on short": "simpo-solo-short-side-stopped",
     "DPO short-PO": "dpo-short-po",
     "DPO long-PO": "dpo-long-po",
     "DPO SoLo": "dpo-solo",
     "DPO SoLo, short reference": "dpo-solo-short-reference",
-    "DPO SoLo, short reference, short side stopped": "dpo-solo-short-reference-short-side-stopped",
+    "DPO SoLo, short reference, stop-grad on short": "dpo-solo-short-reference-short-side-stopped",
 }
 """Label -> name of its file in evaluation/; the first five are the demo's own."""
 

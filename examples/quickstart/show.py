@@ -21,7 +21,7 @@ METHODS = {
     "short-PO": "short-po",
     "long-PO": "long-po",
     "SoLo": "solo",
-    "SoLo, short side stopped": "solo-stopped",
+    "SoLo, stop-grad on short": "solo-stopped",
 }
 """Label -> run folder; ``FOLDER-hf`` holds the model, ``evaluation/FOLDER.json`` its accuracies."""
 

@@ -275,7 +275,7 @@ def test_json_that_python_does_not_read(tmp_path: Path, line: str, reason: str) 
         ("prepare-data", "--pool", "questions.jsonl", "these are questions of --source musique"),
         ("build-pairs", "--contexts", "model", "model: is a folder; give the path of a JSONL file"),
         ("build-pairs", "--contexts", "empty", "--contexts empty: holds no question; give what prepare-data wrote"),
-        ("build-pairs", "--right-above", "nan", "--right-above nan: give a finite number"),
+        ("build-pairs", "--correct-threshold", "nan", "--correct-threshold nan: give a finite number"),
         ("build-pairs", "--scorer", "sys:path", "path is not a function in sys"),
         ("prepare-data", "--exclude-ids", "utf16", "--exclude-ids utf16: not UTF-8 (byte 1); save the file as UTF-8"),
         ("prepare-data", "--document-template", "@utf16", "--document-template utf16: not UTF-8 (byte 1)"),

@@ -55,7 +55,7 @@ def graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_graded_scores_by_threshold_and_policy(
     graded: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limits = ["--right-above", "0.6", "--wrong-below", "0.4"]
+    limits = ["--correct-threshold", "0.6", "--incorrect-threshold", "0.4"]
     drawn = {(g.chosen, g.rejected) for s in range(40) for g in build(graded, tmp_path, *limits, "--seed", str(s))}
     assert drawn == {(c, r) for c in ("9 best", "7 good") for r in ("2 bad", "1 worst", "3 poor")}
     capsys.readouterr()
@@ -125,7 +125,7 @@ def test_scores_of_ones_own_are_kept_until_the_pairs_are_written(
     assert run("8 fine")[-1] == "8 fine" and partial.is_file()
     lines = Path("contexts.jsonl").read_text().splitlines()
     Path("contexts.jsonl").write_text("\n".join([lines[0], *reversed(lines[1:])]))
-    assert run("2 bad", "--right-above", "0.6") == ["5 so so", "5 or so", "1 bad", "1 worse", "2 bad"]
+    assert run("2 bad", "--correct-threshold", "0.6") == ["5 so so", "5 or so", "1 bad", "1 worse", "2 bad"]
     Path("contexts.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"begun with scorer = 'judge:grade', now 'grades:grade'; repeat the first"):
         build(graded, tmp_path)
@@ -148,8 +148,8 @@ WRONG_OPTIONS = {
     "None": (["--scorer", "grades:nothing"], r"returned None for the response '9 best'; a score is a finite number"),
     "not a number": (["--scorer", "grades:nan"], r"returned nan for the response '9 best'; a score is a finite"),
     "both at once": (
-        ["--right-above", "0.3", "--wrong-below", "0.4"],
-        r"--wrong-below 0.4 is above --right-above 0.3: a response could be both",
+        ["--correct-threshold", "0.3", "--incorrect-threshold", "0.4"],
+        r"--incorrect-threshold 0.4 is above --correct-threshold 0.3: a response could be both",
     ),
     "no rank": (["--all-right", "ranked", "--scorer", "em"], r"--all-right ranked with --scorer em: its scores are 0"),
     "no rank in the plain form": (
@@ -166,7 +166,10 @@ WRONG_OPTIONS = {
     ),
     "no pairs": (["--pairs-per-question", "0"], r"--pairs-per-question 0: give a number of at least 1$"),
     "no folder": (["--tokenizer", "absent"], r"absent: no such folder; give a Hugging Face folder with a tokenizer$"),
-    "nothing": (["--right-above", "2"], r"no question has both a right and a wrong response \(5 questions: 0 all"),
+    "nothing": (
+        ["--correct-threshold", "2"],
+        r"no question has both a right and a wrong response \(5 questions: 0 all",
+    ),
 }
 
 
@@ -206,7 +209,7 @@ YES_AND_NO = {
             "--scorer sub_em",
         ),
         (
-            ["--scorer", "f1", "--right-above", "0.6", "--wrong-below", "0.6"],
+            ["--scorer", "f1", "--correct-threshold", "0.6", "--incorrect-threshold", "0.6"],
             {},
             "scored as all others, by --scorer f1",
         ),

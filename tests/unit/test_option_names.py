@@ -132,20 +132,28 @@ def test_a_mistake_on_the_command_line_does_not_blame_the_file(
     check_refusal(answer(capsys, ["report", "--config"]), "option-value", "--config: ", "one argument")
 
 
+PAIRS = ["--contexts", "c", "--responses", "r", "--output", "o"]
 OLD = {
-    "prepare-data": (["--input", "a", "--tokenizer", "m", "--output", "o"], "--input is now --data"),
-    "tokenize-data": (["--train-data=a", "--tokenizer", "m", "--output", "o"], "--train-data is now --data"),
-    "inspect-data": (["--data", "d", "--tokenizer", "m", "--html", "p"], "--html is now --output"),
-    "convert-checkpoint": (
+    "--input is now --data": ("prepare-data", ["--input", "a", "--tokenizer", "m", "--output", "o"]),
+    "--num-samples-context is now --sample-on": (
+        "sample-responses",
+        ["--contexts", "c", "--model", "m", "--output", "o", "--num-samples-context", "long"],
+    ),
+    "--right-above is now --correct-threshold": ("build-pairs", [*PAIRS, "--right-above", "0.6"]),
+    "--wrong-below is now --incorrect-threshold": ("build-pairs", [*PAIRS, "--wrong-below=0.4"]),
+    "--train-data is now --data": ("tokenize-data", ["--train-data=a", "--tokenizer", "m", "--output", "o"]),
+    "--html is now --output": ("inspect-data", ["--data", "d", "--tokenizer", "m", "--html", "p"]),
+    "--force is now --overwrite": (
+        "convert-checkpoint",
         ["hf-to-megatron", "--hf-path", "m", "--save", "s", "--force"],
-        "--force is now --overwrite",
     ),
 }
+"""Warning -> (command, a command line with the old name)."""
 
 
-@pytest.mark.parametrize("command", OLD)
-def test_an_old_name_is_taken_with_a_warning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv, warning = OLD[command]
+@pytest.mark.parametrize("warning", OLD)
+def test_an_old_name_is_taken_with_a_warning(warning: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, argv = OLD[warning]
     old, new = warning.split(" is now ")
     assert parser_of(command).parse_args(argv) == parser_of(command).parse_args(
         [text.replace(old, new, 1) if text.startswith(old) else text for text in argv]

@@ -34,8 +34,8 @@ class Pairing:
     """How pairs are made; see ``--help``."""
 
     score: Score
-    right_above: float = 0.5
-    wrong_below: float = 0.5
+    correct_threshold: float = 0.5
+    incorrect_threshold: float = 0.5
     policy: Policy = POLICIES["random"]
     per_question: int = 1
     all_right: str = "skip"
@@ -64,8 +64,8 @@ def build_groups(
             continue
         scored = _score(pair, sampled, how, counts)
         counts.add_short(pair.answers, [(one.text, one.score) for one in scored])
-        right = [response for response in scored if response.score > how.right_above]
-        wrong = [response for response in scored if response.score < how.wrong_below]
+        right = [response for response in scored if response.score > how.correct_threshold]
+        wrong = [response for response in scored if response.score < how.incorrect_threshold]
         counts.scored_responses += len(scored)
         counts.right_responses += len(right)
         counts.undecided_responses += len(scored) - len(right) - len(wrong)
@@ -99,7 +99,7 @@ def build_groups(
         else:
             counts.undecided += 1
             continue
-        share = {"share_right": round(sum(r.score > how.right_above for r in scored) / len(scored), 4)}
+        share = {"share_right": round(sum(r.score > how.correct_threshold for r in scored) / len(scored), 4)}
         for number, found in enumerate(distinct(candidates, how.per_question, right, wrong), 1):
             yield _group(pair, number, found, share | more, how, counts)
 
@@ -118,7 +118,7 @@ def build_gold_groups(
         counts.questions += 1
         rng = random.Random(f"{how.seed}\0{pair.id}")
         drawn = (_scored(pair, [_sentence(other)], how)[0] for other in _shuffled(others, rng))
-        wrong = next((response for response in drawn if response.score < how.wrong_below), None)
+        wrong = next((response for response in drawn if response.score < how.incorrect_threshold), None)
         if wrong is None:
             counts.all_right += 1
             continue
@@ -224,14 +224,14 @@ def build_parser() -> Parser:
     )
     add_normalisation_option(group)
     group.add_argument(
-        "--right-above", type=float, default=0.5, metavar="X", help="a score above X is right (default: 0.5)"
+        "--correct-threshold", type=float, default=0.5, metavar="X", help="a score above X is correct (default: 0.5)"
     )
     group.add_argument(
-        "--wrong-below",
+        "--incorrect-threshold",
         type=float,
         default=0.5,
         metavar="X",
-        help="a score below X is wrong; what is neither is in no pair and counted (default: 0.5)",
+        help="a score below X is incorrect; responses that are neither are in no pair and counted (default: 0.5)",
     )
     group = parser.add_argument_group("pairing")
     group.add_argument(
@@ -275,13 +275,16 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             "option-value", f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1"
         )
-    for flag, value in (("--right-above", options.right_above), ("--wrong-below", options.wrong_below)):
+    for flag, value in (
+        ("--correct-threshold", options.correct_threshold),
+        ("--incorrect-threshold", options.incorrect_threshold),
+    ):
         if not math.isfinite(value):
             raise UserError("option-value", f"{flag} {value}: give a finite number")
-    if not options.wrong_below <= options.right_above:
+    if not options.incorrect_threshold <= options.correct_threshold:
         raise UserError(
             "option-conflict",
-            f"--wrong-below {options.wrong_below:g} is above --right-above {options.right_above:g}: "
+            f"--incorrect-threshold {options.incorrect_threshold:g} is above --correct-threshold {options.correct_threshold:g}: "
             "a response could be both; lower it",
         )
     for flag in ("all_right", "all_wrong"):
@@ -304,8 +307,8 @@ def _count_tokens(folder: str) -> Callable[[str], int]:
 def _pairing(options: argparse.Namespace, score: Score) -> Pairing:
     return Pairing(
         score=score,
-        right_above=options.right_above,
-        wrong_below=options.wrong_below,
+        correct_threshold=options.correct_threshold,
+        incorrect_threshold=options.incorrect_threshold,
         policy=POLICIES[options.policy],
         per_question=options.pairs_per_question,
         all_right=options.all_right,

@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     group.add_argument("--overwrite", action="store_true", help="sample an output anew that is complete")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
     group.add_argument(
-        "--num-samples-context",
+        "--sample-on",
         choices=("short", "long"),
         default="short",
         help="context the responses are sampled on (default: short, as SoLoPO does)",
@@ -180,7 +180,7 @@ def _is_url(text: str) -> bool:
 
 def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
     for pair in ProgressBar(read_contexts(options.contexts), desc="prompts", unit="question", leave=False):
-        chat = getattr(pair, f"{options.num_samples_context}_messages")
+        chat = getattr(pair, f"{options.sample_on}_messages")
         try:
             yield Prompt(pair.id, chat, prompt_ids(tokenizer, chat))
         except UserError as error:
@@ -218,10 +218,8 @@ def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJ
         "contexts": contexts,
         "model": str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
         **text_facts(named.folder, tokenizer),
-        **{
-            name: getattr(options, name)
-            for name in ("num_samples_context", "temperature", "top_p", "max_new_tokens", "seed")
-        },
+        "num_samples_context": options.sample_on,  # the option's name in version 0.1, whose outputs are extended too
+        **{name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")},
     }
     if output.exists() and not options.overwrite:  # before a model is loaded
         check_output(output, settings)
