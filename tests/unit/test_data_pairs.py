@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from pair_files import build, contexts, main, responses
+from refusals import refused
 from tiny_models import write_model
 
 from megatron_solopo.data.pairing.lengths import Lengths
 from megatron_solopo.data.schema import read_groups
-from megatron_solopo.errors import UserError
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def files(tmp_path: Path) -> list[str]:
 def test_contexts_and_responses_are_never_replaced(files: list[str], tmp_path: Path) -> None:
     before = {path: Path(path).read_bytes() for path in files if path.startswith(str(tmp_path))}
     for flag, path in zip(("--contexts", "--responses"), before, strict=True):
-        with pytest.raises(UserError, match=f"--output {path}: is the file of {flag} too; give another"):
+        with refused("file-overlap", f"--output {path}: ", f" {flag} "):
             main([*files, "--output", path])
     assert {path: Path(path).read_bytes() for path in before} == before
 
@@ -153,9 +153,7 @@ def test_questions_never_sampled_are_outside_the_yield(
     assert "questions: 6\n  not sampled: 5; shares are of the other 1\n" in printed
     assert "yield, a right and a wrong answer: 1 (100.0%)" in printed and "no usable response: 0 (0.0%)" in printed
     responses(asked, {"mixed": [], "wrong": ["Bergen"]})
-    with pytest.raises(
-        UserError, match=r"\(2 questions: 0 all right, 1 all wrong, 1 without a usable .*; 4 more were not"
-    ):
+    with refused("pairs-none", "2 questions: 0 all right, 1 all wrong, 1 without ", " 4 more were not sampled"):
         build(files, tmp_path)
 
 
@@ -217,26 +215,31 @@ def test_gold_is_a_dry_run_without_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "named"),
     [
-        ('{"id": "stranger", "responses": ["x"]}', "1 ids are not in"),
-        ('{"id": "mixed", "responses": "x"}', "responses.jsonl:1: the field 'responses' must be list"),
+        (
+            '{"id": "stranger", "responses": ["x"]}',
+            "responses-other-contexts",
+            ("responses.jsonl: 1 ids ", "contexts.jsonl ", "'stranger'"),
+        ),
+        ('{"id": "mixed", "responses": "x"}', "field-type", ("responses.jsonl:1: ", "'responses'", "list")),
         (
             '{"id": "mixed", "responses": ["x"], "finished": []}',
-            "responses.jsonl:1: the field 'finished' must be a list as long",
+            "field-value",
+            ("responses.jsonl:1: ", "'finished'", "'responses' (1)"),
         ),
         (
             '{"id": "mixed", "responses": ["x"]}\n{"id": "mixed", "responses": ["x"]}',
-            "responses.jsonl:2: the id 'mixed' was used before",
+            "id-twice",
+            ("responses.jsonl:2: ", "'mixed'"),
         ),
-        ('{"id": "mixed", "responses": ["Lyon"]}', "no question has both a right and a wrong response"),
+        ('{"id": "mixed", "responses": ["Lyon"]}', "pairs-none", ("1 questions: 0 all right, 1 all wrong, ",)),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_no_output(
-    files: list[str], tmp_path: Path, text: str, message: str
+    files: list[str], tmp_path: Path, text: str, code: str, named: tuple[str, ...]
 ) -> None:
     (tmp_path / "responses.jsonl").write_text(text + "\n")
-    with pytest.raises(UserError) as error:
+    with refused(code, *named):
         build(files, tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "groups.jsonl").exists()

@@ -7,9 +7,9 @@ import resource
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from megatron_solopo.data.files.jobs import LOG, Jobs
-from megatron_solopo.errors import UserError
 
 STREAMS = ("a.bin", "deep/b.bin")
 
@@ -54,7 +54,7 @@ def test_a_kill_costs_what_was_in_flight(tmp_path: Path, case: str) -> None:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     work(tmp_path, 1, {"seed": 0, "tokenizer": {"file": "x"}})
     with (
-        pytest.raises(UserError, match=r"begun with tokenizer\.file = 'x', now 'y'; repeat the first settings"),
+        refused("unfinished-other-settings", f"{tmp_path}: ", "tokenizer.file = 'x', now 'y'"),
         Jobs(tmp_path, STREAMS) as jobs,
     ):
         jobs.begin({"seed": 0, "tokenizer": {"file": "y"}})
@@ -70,7 +70,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         jobs.begin({})
         jobs.add("x", {})
         before = place.read_bytes()
-        with pytest.raises(UserError, match=r"a\.partial: another process is writing it; wait for its end"):
+        with refused("output-in-use", f"{place}: "):
             Jobs(place)
     assert place.read_bytes() == before
 
@@ -89,7 +89,7 @@ def test_a_full_disk_costs_the_job_that_it_met(tmp_path: Path) -> None:
         jobs.begin({})
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         try:
-            with pytest.raises(UserError, match=r"File too large; make room and repeat the command, what is finished"):
+            with refused("write-failed", f"{tmp_path}: File too large"):
                 jobs.add(0, {}, {"a.bin": b"a" * 600, "deep/b.bin": b"b" * 1200})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -98,16 +98,13 @@ def test_a_full_disk_costs_the_job_that_it_met(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("nonsense", r"w:2: not valid JSON"),
-        (json.dumps({"first": 0, "id": "q0"}), r"w:2: not a line of unfinished work of this version; delete .*w to st"),
-    ],
+    ("line", "code"),
+    [("nonsense", "not-json"), (json.dumps({"first": 0, "id": "q0"}), "unfinished-other-version")],
 )
-def test_a_damaged_line_costs_nothing_behind_it(tmp_path: Path, line: str, told: str) -> None:
+def test_a_damaged_line_costs_nothing_behind_it(tmp_path: Path, line: str, code: str) -> None:
     place = tmp_path / "w"
     text = json.dumps({"settings": {}}) + f"\n{line}\n" + json.dumps({"job": 1}) + "\n"
     place.write_text(text)
-    with pytest.raises(UserError, match=told):
+    with refused(code, f"{place}:2: "):
         Jobs(place)
     assert place.read_text() == text

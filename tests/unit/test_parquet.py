@@ -6,6 +6,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import refused
 
 from megatron_solopo.data.files import parquet
 from megatron_solopo.data.files.records import read_records, scan, write_jsonl, write_records
@@ -161,14 +162,15 @@ def test_a_damaged_file_is_one_line(tmp_path):
     write_records(path, [draw_group(number) for number in range(150)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"a.parquet: not a Parquet file \(.*\); a JSONL file ends in .jsonl$"):
+    with refused("not-parquet", f"{path}: ", ".jsonl"):
         list(read_groups(path))
     start = len(whole) // 2
     path.write_bytes(whole[:start] + bytes(200) + whole[start + 200 :])
-    with pytest.raises(UserError, match=r"a.parquet:row \d+: damaged from here on \(.*\); write the file anew$"):
+    with refused("file-damaged") as caught:
         list(read_groups(path))
+    assert re.match(rf"{path}:row \d+: ", caught.value.message)
     write_jsonl(tmp_path / "b.parquet", [ROW])
-    with pytest.raises(UserError, match=r"b.parquet: not a Parquet file"):
+    with refused("not-parquet", f"{tmp_path / 'b.parquet'}: "):
         list(read_groups(tmp_path / "b.parquet"))
 
 
@@ -178,9 +180,9 @@ def test_an_aborted_write_leaves_the_old_file(tmp_path):
 
     def broken():
         yield draw_group(2)
-        raise UserError("no")
+        raise UserError("stopped", "by the test")
 
-    with pytest.raises(UserError):
+    with refused("stopped"):
         write_records(path, broken())
     assert [group.id for group in read_groups(path)] == ["g1"]
 
@@ -196,6 +198,5 @@ def test_a_text_that_is_not_utf8_names_its_row(tmp_path):
     texts = [b"good", b"also good", "Gr\u00f6\u00dfe".encode("latin-1"), b"x"]
     column = pa.StringArray.from_buffers(4, *pa.array(texts, pa.binary()).buffers()[1:])
     pq.write_table(pa.table({"title": ["t"] * 4, "text": column}), tmp_path / "a.parquet")
-    with pytest.raises(UserError) as error:
+    with refused("not-utf8", f"{tmp_path / 'a.parquet'}:row 3: "):
         list(read_records(tmp_path / "a.parquet"))
-    assert str(error.value) == f"{tmp_path / 'a.parquet'}:row 3: a text is not UTF-8; write the file anew"
