@@ -11,7 +11,6 @@ from refusals import refused
 from megatron_solopo.data.files import parquet
 from megatron_solopo.data.files.records import read_records, scan, write_jsonl, write_records
 from megatron_solopo.data.schema import PreferenceGroup, read_conversations, read_groups
-from megatron_solopo.errors import UserError
 
 CHAT = [{"role": "user", "content": "q"}]
 ROW = {"id": "g", "short_messages": CHAT, "chosen": "a", "rejected": "b"}
@@ -127,34 +126,30 @@ def test_foreign_parquet_with_the_columns_is_read(tmp_path):
 
 
 WRONG = {
-    "another table": (
-        [{"x": 1}],
-        r"row 1: the field 'short_messages' is missing \(fields found: x\); name the fields of pairs",
-    ),
-    "a null": ([ROW, {**ROW, "id": "h", "chosen": None}], r"row 2: the field 'chosen' is missing"),
-    "a number": ([{**ROW, "chosen": 3}], r"row 1: the field 'chosen' must be str, found int$"),
-    "texts for messages": ([{**ROW, "short_messages": ["q"]}], r"row 1: short_messages\[0\] must be an object"),
+    "another table": ([{"x": 1}], "field-missing", "row 1: ", "'short_messages'", " x)", "prompt, chosen and rejected"),
+    "a null": ([ROW, {**ROW, "id": "h", "chosen": None}], "field-missing", "row 2: ", "'chosen'"),
+    "a number": ([{**ROW, "chosen": 3}], "field-type", "row 1: ", "'chosen'", " str", " int"),
+    "texts for messages": ([{**ROW, "short_messages": ["q"]}], "field-type", "row 1: ", "short_messages[0]"),
     "span beyond the text": (
         [{**ROW, "short_spans": [{"start": 0, "end": 9, "gold": True}]}],
-        r"row 1: short_spans\[0\] is 0 to 9; spans must follow each other within the 1 characters",
+        *("field-value", "row 1: ", "short_spans[0] ", "0 to 9", "the 1 characters"),
     ),
     "span without its end": (
         [{**ROW, "short_spans": [{"start": 0, "gold": True}]}],
-        r"row 1: the field 'short_spans\[0\]\[1\]' must be int, found NoneType$",
+        *("field-type", "row 1: ", "'short_spans[0][1]'", " int", " NoneType"),
     ),
-    "same id": ([ROW, ROW], r"row 2: the id 'g' was used before at .*row 1; ids must be unique$"),
+    "same id": ([ROW, ROW], "id-twice", "row 2: ", "'g'", "row 1;"),
 }
+"""Case -> (rows, code, what the message names)."""
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_row_is_named(case, tmp_path):
-    rows, pattern = WRONG[case]
+    rows, code, row, *named = WRONG[case]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(UserError) as caught:
+    with refused(code, f"{path}:{row}", *named):
         list(read_groups(path))
-    assert str(caught.value).startswith(f"{path}:row ") and "\n" not in str(caught.value)
-    assert re.search(pattern, str(caught.value)), caught.value
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
@@ -180,9 +175,9 @@ def test_an_aborted_write_leaves_the_old_file(tmp_path):
 
     def broken():
         yield draw_group(2)
-        raise UserError("stopped", "by the test")
+        raise RuntimeError("by the test")
 
-    with refused("stopped"):
+    with pytest.raises(RuntimeError, match="by the test"):
         write_records(path, broken())
     assert [group.id for group in read_groups(path)] == ["g1"]
 
