@@ -50,7 +50,9 @@ class Prompts:
                 pickle.dump((prompt.messages, array("i", prompt.ids)), self._file, pickle.HIGHEST_PROTOCOL)
             self._file.flush()
         except OSError as error:
-            raise UserError(f"{folder}: no room for the prompts ({system_reason(error)}); make room") from None
+            raise UserError(
+                "write-failed", f"{folder}: no room for the prompts ({system_reason(error)}); make room"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.names)

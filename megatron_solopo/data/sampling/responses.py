@@ -87,7 +87,8 @@ def _responses(record: Record, where: str) -> Responses:
     for name, values in (("finished", found.finished), ("token_ids", found.token_ids)):
         if values is not None and len(values) != len(found.responses):
             raise UserError(
-                f"{where}: the field '{name}' must be a list as long as 'responses' ({len(found.responses)})"
+                "field-value",
+                f"{where}: the field '{name}' must be a list as long as 'responses' ({len(found.responses)})",
             )
     for index, ids in enumerate(found.token_ids or ()):
         check_ids(ids, found.responses[index], f"{where}: the field 'token_ids[{index}]'")
@@ -97,7 +98,7 @@ def _responses(record: Record, where: str) -> Responses:
 def check_ids(ids: list[int] | None, text: str, where: str) -> None:
     """Refuses token ids that no response can have; an empty one has none."""
     if ids is not None and (min(ids) < 0 if ids else text.strip()):
-        raise UserError(f"{where} must be a non-empty list of token ids")
+        raise UserError("field-value", f"{where} must be a non-empty list of token ids")
 
 
 class InStep:
@@ -173,13 +174,15 @@ def check_output(output: Path, settings: Mapping[str, object]) -> None:
     made = output_settings(output)
     if made is None:
         raise UserError(
+            "file-exists",
             f"--output {output}: is already complete, and {settings_path(output).name} is not there or is another "
-            "file's, so it cannot be extended; give another name, or --overwrite to sample again"
+            "file's, so it cannot be extended; give another name, or --overwrite to sample again",
         )
     for name, before, after in differences({name: made.get(name) for name in settings}, settings):
         raise UserError(
+            "output-other-settings",
             f"--output {output}: was sampled with {name} = {before!r}, now {after!r}; give another name, or "
-            "--overwrite to sample again"
+            "--overwrite to sample again",
         )
 
 
@@ -287,7 +290,8 @@ class SampledJobs(Jobs):
                 write_text(settings_path(output), json.dumps(beside, ensure_ascii=False))
         except OSError as error:
             raise UserError(
-                f"--output {output}: {system_reason(error)}; make room and repeat the command, nothing is sampled again"
+                "write-failed",
+                f"--output {output}: {system_reason(error)}; make room and repeat the command, nothing is sampled again",
             ) from None
         held = sum(part.count for parts in self._samples.values() for part in parts.values())
         if held > len(ids) * samples:

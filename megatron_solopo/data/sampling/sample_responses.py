@@ -128,7 +128,7 @@ def _check(options: argparse.Namespace) -> None:
     unread, needed = (IN_PROCESS, "leave --server out") if options.server else (SERVER, "needs --server")
     for name in unread:
         if getattr(options, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} would have no effect: {needed}")
+            raise UserError("option-unused", f"--{name.replace('_', '-')} would have no effect: {needed}")
     for name, default in (SERVER if options.server else IN_PROCESS).items():
         if getattr(options, name) is None:
             setattr(options, name, default)
@@ -143,28 +143,38 @@ def _check(options: argparse.Namespace) -> None:
     ):
         value = getattr(options, name)
         if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number of at least {low}")
+            raise UserError("option-value", f"--{name.replace('_', '-')} {value}: give a number of at least {low}")
     if (options.concurrency or 1) > 1000:
-        raise UserError(f"--concurrency {options.concurrency}: the client has 1000 connections; give at most that")
+        raise UserError(
+            "option-value", f"--concurrency {options.concurrency}: the client has 1000 connections; give at most that"
+        )
     if options.request_timeout is not None and not options.request_timeout > 0:
-        raise UserError(f"--request-timeout {options.request_timeout}: give a positive number of seconds")
+        raise UserError(
+            "option-value", f"--request-timeout {options.request_timeout}: give a positive number of seconds"
+        )
     if not options.temperature >= 0:
-        raise UserError(f"--temperature {options.temperature}: give 0 (most probable token) or a positive number")
+        raise UserError(
+            "option-value", f"--temperature {options.temperature}: give 0 (most probable token) or a positive number"
+        )
     if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p {options.top_p}: give a number above 0 and at most 1")
+        raise UserError("option-value", f"--top-p {options.top_p}: give a number above 0 and at most 1")
     if (options.samples_per_request or 1) > 1 and options.temperature == 0:
         raise UserError(
+            "option-conflict",
             f"--samples-per-request {options.samples_per_request} with --temperature 0: servers answer such a request "
-            "with one response; leave it out"
+            "with one response; leave it out",
         )
     if options.server:
         require("--server", "openai", "server")
     if options.server and not _is_url(options.server):
-        raise UserError(f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1")
+        raise UserError(
+            "option-value", f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1"
+        )
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():
         raise UserError(
+            "option-missing",
             f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
-            "folder of its tokenizer" + (f" ({hub})" if (hub := download(options.model)) else "")
+            "folder of its tokenizer" + (f" ({hub})" if (hub := download(options.model)) else ""),
         )
     check_outputs([("--output", options.output)], [("--contexts", options.contexts), *files_of(options)])
     check_jsonl("--output", options.output)
@@ -184,7 +194,7 @@ def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         try:
             yield Prompt(pair.id, chat, prompt_ids(tokenizer, chat))
         except UserError as error:
-            raise UserError(f"--contexts {options.contexts}: question {pair.id!r}: {error}") from None
+            raise error.at(f"--contexts {options.contexts}: question {pair.id!r}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,7 +217,7 @@ def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJ
     )
     prompts = Prompts(output.parent, islice(_prompts(options, tokenizer), options.limit))
     if not prompts:
-        raise UserError(f"--contexts {options.contexts}: holds no question")
+        raise UserError("data-empty", f"--contexts {options.contexts}: holds no question")
     if options.server:  # its client is an optional package
         from megatron_solopo.data.sampling.server import FromServer as Backend
     else:

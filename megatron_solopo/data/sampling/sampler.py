@@ -118,9 +118,10 @@ class InProcess:
                     bar.update(len(missing[order[place]]) - len(responses))  # those that are one at temperature 0
             except torch.OutOfMemoryError:
                 raise UserError(
+                    "gpu-out-of-memory",
                     f"--batch-size {options.batch_size}: the GPU is out of memory at prompts of up to "
                     f"{prompts.lengths[order[0]]} tokens; repeat the command with a smaller one, what is finished is "
-                    "kept"
+                    "kept",
                 ) from None
 
     def _job(self, prompt: Prompt, missing: Sequence[int]) -> Job:

@@ -25,7 +25,7 @@ from megatron_solopo.data.files.records import read_jsonl
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import Responses, SampledJobs, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
-from megatron_solopo.data.sampling.server_errors import BadAnswer, explain, reason, refuse_at_start
+from megatron_solopo.data.sampling.server_errors import BadAnswer, reason, refuse_at_start, request_failed
 from megatron_solopo.data.text.chat import render_prompt
 from megatron_solopo.data.text.control import control_tokens, end_of_turn_id
 from megatron_solopo.errors import UserError
@@ -90,7 +90,9 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> list[int]:
     try:
         own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     except (ValueError, AttributeError):
-        raise UserError(f"{path}: not a JSON object; copy it again from where the model came from") from None
+        raise UserError(
+            "not-json", f"{path}: not a JSON object; copy it again from where the model came from"
+        ) from None
     ids = [] if own is None else own if isinstance(own, list) else [own]
     return sorted({end_of_turn_id(tokenizer), *ids})
 
@@ -108,7 +110,9 @@ class FromServer:
         if options.api_key_env is not None:
             self._key = os.environ.get(options.api_key_env, "")
             if not self._key:
-                raise UserError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
+                raise UserError(
+                    "api-key-missing", f"--api-key-env {options.api_key_env}: this environment variable is not set"
+                )
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
         self._values = template_kwargs.for_server(tokenizer) if options.server_api == "chat" else {}
         self._most = SAMPLES_PER_REQUEST
@@ -153,7 +157,8 @@ class FromServer:
                 listed = None  # transformers serve fails here without a hub cache
             except (openai.APIConnectionError, ValueError) as error:
                 raise UserError(
-                    f"--server {options.server}: cannot be reached ({reason(error)}); start it, or correct the URL"
+                    "server-unreachable",
+                    f"--server {options.server}: cannot be reached ({reason(error)}); start it, or correct the URL",
                 ) from None
             entries = listed.get("data") if isinstance(listed, dict) else None
             models = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
@@ -164,7 +169,10 @@ class FromServer:
                 kind = kind or await self._by_paths(client)
             named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
             if kind in ("vllm", "sglang") and models and not named & models.keys():
-                raise UserError(f"--model {options.model}: the server has no such model; it has {', '.join(models)}")
+                raise UserError(
+                    "server-model-missing",
+                    f"--model {options.model}: the server has no such model; it has {', '.join(models)}",
+                )
             if kind == "llama.cpp":
                 self._most = min(self._most, await self._slots(client))
             return kind
@@ -209,7 +217,8 @@ class FromServer:
             ]
             if not any(fits):
                 raise UserError(
-                    f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat"
+                    "server-adds-tokens",
+                    f"question {prompt.id!r}: transformers serve would add tokens to the prompt; use --server-api chat",
                 )
             if not fits[0]:
                 yield prompt.id
@@ -229,9 +238,10 @@ class FromServer:
         if names and self._kind not in ("vllm", "sglang"):
             where = next(where for where, record in read_jsonl(options.contexts) if record["id"] == names[0])
             raise UserError(
+                "control-token-server",
                 f"{where}: question {names[0]!r} spells control tokens ({len(names)} questions do), which this server "
                 "would read as such; remove them, or sample without --server"
-                + ("" if self._as_text or self._kind == "transformers" else ", or with --server-api completions")
+                + ("" if self._as_text or self._kind == "transformers" else ", or with --server-api completions"),
             )
         return set(names)
 
@@ -333,10 +343,10 @@ class FromServer:
                 return self._read(request, answer, statistics)
             except (BadAnswer, json.JSONDecodeError) as error:
                 if attempt == options.max_retries:
-                    raise UserError(explain(options, request.name, error)) from None
+                    raise request_failed(options, request.name, error) from None
                 await asyncio.sleep(min(0.5 * 2**attempt, 8))
             except openai.OpenAIError as error:  # the client has repeated it already, where that can help
-                raise UserError(explain(options, request.name, error)) from None
+                raise request_failed(options, request.name, error) from None
         raise AssertionError("the last attempt returns or raises")
 
     def _read(self, request: Request, answer: object, statistics: Statistics) -> Responses:
@@ -363,8 +373,9 @@ class FromServer:
         texts = [text for text, _, _ in read if text is not None]
         if len(texts) < len(read):
             raise UserError(
+                "server-reasoning-parser",
                 f"--server {self._options.server}: request {request.name}: the server took reasoning or a tool call "
-                "out of the response; start it without a parser for them, or use --server-api completions"
+                "out of the response; start it without a parser for them, or use --server-api completions",
             )
         count = usage.get("completion_tokens")
         return from_texts(self._tokenizer, request.prompt, texts, finished, count, statistics)

@@ -1,4 +1,4 @@
-"""What went wrong with a server, in one line that says what to change."""
+"""Errors of a server, each in one line that says what to change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import openai
 
 from megatron_solopo.errors import UserError
 
-KEPT = "what is finished is kept, repeat the command to go on"
+KEPT = "what is finished is kept; repeat the command to resume"
 
 
 class BadAnswer(Exception):
@@ -19,7 +19,7 @@ class BadAnswer(Exception):
 def reason(error: Exception) -> str:
     """A few words of an error: the server's own, or the connection's."""
     if isinstance(error, openai.APIStatusError):
-        return f"{error.status_code}: {_said(error)}"
+        return f"{error.status_code}: {_message(error)}"
     if isinstance(error, openai.APITimeoutError):
         return "no answer in time"
     if isinstance(error, openai.APIConnectionError):
@@ -29,7 +29,7 @@ def reason(error: Exception) -> str:
     return _short(str(error))
 
 
-def _said(error: openai.APIStatusError) -> str:
+def _message(error: openai.APIStatusError) -> str:
     """The message of an error's body: OpenAI's ``message``, FastAPI's ``detail``, or its text."""
     body: Any = error.body
     if isinstance(body, dict):
@@ -45,16 +45,19 @@ def _short(text: str, most: int = 200) -> str:
 def refuse_at_start(options: argparse.Namespace, error: openai.APIStatusError) -> None:
     """Raises UserError where no request can succeed: a wrong key."""
     if error.status_code in (401, 403):
-        raise UserError(_wrong_key(options, error))
+        raise _wrong_key(options, error)
 
 
-def _wrong_key(options: argparse.Namespace, error: openai.APIStatusError) -> str:
+def _wrong_key(options: argparse.Namespace, error: openai.APIStatusError) -> UserError:
     key = f"--api-key-env {options.api_key_env}" if options.api_key_env else "--api-key-env is missing"
-    return f"{key}: the server refuses the key ({reason(error)}); name an environment variable that holds a valid one"
+    return UserError(
+        "api-key-refused",
+        f"{key}: the server refuses the key ({reason(error)}); set an environment variable that holds a valid one",
+    )
 
 
-def explain(options: argparse.Namespace, name: str, error: Exception) -> str:
-    """The whole line for a request that failed for good.
+def request_failed(options: argparse.Namespace, name: str, error: Exception) -> UserError:
+    """The error of a request that failed after all retries.
 
     Args:
         name: of the request.
@@ -62,24 +65,30 @@ def explain(options: argparse.Namespace, name: str, error: Exception) -> str:
     server, tries = f"--server {options.server}", f"retries: {options.max_retries}"
     what = f"request {name}: {reason(error)}"
     if isinstance(error, openai.APITimeoutError):
-        return (
+        return UserError(
+            "server-timeout",
             f"{server}: {what}; raise --request-timeout {options.request_timeout:g} or lower --concurrency "
-            f"({tries}; {KEPT})"
+            f"({tries}; {KEPT})",
         )
     if isinstance(error, openai.APIConnectionError):
-        return f"{server}: {what} ({tries}); see whether it still runs ({KEPT})"
-    if isinstance(error, openai.APIStatusError):
-        status = error.status_code
-        if status in (401, 403):
-            return _wrong_key(options, error)
-        if status == 404:
-            return (
-                f"--model {options.model}: {server} does not know it, or its URL is not the API's, which mostly ends "
-                f"in /v1 ({what})"
-            )
-        if status == 429:
-            return f"{server}: {what} ({tries}); lower --concurrency or raise --max-retries ({KEPT})"
-        if status >= 500:
-            return f"{server}: the server failed: {what} ({tries}); its log says why ({KEPT})"
-        return f"{server}: the server refuses {what} ({KEPT})"
-    return f"{server}: {what} ({tries}); is this an OpenAI-compatible server? ({KEPT})"
+        return UserError("server-unreachable", f"{server}: {what} ({tries}); check that it still runs ({KEPT})")
+    if not isinstance(error, openai.APIStatusError):
+        return UserError(
+            "server-response", f"{server}: {what} ({tries}); check that it is an OpenAI-compatible server ({KEPT})"
+        )
+    status = error.status_code
+    if status in (401, 403):
+        return _wrong_key(options, error)
+    if status == 404:
+        return UserError(
+            "server-model-missing",
+            f"--model {options.model}: {server} does not have it, or its URL is not the API's, which mostly ends in "
+            f"/v1 ({what})",
+        )
+    if status == 429:
+        return UserError(
+            "server-rate-limit", f"{server}: {what} ({tries}); lower --concurrency or raise --max-retries ({KEPT})"
+        )
+    if status >= 500:
+        return UserError("server-failed", f"{server}: the server failed: {what} ({tries}); see its log ({KEPT})")
+    return UserError("server-refuses-request", f"{server}: the server refuses {what} ({KEPT})")

@@ -55,28 +55,35 @@ def load_tokenizer(
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
-            raise UserError(f"--chat-template {path}: no such file; give a Jinja chat template")
+            raise UserError("file-missing", f"--chat-template {path}: no such file; give a Jinja chat template")
         tokenizer.chat_template = read_text("--chat-template", path)
     if not tokenizer.chat_template:
         raise UserError(
+            "chat-template-missing",
             f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
-            "(examples/chat_templates/chatml.jinja is Qwen's)"
+            "(examples/chat_templates/chatml.jinja is Qwen's)",
         )
     where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
     try:
         template_kwargs.apply(tokenizer, chat_template_kwargs, str(folder), chat_template_date, begun_with, of_data)
         written = _template_end_of_turn(tokenizer, where)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{where}: line {error.lineno}: no valid Jinja template ({error.message}); repair it") from None
+        raise UserError(
+            "chat-template-invalid",
+            f"{where}: line {error.lineno}: no valid Jinja template ({error.message}); repair it",
+        ) from None
     if eos_token is not None and eos_token not in tokenizer.get_vocab():
-        raise UserError(f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn")
+        raise UserError(
+            "token-unknown", f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn"
+        )
     end = eos_token or written
     if end is not None and end != tokenizer.eos_token:
         tokenizer.eos_token = end
     if tokenizer.eos_token_id is None:
         raise UserError(
+            "eos-token-missing",
             f"{folder}: the tokenizer names no eos_token and the chat template writes no special token "
-            "after a message; set eos_token in tokenizer_config.json to the token that ends a turn"
+            "after a message; set eos_token in tokenizer_config.json to the token that ends a turn",
         )
     return tokenizer
 
@@ -96,7 +103,10 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
     except jinja2.TemplateError:
         return None  # a template with demands of its own; the folder's eos_token stands
     if marker not in text:
-        raise UserError(f"{where}: the chat template does not write an assistant's message; give another template")
+        raise UserError(
+            "chat-template-invalid",
+            f"{where}: the chat template does not write an assistant's message; give another template",
+        )
     tail = text.rpartition(marker)[2].lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     endings = (token for token in special.union(tokenizer.all_special_tokens) if tail.startswith(token))
@@ -137,7 +147,7 @@ class _Chat:
                 self._tokenizer, self.messages[:count], add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
-            raise UserError(f"the chat template refuses the messages ({error})") from None
+            raise UserError("chat-template-refuses", f"the chat template refuses the messages ({error})") from None
 
     def shown(self, text: str) -> str:
         """The text as a person reads it."""
@@ -193,8 +203,9 @@ class _Chat:
                 return start.removeprefix(repeated.strip()).removeprefix(spaces)
         if closed and start.startswith(closed[1]):
             raise UserError(
+                "response-reopens-thought",
                 f"the chat template's generation prompt has opened and closed {closed[1]}, and the response opens it "
-                "again; give the --chat-template-kwargs that the responses were sampled with, or remove the example"
+                "again; give the --chat-template-kwargs that the responses were sampled with, or remove the example",
             )
         return response
 
@@ -263,8 +274,9 @@ def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     """
     if tokenizer.eos_token_id in ids[:-1]:
         raise UserError(
+            "control-token-in-text",
             f"a response holds the end of turn {tokenizer.eos_token}, which this tokenizer cannot take as text; remove "
-            "the example, or give another --eos-token"
+            "the example, or give another --eos-token",
         )
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -272,7 +284,7 @@ def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
 def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """The ids of a response and the end of turn."""
     if not ids:
-        raise UserError("a response has no token before its end of turn; remove the example")
+        raise UserError("response-empty", "a response has no token before its end of turn; remove the example")
     return [*ids, end_of_turn_id(tokenizer)]
 
 
@@ -295,8 +307,9 @@ def conversation_ids(
             rendered += end  # behind a response that was taken as it was given
         if not before.startswith(rendered):
             raise UserError(
+                "chat-template-rewrites",
                 "the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
-                "in one pass; split it into one record a turn"
+                "in one pass; split it into one record a turn",
             )
         answer = chat.answer(before, index + 1)
         # What the template writes after the end of turn belongs to the next stretch.

@@ -98,8 +98,9 @@ class ControlTokens:
         if mark not in self._readers:
             if self._backend is None:
                 raise UserError(
+                    "control-token-in-text",
                     "a text holds a control token, and only a tokenizer with a tokenizer.json can take it as text; "
-                    "give such a tokenizer, or remove the example"
+                    "give such a tokenizer, or remove the example",
                 )
             words = {name for name in self._names if self._added[name].single_word}
             self._readers[mark] = _Reader(self._backend, self._names, words, mark)
@@ -148,8 +149,9 @@ class _Reader:
             theirs = backend.encode(probe.format(name), add_special_tokens=False)
             if theirs.ids != self._tokenizer.encode(probe.format(alias), add_special_tokens=False).ids:
                 raise UserError(
+                    "control-token-in-text",
                     f"a text holds a control token, and this tokenizer cannot take {name} as text; give another "
-                    "tokenizer, or remove the example"
+                    "tokenizer, or remove the example",
                 )
 
     def exchange(self, text: str, pattern: re.Pattern[str] | None = None) -> str:

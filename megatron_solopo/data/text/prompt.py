@@ -44,9 +44,15 @@ class PromptFormat:
         ):
             for name in needed:
                 if f"{{{name}}}" not in template:
-                    raise UserError(f"{flag}: the template has no {{{name}}}; put it where the {name} should stand")
+                    raise UserError(
+                        "template-placeholder",
+                        f"{flag}: the template has no {{{name}}}; put it where the {name} should stand",
+                    )
         if self.prompt_template.count("{documents}") > 1:
-            raise UserError("--prompt-template: the template has {documents} more than once; keep one of them")
+            raise UserError(
+                "template-placeholder",
+                "--prompt-template: the template has {documents} more than once; keep one of them",
+            )
 
     def document(self, paragraph: Paragraph, number: int) -> str:
         template = self.document_template if paragraph.title.strip() else _TITLE.sub("", self.document_template)

@@ -58,8 +58,9 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = reason.removesuffix(" from one of: ")
         raise UserError(
+            "tokenizer-unreadable",
             f"{folder}: no tokenizer could be loaded ({reason}); "
-            + (seen_in(folder) or "give a folder with tokenizer.json or tokenizer.model")
+            + (seen_in(folder) or "give a folder with tokenizer.json or tokenizer.model"),
         ) from None
 
 
@@ -133,8 +134,9 @@ def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
     for text in PROBES if original.legacy else ():
         if theirs.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise UserError(
+                "tokenizer-conversion",
                 f"{model}: as transformers reads it, {text!r} has other tokens than in SentencePiece; give a folder "
-                "with a tokenizer.json"
+                "with a tokenizer.json",
             )
     return tokenizer
 
@@ -146,8 +148,9 @@ def _from_ranks(folder: Path, model: Path) -> PreTrainedTokenizerBase:
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind != "llama":
         raise UserError(
+            "tokenizer-conversion",
             f"{model}: tiktoken's ranks, which do not say how a text is cut into words; they are read as Llama 3's "
-            f"where config.json has model_type llama, and it has {kind}; give a folder with a tokenizer.json"
+            f"where config.json has model_type llama, and it has {kind}; give a folder with a tokenizer.json",
         )
     told = logging.getLogger(tokenization_utils_tokenizers.__name__)
     before = told.level
@@ -212,10 +215,10 @@ def parse_tokens(text: str) -> list[str]:
     """
     tokens = [token.strip() for token in text.split(",")]
     if not all(tokens):
-        raise UserError(f"--add-special-tokens {text}: an empty token; give them as '<think>,</think>'")
+        raise UserError("option-value", f"--add-special-tokens {text}: an empty token; give them as '<think>,</think>'")
     twice = next((token for token in tokens if tokens.count(token) > 1), None)
     if twice is not None:
-        raise UserError(f"--add-special-tokens {text}: {twice} stands twice")
+        raise UserError("option-value", f"--add-special-tokens {text}: {twice} stands twice")
     return tokens
 
 
@@ -237,8 +240,9 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: st
         if token in vocabulary:
             kind = "a special" if token in special else "an ordinary"
             raise UserError(
+                "token-exists",
                 f"--add-special-tokens {token}: the tokenizer of {folder} has it already as {kind} token (id "
-                f"{vocabulary[token]}); leave it out, or give another"
+                f"{vocabulary[token]}); leave it out, or give another",
             )
     tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
     tokenizer.init_kwargs[RESPONSE_TOKENS] = [*tokenizer.init_kwargs.get(RESPONSE_TOKENS, ()), *tokens]
