@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from segment_names import scored
 from test_chat import LLAMA3, SPECIAL, assistant, byte_tokenizer, user
 from tiny_models import write_lines
@@ -15,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from megatron_solopo.data.sampling.prompts import Prompt
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids, from_texts
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, response_ids
-from megatron_solopo.errors import UserError
 
 END = "<|im_end|>"
 CHATML = (
@@ -157,7 +157,7 @@ def test_every_turn_follows_its_generation_prompt(
 def test_turns_that_the_template_rewrites_are_refused(template: str, values: str | None, tmp_path: Path) -> None:
     tokenizer = make(tmp_path, template, values)
     path = write_lines(tmp_path / "c.jsonl", [{"id": "c1", "messages": TURNS}])
-    with pytest.raises(UserError, match="c.jsonl: conversation 'c1': the chat template rewrites earlier turns"):
+    with refused("chat-template-rewrites", "c.jsonl: conversation 'c1': "):
         tokenize(path, tokenizer, scored("response"), 999)
 
 
@@ -166,7 +166,7 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
     tokenizer = make(tmp_path, QWEN3, '{"enable_thinking": false}')
     record = {"id": "g1", "short_messages": [user("hi")], "chosen": BOTH, "rejected": "no"}
     path = tmp_path / "g.jsonl"
-    with pytest.raises(UserError, match="group 'g1': the chat template's generation prompt .*--chat-template-kw"):
+    with refused("response-reopens-thought", "group 'g1': ", "<think>", "--chat-template-kwargs"):
         tokenize(write_lines(path, [record]), tokenizer, scored("short_chosen"), 999)
     ids = tokenizer.encode(BOTH)
     data = tokenize(write_lines(path, [record | {"chosen_ids": ids}]), tokenizer, scored("short_chosen"), 999)

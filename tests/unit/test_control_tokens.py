@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from segment_names import scored
 from test_chat import CHATML, R1, assistant, byte_tokenizer, user
 from tiny_models import write_lines, write_model
@@ -28,7 +29,6 @@ from megatron_solopo.data.text.chat import (
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.tokenizer import encode, encode_batch, parse_batch
-from megatron_solopo.errors import UserError
 
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
@@ -266,7 +266,7 @@ def test_what_a_tokenizer_cannot_take_as_text_is_refused(tmp_path: Path) -> None
     slow = ByT5Tokenizer()
     slow.chat_template = "{{ messages[0].content }}</s>"
     assert prompt_ids(slow, [user("a")])[-1] == 1
-    with pytest.raises(UserError, match="a text holds a control token, and only a tokenizer with a tokenizer.json"):
+    with refused("control-token-in-text", "tokenizer.json"):
         prompt_ids(slow, [user("a</s>b")])
     # An end of turn that is an ordinary token of the vocabulary.
     words = Tokenizer(models.WordLevel({"<unk>": 0, "###": 1, "room": 2}, unk_token="<unk>"))
@@ -277,7 +277,7 @@ def test_what_a_tokenizer_cannot_take_as_text_is_refused(tmp_path: Path) -> None
     tokenizer = load_tokenizer(tmp_path, eos_token="###")
     assert response_ids(tokenizer, [user("room")], "room room") == [2, 2, 1]
     record = {"id": "g1", "short_messages": [user("room")], "chosen": "room ### room", "rejected": "room"}
-    with pytest.raises(UserError, match="groups.jsonl: group 'g1': .*holds the end of turn ###"):
+    with refused("control-token-in-text", "groups.jsonl: group 'g1': ", "end of turn ###", "--eos-token"):
         tokenize(write_lines(tmp_path / "groups.jsonl", [record]), tokenizer, scored("short_chosen"), 99)
 
 

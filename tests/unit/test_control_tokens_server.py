@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from scripted_server import Scripted, chat_choice, command, context, serve
 from tiny_models import write_lines, write_model
 
 from megatron_solopo.data.sampling.responses import read_responses
 from megatron_solopo.data.sampling.sample_responses import main
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
-from megatron_solopo.errors import UserError
 
 __all__ = ["serve"]  # a fixture
 
@@ -61,11 +61,11 @@ def test_servers_that_take_ids_get_them(
 def test_others_are_not_asked(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     """Unless every prompt goes as ids."""
     server = serve(answers("someone"))
-    with pytest.raises(UserError, match=r"contexts.jsonl:3: question 'q2' spells control tokens \(2 qu") as caught:
+    with refused("control-token-server", "contexts.jsonl:3: question 'q2' ", "(2 questions") as caught:
         main(command(folder, server, tmp_path / "a.jsonl"))
     assert str(caught.value).endswith("without --server, or with --server-api completions") and not server.asked
     assert main(command(folder, server, tmp_path / "b.jsonl", "--limit", "2")) == 0
     assert main(command(folder, server, tmp_path / "c.jsonl", "--server-api", "completions")) == 0
-    with pytest.raises(UserError, match="remove them, or sample without --server$"):
+    with refused("control-token-server", "--server") as caught:
         kind = ("--server-api", "completions", "--server-kind", "transformers")
         main(command(folder, server, tmp_path / "d.jsonl", *kind))

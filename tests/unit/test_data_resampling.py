@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from sampling_models import command, folder
 
 from megatron_solopo import atomic
@@ -25,7 +26,7 @@ def test_a_partial_file_of_other_settings_is_refused(folder: Path, tmp_path: Pat
     partial = Path(f"{output}.partial")
     header, sampled = {"settings": {"temperature": 0.3}}, {"job": ["q", 0, 1], "responses": ["a"], "finished": [True]}
     partial.write_text(json.dumps(header) + "\n" + json.dumps(sampled) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.jsonl\.partial: begun with .* delete it to start again"):
+    with refused("unfinished-other-settings", "a.jsonl.partial: ", " = ", ", now "):
         main(command(folder, output, "--overwrite"))
 
 
@@ -34,22 +35,22 @@ def test_another_tokenizer_is_refused_on_resume(folder: Path, tmp_path: Path, mo
     output, other = tmp_path / "a.jsonl", tmp_path / "other"
 
     def stop(*_: object) -> None:
-        raise UserError("stopped")
+        raise UserError("stopped", "by the test")
 
     with monkeypatch.context() as patch:
         patch.setattr(SampledJobs, "finish", stop)
-        with pytest.raises(UserError, match="stopped"):
+        with refused("stopped"):
             main(command(folder, output, "--limit", "1"))
     shutil.copytree(folder, other)
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text.replace('"w35"', '"v35"'), encoding="utf-8")
-    with pytest.raises(UserError, match=r"partial: begun with tokenizer\.tokenizer\.json = "):
+    with refused("unfinished-other-settings", "a.jsonl.partial: ", " tokenizer.tokenizer.json = "):
         main(command(folder, output, "--limit", "1", "--tokenizer", str(other)))
 
 
 def test_a_complete_output_without_its_settings_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json is not there or is another file's.*--overwrite"):
+    with refused("file-exists", "--output ", "a.jsonl: ", "a.jsonl.settings.json", "--overwrite"):
         main(command(folder, tmp_path / "a.jsonl"))
     assert (tmp_path / "a.jsonl").read_text() == "{}\n" and not (tmp_path / "a.jsonl.partial").exists()
     main(command(folder, tmp_path / "a.jsonl", "--overwrite"))
@@ -75,9 +76,7 @@ def test_a_complete_output_is_extended_and_never_cut(
             assert "holds 2 responses to each of 3 questions already" in printed and output.read_bytes() == before
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.jsonl", "a.jsonl.settings.json"]
-    with pytest.raises(
-        UserError, match=r"a\.jsonl: was sampled with seed = 0, now 1; give another name, or --overwrite"
-    ):
+    with refused("output-other-settings", "--output ", "a.jsonl: ", "seed = 0, now 1", "--overwrite"):
         main(command(folder, output, "--seed", "1", "--samples", "10"))
     main(command(folder, output, "--seed", "1", "--overwrite", "--samples", "1"))
     assert [len(record.responses) for record in read_responses(output)] == [1] * 40
@@ -180,6 +179,6 @@ def test_a_second_command_on_the_same_output_writes_nothing(
         jobs.begin_sampling({"seed": 0})
         jobs.add_samples(Responses("q0", ["a"], [True]))
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        with pytest.raises(UserError, match=r"a\.jsonl\.partial: another process is writing it; wait for its end"):
+        with refused("output-in-use", "a.jsonl.partial: "):
             main(command(folder, tmp_path / "a.jsonl"))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 from sampling_models import END, command, folder
 
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
@@ -17,7 +18,6 @@ from megatron_solopo.data.sampling.responses import Responses, SampledJobs, read
 from megatron_solopo.data.sampling.sample_responses import main
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.errors import UserError
 
 __all__ = ["folder"]  # a fixture
 
@@ -77,7 +77,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tmp_path: Path) -> None
         size = jobs.place.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
         try:
-            with pytest.raises(UserError, match=r"partial: File too large; make room and repeat the command"):
+            with refused("write-failed", "a.jsonl.partial: File too large"):
                 jobs.add_samples(Responses("q1", ["w1"], [True]))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -143,37 +143,37 @@ def test_parts_of_a_question_are_joined_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("field", "value", "code", "named"),
     [
-        ("token_ids", [[1]], "the field 'token_ids' must be a list as long as 'responses' (2)"),
-        ("token_ids", [[1], []], "the field 'token_ids[1]' must be a non-empty list of token ids"),
-        ("token_ids", [[1], [-1]], "the field 'token_ids[1]' must be a non-empty list of token ids"),
-        ("finished", [True, "false"], "the field 'finished[1]' must be bool, found str"),
-        ("finished", [True], "the field 'finished' must be a list as long as 'responses' (2)"),
-        ("responses", ["a", 1], "the field 'responses[1]' must be str, found int"),
+        ("token_ids", [[1]], "field-value", ("'token_ids' ", "'responses' (2)")),
+        ("token_ids", [[1], []], "field-value", ("'token_ids[1]' ",)),
+        ("token_ids", [[1], [-1]], "field-value", ("'token_ids[1]' ",)),
+        ("finished", [True, "false"], "field-type", ("'finished[1]' ", "bool", "str")),
+        ("finished", [True], "field-value", ("'finished' ", "'responses' (2)")),
+        ("responses", ["a", 1], "field-type", ("'responses[1]' ", "str", "int")),
     ],
 )
-def test_malformed_responses_are_named(tmp_path: Path, field: str, value: Any, message: str) -> None:
+def test_malformed_responses_are_named(
+    tmp_path: Path, field: str, value: Any, code: str, named: tuple[str, ...]
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"id": "q", "responses": ["a", "b"], field: value}) + "\n")
-    with pytest.raises(UserError) as error:
+    with refused(code, f"{path}:1: ", *named):
         list(read_responses(path))
-    assert str(error.value) == f"{path}:1: {message}"
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "code", "named"),
     [
-        (["--samples", "0"], "--samples 0"),
-        (["--temperature", "-1"], "--temperature -1.0"),
-        (["--top-p", "0"], "--top-p 0.0"),
-        (["--max-new-tokens", "125"], "go beyond the max_position_embeddings 128"),
-        (["--model", "nowhere", "--tokenizer", "FOLDER"], "--model nowhere: no such folder"),
-        (["--contexts", "nowhere"], "nowhere: no such file"),
+        ("--samples 0", "option-value", ("--samples 0: ",)),
+        ("--temperature -1", "option-value", ("--temperature -1.0: ",)),
+        ("--top-p 0", "option-value", ("--top-p 0.0: ",)),
+        ("--max-new-tokens 125", "prompt-beyond-positions", ("--max-new-tokens 125", "max_position_embeddings 128")),
+        ("--model nowhere --tokenizer FOLDER", "folder-missing", ("--model nowhere: ",)),
+        ("--contexts nowhere", "file-missing", ("nowhere: ",)),
     ],
 )
-def test_wrong_input_is_one_line(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
-    more = [str(folder) if argument == "FOLDER" else argument for argument in more]
-    with pytest.raises(UserError) as error:
-        main(command(folder, tmp_path / "a.jsonl", *more))
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_wrong_input_is_one_line(folder: Path, tmp_path: Path, more: str, code: str, named: tuple[str, ...]) -> None:
+    arguments = [str(folder) if argument == "FOLDER" else argument for argument in more.split()]
+    with refused(code, *named):
+        main(command(folder, tmp_path / "a.jsonl", *arguments))

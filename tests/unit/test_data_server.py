@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from option_lines import last_wins_in
+from refusals import refused
 from scripted_server import Scripted, chat_choice, command, context, folder, serve, well
 
 from megatron_solopo.data.sampling import sample_responses
 from megatron_solopo.data.sampling.responses import read_responses
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids
-from megatron_solopo.errors import UserError
 
 __all__ = ["folder", "serve"]  # fixtures
 
@@ -242,7 +242,7 @@ def test_template_values_and_the_key_travel_with_the_request(
 def test_two_processes_never_write_one_output(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None and len(server.asked) == 1:
-            with pytest.raises(UserError, match="another process is writing it"):
+            with refused("output-in-use", "a.jsonl.partial: "):
                 main(command(folder, server, tmp_path / "a.jsonl"))
             tried.append(True)
         return well(path, body)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from option_lines import last_wins_in
+from refusals import refused
 from scripted_server import Scripted, chat_choice, command, folder, serve, well
 
 from megatron_solopo.data.sampling import sample_responses
 from megatron_solopo.data.sampling.responses import read_responses
-from megatron_solopo.errors import UserError
 
 __all__ = ["folder", "serve"]  # fixtures
 
@@ -35,27 +35,47 @@ def failing(
 
 
 BAD = {
-    "wrong model": (404, {"error": {"message": "The model `tiny` does not exist."}}, r"--model tiny: --server .*404"),
-    "bad request": (400, {"error": {"message": "maximum context length is 8"}}, r"refuses request q1/1: 400: maximum"),
-    "unprocessable": (422, {"detail": "Unexpected fields"}, r"refuses request q1/1: 422: Unexpected fields"),
-    "wrong key": (401, {"error": {"message": "no"}}, r"--api-key-env is missing: the server refuses the key \(401: no"),
-    "too many": (429, {"error": {"message": "slow down"}}, r"429: slow down \(retries: 0\); lower --concurrency"),
-    "its fault": (500, b"Internal Server Error", r"the server failed: request q1/1: 500: Internal Server Error"),
-    "overloaded": (503, {"error": "loading"}, r"the server failed: request q1/1: 503: loading"),
-    "cut": (0, None, r"request q1/1: peer closed connection .*see whether it still runs"),
-    "not JSON": (200, b"<html>", r"request q1/1: the answer is not valid JSON \(retries: 0\)"),
-    "no object": (200, ["?"], r"the answer is not a JSON object"),
-    "no choices": (200, {"choices": []}, r"the answer has no choices"),
-    "null choices": (200, {"choices": None}, r"the answer has no choices"),
-    "too many choices": (200, {"choices": [chat_choice("w")] * 3}, r"has 3 choices, 1 were asked for"),
-    "no text": (200, {"choices": [{"finish_reason": "stop", "message": {}}]}, r"a response has no text"),
-    "half a character": (200, {"choices": [chat_choice("w\ud83d")]}, r"a response holds half of a surrogate pair"),
-    "odd end": (200, {"choices": [chat_choice("w", "content_filter")]}, r"finish_reason 'content_filter'"),
-    "odd ids": (200, {"choices": [chat_choice("w", token_ids="4 5")]}, r"token_ids is not a list of numbers"),
+    "wrong model": (
+        404,
+        {"error": {"message": "The model `tiny` does not exist."}},
+        ("server-model-missing", "--model tiny: --server ", "404"),
+    ),
+    "bad request": (
+        400,
+        {"error": {"message": "maximum context length is 8"}},
+        ("server-refuses-request", "request q1/1: 400: maximum"),
+    ),
+    "unprocessable": (
+        422,
+        {"detail": "Unexpected fields"},
+        ("server-refuses-request", "request q1/1: 422: Unexpected fields"),
+    ),
+    "wrong key": (401, {"error": {"message": "no"}}, ("api-key-refused", "--api-key-env ", "(401: no")),
+    "too many": (
+        429,
+        {"error": {"message": "slow down"}},
+        ("server-rate-limit", "429: slow down (retries: 0)", "--concurrency"),
+    ),
+    "its fault": (500, b"Internal Server Error", ("server-failed", "request q1/1: 500: Internal Server Error")),
+    "overloaded": (503, {"error": "loading"}, ("server-failed", "request q1/1: 503: loading")),
+    "cut": (0, None, ("server-unreachable", "request q1/1: peer closed connection", "(retries: 0)")),
+    "not JSON": (200, b"<html>", ("server-response", "request q1/1: ", "not valid JSON (retries: 0)")),
+    "no object": (200, ["?"], ("server-response", "q1/1", "not a JSON object")),
+    "no choices": (200, {"choices": []}, ("server-response", "q1/1", "no choices")),
+    "null choices": (200, {"choices": None}, ("server-response", "q1/1", "no choices")),
+    "too many choices": (200, {"choices": [chat_choice("w")] * 3}, ("server-response", "q1/1", "3 choices, 1 ")),
+    "no text": (200, {"choices": [{"finish_reason": "stop", "message": {}}]}, ("server-response", "q1/1", "no text")),
+    "half a character": (200, {"choices": [chat_choice("w\ud83d")]}, ("server-response", "q1/1", "surrogate pair")),
+    "odd end": (
+        200,
+        {"choices": [chat_choice("w", "content_filter")]},
+        ("server-response", "q1/1", "finish_reason 'content_filter'"),
+    ),
+    "odd ids": (200, {"choices": [chat_choice("w", token_ids="4 5")]}, ("server-response", "q1/1", "token_ids")),
     "reasoning": (
         200,
         {"choices": [{"finish_reason": "stop", "message": {"content": "w1", "reasoning_content": "hm"}}]},
-        r"request q1/1: the server took reasoning or a tool call out of the response",
+        ("server-reasoning-parser", "request q1/1: ", "--server-api completions"),
     ),
 }
 
@@ -64,13 +84,12 @@ BAD = {
 def test_a_bad_server_is_one_line_and_costs_nothing_finished(
     name: str, folder: Path, serve: Callable[..., Scripted], tmp_path: Path
 ) -> None:
-    status, document, pattern = BAD[name]
+    status, document, (code, *named) = BAD[name]
     server = serve(failing(status, document, after=3))
     few = ["--limit", "3", "--samples", "2", "--samples-per-request", "1", "--concurrency", "1"]
     arguments = command(folder, server, tmp_path / "a.jsonl", *few)
-    with pytest.raises(UserError, match=pattern) as caught:
+    with refused(code, *named):
         main([*arguments, "--max-retries", "0"])
-    assert "\n" not in str(caught.value)
     healthy = serve(well)
     main([*arguments, "--server", healthy.url])
     asked = [name for name, _ in server.asked[:3] + healthy.asked]
@@ -95,7 +114,7 @@ def test_a_failure_waits_for_what_is_in_flight(folder: Path, serve: Callable[...
         time.sleep(0.3 if body else 0)
         return well(path, body)
 
-    with pytest.raises(UserError, match="refuses request q0/0"):
+    with refused("server-refuses-request", "request q0/0"):
         main(command(folder, serve(answer), tmp_path / "a.jsonl", "--samples-per-request", "6", "--concurrency", "3"))
     kept = [json.loads(line)["job"][0] for line in (tmp_path / "a.jsonl.partial").read_text().splitlines()[1:]]
     assert sorted(kept) == ["q1", "q2"]
@@ -107,12 +126,12 @@ def test_a_slow_server_is_one_line(folder: Path, serve: Callable[..., Scripted],
         return well(path, body)
 
     more = ["--request-timeout", "0.1", "--limit", "1", "--samples", "1", "--max-retries", "0"]
-    with pytest.raises(UserError, match="no answer in time; raise --request-timeout 0.1"):
+    with refused("server-timeout", "request q0/0", "--request-timeout 0.1"):
         main(command(folder, serve(answer), tmp_path / "a.jsonl", *more))
 
 
 def test_a_server_that_is_not_there_is_one_line_at_once(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--server http://127.0.0.1:9/v1: cannot be reached \(.*\); start it"):
+    with refused("server-unreachable", "--server http://127.0.0.1:9/v1: ", "("):
         main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl"))
     assert not list(tmp_path.iterdir())
 
@@ -121,41 +140,40 @@ def test_a_name_that_vllm_does_not_list_is_refused_before_a_request(
     folder: Path, serve: Callable[..., Scripted], tmp_path: Path
 ) -> None:
     server = serve(lambda path, body: (200, {"data": [{"id": "large", "owned_by": "vllm"}]}))
-    with pytest.raises(UserError, match="--model tiny: the server has no such model; it has large"):
+    with refused("server-model-missing", "--model tiny: ", "it has large"):
         main(command(folder, server, tmp_path / "a.jsonl"))
     assert not server.asked
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "code", "named"),
     [
-        (["--device", "cpu"], "--device would have no effect: leave --server out"),
-        (["--batch-size", "4"], "--batch-size would have no effect: leave --server out"),
-        (["--server", "localhost:8000"], "--server localhost:8000: not a URL; give one such as http://localhost:8000"),
-        (["--server", "http://localhost:port/v1"], "--server http://localhost:port/v1: not a URL"),
-        (["--concurrency", "1001"], "--concurrency 1001: the client has 1000 connections; give at most that"),
-        (["--concurrency", "0"], "--concurrency 0: give a number of at least 1"),
-        (["--request-timeout", "0"], "--request-timeout 0.0: give a positive number"),
-        (["--max-retries", "-1"], "--max-retries -1: give a number of at least 0"),
-        (["--samples-per-request", "2", "--temperature", "0"], "--samples-per-request 2 with --temperature 0"),
-        (["--api-key-env", "NO_SUCH_NAME"], "--api-key-env NO_SUCH_NAME: this environment variable is not set"),
+        ("--device cpu", "option-unused", ("--device ", "leave --server out")),
+        ("--batch-size 4", "option-unused", ("--batch-size ", "leave --server out")),
+        ("--server localhost:8000", "option-value", ("--server localhost:8000: ", "http://localhost:8000")),
+        ("--server http://localhost:port/v1", "option-value", ("--server http://localhost:port/v1: ",)),
+        ("--concurrency 1001", "option-value", ("--concurrency 1001: ", "1000 connections")),
+        ("--concurrency 0", "option-value", ("--concurrency 0: ", "at least 1")),
+        ("--request-timeout 0", "option-value", ("--request-timeout 0.0: ", "positive")),
+        ("--max-retries -1", "option-value", ("--max-retries -1: ", "at least 0")),
+        ("--samples-per-request 2 --temperature 0", "option-conflict", ("--samples-per-request 2", "--temperature 0")),
+        ("--api-key-env NO_SUCH_NAME", "api-key-missing", ("--api-key-env NO_SUCH_NAME: ", "environment variable")),
     ],
 )
-def test_wrong_options_are_one_line(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl", *more))
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_wrong_options_are_one_line(folder: Path, tmp_path: Path, more: str, code: str, named: tuple[str, ...]) -> None:
+    with refused(code, *named):
+        main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl", *more.split()))
 
 
 def test_options_of_the_other_backend_are_refused(folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(folder), "--contexts", str(folder / "contexts.jsonl"), "--output", str(tmp_path / "a")]
-    with pytest.raises(UserError, match="--concurrency would have no effect: needs --server"):
+    with refused("option-unused", "--concurrency ", "needs --server"):
         main([*arguments, "--concurrency", "4"])
-    with pytest.raises(UserError, match="--tokenizer is missing: --model tiny is a name that the server knows"):
+    with refused("option-missing", "--tokenizer ", "--model tiny "):
         main([*arguments, "--model", "tiny", "--server", "http://127.0.0.1:9/v1"])
 
 
 def test_without_the_client_package_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"the package openai is not installed; pip install 'megatron-solopo.server.'$"):
+    with refused("package-missing", "--server: ", "openai", "pip install 'megatron-solopo[server]'"):
         main(command(folder, "http://127.0.0.1:9/v1", tmp_path / "a.jsonl"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from refusals import refused
 from sentencepiece import SentencePieceProcessor
 from tiny_models import WORDS, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +22,6 @@ from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.data.text import tokenizer as tokenizers
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.text.tokenizer import add_special_tokens, parse_tokens, read_tokenizer
-from megatron_solopo.errors import UserError
 
 ODD = [
     "Es war einmal ein König. 从前有一位国王。 1,234.56 € — 7 × 8 = 56.",
@@ -100,7 +100,7 @@ def test_a_conversion_that_differs_is_refused(
 ) -> None:
     folder = folder_of(tmp_path / "hf", solopo_data / "tokenizers" / MODELS["unigram"], "llama")
     monkeypatch.setattr(tokenizers, "PROBES", ("▁ under",))  # which transformers' Unigram splits otherwise
-    with pytest.raises(UserError, match="tokenizer.model: as transformers reads it, '▁ under' has other tokens than"):
+    with refused("tokenizer-conversion", "tokenizer.model: ", "'▁ under'", "tokenizer.json"):
         read_tokenizer(folder)
 
 
@@ -132,7 +132,7 @@ def test_rank_files_have_tiktokens_ids(
 
 def test_ranks_of_another_family_are_refused(ranks: tuple[dict[bytes, int], Path], tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "hf", ranks[1] / "tokenizer.model", "qwen2")
-    with pytest.raises(UserError, match="tokenizer.model: tiktoken's ranks, which do not say how .* and it has qwen2"):
+    with refused("tokenizer-conversion", "tokenizer.model: ", "tiktoken", "it has qwen2"):
         read_tokenizer(folder)
 
 
@@ -163,8 +163,8 @@ def test_an_absent_package_is_named(
     (tmp_path / "content").write_bytes(content)
     folder = folder_of(tmp_path / "hf", tmp_path / "content", "llama")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=f"tokenizer.model: the package {package} is not installed; pip install .*.{package}"
+    with refused(
+        "package-missing", "tokenizer.model: ", f"package {package} ", f"pip install 'megatron-solopo[{package}]'"
     ):
         read_tokenizer(folder)
     (tmp_path / "out").mkdir()
@@ -188,18 +188,18 @@ def test_the_end_of_turn_may_be_a_new_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "code", "named"),
     [
-        ("<a>,,<b>", "--add-special-tokens <a>,,<b>: an empty token; give them as '<think>,</think>'"),
-        ("", "--add-special-tokens : an empty token"),
-        ("<a>,<a>", "--add-special-tokens <a>,<a>: <a> stands twice"),
-        (f"<a>,{WORDS[0]}", f"--add-special-tokens {WORDS[0]}: .* has it already as an ordinary token .id 4.; leave"),
-        ("<user>", "--add-special-tokens <user>: .* has it already as a special token .id 1.; leave it out"),
+        ("<a>,,<b>", "option-value", ("--add-special-tokens <a>,,<b>: ", "empty", "'<think>,</think>'")),
+        ("", "option-value", ("--add-special-tokens : ", "empty")),
+        ("<a>,<a>", "option-value", ("--add-special-tokens <a>,<a>: <a> ", "twice")),
+        (f"<a>,{WORDS[0]}", "token-exists", (f"--add-special-tokens {WORDS[0]}: ", "an ordinary token (id 4)")),
+        ("<user>", "token-exists", ("--add-special-tokens <user>: ", "a special token (id 1)")),
     ],
 )
-def test_wrong_tokens_are_one_line(tmp_path: Path, text: str, answer: str) -> None:
+def test_wrong_tokens_are_one_line(tmp_path: Path, text: str, code: str, named: tuple[str, ...]) -> None:
     folder = write_model(tmp_path / "hf")
-    with pytest.raises(UserError, match=answer):
+    with refused(code, *named):
         add_special_tokens(read_tokenizer(folder), text, folder)
 
 

@@ -291,7 +291,7 @@ class SampledJobs(Jobs):
         except OSError as error:
             raise UserError(
                 "write-failed",
-                f"--output {output}: {system_reason(error)}; make room and repeat the command, nothing is sampled again",
+                f"--output {output}: {system_reason(error)}; free space and repeat the command; no response is lost",
             ) from None
         held = sum(part.count for parts in self._samples.values() for part in parts.values())
         if held > len(ids) * samples:
