@@ -86,7 +86,10 @@ def train(config: Config) -> TrainResult:
         LostProcess: another process of the run is gone.
     """
     if dist.is_initialized():
-        raise UserError("train: torch.distributed is started already; end it first, with destroy_process_group()")
+        raise UserError(
+            "distributed-started",
+            "train: torch.distributed is started already; end it first, with destroy_process_group()",
+        )
     config = dataclasses.replace(config, **{name: copy.deepcopy(getattr(config, name)) for name in SECTIONS})
     with _as_library():
         resolve(config)
@@ -158,7 +161,9 @@ _platforms: set[str] = set()
 def _refuse_another_platform(name: str) -> None:
     """megatron-core decides while it is imported what it takes of Transformer Engine, which the CPU platform hides."""
     if before := _platforms - {name}:
-        raise UserError(f"--device {name}: this process trained on {min(before)} before; it takes a process of its own")
+        raise UserError(
+            "device-changed", f"--device {name}: this process trained on {min(before)} before; start another process"
+        )
     _platforms.add(name)
 
 
@@ -168,27 +173,32 @@ def _write_groups(config: Config) -> None:
     Raises:
         UserError: the run folder has checkpoints of a run on other examples, or an example cannot be written.
     """
-    error = None
+    error: UserError | None = None
     if os.environ.get("LOCAL_RANK", "0") == "0":  # a run folder may be a disk of each node's own
         for name, records in config.groups.items():
             error = error or _write_examples(Path(config.value(name)), records, flag(name))
     if error := first_error(error):
-        raise UserError(error)
+        raise error
 
 
-def _write_examples(path: Path, records: Iterable[Any], option: str) -> str | None:
-    """Writes a file of examples; returns why it cannot be."""
+def _write_examples(path: Path, records: Iterable[Any], option: str) -> UserError | None:
+    """Writes a file of examples; returns the error that prevents it."""
     fresh = path.with_name(f"{path.name}.given")
     try:
         write_jsonl(fresh, records)
         if path.is_file() and latest_iteration(path.parent) is not None and fresh.read_bytes() != path.read_bytes():
             fresh.unlink()
-            return f"{option}: the run in {path.parent} has other examples; give the same, or another --save"
+            return UserError(
+                "checkpoint-other-data",
+                f"{option}: the run in {path.parent} has other examples; pass the same, or another --save",
+            )
         fresh.replace(path)
     except (OSError, UserError) as error:
-        return f"--save {path.parent}: {path.name} cannot be written ({system_reason(error)})"
+        return UserError(
+            "write-failed", f"--save {path.parent}: {path.name} cannot be written ({system_reason(error)})"
+        )
     except (TypeError, ValueError) as error:  # json's, of a value that it has no form for
-        return f"{option}: an example cannot be written as JSON ({error})"
+        return UserError("not-json", f"{option}: an example cannot be written as JSON ({error})")
     return None
 
 

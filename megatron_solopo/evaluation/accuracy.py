@@ -28,7 +28,7 @@ def accuracy_section(
     names = dict.fromkeys(name for one in evaluations for result in one.results for name in result.means)
     measured = list(dict.fromkeys([*(name for name in SCORERS if name in names), *names]))  # ours in their order
     if metric not in measured:
-        raise UserError(f"--metric {metric}: no evaluation has it; give one of {', '.join(measured)}")
+        raise UserError("metric-unknown", f"--metric {metric}: no evaluation has it; set one of {', '.join(measured)}")
     title = metric_of(metric).label
     parts = ["## Accuracy by context length"]
     units = list(dict.fromkeys(result.unit for evaluation in evaluations for result in evaluation.results))

@@ -96,17 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
     options = build_parser().parse_args(argv)
     if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: give 1 or more")
+        raise UserError("option-value", f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     path = Path(options.document)
     if options.document != "-" and not path.is_file():
-        raise UserError(f"--document {path}: no such file; give a text file, or - for standard input")
+        raise UserError("file-missing", f"--document {path}: no such file; set a text file, or - for standard input")
     content = sys.stdin.buffer.read() if options.document == "-" else path.read_bytes()
     try:
         document = content.decode("utf-8-sig")  # editors may put a byte order mark there
     except UnicodeDecodeError:
-        raise UserError(f"--document {path}: not a UTF-8 text; convert it to plain text first") from None
+        raise UserError("not-utf8", f"--document {path}: not UTF-8; convert it to plain text first") from None
     if not document.strip():
-        raise UserError(f"--document {options.document}: the document is empty")
+        raise UserError("data-empty", f"--document {options.document}: the document is empty")
     answers = ask(
         options.model,
         [TokenizerOptions.of(options, model) for model in options.model],

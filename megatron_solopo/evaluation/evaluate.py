@@ -124,7 +124,10 @@ def build_items(
         )
     if not items:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common()) or "the input is empty"
-        raise UserError(f"no question can be asked at every length ({reasons}); change the lengths, the data or --pool")
+        raise UserError(
+            "questions-unusable",
+            f"no question can be asked at every length ({reasons}); change the lengths, the data or --pool",
+        )
     return items, counts
 
 
@@ -217,9 +220,11 @@ def lengths_option(flag: str, value: str) -> list[int]:
     try:
         lengths = [int(part) for part in value.split(",")]
     except ValueError:
-        raise UserError(f"{flag} {value}: give whole numbers separated by commas, such as 8,16,32") from None
+        raise UserError(
+            "option-value", f"{flag} {value}: must be whole numbers separated by commas, such as 8,16,32"
+        ) from None
     if min(lengths) < 1 or len(set(lengths)) < len(lengths):
-        raise UserError(f"{flag} {value}: give positive lengths, each once")
+        raise UserError("option-value", f"{flag} {value}: must be positive lengths, each once")
     return sorted(lengths)
 
 
@@ -326,7 +331,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Record], Record, li
     for name in ("limit", "max_new_tokens", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+            raise UserError("option-value", f"--{name.replace('_', '-')} {value}: must be at least 1")
     load_source(options.source)
     prompt_format = prompt_format_of(options)
     read = [(flag, place(name)) for flag in ("--data", "--pool") for name in getattr(options, flag[2:])]

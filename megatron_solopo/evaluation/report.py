@@ -49,7 +49,7 @@ def write_report(
 
     output = Path(output)
     if not runs and not evaluations:
-        raise UserError("nothing to report: give --runs, --evaluations or both")
+        raise UserError("option-missing", "nothing to report: set --runs, --evaluations or both")
     output.parent.mkdir(parents=True, exist_ok=True)
     looks = look(labels_of(evaluations, runs))
     figures: list[Path] = []

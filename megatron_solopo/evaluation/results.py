@@ -198,7 +198,7 @@ def labelled(argument: str, fallback: str) -> tuple[str, Path]:
     label, equals, path = argument.partition("=")
     if equals and not Path(argument).exists():
         if not label or not path:
-            raise UserError(f"{argument}: write LABEL=PATH, or PATH alone")
+            raise UserError("option-value", f"{argument}: write LABEL=PATH, or PATH alone")
         return label, Path(path)
     return fallback, Path(argument)
 
@@ -261,8 +261,9 @@ def _told_apart[Item: (Evaluation, Run)](
             differing = [key for key in keys if one.shared.get(key) != other.shared.get(key)]
             if other.label == one.label and differing:
                 raise UserError(
+                    "seeds-differ",
                     f"{one.path} and {other.path} would be averaged as seeds of '{one.label}', but differ in "
-                    f"{', '.join(differing)}; give both LABEL=PATH, or write a report of each"
+                    f"{', '.join(differing)}; write each as LABEL=PATH, or write a report of each",
                 )
     return items
 
@@ -275,18 +276,19 @@ def read_evaluation(argument: str) -> Evaluation:
     """
     label, path = labelled(argument, "")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a results file written by evaluate")
+        raise UserError("file-missing", f"{path}: no such file; set a results file written by evaluate")
     try:
         record = json.loads(read_text("--evaluations", path))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); give a results file written by evaluate"
+            "not-json",
+            f"{path}: not valid JSON ({error.msg} at line {error.lineno}); set a results file written by evaluate",
         ) from None
     if not isinstance(record, dict):
-        raise UserError(f"{path}: expected a JSON object; give a results file written by evaluate")
+        raise UserError("field-type", f"{path}: must be a JSON object; set a results file written by evaluate")
     file = validated(_FILE, record, str(path))
     if not file.metrics:
-        raise UserError(f"{path}: 'metrics' holds no context length")
+        raise UserError("results-empty", f"{path}: 'metrics' holds no context length")
     results = [_at_length(key, values, f"{path}: metrics['{key}']") for key, values in file.metrics.items()]
     return Evaluation(
         label or folder_names([file.model])[0], path, file.model, file.data, tuple(results), dict(file.settings)
@@ -316,16 +318,18 @@ _FILE, _AT_LENGTH, _NUMBERS = TypeAdapter(_File), TypeAdapter(_AtLength), TypeAd
 def _at_length(key: str, values: dict[str, object], where: str) -> LengthResult:
     match = re.fullmatch(r"(\d+) (\w+)", key)
     if not match:
-        raise UserError(f"{where}: a context length is written like '8 documents' or '4096 tokens'")
+        raise UserError("field-value", f"{where}: a context length is written like '8 documents' or '4096 tokens'")
     read = validated(_AT_LENGTH, values, where)
     intervals = dict(read.interval)
     if "sub_em_plain" not in values and "sub_em" in intervals:  # an older file, whose sub-EM is the plain one
         values, intervals["sub_em_plain"] = values | {"sub_em_plain": values.get("sub_em")}, intervals["sub_em"]
     if not intervals:
-        raise UserError(f"{where}: holds no score with an interval; give a results file written by evaluate")
+        raise UserError(
+            "results-empty", f"{where}: holds no score with an interval; set a results file written by evaluate"
+        )
     means = validated(_NUMBERS, {name: values.get(name) for name in intervals}, where)
     if absent := intervals.keys() - means.keys():
-        raise UserError(missing(values, min(absent), where))
+        raise UserError("field-missing", missing(values, min(absent), where))
     return LengthResult(
         int(match[1]), match[2], means, intervals, read.count, read.mean_prompt_tokens, read.interval_method, read.cut
     )
@@ -357,7 +361,7 @@ def read_run(argument: str) -> Run:
     label, folder = labelled(argument, "")
     path = metrics_file(folder)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the folder of a training run")
+        raise UserError("file-missing", f"{path}: no such file; set the folder of a training run")
     by_split: dict[str, dict[int, Row]] = {split: {} for split in ("train", "valid", "save", "export")}
     written = path.read_bytes()
     lines = sum(1 for line in written.split(b"\n") if line.strip())
@@ -375,7 +379,7 @@ def read_run(argument: str) -> Run:
         print(f"note: {path}: the last line is unfinished and was skipped")
     train, valid, save, export, *_ = (tuple(steps[step] for step in sorted(steps)) for steps in by_split.values())
     if not train and not valid:
-        raise NoSteps(f"{path}: no steps in it yet; wait for the first step of the run")
+        raise NoSteps("run-without-steps", f"{path}: no steps in it yet; wait for the first step of the run")
     return Run(
         label or folder.resolve().name,
         folder,

@@ -152,26 +152,29 @@ def holds_groups(path: str | Path) -> bool:
         UserError: it is missing, empty, or holds something else, which is named with the command that reads it.
     """
     if is_store(path):
-        raise UserError(f"--data {path}: is a folder; give the JSONL or Parquet file it was made from")
+        raise UserError("not-a-file", f"--data {path}: is a folder; set the JSONL or Parquet file it was made from")
     if is_parquet(path):
         return True
     where, record = next(read_records([path]), (None, None))
     if record is None:
-        raise UserError(f"--data {path}: holds no record; give groups of build-pairs or contexts of prepare-data")
+        raise UserError(
+            "data-empty", f"--data {path}: holds no record; set groups of build-pairs or contexts of prepare-data"
+        )
     if {*CHOSEN, *REJECTED} & record.keys():
         return True
     if {"short_messages", "short_tokens"} <= record.keys():
         return False
     for key, what in (
-        ("paragraphs", "questions; give what 'solopo prepare-data --data' makes of them"),
-        ("responses", "responses; give what 'solopo build-pairs --responses' makes of them"),
-        ("messages", "conversations for --objective sft, which have no contexts to compare; give preference groups"),
+        ("paragraphs", "questions; set what 'solopo prepare-data --data' makes of them"),
+        ("responses", "responses; set what 'solopo build-pairs --responses' makes of them"),
+        ("messages", "conversations for --objective sft, which have no contexts to compare; set preference groups"),
     ):
         if key in record:
-            raise UserError(f"{where}: this file holds {what}")
-    found = ", ".join(sorted(record)) or "none"
+            raise UserError("data-kind", f"{where}: this file holds {what}")
+    fields = ", ".join(sorted(record)) or "none"
     raise UserError(
-        f"{where}: neither a preference group nor contexts (fields found: {found}); see docs/data-storage.md"
+        "data-kind",
+        f"{where}: neither a preference group nor contexts (fields found: {fields}); see docs/data-storage.md",
     )
 
 

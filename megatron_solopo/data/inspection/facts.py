@@ -15,7 +15,7 @@ from megatron_solopo.data.schema import PreferenceGroup
 from megatron_solopo.data.scoring import sub_em
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR
-from megatron_solopo.data.tokenized.tokens import Encoder, TokenGroup
+from megatron_solopo.data.tokenized.tokens import NO_LONG_CONTEXT, Encoder, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored
 
@@ -92,7 +92,7 @@ def measure(
             made = _encode(encoder, group, BOTH_PAIRS if LONG in example.chats else SHORT_PAIR)
             tokens = _lengths(made)
             if LONG not in example.chats and any(context == Context.LONG for context, _ in scored):
-                raise UserError("no long_messages; give long contexts, or train with --context-mode short")
+                raise UserError("long-context-missing", NO_LONG_CONTEXT)
             if seq_length is not None and made.only(scored).longest > seq_length:
                 flags.add("too_long")
     except UserError as error:

@@ -110,7 +110,10 @@ def training_config(options: argparse.Namespace) -> Config:
             argv += [flag(name), value]
     config, _ = load(argv)
     if config.method.objective != "preference":
-        raise UserError(f"--config {options.config}: --objective sft has no preference groups; give a preference run")
+        raise UserError(
+            "option-conflict",
+            f"--config {options.config}: --objective sft has no preference groups; set the config of a preference run",
+        )
     return config
 
 
@@ -118,25 +121,26 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
     given = {"--id": options.id is not None, "--index": options.index is not None, "--random": options.random}
     picked = [name for name, is_given in given.items() if is_given]
     if len(picked) > 1:
-        raise UserError(f"{picked[0]} and {picked[1]}: give one of them; each names one example")
+        raise UserError("option-conflict", f"{picked[0]} and {picked[1]}: set one of them; each names one example")
     if options.index is not None and options.index < 0:
-        raise UserError(f"--index {options.index}: examples are counted from 0")
+        raise UserError("option-value", f"--index {options.index}: examples are counted from 0")
     for name in ("samples", "limit", "workers"):
         value = getattr(options, name)
         if value is None:
             continue
         if not options.output:
-            raise UserError(f"{flag(name)} has no effect without --output")
+            raise UserError("option-unused", f"{flag(name)} has no effect without --output")
         if value < 1:
-            raise UserError(f"{flag(name)} {value}: give a number of at least 1")
+            raise UserError("option-value", f"{flag(name)} {value}: must be at least 1")
     if options.seed is not None and not (options.output or options.random):
-        raise UserError("--seed has no effect without --random or --output")
+        raise UserError("option-unused", "--seed has no effect without --random or --output")
     if not groups:
-        given = [name for name in (*METHOD_OPTIONS, "seq_length", "config") if getattr(options, name) is not None]
-        if given:
+        unused = [name for name in (*METHOD_OPTIONS, "seq_length", "config") if getattr(options, name) is not None]
+        if unused:
             raise UserError(
-                f"{flag(given[0])}: {options.data} holds contexts without responses, so no loss sees them; "
-                "give the groups that build-pairs made of them"
+                "option-unused",
+                f"{flag(unused[0])}: {options.data} holds contexts without responses, which no loss is computed of; "
+                "set the groups that build-pairs made of them",
             )
     read = [("--data", options.data), ("--config", options.config), *files_of(options)]
     check_outputs([("--output", options.output)], read)
@@ -158,10 +162,14 @@ def find(options: argparse.Namespace) -> Example:
     if options.id is not None:
         near = difflib.get_close_matches(options.id, ids, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--id {options.id}: no such id among the {len(ids):,} of {options.data}{hint}")
+        raise UserError(
+            "example-unknown", f"--id {options.id}: no such id among the {len(ids):,} of {options.data}{hint}"
+        )
     if not ids:
-        raise UserError(f"--data {options.data}: holds no record")
-    raise UserError(f"--index {options.index}: {options.data} holds {len(ids):,} examples, 0 to {len(ids) - 1}")
+        raise UserError("data-empty", f"--data {options.data}: holds no record")
+    raise UserError(
+        "example-unknown", f"--index {options.index}: {options.data} holds {len(ids):,} examples, 0 to {len(ids) - 1}"
+    )
 
 
 def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, config: Config | None) -> None:
@@ -178,7 +186,7 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
 
     shown = sample(counted(), options.samples or 50, seed)
     if not statistics.examples:
-        raise UserError(f"--data {options.data}: holds no record")
+        raise UserError("data-empty", f"--data {options.data}: holds no record")
     views = [make_view(one, tokenizer, method or Config().method, limit, options.full) for one in shown]
     kind = "contexts" if method is None else "groups"
     source = Source(Path(options.data).name, kind, options.tokenizer, method, seed, options.full, limit)

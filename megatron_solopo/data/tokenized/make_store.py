@@ -90,7 +90,7 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
         try:
             group = encoder.encode(record, scored)
         except UserError as error:
-            raise UserError(f"{job.source}: {error}") from None
+            raise error.at(job.source) from None
         if group is not None:
             groups.append(group)
     each = ((int(np.max(ids)), group.id) for group in groups for ids in group.sequences())
@@ -159,7 +159,7 @@ def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> tuple
     done = _tokenize(plan, jobs, workers, name)
     manifest, report = _manifest(plan, jobs)
     if not manifest["counts"]["examples"]:
-        raise UserError(no_example(name, len(report.dropped), plan.job.seq_length))
+        raise UserError("data-empty", no_example(name, len(report.dropped), plan.job.seq_length))
     result = jobs.stream(RESULT)
     for file, document in {**DATASETS_FILES, MANIFEST: manifest | {"file": name}}.items():
         (result / file).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -189,7 +189,9 @@ def _check_ids(job: Job, known: dict[str, Any], seen: set[str]) -> int:
     for name in names:
         if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
             places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
-            raise UserError(f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique")
+            raise UserError(
+                "id-twice", f"{places[1]}: the id {name!r} was used before at {places[0]}; ids must be unique"
+            )
         seen.add(name)
     return len(names)
 
@@ -229,7 +231,7 @@ def cache_folder(given: str | None) -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "megatron_solopo")
     except RuntimeError:  # a container's user may have no home
-        raise UserError("--data-cache: there is no home folder to keep token ids in; give a folder") from None
+        raise UserError("option-missing", "--data-cache: no home folder to keep token ids in; set a folder") from None
 
 
 def cached_store(
@@ -252,7 +254,9 @@ def cached_store(
         with as_file(job.source, aside) as file:
             plan = Plan.of(replace(job, source=file), tokenizer)
             for name, before, now in differences(wanted or plan.settings, plan.settings):
-                raise UserError(f"{job.source}: {name} is {now!r}, on rank 0 it is {before!r}; copy rank 0's")
+                raise UserError(
+                    "ranks-differ", f"{job.source}: {name} is {now!r}, on rank 0 it is {before!r}; copy rank 0's"
+                )
             folder = cache / f"{Path(job.source).stem}-{plan.key}"
             with _alone(folder.with_name(folder.name + ".lock")):
                 if not is_complete(folder, plan.settings):
@@ -263,7 +267,8 @@ def cached_store(
         if not str(error.filename or "").startswith(str(cache)):
             raise
         raise UserError(
-            f"--data-cache {cache}: cannot be written ({error.strerror}); give another folder, or make room"
+            "write-failed",
+            f"--data-cache {cache}: cannot be written ({error.strerror}); set another folder, or free space",
         ) from None
 
 

@@ -25,7 +25,15 @@ from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.inputs import holds_data
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
 from megatron_solopo.data.tokenized.token_table import COLUMNS, TokenTable
-from megatron_solopo.data.tokenized.tokens import CONVERSATION, Dropped, Report, TokenDataset, TokenGroup, no_example
+from megatron_solopo.data.tokenized.tokens import (
+    CONVERSATION,
+    NO_LONG_CONTEXT,
+    Dropped,
+    Report,
+    TokenDataset,
+    TokenGroup,
+    no_example,
+)
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side, names_of_scored
 
@@ -140,23 +148,31 @@ def open_tokens(
     manifest, where = read_manifest(Path(folder)), source or folder
     objective = "sft" if scored == CONVERSATION else "preference"
     if manifest["objective"] != objective:
-        raise UserError(f"{where}: holds data of --objective {manifest['objective']}, the run has {objective}")
-    if told := text_differences(manifest["text"], facts):
         raise UserError(
-            f"{where}: made with {'; '.join(told)}; train with what it was made with, or tokenise again "
-            "(solopo tokenize-data)"
+            "token-store-mismatch",
+            f"{where}: holds data of --objective {manifest['objective']}, the run has {objective}",
+        )
+    if differing := text_differences(manifest["text"], facts):
+        raise UserError(
+            "token-store-mismatch",
+            f"{where}: made with {'; '.join(differing)}; train with what it was made with, or tokenize again "
+            "(solopo tokenize-data)",
         )
     if only := manifest["options"]["scored"]:
         if names_of_scored(scored) != only:
-            raise UserError(f"{where}: holds {only} alone, the run scores {names_of_scored(scored)}; tokenise again")
+            raise UserError(
+                "token-store-mismatch",
+                f"{where}: holds {only} alone, the run scores {names_of_scored(scored)}; tokenize again",
+            )
     table, report = _open(Path(folder), manifest), Report.of(manifest["report"])
     longest = _longest(table, scored, where)
     too_long = longest > seq_length
     if too_long.any() and overlong != "drop":
         row = int(too_long.argmax())
         raise UserError(
+            "example-too-long",
             f"{where}: example {table.id(row)!r} has {longest[row]} tokens, above --seq-length {seq_length}; raise it, "
-            + _ways(objective, seq_length, overlong, source is not None)
+            + _ways(objective, seq_length, overlong, source is not None),
         )
     left_out = [Dropped(table.id(row), int(longest[row])) for row in np.flatnonzero(too_long)]
     names = {one.id for one in left_out}
@@ -164,7 +180,7 @@ def open_tokens(
     report.spelled, report.open = ([n for n in those if n not in names] for those in (report.spelled, report.open))
     rows = np.flatnonzero(~too_long)
     if not len(rows):
-        raise UserError(no_example(where, len(report.dropped), seq_length))
+        raise UserError("data-empty", no_example(where, len(report.dropped), seq_length))
     largest = manifest["largest_token"]
     return StoredTokens.of(_StoredGroups(table, rows, scored), report, (largest["id"], largest["example"]))
 
@@ -176,8 +192,7 @@ def _longest(table: TokenTable, scored: Scored, where: str | Path) -> np.ndarray
         prompt = table.of_prompts(context, table.lengths)
         if not prompt.all():
             raise UserError(
-                f"{where}: group {table.id(int(prompt.argmin()))!r}: no long_messages; give long contexts, or train "
-                "with --context-mode short"
+                "long-context-missing", f"{where}: group {table.id(int(prompt.argmin()))!r}: {NO_LONG_CONTEXT}"
             )
         longest = np.maximum(longest, prompt + table.of_responses(context, side, table.lengths))
     return longest
@@ -201,13 +216,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{folder}: a folder without {MANIFEST}; give a JSONL or Parquet file, or a folder that "
-            "solopo tokenize-data completed"
+            "not-a-token-store",
+            f"{folder}: a folder without {MANIFEST}; set a JSONL or Parquet file, or a folder that "
+            "solopo tokenize-data completed",
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
-        complete = found != FORMAT or (
+        version = manifest["format"]
+        complete = version != FORMAT or (
             manifest["objective"] in COLUMNS
             and set(TEXT_FACTS) == manifest["text"].keys() - {template_kwargs.DATE}
             and {"scored"} <= manifest["options"].keys()
@@ -219,9 +235,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
-        raise UserError(f"{path}: not a manifest of solopo tokenize-data, or damaged; tokenise again")
-    if found != FORMAT:
-        raise UserError(f"{path}: of format {found}, this version reads {FORMAT}; tokenise again")
+        raise UserError("file-damaged", f"{path}: not a manifest of solopo tokenize-data, or damaged; tokenize again")
+    if version != FORMAT:
+        raise UserError(
+            "token-store-format", f"{path}: of format {version}, this version reads {FORMAT}; tokenize again"
+        )
     return manifest
 
 
@@ -229,8 +247,8 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> TokenTable:
     path, written = folder / DATA, manifest["data"]
     size = path.stat().st_size if path.is_file() else None
     if size != written["bytes"]:
-        found = "is missing" if size is None else f"has {size:,} bytes, {written['bytes']:,} were written"
-        raise UserError(f"{path}: {found}; copy it again, or delete the folder and tokenise again")
+        problem = "is missing" if size is None else f"has {size:,} bytes, {written['bytes']:,} were written"
+        raise UserError("file-damaged", f"{path}: {problem}; copy it again, or delete the folder and tokenize again")
     try:
         table = TokenTable(path, manifest["objective"])
         same = table.index_sha256() == written["index_sha256"]
@@ -238,7 +256,8 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> TokenTable:
         same = False
     if not same:
         raise UserError(
+            "file-damaged",
             f"{path}: not what was written (its index differs from {MANIFEST}'s); copy it again, or delete the folder "
-            "and tokenise again"
+            "and tokenize again",
         )
     return table

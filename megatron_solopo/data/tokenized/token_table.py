@@ -130,8 +130,9 @@ class _Stored(Sequence[int]):
         cell = [one.to_numpy(zero_copy_only=False) for one in self._cell]
         if _digest(cell) != self._table.rows["sha256"][self._row][self._name].as_py():
             raise UserError(
+                "file-damaged",
                 f"{self._table.path}: {self._name} of example {self._table.id(self._row)!r} is not what was written; "
-                "the disk or a copy damaged it: copy the folder again, or delete it and tokenise again"
+                "the disk or a copy damaged it: copy the folder again, or delete it and tokenize again",
             )
         found = cell[self._response]
         return found if dtype is None else found.astype(dtype, copy=bool(copy))

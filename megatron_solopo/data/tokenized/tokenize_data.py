@@ -62,13 +62,16 @@ def build_parser() -> Parser:
 
 def _check(options: argparse.Namespace) -> None:
     if options.workers < 1:
-        raise UserError(f"--workers {options.workers}: give a number of at least 1")
+        raise UserError("option-value", f"--workers {options.workers}: must be at least 1")
     if options.seq_length is not None and options.seq_length < 2:
-        raise UserError(f"--seq-length {options.seq_length}: give a number of at least 2")
+        raise UserError("option-value", f"--seq-length {options.seq_length}: must be at least 2")
     if options.overlong is not None and options.seq_length is None:
-        raise UserError(f"--overlong {options.overlong} would have no effect: it needs --seq-length")
+        raise UserError("option-unused", f"--overlong {options.overlong} would have no effect: it needs --seq-length")
     if options.overlong == "cut" and options.objective == "sft":
-        raise UserError("--overlong cut with --objective sft: conversations have no documents to cut; take drop")
+        raise UserError(
+            "option-conflict",
+            "--overlong cut with --objective sft: conversations have no documents to cut; use --overlong drop",
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(options)
     output = Path(options.output)
     if output.name in ("", ".."):
-        raise UserError(f"--output {options.output}: is no name for a new folder; give one, such as tokens")
+        raise UserError("option-value", f"--output {options.output}: names no new folder; set one, such as tokens")
     job = Job(
         source=options.data,
         tokenizer=TokenizerOptions.of(options),
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         overlong=options.overlong or "refuse",
     )
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; give the name of a folder that is not there yet")
+        raise UserError("not-a-folder", f"--output {output}: is a file; set the name of a new folder")
     work = output.with_name(output.name + ".partial")
     try:
         aside = work.with_name(work.name + ".jsonl")
@@ -96,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename not in (None, str(output)) and not str(error.filename).startswith(str(work)):
             raise
         raise UserError(
-            f"--output {output}: cannot be written ({system_reason(error)}); what is done is kept: mend that and run "
-            "the same command again"
+            "write-failed",
+            f"--output {output}: cannot be written ({system_reason(error)}); finished parts are kept: correct that and "
+            "run the same command again",
         ) from None
 
 
@@ -112,7 +116,8 @@ def _run(job: Job, source: str, output: Path, jobs: Jobs, workers: int) -> int:
         if differing := differences({key: manifest.get(key) for key in plan.settings}, plan.settings):
             names = ", ".join(name for name, _, _ in differing)
             raise UserError(
-                f"--output {output}: is there already, made with another {names}; give another name, or delete it"
+                "output-other-settings",
+                f"--output {output}: exists already, made with another {names}; choose another name, or delete it",
             )
         jobs.remove()
         print(f"{output} is complete: {manifest['counts']['examples']} examples; nothing is left to do")

@@ -244,6 +244,9 @@ class TokenDataset:
         return counts
 
 
+NO_LONG_CONTEXT = "no long_messages; add long contexts, or train with --context-mode short"
+
+
 def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
     """What to say of a file without a usable example."""
     return f"{path}: no usable example" + (
@@ -286,7 +289,7 @@ class Encoder:
                 answers = [message["content"] for message in messages if message["role"] == "assistant"]
         except UserError as error:
             kind = "group" if is_group else "conversation"
-            raise UserError(f"{kind} {record.id!r}: {error}") from None
+            raise error.at(f"{kind} {record.id!r}") from None
         if self.seq_length is None or group.longest <= self.seq_length:
             self.report.cut += cut
             spelled = control_tokens(self.tokenizer).spelled
@@ -301,8 +304,9 @@ class Encoder:
                 ", or shorten their distractors with --overlong cut" if is_group else ""
             )
             raise UserError(
+                "example-too-long",
                 f"example {record.id!r} has {group.longest} tokens, above --seq-length {self.seq_length}; raise it, "
-                f"{ways}"
+                f"{ways}",
             )
         self.report.dropped.append(Dropped(record.id, group.longest, "; ".join(whys)))
         return None
@@ -336,7 +340,7 @@ class Encoder:
             name = context.name.lower()
             messages = getattr(group, f"{name}_messages")
             if messages is None:
-                raise UserError("no long_messages; give long contexts, or train with --context-mode short")
+                raise UserError("long-context-missing", NO_LONG_CONTEXT)
             continuations = []
             for side in wanted:
                 ids = sampled[side]
@@ -345,7 +349,10 @@ class Encoder:
                     answers.append(texts[side])
                 continuations.append(Continuation(side, array("i", ids)))
             if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
-                raise UserError("chosen and rejected are the same token ids; such a pair teaches nothing, remove it")
+                raise UserError(
+                    "responses-equal",
+                    "chosen and rejected are the same token ids, so their loss is constant; remove it",
+                )
             ids = self._prompt(messages)
             if self.overlong == "cut" and self.seq_length is not None:
                 limit = self.seq_length - max(len(continuation.ids) for continuation in continuations)
