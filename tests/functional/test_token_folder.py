@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from refusals import check_refusal
 from training_home import ENVIRONMENT, ROOT, Home, furnish
 
 from megatron_solopo.cli import run
@@ -65,11 +66,12 @@ def test_a_folder_of_another_template_is_refused(home: Home, capfd: pytest.Captu
     template = home.folder / "other.jinja"
     template.write_text("{% for m in messages %}{{ m.content }} <end> {% endfor %}")
     assert run(main, home.argv("refused", "--chat-template", template, data="groups")) == 2
-    assert "groups: made with another chat template; train with what it was made with" in capfd.readouterr().err
+    check_refusal(capfd.readouterr().err, "token-store-mismatch", "groups: ", "another chat template;")
     assert run(main, home.argv("refused", "--eos-token", "<user>", data="groups")) == 2
-    assert "groups: made with end of turn '<end>' where the run has '<user>'" in capfd.readouterr().err
+    named = "groups: ", "end of turn '<end>' where the run has '<user>'"
+    check_refusal(capfd.readouterr().err, "token-store-mismatch", *named)
     assert run(main, home.argv("cut", "--objective", "sft", "--overlong", "cut", data="chats")) == 2
-    assert "--overlong cut with --objective sft: conversations have no documents to cut" in capfd.readouterr().err
+    check_refusal(capfd.readouterr().err, "option-conflict", "--overlong cut with --objective sft: ")
 
 
 def test_workers_end_with_a_killed_command_and_the_next_goes_on(home: Home) -> None:

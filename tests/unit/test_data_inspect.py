@@ -13,6 +13,7 @@ import pytest
 import torch
 from inspected import WORDS, groups, tokenizer_folder, view_of, write
 from option_lines import last_wins
+from refusals import refused
 from segment_names import SEGMENTS, loss_by_name, names_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,7 +25,6 @@ from megatron_solopo.data.inspection.blocks import Block
 from megatron_solopo.data.inspection.view import token_text, uses
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import reference_scores
 
 
@@ -171,49 +171,60 @@ def test_choosing_an_example(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 WRONG = {
-    "missing": ([], None, "no such file; give the path of a JSONL file"),
-    "empty": ([], [], "holds no record; give groups of build-pairs or contexts of prepare-data"),
-    "half a line": ([], ['{"id": "a", "chosen'], "groups.jsonl:1: not valid JSON"),
-    "questions": ([], [{"id": "a", "paragraphs": []}], "groups.jsonl:1: this file holds questions; give what"),
-    "responses": ([], [{"id": "a", "responses": []}], "groups.jsonl:1: this file holds responses; give what"),
-    "conversations": ([], [{"messages": []}], "groups.jsonl:1: this file holds conversations for --objective sft"),
-    "something else": ([], [{"a": 1}], "groups.jsonl:1: neither a preference group nor contexts (fields found: a)"),
-    "broken later": ([], lambda g: [*g, {"chosen": "x"}], "groups.jsonl:4: the field 'rejected' is missing"),
+    "missing": ([], None, "file-missing", "groups.jsonl: "),
+    "empty": ([], [], "data-empty", "--data groups.jsonl: "),
+    "half a line": ([], ['{"id": "a", "chosen'], "not-json", "groups.jsonl:1: "),
+    "questions": ([], [{"id": "a", "paragraphs": []}], "data-kind", "groups.jsonl:1: ", "questions", "prepare-data"),
+    "responses": ([], [{"id": "a", "responses": []}], "data-kind", "groups.jsonl:1: ", "responses", "build-pairs"),
+    "conversations": ([], [{"messages": []}], "data-kind", "groups.jsonl:1: ", "--objective sft"),
+    "something else": ([], [{"a": 1}], "data-kind", "groups.jsonl:1: ", "(fields found: a)"),
+    "broken later": ([], lambda g: [*g, {"chosen": "x"}], "field-missing", "groups.jsonl:4: ", "'rejected'"),
     "span outside": (
         ["--id", "q1"],
         lambda g: [g[0], g[1] | {"long_spans": [[0, 10**6, True]]}],
-        "groups.jsonl:2: long_spans[0] is 0 to 1000000; spans must follow each other within the",
+        "field-value",
+        "groups.jsonl:2: long_spans[0] is 0 to 1000000;",
     ),
-    "unknown id": (["--id", "q11"], lambda g: g, "no such id among the 3 of"),
-    "index beyond": (["--index", "3"], lambda g: g, "holds 3 examples, 0 to 2"),
+    "unknown id": (["--id", "q11"], lambda g: g, "example-unknown", "--id q11: ", "3 of groups.jsonl"),
+    "index beyond": (["--index", "3"], lambda g: g, "example-unknown", "--index 3: ", "0 to 2"),
     "index 0 and id": (
         ["--index", "0", "--id", "q1"],
         lambda g: g,
-        "--id and --index: give one of them; each names one",
+        "option-conflict",
+        "--id and --index: ",
     ),
-    "index below": (["--index", "-1"], lambda g: g, "--index -1: examples are counted from 0"),
-    "two choices": (["--id", "q1", "--random"], lambda g: g, "--id and --random: give one of them"),
-    "samples without page": (["--samples", "3"], lambda g: g, "--samples has no effect without --output"),
+    "index below": (["--index", "-1"], lambda g: g, "option-value", "--index -1: "),
+    "two choices": (["--id", "q1", "--random"], lambda g: g, "option-conflict", "--id and --random: "),
+    "samples without page": (["--samples", "3"], lambda g: g, "option-unused", "--samples ", "--output"),
     "no samples": (
         ["--output", "page.html", "--samples", "0"],
         lambda g: g,
-        "--samples 0: give a number of at least 1",
+        "option-value",
+        "--samples 0: ",
     ),
-    "seed of nothing": (["--seed", "1"], lambda g: g, "--seed has no effect without --random or --output"),
-    "unknown loss": (["--preference-loss", "dpoo"], lambda g: g, "'dpoo' is not one of dpo, ipo"),
+    "seed of nothing": (["--seed", "1"], lambda g: g, "option-unused", "--seed ", "--random or --output"),
+    "unknown loss": (["--preference-loss", "dpoo"], lambda g: g, "option-value", "'dpoo'", "dpo, ipo"),
     "unused option": (
         ["--context-mode", "short", "--alignment-target", "both"],
         lambda g: g,
+        "option-unused",
         "--alignment-target",
     ),
-    "longpo on short": (["--preference-loss", "longpo"], lambda g: g, "give --context-mode long"),
+    "longpo on short": (["--preference-loss", "longpo"], lambda g: g, "option-conflict", "--context-mode long"),
     "loss of contexts": (
         ["--context-mode", "short"],
         [{"short_messages": [], "short_tokens": 1}],
-        "holds contexts without responses, so no loss sees them",
+        "option-unused",
+        "--context-mode: groups.jsonl ",
     ),
-    "page over the data": (["--output", "groups.jsonl"], lambda g: g, "is the file of --data too; give another"),
-    "no tokenizer": (["--tokenizer", "nowhere"], lambda g: g, "nowhere: no such folder"),
+    "page over the data": (
+        ["--output", "groups.jsonl"],
+        lambda g: g,
+        "file-overlap",
+        "--output groups.jsonl: ",
+        "--data",
+    ),
+    "no tokenizer": (["--tokenizer", "nowhere"], lambda g: g, "folder-missing", "nowhere: "),
 }
 
 
@@ -221,7 +232,7 @@ WRONG = {
 def test_a_mistake_is_one_line(
     case: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments, records, message = WRONG[case]
+    arguments, records, code, *named = WRONG[case]
     monkeypatch.chdir(tmp_path)
     good = groups(3, sizes=(3, 4))
     if records is not None:
@@ -229,9 +240,8 @@ def test_a_mistake_is_one_line(
         lines = (record if isinstance(record, str) else json.dumps(record) for record in found)
         Path("groups.jsonl").write_text("".join(f"{line}\n" for line in lines))
     page = [] if "--output" in arguments or case != "broken later" else ["--output", "page.html"]
-    with pytest.raises(UserError) as error:
+    with refused(code, *named):
         inspect_data.main(last_wins(["--data", "groups.jsonl", "--tokenizer", str(folder), *arguments, *page]))
-    assert message in str(error.value) and "\n" not in str(error.value)
     assert not Path("page.html").exists()
 
 
@@ -255,7 +265,7 @@ def test_a_runs_configuration_decides_what_is_shown(
     run.write_text("method: {preference_loss: simpo}\n")  # --train-iters on training's command line
     assert inspect_data.main(base) == 0 and "--preference-loss simpo" in capsys.readouterr().out
     run.write_text("method: {objective: sft}\ntraining: {train_iters: 3}\n")
-    with pytest.raises(UserError, match="--objective sft has no preference groups"):
+    with refused("option-conflict", f"--config {run}: ", "--objective sft"):
         inspect_data.main(base)
 
 

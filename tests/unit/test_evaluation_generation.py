@@ -5,11 +5,11 @@ import random
 
 import pytest
 from answering import one_by_one, random_prompts, write_model
+from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_solopo.data.hf_model import check_reach, load_model, reach
 from megatron_solopo.data.text.chat import load_tokenizer
-from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import batches_by_length, generate
 
 
@@ -93,7 +93,7 @@ def test_reach_counts_yarn(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 64, "rope_scaling": scaling}))
         assert reach(tmp_path) == expected
     check_reach(tmp_path, 56, 8, "--document")
-    with pytest.raises(UserError, match=r"--document: .*57 tokens.*max_position_embeddings 64"):
+    with refused("prompt-beyond-positions", "--document: ", "57 tokens", "max_position_embeddings 64"):
         check_reach(tmp_path, 57, 8, "--document")
 
 
@@ -108,5 +108,5 @@ def test_a_padding_token_that_the_model_does_not_know_changes_nothing(folder):
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder):
-    with pytest.raises(UserError, match="token id 55 is beyond the 55 embeddings of .*tiny"):
+    with refused("token-beyond-vocabulary", "token id 55 ", "55 embeddings", "tiny"):
         generate(load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder), [[5, 55]], 2)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 from evaluation_files import write_evaluation, write_run
+from refusals import refused
 
 from megatron_solopo import metrics
-from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import curves, plots, report, results
 from megatron_solopo.evaluation.plots import look, smooth
 
@@ -269,7 +269,7 @@ def test_a_report_does_not_replace_what_it_reads(tmp_path):
         (metrics, "--runs", metrics.parent),
     ):
         before = output.read_bytes()
-        with pytest.raises(UserError, match=f"--output {output}: is the file of {flag} too"):
+        with refused("file-overlap", f"--output {output}: ", flag):
             report.main(["--output", str(output), flag, str(argument)])
         assert output.read_bytes() == before
     assert report.main(["--output", str(metrics.parent / "report.md"), "--runs", str(metrics.parent)]) == 0
@@ -288,9 +288,9 @@ def test_dollars_in_labels_are_no_mathematics(tmp_path):
 
 
 def test_nothing_to_report_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nothing to report"):
+    with refused("option-missing", "--runs", "--evaluations"):
         report.main(["--output", str(tmp_path / "r.md")])
-    with pytest.raises(UserError, match="metrics.jsonl: no such file"):
+    with refused("file-missing", "metrics.jsonl: "):
         report.main(["--output", str(tmp_path / "r.md"), "--runs", str(tmp_path)])
 
 
@@ -352,5 +352,5 @@ def test_a_score_of_a_file_that_nobody_declared_is_in_the_tables(tmp_path):
     ]
     drawn = report.write_report(tmp_path / "r.md", (), evaluations, metric="rouge")[0].read_text()
     assert rows_of(drawn, r"\| rouge ")[2:] == [["a", "0.75 [0.70, 0.80]"]]
-    with pytest.raises(UserError, match="--metric bleu: no evaluation has it; give one of sub_em, "):
+    with refused("metric-unknown", "--metric bleu: ", "sub_em, "):
         report.write_report(tmp_path / "r.md", (), evaluations, metric="bleu")

@@ -11,9 +11,9 @@ from typing import Any
 import pandas
 import pytest
 from evaluation_files import write_evaluation, write_run
+from refusals import refused
 
 from megatron_solopo.config import OutputConfig
-from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import report, results
 from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.monitoring import WINDOW, Watch
@@ -83,7 +83,7 @@ def test_a_run_without_a_step_is_left_out_of_a_report(tmp_path: Path, capsys: py
     assert f"warning: {empty / 'metrics.jsonl'}: no steps in it yet; " in out and "this run is left out" in out
     text = (tmp_path / "r.md").read_text()
     assert "late" not in text and "means over seeds" in text  # one that is given twice counts twice
-    with pytest.raises(UserError, match="empty/metrics.jsonl: no steps in it yet; wait for the first step of the run"):
+    with refused("run-without-steps", "empty/metrics.jsonl: "):
         report.main(["--output", str(tmp_path / "r.md"), "--runs", str(empty)])
     evaluation = str(write_evaluation(tmp_path / "e.json", {8: 0.5}))
     assert report.main(["--output", str(tmp_path / "r.md"), "--runs", str(empty), "--evaluations", evaluation]) == 0

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from refusals import refused
 from segment_names import scored
 from tiny_models import write_lines, write_model
 from token_data import tokenize
@@ -10,7 +11,6 @@ from token_data import tokenize
 from megatron_solopo.data.text.chat import load_tokenizer
 from megatron_solopo.data.tokenized.overlong import cut_context
 from megatron_solopo.data.tokenized.tokens import Shortened
-from megatron_solopo.errors import UserError
 
 SCORED = scored("short_chosen", "short_rejected", "long_chosen")
 
@@ -154,5 +154,7 @@ def test_what_cannot_be_cut_is_dropped_with_its_reason(home):
 
 def test_refusing_names_the_ways_out(home):
     path, tokenizer = home
-    with pytest.raises(UserError, match=r"example 'cut' has 47 tokens, above --seq-length 30; .* --overlong cut$"):
+    with refused(
+        "example-too-long", "example 'cut' ", "47 tokens", "--seq-length 30", "--overlong drop", "--overlong cut"
+    ):
         tokenize(path, tokenizer, SCORED, 30)
