@@ -284,8 +284,8 @@ def _check(options: argparse.Namespace) -> None:
     if not options.incorrect_threshold <= options.correct_threshold:
         raise UserError(
             "option-conflict",
-            f"--incorrect-threshold {options.incorrect_threshold:g} is above --correct-threshold {options.correct_threshold:g}: "
-            "a response could be both; lower it",
+            f"--incorrect-threshold {options.incorrect_threshold:g} is above --correct-threshold "
+            f"{options.correct_threshold:g}: a response could be both; lower it",
         )
     for flag in ("all_right", "all_wrong"):
         if getattr(options, flag) == "ranked" and options.scorer in TWO_VALUED:
