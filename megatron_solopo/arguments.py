@@ -20,7 +20,12 @@ from megatron_solopo.terminal import write_line
 from megatron_solopo.yaml_options import Options, read_options
 
 RENAMED: dict[str, dict[str, str]] = {
-    "prepare-data": {"--input": "--data"},
+    "prepare-data": {
+        "--input": "--data",
+        "--left-out": "--skipped-output",
+        "--validation-share": "--validation-fraction",
+        "--drop-gold-share": "--drop-gold-fraction",
+    },
     "sample-responses": {"--num-samples-context": "--sample-on"},
     "build-pairs": {"--right-above": "--correct-threshold", "--wrong-below": "--incorrect-threshold"},
     "tokenize-data": {"--train-data": "--data"},

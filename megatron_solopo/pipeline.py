@@ -28,7 +28,7 @@ from megatron_solopo.errors import UserError, nearest
 from megatron_solopo.recipe import Recipe, Stage, read_recipe, readable
 from megatron_solopo.terminal import write_line
 
-OUTPUTS = ("output", "validation_output", "left_out", "save", "save_hf", "tensorboard_dir", "wandb_save_dir")
+OUTPUTS = ("output", "validation_output", "skipped_output", "save", "save_hf", "tensorboard_dir", "wandb_save_dir")
 """Options of all commands that name outputs."""
 
 NEITHER = ("reference_cache",)

@@ -55,20 +55,22 @@ def as_group(record: Record, where: str) -> Record:
         # Of a file that holds no pairs the first field is missed that all groups have.
         key = "short_messages" if chosen is rejected else "chosen" if chosen is None else "rejected"
         named = "name the fields of pairs of another data set prompt, chosen and rejected"
-        raise UserError(missing(given, key, where, named))
+        raise UserError("field-missing", missing(given, key, where, named))
     answers = {"chosen": _answer(given, chosen, where), "rejected": _answer(given, rejected, where)}
     wholes = [name for name, answer in answers.items() if not isinstance(answer, str) and _is_whole(answer)]
     whole = len(wholes) == 2
     prompt, key = _prompt(given, ("prompt",) if whole else ("prompt", *CHATS, *QUESTIONS), where)
     if prompt is None and len(wholes) == 1:
         raise UserError(
+            "prompt-missing",
             f"{where}: '{wholes[0]}' is a whole conversation and the other an answer alone, and no field holds their "
-            "prompt; give it as 'prompt', or two whole conversations"
+            "prompt; add it as 'prompt', or write two whole conversations",
         )
     if prompt is None and not whole:
         raise UserError(
+            "prompt-missing",
             f"{where}: 'chosen' and 'rejected' are answers alone, and no field holds their prompt (fields found: "
-            f"{', '.join(sorted(given))}); give it as 'prompt', or whole conversations"
+            f"{', '.join(sorted(given))}); add it as 'prompt', or write whole conversations",
         )
     text = given.get(key)
     if isinstance(text, str) and _turns(text):  # whose answers begin with a space
@@ -98,10 +100,13 @@ def as_conversation(record: Record, where: str) -> list[Message]:
         return _with_system(given, check_messages(_unpacked(given[key], key, where), key, where), where)
     if {"chosen", "rejected"} <= given.keys() and "short_messages" not in given:
         known = ", ".join(sorted(given))
-        raise UserError(f"{where}: no conversation (fields found: {known}); these are pairs for --objective preference")
+        raise UserError(
+            "field-missing",
+            f"{where}: no conversation (fields found: {known}); these are pairs for --objective preference",
+        )
     answer, (prompt, key) = _first(given, ANSWERS), _prompt(given, ("prompt", *QUESTIONS), where)
     if answer is None or prompt is None or OTHERWISE & given.keys():
-        raise UserError(missing(given, "messages", where))
+        raise UserError("field-missing", missing(given, "messages", where))
     chat = _conversation(prompt, key, _answer(given, answer, where), answer, where)
     return _with_system(given, chat, where)
 
@@ -125,7 +130,7 @@ def _prompt(record: Record, names: tuple[str, ...], where: str) -> tuple[list[Me
     if isinstance(value, list):
         messages = check_messages(value, key, where)
     elif not isinstance(value, str):
-        raise UserError(wrong_kind(value, key, where, "str or list"))
+        raise UserError("field-type", wrong_kind(value, key, where, "str or list"))
     elif (turns := _turns(value)) is not None:
         messages = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     else:
@@ -140,13 +145,16 @@ def _with_system(record: Record, messages: list[Message], where: str) -> list[Me
     key = _first(record, SYSTEMS)
     text = record[key] if key else ""
     if not isinstance(text, str):
-        raise UserError(wrong_kind(text, str(key), where, "str"))
+        raise UserError("field-type", wrong_kind(text, str(key), where, "str"))
     if not text:
         return messages
     system = {"role": "system", "content": text}
     if messages[0]["role"] == "system":
         if messages[0]["content"] != text:
-            raise UserError(f"{where}: the field '{key}' and the system message are different texts; keep one of them")
+            raise UserError(
+                "system-message-conflict",
+                f"{where}: the field '{key}' and the system message are different texts; keep one of them",
+            )
         return messages
     return [system, *messages]
 
@@ -159,7 +167,7 @@ def _answer(record: Record, key: str, where: str) -> str | list[Message]:
     if isinstance(value, str):
         return _turns(value) or value
     if not isinstance(value, list):
-        raise UserError(wrong_kind(value, key, where, "str or list"))
+        raise UserError("field-type", wrong_kind(value, key, where, "str or list"))
     return check_messages(value, key, where)
 
 
@@ -175,7 +183,9 @@ def _unpacked(value: object, key: str, where: str) -> object:
         found = json.loads(value)
     except ValueError:
         if re.match(r"\s*\[\{'(role|content|from|value)'", value):
-            raise UserError(f"{where}: '{key}' holds messages as Python prints them; write them as JSON") from None
+            raise UserError(
+                "not-json", f"{where}: '{key}' holds messages as Python prints them; write them as JSON"
+            ) from None
         return value
     named = all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in found)
     return found if named else value
@@ -211,7 +221,9 @@ def _conversation(
     system, said = _without_system(prompt)
     own_system, whole = _without_system(answer)
     if system and own_system and system != own_system:
-        raise UserError(f"{where}: the system messages of '{key}' and of '{name}' are different texts")
+        raise UserError(
+            "system-message-conflict", f"{where}: the system messages of '{key}' and of '{name}' are different texts"
+        )
     # A prompt that is one text may be any turn's of a longer conversation: data sets of several turns differ there.
     repeats = whole[: len(said)] == said or (
         len(said) == 1 and any(turn["content"].strip() == said[0]["content"].strip() for turn in whole[:-1])
@@ -219,8 +231,9 @@ def _conversation(
     if not repeats:
         roles = ", ".join(message["role"] for message in answer)
         raise UserError(
+            "pair-prompts-differ",
             f"{where}: '{name}' must be one assistant message after '{key}', or a conversation that repeats '{key}'; "
-            f"found {roles}, with other texts"
+            f"found {roles}, with other texts",
         )
     return [*(own_system or system), *whole]
 
@@ -233,17 +246,22 @@ def _check_last_differs(chosen: list[Message], rejected: list[Message], where: s
     """Refuses conversations that differ elsewhere than in their last message, an answer."""
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise UserError(f"{where}: '{name}' ends with a message of role {messages[-1]['role']!r}, not an answer")
+            raise UserError(
+                "messages-order",
+                f"{where}: '{name}' ends with a message of role {messages[-1]['role']!r}, not an answer",
+            )
     same = next((i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
     if same is None and len(chosen) != len(rejected):
         short, long = ("chosen", "rejected") if len(chosen) < len(rejected) else ("rejected", "chosen")
         raise UserError(
-            f"{where}: '{short}' is the beginning of '{long}'; both must end with the answers that are compared"
+            "pair-prompts-differ",
+            f"{where}: '{short}' is the beginning of '{long}'; both must end with the answers that are compared",
         )
     if same is not None and same < max(len(chosen), len(rejected)) - 1:
         raise UserError(
-            f"{where}: 'chosen' and 'rejected' part at message {same + 1}, before the last one ({len(chosen)} and "
-            f"{len(rejected)} messages); end both with the first answer that differs"
+            "pair-prompts-differ",
+            f"{where}: 'chosen' and 'rejected' differ from message {same + 1} on, before the last one "
+            f"({len(chosen)} and {len(rejected)} messages); end both with the first answer that differs",
         )
     if len(chosen) < 2:
-        raise UserError(f"{where}: 'chosen' and 'rejected' hold no prompt before their answers")
+        raise UserError("prompt-missing", f"{where}: 'chosen' and 'rejected' hold no prompt before their answers")

@@ -106,8 +106,9 @@ def check_spans(spans: Sequence[DocumentSpan], messages: list[Message] | None, k
     for index, (start, end, _) in enumerate(spans):
         if not last <= start <= end <= size:
             raise UserError(
+                "field-value",
                 f"{where}: {key}[{index}] is {start} to {end}; spans must follow each other within the "
-                f"{size} characters of the last message"
+                f"{size} characters of the last message",
             )
         last = end
 
@@ -136,12 +137,15 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
         for context in ("short", "long"):
             chat, key = getattr(group, f"{context}_messages"), f"{context}_messages"
             if chat and chat[-1]["role"] == "assistant":
-                raise UserError(f"{where}: {key} ends with an assistant message; it must end where the response starts")
+                raise UserError(
+                    "messages-order",
+                    f"{where}: {key} ends with an assistant message; it must end where the response starts",
+                )
             check_spans(getattr(group, f"{context}_spans"), chat, f"{context}_spans", where)
         check_unique(group.id, where, seen)
         yield group
     if useless:
-        raise UserError(_useless_text(useless, f"{path}:"))
+        raise UserError("pair-without-preference", _useless_text(useless, f"{path}:"))
 
 
 def _teaches_nothing(record: Record) -> str | None:
@@ -177,7 +181,12 @@ def read_conversations(path: str | Path, part: Part | None = None) -> Iterator[C
     for where, record in _records(path, part):
         messages = as_conversation(record, where)
         if not any(message["role"] == "assistant" for message in messages):
-            raise UserError(f"{where}: 'messages' holds no assistant message, so there is nothing to learn")
+            raise UserError(
+                "messages-without-answer",
+                f"{where}: 'messages' holds no assistant message, so there is nothing to train on",
+            )
         if messages[0]["role"] == "assistant":
-            raise UserError(f"{where}: 'messages' starts with an assistant message; a prompt must come first")
+            raise UserError(
+                "messages-order", f"{where}: 'messages' starts with an assistant message; a prompt must come first"
+            )
         yield validated(_CONVERSATION, record | {"messages": messages}, where, id=where)

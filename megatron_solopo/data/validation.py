@@ -97,13 +97,13 @@ def validated[T](kind: TypeAdapter[T], record: Mapping[str, object], where: str,
     try:
         return kind.validate_python(otherwise | present, context=where)
     except ValidationError as errors:
-        raise UserError(_line(errors.errors(include_url=False)[0], present, where)) from None
+        raise _refusal(errors.errors(include_url=False)[0], present, where) from None
 
 
 def check_unique(name: str, where: str, seen: dict[str, str]) -> None:
     """Refuses an id that a record before had; ``seen`` holds where each was, and gets this one."""
     if name in seen:
-        raise UserError(f"{where}: the id {name!r} was used before at {seen[name]}; ids must be unique")
+        raise UserError("id-twice", f"{where}: the id {name!r} was used before at {seen[name]}; ids must be unique")
     seen[name] = where
 
 
@@ -113,17 +113,24 @@ _KINDS = {
 }
 """pydantic's names of types -> ours."""
 
+_VALUE, _TYPE, _EMPTY = "wrong_value", "wrong_type", "empty"
+"""The types of the errors that validators raise here."""
 
-def _line(error: ErrorDetails, record: Mapping[str, object], where: str) -> str:
+
+def _refusal(error: ErrorDetails, record: Mapping[str, object], where: str) -> UserError:
+    """The error that names the place and the field of pydantic's."""
     *outer, last = error["loc"]
     if outer and isinstance(last, str):  # a field of an object inside the record
         where, outer, record = f"{where}, {_path(outer)}", [], error["input"]
     field = _path([*outer, last])
     if error["type"] == "missing":
-        return f"{where}: the field '{field}' is missing" if outer else missing(record, field, where)
+        line = f"{where}: the field '{field}' is missing" if outer else missing(record, field, where)
+        return UserError("field-missing", line)
     if kind := _KINDS.get(error["type"].removesuffix("_type")):
-        return wrong_kind(error["input"], field, where, kind)
-    return f"{where}: the field '{field}'{'' if error['type'] == 'wrong' else ':'} {error['msg']}"
+        return UserError("field-type", wrong_kind(error["input"], field, where, kind))
+    code = "field-empty" if error["type"] == _EMPTY else "field-type" if error["type"] == _TYPE else "field-value"
+    colon = "" if error["type"] in (_VALUE, _EMPTY, _TYPE) else ":"
+    return UserError(code, f"{where}: the field '{field}'{colon} {error['msg']}")
 
 
 def _path(parts: Sequence[int | str]) -> str:
@@ -131,8 +138,18 @@ def _path(parts: Sequence[int | str]) -> str:
 
 
 def wrong(text: str) -> PydanticCustomError:
-    """What a validator raises; the line says it behind the name of the field: ``must be a list of texts``."""
-    return PydanticCustomError("wrong", "{text}", {"text": text})
+    """What a validator raises; the message has it behind the name of the field: ``must be above 0``."""
+    return PydanticCustomError(_VALUE, "{text}", {"text": text})
+
+
+def wrong_type(text: str) -> PydanticCustomError:
+    """As `wrong`, where the value is of another type."""
+    return PydanticCustomError(_TYPE, "{text}", {"text": text})
+
+
+def empty(text: str) -> PydanticCustomError:
+    """As `wrong`, where the value is empty."""
+    return PydanticCustomError(_EMPTY, "{text}", {"text": text})
 
 
 def check_messages(value: object, key: str, where: str) -> list[Message]:
@@ -146,30 +163,37 @@ def check_messages(value: object, key: str, where: str) -> list[Message]:
         UserError: it is no such list, or holds what is not text: images, tool calls.
     """
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: the field '{key}' must be a non-empty list of {{role, content}} messages")
+        raise UserError(
+            "field-type", f"{where}: the field '{key}' must be a non-empty list of {{role, content}} messages"
+        )
     return [_message(message, f"{where}: {key}[{index}]") for index, message in enumerate(value)]
 
 
 def _message(message: object, where: str) -> Message:
     if not isinstance(message, dict):
-        raise UserError(f"{where} must be an object with a text 'content'")
+        raise UserError("field-type", f"{where} must be an object with a text 'content'")
     message = {name: field for name, field in message.items() if field is not None}
     if "from" in message and "role" not in message:
         author = message.pop("from")
         if author not in SHAREGPT:
-            raise UserError(f"{where} is from {author!r}; of ShareGPT's, {', '.join(SHAREGPT)} are read")
+            raise UserError(
+                "message-role", f"{where} is from {author!r}; of ShareGPT's, {', '.join(SHAREGPT)} are read"
+            )
         message = {"role": SHAREGPT[author], "content": message.pop("value", None)} | message
     for name in TOOL_CALLS:
         if message.get(name):
-            raise UserError(f"{where} has '{name}', which are not read; write the call into 'content', or leave it out")
+            raise UserError(
+                "message-unsupported",
+                f"{where} has '{name}', which are not read; write the call into 'content', or leave it out",
+            )
         message.pop(name, None)
     content = message.get("content")
     if isinstance(content, list):
         content = _joined(content, where)
     if not isinstance(content, str):
-        raise UserError(f"{where} must be an object with a text 'content'")
+        raise UserError("field-type", f"{where} must be an object with a text 'content'")
     if message.get("role") not in ROLES:
-        raise UserError(f"{where} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+        raise UserError("message-role", f"{where} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
     return message | {"content": content}
 
 
@@ -179,8 +203,9 @@ def _joined(parts: Iterable[object], where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
             raise UserError(
+                "message-unsupported",
                 f"{where}, content[{index}] is a part of type {kind!r}; only parts of type 'text' with a 'text' are "
-                "read"
+                "read",
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -192,7 +217,7 @@ def _messages(value: object, info: ValidationInfo) -> list[Message]:
 
 def _name(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise wrong(f"must be str or int, found {type(value).__name__}")
+        raise wrong_type(f"must be str or int, found {type(value).__name__}")
     return str(value)
 
 
@@ -202,13 +227,13 @@ def _day(value: object, info: ValidationInfo) -> str:
 
 def _text(value: str) -> str:
     if not value.strip():
-        raise wrong("is empty; fill it in or remove the record")
+        raise empty("is empty; fill it in or remove the record")
     return value
 
 
 def _response(value: str) -> str:
     if not value.strip():
-        raise wrong("is empty; a response needs at least one word")
+        raise empty("is empty; a response needs at least one word")
     return value
 
 

@@ -42,7 +42,7 @@ def commands(inputs: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
     hf, made = str(inputs / "hf"), ["--output", str(output)]
     questions = str(inputs / "questions.jsonl")
     build = ["--source", "jsonl", "--data", questions, "--tokenizer", hf, "--short-documents", "1"]
-    build += ["--long-documents", "2", "--left-out", f"{output}.left", "--validation-share", "0.3"]
+    build += ["--long-documents", "2", "--skipped-output", f"{output}.left", "--validation-fraction", "0.3"]
     build += ["--validation-output", f"{output}.valid"]
     sample = ["--contexts", str(inputs / "contexts.jsonl"), "--model", hf, "--samples", "2", "--max-new-tokens", "3"]
     tokenize = ["--train-data", str(inputs / "groups.jsonl"), "--tokenizer", hf, "--workers", "1"]

@@ -66,7 +66,7 @@ def test_the_commands_of_data_and_evaluation(home: Home, phases: Callable[..., s
     folder, hf = home.folder, home.folder / "hf"
     tokenizer, sizes = ["--tokenizer", hf], ["--short-documents", 1, "--long-documents", 3]
     contexts = folder / "contexts.jsonl"
-    split = ["--validation-share", 0.5, "--validation-output", folder / "validation.jsonl"]
+    split = ["--validation-fraction", 0.5, "--validation-output", folder / "validation.jsonl"]
     made = ["prepare-data", "--data", folder / "questions.jsonl", *tokenizer]
     assert phases(*made, "--output", contexts, *sizes) >= {"reading", "contexts", "reading the inputs"}
     tokens = ["--short-tokens", 60, "--long-tokens", 100, "--pool", folder / "pool.jsonl", *split]

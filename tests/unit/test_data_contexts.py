@@ -170,7 +170,7 @@ def test_what_cannot_be_built_says_why() -> None:
         build(question, DistractorPool.of(same_length, FORMAT, count_words), [120])
 
 
-@pytest.mark.parametrize("how", [{}, {"gold_depth": 0.5}, {"drop_gold_share": 0.5}])
+@pytest.mark.parametrize("how", [{}, {"gold_depth": 0.5}, {"drop_gold_fraction": 0.5}])
 def test_spans_are_the_documents_as_written(how: dict[str, float]) -> None:
     questions = corpus(20)
     prompt_format = PromptFormat(
@@ -212,7 +212,7 @@ def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: b
     kept, firsts = Counter(), set()
     for question in questions:
         sizes = [200, 700] if tokens else [4, 12]
-        short, long = build(question, pool, sizes, tokens=tokens, drop_gold_share=0.25)
+        short, long = build(question, pool, sizes, tokens=tokens, drop_gold_fraction=0.25)
         assert [p for p in long.paragraphs if p.is_supporting] == gold_of(question)
         here = [p for p in short.paragraphs if p.is_supporting]
         assert here and set(here) <= set(gold_of(question))
@@ -229,7 +229,7 @@ def test_imperfect_compression_drops_gold_from_the_short_context_alone(tokens: b
     assert 17 <= kept[1] <= 43 and kept[1] + kept[2] == len(questions)
     assert firsts == {0, 1}  # either may go
     # However much is dropped, one paragraph stays.
-    assert len(build(questions[0], pool, [4], tokens=False, drop_gold_share=0.99)[0].gold_positions) == 1
+    assert len(build(questions[0], pool, [4], tokens=False, drop_gold_fraction=0.99)[0].gold_positions) == 1
 
 
 def test_short_answers_count_as_words_and_yes_and_no_not_at_all() -> None:

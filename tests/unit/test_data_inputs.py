@@ -172,7 +172,7 @@ def test_every_form_of_a_list_of_ids(tmp_path: Path, form: str, capsys: pytest.C
         str(ids),
     ]
     argv += ["--tokenizer", str(save_word_tokenizer(tmp_path / "model")), "--short-documents", "1"]
-    main([*argv, "--long-documents", "1", "--left-out", str(tmp_path / "left.jsonl")])
+    main([*argv, "--long-documents", "1", "--skipped-output", str(tmp_path / "left.jsonl")])
     assert [pair.id for pair in read_contexts(tmp_path / "c.jsonl")] == ["002"]
     left = [json.loads(line) for line in (tmp_path / "left.jsonl").read_text().splitlines()]
     assert left == [{"id": record["id"], "reason": "listed in --exclude-ids"} for record in records[:2]]
@@ -200,7 +200,7 @@ def test_nothing_beyond_the_limit_is_left_out(tmp_path: Path, capsys: pytest.Cap
     argv = ["--source", "jsonl", "--data", str(lines(tmp_path / "q.jsonl", order)), "--limit", "2"]
     argv += ["--tokenizer", str(save_word_tokenizer(tmp_path / "model")), "--output", str(tmp_path / "c.jsonl")]
     (tmp_path / "ids").write_text("after\n002\n")
-    argv += ["--exclude-ids", str(tmp_path / "ids"), "--left-out", str(tmp_path / "left.jsonl")]
+    argv += ["--exclude-ids", str(tmp_path / "ids"), "--skipped-output", str(tmp_path / "left.jsonl")]
     main([*argv, "--short-documents", "1", "--long-documents", "1"])
     left = [json.loads(line)["id"] for line in (tmp_path / "left.jsonl").read_text().splitlines()]
     assert left == ["before", "between"]

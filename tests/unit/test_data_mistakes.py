@@ -33,9 +33,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]
     ),
     "prepare-data, listed": (
         prepare_data.main,
-        [*("--data", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"), "--left-out", "left.jsonl"]
+        [
+            *("--data", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"),
+            "--skipped-output",
+            "left.jsonl",
+        ]
         + ["--short-documents", "2", "--long-documents", "3"],
-        "--left-out",
+        "--skipped-output",
         ["questions.jsonl"],
     ),
     "sample-responses": (
@@ -215,7 +219,7 @@ def test_an_output_needs_a_name(here: Path, given: str) -> None:
 @pytest.mark.parametrize(("side", "share"), [("validation", "0.3"), ("training", "0.6")])
 def test_a_side_without_questions_is_told(here: Path, side: str, share: str) -> None:
     """Evidence beyond the short size is found after the questions were divided."""
-    argv = [*COMMANDS["prepare-data"][1], "--validation-output", "valid.jsonl", "--validation-share", share]
+    argv = [*COMMANDS["prepare-data"][1], "--validation-output", "valid.jsonl", "--validation-fraction", share]
     assert prepare_data.main(argv) == 0
     lost = {pair.id for pair in read_contexts("valid.jsonl" if side == "validation" else "made.jsonl")}
     Path("made.jsonl").unlink()
@@ -226,7 +230,9 @@ def test_a_side_without_questions_is_told(here: Path, side: str, share: str) -> 
             paragraph["is_supporting"] |= record["id"] in lost
     Path("questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     told = refusal(prepare_data.main, argv)
-    assert told.startswith(f"--validation-share {share}: no question for {side} could be used ({len(lost)} x more gold")
+    assert told.startswith(
+        f"--validation-fraction {share}: no question for {side} could be used ({len(lost)} x more gold"
+    )
     assert not list(here.glob("made*")) and not Path("valid.jsonl").exists()
 
 

@@ -110,6 +110,6 @@ def test_a_question_beyond_the_models_positions_is_left_out(
     first["documents"][0]["text"] = "w1 " * 300
     questions.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
     reason = "all its documents go beyond the 256 positions of --evidence-model"
-    assert prepare_data.main([*argv, "--left-out", str(tmp_path / "left.jsonl")]) == 0
+    assert prepare_data.main([*argv, "--skipped-output", str(tmp_path / "left.jsonl")]) == 0
     assert f"questions kept: 1, left out: 1\n  1 left out: {reason}\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "left.jsonl").read_text()) == {"id": "q0", "reason": reason}

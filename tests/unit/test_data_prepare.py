@@ -159,7 +159,7 @@ def many(questions: Path, command: list[str]) -> list[str]:
 
 def outputs(folder: Path) -> list[str]:
     return [
-        "--left-out", str(folder / "left.jsonl"), "--validation-share", "0.25",
+        "--skipped-output", str(folder / "left.jsonl"), "--validation-fraction", "0.25",
         "--validation-output", str(folder / "valid.jsonl"),
     ]  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_found_evidence_and_its_recall(many: list[str], tmp_path: Path, capsys: 
 
 
 def test_imperfect_compression_is_counted(many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([*many, "--evidence", "bm25", "--evidence-documents", "2", "--drop-gold-share", "0.5", "--gold-depth", "1"])
+    main([*many, "--evidence", "bm25", "--evidence-documents", "2", "--drop-gold-fraction", "0.5", "--gold-depth", "1"])
     for pair in read_contexts(tmp_path / "contexts.jsonl"):
         assert (pair.dropped_gold, pair.short_gold, pair.long_gold) == (1, (2,), (8, 9))
     assert "imperfect compression: 66 of 132 gold documents are missing from the short contexts of 66" in (
@@ -317,13 +317,16 @@ def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
         ([*SIZES, "--workers", "0"], "--workers 0"),
         ([*SIZES, "--gold-depth", "1.5"], "--gold-depth 1.5: give uniform, or a number from 0"),
         ([*SIZES, "--gold-depth", "middle"], "--gold-depth middle"),
-        ([*SIZES, "--drop-gold-share", "1"], "--drop-gold-share 1.0: give a share from 0"),
-        ([*SIZES, "--validation-share", "0.5"], "give --validation-share and --validation-output together"),
-        ([*SIZES, "--validation-share", "2", "--validation-output", "v"], "--validation-share 2.0"),
-        ([*SIZES, "--validation-share", "0.01", "--validation-output", "v"], "of 11 questions 0 would be"),
-        ([*SIZES, "--left-out", "x", "--validation-output", "./x", "--validation-share", "0.5"], "is the file of --v"),
+        ([*SIZES, "--drop-gold-fraction", "1"], "--drop-gold-fraction 1.0: give a share from 0"),
+        ([*SIZES, "--validation-fraction", "0.5"], "give --validation-fraction and --validation-output together"),
+        ([*SIZES, "--validation-fraction", "2", "--validation-output", "v"], "--validation-fraction 2.0"),
+        ([*SIZES, "--validation-fraction", "0.01", "--validation-output", "v"], "of 11 questions 0 would be"),
+        (
+            [*SIZES, "--skipped-output", "x", "--validation-output", "./x", "--validation-fraction", "0.5"],
+            "is the file of --v",
+        ),
         ([*SIZES, "--output", "INPUT"], "q.jsonl: is the file of --data too; give another"),
-        ([*SIZES, "--left-out", "x.parquet"], "--left-out x.parquet: is written as JSONL"),
+        ([*SIZES, "--skipped-output", "x.parquet"], "--skipped-output x.parquet: is written as JSONL"),
         ([*SIZES, "--evidence-documents", "3"], "--evidence-documents: the labels say"),
         ([*SIZES, "--evidence", "log-prob"], "--evidence log-prob and --evidence-model DIR need each other"),
         (

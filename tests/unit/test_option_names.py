@@ -68,14 +68,14 @@ def test_values_of_every_kind(tmp_path: Path) -> None:
         output: o
         short_tokens: 10      # a number
         gold_depth: 0         # and a text that is one
-        drop_gold_share: 1e-1
+        drop_gold_fraction: 1e-1
         limit:                # the default
         system_prompt: --data
         chat_template_kwargs: {enable_thinking: false, style: "é"}
     """
     given = parser_of("prepare-data").parse_args(written(tmp_path, text))
     assert (given.data, given.short_tokens, given.gold_depth) == (["a.jsonl", "b c.jsonl"], 10, "0")
-    assert (given.drop_gold_share, given.limit, given.system_prompt) == (0.1, None, "--data")
+    assert (given.drop_gold_fraction, given.limit, given.system_prompt) == (0.1, None, "--data")
     assert given.chat_template_kwargs == '{"enable_thinking": false, "style": "é"}'
     assert not hasattr(given, "config")
     switch = {"contexts": "c", "responses": "r", "output": "o", "keep_unfinished": False}

@@ -107,7 +107,7 @@ def build_contexts(
     seed: int,
     count_tokens: CountTokens | None = None,
     gold_depth: float | None = None,
-    drop_gold_share: float = 0.0,
+    drop_gold_fraction: float = 0.0,
 ) -> list[Context]:
     """Contexts of ``question`` of the given sizes, each with all gold paragraphs and the smaller ones' distractors.
 
@@ -120,7 +120,7 @@ def build_contexts(
         seed: with the question's id it decides everything random.
         gold_depth: None puts the gold paragraphs at uniformly random positions; 0 puts them together at the
             start, 1 at the end, a number between at that share of the distractors.
-        drop_gold_share: share of the gold paragraphs that the first size lacks, in [0, 1]; a fraction of a
+        drop_gold_fraction: share of the gold paragraphs that the first size lacks, in [0, 1]; a fraction of a
             paragraph is one with that probability, and at least one paragraph stays.
 
     Raises:
@@ -129,7 +129,7 @@ def build_contexts(
     if list(sizes) != sorted(sizes) or not sizes:
         raise ValueError(f"sizes must be ascending and not empty, got {list(sizes)}")
     gold = [paragraph for paragraph in question.paragraphs if paragraph.is_supporting]
-    kept = _keep(gold, drop_gold_share, random.Random(f"{seed}\0{question.id}\0kept gold"))
+    kept = _keep(gold, drop_gold_fraction, random.Random(f"{seed}\0{question.id}\0kept gold"))
     distractors = Distractors(question, pool, random.Random(f"{seed}\0{question.id}"))
     contexts: list[Context] = []
     for index, size in enumerate(sizes):
@@ -179,9 +179,9 @@ def _tokens(context: Context) -> int:
     return context.tokens
 
 
-def _keep(gold: list[Paragraph], drop_share: float, rng: random.Random) -> list[Paragraph]:
+def _keep(gold: list[Paragraph], drop_fraction: float, rng: random.Random) -> list[Paragraph]:
     """The gold paragraphs that stay, in their order."""
-    exact = drop_share * len(gold)
+    exact = drop_fraction * len(gold)
     dropped = min(int(exact) + (rng.random() < exact - int(exact)), len(gold) - 1)
     stay = sorted(rng.sample(range(len(gold)), len(gold) - dropped))
     return [gold[index] for index in stay]

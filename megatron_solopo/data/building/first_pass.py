@@ -42,7 +42,7 @@ def ingest(
     labelled: bool = True,
     exclude: frozenset[str] = frozenset(),
     limit: int | None = None,
-    validation_share: float = 0.0,
+    validation_fraction: float = 0.0,
     seed: int = 0,
 ) -> Ingested:
     """Reads all inputs once and leaves questions and pool in ``folder``, in memory that grows by bytes a question.
@@ -72,7 +72,7 @@ def ingest(
                 sizes.append(len(line))
                 if len(sizes) == limit:
                     told = len(left_out.entries)
-                if validation_share:
+                if validation_fraction:
                     ids.append(question.id)
                     texts.append(question.question)
     for paragraph in ProgressBar(read_pool(pool), desc="reading the pool", unit="paragraph", leave=False):
@@ -84,10 +84,10 @@ def ingest(
     if exclude:
         found = len({name for name, reason in left_out.entries if reason == EXCLUDED})
         notes.append(f"ids to exclude: {found} of {len(exclude)} are in the input")
-    if validation_share:
+    if validation_fraction:
         with reporting("finding near-duplicates"):
             groups = near_duplicates(texts)
-            chosen = validation_members(ids, groups, validation_share, seed)
+            chosen = validation_members(ids, groups, validation_fraction, seed)
         sides[list(chosen)] = 1
         notes.append(
             f"validation: {len(chosen)} of {total} questions; {total - len(set(groups))} near-duplicates stay on the "
@@ -95,8 +95,9 @@ def ingest(
         )
         if not 0 < len(chosen) < total:
             raise UserError(
-                f"--validation-share {validation_share}: of {total} questions {len(chosen)} would be for validation; "
-                "give a share that leaves questions on both sides"
+                "validation-split-empty",
+                f"--validation-fraction {validation_fraction}: of {total} questions {len(chosen)} would be for "
+                "validation; set a fraction that leaves questions on both sides",
             )
     np.save(folder / _SIDES, sides)
     return Ingested(total, write_pool(folder, writer, prompt_format, count), left_out.entries[:told], notes)

@@ -88,12 +88,12 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="ids to leave out, one a line, or a file like --data's whose records have one",
     )
-    group.add_argument("--left-out", metavar="FILE", help="write every question left out, JSONL of {id, reason}")
+    group.add_argument("--skipped-output", metavar="FILE", help="questions that are not used, JSONL of {id, reason}")
     group.add_argument(
-        "--validation-share",
+        "--validation-fraction",
         type=float,
         metavar="F",
-        help="share of the questions for --validation-output; near-duplicate questions stay together",
+        help="fraction of the questions for --validation-output; near-duplicate questions stay together",
     )
     group.add_argument("--validation-output", metavar="FILE", help="contexts for validation, JSONL")
     group.add_argument(
@@ -113,11 +113,11 @@ def build_parser() -> Parser:
         help="uniform: gold documents anywhere (default); 0 to 1: together, from the start to the end",
     )
     group.add_argument(
-        "--drop-gold-share",
+        "--drop-gold-fraction",
         type=float,
         default=0.0,
         metavar="F",
-        help="imperfect compression: leave this share of the gold documents out of the short contexts, at least one "
+        help="imperfect compression: leave this fraction of the gold documents out of the short contexts, at least one "
         "stays (default: 0)",
     )
     group.add_argument(
@@ -153,17 +153,24 @@ def _sizes(options: argparse.Namespace) -> tuple[tuple[int, int], bool]:
     tokens, documents = (
         (getattr(options, f"short_{unit}"), getattr(options, f"long_{unit}")) for unit in ("tokens", "documents")
     )
-    in_tokens = None not in tokens
-    if in_tokens == (None not in documents) or (tokens if not in_tokens else documents) != (None, None):
+    in_tokens = tokens != (None, None)
+    if in_tokens and documents != (None, None):
         raise UserError(
-            "give both --short-tokens and --long-tokens, or both --short-documents and --long-documents, not a mixture"
+            "option-conflict",
+            "set both --short-tokens and --long-tokens, or both --short-documents and --long-documents, not a mixture",
         )
     sizes = tokens if in_tokens else documents
+    if None in sizes:
+        raise UserError(
+            "option-missing",
+            "set both --short-tokens and --long-tokens, or both --short-documents and --long-documents",
+        )
     unit = "tokens" if in_tokens else "documents"
     if not 0 < sizes[0] <= sizes[1]:
         raise UserError(
-            f"--short-{unit} {sizes[0]} --long-{unit} {sizes[1]}: give positive numbers, "
-            "the short one not above the long one"
+            "option-value",
+            f"--short-{unit} {sizes[0]} --long-{unit} {sizes[1]}: set positive numbers, "
+            "the short one not above the long one",
         )
     return sizes, in_tokens
 
@@ -176,7 +183,7 @@ def _gold_depth(value: str) -> float | None:
     except ValueError:
         depth = -1.0
     if not 0 <= depth <= 1:
-        raise UserError(f"--gold-depth {value}: give uniform, or a number from 0 (start) to 1 (end)")
+        raise UserError("option-value", f"--gold-depth {value}: set uniform, or a number from 0 (start) to 1 (end)")
     return depth
 
 
@@ -188,25 +195,39 @@ def _check(options: argparse.Namespace) -> None:
         ("--evidence-documents", options.evidence_documents),
     ):
         if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: give a number of at least 1")
-    if not 0 <= options.drop_gold_share < 1:
-        raise UserError(f"--drop-gold-share {options.drop_gold_share}: give a share from 0 up to, not including, 1")
-    if (options.validation_share is None) != (options.validation_output is None):
-        raise UserError("give --validation-share and --validation-output together, or neither")
-    if options.validation_share is not None and not 0 < options.validation_share < 1:
-        raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1")
+            raise UserError("option-value", f"{flag} {value}: must be at least 1")
+    if not 0 <= options.drop_gold_fraction < 1:
+        raise UserError(
+            "option-value", f"--drop-gold-fraction {options.drop_gold_fraction}: must be at least 0 and below 1"
+        )
+    if (options.validation_fraction is None) != (options.validation_output is None):
+        raise UserError("option-missing", "set --validation-fraction and --validation-output together, or neither")
+    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
+        raise UserError(
+            "option-value", f"--validation-fraction {options.validation_fraction}: must be above 0, below 1"
+        )
     if options.evidence == "labels" and options.evidence_documents is not None:
-        raise UserError("--evidence-documents: the labels say which documents are gold; use it with --evidence bm25")
-    if (options.evidence == "log-prob") != (options.evidence_model is not None):
-        raise UserError("--evidence log-prob and --evidence-model DIR need each other; give both or neither")
+        raise UserError(
+            "option-unused",
+            "--evidence-documents: the labels say which documents are gold; use it with --evidence bm25",
+        )
+    if options.evidence == "log-prob" and options.evidence_model is None:
+        raise UserError("option-missing", "--evidence log-prob needs --evidence-model DIR")
+    if options.evidence != "log-prob" and options.evidence_model is not None:
+        raise UserError("option-unused", "--evidence-model: only --evidence log-prob runs a model; remove the option")
     if options.evidence == "log-prob" and options.workers > 1:
-        raise UserError("--workers: --evidence log-prob runs one model in one process; give --workers 1")
+        raise UserError(
+            "option-conflict",
+            f"--workers {options.workers}: --evidence log-prob runs one model in one process; set --workers 1",
+        )
     if options.device != "auto" and options.evidence != "log-prob":
-        raise UserError(f"--device {options.device}: only --evidence log-prob runs a model; leave it out")
+        raise UserError(
+            "option-unused", f"--device {options.device}: only --evidence log-prob runs a model; remove the option"
+        )
     outputs = [
         ("--output", options.output),
         ("--validation-output", options.validation_output),
-        ("--left-out", options.left_out),
+        ("--skipped-output", options.skipped_output),
     ]
     read = [(flag, place(name)) for flag in ("--data", "--pool") for name in getattr(options, flag[2:])]
     check_outputs(outputs, [*read, ("--exclude-ids", options.exclude_ids), *files_of(options)])
@@ -218,7 +239,7 @@ def _excluded(path: str | None) -> frozenset[str]:
     if path is None:
         return frozenset()
     if not Path(path).is_file():
-        raise UserError(f"--exclude-ids {path}: no such file; give a file with one id a line")
+        raise UserError("file-missing", f"--exclude-ids {path}: no such file; name a file with one id a line")
     table = Path(path).suffix in TABLES
     text = "" if table else read_text("--exclude-ids", path).strip()
     ids = set()
@@ -228,10 +249,12 @@ def _excluded(path: str | None) -> frozenset[str]:
         for where, record in read_records([path]):
             found = record.get("id", record.get("_id"))
             if not isinstance(found, str | int):
-                raise UserError(f"--exclude-ids {where}: the record has no 'id' that is a text or a number")
+                raise UserError(
+                    "field-missing", f"--exclude-ids {where}: the record has no 'id' that is a text or a number"
+                )
             ids.add(str(found))
     if not ids:
-        raise UserError(f"--exclude-ids {path}: holds no id; leave the option out or fill the file")
+        raise UserError("data-empty", f"--exclude-ids {path}: holds no id; remove the option or fill the file")
     return frozenset(ids)
 
 
@@ -253,7 +276,7 @@ def _settings(
         "pool": fingerprint(options.pool),
         "exclude_ids": hashlib.sha256(json.dumps(sorted(excluded)).encode()).hexdigest(),
         "limit": options.limit,
-        "validation_share": options.validation_share,
+        "validation_fraction": options.validation_fraction,
     }
 
 
@@ -271,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         source=options.source,
         seed=options.seed,
         gold_depth=_gold_depth(options.gold_depth),
-        drop_gold_share=options.drop_gold_share,
+        drop_gold_fraction=options.drop_gold_fraction,
         evidence=options.evidence,
         evidence_documents=options.evidence_documents or DEFAULT_EVIDENCE_DOCUMENTS,
         evidence_model=options.evidence_model,
@@ -312,7 +335,7 @@ def _prepared(
             labelled=options.evidence == "labels",
             exclude=excluded,
             limit=options.limit,
-            validation_share=options.validation_share or 0.0,
+            validation_fraction=options.validation_fraction or 0.0,
             seed=options.seed,
         )
         lines = b"".join(left_out_line(question_id, reason) for question_id, reason in found.left_out)
@@ -348,9 +371,10 @@ def _build(
     if not summary.counts["kept"]:
         jobs.remove()  # there is nothing in it
         raise UserError(
-            f"no question could be used ({reasons or 'the input is empty'}); change the sizes, the input or --pool"
+            "questions-unusable",
+            f"no question could be used ({reasons or 'the input is empty'}); change the sizes, the input or --pool",
         )
-    if options.validation_share is not None:
+    if options.validation_fraction is not None:
         for side, kept in (
             ("validation", summary.counts["validation"]),
             ("training", summary.counts["kept"] - summary.counts["validation"]),
@@ -358,10 +382,11 @@ def _build(
             if not kept:
                 jobs.remove()
                 raise UserError(
-                    f"--validation-share {options.validation_share}: no question for {side} could be used ({reasons}); "
-                    "give another share, or change the sizes, the input or --pool"
+                    "validation-split-empty",
+                    f"--validation-fraction {options.validation_fraction}: no question for {side} could be used "
+                    f"({reasons}); set another fraction, or change the sizes, the input or --pool",
                 )
-    targets = {TRAIN: options.output, VALIDATION: options.validation_output, LEFT_OUT: options.left_out}
+    targets = {TRAIN: options.output, VALIDATION: options.validation_output, LEFT_OUT: options.skipped_output}
     jobs.put({name: target for name, target in targets.items() if target})
     jobs.remove()
     return summary

@@ -43,7 +43,7 @@ class BuildSettings:
     source: str
     seed: int = 0
     gold_depth: float | None = None
-    drop_gold_share: float = 0.0
+    drop_gold_fraction: float = 0.0
     evidence: str = "labels"
     evidence_documents: int = 0
     evidence_model: str | None = None
@@ -202,7 +202,7 @@ class Builder:
             seed=settings.seed,
             count_tokens=self._counter.chat if settings.in_tokens else None,
             gold_depth=settings.gold_depth,
-            drop_gold_share=settings.drop_gold_share,
+            drop_gold_fraction=settings.drop_gold_fraction,
         )
         return ContextPair(
             id=question.id,

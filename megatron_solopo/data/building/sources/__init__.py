@@ -63,7 +63,7 @@ def load_source(name: str) -> Source:
     known = sources()
     source = known[name] if name in known else user_source(name, [one.name for one in known.values() if one.question])
     if source.question is None:
-        raise UserError(f"--source {name}: {source.form}")
+        raise UserError("option-value", f"--source {name}: {source.form}")
     return source
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 
 from megatron_solopo.data.files.records import Record
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.validation import Flag, Text, validated, wrong
+from megatron_solopo.data.validation import Flag, Text, empty, validated, wrong
 
 
 class CannotUse(Exception):
@@ -73,7 +73,7 @@ def decoded(value: object) -> object:
 def some[T](value: list[T]) -> list[T]:
     """Refuses an empty list."""
     if not value:
-        raise wrong("is empty; a question needs at least its supporting document")
+        raise empty("is empty; a question needs at least its supporting document")
     return value
 
 

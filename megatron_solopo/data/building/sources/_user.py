@@ -41,7 +41,7 @@ def _converted(function: Callable[..., object], name: str, record: Record, where
     except CannotUse:
         raise
     except Exception as error:
-        raise UserError(f"{where}: --source {name}: raised {error_text(error)}") from None
+        raise UserError("function-raises", f"{where}: --source {name}: raised {error_text(error)}") from None
     if result is None:
         raise CannotUse(f"{name} returned None")
     if isinstance(result, Question):
@@ -50,8 +50,9 @@ def _converted(function: Callable[..., object], name: str, record: Record, where
         result["documents"] = list(result.pop("paragraphs"))
     if not isinstance(result, dict):
         raise UserError(
+            "function-result",
             f"{where}: --source {name}: returned {short(result)}; return a record {{question, answer or answers, "
-            "documents}, a Question, or None"
+            "documents}, a Question, or None",
         )
     if result.get("id") in (None, ""):
         result = {name: value for name, value in result.items() if name != "id"}

@@ -45,7 +45,9 @@ def _question(record: Record, question_id: str, where: str, labelled: bool) -> Q
         if text:
             paragraphs.append(Paragraph(title, text, title in supporting))
     if not paragraphs:
-        raise UserError(f"{where}: the field 'context' is empty; a question needs at least its supporting document")
+        raise UserError(
+            "field-empty", f"{where}: the field 'context' is empty; a question needs at least its supporting document"
+        )
     if missing := supporting - {paragraph.title for paragraph in paragraphs}:
         raise CannotUse(f"{len(missing)} titles of supporting_facts are not among the documents")
     return make_question(record, question_id, where, paragraphs)

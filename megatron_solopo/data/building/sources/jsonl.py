@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 
 from megatron_solopo.data.building.sources._source import Mark, Record, Some, Source, make_question
 from megatron_solopo.data.schema import Paragraph, Question
-from megatron_solopo.data.validation import Text, validated, wrong
+from megatron_solopo.data.validation import Text, empty, validated, wrong_type
 from megatron_solopo.errors import UserError
 
 
@@ -22,13 +22,13 @@ class _Document:
 
 def _document(value: object) -> object:
     if not isinstance(value, str | dict):
-        raise wrong(f"must be a text or an object, found {type(value).__name__}")
+        raise wrong_type(f"must be a text or an object, found {type(value).__name__}")
     return {"text": value} if isinstance(value, str) else value
 
 
 def _answers(value: list[str]) -> list[str]:
     if not value:
-        raise wrong("must be a non-empty list of texts")
+        raise empty("must be a non-empty list of texts")
     return value
 
 
@@ -46,8 +46,9 @@ def _question(record: Record, question_id: str, where: str, labelled: bool) -> Q
     read = validated(_RECORD, record, where)
     if labelled and all(document.is_supporting is None for document in read.documents):
         raise UserError(
+            "evidence-missing",
             f"{where}: no document has 'is_supporting', so the evidence is not known; mark it, or let "
-            "prepare-data find it with --evidence bm25"
+            "prepare-data find it with --evidence bm25",
         )
     if read.answers and read.answer is None:
         record = {**record, "answer": read.answers[0], "answer_aliases": read.answers[1:]}

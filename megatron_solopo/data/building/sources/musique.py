@@ -35,7 +35,10 @@ def _question(record: Record, question_id: str, where: str, labelled: bool) -> Q
         raise CannotUse("not answerable from its paragraphs")
     unmarked = [index for index, one in enumerate(read.paragraphs) if one.is_supporting is None]
     if labelled and unmarked:
-        raise UserError(f"{where}, paragraphs[{unmarked[0]}]: the field 'is_supporting' is missing; mark the evidence")
+        raise UserError(
+            "evidence-missing",
+            f"{where}, paragraphs[{unmarked[0]}]: the field 'is_supporting' is missing; mark the evidence",
+        )
     paragraphs = [Paragraph(one.title, one.paragraph_text, bool(one.is_supporting)) for one in read.paragraphs]
     return make_question(record, question_id, where, paragraphs)
 
