@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import check_refusal, refused
 from tiny_models import write_lines, write_model
 from trl.data_utils import maybe_extract_prompt
 
@@ -21,7 +21,6 @@ from megatron_solopo.cli import dispatch, run
 from megatron_solopo.config_load import load
 from megatron_solopo.data.formats import as_conversation, as_group
 from megatron_solopo.data.schema import read_conversations, read_groups
-from megatron_solopo.errors import UserError
 from megatron_solopo.training.preflight import load_data
 
 
@@ -163,82 +162,90 @@ def text_of(content: str | list[dict[str, str]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "answers without a prompt": (
-        PAIR,
-        r"'chosen' and 'rejected' are answers alone, and no field holds their prompt \(fields found: chosen, rej",
-    ),
-    "messages without a prompt": (whole(), r"are answers alone, and no field holds their prompt"),
+WRONG: dict[str, tuple[Any, ...]] = {
+    "answers without a prompt": (PAIR, "prompt-missing", "(fields found: chosen, rejected)", "'prompt'"),
+    "messages without a prompt": (whole(), "prompt-missing", "answers alone", "'prompt'"),
     "a conversation and an answer": (
         whole(*ASK) | {"rejected": "w4"},
-        r"'chosen' is a whole conversation and the other an answer alone, and no field holds their prompt; give it as",
+        "prompt-missing",
+        "'chosen' is a whole conversation",
+        "'prompt'",
     ),
     "other names": (
         {"history": "w1", "human_ref_A": "w3", "human_ref_B": "w4", "labels": 1},
-        r"human_ref_B, labels\); name the fields of pairs of another data set prompt, chosen and rejected$",
+        "field-missing",
+        "history, human_ref_A, human_ref_B, labels)",
+        "prompt, chosen and rejected",
     ),
     "one is the beginning of the other": (
         {"chosen": [*ASK, said("w3")], "rejected": [*ASK, said("w3"), user("w5"), said("w4")]},
-        r"'chosen' is the beginning of 'rejected'; both must end with the answers that are compared$",
+        "pair-prompts-differ",
+        "'chosen' is the beginning of 'rejected'",
     ),
     "they part before the last": (
         {"chosen": [*ASK, said("w3"), user("w5"), said("w4")], "rejected": [*ASK, said("w6"), user("w5"), said("w7")]},
-        r"part at message 2, before the last one \(4 and 4 messages\); end both with the first answer that differs$",
+        "pair-prompts-differ",
+        "message 2 ",
+        "(4 and 4 messages)",
     ),
     "they ask differently": (
         {"chosen": [user("w1"), said("w3")], "rejected": [user("w2"), said("w4")]},
-        r"part at message 1, before the last one",
+        "pair-prompts-differ",
+        "message 1 ",
+        "(2 and 2 messages)",
     ),
-    "no answer at the end": (whole(*ASK) | {"rejected": ASK}, r"'rejected' ends with a message of role 'user', not an"),
-    "another prompt": (whole(*ASK, prompt="w9"), r"'chosen' must be one assistant message after 'prompt', or a conv"),
+    "no answer at the end": (whole(*ASK) | {"rejected": ASK}, "messages-order", "'rejected'", "role 'user'"),
+    "another prompt": (whole(*ASK, prompt="w9"), "pair-prompts-differ", "'chosen'", "'prompt'"),
     "two system messages": (
         whole(SYSTEM, *ASK, prompt=[SYSTEM | {"content": "t"}, *ASK]),
-        r"the system messages of 'prompt' and of 'chosen' are different texts$",
+        "system-message-conflict",
+        "'prompt'",
+        "'chosen'",
     ),
     "a system field and a system message": (
         PAIR | {"system": "t", "prompt": [SYSTEM, *ASK]},
-        r"the field 'system' and the system message are different texts; keep one of them$",
+        "system-message-conflict",
+        "the field 'system'",
     ),
     "an image": (
         whole(user([*parts("w1"), {"type": "image_url", "image_url": {"url": "x"}}])),
-        r"chosen\[0\], content\[1\] is a part of type 'image_url'; only parts of type 'text' with a 'text' are read$",
+        "message-unsupported",
+        "chosen[0], content[1]",
+        "'image_url'",
     ),
-    "a text among parts": (whole(user(["w1"])), r"chosen\[0\], content\[0\] is a part of type 'str'"),
+    "a text among parts": (whole(user(["w1"])), "message-unsupported", "chosen[0], content[0]", "'str'"),
     "a tool call": (
         whole(*ASK, said("") | {"tool_calls": [{"function": {"name": "f"}}]}, {"role": "tool", "content": "w7"}),
-        r"chosen\[1\] has 'tool_calls', which are not read; write the call into 'content', or leave it out$",
+        "message-unsupported",
+        "chosen[1]",
+        "'tool_calls'",
     ),
     "ShareGPT, a function's call": (
         whole(prompt=[{"from": "human", "value": "w1"}, {"from": "function_call", "value": "{}"}]),
-        r"prompt\[1\] is from 'function_call'; of ShareGPT's, human, gpt, system, user, assistant are read$",
+        "message-role",
+        "prompt[1]",
+        "'function_call'",
+        "human, gpt, system, user, assistant",
     ),
-    "messages as Python prints them": (
-        {name: str(chat) for name, chat in whole(*ASK).items()},
-        r"'chosen' holds messages as Python prints them; write them as JSON$",
-    ),
-    "KTO": (
-        {"prompt": ASK, "completion": [said("w3")], "label": True},
-        r"'short_messages' is missing .*; these are single answers with a label, as KTO's; pair a true with a false",
-    ),
-    "votes": ({"conversation_a": [], "conversation_b": [], "winner": "a"}, r"are votes between conversations; name"),
-    "ratings": ({"instruction": "w1", "completions": [{}]}, r"these are several rated answers a prompt; make pairs"),
-    "conversations": ({"messages": [*ASK, said("w3")]}, r"these are conversations for --objective sft$"),
-    "one answer": ({"prompt": "w1", "completion": "w3"}, r"are prompts with one answer each, for --objective sft$"),
-    "texts alone": ({"text": "w1"}, r"these are plain texts, which say of no part who wrote it; give conversations$"),
-    "one answer missing": (whole(*ASK) | {"rejected": None}, r"the field 'rejected' is missing"),
-    "a list of texts": (PAIR | {"prompt": "w1", "chosen": ["w3"]}, r"chosen\[0\] must be an object with a text"),
-    "a number": (PAIR | {"prompt": "w1", "chosen": 3}, r"the field 'chosen' must be str or list, found int$"),
+    "messages as Python prints them": ({name: str(chat) for name, chat in whole(*ASK).items()}, "not-json", "'chosen'"),
+    "KTO": ({"prompt": ASK, "completion": [said("w3")], "label": True}, "field-missing", "'short_messages'", "KTO's"),
+    "votes": ({"conversation_a": [], "conversation_b": [], "winner": "a"}, "field-missing", "votes between conv"),
+    "ratings": ({"instruction": "w1", "completions": [{}]}, "field-missing", "several rated answers"),
+    "conversations": ({"messages": [*ASK, said("w3")]}, "field-missing", "conversations for --objective sft"),
+    "one answer": ({"prompt": "w1", "completion": "w3"}, "field-missing", "one answer each", "--objective sft"),
+    "texts alone": ({"text": "w1"}, "field-missing", "plain texts"),
+    "one answer missing": (whole(*ASK) | {"rejected": None}, "field-missing", "'rejected'"),
+    "a list of texts": (PAIR | {"prompt": "w1", "chosen": ["w3"]}, "field-type", "chosen[0]"),
+    "a number": (PAIR | {"prompt": "w1", "chosen": 3}, "field-type", "'chosen'", "str or list", "found int"),
 }
 
 
 @pytest.mark.parametrize("form", WRONG)
 def test_what_cannot_be_read_is_named_with_its_form(form: str, tmp_path: Path) -> None:
-    record, pattern = WRONG[form]
+    record, code, *named = WRONG[form]
     path = write_lines(tmp_path / "pairs.jsonl", [FORMS["texts"][0], record])
-    with pytest.raises(UserError) as caught:
+    with refused(code, f"{path}:2: ", *named):
         list(read_groups(path))
-    message = str(caught.value)
-    assert message.startswith(f"{path}:2: ") and "\n" not in message and re.search(pattern, message), message
 
 
 CHAT = [*ASK, said("w3")]
@@ -262,20 +269,17 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "messages as JSON in a table's cell": ({"messages": json.dumps(CHAT)}, CHAT),
     "UltraFeedback's messages": (FORMS["UltraFeedback"][0], CHAT),
 }
-WRONG_CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "a pair": (PAIR | {"prompt": "w1"}, r"no conversation \(fields found: chosen, prompt, rejected\); these are pairs"),
-    "KTO": ({"prompt": "w1", "completion": "w3", "label": False}, r"these are single answers with a label, as KTO's"),
+WRONG_CONVERSATIONS: dict[str, tuple[Any, ...]] = {
+    "a pair": (PAIR | {"prompt": "w1"}, "(fields found: chosen, prompt, rejected)", "--objective preference"),
+    "KTO": ({"prompt": "w1", "completion": "w3", "label": False}, "KTO's"),
     "a question about documents": (
         {"question": "w1", "answer": "w3", "paragraphs": []},
-        r"'messages' is missing .*; these are questions of --source musique$",
+        "'messages'",
+        "questions of --source musique",
     ),
-    "a question about a context": ({"question": "w1", "answer": "w3", "context": "w4"}, r"'messages' is missing"),
-    "texts": ({"text": "w1"}, r"these are plain texts"),
-    "ends with the question": ({"prompt": "w1"}, r"'messages' is missing \(fields found: prompt\)$"),
-    "a tool call": (
-        {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}]},
-        r"messages\[1\] has 'tool_calls', which are not read",
-    ),
+    "a question about a context": ({"question": "w1", "answer": "w3", "context": "w4"}, "'messages'"),
+    "texts": ({"text": "w1"}, "plain texts"),
+    "ends with the question": ({"prompt": "w1"}, "'messages'", "(fields found: prompt)"),
 }
 
 
@@ -288,10 +292,15 @@ def test_every_form_gives_the_conversation(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", WRONG_CONVERSATIONS)
 def test_what_is_no_conversation_is_named_with_its_form(form: str) -> None:
-    record, pattern = WRONG_CONVERSATIONS[form]
-    with pytest.raises(UserError, match=pattern) as caught:
+    record, *named = WRONG_CONVERSATIONS[form]
+    with refused("field-missing", "chats.jsonl:2: ", *named):
         as_conversation(record, "chats.jsonl:2")
-    assert str(caught.value).startswith("chats.jsonl:2: ")
+
+
+def test_a_tool_call_is_not_trained_on() -> None:
+    record = {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}]}
+    with refused("message-unsupported", "chats.jsonl:2: messages[1]", "'tool_calls'"):
+        as_conversation(record, "chats.jsonl:2")
 
 
 # The commands: a data set of the hub is read like a file.
@@ -348,6 +357,5 @@ def test_an_error_in_what_is_no_file_names_the_source(tmp_path: Path, home: Path
     made = ["tokenize-data", "--data", tmp_path / "pairs.json", "--tokenizer", home / "hf"]
     made += ["--output", tmp_path / "t"]
     assert run(dispatch, list(map(str, made))) == 2
-    error = capfd.readouterr().err
-    assert f"error: {tmp_path / 'pairs.json'}, record 2: 'chosen' and 'rejected' are answers alone" in error
+    check_refusal(capfd.readouterr().err, "prompt-missing", f"{tmp_path / 'pairs.json'}, record 2: ")
     assert not (tmp_path / "t.partial.jsonl").exists()
