@@ -239,7 +239,7 @@ def _response(value: str) -> str:
 
 def _words(value: list[str]) -> list[str]:
     if not value or not all(text.strip() for text in value):
-        raise wrong("must be a non-empty list of texts, none of them empty")
+        raise empty("must be a non-empty list of texts, none of them empty")
     return value
 
 

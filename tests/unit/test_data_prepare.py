@@ -12,6 +12,7 @@ from refusals import refused
 from tokenizers import Tokenizer, models
 from word_tokenizer import save_word_tokenizer
 
+from megatron_solopo import arguments
 from megatron_solopo.data.building import prepare_data
 from megatron_solopo.data.building.contexts import read_contexts
 from megatron_solopo.data.files.jobs import Jobs
@@ -202,6 +203,24 @@ def test_everything_is_written_or_listed(many: list[str], tmp_path: Path, capsys
     (tmp_path / "ids.jsonl").write_text(json.dumps({"id": "q0-0"}) + "\n", encoding="utf-8")
     main([*many, "--exclude-ids", str(tmp_path / "ids.jsonl")])
     assert "q0-0" not in {pair.id for pair in read_contexts(tmp_path / "contexts.jsonl")}
+
+
+def test_options_are_set_by_their_old_names(
+    many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed = {
+        "--skipped-output": "--left-out",
+        "--validation-fraction": "--validation-share",
+        "--drop-gold-fraction": "--drop-gold-share",
+    }
+    now = [*outputs(tmp_path), "--drop-gold-fraction", "0.5"]
+    main([*many, *now])
+    expected = read_all(tmp_path)
+    arguments._warn.cache_clear()
+    main([*many, *(renamed.get(word, word) for word in now)])
+    assert read_all(tmp_path) == expected
+    warnings = capsys.readouterr().err
+    assert all(f"warning: {old} is now {new}" in warnings for new, old in renamed.items())
 
 
 def test_any_number_of_workers_writes_the_same_bytes(many: list[str], tmp_path: Path) -> None:
