@@ -1,4 +1,4 @@
-"""Text as it is compared, and where a gold answer stands in it.
+"""Normalisation of texts for comparison, and the places of gold answers in them.
 
 Normalisation is SQuAD's (Rajpurkar et al., EMNLP 2016): lower case, no ASCII punctuation, no English articles, single
 spaces. Before it, spellings of the same text are folded: Unicode's NFKC (composed and decomposed accents, full-width
@@ -33,11 +33,11 @@ _SPELLINGS = {
 }
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-# Group 1 parts words; what stands inside a number ("1,960") does not.
+# Group 1 separates words; punctuation inside a number ("1,960") does not.
 _PUNCTUATION_PARTS = re.compile(rf"(?<=\d)[.,:](?=\d)|([{re.escape(string.punctuation)}])")
 
 Keep = Literal["words", "articles", "all"]
-"""What `normalise` leaves: words alone, words and articles, or these and punctuation."""
+"""What `normalise` keeps: words alone, words and articles, or these and punctuation."""
 
 
 def fold_spelling(text: str) -> str:
@@ -52,8 +52,8 @@ def normalise(text: str, fold: bool = True, keep: Keep = "words", spaced: bool =
 
     Args:
         fold: `fold_spelling` first; SQuAD's script does not.
-        keep: "articles" or "all" for texts that are made of nothing else ("The The", "!!!").
-        spaced: punctuation parts words, as in "yes/no" and "1990-1995"; SQuAD's script joins them.
+        keep: "articles" or "all" for texts without any other characters ("The The", "!!!").
+        spaced: punctuation separates words, as in "yes/no" and "1990-1995"; SQuAD's script joins them.
     """
     text = (fold_spelling(text) if fold else text).lower()
     if keep != "all":
@@ -71,14 +71,14 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def numbers_of(text: str, fold: bool = True) -> tuple[str, ...]:
-    """The runs of digits of ``text``, in order: SQuAD's normalisation makes one number of "12.5" and "125", of "2-1"
-    and "21". A comma between thousands parts none."""
+    """The runs of digits of ``text``, in order: SQuAD's normalisation does not distinguish "12.5" from "125", nor "2-1"
+    from "21". A comma between thousands separates no runs."""
     return tuple(re.findall(r"\d+", _THOUSANDS.sub("", fold_spelling(text) if fold else text)))
 
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer as it is compared: its normalised text, what that normalisation kept, and its `numbers_of`."""
+    """A gold answer for comparison: its normalised text, what the normalisation kept, and its `numbers_of`."""
 
     text: str
     keep: Keep = "words"
@@ -89,13 +89,13 @@ class Gold:
         return self.keep == "words" and self.text in ("yes", "no")
 
     @property
-    def whole(self) -> bool:
-        """One article, or punctuation alone: what nearly every text contains."""
+    def trivial(self) -> bool:
+        """Whether it is one article or punctuation alone, which nearly every text contains."""
         return self.keep == "all" or (self.keep == "articles" and " " not in self.text)
 
     @property
     def short(self) -> bool:
-        """Yes, no, one word of at most `SHORT_WORD` characters, a number, or no word at all ("The The")."""
+        """Whether it is yes, no, a word of at most `SHORT_WORD` characters, a number, or no word at all ("The The")."""
         if self.keep != "words":
             return True
         return len(words_of(self.text)) == 1 and (len(self.text) <= SHORT_WORD or self.text.isdigit())
@@ -105,13 +105,13 @@ SHORT_WORD = 6
 """A gold answer of one word of so many characters is short: it is part of many other words ("no", "us", "spirit")."""
 
 LONGEST_PART = 50
-"""An answer part of more words gives no answer."""
+"""An answer part of more words is no answer."""
 
 
 def golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
-    """The distinct gold answers, in the order given; of each what `normalise` leaves, articles and then punctuation
-    kept where nothing else is left."""
-    found = (
+    """The distinct gold answers in their order, normalised. Articles, then punctuation, are kept if nothing else is
+    left of an answer."""
+    normalised = (
         next(
             (
                 Gold(text, keep, numbers_of(answer, fold))
@@ -122,7 +122,7 @@ def golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
         )
         for answer in answers
     )
-    return list(dict.fromkeys(filter(None, found)))
+    return list(dict.fromkeys(filter(None, normalised)))
 
 
 UNSPACED = (
@@ -134,20 +134,20 @@ _WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """What spaces part; in scripts without spaces each character is a word."""
+    """The words between spaces; in scripts without spaces each character is a word."""
     return _WORDS.findall(text)
 
 
 def is_word(text: str, start: int, end: int) -> bool:
-    """Whether ``text[start:end]`` is no part of a longer word.
+    """Whether ``text[start:end]`` is not part of a longer word.
 
-    Words of letters with cases and of digits end where another character stands; in other scripts a word may begin
+    Words of letters with cases and of digits end before another kind of character; in other scripts a word may begin
     and end anywhere (Chinese and Japanese have no spaces, Korean joins particles to its words).
     """
-    return not any(_goes_on(text[place - 1 : place + 1]) for place in (start, end) if 0 < place < len(text))
+    return not any(_continues(text[place - 1 : place + 1]) for place in (start, end) if 0 < place < len(text))
 
 
-def _goes_on(pair: str) -> bool:
+def _continues(pair: str) -> bool:
     return all(c.isdigit() or c.lower() != c.upper() for c in pair)
 
 
@@ -161,11 +161,11 @@ _SENTENCE_END = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s+|[\u3002\uff01\uff1f
 
 
 def answer_part(response: str) -> tuple[int, int]:
-    """Start and end of the part of a response that gives its answer; equal where none does.
+    """Start and end of the part of a response that holds its answer; equal if it has none.
 
-    It is the line after the last "Answer:" (in any case, "The answer is:" too). Without one it is the whole response if
-    that has at most `LONGEST_PART` words, else the last sentence. A thought, up to the last ``</think>``, never is. A
-    part of more than `LONGEST_PART` words gives no answer: it lists everything.
+    It is the line after the last "Answer:" (in any case, "The answer is:" too). Without one it is the entire response
+    if it has at most `LONGEST_PART` words, else the last sentence. A thought, up to the last ``</think>``, never is. A
+    part of more than `LONGEST_PART` words is no answer.
     """
     start = response.rfind("</think>") + len("</think>") if "</think>" in response else 0
     end = len(response)
@@ -182,7 +182,7 @@ def answer_part(response: str) -> tuple[int, int]:
     return (start, end) if len(words_of(response[start:end])) <= LONGEST_PART else (end, end)
 
 
-# "no" answers where it ends the part, is set off by punctuation, begins a clause, or stands beside "yes"; before a noun
+# "no" is an answer at the end of the part, before punctuation, at the start of a clause and beside "yes"; before a noun
 # it is a determiner ("no information", "no one"), and "No. 5" is a number.
 _CLAUSE = "they it he she we i you this that these those both neither not the because since as but only".split()
 _SAYS = {
@@ -207,7 +207,7 @@ def _lists_everything(part: str) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an answer was found: in ``text[start:end]`` normalised so, or in ``text`` itself where ``keep`` is None."""
+    """A found answer: ``span`` of the normalised ``text[start:end]``; if ``keep`` is None, ``text[start:end]``."""
 
     start: int
     end: int
@@ -250,7 +250,7 @@ def _candidates(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
         if said.keys() == {gold.text}:
             first, last = said[gold.text] if len(folded) == len(part) else (0, len(part))
             yield _Place(start + first, start + last, None)
-    elif gold.whole:
+    elif gold.trivial:
         if normalise(part, fold, gold.keep) == gold.text:
             yield _Place(start, end, None)
     elif not _lists_everything(part):
@@ -267,26 +267,26 @@ def answers_response(response: str, answers: Iterable[str], fold: bool = True) -
     A gold answer is found where its normalised text is part of the response's and its numbers are the same ("12.5" is
     not in "125"), but never inside a number ("June 1" in "June 15"). A short one (`Gold.short`) is searched in the
     `answer_part` only and as whole words, and not in a list of many items. Yes and no are found where the answer part
-    says the one and not the other. One article or punctuation alone must be the whole answer part.
+    says the one and not the other. One article or punctuation alone must be the entire answer part.
     """
     return any(True for gold in golds(answers, fold) for _ in _in_response(response, gold, fold))
 
 
 def find_in_response(response: str, answers: Iterable[str], fold: bool = True) -> list[tuple[int, int]]:
-    """Start and end, in the response, of what `answers_response` finds; in order, without overlaps."""
+    """(start, end) in the response of the gold answers that `answers_response` finds; sorted, without overlaps."""
     places = (place for gold in golds(answers, fold) for place in _in_response(response, gold, fold))
     return _merged(response, places, fold)
 
 
 def stated_golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
-    """The gold answers that documents are searched for.
+    """The gold answers for which documents are searched.
 
-    Yes and no are judgements and no facts that a document states; one article or one sign is in every document.
+    Yes and no are judgements, not facts that a document states; one article or one sign is in every document.
     """
     return [
         gold
         for gold in golds(answers, fold)
-        if not gold.yes_or_no and not (gold.whole and (gold.keep == "articles" or len(gold.text) == 1))
+        if not gold.yes_or_no and not (gold.trivial and (gold.keep == "articles" or len(gold.text) == 1))
     ]
 
 
@@ -295,7 +295,7 @@ def mentions(key: str, gold: Gold) -> bool:
     characters as whole words.
 
     "5" and "US" are part of nearly every document's words. A longer answer counts within words too, so that no
-    distractor gives it away ("1960" in "1960s"). What a whole word is, `is_word` says.
+    distractor reveals it ("1960" in "1960s"). `is_word` defines whole words.
     """
     return any(True for _ in _in_document(key, gold))
 
@@ -306,7 +306,7 @@ def _in_document(key: str, gold: Gold) -> Iterator[tuple[int, int]]:
 
 
 def find_in_document(document: str, answers: Iterable[str]) -> list[tuple[int, int]]:
-    """Start and end, in the document, of what `mentions` finds; in order, without overlaps."""
+    """(start, end) in the document of the gold answers that `mentions` finds; sorted, without overlaps."""
     places = (
         _Place(0, len(document), gold.keep, False, span)
         for gold in stated_golds(answers)
@@ -316,7 +316,7 @@ def find_in_document(document: str, answers: Iterable[str]) -> list[tuple[int, i
 
 
 def _merged(text: str, places: Iterable[_Place], fold: bool) -> list[tuple[int, int]]:
-    """The places in ``text``, sorted, overlapping ones as one."""
+    """The places as (start, end) in ``text``, sorted, with overlapping ones merged."""
     spans, mapped = [], {}
     for place in places:
         if place.keep is None:
@@ -343,38 +343,38 @@ _SEGMENT = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+|[\x00-\x7f]")
 def normalised_places(
     text: str, fold: bool = True, keep: Keep = "words", spaced: bool = False
 ) -> list[tuple[str, int, int]]:
-    """The characters of `normalise`'s text, each with the start and end of what it stands for in ``text``.
+    """The characters of `normalise`'s text, each with the start and end of its source in ``text``.
 
-    Folding may change how many characters there are; what it changes together (a letter and its accents, at most a
-    stretch outside ASCII) is one place.
+    Folding may change how many characters there are; characters that it changes together (a letter and its
+    accents, at most a run outside ASCII) share one place.
     """
-    made: list[tuple[str, int, int]] = []
+    places: list[tuple[str, int, int]] = []
     for match in _SEGMENT.finditer(text):
         piece = (fold_spelling(match[0]) if fold else match[0]).lower()
         one_to_one = len(piece) == len(match[0])
-        made += [
+        places += [
             (c, *((match.start() + i, match.start() + i + 1) if one_to_one else match.span()))
             for i, c in enumerate(piece)
         ]
 
     def without(pattern: re.Pattern[str], drop: bool) -> list[tuple[str, int, int]]:
-        whole, last, left = "".join(c for c, _, _ in made), 0, []
-        for match in pattern.finditer(whole):
-            left += made[last : match.start()]
+        characters, last, left = "".join(c for c, _, _ in places), 0, []
+        for match in pattern.finditer(characters):
+            left += places[last : match.start()]
             if not drop and (match.lastindex or not pattern.groups):
-                left.append((" ", made[match.start()][1], made[match.end() - 1][2]))
+                left.append((" ", places[match.start()][1], places[match.end() - 1][2]))
             last = match.end()
-        return left + made[last:]
+        return left + places[last:]
 
     if keep != "all":
-        made = without(_PUNCTUATION_PARTS, drop=not spaced)
+        places = without(_PUNCTUATION_PARTS, drop=not spaced)
     if keep == "words":
-        made = without(_ARTICLES, drop=False)
-    words = re.finditer(r"\S+", "".join(c for c, _, _ in made))
+        places = without(_ARTICLES, drop=False)
+    words = re.finditer(r"\S+", "".join(c for c, _, _ in places))
     joined: list[tuple[str, int, int]] = []
     for word in words:
         if joined:
-            between = joined[-1][2], made[word.start()][1]
+            between = joined[-1][2], places[word.start()][1]
             joined.append((" ", min(between), max(between)))  # both words may stand for one character ("\u00b4")
-        joined += made[word.start() : word.end()]
+        joined += places[word.start() : word.end()]
     return joined

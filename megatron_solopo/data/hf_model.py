@@ -1,4 +1,4 @@
-"""A Hugging Face model that answers: loading it, how far its positions reach, and which tokens end its responses."""
+"""A Hugging Face model for generation: loading, the positions that it covers, the tokens that end its responses."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_device(device: str) -> None:
-    """Refuses ``cuda`` where there is none."""
+    """Raises `UserError` for ``cuda`` if torch finds no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("cuda-missing", "--device cuda: torch finds no GPU here; use --device cpu")
 
 
 def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model") -> PreTrainedModel:
-    """A causal language model ready to generate; ``flag`` named its folder.
+    """Loads a causal language model for generation; ``flag`` is the option of its folder.
 
     Raises:
-        UserError: no GPU where one is asked for, or no whole model in the folder.
+        UserError: ``cuda`` without a GPU, or the folder holds no complete model.
     """
     check_device(device)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    check_is_folder(f"{flag} {folder}", folder, "give a Hugging Face folder")
+    check_is_folder(f"{flag} {folder}", folder, "set a Hugging Face folder")
     check_json(Path(folder) / "config.json")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    wanted = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
+    torch_dtype = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
         with reporting(f"loading {folder}"):
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=wanted, local_files_only=True, output_loading_info=True
+                folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason, seen = str(error).splitlines()[0], seen_in(folder)
         raise UserError(
             "model-unreadable", f"{flag} {folder}: cannot be loaded ({reason})" + (f"; {seen}" if seen else "")
         ) from None
-    model, told = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)  # with `output_loading_info`
-    if missing := sorted(told["missing_keys"]):  # transformers draws them, and goes on
+    model, info = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)  # with `output_loading_info`
+    if missing := sorted(info["missing_keys"]):  # transformers initialises them at random
         raise UserError(
             "tensor-missing",
             f"{flag} {folder}: {missing[0]} is not in its weights ({len(missing)} such), and would be random numbers; "
@@ -64,10 +64,10 @@ def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model
 
 
 def weight_facts(folder: str | Path) -> dict[str, str | dict[str, int]]:
-    """What tells the weights in a Hugging Face folder from those that were there before, for a run that goes on.
+    """Identifies the weights in a Hugging Face folder, so that a resumed run notices a change.
 
-    Config by content, weights by size and time of change: reading a large model takes minutes at every start,
-    and whoever puts other weights into the folder writes the files anew.
+    The config is compared by content, weights by size and modification time: reading a large model would take minutes
+    at every start.
     """
     facts: dict[str, str | dict[str, int]] = {}
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
@@ -80,16 +80,16 @@ def weight_facts(folder: str | Path) -> dict[str, str | dict[str, int]]:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a response: the tokenizer's end of turn and those of the model's generation config."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [] if configured is None else list(configured) if isinstance(configured, (list, tuple)) else [configured]
     return sorted({end_of_turn_id(tokenizer), *ids})
 
 
 def reach(folder: str | Path) -> int | None:
-    """Positions the model of a folder covers: its ``max_position_embeddings``, more with YaRN.
+    """The number of positions that the model of a folder covers: ``max_position_embeddings``, more with YaRN.
 
     Returns:
-        None where the config names no limit.
+        None if the config has no limit.
 
     Raises:
         UserError: there is no config.json.
@@ -99,7 +99,7 @@ def reach(folder: str | Path) -> int | None:
         raise UserError(
             "model-config-missing",
             f"--model {folder}: no config.json there; "
-            + (seen_in(folder) or "give a Hugging Face folder with a model (--save-hf of a training run writes one)"),
+            + (seen_in(folder) or "set a Hugging Face folder with a model (--save-hf of a training run writes one)"),
         )
     config = json.loads(path.read_text(encoding="utf-8"))
     config = config.get("text_config") or config
@@ -112,7 +112,7 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
     """Refuses a prompt whose response could end beyond the positions the model covers.
 
     Args:
-        where: what asked for this length, first in the message (a flag and its value).
+        where: source of this length, first in the message (a flag and its value).
 
     Raises:
         UserError: naming ``where``, the lengths and ``max_position_embeddings``.
@@ -128,7 +128,7 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids have an embedding."""
+    """The number of token ids that have an embedding."""
     rows = model.get_input_embeddings().num_embeddings
     assert isinstance(rows, int)
     return rows
@@ -138,7 +138,7 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
     """Refuses token ids that the model has no embedding for.
 
     Args:
-        where: what holds them, first in the message.
+        where: source of the ids, first in the message.
 
     Raises:
         UserError: naming ``where`` and the largest id.

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they describe."""
+"""Options that several commands share, and the objects that are built from them."""
 
 from __future__ import annotations
 
@@ -30,41 +30,40 @@ def text_option(flag: str, value: str) -> str:
         return value.replace("\\n", "\n").replace("\\t", "\t")
     path = Path(value[1:])
     if not path.is_file():
-        raise UserError("file-missing", f"{flag} {value}: no such file; give @FILE or the text itself")
+        raise UserError("file-missing", f"{flag} {value}: no such file; set @FILE or the text itself")
     return read_text(flag, path).removesuffix("\n")
 
 
 TEXTS = ("--document-template", "--document-separator", "--prompt-template", "--system-prompt")
-"""Options that are a text or ``@FILE``."""
+"""Options whose value is a text or ``@FILE``."""
 
 
 FOLDERS = ("model", "tokenizer", "evidence_model")
-"""Options that name a Hugging Face folder, or a model of a server."""
+"""Names of options whose value is a Hugging Face folder, or a model of a server."""
 
 
 def files_of(options: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """(option, what it names) of the files and folders of the model's, tokenizer's and prompt's options, for
-    `check_outputs`."""
-    named = {flag: getattr(options, flag[2:].replace("-", "_"), None) for flag in TEXTS}
-    found: list[tuple[str, str | None]] = [
-        (flag, text[1:]) for flag, text in named.items() if text and text.startswith("@")
+    """(option, path) of the files and folders in the options of model, tokenizer and prompt, for `check_outputs`."""
+    texts = {flag: getattr(options, flag[2:].replace("-", "_"), None) for flag in TEXTS}
+    files: list[tuple[str, str | None]] = [
+        (flag, text[1:]) for flag, text in texts.items() if text and text.startswith("@")
     ]
     folders = [(f"--{name.replace('_', '-')}", getattr(options, name, None)) for name in FOLDERS]
-    return [*found, ("--chat-template", getattr(options, "chat_template", None)), *folders]
+    return [*files, ("--chat-template", getattr(options, "chat_template", None)), *folders]
 
 
 def check_outputs(
     outputs: Iterable[tuple[str, str | Path | None]], read: Iterable[tuple[str, str | Path | None]]
 ) -> None:
-    """Refuses, before any work, an output that could not take its place, or would take that of another file.
+    """Checks, before any work, that outputs can be written and would not replace an input or another output.
 
     Args:
-        outputs: (option, the file it names), None where it is not given.
-        read: (option, what it names) of the files and folders that are read; None and what is not there count not.
+        outputs: (option, path) of the files to write; None for an option that is not set.
+        read: (option, path) of the files and folders to read; None and paths that do not exist are ignored.
 
     Raises:
-        UserError: an output is a folder, lies below a file or in a folder that is read, or is also what another option
-            names or a file of a folder that is read (the hub's cache keeps the files of a model elsewhere, and links).
+        UserError: an output is a folder, is below a file or in a folder to read, is the path of another option, or is a
+            file that a folder to read links to (the hub's cache links the files of a model).
     """
     folders, taken = [], []
     for flag, name in read:
@@ -75,28 +74,29 @@ def check_outputs(
             continue
         path = Path(output)
         if path.is_dir():
-            raise UserError("not-a-file", f"{flag} {output}: is a folder; give the name of a file")
+            raise UserError("not-a-file", f"{flag} {output}: is a folder; set the name of a file")
         for other, name in taken:
             if path.resolve() == name.resolve() or (path.exists() and name.exists() and path.samefile(name)):
-                raise UserError("file-overlap", f"{flag} {output}: is the file of {other} too; give another")
+                raise UserError("file-overlap", f"{flag} {output}: is the file of {other} too; choose another name")
         for other, name in folders:
             if name.resolve() in path.resolve().parents:
                 raise UserError(
                     "folder-overlap",
-                    f"{flag} {output}: lies in {other} {name}, which is read; give a place outside that folder",
+                    f"{flag} {output}: lies in {other} {name}, which is read; choose a place outside that folder",
                 )
             if path.exists() and any(path.samefile(file) for file in name.iterdir() if file.exists()):
                 raise UserError(
-                    "file-overlap", f"{flag} {output}: is a file of {other} {name} too, which is read; give another"
+                    "file-overlap",
+                    f"{flag} {output}: is a file of {other} {name} too, which is read; choose another name",
                 )
         above = next(parent for parent in path.resolve().parents if parent.exists())
         if not above.is_dir():
-            raise UserError("not-a-folder", f"{flag} {output}: {above} is a file and no folder; give another place")
+            raise UserError("not-a-folder", f"{flag} {output}: {above} is a file, not a folder; choose another place")
         taken.append((flag, path))
 
 
 def add_normalisation_option(group: argparse._ArgumentGroup, default: str | None = None) -> None:
-    """How texts are compared with answers: a key of `scoring.NORMALISATIONS`."""
+    """Adds ``--normalisation``, the form in which texts are compared with answers (`scoring.NORMALISATIONS`)."""
     group.add_argument(
         "--normalisation",
         choices=sorted(NORMALISATIONS),
@@ -107,14 +107,16 @@ def add_normalisation_option(group: argparse._ArgumentGroup, default: str | None
 
 
 def check_jsonl(flag: str, path: str | None) -> None:
-    """Refuses a name of Parquet for a file that is written as JSONL, since readers go by the name."""
+    """Refuses the suffix of Parquet for a file that is written as JSONL: readers choose the format by the suffix."""
     if path is not None and is_parquet(path):
-        raise UserError("file-suffix", f"{flag} {path}: is written as JSONL; give a name that does not end in .parquet")
+        raise UserError(
+            "file-suffix", f"{flag} {path}: is written as JSONL; choose a name that does not end in .parquet"
+        )
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that every command with a tokenizer has; where it is not required, the model's folder has one."""
-    group = parser.add_argument_group("tokenizer" + ("; training must be given the same" if required else ""))
+    """Adds the options of every command with a tokenizer; if it is not required, the model's is the default."""
+    group = parser.add_argument_group("tokenizer" + ("; training needs the same" if required else ""))
     group.add_argument(
         "--tokenizer",
         required=required,
@@ -122,7 +124,7 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
         help="Hugging Face folder" + (" of the model to train" if required else " (default: the model's)"),
     )
     group.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja chat template, when the tokenizer has none or another is wanted"
+        "--chat-template", metavar="FILE", help="Jinja chat template, if the tokenizer has none, or to replace its own"
     )
     group.add_argument(
         "--chat-template-kwargs",
@@ -139,13 +141,13 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
     group.add_argument(
         "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
     )
-    if required:  # a model that answers has rows for its tokenizer's tokens only
+    if required:  # a model that generates has embeddings only for its tokenizer's tokens
         group.add_argument("--add-special-tokens", metavar="TOKEN,...", help="new special tokens")
 
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """What the options of `add_tokenizer_options` name; worker processes load from it what their parent loaded."""
+    """Values of the options of `add_tokenizer_options`, from which worker processes load the same tokenizer."""
 
     folder: str
     chat_template: str | None = None
@@ -156,7 +158,7 @@ class TokenizerOptions:
 
     @classmethod
     def of(cls, options: argparse.Namespace, folder: str = "") -> TokenizerOptions:
-        """Those of a command line; ``folder`` where --tokenizer need not be given."""
+        """The values of a command line; ``folder`` is the default of --tokenizer."""
         return cls(
             options.tokenizer or folder,
             options.chat_template,
@@ -184,12 +186,12 @@ class TokenizerOptions:
         return tokenizer
 
     def dated(self, tokenizer: PreTrainedTokenizerBase) -> TokenizerOptions:
-        """The same with the date that was found for ``tokenizer``; another process would find another at midnight."""
+        """The same options with the date of ``tokenizer``: another process might load it after midnight."""
         return dataclasses.replace(self, chat_template_date=template_kwargs.date_of(tokenizer))
 
 
 def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) -> None:
-    """The options that `prompt_format_of` reads; without ``documents`` a document is used as it is, and only one."""
+    """Adds the options of `prompt_format_of`; ``documents=False``: the prompt has one document, unformatted."""
     group = parser.add_argument_group(r"prompt (each is a text, in which \n is a line break, or @FILE)")
     if documents:
         group.add_argument(
@@ -214,12 +216,14 @@ def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) 
         "then the answer)",
     )
     group.add_argument(
-        "--system-prompt", metavar="TEXT", help="a system message before it (default: none but the chat template's own)"
+        "--system-prompt",
+        metavar="TEXT",
+        help="a system message before it (default: that of the chat template, if it has one)",
     )
 
 
 def prompt_format_of(options: argparse.Namespace) -> PromptFormat:
-    """The prompt format that the options of `add_prompt_options` describe."""
+    """The prompt format of the options of `add_prompt_options`."""
     return PromptFormat(
         document_template=text_option("--document-template", options.document_template),
         document_separator=text_option("--document-separator", options.document_separator),

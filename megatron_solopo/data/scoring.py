@@ -1,6 +1,6 @@
 """How a response is compared with the gold answers: sub-EM, EM and F1 on normalised text (`answers.normalise`).
 
-A user's own function takes their place as ``module:function``.
+``module:function`` names a function of the user instead.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megatron_solopo.metrics import ACCURACY, Metric, register
 from megatron_solopo.user_function import error_text, load_function, short, source_digest
 
 AnswerScore = Callable[..., float]
-"""(prediction, gold answers, fold): ``fold`` as in `answers.normalise`, with the score's own default."""
+"""(prediction, gold answers, fold): ``fold`` as in `answers.normalise`; its default differs between scores."""
 
 SCORERS: dict[str, AnswerScore] = {}
-"""Every score by the name the commands know it under, in the order of tables."""
+"""The scores by their names in options and files, in the order of tables."""
 
 
 def _scorer(label: str, binary: bool = True) -> Callable[[AnswerScore], AnswerScore]:
-    """Makes a function a score, under its name; ``binary``: its values are 0 and 1."""
+    """Registers a function as a score under its name; ``binary``: its values are 0 and 1."""
 
     def add(function: AnswerScore) -> AnswerScore:
         name = function.__name__
@@ -41,8 +41,8 @@ def _scorer(label: str, binary: bool = True) -> Callable[[AnswerScore], AnswerSc
 def sub_em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """1.0 when any gold answer is found in the prediction, else 0.0; short ones count in its answer part only.
 
-    `answers.answers_response` has the rule. It is the paper's sub-EM but for short gold answers (yes, no, one short
-    word, a number) and for numbers at the edge of longer ones.
+    `answers.answers_response` has the rule, which differs from the paper's sub-EM for short gold answers (yes, no,
+    one short word, a number) and for numbers at the edge of longer ones.
     """
     return float(answers_response(prediction, answers, fold))
 
@@ -51,10 +51,10 @@ def sub_em(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
 def sub_em_plain(prediction: str, answers: Iterable[str], fold: bool = False) -> float:
     """1.0 when any normalised answer is a substring of the normalised prediction, else 0.0: the paper's sub-EM.
 
-    It finds "no" in "not". An answer of articles and punctuation alone is found nowhere.
+    It finds "no" in "not". An answer of articles and punctuation alone is never found.
     """
-    found = normalise(prediction, fold)
-    return float(any(gold.text in found for gold in golds(answers, fold) if gold.keep == "words"))
+    text = normalise(prediction, fold)
+    return float(any(gold.text in text for gold in golds(answers, fold) if gold.keep == "words"))
 
 
 @_scorer("EM")
@@ -74,21 +74,21 @@ def f1(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
     """
     best = 0.0
     for gold in golds(answers, fold):
-        found = normalise(prediction, fold, gold.keep)
-        if found != gold.text and not _JUDGEMENTS.isdisjoint((found, gold.text)):
+        text = normalise(prediction, fold, gold.keep)
+        if text != gold.text and not _JUDGEMENTS.isdisjoint((text, gold.text)):
             continue
-        words, own = Counter(found.split()), Counter(gold.text.split())
+        words, gold_words = Counter(text.split()), Counter(gold.text.split())
         # 2 P R / (P + R) with P = common / found and R = common / gold.
-        best = max(best, 2 * (words & own).total() / (words.total() + own.total()))
+        best = max(best, 2 * (words & gold_words).total() / (words.total() + gold_words.total()))
     return best
 
 
 NORMALISATIONS = {"unicode": True, "squad": False}
-"""What ``--normalisation`` knows: name -> ``fold`` of `answers.normalise`."""
+"""Choice of ``--normalisation`` -> ``fold`` of `answers.normalise`."""
 
 
 def score(name: str, prediction: str, answers: Iterable[str], normalisation: str | None = None) -> float:
-    """A metric of `SCORERS`; None for ``normalisation`` is its own, and the plain sub-EM takes no other."""
+    """A score of `SCORERS` by name; ``normalisation=None`` is its default, and plain sub-EM has no other."""
     if normalisation is None or name == "sub_em_plain":
         return SCORERS[name](prediction, answers)
     return SCORERS[name](prediction, answers, NORMALISATIONS[normalisation])
@@ -102,20 +102,20 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
     """A metric of `SCORERS`, or a user's function named ``module:function``.
 
     Args:
-        normalisation: a key of `NORMALISATIONS`; None is the metric's own.
+        normalisation: a key of `NORMALISATIONS`; None is the metric's default.
 
-    The module is looked for in the current folder first, then where Python looks. The function is called as
+    The module is searched in the current folder first, then on the path of Python. The function is called as
     ``function(response, answers)``, with ``question=...`` if it has such a parameter, and returns a number or a bool.
 
     Raises:
-        UserError: there is no such metric, module or function, or it does not read the normalisation. Later,
-            from the scorer: the function raised, or what it returned is not a finite number.
+        UserError: there is no such metric, module or function, or the scorer has no normalisation. Later,
+            from the scorer: the function raised, or did not return a finite number.
     """
     flag = f"--scorer {name}"
     if normalisation is not None and (name == "sub_em_plain" or name not in SCORERS):
         raise UserError(
             "option-unused",
-            f"--normalisation {normalisation} has no effect with {flag}, which compares texts in its own way; "
+            f"--normalisation {normalisation} has no effect with {flag}, which has its own comparison of texts; "
             "leave it out",
         )
     if name in SCORERS:
@@ -124,23 +124,23 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
 
 
 class UserScorer:
-    """A user's function; an error names the response that it was raised for.
+    """A scorer of the user; an error names the response that the function was called for.
 
     Attributes:
-        digest: of the file that holds the function.
+        digest: hash of the file that holds the function.
     """
 
     def __init__(self, flag: str, function: Callable[..., object]) -> None:
         self._flag, self._function, self.digest = flag, function, source_digest(function)
         try:
             self._with_question = "question" in inspect.signature(function).parameters
-        except (TypeError, ValueError):  # some functions written in C do not tell their parameters
+        except (TypeError, ValueError):  # some functions written in C have no signature
             self._with_question = False
 
     def __call__(self, response: str, answers: Sequence[str], question: str) -> float:
-        more = {"question": question} if self._with_question else {}
+        extra = {"question": question} if self._with_question else {}
         try:
-            score = self._function(response, list(answers), **more)
+            score = self._function(response, list(answers), **extra)
         except Exception as error:
             raise UserError(
                 "scorer-raises", f"{self._flag}: raised {error_text(error)} for the response {short(response)}"

@@ -1,4 +1,4 @@
-"""Work in several processes, its results in the order of the items."""
+"""A function mapped over items in several processes, with the results in the order of the items."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def map_in_order[T](
     arguments: tuple[object, ...],
     items: Sequence[tuple[object, ...]],
     workers: int,
-    **here: object,
+    **loaded: object,
 ) -> Iterator[T]:
-    """Yields ``work(*item)`` of each item, where every process has made its ``work = make(*arguments)`` once.
+    """Yields ``work(*item)`` of each item; every process builds ``work = make(*arguments)`` once.
 
-    Few results wait at a time, so that memory does not grow with the items. A worker ends with its parent, however that
-    ends, and leaves Ctrl-C to it. One worker is this process.
+    Few results are pending at a time, so that memory does not grow with the items. A worker exits when its parent does,
+    and ignores Ctrl-C, which its parent handles. With one worker the work is done in this process.
 
     Args:
-        here: further arguments of ``make`` in this process alone: what is loaded already, and each worker loads.
+        loaded: further arguments of ``make`` in this process alone: objects already loaded here, which workers load.
 
     Raises:
-        UserError: a worker was killed, or what ``work`` raised.
+        UserError: a worker was killed, or ``work`` raised it.
     """
     workers = min(workers, len(items))
     if workers < 2:
         if items:
-            work = make(*arguments, **here)
+            work = make(*arguments, **loaded)
             yield from (work(*item) for item in items)
         return
     # Forking this process, whose tokenizer has started threads, could hang; a fork server has none, and imports the
@@ -59,21 +59,21 @@ def map_in_order[T](
     except BrokenProcessPool:
         raise UserError(
             "worker-killed",
-            f"--workers {workers}: a worker was killed (out of memory?); what is done is kept: repeat the command, "
-            "with fewer workers if need be",
+            f"--workers {workers}: a worker was killed (out of memory?); finished work is kept: repeat the command, "
+            "if necessary with fewer workers",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 _work: Work[object]
-"""Of a worker process."""
+"""The function of this worker process."""
 
 
 def _begin(make: Callable[..., Work[object]], arguments: tuple[object, ...]) -> None:
     global _work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and waits for what is begun
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and waits for work in progress
     _work = make(*arguments)
 
 
@@ -82,7 +82,7 @@ def _do(*item: object) -> object:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Exits when the parent process is gone; a worker would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

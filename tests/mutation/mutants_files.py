@@ -213,7 +213,7 @@ DATA = [
     *within(
         "data/scoring.py",
         SCORING,
-        ("F1 of yes with words beside it", "and not _JUDGEMENTS.isdisjoint((found, gold.text))", "and False"),
+        ("F1 of yes with words beside it", "and not _JUDGEMENTS.isdisjoint((text, gold.text))", "and False"),
     ),
     *within(
         "data/pairing/kept_scores.py",

@@ -130,8 +130,10 @@ def test_scores_of_ones_own_are_kept_until_the_pairs_are_written(
         build(graded, tmp_path)
     capsys.readouterr()
     assert run(None, "--policy", "best_worst") == ["9 best", "7 good", "8 fine", "2 bad", "1 worst"]
-    told = "resuming: 3 questions were scored before; the code of judge:grade is another now (delete groups.jsonl.part"
-    assert told in capsys.readouterr().out.replace(f"{tmp_path}/", "")
+    notice = (
+        "resuming: 3 questions were scored before; the code of judge:grade has changed (delete groups.jsonl.partial "
+    )
+    assert notice in capsys.readouterr().out.replace(f"{tmp_path}/", "")
     assert Path("groups.jsonl").read_bytes() == whole and not partial.exists()
 
 

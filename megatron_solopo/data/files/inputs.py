@@ -1,4 +1,5 @@
-"""Records of question sets: files read as they lie; Arrow files and data sets of the hub through ``datasets``."""
+"""Records of question sets: JSON, CSV and Parquet files are read here, Arrow files and data sets of the hub by
+``datasets``."""
 
 from __future__ import annotations
 
@@ -18,33 +19,33 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
 HUB = "hub:"
-"""What an input of the form ``hub:NAME[:CONFIG][:SPLIT]`` starts with."""
+"""The prefix of an input of the form ``hub:NAME[:CONFIG][:SPLIT]``."""
 
 TABLES = (".parquet", ".csv", ".arrow")
-"""What the names of files end in that are neither JSON nor JSONL."""
+"""The suffixes of input files that are neither JSON nor JSONL."""
 
-_OWN = (".jsonl", ".json", ".parquet", ".csv")
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-"""What `datasets` writes into a folder of ``save_to_disk``: of one split, of several."""
+"""The files that ``save_to_disk`` of `datasets` writes into a folder of one split, of several splits."""
 _LONGEST_CELL = 1 << 30
 _CHUNK = 1 << 20
 _SPACES = " \t\r\n"
 
 
 def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, Record]]:
-    """Yields ``(where, record)`` of every input, in order; ``where`` names the file and line, or the row.
+    """Yields ``(where, record)`` of every input, in order; ``where`` is the file and line, or the row.
 
-    An input is a JSONL file, a ``.json`` file that holds one array (HotpotQA's and 2WikiMultihopQA's own files),
-    a ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of such files (those that ``datasets`` takes for its split
+    An input is a JSONL file, a ``.json`` file that holds one array (as HotpotQA and 2WikiMultihopQA distribute),
+    a ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of such files (those that ``datasets`` assigns to its split
     ``train``), one that ``save_to_disk`` wrote, or ``hub:NAME[:CONFIG][:SPLIT]``: a data set of the Hugging Face hub,
-    or a folder, with a split of that name (default: ``train``). What a table says nothing in (a null, an empty cell of
-    a CSV file) is an absent field.
+    or a folder, with a split of that name (default: ``train``). A null of a table, or an empty cell of a
+    CSV file, is an absent field.
 
     Raises:
         UserError: the input cannot be read; the message names it.
     """
-    for given in inputs:
-        text, path = str(given), Path(given)
+    for source in inputs:
+        text, path = str(source), Path(source)
         if text.startswith(HUB):
             name, config, split = _hub_parts(text)
             yield from _rows(text, name, config, split)
@@ -52,7 +53,7 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, Record]]:
             yield from _rows(text, text, None, "train")
         elif path.is_dir():
             files = _train_files(path)
-            if all(file.suffix in _OWN for file in files):
+            if all(file.suffix in _SUFFIXES for file in files):
                 yield from read_records(files)
             else:
                 yield from _rows(text, text, None, "train")
@@ -66,47 +67,47 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, Record]]:
             yield from records.read_records(path)
 
 
-def first_field(given: str | Path, name: str) -> str | None:
+def first_field(source: str | Path, name: str) -> str | None:
     """A text of the first record of an input; None where there is no such record or field."""
     try:
-        value = next((record.get(name) for _, record in read_records([given])), None)
+        value = next((record.get(name) for _, record in read_records([source])), None)
     except UserError:
-        return None  # whoever reads the records says why
+        return None  # the reader of all records reports the mistake
     return value if isinstance(value, str) else None
 
 
 @contextlib.contextmanager
-def as_file(given: str, aside: Path) -> Iterator[str]:
-    """A file that `records.scan` can cut into parts: the input itself, or where it is none (a data set of the hub, a
-    folder, a JSON array, a table) its records as JSONL in ``aside``, which is removed at the end. Errors name the
+def as_file(source: str, temporary: Path) -> Iterator[str]:
+    """A file that `records.scan` can divide into parts: the input itself, or, if the input is a data set of the hub, a
+    folder, a JSON array or a table, its records as JSONL in ``temporary``, which is removed at the end. Errors name the
     input.
 
     Raises:
         UserError: the input cannot be read.
     """
-    path = Path(given)
+    path = Path(source)
     array = path.suffix == ".json" and path.is_file() and _starts_an_array(path)
-    if not (array or path.is_dir() or given.startswith(HUB) or path.suffix in (".csv", ".arrow")):
-        yield given
+    if not (array or path.is_dir() or source.startswith(HUB) or path.suffix in (".csv", ".arrow")):
+        yield source
         return
-    with aside.open("w", encoding="utf-8") as lines:
+    with temporary.open("w", encoding="utf-8") as lines:
         try:
-            for where, record in ProgressBar(read_records([given]), desc=f"reading {given}", unit="record"):
+            for where, record in ProgressBar(read_records([source]), desc=f"reading {source}", unit="record"):
                 named = record if record.get("id") is not None else record | {"id": where}
                 lines.write(json.dumps(named, default=str) + "\n")
             lines.flush()
-            yield str(aside)
+            yield str(temporary)
         except UserError as error:
             raise UserError(
-                error.code, str(error).replace(f"{aside}:", f"{given}, record ").replace(str(aside), given)
+                error.code, str(error).replace(f"{temporary}:", f"{source}, record ").replace(str(temporary), source)
             ) from None
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def holds_data(folder: str | Path) -> bool:
     """Whether a folder holds files that `read_records` reads."""
-    return any(file.suffix in (*_OWN, ".arrow") for file in Path(folder).rglob("*"))
+    return any(file.suffix in (*_SUFFIXES, ".arrow") for file in Path(folder).rglob("*"))
 
 
 def _is_saved(folder: str | Path) -> bool:
@@ -114,47 +115,47 @@ def _is_saved(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in _SAVED)
 
 
-def local_files(given: str | Path) -> list[Path]:
-    """The files that an input is read from, none for a data set of the hub."""
-    path = place(given)
+def local_files(source: str | Path) -> list[Path]:
+    """The files of an input; an empty list for a data set of the hub."""
+    path = place(source)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path] if path.is_file() else []
 
 
-def fingerprint(given: Iterable[str]) -> list[list[str]]:
-    """Inputs by name and content; a data set of the hub by its name."""
-    found = []
-    for name in given:
+def fingerprint(inputs: Iterable[str]) -> list[list[str]]:
+    """``[name, sha256 in hex]`` of every file of the inputs; a data set of the hub has an empty digest."""
+    digests = []
+    for name in inputs:
         files = local_files(name)
         if not files:
-            found.append([name, ""])
+            digests.append([name, ""])
         for path in files:
             with path.open("rb") as file:
-                found.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return found
+                digests.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return digests
 
 
-def place(given: str | Path) -> Path:
-    """The file or folder that an input names; where it is none, a data set of the hub."""
-    return Path(_hub_parts(str(given))[0] if str(given).startswith(HUB) else given)
+def place(source: str | Path) -> Path:
+    """The file or folder that an input names; a path that does not exist names a data set of the hub."""
+    return Path(_hub_parts(str(source))[0] if str(source).startswith(HUB) else source)
 
 
 def _hub_parts(text: str) -> tuple[str, str | None, str]:
     """(name, config, split) of ``hub:NAME[:CONFIG][:SPLIT]``."""
     name, *rest = text.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
-        raise UserError("dataset-name", f"{text}: give hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+        raise UserError("dataset-name", f"{text}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     config, split = [*rest, "", ""][:2]
     return name, config or None, split or "train"
 
 
 def _rows(
-    given: str, name: str, config: str | None, split: str, file: str | None = None
+    source: str, name: str, config: str | None, split: str, file: str | None = None
 ) -> Iterator[tuple[str, Record]]:
     import datasets  # takes a second, and most inputs do not need it
 
-    with _told(given):
+    with _datasets_explained(source):
         if _is_saved(name):
             rows = datasets.load_from_disk(name)
             loaded = rows if isinstance(rows, datasets.DatasetDict) else {str(rows.split or "train"): rows}
@@ -164,41 +165,41 @@ def _rows(
     if (rows := splits.get(split)) is None:
         raise UserError(
             "split-missing",
-            f"{given}: has no split {split}, only {', '.join(splits)}; give hub:{name}::SPLIT with one of these",
+            f"{source}: has no split {split}, only {', '.join(splits)}; use hub:{name}::SPLIT with one of these",
         )
     for number, row in enumerate(rows, 1):
-        yield f"{given}, row {number}", parquet.record_of(row)
+        yield f"{source}, row {number}", parquet.record_of(row)
 
 
 def _train_files(folder: Path) -> list[Path]:
-    """The files of a folder's split ``train``, as `datasets` finds them: by their names, or as its README.md says."""
+    """The files of a folder's split ``train``, as `datasets` assigns them: by their names, or by its README.md."""
     import datasets  # see `_rows`
 
-    with _told(str(folder)):
+    with _datasets_explained(str(folder)):
         splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
     if "train" not in splits:
         raise UserError(
             "split-missing",
-            f"{folder}: has no split train, only {', '.join(map(str, splits))}; give its files, or hub:{folder}::SPLIT",
+            f"{folder}: has no split train, only {', '.join(map(str, splits))}; pass its files, or hub:{folder}::SPLIT",
         )
-    whole = folder.resolve()
-    found = map(Path, splits["train"])
-    return [folder / file.relative_to(whole) if file.is_relative_to(whole) else file for file in found]
+    absolute = folder.resolve()
+    files = map(Path, splits["train"])
+    return [folder / file.relative_to(absolute) if file.is_relative_to(absolute) else file for file in files]
 
 
 @contextlib.contextmanager
-def _told(given: str) -> Iterator[None]:
-    """An error of `datasets` (a missing name, a wrong split, a broken file: it raises many kinds) in one line."""
+def _datasets_explained(source: str) -> Iterator[None]:
+    """Turns an error of `datasets` (many classes: a missing name, a wrong split, a broken file) into one line."""
     try:
         yield
     except Exception as error:
-        # The outer error of a broken file only says that generating failed; its cause says why.
+        # The outer error of a broken file reports only that generating failed; its cause has the reason.
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise UserError("dataset-unreadable", f"{given}: datasets cannot load it ({reason[:300]})") from None
+        raise UserError("dataset-unreadable", f"{source}: datasets cannot load it ({reason[:300]})") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Record]]:
-    """The rows of a CSV file, named by their first lines; each cell is a text: a guess would make 12 of the id 0012."""
+    """The rows of a CSV file, each named by its first line. Cells are texts: a type guess would turn 0012 into 12."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows, line = csv.reader(file, strict=True), 1
@@ -228,7 +229,7 @@ def _starts_an_array(path: Path) -> bool:
 
 
 def _array(path: Path) -> Iterator[tuple[str, Record]]:
-    """The objects of one JSON array, one in memory at a time; an error names the line an object starts in."""
+    """The objects of one JSON array, one in memory at a time; an error names the line in which its object starts."""
     with path.open(encoding="utf-8-sig") as file:
         try:
             yield from _objects(path, file)
@@ -241,7 +242,7 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, Record]]:
 
     def more() -> bool:
         nonlocal text, position
-        # As much as is there already, so that an object longer than a chunk is decoded again a few times only.
+        # As much again as the buffer holds: an object longer than a chunk is decoded a few times, not once a chunk.
         chunk = file.read(max(_CHUNK, len(text) - position))
         text, position = text[position:] + chunk, 0
         return bool(chunk)

@@ -1,9 +1,9 @@
-"""The jobs file: what a command has finished, so that the same command, repeated after a kill, does only the rest.
+"""The jobs file: the finished jobs of a command, so that the same command, repeated after a kill, does only the rest.
 
-A log of JSON lines. The first line holds the settings that the work was begun with, every other one a finished job: its
-name and what is known of it. The bulk of a job may go to streams, files beside the log that grow with the jobs; a job's
-line says how long each stream was behind it. So a kill costs the jobs in flight and nothing else: a line that it cut is
-dropped at the next start, and what no line speaks of is cut from the streams.
+A log of JSON lines. The first line holds the settings that the work started with, every other line a finished job: its
+name and its results. Large results go to streams, files beside the log that grow with the jobs; the line of a job has
+the size of each stream after it. A kill therefore loses the jobs in flight and nothing else: the next start drops a
+line that is not complete, and truncates the streams to the sizes in the last complete line.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ LOG = "jobs.jsonl"
 
 
 Line = dict[str, Any]
-"""A line of a log, which this package wrote: whoever reads a field knows what it wrote there."""
+"""A line of a log. This package wrote it, so that its fields are not validated."""
 
 
 def differences(
-    made: Mapping[str, object], now: Mapping[str, object], where: str = ""
+    earlier: Mapping[str, object], now: Mapping[str, object], where: str = ""
 ) -> list[tuple[str, object, object]]:
-    """(name, value then, value now) of settings that are not equal; names of nested ones are joined by dots."""
+    """(name, earlier value, value now) of settings that are not equal; names of nested ones are joined by dots."""
     differing: list[tuple[str, object, object]] = []
-    for key in sorted(made.keys() | now.keys()):
-        before, after = made.get(key), now.get(key)
+    for key in sorted(earlier.keys() | now.keys()):
+        before, after = earlier.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             differing += differences(before, after, f"{where}{key}.")
         elif before != after:
@@ -46,16 +46,16 @@ def differences(
 class Jobs:
     """The jobs of one output; only one process at a time has them open.
 
-    Work on which no job is finished binds nobody: it is deleted when it is closed.
+    Work without a finished job is deleted when it is closed, and so restricts no later command.
 
     Args:
-        place: the log, or, with ``streams``, a folder that holds it, them, and whatever else the work needs.
+        place: the log, or, with ``streams``, a folder that holds the log, the streams and other files of the work.
         streams: names of the files in the folder that grow with the jobs.
 
     Attributes:
-        settings: those the work was begun with; {} before `begin` where nothing was begun.
-        head: the log's first line: the settings, and what `restart` was given beside them.
-        lines: where the line of each finished job begins, by the job's name. A subclass may keep another index
+        settings: those that the work started with; {} before `begin` of new work.
+        head: the log's first line: the settings, and the ``head`` of `restart`.
+        lines: byte offset of the line of each finished job, by the job's name. A subclass may keep another index
             (`_finished`).
 
     Raises:
@@ -97,7 +97,7 @@ class Jobs:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), self._log.stat()):
                     return file
-            file.close()  # of a process that has just finished, and removed it
+            file.close()  # another process has just finished and removed this file
             self._log.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -114,7 +114,7 @@ class Jobs:
                 file.close()
 
     def remove(self) -> None:
-        """Deletes the work: its output is complete, or there is none."""
+        """Deletes the work, when its output is complete or no job is finished."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         else:
@@ -126,11 +126,11 @@ class Jobs:
         preparation: Sequence[object] = (),
         head: Mapping[str, object] | None = None,
     ) -> None:
-        """Resumes the work, or begins it where nothing is finished.
+        """Resumes the work, or starts it where no job is finished.
 
         Args:
-            settings: all that decides the output.
-            preparation: jobs that other settings need not respect: nothing is lost if they are done again.
+            settings: everything that determines the output.
+            preparation: names of jobs that are cheap: with other settings they are done again, without an error.
             head: see `restart`.
 
         Raises:
@@ -152,7 +152,7 @@ class Jobs:
             self.restart(settings, head)
 
     def restart(self, settings: Mapping[str, object], head: Mapping[str, object] | None = None) -> None:
-        """Begins anew, whatever is finished; ``head`` is what the first line says beside the settings."""
+        """Discards the finished jobs and starts again; ``head`` holds further fields of the first line."""
         self.lines.clear()
         for path in self._folder.iterdir() if self._folder is not None else ():
             if path != self._log:
@@ -166,7 +166,7 @@ class Jobs:
         sizes = dict.fromkeys(self._names, 0)
         self._empty, self._size = True, 0
         for start, job in self._jobs():
-            # A power failure may have cost a stream what the log speaks of; then this job and the later are done again.
+            # After a power failure a stream may be shorter than the log says: this job and later ones are done again.
             if any(self._length(name) < size for name, size in job.get("sizes", {}).items()):
                 break
             self._finished(job, start)
@@ -188,7 +188,7 @@ class Jobs:
             file.seek(size)
 
     def _lines(self) -> Generator[tuple[int, Line]]:
-        """Where each whole line begins, and what it says; `_end` is where it ends."""
+        """(byte offset, record) of each complete line; `_end` is the offset of its end."""
         self._end = 0
         with self._log.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -210,7 +210,7 @@ class Jobs:
         yield from lines
 
     def _finished(self, job: Line, start: int) -> None:
-        """Keeps where a finished job's line begins; called for each when the work is resumed, and by `add`."""
+        """Keeps the offset of a finished job's line; called for each job when the work is resumed, and by `add`."""
         name = job["job"]
         self.lines[tuple(name) if isinstance(name, list) else name] = start
 
@@ -222,18 +222,18 @@ class Jobs:
         """Whether no job is finished."""
         return self._empty
 
-    def add(self, name: object, known: Mapping[str, object], parts: Mapping[str, bytes] | None = None) -> None:
-        """Notes a finished job.
+    def add(self, name: object, results: Mapping[str, object], parts: Mapping[str, bytes] | None = None) -> None:
+        """Records a finished job.
 
         Args:
-            name: any value of JSON.
-            known: what its line says beside the name.
-            parts: what each stream gets.
+            name: any JSON value.
+            results: further fields of its line.
+            parts: bytes to append to each stream.
 
         Raises:
-            UserError: the disk is full; the job is not noted, and others still can be.
+            UserError: the disk is full; the job is not recorded, later ones can be.
         """
-        job: Line = {"job": name, **known}
+        job: Line = {"job": name, **results}
         start, before = self._size, {stream: self._streams[stream].tell() for stream in parts or ()}
         try:
             for stream, part in (parts or {}).items():
@@ -266,11 +266,11 @@ class Jobs:
         except OSError as error:
             raise UserError(
                 "write-failed",
-                f"{self.place}: {system_reason(error)}; make room and repeat the command, what is finished is kept",
+                f"{self.place}: {system_reason(error)}; free disk space and repeat the command (finished work is kept)",
             ) from None
 
     def read(self, start: int) -> Line:
-        """The job whose line begins at a byte of the log."""
+        """The job whose line is at a byte offset of the log."""
         if self._reader is None:
             self._reader = self._log.open("rb")
         self._reader.seek(start)
@@ -286,9 +286,9 @@ class Jobs:
         return self.place / name
 
     def put(self, targets: Mapping[str, str | Path]) -> None:
-        """Gives streams their places as files of the output; then no job can be added.
+        """Renames streams to files of the output; after that no job can be added.
 
-        The work stays until it is removed, so that a kill in between costs no job.
+        The log stays until `remove`, so that a kill in between loses no job.
         """
         for file in self._streams.values():
             file.close()
@@ -297,7 +297,7 @@ class Jobs:
 
 
 def lock(file: BinaryIO, place: Path) -> None:
-    """Locks an open file until it is closed, so that no second process writes there.
+    """Locks an open file until it is closed, so that no second process writes to the same output.
 
     Raises:
         UserError: another process has locked it.

@@ -1,8 +1,8 @@
 """Preference groups as Parquet, streamed in both directions.
 
-The columns are the fields of `PreferenceGroup`. Two of them have another shape, because a column has one type: a
-document span is a struct ``{start, end, gold}``, and ``scores`` is a list of ``{name, value}``. Any other file with the
-columns a reader asks for is read too.
+The columns are the fields of `PreferenceGroup`. Two fields have another form, because a column has one type: a
+document span is a struct ``{start, end, gold}``, and ``scores`` is a list of ``{name, value}``. Other files with
+the columns that a reader requests are read too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROWS = 64
 
 
 def write_groups(path: str | Path, groups: Iterable[DataclassInstance]) -> int:
-    """Writes preference groups, aside first and renamed at the end; returns the count."""
+    """Writes preference groups, through a temporary file that is renamed; returns their number."""
     count, groups = 0, iter(groups)
     with new_file(path, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         while rows := [_row(group) for group in islice(groups, ROWS)]:
@@ -73,7 +73,7 @@ def read_rows(
 ) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields ``("file:row N", record)``; a null is an absent field.
 
-    Parts of one row group that a process reads in their order decode it once.
+    A process that reads the parts of a row group in order decodes it once.
 
     Args:
         row_group: only this one, and of it ``count`` rows after the first ``skip``.
@@ -92,7 +92,7 @@ def read_rows(
         batches.keep()
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            "file-damaged", f"{path}:row {number}: damaged from here on ({_reason(error)}); write the file anew"
+            "file-damaged", f"{path}:row {number}: damaged from there on ({_reason(error)}); write the file again"
         ) from None
 
 
@@ -113,7 +113,7 @@ class _Batches:
 
     @classmethod
     def at(cls, path: str | Path, row_group: int | None, skip: int) -> _Batches:
-        """Those behind the first ``skip`` rows."""
+        """The batches after the first ``skip`` rows."""
         kept, cls._kept = cls._kept, None
         if row_group is None or kept is None or kept._row > skip or kept._key != cls._key_of(path, row_group):
             kept = cls(path, row_group)
@@ -122,8 +122,8 @@ class _Batches:
 
     @staticmethod
     def _key_of(path: str | Path, row_group: int | None) -> tuple[str | Path | int | None, ...]:
-        found = Path(path).stat() if Path(path).is_file() else None
-        return str(path), row_group, *((found.st_ino, found.st_size, found.st_mtime_ns) if found else ())
+        stat = Path(path).stat() if Path(path).is_file() else None
+        return str(path), row_group, *((stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat else ())
 
     def take(self, count: int | None) -> Iterator[pa.RecordBatch]:
         """The next ``count`` rows, or all that are left."""
@@ -144,7 +144,7 @@ class _Batches:
             yield part
 
     def keep(self) -> None:
-        """Lets the next call of `at` go on from here."""
+        """Lets the next call of `at` continue at the current row."""
         if self._key[1] is not None:
             type(self)._kept = self
 
@@ -158,7 +158,7 @@ def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[s
                 batch.slice(index, 1).to_pylist()
             except UnicodeDecodeError:
                 raise UserError(
-                    "not-utf8", f"{path}:row {first + index}: a text is not UTF-8; write the file anew"
+                    "not-utf8", f"{path}:row {first + index}: a text is not UTF-8; write the file again"
                 ) from None
         raise
 
@@ -171,9 +171,9 @@ def row_group_sizes(path: str | Path) -> list[int]:
 
 def _open(path: str | Path) -> pq.ParquetFile:
     if not Path(path).is_file():
-        raise UserError("file-missing", f"{path}: no such file; give the path of a Parquet file")
+        raise UserError("file-missing", f"{path}: no such file; set the path of a Parquet file")
     try:
-        # Without a stream's buffer the whole row group is read at once, however large another writer made it.
+        # Without a buffer pyarrow reads an entire row group at once; those of other writers may be very large.
         return pq.ParquetFile(path, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
@@ -186,7 +186,7 @@ def _reason(error: BaseException) -> str:
 
 
 def record_of(row: Mapping[str, object]) -> dict[str, object]:
-    """A table's row as the record that it was made of; a null is an absent field."""
+    """The record from which a row of a table was written; a null is an absent field."""
     record = {name: value for name, value in row.items() if value is not None}
     scores = record.get("scores")
     if isinstance(scores, list) and all(isinstance(s, dict) and s.keys() == {"name", "value"} for s in scores):

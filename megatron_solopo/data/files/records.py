@@ -1,4 +1,4 @@
-"""Records in files: JSONL or Parquet, read one by one, whole or in parts, and written in one piece.
+"""Records in JSONL or Parquet files: read one by one, from an entire file or a part of it, and written at once.
 
 A file whose name ends in ``.parquet`` is Parquet, every other one JSONL.
 """
@@ -28,23 +28,23 @@ Record = dict[str, object]
 """A JSON object or a row of a table, not checked yet."""
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
-"""What JSON text that holds half of a surrogate pair has in it (texts with whole pairs have it too)."""
+"""The escape of half a surrogate pair in JSON text; complete pairs match too."""
 
 PART_BYTES = 4 << 20
-"""A part of a JSONL file ends with the line that makes it this long; it fits in memory many times over."""
+"""Bytes after which a part of a JSONL file ends with the current line."""
 PART_ROWS = 1024
-"""The most rows of a part of a Parquet file; our own row groups have `parquet.ROWS`."""
+"""The most rows of a part of a Parquet file; row groups that this package writes have `parquet.ROWS`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a file that can be read by itself.
+    """A range of a file that is read independently of the rest.
 
     Attributes:
-        start: the byte where it begins; of a Parquet file, the row group.
-        first: the number of its first line or row in the file, from 1.
-        count: its lines, empty ones included, or rows.
-        skip: the rows of the row group before it.
+        start: the byte offset; for a Parquet file, the row group.
+        first: the number of its first line or row in the file, counted from 1.
+        count: number of lines, including empty ones, or of rows.
+        skip: number of rows before it in the row group.
     """
 
     start: int
@@ -58,7 +58,7 @@ def is_parquet(path: str | Path) -> bool:
 
 
 def read_text(flag: str, path: str | Path) -> str:
-    """The text of the file that an option names, without a byte order mark.
+    """The text of the file of an option, without a byte order mark.
 
     Raises:
         UserError: it is not UTF-8.
@@ -99,7 +99,7 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("file-missing", f"{path}: {_absent(path)}; give the path of a JSONL file")
+        raise UserError("file-missing", f"{path}: {_absent(path)}; set the path of a JSONL file")
     start, first, count = (part.start, part.first, part.count) if part else (0, 1, None)
     with path.open("rb") as lines:
         lines.seek(start)
@@ -107,7 +107,7 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
             if number - first == count:
                 return
             if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)  # editors of some systems put it before a file
+                line = line.removeprefix(codecs.BOM_UTF8)  # some editors write it at the start of a file
             if line.strip():
                 where = f"{path}:{number}"
                 yield where, parse_line(line, where)
@@ -142,10 +142,11 @@ def parse_line(line: bytes, where: str) -> Record:
 
 
 def check_encodes(value: object, where: str) -> None:
-    """JSON can hold halves of surrogate pairs (``"\\ud83d"``), which no tokenizer and no file takes.
+    """Refuses texts with half of a surrogate pair (``"\\ud83d"`` in JSON), which no tokenizer accepts and UTF-8 cannot
+    encode.
 
     Raises:
-        UserError: naming ``where`` and what stands before the half.
+        UserError: naming ``where`` and the text before the half.
     """
     text = json.dumps(value, ensure_ascii=False)
     try:
@@ -158,18 +159,18 @@ def check_encodes(value: object, where: str) -> None:
 
 
 def scan(path: str | Path) -> tuple[str, list[Part]]:
-    """(sha256 in hex, parts in order) of a file. The parts depend on the file's bytes alone.
+    """(sha256 in hex, parts in order) of a file. The parts depend only on the file's bytes.
 
     Raises:
-        UserError: the file is missing, or a Parquet file is none.
+        UserError: the file is missing, or it is not Parquet though its name says so.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("file-missing", f"{path}: {_absent(path)}; give the path of a JSONL or Parquet file")
+        raise UserError("file-missing", f"{path}: {_absent(path)}; set the path of a JSONL or Parquet file")
     if is_parquet(path):
         parts, first = [], 1
         for group, size in enumerate(parquet.row_group_sizes(path)):
-            # Other writers put a million rows in a row group; what comes before a part is then read again for it.
+            # Row groups of other writers may have a million rows; each part decodes the rows before it again.
             for skip in range(0, size, PART_ROWS):
                 count = min(PART_ROWS, size - skip)
                 parts.append(Part(group, first, count, skip))
@@ -192,12 +193,12 @@ def scan(path: str | Path) -> tuple[str, list[Part]]:
 
 
 def write_records(path: str | Path, records: Iterable[DataclassInstance]) -> int:
-    """Writes preference groups as JSONL or Parquet, aside first and renamed at the end; returns the count."""
+    """Writes preference groups as JSONL or Parquet, through a temporary file that is renamed; returns their number."""
     return parquet.write_groups(path, records) if is_parquet(path) else write_jsonl(path, records)
 
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object] | DataclassInstance]) -> int:
-    """Writes dataclasses or dicts, one a line, aside first and renamed at the end; returns the count."""
+    """Writes dataclasses or dicts, one per line, through a temporary file that is renamed; returns their number."""
     count = 0
     with new_file(path) as out:
         for record in records:

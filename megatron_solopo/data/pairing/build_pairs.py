@@ -23,15 +23,15 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
 GOLD = "gold"
-"""The name that stands for a responses file in a dry run without a model, and for what ``--all-wrong`` may take."""
+"""The value of ``--responses`` for a dry run without a model, and a choice of ``--all-wrong``."""
 
 TWO_VALUED = ("sub_em", "sub_em_plain", "em")
-"""Scorers that know 0 and 1 only; their scores cannot rank right responses among themselves."""
+"""Scorers whose scores are 0 and 1 only, and so cannot rank correct responses."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """How pairs are made; see ``--help``."""
+    """Options of pairing; ``--help`` describes them."""
 
     score: Score
     correct_threshold: float = 0.5
@@ -48,13 +48,13 @@ class Pairing:
 def build_groups(
     pairs: Iterator[ContextPair], responses: Callable[[str], Responses | None], how: Pairing, counts: Counts
 ) -> Iterator[PreferenceGroup]:
-    """Yields the groups of every question that has a pair.
+    """Yields the preference groups of every question that has a pair.
 
-    Up to ``how.per_question`` different pairs a question; from the second on a group's id ends in ``#2``, ``#3``.
-    The choice depends on the seed and the question's id only.
+    A question has up to ``how.per_question`` different pairs; the ids of its second and later groups end in ``#2``,
+    ``#3``. The choice depends only on the seed and the question's id.
 
     Args:
-        responses: what was sampled for a question's id, None where it was not sampled.
+        responses: returns the sampled responses of a question's id, None if it was not sampled.
     """
     for pair in pairs:
         counts.questions += 1
@@ -69,7 +69,7 @@ def build_groups(
         counts.scored_responses += len(scored)
         counts.right_responses += len(right)
         counts.undecided_responses += len(scored) - len(right) - len(wrong)
-        more: dict[str, float] = {}
+        extra: dict[str, float] = {}
         rng = random.Random(f"{how.seed}\0{pair.id}")
         if not scored:
             counts.no_response += 1
@@ -85,7 +85,7 @@ def build_groups(
                 continue
             if choice == GOLD:
                 counts.gold += 1
-                more = {"chosen_is_gold": 1.0}
+                extra = {"chosen_is_gold": 1.0}
                 right = _scored(pair, [_sentence(pair.answers[0])], how)
                 candidates = how.policy(right, wrong, rng)
             else:
@@ -100,8 +100,8 @@ def build_groups(
             counts.undecided += 1
             continue
         share = {"share_right": round(sum(r.score > how.correct_threshold for r in scored) / len(scored), 4)}
-        for number, found in enumerate(distinct(candidates, how.per_question, right, wrong), 1):
-            yield _group(pair, number, found, share | more, how, counts)
+        for number, chosen_and_rejected in enumerate(distinct(candidates, how.per_question, right, wrong), 1):
+            yield _group(pair, number, chosen_and_rejected, share | extra, how, counts)
 
 
 def build_gold_groups(
@@ -109,10 +109,10 @@ def build_gold_groups(
 ) -> Iterator[PreferenceGroup]:
     """Groups without any model: the question's answer in a sentence against another question's answer.
 
-    For dry runs only: such responses were never sampled, and nothing is learnt from them about documents.
+    For dry runs only: no model sampled these responses, and training on them teaches nothing about documents.
 
     Args:
-        others: the answers of all questions, each once, in a fixed order.
+        others: the distinct answers of all questions, in a fixed order.
     """
     for pair in pairs:
         counts.questions += 1
@@ -134,7 +134,7 @@ def _sentence(answer: str) -> str:
 
 
 def _shuffled(items: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """The items in a random order, most of them never drawn: a few at random, then all of them."""
+    """A few random items, then all items in random order; callers seldom need more than the first few."""
     yield from rng.sample(items, min(len(items), 16))
     yield from rng.sample(items, len(items))
 
@@ -168,9 +168,9 @@ def _scored(
 
 
 def _group(
-    pair: ContextPair, number: int, found: Pair, scores: dict[str, float], how: Pairing, counts: Counts
+    pair: ContextPair, number: int, responses: Pair, scores: dict[str, float], how: Pairing, counts: Counts
 ) -> PreferenceGroup:
-    chosen, rejected = found
+    chosen, rejected = responses
     counts.groups += 1
     counts.with_ids += chosen.ids is not None or rejected.ids is not None
     counts.words.add(words(chosen.text), words(rejected.text))
@@ -198,15 +198,15 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="solopo build-pairs",
         description="Score responses and pair a right with a wrong one for every question that has both. "
-        "A killed run with a scorer of your own is resumed when the command is repeated.",
+        "A killed run with a user-defined scorer is resumed when the command is repeated.",
     )
     group = parser.add_argument_group("input and output")
-    group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
+    group.add_argument("--contexts", required=True, metavar="FILE", help="output of prepare-data")
     group.add_argument(
         "--responses",
         required=True,
         metavar="FILE",
-        help=f"what sample-responses wrote, or '{GOLD}': a dry run without a model, the gold answer in a sentence "
+        help=f"output of sample-responses, or '{GOLD}': a dry run without a model, the gold answer in a sentence "
         "against another question's answer",
     )
     group.add_argument(
@@ -217,10 +217,10 @@ def build_parser() -> Parser:
         "--scorer",
         default="sub_em",
         metavar="NAME",
-        help=f"{', '.join(SCORERS)}, or module:function of your own, called with the response, the list of accepted "
-        "answers and, if it has such a parameter, question=...; it returns a number. sub_em finds short gold answers "
-        "(yes, no, one short word, a number) as whole words of the response's answer part only; sub_em_plain is the "
-        "paper's, any part of the text (default: sub_em)",
+        help=f"{', '.join(SCORERS)}, or module:function for a function of yours, called with the response, the list of "
+        "accepted answers and, if it has such a parameter, question=...; it returns a number. sub_em finds short gold "
+        "answers (yes, no, one short word, a number) as whole words of the response's answer part only; sub_em_plain "
+        "is the paper's, any part of the text (default: sub_em)",
     )
     add_normalisation_option(group)
     group.add_argument(
@@ -273,14 +273,14 @@ def build_parser() -> Parser:
 def _check(options: argparse.Namespace) -> None:
     if options.pairs_per_question < 1:
         raise UserError(
-            "option-value", f"--pairs-per-question {options.pairs_per_question}: give a number of at least 1"
+            "option-value", f"--pairs-per-question {options.pairs_per_question}: set a number of at least 1"
         )
     for flag, value in (
         ("--correct-threshold", options.correct_threshold),
         ("--incorrect-threshold", options.incorrect_threshold),
     ):
         if not math.isfinite(value):
-            raise UserError("option-value", f"{flag} {value}: give a finite number")
+            raise UserError("option-value", f"{flag} {value}: set a finite number")
     if not options.incorrect_threshold <= options.correct_threshold:
         raise UserError(
             "option-conflict",
@@ -292,7 +292,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(
                 "option-conflict",
                 f"--{flag.replace('_', '-')} ranked with --scorer {options.scorer}: its scores are 0 and 1 only, so "
-                "equal responses have no rank; take f1 or a function of your own",
+                "equal responses have no rank; use f1 or module:function",
             )
 
 
@@ -345,7 +345,11 @@ def main(argv: list[str] | None = None) -> int:
 def _checked(
     groups: Iterator[PreferenceGroup], counts: Counts, source: InStep | None, options: argparse.Namespace
 ) -> Iterator[PreferenceGroup]:
-    """Passes groups on and refuses what is known at the end only, before the output is renamed into place."""
+    """Yields the groups, and checks the totals at their end, before the output is renamed into place.
+
+    Raises:
+        UserError: an id occurs twice, no group is left, or contexts and responses do not belong together.
+    """
     seen = set()
     for group in ProgressBar(groups, desc="pairing", unit="group", leave=False):
         if group.id in seen:
@@ -358,13 +362,15 @@ def _checked(
         seen.add(group.id)
         yield group
     if not counts.questions:
-        raise UserError("data-empty", f"--contexts {options.contexts}: holds no question; give what prepare-data wrote")
-    strangers = source.unasked() if source else set()
-    if strangers:
+        raise UserError(
+            "data-empty", f"--contexts {options.contexts}: holds no question; set the output of prepare-data"
+        )
+    unknown = source.unasked() if source else set()
+    if unknown:
         raise UserError(
             "responses-other-contexts",
-            f"--responses {options.responses}: {len(strangers)} ids are not in {options.contexts} (one is "
-            f"{min(strangers)!r}); give the contexts file the responses were sampled from",
+            f"--responses {options.responses}: {len(unknown)} ids are not in {options.contexts} (one is "
+            f"{min(unknown)!r}); set the contexts file that the responses were sampled from",
         )
     if not counts.groups:
         raise UserError(
@@ -373,7 +379,7 @@ def _checked(
             f"{counts.all_right} all right, {counts.all_wrong} all wrong, {counts.no_response} without a usable "
             f"response{f'; {counts.not_sampled} more were not sampled' if counts.not_sampled else ''}); "
             + (
-                "give contexts of more questions, whose answers differ"
+                "use contexts of more questions, whose answers differ"
                 if source is None
                 else "sample more responses, raise --temperature, or use another model"
             ),

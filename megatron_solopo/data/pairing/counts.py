@@ -1,4 +1,4 @@
-"""What ``solopo build-pairs`` counts, and says at its end."""
+"""Counts of ``solopo build-pairs``, which it prints at its end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_solopo.data.scoring import SCORERS
 
 @dataclass
 class Counts:
-    """What became of the questions, and the lengths of what was paired.
+    """Numbers of questions and responses by outcome, and the lengths of the paired responses.
 
     Attributes:
-        questions: all of the contexts; ``not_sampled`` are in no line of the responses.
+        questions: all questions of the contexts; ``not_sampled`` have no line in the responses.
         yes_or_no, short: sampled questions with such a gold answer (`answers.Gold.short`), each counted once.
-        short_responses, judged_otherwise: responses to both, and those of them that sub-EM and its plain form judge
-            differently.
+        short_responses, judged_otherwise: responses to these questions, and how many of them sub-EM and its plain
+            form score differently.
     """
 
     scorer: str = "sub_em"
@@ -50,7 +50,7 @@ class Counts:
         return self.questions - self.not_sampled
 
     def lines(self) -> list[str]:
-        """The counts for a person."""
+        """The lines that the command prints."""
 
         def share(count: int) -> str:
             return f"{count} ({count / max(self.sampled, 1):.1%})"

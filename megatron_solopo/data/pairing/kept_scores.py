@@ -1,4 +1,4 @@
-"""Scores of a user's function, kept until the pairs are written: a judge that asks a model takes hours."""
+"""Scores of a user's function, kept on disk until the pairs are written: a judge that calls a model takes hours."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Score = Callable[[str, Sequence[str], Sequence[str]], list[float]]
 
 @contextlib.contextmanager
 def kept_scores(name: str, scorer: Scorer, output: Path) -> Iterator[Score]:
-    """The scores of ``--scorer NAME``; those of a user's function stay in ``OUTPUT.partial`` until the block succeeds.
+    """The scores of ``--scorer NAME``. Scores of a user's function are kept in ``OUTPUT.partial`` until the block ends.
 
-    A job is the responses of a question that were scored together. It is named by their content, so that a change of
-    the input files or of the other options costs no score. Metrics of `scoring.SCORERS` are fast and computed again.
+    A job is one question with its responses. Its name is a hash of their content, so that scores stay valid when the
+    input files or other options change. Metrics of `scoring.SCORERS` are fast and computed again.
 
     Raises:
-        UserError: as `Jobs`; scores of another scorer are there.
+        UserError: as `Jobs`; the file holds scores of another scorer.
     """
 
     def scored(question: str, answers: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -36,9 +36,10 @@ def kept_scores(name: str, scorer: Scorer, output: Path) -> Iterator[Score]:
     with Jobs(output.with_name(output.name + ".partial")) as jobs:
         jobs.begin({"version": __version__, "scorer": name}, head={"code": scorer.digest})
         if not jobs.empty:
-            changed = "" if jobs.head["code"] == scorer.digest else f"; the code of {name} is another now"
+            changed = "" if jobs.head["code"] == scorer.digest else f"; the code of {name} has changed"
             print(
-                f"resuming: {len(jobs.lines)} questions were scored before{changed} (delete {jobs.place} to score anew)"
+                f"resuming: {len(jobs.lines)} questions were scored before{changed} "
+                f"(delete {jobs.place} to score them again)"
             )
 
         def kept(question: str, answers: Sequence[str], responses: Sequence[str]) -> list[float]:

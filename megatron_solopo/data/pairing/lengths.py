@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 FEWEST = 20
-"""Pairs below which a difference is chance."""
+"""With fewer pairs a difference is likely chance, and no warning is printed."""
 RATIO, SHARE = 1.5, 0.8
-"""A ratio of means, or a share of the pairs in one direction, that is worth a word."""
+"""The ratio of means, and the share of pairs in one direction, from which a warning is printed."""
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Lengths:
     """Counts of lengths; memory grows with the number of different lengths, not of pairs.
 
     Attributes:
-        unit: what a length is counted in, "words" or "tokens".
+        unit: of the lengths, "words" or "tokens".
         longer, shorter: pairs whose chosen response is longer, shorter than the rejected one.
     """
 
@@ -37,7 +37,7 @@ class Lengths:
         return lengths
 
     def add(self, chosen: int, rejected: int) -> None:
-        """One more pair."""
+        """Counts a pair."""
         self.chosen[chosen] += 1
         self.rejected[rejected] += 1
         self.longer += chosen > rejected
@@ -47,14 +47,14 @@ class Lengths:
         return self.chosen.total()
 
     def line(self) -> str:
-        """Mean, median and extremes of both sides, and how many pairs go which way."""
+        """Mean, median and range of chosen and rejected lengths, and the shares of pairs whose chosen one is longer."""
         return (
             f"length in {self.unit}: chosen {_spread(self.chosen)}; rejected {_spread(self.rejected)}; chosen longer "
             f"in {self.longer / len(self):.1%} of the groups, shorter in {self.shorter / len(self):.1%}"
         )
 
     def bias(self) -> str | None:
-        """A warning where the two sides differ so much that length itself may be learnt."""
+        """A warning if the two sides differ so much that the model may learn length itself, else None."""
         if len(self) < FEWEST:
             return None
         chosen, rejected = _mean(self.chosen), _mean(self.rejected)

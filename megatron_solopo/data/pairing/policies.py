@@ -12,7 +12,7 @@ from megatron_solopo.data.answers import answer_part, normalise, words_of
 
 @dataclass(frozen=True)
 class Scored:
-    """A response with its score; ``ids`` are the token ids it was sampled as, None where only the text is known."""
+    """A response with its score; ``ids`` are its sampled token ids, None if only the text was recorded."""
 
     text: str
     score: float
@@ -23,7 +23,7 @@ Pair = tuple[Scored, Scored]
 """(chosen, rejected)."""
 
 Policy = Callable[[Sequence[Scored], Sequence[Scored], random.Random], Iterator[Pair]]
-"""(right, wrong, generator) -> pairs, endless; the first different ones are taken."""
+"""(right, wrong, generator) -> an endless iterator of pairs, of which the first distinct ones are used."""
 
 
 def words(text: str) -> int:
@@ -31,19 +31,19 @@ def words(text: str) -> int:
 
 
 def final_answer(text: str) -> str:
-    """The `answer_part` of a response, else the whole of it, normalised."""
+    """The normalised `answer_part` of a response, or the normalised response if it has none."""
     start, end = answer_part(text)
     return normalise(text[start:end]) or normalise(text)
 
 
 def random_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """A right and a wrong response, both uniform over the samples (a frequent one is taken more often)."""
+    """A right and a wrong response, both uniform over the samples (a frequent text is drawn more often)."""
     while True:
         yield rng.choice(right), rng.choice(wrong)
 
 
 def shortest_correct_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """The right responses from the shortest on, each with a random wrong one."""
+    """The right responses in order of length, each with a random wrong one."""
     while True:
         for chosen in sorted(right, key=lambda response: words(response.text)):
             yield chosen, rng.choice(wrong)
@@ -59,10 +59,10 @@ def length_matched_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: 
 
 
 def best_worst_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """From the highest score with the lowest inwards, each text once, equal scores in a random order."""
+    """Pairs of high and low scores, the most extreme first; each text once, equal scores in a random order."""
     best = _once(sorted(rng.sample(right, len(right)), key=lambda response: -response.score))
     worst = _once(sorted(rng.sample(wrong, len(wrong)), key=lambda response: response.score))
-    # Pairs in order of how far both stand from their end.
+    # Ordered by the sum of both ranks.
     order = sorted(
         ((b, w) for b in range(len(best)) for w in range(len(worst))), key=lambda pair: (sum(pair), max(pair))
     )
@@ -82,16 +82,16 @@ def _once(responses: Sequence[Scored]) -> list[Scored]:
 def most_frequent_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
     """Responses with the most frequent right final answer against those with the most frequent wrong one.
 
-    The first is the answer the model is surest of, the second its commonest mistake.
+    The first is the answer that the model is most certain of, the second its most common mistake.
     """
-    chosen, rejected = _with_commonest_answer(right), _with_commonest_answer(wrong)
+    chosen, rejected = _with_most_common_answer(right), _with_most_common_answer(wrong)
     return random_pairs(chosen, rejected, rng)
 
 
-def _with_commonest_answer(responses: Sequence[Scored]) -> list[Scored]:
+def _with_most_common_answer(responses: Sequence[Scored]) -> list[Scored]:
     answers = [final_answer(response.text) for response in responses]
-    ((commonest, _),) = Counter(answers).most_common(1)
-    return [response for response, answer in zip(responses, answers, strict=True) if answer == commonest]
+    ((most_common, _),) = Counter(answers).most_common(1)
+    return [response for response, answer in zip(responses, answers, strict=True) if answer == most_common]
 
 
 POLICIES: dict[str, Policy] = {
@@ -101,22 +101,22 @@ POLICIES: dict[str, Policy] = {
     "best_worst": best_worst_pairs,
     "most_frequent": most_frequent_pairs,
 }
-"""Every way to pick pairs, by the name ``--policy`` knows it under."""
+"""The policies by their names in ``--policy``."""
 
 
-def distinct(candidates: Iterator[Pair], wanted: int, right: Sequence[Scored], wrong: Sequence[Scored]) -> list[Pair]:
-    """The first ``wanted`` pairs of different texts; a policy that keeps repeating itself ends the search.
+def distinct(candidates: Iterator[Pair], count: int, right: Sequence[Scored], wrong: Sequence[Scored]) -> list[Pair]:
+    """The first ``count`` pairs of distinct texts; fewer if the policy keeps repeating pairs.
 
     Args:
-        right, wrong: what the candidates are drawn from.
+        right, wrong: the responses that the candidates are drawn from.
     """
     possible = len(_once(right)) * len(_once(wrong))
-    # So many draws miss one sample of each side, once among many of the same text, with a probability of 0.7 %.
-    draws = max(20 * wanted, 5 * len(right) * len(wrong))
-    found: dict[tuple[str, str], Pair] = {}
+    # With so many draws a pair of two rare samples is missed with a probability of 0.7 %.
+    draws = max(20 * count, 5 * len(right) * len(wrong))
+    pairs: dict[tuple[str, str], Pair] = {}
     for _, pair in zip(range(draws), candidates, strict=False):
-        if pair[0].text != pair[1].text:  # a scorer of one's own may disagree with itself
-            found.setdefault((pair[0].text, pair[1].text), pair)
-        if len(found) == min(wanted, possible):
+        if pair[0].text != pair[1].text:  # a user's scorer may score one text differently
+            pairs.setdefault((pair[0].text, pair[1].text), pair)
+        if len(pairs) == min(count, possible):
             break
-    return list(found.values())
+    return list(pairs.values())
