@@ -245,7 +245,7 @@ DATA = [
     *within(
         "data/sampling/responses.py",
         SAMPLING,
-        ("every sample asked for again", "if number not in there]", "]"),
+        ("every sample requested again", "if number not in present]", "]"),
     ),
     *within(
         "atomic.py",

@@ -1,4 +1,4 @@
-"""Sampled responses on disk: the finished file, and the one that a killed run resumes from."""
+"""Sampled responses on disk: the complete output, and the jobs file from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_solopo.errors import UserError, system_reason
 class Responses:
     """A line of a responses file; ``finished[i]`` says whether ``responses[i]`` ended by itself.
 
-    ``token_ids[i]`` are the ids that were sampled, without the end-of-turn token; None where tokenising the text gives
-    those very ids, or where only the text is known. None for the whole line stands for None for each response.
+    ``token_ids[i]`` are the sampled ids, without the end-of-turn token; None where tokenising the text gives the same
+    ids, or where only the text is known. ``token_ids`` is None where it would hold None for every response.
     """
 
     id: Name
@@ -32,35 +32,35 @@ class Responses:
     token_ids: list[list[Whole] | None] | None = None
 
     def record(self) -> Record:
-        """What is written; ``token_ids`` only where there are some."""
+        """The JSON object of the line; it has ``token_ids`` only if any are known."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def cut(record: Responses, start: int, stop: int) -> Responses:
-    """Its responses ``start`` to ``stop - 1``."""
+    """The responses ``start`` to ``stop - 1`` of a line."""
     ids = record.token_ids[start:stop] if record.token_ids else []
     return Responses(
         record.id,
         record.responses[start:stop],
         record.finished[start:stop],
-        ids if any(one is not None for one in ids) else None,
+        ids if any(sampled is not None for sampled in ids) else None,
     )
 
 
 def runs(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Ascending numbers in runs of neighbours."""
-    for _, run in groupby(enumerate(numbers), lambda place: place[1] - place[0]):
+    """Splits ascending numbers into runs of consecutive ones."""
+    for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         yield [number for _, number in run]
 
 
 def joined(parts: Sequence[Responses]) -> Responses:
-    """The responses of one question that were sampled in parts, in the order given."""
+    """Joins the parts of one question's responses, in their order."""
     ids = [ids for part in parts for ids in part.token_ids or [None] * len(part.responses)]
     return Responses(
         parts[0].id,
         [text for part in parts for text in part.responses],
         [finished for part in parts for finished in part.finished],
-        ids if any(found is not None for found in ids) else None,
+        ids if any(sampled is not None for sampled in ids) else None,
     )
 
 
@@ -83,116 +83,119 @@ _RESPONSES = TypeAdapter(Responses)
 def _responses(record: Record, where: str) -> Responses:
     texts = record.get("responses")
     all_finished = [True] * len(texts) if isinstance(texts, list) else []
-    found = validated(_RESPONSES, record, where, finished=all_finished)
-    for name, values in (("finished", found.finished), ("token_ids", found.token_ids)):
-        if values is not None and len(values) != len(found.responses):
+    responses = validated(_RESPONSES, record, where, finished=all_finished)
+    for name, values in (("finished", responses.finished), ("token_ids", responses.token_ids)):
+        if values is not None and len(values) != len(responses.responses):
             raise UserError(
                 "field-value",
-                f"{where}: the field '{name}' must be a list as long as 'responses' ({len(found.responses)})",
+                f"{where}: the field '{name}' must be a list as long as 'responses' ({len(responses.responses)})",
             )
-    for index, ids in enumerate(found.token_ids or ()):
-        check_ids(ids, found.responses[index], f"{where}: the field 'token_ids[{index}]'")
-    return found
+    for index, ids in enumerate(responses.token_ids or ()):
+        check_ids(ids, responses.responses[index], f"{where}: the field 'token_ids[{index}]'")
+    return responses
 
 
 def check_ids(ids: list[int] | None, text: str, where: str) -> None:
-    """Refuses token ids that no response can have; an empty one has none."""
+    """Refuses token ids that no response can have; only an empty response has no ids."""
     if ids is not None and (min(ids) < 0 if ids else text.strip()):
         raise UserError("field-value", f"{where} must be a non-empty list of token ids")
 
 
 class InStep:
-    """Responses of a file, asked for in the order of the contexts and read once.
+    """Responses of a file, looked up in the order of the contexts and read once.
 
-    A file in that order, which is how ``sample-responses`` writes it, needs no memory; what comes earlier in the file
-    than it is asked for waits here.
+    A file in that order, as ``sample-responses`` writes it, needs no memory; lines that precede the requested one are
+    kept in memory until they are requested.
 
     Raises:
         UserError: a malformed responses file.
     """
 
     def __init__(self, path: str) -> None:
-        self._left = {record.id for record in read_responses(path)}
+        self._remaining = {record.id for record in read_responses(path)}
         self._records = read_responses(path)
         self._waiting: dict[str, Responses] = {}
 
     def __call__(self, question_id: str) -> Responses | None:
-        if question_id not in self._left:
+        if question_id not in self._remaining:
             return None
-        self._left.remove(question_id)
+        self._remaining.remove(question_id)
         while question_id not in self._waiting:
             record = next(self._records)
             self._waiting[record.id] = record
         return self._waiting.pop(question_id)
 
     def unasked(self) -> set[str]:
-        """The ids that nobody asked for."""
-        return self._left
+        """The ids that were not requested."""
+        return self._remaining
 
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """Where samples of a question are in the jobs file, and how many."""
+    """Samples of a question in the jobs file: the byte where their line starts, and their number."""
 
     start: int
     count: int
 
 
 def settings_path(output: Path) -> Path:
-    """The file beside an output that says how its responses were sampled."""
+    """The path of the settings file of an output, which records how its responses were sampled."""
     return output.with_name(output.name + ".settings.json")
 
 
 @dataclass(frozen=True)
-class _Beside:
+class _SettingsFile:
     settings: Record
     bytes: int
 
 
-_BESIDE = TypeAdapter(_Beside)
+_SETTINGS_FILE = TypeAdapter(_SettingsFile)
 
 
 def output_settings(output: Path, file: Path | None = None) -> Record | None:
-    """The settings that a finished output was sampled under; None: nothing beside it says so.
+    """Returns the settings with which a complete output was sampled; None if no settings file belongs to it.
 
     Args:
-        file: what to look at, where it is not yet in the output's place.
+        file: the complete output, if it is not yet renamed to ``output``.
     """
     try:
-        recorded = _BESIDE.validate_json(settings_path(output).read_bytes())
+        recorded = _SETTINGS_FILE.validate_json(settings_path(output).read_bytes())
         return recorded.settings if recorded.bytes == (file or output).stat().st_size else None
     except (OSError, ValidationError):
         return None
 
 
 def check_output(output: Path, settings: Mapping[str, object]) -> None:
-    """Refuses to extend a finished output that was not sampled under these settings.
+    """Refuses to extend a complete output that was sampled with other settings.
 
     Args:
-        settings: some of them or all.
+        settings: the settings to compare; others of the output may differ.
+
+    Raises:
+        UserError: the settings differ, or the output has no settings file.
     """
-    made = output_settings(output)
-    if made is None:
+    recorded = output_settings(output)
+    if recorded is None:
         raise UserError(
             "file-exists",
-            f"--output {output}: is already complete, and {settings_path(output).name} is not there or is another "
-            "file's, so it cannot be extended; give another name, or --overwrite to sample again",
+            f"--output {output}: is complete already, and {settings_path(output).name} is missing or belongs to "
+            "another file, so it cannot be extended; set another name, or sample again with --overwrite",
         )
-    for name, before, after in differences({name: made.get(name) for name in settings}, settings):
+    for name, before, after in differences({name: recorded.get(name) for name in settings}, settings):
         raise UserError(
             "output-other-settings",
-            f"--output {output}: was sampled with {name} = {before!r}, now {after!r}; give another name, or "
-            "--overwrite to sample again",
+            f"--output {output}: was sampled with {name} = {before!r}, now {after!r}; set another name, or sample "
+            "again with --overwrite",
         )
 
 
 class SampledJobs(Jobs):
-    """Responses sampled so far, in ``OUTPUT.partial``: a job is what was sampled at once.
+    """Responses sampled so far, in ``OUTPUT.partial``; a job is a batch of samples of one question.
 
-    It is named ``[question, first, count]``: the samples of a question from number ``first`` on. Memory holds where the
-    lines are, not what is in them.
+    A job is named ``[question, first, count]``: ``count`` samples of a question from number ``first`` on. Memory holds
+    the offsets of the lines, not their responses.
 
-    A finished output is extended (`extend`): it stays until the new one is complete.
+    A complete output can be extended (`extend`); it is kept until the new one is complete.
 
     Raises:
         UserError: as `Jobs`.
@@ -205,14 +208,14 @@ class SampledJobs(Jobs):
         put_in_place(output)
 
     def begin_sampling(self, settings: Mapping[str, object], anew: bool = False) -> None:
-        """Resumes or begins the work.
+        """Resumes the sampling of ``OUTPUT.partial``, or starts it.
 
         Args:
-            settings: those that decide a response.
-            anew: leave out what a finished output holds, and what an unfinished extension of it does.
+            settings: the settings that determine the responses.
+            anew: drop the responses of a complete output, and those of an unfinished extension of it.
 
         Raises:
-            UserError: as `Jobs.begin`; or the finished output cannot be extended (`check_output`).
+            UserError: as `Jobs.begin`; or the complete output cannot be extended (`check_output`).
         """
         self._extends = self._output.exists() and not anew
         if self._extends:
@@ -234,45 +237,48 @@ class SampledJobs(Jobs):
         return question_id in self._samples
 
     def extend(self, ids: Sequence[str], samples: int) -> bool:
-        """Copies here what a finished output holds.
+        """Copies the responses of a complete output into the jobs file.
 
         Returns:
-            False where it holds all these samples; nothing is copied then.
+            False if the output holds all requested samples already; then nothing is copied.
         """
         if not self._extends:
             return True
         held = {record.id: len(record.responses) for record in read_responses(self._output)}
         if all(held.get(name, 0) >= samples for name in ids):
-            if all(self._behind(name) <= held.get(name, 0) for name in self._samples):
-                self.remove()  # a kill left what is in the output
+            if all(self._stop(name) <= held.get(name, 0) for name in self._samples):
+                self.remove()  # a killed command left jobs that are in the output
             return False
         for record in read_responses(self._output):
             for run in runs(self.missing(record.id, len(record.responses))):
                 self.add_samples(cut(record, run[0], run[-1] + 1), run[0])
         return True
 
-    def _behind(self, question_id: str) -> int:
-        """The number behind the last sample of a question that is there."""
+    def _stop(self, question_id: str) -> int:
+        """One more than the number of the last sample of a question."""
         return max(first + part.count for first, part in self._samples[question_id].items())
 
     def missing(self, question_id: str, samples: int) -> list[int]:
-        """The numbers of the samples that are not there yet, ascending."""
+        """Returns the numbers of the samples that are not in the jobs file yet, ascending."""
         parts = self._samples.get(question_id, {})
-        there = {first + index for first, part in parts.items() for index in range(part.count)}
-        return [number for number in range(samples) if number not in there]
+        present = {first + index for first, part in parts.items() for index in range(part.count)}
+        return [number for number in range(samples) if number not in present]
 
     def add_samples(self, responses: Responses, first: int = 0) -> None:
-        """Writes what was sampled, at once; ``first`` is the number of its first sample."""
-        known = {name: value for name, value in responses.record().items() if name != "id"}
-        self.add([responses.id, first, len(responses.responses)], known)
+        """Writes responses as one line; ``first`` is the number of the first sample."""
+        fields = {name: value for name, value in responses.record().items() if name != "id"}
+        self.add([responses.id, first, len(responses.responses)], fields)
 
     def finish(self, ids: Sequence[str], samples: int, notes: Mapping[str, object] | None = None) -> bool:
-        """Writes the output: questions in the order of ``ids``, of each the first ``samples`` samples in order.
+        """Writes the output and its settings file, and removes the jobs if the output holds all of them.
 
-        Beside it go its settings. The jobs are removed where all of them are in the output.
+        Questions are in the order of ``ids``, each with its first ``samples`` samples in order.
 
         Args:
-            notes: what the settings file says beside the settings.
+            notes: further entries of the settings file.
+
+        Raises:
+            UserError: the output cannot be written.
 
         Returns:
             Whether the jobs were removed.
@@ -285,9 +291,9 @@ class SampledJobs(Jobs):
                     out.write(json.dumps(cut(joined(parts), 0, samples).record(), ensure_ascii=False) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
-                # Before the output takes its place: after a kill, `put_in_place` knows by them that it is whole.
-                beside = {"settings": self.settings, **(notes or {}), "bytes": os.fstat(out.fileno()).st_size}
-                write_text(settings_path(output), json.dumps(beside, ensure_ascii=False))
+                # Before the output is renamed: after a kill, `put_in_place` sees by them that it is complete.
+                record = {"settings": self.settings, **(notes or {}), "bytes": os.fstat(out.fileno()).st_size}
+                write_text(settings_path(output), json.dumps(record, ensure_ascii=False))
         except OSError as error:
             raise UserError(
                 "write-failed",
@@ -305,7 +311,7 @@ class SampledJobs(Jobs):
 
 
 def put_in_place(output: Path) -> None:
-    """Ends what a command that was killed in `finish` began: an output that is whole, which its settings' size tells,
-    takes its place."""
+    """Completes a `finish` that was killed: renames the new output to its place if it is complete, that is, if it has
+    the size that its settings file records."""
     if output_settings(output, file_aside(output)) is not None:
         finish_file(output)

@@ -1,4 +1,4 @@
-"""``solopo sample-responses``: N sampled responses a question, in process or from an OpenAI-compatible server."""
+"""``solopo sample-responses``: N responses per question, sampled in process or from an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ SERVER = {
     "max_retries": 8,
     "api_key_env": None,
 }
-"""Options that only one of the two backends reads, and their defaults."""
+"""Options that only one of the two backends has, and their defaults."""
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="solopo sample-responses",
         description="Sample responses to every question of a contexts file, with a Hugging Face model in this process "
-        "or from a server. A killed run continues where it was when the command is repeated, and a larger --samples or "
-        "--limit extends a complete output.",
+        "or from a server. To resume a stopped run, repeat the command. A larger --samples or --limit extends "
+        "a complete output.",
     )
     group = parser.add_argument_group("input and output")
-    group.add_argument("--contexts", required=True, metavar="FILE", help="what prepare-data wrote")
+    group.add_argument("--contexts", required=True, metavar="FILE", help="contexts file of prepare-data")
     group.add_argument("--output", required=True, metavar="FILE", help="responses, JSONL of {id, responses, finished}")
-    group.add_argument("--overwrite", action="store_true", help="sample an output anew that is complete")
+    group.add_argument("--overwrite", action="store_true", help="replace a complete output")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
     group.add_argument(
         "--sample-on",
@@ -63,7 +63,7 @@ def build_parser() -> Parser:
     )
     add_tokenizer_options(parser, required=False)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--samples", type=int, default=32, metavar="N", help="responses a question (default: 32)")
+    group.add_argument("--samples", type=int, default=32, metavar="N", help="responses per question (default: 32)")
     group.add_argument(
         "--temperature", type=float, default=0.85, metavar="T", help="0: the most probable token (default: 0.85)"
     )
@@ -81,7 +81,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="a response that has not ended by then is marked as unfinished (default: 512)",
     )
-    group.add_argument("--seed", type=int, default=0, help="with a question's id it decides its responses (default: 0)")
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     group = parser.add_argument_group("in this process")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one (default)")
     group.add_argument(
@@ -102,14 +102,14 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--server-kind",
         choices=("auto", "vllm", "sglang", "llama.cpp", "transformers", "other"),
-        help="which fields beyond OpenAI's it is sent; auto: by what it says of itself (default)",
+        help="decides which fields beyond OpenAI's are sent; auto: detected from the server (default)",
     )
     group.add_argument("--concurrency", type=int, metavar="N", help="requests in flight (default: 32)")
     group.add_argument(
         "--samples-per-request",
         type=int,
         metavar="N",
-        help="responses asked for in one request (default: 8; 1 at temperature 0 and where the server gives only one)",
+        help="responses per request (default: 8; 1 at temperature 0 and where the server returns only one)",
     )
     group.add_argument("--request-timeout", type=float, metavar="S", help="seconds a request may take (default: 600)")
     group.add_argument(
@@ -124,7 +124,11 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuses wrong values and options that would have no effect, and fills in the defaults of the others."""
+    """Sets the defaults of options that were not passed.
+
+    Raises:
+        UserError: a value is wrong, or an option would have no effect.
+    """
     unread, needed = (IN_PROCESS, "leave --server out") if options.server else (SERVER, "needs --server")
     for name in unread:
         if getattr(options, name) is not None:
@@ -143,21 +147,21 @@ def _check(options: argparse.Namespace) -> None:
     ):
         value = getattr(options, name)
         if value is not None and value < low:
-            raise UserError("option-value", f"--{name.replace('_', '-')} {value}: give a number of at least {low}")
+            raise UserError("option-value", f"--{name.replace('_', '-')} {value}: set a number of at least {low}")
     if (options.concurrency or 1) > 1000:
         raise UserError(
-            "option-value", f"--concurrency {options.concurrency}: the client has 1000 connections; give at most that"
+            "option-value", f"--concurrency {options.concurrency}: the client has 1000 connections; set at most 1000"
         )
     if options.request_timeout is not None and not options.request_timeout > 0:
         raise UserError(
-            "option-value", f"--request-timeout {options.request_timeout}: give a positive number of seconds"
+            "option-value", f"--request-timeout {options.request_timeout}: set a positive number of seconds"
         )
     if not options.temperature >= 0:
         raise UserError(
-            "option-value", f"--temperature {options.temperature}: give 0 (most probable token) or a positive number"
+            "option-value", f"--temperature {options.temperature}: set 0 (most probable token) or a positive number"
         )
     if not 0 < options.top_p <= 1:
-        raise UserError("option-value", f"--top-p {options.top_p}: give a number above 0 and at most 1")
+        raise UserError("option-value", f"--top-p {options.top_p}: set a number above 0 and at most 1")
     if (options.samples_per_request or 1) > 1 and options.temperature == 0:
         raise UserError(
             "option-conflict",
@@ -168,13 +172,13 @@ def _check(options: argparse.Namespace) -> None:
         require("--server", "openai", "server")
     if options.server and not _is_url(options.server):
         raise UserError(
-            "option-value", f"--server {options.server}: not a URL; give one such as http://localhost:8000/v1"
+            "option-value", f"--server {options.server}: not a URL; set one such as http://localhost:8000/v1"
         )
     if options.server and options.tokenizer is None and not Path(options.model).is_dir():
         raise UserError(
             "option-missing",
-            f"--tokenizer is missing: --model {options.model} is a name that the server knows; give the Hugging Face "
-            "folder of its tokenizer" + (f" ({hub})" if (hub := download(options.model)) else ""),
+            f"--tokenizer is missing: --model {options.model} is a name on the server; set the Hugging Face folder of "
+            "its tokenizer" + (f" ({hub})" if (hub := download(options.model)) else ""),
         )
     check_outputs([("--output", options.output)], [("--contexts", options.contexts), *files_of(options)])
     check_jsonl("--output", options.output)
@@ -202,17 +206,17 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     _check(options)
     named = TokenizerOptions.of(options, options.model)
-    with SampledJobs(Path(options.output)) as jobs:  # before anything is written: a second command is refused here
+    with SampledJobs(Path(options.output)) as jobs:  # locked before anything is written
         return _sample(options, named, jobs)
 
 
 def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJobs) -> int:
     output = Path(options.output)
-    begun = jobs.settings
-    if not begun and not options.overwrite:
-        begun = output_settings(output) or {}
+    earlier = jobs.settings
+    if not earlier and not options.overwrite:
+        earlier = output_settings(output) or {}
     tokenizer = named.load(
-        begun_with=template_kwargs.recorded_date(begun.get(template_kwargs.DATE)),
+        begun_with=template_kwargs.recorded_date(earlier.get(template_kwargs.DATE)),
         of_data=first_field(options.contexts, template_kwargs.DATE),
     )
     prompts = Prompts(output.parent, islice(_prompts(options, tokenizer), options.limit))
@@ -239,12 +243,12 @@ def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJ
     if not jobs.extend(prompts.names, options.samples):
         print(f"{output} holds {options.samples} responses to each of {len(prompts)} questions already")
         return 0
-    begin = time.monotonic()
+    start = time.monotonic()
     backend.run(jobs, statistics)
-    seconds = time.monotonic() - begin
-    whole = jobs.finish(prompts.names, options.samples, backend.notes)
+    seconds = time.monotonic() - start
+    complete = jobs.finish(prompts.names, options.samples, backend.notes)
     print(f"wrote {len(prompts)} questions x {options.samples} responses to {options.output}")
-    if not whole:
+    if not complete:
         print(f"  more samples or questions are in {jobs.place}, for a larger --samples or --limit")
     if statistics.responses:
         speed, mean = statistics.tokens / max(seconds, 1e-9), statistics.tokens / statistics.responses

@@ -1,4 +1,4 @@
-"""From what a model sampled to `Responses`: texts without their end of turn, and the ids where the text loses them."""
+"""Makes `Responses` of sampled ids or texts: texts without their end of turn, and ids that tokenising would change."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Statistics:
     """Counts over responses.
 
     Attributes:
-        tokens: sampled ones, ends of turn included.
-        mismatches: responses whose text, tokenised for training, gives other ids than were sampled; where a server
-            tells only how many tokens a request took, requests whose texts have another number of ids.
+        tokens: sampled tokens, ends of turn included.
+        mismatches: responses whose text, tokenised for training, has other ids than were sampled; where a server
+            reports only the number of tokens of a request, requests whose texts have another number of ids.
     """
 
     responses: int = 0
@@ -42,12 +42,12 @@ def from_ids(
 ) -> Responses:
     """Responses whose ids are known.
 
-    Ids are kept where training would not find them again by tokenising the text (other merges, spaces that the template
-    strips, special tokens inside). All of them would more than double the file.
+    Ids are kept where tokenising the text would give others (other merges, spaces that the template strips, special
+    tokens inside). To keep all ids would more than double the file.
 
     Args:
         sampled: the ids of each response, with or without its end of turn.
-        finished: which of them ended by themselves; the last id of those is dropped where it is one of ``stop_ids``.
+        finished: which of them ended by themselves; their last id is dropped if it is one of ``stop_ids``.
     """
     bodies = [
         list(ids[:-1]) if end and ids and ids[-1] in stop_ids else list(ids)
@@ -55,7 +55,7 @@ def from_ids(
     ]
     texts = tokenizer.batch_decode(bodies, skip_special_tokens=True)
     kept = [
-        body if text.strip() and _learnt(tokenizer, prompt, text) != body else None
+        body if text.strip() and _training_ids(tokenizer, prompt, text) != body else None
         for body, text in zip(bodies, texts, strict=True)
     ]
     _count(statistics, texts, finished, sum(map(len, sampled)), sum(ids is not None for ids in kept))
@@ -73,23 +73,26 @@ def from_texts(
     """Responses of which only the texts are known; an end of turn in a text ends it there.
 
     Args:
-        tokens: how many the server says were sampled, ends of turn included; None where it does not. Of several
-            responses some servers count the first only: a number nearer to that one's than to that of all is not used.
+        tokens: sampled tokens as the server reports them, ends of turn included; None if it does not. Some servers
+            count only the first of several responses: a count nearer to the first one's than to the sum is ignored.
     """
     parts = [text.partition(end_of_turn(tokenizer)) for text in texts]
     texts = [text for text, _, _ in parts]
     finished = [end or bool(mark) for end, (_, mark, _) in zip(finished, parts, strict=True)]
-    each = [len(_learnt(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True)]
-    again = sum(each)
-    if tokens is None or (len(each) > 1 and abs(tokens - each[0]) <= abs(tokens - again)):
-        tokens = again
-    _count(statistics, texts, finished, tokens, int(tokens != again))
+    counts = [len(_training_ids(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True)]
+    total = sum(counts)
+    if tokens is None or (len(counts) > 1 and abs(tokens - counts[0]) <= abs(tokens - total)):
+        tokens = total
+    _count(statistics, texts, finished, tokens, int(tokens != total))
     return Responses(prompt.id, texts, finished)
 
 
-def _learnt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
-    """The ids that training finds for a text, without the end of turn; a text of spaces is never trained on, nor is one
-    that the chat template does not fit, whose ids are kept."""
+def _training_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
+    """The ids that training computes for a text, without the end of turn.
+
+    Empty for a text that the chat template refuses, so that its sampled ids are kept. A text of spaces is never
+    trained on; its ids are those of the text alone.
+    """
     if not text.strip():
         return encode(tokenizer, text)
     try:

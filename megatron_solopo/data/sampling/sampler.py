@@ -1,8 +1,8 @@
 """Sampling in process through transformers.
 
-Every sample draws from its own row of uniform numbers, made from the seed, the question's id and the sample's number.
-So a response depends neither on what is sampled beside it, nor on how many samples or questions are asked for, nor on
-where a killed run was resumed, to the rounding of the model's logits.
+Each sample draws from its own row of uniform numbers, derived from the seed, the question's id and the sample's number.
+So, up to the rounding of the model's logits, a response does not depend on the rest of its batch, on the number of
+samples or questions, or on where a killed run resumed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_solopo.terminal import write_line
 
 
 def uniforms(seed: int, question_id: str, samples: int, steps: int) -> torch.Tensor:
-    """[samples, steps] numbers in [0, 1), float64, of the seed and the question; more samples are more rows."""
+    """Returns float64 numbers in [0, 1), [samples, steps], of a seed and a question; more samples add rows only."""
     digest = hashlib.sha256(f"{seed}\0{question_id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.rand(samples, steps, dtype=torch.float64, generator=generator)
@@ -65,7 +65,7 @@ class InProcess:
     """The model of ``--model`` in this process.
 
     Raises:
-        UserError: no model there, or a prompt that it cannot take.
+        UserError: the folder has no model, or a prompt is too long or has a token id without embedding.
     """
 
     def __init__(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
@@ -78,7 +78,7 @@ class InProcess:
         for prompt in prompts:
             check_rows(self._model, prompt.ids, f"question {prompt.id!r}")
         self._stops = stop_ids(self._model, tokenizer)
-        # What decides a response here; the batch size only changes rounding.
+        # What determines a response; the batch size changes only its rounding.
         self.settings: dict[str, object] = {
             "weights": weight_facts(options.model),
             "dtype": str(self._model.dtype),
@@ -87,7 +87,11 @@ class InProcess:
         self.notes: dict[str, object] = {}
 
     def run(self, jobs: SampledJobs, statistics: Statistics) -> None:
-        """Samples what ``jobs`` lack, the longest prompts first: out of memory shows at once."""
+        """Samples the missing responses of ``jobs``, longest prompts first, so that a lack of memory shows at once.
+
+        Raises:
+            UserError: the GPU is out of memory.
+        """
         options, prompts = self._options, self._prompts
         missing = {
             index: numbers
@@ -115,17 +119,17 @@ class InProcess:
             try:
                 for place, responses in sampled:
                     self._add(prompts[order[place]], missing[order[place]], responses, jobs, statistics)
-                    bar.update(len(missing[order[place]]) - len(responses))  # those that are one at temperature 0
+                    bar.update(len(missing[order[place]]) - len(responses))  # at temperature 0: copies of one
             except torch.OutOfMemoryError:
                 raise UserError(
                     "gpu-out-of-memory",
                     f"--batch-size {options.batch_size}: the GPU is out of memory at prompts of up to "
-                    f"{prompts.lengths[order[0]]} tokens; repeat the command with a smaller one, what is finished is "
-                    "kept",
+                    f"{prompts.lengths[order[0]]} tokens; repeat the command with a smaller one (finished responses "
+                    "are kept)",
                 ) from None
 
     def _job(self, prompt: Prompt, missing: Sequence[int]) -> Job:
-        """At temperature 0 all samples are one."""
+        """A prompt and the numbers of its missing samples; at temperature 0 one row, as all samples are equal."""
         options = self._options
         numbers = uniforms(options.seed, prompt.id, missing[-1] + 1, options.max_new_tokens)[missing]
         return prompt.ids, numbers if options.temperature > 0 else numbers[:1]
@@ -138,9 +142,9 @@ class InProcess:
         jobs: SampledJobs,
         statistics: Statistics,
     ) -> None:
-        """Writes the samples of a question, a line for each run of neighbouring numbers."""
+        """Writes the samples of a question, one line for each run of consecutive numbers."""
         by_number = dict(zip(missing, sampled if len(sampled) == len(missing) else sampled * len(missing), strict=True))
         for numbers in runs(missing):
             ids = [by_number[number] for number in numbers]
-            finished = [one[-1] in self._stops for one in ids]
+            finished = [tokens[-1] in self._stops for tokens in ids]
             jobs.add_samples(from_ids(self._tokenizer, prompt, ids, finished, self._stops, statistics), numbers[0])

@@ -1,7 +1,7 @@
-"""Sampling from an OpenAI-compatible server: many requests in flight, each answer on disk when it arrives.
+"""Sampling from an OpenAI-compatible server: many requests in flight, each answer written when it arrives.
 
-A request is named ``ID/NUMBER`` after its question and the first of its samples, and carries that name as
-``X-Request-ID``. What is on disk is never asked for again; what was in flight when the process died is.
+A request is named ``ID/NUMBER`` after its question and its first sample, and has that name as ``X-Request-ID``. A
+command that resumes repeats only the requests that were in flight when it was stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SAMPLES_PER_REQUEST = 8
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp"}
 """The kind of a server by the ``owned_by`` of its models."""
 FINISHED = {"stop": True, "length": False}
-"""What a server's ``finish_reason`` says of a response."""
+"""Whether a response ended by itself, by the server's ``finish_reason``."""
 PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 SET: Mapping[str, Mapping[str, object]] = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
@@ -56,17 +56,17 @@ SET: Mapping[str, Mapping[str, object]] = {
     },
     "transformers": {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
 }
-"""What a server of each kind is sent, so that nothing but temperature and top-p shapes the distribution. A server takes
-what is not given from its own defaults, or from the checkpoint's generation_config.json."""
+"""Fields that each kind of server is sent, so that only temperature and top-p shape the distribution. For fields that a
+request lacks, a server uses its own defaults or the checkpoint's generation_config.json."""
 LEFT = "top-k, min-p, typical-p and penalties"
-"""What a server of another kind may do that no field of OpenAI's switches off."""
+"""What another kind of server may apply and no field of OpenAI's API switches off."""
 PARSED_OUT = ("reasoning_content", "reasoning", "tool_calls")
-"""Where servers put what they take out of a message's text."""
+"""Fields for parts that servers remove from a message's text."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Samples ``first`` to ``first + count - 1`` of a question, asked for at once."""
+    """A request for the samples ``first`` to ``first + count - 1`` of a question."""
 
     prompt: Prompt
     first: int
@@ -78,30 +78,33 @@ class Request:
 
 
 def request_seed(seed: int, question_id: str, first: int) -> int:
-    """31 bits that depend on the run's seed, the question and the number of a request's first sample."""
+    """Returns a seed of 31 bits, derived from the run's seed, the question and the number of the first sample."""
     digest = hashlib.sha256(f"{seed}\0{question_id}\0{first}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> list[int]:
-    """Ids that end a response, as far as they are known here: the tokenizer's end of turn, and those of the folder's
-    generation_config.json."""
+    """Returns the ids that end a response: the tokenizer's end of turn and those of generation_config.json.
+
+    Raises:
+        UserError: generation_config.json is not a JSON object.
+    """
     path = Path(folder) / "generation_config.json"
     try:
-        own = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     except (ValueError, AttributeError):
         raise UserError(
             "not-json", f"{path}: not a JSON object; copy it again from where the model came from"
         ) from None
-    ids = [] if own is None else own if isinstance(own, list) else [own]
+    ids = [] if end is None else end if isinstance(end, list) else [end]
     return sorted({end_of_turn_id(tokenizer), *ids})
 
 
 class FromServer:
-    """The model ``--model`` of the server at ``--server``.
+    """Samples from the model ``--model`` of the server at ``--server``.
 
     Raises:
-        UserError: the server cannot be used, or an option cannot be honoured by it.
+        UserError: the server cannot be used, or it does not support an option.
     """
 
     def __init__(self, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
@@ -116,7 +119,7 @@ class FromServer:
         self._stops = stop_ids(tokenizer, options.tokenizer or options.model)
         self._values = template_kwargs.for_server(tokenizer) if options.server_api == "chat" else {}
         self._most = SAMPLES_PER_REQUEST
-        self._kind = asyncio.run(self._look())
+        self._kind = asyncio.run(self._detect_kind())
         self._as_text = self._kind == "transformers" and options.server_api == "completions"
         self._as_ids = self._prompts_as_ids()
         self._with_start = set(self._prompts_with_start()) if self._as_text else set()
@@ -126,10 +129,10 @@ class FromServer:
         if self._kind not in SET:
             sent["left_to_the_server"] = LEFT
             write_line(
-                f"warning: --server {options.server}: of an unknown kind; {LEFT} are the server's own "
-                "defaults and may cut the distribution: switch them off there, or name its kind with --server-kind"
+                f"warning: --server {options.server}: its kind is unknown; {LEFT} have the server's "
+                "defaults and may change the distribution: switch them off there, or set its kind with --server-kind"
             )
-        # What decides a response here. Another host may go on with what this one began, in smaller requests too.
+        # What determines a response. Another host may resume the run, in smaller requests too.
         self.settings: dict[str, object] = {
             "backend": "server",
             "server_api": options.server_api,
@@ -146,8 +149,12 @@ class FromServer:
             timeout=openai.Timeout(options.request_timeout, connect=min(options.request_timeout, 30)),
         )
 
-    async def _look(self) -> str:
-        """Which kind of server this is; one that is not there, or does not have the model, is refused at once."""
+    async def _detect_kind(self) -> str:
+        """Returns the kind of the server.
+
+        Raises:
+            UserError: it cannot be reached, refuses the key, or does not have the model.
+        """
         options = self._options
         async with self._client().with_options(max_retries=0, timeout=min(options.request_timeout, 30)) as client:
             try:
@@ -166,7 +173,7 @@ class FromServer:
             kind = options.server_kind
             if kind == "auto":
                 kind = next((kind for owner, kind in OWNERS.items() if owner in owners), None)
-                kind = kind or await self._by_paths(client)
+                kind = kind or await self._kind_by_paths(client)
             named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
             if kind in ("vllm", "sglang") and models and not named & models.keys():
                 raise UserError(
@@ -178,7 +185,7 @@ class FromServer:
             return kind
 
     async def _slots(self, client: openai.AsyncOpenAI) -> int:
-        """The most choices that llama.cpp's server gives in one answer: it refuses more than it has slots."""
+        """Returns the most choices of one answer of llama.cpp's server, which are as many as it has slots."""
         try:
             properties = await client.get(f"{self._root}/props", cast_to=object)
         except (openai.OpenAIError, ValueError):
@@ -190,8 +197,8 @@ class FromServer:
     def _root(self) -> str:
         return self._options.server.rstrip("/").removesuffix("/v1")
 
-    async def _by_paths(self, client: openai.AsyncOpenAI) -> str:
-        """``transformers serve`` is told by the paths it serves."""
+    async def _kind_by_paths(self, client: openai.AsyncOpenAI) -> str:
+        """Recognises ``transformers serve`` by the paths that it serves."""
         try:  # after a failed listing it closes the connection, which the client sees when it uses it again
             description = await client.with_options(max_retries=2).get(f"{self._root}/openapi.json", cast_to=object)
         except (openai.OpenAIError, ValueError):
@@ -200,16 +207,16 @@ class FromServer:
         return "transformers" if "/load_model" in (paths or ()) else "other"
 
     def _text(self, prompt: Prompt, with_start: bool) -> str:
-        """transformers serve takes prompts as text, and puts the tokenizer's own start token before it."""
+        """The prompt as text, for transformers serve, which puts the tokenizer's start token before it."""
         start = str(self._tokenizer.bos_token or "")
         text = render_prompt(self._tokenizer, prompt.messages).removeprefix(start)
         return start + text if with_start else text
 
     def _prompts_with_start(self) -> Iterator[str]:
-        """The questions whose text needs the start token.
+        """Yields the ids of the questions whose text needs the start token.
 
         Raises:
-            UserError: a text is tokenised otherwise there with it and without it.
+            UserError: a prompt's text has other tokens than the prompt, with the start token and without it.
         """
         for prompt in self._prompts:
             fits = [
@@ -224,15 +231,17 @@ class FromServer:
                 yield prompt.id
 
     def _prompts_as_ids(self) -> set[str]:
-        """The questions that spell control tokens. A server that tokenises texts would read them as such, so they go as
-        token ids, whatever the API of the others.
+        """Returns the ids of the questions that spell control tokens.
+
+        A server that tokenises texts would read these as control tokens, so such prompts are sent as token ids,
+        whatever the API of the others.
 
         Raises:
-            UserError: naming the first, where the server is not known to take ids.
+            UserError: the server is not known to accept ids; the message names the first question.
         """
         options = self._options
         if options.server_api == "completions" and not self._as_text:
-            return set()  # all do
+            return set()  # all prompts are sent as ids
         spelled = control_tokens(self._tokenizer).spelled
         names = [p.id for p in self._prompts if any(spelled(m["content"], m["role"]) for m in p.messages)]
         if names and self._kind not in ("vllm", "sglang"):
@@ -280,10 +289,10 @@ class FromServer:
         return body
 
     def run(self, jobs: SampledJobs, statistics: Statistics) -> None:
-        """Asks for what ``jobs`` lack.
+        """Requests the missing responses of ``jobs``.
 
         Raises:
-            UserError: a request failed for good; the answers to those in flight are waited for and kept.
+            UserError: a request failed after its retries; answers to the requests in flight are awaited and kept.
         """
         samples = self._options.samples
         total = len(self._prompts) * samples
@@ -299,10 +308,10 @@ class FromServer:
         count = options.samples_per_request or (self._most if several else 1)
         for index, name in enumerate(self._prompts.names):
             missing = jobs.missing(name, options.samples)
-            # A request asks for neighbours; samples that are there already can lie between the missing ones.
+            # A request asks for consecutive samples; finished samples can lie between the missing ones.
             for run in runs(missing):
-                for some in batched(run, count):
-                    yield Request(self._prompts[index], some[0], len(some))
+                for numbers in batched(run, count):
+                    yield Request(self._prompts[index], numbers[0], len(numbers))
 
     async def _run(self, jobs: SampledJobs, statistics: Statistics, bar: ProgressBar) -> None:
         requests = self._requests(jobs)
@@ -310,7 +319,7 @@ class FromServer:
 
         async def work() -> None:
             for request in requests:
-                # Some servers give one response whatever ``n`` says; then the rest is asked for.
+                # Some servers return one response whatever ``n`` is; the rest is requested again.
                 while request.count and not failures:
                     try:
                         responses = await self._ask(client, request, statistics)
@@ -318,9 +327,9 @@ class FromServer:
                     except UserError as error:
                         failures.append(error)
                         return
-                    got = len(responses.responses)
-                    bar.update(got)
-                    request = Request(request.prompt, request.first + got, request.count - got)
+                    count = len(responses.responses)
+                    bar.update(count)
+                    request = Request(request.prompt, request.first + count, request.count - count)
                 if failures:
                     return
 
@@ -345,15 +354,15 @@ class FromServer:
                 if attempt == options.max_retries:
                     raise request_failed(options, request.name, error) from None
                 await asyncio.sleep(min(0.5 * 2**attempt, 8))
-            except openai.OpenAIError as error:  # the client has repeated it already, where that can help
+            except openai.OpenAIError as error:  # the client has retried it already
                 raise request_failed(options, request.name, error) from None
         raise AssertionError("the last attempt returns or raises")
 
     def _read(self, request: Request, answer: object, statistics: Statistics) -> Responses:
-        """The responses of an answer.
+        """Reads the responses of an answer.
 
         Raises:
-            BadAnswer: it is not what the API promises.
+            BadAnswer: it does not follow the API.
         """
         if not isinstance(answer, dict):
             raise BadAnswer("the answer is not a JSON object")
@@ -361,12 +370,13 @@ class FromServer:
         if not isinstance(choices, list) or not choices:
             raise BadAnswer("the answer has no choices")
         if len(choices) > request.count:
-            raise BadAnswer(f"the answer has {len(choices)} choices, {request.count} were asked for")
+            raise BadAnswer(f"the answer has {len(choices)} choices, {request.count} requested")
         read = [_choice(choice, self._api(request.prompt)) for choice in choices]
         finished = [end for _, _, end in read]
-        told = answer.get("usage")
-        usage = {name: count for name, count in (told.items() if isinstance(told, dict) else ()) if type(count) is int}
-        self._compare_prompts(request.prompt, usage.get("prompt_tokens"))
+        usage = answer.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        counts = {name: count for name, count in usage.items() if type(count) is int}
+        self._compare_prompts(request.prompt, counts.get("prompt_tokens"))
         ids = [ids for _, ids, _ in read if ids is not None]
         if len(ids) == len(read):
             return from_ids(self._tokenizer, request.prompt, ids, finished, self._stops, statistics)
@@ -374,32 +384,32 @@ class FromServer:
         if len(texts) < len(read):
             raise UserError(
                 "server-reasoning-parser",
-                f"--server {self._options.server}: request {request.name}: the server took reasoning or a tool call "
-                "out of the response; start it without a parser for them, or use --server-api completions",
+                f"--server {self._options.server}: request {request.name}: the server removed reasoning or a tool call "
+                "from the response; start it without a parser for them, or use --server-api completions",
             )
-        count = usage.get("completion_tokens")
-        return from_texts(self._tokenizer, request.prompt, texts, finished, count, statistics)
+        tokens = counts.get("completion_tokens")
+        return from_texts(self._tokenizer, request.prompt, texts, finished, tokens, statistics)
 
     def _compare_prompts(self, prompt: Prompt, tokens: int | None) -> None:
-        """Warns once if the server's prompts are not those that training will see."""
+        """Warns once if the server's prompts have another number of tokens than those of training."""
         if tokens is None or tokens == len(prompt.ids) or self._foreign:
             return
         self._foreign = True
         write_line(
             f"warning: question {prompt.id!r} has {tokens} prompt tokens on the server and {len(prompt.ids)} here: its "
-            "chat template or tokenizer is another one; give the same, or use --server-api completions"
+            "chat template or tokenizer differs; start it with the same one, or use --server-api completions"
         )
 
 
 def _choice(choice: object, api: str) -> tuple[str | None, list[int] | None, bool]:
-    """The text of a response (None: not as it was sampled), its token ids (None: not told) and whether it ended.
+    """Returns a response's text (None if the server has changed it), token ids (None if not sent) and whether it ended.
 
     Raises:
-        BadAnswer: it is not what the API promises.
+        BadAnswer: it does not follow the API.
     """
     if not isinstance(choice, dict) or choice.get("finish_reason") not in FINISHED:
-        found = choice.get("finish_reason") if isinstance(choice, dict) else choice
-        raise BadAnswer(f"a response has the finish_reason {found!r}, known are {', '.join(FINISHED)}")
+        reported = choice.get("finish_reason") if isinstance(choice, dict) else choice
+        raise BadAnswer(f"a response has the finish_reason {reported!r}, supported are {', '.join(FINISHED)}")
     finished, ids = FINISHED[choice["finish_reason"]], choice.get("token_ids")
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
         raise BadAnswer("token_ids is not a list of numbers")

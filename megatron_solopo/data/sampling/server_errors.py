@@ -13,11 +13,11 @@ KEPT = "what is finished is kept; repeat the command to resume"
 
 
 class BadAnswer(Exception):
-    """An answer with status 200 that is not what the API promises; the message says what is wrong."""
+    """An answer with status 200 that does not follow the API; the message says what is wrong."""
 
 
 def reason(error: Exception) -> str:
-    """A few words of an error: the server's own, or the connection's."""
+    """The reason of an error in a few words: what the server reports, or the connection."""
     if isinstance(error, openai.APIStatusError):
         return f"{error.status_code}: {_message(error)}"
     if isinstance(error, openai.APITimeoutError):
@@ -43,7 +43,7 @@ def _short(text: str, most: int = 200) -> str:
 
 
 def refuse_at_start(options: argparse.Namespace, error: openai.APIStatusError) -> None:
-    """Raises UserError where no request can succeed: a wrong key."""
+    """Raises a `UserError` where no request can succeed, as with a wrong key."""
     if error.status_code in (401, 403):
         raise _wrong_key(options, error)
 

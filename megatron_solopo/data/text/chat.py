@@ -1,8 +1,8 @@
-"""Chats to token ids: the one place where a prompt ends and a response begins.
+"""Chats to token ids: this module alone decides where a prompt ends and a response begins.
 
-A prompt is the chat template rendered with its generation prompt. A response is what a model writes behind that, and
-the end-of-turn token, once; spaces, and control tokens that a text cannot show, are as the template writes them around
-it. The ids of a prompt never depend on the response. Control tokens come from the template alone (`control`).
+A prompt is the chat template rendered with its generation prompt. A response is what a model writes after it, ended by
+one end-of-turn token; spaces around it, and control tokens that a text cannot show, are as the template writes them.
+The ids of a prompt never depend on the response. Only the template writes control tokens (`control`).
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ def load_tokenizer(
     begun_with: str | None = None,
     of_data: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder, with its own chat template or the one in a file.
+    """Loads the tokenizer of a Hugging Face folder, with the folder's chat template or one from a file.
 
-    ``chat_template_kwargs`` is a JSON object of values for the template's variables; None takes those that the
-    folder came with, if any (`template_kwargs`).
-
-    Its ``eos_token`` is the token that ends a turn: ``eos_token`` if given, else the special token that the
-    chat template writes after an assistant's message, else the folder's. (Folders disagree with their
-    templates: base models name the end of a text there, a bare ``tokenizer.json`` names nothing.)
+    The tokenizer's ``eos_token`` is the token that ends a turn: the argument ``eos_token``, else the special token that
+    the chat template writes after an assistant's message, else the folder's. (Folders can disagree with their
+    templates: those of base models name the end of a text, and a bare ``tokenizer.json`` names none.)
 
     Args:
-        added_tokens: --add-special-tokens of a training run; folders that a run exported hold them already.
+        folder: of the tokenizer.
+        chat_template: path of a Jinja template; None uses the folder's.
+        eos_token: --eos-token.
+        chat_template_kwargs: JSON object of values for the template's variables; None uses those that the folder
+            records, if any (`template_kwargs`).
+        added_tokens: --add-special-tokens of a training run; folders that a run exported have them already.
         chat_template_date, begun_with, of_data: for a template that prints the date, see `template_kwargs.apply`.
 
     Raises:
-        UserError: no tokenizer in the folder, no chat template or a broken one, no variable of it by that name, no
-            end-of-turn (eos) token, or see `add_special_tokens`.
+        UserError: the folder has no tokenizer; the chat template is missing, invalid, or lacks a variable that is set;
+            there is no end-of-turn (eos) token; or as `add_special_tokens`.
     """
     tokenizer = read_tokenizer(folder)
     if added_tokens is not None:
@@ -55,7 +57,7 @@ def load_tokenizer(
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
-            raise UserError("file-missing", f"--chat-template {path}: no such file; give a Jinja chat template")
+            raise UserError("file-missing", f"--chat-template {path}: no such file; set a Jinja chat template")
         tokenizer.chat_template = read_text("--chat-template", path)
     if not tokenizer.chat_template:
         raise UserError(
@@ -74,7 +76,7 @@ def load_tokenizer(
         ) from None
     if eos_token is not None and eos_token not in tokenizer.get_vocab():
         raise UserError(
-            "token-unknown", f"--eos-token {eos_token}: no such token in {folder}; give the token that ends a turn"
+            "token-unknown", f"--eos-token {eos_token}: no such token in {folder}; set the token that ends a turn"
         )
     end = eos_token or written
     if end is not None and end != tokenizer.eos_token:
@@ -89,10 +91,10 @@ def load_tokenizer(
 
 
 def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str | None:
-    """The special token that the chat template writes right after an assistant's message, if any.
+    """Returns the special token that the chat template writes right after an assistant's message, if any.
 
     Raises:
-        UserError: the template, which ``where`` names, does not write the message.
+        UserError: the template does not write the message; ``where`` names the template.
     """
     marker = "solopo end of message"
     try:
@@ -101,11 +103,11 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
     except jinja2.TemplateSyntaxError:
         raise
     except jinja2.TemplateError:
-        return None  # a template with demands of its own; the folder's eos_token stands
+        return None  # the template requires other messages; the folder's eos_token is used
     if marker not in text:
         raise UserError(
             "chat-template-invalid",
-            f"{where}: the chat template does not write an assistant's message; give another template",
+            f"{where}: the chat template does not write an assistant's message; use another template",
         )
     tail = text.rpartition(marker)[2].lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -114,21 +116,21 @@ def _template_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> str
 
 
 _BOUNDARY = 64
-"""Characters at the end of a prompt that decide how the first tokens behind it are cut, and hold its last tags."""
+"""Characters at the end of a prompt that determine the first tokens after it, and contain its last tags."""
 
 _TAG = "[<\u25c1][^<>\u25c1\u25b7\\s]+[>\u25b7]"
 _OPENED = re.compile(rf"(?:{_TAG}\s*)+$")
 """The tags that a generation prompt ends with, such as ``<think>``."""
 _CLOSED = re.compile(r"(<([^<>/\s]+)>)\s*</\2>\s*$")
-"""A thought that a generation prompt opens and closes, as Qwen3's without thinking."""
+"""A thought that a generation prompt opens and closes, as Qwen3's does without thinking."""
 _THOUGHT = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
 """A thought that a generation prompt leaves open."""
 
 
 class _Chat:
-    """Messages that are rendered and tokenised with no control token but the template's.
+    """Messages that are rendered and tokenised so that only the template's control tokens count.
 
-    Texts of it hold aliases where a message spells control tokens (`control`).
+    Its texts have aliases where a message spells control tokens (`control`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
@@ -137,7 +139,7 @@ class _Chat:
         self.messages, self._reader = self._control.hide(messages)
 
     def render(self, count: int | None = None, add_generation_prompt: bool = False) -> str:
-        """The first ``count`` messages, None for all.
+        """Renders the first ``count`` messages, or all of them.
 
         Raises:
             UserError: the template refuses them.
@@ -146,11 +148,11 @@ class _Chat:
             return template_kwargs.rendered(
                 self._tokenizer, self.messages[:count], add_generation_prompt=add_generation_prompt
             )
-        except jinja2.TemplateError as error:  # templates refuse roles and orders that they do not know
+        except jinja2.TemplateError as error:  # templates refuse unknown roles and orders
             raise UserError("chat-template-refuses", f"the chat template refuses the messages ({error})") from None
 
     def shown(self, text: str) -> str:
-        """The text as a person reads it."""
+        """Returns the text without aliases."""
         return text if self._reader is None else self._reader.exchange(text, self._reader.aliases)
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Tokens]:
@@ -163,16 +165,19 @@ class _Chat:
         return [tokens if isinstance(tokens, list) else tokens.ids for tokens in self.encode_batch(texts)]
 
     def starts(self, text: str) -> list[int]:
-        """The character that each token of a text begins with; tokenizers with a Rust backend only."""
+        """Returns the character where each token of a text begins; the tokenizer must have a Rust backend."""
         if self._reader is None:
             encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return [start for start, _ in encoding["offset_mapping"]]
         (tokens,) = self._reader.encode_batch([self._reader.exchange(text)])
         return [start for start, _ in tokens.offsets]
 
-    def ids_behind(self, before: str, text: str) -> list[int]:
-        """Token ids of a text that follows another one. A tokenizer that puts a space before every text puts none here;
-        a token that would reach over the border is cut there, as generation cuts it."""
+    def ids_after(self, before: str, text: str) -> list[int]:
+        """Returns the token ids of a text that follows another one.
+
+        A tokenizer that puts a space before every text puts none before this one. A token that would cross the border
+        is split there, as in generation.
+        """
         tail = before[-_BOUNDARY:]
         alone, together = self.ids(tail, tail + text)
         if together[: len(alone)] == alone:
@@ -180,13 +185,13 @@ class _Chat:
         return self.ids(text)[0]
 
     def answer(self, prompt: str, count: int) -> str:
-        """What the model writes behind ``prompt``, whose answer is message ``count - 1``, with the end of turn where
-        the template writes it right behind.
+        """Returns what the model writes after ``prompt``, whose answer is message ``count - 1``.
 
-        Where the template rewrites a response (drops or adds a thought), it is taken as it was given.
+        It includes the end of turn if the template writes that right after the answer. A response that the
+        template rewrites (drops or adds a thought) is returned unchanged.
 
         Raises:
-            UserError: the response opens a thought that the generation prompt has closed.
+            UserError: the response opens a thought that the generation prompt closes.
         """
         full, response = self.render(count), self.messages[count - 1]["content"]
         if full.startswith(prompt):
@@ -205,84 +210,88 @@ class _Chat:
             raise UserError(
                 "response-reopens-thought",
                 f"the chat template's generation prompt has opened and closed {closed[1]}, and the response opens it "
-                "again; give the --chat-template-kwargs that the responses were sampled with, or remove the example",
+                "again; set the --chat-template-kwargs that the responses were sampled with, or remove the example",
             )
         return response
 
     def _framed(self, body: str, response: str) -> bool:
-        """Whether a template writes control tokens around a response, which its text cannot show (gpt-oss)."""
+        """Whether the template writes control tokens around a response that its text cannot show (gpt-oss)."""
         return self._control.spelled(body, "assistant") and "".join(response.split()) in "".join(body.split())
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """The prompt as text, ending where the response starts."""
+    """Returns the prompt as text, which ends where the response starts."""
     chat = _Chat(tokenizer, messages)
     return chat.shown(chat.render(add_generation_prompt=True))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Token ids of a prompt, ending where the response starts; the template has put every special token there."""
+    """Returns the token ids of a prompt, which end where the response starts. All special tokens are the template's."""
     chat = _Chat(tokenizer, messages)
     return chat.ids(chat.render(add_generation_prompt=True))[0]
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> int:
-    """How many token ids `prompt_ids` has, without making the list."""
+    """Returns the number of token ids of `prompt_ids` without making the list."""
     chat = _Chat(tokenizer, messages)
     return len(chat.encode_batch([chat.render(add_generation_prompt=True)])[0])
 
 
 def prompt_starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """The character of `render_prompt` that each id of `prompt_ids` begins with, by a tokenizer with a Rust backend."""
+    """Returns the character of `render_prompt` where each id of `prompt_ids` begins; needs a Rust backend."""
     chat = _Chat(tokenizer, messages)
     return chat.starts(chat.render(add_generation_prompt=True))
 
 
 def open_thought(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What closes the thought that the generation prompt opens, ``</think>``; None where it opens none."""
+    """Returns the closing tag of the thought that the generation prompt opens, ``</think>``; None if it opens none."""
     try:
         opened = _THOUGHT.search(render_prompt(tokenizer, [{"role": "user", "content": "?"}])[-_BOUNDARY:])
-    except UserError:  # a template that wants other messages
+    except UserError:  # the template requires other messages
         return None
     return f"</{opened[1]}>" if opened else None
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:
-    """Token ids of a response to ``messages``, its last id the end-of-turn token, exactly once.
+    """Returns the token ids of a response to ``messages``; the end-of-turn token is the last id and occurs once.
 
-    Templates differ in what follows a turn (Qwen adds a newline that the model never generates);
-    everything after the end-of-turn token is left out.
+    What a template writes after the end-of-turn token is left out (Qwen's writes a newline, which the model never
+    generates).
 
     Raises:
-        UserError: the response has no token, or the template refuses the messages or does not fit the response.
+        UserError: the response has no token, or the template refuses the messages or the response.
     """
     return _one_turn(tokenizer, body_ids(tokenizer, messages, response))
 
 
 def body_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> list[int]:
-    """Token ids of a response without its end of turn; see `response_ids`."""
+    """Returns the token ids of a response without its end of turn; see `response_ids`."""
     chat = _Chat(tokenizer, [*messages, {"role": "assistant", "content": response}])
     prompt = chat.render(len(messages), add_generation_prompt=True)
-    return _before_end(tokenizer, chat.ids_behind(prompt, chat.answer(prompt, len(messages) + 1)))
+    return _before_end(tokenizer, chat.ids_after(prompt, chat.answer(prompt, len(messages) + 1)))
 
 
 def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """The ids without the end of turn that the template wrote.
+    """Returns the ids without the template's end of turn.
 
     Raises:
-        UserError: there is one before the last, which the tokenizer has made of the response's own text.
+        UserError: an earlier id is the end of turn, which the tokenizer has found in the response's text.
     """
     if tokenizer.eos_token_id in ids[:-1]:
         raise UserError(
             "control-token-in-text",
             f"a response holds the end of turn {tokenizer.eos_token}, which this tokenizer cannot take as text; remove "
-            "the example, or give another --eos-token",
+            "the example, or set another --eos-token",
         )
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """The ids of a response and the end of turn."""
+    """Returns the ids of a response with the end of turn.
+
+    Raises:
+        UserError: the response has no id.
+    """
     if not ids:
         raise UserError("response-empty", "a response has no token before its end of turn; remove the example")
     return [*ids, end_of_turn_id(tokenizer)]
@@ -291,31 +300,34 @@ def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], list[int], list[bool]]:
-    """A conversation as (prompt ids, continuation ids, which continuation ids are learnt).
+    """Returns a conversation as (prompt ids, completion ids, loss mask of the completion).
 
-    The prompt ends before the first assistant message; in the continuation the assistant's tokens, each
-    turn's end included, are marked True.
+    The prompt ends before the first assistant message. The loss mask is True for the assistant's tokens, each end of
+    turn included.
+
+    Raises:
+        UserError: the template rewrites earlier turns, or as `response_ids`.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     chat, end = _Chat(tokenizer, messages), end_of_turn(tokenizer)
     prompt = rendered = chat.render(turns[0], add_generation_prompt=True)
     ids: list[int] = []
-    learnt: list[bool] = []
+    loss_mask: list[bool] = []
     for index in turns:
         before = chat.render(index, add_generation_prompt=True)
         if not rendered.endswith(end) and before.startswith(rendered + end):
-            rendered += end  # behind a response that was taken as it was given
+            rendered += end  # after a response that the template rewrites
         if not before.startswith(rendered):
             raise UserError(
                 "chat-template-rewrites",
-                "the chat template rewrites earlier turns, so a multi-turn conversation cannot be learnt "
-                "in one pass; split it into one record a turn",
+                "the chat template rewrites earlier turns, so a multi-turn conversation cannot be trained "
+                "on in one pass; split it into one record per turn",
             )
         answer = chat.answer(before, index + 1)
-        # What the template writes after the end of turn belongs to the next stretch.
-        stretch = chat.ids_behind(rendered, before[len(rendered) :])
-        response = _one_turn(tokenizer, _before_end(tokenizer, chat.ids_behind(before, answer)))
-        ids += [*stretch, *response]
-        learnt += [False] * len(stretch) + [True] * len(response)
+        # What the template writes after the end of turn belongs to the text between the turns.
+        between = chat.ids_after(rendered, before[len(rendered) :])
+        response = _one_turn(tokenizer, _before_end(tokenizer, chat.ids_after(before, answer)))
+        ids += [*between, *response]
+        loss_mask += [False] * len(between) + [True] * len(response)
         rendered = before + answer
-    return chat.ids(prompt)[0], ids, learnt
+    return chat.ids(prompt)[0], ids, loss_mask

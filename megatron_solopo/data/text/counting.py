@@ -10,15 +10,15 @@ from megatron_solopo.data.text.tokenizer import encode_batch
 
 
 class TokenCounter:
-    """Counts what `chat.prompt_ids` and `tokenizer.encode` would return, without making the lists."""
+    """Counts the tokens of `chat.prompt_ids` and `tokenizer.encode` without making the lists."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def texts(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, no special tokens added."""
+        """Returns the number of tokens of each text; no special tokens are added."""
         return [len(tokens) for tokens in encode_batch(self._tokenizer, texts)]
 
     def chat(self, messages: list[Message]) -> int:
-        """Tokens of a prompt, chat template included."""
+        """Returns the number of tokens of a prompt, chat template included."""
         return prompt_length(self._tokenizer, messages)

@@ -26,10 +26,10 @@ class PromptFormat:
 
     In the document template ``{number}`` (from 1), ``{title}`` and ``{text}`` are replaced, in the prompt
     template ``{documents}`` and ``{question}``; other braces stay as they are. A document without a title is written
-    without ``{title}``, the colon, dash or bar beside it, and its line where nothing else stands there.
+    without ``{title}``, without a colon, dash or bar beside it, and without its line if nothing else is there.
 
     Raises:
-        UserError: a template lacks a placeholder that it needs, or has the documents twice.
+        UserError: a template lacks a required placeholder, or has ``{documents}`` twice.
     """
 
     document_template: str = DEFAULT_DOCUMENT_TEMPLATE
@@ -46,7 +46,7 @@ class PromptFormat:
                 if f"{{{name}}}" not in template:
                     raise UserError(
                         "template-placeholder",
-                        f"{flag}: the template has no {{{name}}}; put it where the {name} should stand",
+                        f"{flag}: the template has no {{{name}}}; put it where the {name} belongs",
                     )
         if self.prompt_template.count("{documents}") > 1:
             raise UserError(
@@ -59,13 +59,13 @@ class PromptFormat:
         return _replace(template, number=str(number), title=paragraph.title, text=paragraph.text)
 
     def messages(self, question: str, paragraphs: Sequence[Paragraph]) -> list[Message]:
-        """The chat that asks ``question`` over ``paragraphs``, in their order; it ends with a user message."""
+        """Returns the chat that asks ``question`` about ``paragraphs``, in their order; the user's message is last."""
         return self.messages_and_spans(question, paragraphs)[0]
 
     def messages_and_spans(
         self, question: str, paragraphs: Sequence[Paragraph]
     ) -> tuple[list[Message], list[DocumentSpan]]:
-        """The chat, and where each paragraph's document stands in its last message, marked gold if supporting."""
+        """Returns the chat, and the span of each paragraph's document in the last message with its gold mark."""
         before, _, after = self.prompt_template.partition("{documents}")
         content = [_replace(before, question=question)]
         position = len(content[0])
@@ -90,5 +90,5 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def _replace(template: str, **values: str) -> str:
-    """One pass over the template, so that braces inside a value are never taken for a placeholder."""
+    """Replaces placeholders in one pass, so that braces inside a value are never read as a placeholder."""
     return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)

@@ -1,4 +1,4 @@
-"""What the token ids of a data set depend on beside its texts: the tokenizer, its chat template and how it is used."""
+"""Facts on which the token ids of a data set depend: the tokenizer, its chat template and their options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_THE_TOKENIZER = (
     *("chat_template", template_kwargs.KEY, template_kwargs.DATE),
     *("is_local", "local_files_only", "model_max_length", "name_or_path"),
 )
-"""Fields of tokenizer_config.json that change no id; the template and its values are compared as they are used."""
+"""Fields of tokenizer_config.json that change no id, or that are compared as the tokenizer uses them."""
 
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -27,22 +27,22 @@ _FILES = (
 
 
 AS_READ = "what is read of them"
-"""Beside the names of files: the tokenizer that was made of them. Other files may hold the same, as a SentencePiece
-model and the tokenizer.json that an exported folder has of it."""
+"""Key, beside the names of files, of the tokenizer that was read from them. Different files can define the same
+tokenizer, such as a SentencePiece model and the tokenizer.json that an export makes of it."""
 
 TEXT_FACTS = ("tokenizer", "added_tokens", "chat_template", "chat_template_kwargs", "end_of_turn")
 """The keys of `text_facts`; a template that prints the date adds `template_kwargs.DATE`."""
 
 
 Facts = dict[str, Any]
-"""What `text_facts` makes, now or in a file that this package wrote; its keys are `TEXT_FACTS`."""
+"""A result of `text_facts`, of this process or from a file of this package; its keys are `TEXT_FACTS`."""
 
 
 def text_facts(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Facts:
-    """What turns a chat into ids: digests of the tokenizer, its files and its chat template, and how it is used.
+    """Returns digests of the tokenizer, its files and its chat template, and the options that change ids.
 
     Args:
-        folder: the tokenizer's.
+        folder: of the tokenizer.
     """
     files, model = {}, find_model(Path(folder))
     names = (*_FILES, *tokenizer.vocab_files_names.values(), *([model.name] if model else []))
@@ -78,27 +78,27 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def text_differences(made: Facts, now: Facts) -> list[str]:
-    """In words, how two results of `text_facts` differ."""
-    told = []
-    made_files, files = made["tokenizer"], now["tokenizer"]
+def text_differences(recorded: Facts, current: Facts) -> list[str]:
+    """Describes the differences of two results of `text_facts`, for an error message."""
+    differences = []
+    recorded_files, files = recorded["tokenizer"], current["tokenizer"]
     as_read = files.get(AS_READ)
-    same = as_read is not None and made_files.get(AS_READ) == as_read
-    for name in () if same else sorted((made_files.keys() | files.keys()) - {AS_READ}):
-        if made_files.get(name) != files.get(name):
-            lacks = "" if name in made_files and name in files else " (only one of them has it)"
-            told.append(f"another tokenizer ({name} differs{lacks})")
+    same = as_read is not None and recorded_files.get(AS_READ) == as_read
+    for name in () if same else sorted((recorded_files.keys() | files.keys()) - {AS_READ}):
+        if recorded_files.get(name) != files.get(name):
+            lacks = "" if name in recorded_files and name in files else " (only one of them has it)"
+            differences.append(f"another tokenizer ({name} differs{lacks})")
             break
-    if not told and made["added_tokens"] != now["added_tokens"]:
-        other = sorted(token for token, _ in made["added_tokens"].items() ^ now["added_tokens"].items())
-        told.append(f"other --add-special-tokens ({', '.join(dict.fromkeys(other))})")
-    if made["chat_template"] != now["chat_template"]:
-        told.append("another chat template")
+    if not differences and recorded["added_tokens"] != current["added_tokens"]:
+        other = sorted(token for token, _ in recorded["added_tokens"].items() ^ current["added_tokens"].items())
+        differences.append(f"other --add-special-tokens ({', '.join(dict.fromkeys(other))})")
+    if recorded["chat_template"] != current["chat_template"]:
+        differences.append("another chat template")
     for key, what in (
         ("chat_template_kwargs", "--chat-template-kwargs"),
         (template_kwargs.DATE, template_kwargs.DATE_FLAG),
         ("end_of_turn", "end of turn"),
     ):
-        if made.get(key) != now.get(key):
-            told.append(f"{what} {made.get(key)!r} where the run has {now.get(key)!r}")
-    return told
+        if recorded.get(key) != current.get(key):
+            differences.append(f"{what} {recorded.get(key)!r} where the run has {current.get(key)!r}")
+    return differences
