@@ -161,7 +161,7 @@ def test_the_prompts_keys_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None
     list(decode(tiny_model(), [(list(range(4, 36)) * 3, uniforms(0, "q", 30, 3))], rows=30, draw=draw_end, stops={-1}))
     [prompt], [rows] = prompts, tables
     assert [tuple(part.shape) for parts in prompt.states for part in parts] == [(1, 2, 96, 8)] * 4
-    assert [tuple(part.shape) for parts in rows.own.values() for part in parts] == [(30, 2, 32, 8)] * 4
+    assert [tuple(part.shape) for parts in rows.states.values() for part in parts] == [(30, 2, 32, 8)] * 4
 
 
 def draw_end(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Decoding many samples of few prompts: a prompt is computed once, kept once, and attended to by all of its samples.
+"""Decodes many samples of few prompts: a prompt is computed and stored once, and all of its samples attend to it.
 
-The model's own attention computes the prompt. A sample then attends to the prompt's keys K_p and values V_p, which its
-prompt's samples share, and to its own K_s and V_s, which are written in place. Each of the two is an attention of its
-own, with output o and log-sum-exp l of its scores, and the sample's is exp(l_p - l) o_p + exp(l_s - l) o_s, where
-l = log(exp l_p + exp l_s). A sample that ends gives its row to the next one, of the same prompt or of the one after.
-transformers' caches hold a copy of the prompt for each row and are copied at every step; its continuous batching masks
+The model's attention computes the prompt. A sample then attends to the keys K_p and values V_p of the prompt, which all
+samples of the prompt share, and to its K_s and V_s, which are written in place. The two attentions have outputs o and
+log-sum-exps l of their scores; the sample's output is exp(l_p - l) o_p + exp(l_s - l) o_s, where
+l = log(exp l_p + exp l_s). When a sample ends, the next one, of the same prompt or of the following one, uses its row.
+transformers' caches have a copy of the prompt for each row and are copied at every step; its continuous batching masks
 every row's keys for every other row where there is no flash attention.
 """
 
@@ -29,13 +29,13 @@ from megatron_solopo.data.hf_model import embedding_rows
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits [rows, vocabulary] and uniform numbers [rows] to token ids [rows]."""
 Job = tuple[Sequence[int], torch.Tensor]
-"""A prompt's token ids, and [samples, steps] uniform numbers: steps is the most tokens a response may have."""
+"""A prompt's token ids, and uniform numbers [samples, steps]; steps is the maximum number of tokens of a response."""
 _NAME = "solopo_shared_prompt"
-_ROOM = 32  # keys that a row's first buffer has room for; full buffers double
+_ROOM = 32  # keys of a row's first buffer; full buffers double
 
 
 def _states(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a layer of a cache."""
+    """Returns the keys and values of a layer of a cache."""
     if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
         raise TypeError(f"{type(layer).__name__} has no keys and values")
     return layer.keys, layer.values
@@ -49,9 +49,9 @@ class _Prompt:
         cache: the prompt's keys and values.
 
     Attributes:
-        tokens: of every sample, so far.
+        tokens: of every sample so far.
         states: keys and values [1, heads, prompt, dimension] for each layer.
-        started, ended: how many samples have begun, and how many have ended.
+        started, ended: numbers of samples that have started and that have ended.
     """
 
     def __init__(self, job: Job, logits: torch.Tensor, cache: DynamicCache) -> None:
@@ -62,7 +62,7 @@ class _Prompt:
         self.started = self.ended = 0
 
     def add(self, sample: int, token: int, stops: Collection[int]) -> bool:
-        """Whether the sample ends with this token."""
+        """Adds a token to a sample; returns whether the sample ends with it."""
         tokens = self.tokens[sample]
         tokens.append(token)
         ends = token in stops or len(tokens) == self.numbers.shape[1]
@@ -70,7 +70,7 @@ class _Prompt:
         return ends
 
     def begin(self, count: int, draw: Draw, stops: Collection[int]) -> list[int]:
-        """Draws the first token of the next ``count`` samples; the numbers of those that do not end with it."""
+        """Draws the first token of the next ``count`` samples; returns the numbers of those that do not end with it."""
         samples = range(self.started, self.started + count)
         self.started += count
         numbers = self.numbers[samples.start : samples.stop, 0].to(self.logits.device)
@@ -79,40 +79,40 @@ class _Prompt:
 
 
 class _Rows:
-    """The samples that are being decoded, a row each, and their own keys and values.
+    """The samples that are being decoded, one per row, with the keys and values of their tokens.
 
     Attributes:
-        live: the prompt and the sample's number of each row.
-        own: keys and values [rows, heads, room, dimension] by layer.
+        live: the prompt and the number of the sample of each row.
+        states: keys and values [rows, heads, room, dimension] of each layer.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.live: list[tuple[_Prompt, int]] = []
-        self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._room = _ROOM
 
     def remove(self, ended: Sequence[int]) -> None:
-        """Takes these rows away; the last ones move into their places."""
+        """Removes rows; the last rows move into their places."""
         count = len(self.live) - len(ended)
         holes = [row for row in ended if row < count]
         last = sorted(set(range(count, len(self.live))) - set(ended))
         if holes:
-            for part in (part for parts in self.own.values() for part in parts):
+            for part in (part for parts in self.states.values() for part in parts):
                 part[holes] = part[last]
         for hole, row in zip(holes, last, strict=True):
             self.live[hole] = self.live[row]
         del self.live[count:]
 
     def begin_step(self, device: torch.device) -> None:
-        """Where this step's keys are written, and which rows attend to which prompt."""
+        """Prepares a step: where its keys are written, and which rows attend to which prompt."""
         lengths = [len(prompt.tokens[sample]) - 1 for prompt, sample in self.live]
         self._span = max(lengths) + 1
         if self._span > self._room:
             self._room *= 2
-            self.own = {
+            self.states = {
                 layer: (self._buffer(keys.shape[1:], keys), self._buffer(values.shape[1:], values))
-                for layer, (keys, values) in self.own.items()
+                for layer, (keys, values) in self.states.items()
             }
         self._row, self._last = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
         rows_of: dict[_Prompt, list[int]] = {}
@@ -124,14 +124,14 @@ class _Rows:
         self._biases: dict[tuple[_Prompt | None, int | None], torch.Tensor | None] = {}
 
     def _buffer(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        """Zeros, because a masked key counts zero times its value, which must be a number."""
+        """A larger buffer; zeros, because a masked value is multiplied by zero and must be finite."""
         heads, room, dimension = shape
         new = like.new_zeros(self.count, heads, self._room, dimension)
         new[:, :, :room] = like
         return new
 
     def _bias(self, prompt: _Prompt | None, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """[rows, keys] added to the scores of a prompt's rows, or with None of all rows for their own keys."""
+        """Returns a mask to add to scores, [rows, keys]: of a prompt's rows, or (None) of all rows for their keys."""
         name = prompt, window
         if name not in self._biases:
             last = self._last if prompt is None else self._last[self._prompts[prompt]] + prompt.length
@@ -139,7 +139,7 @@ class _Rows:
             hidden = places > last[:, None]
             if window is not None:
                 hidden |= places <= last[:, None] - window
-            # Finite, so that a row that sees no key of a part has a log-sum-exp; half, so that a score may be added.
+            # Finite, so that the log-sum-exp of a row that sees no key exists; half, so that a score can be added.
             bias = hidden.to(dtype) * (torch.finfo(dtype).min / 2)
             self._biases[name] = bias if hidden.any() else None
         return self._biases[name]
@@ -155,27 +155,27 @@ class _Rows:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of one token a row.
+        """Computes the attention of one token per row.
 
         Args:
             query: [rows, query heads, dimension].
-            key: [rows, heads, dimension], as is the value.
+            key, value: [rows, heads, dimension].
             sinks: [query heads] scores of a key without value.
 
         Returns:
             [rows, query heads, dimension of the values].
         """
         rows, heads = key.shape[:2]
-        if layer not in self.own:
-            self.own[layer] = (
+        if layer not in self.states:
+            self.states[layer] = (
                 key.new_zeros(self.count, heads, self._room, key.shape[-1]),
                 value.new_zeros(self.count, heads, self._room, value.shape[-1]),
             )
-        keys, values = self.own[layer]
+        keys, values = self.states[layer]
         keys[self._row, :, self._last], values[self._row, :, self._last] = key, value
         query = query.view(rows, heads, -1, query.shape[-1])  # [rows, heads, queries a head, dimension]
         bias = self._bias(None, window, query.dtype)
-        own, own_sum = _attend(
+        sample, sample_sum = _attend(
             query,
             keys[:rows, :, : self._span],
             values[:rows, :, : self._span],
@@ -189,10 +189,10 @@ class _Rows:
             for prompt, part in zip(self._prompts, queries, strict=True)
         ]
         shared, shared_sum = (torch.cat(part)[self._back] for part in zip(*parts, strict=True))
-        total = torch.logaddexp(own_sum, shared_sum)
+        total = torch.logaddexp(sample_sum, shared_sum)
         if sinks is not None:
             total = torch.logaddexp(total, sinks.float().view(heads, -1))
-        out = own * (own_sum - total).exp()[..., None] + shared * (shared_sum - total).exp()[..., None]
+        out = sample * (sample_sum - total).exp()[..., None] + shared * (shared_sum - total).exp()[..., None]
         return out.to(value.dtype).flatten(1, 2)
 
     def _to_prompt(
@@ -204,7 +204,7 @@ class _Rows:
         window: int | None,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a prompt's rows attend to in it: all queries of all rows meet the keys of a head in one product."""
+        """Attention of a prompt's rows to the prompt: one product per head for all queries of all rows."""
         rows, heads, each, _ = query.shape
         bias = None if window is None else self._bias(prompt, window, query.dtype)
         out, log_sum = _attend(
@@ -229,7 +229,7 @@ def _attend(
 
     Args:
         query: [batch, heads, queries, dimension].
-        keys: [batch, heads, keys, dimension], as are the values, whose dimension may be another.
+        keys, values: [batch, heads, keys, dimension]; the dimension of the values may differ.
         bias: added to the scores; its shape expands to [batch, heads, queries, keys].
 
     Returns:
@@ -275,7 +275,7 @@ AttentionInterface.register(_NAME, _attention)
 
 
 def _prefill(model: PreTrainedModel, job: Job) -> _Prompt:
-    """Computes a prompt; the cache is made without the config, which would drop what is outside a sliding window."""
+    """Computes a prompt. The cache has no config, which would drop keys outside a sliding window."""
     cache = DynamicCache()
     ids = torch.tensor([list(job[0])], device=model.device)
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -283,17 +283,17 @@ def _prefill(model: PreTrainedModel, job: Job) -> _Prompt:
 
 
 def _step(model: PreTrainedModel, rows: _Rows) -> torch.Tensor:
-    """[rows, vocabulary] logits after the last token of every row."""
+    """Returns the logits after the last token of every row, [rows, vocabulary]."""
     rows.begin_step(model.device)
     live = [(prompt, prompt.tokens[sample]) for prompt, sample in rows.live]
     ids = torch.tensor([[tokens[-1]] for _, tokens in live], device=model.device)
     positions = torch.tensor([[prompt.length + len(tokens) - 1] for prompt, tokens in live], device=model.device)
-    own = str(model.config._attn_implementation)
+    implementation = str(model.config._attn_implementation)
     model.set_attn_implementation(_NAME)
     try:
         return model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=rows).logits[:, -1]
     finally:
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(implementation)
 
 
 @torch.inference_mode()
@@ -306,16 +306,16 @@ def decode(
     stops: Collection[int],
     ended: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Samples continuations, ``rows`` of them at a time.
+    """Samples responses, ``rows`` of them at a time.
 
     Args:
-        jobs: read when there are free rows. Sample s of a prompt draws its token t by the number [s, t].
+        jobs: read when rows are free. Sample s of a prompt draws its token t by the number [s, t].
         stops: a response ends with the first of these ids.
-        ended: called with the number of samples that have ended, as they do.
+        ended: called with a number of samples when they have ended.
 
     Yields:
-        The number of a job and the ids of its samples, the stop id included where one was reached, as soon as all of
-        them have ended.
+        The number of a job and the ids of its samples, with the stop id where one was reached, as soon as all samples
+        of the job have ended.
     """
     queue = enumerate(jobs)
     prompts: dict[int, _Prompt] = {}
@@ -329,9 +329,9 @@ def decode(
                     break
                 prompts[index] = newest = _prefill(model, job)
             count = min(free, len(newest.tokens) - newest.started)
-            begun = newest.begin(count, draw, stops)
-            table.live += [(newest, sample) for sample in begun]
-            ended(count - len(begun))
+            started = newest.begin(count, draw, stops)
+            table.live += [(newest, sample) for sample in started]
+            ended(count - len(started))
         for index in [index for index, prompt in prompts.items() if prompt.ended == len(prompt.tokens)]:
             yield index, prompts.pop(index).tokens
         if not table.live:
@@ -349,7 +349,7 @@ def decode(
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves the drawn token only, for a search that takes the most probable one."""
+    """Masks all tokens but the drawn one, so that greedy decoding takes it."""
 
     def __init__(self, numbers: torch.Tensor, width: int, draw: Draw) -> None:
         self._numbers, self._width, self._draw = numbers, width, draw
@@ -370,9 +370,9 @@ def decode_by_generate(
     stops: Collection[int],
     ended: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """The same as `decode` through transformers' ``generate``, for models whose attention `decode` cannot compute."""
+    """As `decode`, through transformers' ``generate``, for models whose attention `decode` does not support."""
     end = sorted(stops)
-    # transformers fills what a config leaves open from the model's own, so that one is put away meanwhile.
+    # transformers fills unset fields of a config from the model's, so that one is replaced meanwhile.
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         for index, (prompt, numbers) in enumerate(jobs):
@@ -398,10 +398,10 @@ def decode_by_generate(
 
 @torch.inference_mode()
 def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether `decode` computes this model's distribution, by its layers' types and a trial of a few tokens.
+    """Whether `decode` computes this model's distribution, judged by its layer types and a trial of a few tokens.
 
-    Attention with a bias, keys shared by layers, recurrent states and the like are not known to `decode`; the trial
-    compares it with the model's own attention. Rounding of bfloat16 moves some percent of the probability.
+    `decode` does not support attention with a bias, keys shared by layers, recurrent states and the like; the trial
+    compares it with the model's attention. bfloat16 rounding moves a few percent of the probability.
     """
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
     if set(types) - {"full_attention", "sliding_attention"} or not model._can_set_attn_implementation():

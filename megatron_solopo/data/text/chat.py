@@ -280,7 +280,7 @@ def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     if tokenizer.eos_token_id in ids[:-1]:
         raise UserError(
             "control-token-in-text",
-            f"a response holds the end of turn {tokenizer.eos_token}, which this tokenizer cannot take as text; remove "
+            f"a response holds the end of turn {tokenizer.eos_token}, which this tokenizer cannot read as text; remove "
             "the example, or set another --eos-token",
         )
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -1,10 +1,10 @@
-"""Control tokens: what frames the turns of a chat. The chat template writes them; no text may bring one in.
+"""Control tokens: the tokens that frame the turns of a chat. Only the chat template writes them, never a text.
 
 A control token is a special token of the tokenizer, or another added token that the chat template writes around
 messages (DeepSeek-R1's ``<｜User｜>`` is not marked as special). A document, question, system prompt or response that
 spells one is tokenised as text. Added tokens that are neither (Qwen's ``<tool_call>``, ``<think>``) are words of the
-vocabulary in every text, as for ``split_special_tokens`` of transformers. Some special tokens are there for what a
-model says: those of --add-special-tokens, and tags that are closed, ``<think>`` and ``</think>``. They are words in the
+vocabulary in every text, as for ``split_special_tokens`` of transformers. Some special tokens are meant for
+responses: those of --add-special-tokens, and pairs of tags, ``<think>`` and ``</think>``. They are words in the
 assistant's texts, unless they have a role (``eos_token``) or frame messages, and control tokens elsewhere.
 
 The tokenizers library matches added tokens before anything else, so a chat that spells one is read by another
@@ -30,29 +30,29 @@ from megatron_solopo.data.schema import Message
 from megatron_solopo.errors import UserError
 
 RESPONSE_TOKENS = "response_tokens"
-"""Where a tokenizer's ``init_kwargs``, and so tokenizer_config.json, keep the tokens of --add-special-tokens."""
+"""Key of the tokens of --add-special-tokens in a tokenizer's ``init_kwargs``, and so in tokenizer_config.json."""
 
 _BRACKETED = re.compile(r"[<\[\u25c1\u3010]\S+[>\]\u25b7\u3011]")
 
 _NUMBER, _MARKS = 0xF0000, range(0x100000, 0x10FFFE)
-"""Private-use characters: the first of those that number the aliases, and those that all aliases of a reader begin
-with."""
+"""Private-use characters: the first one that numbers the aliases, and those with which all aliases of a reader can
+begin."""
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that ends a turn, of a tokenizer of `chat.load_tokenizer`, which has refused those without."""
+    """Returns the token that ends a turn, which every tokenizer of `chat.load_tokenizer` has."""
     assert isinstance(tokenizer.eos_token, str)
     return tokenizer.eos_token
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `end_of_turn`."""
+    """Returns the id of `end_of_turn`."""
     assert isinstance(tokenizer.eos_token_id, int)
     return tokenizer.eos_token_id
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer with its chat template, and how chats that spell them become ids."""
+    """The control tokens of a tokenizer with its chat template, and the tokenisation of chats that spell them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -62,7 +62,7 @@ class ControlTokens:
         added = {text: token for text, token in added.items() if len(text) > 1 and not text.isspace()}
         special = {text for text, token in added.items() if token.special}
         special |= added.keys() & set(tokenizer.all_special_tokens)
-        # What is not special and in no brackets, such as "###", is a word that a template uses as any text does.
+        # A token that is not special and has no brackets, such as "###", is a word, in a template as in any text.
         around, between = _written(tokenizer, special | set(filter(_BRACKETED.fullmatch, added)))
         frame = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str | AddedToken)}
         frame |= around
@@ -74,7 +74,7 @@ class ControlTokens:
         self._readers: dict[str, _Reader] = {}
 
     def _patterns(self, names: Sequence[str]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
-        """What finds the names in a text, and those in a normalised text that the tokenizer looks for there."""
+        """Patterns of the names in a text, and of those that the tokenizer looks for in the normalised text."""
         normalizer = self._backend.normalizer if self._backend is not None else None
         normalised = [normalizer.normalize_str(n) for n in names if self._added[n].normalized] if normalizer else []
         return _any_of(names), _any_of(filter(None, normalised))
@@ -88,29 +88,29 @@ class ControlTokens:
         return bool(normalised and normalizer and normalised.search(normalizer.normalize_str(text)))
 
     def reader(self, texts: Iterable[str]) -> _Reader:
-        """One whose aliases none of the texts holds.
+        """Returns a reader whose aliases occur in none of the texts.
 
         Raises:
-            UserError: the tokenizer cannot take a control token as text.
+            UserError: the tokenizer cannot read a control token as text.
         """
-        held = set().union(*texts)
-        mark = next(chr(number) for number in _MARKS if chr(number) not in held)
+        characters = set().union(*texts)
+        mark = next(chr(number) for number in _MARKS if chr(number) not in characters)
         if mark not in self._readers:
             if self._backend is None:
                 raise UserError(
                     "control-token-in-text",
-                    "a text holds a control token, and only a tokenizer with a tokenizer.json can take it as text; "
-                    "give such a tokenizer, or remove the example",
+                    "a text holds a control token, and only a tokenizer with a tokenizer.json can read it as text; "
+                    "use such a tokenizer, or remove the example",
                 )
             words = {name for name in self._names if self._added[name].single_word}
             self._readers[mark] = _Reader(self._backend, self._names, words, mark)
         return self._readers[mark]
 
     def hide(self, messages: list[Message]) -> tuple[list[Message], _Reader | None]:
-        """Messages with aliases for the control tokens that they spell, and what reads them; None if they spell none.
+        """Returns messages with aliases for the control tokens that they spell, and the reader of the aliases, if any.
 
         Raises:
-            UserError: the tokenizer cannot take a control token as text.
+            UserError: the tokenizer cannot read a control token as text.
         """
         if not any(self.spelled(message["content"], message["role"]) for message in messages):
             return messages, None
@@ -128,11 +128,11 @@ class _Reader:
 
     Args:
         names: its control tokens, the longest first.
-        words: those of them that are found as whole words only.
-        mark: the character that the aliases begin with.
+        words: the control tokens that match whole words only.
+        mark: the character with which the aliases begin.
 
     Raises:
-        UserError: it would not be the same tokenizer.
+        UserError: the tokenizer does not read an alias as its control token.
     """
 
     def __init__(self, backend: Tokenizer, names: Sequence[str], words: Collection[str], mark: str) -> None:
@@ -150,34 +150,34 @@ class _Reader:
             if theirs.ids != self._tokenizer.encode(probe.format(alias), add_special_tokens=False).ids:
                 raise UserError(
                     "control-token-in-text",
-                    f"a text holds a control token, and this tokenizer cannot take {name} as text; give another "
+                    f"a text holds a control token, and this tokenizer cannot read {name} as text; use another "
                     "tokenizer, or remove the example",
                 )
 
     def exchange(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
-        """The text with aliases for names and names for aliases, or for what the pattern finds of them."""
+        """Replaces names by aliases and aliases by names, all of them or those that the pattern matches."""
         return (pattern or self._both).sub(lambda match: self._other[match[0]], text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """The tokens of texts in which aliases stand for control tokens, and names for themselves."""
+        """Returns the tokens of texts in which aliases are control tokens and names are text."""
         return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
 
-_OF: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[object, ...], ControlTokens]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[object, ...], ControlTokens]] = WeakKeyDictionary()
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-    """The control tokens of a tokenizer, found once."""
+    """Returns the control tokens of a tokenizer; they are computed once."""
     facts = (tokenizer.chat_template, tokenizer.eos_token, len(tokenizer))
-    known = _OF.get(tokenizer)
-    if known is None or known[0] != facts:
-        known = _OF[tokenizer] = (facts, ControlTokens(tokenizer))
-    return known[1]
+    cached = _CACHE.get(tokenizer)
+    if cached is None or cached[0] != facts:
+        cached = _CACHE[tokenizer] = (facts, ControlTokens(tokenizer))
+    return cached[1]
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> tuple[set[str], set[str]]:
-    """Which of the names the chat template writes into a past exchange: around it, and between question and answer,
-    where a thought can be opened that responses close."""
+    """Returns the names that the chat template writes around a past exchange, and those between its question and
+    answer, where it can open a thought that responses close."""
     if not names or not tokenizer.chat_template:
         return set(), set()
     texts = ("solopo question", "solopo answer", "solopo next question")
@@ -196,12 +196,12 @@ def _longest_first(names: Iterable[str]) -> list[str]:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    found = "|".join(map(re.escape, _longest_first(names)))
-    return re.compile(found) if found else None
+    pattern = "|".join(map(re.escape, _longest_first(names)))
+    return re.compile(pattern) if pattern else None
 
 
 def _renamed(tokenizer_json: str, aliases: dict[str, str]) -> str:
-    """A tokenizer.json with other names for some tokens, which no text is cut into any more."""
+    """Returns a tokenizer.json with aliases for some tokens, so that no text has these tokens any more."""
     document = json.loads(tokenizer_json)
     document |= {"truncation": None, "padding": None, "post_processor": None}
     for token in document["added_tokens"]:

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, read by transformers whatever their form, and special tokens added to them."""
+"""Reads the tokenizers of Hugging Face folders in any form that transformers reads, and adds special tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_solopo.json_text import check_json
 from megatron_solopo.model_folder import check_is_folder, seen_in
 
 PROBES = ("The quick brown fox, 1,234.56 € in 2026.", "  two spaces\n\n\ttab ", "Größe 東京 🙂 \u00a0½")
-"""What a converted SentencePiece model is compared on with the sentencepiece library, and transformers' reading of a
-tokenizer.json with the file."""
+"""Texts on which a converted SentencePiece model is compared with the sentencepiece library, and a tokenizer of
+transformers with its tokenizer.json."""
 
 SPACE = "\u2581"
-"""What SentencePiece puts in a space's place."""
+"""The character that SentencePiece puts in the place of a space."""
 
 TRAINED_BPE = 2
 """model_type in a SentencePiece model."""
@@ -35,14 +35,16 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder: tokenizer.json as it stands, or else what transformers makes of a SentencePiece model
-    or of tiktoken's ranks (``tokenizer.model``, ``tiktoken.model``), or of vocab.json and merges.txt.
+    """Reads the tokenizer of a folder.
+
+    It is tokenizer.json unchanged, or else what transformers makes of a SentencePiece model or of tiktoken's ranks
+    (``tokenizer.model``, ``tiktoken.model``), or of vocab.json and merges.txt.
 
     Raises:
-        UserError: no such folder, no tokenizer in it, or one whose conversion would be another tokenizer.
+        UserError: the folder is missing, it has no tokenizer, or the conversion would yield other tokens.
     """
     folder = Path(folder)
-    check_is_folder(str(folder), folder, "give a Hugging Face folder with a tokenizer")
+    check_is_folder(str(folder), folder, "set a Hugging Face folder with a tokenizer")
     check_json(*(folder / name for name in SETTINGS))
     model = find_model(folder)
     try:
@@ -60,17 +62,17 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             "tokenizer-unreadable",
             f"{folder}: no tokenizer could be loaded ({reason}); "
-            + (seen_in(folder) or "give a folder with tokenizer.json or tokenizer.model"),
+            + (seen_in(folder) or "set a folder with tokenizer.json or tokenizer.model"),
         ) from None
 
 
 def _is_cut_otherwise(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
-    """Whether transformers cuts texts into words otherwise than a tokenizer.json says.
+    """Whether transformers splits texts into words differently from tokenizer.json.
 
-    transformers 5.17 puts the words of some classes in place of the file's: LlamaTokenizer's SentencePiece words, in
-    which the byte-level tokens of DeepSeek's distilled models do not stand, or GPT2Tokenizer's without SmolLM2's single
-    digits. Files with SentencePiece's words are left to it: there only spaces at a begin and behind special tokens
-    differ, as ``legacy`` of tokenizer_config.json says.
+    transformers 5.17 replaces the file's pre-tokenizer for some classes: by LlamaTokenizer's SentencePiece words, which
+    do not have the byte-level tokens of DeepSeek's distilled models, or by GPT2Tokenizer's, which does not split
+    SmolLM2's digits. Files with SentencePiece's words are read by transformers: only spaces at the start and after
+    special tokens differ there, as ``legacy`` of tokenizer_config.json says.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if type(tokenizer) is PreTrainedTokenizerFast or not (isinstance(backend, Tokenizer) and file.is_file()):
@@ -79,7 +81,7 @@ def _is_cut_otherwise(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     words = {key: document.get(key) for key in ("normalizer", "pre_tokenizer")}
     if SPACE in json.dumps(words, ensure_ascii=False):
         return False
-    # A model takes most of the time of loading, and cuts nothing yet.
+    # An empty model: loading one takes most of the time, and it is not needed to split words.
     alone = Tokenizer.from_str(json.dumps(words | {"model": {"type": "BPE", "vocab": {}, "merges": []}}))
     return any(_words(alone, text) != _words(backend, text) for text in PROBES)
 
@@ -93,7 +95,7 @@ def _words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def find_model(folder: Path) -> Path | None:
-    """The SentencePiece model or rank file of a folder without tokenizer.json."""
+    """Returns the SentencePiece model or rank file of a folder without tokenizer.json, None if it has neither."""
     if (folder / "tokenizer.json").is_file():
         return None
     paths = (folder / name for name in ("tokenizer.model", "tiktoken.model"))
@@ -101,9 +103,15 @@ def find_model(folder: Path) -> Path | None:
 
 
 def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
-    """transformers 5.17 leaves out what SentencePiece does before it cuts a text (AutoTokenizer: no space at the
-    begin), or half of it (LlamaTokenizer: none before a space); its converters of older versions know it."""
-    require(str(model), "sentencepiece", "sentencepiece", ", or give a folder with a tokenizer.json")
+    """Converts a SentencePiece model with the normalizer that the model defines.
+
+    transformers 5.17 omits SentencePiece's normalization (AutoTokenizer: no space at the start) or a part of it
+    (LlamaTokenizer: none before a space); its converters of older versions implement it.
+
+    Raises:
+        UserError: the tokenizer has other tokens than the model.
+    """
+    require(str(model), "sentencepiece", "sentencepiece", ", or set a folder with a tokenizer.json")
     from sentencepiece import SentencePieceProcessor  # of the extra "sentencepiece"
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -135,30 +143,34 @@ def _from_sentencepiece(folder: Path, model: Path) -> PreTrainedTokenizerBase:
         if theirs.encode(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise UserError(
                 "tokenizer-conversion",
-                f"{model}: as transformers reads it, {text!r} has other tokens than in SentencePiece; give a folder "
+                f"{model}: as transformers reads it, {text!r} has other tokens than in SentencePiece; set a folder "
                 "with a tokenizer.json",
             )
     return tokenizer
 
 
 def _from_ranks(folder: Path, model: Path) -> PreTrainedTokenizerBase:
-    """A rank file does not say how a text is cut into words first; transformers takes Llama 3's way."""
-    require(str(model), "tiktoken", "tiktoken", ", or give a folder with a tokenizer.json")
+    """Reads a rank file, which does not define how texts are split into words; transformers splits as Llama 3 does.
+
+    Raises:
+        UserError: the folder is not a Llama model's.
+    """
+    require(str(model), "tiktoken", "tiktoken", ", or set a folder with a tokenizer.json")
     config = folder / "config.json"
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind != "llama":
         raise UserError(
             "tokenizer-conversion",
-            f"{model}: tiktoken's ranks, which do not say how a text is cut into words; they are read as Llama 3's "
-            f"where config.json has model_type llama, and it has {kind}; give a folder with a tokenizer.json",
+            f"{model}: tiktoken's ranks do not define how texts are split into words; they are read as Llama 3's where "
+            f"config.json has model_type llama, and it has {kind}; set a folder with a tokenizer.json",
         )
-    told = logging.getLogger(tokenization_utils_tokenizers.__name__)
-    before = told.level
-    told.setLevel(logging.ERROR)  # transformers tries SentencePiece first, and warns that it is none
+    logger = logging.getLogger(tokenization_utils_tokenizers.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # transformers tries SentencePiece first, and warns
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     finally:
-        told.setLevel(before)
+        logger.setLevel(level)
 
 
 def _is_ranks(path: Path) -> bool:
@@ -169,11 +181,11 @@ def _is_ranks(path: Path) -> bool:
 
 
 Tokens = Encoding | list[int]
-"""The tokens of a text: ids, or the Rust tokenizer's encoding, whose ids are made when they are asked for."""
+"""The tokens of a text: ids, or the Rust tokenizer's encoding, which makes its ids on access."""
 
 
 def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Tokens]:
-    """The tokens of each rendered chat, where control tokens count. No special tokens are added.
+    """Returns the tokens of each rendered chat. Control tokens in it count; no special tokens are added.
 
     The Rust tokenizer is called directly: transformers builds ids, masks and offsets as Python objects for every
     text, which takes longer than the tokenisation. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
@@ -189,50 +201,53 @@ def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Seq
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Tokens]:
-    """The tokens of each text, no special tokens added; control tokens that it spells are text (`control`)."""
+    """Returns the tokens of each text, without special tokens; control tokens that it spells are text (`control`)."""
     control = control_tokens(tokenizer)
     spelled = [number for number, text in enumerate(texts) if control.spelled(text)]
     if not spelled:
         return parse_batch(tokenizer, texts)
     plain = control.reader(texts[number] for number in spelled).encode_batch([texts[number] for number in spelled])
-    found = list(parse_batch(tokenizer, ["" if control.spelled(text) else text for text in texts]))
+    encoded = list(parse_batch(tokenizer, ["" if control.spelled(text) else text for text in texts]))
     for number, tokens in zip(spelled, plain, strict=True):
-        found[number] = tokens
-    return found
+        encoded[number] = tokens
+    return encoded
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text; see `encode_batch`."""
+    """Returns the token ids of a text; see `encode_batch`."""
     (tokens,) = encode_batch(tokenizer, [text])
     return tokens if isinstance(tokens, list) else tokens.ids
 
 
 def parse_tokens(text: str) -> list[str]:
-    """``<think>,</think>`` -> its tokens.
+    """Splits the value of --add-special-tokens, such as ``<think>,</think>``, into its tokens.
 
     Raises:
-        UserError: naming --add-special-tokens.
+        UserError: a token is empty or occurs twice.
     """
     tokens = [token.strip() for token in text.split(",")]
     if not all(tokens):
-        raise UserError("option-value", f"--add-special-tokens {text}: an empty token; give them as '<think>,</think>'")
+        raise UserError(
+            "option-value",
+            f"--add-special-tokens {text}: an empty token; write them as '<think>,</think>'",
+        )
     twice = next((token for token in tokens if tokens.count(token) > 1), None)
     if twice is not None:
-        raise UserError("option-value", f"--add-special-tokens {text}: {twice} stands twice")
+        raise UserError("option-value", f"--add-special-tokens {text}: {twice} occurs twice; keep one of them")
     return tokens
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: str | Path) -> list[int]:
-    """Adds the tokens of --add-special-tokens, never split and left out of decoded text like other special ones.
+    """Adds the tokens of --add-special-tokens, which like other special tokens are never split and not decoded.
 
-    Unlike those they are tokens in the assistant's texts, also for who reads the tokenizer from a saved folder
+    Unlike others they are tokens in the assistant's texts too, also when the tokenizer is read from a saved folder
     (`control`).
 
     Returns:
         Their ids, which follow the tokenizer's largest.
 
     Raises:
-        UserError: a token that the tokenizer of ``folder`` has already.
+        UserError: the tokenizer of ``folder`` has a token already, or as `parse_tokens`.
     """
     tokens, vocabulary = parse_tokens(text), tokenizer.get_vocab()
     special = set(tokenizer.all_special_tokens)
@@ -242,7 +257,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str, folder: st
             raise UserError(
                 "token-exists",
                 f"--add-special-tokens {token}: the tokenizer of {folder} has it already as {kind} token (id "
-                f"{vocabulary[token]}); leave it out, or give another",
+                f"{vocabulary[token]}); leave it out, or set another",
             )
     tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
     tokenizer.init_kwargs[RESPONSE_TOKENS] = [*tokenizer.init_kwargs.get(RESPONSE_TOKENS, ()), *tokens]
