@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.config import MethodConfig
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.losses import solopo_loss
 from megatron_solopo.losses.solopo import aligned_sides, pair_context, policy_scores, reference_context
 from megatron_solopo.losses.terms import GroupLosses
@@ -28,16 +28,14 @@ def names_of(scored: Scored) -> tuple[str, ...]:
     return tuple(segment_name(*one) for one in sorted(scored))
 
 
-def continuation(
-    name: str, ids: Sequence[int], learnt: Sequence[bool] | None = None, response: int = 0
-) -> Continuation:
-    return Continuation(SEGMENTS[name][1], ids, learnt, response)
+def completion(name: str, ids: Sequence[int], loss_mask: Sequence[bool] | None = None, response: int = 0) -> Completion:
+    return Completion(SEGMENTS[name][1], ids, loss_mask, response)
 
 
 def prompt_of(ids: Sequence[int], responses: Mapping[str, Sequence[int]]) -> Prompt:
     """One response of each name, all on the same context."""
     (context,) = {SEGMENTS[name][0] for name in responses}
-    return Prompt(context, ids, tuple(continuation(name, each) for name, each in responses.items()))
+    return Prompt(context, ids, tuple(completion(name, each) for name, each in responses.items()))
 
 
 def only(dataset: TokenDataset, scored: Scored) -> TokenDataset:

@@ -147,14 +147,14 @@ def made_up_part(number: int, size: int = 100) -> Any:
     """A `TokenizedPart` of groups with contexts of 1K and 8K random ids."""
     from megatron_solopo.data.tokenized.make_store import TokenizedPart
     from megatron_solopo.data.tokenized.token_table import record_batch
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, Report, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, Report, TokenGroup
     from megatron_solopo.pack import Context, Side
 
     draw, made = np.random.default_rng(number), []
     for i in range(size):
         short, chosen, rejected, long = np.split(draw.integers(0, 150_000, 9416, dtype=np.int32), [1024, 1124, 1224])
         answers = tuple(
-            Continuation(*one) for one in ((Side.CHOSEN, array("i", chosen)), (Side.REJECTED, array("i", rejected)))
+            Completion(*one) for one in ((Side.CHOSEN, array("i", chosen)), (Side.REJECTED, array("i", rejected)))
         )
         prompts = (Prompt(Context.SHORT, short, answers), Prompt(Context.LONG, long, answers))
         made.append(TokenGroup(f"g{number}-{i}", prompts))

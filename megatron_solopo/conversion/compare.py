@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.text.tokenizer import read_tokenizer
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
@@ -165,7 +165,7 @@ def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Ten
 
     modules = [*model.decoder.layers[:-1], model.decoder.final_layernorm]
     hooks = [module.register_forward_hook(keep) for module in modules]
-    group = TokenGroup("prompt", (Prompt(Context.SHORT, list(ids[:1]), (Continuation(Side.PLAIN, list(ids[1:])),)),))
+    group = TokenGroup("prompt", (Prompt(Context.SHORT, list(ids[:1]), (Completion(Side.PLAIN, list(ids[1:])),)),))
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     pack = build_pack([group], [0], False, multiple)
     # The head sums log-probs by segment, so each token is a segment.

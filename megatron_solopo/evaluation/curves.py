@@ -1,4 +1,4 @@
-"""The report's section about training runs: curves, what was learnt, what it took."""
+"""The report's section about training runs: curves, first and last metrics, time and memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def training_section(output: Path, runs: Sequence[Run], looks: dict[str, Look], 
         parts.append(f"![Training curves]({figure.name})")
         parts.append(f"*{_caption(name, group, panels, clips)}.*")
     parts += [
-        markdown_table(_learnt(runs), text_columns=2),
+        markdown_table(_first_and_last(runs), text_columns=2),
         "*Each row is a mean over the examples that it counts; train: the first and the last tenth of the steps. A tie "
         "of two rewards counts half in the pair accuracy (0 in older runs); arrows point to the better end.*",
         markdown_table(_costs(runs), text_columns=2),
@@ -112,7 +112,7 @@ def _text(form: str, value: float) -> str:
     return "-" if np.isnan(value) else form.format(value)
 
 
-def _learnt(runs: Sequence[Run]) -> pandas.DataFrame:
+def _first_and_last(runs: Sequence[Run]) -> pandas.DataFrame:
     """The first and last steps of every run, and its first and last evaluation."""
     metrics = [metric for metric in _measured(runs) if metric.column]
     rows = []

@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, MethodConfig
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.losses.solopo import needs_reference, policy_scores
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.planning import fake
@@ -147,14 +147,14 @@ def example(method: MethodConfig, short: int, long: int, response: int) -> Token
         short, long: tokens of the prompts; response: of each response. A conversation has the long prompt's.
     """
     if method.objective == "sft":
-        continuations = (Continuation(Side.PLAIN, range(response)),)
-        return TokenGroup("example", (Prompt(Context.SHORT, range(long), continuations),))
+        completions = (Completion(Side.PLAIN, range(response)),)
+        return TokenGroup("example", (Prompt(Context.SHORT, range(long), completions),))
     scored = sorted(policy_scores(method))
     lengths = {Context.SHORT: short, Context.LONG: long}
 
     def prompt(context: Context) -> Prompt:
         sides = [side for other, side in scored if other == context]
-        return Prompt(context, range(lengths[context]), tuple(Continuation(side, range(response)) for side in sides))
+        return Prompt(context, range(lengths[context]), tuple(Completion(side, range(response)) for side in sides))
 
     return TokenGroup("example", tuple(prompt(context) for context in sorted({context for context, _ in scored})))
 

@@ -137,7 +137,7 @@ def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: t
     tokens = 0.0
     for group in dataset.groups:
         segments = ((c, s) for c, s in group.segments() if c == pair_context(method) and s.side == Side.CHOSEN)
-        lengths = [continuation.learnt_count for _, continuation in segments]
+        lengths = [completion.trained_tokens for _, completion in segments]
         tokens += sum(lengths) / len(lengths)
     return torch.tensor(tokens / len(dataset.groups), dtype=torch.float64, device=device)
 

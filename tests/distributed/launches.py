@@ -95,18 +95,18 @@ def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any
             "rejected": ids(draw.randint(1, 9)),
             "response": ids(draw.randint(2, 30)),
         }
-        learnt = [draw.random() < 0.6 for _ in responses["response"][:-1]] + [True]
+        loss_mask = [draw.random() < 0.6 for _ in responses["response"][:-1]] + [True]
         examples.append(
             {
                 "id": f"g{number}",
                 "prompts": [
                     {
                         "ids": prompts[context],
-                        "continuations": [
+                        "completions": [
                             {
                                 "role": role,
                                 "ids": responses[role.split("_")[-1]],
-                                "learnt": learnt if role == "response" else None,
+                                "loss_mask": loss_mask if role == "response" else None,
                             }
                             for role in roles
                             if role.split("_")[0] == context

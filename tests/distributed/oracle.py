@@ -2,10 +2,10 @@
 
 Examples and methods are plain dicts, as the worker gets them:
 
-    {"id", "prompts": [{"ids", "continuations": [{"role", "ids", "learnt" (or null)}]}]}
+    {"id", "prompts": [{"ids", "completions": [{"role", "ids", "loss_mask" (or null)}]}]}
     {"objective", "preference_loss", "context_mode", "beta", "alignment_weight", ...}
 
-A loss depends on the model only through the log-prob sum of each continuation. So the gradient of every sum is taken
+A loss depends on the model only through the log-prob sum of each completion. So the gradient of every sum is taken
 once, one sequence at a time, and a method's gradient is their combination by the chain rule.
 """
 
@@ -24,13 +24,13 @@ def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tens
     """Role -> summed log-prob of the trained tokens, and their number; one sequence at a time."""
     sums, counts = {}, {}
     for prompt in example["prompts"]:
-        for continuation in prompt["continuations"]:
-            ids = torch.tensor([prompt["ids"] + continuation["ids"]])
+        for completion in prompt["completions"]:
+            ids = torch.tensor([prompt["ids"] + completion["ids"]])
             scores = model(ids).logits[0, :-1].log_softmax(-1)
             picked = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]][len(prompt["ids"]) - 1 :]
-            learnt = torch.tensor(continuation["learnt"] or [True] * len(continuation["ids"]))
-            sums[continuation["role"]] = picked[learnt].sum()
-            counts[continuation["role"]] = int(learnt.sum())
+            loss_mask = torch.tensor(completion["loss_mask"] or [True] * len(completion["ids"]))
+            sums[completion["role"]] = picked[loss_mask].sum()
+            counts[completion["role"]] = int(loss_mask.sum())
     return sums, counts
 
 
@@ -68,7 +68,7 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
     """The auxiliary loss of a pack, added over its layers (Switch Transformers, arXiv 2101.03961, equations 4 to 6).
 
     A layer's: experts x sum over experts of (share of all choices x mean probability), over the tokens that are
-    computed: each prompt once, and each continuation without its last token.
+    computed: each prompt once, and each completion without its last token.
     """
     routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
     found: dict[nn.Module, list[Tensor]] = {router: [] for router in routers}
@@ -78,9 +78,9 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
         for router in routers
     ]
     for prompt in (prompt for example in examples for prompt in example["prompts"]):
-        for place, continuation in enumerate(prompt["continuations"]):
+        for place, completion in enumerate(prompt["completions"]):
             first = len(prompt["ids"]) if place else 0
-            model(torch.tensor([prompt["ids"] + continuation["ids"][:-1]]))
+            model(torch.tensor([prompt["ids"] + completion["ids"][:-1]]))
     for hook in hooks:
         hook.remove()
     total = torch.zeros((), dtype=torch.float64)

@@ -150,11 +150,11 @@ def test_longpo_compares_the_long_context_with_a_reference_on_the_short_one(two:
         prompts = []
         for context in ("short", "long"):
             prompt = ids(f"<user> {group[context + '_messages'][0]['content']} <assistant>")
-            continuations = [
-                {"role": f"{context}_{answer}", "ids": ids(group[answer] + " <end>"), "learnt": None}
+            completions = [
+                {"role": f"{context}_{answer}", "ids": ids(group[answer] + " <end>"), "loss_mask": None}
                 for answer in ("chosen", "rejected")
             ]
-            prompts.append({"ids": prompt, "continuations": continuations})
+            prompts.append({"ids": prompt, "completions": completions})
         examples.append({"id": group["id"], "prompts": prompts})
     rows = oracle.reference_table(world.model("llama"), examples)
     (cache,) = (two.folder / "longpo-reference").iterdir()

@@ -24,7 +24,7 @@ from megatron_solopo.parallel import platform
 
 def token_dataset(path: str) -> Any:
     """The examples of a JSON file; see oracle.py for their form."""
-    from segment_names import SEGMENTS, continuation
+    from segment_names import SEGMENTS, completion
 
     from megatron_solopo.data.tokenized.tokens import Prompt, TokenDataset, TokenGroup
 
@@ -33,9 +33,9 @@ def token_dataset(path: str) -> Any:
             example["id"],
             tuple(
                 Prompt(
-                    SEGMENTS[prompt["continuations"][0]["role"]][0],
+                    SEGMENTS[prompt["completions"][0]["role"]][0],
                     prompt["ids"],
-                    tuple(continuation(c["role"], c["ids"], c["learnt"]) for c in prompt["continuations"]),
+                    tuple(completion(c["role"], c["ids"], c["loss_mask"]) for c in prompt["completions"]),
                 )
                 for prompt in example["prompts"]
             ),

@@ -163,7 +163,7 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 
     hf_config = Qwen2Config(**TINY, attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(hf_config)
@@ -181,11 +181,11 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
         angles = width // TINY["num_attention_heads"] * tokens  # of RoPE, which transformers makes by a product
         return counted(tokens) - angles - head * (tokens - predicted) - 4 * layers * width * (full - causal)
 
-    continuation = Continuation(Side.CHOSEN, [1] * (own + 1))
-    one = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (continuation,)),))
+    completion = Completion(Side.CHOSEN, [1] * (own + 1))
+    one = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (completion,)),))
     for pack in (build_pack([one], [0], share_prompts=False), build_pack([one], [0], True, 1, 1, 128)):
         assert model_flops(hf_config, [pack]) == 3 * expected(prompt + own, own + 1)
-    two = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (continuation,) * 2),))
+    two = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (completion,) * 2),))
     shared = build_pack([two], [0])
     again = expected(prompt + own, own + 1) - expected(prompt, 0)
     assert model_flops(hf_config, [shared]) == 3 * (expected(prompt + own, own + 1) + again)

@@ -56,8 +56,8 @@ def test_the_reference_is_transformers_of_the_extended_config(home: Home, extend
     for row, group in zip(found, load_data(config).reference["train"].groups, strict=True):
         theirs = []
         for prompt in group.prompts:
-            for continuation in prompt.continuations:
-                ids = torch.tensor([*prompt.ids, *continuation.ids])
+            for completion in prompt.completions:
+                ids = torch.tensor([*prompt.ids, *completion.ids])
                 with torch.no_grad():
                     log_probs = hf(ids[None]).logits[0, :-1].log_softmax(-1)
                 theirs.append(log_probs.gather(1, ids[1:, None])[len(prompt.ids) - 1 :].sum().double())

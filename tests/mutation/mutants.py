@@ -163,11 +163,11 @@ MUTANTS: list[Mutant] = [
         "data/tokenized/packs.py",
         PACKS,
         (
-            "position of a continuation off by one",
+            "position of a completion off by one",
             "first=len(prompt), prompt=piece)",
             "first=len(prompt) + 1, prompt=piece)",
         ),
-        ("positions restart at a continuation", "ids[:-1], first=len(prompt), prompt", "ids[:-1], first=0, prompt"),
+        ("positions restart at a completion", "ids[:-1], first=len(prompt), prompt", "ids[:-1], first=0, prompt"),
         (
             "labels not shifted",
             "np.arange(self.size - 1, self.size - 1 + len(ids))",
@@ -179,14 +179,14 @@ MUTANTS: list[Mutant] = [
             "np.arange(start - 2, start - 2 + len(ids))",
         ),
         (
-            "tokens of the user learnt",
-            "slice(None) if continuation.learnt is None else np.asarray(continuation.learnt)",
+            "tokens of the user trained",
+            "slice(None) if completion.loss_mask is None else np.asarray(completion.loss_mask)",
             "slice(None)",
         ),
         (
             "last token of a response not counted",
-            "side, response, continuation.learnt_count))",
-            "side, response, continuation.learnt_count - 1))",
+            "side, response, completion.trained_tokens))",
+            "side, response, completion.trained_tokens - 1))",
         ),
     ),
     *within(
@@ -239,9 +239,9 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/layout.py",
         PARITY,
-        ("a continuation's mask aligned to its first token", ".tril(keys - queries)", ".tril(0)"),
+        ("a completion's mask aligned to its first token", ".tril(keys - queries)", ".tril(0)"),
         (
-            "a continuation sees nothing of its prompt",
+            "a completion sees nothing of its prompt",
             "keys.append(np.arange(start, start + prompt_length))",
             "keys.append(span[:1].repeat(prompt_length))",
         ),
@@ -318,7 +318,7 @@ MUTANTS: list[Mutant] = [
         CONTEXT,
         ("the first chunks to the first rank", "return rank, 2 * size - 1 - rank", "return 2 * rank, 2 * rank + 1"),
         (
-            "a continuation sees the padding of its prompt",
+            "a completion sees the padding of its prompt",
             "prompt.start, prompt.length, causal",
             "prompt.start, prompt.slot, causal",
         ),
@@ -546,7 +546,7 @@ MUTANTS: list[Mutant] = [
         "data/tokenized/packs.py",
         PACKS,
         (
-            "continuations rounded up like prompts",
+            "completions rounded up like prompts",
             "self.prompt_multiple_of if prompt is None else",
             "self.prompt_multiple_of if True else",
         ),

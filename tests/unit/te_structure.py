@@ -183,7 +183,7 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     import transformer_engine.pytorch as te
 
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies
     from megatron_solopo.parallel.layout import block_layout, sequence_layout
@@ -197,7 +197,7 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
         Prompt(
             context,
             list(range(p)),
-            tuple(Continuation(Side.CHOSEN, list(range(n)), None, i) for i, n in enumerate(each)),
+            tuple(Completion(Side.CHOSEN, list(range(n)), None, i) for i, n in enumerate(each)),
         )
         for context, p, each in ((Context.SHORT, 5, (3, 1, 7)), (Context.LONG, 11, (2,)))
     )

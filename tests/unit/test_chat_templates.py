@@ -121,7 +121,7 @@ def test_what_was_sampled_is_learnt_to_the_id(template: str, values: str | None,
         )
         (only,) = data.groups[0].prompts
         assert list(only.ids) == list(prompt.ids)
-        assert [list(one.ids) for one in only.continuations] == [[*sampled[0], end], [*ids, end]]
+        assert [list(one.ids) for one in only.completions] == [[*sampled[0], end], [*ids, end]]
 
 
 TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]
@@ -170,7 +170,7 @@ def test_a_thought_behind_a_closed_one_is_refused(tmp_path: Path) -> None:
         tokenize(write_lines(path, [record]), tokenizer, scored("short_chosen"), 999)
     ids = tokenizer.encode(BOTH)
     data = tokenize(write_lines(path, [record | {"chosen_ids": ids}]), tokenizer, scored("short_chosen"), 999)
-    assert list(data.groups[0].prompts[0].continuations[0].ids) == [*ids, tokenizer.eos_token_id]
+    assert list(data.groups[0].prompts[0].completions[0].ids) == [*ids, tokenizer.eos_token_id]
     counts = Statistics()
     prompt = Prompt("q", [user("hi")], prompt_ids(tokenizer, [user("hi")]))
     assert from_texts(tokenizer, prompt, [BOTH], [True], len(ids) + 1, counts).responses == [BOTH]

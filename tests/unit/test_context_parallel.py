@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Pack, Side
 from megatron_solopo.parallel.spans import SpanLayout, span_attention
 from megatron_solopo.parallel.zigzag import rows_of, spans_of
 
 
 def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
-    """Groups of very different lengths, some continuations of one token (which have no row of their own)."""
+    """Groups of very different lengths, some completions of one token (which have no row of their own)."""
     draw = random.Random(seed)
 
     def ids(most: int) -> list[int]:
@@ -28,7 +28,7 @@ def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
         TokenGroup(
             f"g{number}",
             tuple(
-                Prompt(context, ids(most), tuple(Continuation(side, ids(9)) for side in (Side.CHOSEN, Side.REJECTED)))
+                Prompt(context, ids(most), tuple(Completion(side, ids(9)) for side in (Side.CHOSEN, Side.REJECTED)))
                 for context, most in ((Context.SHORT, 10), (Context.LONG, 40))
             ),
         )

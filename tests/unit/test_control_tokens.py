@@ -292,7 +292,7 @@ def test_examples_that_spell_them_are_counted_and_listed(tmp_path: Path) -> None
     assert data.report.spelled == ["g1", "g2", "g3", "g4"]
     line = "control tokens in the texts of 4 examples, which are tokenised as text: g1, g2, g3, g4"
     assert line in data.report.lines(99)
-    chosen = [list(group.prompts[0].continuations[0].ids) for group in data.groups]
+    chosen = [list(group.prompts[0].completions[0].ids) for group in data.groups]
     assert chosen == [[6, 3], [6, 3], [6, 0, 8, 3], [6, 0, 8, 3], [6, 0, 8, 3], [6, 3]]
     assert list(data.groups[1].prompts[0].ids) == [1, 5, 0, 7, 2]
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from megatron_solopo.config import Config, ModelConfig, TrainingConfig
 from megatron_solopo.data.tokenized.batches import above_the_token_limit, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import LostProcess
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
@@ -118,7 +118,7 @@ def draw_groups(seed: int, longest: int = 900) -> list[TokenGroup]:
         TokenGroup(
             f"g{number}",
             tuple(
-                Prompt(context, ids(longest), tuple(Continuation(side, ids(40)) for side in sides))
+                Prompt(context, ids(longest), tuple(Completion(side, ids(40)) for side in sides))
                 for context, sides in ((Context.SHORT, (Side.CHOSEN, Side.REJECTED)), (Context.LONG, (Side.CHOSEN,)))
             ),
         )

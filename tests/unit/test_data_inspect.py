@@ -113,7 +113,9 @@ def test_segments_are_the_sequences_of_transformers(
             (place, full[place]) for place in range(len(prompt), last + 1)
         ]
         assert [token.end_of_turn for token in segment.tokens].index(True) == last - len(prompt)
-        assert segment.learnt == len(segment.tokens) == sum(last - first + 1 for first, last in segment.predictors)
+        assert (
+            segment.trained_tokens == len(segment.tokens) == sum(last - first + 1 for first, last in segment.predictors)
+        )
         assert not any("\ufffd" in token.text or not token.text for token in segment.tokens)
         if response == "chosen":  # every token is a text of its own
             assert "".join(token.text for token in segment.tokens[:-1]) == record[response]

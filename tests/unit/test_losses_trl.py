@@ -105,9 +105,9 @@ def ours(trainer):
     for question, chosen, rejected in ROWS:
         group = PreferenceGroup("x", chat("user", question), None, chosen, rejected)
         (prompt,) = Encoder(tokenizer, None, "refuse").encode(group, scored(*ROLES)).prompts
-        for continuation in prompt.continuations:
-            role = segment_name(prompt.context, continuation.side)
-            ids = [*prompt.ids, *continuation.ids]
+        for completion in prompt.completions:
+            role = segment_name(prompt.context, completion.side)
+            ids = [*prompt.ids, *completion.ids]
             found.add(tuple(ids))
             for name, model in (
                 ("policy", trainer.accelerator.unwrap_model(trainer.model)),
@@ -116,7 +116,7 @@ def ours(trainer):
                 with torch.no_grad():
                     picked = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
                 sums.setdefault((name, role), []).append(picked[len(prompt.ids) - 1 :].sum())
-            lengths.setdefault(role, []).append(float(len(continuation.ids)))
+            lengths.setdefault(role, []).append(float(len(completion.ids)))
     policy, reference = ({role: torch.stack(sums[name, role]) for role in ROLES} for name in ("policy", "ref"))
     return found, policy, {role: torch.tensor(v) for role, v in lengths.items()}, reference
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Side
 
 SMALL = dict(
@@ -70,7 +70,7 @@ CONFIGS = {
 
 
 def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
-    """Prompts of random ids with continuations of these lengths."""
+    """Prompts of random ids with completions of these lengths."""
     g = torch.Generator().manual_seed(seed)
 
     def ids(n):
@@ -79,7 +79,7 @@ def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
     return TokenGroup(
         f"g{seed}",
         tuple(
-            Prompt(context, ids(p), tuple(Continuation(side, ids(c)) for side, c in zip(Side, cs, strict=False)))
+            Prompt(context, ids(p), tuple(Completion(side, ids(c)) for side, c in zip(Side, cs, strict=False)))
             for context, (p, cs) in zip(Context, prompts, strict=False)
         ),
     )
@@ -117,11 +117,11 @@ def run_pack(hf_config, model, pack, dtype, chunk=7):
 
 
 def transformers_log_probs(hf, group):
-    """Each prompt with each continuation, one by one, summed log-probs of the continuation."""
+    """Each prompt with each completion, one by one, summed log-probs of the completion."""
     sums = []
     for prompt in group.prompts:
-        for continuation in prompt.continuations:
-            ids = torch.tensor([list(prompt.ids) + list(continuation.ids)])
+        for completion in prompt.completions:
+            ids = torch.tensor([list(prompt.ids) + list(completion.ids)])
             log_probs = hf(ids).logits[0, :-1].log_softmax(-1)
             picked = log_probs.gather(1, ids[0, 1:, None])[len(prompt.ids) - 1 :, 0]
             sums.append(picked.sum())
@@ -144,12 +144,12 @@ WITH_EXPERTS = ["mixtral", "qwen3-moe", "qwen3-moe-softmax-over-all"]
 
 @pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)
 def test_greedy_tokens_equal_transformers(engine, hf_folder):
-    """Every token of the vocabulary as a continuation of its own gives the whole distribution of the next one."""
+    """Every token of the vocabulary as a completion of its own gives the whole distribution of the next one."""
     hf_config, model = megatron_model(hf_folder, torch.float32)
     hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
     ids = list(random_group(5, ((90, (1,)),)).prompts[0].ids)
     for _ in range(6):
-        every = tuple(Continuation(Side.PLAIN, [token], None, token) for token in range(hf_config.vocab_size))
+        every = tuple(Completion(Side.PLAIN, [token], None, token) for token in range(hf_config.vocab_size))
         pack = build_pack([TokenGroup("next", (Prompt(Context.SHORT, ids, every),))], [0])
         with torch.no_grad():
             ours = run_pack(hf_config, model, pack, torch.float32, chunk=64)

@@ -7,25 +7,25 @@ import torch
 from segment_names import prompt_of
 
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Segments, Side
 
 
 def draw_group(draw, number):
-    """One to three prompts with one to three continuations, some of one token, some with unlearnt stretches."""
+    """One to three prompts with one to three completions, some of one token, some with untrained stretches."""
 
     def ids(most):
         return [draw.randint(1, 999) for _ in range(draw.randint(1, most))]
 
-    def continuation():
+    def completion():
         tokens = ids(8)
-        learnt = [draw.random() < 0.6 for _ in tokens] if draw.random() < 0.5 else None
-        return Continuation(draw.choice(list(Side)), tokens, learnt, draw.randint(0, 3))
+        loss_mask = [draw.random() < 0.6 for _ in tokens] if draw.random() < 0.5 else None
+        return Completion(draw.choice(list(Side)), tokens, loss_mask, draw.randint(0, 3))
 
     return TokenGroup(
         f"g{number}",
         tuple(
-            Prompt(draw.choice(list(Context)), ids(12), tuple(continuation() for _ in range(draw.randint(1, 3))))
+            Prompt(draw.choice(list(Context)), ids(12), tuple(completion() for _ in range(draw.randint(1, 3))))
             for _ in range(draw.randint(1, 3))
         ),
     )
@@ -59,15 +59,15 @@ def test_each_target_is_predicted_from_exactly_its_past(seed, share):
     wanted, segments = [], []
     for number, group in enumerate(groups):
         for prompt in group.prompts:
-            for continuation in prompt.continuations:
-                full = [*prompt.ids, *continuation.ids]
-                learnt = continuation.learnt or [True] * len(continuation.ids)
+            for completion in prompt.completions:
+                full = [*prompt.ids, *completion.ids]
+                loss_mask = completion.loss_mask or [True] * len(completion.ids)
                 wanted += [
                     (len(segments), full[:k], full[k])
                     for k in range(len(prompt.ids), len(full))
-                    if learnt[k - len(prompt.ids)]
+                    if loss_mask[k - len(prompt.ids)]
                 ]
-                segments.append((number, prompt.context, continuation.side, continuation.response, sum(learnt)))
+                segments.append((number, prompt.context, completion.side, completion.response, sum(loss_mask)))
     got = []
     for predictor, target, segment in zip(
         pack.predictors.tolist(), pack.targets.tolist(), pack.segments.tolist(), strict=True
@@ -104,7 +104,7 @@ def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple
 def test_a_prompt_stands_once_when_it_is_shared():
     group = TokenGroup("g", (prompt_of([11, 12, 13], {"short_chosen": [21, 22], "short_rejected": [31]}),))
     shared, apart = build_pack([group], [0]), build_pack([group], [0], share_prompts=False)
-    assert shared.tokens.tolist() == [11, 12, 13, 21]  # the last token of a continuation is only predicted
+    assert shared.tokens.tolist() == [11, 12, 13, 21]  # the last token of a completion is only predicted
     assert shared.positions.tolist() == [0, 1, 2, 3]
     assert (shared.predictors.tolist(), shared.targets.tolist()) == ([2, 3, 2], [21, 22, 31])
     assert apart.tokens.tolist() == [11, 12, 13, 21, 11, 12, 13]
@@ -112,15 +112,15 @@ def test_a_prompt_stands_once_when_it_is_shared():
     assert group.separate_tokens() == 7 and group.longest == 5
 
 
-def test_only_learnt_tokens_of_a_conversation_are_predicted():
+def test_only_trained_tokens_of_a_conversation_are_predicted():
     """Assistant 21 22, user 31 32, assistant 41: the user's tokens are context."""
-    learnt = [True, True, False, False, True]
-    response = Continuation(Side.PLAIN, [21, 22, 31, 32, 41], learnt)
+    loss_mask = [True, True, False, False, True]
+    response = Completion(Side.PLAIN, [21, 22, 31, 32, 41], loss_mask)
     group = TokenGroup("c", (Prompt(Context.SHORT, [11, 12], (response,)),))
     pack = build_pack([group], [0])
     assert pack.tokens.tolist() == [11, 12, 21, 22, 31, 32]
     assert (pack.predictors.tolist(), pack.targets.tolist()) == ([1, 2, 5], [21, 22, 41])
-    assert pack.scored.lengths.tolist() == [3] == [group.prompts[0].continuations[0].learnt_count]
+    assert pack.scored.lengths.tolist() == [3] == [group.prompts[0].completions[0].trained_tokens]
 
 
 @pytest.mark.parametrize("multiple_of", [1, 16])

@@ -13,7 +13,7 @@ from tiny_models import SHAPE, write_model
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.config import Config, MethodConfig, ModelConfig, TrainingConfig
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.losses.solopo import all_scores, pair_context, policy_scores, reference_scores
 from megatron_solopo.pack import Context, Side, segment_name
 
@@ -60,10 +60,8 @@ def draw(method: MethodConfig, count: int = GROUPS, seed: int = 3, most: int = 1
         prompts = {Context.SHORT: ids(9), Context.LONG: ids(40)}
         responses = [(Side.CHOSEN, k, ids(12)) for k in range(draw.randint(1, most))]
         responses += [(Side.REJECTED, k, ids(6)) for k in range(draw.randint(1, most))]
-        continuations = tuple(Continuation(side, tokens, None, k) for side, k, tokens in responses)
-        groups.append(
-            TokenGroup(f"g{number}", tuple(Prompt(c, tokens, continuations) for c, tokens in prompts.items()))
-        )
+        completions = tuple(Completion(side, tokens, None, k) for side, k, tokens in responses)
+        groups.append(TokenGroup(f"g{number}", tuple(Prompt(c, tokens, completions) for c, tokens in prompts.items())))
     return only(TokenDataset(groups, [], ""), all_scores(method))
 
 
@@ -94,7 +92,7 @@ def expected(hf: Any, dataset: TokenDataset, reference: torch.Tensor, method: Me
     for example, group in enumerate(only(dataset, policy_scores(method)).groups):
         sums, lengths = {}, {}
         for prompt in group.prompts:
-            for c in prompt.continuations:
+            for c in prompt.completions:
                 ids = [*prompt.ids, *c.ids]
                 scores = hf(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
                 key = segment_name(prompt.context, c.side), c.response

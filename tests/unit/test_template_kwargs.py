@@ -73,7 +73,7 @@ def test_a_training_run_ends_turns_as_it_is_told(folder: Path, tmp_path: Path) -
     required = ["--hf-path", str(folder), "--train-data", str(groups), "--save", "run", "--train-iters", "1"]
     data = load_data(load([*required, "--eos-token", "<user>"])[0])
     (end,) = AutoTokenizer.from_pretrained(folder).encode("<user>")
-    assert {c.ids[-1] for group in data.train.groups for prompt in group.prompts for c in prompt.continuations} == {end}
+    assert {c.ids[-1] for group in data.train.groups for prompt in group.prompts for c in prompt.completions} == {end}
 
 
 def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) -> None:

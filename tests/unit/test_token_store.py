@@ -29,7 +29,7 @@ from megatron_solopo.data.tokenized import make_store, tokenize_data
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, DATA, PAIR, SHORT_PAIR, open_tokens
 from megatron_solopo.data.tokenized.token_table import SCHEMAS, TokenTable, record_batch
-from megatron_solopo.data.tokenized.tokens import CONVERSATION, Continuation, Prompt, TokenDataset, TokenGroup
+from megatron_solopo.data.tokenized.tokens import CONVERSATION, Completion, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.pack import Context, Side
 
 SHORT, SOLO = SHORT_PAIR, SHORT_PAIR | scored("long_chosen")
@@ -109,7 +109,7 @@ def test_anybody_can_read_a_store(home):
     for row, group in zip(rows, expected, strict=True):
         short, long = group.prompts
         assert (row["short_prompt"], row["long_prompt"]) == (list(short.ids), list(long.ids))
-        assert [row["chosen"], row["rejected"]] == [[list(c.ids)] for c in short.continuations]
+        assert [row["chosen"], row["rejected"]] == [[list(c.ids)] for c in short.completions]
         assert row["long_chosen"] is None and row["long_rejected"] is None  # as on the short context
         assert row["sha256"]["short_prompt"] == sha256(np.int32([len(short.ids), *short.ids]))
     assert set(contents(home.groups)) == set(FILES)
@@ -117,11 +117,11 @@ def test_anybody_can_read_a_store(home):
 
 def test_several_responses_of_a_side(tmp_path):
     def prompt(number: int, context: Context) -> Prompt:
-        continuations = [
-            Continuation(side, [number, r, 7, *[9] * (context and side)], None, r)
+        completions = [
+            Completion(side, [number, r, 7, *[9] * (context and side)], None, r)
             for side in PAIR for r in range(1 + (number + side) % 3)
         ]  # fmt: skip
-        return Prompt(context, list(range(number + 1, 2 * number + 3)), tuple(continuations))
+        return Prompt(context, list(range(number + 1, 2 * number + 3)), tuple(completions))
 
     groups = [TokenGroup(f"g{n}", tuple(prompt(n, context) for context in Context)) for n in range(7)]
     path = tmp_path / "data.arrow"
@@ -145,7 +145,7 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
     found = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), BOTH_PAIRS, 400)
     assert list(found.groups) == encoded(home.folder / "groups.jsonl", tokenizer, BOTH_PAIRS)
     pairs = [
-        (list(short.continuations[0].ids), list(long.continuations[0].ids))
+        (list(short.completions[0].ids), list(long.completions[0].ids))
         for short, long in (g.prompts for g in found.groups)
     ]
     assert any(short == long for short, long in pairs) and any(short == long[1:] for short, long in pairs)
@@ -154,8 +154,8 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
 def test_conversations_of_several_turns(home):
     store = open_tokens(home.folder / "chats", home.facts, CONVERSATION, 60, "drop")
     assert list(store.groups) == encoded(home.folder / "chats.jsonl", home.tokenizer, CONVERSATION, 60)
-    learnt = [c.learnt for g in store.groups for p in g.prompts for c in p.continuations]
-    assert any(marks and False in marks for marks in learnt) and None in learnt
+    masks = [c.loss_mask for g in store.groups for p in g.prompts for c in p.completions]
+    assert any(mask and False in mask for mask in masks) and None in masks
 
 
 def test_groups_without_a_long_context_serve_the_short_one(home):
@@ -345,12 +345,14 @@ def test_what_was_dropped_is_reported_in_the_folder_and_in_training(home):
 
 
 WRONG = {
-    "no workers": (["--workers", "0"], r"--workers 0: give a number of at least 1$"),
-    "limit of nothing": (["--seq-length", "1"], r"--seq-length 1: give a number of at least 2$"),
-    "no limit": (["--overlong", "drop"], r"--overlong drop would have no effect: it needs --seq-length$"),
+    "no workers": (["--workers", "0"], "option-value", "--workers 0: ", "1"),
+    "limit of nothing": (["--seq-length", "1"], "option-value", "--seq-length 1: ", "2"),
+    "no limit": (["--overlong", "drop"], "option-unused", "--overlong drop ", "--seq-length"),
     "cut conversations": (
         ["--overlong", "cut", "--seq-length", "9", "--objective", "sft"],
-        r"conversations have no documents to cut; take drop$",
+        "option-conflict",
+        "--overlong cut with --objective sft: ",
+        "drop",
     ),
     "no file": (["--data", "absent.jsonl"], "file-missing", "absent.jsonl: "),
     "chats for groups": (["--objective", "sft"], "field-missing", "groups.jsonl:1: ", "'messages'"),

@@ -84,6 +84,6 @@ def test_sampled_ids_are_trained_on_where_they_are_the_text(tmp_path):
         path = write_lines(tmp_path / "g.jsonl", [group | {"chosen_ids": chosen, "rejected_ids": rejected}])
         data = tokenize(path, tokenizer, scored(*SHORT, *LONG), 128)
         for one in data.groups[0].prompts:
-            assert [list(c.ids) for c in one.continuations] == [[*expected, end], [w2, end]], name
+            assert [list(c.ids) for c in one.completions] == [[*expected, end], [w2, end]], name
         assert (data.report.ids_used, data.report.ids_mismatched) == (used, 0 if chosen is None else 2 - used), name
     assert "token ids of 1 responses are not this tokenizer's" in Report(ids_mismatched=1).lines(9)[0]

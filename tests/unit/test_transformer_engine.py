@@ -14,7 +14,7 @@ from transformers import LlamaConfig, MixtralConfig
 from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention, pack_layout
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
@@ -41,7 +41,7 @@ def draw_groups(count: int) -> list[TokenGroup]:
         TokenGroup(
             str(number),
             tuple(
-                Prompt(context, ids(40), tuple(Continuation(side, ids(12)) for side in (Side.CHOSEN, Side.REJECTED)))
+                Prompt(context, ids(40), tuple(Completion(side, ids(12)) for side in (Side.CHOSEN, Side.REJECTED)))
                 for context in Context
             ),
         )

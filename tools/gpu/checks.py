@@ -76,7 +76,7 @@ def packed(out: Recorder) -> None:
     from transformers import LlamaConfig
 
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
     from megatron_solopo.pack import Context, Side
@@ -86,10 +86,10 @@ def packed(out: Recorder) -> None:
 
     heads, kv_heads, size, dtype = attention_shape(out)
     short, long, answer = (60, 500, 10) if out.dry else (1000, 8100, 100)
-    continuations = Continuation(Side.CHOSEN, [0] * answer), Continuation(Side.REJECTED, [0] * 7)
+    completions = Completion(Side.CHOSEN, [0] * answer), Completion(Side.REJECTED, [0] * 7)
     prompts = (
-        Prompt(Context.SHORT, [0] * short, continuations),
-        Prompt(Context.LONG, [0] * long, continuations),
+        Prompt(Context.SHORT, [0] * short, completions),
+        Prompt(Context.LONG, [0] * long, completions),
     )
     group = TokenGroup("g", prompts)
     device = torch.device(out.device)
@@ -150,7 +150,7 @@ def context(out: Recorder) -> None:
     from transformers import LlamaConfig
 
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
     from megatron_solopo.pack import Context, Side
@@ -161,8 +161,8 @@ def context(out: Recorder) -> None:
 
     ranks, device = 2, torch.device(out.device)
     heads, kv_heads, size, dtype = attention_shape(out)
-    continuations = (Continuation(Side.CHOSEN, [0] * 100), Continuation(Side.REJECTED, [0] * 7))
-    prompt = Prompt(Context.LONG, [0] * (511 if out.dry else 8191), continuations)
+    completions = (Completion(Side.CHOSEN, [0] * 100), Completion(Side.REJECTED, [0] * 7))
+    prompt = Prompt(Context.LONG, [0] * (511 if out.dry else 8191), completions)
     pack = build_pack([TokenGroup("g", (prompt,))], [0], True, 2 * ranks, 2 * ranks).to(device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
     layout = pack_layout(on_device(block_layout(pack.pieces), device), pack.positions, rope, dtype)

@@ -88,7 +88,7 @@ def packs_of(
     engine: Any, config: Config, short: int, long: int, response: int = RESPONSE, groups: int = 1
 ) -> list[Any]:
     """Groups of a short prompt with two responses and a long one with one, as a training step packs them."""
-    from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenDataset, TokenGroup
+    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenDataset, TokenGroup
     from megatron_solopo.pack import Context, Side
     from megatron_solopo.training.step import make_packs
 
@@ -99,7 +99,7 @@ def packs_of(
 
     token_groups = []
     for number in range(groups):
-        chosen, rejected = Continuation(Side.CHOSEN, ids(response)), Continuation(Side.REJECTED, ids(response))
+        chosen, rejected = Completion(Side.CHOSEN, ids(response)), Completion(Side.REJECTED, ids(response))
         prompts = Prompt(Context.SHORT, ids(short), (chosen, rejected)), Prompt(Context.LONG, ids(long), (chosen,))
         token_groups.append(TokenGroup(str(number), prompts))
     return make_packs(engine, TokenDataset(token_groups, [], ""), range(groups), config)

@@ -36,10 +36,10 @@ STYLES = {
     "long": "magenta",
     "odd": "reverse",
     "end": "bold magenta reverse",
-    "unlearnt": "dim",
-    **dict.fromkeys(("neutral", "token", "learnt", "line", "strip", "bars", "instructions"), ""),
+    "untrained": "dim",
+    **dict.fromkeys(("neutral", "token", "trained", "line", "strip", "bars", "instructions"), ""),
 }
-MARKS = {"answer": ("[[", "]]"), "control": ("{", "}"), "unlearnt": ("(", ")"), "token": ("", "|"), "place": ("", "|")}
+MARKS = {"answer": ("[[", "]]"), "control": ("{", "}"), "untrained": ("(", ")"), "token": ("", "|"), "place": ("", "|")}
 BARS = {"gold": ("> ", "\u2503 "), "template": ("| ", "\u2506 ")}
 """Before each line of a text of this style: without colours, with them."""
 _DRAWN = {"template": ("\n", Markup("<i>\u23ce</i>\n")), "token": (" ", Markup("<i>\u00b7</i>"))}

@@ -128,8 +128,8 @@ def _lengths(group: TokenGroup) -> dict[str, int]:
     tokens = {}
     for prompt in group.prompts:
         tokens[prompt.context.name.lower()] = len(prompt.ids)
-        for continuation in prompt.continuations:
-            tokens.setdefault(continuation.side.name.lower(), len(continuation.ids))
+        for completion in prompt.completions:
+            tokens.setdefault(completion.side.name.lower(), len(completion.ids))
     return tokens
 
 

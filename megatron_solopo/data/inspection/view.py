@@ -35,12 +35,12 @@ _ROW = 100
 
 
 class Token(NamedTuple):
-    """One token of a response: its id, its text, its position in the sequence, and whether it is learnt."""
+    """One token of a response: its id, its text, its position in the sequence, and whether it is trained."""
 
     id: int
     text: str
     position: int
-    learnt: bool
+    trained: bool
     end_of_turn: bool
 
 
@@ -52,7 +52,7 @@ class Segment:
         response: which response of its side, from 0.
         predictors: first and last place of each run of places in the pack whose hidden states predict its tokens; the
             prompt's last place predicts the first.
-        learnt: tokens whose log-probs are summed.
+        trained_tokens: tokens whose log-probs are summed.
         uses: the terms of the loss that its reward enters.
     """
 
@@ -62,7 +62,7 @@ class Segment:
     prompt_tokens: int
     tokens: list[Token]
     predictors: list[tuple[int, int]]
-    learnt: int
+    trained_tokens: int
     uses: list[str]
 
     @property
@@ -125,16 +125,16 @@ class View:
 
     def loss(self) -> Block:
         """The segments of the pack, and the tokens of each response once."""
-        rows = table("segment", ">prompt", ">learnt", "positions", "predicted from", "its reward enters")
+        rows = table("segment", ">prompt", ">trained", "positions", "predicted from", "its reward enters")
         parts: list[Text | Table | Block] = [rows]
         alike: dict[tuple[int, ...], list[Segment]] = {}
         for segment in self.segments:
             alike.setdefault(tuple(token.id for token in segment.tokens), []).append(segment)
-            partly = f" of {len(segment.tokens):,}" if segment.learnt != len(segment.tokens) else ""
+            partly = f" of {len(segment.tokens):,}" if segment.trained_tokens != len(segment.tokens) else ""
             rows.add_row(
                 Text.assemble((segment.name, segment.side.name.lower())),
                 f"{segment.prompt_tokens:,}",
-                f"{segment.learnt:,}{partly}",
+                f"{segment.trained_tokens:,}{partly}",
                 _run(segment.tokens[0].position, segment.tokens[-1].position),
                 " and ".join(_run(*places) for places in segment.predictors),
                 "; ".join(segment.uses),
@@ -154,18 +154,18 @@ class View:
 
 def token_rows(tokens: Sequence[Token]) -> Iterator[Text]:
     """Rows of tokens, each behind the position of its first: shades part them (``|`` without colours), and what is not
-    learnt is in parentheses there."""
+    trained is in parentheses there."""
     row, used = Text(), 0
     for index, token in enumerate(tokens):
         # With line breaks and tabs to be seen.
         cell = Text(visible(token.text).replace("\n", "\u23ce").replace("\t", "\u21e5"))
-        styles = ["token", "learnt" if token.learnt else "unlearnt"]
+        styles = ["token", "trained" if token.trained else "untrained"]
         styles += ["line"] * ("\n" in token.text)
-        styles += ["end"] if token.end_of_turn else ["odd"] * (token.learnt and index % 2)
-        said = f"position {token.position}, id {token.id}{'' if token.learnt else ', not learnt'}"
+        styles += ["end"] if token.end_of_turn else ["odd"] * (token.trained and index % 2)
+        said = f"position {token.position}, id {token.id}{'' if token.trained else ', not trained'}"
         for style in (*styles, attributes(title=said)):
             cell.stylize(style)
-        cells = cell.cell_len + (1 if token.learnt else 3)
+        cells = cell.cell_len + (1 if token.trained else 3)
         if not row or used + cells > _ROW:
             yield from [row] * bool(row)
             row, used = Text.assemble((f"{token.position:>8,} ", "place")), 0
@@ -197,22 +197,22 @@ def make_view(
         return view
     tokens = token_group(example.group, tokenizer, wanted)
     pack = build_pack([tokens], [0])
-    continuations = [(prompt, one) for prompt in tokens.prompts for one in prompt.continuations]
-    for number, (prompt, continuation) in enumerate(continuations):
-        learnt = continuation.learnt or [True] * len(continuation.ids)
+    completions = [(prompt, one) for prompt in tokens.prompts for one in prompt.completions]
+    for number, (prompt, completion) in enumerate(completions):
+        loss_mask = completion.loss_mask or [True] * len(completion.ids)
         view.segments.append(
             Segment(
                 prompt.context,
-                continuation.side,
-                continuation.response,
+                completion.side,
+                completion.response,
                 len(prompt.ids),
                 [
-                    Token(i, token_text(tokenizer, i), len(prompt.ids) + k, learnt[k], i == tokenizer.eos_token_id)
-                    for k, i in enumerate(continuation.ids)
+                    Token(i, token_text(tokenizer, i), len(prompt.ids) + k, loss_mask[k], i == tokenizer.eos_token_id)
+                    for k, i in enumerate(completion.ids)
                 ],
                 _runs(pack.predictors[pack.segments == number].tolist()),
                 int(pack.scored.lengths[number]),
-                uses(prompt.context, continuation.side, method),
+                uses(prompt.context, completion.side, method),
             )
         )
     return replace(view, pack_tokens=len(pack.tokens), separate_tokens=tokens.separate_tokens())

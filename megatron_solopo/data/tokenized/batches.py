@@ -72,8 +72,8 @@ def attention_cost(group: TokenGroup, hidden_size: int, share_prompts: bool = Tr
     for prompt in group.prompts:
         p = len(prompt.ids)
         own = p * p / 2
-        pairs += own if share_prompts else own * len(prompt.continuations)
-        pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.continuations)
+        pairs += own if share_prompts else own * len(prompt.completions)
+        pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.completions)
     return group.tokens(share_prompts) + pairs / (6 * hidden_size)
 
 
@@ -85,7 +85,7 @@ class StepPlan:
         shares: data-parallel rank -> packs -> places in the step.
         loads: estimated compute of each rank.
         of_pieces, of_packs: pieces and packs are padded to multiples of these.
-        of_prompts: and pieces that attend to themselves alone (prompts, or each prompt with its continuation where
+        of_prompts: and pieces that attend to themselves alone (prompts, or each prompt with its completion where
             prompts are separate) to multiples of this.
     """
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_solopo.data.tokenized.tokens import Continuation, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, TokenGroup
 from megatron_solopo.pack import Context, Pack, Piece, Segments
 
 
@@ -25,7 +25,7 @@ def build_pack(
     Args:
         groups: the groups.
         indices: their indices in the data set.
-        share_prompts: False repeats the prompt before each of its continuations.
+        share_prompts: False repeats the prompt before each of its completions.
         multiple_of: the number of tokens is padded up to a multiple of this, itself a multiple of the next.
         piece_multiple_of: each piece is padded up to a multiple of this; context parallelism cuts it so.
         prompt_multiple_of: for pieces that attend to themselves alone (`of_prompts` in batches.py); default: the same.
@@ -35,12 +35,12 @@ def build_pack(
         for prompt in group.prompts:
             ids = np.asarray(prompt.ids)
             piece = builder.add_piece(ids) if share_prompts else None
-            for continuation in prompt.continuations:
-                segment = builder.add_segment(number, prompt.context, continuation)
+            for completion in prompt.completions:
+                segment = builder.add_segment(number, prompt.context, completion)
                 if piece is not None:
-                    builder.add_continuation(ids, continuation, piece, segment)
+                    builder.add_completion(ids, completion, piece, segment)
                 else:
-                    builder.add_joined(ids, continuation, segment)
+                    builder.add_joined(ids, completion, segment)
     at_the_end = (-builder.size) % multiple_of if builder.size else multiple_of
     if at_the_end:
         builder.add_padding(at_the_end)
@@ -84,31 +84,31 @@ class _Builder:
         self.padding += piece.padding
         self.size += piece.slot
 
-    def add_segment(self, group: int, context: Context, continuation: Continuation) -> int:
-        """Its number."""
-        side, response = continuation.side, continuation.response
-        self.scored.append((group, context, side, response, continuation.learnt_count))
+    def add_segment(self, group: int, context: Context, completion: Completion) -> int:
+        """Adds a scored completion; returns its number."""
+        side, response = completion.side, completion.response
+        self.scored.append((group, context, side, response, completion.trained_tokens))
         return len(self.scored) - 1
 
-    def add_continuation(self, prompt: np.ndarray, continuation: Continuation, piece: int, segment: int) -> None:
-        """A continuation of the prompt that is this piece."""
-        ids, prompt_end = np.asarray(continuation.ids), self.pieces[piece].start + len(prompt) - 1
+    def add_completion(self, prompt: np.ndarray, completion: Completion, piece: int, segment: int) -> None:
+        """A completion of the prompt that is this piece."""
+        ids, prompt_end = np.asarray(completion.ids), self.pieces[piece].start + len(prompt) - 1
         predictors = np.arange(self.size - 1, self.size - 1 + len(ids))
         predictors[0] = prompt_end
         if len(ids) > 1:
             self.add_piece(ids[:-1], first=len(prompt), prompt=piece)
-        self._predict(continuation, ids, predictors, segment)
+        self._predict(completion, ids, predictors, segment)
 
-    def add_joined(self, prompt: np.ndarray, continuation: Continuation, segment: int) -> None:
-        """A prompt and its continuation as one piece."""
-        ids, start = np.asarray(continuation.ids), self.size + len(prompt)
+    def add_joined(self, prompt: np.ndarray, completion: Completion, segment: int) -> None:
+        """A prompt and its completion as one piece."""
+        ids, start = np.asarray(completion.ids), self.size + len(prompt)
         self.add_piece(prompt, ids[:-1])
-        self._predict(continuation, ids, np.arange(start - 1, start - 1 + len(ids)), segment)
+        self._predict(completion, ids, np.arange(start - 1, start - 1 + len(ids)), segment)
 
-    def _predict(self, continuation: Continuation, ids: np.ndarray, predictors: np.ndarray, segment: int) -> None:
-        learnt = slice(None) if continuation.learnt is None else np.asarray(continuation.learnt)
-        self.predictors.append(predictors[learnt])
-        self.targets.append(ids[learnt])
+    def _predict(self, completion: Completion, ids: np.ndarray, predictors: np.ndarray, segment: int) -> None:
+        trained = slice(None) if completion.loss_mask is None else np.asarray(completion.loss_mask)
+        self.predictors.append(predictors[trained])
+        self.targets.append(ids[trained])
         self.segments.append(np.full(len(self.targets[-1]), segment))
 
     def finish(self, indices: tuple[int, ...]) -> Pack:

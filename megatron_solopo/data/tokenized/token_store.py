@@ -137,7 +137,7 @@ def open_tokens(
     Args:
         facts: `text_facts` of the run.
         scored: what the method scores.
-        seq_length: the longest prompt plus continuation of these segments, in tokens.
+        seq_length: the longest prompt plus completion of these segments, in tokens.
         overlong: what is longer: ``refuse`` or ``drop``; ``cut`` needs the texts, and is refused where it is needed.
         source: the data file that the store was made of in a cache, for messages.
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_solopo.data.tokenized.tokens import Continuation, Prompt, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side, names_of_scored
 
@@ -35,7 +35,7 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
     },
     "sft": {"prompt": _IDS, "response": _IDS, "loss_mask": _MASK},
 }
-"""Objective -> its columns. ``loss_mask`` says which tokens of the response are learnt; null where all are."""
+"""Objective -> its columns. ``loss_mask`` says which tokens of the response are trained; null where all are."""
 
 SCHEMAS = {
     objective: pa.schema(
@@ -78,13 +78,13 @@ def _cells(group: TokenGroup, objective: str) -> dict[str, list[Sequence[Any]]]:
     row: dict[str, list[Sequence[Any]]] = {}
     for prompt in group.prompts:
         row[_prompt_column(prompt.context, objective)] = [prompt.ids]
-        for continuation in sorted(prompt.continuations, key=lambda one: one.response):
-            responses = row.setdefault(_response_column(prompt.context, continuation.side), [])
-            if continuation.response != len(responses):
+        for completion in sorted(prompt.completions, key=lambda one: one.response):
+            responses = row.setdefault(_response_column(prompt.context, completion.side), [])
+            if completion.response != len(responses):
                 raise ValueError(f"responses of one side of group {group.id!r} are not numbered from 0")
-            responses.append(continuation.ids)
-            if continuation.learnt is not None:
-                row[_LOSS_MASK] = [continuation.learnt]
+            responses.append(completion.ids)
+            if completion.loss_mask is not None:
+                row[_LOSS_MASK] = [completion.loss_mask]
     for side in ("chosen", "rejected"):
         if row.get(f"long_{side}") == row.get(side):
             row.pop(f"long_{side}", None)
@@ -204,23 +204,23 @@ class TokenTable:
         prompts = []
         for context in Context:
             sides = [side for side in Side if (context, side) in scored]
-            continuations = tuple(one for side in sides for one in self._responses(row, context, side))
-            if continuations:
+            completions = tuple(one for side in sides for one in self._responses(row, context, side))
+            if completions:
                 ids = _Stored(self, _prompt_column(context, self.objective), row)
-                prompts.append(Prompt(context, ids, continuations))
+                prompts.append(Prompt(context, ids, completions))
         return TokenGroup(self.id(row), tuple(prompts))
 
-    def _responses(self, row: int, context: Context, side: Side) -> Iterator[Continuation]:
+    def _responses(self, row: int, context: Context, side: Side) -> Iterator[Completion]:
         name = _response_column(context, side)
         if not self.counts[name][row]:
             name = _response_column(Context.SHORT, side)
         masked = self.objective == "sft" and self.counts[_LOSS_MASK][row]
-        learnt = _Stored(self, _LOSS_MASK, row) if masked else None
+        loss_mask = _Stored(self, _LOSS_MASK, row) if masked else None
         for response in range(self.counts[name][row]):
-            yield Continuation(side, _Stored(self, name, row, response), learnt, response)
+            yield Completion(side, _Stored(self, name, row, response), loss_mask, response)
 
     def fingerprint(self, rows: np.ndarray, scored: Scored) -> str:
-        """sha256 over all that these segments of these rows are: their ids, and which of them are learnt."""
+        """sha256 over all that these segments of these rows are: their ids and their loss masks."""
         digest = hashlib.sha256(names_of_scored(scored).encode())
         parts = [self.of_prompts(context, self.digests) for context in sorted({context for context, _ in scored})]
         parts += [self.of_responses(context, side, self.digests) for context, side in sorted(scored)]

@@ -28,8 +28,8 @@ CONVERSATION: Scored = frozenset({(Context.SHORT, Side.PLAIN)})
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """What follows a prompt: token ids, and which of them are learnt (a response: all).
+class Completion:
+    """What follows a prompt: its token ids, and a loss mask that is true where a token is trained (None: all are).
 
     ``response`` numbers the responses of its side in its group from 0; on another prompt the same response has the same
     number.
@@ -37,21 +37,22 @@ class Continuation:
 
     side: Side
     ids: Sequence[int]
-    learnt: Sequence[bool] | None = None
+    loss_mask: Sequence[bool] | None = None
     response: int = 0
 
     @property
-    def learnt_count(self) -> int:
-        return len(self.ids) if self.learnt is None else int(np.count_nonzero(np.asarray(self.learnt)))
+    def trained_tokens(self) -> int:
+        """The number of tokens that the loss mask selects."""
+        return len(self.ids) if self.loss_mask is None else int(np.count_nonzero(np.asarray(self.loss_mask)))
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's token ids and the continuations that are scored after it."""
+    """A prompt's token ids and the completions that are scored after it."""
 
     context: Context
     ids: Sequence[int]
-    continuations: tuple[Continuation, ...]
+    completions: tuple[Completion, ...]
 
 
 @dataclass(frozen=True)
@@ -63,30 +64,30 @@ class TokenGroup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with one continuation."""
-        return max(len(p.ids) + len(c.ids) for p in self.prompts for c in p.continuations)
+        """Tokens of the longest prompt with one completion."""
+        return max(len(p.ids) + len(c.ids) for p in self.prompts for c in p.completions)
 
     def sequences(self) -> Iterator[Sequence[int]]:
-        """The ids of every prompt and continuation."""
+        """The ids of every prompt and completion."""
         for prompt in self.prompts:
             yield prompt.ids
-            for continuation in prompt.continuations:
-                yield continuation.ids
+            for completion in prompt.completions:
+                yield completion.ids
 
-    def segments(self) -> Iterator[tuple[Context, Continuation]]:
-        """Every continuation with the context it follows, in the order of the packs."""
-        return ((prompt.context, continuation) for prompt in self.prompts for continuation in prompt.continuations)
+    def segments(self) -> Iterator[tuple[Context, Completion]]:
+        """Every completion with the context it follows, in the order of the packs."""
+        return ((prompt.context, completion) for prompt in self.prompts for completion in prompt.completions)
 
     def only(self, scored: Scored) -> TokenGroup:
         """The same example with these segments only; a prompt without any of them goes too."""
         kept = (
-            replace(p, continuations=tuple(c for c in p.continuations if (p.context, c.side) in scored))
+            replace(p, completions=tuple(c for c in p.completions if (p.context, c.side) in scored))
             for p in self.prompts
         )
-        return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.continuations))
+        return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.completions))
 
     def tokens(self, share_prompts: bool, multiple_of: int = 1, prompt_multiple_of: int | None = None) -> int:
-        """Tokens that one forward pass computes for this group (the last of a continuation is only predicted), each
+        """Tokens that one forward pass computes for this group (the last of a completion is only predicted), each
         piece padded to a multiple; see `build_pack`."""
 
         def slot(length: int, multiple: int) -> int:
@@ -94,13 +95,13 @@ class TokenGroup:
 
         of_prompts = prompt_multiple_of or multiple_of
         if share_prompts:
-            continued = (c for p in self.prompts for c in p.continuations)
+            continued = (c for p in self.prompts for c in p.completions)
             prompts = sum(slot(len(p.ids), of_prompts) for p in self.prompts)
             return prompts + sum(slot(len(c.ids) - 1, multiple_of) for c in continued)
-        return sum(slot(len(p.ids) + len(c.ids) - 1, of_prompts) for p in self.prompts for c in p.continuations)
+        return sum(slot(len(p.ids) + len(c.ids) - 1, of_prompts) for p in self.prompts for c in p.completions)
 
     def separate_tokens(self) -> int:
-        """Tokens of every prompt with every continuation, the count that sharing saves on."""
+        """Tokens of every prompt with every completion, the count that sharing saves on."""
         return self.tokens(share_prompts=False)
 
 
@@ -185,7 +186,7 @@ class Report:
         if self.open:
             lines.append(
                 f"responses of {len(self.open)} examples do not close the thought that the chat template opens, and "
-                "are learnt inside it; for answers without thoughts give a template that opens none: "
+                "are trained inside it; for answers without thoughts set a template that opens none: "
                 + _first_ten(self.open)
             )
         return lines
@@ -218,8 +219,7 @@ class TokenDataset:
         for group in self.groups:
             for prompt in group.prompts:
                 chosen, rejected = (
-                    [len(c.ids) for c in prompt.continuations if c.side == side]
-                    for side in (Side.CHOSEN, Side.REJECTED)
+                    [len(c.ids) for c in prompt.completions if c.side == side] for side in (Side.CHOSEN, Side.REJECTED)
                 )
                 if chosen and rejected:
                     found += itertools.product(chosen, rejected)
@@ -235,8 +235,8 @@ class TokenDataset:
         counts = torch.zeros(len(self.groups), len(Context), len(Side), dtype=torch.int64)
         for row, group in enumerate(self.groups):
             numbers: dict[tuple[Context, Side], list[int]] = defaultdict(list)
-            for context, continuation in group.segments():
-                numbers[context, continuation.side].append(continuation.response)
+            for context, completion in group.segments():
+                numbers[context, completion.side].append(completion.response)
             for (context, side), each in numbers.items():
                 if sorted(each) != list(range(len(each))):
                     raise ValueError(f"responses {each} of one side of group {group.id!r} are not numbered from 0")
@@ -248,7 +248,7 @@ NO_LONG_CONTEXT = "no long_messages; add long contexts, or train with --context-
 
 
 def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
-    """What to say of a file without a usable example."""
+    """The message for a file without a usable example."""
     return f"{path}: no usable example" + (
         f"; all {dropped} are longer than --seq-length {seq_length}" if dropped else ""
     )
@@ -258,7 +258,7 @@ class Encoder:
     """Turns records into token groups within a length, and keeps count.
 
     Args:
-        seq_length: the longest prompt plus continuation, in tokens; None for no limit.
+        seq_length: the longest prompt plus completion, in tokens; None for no limit.
         overlong: what happens to longer ones: ``refuse``, ``drop`` or ``cut``.
     """
 
@@ -312,10 +312,10 @@ class Encoder:
         return None
 
     def _conversation(self, conversation: Conversation) -> TokenGroup:
-        """The first turns as the prompt, everything after as one continuation."""
-        prompt, ids, learnt = conversation_ids(self.tokenizer, conversation.messages)
-        continuation = Continuation(Side.PLAIN, array("i", ids), None if all(learnt) else learnt)
-        return TokenGroup(conversation.id, (Prompt(Context.SHORT, array("i", prompt), (continuation,)),))
+        """The first turns as the prompt, everything after as one completion."""
+        prompt, ids, loss_mask = conversation_ids(self.tokenizer, conversation.messages)
+        completion = Completion(Side.PLAIN, array("i", ids), None if all(loss_mask) else loss_mask)
+        return TokenGroup(conversation.id, (Prompt(Context.SHORT, array("i", prompt), (completion,)),))
 
     def _preference(
         self,
@@ -325,7 +325,7 @@ class Encoder:
         whys: list[str],
         answers: list[str],
     ) -> TokenGroup:
-        """The prompts and continuations that ``scored`` names; notes what was cut, why something could not be, and the
+        """The prompts and completions that ``scored`` names; notes what was cut, why something could not be, and the
         responses whose texts were tokenised."""
         prompts = []
         texts = {Side.CHOSEN: group.chosen, Side.REJECTED: group.rejected}
@@ -341,27 +341,27 @@ class Encoder:
             messages = getattr(group, f"{name}_messages")
             if messages is None:
                 raise UserError("long-context-missing", NO_LONG_CONTEXT)
-            continuations = []
+            completions = []
             for side in wanted:
                 ids = sampled[side]
                 if ids is None:
                     ids = response_ids(self.tokenizer, messages, texts[side])
                     answers.append(texts[side])
-                continuations.append(Continuation(side, array("i", ids)))
-            if len(continuations) == 2 and continuations[0].ids == continuations[1].ids:
+                completions.append(Completion(side, array("i", ids)))
+            if len(completions) == 2 and completions[0].ids == completions[1].ids:
                 raise UserError(
                     "responses-equal",
                     "chosen and rejected are the same token ids, so their loss is constant; remove it",
                 )
             ids = self._prompt(messages)
             if self.overlong == "cut" and self.seq_length is not None:
-                limit = self.seq_length - max(len(continuation.ids) for continuation in continuations)
+                limit = self.seq_length - max(len(completion.ids) for completion in completions)
                 if len(ids) > limit:
                     shorter = self._cut(group, name, limit, whys)
                     if shorter is not None:
                         cut.append(Shortened(group.id, name, len(ids), len(shorter)))
                         ids = shorter
-            prompts.append(Prompt(context, array("i", ids), tuple(continuations)))
+            prompts.append(Prompt(context, array("i", ids), tuple(completions)))
         return TokenGroup(group.id, tuple(prompts))
 
     def _prompt(self, messages: list[Message]) -> list[int]:
