@@ -82,7 +82,7 @@ def measure(model: str, layout: str, recompute: bool) -> dict[str, Any]:
         schedule: Any = SimpleNamespace(
             steps=2, step=lambda number: list(range(count)), examples=1, global_batch_size=1, total=1
         )
-        memory: Any = SimpleNamespace(own=lambda: 0.0)
+        memory: Any = SimpleNamespace(on_this_rank=lambda: 0.0)
         with steps.training_work(engine, data, schedule, config, None) as work:
             for number in range(2):
                 with record_function(f"step {number}"):

@@ -41,8 +41,7 @@ def write_report(
     Raises:
         UserError: nothing to report, or a package of the extra "report" is missing.
     """
-    for package in ("matplotlib", "pandas", "tabulate"):
-        require("solopo report", package, "report")
+    _check_packages()
     from megatron_solopo.evaluation.accuracy import accuracy_section
     from megatron_solopo.evaluation.curves import training_section
     from megatron_solopo.evaluation.plots import look
@@ -97,9 +96,15 @@ def build_parser() -> Parser:
     return parser
 
 
+def _check_packages() -> None:
+    for package in ("matplotlib", "pandas", "tabulate"):
+        require("solopo report", package, "report")
+
+
 def main(argv: list[str] | None = None) -> int:
     """``solopo report``."""
     args = build_parser().parse_args(argv)
+    _check_packages()  # before a run is read, which may take long
     read = [("--evaluations", labelled(argument, "")[1]) for argument in args.evaluations]
     read += [("--runs", metrics_file(labelled(argument, "")[1])) for argument in args.runs]
     check_outputs([("--output", args.output)], read)

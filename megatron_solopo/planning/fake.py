@@ -263,7 +263,7 @@ def _answer_product(patch: Patch, door: _Door) -> None:
             return lower_right(*sizes)
 
     patch(layout, "causal_lower_right", lower_right_on_host)
-    patch(step, "of_all_processes", finite)  # the one read of the device in a step
+    patch(step, "gather_from_all_ranks", finite)  # the one read of the device in a step
 
 
 class _Door(TorchFunctionMode):

@@ -356,6 +356,8 @@ def imported_modules() -> set[str]:
                 names.add(node.module)
     # torch.utils.tensorboard is a door to the tensorboard package.
     tops = {name.split(".")[0] for name in names} | ({"tensorboard"} if "torch.utils.tensorboard" in names else set())
+    # pydantic_core is pydantic's, and _typeshed exists for type checkers alone.
+    tops = {"pydantic" if name == "pydantic_core" else name for name in tops} - {"_typeshed"}
     return tops - set(sys.stdlib_module_names) - {"megatron_solopo"}
 
 

@@ -133,7 +133,7 @@ def test_a_converted_folder_has_the_mean_rows_and_trains_the_same(
     ]
     capsys.readouterr()
     assert run(main, home.argv("runs/no", *FLAGS, hf="megatron")) == 2
-    assert "give the option to convert-checkpoint hf-to-megatron" in capsys.readouterr().err
+    assert "convert-checkpoint hf-to-megatron" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_run_exports_the_tokens(home: Home, trained: str) -> None:

@@ -56,9 +56,8 @@ context.__path__.append(stubs)
 from megatron_solopo import config_load
 from megatron_solopo.errors import UserError
 from host_reads import host_reads
-dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())  # collectives do nothing
-from megatron_solopo.parallel import platform
-here = platform.start("cpu")
+from megatron_solopo.parallel import cpu_shim, platform
+uninstall = cpu_shim.install()
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.training.dry_run import _rank_table
@@ -74,7 +73,10 @@ except UserError as error:
     result["refused"] = str(error)
 config, _ = config_load.load([*job["argv"], "--no-share-prompts"] if job["stub"] else job["argv"])
 result["ranks"] = _rank_table(config.parallel, 2, 2)[1:]
-data = load_data(config).train
+data = load_data(config).train  # in one process: the others of the fake group never arrive where it waits for them
+uninstall()
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())  # collectives do nothing
+here = platform.start("cpu")
 initialize_parallel(config)
 engine = build_engine(here, read_hf_config(config.model.hf_path), config)
 plan = plan_step(data.groups, 32, 1, config)
