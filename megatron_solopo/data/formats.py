@@ -49,39 +49,39 @@ def as_group(record: Record, where: str) -> Record:
     """
     if {"short_messages", "long_messages"} & record.keys():
         return record
-    given = _present(record)
-    chosen, rejected = _first(given, CHOSEN), _first(given, REJECTED)
+    present = _present(record)
+    chosen, rejected = _first(present, CHOSEN), _first(present, REJECTED)
     if chosen is None or rejected is None:
         # Of a file that holds no pairs the first field is missed that all groups have.
         key = "short_messages" if chosen is rejected else "chosen" if chosen is None else "rejected"
         named = "name the fields of pairs of another data set prompt, chosen and rejected"
-        raise UserError("field-missing", missing(given, key, where, named))
-    answers = {"chosen": _answer(given, chosen, where), "rejected": _answer(given, rejected, where)}
+        raise UserError("field-missing", missing(present, key, where, named))
+    answers = {"chosen": _answer(present, chosen, where), "rejected": _answer(present, rejected, where)}
     wholes = [name for name, answer in answers.items() if not isinstance(answer, str) and _is_whole(answer)]
-    whole = len(wholes) == 2
-    prompt, key = _prompt(given, ("prompt",) if whole else ("prompt", *CHATS, *QUESTIONS), where)
+    both = len(wholes) == 2
+    prompt, key = _prompt(present, ("prompt",) if both else ("prompt", *CHATS, *QUESTIONS), where)
     if prompt is None and len(wholes) == 1:
         raise UserError(
             "prompt-missing",
             f"{where}: '{wholes[0]}' is a whole conversation and the other an answer alone, and no field holds their "
             "prompt; add it as 'prompt', or write two whole conversations",
         )
-    if prompt is None and not whole:
+    if prompt is None and not both:
         raise UserError(
             "prompt-missing",
             f"{where}: 'chosen' and 'rejected' are answers alone, and no field holds their prompt (fields found: "
-            f"{', '.join(sorted(given))}); add it as 'prompt', or write whole conversations",
+            f"{', '.join(sorted(present))}); add it as 'prompt', or write whole conversations",
         )
-    text = given.get(key)
+    text = present.get(key)
     if isinstance(text, str) and _turns(text):  # whose answers begin with a space
         answers = {name: answer.strip() if isinstance(answer, str) else answer for name, answer in answers.items()}
     chats = {
-        name: _with_system(given, _conversation(prompt, key, answer, name, where), where)
+        name: _with_system(present, _conversation(prompt, key, answer, name, where), where)
         for name, answer in answers.items()
     }
     _check_last_differs(chats["chosen"], chats["rejected"], where)
     *context, last = chats["chosen"]
-    kept = {name: value for name, value in given.items() if isinstance(value, OURS.get(name, object))}
+    kept = {name: value for name, value in present.items() if isinstance(value, OURS.get(name, object))}
     return kept | {
         "short_messages": context,
         "chosen": last["content"],
@@ -95,20 +95,20 @@ def as_conversation(record: Record, where: str) -> list[Message]:
     Raises:
         UserError: naming ``where``, the form it looks like, and what to do.
     """
-    given = _present(record)
-    if key := _first(given, ("messages", *CHATS)):
-        return _with_system(given, check_messages(_unpacked(given[key], key, where), key, where), where)
-    if {"chosen", "rejected"} <= given.keys() and "short_messages" not in given:
-        known = ", ".join(sorted(given))
+    present = _present(record)
+    if key := _first(present, ("messages", *CHATS)):
+        return _with_system(present, check_messages(_unpacked(present[key], key, where), key, where), where)
+    if {"chosen", "rejected"} <= present.keys() and "short_messages" not in present:
+        fields = ", ".join(sorted(present))
         raise UserError(
             "field-missing",
-            f"{where}: no conversation (fields found: {known}); these are pairs for --objective preference",
+            f"{where}: no conversation (fields found: {fields}); these are pairs for --objective preference",
         )
-    answer, (prompt, key) = _first(given, ANSWERS), _prompt(given, ("prompt", *QUESTIONS), where)
-    if answer is None or prompt is None or OTHERWISE & given.keys():
-        raise UserError("field-missing", missing(given, "messages", where))
-    chat = _conversation(prompt, key, _answer(given, answer, where), answer, where)
-    return _with_system(given, chat, where)
+    answer, (prompt, key) = _first(present, ANSWERS), _prompt(present, ("prompt", *QUESTIONS), where)
+    if answer is None or prompt is None or OTHERWISE & present.keys():
+        raise UserError("field-missing", missing(present, "messages", where))
+    chat = _conversation(prompt, key, _answer(present, answer, where), answer, where)
+    return _with_system(present, chat, where)
 
 
 def _present(record: Record) -> Record:
@@ -180,15 +180,15 @@ def _unpacked(value: object, key: str, where: str) -> object:
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
-        found = json.loads(value)
+        messages = json.loads(value)
     except ValueError:
         if re.match(r"\s*\[\{'(role|content|from|value)'", value):
             raise UserError(
                 "not-json", f"{where}: '{key}' holds messages as Python prints them; write them as JSON"
             ) from None
         return value
-    named = all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in found)
-    return found if named else value
+    named = all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in messages)
+    return messages if named else value
 
 
 def _is_whole(messages: list[Message]) -> bool:
@@ -218,15 +218,15 @@ def _conversation(
         return answer
     if answer[0]["role"] == "assistant":
         return [*prompt, *answer]
-    system, said = _without_system(prompt)
-    own_system, whole = _without_system(answer)
-    if system and own_system and system != own_system:
+    system, asked = _without_system(prompt)
+    answer_system, turns = _without_system(answer)
+    if system and answer_system and system != answer_system:
         raise UserError(
             "system-message-conflict", f"{where}: the system messages of '{key}' and of '{name}' are different texts"
         )
     # A prompt that is one text may be any turn's of a longer conversation: data sets of several turns differ there.
-    repeats = whole[: len(said)] == said or (
-        len(said) == 1 and any(turn["content"].strip() == said[0]["content"].strip() for turn in whole[:-1])
+    repeats = turns[: len(asked)] == asked or (
+        len(asked) == 1 and any(turn["content"].strip() == asked[0]["content"].strip() for turn in turns[:-1])
     )
     if not repeats:
         roles = ", ".join(message["role"] for message in answer)
@@ -235,7 +235,7 @@ def _conversation(
             f"{where}: '{name}' must be one assistant message after '{key}', or a conversation that repeats '{key}'; "
             f"found {roles}, with other texts",
         )
-    return [*(own_system or system), *whole]
+    return [*(answer_system or system), *turns]
 
 
 def _without_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:

@@ -30,7 +30,7 @@ from megatron_solopo.data.validation import (
 from megatron_solopo.errors import UserError
 
 NAMED = 20
-"""Places of pairs that teach nothing that an error names."""
+"""The most places of pairs without a preference that an error names."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class PreferenceGroup:
     ``long_messages`` may be absent (plain preference data, ``--context-mode short`` only).
 
     Attributes:
-        short_spans, long_spans: the documents of the last message of each chat, in order; empty where not known.
+        short_spans, long_spans: the documents of the last message of each chat, in order; empty where they are unknown.
         chosen_ids, rejected_ids: the token ids that were sampled, without the end-of-turn token; None where only
-            the text is known.
+            the text is stored.
         chat_template_date: the day that the chat template printed when the responses were sampled; None where it
-            prints none, or where that is not known.
+            prints none, or where it is unknown.
     """
 
     id: Name
@@ -91,7 +91,7 @@ _GROUP = TypeAdapter(PreferenceGroup)
 
 @dataclass(frozen=True)
 class Conversation:
-    """One example for ``--objective sft``; every assistant message is learnt."""
+    """One example for ``--objective sft``; every assistant message is trained on."""
 
     id: Name
     messages: Chat
@@ -122,14 +122,14 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
         part: read only this part of the file; ids are then unique within it.
 
     Raises:
-        UserError: naming ``file:line`` and what is wrong there. Pairs that teach nothing, of which large data sets hold
-            some, are named all at once: nothing is yielded behind the first, and the file is read to its end.
+        UserError: naming ``file:line`` and what is wrong there. One error names all pairs without a preference, for
+            large data sets hold some: nothing is yielded after the first, and the file is read to its end.
     """
     seen: dict[str, str] = {}
     useless: list[tuple[str, str]] = []
     for where, record in _records(path, part):
         record = as_group(record, where)
-        if reason := _teaches_nothing(record):
+        if reason := _without_preference(record):
             useless.append((where, reason))
         if useless:
             continue
@@ -148,8 +148,8 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
         raise UserError("pair-without-preference", _useless_text(useless, f"{path}:"))
 
 
-def _teaches_nothing(record: Record) -> str | None:
-    """Why no preference can be learnt from a group's two responses; None where it can, or where they are no texts."""
+def _without_preference(record: Record) -> str | None:
+    """Why a group's two responses hold no preference; None where they do, or where they are not texts."""
     responses = {name: record.get(name) for name in ("chosen", "rejected")}
     texts = {name: text for name, text in responses.items() if isinstance(text, str)}
     if len(texts) < len(responses):
@@ -157,11 +157,11 @@ def _teaches_nothing(record: Record) -> str | None:
     if empty := [name for name, text in texts.items() if not text.strip()]:
         return f"'{empty[0]}' is empty; a response needs at least one word"
     same = responses["chosen"] == responses["rejected"]
-    return "chosen and rejected are the same text; such a pair teaches nothing, remove it" if same else None
+    return "chosen and rejected are the same text; such a pair has no preference; remove it" if same else None
 
 
 def _useless_text(useless: list[tuple[str, str]], prefix: str) -> str:
-    """One line about all pairs that teach nothing."""
+    """One line about all pairs without a preference."""
     (where, reason), *others = useless
     if not others:
         return f"{where}: {reason}"

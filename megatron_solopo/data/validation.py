@@ -1,8 +1,8 @@
 """The one layer that checks records of files: pydantic makes dataclasses of them.
 
 An error is one line that names ``file:line``, the field, what it must be, and what the record looks like where another
-kind of file was given. The types here are what pydantic's own are not: numbers and flags are never made of texts, chats
-come in the forms that `check_messages` reads.
+kind of file was passed. The types here are stricter than pydantic's: numbers and flags are never made of texts, chats
+have the forms that `check_messages` reads.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ _OTHERS = (
     ({"conversations"}, "conversations for --objective sft (ShareGPT)"),
     ({"prompt", "completion"}, "prompts with one answer each, for --objective sft"),
     ({"instruction", "output"}, "instructions with one answer each, for --objective sft (Alpaca)"),
-    ({"text"}, "plain texts, which say of no part who wrote it; give conversations"),
+    ({"text"}, "plain texts, whose parts have no role; pass conversations"),
 )
-"""Fields that tell what a record is, for a file that was given in another one's place; questions stand between."""
+"""Fields that identify a record, for a file passed in another one's place; questions are tried between the two."""
 
 
 def kind_of(record: Mapping[str, object]) -> str | None:
-    """What a record is by its fields, in words; None where they do not say."""
+    """Says in words what a record is by its fields; None where they do not identify it."""
     # Not at the top: the sources check their records with this module, and only an error asks for their fields.
     from megatron_solopo.data.building.sources import kinds_of
 
@@ -73,10 +73,10 @@ def missing(record: Mapping[str, object], key: str, where: str, otherwise: str |
     Args:
         otherwise: what to do where the other fields do not say what the record is.
     """
-    known = ", ".join(sorted(record)) or "none"
+    fields = ", ".join(sorted(record)) or "none"
     kind = kind_of(record)
     hint = f"these are {kind}" if kind else otherwise
-    return f"{where}: the field '{key}' is missing (fields found: {known})" + (f"; {hint}" if hint else "")
+    return f"{where}: the field '{key}' is missing (fields found: {fields})" + (f"; {hint}" if hint else "")
 
 
 def wrong_kind(value: object, key: str, where: str, kind: str) -> str:
@@ -250,9 +250,9 @@ def _tokens(value: list[int]) -> list[int]:
 
 
 Name = Annotated[str, BeforeValidator(_name)]
-"""An id: a text, or a number that stands for one."""
+"""An id: a text, or a number, which becomes one."""
 Printed = Annotated[str, BeforeValidator(str)]
-"""A text made of whatever is there."""
+"""A text made of any value."""
 Text = Annotated[str, AfterValidator(_text)]
 """A text with a visible character."""
 Whole = Annotated[int, Strict()]

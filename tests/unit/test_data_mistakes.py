@@ -155,7 +155,7 @@ def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None
         Path("link").unlink()
     with refused("not-a-file", f"{flag} model: "):
         main(with_value(argv, flag, "model"))
-    with refused("not-a-folder", f"{flag} ids.txt/new/made: ", " ids.txt is"):
+    with refused("not-a-folder", f"{flag} ids.txt/new/made: ", "ids.txt is a"):
         main(with_value(argv, flag, "ids.txt/new/made"))
     assert {path: path.read_bytes() for path in here.glob("*.*")} == before
 

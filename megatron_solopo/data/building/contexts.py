@@ -1,6 +1,6 @@
 """Short and long contexts of one question: the same gold paragraphs among few or many distractors.
 
-Everything here is a pure function of its arguments: the context of a question depends on the seed, the
+Everything in this module is a pure function of its arguments: the context of a question depends on the seed, the
 question and the pool as a set, never on the order of the input or on which worker builds it.
 """
 
@@ -109,7 +109,7 @@ def build_contexts(
     gold_depth: float | None = None,
     drop_gold_fraction: float = 0.0,
 ) -> list[Context]:
-    """Contexts of ``question`` of the given sizes, each with all gold paragraphs and the smaller ones' distractors.
+    """Builds contexts of ``question`` of these sizes, each with all gold paragraphs and the smaller ones' distractors.
 
     Gold paragraphs keep their order. Distractors come from the question's own paragraphs first, then from the
     pool; `selection.Distractors` says which are allowed.
@@ -120,7 +120,7 @@ def build_contexts(
         seed: with the question's id it decides everything random.
         gold_depth: None puts the gold paragraphs at uniformly random positions; 0 puts them together at the
             start, 1 at the end, a number between at that share of the distractors.
-        drop_gold_fraction: share of the gold paragraphs that the first size lacks, in [0, 1]; a fraction of a
+        drop_gold_fraction: fraction of the gold paragraphs that the first size lacks, in [0, 1]; a fraction of a
             paragraph is one with that probability, and at least one paragraph stays.
 
     Raises:
@@ -133,23 +133,23 @@ def build_contexts(
     distractors = Distractors(question, pool, random.Random(f"{seed}\0{question.id}"))
     contexts: list[Context] = []
     for index, size in enumerate(sizes):
-        here = kept if index == 0 else gold
+        evidence = kept if index == 0 else gold
 
-        def arrange(size: int = size, here: Sequence[Paragraph] = here) -> Context:
+        def arrange(size: int = size, evidence: Sequence[Paragraph] = evidence) -> Context:
             # Its own generator, so that the order at one size does not depend on the other sizes built.
             rng = random.Random(f"{seed}\0{question.id}\0{size}")
-            paragraphs = _arrange(here, distractors.paragraphs, gold_depth, rng)
+            paragraphs = _arrange(evidence, distractors.paragraphs, gold_depth, rng)
             return _context(question, paragraphs, prompt_format, count_tokens)
 
         try:
             if count_tokens is None:
-                if len(here) > size:
+                if len(evidence) > size:
                     raise CannotBuild("more gold paragraphs than the {size} wanted")
-                distractors.grow_to(size - len(here))
+                distractors.grow_to(size - len(evidence))
                 contexts.append(arrange())
             else:
                 # With the same gold the smaller context is the start, counted already.
-                same = contexts[-1] if contexts and (index > 1 or here == kept) else None
+                same = contexts[-1] if contexts and (index > 1 or evidence == kept) else None
                 contexts.append(_grow(distractors, size, same or arrange(), arrange))
         except CannotBuild as reason:
             unit = "tokens" if count_tokens else "documents"

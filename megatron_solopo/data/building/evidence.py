@@ -22,7 +22,7 @@ from megatron_solopo.data.text.chat import prompt_ids, response_ids
 from megatron_solopo.data.text.prompt import PromptFormat
 
 FINDERS = ("labels", "bm25", "log-prob")
-"""What ``--evidence`` knows; ``labels`` are those of the data."""
+"""Values of ``--evidence``; ``labels`` are those of the data."""
 
 Rank = Callable[[Question], list[int]]
 """Indices of a question's paragraphs, the likeliest evidence first."""
@@ -49,11 +49,11 @@ def rank_by_bm25(question: Question) -> list[int]:
     def scores(words: list[str]) -> np.ndarray:
         return index.get_scores(words) if words else np.zeros(len(texts), np.float32)
 
-    found = scores(query)
-    best = int(found.argmax())
-    known = set(query)
-    found = found + _EXPANSION * scores([word for word in dict.fromkeys(documents[best]) if word not in known])
-    return [best, *(int(row) for row in np.argsort(-found, kind="stable") if row != best)]
+    scored = scores(query)
+    best = int(scored.argmax())
+    asked_words = set(query)
+    scored = scored + _EXPANSION * scores([word for word in dict.fromkeys(documents[best]) if word not in asked_words])
+    return [best, *(int(row) for row in np.argsort(-scored, kind="stable") if row != best)]
 
 
 class LogProbFinder:
@@ -77,9 +77,9 @@ class LogProbFinder:
             CannotUse: the context of all paragraphs is longer than the model's positions.
         """
         paragraphs = list(question.paragraphs)
-        whole = self._log_prob(question, paragraphs)
+        complete = self._log_prob(question, paragraphs)
         return [
-            whole - self._log_prob(question, paragraphs[:index] + paragraphs[index + 1 :])
+            complete - self._log_prob(question, paragraphs[:index] + paragraphs[index + 1 :])
             for index in range(len(paragraphs))
         ]
 
@@ -100,7 +100,7 @@ class LogProbFinder:
 def mark(question: Question, ranking: Sequence[int], documents: int) -> Question:
     """The question with the first ``documents`` of the ranking as its gold paragraphs, whatever was marked before.
 
-    Where none of them contains an answer, the last one gives way to the best one that does.
+    Where none of them contains an answer, the best one that does replaces the last one.
 
     Raises:
         CannotUse: no document contains an answer, and the answer is not yes or no.

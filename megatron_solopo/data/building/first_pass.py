@@ -23,7 +23,7 @@ _TEXTS, _OFFSETS, _SIDES = "questions.jsonl", "questions.npy", "sides.npy"
 
 @dataclass(frozen=True)
 class Ingested:
-    """What the first pass found; ``left_out`` are (id, reason)."""
+    """The result of the first pass; ``left_out`` are (id, reason)."""
 
     questions: int
     paragraphs: int
@@ -52,7 +52,7 @@ def ingest(
         pool: inputs of further distractors.
         count: for the paragraphs' lengths; None for sizes in documents.
         limit: build contexts for the first so many; all of them are distractors. What cannot be used after those is not
-            left out, for it was not wanted.
+            listed as left out.
 
     Raises:
         UserError: as `sources.read_questions`.
@@ -60,7 +60,7 @@ def ingest(
     left_out = LeftOut()
     writer = open_writer(folder)
     sizes, ids, texts = array("q"), [], []
-    told = None  # entries of `left_out` up to the last question of the limit
+    reported = None  # entries of `left_out` up to the last question of the limit
     with (folder / _TEXTS).open("wb") as out:
         questions = read_questions(source, inputs, left_out, labelled=labelled, exclude=exclude)
         for question in ProgressBar(questions, desc="reading", unit="question", leave=False):
@@ -71,7 +71,7 @@ def ingest(
                 out.write(line)
                 sizes.append(len(line))
                 if len(sizes) == limit:
-                    told = len(left_out.entries)
+                    reported = len(left_out.entries)
                 if validation_fraction:
                     ids.append(question.id)
                     texts.append(question.question)
@@ -82,8 +82,8 @@ def ingest(
     sides = np.zeros(total, np.uint8)
     notes = []
     if exclude:
-        found = len({name for name, reason in left_out.entries if reason == EXCLUDED})
-        notes.append(f"ids to exclude: {found} of {len(exclude)} are in the input")
+        present = len({name for name, reason in left_out.entries if reason == EXCLUDED})
+        notes.append(f"ids to exclude: {present} of {len(exclude)} are in the input")
     if validation_fraction:
         with reporting("finding near-duplicates"):
             groups = near_duplicates(texts)
@@ -100,7 +100,7 @@ def ingest(
                 "validation; set a fraction that leaves questions on both sides",
             )
     np.save(folder / _SIDES, sides)
-    return Ingested(total, write_pool(folder, writer, prompt_format, count), left_out.entries[:told], notes)
+    return Ingested(total, write_pool(folder, writer, prompt_format, count), left_out.entries[:reported], notes)
 
 
 class QuestionFile:
@@ -126,5 +126,5 @@ def _dump(question: Question) -> bytes:
 
 def _load(line: bytes) -> Question:
     question_id, question, answer, aliases, paragraphs = json.loads(line)
-    made = tuple(Paragraph(*paragraph) for paragraph in paragraphs)
-    return Question(question_id, question, answer, tuple(aliases), made)
+    documents = tuple(Paragraph(*paragraph) for paragraph in paragraphs)
+    return Question(question_id, question, answer, tuple(aliases), documents)

@@ -1,4 +1,4 @@
-"""Distractors on disk: their texts in one file, in memory only where each stands and how long it is.
+"""Distractors on disk: their texts are in one file, memory holds only the place and length of each.
 
 A paragraph takes 28 bytes on disk that processes map and share, and 12 in the memory of each, however long it is;
 its text is read when it is drawn. The files are read with ``pread`` and not mapped, so that what the system
@@ -131,7 +131,7 @@ class DistractorPool:
     def of(
         cls, paragraphs: Iterable[Paragraph], prompt_format: PromptFormat, count: CountTexts | None = None
     ) -> DistractorPool:
-        """A pool in a temporary file that goes with it."""
+        """A pool in a temporary file that is deleted with it."""
         file = tempfile.TemporaryFile()  # noqa: SIM115 - the pool reads it as long as it lives
         writer = PoolWriter(file)
         for paragraph in paragraphs:
@@ -165,17 +165,17 @@ class DistractorPool:
 
     def candidates_for(self, paragraphs: Iterable[Paragraph]) -> list[Candidate]:
         """Candidates of any paragraphs; those in the pool are not measured again."""
-        found: dict[Paragraph, Candidate] = {}
+        candidates: dict[Paragraph, Candidate] = {}
         plain = [Paragraph(paragraph.title, paragraph.text) for paragraph in paragraphs]
         for paragraph in plain:
             row = int(np.searchsorted(self._digests, np.uint64(_digest(paragraph))))
-            known = self[row] if row < len(self) and self._digests[row] == _digest(paragraph) else None
-            if known and known.paragraph == paragraph:
-                found[paragraph] = known
-        new = [paragraph for paragraph in dict.fromkeys(plain) if paragraph not in found]
+            stored = self[row] if row < len(self) and self._digests[row] == _digest(paragraph) else None
+            if stored and stored.paragraph == paragraph:
+                candidates[paragraph] = stored
+        new = [paragraph for paragraph in dict.fromkeys(plain) if paragraph not in candidates]
         lengths = self._count([_length_text(p, self._format) for p in new]) if self._count and new else [0] * len(new)
-        found |= {paragraph: Candidate(paragraph, length) for paragraph, length in zip(new, lengths, strict=True)}
-        return [found[paragraph] for paragraph in plain]
+        candidates |= {paragraph: Candidate(paragraph, length) for paragraph, length in zip(new, lengths, strict=True)}
+        return [candidates[paragraph] for paragraph in plain]
 
 
 def open_writer(folder: Path) -> PoolWriter:
@@ -196,7 +196,7 @@ def _order_by_length(rows: np.ndarray) -> np.ndarray:
 
 
 def _length_text(paragraph: Paragraph, prompt_format: PromptFormat) -> str:
-    # A two-digit number stands for all; the separator belongs to the document because tokenizers merge it with
+    # A two-digit number represents all; the separator belongs to the document because tokenizers merge it with
     # the last character.
     return prompt_format.document(paragraph, 10) + prompt_format.document_separator
 

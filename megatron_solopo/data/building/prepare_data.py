@@ -247,12 +247,12 @@ def _excluded(path: str | None) -> frozenset[str]:
         ids.update(filter(None, map(str.strip, text.splitlines())))
     else:
         for where, record in read_records([path]):
-            found = record.get("id", record.get("_id"))
-            if not isinstance(found, str | int):
+            record_id = record.get("id", record.get("_id"))
+            if not isinstance(record_id, str | int):
                 raise UserError(
                     "field-missing", f"--exclude-ids {where}: the record has no 'id' that is a text or a number"
                 )
-            ids.add(str(found))
+            ids.add(str(record_id))
     if not ids:
         raise UserError("data-empty", f"--exclude-ids {path}: holds no id; remove the option or fill the file")
     return frozenset(ids)
@@ -263,7 +263,7 @@ def _settings(
 ) -> dict[str, object]:
     """Everything that decides the output's bytes."""
     how = dataclasses.asdict(build)
-    del how["tokenizer"]  # names of files, whose content is told
+    del how["tokenizer"]  # file names; `text_facts` has their contents
     if build.evidence_model:
         how["evidence_weights"] = weight_facts(build.evidence_model)
     if digest := load_source(build.source).digest:
@@ -323,9 +323,9 @@ def main(argv: list[str] | None = None) -> int:
 def _prepared(
     jobs: Jobs, options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], counter: TokenCounter
 ) -> Ingested:
-    """What the first pass found, now or in a killed run of the same settings."""
+    """The result of the first pass, which runs now or ran in a killed run of the same settings."""
     if jobs.empty:
-        found = ingest(
+        ingested = ingest(
             jobs.place,
             source=options.source,
             inputs=options.data,
@@ -338,8 +338,8 @@ def _prepared(
             validation_fraction=options.validation_fraction or 0.0,
             seed=options.seed,
         )
-        lines = b"".join(left_out_line(question_id, reason) for question_id, reason in found.left_out)
-        jobs.add(FIRST_PASS, {"found": dataclasses.asdict(found)}, {LEFT_OUT: lines})
+        lines = b"".join(left_out_line(question_id, reason) for question_id, reason in ingested.left_out)
+        jobs.add(FIRST_PASS, {"found": dataclasses.asdict(ingested)}, {LEFT_OUT: lines})
         give_back_freed_memory()  # before processes for the second pass take theirs
     prepared = Ingested(**next(jobs.finished())["found"])
     print(f"{prepared.questions} questions, {prepared.paragraphs} distinct paragraphs to draw distractors from")

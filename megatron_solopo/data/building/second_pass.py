@@ -26,7 +26,7 @@ from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.data.workers import Work, map_in_order
 
 TRAIN, VALIDATION, LEFT_OUT = "contexts.jsonl", "validation.jsonl", "left_out.jsonl"
-"""The files of a work folder that questions end up in."""
+"""The files of a work folder that hold the questions' contexts, and the questions that are not used."""
 
 _BATCH = 16
 RECALL_AT = (2, 3, 4, 5)
@@ -74,7 +74,7 @@ class Spread:
 
 @dataclass
 class Summary:
-    """What became of the questions; lengths in tokens, chat template included. Parts merge in any order."""
+    """Counts and lengths of the questions, in tokens, chat template included. Parts merge in any order."""
 
     counts: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -97,9 +97,9 @@ class Summary:
     def add_recall(self, ranking: list[int], gold: set[int]) -> None:
         """How much of the marked evidence the first documents of a ranking hold."""
         for first in RECALL_AT:
-            found = len(gold.intersection(ranking[:first]))
-            self.spread(f"recall@{first}", found / len(gold))
-            self.spread(f"all@{first}", found == len(gold))
+            hits = len(gold.intersection(ranking[:first]))
+            self.spread(f"recall@{first}", hits / len(gold))
+            self.spread(f"all@{first}", hits == len(gold))
 
     def merge(self, other: Summary) -> None:
         self.counts += other.counts
@@ -185,7 +185,7 @@ class Builder:
                 summary.add(pair, validation)
                 record = {name: value for name, value in vars(pair).items() if value is not None}
                 lines[VALIDATION if validation else TRAIN].append(_line(record))
-        return Batch(stop, {name: b"".join(found) for name, found in lines.items()}, summary)
+        return Batch(stop, {name: b"".join(parts) for name, parts in lines.items()}, summary)
 
     def _pair(self, question: Question, summary: Summary) -> ContextPair:
         settings = self._settings

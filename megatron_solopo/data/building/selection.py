@@ -17,12 +17,12 @@ TOKEN_TOLERANCE = 0.02
 _ROUNDS = 12
 
 # Paragraphs of the pool that are read for one question before it counts as impossible, so that a question whose
-# answer stands in nearly every document does not read the whole of a large pool again and again.
+# answer is in nearly every document does not read the whole of a large pool again and again.
 _MOST_READ = 50_000
 
 
 class CannotBuild(Exception):
-    """A question that no context of the wanted size can be built for; the message is the reason to count."""
+    """A question that no context of the requested size can be built for; the message is the reason to count."""
 
 
 class Distractors:
@@ -63,11 +63,11 @@ class Distractors:
                 raise CannotBuild(self._too_few())
             self._take(candidate)
 
-    def grow_to_tokens(self, size: int, here: int, count: Callable[[], int]) -> None:
+    def grow_to_tokens(self, size: int, tokens_before: int, count: Callable[[], int]) -> None:
         """Adds distractors until the prompt has 98 % to 100 % of ``size`` tokens.
 
         Args:
-            here: tokens of the prompt with the distractors so far, at least about.
+            tokens_before: tokens of the prompt with the distractors so far, or about as many.
             count: tokens of the prompt with the distractors chosen now.
 
         Raises:
@@ -75,7 +75,7 @@ class Distractors:
         """
         slack = int(TOKEN_TOLERANCE * size)
         start = list(self._chosen)
-        missing = size - here
+        missing = size - tokens_before
         for _ in range(_ROUNDS):
             self._chosen = list(start)
             self._titles = {candidate.title_key for candidate in start}
@@ -86,8 +86,8 @@ class Distractors:
                 return
             if exhausted:
                 raise CannotBuild(self._too_few())
-            estimated = here + sum(candidate.tokens for candidate in self._chosen[len(start) :])
-            missing = size - here - (tokens - estimated)
+            estimated = tokens_before + sum(candidate.tokens for candidate in self._chosen[len(start) :])
+            missing = size - tokens_before - (tokens - estimated)
         raise CannotBuild(f"no choice of distractors comes within {TOKEN_TOLERANCE:.0%} of {{size}}")
 
     def _too_few(self) -> str:

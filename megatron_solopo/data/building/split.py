@@ -30,7 +30,7 @@ def near_duplicates(questions: Iterable[str], threshold: float = NEAR_DUPLICATE)
     """
     texts: dict[frozenset[str], int] = {}
     first = [texts.setdefault(shingles(question), index) for index, question in enumerate(questions)]
-    frequency = Counter(shingle for found in texts for shingle in found)
+    frequency = Counter(shingle for shingled in texts for shingle in shingled)
     parent = {index: index for index in texts.values()}
 
     def root(index: int) -> int:
@@ -41,24 +41,24 @@ def near_duplicates(questions: Iterable[str], threshold: float = NEAR_DUPLICATE)
 
     # Two sets of similarity t or more share one of the rarest |s| - ceil(t |s|) + 1 shingles of each.
     by_shingle: dict[str, list[tuple[int, frozenset[str]]]] = defaultdict(list)
-    for found, index in texts.items():
-        rarest = sorted(found, key=lambda shingle: (frequency[shingle], shingle))
-        for shingle in rarest[: len(found) - math.ceil(threshold * len(found)) + 1]:
+    for shingled, index in texts.items():
+        rarest = sorted(shingled, key=lambda shingle: (frequency[shingle], shingle))
+        for shingle in rarest[: len(shingled) - math.ceil(threshold * len(shingled)) + 1]:
             for other, theirs in by_shingle[shingle]:
-                if not threshold <= len(found) / len(theirs) <= 1 / threshold or root(index) == root(other):
+                if not threshold <= len(shingled) / len(theirs) <= 1 / threshold or root(index) == root(other):
                     continue
-                common = len(found & theirs)
-                if common >= threshold * (len(found) + len(theirs) - common):
+                common = len(shingled & theirs)
+                if common >= threshold * (len(shingled) + len(theirs) - common):
                     low, high = sorted((root(index), root(other)))
                     parent[high] = low
-            by_shingle[shingle].append((index, found))
+            by_shingle[shingle].append((index, shingled))
     return [root(index) for index in first]
 
 
-def validation_members(ids: Sequence[str], groups: Sequence[int], share: float, seed: int) -> set[int]:
-    """Indices of about ``share`` of the questions, whole groups, drawn from seed and ids.
+def validation_members(ids: Sequence[str], groups: Sequence[int], fraction: float, seed: int) -> set[int]:
+    """Returns the indices of about ``fraction`` of the questions, in whole groups, drawn from seed and ids.
 
-    Groups come in a random order that depends on their ids only; one that would go beyond the share is passed over.
+    Groups come in a random order that depends on their ids only; one that would exceed the fraction is skipped.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
@@ -67,9 +67,9 @@ def validation_members(ids: Sequence[str], groups: Sequence[int], share: float, 
     def draw(group: list[int]) -> bytes:
         return hashlib.sha256(f"{seed}\0{min(ids[index] for index in group)}".encode()).digest()
 
-    wanted = round(share * len(ids))
+    most = round(fraction * len(ids))
     chosen: set[int] = set()
     for group in sorted(members.values(), key=draw):
-        if len(chosen) + len(group) <= wanted:
+        if len(chosen) + len(group) <= most:
             chosen.update(group)
     return chosen

@@ -29,7 +29,7 @@ from megatron_solopo.data.validation import Name, Text, check_unique, validated
 from megatron_solopo.errors import UserError
 
 DEFAULT = "musique"
-"""The source of commands that are given none."""
+"""The source where ``--source`` is not set."""
 
 NO_EVIDENCE = "no document is marked as supporting"
 EXCLUDED = "listed in --exclude-ids"
@@ -50,8 +50,8 @@ class LeftOut:
 def sources() -> dict[str, Source]:
     """Every source of this folder by its name, in the order of the names; files that begin with ``_`` hold none."""
     names = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    found = [importlib.import_module(f"{__name__}.{name}").SOURCE for name in names]
-    return {source.name: source for source in sorted(found, key=lambda source: source.name)}
+    loaded = [importlib.import_module(f"{__name__}.{name}").SOURCE for name in names]
+    return {source.name: source for source in sorted(loaded, key=lambda source: source.name)}
 
 
 def load_source(name: str) -> Source:
@@ -60,8 +60,9 @@ def load_source(name: str) -> Source:
     Raises:
         UserError: there is no such source, module or function, or no question can be made of its records.
     """
-    known = sources()
-    source = known[name] if name in known else user_source(name, [one.name for one in known.values() if one.question])
+    by_name = sources()
+    usable = [one.name for one in by_name.values() if one.question]
+    source = by_name[name] if name in by_name else user_source(name, usable)
     if source.question is None:
         raise UserError("option-value", f"--source {name}: {source.form}")
     return source
@@ -79,9 +80,9 @@ def forms() -> list[tuple[str, str]]:
 
 def add_source_option(group: argparse._ArgumentGroup) -> None:
     """``--source``, with the form of each source in its help."""
-    known = "; ".join(f"{name}: {form}" for name, form in forms()).replace("`", "").replace("%", "%%")
+    listed = "; ".join(f"{name}: {form}" for name, form in forms()).replace("`", "").replace("%", "%%")
     group.add_argument(
-        "--source", default=DEFAULT, metavar="NAME", help=f"form of the questions (default: {DEFAULT}). {known}"
+        "--source", default=DEFAULT, metavar="NAME", help=f"form of the questions (default: {DEFAULT}). {listed}"
     )
 
 
@@ -154,7 +155,7 @@ def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
 
 def _id(record: Record, where: str) -> str:
     if record.get("id") is None and record.get("_id") is None and {"question", "documents"} <= record.keys():
-        # A generic record needs no id; one made of its content stays the same wherever the record stands.
+        # A generic record needs no id; one made of its content stays the same wherever the record is.
         text = json.dumps([record["question"], record["documents"]], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     return validated(_NAMED, record, where).id

@@ -23,12 +23,12 @@ class Source:
     """One form of questions.
 
     Attributes:
-        name: what ``--source`` knows it under.
+        name: its name for ``--source``.
         form: the records it reads, in Markdown, for ``--help`` and the documentation.
         question: (record, id, where, labelled) -> question. ``labelled``: the evidence must be marked; else marks are
             read where there are any. Raises `UserError`, which begins with ``where``, and `CannotUse`. None where no
             question can be made of such records; ``form`` then says what to do with them.
-        fields: the fields that tell its records from others, for a file that was given in another one's place.
+        fields: the fields that identify its records, for messages about a file passed in another one's place.
         convert: (record, where) -> the record that ``question`` reads, made before the id is read.
         origin: what errors add to the place of a record.
         digest: of a user's code, so that unfinished work of an earlier version is not resumed.
@@ -61,7 +61,7 @@ def make_question(record: Record, question_id: str, where: str, paragraphs: Sequ
 
 
 def decoded(value: object) -> object:
-    """A value given as JSON text, as tables of the hub have lists."""
+    """The value of a JSON text, which tables of the hub have for lists; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -70,7 +70,7 @@ def decoded(value: object) -> object:
         raise wrong(f"is a text and no JSON list ({error.msg})") from None
 
 
-def some[T](value: list[T]) -> list[T]:
+def not_empty[T](value: list[T]) -> list[T]:
     """Refuses an empty list."""
     if not value:
         raise empty("is empty; a question needs at least its supporting document")
@@ -81,7 +81,7 @@ def _flag(value: object) -> object:
     return value in ("True", "true") if value in ("True", "true", "False", "false") else value
 
 
-type Some[T] = Annotated[list[T], BeforeValidator(decoded), AfterValidator(some)]
+type NonEmpty[T] = Annotated[list[T], BeforeValidator(decoded), AfterValidator(not_empty)]
 """A list that is not empty, or the JSON text of one."""
 Mark = Annotated[Flag, BeforeValidator(_flag)]
 """True or false; a CSV file knows texts only."""

@@ -17,13 +17,13 @@ FORM = (
 )
 
 
-def user_source(name: str, known: Iterable[str]) -> Source:
+def user_source(name: str, built_in: Iterable[str]) -> Source:
     """The source of ``module:function``.
 
     Raises:
         UserError: there is no such module or function.
     """
-    function = load_function(f"--source {name}", name, known)
+    function = load_function(f"--source {name}", name, built_in)
     return Source(
         name=name,
         form=FORM,
@@ -35,7 +35,7 @@ def user_source(name: str, known: Iterable[str]) -> Source:
 
 
 def _converted(function: Callable[..., object], name: str, record: Record, where: str) -> Record:
-    given = record.get("id", record.get("_id"))
+    record_id = record.get("id", record.get("_id"))
     try:
         result = function(record)
     except CannotUse:
@@ -56,5 +56,5 @@ def _converted(function: Callable[..., object], name: str, record: Record, where
         )
     if result.get("id") in (None, ""):
         result = {name: value for name, value in result.items() if name != "id"}
-        result |= {} if given is None else {"id": given}
+        result |= {} if record_id is None else {"id": record_id}
     return result

@@ -1,4 +1,4 @@
-"""A user's own questions and documents, in our own form; a user's function gives records of it too."""
+"""A user's own questions and documents, in this project's form, which a user's function returns too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 
-from megatron_solopo.data.building.sources._source import Mark, Record, Some, Source, make_question
+from megatron_solopo.data.building.sources._source import Mark, NonEmpty, Record, Source, make_question
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.validation import Text, empty, validated, wrong_type
 from megatron_solopo.errors import UserError
@@ -34,7 +34,7 @@ def _answers(value: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Record:
-    documents: Some[Annotated[_Document, BeforeValidator(_document)]]
+    documents: NonEmpty[Annotated[_Document, BeforeValidator(_document)]]
     answer: object = None
     answers: Annotated[list[str], AfterValidator(_answers)] | None = None
 

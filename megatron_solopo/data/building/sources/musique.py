@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from megatron_solopo.data.building.sources._source import CannotUse, Mark, Record, Some, Source, make_question
+from megatron_solopo.data.building.sources._source import CannotUse, Mark, NonEmpty, Record, Source, make_question
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.validation import Text, validated
 from megatron_solopo.errors import UserError
@@ -21,7 +21,7 @@ class _Paragraph:
 
 @dataclass(frozen=True)
 class _Record:
-    paragraphs: Some[_Paragraph]
+    paragraphs: NonEmpty[_Paragraph]
     answerable: Mark = True
 
 
