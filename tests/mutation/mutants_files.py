@@ -263,6 +263,11 @@ DATA = [
             "{where}: the field '{key}' must be {kind}",
             "the field '{key}' must be {kind}",
         ),
+        (
+            "a wrong type under another code",
+            '"field-type" if error["type"] == _TYPE else "field-value"',
+            '"field-value"',
+        ),
     ),
     *within(
         "data/files/jobs.py",
