@@ -17,6 +17,7 @@ from megatron_solopo.arguments import RENAMED, Parser
 from megatron_solopo.cli import COMMANDS
 from megatron_solopo.config_load import build_parser as training_parser
 from megatron_solopo.config_load import load
+from megatron_solopo.pipeline import OUTPUTS
 
 WITH_FILE = ("prepare-data", "sample-responses", "build-pairs", "tokenize-data", "evaluate", "report", "ask")
 """Commands whose file is a flat list of their own options; that of training has sections."""
@@ -183,3 +184,8 @@ def test_every_renamed_option_is_there_under_its_new_name_only() -> None:
     for command, names in RENAMED.items():
         known = parsers[command]._option_string_actions
         assert names.keys().isdisjoint(known) and known.keys() >= set(names.values()), command
+
+
+def test_the_outputs_of_a_recipes_stages_are_options() -> None:
+    parsers = [training_parser(), *map(parser_of, WITH_FILE)]
+    assert {action.dest for parser in parsers for action in parser._actions} >= set(OUTPUTS)
