@@ -270,6 +270,11 @@ DATA = [
         ),
     ),
     *within(
+        "data/files/records.py",
+        "tests/unit/test_arguments.py",
+        ("a key twice reported as damaged JSON", '"json-key-twice" if isinstance(error, json_text.KeyTwice) else ', ""),
+    ),
+    *within(
         "data/files/jobs.py",
         "tests/unit/test_jobs.py",
         (
@@ -278,7 +283,7 @@ DATA = [
             "            self._open_streams(sizes)",
         ),
         (
-            "what no line speaks of kept in a stream",
+            "bytes of unrecorded jobs kept in a stream",
             "            file.truncate(size)\n            file.seek(size)\n",
             "            file.seek(size)\n",
         ),
@@ -340,6 +345,11 @@ DATA = [
         ("the file over the command line", "if action not in besides:", "if True:"),
         ("a mistake in a file blamed on the command line", "self._places.get(option[1], option[1])", "option[1]"),
         ("two names of one option in a file", "if action in places:", "if False:"),
+        (
+            "the old thresholds of build-pairs swapped",
+            '{"--right-above": "--correct-threshold", "--wrong-below": "--incorrect-threshold"}',
+            '{"--right-above": "--incorrect-threshold", "--wrong-below": "--correct-threshold"}',
+        ),
     ),
     *within(
         "recipe.py",

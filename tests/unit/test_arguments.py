@@ -13,7 +13,6 @@ from tiny_models import preference_groups
 from megatron_solopo.cli import COMMANDS, dispatch, run
 from megatron_solopo.data.files.records import read_records
 from megatron_solopo.data.text.tokenizer import read_tokenizer
-from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 
 SHORTENED = {
@@ -111,7 +110,7 @@ def test_a_record_with_a_key_twice_is_refused(name: str, text: str, where: str, 
 
     (tmp_path / name).write_text(text)
     read = read_records if name.endswith("l") else lambda path: read_inputs([str(path)])
-    with pytest.raises(UserError, match=f'{where}: cannot be read .the key "chosen" is given twice, with two values'):
+    with refused("json-key-twice", f"{tmp_path / where}: ", '"chosen"'):
         list(read(tmp_path / name))
 
 
