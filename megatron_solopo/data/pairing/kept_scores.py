@@ -18,7 +18,7 @@ Score = Callable[[str, Sequence[str], Sequence[str]], list[float]]
 
 @contextlib.contextmanager
 def kept_scores(name: str, scorer: Scorer, output: Path) -> Iterator[Score]:
-    """The scores of ``--scorer NAME``. Scores of a user's function are kept in ``OUTPUT.partial`` until the block ends.
+    """The scores of ``--scorer NAME``. A user's function has them kept in ``OUTPUT.partial`` until the block succeeds.
 
     A job is one question with its responses. Its name is a hash of their content, so that scores stay valid when the
     input files or other options change. Metrics of `scoring.SCORERS` are fast and computed again.
