@@ -108,7 +108,7 @@ def rehearse(
             0,
             config,
             # Asked for the peak between backward and the update.
-            SimpleNamespace(own=lambda: ledger.enter(UPDATE) or 0.0),
+            SimpleNamespace(on_this_rank=lambda: ledger.enter(UPDATE) or 0.0),
         )
         with here.mode, ledger, followed(ledger, engine.models):
             ledger.mark(fake.fakes([work]), INPUTS)
