@@ -162,8 +162,8 @@ def test_templates_that_drop_a_thought_keep_the_sampled_response(tmp_path):
     for response in (THOUGHT, "<think>\nonly a thought\n</think>"):
         ids = response_ids(tokenizer, [user("hi")], response)
         assert tokenizer.decode(ids) == response + "<|im_end|>"
-        prompt, ids, learnt = conversation_ids(tokenizer, [user("hi"), assistant(response)])
-        assert tokenizer.decode(ids) == response + "<|im_end|>" and all(learnt)
+        prompt, ids, loss_mask = conversation_ids(tokenizer, [user("hi"), assistant(response)])
+        assert tokenizer.decode(ids) == response + "<|im_end|>" and all(loss_mask)
         assert prompt == prompt_ids(tokenizer, [user("hi")])
     assert tokenizer.decode(response_ids(tokenizer, [user("hi")], "no thought")) == "no thought<|im_end|>"
     with refused("chat-template-rewrites"):
@@ -176,7 +176,7 @@ RESPONSES = ["yes", " two\n\n  lines \n", THOUGHT, THOUGHT.replace("\nA", "\n\nA
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 @pytest.mark.parametrize("response", RESPONSES)
-def test_what_an_ordinary_template_writes_is_learnt(name, response, tmp_path):
+def test_what_an_ordinary_template_writes_is_trained_on(name, response, tmp_path):
     """Whatever spaces it writes around a response: its own rendering behind the prompt, to the end of turn."""
     tokenizer = make(name, tmp_path)
     rendered = tokenizer.apply_chat_template([user("hi"), assistant(response)], tokenize=False)
@@ -186,7 +186,7 @@ def test_what_an_ordinary_template_writes_is_learnt(name, response, tmp_path):
     assert written != rendered and tokenizer.decode(response_ids(tokenizer, [user("hi")], response)) == written
 
 
-def test_what_real_templates_write_is_learnt(qwen, solopo_data):
+def test_what_real_templates_write_is_trained_on(qwen, solopo_data):
     """Qwen2's ChatML and the template of a Llama 3 style folder, on answers of a real set."""
     for tokenizer in (qwen, load_tokenizer(solopo_data / "tokenizers" / "tiny_llama3_style")):
         with (solopo_data / "musique" / "musique_ans_train_subset.jsonl").open(encoding="utf-8") as lines:
@@ -217,11 +217,11 @@ CONVERSATIONS = [
 
 def check_conversation(tokenizer, messages):
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    prompt, ids, learnt = conversation_ids(tokenizer, messages)
-    assert len(ids) == len(learnt) and learnt[0] and learnt[-1]
+    prompt, ids, loss_mask = conversation_ids(tokenizer, messages)
+    assert len(ids) == len(loss_mask) and loss_mask[0] and loss_mask[-1]
     assert prompt == prompt_ids(tokenizer, messages[: turns[0]])
-    wanted = [token for i in turns for token in response_ids(tokenizer, messages[:i], messages[i]["content"])]
-    assert [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt] == wanted
+    expected = [token for i in turns for token in response_ids(tokenizer, messages[:i], messages[i]["content"])]
+    assert [token for token, trained in zip(ids, loss_mask, strict=True) if trained] == expected
     rendered = tokenizer.apply_chat_template(messages[: turns[-1] + 1], return_dict=False)
     if tokenizer.eos_token_id in rendered:
         assert rendered[: len(prompt) + len(ids)] == prompt + ids
@@ -233,7 +233,7 @@ def check_conversation(tokenizer, messages):
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_every_assistant_turn_is_learnt_and_nothing_else(tokenizer, messages):
+def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer, messages):
     check_conversation(tokenizer, messages)
 
 
@@ -242,14 +242,14 @@ def test_conversations_of_the_real_qwen2_tokenizer(qwen, messages):
     check_conversation(qwen, messages)
 
 
-def test_a_conversation_is_learnt_turn_by_turn(tmp_path):
+def test_a_conversation_is_trained_on_turn_by_turn(tmp_path):
     tokenizer = make("chatml", tmp_path)
-    prompt, ids, learnt = conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
-    stretches = [[], []]
-    for token, is_learnt in zip(ids, learnt, strict=True):
-        stretches[is_learnt].append(token)
-    assert tokenizer.decode(stretches[True]) == "b<|im_end|>d<|im_end|>"
-    assert tokenizer.decode(stretches[False]) == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    prompt, ids, loss_mask = conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
+    parts = [[], []]
+    for token, trained in zip(ids, loss_mask, strict=True):
+        parts[trained].append(token)
+    assert tokenizer.decode(parts[True]) == "b<|im_end|>d<|im_end|>"
+    assert tokenizer.decode(parts[False]) == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(prompt).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
 
 
@@ -259,11 +259,11 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_conversations(tmp
         conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
 
 
-def test_a_template_that_opens_a_thought_learns_the_answer_of_one_turn(tmp_path):
+def test_a_template_that_opens_a_thought_trains_on_the_answer_of_one_turn(tmp_path):
     tokenizer = make("opened", tmp_path)
-    prompt, ids, learnt = conversation_ids(tokenizer, [user("hi"), assistant("sure</think>yes")])
+    prompt, ids, loss_mask = conversation_ids(tokenizer, [user("hi"), assistant("sure</think>yes")])
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>")
-    assert tokenizer.decode(ids) == "sure</think>yes<|im_end|>" and all(learnt)
+    assert tokenizer.decode(ids) == "sure</think>yes<|im_end|>" and all(loss_mask)
     with refused("chat-template-rewrites"):
         conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
 

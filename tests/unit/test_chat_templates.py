@@ -1,4 +1,4 @@
-"""What is learnt is what follows the generation prompt when a model answers, whatever a chat template makes of it."""
+"""The loss mask covers what a model generates after the generation prompt, whatever a chat template makes of it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MOVED = (  # says the answer before the question
 THOUGHT = "France has one.\n</think>\n\nAnswer: Paris"
 BOTH = f"<think>\n{THOUGHT}"
 TABLE = [
-    # template, its values, the response, what is learnt before the end of turn
+    # template, its values, the response, what is trained on before the end of turn
     (CHATML, None, "room 0", "room 0"),
     (CHATML, None, " room\n", " room\n"),
     (CHATML, None, BOTH, BOTH),
@@ -90,19 +90,19 @@ def make(folder: Path, template: str, values: str | None = None) -> PreTrainedTo
     return load_tokenizer(folder, chat_template_kwargs=values)
 
 
-@pytest.mark.parametrize(("template", "values", "response", "learnt"), TABLE)
+@pytest.mark.parametrize(("template", "values", "response", "trained"), TABLE)
 def test_the_response_follows_the_generation_prompt(
-    template: str, values: str | None, response: str, learnt: str, tmp_path: Path
+    template: str, values: str | None, response: str, trained: str, tmp_path: Path
 ) -> None:
     tokenizer = make(tmp_path, template, values)
     ids = response_ids(tokenizer, [user("hi")], response)
-    assert tokenizer.decode(ids) == learnt + tokenizer.eos_token
+    assert tokenizer.decode(ids) == trained + tokenizer.eos_token
     prompt, continuation, taken = conversation_ids(tokenizer, [user("hi"), assistant(response)])
     assert (prompt, continuation) == (prompt_ids(tokenizer, [user("hi")]), ids) and all(taken)
 
 
 @pytest.mark.parametrize(("template", "values"), dict.fromkeys(row[:2] for row in TABLE))
-def test_what_was_sampled_is_learnt_to_the_id(template: str, values: str | None, tmp_path: Path) -> None:
+def test_what_was_sampled_is_trained_on_to_the_id(template: str, values: str | None, tmp_path: Path) -> None:
     """Sampled ids, spaces, tags and control tokens among them, come back from responses and groups as they were."""
     tokenizer = make(tmp_path, template, values)
     end, draw = tokenizer.eos_token_id, random.Random(0)
@@ -143,11 +143,11 @@ def test_every_turn_follows_its_generation_prompt(
 ) -> None:
     """Prompt and turn by turn are the sequence that a conversation with the model is."""
     tokenizer = make(tmp_path, template, values)
-    prompt, ids, learnt = conversation_ids(tokenizer, turns)
+    prompt, ids, loss_mask = conversation_ids(tokenizer, turns)
     first = response_ids(tokenizer, turns[:1], "b")
     second = [*prompt_ids(tokenizer, turns[:3]), *response_ids(tokenizer, turns[:3], turns[3]["content"])]
     assert prompt + ids == second and (prompt + ids)[len(prompt) :][: len(first)] == first
-    taken = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]
+    taken = [token for token, trained in zip(ids, loss_mask, strict=True) if trained]
     assert taken == [*first, *response_ids(tokenizer, turns[:3], turns[3]["content"])]
 
 
@@ -205,7 +205,7 @@ PIECES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.m
 def test_sentencepiece_puts_no_second_space_before_an_answer(
     name: str, legacy: bool, template: str, tmp_path: Path, solopo_data: Path
 ) -> None:
-    """Apart from the prompt, Mistral's tokenizers put one before every text; the whole chat's ids are the law."""
+    """Mistral's tokenizers put a space before a text without its prompt; the ids of the complete chat are right."""
     (tmp_path / "tokenizer.model").write_bytes((solopo_data / "tokenizers" / "mistral" / PIECES[name]).read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     (tmp_path / "tokenizer_config.json").write_text(f'{{"legacy": {str(legacy).lower()}}}')
@@ -213,9 +213,9 @@ def test_sentencepiece_puts_no_second_space_before_an_answer(
     tokenizer = load_tokenizer(tmp_path, tmp_path / "t.jinja")
     for response in ("answer", "12,5 %", "In **Japan**,\n日本"):
         turns = [user("Where?"), assistant(response), user("Why?"), assistant("So.")]
-        whole = tokenizer.apply_chat_template(turns[:2], return_dict=False)
+        complete = tokenizer.apply_chat_template(turns[:2], return_dict=False)
         one = [*prompt_ids(tokenizer, turns[:1]), *response_ids(tokenizer, turns[:1], response)]
-        assert one == whole[: len(one)] and one[-1] == tokenizer.eos_token_id
+        assert one == complete[: len(one)] and one[-1] == tokenizer.eos_token_id
         prompt, ids, _ = conversation_ids(tokenizer, turns)
-        whole = tokenizer.apply_chat_template(turns, return_dict=False)
-        assert prompt + ids == whole[: len(prompt) + len(ids)]
+        complete = tokenizer.apply_chat_template(turns, return_dict=False)
+        assert prompt + ids == complete[: len(prompt) + len(ids)]

@@ -131,9 +131,9 @@ def test_a_chat_that_spells_them_has_the_templates_alone(tokenizer: PreTrainedTo
             assert tokenizer.decode(row[:-1]).strip() == text.replace(" ", spaces)
         chat = [user(text), assistant(text), user(text), assistant(text)]
         neutral = conversation_ids(tokenizer, [user("a"), assistant("b"), user("c"), assistant("d")])
-        prompt, continuation, learnt = conversation_ids(tokenizer, chat)
-        assert [count(prompt), count(continuation)] == [count(neutral[0]), count(neutral[1])]
-        assert sum(token == end for token, taken in zip(continuation, learnt, strict=True) if taken) == 2
+        prompt, completion, loss_mask = conversation_ids(tokenizer, chat)
+        assert [count(prompt), count(completion)] == [count(neutral[0]), count(neutral[1])]
+        assert sum(token == end for token, trained in zip(completion, loss_mask, strict=True) if trained) == 2
 
 
 def test_a_chat_that_spells_none_is_read_alike_by_both(tokenizer: PreTrainedTokenizerBase, solopo_data: Path) -> None:

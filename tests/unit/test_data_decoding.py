@@ -94,10 +94,10 @@ def test_a_response_depends_on_its_own_numbers_only() -> None:
     """Not on the rows, not on its company, not on which of its prompt's samples are there already."""
     model = tiny_model()
     numbers = torch.stack([uniforms(3, f"q{index}", 9, 40) for index in range(3)])
-    whole = sample(model, PROMPTS, numbers)
+    together = sample(model, PROMPTS, numbers)
     for rows in (1, 2, 7, 20):
-        assert sample(model, PROMPTS, numbers, rows=rows) == whole
-    assert sample(model, PROMPTS[1:2], numbers[1:2, 4:]) == [whole[1][4:]]
+        assert sample(model, PROMPTS, numbers, rows=rows) == together
+    assert sample(model, PROMPTS[1:2], numbers[1:2, 4:]) == [together[1][4:]]
     assert uniforms(3, "q0", 4, 40).equal(numbers[0, :4])
 
 

@@ -60,7 +60,7 @@ def test_a_complete_output_without_its_settings_is_kept(folder: Path, tmp_path: 
 def test_a_complete_output_is_extended_and_never_cut(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(command(folder, tmp_path / "whole.jsonl", "--samples", "9"))
+    main(command(folder, tmp_path / "complete.jsonl", "--samples", "9"))
     output = tmp_path / "a.jsonl"
     main(command(folder, output, "--samples", "4", "--limit", "5"))
     settings = json.loads((tmp_path / "a.jsonl.settings.json").read_text())
@@ -74,7 +74,7 @@ def test_a_complete_output_is_extended_and_never_cut(
             assert f"sampled now: {new} responses" in printed
         else:
             assert "holds 2 responses to each of 3 questions already" in printed and output.read_bytes() == before
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.jsonl", "a.jsonl.settings.json"]
     with refused("output-other-settings", "--output ", "a.jsonl: ", "seed = 0, now 1", "--overwrite"):
         main(command(folder, output, "--seed", "1", "--samples", "10"))
@@ -103,8 +103,8 @@ def test_an_unfinished_output_is_finished_with_more_or_less(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: tuple[int, int], then: tuple[int, int]
 ) -> None:
     """And what lies beyond a smaller request stays for a larger one."""
-    main(command(folder, tmp_path / "whole.jsonl", "--samples", "8"))
-    whole = [record.responses for record in read_responses(tmp_path / "whole.jsonl")]
+    main(command(folder, tmp_path / "complete.jsonl", "--samples", "8"))
+    complete = [record.responses for record in read_responses(tmp_path / "complete.jsonl")]
     output = tmp_path / "a.jsonl"
 
     def asked(samples: int, limit: int) -> list[str]:
@@ -113,9 +113,9 @@ def test_an_unfinished_output_is_finished_with_more_or_less(
     interrupted(monkeypatch, "add", 6, asked(*first))
     main(asked(*then))
     samples, limit = then
-    assert [record.responses for record in read_responses(output)] == [one[:samples] for one in whole[:limit]]
+    assert [record.responses for record in read_responses(output)] == [one[:samples] for one in complete[:limit]]
     main(asked(8, 40))
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
     assert not (tmp_path / "a.jsonl.partial").exists()
 
 
@@ -124,13 +124,13 @@ def test_an_extension_that_is_killed_loses_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
 ) -> None:
     output = tmp_path / "a.jsonl"
-    main(command(folder, tmp_path / "whole.jsonl", "--limit", "20"))
+    main(command(folder, tmp_path / "complete.jsonl", "--limit", "20"))
     main(command(folder, output, "--limit", "10"))
     before = output.read_bytes()
     interrupted(monkeypatch, name, after, command(folder, output, "--limit", "20"))
     assert output.read_bytes() == before
     main(command(folder, output, "--limit", "20"))
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
 
 
 def test_a_kill_before_the_output_takes_its_place(

@@ -122,8 +122,8 @@ def test_prompts_wait_on_disk_and_not_in_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert held < 200 * 1000 and not list((tmp_path / "new").iterdir())
     assert len(prompts) == 200 and list(prompts.lengths) == list(range(4000, 3800, -1))
-    found = prompts[7]
-    assert (found.id, found.messages, list(found.ids)) == (prompt(7).id, prompt(7).messages, prompt(7).ids)
+    read = prompts[7]
+    assert (read.id, read.messages, list(read.ids)) == (prompt(7).id, prompt(7).messages, prompt(7).ids)
     assert [one.id for one in prompts] == prompts.names == [f"q{number}" for number in range(200)]
 
 

@@ -177,7 +177,7 @@ def test_what_shapes_the_distribution_is_set_or_said(
         assert "left_to_the_server" not in recorded["sampling"]
         assert recorded["settings"]["server_kind"] == {"llamacpp": "llama.cpp"}.get(owner, owner)
     else:
-        assert err.count("\n") == 1 and "top-k, min-p, typical-p and penalties are the server's own defaults" in err
+        assert err.count("\n") == 1 and "top-k, min-p, typical-p and penalties have the server's defaults" in err
         assert not sent and "min-p" in recorded["sampling"]["left_to_the_server"]
     assert (body.get("samplers") == ["temperature", "top_p"]) is (owner == "llamacpp")
 
@@ -220,8 +220,8 @@ def test_prompts_that_are_not_the_trainers_are_warned_about_once(
         return status, document | {"usage": {"prompt_tokens": 7, "completion_tokens": 2}} if body else document
 
     main(command(folder, serve(answer), tmp_path / "a.jsonl", "--samples-per-request", "1"))
-    told = capsys.readouterr().err
-    assert told.count("prompt tokens") == 1 and re.search("has 7 prompt tokens on the server and 4 here", told)
+    warned = capsys.readouterr().err
+    assert warned.count("prompt tokens") == 1 and re.search("has 7 prompt tokens on the server and 4 here", warned)
 
 
 def test_template_values_and_the_key_travel_with_the_request(

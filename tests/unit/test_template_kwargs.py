@@ -50,13 +50,13 @@ def test_prompts_and_responses_are_transformers_rendering_with_these_values(fold
 
 def test_training_tokens_and_their_fingerprint_follow_the_values(folder: Path, tmp_path: Path) -> None:
     groups = write_lines(tmp_path / "groups.jsonl", preference_groups(3))
-    found = {}
+    data = {}
     for text in (None, OFF, '{"enable_thinking": true}'):
         tokenizer = load_tokenizer(folder, chat_template_kwargs=text)
-        found[text] = tokenize(groups, tokenizer, scored("short_chosen", "short_rejected"), 256)
-    assert found[None].fingerprint == found['{"enable_thinking": true}'].fingerprint != found[OFF].fingerprint
+        data[text] = tokenize(groups, tokenizer, scored("short_chosen", "short_rejected"), 256)
+    assert data[None].fingerprint == data['{"enable_thinking": true}'].fingerprint != data[OFF].fingerprint
     thought = AutoTokenizer.from_pretrained(folder).encode("w58 w59")
-    assert all(list(group.prompts[0].ids[-2:]) == thought for group in found[OFF].groups)
+    assert all(list(group.prompts[0].ids[-2:]) == thought for group in data[OFF].groups)
 
 
 def test_a_training_run_tokenises_with_them(folder: Path, tmp_path: Path) -> None:

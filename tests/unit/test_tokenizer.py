@@ -109,19 +109,19 @@ def ranks(solopo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The first 20,000 of Qwen2's tokens as a rank file in a Llama folder, with Llama 3's names for special tokens."""
     vocabulary = json.loads((solopo_data / "tokenizers/qwen2/tokenizer.json").read_text())["model"]["vocab"]
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    found = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary.items() if rank < 20_000}
+    ranks_of = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary.items() if rank < 20_000}
     file = tmp_path_factory.mktemp("ranks") / "ranks"
-    file.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in found.items()))
+    file.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks_of.items()))
     added = {20_000 + i: {"content": token, "special": True} for i, token in enumerate(("<|begin|>", "<|eot_id|>"))}
-    return found, folder_of(file.parent / "hf", file, "llama", eos_token="<|eot_id|>", added_tokens_decoder=added)
+    return ranks_of, folder_of(file.parent / "hf", file, "llama", eos_token="<|eot_id|>", added_tokens_decoder=added)
 
 
 def test_rank_files_have_tiktokens_ids(
     ranks: tuple[dict[bytes, int], Path], texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found, folder = ranks
+    ranks_of, folder = ranks
     pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default  # Llama 3's
-    theirs = tiktoken.Encoding("theirs", pat_str=pattern, mergeable_ranks=found, special_tokens={})
+    theirs = tiktoken.Encoding("theirs", pat_str=pattern, mergeable_ranks=ranks_of, special_tokens={})
     ours = read_tokenizer(folder)
     assert ids(ours, texts) == theirs.encode_batch(texts) and not caplog.text
     assert ids(ours, ["<|begin|>a<|eot_id|>"]) == [[20_000, *theirs.encode("a"), 20_001]]
@@ -175,8 +175,8 @@ def test_an_absent_package_is_named(
 def test_added_tokens_are_one_id_each(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "hf")
     tokenizer = load_tokenizer(folder, added_tokens="<think>, </think>")
-    known = len(AutoTokenizer.from_pretrained(folder))
-    assert ids(tokenizer, ["w3 <think>w1</think>"])[0][1::2] == [known, known + 1]
+    size = len(AutoTokenizer.from_pretrained(folder))
+    assert ids(tokenizer, ["w3 <think>w1</think>"])[0][1::2] == [size, size + 1]
     assert tokenizer.decode(ids(tokenizer, ["<think> w1 </think>"])[0], skip_special_tokens=True).strip() == "w1"
     assert {"<user>", "<assistant>"} <= set(tokenizer.all_special_tokens)  # those it had stay
 
