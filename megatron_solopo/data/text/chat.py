@@ -62,7 +62,7 @@ def load_tokenizer(
     if not tokenizer.chat_template:
         raise UserError(
             "chat-template-missing",
-            f"{folder}: the tokenizer has no chat template; give one with --chat-template FILE "
+            f"{folder}: the tokenizer has no chat template; set one with --chat-template FILE "
             "(examples/chat_templates/chatml.jinja is Qwen's)",
         )
     where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
