@@ -15,7 +15,6 @@ from megatron_solopo import atomic
 from megatron_solopo.data.sampling import sample_responses
 from megatron_solopo.data.sampling.responses import Responses, SampledJobs, read_responses
 from megatron_solopo.data.sampling.sample_responses import main
-from megatron_solopo.errors import UserError
 
 __all__ = ["folder"]  # a fixture
 
@@ -35,11 +34,11 @@ def test_another_tokenizer_is_refused_on_resume(folder: Path, tmp_path: Path, mo
     output, other = tmp_path / "a.jsonl", tmp_path / "other"
 
     def stop(*_: object) -> None:
-        raise UserError("stopped", "by the test")
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(SampledJobs, "finish", stop)
-        with refused("stopped"):
+        with pytest.raises(KeyboardInterrupt):
             main(command(folder, output, "--limit", "1"))
     shutil.copytree(folder, other)
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
