@@ -94,12 +94,12 @@ def train(config: Config) -> TrainResult:
     with _as_library():
         resolve(config)
         _refuse_another_platform(choose(config.parallel.device))
-        with started(config) as here:
+        with started(config) as process:
             from megatron_solopo.training import trainer  # megatron-core comes behind the platform, see training.run
             from megatron_solopo.training.reference import shared
 
             _write_groups(config)
-            trainer.train(here, config)
+            trainer.train(process, config)
             return shared(lambda: _result(config))
 
 
@@ -168,7 +168,7 @@ def _refuse_another_platform(name: str) -> None:
 
 
 def _write_groups(config: Config) -> None:
-    """Writes examples that were given in memory where the options name them; collective.
+    """Writes examples that are in memory where the options name them; collective.
 
     Raises:
         UserError: the run folder has checkpoints of a run on other examples, or an example cannot be written.

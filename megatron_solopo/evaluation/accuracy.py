@@ -110,8 +110,8 @@ def _spread(seeds: Sequence[int], method: str) -> str:
 def _method(results: Sequence[tuple[str, LengthResult]], metric: str) -> str:
     """How the intervals of a metric were computed, in brackets."""
     # Older files do not say; theirs of 0 / 1 metrics are Wilson's too.
-    known = [result.methods or {"sub_em": "wilson", "em": "wilson"} for _, result in results]
-    text = intervals_text({metric: one[metric]} for one in known if metric in one)
+    methods = [result.methods or {"sub_em": "wilson", "em": "wilson"} for _, result in results]
+    text = intervals_text({metric: one[metric]} for one in methods if metric in one)
     return f" ({text.partition(': ')[2]})" if text else ""
 
 

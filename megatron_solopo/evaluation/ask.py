@@ -1,4 +1,4 @@
-"""``solopo ask``: one question over a given document, answered by one or several models."""
+"""``solopo ask``: one question about a document, answered by one or several models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_solopo.evaluation.results import folder_names
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said; ``name`` tells its folder from the others, ``finished`` is False where it was cut."""
+    """One model's response; ``name`` is its folder, as short as is unique; ``finished`` is False where it was cut."""
 
     name: str
     text: str

@@ -92,8 +92,8 @@ def _caption(name: str, runs: Sequence[Run], panels: Panels, clips: Sequence[flo
 
 def _between(numbers: Iterable[int]) -> str:
     """``5`` or ``5 to 32``."""
-    known = sorted(numbers)
-    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"
+    ordered = sorted(numbers)
+    return f"{ordered[0]:,}" if ordered[0] == ordered[-1] else f"{ordered[0]:,} to {ordered[-1]:,}"
 
 
 def _numbers(records: Iterable[Mapping[str, object]], name: str) -> np.ndarray:
@@ -104,8 +104,8 @@ def _numbers(records: Iterable[Mapping[str, object]], name: str) -> np.ndarray:
 
 def _mean(values: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
     """The mean of the values that are not NaN; NaN where there is none."""
-    known = ~np.isnan(values) * weights
-    return float(np.nansum(values * weights) / known.sum()) if known.sum() else np.nan
+    weighted = ~np.isnan(values) * weights
+    return float(np.nansum(values * weights) / weighted.sum()) if weighted.sum() else np.nan
 
 
 def _text(form: str, value: float) -> str:

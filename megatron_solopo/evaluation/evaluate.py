@@ -89,13 +89,13 @@ def build_items(
     """
     left_out = LeftOut()
     questions: list[Question] = []
-    told = None  # entries of `left_out` up to the last question of the limit
+    counted = None  # entries of `left_out` up to the last question of the limit
     reading = ProgressBar(read_questions(source, data, left_out), desc="reading", unit="question", leave=False)
     for question in reading:
         questions.append(question)
         if len(questions) == limit:
-            told = len(left_out.entries)
-    counts = Counter(reason for _, reason in left_out.entries[:told])
+            counted = len(left_out.entries)
+    counts = Counter(reason for _, reason in left_out.entries[:counted])
     counter = TokenCounter(tokenizer)
     in_tokens = unit == "tokens"
     paragraphs = [*(paragraph for question in questions for paragraph in question.paragraphs), *read_pool(pool)]
@@ -377,14 +377,16 @@ def _evaluate(
             f"context_{unit}": sizes,
         }
     )
-    known: dict[str, dict[int, Response]] = {}
+    generated: dict[str, dict[int, Response]] = {}
     for job in jobs.finished():
         label, *indices = job["job"]
-        known.setdefault(label, {}).update(
+        generated.setdefault(label, {}).update(
             {index: Response(*answer) for index, answer in zip(indices, job["answers"], strict=True)}
         )
-    if known:
-        print(f"resuming: {sum(map(len, known.values()))} of {len(items) * len(sizes)} answers were generated before")
+    if generated:
+        print(
+            f"resuming: {sum(map(len, generated.values()))} of {len(items) * len(sizes)} answers were generated before"
+        )
     results: list[LengthResult] = []
     records: list[Record] = []
     for index, size in enumerate(sizes):
@@ -400,7 +402,7 @@ def _evaluate(
             options.max_new_tokens,
             options.batch_tokens,
             progress=label,
-            known=known.get(label),
+            generated=generated.get(label),
             add=add,
         )
         result, predictions = score_responses(items, index, size, unit, responses, options.normalisation)

@@ -47,7 +47,7 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: str = "answering",
-    known: Mapping[int, Response] | None = None,
+    generated: Mapping[int, Response] | None = None,
     add: Callable[[dict[int, Response]], None] | None = None,
 ) -> list[Response]:
     """The greedy response to each prompt, in the order of the prompts.
@@ -61,7 +61,7 @@ def generate(
         batch_tokens: rows x (longest prompt + ``max_new_tokens``) of a batch stays within this number; a
             single prompt that is longer than that runs alone.
         progress: the name of its progress, counted in tokens of prompts.
-        known: responses, by the index of their prompts, that are not generated again.
+        generated: responses of an earlier call by the index of their prompts; they are not generated again.
         add: called with the responses of each batch, by index.
 
     Raises:
@@ -72,7 +72,7 @@ def generate(
     pad = stops[0]  # attended by nothing; a tokenizer's own may have no row in the model
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     lengths = [len(prompt) for prompt in prompts]
-    responses = dict(known or {})
+    responses = dict(generated or {})
     # transformers fills what a config leaves open from the model's own, so that one is put away meanwhile.
     kept, model.generation_config = model.generation_config, GenerationConfig()
     before = sum(lengths[index] for index in responses)

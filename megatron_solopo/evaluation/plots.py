@@ -1,4 +1,4 @@
-"""The figures of a report. Colours are told apart by colour-blind readers too (Okabe and Ito), and markers differ."""
+"""The figures of a report. Colour-blind readers can distinguish the colours (Okabe and Ito), and markers differ."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def build_parser() -> Parser:
         default=[],
         metavar="[LABEL=]DIR",
         help="run folders (metrics.jsonl is read); LABEL defaults to the folder's name, with those above it where "
-        "that tells runs apart",
+        "that distinguishes runs",
     )
     inputs.add_argument(
         "--evaluations",
@@ -83,7 +83,7 @@ def build_parser() -> Parser:
         default=[],
         metavar="[LABEL=]FILE",
         help="results written by evaluate; LABEL defaults to the name of the model's folder, with those above it "
-        "where that tells models apart",
+        "where that distinguishes models",
     )
     outputs = parser.add_argument_group("output")
     outputs.add_argument(

@@ -204,14 +204,14 @@ def labelled(argument: str, fallback: str) -> tuple[str, Path]:
 
 
 def folder_names(folders: Sequence[str | Path]) -> list[str]:
-    """The shortest path ends that tell the folders apart: ``runs/a/hf``, ``runs/b/hf`` -> ``a/hf``, ``b/hf``."""
+    """The shortest path ends that distinguish the folders: ``runs/a/hf``, ``runs/b/hf`` -> ``a/hf``, ``b/hf``."""
     parts = [Path(folder).resolve().parts for folder in folders]
     names = []
-    for own in parts:
+    for path in parts:
         depth = 1
-        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in set(parts)) > 1:
+        while depth < len(path) and sum(other[-depth:] == path[-depth:] for other in set(parts)) > 1:
             depth += 1
-        names.append("/".join(own[-depth:]))
+        names.append("/".join(path[-depth:]))
     return names
 
 
@@ -345,7 +345,7 @@ _LINE = TypeAdapter(_Line)
 
 
 def metrics_file(folder: Path) -> Path:
-    """Where a run folder's metrics stand."""
+    """The metrics file of a run folder."""
     return folder / "metrics.jsonl"
 
 

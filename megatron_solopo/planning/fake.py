@@ -39,7 +39,7 @@ Patch = Callable[[object, str, object], object]
 
 @dataclass
 class Stage:
-    """What the processes at the other end would tell.
+    """What the processes at the other end would send.
 
     Attributes:
         hidden: shape of the states that pipeline stages exchange, (tokens of a process, 1, hidden size).
@@ -69,8 +69,8 @@ def rehearsal(device: str, rank: int, world: int) -> Iterator[Rehearsal]:
     """
     if dist.is_initialized():
         raise RuntimeError("a rehearsal needs a process without a process group")
-    here = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    mode = _Mode(here)  # before the patches: its first use imports modules that look at what is patched
+    torch_device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    mode = _Mode(torch_device)  # before the patches: its first use imports modules that look at what is patched
     with contextlib.ExitStack() as stack:
 
         def patch(module: object, name: str, value: object) -> None:
@@ -78,19 +78,19 @@ def rehearsal(device: str, rank: int, world: int) -> Iterator[Rehearsal]:
 
         # training code asks the environment where it is (`topology.world_size`)
         stack.enter_context(mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0"))
-        stack.callback(cpu_shim.install(here))
+        stack.callback(cpu_shim.install(torch_device))
         dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
         stack.callback(dist.destroy_process_group)
         stack.callback(end_model_parallel)
-        made = Rehearsal(Platform(device, here, "fake", lambda: None), mode)
-        _answer_megatron(patch, made.stage)
-        door = _Door(mode, here)
+        rehearsed = Rehearsal(Platform(device, torch_device, "fake", lambda: None), mode)
+        _answer_megatron(patch, rehearsed.stage)
+        door = _Door(mode, torch_device)
         _answer_torch(patch, door)
         _answer_product(patch, door)
         # Fake tensors have no device threads; and dispatch modes act in the thread that entered them.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(door)
-        yield made
+        yield rehearsed
 
 
 def _answer_torch(patch: Patch, door: _Door) -> None:
@@ -201,13 +201,13 @@ def _answer_megatron(patch: Patch, stage: Stage) -> None:
         with _disable_current_modes():
             each = torch.tensor(_shares(chosen, self.num_experts))
             per_rank = each.view(self.ep_size, self.num_local_experts)
-            own = per_rank[torch.distributed.get_rank(self.ep_group)]
+            rank_tokens = per_rank[torch.distributed.get_rank(self.ep_group)]
             if self.ep_size > 1 or self.tp_size > 1:
                 self.input_splits = per_rank.sum(1).numpy()
-                self.output_splits = own.sum().repeat(self.ep_size).numpy()
-                self.output_splits_tp = (own.sum() * self.ep_size).repeat(self.tp_size).numpy()
-            self.num_global_tokens_per_local_expert = own.repeat(self.tp_size * self.ep_size, 1).numpy()
-            return (own * self.tp_size * self.ep_size).numpy()
+                self.output_splits = rank_tokens.sum().repeat(self.ep_size).numpy()
+                self.output_splits_tp = (rank_tokens.sum() * self.ep_size).repeat(self.tp_size).numpy()
+            self.num_global_tokens_per_local_expert = rank_tokens.repeat(self.tp_size * self.ep_size, 1).numpy()
+            return (rank_tokens * self.tp_size * self.ep_size).numpy()
 
     patch(MoEAlltoAllTokenDispatcher, "__init__", begin_on_host)
     patch(MoEAlltoAllTokenDispatcher, "preprocess", preprocess_balanced)

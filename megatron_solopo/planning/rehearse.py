@@ -79,16 +79,16 @@ def rehearse(
     Raises:
         RuntimeError: this process has a process group already.
     """
-    with fake.rehearsal(device, rank, world) as here:
+    with fake.rehearsal(device, rank, world) as rehearsal:
         # behind the start of the platform, as in training/run.py
         from megatron_solopo.training import engine as engines
         from megatron_solopo.training.step import train_step
 
         engines.initialize_parallel(config)
-        ledger = Ledger(here.platform.device)
-        with here.mode, ledger:
+        ledger = Ledger(rehearsal.platform.device)
+        with rehearsal.mode, ledger:
             ledger.enter("build", WEIGHTS)
-            engine = engines.build_engine(here.platform, hf_config, config)
+            engine = engines.build_engine(rehearsal.platform, hf_config, config)
             buffers = [buffer for chunk in engine.chunks for buffer in engines.gradient_buffers(chunk)]
             ledger.mark((bucket.grad_data for buffer in buffers for bucket in buffer.buckets), GRADIENTS)
             ledger.enter("build", OPTIMIZER)
@@ -100,7 +100,7 @@ def rehearse(
             gc.collect()
         work = _work(engine, config, groups, packs)
         tokens = work.packs[0].tokens
-        here.stage.hidden = _hidden(work.packs[0].pack.tokens.numel(), hf_config, config)
+        rehearsal.stage.hidden = _hidden(work.packs[0].pack.tokens.numel(), hf_config, config)
         arguments: Any = (
             SimpleNamespace(groups=[*groups] * packs),
             SimpleNamespace(examples=1, global_batch_size=1, total=1),
@@ -110,7 +110,7 @@ def rehearse(
             # Asked for the peak between backward and the update.
             SimpleNamespace(on_this_rank=lambda: ledger.enter(UPDATE) or 0.0),
         )
-        with here.mode, ledger, followed(ledger, engine.models):
+        with rehearsal.mode, ledger, followed(ledger, engine.models):
             ledger.mark(fake.fakes([work]), INPUTS)
             standing = dict(ledger.held)
             ledger.enter(FORWARD)

@@ -90,10 +90,10 @@ def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> 
         plan = plan_step(step, inputs.hf_config.hidden_size, copies, config, device)
         for share in plan.shares:
             for places in share:
-                own = [step[place] for place in places]
-                tokens = sum(group.tokens(share_prompts, plan.of_pieces, plan.of_prompts) for group in own)
+                rank_groups = [step[place] for place in places]
+                tokens = sum(group.tokens(share_prompts, plan.of_pieces, plan.of_prompts) for group in rank_groups)
                 if tokens > most:
-                    most, pack, packs = tokens, own, len(share)
+                    most, pack, packs = tokens, rank_groups, len(share)
     return pack, packs
 
 

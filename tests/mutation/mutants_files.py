@@ -302,10 +302,10 @@ DATA = [
         ("the short answer for every long one", "if not self.counts[name][row]:", "if True:"),
         (
             "lengths of the short answer for the long one",
-            "there = self.counts[own] > 0",
-            "there = self.counts[own] > 9",
+            "there = self.counts[column] > 0",
+            "there = self.counts[column] > 9",
         ),
-        ("the second response of a side is the first", "found = cell[self._response]", "found = cell[0]"),
+        ("the second response of a side is the first", "ids = cell[self._response]", "ids = cell[0]"),
         ("one fingerprint for all that can be scored", "sorted(scored)]", "sorted(scored)[:1]]"),
     ),
     *within(

@@ -82,7 +82,7 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
     record = {"id": "t", "prompt": f"{noise} old HARBOUR  Town! {noise}", "chosen": "a", "rejected": "b"}
     view = view_of(record | {"answers": ["Harbour town"]}, tokenizer, tmp_path, context_mode="short")
     text = printed(view)
-    assert "[[HARBOUR  Town]]" in text and "where its documents stand is not recorded" in text
+    assert "[[HARBOUR  Town]]" in text and "the places of its documents are not recorded" in text
     assert len(re.findall(r"\.\.\. [\d,]+ tokens \.\.\.", text)) == 2
     pieces = (
         view_of({**record, "answers": ["Harbour town"]}, tokenizer, tmp_path, True, context_mode="short")

@@ -104,7 +104,7 @@ class ContextView:
             note += f", {many(len(self.documents), 'document')}"
             parts: list[Text | Block] = [_strip(self.documents, self.depths)]
         else:
-            parts = [Text("where its documents stand is not recorded", "soft")]
+            parts = [Text("the places of its documents are not recorded", "soft")]
         frames = [frame[: len(frame) - frame.plain.endswith("\n")] for frame in self.rendered.frames]
         if self.rendered.shown:
             for frame, message in zip(frames[:-2], self.rendered.shown, strict=False):
@@ -188,7 +188,7 @@ def _shortened(text: Text) -> Text:
 
 
 class _Ruler:
-    """Counts the tokens of stretches of a chat's last message, as they stand in the whole prompt."""
+    """Counts the tokens of stretches of a chat's last message, as they are in the whole prompt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], rendered: Rendered) -> None:
         self._tokenizer, self._content = tokenizer, messages[-1]["content"]

@@ -51,7 +51,7 @@ class Example:
     recorded: dict[str, int] = field(default_factory=dict)
 
     def content(self, context: str) -> str:
-        """The text of the last message, where documents and question stand."""
+        """The text of the last message, which holds documents and question."""
         return self.chats[context][-1]["content"]
 
     def documents(self, context: str) -> list[tuple[str, bool]]:

@@ -67,9 +67,9 @@ def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, scor
 
 
 def _encode(encoder: Encoder, group: PreferenceGroup, scored: Scored) -> TokenGroup:
-    made = encoder.encode(group, scored)
-    assert made is not None, "without a length nothing is dropped"
-    return made
+    tokens = encoder.encode(group, scored)
+    assert tokens is not None, "without a length nothing is dropped"
+    return tokens
 
 
 def measure(
@@ -89,11 +89,11 @@ def measure(
         if group is None:
             tokens = {name: len(prompt_ids(tokenizer, chat)) for name, chat in example.chats.items()}
         else:
-            made = _encode(encoder, group, BOTH_PAIRS if LONG in example.chats else SHORT_PAIR)
-            tokens = _lengths(made)
+            encoded = _encode(encoder, group, BOTH_PAIRS if LONG in example.chats else SHORT_PAIR)
+            tokens = _lengths(encoded)
             if LONG not in example.chats and any(context == Context.LONG for context, _ in scored):
                 raise UserError("long-context-missing", NO_LONG_CONTEXT)
-            if seq_length is not None and made.only(scored).longest > seq_length:
+            if seq_length is not None and encoded.only(scored).longest > seq_length:
                 flags.add("too_long")
     except UserError as error:
         refused = str(error).removeprefix(f"group {example.id!r}: ")  # so that equal reasons are counted together
@@ -105,8 +105,8 @@ def measure(
         flags.add("other_length")
     if encoder.report.ids_mismatched:
         flags.add("other_ids")
-    known = tuple(key for key in FLAGS if key in flags)
-    return Facts(tokens, list(_numbers(example, tokens)), known, refused)
+    ordered = tuple(key for key in FLAGS if key in flags)
+    return Facts(tokens, list(_numbers(example, tokens)), ordered, refused)
 
 
 def _numbers(example: Example, tokens: dict[str, int]) -> Iterator[tuple[str, float]]:
@@ -156,7 +156,7 @@ def _answer_flags(example: Example) -> Iterator[str]:
 def _evidence_flags(example: Example) -> Iterator[str]:
     if not all(example.spans.get(name) for name in CONTEXTS):
         return
-    # Numbers of documents differ between the contexts; what stands in them does not.
+    # Numbers of documents differ between the contexts; their texts do not.
     words = {
         name: {"".join(c for c in normalise(text) if not c.isdigit()) for text, gold in example.documents(name) if gold}
         for name in CONTEXTS

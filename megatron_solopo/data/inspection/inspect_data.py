@@ -97,9 +97,9 @@ def training_config(options: argparse.Namespace) -> Config:
     """
     argv = ["--hf-path", options.tokenizer, "--train-data", options.data, "--save", "-", "--train-iters", "1"]
     if options.config:
-        # How long to train may be told on training's command line.
-        told = {"train_iters", "train_epochs"} & read_yaml(options.config).keys()
-        argv = ["--config", options.config, *(argv[:-2] if told else argv)]
+        # The training command line may set how long to train.
+        sets_length = {"train_iters", "train_epochs"} & read_yaml(options.config).keys()
+        argv = ["--config", options.config, *(argv[:-2] if sets_length else argv)]
     if options.seq_length is not None:
         argv += ["--seq-length", str(options.seq_length)]
     for name in METHOD_OPTIONS:

@@ -79,31 +79,31 @@ def _tiles(examples: int, drawn: Sequence[Chart]) -> list[tuple[str, str]]:
 
 def _oddities(source: Source, statistics: Statistics, views: Sequence[View]) -> Table:
     """What may be wrong, how often, and the button that shows such samples."""
-    made = table("what", f">{source.kind}", ">share", "among the samples")
+    rows = table("what", f">{source.kind}", ">share", "among the samples")
     for key, words, number in statistics.checks():
         if key == "too_long" and not source.seq_length:
             continue
         shown = sum(key in view.facts.flags for view in views)
         button = Markup('<button class="link" data-flag="{0}" data-text="show {1}">show {1}</button>')
-        made.add_row(
+        rows.add_row(
             f"{words} {source.seq_length}" if key == "too_long" else words,
             *_share(number, statistics.examples),
             button.format(key, shown) if shown else "",
             style="some" if number else "none",
         )
-    return made
+    return rows
 
 
 def _repeats(statistics: Statistics) -> Table:
     """Texts that come again."""
-    made = table("what", ">came before", ">share", "most often")
+    rows = table("what", ">came before", ">share", "most often")
     for what, repeats in statistics.repeats.items():
         often = Text("\n").join(
             Text.assemble((f"{times} x ", "soft"), visible(text)) for text, times in repeats.most(_LISTED)
         )
         share = _share(repeats.repeated, statistics.examples)
-        made.add_row(what, *share, often, style="some" if repeats.repeated else "none")
-    return made
+        rows.add_row(what, *share, often, style="some" if repeats.repeated else "none")
+    return rows
 
 
 def _share(number: int, of: int) -> tuple[str, str]:

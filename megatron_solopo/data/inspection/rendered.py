@@ -36,7 +36,7 @@ class Rendered:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Rendered:
-    """Renders a chat with its generation prompt, and tells the template's text from that of the messages.
+    """Renders a chat with its generation prompt, and separates the template's text from that of the messages.
 
     A message may say what a template says ("user"), so the messages' places are those of stand-ins for their contents.
     """
@@ -47,7 +47,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Rende
     frames = pattern.split(marked)
     variants = ([message["content"] for message in messages], [message["content"].strip() for message in messages])
 
-    def made(frames: list[str], shown: list[Message], last: str) -> Rendered:
+    def rendered(frames: list[str], shown: list[Message], last: str) -> Rendered:
         end = len(text) - len(frames[-1])
         cut = messages[-1]["content"].find(last)
         return Rendered(text, [split_control(tokenizer, f) for f in frames], shown, (end - len(last), end), cut)
@@ -56,17 +56,17 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Rende
         for contents in variants:
             parts = itertools.chain.from_iterable(itertools.zip_longest(frames, contents, fillvalue=""))
             if "".join(parts) == text:
-                return made(frames, messages, contents[-1])
+                return rendered(frames, messages, contents[-1])
     for *_, last in variants:  # the template rewrites messages; the last one may still be there
         before, _, behind = text.rpartition(last or "\0")
         if len(before) + len(behind) < len(text):
-            return made([before, behind], messages[-1:], last)
+            return rendered([before, behind], messages[-1:], last)
     return Rendered(text, [split_control(tokenizer, text)], [])
 
 
 def split_control(tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
     """A text of the template; control tokens are the tokenizer's added ones."""
     control = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(tokenizer.all_special_tokens)
-    made = Text(visible(text), "template")
-    made.highlight_words(sorted(filter(str.strip, control), key=len, reverse=True), "control")
-    return made
+    marked = Text(visible(text), "template")
+    marked.highlight_words(sorted(filter(str.strip, control), key=len, reverse=True), "control")
+    return marked

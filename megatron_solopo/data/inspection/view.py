@@ -190,12 +190,12 @@ def make_view(
     Args:
         full: fold and cut nothing.
     """
-    wanted = all_scores(method) if example.group else frozenset()
-    facts = measure(example, tokenizer, wanted, seq_length)
+    scored = all_scores(method) if example.group else frozenset()
+    facts = measure(example, tokenizer, scored, seq_length)
     view = View(example, facts, method, [make_context(example, name, tokenizer, full) for name in example.chats])
     if example.group is None or facts.refused is not None:
         return view
-    tokens = token_group(example.group, tokenizer, wanted)
+    tokens = token_group(example.group, tokenizer, scored)
     pack = build_pack([tokens], [0])
     completions = [(prompt, one) for prompt in tokens.prompts for one in prompt.completions]
     for number, (prompt, completion) in enumerate(completions):
@@ -226,19 +226,19 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
 
 def uses(context: Context, side: Side, method: MethodConfig) -> list[str]:
     """The terms of the loss that a segment's log-prob enters, in words."""
-    found = []
+    terms = []
     if (context, side) in policy_scores(method):
         if context == pair_context(method):
-            found.append(f"preference loss: {side.name.lower()}")
+            terms.append(f"preference loss: {side.name.lower()}")
             held = loss_class(method.preference_loss).holds_likelihood or adds_likelihood(method)
             if side == Side.CHOSEN and held:
-                found.append("likelihood term")
+                terms.append("likelihood term")
         if side in aligned_sides(method):
             stopped = context == Context.SHORT and method.alignment_stop_short_gradient
-            found.append(f"alignment: {context.name.lower()} side" + (", no gradient" if stopped else ""))
+            terms.append(f"alignment: {context.name.lower()} side" + (", no gradient" if stopped else ""))
     if (context, side) in reference_scores(method):
-        found.append("reference log-prob")
-    return found
+        terms.append("reference log-prob")
+    return terms
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -266,10 +266,10 @@ def highlighted(text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern
         found: start and end of those that count.
         pattern: `answer_pattern`, which the others match.
     """
-    made = Text(visible(text))
+    marked = Text(visible(text))
     for start, end in found:
-        made.stylize("answer", start, end)
+        marked.stylize("answer", start, end)
     for match in pattern.finditer(text) if pattern else ():
         if not any(match.start() < end and start < match.end() for start, end in found):
-            made.stylize("other", *match.span())
-    return made
+            marked.stylize("other", *match.span())
+    return marked

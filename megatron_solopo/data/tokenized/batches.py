@@ -1,7 +1,7 @@
 """Which groups a step trains on, and which process computes which of them in which pack.
 
 Everything here is a function of (number of examples, seed, step, sizes): the same on every process, and the same
-when a run goes on from a checkpoint.
+when a run resumes from a checkpoint.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def attention_cost(group: TokenGroup, hidden_size: int, share_prompts: bool = Tr
     pairs = 0
     for prompt in group.prompts:
         p = len(prompt.ids)
-        own = p * p / 2
-        pairs += own if share_prompts else own * len(prompt.completions)
+        prompt_pairs = p * p / 2
+        pairs += prompt_pairs if share_prompts else prompt_pairs * len(prompt.completions)
         pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.completions)
     return group.tokens(share_prompts) + pairs / (6 * hidden_size)
 
@@ -215,7 +215,7 @@ def _spread(order: Sequence[int], costs: Sequence[float], bins: int) -> list[lis
 def _packs_needed(share: Sequence[int], tokens: Sequence[int], most_groups: int, most_tokens: int | None) -> int:
     needed = math.ceil(len(share) / most_groups)
     if most_tokens is not None:
-        # A group above the limit stands alone, in one pack.
+        # A group above the limit is the only one of its pack.
         needed = max(needed, math.ceil(sum(min(tokens[i], most_tokens) for i in share) / most_tokens))
     return needed
 

@@ -1,4 +1,4 @@
-"""Making a token store of a data file; `tokenize-data` does it where it is told to, training in a cache at first use.
+"""Making a token store of a data file; `tokenize-data` writes it to --output, training to a cache at its first use.
 
 The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
 other, and the record batch that it becomes is appended to the result in the order of the parts. So the result does not
@@ -74,7 +74,7 @@ class TokenizedPart(NamedTuple):
     """What a part becomes: what the jobs file notes (names, report, largest token), and the bytes of its batch."""
 
     number: int
-    known: dict[str, Any]
+    entry: dict[str, Any]
     data: bytes
 
 
@@ -95,9 +95,9 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
             groups.append(group)
     each = ((int(np.max(ids)), group.id) for group in groups for ids in group.sequences())
     largest = max(each, key=lambda one: one[0], default=(-1, ""))
-    known = {"ids": [group.id for group in groups], "report": asdict(encoder.report), "largest": largest}
+    entry = {"ids": [group.id for group in groups], "report": asdict(encoder.report), "largest": largest}
     data = record_batch(groups, job.objective).serialize().to_pybytes() if groups else b""
-    return TokenizedPart(number, known, data)
+    return TokenizedPart(number, entry, data)
 
 
 def work_of(job: Job, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
@@ -172,20 +172,20 @@ def _tokenize(plan: Plan, jobs: Jobs, workers: int, name: str) -> int:
     """Tokenises the parts that are not finished; returns how many were."""
     job, seen = plan.job, set[str]()
     with ProgressBar(desc=f"tokenizing {name}", unit="example") as bar:
-        for known in jobs.finished():
-            bar.update(_check_ids(job, known, seen))
+        for entry in jobs.finished():
+            bar.update(_check_ids(job, entry, seen))
         done = len(jobs.lines)
         todo = [(number, part) for number, part in enumerate(plan.parts) if number not in jobs]
         for part in map_in_order(work_of, (job,), todo, workers, tokenizer=plan.tokenizer):
             schema = b"" if part.number else SCHEMAS[job.objective].serialize().to_pybytes()
-            jobs.add(part.number, part.known, {STREAM: schema + part.data})
-            bar.update(_check_ids(job, part.known, seen))
+            jobs.add(part.number, part.entry, {STREAM: schema + part.data})
+            bar.update(_check_ids(job, part.entry, seen))
     return done
 
 
-def _check_ids(job: Job, known: dict[str, Any], seen: set[str]) -> int:
+def _check_ids(job: Job, entry: dict[str, Any], seen: set[str]) -> int:
     """Refuses an id that an earlier part has; returns the number of ids."""
-    names = [*known["ids"], *(dropped[0] for dropped in known["report"]["dropped"])]
+    names = [*entry["ids"], *(dropped[0] for dropped in entry["report"]["dropped"])]
     for name in names:
         if name in seen and job.objective == "preference":  # conversations may share one, as they may in a file
             places = [where for where, record in read_records(job.source) if str(record.get("id")) == name]
@@ -198,9 +198,9 @@ def _check_ids(job: Job, known: dict[str, Any], seen: set[str]) -> int:
 
 def _manifest(plan: Plan, jobs: Jobs) -> tuple[dict[str, Any], Report]:
     report, largest = Report(), (-1, "")
-    for known in jobs.finished():
-        report.add(Report.of(known["report"]))
-        largest = max(largest, tuple(known["largest"]), key=lambda one: one[0])
+    for entry in jobs.finished():
+        report.add(Report.of(entry["report"]))
+        largest = max(largest, tuple(entry["largest"]), key=lambda one: one[0])
     path = jobs.stream(STREAM)
     if not path.stat().st_size:  # a file without a record has no part
         return {"counts": {"examples": 0}}, report
@@ -224,9 +224,9 @@ def _manifest(plan: Plan, jobs: Jobs) -> tuple[dict[str, Any], Report]:
     return manifest, report
 
 
-def cache_folder(given: str | None) -> Path:
-    """--data-cache, or else where a user's caches are."""
-    if named := given or os.environ.get("SOLOPO_CACHE"):
+def cache_folder(option: str | None) -> Path:
+    """The folder of --data-cache, or else the user's cache folder."""
+    if named := option or os.environ.get("SOLOPO_CACHE"):
         return Path(named)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "megatron_solopo")
@@ -235,15 +235,15 @@ def cache_folder(given: str | None) -> Path:
 
 
 def cached_store(
-    job: Job, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int, wanted: dict[str, Any] | None = None
+    job: Job, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int, expected: dict[str, Any] | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """(the store of a data file in a cache, what it is made from), made now where it is not there.
+    """(the store of a data file in a cache, what it is made from), which is made where the cache has none.
 
     Processes that want the same store wait for the one that makes it.
 
     Args:
         job: ``source`` is what `inputs.read_records` reads.
-        wanted: refuse to make another one than with these settings.
+        expected: the settings on rank 0; a store with other settings is refused.
 
     Raises:
         UserError: see `make`; the cache cannot be written.
@@ -253,7 +253,7 @@ def cached_store(
         aside = cache / f"records-{os.getpid()}.jsonl"
         with as_file(job.source, aside) as file:
             plan = Plan.of(replace(job, source=file), tokenizer)
-            for name, before, now in differences(wanted or plan.settings, plan.settings):
+            for name, before, now in differences(expected or plan.settings, plan.settings):
                 raise UserError(
                     "ranks-differ", f"{job.source}: {name} is {now!r}, on rank 0 it is {before!r}; copy rank 0's"
                 )

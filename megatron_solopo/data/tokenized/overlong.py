@@ -91,7 +91,7 @@ def _without(
     for number, (start, end, gold) in enumerate(spans):
         if number in gone:
             continue
-        if kept:  # what stands before the first document that is left is no separator any more
+        if kept:  # the text before the first document that is left is no separator any more
             add(text[spans[number - 1][1] : start])
         place = size
         add(text[start : shortened.get(number, end)])

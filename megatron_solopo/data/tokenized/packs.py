@@ -1,4 +1,4 @@
-"""Groups laid side by side in one pack (pack.py tells what a pack is)."""
+"""Groups laid side by side in one pack (pack.py defines a pack)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     dataset_info.json, state.json   what `datasets` wants beside it
     manifest.json                   what the store was made from and with, counts, and what was dropped or cut
 
-`tokenize-data` writes one where it is told to; training makes one of a data file at first use, in a cache
+`tokenize-data` writes one to --output; training makes one of a data file at first use, in a cache
 (make_store.py).
 """
 
@@ -57,7 +57,7 @@ BOTH_PAIRS: Scored = frozenset((context, side) for context in Context for side i
 
 @dataclass(frozen=True, eq=False)
 class _StoredGroups(Sequence[TokenGroup]):
-    """Groups of a store with some of their segments, made when they are looked at."""
+    """Groups of a store with the scored ones of their segments, made when they are read."""
 
     table: TokenTable
     rows: np.ndarray

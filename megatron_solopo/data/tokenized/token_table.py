@@ -114,7 +114,7 @@ def _digest(cell: Sequence[np.ndarray]) -> bytes:
 
 
 class _Stored(Sequence[int]):
-    """Token ids, or the marks of a mask, that are read when they are looked at; their number is known before.
+    """Token ids, or the marks of a mask, that are read from the file when they are used; their number is read before.
 
     `numpy.asarray` of ids copies nothing. Reading raises UserError where the bytes are not those that were written.
     """
@@ -134,8 +134,8 @@ class _Stored(Sequence[int]):
                 f"{self._table.path}: {self._name} of example {self._table.id(self._row)!r} is not what was written; "
                 "the disk or a copy damaged it: copy the folder again, or delete it and tokenize again",
             )
-        found = cell[self._response]
-        return found if dtype is None else found.astype(dtype, copy=bool(copy))
+        ids = cell[self._response]
+        return ids if dtype is None else ids.astype(dtype, copy=bool(copy))
 
     def __getitem__(self, index: Any) -> Any:
         return self.__array__()[index]
@@ -195,9 +195,9 @@ class TokenTable:
 
     def of_responses(self, context: Context, side: Side, what: Mapping[str, np.ndarray]) -> np.ndarray:
         """[rows, ...] of a value of each column, that of the column that holds each row's responses."""
-        own, short = _response_column(context, side), _response_column(Context.SHORT, side)
-        there = self.counts[own] > 0
-        return np.where(there.reshape(-1, *[1] * (what[own].ndim - 1)), what[own], what[short])
+        column, short = _response_column(context, side), _response_column(Context.SHORT, side)
+        there = self.counts[column] > 0
+        return np.where(there.reshape(-1, *[1] * (what[column].ndim - 1)), what[column], what[short])
 
     def group(self, row: int, scored: Scored) -> TokenGroup:
         """A row's example with these segments."""

@@ -168,11 +168,11 @@ class Report:
         """The counts for a person, with the first ten examples of each list."""
         lines = []
         if self.dropped:
-            some = _first_ten([f"{d.id} ({d.tokens}{', ' + d.reason if d.reason else ''})" for d in self.dropped])
-            lines.append(f"dropped {len(self.dropped)} examples longer than {seq_length} tokens: {some}")
+            names = _first_ten([f"{d.id} ({d.tokens}{', ' + d.reason if d.reason else ''})" for d in self.dropped])
+            lines.append(f"dropped {len(self.dropped)} examples longer than {seq_length} tokens: {names}")
         if self.cut:
-            some = _first_ten([f"{c.id} {c.context} ({c.before} to {c.after})" for c in self.cut])
-            lines.append(f"cut distractors of {len(self.cut)} contexts to fit {seq_length} tokens: {some}")
+            names = _first_ten([f"{c.id} {c.context} ({c.before} to {c.after})" for c in self.cut])
+            lines.append(f"cut distractors of {len(self.cut)} contexts to fit {seq_length} tokens: {names}")
         if self.ids_mismatched:
             lines.append(
                 f"token ids of {self.ids_mismatched} responses are not this tokenizer's for their text, which was "
@@ -201,7 +201,7 @@ class TokenDataset:
     """Tokenised examples in file order.
 
     Attributes:
-        groups: the examples; those of a store (token_store.py) are made when they are looked at, and the length of
+        groups: the examples; those of a store (token_store.py) are made when they are read, and the length of
             their ids is known without reading them.
         dropped: those beyond the length limit.
         fingerprint: sha256 over all ids and what they are; equal data, tokenizer and template give equal fingerprints.
@@ -215,16 +215,16 @@ class TokenDataset:
 
     def chosen_rejected_lengths(self) -> list[tuple[int, int]]:
         """Tokens of the chosen and the rejected answer of every pair on one context of its group."""
-        found = []
+        pairs = []
         for group in self.groups:
             for prompt in group.prompts:
                 chosen, rejected = (
                     [len(c.ids) for c in prompt.completions if c.side == side] for side in (Side.CHOSEN, Side.REJECTED)
                 )
                 if chosen and rejected:
-                    found += itertools.product(chosen, rejected)
+                    pairs += itertools.product(chosen, rejected)
                     break
-        return found
+        return pairs
 
     def segment_counts(self) -> Tensor:
         """[examples, contexts, sides] int64: how many responses each example has of each side on each context.
@@ -334,15 +334,15 @@ class Encoder:
             Side.REJECTED: self._sampled(group.rejected, group.rejected_ids),
         }
         for context in Context:
-            wanted = [side for side in Side if (context, side) in scored]
-            if not wanted:
+            sides = [side for side in Side if (context, side) in scored]
+            if not sides:
                 continue
             name = context.name.lower()
             messages = getattr(group, f"{name}_messages")
             if messages is None:
                 raise UserError("long-context-missing", NO_LONG_CONTEXT)
             completions = []
-            for side in wanted:
+            for side in sides:
                 ids = sampled[side]
                 if ids is None:
                     ids = response_ids(self.tokenizer, messages, texts[side])
