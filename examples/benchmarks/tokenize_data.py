@@ -185,8 +185,8 @@ def merge(folder: Path, count: int) -> None:
         for number in range(count // 100):
             part = made_up_part(number)
             begin = time.process_time()
-            jobs.add(number, part.known, {make_store.STREAM: (schema if not number else b"") + part.data})
-            make_store._check_ids(plan.job, part.known, seen)
+            jobs.add(number, part.entry, {make_store.STREAM: (schema if not number else b"") + part.data})
+            make_store._check_ids(plan.job, part.entry, seen)
             merged += time.process_time() - begin
         begin = time.process_time()
         make_store.make(plan, store, jobs, 1, "random")
