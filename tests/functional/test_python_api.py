@@ -186,10 +186,13 @@ def test_a_wrong_option_is_one_line(case: str) -> None:
     assert caught.value.message.startswith(start)
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "--dry-run"])
-def test_overrides_do_not_end_the_process(home: Home, word: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "code"),
+    [("--help", "option-unknown"), ("-h", "argument-unexpected"), ("--dry-run", "option-unknown")],
+)
+def test_overrides_do_not_end_the_process(home: Home, word: str, code: str) -> None:
     (home.folder / "all.yaml").write_text("output: {save: runs/x}\n")
-    with refused("option-unknown", word):
+    with refused(code, word):
         Config.load("all.yaml", [word])
 
 
