@@ -97,7 +97,7 @@ def quiet() -> None:
 
 def _report(error: UserError) -> None:
     """Prints a mistake, unless another process of this machine printed the same one."""
-    message = f"{error.message} [{error.code}]" if error.code else error.message
+    message = f"{error.message} [{error.code}]"
     if launch.first_to_report(message, passing=isinstance(error, LostProcess)):
         # Under torchrun all ranks write to one terminal, so all but rank 0 name themselves; what `agreed` raises on
         # all of them names a rank already.

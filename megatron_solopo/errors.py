@@ -22,17 +22,16 @@ class UserError(Exception):
             version to version where messages do not; docs/errors.md lists them.
     """
 
-    def __init__(self, code: str, message: str = "") -> None:
+    def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
-        # While some places have no code, a single argument is the message.
-        self.code, self.message = (code, message) if message else ("", code)
+        self.code, self.message = code, message
 
     def __str__(self) -> str:
         return self.message
 
     def at(self, where: str) -> Self:
         """The same mistake with the place in front: ``where: message``."""
-        return type(self)(self.code, f"{where}: {self.message}") if self.code else type(self)(f"{where}: {self}")
+        return type(self)(self.code, f"{where}: {self.message}")
 
 
 class LostProcess(UserError):

@@ -222,7 +222,7 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
         UserError: as `read_evaluation`, or evaluations would be averaged that are no seeds of one thing.
     """
     evaluations = [read_evaluation(argument) for argument in arguments]
-    return _told_apart(arguments, evaluations, [one.model for one in evaluations])
+    return _with_distinct_labels(arguments, evaluations, [one.model for one in evaluations])
 
 
 def read_runs(arguments: Sequence[str], required: bool = True) -> list[Run]:
@@ -245,10 +245,10 @@ def read_runs(arguments: Sequence[str], required: bool = True) -> list[Run]:
         raise empty[0]
     for error in empty:
         print(f"warning: {error}; this run is left out")
-    return _told_apart(read, runs, [run.folder for run in runs])
+    return _with_distinct_labels(read, runs, [run.folder for run in runs])
 
 
-def _told_apart[Item: (Evaluation, Run)](
+def _with_distinct_labels[Item: (Evaluation, Run)](
     arguments: Sequence[str], items: Sequence[Item], folders: Sequence[str | Path]
 ) -> list[Item]:
     """The items, with the names of their folders as labels where the arguments give none."""

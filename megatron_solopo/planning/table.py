@@ -22,7 +22,7 @@ ALLOWANCE_GIB = 2.0
 """For what no rehearsal knows: the CUDA context, NCCL's buffers, kernels' workspaces. Assumed, not measured."""
 
 MOST_STEPS = 1000
-"""Steps whose packs are looked at for the largest one."""
+"""Steps that are searched for the largest pack; the table says so where a run has more."""
 
 
 def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
@@ -39,8 +39,10 @@ def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
     outcomes = outcomes_of(tasks)
     if isinstance(outcomes, str):
         return [outcomes]
+    searched = f" of the first {MOST_STEPS:,} steps" if inputs.schedule.steps > MOST_STEPS else ""
+    tokens = f"{len(pack)} examples, {outcomes[0].tokens:,} tokens"
     return [
-        f"a process at its peak, rehearsed, with the largest pack: {len(pack)} examples, {outcomes[0].tokens:,} tokens",
+        f"a process at its peak, rehearsed, with the largest pack{searched}: {tokens}",
         *table(outcomes, world // config.parallel.pipeline_model_parallel_size),
         *(
             [f"and on a GPU fragmentation, and about {ALLOWANCE_GIB:g} GiB of the CUDA context and NCCL"]

@@ -41,8 +41,8 @@ def test_a_line_and_its_end_are_one_write(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_an_error_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     def command(argv: list[str] | None) -> int:
-        raise UserError("--lr: no")
+        raise UserError("option-value", "--lr: no")
 
     calls = unbuffered(monkeypatch)
     assert run(command) == 2
-    assert calls.written == [b"error: --lr: no\n"]
+    assert calls.written == [b"error: --lr: no [option-value]\n"]
