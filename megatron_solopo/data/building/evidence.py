@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import bm25s
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +36,8 @@ _TOKENS = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
 
 def rank_by_bm25(question: Question) -> list[int]:
     """BM25 of question and answers among the question's own paragraphs, the best one's words counting a little."""
+    import bm25s  # not at the top: every worker would import it, and --evidence labels does not use it
+
     texts = [f"{paragraph.title}. {paragraph.text}" for paragraph in question.paragraphs]
     asked = " ".join([question.question, *question.answers])
     tokenised = bm25s.tokenize([asked, *texts], token_pattern=_TOKENS, return_ids=False, show_progress=False)
