@@ -120,11 +120,8 @@ def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
     try:
         agreed(look, "folders")
     finally:
-        if dist.get_rank() == 0 and probe:
-            with contextlib.suppress(OSError):
-                (folder / probe).unlink()
-                for path in added:
-                    path.rmdir()
+        # No rank continues before: one that looks at the folder meanwhile sees it disappear.
+        shared(lambda: _remove_probe(folder, probe, added), "folders")
 
 
 def _probe(folder: Path) -> tuple[str | None, list[Path]]:
@@ -138,6 +135,14 @@ def _probe(folder: Path) -> tuple[str | None, list[Path]]:
     except OSError:
         return None, []
     return name, added
+
+
+def _remove_probe(folder: Path, probe: str | None, added: list[Path]) -> None:
+    if probe:
+        with contextlib.suppress(OSError):
+            (folder / probe).unlink()
+            for path in added:
+                path.rmdir()
 
 
 APART = (

@@ -7,19 +7,22 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import fork_server
 import pytest
 import torch
-from forked_runs import train
+from forked_runs import ForkedRun, train
 from refusals import check_refusal
 from safetensors.torch import load_file
 from tiny_models import preference_groups, write_lines
 from training_home import ENVIRONMENT, ROOT, Home, command, furnish
 
+from megatron_solopo.parallel import platform
 from megatron_solopo.training.reference import PARTIAL, _write
+from megatron_solopo.training.resume import check_shared_folder
 
 NODES = ("first", "second")
 
@@ -144,6 +147,23 @@ def test_two_agents_with_a_run_folder_of_each_are_refused(home: Home, nodes: lis
         (line,) = {line for line in one.stderr.splitlines() if line.startswith("error: ")}
         check_refusal(line, "folder-not-shared", f"rank 1 on {socket.gethostname()}: --save run: ")
     assert not (nodes[0] / "run").exists() and not own_stores(nodes[0])
+
+
+def _probe_and_look(argv: list[str]) -> int:
+    """The removal of rank 0's folder takes its time; exit status 1 if another rank sees the folder after the check."""
+    rmdir = Path.rmdir
+    setattr(Path, "rmdir", lambda path: (time.sleep(0.5), rmdir(path)))
+    here = platform.start("cpu", 2)
+    check_shared_folder(Path(argv[0]))
+    status = int(Path(argv[0]).exists())
+    platform.stop(here)
+    return status
+
+
+def test_no_rank_sees_the_folder_that_was_created_to_check_it(tmp_path: Path) -> None:
+    run = ForkedRun([str(tmp_path / "new" / "run")], 2, tmp_path / "stderr.txt", _probe_and_look)
+    assert run.wait() == [0, 0], run.text()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_cache_that_both_see_is_filled_once(home: Home, nodes: list[Path]) -> None:
