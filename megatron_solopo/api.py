@@ -66,7 +66,7 @@ class Evaluation:
     Attributes:
         metrics: by context length (``"8 documents"``): ``sub_em``, ``em``, ``f1`` (means), ``interval``, ``count``, ...
         predictions: each answer to each question at each length, with its scores.
-        settings: the options and versions that they were made with.
+        settings: the options and versions of the evaluation.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -81,8 +81,8 @@ def train(config: Config) -> TrainResult:
     run after the other. ``config`` is not changed.
 
     Raises:
-        UserError: a mistake found before the first step, a loss that is not finite, work that could not be saved, or
-            torch.distributed is started already.
+        UserError: a mistake that is detected before the first step, a loss that is not finite, work that could not be
+            saved, or torch.distributed is started already.
         LostProcess: another process of the run is gone.
     """
     if dist.is_initialized():
@@ -112,7 +112,7 @@ def evaluate(
     output: str | Path | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Asks a Hugging Face model questions at several context lengths, as ``solopo evaluate`` does.
+    """Measures the accuracy of a Hugging Face model at several context lengths, as ``solopo evaluate`` does.
 
     It computes in this process alone: under torchrun, call it on one of them.
 
@@ -174,7 +174,7 @@ def _write_groups(config: Config) -> None:
         UserError: the run folder has checkpoints of a run on other examples, or an example cannot be written.
     """
     error: UserError | None = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # a run folder may be a disk of each node's own
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # a run folder may be on a separate disk of each node
         for name, records in config.groups.items():
             error = error or _write_examples(Path(config.value(name)), records, flag(name))
     if error := first_error(error):
@@ -183,7 +183,7 @@ def _write_groups(config: Config) -> None:
 
 def _write_examples(path: Path, records: Iterable[Any], option: str) -> UserError | None:
     """Writes a file of examples; returns the error that prevents it."""
-    fresh = path.with_name(f"{path.name}.given")
+    fresh = path.with_name(f"{path.name}.new")
     try:
         write_jsonl(fresh, records)
         if path.is_file() and latest_iteration(path.parent) is not None and fresh.read_bytes() != path.read_bytes():
@@ -203,7 +203,7 @@ def _write_examples(path: Path, records: Iterable[Any], option: str) -> UserErro
 
 
 def _result(config: Config) -> TrainResult:
-    """What the run folder holds; for the first process, at the end of a run."""
+    """Returns what the run folder holds; for the first process, at the end of a run."""
     save, step = Path(config.output.save), latest_iteration(config.output.save)
     checkpoint = None if step is None else checkpoint_folder(save, step)
     finished = checkpoint is not None and read_manifest(checkpoint)["progress"]["steps"] == step

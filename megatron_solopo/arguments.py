@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError("option-unknown", f"{name}: unknown option{hint}")
 
     def _options_in(self, args: Sequence[str]) -> set[argparse.Action]:
-        """The options on a command line; refuses a repeated one."""
+        """Returns the options on a command line; refuses a repeated one."""
         before: dict[argparse.Action, str] = {}
         for text in args:
             if text == "--":
@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             if action is None:
                 continue
-            # The same switch twice is harmless: launch scripts append some to a user's own.
+            # The same switch twice is harmless: launch scripts append switches to a user's words.
             if action in before and not (action.nargs == 0 and before[action] == name):
                 remedy = f"put all its values behind one {name}" if action.nargs in ("+", "*") else "set it once"
                 raise UserError("option-twice", f"{name}: is set twice; {remedy}")
@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         return set(before)
 
     def _from_file(self, args: Sequence[str], explicit: Collection[argparse.Action]) -> list[str]:
-        """The options of --config's file that the command line does not set."""
+        """Returns the options of --config's file that the command line does not set."""
         if self._config not in explicit:
             return []
         place = next(index for index, text in enumerate(args) if text.split("=")[0] == "--config")
@@ -158,7 +158,7 @@ class Parser(argparse.ArgumentParser):
         return self.words(options, besides=explicit)
 
     def read_file(self, path: str | Path) -> Options:
-        """The options of a file that --config takes; see `read_options`."""
+        """Returns the options of a file that --config takes; see `read_options`."""
         sections = None
         if self._sections is not None:
             old = self._old_keys()
@@ -169,7 +169,7 @@ class Parser(argparse.ArgumentParser):
         return read_options(path, sections)
 
     def words(self, options: Options, besides: Collection[argparse.Action] = ()) -> list[str]:
-        """The command line that sets the options of a file; later messages about them name their lines.
+        """Returns the command line that sets the options of a file; later messages about them name their lines.
 
         Args:
             besides: options to leave out.
@@ -226,7 +226,7 @@ class Parser(argparse.ArgumentParser):
         return {before[2:].replace("-", "_"): now[2:].replace("-", "_") for before, now in self._old_names().items()}
 
     def _renamed(self, args: list[str]) -> list[str]:
-        """The command line with old names of options replaced by new ones."""
+        """Returns the command line with old names of options replaced by new ones."""
         old, new = self._old_names(), []
         for text in args:
             name, equals, value = text.partition("=")
@@ -244,7 +244,7 @@ def _warn(message: str) -> None:
 
 
 def _words_of(action: argparse.Action, value: object, where: str) -> list[str]:
-    """An option of a file as it is written on a command line."""
+    """Returns an option of a file as it is written on a command line."""
     name = action.option_strings[0]
     if action.nargs == 0:
         if not isinstance(value, bool):

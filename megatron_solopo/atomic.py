@@ -19,7 +19,7 @@ Keep = Callable[[Path, Path], None]
 
 
 def file_aside(path: Path) -> Path:
-    """The temporary path at which a file is written before it is renamed."""
+    """Returns the temporary path at which a file is written before it is renamed."""
     return path.with_name(path.name + ".new")
 
 
@@ -79,17 +79,17 @@ def finish_file(path: Path) -> None:
 
 
 def folder_aside(folder: Path) -> Path:
-    """The temporary path at which a folder is written before it is renamed."""
+    """Returns the temporary path at which a folder is written before it is renamed."""
     return _beside(folder, ".partial")
 
 
 def replaced(folder: Path) -> Path:
-    """The path of an earlier folder while the new one is renamed."""
+    """Returns the path of an earlier folder while the new one is renamed."""
     return _beside(folder, ".replaced")
 
 
 def _beside(folder: Path, ending: str) -> Path:
-    """A path beside a link's target: a folder cannot replace a link, whose target may be on another disk."""
+    """Returns a path beside a link's target: a folder cannot replace a link, whose target may be on another disk."""
     real = folder.resolve()
     return real.parent / (real.name + ending)
 

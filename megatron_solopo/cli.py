@@ -17,34 +17,43 @@ from megatron_solopo.terminal import write_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("megatron_solopo.pipeline", "the stages of a recipe: data, training, evaluation, report"),
-    "train": ("megatron_solopo.training.run", "preference optimization or sft (pretrain_solopo.py under torchrun)"),
+    "train": (
+        "megatron_solopo.training.run",
+        "trains by preference optimization or sft (pretrain_solopo.py under torchrun)",
+    ),
     "prepare-data": (
         "megatron_solopo.data.building.prepare_data",
-        "questions with documents -> short and long contexts",
+        "builds short and long contexts of questions with documents",
     ),
     "sample-responses": (
         "megatron_solopo.data.sampling.sample_responses",
-        "contexts -> responses sampled from a model",
+        "samples responses to the contexts from a model",
     ),
-    "build-pairs": ("megatron_solopo.data.pairing.build_pairs", "contexts and responses -> preference groups"),
+    "build-pairs": (
+        "megatron_solopo.data.pairing.build_pairs",
+        "builds preference groups of contexts and scored responses",
+    ),
     "tokenize-data": (
         "megatron_solopo.data.tokenized.tokenize_data",
-        "preference groups -> token ids that training opens",
+        "tokenizes preference groups before training",
     ),
     "inspect-data": (
         "megatron_solopo.data.inspection.inspect_data",
-        "one group as the loss sees it; a page about a whole file",
+        "shows a group with the tokens of the loss; writes a page about a file",
     ),
-    "evaluate": ("megatron_solopo.evaluation.evaluate", "accuracy of a Hugging Face model by context length"),
-    "report": ("megatron_solopo.evaluation.report", "curves and tables of runs and evaluations, as PNG and Markdown"),
-    "ask": ("megatron_solopo.evaluation.ask", "one question about one document"),
+    "evaluate": ("megatron_solopo.evaluation.evaluate", "measures a Hugging Face model's accuracy by context length"),
+    "report": ("megatron_solopo.evaluation.report", "draws curves and tables of runs and evaluations (PNG, Markdown)"),
+    "ask": ("megatron_solopo.evaluation.ask", "asks models one question about one document"),
     "convert-checkpoint": (
         "megatron_solopo.training.convert",
-        "weights between Hugging Face and Megatron",
+        "converts weights between Hugging Face and Megatron, or compares them",
     ),
-    "verify-parallelism": ("megatron_solopo.training.verify", "a step's loss and gradient under parallel layouts"),
-    "launch": ("megatron_solopo.launch", "torchrun, whose processes report a mistake once"),
-    "env": ("megatron_solopo.environment", "versions, devices, cores and memory of this machine"),
+    "verify-parallelism": (
+        "megatron_solopo.training.verify",
+        "compares loss and gradient of a step under parallel layouts",
+    ),
+    "launch": ("megatron_solopo.launch", "starts processes as torchrun does; they report a mistake once"),
+    "env": ("megatron_solopo.environment", "prints versions, devices, cores and memory of this machine"),
 }
 """Sub-command -> (module with `main(argv) -> exit status`, one line of help)."""
 

@@ -18,8 +18,8 @@ from megatron_solopo.losses.base import PreferenceLoss
 from megatron_solopo.losses.registry import (
     LOSSES,
     aligns_with_reference,
+    declared_options,
     defaults_in_words,
-    own_options,
     reads,
     those_that,
 )
@@ -33,9 +33,9 @@ class ModelConfig:
 
     hf_path: str = option(None, "Hugging Face folder: config.json, tokenizer and (unless --random-init) weights")
     random_init: bool = option(
-        False, "start from random weights, by the folder's config.json and --seed, the same on every layout"
+        False, "start from random weights, drawn by config.json and --seed, equal on every layout"
     )
-    chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's own chat template")
+    chat_template: str | None = option(None, "Jinja chat template to use instead of the tokenizer's")
     eos_token: str | None = option(
         None,
         "token that ends a turn, if it is not the one that the chat template writes there; the data commands need the "
@@ -49,7 +49,7 @@ class ModelConfig:
     )
     chat_template_date: str | None = option(
         None,
-        "YYYY-MM-DD: the day that a chat template prints which prints today's; default: that of the run that is "
+        "YYYY-MM-DD: date in the prompts of a chat template that prints the date; default: that of the run that is "
         "resumed, of the token folder, of --hf-path or of the data, else today; --save-hf records it",
     )
     bf16: bool = option(False, "parameters and activations in bfloat16, optimizer and gradient sums in float32")
@@ -60,8 +60,8 @@ class ModelConfig:
     )
     add_special_tokens: str | None = option(
         None,
-        "TOKEN,TOKEN,...: new special tokens, such as '<think>,</think>'; their rows start as the mean of the others', "
-        "and --save-hf has them in weights and tokenizer",
+        "TOKEN,TOKEN,...: special tokens to add, such as '<think>,</think>'; their rows start as the mean of the "
+        "others', and --save-hf has them in weights and tokenizer",
     )
     transformer_impl: str = option(
         "portable",
@@ -98,11 +98,12 @@ class DataConfig:
 
     train_data: str = option(
         None,
-        "preference groups, or conversations with --objective sft, in our or the hub's forms: JSONL, Parquet, a JSON "
-        "array, CSV, a folder of these or of save_to_disk, hub:NAME[:CONFIG][:SPLIT], or a folder of tokenize-data",
+        "preference groups, or conversations with --objective sft, in this project's or the hub's forms: JSONL, "
+        "Parquet, a JSON array, CSV, a folder of these or of save_to_disk, hub:NAME[:CONFIG][:SPLIT], or a folder of "
+        "tokenize-data",
     )
-    valid_data: str | None = option(None, "the same for evaluation during training")
-    seq_length: int = option(8192, "longest prompt plus response, tokens", minimum=2)
+    valid_data: str | None = option(None, "data of evaluations during training, in the same forms as --train-data")
+    seq_length: int = option(8192, "largest length of a prompt plus response, in tokens", minimum=2)
     overlong: str = option(
         "refuse",
         "examples beyond --seq-length; refuse: the run; drop: leave them out and list them; cut: shorten their "
@@ -115,7 +116,7 @@ class DataConfig:
         "else megatron_solopo/ in $XDG_CACHE_HOME or ~/.cache",
     )
     share_prompts: bool = option(True, "compute a prompt once for all its responses")
-    shuffle: bool = option(True, "a new order each epoch; off: the file's order")
+    shuffle: bool = option(True, "train on the examples in a new order each epoch; off: in the file's order")
 
 
 @dataclass
@@ -124,12 +125,12 @@ class MethodConfig:
 
     objective: str = option(
         "preference",
-        "preference pairs, or sft: the negative log-likelihood of assistant messages",
+        "what is optimized; preference: a preference loss; sft: the negative log-likelihood of assistant messages",
         ("preference", "sft"),
     )
     preference_loss: str = option(
         "dpo",
-        "the preference loss and its reward, or module:CLASS, a loss of yours (docs/method.md)",
+        "preference loss and its reward, or module:CLASS for a user's loss (docs/method.md)",
         LOSSES,
     )
     context_mode: str = option(
@@ -150,8 +151,9 @@ class MethodConfig:
     )
     label_smoothing_form: str = option(
         "conservative",
-        "how: with l(m) = -log sigmoid(m) and e the probability, conservative: (1 - e) l(m) + e l(-m), as TRL's CPO "
-        "trainer; robust: ((1 - e) l(m) - e l(-m)) / (1 - 2 e), as TRL's DPO trainer's loss type robust",
+        "formula of --label-smoothing, with l(m) = -log sigmoid(m) and e the probability; conservative: "
+        "(1 - e) l(m) + e l(-m), as TRL's CPO trainer; robust: ((1 - e) l(m) - e l(-m)) / (1 - 2 e), as "
+        "TRL's DPO trainer's loss type robust",
         ("conservative", "robust"),
     )
     sft_weight: float = option(
@@ -162,7 +164,7 @@ class MethodConfig:
     )
     sft_normalization: str = option(
         "sequence",
-        f"of that likelihood and of that in {those_that(reads('sft_normalization'))}; sequence: the mean "
+        f"mean of the likelihood of --sft-weight and {those_that(reads('sft_normalization'))}; sequence: the mean "
         "over each answer's tokens, every group the same "
         "(RPO); token: the mean over the chosen tokens of the global batch (TRL)",
         ("sequence", "token"),
@@ -175,16 +177,16 @@ class MethodConfig:
     alignment_target: str = option("chosen", "which responses are aligned", ("chosen", "both"))
     alignment_distance: str = option(
         "l1",
-        "of two rewards that differ by d; l1: |d|; l2: d^2; huber: d^2 / 2 up to --alignment-huber-delta, "
+        "distance of two rewards that differ by d; l1: |d|; l2: d^2; huber: d^2 / 2 up to --alignment-huber-delta, "
         "delta (|d| - delta / 2) beyond",
         ("l1", "l2", "huber"),
     )
-    alignment_huber_delta: float = option(1.0, "where huber turns linear, in reward units", minimum=0)
-    alignment_stop_short_gradient: bool = option(False, "the alignment moves only the long side")
+    alignment_huber_delta: float = option(1.0, "difference beyond which huber is linear, in reward units", minimum=0)
+    alignment_stop_short_gradient: bool = option(False, "the alignment has no gradient through the short reward")
     alignment_reference: str = option(
         "per_context",
-        f"the reference log-prob in the long reward of {those_that(aligns_with_reference, 'and')}: on its own context, "
-        "or on the short one",
+        f"context of the reference log-prob in the long reward of {those_that(aligns_with_reference, 'and')}; "
+        "per_context: the long one; short: the short one",
         ("per_context", "short"),
     )
     reference_cache: str | None = option(
@@ -205,7 +207,7 @@ MAX_SHARD_SIZE = "5GB"
 class ParallelConfig:
     """Processes and devices."""
 
-    device: str = option("auto", "where to compute", ("auto", "cuda", "cpu"))
+    device: str = option("auto", "device to compute on", ("auto", "cuda", "cpu"))
     tensor_model_parallel_size: int = option(1, "processes that share each layer", minimum=1)
     pipeline_model_parallel_size: int = option(1, "stages that the layers are spread over", minimum=1)
     num_virtual_stages_per_pipeline_rank: int = option(
@@ -218,7 +220,7 @@ class ParallelConfig:
         None, "layers of the last stage; default: as many as every other", minimum=1
     )
     expert_model_parallel_size: int = option(
-        1, "processes that the experts of a layer are spread over; each still computes its own examples", minimum=1
+        1, "processes that the experts of a layer are spread over; each computes different examples", minimum=1
     )
     expert_tensor_parallel_size: int | None = option(
         None, "processes that share each expert; default: --tensor-model-parallel-size", minimum=1
@@ -228,7 +230,9 @@ class ParallelConfig:
     )
     context_parallel_size: int = option(1, "processes that share each sequence", minimum=1)
     cp_comm_type: str = option(
-        context.DEFAULT, f"how they exchange keys and values; {context.about()}", context.choices()
+        context.DEFAULT,
+        f"how processes that share a sequence exchange keys and values; {context.about()}",
+        context.choices(),
     )
     overlap_grad_reduce: bool = option(False, "sum gradients over copies of the model during backward")
     overlap_param_gather: bool = option(False, "gather updated parameters during the next forward pass")
@@ -254,18 +258,20 @@ class TrainingConfig:
     max_tokens_per_rank: int | None = option(
         None,
         "examples are packed together up to so many tokens of a process (a pack holds --context-parallel-size times as "
-        "many); an example, with both contexts and all responses, is never split: a larger one is a pack of its own, "
+        "many); an example, with both contexts and all responses, is never split: a larger one is a separate pack, "
         "which the start reports; default: no limit beyond --micro-batch-size",
         minimum=1,
     )
     lr: float = option(1e-6, "peak learning rate", minimum=0)
-    min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0)
-    lr_decay_style: str = option("cosine", "after warm-up", ("cosine", "linear", "constant"))
-    lr_warmup_fraction: float = option(0.1, "share of the steps that warm up linearly from 0", minimum=0)
+    min_lr: float = option(0.0, "learning rate after the decay", minimum=0)
+    lr_decay_style: str = option("cosine", "decay of the learning rate after warm-up", ("cosine", "linear", "constant"))
+    lr_warmup_fraction: float = option(
+        0.1, "fraction of the steps in which the learning rate rises linearly from 0", minimum=0
+    )
     weight_decay: float = option(0.0, "decoupled weight decay; biases and norms are exempt", minimum=0)
-    adam_beta1: float = option(0.9, "Adam's first decay", minimum=0)
-    adam_beta2: float = option(0.95, "Adam's second decay", minimum=0)
-    adam_eps: float = option(1e-8, "Adam's epsilon", minimum=0)
+    adam_beta1: float = option(0.9, "decay rate of Adam's first moment", minimum=0)
+    adam_beta2: float = option(0.95, "decay rate of Adam's second moment", minimum=0)
+    adam_eps: float = option(1e-8, "Adam's epsilon, added to the denominator", minimum=0)
     moe_aux_loss_coeff: float = option(
         0.0,
         "weight of the loss that balances the experts' load, in each layer and micro-batch; preference training needs "
@@ -274,17 +280,19 @@ class TrainingConfig:
     )
     clip_grad: float = option(1.0, "largest global gradient norm; 0 switches clipping off", minimum=0)
     on_nonfinite: str = option(
-        "stop", "a step whose loss or gradient is not finite: stop, or skip and count it", ("stop", "skip")
+        "stop",
+        "action at a step whose loss or gradient is not finite; stop: end the run; skip: skip and count it",
+        ("stop", "skip"),
     )
     spike_factor: float = option(
         10.0, "warn of a loss or gradient norm above this many times its usual value; 0: never", minimum=0
     )
     override_opt_param_scheduler: bool = option(
         False,
-        "when resuming, take steps, learning rate, its warm-up and decay, and weight decay from this "
-        "start instead: how a finished run is extended by a larger --train-iters or --train-epochs",
+        "when resuming, read steps, learning rate, its warm-up and decay, and weight decay from these options "
+        "instead of the checkpoint; extends a finished run by a larger --train-iters or --train-epochs",
     )
-    seed: int = option(1234, "order of the examples and random weights", minimum=0)
+    seed: int = option(1234, "random seed of the order of the examples and of --random-init", minimum=0)
     eval_interval: int = option(
         0, "steps between evaluations on --valid-data; 0: only before the first step and after the last", minimum=0
     )
@@ -335,7 +343,7 @@ class Config:
 
     Attributes:
         explicit: names of the options that somebody set, in the file, on the command line or in Python.
-        groups: the examples of --train-data and --valid-data that were given as lists, by the option's name.
+        groups: the examples of --train-data and --valid-data that are lists and not paths, by the option's name.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -349,10 +357,10 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """The options of a YAML file, as ``solopo train --config PATH`` reads it.
+        """Returns the options of a YAML file, as ``solopo train --config PATH`` reads it.
 
         Args:
-            overrides: words of the command line that replace what the file says: ``["--lr=3e-6", "--no-shuffle"]``.
+            overrides: words of the command line that override the file: ``["--lr=3e-6", "--no-shuffle"]``.
 
         Raises:
             UserError: an option is unknown, contradicts another or would have no effect; in one line.
@@ -363,7 +371,7 @@ class Config:
 
     @classmethod
     def from_options(cls, **options: Any) -> Config:
-        """Options by their names, with the defaults, types and checks of the command line.
+        """Returns options by their names, with the defaults, types and checks of the command line.
 
             Config.from_options(hf_path="models/qwen", train_data=groups, save="runs/solo", train_epochs=1, lr=3e-6)
 
@@ -381,7 +389,7 @@ class Config:
         return from_options(options)
 
     def value(self, name: str) -> Any:
-        """The value of an option; the default, if the option is of another preference loss than the run's."""
+        """Returns the value of an option; the default, if the option is of another preference loss than the run's."""
         option = OWNER[name]
         section = getattr(self, option.section)
         return section.loss_options.get(name, option.spec.default) if option.of_loss else getattr(section, name)
@@ -430,7 +438,7 @@ OWNER: dict[str, Option] = {
     for section, kind in SECTIONS.items()
     for spec in dataclasses.fields(kind)
     if spec.metadata
-} | {spec.name: Option("method", spec, kind) for kind in LOSSES.values() for spec in own_options(kind)}
+} | {spec.name: Option("method", spec, kind) for kind in LOSSES.values() for spec in declared_options(kind)}
 """Every option by name; those of a user's loss once `load_loss` read it."""
 
 RESERVED = frozenset(
@@ -440,7 +448,7 @@ RESERVED = frozenset(
 
 
 def names_of(section: str) -> list[str]:
-    """The options of a section, in order."""
+    """Returns the options of a section, in order."""
     return [name for name, option in OWNER.items() if option.section == section]
 
 
@@ -466,7 +474,7 @@ def load_loss(loss: str | type[PreferenceLoss], where: str) -> str:
             for name, option in OWNER.items()
             if getattr(option.kind, "name", None) == kind.name and option.kind is not kind
         ]
-        for spec in own_options(kind):
+        for spec in declared_options(kind):
             taken = spec.name in OWNER and spec.name not in earlier and OWNER[spec.name].spec is not spec
             if spec.name in RESERVED or taken:
                 raise ValueError(f"{kind.name}: its option {spec.name} has a name that is taken; choose another")
@@ -474,7 +482,7 @@ def load_loss(loss: str | type[PreferenceLoss], where: str) -> str:
         raise UserError("loss-invalid", f"{where}: {error}") from None
     for name in earlier:  # a notebook defines a class anew each time that its cell runs
         del OWNER[name]
-    for spec in own_options(kind):
+    for spec in declared_options(kind):
         OWNER.setdefault(spec.name, Option("method", spec, kind))  # an inherited option stays that of its loss
     return kind.name
 

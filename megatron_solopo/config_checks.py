@@ -111,7 +111,7 @@ Rule = tuple[str, bool, str]
 
 
 def unused(config: Config) -> dict[str, str]:
-    """Options that this run would not read, and what each needs."""
+    """Returns options that this run would not read, and what each needs."""
     model, training, output = config.model, config.training, config.output
     staged = config.parallel.pipeline_model_parallel_size > 1, "needs --pipeline-model-parallel-size above 1"
     overlapped = config.parallel.overlap_grad_reduce, "needs --overlap-grad-reduce"

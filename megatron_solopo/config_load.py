@@ -37,7 +37,7 @@ def _base_type(name: str) -> type:
 
 
 def _converter(name: str) -> Callable[[str], Any]:
-    """The function that parses an option's text: its type, choices and minimum."""
+    """Returns the function that parses an option's text: its type, choices and minimum."""
     spec, kind = OWNER[name].spec, _base_type(name)
 
     def convert(text: str) -> Any:
@@ -93,7 +93,7 @@ def build_parser(command: bool = True) -> Parser:
 
 
 def read_yaml(path: str | Path) -> Options:
-    """The options of a run's YAML file, not converted; see `read_options`."""
+    """Returns the options of a run's YAML file, not converted; see `read_options`."""
     _load_loss_of(path)
     return build_parser().read_file(path)
 
@@ -106,7 +106,7 @@ def _load_loss_of(path: str | Path) -> None:
 
 
 def _read_section(path: str | Path, section: str) -> Options:
-    """The options of one section of a YAML file; their names are not checked."""
+    """Returns the options of one section of a YAML file; their names are not checked."""
     with OptionFile(path, "--config") as file:
         sections = file.entries(file.root, f"{path}: must hold the sections {', '.join(SECTIONS)}")
         place, node = next(((where, node) for name, where, node in sections if name == section), ("", None))
@@ -115,7 +115,7 @@ def _read_section(path: str | Path, section: str) -> Options:
 
 
 def read_model_options(path: str | Path) -> dict[str, Any]:
-    """The model's options in a run's config.yaml, whatever became of a loss of the user's that the run had.
+    """Reads the model's options in a run's config.yaml, without loading a user's loss, whose file may be gone.
 
     Raises:
         UserError: unreadable YAML, or a value that is none of its option.
@@ -126,7 +126,7 @@ def read_model_options(path: str | Path) -> dict[str, Any]:
 
 
 def load(argv: list[str] | None = None, command: bool = True) -> tuple[Config, bool]:
-    """The resolved configuration of a command line, and whether it is a dry run.
+    """Returns the resolved configuration of a command line, and whether it is a dry run.
 
     Args:
         command: see `build_parser`.
@@ -162,7 +162,8 @@ def from_options(options: Mapping[str, Any]) -> Config:
 
 
 def _parser_of_run(file: str | Path | None, loss: str | type[PreferenceLoss] | None, command: bool) -> Parser:
-    """The parser, with the options of the loss that the run's file names and of the one that is named beside it."""
+    """Returns the parser, with the options of the loss that the run's file names and of the one that is named beside
+    it."""
     if file:
         _load_loss_of(file)
     if loss is not None:
@@ -171,7 +172,7 @@ def _parser_of_run(file: str | Path | None, loss: str | type[PreferenceLoss] | N
 
 
 def _config_of(parser: Parser, values: argparse.Namespace) -> Config:
-    """What was given, not resolved."""
+    """Returns the options that are set, without resolved defaults."""
     config = Config(explicit=parser.explicit & OWNER.keys())
     for name in config.explicit:
         config.assign(name, getattr(values, name))
@@ -179,7 +180,7 @@ def _config_of(parser: Parser, values: argparse.Namespace) -> Config:
 
 
 def _holds_records(value: Any) -> bool:
-    """Whether examples are given themselves, and not the path of their file."""
+    """Whether an option's value holds examples, and not the path of their file."""
     return isinstance(value, Iterable) and not isinstance(value, str | os.PathLike)
 
 

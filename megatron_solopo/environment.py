@@ -27,7 +27,7 @@ PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a distribution; None if it is not installed."""
+    """Returns the installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -98,7 +98,7 @@ def nvidia_apex() -> Facts:
 
 
 def cuda() -> Facts:
-    """The CUDA devices that torch sees, or why there are none."""
+    """Returns the CUDA devices that torch sees, or why there are none."""
     driver = _first_line("/proc/driver/nvidia/version")
     facts: Facts = {
         "found": torch.cuda.is_available(),
@@ -128,7 +128,7 @@ def cuda() -> Facts:
 
 
 def collect() -> Facts:
-    """All facts, as `solopo env --json` prints them."""
+    """Returns all facts, as `solopo env --json` prints them."""
     gpu, engine = cuda(), transformer_engine()
     return {
         "megatron_solopo": __version__,
@@ -146,7 +146,7 @@ def collect() -> Facts:
 
 
 def describe(facts: Facts) -> str:
-    """The facts as readable lines."""
+    """Returns the facts as readable lines."""
     gpu = facts["cuda"]
     rows = [("megatron_solopo", facts["megatron_solopo"]), ("python", facts["python"]), ("system", facts["system"])]
     rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _first_line(path: str) -> str:
-    """The first line of a system file; "" if the file cannot be read."""
+    """Returns the first line of a system file; "" if the file cannot be read."""
     try:
         with open(path, encoding="utf-8") as lines:
             return lines.readline().strip()

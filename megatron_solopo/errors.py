@@ -11,8 +11,8 @@ from typing import Self
 
 
 class UserError(Exception):
-    """A mistake that a user can correct: one line that says where (file:line, flag or rank), what is wrong, what to
-    change.
+    """A mistake that a user can correct: one line with the place (file:line, flag or rank), what is wrong, and what
+    to change.
 
     Commands print it as ``error: <message> [<code>]`` and exit with status 2; a traceback would only hide the line that
     matters.
@@ -30,7 +30,7 @@ class UserError(Exception):
         return self.message
 
     def at(self, where: str) -> Self:
-        """The same mistake with the place in front: ``where: message``."""
+        """Returns the same mistake with the place in front: ``where: message``."""
         return type(self)(self.code, f"{where}: {self.message}")
 
 
@@ -68,10 +68,10 @@ def require(what: str, package: str, extra: str, instead: str = "") -> None:
 
 @contextmanager
 def files_explained() -> Iterator[None]:
-    """Turns a file that cannot be read or written, where nothing else says so, into one line.
+    """Turns an OSError that no other handler explains into one line.
 
     Raises:
-        UserError: naming the file and what the system says.
+        UserError: naming the file and the system's message.
     """
     try:
         yield
@@ -82,7 +82,7 @@ def files_explained() -> Iterator[None]:
 
 
 def system_reason(error: BaseException) -> str:
-    """The system's reason if there is one ("No space left on device"), else the error's last line."""
+    """Returns the system's reason if there is one ("No space left on device"), else the error's last line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     system = re.search(r"\[Errno \d+\] ([^:'\"\n]+)|I/O error: ([^(\n]+)", str(error))

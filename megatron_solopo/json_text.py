@@ -19,7 +19,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(values) < len(pairs):
         for key, value in pairs:
             if value != values[key]:
-                raise KeyTwice(f"the key {json.dumps(key, ensure_ascii=False)} is given twice, with two values")
+                raise KeyTwice(f"the key {json.dumps(key, ensure_ascii=False)} occurs twice, with two values")
     return values
 
 
@@ -55,7 +55,7 @@ def check_json(*paths: Path) -> None:
 
 
 def _not_a_number(value: object, key: str = "a value") -> str | None:
-    """The key whose value is NaN."""
+    """Returns the key whose value is NaN."""
     if isinstance(value, dict):
         return next((name for key, inner in value.items() if (name := _not_a_number(inner, key)) is not None), None)
     return key if isinstance(value, float) and math.isnan(value) else None

@@ -75,17 +75,19 @@ def register(*metrics: Metric) -> None:
 
 
 def metric_of(name: str, more: Mapping[str, Metric] | None = None) -> Metric:
-    """The metric of a name, declared here or in ``more``; else an undeclared one, which is shown by its name."""
+    """Returns the metric of a name, declared here or in ``more``; else an undeclared one, which is shown by its
+    name."""
     return _DECLARED.get(name) or (more or {}).get(name) or Metric(name)
 
 
 def declared() -> list[Metric]:
-    """All metrics, in the order of their declaration."""
+    """Returns all metrics, in the order of their declaration."""
     return list(_DECLARED.values())
 
 
 def of_records(records: Iterable[Mapping[str, object]], more: Mapping[str, Metric] | None = None) -> list[Metric]:
-    """The training metrics with numbers in the records: declared ones in their order, then others by appearance."""
+    """Returns the training metrics with numbers in the records: declared ones in their order, then others by
+    appearance."""
     names = dict.fromkeys(
         name
         for record in records

@@ -26,7 +26,7 @@ OTHER_FORMATS = (
 
 
 def download(name: str | Path, kind: str = "model") -> str | None:
-    """The download command of what looks like a name on the Hugging Face hub; None for any other path.
+    """Returns the download command for a path of the form of a hub name; None for any other path.
 
     Args:
         kind: ``model`` or ``dataset``.
@@ -46,7 +46,7 @@ def check_is_folder(where: str, folder: str | Path, remedy: str) -> None:
     """Refuses a path that is not a folder.
 
     Args:
-        where: the option and its value, which begin the message.
+        where: the option and its value, with which the message starts.
         remedy: what to use instead, if the path does not look like a name on the hub.
 
     Raises:
@@ -69,7 +69,7 @@ def _of_file(path: Path) -> str | None:
 
 
 def seen_in(folder: str | Path) -> str | None:
-    """What a folder holds that may be mistaken for a model, and what to do; None if nothing is recognised."""
+    """Returns what a folder holds that may be mistaken for a model, and what to do; None if nothing is recognised."""
     folder = Path(folder)
     snapshots = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.stat().st_mtime)
     if snapshots:

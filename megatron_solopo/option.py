@@ -14,7 +14,7 @@ def option(
     minimum: float | None = None,
     mapping: bool = False,
 ) -> Any:
-    """A dataclass field of a section or of a loss.
+    """Returns a dataclass field of a section or of a loss.
 
     Args:
         default: its value where nobody sets it.

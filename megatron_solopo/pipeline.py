@@ -128,7 +128,7 @@ class Work:
         return Path(".stages") / f"{self.stage.name}.json"
 
     def options(self) -> list[object]:
-        """The stage's command and options, without the number of processes and --auto-resume."""
+        """Returns the stage's command and options, without the number of processes and --auto-resume."""
         script = str(self.stage.script) if self.stage.script else None
         values = {name: value for name, value in self.values.items() if name != "auto_resume"}
         return json.loads(json.dumps([self.stage.command, script, values], default=str))
@@ -149,7 +149,7 @@ class Work:
 
 
 def _works(recipe: Recipe) -> list[Work]:
-    """All stages, checked before the first one starts."""
+    """Returns all stages, checked before the first one starts."""
     writers: dict[str, str] = {}
     works = []
     for number, stage in enumerate(recipe.stages, 1):
@@ -174,7 +174,7 @@ State = tuple[str, int, int]
 
 
 def _places(value: object) -> Iterator[str]:
-    """The existing paths that an option's value may name: a path, @FILE or LABEL=PATH."""
+    """Yields the existing paths that an option's value may name: a path, @FILE or LABEL=PATH."""
     if isinstance(value, str):
         for text in (value, value.removeprefix("@"), value.partition("=")[2]):
             if text and len(text) < 4096 and "\0" not in text and "\n" not in text and os.path.exists(text):
@@ -182,7 +182,7 @@ def _places(value: object) -> Iterator[str]:
 
 
 def _state(path: Path) -> list[State]:
-    """The state of a file, or of each file in a folder."""
+    """Returns the state of a file, or of each file in a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     facts = [(str(file), file.stat()) for file in files if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
@@ -216,7 +216,7 @@ class Note:
         write_text(path, json.dumps(dataclasses.asdict(self)) + "\n")
 
 
-DONE, RESUMES, BEGINS, LEFT_OUT = "done before", "resumes", "runs", "left out"
+DONE, RESUMES, RUNS, LEFT_OUT = "done before", "resumes", "runs", "left out"
 """States of a stage, as they are printed."""
 
 
@@ -235,11 +235,11 @@ def _states(
         if not chosen:
             state = LEFT_OUT
         elif noted is None or start or only or noted.inputs != inputs or not work.outputs:
-            state = BEGINS
+            state = RUNS
         elif noted.files is None:
-            state = RESUMES if work.stage.command in RESUMED else BEGINS
+            state = RESUMES if work.stage.command in RESUMED else RUNS
         else:
-            state = DONE if noted.options == options and _untouched(noted.files) else BEGINS
+            state = DONE if noted.options == options and _untouched(noted.files) else RUNS
         yield work, state, note, noted
 
 
@@ -260,7 +260,7 @@ def _untouched(files: Sequence[State]) -> bool:
 
 
 def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | None, locks: _Locks) -> int:
-    begin = time.monotonic()
+    run_started = time.monotonic()
     for work, state, note, noted in _states(works, start, only):
         if state == LEFT_OUT:
             continue
@@ -269,15 +269,15 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
             continue
         command = work.stage.command_line(work.words)
         print(f"{work} {state}: {readable(command)}", flush=True)
-        if state == BEGINS and noted is not None:
+        if state == RUNS and noted is not None:
             _remove(noted.outputs)
         outputs = [output for output in work.outputs if not os.path.lexists(output)]
         note = dataclasses.replace(note, outputs=noted.outputs if state == RESUMES and noted is not None else outputs)
         if work.outputs:
             note.write(work.note)
-        began = time.monotonic()
+        started = time.monotonic()
         code, stopped = _call(command, recipe.environment, work.stage.processes, locks)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         if code == 0 and not stopped:
             print(f"{work}: {seconds:.1f} s\n", flush=True)
             if work.outputs:
@@ -292,7 +292,7 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
             "stage-failed",
             f"stage {work} {ending}; finished stages are kept: correct it and run the same command again",
         )
-    print(f"{recipe.output}: all stages are done, in {time.monotonic() - begin:.0f} s")
+    print(f"{recipe.output}: all stages are done, in {time.monotonic() - run_started:.0f} s")
     return 0
 
 
@@ -300,17 +300,17 @@ def _print_plan(works: Sequence[Work], start: str | None, only: str | None) -> N
     changed = False
     for work, state, _, noted in _states(works, start, only):
         if state == DONE and changed:  # its inputs will change
-            state = BEGINS
-        changed = changed or (state in (RESUMES, BEGINS) and bool(work.outputs))
-        command = f": {readable(work.stage.command_line(work.words))}" if state in (RESUMES, BEGINS) else ""
+            state = RUNS
+        changed = changed or (state in (RESUMES, RUNS) and bool(work.outputs))
+        command = f": {readable(work.stage.command_line(work.words))}" if state in (RESUMES, RUNS) else ""
         print(f"{work} {state}{command}")
-        if state == BEGINS and noted is not None:
+        if state == RUNS and noted is not None:
             for path in _earlier(noted.outputs):
                 print(f"  removes {path}")
 
 
 def _earlier(outputs: Sequence[str]) -> list[Path]:
-    """The existing outputs that a note names; only those in the output folder."""
+    """Returns the existing outputs that a note names; only those in the output folder."""
     folder = Path.cwd().resolve()
     paths = [Path(output.rstrip("/") + ending) for output in outputs for ending in ASIDE]
     return [path for path in paths if os.path.lexists(path) and folder in path.absolute().resolve().parents]

@@ -45,7 +45,7 @@ class ProgressBar(tqdm):
         self._lines = first and not terminal and sys.stderr is not None
         super().__init__(iterable, desc, total, initial=initial, unit=unit, disable=not (first and terminal), **options)
         self._name, self._unit, self._first = desc or "progress", unit.strip(), initial
-        self._begin, self.reported = clock(), False
+        self._started, self.reported = clock(), False
         if self._lines:
             _timer.add(self)
 
@@ -71,7 +71,7 @@ class ProgressBar(tqdm):
 
     def line(self) -> str:
         """Name, counts, fraction, rate, elapsed time, and the remaining time at the mean rate so far."""
-        seconds = clock() - self._begin
+        seconds = clock() - self._started
         rate = (self.n - self._first) / seconds if seconds > 0 else 0.0
         parts = []
         if self.total:

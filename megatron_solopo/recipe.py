@@ -61,7 +61,7 @@ class Stage:
     Attributes:
         name, where: its name, and the ``file:line`` of that.
         command: a key of `COMMANDS`, or `SCRIPT`.
-        options: as written, but for paths that begin with ./ or ../, which are absolute.
+        options: as written, but for paths that start with ./ or ../, which are absolute.
         processes: how many; above 1 torchrun's launcher starts them.
         script: the Python file of a script.
     """
@@ -74,7 +74,7 @@ class Stage:
     script: Path | None = None
 
     def checked(self) -> tuple[list[str], dict[str, object]]:
-        """(command line, value of each explicit option), checked by the command's own parser.
+        """Returns (command line, value of each explicit option), checked by the command's parser.
 
         Raises:
             UserError: a mistake that the command itself would report, with the line of the recipe.
@@ -94,7 +94,7 @@ class Stage:
         return words, {name: values[name] for name in sorted(parser.explicit)}
 
     def _placed(self, message: str) -> str:
-        """A message of the command's parser, with the recipe's line of the option that begins it."""
+        """Returns a message of the command's parser, with the recipe's line of the option that it starts with."""
         option = re.match(r"--(?:no-)?([\w-]+)(: )?", message)
         _, where = self.options.get(option[1].replace("-", "_") if option else "", (None, ""))
         if where and option and option[2]:
@@ -102,7 +102,7 @@ class Stage:
         return f"{(where or self.where).partition(': ')[0]}: stage '{self.name}': {message}"
 
     def command_line(self, words: list[str]) -> list[str]:
-        """The command that runs the stage in the folder `Recipe.output`."""
+        """Returns the command that runs the stage in the folder `Recipe.output`."""
         if self.script is not None:
             return [sys.executable, str(self.script), *words]
         program = ["-m", "megatron_solopo.cli", self.command, *words]
@@ -113,7 +113,7 @@ class Stage:
 
 
 def readable(command_line: list[str]) -> str:
-    """The command as a person types it."""
+    """Returns the command as a person types it."""
     text = shlex.join(command_line[1:]).replace("-m megatron_solopo.launch", "solopo launch", 1)
     if text.startswith("-m megatron_solopo.cli"):
         return text.replace("-m megatron_solopo.cli", "solopo", 1)
@@ -163,7 +163,7 @@ TOP = ("base", "output", "environment", "stages")
 
 def _read(path: Path, above: frozenset[Path]) -> Recipe:
     if path.resolve() in above:
-        raise UserError("recipe-base-loop", f"{path}: is its own base")
+        raise UserError("recipe-base-loop", f"{path}: is a base of itself")
     with OptionFile(path, "") as file:
         lines = {line.name: line for line in file.entries(file.root, f"{path}: must hold output: and stages:")}
         for line in lines.values():
@@ -188,7 +188,7 @@ def _read(path: Path, above: frozenset[Path]) -> Recipe:
 
 
 def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
-    """A stage; ``before`` is the base's stage of this name, which it changes."""
+    """Returns a stage; ``before`` is the base's stage of this name, which it changes."""
     if not re.fullmatch(r"\w[\w.-]*", line.name):
         raise UserError("stage-name", f"{line.where}: '{line.name}': name a stage by letters, digits, - and _")
     keys = (*COMMANDS, SCRIPT, "options", "processes")
@@ -252,7 +252,7 @@ def _text(file: OptionFile, line: Entry) -> str:
 
 
 def _relative_to(folder: Path, value: object) -> object:
-    """The value, in which paths that begin with ./ or ../ (behind @ or LABEL= too) are relative to ``folder``."""
+    """Returns the value; paths in it that start with ./ or ../ (behind @ or LABEL= too) are relative to ``folder``."""
     if isinstance(value, list):
         return [_relative_to(folder, one) for one in value]
     path = re.match(r"(@|[^=/\s]+=)?(\.\.?/.*)", value, re.DOTALL) if isinstance(value, str) else None

@@ -62,7 +62,7 @@ def parse(text: str) -> Values:
 
 
 def canonical(text: str) -> str:
-    """The same text for the same values: sorted keys, no extra spaces."""
+    """Returns the same text for the same values: sorted keys, no extra spaces."""
     return json.dumps(parse(text), ensure_ascii=False, sort_keys=True)
 
 
@@ -75,7 +75,7 @@ def check_date(text: object, where: str = DATE_FLAG) -> str:
     """Returns a date of the form ``2026-01-31``.
 
     Args:
-        where: the option or field, which begins the message.
+        where: the option or field, with which the message starts.
 
     Raises:
         UserError: it is not a date of this form.
@@ -87,17 +87,17 @@ def check_date(text: object, where: str = DATE_FLAG) -> str:
 
 
 def of(tokenizer: PreTrainedTokenizerBase) -> Values:
-    """The values of a tokenizer's template variables, without the date."""
+    """Returns the values of a tokenizer's template variables, without the date."""
     return tokenizer.init_kwargs.get(KEY) or {}
 
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The date of a tokenizer's chats; None if its template prints none."""
+    """Returns the date of a tokenizer's chats; None if its template prints none."""
     return tokenizer.init_kwargs.get(DATE)
 
 
 def rendering(tokenizer: PreTrainedTokenizerBase) -> Values:
-    """The keyword arguments for `apply_chat_template`: the values, and a clock that is fixed at the date."""
+    """Returns the keyword arguments for `apply_chat_template`: the values, and a clock that is fixed at the date."""
     values, date = of(tokenizer), date_of(tokenizer)
     if date is None:
         return values
@@ -111,7 +111,7 @@ def rendered(
     values: Values | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The text of a chat; ``values`` in the place of `rendering`."""
+    """Returns the text of a chat; ``values`` in the place of `rendering`."""
     values = rendering(tokenizer) if values is None else values
     text = tokenizer.apply_chat_template(
         [dict(message) for message in chat], tokenize=False, add_generation_prompt=add_generation_prompt, **values
@@ -121,7 +121,7 @@ def rendered(
 
 
 def for_server(tokenizer: PreTrainedTokenizerBase) -> Values:
-    """The values with which a server, which renders chats with its own clock, prints the date.
+    """Returns the values with which a server, which renders chats with its own clock, prints the date.
 
     Raises:
         UserError: the template has no variable for it, such as Llama's ``date_string``.
@@ -146,7 +146,7 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> Values:
 
 
 def recorded_date(text: object) -> str | None:
-    """The date that an earlier command recorded; None if it recorded no valid one."""
+    """Returns the date that an earlier command recorded; None if it recorded no valid one."""
     try:
         return check_date(text)
     except UserError:
@@ -182,7 +182,7 @@ def _prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _apply_date(
-    tokenizer: PreTrainedTokenizerBase, date: str | None, folder: str, begun_with: str | None, of_data: str | None
+    tokenizer: PreTrainedTokenizerBase, date: str | None, folder: str, of_resumed: str | None, of_data: str | None
 ) -> None:
     from_folder = tokenizer.init_kwargs.pop(DATE, None)
     if date is not None:
@@ -193,7 +193,7 @@ def _apply_date(
         return
     if from_folder is not None:
         check_date(from_folder, f"{folder}: {DATE} of tokenizer_config.json,")
-    tokenizer.init_kwargs[DATE] = date or recorded_date(begun_with) or from_folder or recorded_date(of_data) or today()
+    tokenizer.init_kwargs[DATE] = date or recorded_date(of_resumed) or from_folder or recorded_date(of_data) or today()
 
 
 def apply(
@@ -201,7 +201,7 @@ def apply(
     text: str | None,
     folder: str,
     date: str | None = None,
-    begun_with: str | None = None,
+    of_resumed: str | None = None,
     of_data: str | None = None,
 ) -> None:
     """Sets the options' values in a tokenizer, or checks the values of its folder.
@@ -209,14 +209,14 @@ def apply(
     Args:
         text: of --chat-template-kwargs.
         date: of --chat-template-date. Without it a template that prints the date prints the first recorded one of
-            ``begun_with`` (the work that is resumed), the folder's, and ``of_data`` (the data that is read), else
+            ``of_resumed`` (the work that is resumed), the folder's, and ``of_data`` (the data that is read), else
             today's.
 
     Raises:
         UserError: a name is not a variable of the chat template, or is set by the commands; or a date is set and the
             template prints none.
     """
-    _apply_date(tokenizer, date, folder, begun_with, of_data)
+    _apply_date(tokenizer, date, folder, of_resumed, of_data)
     if text is not None:
         tokenizer.init_kwargs[KEY] = parse(text)
     values, where = of(tokenizer), FLAG if text is not None else f"{folder}: {KEY} of tokenizer_config.json"

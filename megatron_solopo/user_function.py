@@ -18,17 +18,15 @@ def load_function(flag: str, name: str, choices: Iterable[str]) -> Callable[...,
     """Imports ``module:function``, from the current folder first, then from Python's path.
 
     Args:
-        flag: the option and its value, which begin error messages.
-        choices: the names of the package's own functions.
+        flag: the option and its value, with which error messages start.
+        choices: the names of the package's functions.
 
     Raises:
         UserError: there is no such module or function.
     """
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
-        raise UserError(
-            "option-value", f"{flag}: set {', '.join(choices)}, or a function of your own as module:function"
-        )
+        raise UserError("option-value", f"{flag}: set {', '.join(choices)}, or a function of yours as module:function")
     try:
         module = import_module(module_name)
     except ValueError as error:
@@ -59,19 +57,19 @@ def import_module(name: str) -> ModuleType:
 
 
 def error_text(error: Exception) -> str:
-    """An exception of a user's code in one line."""
+    """Returns an exception of a user's code in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def short(value: object) -> str:
-    """A value for an error message, at most 80 characters."""
+    """Returns a value for an error message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def source_digest(function: Callable[..., object]) -> str:
-    """sha256 of the file that holds the function, "" where it has none."""
+    """Returns the sha256 of the file that holds the function, "" where it has none."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:

@@ -16,7 +16,7 @@ Options = dict[str, tuple[object, str]]
 
 
 def as_options(values: Mapping[str, object], caller: str) -> Options:
-    """Options that Python code has as values, as a file would have them.
+    """Returns options that Python code has as values, as a file would have them.
 
     Args:
         caller: the function that takes them, for messages.
@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
         return float(self.construct_scalar(node))
 
     def option(self, node: yaml.Node) -> object:
-        """The value of an option: None, a bool, a text (numbers too), a list of texts, or a nested value."""
+        """Returns the value of an option: None, a bool, a text (numbers too), a list of texts, or a nested value."""
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float", ":str")):
             return node.value
         self._refuse_old_switches(node)
@@ -82,14 +82,14 @@ class _Loader(yaml.SafeLoader):
             self._refuse_old_switches(part[1] if isinstance(part, tuple) else part)
 
 
-for _tag, _pattern, _begins in (
+for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _begins)
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
@@ -132,7 +132,7 @@ class OptionFile:
         return node is None or (isinstance(node, yaml.ScalarNode) and self._loader.option(node) is None)
 
     def entries(self, node: yaml.Node | None, otherwise: str) -> list[Entry]:
-        """The lines of a mapping; [] if it is empty.
+        """Returns the lines of a mapping; [] if it is empty.
 
         Raises:
             UserError: it is not a mapping; the message is ``otherwise``.
@@ -149,7 +149,7 @@ class OptionFile:
 
 
 def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | None = None) -> Options:
-    """Options of a YAML file; ``where`` is "file:line: name", or "file:line: section.name".
+    """Returns options of a YAML file; ``where`` is "file:line: name", or "file:line: section.name".
 
     Args:
         sections: names of the options in each section of the file; None: the file has no sections, and the names of

@@ -63,7 +63,7 @@ def write_model(folder, seed=0, positions=256, stored=None):
 
 
 def write_questions(path, count=6, documents=12):
-    """MuSiQue-format questions: the answer stands in the one supporting document; each document has four words."""
+    """MuSiQue-format questions: the one supporting document has the answer; each document has four words."""
     rng = random.Random(0)
     with open(path, "w") as out:
         for number in range(count):

@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Keeps what lives on from file to file, which is what imports made, out of later collections of garbage: a run
+    """Keeps objects that live from file to file, those of imports, out of later garbage collections: a run
     does two of them at its end, and they took a third of its time."""
     yield
     if nextitem is None or nextitem.path != item.path:

@@ -18,17 +18,17 @@ from kills import kill_at
 from megatron_solopo.cli import run
 
 
-def convert(argv: list[str], told: Path, moment: int | None = None, disk: int | None = None) -> int | None:
-    """Exit status of a command that writes into a folder of its own; None: it ran for too long.
+def convert(argv: list[str], report: Path, moment: int | None = None, disk: int | None = None) -> int | None:
+    """Exit status of a command that writes into a separate folder; None: it ran for too long.
 
     Args:
         argv: of the command, the folder's option last but one.
-        told: a file for its output, and a line of what is left in the folder around.
+        report: a file for its output, and a line with what is left in the folder around.
         moment: before which change of files there SIGKILL comes, counted from 1; 0: none, a line tells how many there
             were.
         disk: bytes of the disk around, see `_small_disk`.
     """
-    child = fork_server.process(_work, argv, told, moment, disk)
+    child = fork_server.process(_work, argv, report, moment, disk)
     child.start()
     child.join(200)
     status = child.exitcode
@@ -36,8 +36,8 @@ def convert(argv: list[str], told: Path, moment: int | None = None, disk: int | 
     return status
 
 
-def _work(argv: list[str], told: Path, moment: int | None, disk: int | None) -> None:
-    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+def _work(argv: list[str], report: Path, moment: int | None, disk: int | None) -> None:
+    os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(2, 1)
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(argv[4]).parent

@@ -19,10 +19,10 @@ def process(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """A process that will call ``work(*arguments)``, not started yet."""
     global _started
     if not _started:
-        # A command under test may have begun a server of its own, which knows less; there is one for each process.
+        # A command under test may have started a server, which has fewer modules; there is one for each process.
         forkserver._forkserver._stop()
         _context.set_forkserver_preload(["preloaded"])
-        # The server of Python 3.12.1 has no sys.path but its own (python/cpython 117378).
+        # The server of Python 3.12.1 does not inherit sys.path (python/cpython 117378).
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
             forkserver.ensure_running()
         _started = True

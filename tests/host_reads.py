@@ -22,7 +22,7 @@ class _Operators(TorchDispatchMode):
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in INDEXING:  # its tags do not tell indices from masks
+        if func.overloadpacket in INDEXING:  # its tags do not distinguish indices from masks
             reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         else:
             reads = bool(BY_VALUE & set(func.tags))
@@ -53,7 +53,7 @@ def _caller() -> str:
 
 @contextmanager
 def host_reads() -> Iterator[list[str]]:
-    """The reads of tensors inside, each with the line that asks; of this thread alone."""
+    """Records the reads of tensors inside, each with the line that reads; of this thread alone."""
     seen: list[str] = []
     with _Operators(seen), _Methods(seen):
         yield seen

@@ -44,7 +44,7 @@ def groups(count: int, seed: int = 0, sizes: tuple[int, int] = (4, 24)) -> list[
     def text() -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(12, 40)))
 
-    made = []
+    records = []
     for i in range(count):
         record: dict[str, Any] = {"id": f"q{i}", "question": f"where is thing {i}", "answers": [f"Harbour{i}x"]}
         gold = [Paragraph(f"Thing {i}", f"{text()} Harbour{i}x {text()}", True), Paragraph(f"Place {i}", text(), True)]
@@ -66,8 +66,8 @@ def groups(count: int, seed: int = 0, sizes: tuple[int, int] = (4, 24)) -> list[
             "scores": {"chosen": 1.0, "rejected": 0.0, "share_right": draw.randint(1, 31) / 32},
             "source": "test",
         }
-        made.append(record)
-    return made
+        records.append(record)
+    return records
 
 
 def write(path: Path, records: list[Any]) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import fork_server
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile"}
-"""What Python tells of a change of files, before it happens."""
+"""Audit events of Python that precede a change of files."""
 
 
 def kill_at(moment: int, folder: Path) -> list[int]:
@@ -53,17 +53,17 @@ def kill_at(moment: int, folder: Path) -> list[int]:
     return count
 
 
-def command_killed_at(moment: int, folder: Path, module: str, argv: list[str], told: Path) -> int:
-    """Runs a command in a process of its own that is killed at a change in the folder (see `kill_at`).
+def command_killed_at(moment: int, folder: Path, module: str, argv: list[str], report: Path) -> int:
+    """Runs a command in a separate process that is killed at a change in the folder (see `kill_at`).
 
     Args:
         module: of the command's ``main``.
-        told: a file for what it prints, and for the count of changes where it ends by itself.
+        report: a file for what it prints, and for the count of changes where it ends by itself.
 
     Returns:
         Its exit status; -9 where it was killed.
     """
-    child = fork_server.process(_work, moment, folder, module, argv, told)
+    child = fork_server.process(_work, moment, folder, module, argv, report)
     child.start()
     child.join(200)
     status = child.exitcode
@@ -71,8 +71,8 @@ def command_killed_at(moment: int, folder: Path, module: str, argv: list[str], t
     return status
 
 
-def _work(moment: int, folder: Path, module: str, argv: list[str], told: Path) -> None:
-    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+def _work(moment: int, folder: Path, module: str, argv: list[str], report: Path) -> None:
+    os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(2, 1)
     os.environ["OMP_NUM_THREADS"] = "1"
     main = importlib.import_module(module).main

@@ -2,7 +2,7 @@
 
     python tests/logged_serve.py serve MODEL --port N
 
-Its own access log has no request ids. Every request that generates writes ``received NAME`` when it came and
+The server's access log has no request ids. Every request that generates writes ``received NAME`` when it came and
 ``answered NAME STATUS`` after the last byte of its answer, whether or not somebody was still there to read it.
 """
 
@@ -31,7 +31,7 @@ class Logged:
         name = unquote(dict(scope["headers"]).get(b"x-request-id", b"?").decode())
         status = 0
 
-        async def told(message: Any) -> None:
+        async def logged_send(message: Any) -> None:
             nonlocal status
             await send(message)
             status = message.get("status", status)
@@ -40,7 +40,7 @@ class Logged:
 
         print("received", name, flush=True)
         await asyncio.sleep(self.delay)
-        await self.app(scope, receive, told)
+        await self.app(scope, receive, logged_send)
 
 
 if __name__ == "__main__":

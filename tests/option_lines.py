@@ -8,13 +8,13 @@ NEEDED = {"hf_path": "m", "train_data": "t.jsonl", "save": "run", "train_iters":
 
 
 def argv(*extra, **changed):
-    """The needed options, some replaced (None: left out), and more."""
-    given = NEEDED | changed
-    return [text for name, value in given.items() if value is not None for text in (flag(name), value)] + list(extra)
+    """The needed options, with replacements (None: left out) and additions."""
+    options = NEEDED | changed
+    return [text for name, value in options.items() if value is not None for text in (flag(name), value)] + list(extra)
 
 
 def last_wins(argv: list[str]) -> list[str]:
-    """A command line without the options that a later one replaces; commands refuse an option that is given twice."""
+    """A command line without the options that a later one replaces; commands refuse an option that occurs twice."""
     current: list[str] = []
     options = {"": current}
     for text in argv:

@@ -15,33 +15,33 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 
 def read(folder: Path, texts: list[str], target: Path | None) -> dict:
-    found: dict = {"version": transformers.__version__}
+    facts: dict = {"version": transformers.__version__}
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        found["ids"] = [tokenizer(text)["input_ids"] for text in texts]
-        found["plain ids"] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        found["decoded"] = [tokenizer.decode(row, skip_special_tokens=True) for row in found["ids"]]
-        found["special"] = {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
+        facts["ids"] = [tokenizer(text)["input_ids"] for text in texts]
+        facts["plain ids"] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        facts["decoded"] = [tokenizer.decode(row, skip_special_tokens=True) for row in facts["ids"]]
+        facts["special"] = {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": "w1"}]
-            found["chat"] = tokenizer.apply_chat_template(chat, tokenize=False)
+            facts["chat"] = tokenizer.apply_chat_template(chat, tokenize=False)
         if target is not None:
             tokenizer.save_pretrained(target)
     if (folder / "model.safetensors").is_file():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        found["dtype"] = str(model.dtype)
+        facts["dtype"] = str(model.dtype)
         ids = torch.arange(96)[None] * 37 % model.config.vocab_size
         with torch.no_grad():
             log_probs = model.float()(ids).logits[0, :-1].log_softmax(-1)
-        found["log_probs"] = log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist()
-        found["stops"] = model.generation_config.eos_token_id
+        facts["log_probs"] = log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        facts["stops"] = model.generation_config.eos_token_id
         if target is not None:
             model.save_pretrained(target)
     elif target is not None:
         AutoConfig.from_pretrained(folder).save_pretrained(target)
     if target is not None and (folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folder).save_pretrained(target)
-    return found
+    return facts
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What tests say of a refused input: the error's code, and the flags, files and lines that its message must name."""
+"""What tests expect of a refused input: the error's code, and the flags, files and lines that its message must name."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, output: Path, *more: str) -> list[str]:
-    given = [
+    options = [
         "--model",
         str(folder),
         "--contexts",
@@ -119,4 +119,4 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         "12",
         *more,
     ]
-    return last_wins(given)
+    return last_wins(options)

@@ -1,4 +1,4 @@
-"""An HTTP server that answers as a test says, and sample-responses as its client."""
+"""An HTTP server with the answers of a test, and sample-responses as its client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LISTED = {"object": "list", "data": [{"id": "tiny", "owned_by": "someone"}]}
 
 
 class Scripted:
-    """A real HTTP server on a port of its own; ``answer(path, body)`` gives (status, document or bytes)."""
+    """A real HTTP server on a free port; ``answer(path, body)`` returns (status, document or bytes)."""
 
     def __init__(self, answer: Callable[[str, dict[str, Any] | None], tuple[int, Any]]) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -67,14 +67,14 @@ class Scripted:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Scripted]]:
-    made: list[Scripted] = []
+    servers: list[Scripted] = []
 
     def start(answer: Callable[[str, dict[str, Any] | None], tuple[int, Any]]) -> Scripted:
-        made.append(Scripted(answer))
-        return made[-1]
+        servers.append(Scripted(answer))
+        return servers[-1]
 
     yield start
-    for one in made:
+    for one in servers:
         one.http.shutdown()
         one.http.server_close()
 

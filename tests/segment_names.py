@@ -1,4 +1,4 @@
-"""Segments by the names that the oracle and plain-Python formulas give them: short_chosen, long_rejected, response."""
+"""Segments by the names that the oracle and plain-Python formulas use: short_chosen, long_rejected, response."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Home:
 
     def argv(self, save: str, *flags: Any, data: str = "groups.jsonl", hf: str = "hf") -> list[str]:
         """A command line of five short steps; a later flag overrides an earlier one."""
-        given = [
+        options = [
             "--hf-path",
             self.folder / hf,
             "--train-data",
@@ -48,7 +48,7 @@ class Home:
             1e-3,
             *flags,
         ]
-        return last_wins(list(map(str, given)))
+        return last_wins(list(map(str, options)))
 
     def metrics(self, save: str, split: str = "train") -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (self.folder / save / "metrics.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def load(folder: Path) -> nn.Module:
-    """The model in float64; transformers' norms and routers would go through float32 whatever the model's dtype."""
+    """The model in float64; transformers' norms and routers would go through float32 with any dtype of the model."""
     # Its grouped experts take no float64.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""A tokenizer folder whose tokens are words, with a chat template of its own."""
+"""A tokenizer folder whose tokens are words, with a chat template."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TEMPLATE = (
 def save_word_tokenizer(folder: Path, words: Iterable[str] = ()) -> Path:
     """The folder names <text_end> as its end of text, as base models do; its template ends a turn with <turn_end>.
 
-    Words that are not given count as one token, <pad>.
+    Other words count as one token, <pad>.
     """
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=library,
         eos_token="<text_end>",
         pad_token="<pad>",
         extra_special_tokens=["<turn_end>", "<user>", "<assistant>"],

@@ -154,7 +154,7 @@ def compare(
 
 
 def _ours(model: GPTModel, head: LogProbHead, ids: Sequence[int], parameter: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """([n - 1] log-probs of the tokens after the first, the hidden states [n - 1, H] after each layer)."""
+    """Returns ([n - 1] log-probs of the tokens after the first, the hidden states [n - 1, H] after each layer)."""
     states: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Any) -> None:

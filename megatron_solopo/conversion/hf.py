@@ -30,7 +30,7 @@ EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
 def named_entries(
     model: GPTModel, hf_config: PretrainedConfig
 ) -> Iterator[tuple[Entry, tuple[str, ...], torch.nn.Parameter]]:
-    """(entry, its Hugging Face names, the parameter on this process) for every parameter of the model.
+    """Yields (entry, its Hugging Face names, the parameter on this process) for every parameter of the model.
 
     Raises:
         UserError: a parameter has no entry, or an entry has no parameter.
@@ -63,7 +63,7 @@ def named_entries(
 
 
 def tensor_group(entry: Entry) -> dist.ProcessGroup:
-    """The processes over which a parameter is split."""
+    """Returns the processes over which a parameter is split."""
     if entry.of_experts:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
@@ -74,7 +74,7 @@ def _split_dimension(parameter: torch.nn.Parameter) -> int | None:
 
 
 def local_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, int | None]:
-    """(index of this process's part, number of parts, the split dimension) of a parameter, for `Operator.fill`;
+    """Returns (index of this process's part, number of parts, the split dimension) of a parameter, for `Operator.fill`;
     (0, 1, None) if the parameter is not split."""
     dimension = _split_dimension(parameter)
     return (0, 1, None) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size(), dimension)
@@ -107,7 +107,7 @@ def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[s
 def hf_tensors(
     chunks: Sequence[GPTModel], hf_config: PretrainedConfig, stored: StoredWeights | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, unsplit tensor on the CPU), joined over tensor-parallel processes, without padding.
+    """Yields (Hugging Face name, unsplit tensor on the CPU), joined over tensor-parallel processes, without padding.
 
     Collective over the tensor-parallel, expert-parallel and pipeline groups. Rank 0 yields the tensors of all stages,
     one at a time, a stage's model chunks one after the other; other ranks yield a part or nothing.
@@ -166,14 +166,14 @@ def _receive_tensor(stage: int) -> tuple[str, Tensor] | None:
 
 
 def _wire_device() -> torch.device:
-    """The device of sent tensors: NCCL sends only device memory."""
+    """Returns the device of sent tensors: NCCL sends only device memory."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _hf_tensors_of_chunk(
     model: GPTModel, hf_config: PretrainedConfig, stored: StoredWeights | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model chunk and of all its experts, joined over tensor-parallel processes."""
+    """Yields the tensors of a model chunk and of all its experts, joined over tensor-parallel processes."""
     for entry, names, parameter in named_entries(model, hf_config):
         if stored is not None:
             stored.map(parameter)
@@ -197,7 +197,7 @@ def _hf_tensors_of_chunk(
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensors of all processes of a group; they have one shape."""
+    """Returns the tensors of all processes of a group; they have one shape."""
     if group.size() == 1:
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(group.size())]

@@ -35,12 +35,12 @@ NEVER_WEIGHTS = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class _Header:
-    """A tensor's entry in a file: its shape, its dtype as safetensors names it, and the byte at which it begins (0 in
+    """A tensor's entry in a file: its shape, its dtype as safetensors names it, and the byte at which it starts (0 in
     a ``.bin``, whose tensors are loaded)."""
 
     shape: torch.Size
     dtype: str
-    begin: int = 0
+    start: int = 0
 
 
 class TensorReader:
@@ -95,15 +95,15 @@ class TensorReader:
             ) from None
 
     def names(self) -> set[str]:
-        """The names of all weights."""
+        """Returns the names of all weights."""
         return set(self._file_of)
 
     def files(self) -> list[Path]:
-        """The weight files, in a fixed order."""
+        """Returns the weight files, in a fixed order."""
         return [self.folder / name for name in sorted(set(self._file_of.values()))]
 
     def dtype(self) -> torch.dtype:
-        """The dtype of all weights; no tensor is read.
+        """Returns the dtype of all weights; no tensor is read.
 
         Raises:
             UserError: they have several dtypes, or see `dtype_of`.
@@ -119,7 +119,7 @@ class TensorReader:
         return next(iter(names))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, which is not read.
+        """Returns the dtype of a tensor, which is not read.
 
         Raises:
             UserError: it is not a dtype of weights, or see `shape`.
@@ -134,7 +134,7 @@ class TensorReader:
         return next(dtype for dtype, name in CODES.items() if name == code)
 
     def file_of(self, name: str) -> str:
-        """The name of the file that holds a tensor; "" if there is no such tensor."""
+        """Returns the name of the file that holds a tensor; "" if there is no such tensor."""
         return self._file_of.get(name, "")
 
     def get(self, name: str) -> Tensor:
@@ -154,13 +154,13 @@ class TensorReader:
         if file not in self._files:
             self._files[file] = (self.folder / file).open("rb")
         return (
-            torch.from_numpy(np.memmap(self._files[file], np.uint8, "c", header.begin, size))
+            torch.from_numpy(np.memmap(self._files[file], np.uint8, "c", header.start, size))
             .view(dtype)
             .view(header.shape)
         )
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor, which is not read.
+        """Returns the shape of a tensor, which is not read.
 
         Raises:
             UserError: the tensor is not in its file.
@@ -198,7 +198,8 @@ class TensorReader:
         }
 
     def _bin(self, file: str) -> dict[str, Tensor]:
-        """The tensors of a ``.bin`` file. Mapped files are kept; of those that cannot be mapped, the last one."""
+        """Returns the tensors of a ``.bin`` file. Mapped files are kept; of those that cannot be mapped, the last
+        one."""
         if file not in self._bins:
             tensors, mapped = _load_bin(self.folder / file)
             if not mapped:
@@ -223,7 +224,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """(tensors of a ``.bin`` file, whether they are mapped, so that only those that are read take memory)."""
+    """Returns (tensors of a ``.bin`` file, whether they are mapped, so that only those that are read take memory)."""
     try:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # the format of torch before 1.6 cannot be mapped

@@ -21,7 +21,7 @@ from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.progress import ProgressBar
 
 OUTPUT = "lm_head.weight"
-"""Name of the output matrix; some folders with tied embeddings hold it too."""
+"""Name of the output matrix; a folder with tied embeddings may hold it too."""
 
 
 class HfWeights:
@@ -54,7 +54,8 @@ class HfWeights:
         self._parameters.sort(key=self._files)
 
     def _files(self, parameter: torch.nn.Parameter) -> list[str]:
-        """The files that hold a parameter; in their order, each ``.bin`` that cannot be mapped is loaded once."""
+        """Returns the files that hold a parameter; in their order, each ``.bin`` that cannot be mapped is loaded
+        once."""
         return sorted({self._reader.file_of(name) for name in self._sources[id(parameter)][1]})
 
     def _fill(self, target: Tensor, entry: Entry, tensors: list[Tensor], part: tuple[int, int, int | None]) -> None:
@@ -94,7 +95,7 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
     if left_over == {OUTPUT}:
         raise UserError(
             "tensor-not-tied",
-            f"{reader.folder}: {OUTPUT} is not the embedding, though config.json says so, and training "
+            f"{reader.folder}: {OUTPUT} is not the embedding, though config.json ties them, and training "
             'would lose it; set "tie_word_embeddings": false there, or remove the tensor',
         )
     if left_over:
@@ -121,7 +122,7 @@ def _is_embedding(reader: TensorReader, name: str) -> bool:
 
 
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """The Hugging Face names of an entry in all layers and experts."""
+    """Returns the Hugging Face names of an entry in all layers and experts."""
     experts = range(hf_config.num_experts if entry.of_experts else 1)
     layers = range(hf_config.num_hidden_layers)
     return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}

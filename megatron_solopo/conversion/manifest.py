@@ -43,7 +43,7 @@ def iterations(folder: str | Path) -> list[int]:
 
 
 def latest_iteration(folder: str | Path) -> int | None:
-    """The iteration in a run folder's `LATEST` file; None if there is no file.
+    """Returns the iteration in a run folder's `LATEST` file; None if there is no file.
 
     Raises:
         UserError: the file does not hold a number.
@@ -86,7 +86,7 @@ def is_marked(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; its files are not checked.
+    """Returns the manifest of a checkpoint; its files are not checked.
 
     Raises:
         ValueError: it is missing, unreadable or of another version.
@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def problem_of(folder: Path) -> str | None:
-    """The problem of a checkpoint folder, with the file's name; None if it is complete and unchanged."""
+    """Returns the problem of a checkpoint folder, with the file's name; None if it is complete and unchanged."""
     if not folder.is_dir():
         return "the folder is missing"
     try:
@@ -131,7 +131,8 @@ def problem_of(folder: Path) -> str | None:
 
 
 def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--load") -> Path:
-    """The checkpoint to resume from: the latest, or that of ``ckpt_step``; every file is compared with the manifest.
+    """Returns the checkpoint to resume from: the latest, or that of ``ckpt_step``; every file is compared with the
+    manifest.
 
     Args:
         option: the flag that names the folder.
@@ -163,7 +164,7 @@ def find_checkpoint(folder: str | Path, ckpt_step: int | None, option: str = "--
 
 
 def mistaken(folder: Path) -> str | None:
-    """What a folder is that may be mistaken for a run folder, and what to do; None if nothing is recognised."""
+    """Returns what a folder is that may be mistaken for a run folder, and what to do; None if nothing is recognised."""
     folder = folder.resolve()
     if is_marked(folder) and (number := folder.name.removeprefix("iter_")).isdecimal():
         return f"it is one checkpoint: use the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
@@ -173,7 +174,8 @@ def mistaken(folder: Path) -> str | None:
 
 
 def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
-    """The end of a message, or "": the newest complete checkpoint before an iteration, and the flags to resume from."""
+    """Returns the end of a message, or "": the newest complete checkpoint before an iteration, and the flags to resume
+    from."""
     for number in reversed(iterations(folder)):
         if (before is None or number < before) and problem_of(checkpoint_folder(folder, number)) is None:
             return f"; iteration {number} is complete: resume from it with --load {folder} --ckpt-step {number}{note}"
@@ -181,7 +183,7 @@ def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a checkpoint, without ``.nfs*``, which NFS keeps for deleted files that are still open."""
+    """Returns the files of a checkpoint, without ``.nfs*``, which NFS keeps for deleted files that are still open."""
     return [path for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith(".nfs")]
 
 

@@ -32,7 +32,7 @@ class NewRows:
         return max(self.before, max(self.ids) + 1)
 
     def grown(self, matrix: Tensor) -> Tensor:
-        """[rows, H]: the matrix, and the mean of its used rows for each new token.
+        """Returns [rows, H]: the matrix, and the mean of its used rows for each new token.
 
         The mean is computed in float64. A matrix that does not have `before` rows is returned unchanged.
         """
@@ -47,7 +47,7 @@ class NewRows:
 
 
 def new_rows(folder: str | Path, vocab_size: int, tokens: str) -> NewRows:
-    """The rows that --add-special-tokens adds to a folder's model.
+    """Returns the rows that --add-special-tokens adds to a folder's model.
 
     Args:
         vocab_size: of its config.json.

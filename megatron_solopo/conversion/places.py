@@ -32,12 +32,12 @@ def _keep_exports(earlier: Path, folder: Path) -> None:
 
 def _is_export(path: Path) -> bool:
     """A model of --save-hf-interval, finished or not; the checkpoints of a run have no config.json."""
-    begun = path.suffix in (".partial", ".replaced")
-    return path.name.startswith("iter_") and (begun or (path / "config.json").is_file())
+    unfinished = path.suffix in (".partial", ".replaced")
+    return path.name.startswith("iter_") and (unfinished or (path / "config.json").is_file())
 
 
 def named_folder(option: str, text: str) -> Path:
-    """The folder that an option names.
+    """Returns the folder that an option names.
 
     Raises:
         UserError: the text is empty, which would mean the current folder.

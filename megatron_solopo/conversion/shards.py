@@ -31,7 +31,7 @@ CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", tor
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" or "500MB".
+    """Returns the bytes of a size such as "5GB" or "500MB".
 
     Raises:
         UserError: it is not such a size.
@@ -73,7 +73,7 @@ class Shards:
         self._try(lambda: folder.mkdir(parents=True))
 
     def _cut(self, limit: int) -> list[dict[str, int]]:
-        """The tensors of each file, with their offsets after the header."""
+        """Returns the tensors of each file, with their offsets after the header."""
         files: list[dict[str, int]] = [{}]
         end = 0
         for name, shape in self._shapes.items():
@@ -134,11 +134,12 @@ class Shards:
 
 
 def _header(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
-    """The length and the JSON header of a file, padded so that the tensors begin at a multiple of eight bytes."""
+    """Returns the length and the JSON header of a file, padded so that the tensors start at a multiple of eight
+    bytes."""
     document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, begin in tensors.items():
-        end = begin + shapes[name].numel() * dtype.itemsize
-        document[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    for name, start in tensors.items():
+        end = start + shapes[name].numel() * dtype.itemsize
+        document[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

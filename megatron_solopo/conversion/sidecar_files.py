@@ -32,7 +32,7 @@ CARRIED = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-"""Files that are copied from the folder that training started from. Some of Mistral's SentencePiece models are named
+"""Files that are copied from the folder that training started from. Mistral names SentencePiece models
 ``tokenizer.model.v3``."""
 
 DTYPES = ("torch_dtype", "dtype")
@@ -100,7 +100,7 @@ class SidecarFiles:
 
 
 def generation_config(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's generation_config.json; None if there is none.
+    """Returns the content of a folder's generation_config.json; None if there is none.
 
     Raises:
         UserError: it is not a JSON object.
@@ -119,7 +119,7 @@ def generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dtype) -> str:
-    """The text of config.json, with the changes of training options.
+    """Returns the text of config.json, with the changes of training options.
 
     Args:
         source: the folder that training started from.

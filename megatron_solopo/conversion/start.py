@@ -26,7 +26,7 @@ def is_megatron_folder(folder: str | Path) -> bool:
 
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
-    """The Hugging Face config of --hf-path with --rope-scaling and --add-special-tokens.
+    """Returns the Hugging Face config of --hf-path with --rope-scaling and --add-special-tokens.
 
     Raises:
         UserError: see `read_hf_config` and `new_rows`.
@@ -58,7 +58,7 @@ def check_weights(folder: str | Path, hf_config: PretrainedConfig, padded_vocab_
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """sha256 of the weight files, or of the manifest of a Megatron folder."""
+    """Returns the sha256 of the weight files, or of the manifest of a Megatron folder."""
     digest = hashlib.sha256()
     if is_megatron_folder(folder):
         digest.update((find_checkpoint(folder, None, "--hf-path") / MANIFEST).read_bytes())
@@ -72,7 +72,7 @@ def weights_fingerprint(folder: str | Path) -> str:
 def open_hf_weights(
     models: Sequence[GPTModel], hf_config: PretrainedConfig, folder: str | Path, add_special_tokens: str | None
 ) -> HfWeights:
-    """A Hugging Face folder's weights, for the chunks of a model.
+    """Returns a Hugging Face folder's weights, for the chunks of a model.
 
     Args:
         hf_config: of the model, see `model_config`.

@@ -28,7 +28,7 @@ from megatron_solopo.progress import ProgressBar
 
 
 def sharded_tensors(states: object) -> Iterator[ShardedTensor]:
-    """The sharded tensors in nested states, after `apply_factories`."""
+    """Yields the sharded tensors in nested states, after `apply_factories`."""
     if isinstance(states, ShardedTensor):
         yield states
     elif isinstance(states, dict | list):
@@ -39,7 +39,7 @@ def sharded_tensors(states: object) -> Iterator[ShardedTensor]:
 def parts_of_parameters(
     models: Sequence[GPTModel], states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[torch.nn.Parameter, list[ShardedTensor]]]:
-    """(parameter, its sharded tensors) for each parameter of the chunks of a model; after `apply_factories`."""
+    """Yields (parameter, its sharded tensors) for each parameter of the chunks of a model; after `apply_factories`."""
     for model, state in zip(models, states, strict=True):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, value in state.items():
@@ -120,7 +120,7 @@ class StoredWeights:
         return create_read_items_for_chunk_list(part.key, self._stored.state_dict_metadata[part.key], [chunk])
 
     def _mapped(self, place: _StorageInfo) -> Tensor:
-        """The tensor that torch.save wrote at a place of a file, mapped from the file.
+        """Returns the tensor that torch.save wrote at a place of a file, mapped from the file.
 
         Only the header is read: a storage loaded to the device ``meta`` has the offset of its numbers
         (torch/serialization.py, ``_checkpoint_offset``).
@@ -143,5 +143,5 @@ class StoredWeights:
 
 
 def _sizes(part: ShardedTensor) -> torch.Size:
-    """The shape of a part in the file, with an axis of 1 for each axis that the parameter lacks."""
+    """Returns the shape of a part in the file, with an axis of 1 for each axis that the parameter lacks."""
     return torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))

@@ -125,8 +125,8 @@ def _all_read_alike(source: Path, tokenizer: PreTrainedTokenizerBase, settings: 
 
 
 def _as_4(source: Path, settings: dict[str, Any], texts: tuple[str, ...]) -> list[list[int]] | None:
-    """The ids of transformers 4.57's AutoTokenizer with special tokens, None if it cannot load the folder: those of
-    tokenizer.json, with the changes that its classes make in __init__."""
+    """Returns the ids of transformers 4.57's AutoTokenizer with special tokens, None if it cannot load the folder:
+    those of tokenizer.json, with the changes that its classes make in __init__."""
     file = Tokenizer.from_file(str(source / VOCABULARY))
     file.no_truncation()
     file.no_padding()
@@ -176,7 +176,7 @@ def _add(settings: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerB
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is none."""
+    """Returns a JSON object; None if there is none."""
     if not path.is_file():
         return None
     try:

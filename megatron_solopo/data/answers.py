@@ -71,8 +71,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def numbers_of(text: str, fold: bool = True) -> tuple[str, ...]:
-    """The runs of digits of ``text``, in order: SQuAD's normalisation does not distinguish "12.5" from "125", nor "2-1"
-    from "21". A comma between thousands separates no runs."""
+    """Returns the runs of digits of ``text``, in order: SQuAD's normalisation does not distinguish "12.5" from "125",
+    nor "2-1" from "21". A comma between thousands separates no runs."""
     return tuple(re.findall(r"\d+", _THOUSANDS.sub("", fold_spelling(text) if fold else text)))
 
 
@@ -109,8 +109,8 @@ LONGEST_PART = 50
 
 
 def golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
-    """The distinct gold answers in their order, normalised. Articles, then punctuation, are kept if nothing else is
-    left of an answer."""
+    """Returns the distinct gold answers in their order, normalised. Articles, then punctuation, are kept if nothing
+    else is left of an answer."""
     normalised = (
         next(
             (
@@ -134,7 +134,7 @@ _WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """The words between spaces; in scripts without spaces each character is a word."""
+    """Returns the words between spaces; in scripts without spaces each character is a word."""
     return _WORDS.findall(text)
 
 
@@ -185,7 +185,7 @@ def answer_part(response: str) -> tuple[int, int]:
 # "no" is an answer at the end of the part, before punctuation, at the start of a clause and beside "yes"; before a noun
 # it is a determiner ("no information", "no one"), and "No. 5" is a number.
 _CLAUSE = "they it he she we i you this that these those both neither not the because since as but only".split()
-_SAYS = {
+_YES_OR_NO = {
     "yes": re.compile(r"(?<!\w)yes(?!\w)", re.IGNORECASE),
     "no": re.compile(
         r"(?<![\w\-\u2010])no(?![\w\-\u2010]|\.?\s*\d)"
@@ -207,7 +207,7 @@ def _lists_everything(part: str) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """A found answer: ``span`` of the normalised ``text[start:end]``; if ``keep`` is None, ``text[start:end]``."""
+    """An answer's place: ``span`` of the normalised ``text[start:end]``; if ``keep`` is None, ``text[start:end]``."""
 
     start: int
     end: int
@@ -224,7 +224,7 @@ def _spans(key: str, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _in_response(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
-    """The places of a gold answer in a response, its numbers the same there; see `answers_response`."""
+    """Yields the places of a gold answer in a response, its numbers the same there; see `answers_response`."""
     for place in _candidates(response, gold, fold):
         ((start, end),) = _merged(response, [place], fold) if gold.numbers else ((0, 0),)
         if not gold.numbers or numbers_of(response[start:end], fold) == gold.numbers:
@@ -232,7 +232,7 @@ def _in_response(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
 
 
 def _candidates(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
-    """The places where a response, normalised, contains a gold answer."""
+    """Yields the places where a response, normalised, contains a gold answer."""
     if not gold.short:
         for spaced in (False, True):
             key = normalise(response, fold, gold.keep, spaced)
@@ -246,7 +246,7 @@ def _candidates(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
     part = response[start:end]
     if gold.yes_or_no:
         folded = unicodedata.normalize("NFKC", part) if fold else part  # a dash, unlike a hyphen, ends a word
-        said = {word: match.span() for word, says in _SAYS.items() if (match := says.search(folded))}
+        said = {word: match.span() for word, pattern in _YES_OR_NO.items() if (match := pattern.search(folded))}
         if said.keys() == {gold.text}:
             first, last = said[gold.text] if len(folded) == len(part) else (0, len(part))
             yield _Place(start + first, start + last, None)
@@ -267,19 +267,20 @@ def answers_response(response: str, answers: Iterable[str], fold: bool = True) -
     A gold answer is found where its normalised text is part of the response's and its numbers are the same ("12.5" is
     not in "125"), but never inside a number ("June 1" in "June 15"). A short one (`Gold.short`) is searched in the
     `answer_part` only and as whole words, and not in a list of many items. Yes and no are found where the answer part
-    says the one and not the other. One article or punctuation alone must be the entire answer part.
+    has the one and not the other. One article or punctuation alone must be the entire answer part.
     """
     return any(True for gold in golds(answers, fold) for _ in _in_response(response, gold, fold))
 
 
 def find_in_response(response: str, answers: Iterable[str], fold: bool = True) -> list[tuple[int, int]]:
-    """(start, end) in the response of the gold answers that `answers_response` finds; sorted, without overlaps."""
+    """Returns (start, end) in the response of the gold answers that `answers_response` finds; sorted, without
+    overlaps."""
     places = (place for gold in golds(answers, fold) for place in _in_response(response, gold, fold))
     return _merged(response, places, fold)
 
 
 def stated_golds(answers: Iterable[str], fold: bool = True) -> list[Gold]:
-    """The gold answers for which documents are searched.
+    """Returns the gold answers for which documents are searched.
 
     Yes and no are judgements, not facts that a document states; one article or one sign is in every document.
     """
@@ -306,7 +307,7 @@ def _in_document(key: str, gold: Gold) -> Iterator[tuple[int, int]]:
 
 
 def find_in_document(document: str, answers: Iterable[str]) -> list[tuple[int, int]]:
-    """(start, end) in the document of the gold answers that `mentions` finds; sorted, without overlaps."""
+    """Returns (start, end) in the document of the gold answers that `mentions` finds; sorted, without overlaps."""
     places = (
         _Place(0, len(document), gold.keep, False, span)
         for gold in stated_golds(answers)
@@ -316,7 +317,7 @@ def find_in_document(document: str, answers: Iterable[str]) -> list[tuple[int, i
 
 
 def _merged(text: str, places: Iterable[_Place], fold: bool) -> list[tuple[int, int]]:
-    """The places as (start, end) in ``text``, sorted, with overlapping ones merged."""
+    """Returns the places as (start, end) in ``text``, sorted, with overlapping ones merged."""
     spans, mapped = [], {}
     for place in places:
         if place.keep is None:
@@ -343,7 +344,7 @@ _SEGMENT = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+|[\x00-\x7f]")
 def normalised_places(
     text: str, fold: bool = True, keep: Keep = "words", spaced: bool = False
 ) -> list[tuple[str, int, int]]:
-    """The characters of `normalise`'s text, each with the start and end of its source in ``text``.
+    """Returns the characters of `normalise`'s text, each with the start and end of its source in ``text``.
 
     Folding may change how many characters there are; characters that it changes together (a letter and its
     accents, at most a run outside ASCII) share one place.

@@ -42,7 +42,7 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def as_group(record: Record, where: str) -> Record:
-    """The record with ``short_messages``, ``chosen`` and ``rejected`` (texts), whatever form of pair it has.
+    """Converts a record of any form of pair to ``short_messages``, ``chosen`` and ``rejected`` (texts).
 
     Raises:
         UserError: naming ``where``, the form it looks like, and what to do.
@@ -73,7 +73,7 @@ def as_group(record: Record, where: str) -> Record:
             f"{', '.join(sorted(present))}); add it as 'prompt', or write whole conversations",
         )
     text = present.get(key)
-    if isinstance(text, str) and _turns(text):  # whose answers begin with a space
+    if isinstance(text, str) and _turns(text):  # whose answers start with a space
         answers = {name: answer.strip() if isinstance(answer, str) else answer for name, answer in answers.items()}
     chats = {
         name: _with_system(present, _conversation(prompt, key, answer, name, where), where)
@@ -90,7 +90,7 @@ def as_group(record: Record, where: str) -> Record:
 
 
 def as_conversation(record: Record, where: str) -> list[Message]:
-    """The messages of a record, whatever form of conversation it has.
+    """Returns the messages of a record of any form of conversation.
 
     Raises:
         UserError: naming ``where``, the form it looks like, and what to do.
@@ -120,7 +120,8 @@ def _first(record: Record, names: tuple[str, ...]) -> str | None:
 
 
 def _prompt(record: Record, names: tuple[str, ...], where: str) -> tuple[list[Message] | None, str]:
-    """The messages before an answer, and the field among ``names`` that they come from; None where there is none."""
+    """Returns the messages before an answer, and the field among ``names`` that they come from; None where there is
+    none."""
     key = _first(record, names)
     if key is None:
         return None, ""
@@ -141,7 +142,7 @@ def _prompt(record: Record, names: tuple[str, ...], where: str) -> tuple[list[Me
 
 
 def _with_system(record: Record, messages: list[Message], where: str) -> list[Message]:
-    """The messages behind the system message that another field holds; an empty text is none."""
+    """Returns the messages behind the system message that another field holds; an empty text is none."""
     key = _first(record, SYSTEMS)
     text = record[key] if key else ""
     if not isinstance(text, str):
@@ -160,7 +161,7 @@ def _with_system(record: Record, messages: list[Message], where: str) -> list[Me
 
 
 def _answer(record: Record, key: str, where: str) -> str | list[Message]:
-    """An answer's text, or its messages: one, or a whole conversation."""
+    """Returns an answer's text, or its messages: one, or a whole conversation."""
     value = _unpacked(record[key], key, where)
     if isinstance(value, dict):
         value = [value]
@@ -172,7 +173,7 @@ def _answer(record: Record, key: str, where: str) -> str | list[Message]:
 
 
 def _unpacked(value: object, key: str, where: str) -> object:
-    """The messages of a table's cell that holds them as JSON; anything else as it is.
+    """Returns the messages of a table's cell that holds them as JSON; anything else as it is.
 
     Raises:
         UserError: the cell holds them as Python prints them.
@@ -197,7 +198,7 @@ def _is_whole(messages: list[Message]) -> bool:
 
 
 def _turns(text: str) -> list[Message] | None:
-    """The messages of a text of Anthropic's form, None for any other text."""
+    """Returns the messages of a text of Anthropic's form, None for any other text."""
     text = "\n\n" + text.lstrip("\n")
     if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
         return None

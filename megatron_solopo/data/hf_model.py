@@ -86,7 +86,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def reach(folder: str | Path) -> int | None:
-    """The number of positions that the model of a folder covers: ``max_position_embeddings``, more with YaRN.
+    """Returns the number of positions that the model of a folder covers: ``max_position_embeddings``, more with YaRN.
 
     Returns:
         None if the config has no limit.
@@ -128,7 +128,7 @@ def check_reach(folder: str | Path, prompt_tokens: int, max_new_tokens: int, whe
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of token ids that have an embedding."""
+    """Returns the number of token ids that have an embedding."""
     rows = model.get_input_embeddings().num_embeddings
     assert isinstance(rows, int)
     return rows

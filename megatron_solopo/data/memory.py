@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 
 
-def give_back_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Returns the memory that this process has freed to the system.
 
     glibc keeps freed memory below the last used piece of its heap. A process that has read Qwen2's tokenizer.json holds

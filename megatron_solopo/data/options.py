@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.records import is_parquet, read_text
-from megatron_solopo.data.memory import give_back_freed_memory
+from megatron_solopo.data.memory import release_freed_memory
 from megatron_solopo.data.scoring import NORMALISATIONS
 from megatron_solopo.data.text import prompt
 from megatron_solopo.data.text.prompt import PromptFormat
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def text_option(flag: str, value: str) -> str:
-    r"""The text of an option given as text (``\n`` and ``\t`` are line break and tab) or as ``@FILE``.
+    r"""Reads the value of an option: a text (``\n`` and ``\t`` are line break and tab) or ``@FILE``.
 
     One line break at the end of the file is not part of the text.
     """
@@ -43,7 +43,8 @@ FOLDERS = ("model", "tokenizer", "evidence_model")
 
 
 def files_of(options: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """(option, path) of the files and folders in the options of model, tokenizer and prompt, for `check_outputs`."""
+    """Returns (option, path) of the files and folders in the options of model, tokenizer and prompt, for
+    `check_outputs`."""
     texts = {flag: getattr(options, flag[2:].replace("-", "_"), None) for flag in TEXTS}
     files: list[tuple[str, str | None]] = [
         (flag, text[1:]) for flag, text in texts.items() if text and text.startswith("@")
@@ -124,7 +125,9 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
         help="Hugging Face folder" + (" of the model to train" if required else " (default: the model's)"),
     )
     group.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja chat template, if the tokenizer has none, or to replace its own"
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja chat template to use instead of the tokenizer's (required if it has none)",
     )
     group.add_argument(
         "--chat-template-kwargs",
@@ -135,14 +138,16 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
     group.add_argument(
         template_kwargs.DATE_FLAG,
         metavar="YYYY-MM-DD",
-        help="the day that a chat template prints which prints today's (default: that of the unfinished work, of the "
-        "folder, or of the data that is read, else today)",
+        help="date in the prompts of a chat template that prints the date (default: that of the unfinished work, of "
+        "the folder, or of the data that is read, else today)",
     )
     group.add_argument(
-        "--eos-token", metavar="TOKEN", help="token that ends a turn (default: what the chat template writes there)"
+        "--eos-token",
+        metavar="TOKEN",
+        help="token that ends a turn (default: the one that the chat template writes there)",
     )
     if required:  # a model that generates has embeddings only for its tokenizer's tokens
-        group.add_argument("--add-special-tokens", metavar="TOKEN,...", help="new special tokens")
+        group.add_argument("--add-special-tokens", metavar="TOKEN,...", help="special tokens to add to the tokenizer")
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class TokenizerOptions:
 
     @classmethod
     def of(cls, options: argparse.Namespace, folder: str = "") -> TokenizerOptions:
-        """The values of a command line; ``folder`` is the default of --tokenizer."""
+        """Returns the values of a command line; ``folder`` is the default of --tokenizer."""
         return cls(
             options.tokenizer or folder,
             options.chat_template,
@@ -168,7 +173,7 @@ class TokenizerOptions:
             options.chat_template_date,
         )
 
-    def load(self, begun_with: str | None = None, of_data: str | None = None) -> PreTrainedTokenizerBase:
+    def load(self, of_resumed: str | None = None, of_data: str | None = None) -> PreTrainedTokenizerBase:
         """See `chat.load_tokenizer`."""
         from megatron_solopo.data.text.chat import load_tokenizer  # with transformers and torch, which take 3 s
 
@@ -179,14 +184,14 @@ class TokenizerOptions:
             self.chat_template_kwargs,
             self.added_tokens,
             self.chat_template_date,
-            begun_with,
+            of_resumed,
             of_data,
         )
-        give_back_freed_memory()
+        release_freed_memory()
         return tokenizer
 
     def dated(self, tokenizer: PreTrainedTokenizerBase) -> TokenizerOptions:
-        """The same options with the date of ``tokenizer``: another process might load it after midnight."""
+        """Returns the same options with the date of ``tokenizer``: another process might load it after midnight."""
         return dataclasses.replace(self, chat_template_date=template_kwargs.date_of(tokenizer))
 
 
@@ -198,13 +203,13 @@ def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) 
             "--document-template",
             default=prompt.DEFAULT_DOCUMENT_TEMPLATE,
             metavar="TEXT",
-            help="one document, with {number}, {title}, {text} (default: %(default)r)",
+            help="text of a document, with {number}, {title}, {text} (default: %(default)r)",
         )
         group.add_argument(
             "--document-separator",
             default=prompt.DEFAULT_DOCUMENT_SEPARATOR,
             metavar="TEXT",
-            help="between documents (default: %(default)r)",
+            help="text between documents (default: %(default)r)",
         )
     else:
         parser.set_defaults(document_template="{text}", document_separator="")
@@ -218,12 +223,12 @@ def add_prompt_options(parser: argparse.ArgumentParser, documents: bool = True) 
     group.add_argument(
         "--system-prompt",
         metavar="TEXT",
-        help="a system message before it (default: that of the chat template, if it has one)",
+        help="system message before the user message (default: that of the chat template, if it has one)",
     )
 
 
 def prompt_format_of(options: argparse.Namespace) -> PromptFormat:
-    """The prompt format of the options of `add_prompt_options`."""
+    """Returns the prompt format of the options of `add_prompt_options`."""
     return PromptFormat(
         document_template=text_option("--document-template", options.document_template),
         document_separator=text_option("--document-separator", options.document_separator),

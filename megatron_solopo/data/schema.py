@@ -123,7 +123,7 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
 
     Raises:
         UserError: naming ``file:line`` and what is wrong there. One error names all pairs without a preference, for
-            large data sets hold some: nothing is yielded after the first, and the file is read to its end.
+            large data sets contain them: nothing is yielded after the first, and the file is read to its end.
     """
     seen: dict[str, str] = {}
     useless: list[tuple[str, str]] = []
@@ -171,8 +171,8 @@ def _useless_text(useless: list[tuple[str, str]], prefix: str) -> str:
 
 
 def _records(path: str | Path, part: Part | None) -> Iterator[tuple[str, Record]]:
-    """(where, record) of a part of a JSONL or Parquet file, or of all that an input of `inputs.read_records` holds,
-    which may be ``hub:NAME``, a JSON array, CSV or Arrow too."""
+    """Returns (where, record) of a part of a JSONL or Parquet file, or of all that an input of `inputs.read_records`
+    holds, which may be ``hub:NAME``, a JSON array, CSV or Arrow too."""
     return inputs.read_records([path]) if part is None else read_records(path, part)
 
 

@@ -68,7 +68,7 @@ _JUDGEMENTS = frozenset({"yes", "no", "noanswer"})
 
 @_scorer("F1", binary=False)
 def f1(prediction: str, answers: Iterable[str], fold: bool = True) -> float:
-    """The best F1 of words between the prediction and any answer, in [0, 1].
+    """Returns the best F1 of words between the prediction and any answer, in [0, 1].
 
     SQuAD's, and HotpotQA's for yes, no and noanswer: 0 unless prediction and answer are equal (hotpot_evaluate_v1.py).
     """
@@ -88,7 +88,7 @@ NORMALISATIONS = {"unicode": True, "squad": False}
 
 
 def score(name: str, prediction: str, answers: Iterable[str], normalisation: str | None = None) -> float:
-    """A score of `SCORERS` by name; ``normalisation=None`` is its default, and plain sub-EM has no other."""
+    """Returns a score of `SCORERS` by name; ``normalisation=None`` is its default, and plain sub-EM has no other."""
     if normalisation is None or name == "sub_em_plain":
         return SCORERS[name](prediction, answers)
     return SCORERS[name](prediction, answers, NORMALISATIONS[normalisation])
@@ -99,7 +99,7 @@ Scorer = Callable[[str, Sequence[str], str], float]
 
 
 def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
-    """A metric of `SCORERS`, or a user's function named ``module:function``.
+    """Returns a metric of `SCORERS`, or a user's function named ``module:function``.
 
     Args:
         normalisation: a key of `NORMALISATIONS`; None is the metric's default.

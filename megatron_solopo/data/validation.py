@@ -68,7 +68,7 @@ def kind_of(record: Mapping[str, object]) -> str | None:
 
 
 def missing(record: Mapping[str, object], key: str, where: str, otherwise: str | None = None) -> str:
-    """The line that says that a field is missing.
+    """Returns the line that says that a field is missing.
 
     Args:
         otherwise: what to do where the other fields do not say what the record is.
@@ -80,12 +80,12 @@ def missing(record: Mapping[str, object], key: str, where: str, otherwise: str |
 
 
 def wrong_kind(value: object, key: str, where: str, kind: str) -> str:
-    """The line that says that a field is of another kind than it must be."""
+    """Returns the line that says that a field is of another kind than it must be."""
     return f"{where}: the field '{key}' must be {kind}, found {type(value).__name__}"
 
 
 def validated[T](kind: TypeAdapter[T], record: Mapping[str, object], where: str, **otherwise: object) -> T:
-    """The record as its type; a null is an absent field, a field that the type does not know is left out.
+    """Returns the record as its type; a null is an absent field, a field that the type does not know is left out.
 
     Args:
         otherwise: values of absent fields.
@@ -118,7 +118,7 @@ _VALUE, _TYPE, _EMPTY = "wrong_value", "wrong_type", "empty"
 
 
 def _refusal(error: ErrorDetails, record: Mapping[str, object], where: str) -> UserError:
-    """The error that names the place and the field of pydantic's."""
+    """Returns the error that names the place and the field of pydantic's."""
     *outer, last = error["loc"]
     if outer and isinstance(last, str):  # a field of an object inside the record
         where, outer, record = f"{where}, {_path(outer)}", [], error["input"]
@@ -138,7 +138,7 @@ def _path(parts: Sequence[int | str]) -> str:
 
 
 def wrong(text: str) -> PydanticCustomError:
-    """What a validator raises; the message has it behind the name of the field: ``must be above 0``."""
+    """Returns what a validator raises; the message has it behind the name of the field: ``must be above 0``."""
     return PydanticCustomError(_VALUE, "{text}", {"text": text})
 
 
@@ -153,7 +153,7 @@ def empty(text: str) -> PydanticCustomError:
 
 
 def check_messages(value: object, key: str, where: str) -> list[Message]:
-    """A chat as ``{role, content}`` messages with text contents.
+    """Returns a chat as ``{role, content}`` messages with text contents.
 
     ShareGPT's ``{from, value}`` and contents that are lists of ``{"type": "text", "text": ...}`` are read too; the
     texts of a list are joined without anything between them, as chat templates write them. Other fields of a message

@@ -20,7 +20,7 @@ from megatron_solopo.metrics import metric_of
 def accuracy_section(
     output: Path, evaluations: Sequence[Evaluation], looks: dict[str, Look], metric: str, figures: list[Path]
 ) -> list[str]:
-    """The section's parts; what is drawn is added to ``figures``.
+    """Returns the section's parts; what is drawn is added to ``figures``.
 
     Raises:
         UserError: no evaluation has ``metric``.
@@ -59,7 +59,7 @@ def accuracy_section(
 
 
 def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "sub_em") -> str:
-    """A Markdown table, one row a label and one column a context length in ``unit``.
+    """Returns a Markdown table, one row a label and one column a context length in ``unit``.
 
     A cell is ``mean [low, high]``: the 95 % interval of a single evaluation, lowest and highest of several.
     """
@@ -67,7 +67,7 @@ def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "
 
 
 def _by_length(evaluations: Sequence[Evaluation], unit: str, metrics: list[str], cell: str) -> str:
-    """A row a label; a cell holds each metric's point as ``cell`` formats it, "-" where there is none."""
+    """Returns a row a label; a cell holds each metric's point as ``cell`` formats it, "-" where there is none."""
     points = {
         (label, point.x, metric): cell.format(point)
         for label in labels_of(evaluations)
@@ -87,7 +87,7 @@ def _by_length(evaluations: Sequence[Evaluation], unit: str, metrics: list[str],
 
 
 def _questions(results: Sequence[tuple[str, LengthResult]]) -> str:
-    """How many questions were asked, from (label, result) of what is drawn."""
+    """Returns how many questions were asked, from (label, result) of what is drawn."""
     by_label: dict[str, set[int]] = defaultdict(set)
     for label, result in results:
         by_label[label].add(result.count)
@@ -99,7 +99,8 @@ def _questions(results: Sequence[tuple[str, LengthResult]]) -> str:
 
 
 def _spread(seeds: Sequence[int], method: str) -> str:
-    """What the bars of points are, by the number of evaluations in each; ``method``: how intervals were computed."""
+    """Returns what the bars of points are, by the number of evaluations in each; ``method``: how intervals were
+    computed."""
     if max(seeds) == 1:
         return f"Bars and brackets are 95 % intervals over questions{method}"
     over_seeds = "Points are means over seeds, bars and brackets the lowest and highest seed"
@@ -108,15 +109,15 @@ def _spread(seeds: Sequence[int], method: str) -> str:
 
 
 def _method(results: Sequence[tuple[str, LengthResult]], metric: str) -> str:
-    """How the intervals of a metric were computed, in brackets."""
-    # Older files do not say; theirs of 0 / 1 metrics are Wilson's too.
+    """Returns how the intervals of a metric were computed, in brackets."""
+    # Older files do not record it; theirs of 0 / 1 metrics are Wilson's too.
     methods = [result.methods or {"sub_em": "wilson", "em": "wilson"} for _, result in results]
     text = intervals_text({metric: one[metric]} for one in methods if metric in one)
     return f" ({text.partition(': ')[2]})" if text else ""
 
 
 def _cut_answers(results: Sequence[tuple[str, LengthResult]]) -> str:
-    """How many answers of each label were cut, in a sentence; "" where none was."""
+    """Returns how many answers of each label were cut, in a sentence; "" where none was."""
     cut, asked = Counter[str](), Counter[str]()
     for label, result in results:
         if result.cut is not None:
@@ -127,7 +128,7 @@ def _cut_answers(results: Sequence[tuple[str, LengthResult]]) -> str:
 
 
 def _sources(evaluations: Sequence[Evaluation]) -> str:
-    """The table of models and settings."""
+    """Returns the table of models and settings."""
     keys = {"seed": "seed", "max_new_tokens": "new tokens at most", "dtype": "dtype", "device": "device"}
     rows = [
         {
@@ -142,6 +143,6 @@ def _sources(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _shown(name: str) -> str:
-    """A path as seen from the current folder where it lies inside."""
+    """Returns a path as seen from the current folder where it lies inside."""
     path = Path(name)
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else name

@@ -41,14 +41,15 @@ def ask(
     dtype: str = "auto",
     device: str = "auto",
 ) -> list[Answer]:
-    """The answer of every model, one loaded at a time; the document is the only one, written by ``prompt_format``.
+    """Returns the answer of every model, one loaded at a time; the document is the only one, written by
+    ``prompt_format``.
 
     Args:
         tokenizers: of each model.
 
     Raises:
         UserError: a folder cannot be used, or the prompt is longer than a model reaches; both are
-            found before any model is loaded.
+            detected before any model is loaded.
     """
     messages = prompt_format.messages(question, [Paragraph("", document)])
     loaded = [one.load() for one in tokenizers]
@@ -83,9 +84,13 @@ def build_parser() -> Parser:
         description="Ask one question over a document and show the answers of several models side by side.",
     )
     group = parser.add_argument_group("input")
-    group.add_argument("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face folders")
-    group.add_argument("--document", required=True, metavar="FILE", help="a text file; - reads standard input")
-    group.add_argument("--question", required=True, metavar="TEXT", help="what is asked about it")
+    group.add_argument(
+        "--model", nargs="+", required=True, metavar="DIR", help="Hugging Face folders of the models that answer"
+    )
+    group.add_argument(
+        "--document", required=True, metavar="FILE", help="text file with the document; - reads standard input"
+    )
+    group.add_argument("--question", required=True, metavar="TEXT", help="question about the document")
     add_tokenizer_options(parser, required=False)
     add_prompt_options(parser, documents=False)
     add_generation_options(parser.add_argument_group("generation (the most likely token each time)"))

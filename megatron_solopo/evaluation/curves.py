@@ -17,7 +17,7 @@ Panels = Mapping[Metric, tuple[Mapping[str, Sequence[Point]], Mapping[str, Seque
 
 
 def training_section(output: Path, runs: Sequence[Run], looks: dict[str, Look], figures: list[Path]) -> list[str]:
-    """The section's parts; what is drawn is added to ``figures``."""
+    """Returns the section's parts; what is drawn is added to ``figures``."""
     parts = ["## Training"]
     preference = [run for run in runs if any("margin" in record for record in (*run.train, *run.valid))]
     supervised = [run for run in runs if run not in preference]
@@ -61,7 +61,8 @@ def training_section(output: Path, runs: Sequence[Run], looks: dict[str, Look], 
 
 
 def _measured(runs: Sequence[Run]) -> list[Metric]:
-    """What the runs' steps and evaluations measure and a figure draws, with the labels that their losses declared."""
+    """Returns what the runs' steps and evaluations measure and a figure draws, with the labels that their losses
+    declared."""
     more = {name: metric for run in runs for name, metric in run.metrics.items()}
     return of_records([record for run in runs for record in (*run.train, *run.valid)], more)
 
@@ -97,13 +98,13 @@ def _between(numbers: Iterable[int]) -> str:
 
 
 def _numbers(records: Iterable[Mapping[str, object]], name: str) -> np.ndarray:
-    """[records] float64; NaN where a record has no such number or it is not finite."""
+    """Returns [records] float64; NaN where a record has no such number or it is not finite."""
     values = (record.get(name) for record in records)
     return np.array([float(value) if isinstance(value, int | float) and finite(value) else np.nan for value in values])
 
 
 def _mean(values: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
-    """The mean of the values that are not NaN; NaN where there is none."""
+    """Returns the mean of the values that are not NaN; NaN where there is none."""
     weighted = ~np.isnan(values) * weights
     return float(np.nansum(values * weights) / weighted.sum()) if weighted.sum() else np.nan
 
@@ -113,7 +114,7 @@ def _text(form: str, value: float) -> str:
 
 
 def _first_and_last(runs: Sequence[Run]) -> pandas.DataFrame:
-    """The first and last steps of every run, and its first and last evaluation."""
+    """Returns the first and last steps of every run, and its first and last evaluation."""
     metrics = [metric for metric in _measured(runs) if metric.column]
     rows = []
 
@@ -138,7 +139,7 @@ def _first_and_last(runs: Sequence[Run]) -> pandas.DataFrame:
 
 
 def _costs(runs: Sequence[Run]) -> pandas.DataFrame:
-    """What every run took."""
+    """Returns what every run took."""
     means = {"tokens_per_second": "{:,.0f}", "padding_share": "{:.3f}", "seconds": "{:.3g}"}
     rows = []
     for run in runs:

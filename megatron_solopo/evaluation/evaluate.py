@@ -75,7 +75,7 @@ def build_items(
     limit: int | None = None,
     source: str = DEFAULT,
 ) -> tuple[list[Item], Counter[str]]:
-    """The questions that can be asked at every size, with their prompts; the others are counted by reason.
+    """Returns the questions that can be asked at every size, with their prompts; the others are counted by reason.
 
     The context of a larger size holds that of a smaller one, so lengths differ in distractors only.
 
@@ -139,7 +139,7 @@ def score_responses(
     responses: Sequence[Response],
     normalisation: str | None = None,
 ) -> tuple[LengthResult, list[Record]]:
-    """The scores at one length and one record a question for the predictions file.
+    """Returns the scores at one length and one record a question for the predictions file.
 
     Args:
         index: of the length in every item's ``prompts``.
@@ -176,9 +176,9 @@ def score_responses(
 
 
 def table_lines(results: Sequence[LengthResult]) -> list[str]:
-    """The results for a terminal: a mean and its 95 % interval over questions for each metric and length.
+    """Returns the results for a terminal: a mean and its 95 % interval over questions for each metric and length.
 
-    The last lines say how the intervals were computed, and what a cut answer is where there are any.
+    The last lines explain how the intervals were computed, and what a cut answer is where there are any.
     """
     lines = [
         f"{'context':<16}{'questions':>10}{'cut':>8}{'prompt tokens':>15}"
@@ -200,13 +200,13 @@ def table_lines(results: Sequence[LengthResult]) -> list[str]:
 
 
 def predictions_path(output: str | Path) -> Path:
-    """Where the predictions of a results file are: ``results.json`` -> ``results.predictions.jsonl``."""
+    """Returns where the predictions of a results file are: ``results.json`` -> ``results.predictions.jsonl``."""
     path = Path(output)
     return path.parent / f"{path.stem}.predictions.jsonl"
 
 
 def _full(name: str) -> str:
-    """A path that names the same file or folder anywhere ("." does not); a name of the hub as it is."""
+    """Returns a path that names the same file or folder anywhere ("." does not); a name of the hub as it is."""
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
 
@@ -215,7 +215,7 @@ def lengths_option(flag: str, value: str) -> list[int]:
     """``"8,16,32"`` -> ascending lengths.
 
     Raises:
-        UserError: not positive whole numbers separated by commas, or one given twice.
+        UserError: not positive whole numbers separated by commas, or one occurs twice.
     """
     try:
         lengths = [int(part) for part in value.split(",")]
@@ -242,23 +242,26 @@ def build_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="more distractors, JSONL of {title, text}; the paragraphs of all questions are always in the pool",
+        help="further distractors, JSONL of {title, text}; the pool always has the paragraphs of all questions",
     )
     group.add_argument(
         "--limit", type=int, metavar="N", help="ask the first N questions; the pool keeps all of them (default: all)"
     )
     group.add_argument(
-        "--output", required=True, metavar="FILE.json", help="results; the predictions go to FILE.predictions.jsonl"
+        "--output",
+        required=True,
+        metavar="FILE.json",
+        help="file of the results; the predictions go to FILE.predictions.jsonl",
     )
     group = parser.add_argument_group("context lengths")
     lengths = group.add_mutually_exclusive_group(required=True)
     lengths.add_argument(
-        "--context-documents", metavar="N,N,...", help="documents, gold ones included, such as 8,16,32,64"
+        "--context-documents", metavar="N,N,...", help="numbers of documents, gold ones included, such as 8,16,32,64"
     )
     lengths.add_argument(
         "--context-tokens",
         metavar="N,N,...",
-        help="tokens of the whole prompt (98 %% to 100 %% of N), such as 1024,4096,8192",
+        help="lengths of the whole prompt in tokens (98 %% to 100 %% of N), such as 1024,4096,8192",
     )
     add_tokenizer_options(parser, required=False)
     add_prompt_options(parser)
@@ -282,7 +285,7 @@ def build_parser() -> Parser:
         "--seed",
         type=int,
         default=0,
-        help="with a question's id it decides its distractors and their order (default: 0)",
+        help="random seed; with its id it determines a question's distractors and their order (default: 0)",
     )
     return parser
 
@@ -300,22 +303,22 @@ def add_generation_options(group: argparse._ArgumentGroup) -> None:
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="type of the weights; auto is the checkpoint's own on a GPU, float32 on a CPU (default: %(default)s)",
+        help="type of the weights; auto: the checkpoint's on a GPU, float32 on a CPU (default: %(default)s)",
     )
     group.add_argument(
         "--device",
         choices=["auto", "cuda", "cpu"],
         default="auto",
-        help="auto is cuda where there is one (default: %(default)s)",
+        help="device of the model; auto: a GPU if there is one (default: %(default)s)",
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; see ``--help``."""
-    begin, options = time.monotonic(), build_parser().parse_args(argv)
+    start, options = time.monotonic(), build_parser().parse_args(argv)
     evaluate(options)
     written = f"{options.output} and {predictions_path(options.output)}"
-    print(f"wrote {written} in {time.monotonic() - begin:.1f} s")
+    print(f"wrote {written} in {time.monotonic() - start:.1f} s")
     return 0
 
 
@@ -347,7 +350,7 @@ def _evaluate(
 ) -> tuple[dict[str, Record], Record, list[Record]]:
     flag = f"--context-{unit}"
     named = TokenizerOptions.of(options, options.model)
-    tokenizer = named.load(begun_with=jobs.settings.get(template_kwargs.DATE))
+    tokenizer = named.load(of_resumed=jobs.settings.get(template_kwargs.DATE))
     options.chat_template_date = template_kwargs.date_of(tokenizer)  # for the results
     if unit == "tokens":  # known before a minute is spent on building contexts
         for size in sizes:

@@ -24,7 +24,8 @@ class Response:
 
 
 def batches_by_length(lengths: Sequence[int], new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Indices of prompts in batches, longest first, each at most ``batch_tokens`` with its padding and responses.
+    """Returns the indices of prompts in batches, longest first, each at most ``batch_tokens`` with its padding and
+    responses.
 
     Longest first, so that a batch too large for the memory fails at the start and the ETA shrinks.
     """
@@ -50,7 +51,7 @@ def generate(
     generated: Mapping[int, Response] | None = None,
     add: Callable[[dict[int, Response]], None] | None = None,
 ) -> list[Response]:
-    """The greedy response to each prompt, in the order of the prompts.
+    """Returns the greedy response to each prompt, in the order of the prompts.
 
     A response ends at an end-of-turn token (which is not part of the text) or after ``max_new_tokens``.
     Generation settings stored with the checkpoint (sampling, repetition penalty, ...) are not used: what
@@ -69,11 +70,11 @@ def generate(
     """
     check_rows(model, [max(prompt) for prompt in prompts], "--model")
     stops = stop_ids(model, tokenizer)
-    pad = stops[0]  # attended by nothing; a tokenizer's own may have no row in the model
+    pad = stops[0]  # attended by nothing; the tokenizer's pad token may have no row in the model
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     lengths = [len(prompt) for prompt in prompts]
     responses = dict(generated or {})
-    # transformers fills what a config leaves open from the model's own, so that one is put away meanwhile.
+    # transformers fills unset fields from the model's generation config, which is therefore replaced meanwhile.
     kept, model.generation_config = model.generation_config, GenerationConfig()
     before = sum(lengths[index] for index in responses)
     bar = ProgressBar(total=sum(lengths), initial=before, desc=progress, unit=" tokens", unit_scale=True, leave=False)
@@ -88,7 +89,7 @@ def generate(
             for row, index in enumerate(batch):
                 ids[row, longest - lengths[index] :] = torch.tensor(prompts[index], dtype=torch.long)
                 mask[row, longest - lengths[index] :] = 1
-            out = cast(Any, model).generate(  # a GenerationMixin too, which its class does not say
+            out = cast(Any, model).generate(  # a GenerationMixin too, which its type does not show
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,

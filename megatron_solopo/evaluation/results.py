@@ -67,7 +67,8 @@ def mean_interval(metric: str, values: Sequence[float]) -> tuple[tuple[float, fl
 
 
 def intervals_text(methods: Iterable[dict[str, str]]) -> str:
-    """How the intervals of several results were computed, each by metric: "sub-EM, EM: Wilson score interval; ..."."""
+    """Returns how the intervals of several results were computed, each by metric: "sub-EM, EM: Wilson score interval;
+    ..."."""
     of_metric: dict[str, dict[str, None]] = {}
     for one in methods:
         for metric, method in one.items():
@@ -83,7 +84,7 @@ NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out")
 
 
 def length_label(length: int, unit: str) -> str:
-    """The key of a context length in an evaluation file: ``8 documents``, ``4096 tokens``."""
+    """Returns the key of a context length in an evaluation file: ``8 documents``, ``4096 tokens``."""
     return f"{length} {unit}"
 
 
@@ -115,7 +116,7 @@ class LengthResult:
         return length_label(self.length, self.unit)
 
     def record(self) -> Record:
-        """What an evaluation file holds of it; `read_evaluation` reads it."""
+        """Returns what an evaluation file holds of it; `read_evaluation` reads it."""
         return {
             **self.means,
             "count": self.count,
@@ -139,7 +140,7 @@ class Evaluation:
 
     @property
     def shared(self) -> Record:
-        """What evaluations that are averaged have in common, unless LABEL= says that they are seeds."""
+        """The settings that averaged evaluations share, unless LABEL= declares them as seeds."""
         settings = {name: value for name, value in self.settings.items() if name not in NOT_SHARED}
         data = [Path(name).resolve() for name in self.data.split(", ")]
         return {"model": Path(self.model).resolve(), "data": data, **settings}
@@ -174,7 +175,7 @@ class Run:
 
     @property
     def shared(self) -> Record:
-        """What runs that are averaged have in common, unless LABEL= says that they are seeds."""
+        """The settings that averaged runs share, unless LABEL= declares them as seeds."""
         return {"folder": self.folder.resolve()}
 
 
@@ -204,7 +205,8 @@ def labelled(argument: str, fallback: str) -> tuple[str, Path]:
 
 
 def folder_names(folders: Sequence[str | Path]) -> list[str]:
-    """The shortest path ends that distinguish the folders: ``runs/a/hf``, ``runs/b/hf`` -> ``a/hf``, ``b/hf``."""
+    """Returns the shortest path ends that distinguish the folders: ``runs/a/hf``, ``runs/b/hf`` -> ``a/hf``,
+    ``b/hf``."""
     parts = [Path(folder).resolve().parts for folder in folders]
     names = []
     for path in parts:
@@ -216,7 +218,7 @@ def folder_names(folders: Sequence[str | Path]) -> list[str]:
 
 
 def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
-    """Reads several as `read_evaluation` does; where LABEL is not given, differing models have differing labels.
+    """Reads several evaluations, see `read_evaluation`; without LABEL, differing models get differing labels.
 
     Raises:
         UserError: as `read_evaluation`, or evaluations would be averaged that are no seeds of one thing.
@@ -226,12 +228,12 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
 
 
 def read_runs(arguments: Sequence[str], required: bool = True) -> list[Run]:
-    """Reads several as `read_run` does; where LABEL is not given, differing folders have differing labels.
+    """Reads several runs, see `read_run`; without LABEL, differing folders get differing labels.
 
     A run without a step is left out with a warning.
 
     Raises:
-        NoSteps: no run has a step, where some are ``required``.
+        NoSteps: no run has a step, and ``required`` is set.
         UserError: as `read_run`, or the name of one folder is the LABEL of another.
     """
     read, runs, empty = [], [], []
@@ -251,7 +253,7 @@ def read_runs(arguments: Sequence[str], required: bool = True) -> list[Run]:
 def _with_distinct_labels[Item: (Evaluation, Run)](
     arguments: Sequence[str], items: Sequence[Item], folders: Sequence[str | Path]
 ) -> list[Item]:
-    """The items, with the names of their folders as labels where the arguments give none."""
+    """Returns the items; an argument without LABEL gets the name of its folder as label."""
     unnamed = [index for index, argument in enumerate(arguments) if not labelled(argument, "")[0]]
     names = dict(zip(unnamed, folder_names([folders[index] for index in unnamed]), strict=True))
     items = [replace(item, label=names.get(index, item.label)) for index, item in enumerate(items)]
@@ -269,7 +271,7 @@ def _with_distinct_labels[Item: (Evaluation, Run)](
 
 
 def read_evaluation(argument: str) -> Evaluation:
-    """Reads an evaluation's JSON file, given as ``PATH`` or ``LABEL=PATH``; LABEL defaults to the model folder's name.
+    """Reads an evaluation's JSON file, ``PATH`` or ``LABEL=PATH``; LABEL defaults to the model folder's name.
 
     Raises:
         UserError: the file is missing or is not an evaluation.
@@ -345,12 +347,12 @@ _LINE = TypeAdapter(_Line)
 
 
 def metrics_file(folder: Path) -> Path:
-    """The metrics file of a run folder."""
+    """Returns the metrics file of a run folder."""
     return folder / "metrics.jsonl"
 
 
 def read_run(argument: str) -> Run:
-    """Reads the metrics of a run folder, given as ``DIR`` or ``LABEL=DIR``; the label defaults to the folder's name.
+    """Reads the metrics of a run folder, ``DIR`` or ``LABEL=DIR``; the label defaults to the folder's name.
 
     A last line that a killed run left unfinished is skipped with a note.
 
@@ -398,12 +400,12 @@ def _declared(folder: Path) -> dict[str, Metric]:
 
 
 def labels_of(*groups: Iterable[Evaluation | Run]) -> list[str]:
-    """Every label once, in the order given."""
+    """Returns every label once, in the order of the arguments."""
     return list(dict.fromkeys(item.label for group in groups for item in group))
 
 
 def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str, metric: str) -> list[Point]:
-    """The scores of one label by context length, shortest first, averaged over its evaluations."""
+    """Returns the scores of one label by context length, shortest first, averaged over its evaluations."""
     import pandas  # of the extra "report"
 
     results = [one for evaluation in evaluations if evaluation.label == label for one in evaluation.results]
@@ -418,7 +420,7 @@ def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str,
 
 
 def curve(runs: Iterable[Run], label: str, metric: str, split: str = "train") -> list[Point]:
-    """A metric of one label by step, averaged over its runs at the steps that all of them have."""
+    """Returns a metric of one label by step, averaged over its runs at the steps that all of them have."""
     import pandas  # of the extra "report"
 
     rows = [
@@ -433,7 +435,7 @@ def curve(runs: Iterable[Run], label: str, metric: str, split: str = "train") ->
 
 
 def _points(frame: pandas.DataFrame) -> list[Point]:
-    """The mean, the lowest and the highest ``value`` of a DataFrame for each ``x``, ascending."""
+    """Returns the mean, the lowest and the highest ``value`` of a DataFrame for each ``x``, ascending."""
     spread = frame.groupby("x")["value"].agg(["mean", "min", "max", "count"])
     return [
         Point(x, float(mean), float(low), float(high), int(count)) for x, mean, low, high, count in spread.itertuples()

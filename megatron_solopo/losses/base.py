@@ -52,7 +52,7 @@ class Responses:
             ValueError: there are no reference log-probs.
         """
         if self.compared is None:
-            raise ValueError("the loss needs reference log-probs; its class must say needs_reference = True")
+            raise ValueError("the loss needs reference log-probs; its class must set needs_reference = True")
         return self.compared
 
     def __getitem__(self, indices: Tensor) -> Responses:

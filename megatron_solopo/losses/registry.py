@@ -23,7 +23,7 @@ COMMON = tuple(field.name for field in dataclasses.fields(PreferenceLoss))
 """The options that every loss has."""
 
 READABLE = frozenset({"label_smoothing", "sft_weight", "sft_normalization"})
-"""The common options that only some losses read, see `PreferenceLoss.reads`."""
+"""The common options that a loss reads only if it declares them, see `PreferenceLoss.reads`."""
 
 LOSSES: dict[str, type[PreferenceLoss]] = {}
 """Value of --preference-loss -> its class, sorted by name; a user's loss is added once it is loaded."""
@@ -48,7 +48,7 @@ def _read_folder() -> None:
 _read_folder()
 
 
-def own_options(kind: type[PreferenceLoss]) -> tuple[dataclasses.Field, ...]:
+def declared_options(kind: type[PreferenceLoss]) -> tuple[dataclasses.Field, ...]:
     """Returns the options of one loss alone."""
     return tuple(field for field in dataclasses.fields(kind) if field.name not in COMMON)
 
@@ -118,14 +118,14 @@ def _check(kind: object, name: str) -> None:
     declared = {key for key, value in vars(kind).items() if isinstance(value, dataclasses.Field)}
     if declared or "__dataclass_fields__" not in vars(kind):
         raise ValueError(f"{name} is no dataclass; write @dataclass(frozen=True) above the class")
-    for field in own_options(kind):
+    for field in declared_options(kind):
         if "help" not in field.metadata:
             raise ValueError(f"{name}: its field {field.name} is no option; declare it as option(default, help)")
     try:
         kinds = typing.get_type_hints(kind)
     except NameError as error:
         raise ValueError(f"{name}: the type of an option is unknown ({error})") from None
-    for field in own_options(kind):
+    for field in declared_options(kind):
         if kinds[field.name] not in (bool, int, float, str):
             raise ValueError(f"{name}: its option {field.name} must be of type bool, int, float or str")
     if unknown := [*(kind.reads - READABLE), *(kind.defaults.keys() - {"beta", "alignment_weight"})]:
@@ -153,7 +153,7 @@ def reads(option: str) -> Callable[[type[PreferenceLoss]], bool]:
 
 def has(option: str) -> Callable[[type[PreferenceLoss]], bool]:
     """Returns the condition that an option is one of the loss alone."""
-    return lambda kind: any(spec.name == option for spec in own_options(kind))
+    return lambda kind: any(spec.name == option for spec in declared_options(kind))
 
 
 def aligns_with_reference(kind: type[PreferenceLoss]) -> bool:

@@ -68,11 +68,14 @@ def build_parser() -> Parser:
     _add_checkpoint(to_hf, required=True)
     to_hf.add_argument("--save-hf", required=True, metavar="FOLDER", help="the new Hugging Face folder")
     to_hf.add_argument(
-        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a file (default: %(default)s)"
+        "--max-shard-size",
+        default=MAX_SHARD_SIZE,
+        metavar="SIZE",
+        help="largest size of a weights file (default: %(default)s)",
     )
 
     for command in (to_megatron, to_hf):
-        command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
+        command.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: unchanged)")
         command.add_argument("--overwrite", action="store_true", help="overwrite an existing folder")
 
     verify = _command(
@@ -82,8 +85,12 @@ def build_parser() -> Parser:
         without=STAGES,
     )
     _add_checkpoint(verify, required=False)
-    verify.add_argument("--prompts", metavar="FILE", help="a text a line (default: three built-in ones)")
-    verify.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of both models (default: %(default)s)")
+    verify.add_argument(
+        "--prompts", metavar="FILE", help="text file with one prompt a line (default: three built-in prompts)"
+    )
+    verify.add_argument(
+        "--dtype", choices=DTYPES[:2], default="float32", help="type of both models' weights (default: %(default)s)"
+    )
     verify.add_argument(
         "--bound",
         type=float,
@@ -101,12 +108,14 @@ def _command(
     commands: argparse._SubParsersAction[Parser], name: str, text: str, without: tuple[str, ...] = ()
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where (default: auto)")
+    command.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="device to compute on (default: auto)"
+    )
     command.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
         metavar="N",
-        help="as in training; default: the run's, else 128",
+        help="the vocabulary is padded to a multiple of N, as in training; default: the run's, else 128",
     )
     command.set_defaults(**{option: OWNER[option][1].default for option in without})
     for option in (option for option in LAYOUT if option not in without):
@@ -120,12 +129,12 @@ def _command(
 
 def _add_checkpoint(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--load", required=required, metavar="FOLDER", help="run folder, or Megatron folder")
-    command.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
+    command.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the latest)")
     command.add_argument(
         "--hf-path",
         required=not required,
         metavar="FOLDER",
-        help="whose config and tokenizer these weights have (default: what the run started from)"
+        help="Hugging Face folder with config and tokenizer of these weights (default: that of the run's start)"
         if required
         else "Hugging Face folder that transformers loads; alone, it is converted in memory and compared with itself",
     )

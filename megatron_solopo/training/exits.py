@@ -25,7 +25,7 @@ _STOP = "solopo/stop"
 
 STOPPED_FILE = "SOLOPO_STOPPED_FILE"
 """Environment variable of examples/launch with the name of a file of each node: empty, or why the run stopped before
-its last step. An exit status cannot say it: torchrun takes any but 0 for a failure and restarts the processes."""
+its last step. An exit status cannot carry it: torchrun treats any but 0 as a failure and restarts the processes."""
 
 
 def report_to_launcher(why: str) -> None:
@@ -50,7 +50,7 @@ def note_sudden_death(save: str, timeout_minutes: float) -> Iterator[None]:
     text = (
         f"rank {os.environ.get('RANK', '0')} was killed by a signal: SIGABRT (-6) from NCCL's watchdog, when another "
         "process is gone or did not come to a collective within --distributed-timeout-minutes "
-        f"{timeout_minutes:g} (its own message, above, begins with [rank); SIGKILL (-9) where memory ran out. "
+        f"{timeout_minutes:g} (NCCL's message, above, starts with [rank); SIGKILL (-9) where memory ran out. "
         f"The same command with --auto-resume resumes from the last checkpoint in {save}"
     )
     with contextlib.suppress(OSError):  # a note that cannot be written must not end the run
@@ -81,7 +81,7 @@ class StopRequests:
     def agreed(self, device: torch.device) -> str | None:
         """Returns why all ranks stop after this step, or None; collective.
 
-        A signal reaches processes at different steps, and some not at all, so they exchange their requests.
+        A signal reaches processes at different steps, or only part of them, so they exchange their requests.
         """
         if not self._active:
             return None

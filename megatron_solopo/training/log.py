@@ -165,7 +165,7 @@ class RunLog:
             self._ends.append(now - values.get("seconds", 0.0))
         self._ends.append(now)
         if self._bar is not None:
-            # The bar has its own pace and remaining time.
+            # The bar shows pace and remaining time itself.
             self._bar.set_postfix_str(_summary({**values, "seconds": None}), refresh=False)
             self._bar.update(1)
         elif number % self._interval == 0 or number in (self._first_step + 1, self._steps):

@@ -183,7 +183,7 @@ def no_transfer(method: MethodConfig) -> str | None:
         return None
     return (
         f"--preference-loss {method.preference_loss} with --alignment-reference per_context (the default): "
-        "docs/method.md found no transfer to the long context with it (measured for dpo at toy size); "
+        "measured for dpo at toy size, it transferred nothing to the long context (docs/method.md); "
         "--alignment-reference short transferred"
     )
 

@@ -47,7 +47,7 @@ NOT_OF_LOSSES = frozenset(
 class LossInputs:
     """The inputs of a pack's loss besides its segment sums, on the device; see `solopo_loss`.
 
-    They are made on the host before the step: computing the indices on the device would synchronize in every pack.
+    They are computed on the host before the step: computing the indices on the device would synchronize in every pack.
 
     Attributes:
         compared: [N] float64 log-probs of the reference, or None.
@@ -93,7 +93,7 @@ class StepInputs:
 def step_inputs(
     packs: Sequence[Pack], reference: ReferenceLogProbs | None, method: MethodConfig, device: torch.device
 ) -> StepInputs:
-    """What `run_parts` reads beside the packs; see `loss_inputs`."""
+    """Returns what `run_parts` reads beside the packs; see `loss_inputs`."""
     each = [loss_inputs(pack, reference, method, device) for pack in packs]
     reads_length = needs_mean_chosen_length(method)
     length = sum(_chosen_length(pack.scored, pair_context(method)) for pack in packs) if reads_length else 0.0
@@ -116,22 +116,22 @@ def group_losses(
 
 
 def mean_chosen_length(inputs: StepInputs, total_groups: int, device: torch.device) -> Tensor:
-    """[] float64, the mean over all groups of the step of their chosen responses' mean length, in tokens, on the
-    preference loss's context; collective."""
+    """Returns [] float64, the mean over all groups of the step of their chosen responses' mean length, in tokens, on
+    the preference loss's context; collective."""
     tokens = torch.tensor(inputs.chosen_length, dtype=torch.float64, device=device)
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
     return tokens / total_groups
 
 
 def _chosen_length(segments: Segments, context: Context) -> float:
-    """The chosen responses' mean length of each group, added over the groups."""
+    """Returns the chosen responses' mean length of each group, added over the groups."""
     chosen = (segments.contexts == context) & (segments.sides == Side.CHOSEN)
     groups = segments.groups[chosen]
     return float((segments.lengths[chosen].double() / groups.bincount()[groups]).sum())
 
 
 def mean_chosen_length_of(dataset: TokenDataset, method: MethodConfig, device: torch.device) -> Tensor | None:
-    """The same over all groups of a data set; None where no loss reads it."""
+    """Returns the same over all groups of a data set; None where no loss reads it."""
     if not needs_mean_chosen_length(method):
         return None
     tokens = 0.0
@@ -148,7 +148,7 @@ def metric_names(method: MethodConfig) -> tuple[str, ...]:
 
 
 def check_loss(method: MethodConfig) -> None:
-    """Tries the loss on two made-up groups, and on a pack without groups, which a step may have.
+    """Tries the loss on two generated groups, and on a pack without groups, which a step may have.
 
     Raises:
         UserError: a user's loss raises an error, does not return one value for each pair or response, or has a metric
@@ -178,7 +178,7 @@ def check_loss(method: MethodConfig) -> None:
 
 
 def _trial(method: MethodConfig, groups: int) -> GroupLosses:
-    """Computes the loss of made-up groups."""
+    """Computes the loss of generated groups."""
     scored = sorted(policy_scores(method))
     segments = Segments.of([(group, *each, 0, 2 + group) for group in range(groups) for each in scored], groups)
     sums = torch.full((len(segments),), -1.0, requires_grad=True)

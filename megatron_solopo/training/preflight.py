@@ -40,11 +40,11 @@ from megatron_solopo.training.reference import shared, starting_weights
 
 @dataclass(frozen=True)
 class RunData:
-    """Tokenised examples of a run, and how its chats were written.
+    """Tokenized examples of a run, and how its chats were written.
 
     Attributes:
         reference: split -> the same examples with what the reference model scores; nothing without a reference.
-        chat_template: the text of --chat-template, if given; at the end of a run the file may be gone.
+        chat_template: the text of --chat-template, if set; at the end of a run the file may be gone.
         end_of_turn: the id that ends a turn.
     """
 
@@ -125,7 +125,7 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
 
 
 def _start(config: Config) -> tuple[Path | None, resume.Progress]:
-    """The checkpoint that is resumed, and its `progress`."""
+    """Returns the checkpoint that is resumed, and its `progress`."""
     source = resume.find_start(config)
     return source, {} if source is None else resume.read_progress(source)
 
@@ -152,7 +152,7 @@ def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:
 
 
 def check_model(config: Config, device: str) -> PretrainedConfig:
-    """The Hugging Face config, after what can be refused without reading weights or data.
+    """Returns the Hugging Face config, after what can be refused without reading weights or data.
 
     Args:
         device: ``cuda`` or ``cpu``.
@@ -175,7 +175,7 @@ def check_model(config: Config, device: str) -> PretrainedConfig:
 
 
 def read_model(config: Config) -> PretrainedConfig:
-    """The Hugging Face config of a run.
+    """Returns the Hugging Face config of a run.
 
     Raises:
         UserError: see `model_config` and `family_of`.
@@ -214,7 +214,7 @@ def load_data(config: Config) -> RunData:
     """Training and validation data, opened by mmap. Collective, where there are processes.
 
     Raises:
-        UserError: see `_store_of` and `open_tokens`; the examples of some process are not those of rank 0.
+        UserError: see `_store_of` and `open_tokens`; a process has other examples than rank 0.
     """
     tokenizer = dated_tokenizer(config)
     wanted, data = all_scores(config.method), config.data
@@ -239,10 +239,10 @@ def load_data(config: Config) -> RunData:
 
 
 def _store_of(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The token store of some data: what is given, or of a data file one in the cache, made now where it is not there.
+    """Returns the token store of a data option: the path itself if it is one, else that of the file in the cache.
 
-    Rank 0 makes it, while the others wait. The first process of each other machine looks for it, and makes the same of
-    its own file where its disk does not have it.
+    Where the cache has none, rank 0 writes it while the others wait. The first process of each other machine writes
+    the same from the file on its disk, if its cache does not have it either.
 
     Raises:
         UserError: see `cached_store`.
@@ -254,19 +254,19 @@ def _store_of(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> 
     if data.overlong == "cut":  # which depends on what is scored; else one store serves every method and length
         job = replace(job, seq_length=data.seq_length, overlong="cut", scored=all_scores(config.method))
     workers = len(os.sched_getaffinity(0))
-    made, settings = shared(lambda: cached_store(job, tokenizer, cache, workers), f"tokenizing {path}")
-    folder = cache / made.name
+    store, settings = shared(lambda: cached_store(job, tokenizer, cache, workers), f"tokenizing {path}")
+    folder = cache / store.name
 
-    def own() -> None:
+    def write_on_this_node() -> None:
         if first_of_node() and not is_complete(folder, settings):
             cached_store(job, tokenizer, cache, workers, settings)
 
-    agreed(own, f"tokenizing {path}")
+    agreed(write_on_this_node, f"tokenizing {path}")
     return folder
 
 
 def run_schedule(config: Config, data: RunData) -> Schedule:
-    """Which examples each step of the run trains on."""
+    """Returns which examples each step of the run trains on."""
     training = config.training
     return make_schedule(
         len(data.train.groups),
@@ -279,7 +279,7 @@ def run_schedule(config: Config, data: RunData) -> Schedule:
 
 
 def tokenizer_options(options: ModelConfig) -> TokenizerOptions:
-    """What a run's tokenizer is loaded from."""
+    """Returns what a run's tokenizer is loaded from."""
     return TokenizerOptions(
         options.hf_path,
         options.chat_template,
@@ -291,43 +291,45 @@ def tokenizer_options(options: ModelConfig) -> TokenizerOptions:
 
 
 def load_run_tokenizer(
-    options: ModelConfig, begun_with: str | None = None, of_data: str | None = None
+    options: ModelConfig, of_resumed: str | None = None, of_data: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run.
+    """Loads the tokenizer of a run.
 
     Args:
-        begun_with, of_data: dates, see `template_kwargs.apply`.
+        of_resumed, of_data: dates, see `template_kwargs.apply`.
 
     Raises:
         UserError: see `load_tokenizer`.
     """
-    return tokenizer_options(options).load(begun_with, of_data)
+    return tokenizer_options(options).load(of_resumed, of_data)
 
 
 def dated_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run, whose date is put into the config where its template prints one. Collective, where there
-    are processes: midnight may come between two of them.
+    """Loads the tokenizer of a run, and writes its date into the config where its template prints one.
+
+    Collective, where there are several processes: midnight may come between two of them.
 
     Raises:
         UserError: see `load_tokenizer`.
     """
-    begun_with, of_data = shared(lambda: _dates(config), "data")
-    tokenizer = agreed(lambda: load_run_tokenizer(config.model, begun_with, of_data), "tokenizer")
+    of_resumed, of_data = shared(lambda: _dates(config), "data")
+    tokenizer = agreed(lambda: load_run_tokenizer(config.model, of_resumed, of_data), "tokenizer")
     config.model.chat_template_date = template_kwargs.date_of(tokenizer)
     return tokenizer
 
 
 def _dates(config: Config) -> tuple[str | None, str]:
-    """Those that the run was begun with, and that its data have."""
+    """Returns the date of the run that is resumed, and that of its data, else today's."""
     data, output, today = config.data.train_data, config.output, template_kwargs.today()
-    begun_with = _date_of_run(output.load or output.save)
+    of_resumed = _date_of_run(output.load or output.save)
     if is_store(data):
-        return begun_with or read_manifest(Path(data))["text"].get(template_kwargs.DATE), today
-    return begun_with, first_field(data, template_kwargs.DATE) or today
+        return of_resumed or read_manifest(Path(data))["text"].get(template_kwargs.DATE), today
+    return of_resumed, first_field(data, template_kwargs.DATE) or today
 
 
 def _date_of_run(folder: str) -> str | None:
-    """What the config.yaml of a run folder has; one that cannot be read has none, for a killed start may leave it."""
+    """Returns what the config.yaml of a run folder has; one that cannot be read has none, for a killed start may leave
+    it."""
     try:
         document = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
         return template_kwargs.recorded_date(document["model"].get(template_kwargs.DATE))
@@ -336,7 +338,7 @@ def _date_of_run(folder: str) -> str | None:
 
 
 def chosen_template(options: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text of a run's --chat-template, if given."""
+    """Returns the text of a run's --chat-template, if set."""
     if options.chat_template is None:
         return None
     assert isinstance(tokenizer.chat_template, str)  # of a file there is one
@@ -344,6 +346,6 @@ def chosen_template(options: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a turn."""
+    """Returns the id that ends a turn."""
     assert isinstance(tokenizer.eos_token_id, int)  # `load_tokenizer` refuses others
     return tokenizer.eos_token_id

@@ -264,7 +264,7 @@ def _write(path: Path, table: Tensor, done: Tensor) -> str | None:
     tensors = {"log_probs": table.contiguous(), "done": done.contiguous()}
     try:
         with new_file(path, "wb", shared=True) as file:  # several runs share a cache
-            # Not `save_file`: its files have mode 0600 whatever the umask, so other users' runs could not read them.
+            # Not `save_file`: its files have mode 0600 for any umask, so other users' runs could not read them.
             file.write(serialize(tensors, metadata={"sha256": _checksum(tensors)}))
     except OSError as error:
         return f"{path} cannot be written ({system_reason(error)})"

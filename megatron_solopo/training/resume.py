@@ -93,7 +93,7 @@ def identity() -> frozenset[str]:
 
 
 def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
-    """Refuses a run folder that some rank does not share with rank 0, because all ranks write into one checkpoint;
+    """Refuses a run folder that a rank does not share with rank 0, because all ranks write into one checkpoint;
     collective, where there are processes.
 
     Args:
@@ -107,9 +107,9 @@ def check_shared_folder(folder: Path, patience: float = 5.0) -> None:
     probe, added = shared(lambda: _probe(folder), "folders")
 
     def look() -> None:
-        begin = time.monotonic()
+        start = time.monotonic()
         while probe and not (folder / probe).exists():
-            if time.monotonic() - begin > patience:
+            if time.monotonic() - start > patience:
                 raise UserError(
                     "folder-not-shared",
                     f"--save {folder}: is not rank 0's folder there, and all ranks write into one checkpoint; use a "
@@ -168,14 +168,14 @@ def check_folders(config: Config) -> None:
     save, load = Path(output.save), output.load
     if save.exists() and not save.is_dir():
         raise UserError("not-a-folder", f"--save {save}: is not a folder; choose another name")
-    begun = latest_iteration(save) is not None
-    if load is None and begun and not output.auto_resume:
+    has_checkpoint = latest_iteration(save) is not None
+    if load is None and has_checkpoint and not output.auto_resume:
         raise UserError(
             "run-exists",
             f"--save {save}: holds checkpoints of an earlier run; resume it with --load {save} or --auto-resume, "
             "or choose another folder",
         )
-    if load is not None and not _same_folder(load, save) and begun:
+    if load is not None and not _same_folder(load, save) and has_checkpoint:
         raise UserError(
             "run-exists",
             f"--save {save}: holds checkpoints of another run than --load {load}; "
@@ -191,7 +191,7 @@ def check_folders(config: Config) -> None:
         if needs_reference(config.method):
             others[flag("reference_cache")] = cache_folder(config)
         check_apart(flag("save_hf"), target, others, run=save)
-        if not (output.auto_resume and begun):
+        if not (output.auto_resume and has_checkpoint):
             # With --auto-resume the run may have exported, and been killed before its first checkpoint.
             resumes = output.auto_resume or (load is not None and _same_folder(load, save))
             check_target(flag("save_hf"), target, output.overwrite, filling=resumes and output.save_hf_interval > 0)
@@ -243,8 +243,8 @@ def export_folder(config: Config) -> Path:
 
 
 def begin_export(config: Config, steps: int) -> None:
-    """Records in the run folder that --save-hf is about to be this run's model, so that a start after a kill can tell
-    it from an older model there.
+    """Records in the run folder that --save-hf is about to be this run's model, so that a start after a kill can
+    distinguish it from an older model there.
 
     Raises:
         UserError: --save-hf holds another run's model.

@@ -149,7 +149,7 @@ def run_packs(
         data_iterator=[iter(packs) for _ in engine.chunks],  # every chunk computes every pack
         model=list[torch.nn.Module](engine.chunks),
         num_microbatches=len(packs),
-        seq_length=1,  # packs carry their own lengths
+        seq_length=1,  # the lengths are in the packs
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -326,7 +326,7 @@ def train_step(
     Raises:
         Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are unchanged.
     """
-    begin = time.perf_counter()
+    start = time.perf_counter()
     current = work.take(step)
     engine.zero_gradients()
     optimizer.zero_grad()
@@ -348,7 +348,7 @@ def train_step(
         skipped = problem.message
         return {"step": step + 1, "split": "train", "skipped": skipped, "loss": None, "groups": sums.groups}, agreed
     update(optimizer, grad_norm)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     clip = config.training.clip_grad
     line = {
         "step": step + 1,

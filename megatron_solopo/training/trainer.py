@@ -77,7 +77,7 @@ class Trainer:
         self.log = RunLog(config.output, self.schedule.steps, plan.resumed, first, effective(config))
         self._announce()
         if plan.source is None:
-            self._begin_run_folder()
+            self._start_run_folder()
 
     def train(self) -> None:
         """Runs the training.
@@ -157,7 +157,7 @@ class Trainer:
             self.plan.resumed if in_this_folder else 0,
             self.plan.progress,
         )
-        # A model may have some at the start, in rows that no token uses.
+        # A model may have such rows at the start, which no token uses.
         self.not_finite_at_start = engines.weights_not_finite(self.engine)
         self.watch = Watch(training.spike_factor)
         # On every rank, because too many skipped steps end the run; only rank 0 has the log.
@@ -174,7 +174,7 @@ class Trainer:
         rates = (training.lr, training.min_lr) if training.override_opt_param_scheduler else None
         load_checkpoint(source, self.engine, self.optimizer, self.scheduler, rates)
         # Not before: a checkpoint that cannot be loaded must not remove the metrics after it.
-        self._begin_run_folder()
+        self._start_run_folder()
         self.log.message(f"resuming after step {plan.resumed} of {self.schedule.steps} from {source}")
         if changed := resume.new_schedule(plan.before, plan.progress, self.config):
             self.log.message(changed)
@@ -267,7 +267,7 @@ class Trainer:
         """Refuses to save weights that a run could not resume from.
 
         Raises:
-            Diverged: weights that were finite when this start began are not any more.
+            Diverged: weights that were finite at the start of this process are not any more.
         """
         if engines.weights_not_finite(self.engine) > self.not_finite_at_start:
             raise Diverged(
@@ -279,10 +279,10 @@ class Trainer:
     def _timed[T](self, split: str, save: Callable[[], T]) -> T:
         """Runs a save and logs its time and memory."""
         self.work.settle()  # a save may fork
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with self.memory.apart(split):
             result = save()
-        seconds, memory = round(time.perf_counter() - begin, 4), round(self.memory.of(split), 3)
+        seconds, memory = round(time.perf_counter() - start, 4), round(self.memory.of(split), 3)
         self.log.step({"step": self.done, "split": split, "seconds": seconds, "memory_gib": memory})
         return result
 
@@ -307,7 +307,7 @@ class Trainer:
         if note := no_transfer(self.config.method):
             self.log.message(f"note: {note}")
 
-    def _begin_run_folder(self) -> None:
+    def _start_run_folder(self) -> None:
         """Opens the log and writes the files of this start to the run folder."""
         self.log.begin()
         if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers built on a machine without a GPU; run by test_te_layers.py in a process of its own.
+"""Transformer Engine's layers built on a machine without a GPU; run by test_te_layers.py in a separate process.
 
 Its kernels need CUDA, but its modules hold their parameters on any device. Here they are built on the CPU
 (Transformer Engine sees a pretended CUDA device), which shows names, shapes, cuts, checkpoints and what attention is
@@ -50,7 +50,7 @@ MODELS = {
 
 
 MARKS = {"tensor_model_parallel": False, "partition_dim": -1, "allreduce": True, "sequence_parallel": False}
-"""What megatron-core reads of a parameter, and what it takes where nothing is said."""
+"""What megatron-core reads of a parameter, and its default where nothing is set."""
 
 
 def options() -> Config:
@@ -151,13 +151,13 @@ def compare_checkpoints(here: Any, folder: Path, work: Path, first: str, then: s
 def second_moments(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     """Adam's, by the parameter's portable name."""
     names = {id(parameter): name for name, parameter in named.items()}
-    found = {}
+    moments = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for parameter in itertools.chain(*part.model_float16_groups):
             group, order = part.model_param_group_index_map[parameter]
             main = part.optimizer.param_groups[group]["params"][order]
-            found[names[id(parameter)]] = part.optimizer.state[main]["exp_avg_sq"]
-    return found
+            moments[names[id(parameter)]] = part.optimizer.state[main]["exp_avg_sq"]
+    return moments
 
 
 def packed_kernel(self: Any, query: Any, key: Any, value: Any, attention_mask: None, **options: Any) -> torch.Tensor:
@@ -208,15 +208,15 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
         size = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
         shapes = ((pack.tokens.numel(), heads, size) for heads in (4, 2, 2))
         inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-        found = []
+        results = []
         with mock.patch.object(te.DotProductAttention, "forward", packed_kernel):
             for module, layout in ((attention, sequence_layout), (portable, block_layout)):
                 packed = pack_layout(layout(pack.pieces), pack.positions, frequencies, torch.float64)
                 out = module(*inputs, None, packed_seq_params=packed)
                 weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).cos()
-                found.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
+                results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
         worst[f"shared {share}, multiple of {pack_multiple}"] = max(
-            (a - b).abs().max().item() for a, b in zip(*found, strict=True)
+            (a - b).abs().max().item() for a, b in zip(*results, strict=True)
         )
     return worst
 
@@ -249,18 +249,18 @@ def recipes() -> dict[str, list[str]]:
     from megatron_solopo.config import FP8_MULTIPLES
     from megatron_solopo.model.build import transformer_config
 
-    made = {}
+    recipes = {}
     for recipe, format_ in itertools.product(FP8_MULTIPLES, ("e4m3", "hybrid")):
         config = Config()
         config.model.bf16, config.model.transformer_impl = True, "transformer_engine"
         config.model.fp8_format, config.model.fp8_recipe = format_, recipe
         settings = transformer_config(MODELS["llama"], config, torch.bfloat16)
         try:
-            found = get_fp8_recipe(settings)
-            made[f"{recipe} {format_}"] = [type(found).__name__, found.fp8_format.name]
+            recipe_of_engine = get_fp8_recipe(settings)
+            recipes[f"{recipe} {format_}"] = [type(recipe_of_engine).__name__, recipe_of_engine.fp8_format.name]
         except Exception as error:
-            made[f"{recipe} {format_}"] = [type(error).__name__, str(error)]
-    return made
+            recipes[f"{recipe} {format_}"] = [type(error).__name__, str(error)]
+    return recipes
 
 
 def main(work: Path) -> None:
@@ -278,21 +278,21 @@ def main(work: Path) -> None:
         for name, hf_config in MODELS.items():
             write_model(work / name, hf_config)
     torch.distributed.barrier()
-    found: dict[str, Any] = {"models": {}, "checkpoints": {}}
+    facts: dict[str, Any] = {"models": {}, "checkpoints": {}}
     for name in MODELS:
         folder = work / name
-        found["models"][name] = compare_models(here, folder)
+        facts["models"][name] = compare_models(here, folder)
         for first, then in itertools.permutations(("portable", "transformer_engine")):
-            found["checkpoints"][f"{name}, {first} to {then}"] = compare_checkpoints(
+            facts["checkpoints"][f"{name}, {first} to {then}"] = compare_checkpoints(
                 here, folder, work / f"{name}-{first}", first, then
             )
     if alone:
-        found |= {
+        facts |= {
             "attention": compare_attention(here, work / "llama"),
             "zigzag": compare_zigzag(),
             "recipes": recipes(),
         }
-    (work / f"found-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found, indent=1))
+    (work / f"facts-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts, indent=1))
     platform.stop(here)
 
 

@@ -66,7 +66,7 @@ def test_the_beginning_of_a_name_is_no_option(command: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("command", NEEDED)
-def test_an_option_given_twice_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_that_occurs_twice_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     needed = NEEDED[command]
     name = next(text for text in needed if text.startswith("--"))
     for again in ([name, "again"], [f"{name}=again"]):
@@ -87,7 +87,7 @@ def test_a_misspelt_name_is_not_called_missing(
     check_refusal(answer(capsys, argv), code, *named)
 
 
-def test_an_option_of_several_values_says_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_of_several_values_explains_its_form(capsys: pytest.CaptureFixture[str]) -> None:
     stderr = answer(capsys, ["prepare-data", *NEEDED["prepare-data"], "--data", "b"])
     check_refusal(stderr, "option-twice", "--data: ", "all its values behind one --data")
 
@@ -114,7 +114,7 @@ def test_a_record_with_a_key_twice_is_refused(name: str, text: str, where: str, 
         list(read(tmp_path / name))
 
 
-def test_a_key_that_is_given_twice_with_one_value_is_read(tmp_path: Path) -> None:
+def test_a_key_twice_with_one_value_is_read(tmp_path: Path) -> None:
     (group,) = preference_groups(1)
     line = json.dumps(group)
     (tmp_path / "a.jsonl").write_text(line[:-1] + f', "id": {json.dumps(group["id"])}}}')

@@ -31,7 +31,7 @@ def test_every_example_once_an_epoch(seed, shuffle):
         assert order == list(range(examples)) * epochs
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_different_orders():
     first = make_schedule(100, 100, None, 2.0, 1, True)
     assert first.step(0) != first.step(1) != list(range(100))
     assert make_schedule(100, 100, None, 2.0, 2, True).step(0) != first.step(0)
@@ -96,7 +96,7 @@ def test_no_process_has_much_more_than_its_share(block):
 
 
 def test_balance_is_within_four_thirds_of_the_best():
-    """Longest processing time first is at most 4/3 - 1/(3 ranks) of the optimum, here found by trying everything."""
+    """Longest processing time first is at most 4/3 - 1/(3 ranks) of the optimum, here by exhaustive search."""
     draw = random.Random(0)
     for _ in range(40):
         count, ranks = draw.randint(1, 7), draw.randint(2, 3)
@@ -131,7 +131,7 @@ def test_the_interleaved_schedule_gets_whole_rounds_of_packs(stages):
     assert plan([1.0], [5], 1, 8, None, 4) == [[[0], [], [], []]]
 
 
-def test_a_group_above_the_token_limit_stands_alone():
+def test_a_group_above_the_token_limit_is_a_pack_by_itself():
     packs = plan([9.0, 1.0, 1.0], [500, 10, 10], 1, 8, 100)[0]
     assert sorted(map(sorted, packs)) == [[0], [1, 2]]
 

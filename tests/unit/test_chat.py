@@ -1,4 +1,4 @@
-"""Prompt and response ids are the template's own rendering, each end of turn exactly once; masks of conversations."""
+"""Prompt and response ids are the template's rendering, each end of turn exactly once; masks of conversations."""
 
 import importlib.util
 import json
@@ -74,7 +74,7 @@ def facts_tokenizer(folder):
 
 
 def make(name, folder):
-    """A tokenizer as `load_tokenizer` gives it from a folder."""
+    """A tokenizer as `load_tokenizer` returns it from a folder."""
     if name == "facts":
         return facts_tokenizer(folder)
     byte_tokenizer(
@@ -177,7 +177,7 @@ RESPONSES = ["yes", " two\n\n  lines \n", THOUGHT, THOUGHT.replace("\nA", "\n\nA
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 @pytest.mark.parametrize("response", RESPONSES)
 def test_what_an_ordinary_template_writes_is_trained_on(name, response, tmp_path):
-    """Whatever spaces it writes around a response: its own rendering behind the prompt, to the end of turn."""
+    """With any spaces that it writes around a response: its rendering behind the prompt, to the end of turn."""
     tokenizer = make(name, tmp_path)
     rendered = tokenizer.apply_chat_template([user("hi"), assistant(response)], tokenize=False)
     prompt = tokenizer.apply_chat_template([user("hi")], tokenize=False, add_generation_prompt=True)
@@ -226,7 +226,7 @@ def check_conversation(tokenizer, messages):
     if tokenizer.eos_token_id in rendered:
         assert rendered[: len(prompt) + len(ids)] == prompt + ids
         assert tokenizer.decode(rendered[len(prompt) + len(ids) :]).strip() == ""
-    for i in turns[1:]:  # the same sequence as the turn on its own
+    for i in turns[1:]:  # the same sequence as the turn alone
         alone = prompt_ids(tokenizer, messages[:i])
         if tokenizer.eos_token_id in rendered:
             assert (prompt + ids)[: len(alone)] == alone

@@ -1,4 +1,4 @@
-"""The loss mask covers what a model generates after the generation prompt, whatever a chat template makes of it."""
+"""The loss mask covers what a model generates after the generation prompt, with any chat template."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ HARMONY = (  # control tokens between the role and the answer
     "{% for m in messages %}<|head|>{{ m.role }}{% if m.role == 'assistant' %}<|tail|>final{% endif %}<|endoftext|>"
     "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant{% endif %}"
 )
-MOVED = (  # says the answer before the question
+MOVED = (  # writes the answer before the question
     "{% if messages | length > 1 %}{{ messages[1].content }}<|im_end|>{% endif %}"
     "<|head|>{{ messages[0].content }}<|tail|>"
 )

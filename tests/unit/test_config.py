@@ -18,7 +18,7 @@ SECTION_NAMES = [f.name for f in dataclasses.fields(Config) if f.name not in ("e
 OPTIONS = {name: (option.section, option.spec) for name, option in OWNER.items()}
 
 
-def test_the_command_line_has_the_last_word(tmp_path):
+def test_the_command_line_overrides_the_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "model:\n  hf_path: from-file\n  bf16: true\ntraining:\n  lr: 1e-5\n  train_epochs: 2\n"

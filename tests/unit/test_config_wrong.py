@@ -1,4 +1,4 @@
-"""Wrong options and files, each answered with one line that names it and says what to change."""
+"""Wrong options and files, each refused in one line that names it and what to change."""
 
 import pytest
 from option_lines import argv
@@ -122,7 +122,7 @@ WRONG_OPTIONS = [
     ("--save-interval 4 --save-retain-interval 6", "option-conflict", "--save-retain-interval 6", "--save-interval 4"),
     ("--config absent.yaml", "file-missing", "--config absent.yaml"),
 ]
-"""(what is added to a right command line, code, what the message begins with, what else it names)"""
+"""(what is added to a right command line, code, start of the message, what else it names)"""
 
 UNUSED_OPTIONS = [
     ("--fp8-format e4m3", "--fp8-format", "--transformer-impl transformer_engine"),

@@ -18,7 +18,7 @@ from megatron_solopo.parallel.zigzag import rows_of, spans_of
 
 
 def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
-    """Groups of very different lengths, some completions of one token (which have no row of their own)."""
+    """Groups of very different lengths, completions of one token among them (which have no row)."""
     draw = random.Random(seed)
 
     def ids(most: int) -> list[int]:
@@ -38,14 +38,14 @@ def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
 
 
 def visible(pack: Pack) -> np.ndarray:
-    """[S, S] what each row of the pack attends to; of rows of padding only themselves and what stands before."""
+    """[S, S] what each row of the pack attends to; of rows of padding only themselves and earlier ones."""
     seen = np.zeros((len(pack.tokens), len(pack.tokens)), dtype=bool)
     for piece in pack.pieces:
-        own = slice(piece.start, piece.start + piece.slot)
-        seen[own, own] = np.tril(np.ones((piece.slot, piece.slot), dtype=bool))
+        span = slice(piece.start, piece.start + piece.slot)
+        seen[span, span] = np.tril(np.ones((piece.slot, piece.slot), dtype=bool))
         if piece.prompt is not None:
             prompt = pack.pieces[piece.prompt]
-            seen[own, prompt.start : prompt.start + prompt.length] = True
+            seen[span, prompt.start : prompt.start + prompt.length] = True
     return seen
 
 
@@ -96,8 +96,8 @@ def test_attention_by_spans_is_attention(dtype: Any, bound: float, heads: int, k
         rows = torch.from_numpy(rows_of(pack.pieces, rank, size))
         everything = torch.arange(count)
         layout = SpanLayout(spans_of(pack.pieces, rank, size), everything, everything, None)
-        found = span_attention(ours[0][rows], ours[1], ours[2], layout, 0.7)
-        assert (found.double() - expected[rows]).norm() <= bound * expected[rows].norm()
-        (found * weight[rows].to(dtype)).sum().backward()
+        attended = span_attention(ours[0][rows], ours[1], ours[2], layout, 0.7)
+        assert (attended.double() - expected[rows]).norm() <= bound * expected[rows].norm()
+        (attended * weight[rows].to(dtype)).sum().backward()
     for mine, theirs in zip(ours, whole, strict=True):
         assert (mine.grad.double() - theirs.grad).norm() <= bound * theirs.grad.norm()

@@ -1,4 +1,4 @@
-"""A text that spells control tokens is text, wherever it stands and whatever tokenizer reads it."""
+"""A text that spells control tokens is text, at any place and with any tokenizer."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def special_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def texts_of(names: list[str], seed: int) -> list[str]:
-    """Texts with control tokens at the begin, at the end, inside words, beside each other and cut in two."""
+    """Texts with control tokens at the start, at the end, inside words, beside each other and cut in two."""
     draw = random.Random(seed)
-    some = draw.sample(names, min(6, len(names)))
-    mixed = ["".join(draw.choice(some if draw.random() < 0.3 else WORDS) for _ in range(12)) for _ in range(20)]
-    return [*mixed, *some, "".join(some), *(f"x{name}y" for name in some), *(name[:3] + name for name in some)]
+    drawn = draw.sample(names, min(6, len(names)))
+    mixed = ["".join(draw.choice(drawn if draw.random() < 0.3 else WORDS) for _ in range(12)) for _ in range(20)]
+    return [*mixed, *drawn, "".join(drawn), *(f"x{name}y" for name in drawn), *(name[:3] + name for name in drawn)]
 
 
 def test_the_text_comes_back_and_holds_no_control_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -151,7 +151,7 @@ def test_a_chat_that_spells_none_is_read_alike_by_both(tokenizer: PreTrainedToke
         assert tokens.ids == parse_batch(tokenizer, [text])[0].ids == prompt_ids(tokenizer, chat)
 
 
-TEMPLATES = {  # each writes the text between <|head|> and <|tail|>, in its own way
+TEMPLATES = {  # each writes the text between <|head|> and <|tail|>, in a different way
     "trim": "<|head|>{{ messages[0].content | trim }}<|tail|>",
     "strings": "{{ '<|head|>' + messages[0]['content'].strip() + '<|tail|>' }}",
     "names": "{% set a = 'head' %}{{ '<|' + a + '|>' }}{{ messages[0].content }}<|{{ 'tail' }}|>",
@@ -229,7 +229,7 @@ def test_words_that_a_template_writes_are_no_control_tokens() -> None:
 
 
 def test_added_tokens_are_tokens_in_answers_and_text_elsewhere(tmp_path: Path) -> None:
-    """Also where they were added before: tokenizer_config.json of the folder says so. They need be no tags."""
+    """Also where they were added before: as tokenizer_config.json of the folder declares. They need be no tags."""
     byte_tokenizer(R1).save_pretrained(tmp_path / "hf")
     ours = load_tokenizer(tmp_path / "hf", added_tokens="<think>,</think>,<more>")
     ours.save_pretrained(tmp_path / "saved")
@@ -245,7 +245,7 @@ def test_added_tokens_are_tokens_in_answers_and_text_elsewhere(tmp_path: Path) -
 
 
 def test_merges_do_not_spell_a_control_token() -> None:
-    """As those that transformers makes of SentencePiece's pieces do, whatever `encode_special_tokens` says."""
+    """As those that transformers derives from SentencePiece's pieces, for any `encode_special_tokens`."""
     pieces = ["<unk>", *"<a/s>", "</", "s>", "</s>"]
     merges = [("<", "/"), ("s", ">"), ("</", "s>")]
     raw = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
@@ -290,14 +290,14 @@ def test_examples_that_spell_them_are_counted_and_listed(tmp_path: Path) -> None
     records.append(records[2] | {"id": "g5", "chosen": "w2", "chosen_ids": [6, 3, 8]})
     data = tokenize(write_lines(tmp_path / "g.jsonl", records), tokenizer, scored("short_chosen", "short_rejected"), 99)
     assert data.report.spelled == ["g1", "g2", "g3", "g4"]
-    line = "control tokens in the texts of 4 examples, which are tokenised as text: g1, g2, g3, g4"
+    line = "control tokens in the texts of 4 examples, which are tokenized as text: g1, g2, g3, g4"
     assert line in data.report.lines(99)
     chosen = [list(group.prompts[0].completions[0].ids) for group in data.groups]
     assert chosen == [[6, 3], [6, 3], [6, 0, 8, 3], [6, 0, 8, 3], [6, 0, 8, 3], [6, 3]]
     assert list(data.groups[1].prompts[0].ids) == [1, 5, 0, 7, 2]
 
 
-def test_copies_of_a_tokenizer_have_their_own_control_tokens() -> None:
+def test_copies_of_a_tokenizer_do_not_share_control_tokens() -> None:
     tokenizer = byte_tokenizer("{{ messages[0].content }}")
     assert control_tokens(tokenizer).spelled("a<|eot|>") and not control_tokens(tokenizer).spelled("a<new>")
     other = copy.deepcopy(tokenizer)

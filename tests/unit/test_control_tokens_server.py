@@ -58,7 +58,7 @@ def test_servers_that_take_ids_get_them(
     assert texts == [{"w1"}, {"w1"}, {"w2"}, {"w1"}, {"w2"}]
 
 
-def test_others_are_not_asked(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
+def test_other_servers_never_get_such_a_prompt(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     """Unless every prompt goes as ids."""
     server = serve(answers("someone"))
     with refused("control-token-server", "contexts.jsonl:3: question 'q2' ", "(2 questions") as caught:

@@ -1,4 +1,4 @@
-"""What only CUDA takes, as far as a machine without a GPU shows it; the rest is tests/gpu and tools/gpu_suite.py."""
+"""Paths of CUDA alone, as far as a machine without a GPU shows them; the rest is tests/gpu and tools/gpu_suite.py."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ import os, sys
 import torch, torch.distributed as dist
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 torch.cuda.set_device = lambda device: print("allocator", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
-begin = dist.init_process_group
-dist.init_process_group = lambda backend, **more: begin("gloo", **more)
+init_process_group = dist.init_process_group
+dist.init_process_group = lambda backend, **more: init_process_group("gloo", **more)
 from megatron_solopo.parallel import platform
 here = platform.start("cuda")
 from megatron_solopo.training import engine
@@ -177,7 +177,7 @@ def test_the_fused_adam_is_adam_and_resumes(
     engine: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's fused kernel is on the CPU too: the same steps but for rounding, and exact ones after a resume. A
-    checkpoint says nothing of the kernels that continue from it."""
+    checkpoint does not restrict the kernels that continue from it."""
     from megatron_solopo import config_load
     from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training import engine as engines
@@ -282,7 +282,7 @@ def test_a_lost_process_is_recognized_by_nccls_message(text: str, code: str | No
             raise error
         return
     with (
-        refused(code, "another process", "its own message", "; resume") as caught,
+        refused(code, "another process", "NCCL's message", "; resume") as caught,
         explain_lost_process(lambda: "; resume"),
     ):
         raise error

@@ -31,7 +31,7 @@ def count_words(texts: list[str]) -> list[int]:
 
 
 def count_chat(messages: list[Message]) -> int:
-    return sum(len(message["content"].split()) + 3 for message in messages)  # 3: a template's own tokens
+    return sum(len(message["content"].split()) + 3 for message in messages)  # 3: tokens of a template
 
 
 def corpus(questions: int = 60, seed: int = 0) -> list[Question]:
@@ -79,8 +79,8 @@ def test_laws_of_every_context(sizes: list[int], tokens: bool) -> None:
     for question in questions:
         smaller: set[tuple[str, str]] = set()
         for size, context in zip(sizes, build(question, pool, sizes, tokens=tokens), strict=True):
-            found = count_chat(context.messages) if tokens else len(context.paragraphs)
-            assert 0.98 * size <= found <= size if tokens else found == size
+            actual = count_chat(context.messages) if tokens else len(context.paragraphs)
+            assert 0.98 * size <= actual <= size if tokens else actual == size
             assert [context.paragraphs[i] for i in context.gold_positions] == gold_of(question)  # in order
             titles = [paragraph.title for paragraph in context.paragraphs]
             assert len(set(titles)) == len(titles)
@@ -89,9 +89,9 @@ def test_laws_of_every_context(sizes: list[int], tokens: bool) -> None:
             assert not any(re.search(rf"(answer|alias){question.id[1:]}x", text, re.I) for _, text in others)
             assert smaller <= others
             smaller = others
-            own = {(p.title, p.text) for p in question.paragraphs if not p.is_supporting}
-            if not tokens:  # own distractors come first
-                assert len(others & own) == min(len(own), size - 2)
+            of_question = {(p.title, p.text) for p in question.paragraphs if not p.is_supporting}
+            if not tokens:  # the question's distractors come first
+                assert len(others & of_question) == min(len(of_question), size - 2)
 
 
 def test_the_messages_hold_the_documents_in_order() -> None:
@@ -130,12 +130,12 @@ def test_deterministic_whatever_the_order_of_the_input() -> None:
     for question in questions[::7]:
         one, other = (build(question, pool, [200, 900]) for pool in pools)
         assert one == other
-    # The short context does not depend on the long size; another seed gives another context.
+    # The short context does not depend on the long size; with another seed it is another context.
     assert build(questions[0], pools[0], [200, 600])[0] == build(questions[0], pools[0], [200])[0]
     assert build(questions[0], pools[0], [200], seed=2) != build(questions[0], pools[0], [200], seed=3)
 
 
-def test_equal_sizes_give_the_same_context() -> None:
+def test_equal_sizes_have_the_same_context() -> None:
     questions = corpus()
     for tokens, size in ((True, 300), (False, 7)):
         short, long = build(questions[0], pool_of(questions), [size, size], tokens=tokens)
@@ -154,7 +154,7 @@ def test_gold_depth_is_uniform() -> None:
     assert sum((seen[i] - expected) ** 2 / expected for i in range(10)) < 27.9
 
 
-def test_what_cannot_be_built_says_why() -> None:
+def test_the_reason_is_named_where_no_context_can_be_built() -> None:
     questions = corpus(3)
     pool = pool_of(questions)
     for sizes, tokens, reason in (

@@ -58,7 +58,7 @@ PROMPTS = [[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [10], [11, 12, 13]]
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.8)])
 def test_every_token_is_drawn_from_the_model_without_a_cache(family: str, temperature: float, top_p: float) -> None:
     """Fewer rows than samples, so that samples of unequal length share them, also beyond a sliding window; each token
-    is checked on a full forward pass of its own sequence."""
+    is checked on a full forward pass of that sequence alone."""
     model = tiny_model(family)
     assert shares_prompts(model)
     numbers = torch.stack([uniforms(3, f"q{index}", 7, 12) for index in range(3)])
@@ -90,7 +90,7 @@ def test_temperature_zero_is_transformers_greedy(family: str) -> None:
         assert responses == [expected[0, len(prompt) :].tolist()] * 2
 
 
-def test_a_response_depends_on_its_own_numbers_only() -> None:
+def test_a_response_depends_only_on_its_random_numbers() -> None:
     """Not on the rows, not on its company, not on which of its prompt's samples are there already."""
     model = tiny_model()
     numbers = torch.stack([uniforms(3, f"q{index}", 9, 40) for index in range(3)])
@@ -140,7 +140,7 @@ def test_the_first_two_tokens_follow_the_softmax() -> None:
 
 
 def test_the_prompts_keys_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many samples: what is kept for each is as long as its own tokens."""
+    """For any number of samples, what is kept for each is as long as its tokens."""
     from megatron_solopo.data.sampling import decoding
 
     prompts: list[Any] = []

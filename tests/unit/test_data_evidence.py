@@ -1,4 +1,4 @@
-"""Found evidence: BM25's ranks and recall on real labels, the log-prob's fall against transformers' own loss."""
+"""Retrieved evidence: BM25's ranks and recall on real labels, the log-prob's fall against transformers' loss."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_bm25_follows_the_question_and_its_answer() -> None:
 
 def test_marked_documents_hold_the_answer() -> None:
     def gold(ranking: list[int], documents: int, question: Question = QUESTION) -> list[int]:
-        found = mark(question, ranking, documents)
-        return [index for index, paragraph in enumerate(found.paragraphs) if paragraph.is_supporting]
+        marked = mark(question, ranking, documents)
+        return [index for index, paragraph in enumerate(marked.paragraphs) if paragraph.is_supporting]
 
     assert gold([3, 1, 0, 2], 2) == [1, 3]
-    assert gold([1, 0, 2, 3], 2) == [1, 3]  # the last one gives way to the document with the answer
+    assert gold([1, 0, 2, 3], 2) == [1, 3]  # the document with the answer replaces the last one
     assert gold([1, 0, 2, 3], 9) == [0, 1, 2, 3]
     with pytest.raises(CannotUse, match="no document contains the answer"):
         gold([0, 1, 2, 3], 2, Question("q", "?", "Moscow", (), DOCUMENTS))
@@ -66,9 +66,9 @@ def test_recall_of_bm25_against_real_labels(
         ranking = rank_by_bm25(question)
         gold = [index for index, paragraph in enumerate(question.paragraphs) if paragraph.is_supporting]
         summary.add_recall(ranking, set(gold))
-        found = [index for index in gold if index in ranking[:4]]
-        shares.append(len(found) / len(gold))
-        whole[found == gold] += 1
+        retrieved = [index for index in gold if index in ranking[:4]]
+        shares.append(len(retrieved) / len(gold))
+        whole[retrieved == gold] += 1
     mean, all_of_it = sum(shares) / len(shares), whole[True] / len(shares)
     assert mean >= recall and all_of_it >= complete
     assert f"{len(shares)} questions: " in summary.lines()[-1]

@@ -243,7 +243,7 @@ def test_a_folder_of_data_is_training_data(tmp_path: Path, cache: None, capsys: 
 
 
 def test_a_folder_without_data_is_one_of_token_ids(tmp_path: Path) -> None:
-    """What is left of one, too: its reader says what is missing."""
+    """What is left of one, too: its reader names what is missing."""
     for names in (
         ("whole/manifest.json", "whole/ids.jsonl"),
         ("half/tokens.bin", "half/ids.jsonl"),

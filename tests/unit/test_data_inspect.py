@@ -50,7 +50,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: " ".join(map(str, method.values())) or "default")
-def test_the_loss_depends_on_exactly_what_is_said(method: dict[str, Any]) -> None:
+def test_the_loss_depends_on_exactly_what_the_view_lists(method: dict[str, Any]) -> None:
     """`uses` against the gradient of the loss with respect to every log-prob."""
     loss, weight = method.get("preference_loss", "dpo"), 0.7
     config = MethodConfig(**{"beta": 0.3, "alignment_weight": weight, **method})
@@ -66,9 +66,9 @@ def test_the_loss_depends_on_exactly_what_is_said(method: dict[str, Any]) -> Non
     def gradients(**change: Any) -> dict[str, float]:
         changed = MethodConfig(**{**vars(config), **change})
         total = loss_by_name(policy, lengths, reference or None, changed).loss.sum()
-        found = torch.autograd.grad(total, [*policy.values(), *reference.values()], allow_unused=True)
+        partials = torch.autograd.grad(total, [*policy.values(), *reference.values()], allow_unused=True)
         keys = [*policy, *(f"reference {name}" for name in reference)]
-        return {key: 0.0 if g is None else g.item() for key, g in zip(keys, found, strict=True)}
+        return {key: 0.0 if g is None else g.item() for key, g in zip(keys, partials, strict=True)}
 
     whole, without_alignment = gradients(), gradients(alignment_weight=0.0)
     for role in names:
@@ -117,7 +117,7 @@ def test_segments_are_the_sequences_of_transformers(
             segment.trained_tokens == len(segment.tokens) == sum(last - first + 1 for first, last in segment.predictors)
         )
         assert not any("\ufffd" in token.text or not token.text for token in segment.tokens)
-        if response == "chosen":  # every token is a text of its own
+        if response == "chosen":  # every token is shown as a separate text
             assert "".join(token.text for token in segment.tokens[:-1]) == record[response]
 
 
@@ -126,12 +126,12 @@ def test_tokens_keep_their_leading_space_with_metaspace_too() -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     bpe.train_from_iterator([" ".join(WORDS)] * 2, trainers.BpeTrainer(vocab_size=200))
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    ids = made.encode("the river town sold wool")
-    assert len(ids) > 4 and "".join(token_text(made, i) for i in ids) == " the river town sold wool"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    ids = tokenizer.encode("the river town sold wool")
+    assert len(ids) > 4 and "".join(token_text(tokenizer, i) for i in ids) == " the river town sold wool"
 
 
-def test_documents_stand_at_the_positions_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_documents_are_at_the_reported_positions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (record,) = groups(1, sizes=(5, 30))
     view = view_of(record, tokenizer, tmp_path)
     for context in view.contexts:
@@ -140,9 +140,9 @@ def test_documents_stand_at_the_positions_named(tokenizer: PreTrainedTokenizerBa
         assert context.tokens == len(ids)
         spans = record[f"{context.name}_spans"]
         for document, (start, end, gold) in zip(context.documents, spans, strict=True):
-            found = tokenizer.decode(ids[document.first_token : document.first_token + document.tokens])
+            decoded = tokenizer.decode(ids[document.first_token : document.first_token + document.tokens])
             # A token may reach over the border of a document.
-            assert document.text.plain[2:-2] in found and len(found) - len(document.text) <= 4
+            assert document.text.plain[2:-2] in decoded and len(decoded) - len(document.text) <= 4
             assert document.text.plain == chat[-1]["content"][start:end] and document.gold == gold
         starts = [start for start, _, _ in spans]
         expected = [np.interp(start, [starts[0], starts[-1]], [0, 1]) for start, _, gold in spans if gold]
@@ -238,8 +238,8 @@ def test_a_mistake_is_one_line(
     monkeypatch.chdir(tmp_path)
     good = groups(3, sizes=(3, 4))
     if records is not None:
-        found = records(good) if callable(records) else records
-        lines = (record if isinstance(record, str) else json.dumps(record) for record in found)
+        written = records(good) if callable(records) else records
+        lines = (record if isinstance(record, str) else json.dumps(record) for record in written)
         Path("groups.jsonl").write_text("".join(f"{line}\n" for line in lines))
     page = [] if "--output" in arguments or case != "broken later" else ["--output", "page.html"]
     with refused(code, *named):

@@ -203,7 +203,7 @@ def test_distributions_are_exact() -> None:
         low, median, high = (f"{np.quantile(values, share, method='inverted_cdf'):,.0f}" for share in (0.05, 0.5, 0.95))
         assert chart.figures(0) == (median, f"{values.mean():,.1f}", f"{low} to {high}")
         start, width, (counts,) = chart.bins
-        assert sum(counts) == len(values)  # nothing is lost, whatever the tails
+        assert sum(counts) == len(values)  # nothing is lost with any tails
         inner = np.histogram(values, [start + i * width - 0.5 for i in range(1, len(counts))])[0]
         assert counts[1:-1] == inner.tolist()
 

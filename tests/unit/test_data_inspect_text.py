@@ -98,7 +98,7 @@ def test_without_spans_the_text_is_folded_around_the_answer(tokenizer: PreTraine
     assert refused.facts.flags == ("refused",) and "--context-mode short" in printed(refused)
 
 
-def test_answers_inside_other_words_are_told_apart() -> None:
+def test_answers_inside_other_words_are_marked_differently() -> None:
     text = "It was with it, IT! 19 in 1919. \u4e2d\u56fd\u4eba"
     answers = ["it", "19", "\u56fd"]
     parts = list(stretches(highlighted(text, find_in_document(text, answers), answer_pattern(answers))))
@@ -142,8 +142,8 @@ def test_the_number_of_a_document_is_no_answer(
     prompt_format = PromptFormat(document_template=NUMBERED[template])
     paragraphs = [Paragraph(f"T{chr(64 + n)}", f"x{n * 100}y it was", n == 2) for n in range(1, last + 1)]
     (record,) = groups(1)
-    for name, some in (("short", paragraphs[:3]), ("long", paragraphs)):
-        messages, spans = prompt_format.messages_and_spans(f"{last}?", some)
+    for name, kept in (("short", paragraphs[:3]), ("long", paragraphs)):
+        messages, spans = prompt_format.messages_and_spans(f"{last}?", kept)
         record |= {f"{name}_messages": messages, f"{name}_spans": spans}
     record |= {"answers": [str(last), "3"], "chosen": f"Answer: {last}", "rejected": f"See document {last}. Answer: 9"}
     view = view_of(record, tokenizer, tmp_path)
@@ -193,20 +193,20 @@ RENDERED = {
 def test_prompts_are_shown_as_the_template_renders_them(
     case: str, spans: bool, folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Every character of it in order: the template's own, control tokens marked, and the messages'."""
+    """Every character of it in order: the template's, control tokens marked, and the messages'."""
     written, shown = RENDERED[case]
     template = tmp_path / "template.jinja"
     template.write_text(SYSTEM.replace("CONTENT", written))
-    own = load_tokenizer(folder, template)
+    with_template = load_tokenizer(folder, template)
     (record,) = groups(1)
     if not spans:
         record |= {"short_spans": None, "long_spans": None}
-    for name in ("short", "long"):  # a message that says what the template says
+    for name in ("short", "long"):  # a message that contains what the template writes
         record[f"{name}_messages"][-1]["content"] += "\nassistant <|im_end|> system\n"
-    view = view_of(record, own, tmp_path)
+    view = view_of(record, with_template, tmp_path)
     for context in view.contexts:
         rendered, messages = context.rendered, record[f"{context.name}_messages"]
-        prompt = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = with_template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert rendered.text == prompt and len(rendered.shown) == shown
         frames = [frame.plain for frame in rendered.frames]
         if not shown:
@@ -222,11 +222,11 @@ def test_prompts_are_shown_as_the_template_renders_them(
             "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>"
         ]  # fmt: skip
         assert context.pieces
-    text = printed(view_of(record, own, tmp_path, full=True))
+    text = printed(view_of(record, with_template, tmp_path, full=True))
     assert "| {<|im_start|>}system\n| You help.{<|im_end|>}\n| {<|im_start|>}user\n" in text
     assert "| {<|im_end|>}\n| {<|im_start|>}assistant\n" in text and "[[Harbour0x]]" in text
     system = [{"role": "system", "content": "user"}, *record["short_messages"]]
-    view = view_of({**record, "short_messages": system}, own, tmp_path)
+    view = view_of({**record, "short_messages": system}, with_template, tmp_path)
     if shown:
         assert "| {<|im_start|>}system\nuser\n| {<|im_end|>}\n| {<|im_start|>}user\n" in printed(view)
         assert "You help" not in printed(view).partition("== long context")[0]

@@ -98,14 +98,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"id": f"q{i}", "short_messages": chat, "long_messages": chat, "chosen": f"a{i}", "rejected": "b"}
         for i in range(3)
     ]
-    for name, made in (
+    for name, records in (
         ("questions", questions),
         ("pool", [{"title": "p", "text": "pool"}]),
         ("contexts", contexts),
         ("responses", [{"id": f"q{i}", "responses": [f"a{i}", "b"]} for i in range(3)]),
         ("groups", groups),
     ):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     Path("ids.txt").write_text("stranger\n")
     return tmp_path
 
@@ -122,7 +122,7 @@ TEMPLATES = {
     "prompt.txt": ("--prompt-template", "@prompt.txt", "{documents} {question}"),
     "system.txt": ("--system-prompt", "@system.txt", "Be brief."),
 }
-"""File -> (the option that names it, as it is given, what is in it)."""
+"""File -> (the option that names it, the option's value, what is in it)."""
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ TEMPLATES = {
 )
 def test_an_output_takes_no_place_of_a_template(here: Path, name: str, file: str) -> None:
     main, argv, flag, _ = COMMANDS[name]
-    option, given, text = TEMPLATES[file]
+    option, value, text = TEMPLATES[file]
     Path(file).write_text(text)
     with refused("file-overlap", f"{flag} {file}: ", f"of {option} "):
-        main([*with_value(argv, flag, file), option, given])
+        main([*with_value(argv, flag, file), option, value])
     assert Path(file).read_text() == text
 
 
@@ -161,13 +161,13 @@ def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None
 
 
 def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
-    for given in (".", "hub:.", "hub:.::train"):
+    for folder in (".", "hub:.", "hub:.::train"):
         with refused("folder-overlap", "--output made.jsonl: ", "--data ., "):
-            prepare_data.main(with_value(COMMANDS["prepare-data, listed"][1], "--data", given))
+            prepare_data.main(with_value(COMMANDS["prepare-data, listed"][1], "--data", folder))
         with refused("folder-overlap", "--output made.jsonl: ", "--pool ., "):
-            prepare_data.main(with_value(COMMANDS["prepare-data"][1], "--pool", given))
+            prepare_data.main(with_value(COMMANDS["prepare-data"][1], "--pool", folder))
         with refused("folder-overlap", "--output made.json: ", "--pool ., "):
-            evaluate.main([*COMMANDS["evaluate"][1], "--pool", given])
+            evaluate.main([*COMMANDS["evaluate"][1], "--pool", folder])
 
 
 def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
@@ -205,20 +205,20 @@ def test_an_output_in_a_models_folder(here: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("given", [".", "..", "", "/", "model/.."])
-def test_an_output_needs_a_name(here: Path, given: str) -> None:
-    argv = ["--data", "groups.jsonl", "--tokenizer", "model", "--output", given]
-    with refused("option-value", f"--output {given}: "):
+def test_an_output_needs_a_name(here: Path, output: str) -> None:
+    argv = ["--data", "groups.jsonl", "--tokenizer", "model", "--output", output]
+    with refused("option-value", f"--output {output}: "):
         tokenize_data.main(argv)
     for main, argv, flag, _ in COMMANDS.values():
-        with refused("not-a-file", f"{flag} {given}: "):
-            main(with_value(argv, flag, given))
-    with refused("not-a-file", f"--output {given}: "):
-        report.main(["--output", given, "--evaluations", "made.json"])
+        with refused("not-a-file", f"{flag} {output}: "):
+            main(with_value(argv, flag, output))
+    with refused("not-a-file", f"--output {output}: "):
+        report.main(["--output", output, "--evaluations", "made.json"])
 
 
 @pytest.mark.parametrize(("side", "share"), [("validation", "0.3"), ("training", "0.6")])
 def test_a_side_without_questions_is_refused(here: Path, side: str, share: str) -> None:
-    """Evidence beyond the short size is found after the questions were divided."""
+    """Evidence beyond the short size is detected after the questions were divided."""
     argv = [*COMMANDS["prepare-data"][1], "--validation-output", "valid.jsonl", "--validation-fraction", share]
     assert prepare_data.main(argv) == 0
     lost = {pair.id for pair in read_contexts("valid.jsonl" if side == "validation" else "made.jsonl")}
@@ -290,13 +290,13 @@ def test_json_that_python_does_not_read(tmp_path: Path, line: str, reason: str) 
         ("prepare-data", "--chat-template", "broken", "chat-template-invalid", "--chat-template broken: line 2: "),
     ],
 )
-def test_a_file_of_another_kind_is_named(here: Path, name: str, flag: str, given: str, code: str, named: str) -> None:
+def test_a_file_of_another_kind_is_named(here: Path, name: str, flag: str, value: str, code: str, named: str) -> None:
     Path("empty").touch()
     Path("utf16").write_bytes("text".encode("utf-16"))
     Path("broken").write_text("\n{% for x in %}")
     main, argv, _, _ = COMMANDS[name]
     with refused(code, named):
-        main(with_value(argv, flag, given) if flag in argv else [*argv, flag, given])
+        main(with_value(argv, flag, value) if flag in argv else [*argv, flag, value])
     assert not Path("made.jsonl").exists() and not list(here.glob("made*"))
 
 

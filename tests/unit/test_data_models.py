@@ -1,4 +1,4 @@
-"""Data commands with a model of their own: other weights in its folder, and questions beyond its positions."""
+"""Data commands that load a model: other weights in its folder, and questions beyond its positions."""
 
 from __future__ import annotations
 

@@ -86,12 +86,12 @@ def test_the_commonest_answers_are_paired(tmp_path: Path) -> None:
     assert drawn == {("A", "D"), ("A", "E"), ("C", "D"), ("C", "E")}
 
 
-def test_what_a_question_came_with_goes_on(tmp_path: Path) -> None:
+def test_fields_of_the_contexts_are_copied_to_the_groups(tmp_path: Path) -> None:
     """Question, documents' places and sampled ids; in any order of the responses, to either kind of file."""
-    made, asked = tmp_path / "c.jsonl", tmp_path / "r.jsonl"
-    contexts(made, {f"q{n}": ["Rome"] for n in range(9)})
+    source, asked = tmp_path / "c.jsonl", tmp_path / "r.jsonl"
+    contexts(source, {f"q{n}": ["Rome"] for n in range(9)})
     spans = {"short_spans": [[0, 5, True]], "long_spans": [[0, 4, True], [5, 6, False]]}
-    made.write_text("".join(json.dumps(json.loads(r) | spans) + "\n" for r in made.read_text().splitlines()))
+    source.write_text("".join(json.dumps(json.loads(r) | spans) + "\n" for r in source.read_text().splitlines()))
     records = [
         {
             "id": f"q{n}",
@@ -102,21 +102,21 @@ def test_what_a_question_came_with_goes_on(tmp_path: Path) -> None:
         if n != 4
     ]
     asked.write_text("".join(json.dumps(record) + "\n" for record in records))
-    groups = build(["--contexts", str(made), "--responses", str(asked)], tmp_path)
+    groups = build(["--contexts", str(source), "--responses", str(asked)], tmp_path)
     assert [(g.id, g.chosen_ids, g.rejected_ids) for g in groups] == [
         (f"q{n}", [n + 1, 2], None if n == 8 else [n + 7]) for n in range(9) if n != 4
     ]
     assert {g.question for g in groups} == {"?"} and groups[3].long_spans == [(0, 4, True), (5, 6, False)]
     asked.write_text("".join(json.dumps(record) + "\n" for record in reversed(records)))
-    assert main(["--contexts", str(made), "--responses", str(asked), "--output", str(tmp_path / "g.parquet")]) == 0
+    assert main(["--contexts", str(source), "--responses", str(asked), "--output", str(tmp_path / "g.parquet")]) == 0
     assert list(read_groups(tmp_path / "g.parquet")) == groups
 
 
-def test_a_length_bias_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = contexts(tmp_path / "c.jsonl", {f"q{n}": ["Rome"] for n in range(30)})
+def test_a_length_bias_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = contexts(tmp_path / "c.jsonl", {f"q{n}": ["Rome"] for n in range(30)})
     asked = responses(tmp_path / "r.jsonl", {f"q{n}": ["It is Rome , I think", "Bern"] for n in range(30)})
     folder = write_model(tmp_path / "hf")
-    build(["--contexts", str(made), "--responses", str(asked), "--tokenizer", str(folder)], tmp_path)
+    build(["--contexts", str(source), "--responses", str(asked), "--tokenizer", str(folder)], tmp_path)
     printed = capsys.readouterr().out
     for unit in ("words", "tokens"):
         assert f"length in {unit}: chosen mean 6.0, median 6, 6 to 6; rejected mean 1.0, median 1, 1 to 1" in printed

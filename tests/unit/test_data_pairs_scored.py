@@ -1,4 +1,4 @@
-"""Pairs by score: functions of one's own, thresholds, and short gold answers."""
+"""Pairs by score: user functions, thresholds, and short gold answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ number = 3
 
 @pytest.fixture
 def graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Responses that begin with their own grade, and a module `grades` in the current folder that reads it."""
+    """Responses that start with their grade, and a module `grades` in the current folder that reads it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "grades", raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -46,9 +46,9 @@ def graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "even": ["1 bad", "1 worse"],
         "between": ["5 so so", "5 or so"],
     }
-    made = contexts(tmp_path / "contexts.jsonl", {name: ["gold"] for name in sampled})
+    source = contexts(tmp_path / "contexts.jsonl", {name: ["gold"] for name in sampled})
     asked = responses(tmp_path / "responses.jsonl", sampled)
-    return ["--contexts", str(made), "--responses", str(asked), "--scorer", "grades:grade"]
+    return ["--contexts", str(source), "--responses", str(asked), "--scorer", "grades:grade"]
 
 
 def test_graded_scores_by_threshold_and_policy(
@@ -101,7 +101,7 @@ def grade(response, answers):
 """
 
 
-def test_scores_of_ones_own_are_kept_until_the_pairs_are_written(
+def test_scores_of_a_user_function_are_kept_until_the_pairs_are_written(
     graded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A judge that fails is asked again for the question it failed on; other options and files cost no score."""
@@ -193,7 +193,7 @@ YES_AND_NO = {
         (
             [],
             {"no": {0}, "yes": {0}, "spirit": {0}, "number": {0}, "long": {0}},
-            "right only as whole words of a response's answer part, yes and no only where it says not both; 7 of their "
+            "right only as whole words of a response's answer part, yes and no only where it has not both; 7 of their "
             "12 responses are judged otherwise than by --scorer sub_em_plain",
         ),
         (
@@ -212,15 +212,15 @@ YES_AND_NO = {
 def test_short_answers_are_judged_by_the_answer_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], right: dict[str, set[int]], line: str
 ) -> None:
-    made = contexts(tmp_path / "c.jsonl", {name: answers for name, (answers, _) in YES_AND_NO.items()})
+    source = contexts(tmp_path / "c.jsonl", {name: answers for name, (answers, _) in YES_AND_NO.items()})
     asked = responses(tmp_path / "r.jsonl", {name: texts for name, (_, texts) in YES_AND_NO.items()})
-    files = ["--contexts", str(made), "--responses", str(asked), "--pairs-per-question", "9", *flags]
+    files = ["--contexts", str(source), "--responses", str(asked), "--pairs-per-question", "9", *flags]
     groups = build(files, tmp_path)
     chosen = {
         name: {YES_AND_NO[name][1].index(g.chosen) for g in groups if g.id.startswith(name)} for name in YES_AND_NO
     }
     if right:
-        assert {name: found for name, found in chosen.items() if found} == right
+        assert {name: response for name, response in chosen.items() if response} == right
     printed = capsys.readouterr().out
     assert (
         "short gold answers: yes or no 2 (40.0%), one short word or a number 2 (40.0%)" in printed and line in printed

@@ -26,7 +26,7 @@ def drawn(policy: str, wanted: int, seed: int, right: list[Scored] = RIGHT, wron
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 9])
-def test_best_and_worst_are_found_among_repetitions(wanted: int) -> None:
+def test_best_and_worst_are_chosen_among_repetitions(wanted: int) -> None:
     order = [("best", "worst"), ("best", "bad"), ("second right", "worst"), ("second right", "bad")]
     for seed in range(10):
         assert drawn("best_worst", wanted, seed) == order[:wanted]

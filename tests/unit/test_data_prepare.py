@@ -146,7 +146,7 @@ SIZES = ("--short-documents", "3", "--long-documents", "10")
 
 @pytest.fixture
 def many(questions: Path, command: list[str]) -> list[str]:
-    """The command on 72 questions: five batches, some questions left out."""
+    """The command on 72 questions: five batches, with questions that are left out."""
     records = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
     with questions.open("w", encoding="utf-8") as out:
         for copy in range(6):
@@ -234,11 +234,11 @@ def stopped(monkeypatch: pytest.MonkeyPatch, arguments: list[str], after: int) -
     """Runs the command until so many jobs are finished."""
     add, calls = Jobs.add, []
 
-    def add_or_stop(*given: Any) -> None:
-        calls.append(given)
+    def add_or_stop(*job: Any) -> None:
+        calls.append(job)
         if len(calls) > after:
             raise KeyboardInterrupt
-        add(*given)
+        add(*job)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Jobs, "add", add_or_stop)
@@ -259,7 +259,7 @@ def test_what_was_built_is_not_built_again(
     assert [line for line in again.splitlines() if not line.startswith(("wrote ", "resuming"))] == lines
 
 
-def test_work_begun_with_other_settings_is_not_mixed(
+def test_unfinished_work_of_other_settings_is_refused(
     many: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(monkeypatch, many, after=3)
@@ -284,7 +284,7 @@ def test_work_begun_with_other_settings_is_not_mixed(
     main([*many, "--seed", "1"])
 
 
-def test_found_evidence_and_its_recall(many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_retrieved_evidence_and_its_recall(many: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*many, "--evidence", "bm25", "--evidence-documents", "2"])
     for pair in read_contexts(tmp_path / "contexts.jsonl"):
         assert len(pair.long_gold) == len(pair.short_gold) == 2
@@ -376,7 +376,7 @@ def test_wrong_input_is_one_line_and_leaves_no_output(
     assert not list(tmp_path.glob("contexts.jsonl*"))
 
 
-def test_what_the_first_pass_found_outlives_a_killed_worker(
+def test_results_of_the_first_pass_outlive_a_killed_worker(
     many: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -394,9 +394,9 @@ def test_what_the_first_pass_found_outlives_a_killed_worker(
 def test_a_file_that_is_not_utf8_is_one_line(command: list[str], tmp_path: Path, flag: str) -> None:
     path = tmp_path / "latin1"
     path.write_bytes("Größe".encode("latin-1"))
-    given = f"@{path}" if flag == "--prompt-template" else str(path)
+    value = f"@{path}" if flag == "--prompt-template" else str(path)
     with refused("not-utf8", f"{flag} {path}: ", "byte 3"):
-        main([*command, *SIZES, flag, given])
+        main([*command, *SIZES, flag, value])
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_a_tokenizer_without_template_or_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_chatml_on_the_real_tokenizer(solopo_data: Path) -> None:
-    """tokenizer.json alone: no template, no eos token; ChatML as Qwen2's own template writes it."""
+    """tokenizer.json alone: no template, no eos token; ChatML as Qwen2's template writes it."""
     loaded = load_tokenizer(solopo_data / "tokenizers" / "qwen2", CHATML)
     assert loaded.eos_token == "<|im_end|>" and loaded.eos_token_id == 151645
     chat = [

@@ -135,7 +135,7 @@ def test_an_extension_that_is_killed_loses_nothing(
 def test_a_kill_before_the_output_takes_its_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its settings are there and name its size; the old output is not taken for it."""
+    """Its settings are there and name its size; the old output is not mistaken for it."""
     output, kept, rename = tmp_path / "a.jsonl", tmp_path / "kept", atomic.rename
 
     def stop(aside: Path, path: Path) -> None:

@@ -17,17 +17,17 @@ from megatron_solopo.data.scoring import em, f1, sub_em, sub_em_plain
 
 
 def squad_f1(prediction: str, truth: str) -> float:
-    """SQuAD's own script, step by step."""
+    """SQuAD's script, step by step."""
 
     def tokens(text: str) -> list[str]:
         text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
-    found, gold = tokens(prediction), tokens(truth)
-    same = sum((Counter(found) & Counter(gold)).values())
+    predicted, gold = tokens(prediction), tokens(truth)
+    same = sum((Counter(predicted) & Counter(gold)).values())
     if same == 0:
         return 0.0
-    precision, recall = same / len(found), same / len(gold)
+    precision, recall = same / len(predicted), same / len(gold)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -57,7 +57,7 @@ def test_sub_em_takes_any_answer_as_a_substring(score) -> None:
 REASONED = "They met in Leeds. " * 20
 SALAD = "spirit yes 4 water music river stone " * 10
 
-# (gold answer, responses that give it, responses that do not)
+# (gold answer, responses that contain it, responses that do not)
 SHORT = [
     (
         "no",
@@ -100,7 +100,7 @@ SHORT = [
     ("10/11", ["10/11", "10-11"], ["1011"]),
     ("$1.25 million", ["It cost 1.25 million dollars."], ["It cost $125 million."]),
     ("1,234 people", ["There were 1234 people.", "1,234 people"], ["12.34 people"]),
-    # Made of articles or punctuation.
+    # Articles or punctuation alone.
     ("The The", ["The The", "Answer: the band the The."], ["bathe the", "the theatre", "the", "A The"]),
     ("A", ["A", "Answer: (a)"], ["It is a dog.", "Answer: a dog", ""]),
     ("!!!", ["!!!", "Answer: !!!"], ["Stop! Now!", "Stop!!!", ""]),
@@ -145,7 +145,7 @@ def test_spellings_of_one_text_are_equal(spelled: tuple[str, ...]) -> None:
             assert [score(f"{text}.", [gold]) for score in (sub_em, em, f1)] == [1.0] * 3, (text, gold)
             assert sub_em(f"Thus.\nAnswer: {text}", [gold]) == 1.0
             assert find_in_document(f"x {text} y", [gold])
-    assert em(spelled[1], [spelled[0]], False) == 0.0  # SQuAD's own form
+    assert em(spelled[1], [spelled[0]], False) == 0.0  # SQuAD's form
 
 
 def test_what_looks_alike_stays_apart() -> None:
@@ -166,10 +166,10 @@ def hotpot_f1(prediction: str, truth: str) -> float:
         text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
-    found, gold = normal(prediction), normal(truth)
-    if found in ("yes", "no", "noanswer") and found != gold:
+    predicted, gold = normal(prediction), normal(truth)
+    if predicted in ("yes", "no", "noanswer") and predicted != gold:
         return 0.0
-    if gold in ("yes", "no", "noanswer") and found != gold:
+    if gold in ("yes", "no", "noanswer") and predicted != gold:
         return 0.0
     return squad_f1(prediction, truth)
 
@@ -200,14 +200,14 @@ def test_places_are_those_of_the_normalised_text(seed: int) -> None:
                 assert all(0 <= start <= end <= len(text) for _, start, end in places)
         cut = sorted(draw.choices(range(len(text) + 1), k=2))
         gold = text[slice(*cut)]
-        found = find_in_response(text, [gold])
-        assert bool(found) == bool(sub_em(text, [gold])), (text, gold)
-        assert all(a < b <= c < d for (a, b), (c, d) in itertools.pairwise(found))
+        spans = find_in_response(text, [gold])
+        assert bool(spans) == bool(sub_em(text, [gold])), (text, gold)
+        assert all(a < b <= c < d for (a, b), (c, d) in itertools.pairwise(spans))
 
 
 def test_places_in_a_text() -> None:
-    def marked(found: list[tuple[int, int]], text: str) -> list[str]:
-        return [text[start:end] for start, end in found]
+    def marked(places: list[tuple[int, int]], text: str) -> list[str]:
+        return [text[start:end] for start, end in places]
 
     year = "\uff12\uff10\uff11\uff11"
     text = f"An O\u2019Brien, the \u201cPat\u201d O'Brien and Pat  the Cafe\u0301 {year}. Answer: PAT O\u2019BRIEN"

@@ -1,4 +1,4 @@
-"""Texts of scripts without spaces: answers are found in them, and lengths, questions and evidence compare."""
+"""Texts of scripts without spaces: search of answers, lengths, questions and evidence."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ QUESTION = Question("zh", "小说《家》的作者是谁？", "巴金", (), (MU
         ("a “us” army", "us", True),
     ],
 )
-def test_a_short_answer_is_found_where_no_word_goes_on(text: str, answer: str, found: bool) -> None:
-    assert mentions(text, golds([answer])[0]) is found
+def test_a_short_answer_is_found_at_word_boundaries(text: str, answer: str, expected: bool) -> None:
+    assert mentions(text, golds([answer])[0]) is expected
     kinds = [
         names for part, names, _ in stretches(highlighted(text, find_in_document(text, [answer]))) if part == answer
     ]
-    assert (["answer"] in kinds) is found
+    assert (["answer"] in kinds) is expected
 
 
 def test_a_distractor_never_names_the_answer() -> None:

@@ -1,4 +1,4 @@
-"""Sampling from servers that behave, and that behave in their own way."""
+"""Sampling from servers that follow the API, and from servers that deviate from it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ main = last_wins_in(sample_responses.main)
 END = 3  # and 2 in the folder's generation_config.json
 
 
-def test_every_sample_is_asked_for_once_and_written_in_order(
+def test_every_sample_is_requested_once_and_written_in_order(
     folder: Path, serve: Callable[..., Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the order of the answers: the slower the earlier the question."""
+    """In any order of the answers: the earlier the question, the slower its answer."""
 
     def slow(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None:
@@ -50,9 +50,7 @@ def test_every_sample_is_asked_for_once_and_written_in_order(
     assert "sampled now: 30 responses, 60 tokens" in printed.out and "other ids: 0" in printed.out
 
 
-def test_a_server_that_gives_one_response_whatever_n_says(
-    folder: Path, serve: Callable[..., Scripted], tmp_path: Path
-) -> None:
+def test_a_server_that_ignores_n(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     server = serve(lambda path, body: well(path, body and {**body, "n": 1}))
     main(command(folder, server, tmp_path / "a.jsonl"))
     assert sorted(name for name, _ in server.asked) == sorted(f"q{n}/{first}" for n in range(5) for first in range(6))
@@ -147,7 +145,7 @@ def test_tokens_are_counted_over_all_choices(
 
 @pytest.mark.parametrize("owner", ["vllm", "sglang", "llamacpp", "library", None])
 @pytest.mark.parametrize("api", ["chat", "completions"])
-def test_what_shapes_the_distribution_is_set_or_said(
+def test_sampling_parameters_are_set_or_reported(
     owner: str | None,
     api: str,
     folder: Path,
@@ -155,7 +153,7 @@ def test_what_shapes_the_distribution_is_set_or_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A server's own top-k, min-p and penalties: switched off where its API can, warned about where not; recorded."""
+    """A server's top-k, min-p and penalties: switched off where its API can, warned about where not; recorded."""
 
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is None:
@@ -183,7 +181,7 @@ def test_what_shapes_the_distribution_is_set_or_said(
 
 
 @pytest.mark.parametrize(("props", "most"), [((200, {"total_slots": 4}), 4), ((501, {}), 1), ((200, []), 1)])
-def test_llama_cpp_is_asked_for_as_many_choices_as_it_has_slots(
+def test_llama_cpp_gets_requests_for_as_many_choices_as_it_has_slots(
     props: tuple[int, Any], most: int, folder: Path, serve: Callable[..., Scripted], tmp_path: Path
 ) -> None:
     """It refuses more, with status 400."""
@@ -198,7 +196,7 @@ def test_llama_cpp_is_asked_for_as_many_choices_as_it_has_slots(
     assert max(body.get("n", 1) for _, body in server.asked) == most
 
 
-def test_a_server_is_asked_for_what_a_complete_output_lacks(
+def test_only_missing_samples_of_a_complete_output_are_requested(
     folder: Path, serve: Callable[..., Scripted], tmp_path: Path
 ) -> None:
     server, output = serve(well), tmp_path / "a.jsonl"

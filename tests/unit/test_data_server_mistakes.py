@@ -98,7 +98,9 @@ def test_a_bad_server_is_one_line_and_costs_nothing_finished(
 
 
 @pytest.mark.parametrize("name", ["too many", "its fault", "cut", "not JSON", "no choices"])
-def test_what_passes_is_asked_again(name: str, folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
+def test_temporary_failures_are_retried(
+    name: str, folder: Path, serve: Callable[..., Scripted], tmp_path: Path
+) -> None:
     status, document, _ = BAD[name]
     server = serve(failing(status, document, times=1))
     main(command(folder, server, tmp_path / "a.jsonl", "--limit", "1", "--samples", "1"))

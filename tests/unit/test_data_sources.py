@@ -97,7 +97,7 @@ def test_fields_arrive(tmp_path: Path, source: str, record: dict, second: Paragr
     assert not left_out.counts
 
 
-def test_a_record_without_id_keeps_one_of_its_own(tmp_path: Path) -> None:
+def test_a_record_without_id_gets_a_stable_one(tmp_path: Path) -> None:
     record = without("id", JSONL)
     (one,) = read("jsonl", write(tmp_path / "a.jsonl", record))
     (_, other) = read("jsonl", write(tmp_path / "b.jsonl", {**record, "question": "Which?"}, record))
@@ -122,8 +122,8 @@ def test_what_cannot_be_used_is_left_out_and_listed(tmp_path: Path) -> None:
         tmp_path / "q.jsonl", musique(id="a", answerable=False), musique(id="b", answer="\u200b"), nothing_gold,
         musique(id="d"), MUSIQUE,
     )  # fmt: skip
-    found = read_questions("musique", [path], left_out, exclude={"d", "stranger"})
-    assert [question.id for question in found] == ["2hop__1"]
+    questions = read_questions("musique", [path], left_out, exclude={"d", "stranger"})
+    assert [question.id for question in questions] == ["2hop__1"]
     assert dict(left_out.entries) == {
         "a": "not answerable from its paragraphs",
         "b": "the answer has no visible character, so no response can be scored",
@@ -268,7 +268,7 @@ def test_tables_and_folders_go_through_datasets(tmp_path: Path, cache: None) -> 
     with refused("field-missing", "bad.parquet:row 1: ", "'question'", "(fields found: answer"):
         read("musique", tmp_path / "bad.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    for given, code, named in (
+    for paths, code, named in (
         (f"hub:{tmp_path / 'set'}:default:validation", "dataset-unreadable", "default:validation: "),
         (f"hub:{tmp_path / 'set'}:nowhere:train", "dataset-unreadable", "nowhere"),
         ("hub:a:b:c:d", "dataset-name", "hub:NAME:CONFIG:SPLIT"),
@@ -277,19 +277,19 @@ def test_tables_and_folders_go_through_datasets(tmp_path: Path, cache: None) -> 
         (tmp_path / "missing.parquet", "file-missing", "missing.parquet: "),
     ):
         with refused(code, named):
-            read("musique", given)
+            read("musique", paths)
 
 
 def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the pieces, the same records and the same line in an error; and never the whole file in memory."""
+    """With pieces of any size, the same records and the same line in an error; and never the whole file in memory."""
     path, bad = tmp_path / "a.json", tmp_path / "bad.json"
-    found = [{"id": i, "text": 'Zoë \\ " ]}, ' * i, "of": [1, {"a": None}]} for i in range(9)]
-    texts = [json.dumps(one, indent=1, ensure_ascii=False) for one in found]
+    records = [{"id": i, "text": 'Zoë \\ " ]}, ' * i, "of": [1, {"a": None}]} for i in range(9)]
+    texts = [json.dumps(one, indent=1, ensure_ascii=False) for one in records]
     path.write_text("\n [" + ",\n\n".join(texts) + "\n]\n", encoding="utf-8")
     lines = itertools.accumulate((text.count("\n") + 2 for text in texts[:-1]), initial=2)
     bad.write_text('[{"a": 1},\n{"a": 2},\n\n{"a": \n}]')
     expected = list(inputs.read_records([path]))
-    assert [record for _, record in expected] == found
+    assert [record for _, record in expected] == records
     assert [where for where, _ in expected] == [f"{path}:{line}" for line in lines]
     for size in 1, 2, 7, 100:
         monkeypatch.setattr(inputs, "_CHUNK", size)
@@ -350,7 +350,7 @@ def convert(record):
         return None
     return {"question": record["q"], "answers": record["gold"], "documents": record["texts"]}
 
-def made(record):
+def question_of(record):
     return Question("", record["q"], record["gold"][0], (), (Paragraph("T", record["texts"][0]["text"], True),))
 
 def name(record):
@@ -376,7 +376,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return module
 
 
-def test_a_function_of_a_users_own_is_a_source(tmp_path: Path, mine: str) -> None:
+def test_a_user_function_is_a_source(tmp_path: Path, mine: str) -> None:
     path = write(tmp_path / "q.jsonl", RAW, RAW | {"_id": 6, "q": "skip"}, without("_id", RAW), RAW | {"_id": "x"})
     left_out = LeftOut()
     one, two, three = read_questions(f"{mine}:convert", [path], left_out, exclude={"none"})
@@ -385,11 +385,11 @@ def test_a_function_of_a_users_own_is_a_source(tmp_path: Path, mine: str) -> Non
         ("Ada", "A."),
         (Paragraph("", "Ada was first.", True), Paragraph("", "Rain")),
     )
-    assert len(two.id) == 16 and two.answers == one.answers and three.id == "x"  # an id made of the content
+    assert len(two.id) == 16 and two.answers == one.answers and three.id == "x"  # an id derived from the content
     assert left_out.entries == [("6", f"{mine}:convert returned None")]
     assert [q.id for q in read(f"{mine}:convert", path, exclude={"5", "x"})] == [two.id]
-    (made,) = read(f"{mine}:made", write(tmp_path / "m.jsonl", RAW))
-    assert made == Question("5", "Who?", "Ada", (), (Paragraph("T", "Ada was first.", True),))
+    (question,) = read(f"{mine}:question_of", write(tmp_path / "m.jsonl", RAW))
+    assert question == Question("5", "Who?", "Ada", (), (Paragraph("T", "Ada was first.", True),))
 
 
 @pytest.mark.parametrize(

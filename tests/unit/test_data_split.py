@@ -1,4 +1,4 @@
-"""Near-duplicate questions: found exactly, kept on one side, whatever the order of the input."""
+"""Near-duplicate questions: detected exactly, kept on one side, with any order of the input."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ WORDS = [f"w{index}" for index in range(30)]
 def wordings(count: int, seed: int = 0) -> list[str]:
     """Questions of which many differ from another in a word or two."""
     rng = random.Random(seed)
-    made: list[str] = []
+    questions: list[str] = []
     for _ in range(count):
-        words = rng.choice(made).split() if made and rng.random() < 0.7 else rng.choices(WORDS, k=rng.randint(1, 16))
+        words = (
+            rng.choice(questions).split()
+            if questions and rng.random() < 0.7
+            else rng.choices(WORDS, k=rng.randint(1, 16))
+        )
         for _ in range(rng.randint(0, 1)):
             words[rng.randrange(len(words))] = rng.choice(WORDS)
-        made.append(" ".join(words))
-    return made
+        questions.append(" ".join(words))
+    return questions
 
 
 def joined_one_by_one(questions: list[str], threshold: float) -> set[frozenset[int]]:
@@ -42,9 +46,9 @@ def test_groups_are_those_of_comparing_all_pairs() -> None:
     for seed in range(3):
         questions = wordings(150, seed)
         for threshold in (0.5, 0.8, 1.0):
-            found = near_duplicates(questions, threshold)
-            assert as_sets(found) == joined_one_by_one(questions, threshold)
-            assert all(group <= index and found[group] == group for index, group in enumerate(found))
+            groups = near_duplicates(questions, threshold)
+            assert as_sets(groups) == joined_one_by_one(questions, threshold)
+            assert all(group <= index and groups[group] == group for index, group in enumerate(groups))
     assert 20 < len(set(near_duplicates(wordings(150)))) < 130  # both kinds of questions were there
 
 
@@ -70,7 +74,7 @@ def test_validation_takes_whole_groups_and_about_its_share() -> None:
     assert 36 <= len(chosen) <= 40
     assert not {groups[index] for index in chosen} & {groups[index] for index in set(range(400)) - chosen}
     assert validation_members(ids, groups, 0.1, seed=1) != chosen
-    # The same questions in another order give the same members.
+    # The same questions in another order have the same members.
     order = random.Random(1).sample(range(400), 400)
     again = near_duplicates([questions[index] for index in order])
     shuffled = validation_members([ids[index] for index in order], again, 0.1, seed=0)

@@ -1,4 +1,4 @@
-"""Responses that a chat template writes otherwise, or not at all, are kept, and sampling goes on."""
+"""Responses that a chat template writes otherwise, or not at all, are kept, and sampling continues."""
 
 from __future__ import annotations
 

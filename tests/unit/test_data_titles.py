@@ -1,4 +1,4 @@
-"""Documents without a title: each is one of its own, in any script, and is written without a title's line."""
+"""Documents without a title: each is distinct, in any script, and is written without a title's line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(path: Path, *records: dict) -> Path:
     return path
 
 
-def test_untitled_documents_are_told_apart_by_their_texts() -> None:
+def test_untitled_documents_are_distinguished_by_their_texts() -> None:
     gold = Paragraph("", "This text is from the archive of the town. Its answer is Ada.", True)
     others = [Paragraph(" " * (i % 2), f"This text is from the archive of the town. Sheet {i}.") for i in range(4)]
     question = Question("q", "?", "Ada", (), (gold, others[0]))
@@ -36,7 +36,7 @@ def test_untitled_documents_are_told_apart_by_their_texts() -> None:
         "Sheet 1.",
     }
     assert len({Candidate(p, 1).title_key for p in context.paragraphs}) == 5
-    # A title is never taken for an untitled document's text.
+    # A title is never mistaken for an untitled document's text.
     assert Candidate(Paragraph("Sheet", "x"), 1).title_key != Candidate(Paragraph("", "Sheet"), 1).title_key
 
 

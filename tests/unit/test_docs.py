@@ -1,4 +1,4 @@
-"""README and docs: links, generated pages, the figure, the files that the design names, and the field's own words."""
+"""README and docs: links, generated pages, the figure, the files that the design names, and the field's words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IDIOMS = {
     r"nobody": "no process, no person",
     r"short side stopped": "stop-grad on short",
 }
-"""Words of a private dialect -> what the field says. Names of files and quoted messages, which are code, are exempt."""
+"""Words of a private dialect -> the field's words. Names of files and quoted messages, which are code, are exempt."""
 
 
 def prose(page: Path) -> str:
@@ -49,13 +49,13 @@ def prose(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_speak_the_fields_language(page: Path) -> None:
     lines = prose(page).splitlines()
-    found = [
+    idioms = [
         f"{page.name}:{number}: {match[0]!r}; write: {better}"
         for number, line in enumerate(lines, 1)
         for idiom, better in IDIOMS.items()
         for match in re.finditer(rf"(?<![\w-])(?:{idiom})(?![\w-])", line, re.I)
     ]
-    assert not found, found
+    assert not idioms, idioms
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Evaluation by length and questions over a document, with tiny random models made here."""
+"""Evaluation by length and questions over a document, with tiny random models."""
 
 import io
 import json
@@ -82,7 +82,9 @@ def test_evaluate_folds_spellings_by_choice(normalisation, expected):
     for name in ("sub_em", "em", "f1"):
         assert score(name, "O\u2019Brien", ["O'Brien"], normalisation) == expected
     assert score("sub_em_plain", "I know of O\u2019Brien", ["no", "O'Brien"], normalisation) == 1.0
-    assert score("sub_em_plain", "O\u2019Brien", ["O'Brien"], normalisation) == 0.0  # the paper's, whatever is chosen
+    assert (
+        score("sub_em_plain", "O\u2019Brien", ["O'Brien"], normalisation) == 0.0
+    )  # the paper's, with any normalisation
 
 
 def test_scores_of_known_responses(tmp_path):
@@ -137,7 +139,7 @@ def test_predictions_are_the_models_responses_to_each_length(folder, questions, 
     for index, size in enumerate((2, 4, 8)):
         expected, _ = one_by_one(folder, [item.prompts[index] for item in items], 6)
         assert [row["prediction"] for row in rows if row["length"] == f"{size} documents"] == expected
-    # The same seed gives the same file, with one prompt a batch too.
+    # The same seed writes the same file, with one prompt a batch too.
     run_evaluate(folder, questions, tmp_path / "again.json", "--batch-tokens", "1")
     assert (tmp_path / "again.predictions.jsonl").read_text() == lines
 
@@ -147,11 +149,11 @@ def test_answers_on_disk_are_not_generated_again(folder, questions, tmp_path, mo
     run_evaluate(folder, questions, tmp_path / "whole.json", "--batch-tokens", "40", lengths=lengths)
     add, calls = Jobs.add, []
 
-    def add_or_stop(*given):
-        calls.append(given)
+    def add_or_stop(*arguments):
+        calls.append(arguments)
         if len(calls) > 4:
             raise KeyboardInterrupt
-        add(*given)
+        add(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Jobs, "add", add_or_stop)
@@ -255,7 +257,7 @@ def test_a_model_that_is_not_whole_answers_nothing(questions, tmp_path, change, 
     assert not (tmp_path / "r.json").exists()
 
 
-def test_what_stands_beyond_the_limit_is_not_left_out(folder, tmp_path, capsys):
+def test_records_beyond_the_limit_are_not_listed_as_left_out(folder, tmp_path, capsys):
     path = write_questions(tmp_path / "questions.jsonl")
     lines = path.read_text().splitlines()
     unusable = [json.dumps(json.loads(lines[0]) | {"id": f"the{n}", "answer": "\u200b"}) for n in range(3)]

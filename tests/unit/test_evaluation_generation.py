@@ -1,4 +1,4 @@
-"""Generation in batches against transformers one by one, with tiny random models made here."""
+"""Generation in batches against transformers one by one, with tiny random models."""
 
 import json
 import random
@@ -21,11 +21,11 @@ def folder(tmp_path_factory):
 def test_batches_equal_one_by_one_generation(folder):
     prompts = random_prompts(20)
     expected, lengths = one_by_one(folder, prompts, 12)
-    assert min(lengths) < 12 == max(lengths)  # some responses stop, some are cut
+    assert min(lengths) < 12 == max(lengths)  # there are finished and cut responses
     model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
     for batch_tokens in (150, 100_000):
-        found = generate(model, tokenizer, prompts, 12, batch_tokens)
-        assert [response.text for response in found] == expected
+        responses = generate(model, tokenizer, prompts, 12, batch_tokens)
+        assert [response.text for response in responses] == expected
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
@@ -36,8 +36,8 @@ def test_a_response_is_finished_where_it_ended_itself(folder, batch_tokens):
     model, tokenizer = load_model(folder, "cpu", "auto"), AutoTokenizer.from_pretrained(folder)
     shortest = min(length for length in lengths if length > 1)
     for limit in (shortest, shortest - 1, 11):
-        found = generate(model, tokenizer, prompts, limit, batch_tokens)
-        assert [response.finished for response in found] == [length <= limit for length in lengths]
+        responses = generate(model, tokenizer, prompts, limit, batch_tokens)
+        assert [response.finished for response in responses] == [length <= limit for length in lengths]
 
 
 def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folder, tmp_path):
@@ -54,8 +54,8 @@ def test_settings_stored_with_the_checkpoint_do_not_change_the_measurement(folde
     )
     prompts = random_prompts(10)
     expected, _ = one_by_one(folder, prompts, 8)
-    found = generate(load_model(stored, "cpu", "auto"), AutoTokenizer.from_pretrained(stored), prompts, 8)
-    assert [response.text for response in found] == expected
+    responses = generate(load_model(stored, "cpu", "auto"), AutoTokenizer.from_pretrained(stored), prompts, 8)
+    assert [response.text for response in responses] == expected
 
 
 def test_stop_tokens_of_the_generation_config_count_too(folder, tmp_path):
@@ -65,8 +65,8 @@ def test_stop_tokens_of_the_generation_config_count_too(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stop = tokenizer.convert_tokens_to_ids(word)
     stored = write_model(tmp_path / "stops", stored={"eos_token_id": [4, stop], "pad_token_id": 0})
-    found = generate(load_model(stored, "cpu", "auto"), tokenizer, prompts, 8)
-    assert [response.text for response in found] == [
+    responses = generate(load_model(stored, "cpu", "auto"), tokenizer, prompts, 8)
+    assert [response.text for response in responses] == [
         " ".join(text.split()[: text.split().index(word)]) if word in text.split() else text for text in free
     ]
     assert any(word in text.split() for text in free)

@@ -73,7 +73,7 @@ def write_solo_run(folder, steps, groups=4, valid=(), clip=1.0):
 
 
 def rows_of(text, head):
-    """The cells of the table whose head begins so."""
+    """The cells of the table whose head starts so."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if re.match(head, line))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
@@ -114,7 +114,7 @@ def test_what_a_run_took_names_saves_and_clipped_steps_apart(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "mean"), [(20, "lines show every step, each the mean over 1 to 4 examples"), (120, "over 5 steps, each")]
 )
-def test_a_caption_says_how_much_a_mean_covers(tmp_path, steps, mean):
+def test_a_caption_names_how_much_a_mean_covers(tmp_path, steps, mean):
     run = results.read_run(str(write_solo_run(tmp_path / "solo", steps, valid=(0,))))
     text = report.write_report(tmp_path / "r.md", [run])[0].read_text()
     [caption] = [line for line in text.splitlines() if line.startswith("*Preference training: ")]
@@ -149,7 +149,7 @@ def test_an_axis_ends_where_its_metric_does(tmp_path, monkeypatch):
     assert limits["Pair accuracy"] == (0, 1.02) and limits["Total loss"][0] > 0.6
 
 
-def test_answers_that_were_cut_are_told(tmp_path):
+def test_cut_answers_are_reported(tmp_path):
     path = write_evaluation(tmp_path / "e.json", {8: 0.5, 16: 0.5})
     whole = json.loads(path.read_text())
     whole["metrics"]["16 documents"]["cut"] = 12
@@ -164,7 +164,7 @@ def test_the_caption_names_the_interval_of_the_drawn_metric(tmp_path):
     whole = json.loads(path.read_text())
     methods = {"sub_em": "wilson", "em": "wilson", "f1": "normal"}
     for metric, name in (("sub_em", "Wilson score interval"), ("f1", "normal approximation")):
-        for written in (methods, None):  # an older file says nothing of F1
+        for written in (methods, None):  # an older file does not mention F1
             whole["metrics"]["8 documents"] |= {"interval_method": written}
             path.write_text(json.dumps(whole))
             evaluations = [results.read_evaluation(f"base={path}")]
@@ -180,7 +180,7 @@ def test_only_figures_that_were_written_are_counted(tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {tmp_path / 'r.md'} and 1 figure beside it\n"
 
 
-def test_both_units_have_their_own_figure_and_text_is_passed_through(tmp_path):
+def test_both_units_have_a_figure_and_text_is_passed_through(tmp_path):
     evaluations = [
         results.read_evaluation(str(write_evaluation(tmp_path / "a.json", {8: 0.5, 16: 0.25}))),
         results.read_evaluation(str(write_evaluation(tmp_path / "b.json", {1024: 0.5}, unit="tokens"))),
@@ -191,7 +191,7 @@ def test_both_units_have_their_own_figure_and_text_is_passed_through(tmp_path):
     assert {p.name for p in tmp_path.glob("*.png")} == {"r-accuracy-documents.png", "r-accuracy-tokens.png"}
 
 
-def test_captions_say_what_the_points_of_their_chart_are(tmp_path):
+def test_captions_explain_the_points_of_their_chart(tmp_path):
 
     def captions(**files):
         evaluations = [
@@ -316,7 +316,7 @@ def test_a_metric_that_is_declared_appears_everywhere(tmp_path, monkeypatch):
     (folder / metrics.LABELS).write_text(json.dumps(metrics.to_json([declared["kl"]])))
 
     def shown():
-        """Heads of the table of what was learnt, and titles of the panels with their axes."""
+        """Heads of the table of runs, and titles of the panels with their axes."""
         drawn = []
         monkeypatch.setattr(curves, "draw_curves", lambda path, panels, *more: drawn.extend(panels))
         text = report.write_report(tmp_path / "r.md", [results.read_run(str(folder))])[0].read_text()
@@ -326,7 +326,7 @@ def test_a_metric_that_is_declared_appears_everywhere(tmp_path, monkeypatch):
     assert heads[-2:] == ["divergence (nats per token) ↓", "mystery"] and heads.index("total loss (nats) ↓") == 3
     assert panels[-2:] == [("Divergence", "nats per token"), ("mystery", "")]  # nobody declared the last one
     assert log._summary(lines[0]).split(" grad ")[1] == "7 (clipped to 1) kl 0.25 20 tok/s 0.5 s/step"
-    del declared["kl"]  # a process that does not know the loss that declares it reads it from the run's folder
+    del declared["kl"]  # a process without the loss that declares it reads it from the run's folder
     assert set(shown()[1]) == set(panels)
     (folder / metrics.LABELS).unlink()
     assert ("kl", "") in shown()[1]

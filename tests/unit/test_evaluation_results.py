@@ -1,4 +1,4 @@
-"""Reading results and runs back: intervals, averages over seeds, and labels that tell models apart."""
+"""Reading results and runs back: intervals, averages over seeds, and labels that distinguish models."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_interval_of_scores_that_are_not_yes_or_no():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 10, 20])
-def test_the_interval_of_few_f1_scores_holds_their_mean_at_least_as_often_as_it_says(count):
+def test_the_interval_of_few_f1_scores_covers_their_mean_at_least_at_its_nominal_rate(count):
     """The normal approximation does not: of one score it has no width at all."""
     rng = random.Random(count)
     covered = 0
@@ -54,7 +54,7 @@ def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
     ]
     evaluations = [results.read_evaluation(f"SoLoPO={path}") for path in files]
     evaluations.append(results.read_evaluation(f"base={write_evaluation(tmp_path / 'base.json', {8: 0.5})}"))
-    # Files from before sub-EM told short answers apart hold the plain form only.
+    # Files of versions whose sub-EM had no rule for short answers hold the plain form only.
     assert evaluations[0].results[0].means["sub_em_plain"] == evaluations[0].results[0].means["sub_em"]
     first, second = results.accuracy_by_length(evaluations, "SoLoPO", "documents", "sub_em")
     assert (first.x, first.low, first.high, first.seeds) == (8, 0.8, 1.0, 3) and first.mean == pytest.approx(0.9)
@@ -111,11 +111,11 @@ def test_paths_of_one_data_file_are_the_same_data(tmp_path, monkeypatch):
     assert len(results.read_evaluations([str(a), str(b)])) == 2
 
 
-def test_names_tell_folders_apart():
+def test_names_distinguish_folders():
     assert results.folder_names(["runs/a/hf", "runs/b/hf", "base"]) == ["a/hf", "b/hf", "base"]
 
 
-def test_models_without_a_label_are_told_apart(tmp_path, monkeypatch):
+def test_models_without_a_label_get_different_ones(tmp_path, monkeypatch):
     a, b = (
         str(write_evaluation(tmp_path / f"{name}.json", {8: score}, model=f"runs/{name}/hf"))
         for name, score in (("A", 0.1), ("B", 0.9))
@@ -151,7 +151,7 @@ def test_only_what_differs_by_seed_and_lengths_is_averaged_without_a_label(tmp_p
         results.read_evaluations([a, b])
 
 
-def test_runs_without_a_label_are_told_apart(tmp_path):
+def test_runs_without_a_label_get_different_ones(tmp_path):
     a, b = (str(write_run(tmp_path / name / "orpo", 5, offset)) for name, offset in (("A", 0.0), ("B", 1.0)))
     assert [run.label for run in results.read_runs([f"ORPO={a}", f"ORPO={b}"])] == ["ORPO", "ORPO"]
     assert report.main(["--output", str(tmp_path / "r.md"), "--runs", a, b]) == 0

@@ -1,4 +1,4 @@
-"""What config.json may say: every field is honoured, harmless or refused by name; real configs pass."""
+"""What config.json may contain: every field is honoured, harmless or refused by name; real configs pass."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_size_that_nothing_is_built_of_is_refused_by_name(
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epsilon_that_is_no_number_above_0_is_refused_by_name(kind: type[PretrainedConfig], value: Any) -> None:
     hf_config = small(kind)
-    hf_config.__dict__["rms_norm_eps"] = value  # as json.load reads it; some transformers refuse other types
+    hf_config.__dict__["rms_norm_eps"] = value  # as json.load reads it; versions of transformers refuse other types
     with refused("model-field-value", f"config.json: rms_norm_eps = {value!r} ", "above 0"):
         family_of(hf_config)
 
@@ -194,11 +194,11 @@ def test_fields_of_the_wild_pass(kind: type[PretrainedConfig], tmp_path: Path) -
 def test_every_field_of_transformers_is_decided_on(kind: type[PretrainedConfig]) -> None:
     """A new version's new field turns this red: read it, refuse it, or list it as harmless."""
     known = READ | HARMLESS | family_of(small(kind)).fields
-    # Refused unless they say "none of this".
+    # Refused unless their value means "none of this".
     refused = {"attention_bias", "mlp_bias", "attention_dropout", "router_jitter_noise", "mlp_only_layers"}
     of_base = {field.name for field in dataclasses.fields(PretrainedConfig)}
-    own = {field.name for field in dataclasses.fields(kind)} - of_base
-    assert {name for name in own if not name.endswith(HARMLESS_ENDINGS)} <= known | refused
+    declared = {field.name for field in dataclasses.fields(kind)} - of_base
+    assert {name for name in declared if not name.endswith(HARMLESS_ENDINGS)} <= known | refused
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:

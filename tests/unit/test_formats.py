@@ -1,6 +1,6 @@
-"""Preference data and conversations as the hub ships them: each form gives the same pair; what cannot be read is named.
+"""Preference data and conversations as the hub ships them: each form is the same pair; what cannot be read is named.
 
-TRL 1.16's own extraction is the oracle for the forms that it reads.
+TRL 1.16's extraction is the oracle for the forms that it reads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parts(*texts: str) -> list[dict[str, str]]:
 
 SYSTEM = {"role": "system", "content": "s"}
 ASK = [user("w1 w2")]
-PAIR = {"chosen": "w3", "rejected": "w3 w4"}  # one answer begins as the other: the prompt must not
+PAIR = {"chosen": "w3", "rejected": "w3 w4"}  # one answer is the start of the other: the prompt must not
 TURNS = [user("w5"), said("w6"), user("w1 w2")]
 
 
@@ -131,7 +131,7 @@ TRL_READS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_pair(form: str, tmp_path: Path) -> None:
+def test_every_form_is_read_as_the_pair(form: str, tmp_path: Path) -> None:
     """In JSONL and in Parquet."""
     record, prompt = FORMS[form]
     files = [write_lines(tmp_path / "pairs.jsonl", [record | {"id": 7}])]
@@ -284,10 +284,10 @@ WRONG_CONVERSATIONS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
-def test_every_form_gives_the_conversation(form: str, tmp_path: Path) -> None:
+def test_every_form_is_read_as_the_conversation(form: str, tmp_path: Path) -> None:
     record, expected = CONVERSATIONS[form]
-    (found,) = read_conversations(write_lines(tmp_path / "chats.jsonl", [record]))
-    assert [{name: m[name] for name in ("role", "content")} for m in found.messages] == expected
+    (conversation,) = read_conversations(write_lines(tmp_path / "chats.jsonl", [record]))
+    assert [{name: m[name] for name in ("role", "content")} for m in conversation.messages] == expected
 
 
 @pytest.mark.parametrize("form", WRONG_CONVERSATIONS)
@@ -323,7 +323,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_path: Path, capfd) -> None:
+def test_training_tokenizing_and_looking_read_the_hub_as_a_file(home: Path, tmp_path: Path, capfd) -> None:
     seen = {}
     for name, source in (
         ("file", home / "pairs.jsonl"),
@@ -336,9 +336,9 @@ def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_
         config, _ = load(list(map(str, [*base, "--train-data", source])))
         data = load_data(config)
         tokens = tmp_path / name
-        made = ["tokenize-data", "--data", source, "--tokenizer", home / "hf", "--output", tokens, "--workers", 2]
-        assert run(dispatch, list(map(str, made))) == 0, capfd.readouterr().err
-        assert run(dispatch, list(map(str, made))) == 0 and "nothing is left to do" in capfd.readouterr().out
+        command = ["tokenize-data", "--data", source, "--tokenizer", home / "hf", "--output", tokens, "--workers", 2]
+        assert run(dispatch, list(map(str, command))) == 0, capfd.readouterr().err
+        assert run(dispatch, list(map(str, command))) == 0 and "nothing is left to do" in capfd.readouterr().out
         stored, _ = load(list(map(str, [*base, "--train-data", tokens])))
         folder = load_data(stored)
         assert folder.train.fingerprint == data.train.fingerprint
@@ -354,8 +354,8 @@ def test_training_tokenising_and_looking_read_the_hub_as_a_file(home: Path, tmp_
 
 def test_an_error_in_what_is_no_file_names_the_source(tmp_path: Path, home: Path, capfd) -> None:
     (tmp_path / "pairs.json").write_text(json.dumps([FORMS["texts"][0], PAIR]))
-    made = ["tokenize-data", "--data", tmp_path / "pairs.json", "--tokenizer", home / "hf"]
-    made += ["--output", tmp_path / "t"]
-    assert run(dispatch, list(map(str, made))) == 2
+    command = ["tokenize-data", "--data", tmp_path / "pairs.json", "--tokenizer", home / "hf"]
+    command += ["--output", tmp_path / "t"]
+    assert run(dispatch, list(map(str, command))) == 2
     check_refusal(capfd.readouterr().err, "prompt-missing", f"{tmp_path / 'pairs.json'}, record 2: ")
     assert not (tmp_path / "t.partial.jsonl").exists()

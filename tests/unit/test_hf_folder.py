@@ -49,7 +49,7 @@ def test_a_file_is_opened_once_and_not_kept_in_memory(tmp_path: Path, monkeypatc
     monkeypatch.setattr(hf_folder, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
     reader = TensorReader(tmp_path / "new")
     kept = reader.get("layer.0.weight")
-    assert kept.add_(1).equal(TENSORS["layer.0.weight"] + 1)  # memory of its own
+    assert kept.add_(1).equal(TENSORS["layer.0.weight"] + 1)  # memory that is not mapped
     for _ in range(3):
         assert all(reader.get(name).equal(tensor) for name, tensor in TENSORS.items())
     assert len(opened) == 3 and len(list(Path("/proc/self/fd").iterdir())) < 100
@@ -258,7 +258,7 @@ def test_parts_joined_are_the_tensors_again(operator: Operator, shapes: list, di
     assert torch.equal(numbers[numbers != 0].sort().values, wanted.sort().values)
 
 
-def test_interleaved_heads_stand_by_group() -> None:
+def test_interleaved_heads_are_ordered_by_group() -> None:
     """Megatron's order, written out: a key-value head's query heads, its key, its value."""
     rows = {"q": 4, "k": 2, "v": 2}  # heads of one row: 4 query heads, 2 of keys and values
     tensors = [torch.arange(count, dtype=torch.float) + 10 * place for place, count in enumerate(rows.values())]

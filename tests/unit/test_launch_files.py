@@ -28,7 +28,7 @@ REPLICAS = strict(
     {
         "replicas": COUNT,
         "restartPolicy": {"enum": ["Always", "OnFailure", "Never", "ExitCode"]},
-        "template": {"type": "object"},  # a pod template, which Kubernetes' own schema checks
+        "template": {"type": "object"},  # a pod template, which Kubernetes' schema checks
     },
     "replicas",
     "template",
@@ -88,17 +88,17 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def test_the_kubernetes_file_is_what_the_schemas_say(documents: list[dict[str, Any]]) -> None:
+def test_the_kubernetes_file_follows_the_schemas(documents: list[dict[str, Any]]) -> None:
     check(documents)
 
 
 def fields(node: Any, path: tuple = ()) -> list[tuple]:
-    """Where fields stand whose names Kubernetes gives; names of resources are free."""
+    """Where names of fields are Kubernetes'; names of resources are free."""
     if isinstance(node, list):
-        return [found for index, item in enumerate(node) for found in fields(item, (*path, index))]
+        return [field for index, item in enumerate(node) for field in fields(item, (*path, index))]
     if not isinstance(node, dict) or path[-1:] in (("limits",), ("requests",)):
         return []
-    return [found for name, item in node.items() for found in [(*path, name), *fields(item, (*path, name))]]
+    return [field for name, item in node.items() for field in [(*path, name), *fields(item, (*path, name))]]
 
 
 def test_any_misspelt_field_is_noticed(documents: list[dict[str, Any]]) -> None:

@@ -77,7 +77,7 @@ def test_sums_run_in_float32(dtype, tolerance):
 
 
 def test_bfloat16_weight_gradient_does_not_lose_small_chunks():
-    """Sums over chunks are kept in float32; in bfloat16 a sum of equal terms stands still after some 256 of them."""
+    """Sums over chunks are kept in float32; in bfloat16 a sum of equal terms does not grow after about 256 of them."""
     states, weight, targets = draw(tokens=1, dtype=torch.bfloat16)
     states, targets = states.detach().expand(1024, -1).clone().requires_grad_(), targets.expand(1024)
     gradients = [
@@ -89,7 +89,7 @@ def test_bfloat16_weight_gradient_does_not_lose_small_chunks():
     assert all((gradient - exact).norm() < 0.02 * exact.norm() for gradient in gradients)
 
 
-def test_no_token_gives_no_log_prob():
+def test_no_token_has_no_log_prob():
     states, weight, _ = draw()
     nothing = response_log_probs(states[:0], weight, torch.zeros(0, dtype=torch.int64), VOCABULARY, 4)
     assert nothing.shape == (0,)

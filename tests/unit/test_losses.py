@@ -30,7 +30,7 @@ from megatron_solopo.metrics import declared
 from megatron_solopo.pack import Context, Segments, Side, segment_name
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-OWN = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}, "longpo": {"longpo_lambda": 0.6}}
+LOSS_OPTIONS = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}, "longpo": {"longpo_lambda": 0.6}}
 CONSTANTS = dict(alignment_huber_delta=1.2)
 BETA = {"dpo": 0.3, "ipo": 0.4, "simpo": 2.1, "orpo": None, "longpo": 0.2}
 ALPHA = 1.7
@@ -39,9 +39,9 @@ GROUPS = 5
 
 def make(loss, mode, **options):
     alpha = {"alignment_weight": ALPHA} if mode == "solo" else {}
-    own = {"loss_options": OWN.get(loss, {})}
+    of_loss = {"loss_options": LOSS_OPTIONS.get(loss, {})}
     return MethodConfig(
-        preference_loss=loss, context_mode=mode, beta=BETA[loss], **own, **CONSTANTS, **alpha, **options
+        preference_loss=loss, context_mode=mode, beta=BETA[loss], **of_loss, **CONSTANTS, **alpha, **options
     )
 
 
@@ -183,7 +183,7 @@ def test_value_equals_the_closed_form(method):
 
 @every_variant
 def test_gradient_equals_differences_of_the_closed_form(method):
-    """Central differences of the plain-Python loss; a stopped short side stands still in the alignment."""
+    """Central differences of the plain-Python loss; a stopped short side is constant in the alignment."""
     p, n, ref = draw(1)
     inputs = tensors(p, requires_grad=True)
     loss_of(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
@@ -394,7 +394,7 @@ def test_further_laws_at_step_zero():
         assert at_ln_2.all() if is_same else not at_ln_2.any()
 
 
-def test_token_normalization_gives_every_chosen_token_one_weight():
+def test_token_normalization_weighs_every_chosen_token_equally():
     """The mean over groups is the mean over tokens, and packs of a batch agree on it."""
     p, n, ref = draw(8)
     method = make("dpo", "short", sft_weight=1.0, sft_normalization="token")

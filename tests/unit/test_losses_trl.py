@@ -1,4 +1,4 @@
-"""Losses against TRL's own code: its trainers' loss functions, called on the same log-probs or tiny models."""
+"""Losses against TRL's code: its trainers' loss functions, called on the same log-probs or tiny models."""
 
 import math
 import random
@@ -19,8 +19,8 @@ CPU = SimpleNamespace(device="cpu")
 
 
 def short(loss, beta=None, **options):
-    own = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}}.get(loss, {})
-    return MethodConfig(preference_loss=loss, context_mode="short", beta=beta, loss_options=own, **options)
+    of_loss = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}}.get(loss, {})
+    return MethodConfig(preference_loss=loss, context_mode="short", beta=beta, loss_options=of_loss, **options)
 
 
 def draw(seed, groups=5):
@@ -101,14 +101,14 @@ def trainer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(trainer):
     """(token ids of each sequence, policy sums, lengths, reference sums) of the same rows by our tokens."""
-    tokenizer, found, sums, lengths = trainer.processing_class, set(), {}, {}
+    tokenizer, sequences, sums, lengths = trainer.processing_class, set(), {}, {}
     for question, chosen, rejected in ROWS:
         group = PreferenceGroup("x", chat("user", question), None, chosen, rejected)
         (prompt,) = Encoder(tokenizer, None, "refuse").encode(group, scored(*ROLES)).prompts
         for completion in prompt.completions:
             role = segment_name(prompt.context, completion.side)
             ids = [*prompt.ids, *completion.ids]
-            found.add(tuple(ids))
+            sequences.add(tuple(ids))
             for name, model in (
                 ("policy", trainer.accelerator.unwrap_model(trainer.model)),
                 ("ref", trainer.ref_model),
@@ -118,7 +118,7 @@ def ours(trainer):
                 sums.setdefault((name, role), []).append(picked[len(prompt.ids) - 1 :].sum())
             lengths.setdefault(role, []).append(float(len(completion.ids)))
     policy, reference = ({role: torch.stack(sums[name, role]) for role in ROLES} for name in ("policy", "ref"))
-    return found, policy, {role: torch.tensor(v) for role, v in lengths.items()}, reference
+    return sequences, policy, {role: torch.tensor(v) for role, v in lengths.items()}, reference
 
 
 def test_token_ids_equal_trl(trainer, ours):
@@ -151,11 +151,11 @@ def test_dpo_trainer_losses_equal_trl(trainer, ours, monkeypatch, case):
     theirs = trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader()))).detach()
     _, policy, lengths, reference = ours
     got = loss_by_name(policy, lengths, reference, method, lengths["short_chosen"].mean())
-    assert got.metrics["margin"].abs().min() > 0.01  # the models differ, so the comparison says something
+    assert got.metrics["margin"].abs().min() > 0.01  # the models differ, so the comparison is not trivial
     assert_close(got.loss.mean(), theirs, rtol=1e-5, atol=1e-5)
     if method.sft_weight:
         by_answer = loss_by_name(policy, lengths, reference, short(method.preference_loss, 0.3, sft_weight=0.6))
-        assert abs(float(by_answer.loss.mean() - theirs)) > 1e-3  # each answer's own mean is another loss
+        assert abs(float(by_answer.loss.mean() - theirs)) > 1e-3  # the mean of each answer is another loss
 
 
 def test_the_cases_are_not_one_loss(ours):

@@ -82,7 +82,7 @@ def test_a_run_without_a_step_is_left_out_of_a_report(tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert f"warning: {empty / 'metrics.jsonl'}: no steps in it yet; " in out and "this run is left out" in out
     text = (tmp_path / "r.md").read_text()
-    assert "late" not in text and "means over seeds" in text  # one that is given twice counts twice
+    assert "late" not in text and "means over seeds" in text  # one that occurs twice counts twice
     with refused("run-without-steps", "empty/metrics.jsonl: "):
         report.main(["--output", str(tmp_path / "r.md"), "--runs", str(empty)])
     evaluation = str(write_evaluation(tmp_path / "e.json", {8: 0.5}))

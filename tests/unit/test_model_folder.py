@@ -1,4 +1,4 @@
-"""A model that is not where a folder is expected: the line says what was given instead and what to do."""
+"""A model that is not where a folder is expected: the line names what is there instead and what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READERS: dict[str, Callable[[str], object]] = {
 
 
 def reported(read: Callable[[str], object], folder: str | Path) -> str:
-    """The message of a reader that adds what `seen_in` or `download` says to its own."""
+    """The message of a reader that appends the text of `seen_in` or `download`."""
     with pytest.raises(UserError) as caught:
         read(str(folder))
     assert "\n" not in caught.value.message

@@ -144,7 +144,7 @@ WITH_EXPERTS = ["mixtral", "qwen3-moe", "qwen3-moe-softmax-over-all"]
 
 @pytest.mark.parametrize("hf_folder", CONFIGS, indirect=True)
 def test_greedy_tokens_equal_transformers(engine, hf_folder):
-    """Every token of the vocabulary as a completion of its own gives the whole distribution of the next one."""
+    """Every token of the vocabulary as a separate completion: the whole distribution of the next token."""
     hf_config, model = megatron_model(hf_folder, torch.float32)
     hf = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
     ids = list(random_group(5, ((90, (1,)),)).prompts[0].ids)
@@ -164,7 +164,7 @@ NEW_IN_DOUBLE = ["qwen3", "qwen3-tied-yarn", "mistral", "mistral-window", "mistr
 
 @pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied", *NEW_IN_DOUBLE, *WITH_EXPERTS], indirect=True)
 def test_gradients_equal_transformers_in_double(engine, hf_folder):
-    """Chunked head, shared prompts and padded vocabulary give transformers' gradient, tensor by tensor."""
+    """Chunked head, shared prompts and padded vocabulary have transformers' gradient, tensor by tensor."""
     from megatron_solopo.conversion.hf import named_entries
 
     hf_config, model = megatron_model(hf_folder, torch.float64)

@@ -163,7 +163,7 @@ def test_skipped_steps_are_counted_and_end_a_run_when_they_do_not_end():
         ([(10, 10), (12, 9), (9, 12)] * 10, None),
         ([(30, 10), (32, 9)] * 10, "chosen longer in 100%"),
         ([(10, 11)] * 30, "shorter in 100%"),
-        ([(30, 10)] * 3, None),  # too few to tell
+        ([(30, 10)] * 3, None),  # too few for a warning
     ],
 )
 def test_length_bias(lengths, word):

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_each_mutant_stands_once_in_its_file_and_has_tests() -> None:
+def test_each_mutant_occurs_once_in_its_file_and_has_tests() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "mutation"))
     try:
         from mutants import MUTANTS

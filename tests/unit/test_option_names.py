@@ -20,7 +20,7 @@ from megatron_solopo.config_load import load
 from megatron_solopo.pipeline import OUTPUTS
 
 WITH_FILE = ("prepare-data", "sample-responses", "build-pairs", "tokenize-data", "evaluate", "report", "ask")
-"""Commands whose file is a flat list of their own options; that of training has sections."""
+"""Commands whose file is a flat list of their options; that of training has sections."""
 
 
 def parser_of(command: str) -> Parser:
@@ -28,7 +28,7 @@ def parser_of(command: str) -> Parser:
 
 
 def document(argv: list[str]) -> dict[str, Any]:
-    """A command line as a file says it."""
+    """A command line as a file has it."""
     pairs = zip(argv[::2], argv[1::2], strict=True)
     several = ("--data", "--pool", "--runs")
     return {flag[2:].replace("-", "_"): [value] if flag in several else value for flag, value in pairs}
@@ -45,7 +45,7 @@ def _warnings_again() -> None:
 
 
 @pytest.mark.parametrize("command", WITH_FILE)
-def test_a_file_says_what_a_command_line_says(command: str, tmp_path: Path) -> None:
+def test_a_file_means_the_same_as_a_command_line(command: str, tmp_path: Path) -> None:
     argv = NEEDED[command]
     names = document(argv)
     if command == "ask":
@@ -74,21 +74,21 @@ def test_values_of_every_kind(tmp_path: Path) -> None:
         system_prompt: --data
         chat_template_kwargs: {enable_thinking: false, style: "é"}
     """
-    given = parser_of("prepare-data").parse_args(written(tmp_path, text))
-    assert (given.data, given.short_tokens, given.gold_depth) == (["a.jsonl", "b c.jsonl"], 10, "0")
-    assert (given.drop_gold_fraction, given.limit, given.system_prompt) == (0.1, None, "--data")
-    assert given.chat_template_kwargs == '{"enable_thinking": false, "style": "é"}'
-    assert not hasattr(given, "config")
+    parsed = parser_of("prepare-data").parse_args(written(tmp_path, text))
+    assert (parsed.data, parsed.short_tokens, parsed.gold_depth) == (["a.jsonl", "b c.jsonl"], 10, "0")
+    assert (parsed.drop_gold_fraction, parsed.limit, parsed.system_prompt) == (0.1, None, "--data")
+    assert parsed.chat_template_kwargs == '{"enable_thinking": false, "style": "é"}'
+    assert not hasattr(parsed, "config")
     switch = {"contexts": "c", "responses": "r", "output": "o", "keep_unfinished": False}
     assert not parser_of("build-pairs").parse_args(written(tmp_path, switch)).keep_unfinished
     assert parser_of("build-pairs").parse_args(written(tmp_path, switch | {"keep_unfinished": True})).keep_unfinished
 
 
-def test_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, {"contexts": "c", "model": "m", "output": "o", "samples": 4, "seed": 1})
     parser = parser_of("sample-responses")
-    given = parser.parse_args([*file, "--samples", "8", "--output=p"])
-    assert (given.samples, given.output, given.seed, given.contexts) == (8, "p", 1, "c")
+    parsed = parser.parse_args([*file, "--samples", "8", "--output=p"])
+    assert (parsed.samples, parsed.output, parsed.seed, parsed.contexts) == (8, "p", 1, "c")
     assert {"samples", "output", "seed"} < parser.explicit and "temperature" not in parser.explicit
 
 
@@ -102,7 +102,7 @@ WRONG = {
     "switch for a value": ("limit: true", "option-value", "1: limit: ", "int", "True"),
     "list for a value": ("output: [a, b]", "option-value", "1: output: ", "str", "[a, b]"),
     "mapping for a value": ("output: {a: b}", "option-value", "1: output: ", "str", "{'a': 'b'}"),
-    "null": ("seed:", "option-value", "1: seed: ", "(with a question's id"),
+    "null": ("seed:", "option-value", "1: seed: ", "(random seed"),
     "null where it is needed": ("output:", "option-value", "1: output: ", "(contexts, JSONL)"),
     "twice": ("seed: 1\nseed: 1", "not-yaml", "2: ", "'seed'"),
     "both names": ("data: a\ninput: b", "option-twice", "2: input: ", "is data", "o.yaml:1: data"),
@@ -112,7 +112,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_in_a_file_gets_one_line_that_names_its_own(
+def test_a_mistake_in_a_file_is_one_line_that_names_file_and_line(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, code, place, *named = WRONG[case]
@@ -153,7 +153,7 @@ OLD = {
 
 
 @pytest.mark.parametrize("warning", OLD)
-def test_an_old_name_is_taken_with_a_warning(warning: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_name_is_accepted_with_a_warning(warning: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, argv = OLD[warning]
     old, new = warning.split(" is now ")
     assert parser_of(command).parse_args(argv) == parser_of(command).parse_args(
@@ -161,7 +161,7 @@ def test_an_old_name_is_taken_with_a_warning(warning: str, capsys: pytest.Captur
     )
     assert capsys.readouterr().err == f"warning: {warning}; the next version drops the old name\n"
     name, value = next((text, argv[i + 1 : i + 2]) for i, text in enumerate(argv) if text.startswith(old))
-    if "force" not in name:  # a switch may be given again
+    if "force" not in name:  # a switch may occur twice
         with refused("option-twice", f"{new}: "):
             parser_of(command).parse_args([*argv, new, *(value or ["x"])])
 

@@ -137,19 +137,19 @@ def home(tmp_path_factory):
 
 def test_what_cannot_be_cut_is_dropped_with_its_reason(home):
     path, tokenizer = home
-    found = tokenize(path, tokenizer, SCORED, 30, "cut")
-    assert [group.id for group in found.groups] == ["fits", "cut"]
+    dataset = tokenize(path, tokenizer, SCORED, 30, "cut")
+    assert [group.id for group in dataset.groups] == ["fits", "cut"]
     # <user> w9, ten gold words, w8 <assistant>, and three tokens of the response: 13 words of distractors are left.
-    assert found.report.cut == [Shortened("cut", "long", 44, 27)]
-    words = tokenizer.convert_ids_to_tokens(found.groups[1].prompts[1].ids)
+    assert dataset.report.cut == [Shortened("cut", "long", 44, 27)]
+    words = tokenizer.convert_ids_to_tokens(dataset.groups[1].prompts[1].ids)
     assert words.count("w1") == 10 and words.count("w2") == 13 and words[0] == "<user>" and words[-2] == "w8"
-    assert [(d.id, d.tokens, d.reason) for d in found.dropped] == [
+    assert [(d.id, d.tokens, d.reason) for d in dataset.dropped] == [
         ("gold", 37, "the distractors of its long context are not enough"),
-        ("blind", 47, "no long_spans say where its documents are"),
+        ("blind", 47, "no long_spans mark its documents"),
     ]
-    told = found.report.lines(30)
-    assert told[0].startswith("dropped 2 examples longer than 30 tokens: gold (37, the distractors of its long")
-    assert told[1] == "cut distractors of 1 contexts to fit 30 tokens: cut long (44 to 27)"
+    lines = dataset.report.lines(30)
+    assert lines[0].startswith("dropped 2 examples longer than 30 tokens: gold (37, the distractors of its long")
+    assert lines[1] == "cut distractors of 1 contexts to fit 30 tokens: cut long (44 to 27)"
 
 
 def test_refusing_names_the_ways_out(home):

@@ -1,4 +1,4 @@
-"""Packs against brute force: what each predicting token sees is exactly what stands before its target."""
+"""Packs against brute force: each predicting token attends to exactly what precedes its target."""
 
 import random
 
@@ -12,7 +12,7 @@ from megatron_solopo.pack import Context, Segments, Side
 
 
 def draw_group(draw, number):
-    """One to three prompts with one to three completions, some of one token, some with untrained stretches."""
+    """One to three prompts with one to three completions, also of one token or with untrained stretches."""
 
     def ids(most):
         return [draw.randint(1, 999) for _ in range(draw.randint(1, most))]
@@ -101,7 +101,7 @@ def test_pieces_cover_the_pack_once_and_padding_is_counted(seed, share, multiple
     assert pack.predictors.numel() == 0 or int(pack.predictors.max()) < padded
 
 
-def test_a_prompt_stands_once_when_it_is_shared():
+def test_a_shared_prompt_occurs_once():
     group = TokenGroup("g", (prompt_of([11, 12, 13], {"short_chosen": [21, 22], "short_rejected": [31]}),))
     shared, apart = build_pack([group], [0]), build_pack([group], [0], share_prompts=False)
     assert shared.tokens.tolist() == [11, 12, 13, 21]  # the last token of a completion is only predicted
@@ -135,7 +135,7 @@ def test_a_pack_without_groups_is_padding_alone(multiple_of):
 
 
 def test_pairs_and_alignments_are_those_of_each_group_whatever_their_order():
-    """Against brute force over all segments, with k chosen and m rejected responses in an order of their own."""
+    """Against brute force over all segments, with k chosen and m rejected responses in a random order."""
     draw = random.Random(5)
     for _ in range(20):
         rows = []

@@ -62,13 +62,13 @@ def test_the_parts_are_the_whole(name, tmp_path, monkeypatch):
         path.write_text("\n\n" + path.read_text().replace("}\n", "}\n\n"), encoding="utf-8")
     digest, parts = scan(path)
     assert len(parts) > 2 and scan(path) == (digest, parts)
-    assert [found for part in parts for found in read_records(path, part)] == list(read_records(path))
+    assert [record for part in parts for record in read_records(path, part)] == list(read_records(path))
     if name == "a.parquet":
         assert [part.count for part in parts] == [30, 30, 4, 30, 30, 4, 22]
 
 
 def test_parts_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
-    """In their order; a part that comes before, or of a file that was written anew, begins again and is right too."""
+    """In their order; a part that comes before, or of a file that was written anew, starts again and is right too."""
     path = tmp_path / "a.parquet"
     rows = [{**ROW, "id": f"g{number}"} for number in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=1000)
@@ -79,11 +79,11 @@ def test_parts_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
     whole = list(read_records(path))
     assert len(parts) == 10 and sum(decoded) == 1000
     decoded.clear()
-    assert [found for part in parts for found in read_records(path, part)] == whole
+    assert [entry for part in parts for entry in read_records(path, part)] == whole
     assert sum(decoded) == 1000
     decoded.clear()
-    third = [found for part in parts[::3] for found in whole[part.first - 1 : part.first - 1 + part.count]]
-    assert [found for part in parts[::3] for found in read_records(path, part)] == third
+    third = [entry for part in parts[::3] for entry in whole[part.first - 1 : part.first - 1 + part.count]]
+    assert [entry for part in parts[::3] for entry in read_records(path, part)] == third
     assert sum(decoded) == 1000  # as one of three workers does
     assert list(read_records(path, parts[2])) == whole[200:300]
     mixed = zip(read_records(path, parts[3]), read_records(path, parts[4]), strict=True)
@@ -98,7 +98,7 @@ class Counted:
     @classmethod
     def into(cls, decoded):
         opened = pq.ParquetFile
-        return lambda *given, **how: cls(opened(*given, **how), decoded)
+        return lambda *args, **how: cls(opened(*args, **how), decoded)
 
     def __init__(self, file, decoded):
         self.metadata, self._file, self._decoded = file.metadata, file, decoded
@@ -110,7 +110,7 @@ class Counted:
 
 
 def test_foreign_parquet_with_the_columns_is_read(tmp_path):
-    """Row groups of another size, scores as a struct, columns of its own, TRL's form."""
+    """Row groups of another size, scores as a struct, additional columns, TRL's form."""
     rows = [{**ROW, "id": f"g{n}", "scores": {"x": 0.5}, "extra": n, "long_messages": None} for n in range(100)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1000)
     groups = list(read_groups(tmp_path / "a.parquet"))
@@ -183,7 +183,7 @@ def test_an_aborted_write_leaves_the_old_file(tmp_path):
 
 
 def test_rows_are_read_and_written_a_few_at_a_time(tmp_path):
-    """Whatever the number of groups: the largest row group has 64 rows."""
+    """For any number of groups, the largest row group has 64 rows."""
     write_records(tmp_path / "a.parquet", (draw_group(number) for number in range(1000)))
     assert max(parquet.row_group_sizes(tmp_path / "a.parquet")) == parquet.ROWS == 64
 

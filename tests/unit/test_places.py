@@ -89,7 +89,7 @@ def test_a_model_of_a_step_killed_while_it_was_replaced(tmp_path: Path, replaced
 @pytest.mark.parametrize("existing", [True, False], ids=["over a model", "around models of the steps"])
 @pytest.mark.parametrize("moment", range(5))
 def test_killed_between_renames(tmp_path: Path, moment: int, existing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whole model stands there or beside it, and the next command finds the models of all steps."""
+    """One complete model is there or beside it, and the next command finds the models of all steps."""
     folder = tmp_path / "hf"
     for name in ("iter_0000002", "iter_0000004"):
         model(folder / name)
@@ -168,7 +168,7 @@ def test_what_is_not_a_model_is_not_replaced(
 
 @pytest.mark.parametrize("name", ["disk", "bound", "bound here"])
 def test_a_mount_point_is_refused_with_a_folder_inside_it(tmp_path: Path, name: str) -> None:
-    """A disk of its own, and a folder of the same disk, as containers have them."""
+    """A separate disk, and a folder of the same disk, as containers have them."""
     for folder in ("disk", "bound", "bound here", "elsewhere"):
         (tmp_path / folder).mkdir()
     script = (

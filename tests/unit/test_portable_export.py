@@ -46,7 +46,7 @@ def exported(folder: Path, document: dict[str, Any], scaling: str | None = None,
 def test_a_config_of_transformers_5_has_the_older_fields_too(
     kind: type, fields: dict[str, Any], scaling: dict[str, Any] | None, tmp_path: Path
 ) -> None:
-    """transformers 4 reads rope_parameters nowhere, and takes theta 10,000 without a scaling instead."""
+    """transformers 4 reads rope_parameters nowhere, and uses theta 10,000 without a scaling instead."""
     kind(**SHAPE, rope_parameters=dict(fields), dtype="float32").save_pretrained(tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     assert "rope_theta" not in before and "torch_dtype" not in before
@@ -109,7 +109,7 @@ def test_the_dtype_is_the_one_written(names: list[str], dtype: str, tmp_path: Pa
 
 
 def test_experts_are_counted_under_both_names(tmp_path: Path) -> None:
-    """transformers 4 takes 128 of Qwen3-MoE where it does not find num_experts; Mixtral has one name."""
+    """transformers 4 uses 128 for Qwen3-MoE without num_experts; Mixtral has one name."""
     Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE).save_pretrained(tmp_path)
     written = exported(tmp_path, json.loads((tmp_path / "config.json").read_text()))
     assert written["num_experts"] == written["num_local_experts"] == 4
@@ -119,7 +119,7 @@ def test_experts_are_counted_under_both_names(tmp_path: Path) -> None:
 
 
 def test_yarn_of_mixtral_has_a_head_dim(tmp_path: Path) -> None:
-    """Which transformers 5.17 takes as a number there, and Mixtral's config.json leaves out."""
+    """Which transformers 5.17 requires as a number there, and Mixtral's config.json leaves out."""
     mixtral = OLD | EXPERTS | {"model_type": "mixtral"}
     assert exported(tmp_path, mixtral, "yarn:2:256")["head_dim"] == 8
     assert exported(tmp_path, mixtral, rope_scaling=YARN)["head_dim"] == 8
@@ -193,7 +193,7 @@ def test_the_class_of_a_tokenizer(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("adds", "name"), [(False, "PreTrainedTokenizerFast"), (True, "LlamaTokenizer")])
 def test_what_transformers_4_adds_by_class_is_in_the_file(adds: bool, name: str, tmp_path: Path) -> None:
-    """Its LlamaTokenizerFast begins a text with <s> whatever tokenizer.json says; 5 goes by the file, and saves no
+    """Its LlamaTokenizerFast starts a text with <s> for any tokenizer.json; 5 goes by the file, and saves no
     add_bos_token."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "h", "i", "hi", "\u2581hi"]
     merges = [("h", "i"), ("\u2581", "hi")]
@@ -207,7 +207,7 @@ def test_what_transformers_4_adds_by_class_is_in_the_file(adds: bool, name: str,
 
 
 @pytest.mark.parametrize("files", [[], ["special_tokens_map.json", "added_tokens.json"]])
-def test_new_tokens_stand_in_every_list(files: list[str], tmp_path: Path) -> None:
+def test_new_tokens_are_in_every_list(files: list[str], tmp_path: Path) -> None:
     decoder = {"1": {"content": "<|user|>", "special": True}}
     settings = {"added_tokens_decoder": decoder, "extra_special_tokens": {}, "add_bos_token": False}
     source = byte_tokenizer(tmp_path / "hf", tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>", **settings)
@@ -238,9 +238,9 @@ def test_new_tokens_stand_in_every_list(files: list[str], tmp_path: Path) -> Non
     ],
 )
 def test_a_chat_template_takes_the_place_of_the_older_one(stored: Any, written: Any, read: Any, tmp_path: Path) -> None:
-    """Readers older than chat_template.jinja know tokenizer_config.json only."""
+    """Readers older than chat_template.jinja read tokenizer_config.json only."""
     settings = {} if stored is None else {"chat_template": stored}
     source = byte_tokenizer(tmp_path / "hf", tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>", **settings)
-    found = written_of(source, tmp_path / "new", chat_template="new")
-    assert found.get("chat_template") == written
+    config = written_of(source, tmp_path / "new", chat_template="new")
+    assert config.get("chat_template") == written
     assert AutoTokenizer.from_pretrained(tmp_path / "new").chat_template == read

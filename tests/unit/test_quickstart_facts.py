@@ -53,7 +53,7 @@ def test_no_evaluation_question_is_asked_in_training(folder):
     assert not asked & {item["question"] for item in items(folder / "eval.jsonl")}
 
 
-def test_the_same_seed_gives_the_same_bytes(facts, folder, tmp_path):
+def test_the_same_seed_writes_the_same_bytes(facts, folder, tmp_path):
     facts.main(["--output", str(tmp_path), "--seed", "3", *SIZES])
     for name in (
         "train.jsonl",
@@ -65,16 +65,16 @@ def test_the_same_seed_gives_the_same_bytes(facts, folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_every_word_has_a_token_and_only_answers_are_learnt(folder):
+def test_every_word_has_a_token_and_only_answers_are_trained(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     lookups = [c for c in read_conversations(folder / "conversations.jsonl") if c.id.startswith("lookup")]
     for conversation in lookups:
-        prompt, ids, learnt = conversation_ids(tokenizer, conversation.messages)
+        prompt, ids, loss_mask = conversation_ids(tokenizer, conversation.messages)
         assert tokenizer.unk_token_id not in prompt + ids
         answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
-        assert tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt]).split() == [
-            w for a in answers for w in (a, "<end>")
-        ]
+        assert tokenizer.decode(
+            [token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]
+        ).split() == [w for a in answers for w in (a, "<end>")]
 
 
 def test_conversations_of_a_batch_have_one_length(facts, folder):

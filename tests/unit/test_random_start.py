@@ -59,7 +59,7 @@ def test_every_tensor_is_drawn_for_itself(engine: Any) -> None:
         assert abs(correlation) < 6 / few**0.5, (one, other)
 
 
-def test_a_seed_makes_the_weights_and_nothing_else_does(engine: Any) -> None:
+def test_the_weights_depend_on_the_seed_alone(engine: Any) -> None:
     torch.manual_seed(1)
     first = drawn(MODELS["qwen2"])
     torch.manual_seed(2)

@@ -81,7 +81,7 @@ def test_a_stage_with_a_file_of_options_has_those_of_the_file(folder: Path) -> N
     assert (values["train_iters"], values["lr"], "config" in values) == (2, 1e-3, False)
 
 
-def test_a_variant_changes_stages_and_adds_some(folder: Path) -> None:
+def test_a_variant_changes_and_adds_stages(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "v.yaml").write_text(
         "base: ../r.yaml\noutput: here\nstages:\n  contexts:\n    prepare-data: {data: [./mine.jsonl], limit: 5}\n"
@@ -173,7 +173,7 @@ WRONG = {
         "'a'",
     ),
 }
-"""Mistake -> (text of the recipe, code, what the message begins with, what else it names)"""
+"""Mistake -> (text of the recipe, code, start of the message, what else it names)"""
 
 
 @pytest.mark.parametrize("case", WRONG)

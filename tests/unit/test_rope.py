@@ -1,4 +1,4 @@
-"""RoPE scaling: every field of the config acts as in transformers; --rope-scaling makes the config it says."""
+"""RoPE scaling: every field of the config acts as in transformers; --rope-scaling writes the config that it names."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_cos_and_sin_are_transformers(base: dict[str, Any], changed: dict[str, A
     """By value, bit for bit, below and far beyond the original context; and every field does something."""
     theirs = LlamaRotaryEmbedding(LlamaConfig(**LONG, head_dim=head_dim, rope_parameters=base | changed))
     expected = theirs(torch.zeros(1), POSITIONS[None])
-    found = ours(base | changed, head_dim=head_dim)
-    assert all(torch.equal(one, other[0]) for one, other in zip(found, expected, strict=True))
+    tables = ours(base | changed, head_dim=head_dim)
+    assert all(torch.equal(one, other[0]) for one, other in zip(tables, expected, strict=True))
     if changed:
-        assert (found[0] - ours(base, head_dim=head_dim)[0]).abs().max() > 1e-3
+        assert (tables[0] - ours(base, head_dim=head_dim)[0]).abs().max() > 1e-3
 
 
 def test_yarn_of_a_config_without_head_dim() -> None:
-    """transformers 5.17 takes Mixtral's head_dim of None as a number and fails."""
+    """transformers 5.17 uses Mixtral's head_dim of None as a number and fails."""
     hf_config = MixtralConfig(**LONG, **EXPERTS, rope_parameters=dict(YARN))
     assert hf_config.head_dim is None
     cos, _ = RotaryFrequencies(hf_config)(POSITIONS, torch.float32)

@@ -80,7 +80,7 @@ def test_what_is_not_may_change(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(resume.EXAMPLES))
-def test_what_made_other_examples_is_named(name: str) -> None:
+def test_options_that_change_the_examples_are_named(name: str) -> None:
     now = config_of(**{name: another(name)})
     refuse(config_of(), now, f"{flag(name)}: ", code="checkpoint-other-data", tokens="other tokens")
 
@@ -119,7 +119,7 @@ def test_another_length_is_refused_and_the_way_to_extend_named() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(resume.SCHEDULE))
-def test_the_override_changes_the_schedule_and_says_so(name: str) -> None:
+def test_the_override_changes_the_schedule_and_reports_it(name: str) -> None:
     before = progress(config_of()) | {"iteration": 5}
     config = config_of(override_opt_param_scheduler=True, train_iters=9, **{name: another(name)})
     resume.check_same_run(before, progress(config), config)

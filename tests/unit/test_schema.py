@@ -142,7 +142,7 @@ def test_wrong_conversations_are_named_by_line(case, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 def test_pairs_without_a_preference_are_named_all_at_once(tmp_path, name):
-    """Data sets of the hub hold some among tens of thousands; one line says where all of them are."""
+    """Data sets of the hub contain them among tens of thousands; one line names the places of all."""
     rows = [{"prompt": "q", "chosen": f"a{n}", "rejected": "b"} for n in range(60)]
     rows[4] |= {"chosen": "b"}
     rows[7] |= {"rejected": " "}

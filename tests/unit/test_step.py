@@ -143,7 +143,7 @@ def test_a_group_weighs_the_same_however_it_is_packed(
 
 
 def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
-    """Whatever packs and order the examples come in, each number is at the place of its segment, told by name too."""
+    """In any packs and order of the examples, each number is at the place of its segment, also by name."""
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
     from megatron_solopo.training.step import segment_table, sent
@@ -156,7 +156,7 @@ def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
         for one in sorted((context, c.side, c.response) for context, c in group.segments())
     ]
     assert places.size == len(names) and [places.segment_at(place) for place in range(places.size)] == names
-    packs = [build_pack([dataset.groups[i] for i in some], some) for some in ([5, 0], [3], [4, 1, 2])]
+    packs = [build_pack([dataset.groups[i] for i in indices], indices) for indices in ([5, 0], [3], [4, 1, 2])]
     table = segment_table(double, places, sent(double, packs))
     assert (table < 0).all()
     one_by_one = [segment_table(double, places, sent(double, [build_pack([dataset.groups[i]], [i])])) for i in range(6)]
@@ -165,16 +165,16 @@ def test_the_reference_table_has_a_place_for_every_segment(double: Any) -> None:
         chosen = torch.arange(6) == i
         assert torch.equal(alone != 0, places.of_examples(chosen))
     short = ReferenceLogProbs(places, table).of_pack(packs[2], [Context.SHORT, Context.SHORT])
-    own = ReferenceLogProbs(places, table).of_pack(packs[2], list(Context))
+    of_pack = ReferenceLogProbs(places, table).of_pack(packs[2], list(Context))
     on_short = packs[2].scored.contexts == Context.SHORT
-    assert torch.equal(short[on_short], own[on_short]) and not (short[~on_short] == own[~on_short]).any()
+    assert torch.equal(short[on_short], of_pack[on_short]) and not (short[~on_short] == of_pack[~on_short]).any()
     with pytest.raises(IndexError, match="no log-prob"):
         SegmentPlaces.of_dataset(draw(METHODS["both"], 6)).of_pack(packs[0])
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
-    """Random groups in random packs, some without groups, in any order, shared or separate, padded or not."""
+def test_any_packing_has_the_same_loss(double: Any, seed: int) -> None:
+    """Random groups in random packs, empty ones among them, in any order, shared or separate, padded or not."""
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.training.step import run_step, sent
 
@@ -185,7 +185,7 @@ def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
     count = len(dataset.groups)
 
     def measure(packs: list[list[int]], share: bool, *multiples: int) -> tuple[float, list[torch.Tensor]]:
-        built = [build_pack([dataset.groups[i] for i in some], some, share, *multiples) for some in packs]
+        built = [build_pack([dataset.groups[i] for i in indices], indices, share, *multiples) for indices in packs]
         double.zero_gradients()
         sums = run_step(double, sent(double, built), count, method, reference)
         return sums.means()["loss"], [p.main_grad.clone() for p in double.models[0].parameters()]
@@ -197,7 +197,7 @@ def test_any_packing_gives_the_same_loss(double: Any, seed: int) -> None:
             chance.choice(packs).append(i)
         of_pieces = chance.choice([1, 2, 8])
         multiples = of_pieces * chance.choice([1, 3, 16]), of_pieces, of_pieces * chance.choice([1, 4, 16])
-        found, found_gradient = measure(packs, chance.random() < 0.7, *multiples)
-        assert found == pytest.approx(loss, rel=1e-12)
-        for ours, theirs in zip(found_gradient, gradient, strict=True):
+        measured, measured_gradient = measure(packs, chance.random() < 0.7, *multiples)
+        assert measured == pytest.approx(loss, rel=1e-12)
+        for ours, theirs in zip(measured_gradient, gradient, strict=True):
             assert (ours - theirs).norm() <= 1e-10 * theirs.norm()

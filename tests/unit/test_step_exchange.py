@@ -1,4 +1,4 @@
-"""What a step reads from the device, its gradient norm, and the packs that are made ahead."""
+"""What a step reads from the device, its gradient norm, and the packs that are prepared ahead."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("clip", [0.0, 0.01, 1e6])
 def test_the_norm_and_the_update_are_megatrons(engine: Any, folders: dict[str, Path], model: str, clip: float) -> None:
-    """Bit for bit what the optimizer's own step does, clipped or not."""
+    """Bit for bit what the optimizer's step does, clipped or not."""
     from megatron_solopo.training.engine import squared_gradient_norm, update
 
     after = []
@@ -133,27 +133,27 @@ def test_the_norm_and_the_update_are_megatrons(engine: Any, folders: dict[str, P
     assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
 
 
-def test_work_is_made_in_order_and_one_ahead() -> None:
+def test_inputs_are_prepared_in_order_and_one_step_ahead() -> None:
     from megatron_solopo.training.ahead import Ahead
 
-    made: list[tuple[int, str]] = []
+    calls: list[tuple[int, str]] = []
 
     def make(number: int) -> int:
-        made.append((number, threading.current_thread().name))
+        calls.append((number, threading.current_thread().name))
         return number * number
 
     with Ahead(make, 4, torch.device("cpu")) as ahead:
-        for number in range(1, 4):  # as a resumed run begins
+        for number in range(1, 4):  # as a resumed run starts
             assert ahead.take(number) == number * number
             ahead.settle()
-            assert [n for n, _ in made] == list(range(1, min(number + 2, 4)))
-        assert ahead.take(0) == 0 and ahead.take(3) == 9  # not what was made ahead
-    assert len({thread for _, thread in made}) == 1 and made[0][1] != threading.current_thread().name
-    assert made[0][1] not in {thread.name for thread in threading.enumerate()}
+            assert [n for n, _ in calls] == list(range(1, min(number + 2, 4)))
+        assert ahead.take(0) == 0 and ahead.take(3) == 9  # not what was prepared ahead
+    assert len({thread for _, thread in calls}) == 1 and calls[0][1] != threading.current_thread().name
+    assert calls[0][1] not in {thread.name for thread in threading.enumerate()}
 
 
 def test_what_is_ended_is_not_waited_for() -> None:
-    """A save settles the work behind the last step too, where the thread may have been ended before it began a job."""
+    """A save settles the work behind the last step too, where the thread may have ended before it started a job."""
     from megatron_solopo.training.ahead import Ahead
 
     go_on = threading.Event()
@@ -172,7 +172,7 @@ def test_what_is_ended_is_not_waited_for() -> None:
     assert not settled.is_alive()
 
 
-def test_an_error_comes_up_at_the_step_it_belongs_to() -> None:
+def test_an_error_is_raised_at_its_step() -> None:
     from megatron_solopo.training.ahead import Ahead
 
     def make(number: int) -> int:
@@ -198,12 +198,12 @@ def test_a_cut_pack_keeps_what_its_rank_predicts() -> None:
     for seed, size in ((3, 2), (4, 4), (5, 1)):
         pack, predicted = draw_pack(seed, size), []
         for rank in range(size):
-            found = cut(pack, method_of(size, "all_gather"), False, rank, size)
-            part, rows = found.pack, torch.from_numpy(method_of(size, "all_gather").rows(pack.pieces, rank, size))
-            assert found.tokens == pack.tokens.numel() and part.tokens.numel() == found.tokens // size
+            device_pack = cut(pack, method_of(size, "all_gather"), False, rank, size)
+            part, rows = device_pack.pack, torch.from_numpy(method_of(size, "all_gather").rows(pack.pieces, rank, size))
+            assert device_pack.tokens == pack.tokens.numel() and part.tokens.numel() == device_pack.tokens // size
             assert torch.equal(part.positions, pack.positions[rows]) and part.pieces == pack.pieces
             assert part.scored is pack.scored
-            assert torch.equal(found.is_padding, pack.is_padding()[rows])
+            assert torch.equal(device_pack.is_padding, pack.is_padding()[rows])
             columns = (rows[part.predictors], part.targets, part.segments)
             predicted += list(zip(*(column.tolist() for column in columns), strict=True))
         columns = (pack.predictors, pack.targets, pack.segments)

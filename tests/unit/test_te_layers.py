@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "tensor and sequence parallel"])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What te_structure.py found, of each process."""
+def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What te_structure.py recorded, of each process."""
     work = tmp_path_factory.mktemp("te")
     start = [sys.executable]
     if request.param > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    # In a process of its own: this one may have told megatron-core that there is no Transformer Engine.
+    # In a separate process: in this one megatron-core may have recorded that there is no Transformer Engine.
     done = subprocess.run(
         [*start, str(SCRIPT), str(work)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])},
@@ -35,12 +35,12 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((work / f"found-{rank}.json").read_text()) for rank in range(request.param)]
+    return [json.loads((work / f"facts-{rank}.json").read_text()) for rank in range(request.param)]
 
 
-def test_parameters_are_the_portable_ones(found: list[dict[str, Any]]) -> None:
+def test_parameters_are_the_portable_ones(facts: list[dict[str, Any]]) -> None:
     """Names but for fusion, values from the same folder, cuts, and what is exported again."""
-    for name, model in ((name, model) for process in found for name, model in process["models"].items()):
+    for name, model in ((name, model) for process in facts for name, model in process["models"].items()):
         assert {"TEPackedAttention", "TERowParallelLinear", "TELayerNormColumnParallelLinear"} < set(model["kinds"])
         assert not {"PackedAttention", "SequentialMLP"} & set(model["kinds"])
         assert ("TEGroupedMLP" in model["kinds"]) == ("mixtral" in name or "moe" in name)
@@ -48,32 +48,32 @@ def test_parameters_are_the_portable_ones(found: list[dict[str, Any]]) -> None:
         assert model["same_names"] and model["same_values"] and model["same_drawn"] and model["same_export"], name
 
 
-def test_checkpoints_interchange(found: list[dict[str, Any]]) -> None:
-    for process in found:
+def test_checkpoints_interchange(facts: list[dict[str, Any]]) -> None:
+    for process in facts:
         assert len(process["checkpoints"]) == 2 * len(process["models"]) == 12
         for name, checkpoint in process["checkpoints"].items():
             assert all(checkpoint.values()), (name, checkpoint)
 
 
-def test_attention_is_called_for_what_a_pack_sees(found: list[dict[str, Any]]) -> None:
+def test_attention_is_called_for_what_a_pack_sees(facts: list[dict[str, Any]]) -> None:
     """Against the portable attention, output and gradients, float64, by a kernel in plain torch."""
-    if "attention" in found[0]:
-        assert len(found[0]["attention"]) == 4 and max(found[0]["attention"].values()) < 1e-12
+    if "attention" in facts[0]:
+        assert len(facts[0]["attention"]) == 4 and max(facts[0]["attention"].values()) < 1e-12
 
 
-def test_context_parallel_ranks_hold_what_it_expects(found: list[dict[str, Any]]) -> None:
-    assert found[0].get("zigzag", True)
+def test_context_parallel_ranks_hold_what_it_expects(facts: list[dict[str, Any]]) -> None:
+    assert facts[0].get("zigzag", True)
 
 
-def test_fp8_options_reach_its_recipes(found: list[dict[str, Any]]) -> None:
+def test_fp8_options_reach_its_recipes(facts: list[dict[str, Any]]) -> None:
     kinds = {
         "tensorwise": "Float8CurrentScaling",
         "delayed": "TEDelayedScaling",
         "mxfp8": "MXFP8BlockScaling",
         "blockwise": "Float8BlockScaling",
     }
-    if "recipes" in found[0]:
+    if "recipes" in facts[0]:
         expected = {
             f"{name} {form}": [kind, form.upper()] for name, kind in kinds.items() for form in ("e4m3", "hybrid")
         }
-        assert found[0]["recipes"] == expected
+        assert facts[0]["recipes"] == expected

@@ -27,7 +27,7 @@ from megatron_solopo.data.tokenized import make_store
 from megatron_solopo.training.preflight import load_data
 
 CHAT = [{"role": "user", "content": "w40"}]
-# The day as a word: w31 on the 31st. Llama 3.2 prints it so too, unless date_string is given.
+# The day as a word: w31 on the 31st. Llama 3.2 prints it so too, unless date_string is set.
 LLAMA = (
     "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "w{{ date_string[:2] | int }} "
@@ -50,8 +50,8 @@ def printed(tokenizer: Any) -> str:
     return tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, CHAT))[0]
 
 
-def test_the_clock_is_transformers_own_at_that_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against transformers with its own clock set to the day."""
+def test_the_clock_is_that_of_transformers_at_that_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against transformers with its clock set to the day."""
     from transformers.utils import chat_template_utils
 
     class Clock(datetime.datetime):
@@ -74,25 +74,25 @@ def test_the_day_is_that_of_the_option_the_unfinished_work_the_folder_the_data_o
     (tmp_path / "hf").mkdir()
     SidecarFiles(folder, "{}", chat_template_date="2026-01-04").write(tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["chat_template_date"] == "2026-01-04"
-    for place, day, given in (
+    for place, day, dates in (
         (folder, "05", {}),
         (folder, "03", {"of_data": "2026-01-03"}),
         (tmp_path / "hf", "04", {"of_data": "2026-01-03"}),
-        (tmp_path / "hf", "02", {"of_data": "2026-01-03", "begun_with": "2026-01-02"}),
-        (tmp_path / "hf", "01", {"begun_with": "2026-01-02", "chat_template_date": "2026-01-01"}),
+        (tmp_path / "hf", "02", {"of_data": "2026-01-03", "of_resumed": "2026-01-02"}),
+        (tmp_path / "hf", "01", {"of_resumed": "2026-01-02", "chat_template_date": "2026-01-01"}),
     ):
-        tokenizer = load_tokenizer(place, **given)
+        tokenizer = load_tokenizer(place, **dates)
         assert (template_kwargs.date_of(tokenizer), printed(tokenizer)) == (f"2026-01-{day}", f"w{int(day)}")
         assert response_ids(tokenizer, CHAT, "w3") == tokenizer.convert_tokens_to_ids(["w3", "<end>"])
 
 
 def test_a_template_without_a_date_is_as_it_was(tmp_path: Path, on: Callable[[str], None]) -> None:
-    """Digests, settings and folders know nothing of days."""
+    """Digests, settings and folders contain no date."""
     plain = write_model(tmp_path / "hf")
     facts = []
     for day in ("2026-01-01", "2026-01-02"):
         on(day)
-        tokenizer = load_tokenizer(plain, begun_with="2020-01-01", of_data="2020-01-01")
+        tokenizer = load_tokenizer(plain, of_resumed="2020-01-01", of_data="2020-01-01")
         assert template_kwargs.date_of(tokenizer) is None and template_kwargs.rendering(tokenizer) == {}
         facts.append(text_facts(plain, tokenizer))
     assert facts[0] == facts[1] and facts[0].keys() == set(TEXT_FACTS)
@@ -144,15 +144,17 @@ def write_template(folder: Path, text: str) -> Path:
 def test_a_server_prints_the_day_where_the_template_takes_it_and_is_refused_elsewhere(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What is sent makes transformers, with its own clock, print the day."""
+    """What is sent makes transformers, with its clock, print the day."""
     tokenizer = load_tokenizer(folder, chat_template_date="2026-01-09")
     sent = template_kwargs.for_server(tokenizer)
     assert sent == {"date_string": "09 Jan 2026"}
     there = AutoTokenizer.from_pretrained(folder)
     expected = there.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False, **sent)
     assert expected == prompt_ids(tokenizer, CHAT)
-    own = load_tokenizer(folder, chat_template_kwargs='{"date_string": "07 Jul 2007"}', chat_template_date="2026-01-09")
-    assert template_kwargs.for_server(own) == {"date_string": "07 Jul 2007"} and printed(own) == "w7"
+    for_seventh = load_tokenizer(
+        folder, chat_template_kwargs='{"date_string": "07 Jul 2007"}', chat_template_date="2026-01-09"
+    )
+    assert template_kwargs.for_server(for_seventh) == {"date_string": "07 Jul 2007"} and printed(for_seventh) == "w7"
     other = load_tokenizer(folder, chat_template=write_template(tmp_path, SMOLLM3 + TEMPLATE))
     with refused("template-date-server", "--server-api chat: ", "--server-api completions"):
         template_kwargs.for_server(other)
@@ -165,7 +167,7 @@ def test_a_server_prints_the_day_where_the_template_takes_it_and_is_refused_else
     check_refusal(capfd.readouterr().err, "template-date-server", "--server-api chat: ")
 
 
-# Every command begun on one day, killed, and repeated on the next; then the chain from command to command.
+# Every command started on one day, killed, and repeated on the next; then the chain from command to command.
 
 
 @pytest.fixture
@@ -203,7 +205,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: 
         assert run(dispatch, argv) == 130
 
 
-def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
+def test_each_data_command_resumes_the_next_day_and_passes_its_date_on(
     folder: Path, questions: Path, tmp_path: Path, on: Callable[[str], None], monkeypatch, capfd
 ) -> None:
     monkeypatch.setattr(second_pass, "_BATCH", 2)
@@ -221,21 +223,21 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
     killed_after(monkeypatch, second_pass.Builder, "build", 1, prepare)
     on("2026-01-02")
     assert run(dispatch, prepare) == 0 and "resuming: 2 of 6" in capfd.readouterr().out
-    made = [json.loads(line) for line in contexts.read_text().splitlines()]
-    assert {record["chat_template_date"] for record in made} == {"2026-01-01"}
+    contexts_read = [json.loads(line) for line in contexts.read_text().splitlines()]
+    assert {record["chat_template_date"] for record in contexts_read} == {"2026-01-01"}
 
     on("2026-01-03")
     killed_after(monkeypatch, SampledJobs, "add_samples", 1, [*sample, "--chat-template-date", "2026-01-07"])
     on("2026-01-04")
     assert run(dispatch, sample) == 0 and "resuming: 2 of 12" in capfd.readouterr().out
     assert not (tmp_path / "responses.jsonl.partial").exists()
-    on("2026-01-05")  # a complete output is extended, or found complete, with its own day
+    on("2026-01-05")  # a complete output is extended, or recognized as complete, with its day
     more = [*sample]
     more[more.index("--samples") + 1] = "3"
     assert run(dispatch, more) == 0 and "sampled now: 6 responses" in capfd.readouterr().out
     assert run(dispatch, sample) == 0 and "2 responses to each of 6 questions already" in capfd.readouterr().out
 
-    answers = [{"id": record["id"], "responses": [record["answers"][0], "w1"]} for record in made]
+    answers = [{"id": record["id"], "responses": [record["answers"][0], "w1"]} for record in contexts_read]
     write_lines(responses, answers)
     pair = ["build-pairs", "--contexts", contexts, "--responses", responses, "--output", groups]
     assert run(dispatch, list(map(str, pair))) == 0
@@ -248,7 +250,7 @@ def test_each_data_command_goes_on_the_next_day_and_hands_its_day_on(
     assert json.loads((tokens / "manifest.json").read_text())["text"]["chat_template_date"] == "2026-01-06"
     on("2026-01-09")
     assert run(dispatch, tokenize) == 0 and "nothing is left to do" in capfd.readouterr().out
-    # Training takes the day of a token folder, and that of groups.
+    # Training uses the day of a token folder, and that of groups.
     for data, day in ((tokens, "2026-01-06"), (groups, "2026-01-01")):
         argv = ["--hf-path", hf, "--train-data", data, "--save", tmp_path / "run", "--train-iters", 1]
         config, _ = load(list(map(str, argv)))

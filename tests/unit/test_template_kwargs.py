@@ -23,7 +23,7 @@ from megatron_solopo.evaluation.evaluate import main as evaluate
 from megatron_solopo.training.preflight import load_data
 
 OFF = '{"enable_thinking": false}'
-# As Qwen3's: with thinking switched off, an empty thought stands before the answer.
+# As Qwen3's: with thinking switched off, an empty thought precedes the answer.
 THINKING = TEMPLATE.replace(
     "<assistant> {% endif %}",
     "<assistant> {% if enable_thinking is defined and not enable_thinking %}w58 w59 {% endif %}{% endif %}",
@@ -59,7 +59,7 @@ def test_training_tokens_and_their_fingerprint_follow_the_values(folder: Path, t
     assert all(list(group.prompts[0].ids[-2:]) == thought for group in data[OFF].groups)
 
 
-def test_a_training_run_tokenises_with_them(folder: Path, tmp_path: Path) -> None:
+def test_a_training_run_tokenizes_with_them(folder: Path, tmp_path: Path) -> None:
     groups = write_lines(tmp_path / "groups.jsonl", preference_groups(3))
     required = ["--hf-path", str(folder), "--train-data", str(groups), "--save", "run", "--train-iters", "1"]
     default, off = (load_data(load([*required, *more])[0]) for more in ([], ["--chat-template-kwargs", OFF]))
@@ -68,7 +68,7 @@ def test_a_training_run_tokenises_with_them(folder: Path, tmp_path: Path) -> Non
         assert [len(g.prompts[0].ids) + 2 for g in one.groups] == [len(g.prompts[0].ids) for g in other.groups]
 
 
-def test_a_training_run_ends_turns_as_it_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_training_run_ends_turns_with_the_token_of_the_option(folder: Path, tmp_path: Path) -> None:
     groups = write_lines(tmp_path / "groups.jsonl", preference_groups(2))
     required = ["--hf-path", str(folder), "--train-data", str(groups), "--save", "run", "--train-iters", "1"]
     data = load_data(load([*required, "--eos-token", "<user>"])[0])
@@ -77,7 +77,7 @@ def test_a_training_run_ends_turns_as_it_is_told(folder: Path, tmp_path: Path) -
 
 
 def test_an_exported_folder_keeps_its_runs_values(folder: Path, tmp_path: Path) -> None:
-    """They stand in tokenizer_config.json, every command takes them from there, and the option overrules them."""
+    """They are in tokenizer_config.json, every command reads them there, and the option overrides them."""
     (tmp_path / "hf").mkdir()
     SidecarFiles(folder, "{}", chat_template_kwargs=OFF).write(tmp_path / "hf")
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())

@@ -27,7 +27,7 @@ class Calls(io.RawIOBase):
 
 
 def unbuffered(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Makes stderr what it is with PYTHONUNBUFFERED; a fixture would do so before pytest puts its own there."""
+    """Makes stderr what it is with PYTHONUNBUFFERED; a fixture would do so before pytest replaces it."""
     raw = Calls()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
     return raw

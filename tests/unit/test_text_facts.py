@@ -28,7 +28,7 @@ def exported(folder: Path, target: Path, added_tokens: str | None = None) -> Pat
 
 @pytest.mark.parametrize("added", [None, "<think>"])
 def test_a_sentencepiece_model_and_what_is_exported_of_it(solopo_data: Path, tmp_path: Path, added: str | None) -> None:
-    """Where a tokenizer.json stands beside the model, and tokenizer_config.json is written anew."""
+    """Where a tokenizer.json is beside the model, and tokenizer_config.json is written anew."""
     folder = tmp_path / "hf"
     folder.mkdir()
     shutil.copyfile(solopo_data / "tokenizers" / "mistral" / "tokenizer.model.v1", folder / "tokenizer.model")
@@ -68,16 +68,16 @@ CHANGES = {
 def test_what_counts_is_the_tokenizer_not_its_files(tmp_path: Path, case: str) -> None:
     apply, named = CHANGES[case]
     folder = write_model(tmp_path / "hf")
-    made = facts(folder)
+    before = facts(folder)
     apply(folder)
-    told = text_differences(made, facts(folder))
-    assert len(told) == len(named) and all(name in line for name, line in zip(named, told, strict=True))
+    lines = text_differences(before, facts(folder))
+    assert len(lines) == len(named) and all(name in line for name, line in zip(named, lines, strict=True))
 
 
 def test_facts_of_an_earlier_version_name_files_only(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "hf")
-    made = facts(folder)
-    del made["tokenizer"][AS_READ]
-    assert not text_differences(made, facts(folder))
-    made["tokenizer"]["tokenizer.json"] = "0"
-    assert text_differences(made, facts(folder)) == ["another tokenizer (tokenizer.json differs)"]
+    before = facts(folder)
+    del before["tokenizer"][AS_READ]
+    assert not text_differences(before, facts(folder))
+    before["tokenizer"]["tokenizer.json"] = "0"
+    assert text_differences(before, facts(folder)) == ["another tokenizer (tokenizer.json differs)"]

@@ -1,4 +1,4 @@
-"""Token stores: the examples that the encoder makes, whatever kills the command, and one line for the rest."""
+"""Token stores: the encoder's examples after any kill of the command, and one line for each mistake."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def multi_turn(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Files of groups, some without a long context, and of conversations; and folders made from them in small parts."""
+    """Files of groups, with and without a long context, and of conversations; and their folders, in small parts."""
     folder = tmp_path_factory.mktemp("home")
     write_model(folder / "hf")
     write_lines(folder / "groups.jsonl", preference_groups(40))
@@ -81,8 +81,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("wanted", [SHORT, BOTH_PAIRS - SHORT, SOLO, BOTH_PAIRS])
-def test_a_store_holds_what_the_encoder_makes(home, wanted):
-    """Equal fingerprints too for what is made in a cache: a reference cache serves both."""
+def test_a_store_equals_the_encoders_examples(home, wanted):
+    """Equal fingerprints too for a store in a cache: a reference cache serves both."""
     limit, path = 20 if wanted == SHORT else 60, home.folder / "groups.jsonl"
     expected, store = (
         encoded(path, home.tokenizer, wanted, limit),
@@ -96,8 +96,8 @@ def test_a_store_holds_what_the_encoder_makes(home, wanted):
     assert [len(ids) for g in store.groups for ids in g.sequences()] == [
         len(i) for g in expected for i in g.sequences()
     ]
-    for some in (SHORT, SOLO, scored("long_chosen")):
-        if kept := some & wanted:
+    for segments in (SHORT, SOLO, scored("long_chosen")):
+        if kept := segments & wanted:
             assert list(store.only(kept).groups) == [group.only(kept) for group in expected]
 
 
@@ -125,7 +125,7 @@ def test_several_responses_of_a_side(tmp_path):
 
     groups = [TokenGroup(f"g{n}", tuple(prompt(n, context) for context in Context)) for n in range(7)]
     path = tmp_path / "data.arrow"
-    batches = [record_batch(some, "preference").serialize().to_pybytes() for some in (groups[:3], groups[3:])]
+    batches = [record_batch(part, "preference").serialize().to_pybytes() for part in (groups[:3], groups[3:])]
     path.write_bytes(b"".join([SCHEMAS["preference"].serialize().to_pybytes(), *batches]))
     table = TokenTable(path, "preference")
     assert [table.group(row, BOTH_PAIRS) for row in range(7)] == groups
@@ -142,11 +142,11 @@ def test_a_template_may_write_a_response_otherwise_on_the_long_context(home):
     template.write_text(TEMPLATE.replace("'<assistant> ' + m", f"'<assistant> ' + ({long}) + m"), encoding="utf-8")
     folder = make(home, "groups.jsonl", "by-length", "--chat-template", template)
     tokenizer = load_tokenizer(home.folder / "hf", template)
-    found = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), BOTH_PAIRS, 400)
-    assert list(found.groups) == encoded(home.folder / "groups.jsonl", tokenizer, BOTH_PAIRS)
+    dataset = open_tokens(folder, text_facts(home.folder / "hf", tokenizer), BOTH_PAIRS, 400)
+    assert list(dataset.groups) == encoded(home.folder / "groups.jsonl", tokenizer, BOTH_PAIRS)
     pairs = [
         (list(short.completions[0].ids), list(long.completions[0].ids))
-        for short, long in (g.prompts for g in found.groups)
+        for short, long in (g.prompts for g in dataset.groups)
     ]
     assert any(short == long for short, long in pairs) and any(short == long[1:] for short, long in pairs)
 
@@ -165,7 +165,7 @@ def test_groups_without_a_long_context_serve_the_short_one(home):
         open_tokens(home.folder / "short", home.facts, SOLO, 128)
 
 
-def test_nothing_but_lengths_is_read_before_a_group_is_looked_at(home, monkeypatch):
+def test_nothing_but_lengths_is_read_before_a_group_is_accessed(home, monkeypatch):
     monkeypatch.setattr(
         "megatron_solopo.data.tokenized.token_table._Stored.__array__", lambda *_, **__: pytest.fail("read")
     )
@@ -182,7 +182,7 @@ def test_ids_are_the_pages_of_the_file(home):
     assert any(int(first, 16) <= ids.ctypes.data < int(last, 16) for first, last in mapped)
 
 
-def test_parquet_gives_the_same_tokens(home):
+def test_parquet_has_the_same_tokens(home):
     write_records(home.folder / "groups.parquet", read_groups(home.folder / "groups.jsonl"))
     make(home, "groups.parquet", "from_parquet")
     tables = [TokenTable(folder / DATA, "preference") for folder in (home.groups, home.folder / "from_parquet")]
@@ -298,7 +298,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(home, case, tmp_path)
         open_tokens(folder, home.facts, SOLO, 128)
 
 
-def test_a_changed_token_is_found_when_its_group_is_looked_at(home, tmp_path):
+def test_a_changed_token_is_detected_when_its_group_is_read(home, tmp_path):
     folder = shutil.copytree(home.groups, tmp_path / "copy")
     _other_token(folder)
     groups = open_tokens(folder, home.facts, SOLO, 128).groups
@@ -326,7 +326,7 @@ def test_the_fingerprint_changes_with_what_is_scored_and_nothing_else(home, tmp_
         assert {name for name in now if now[name] != whole[name]} == expected, field
 
 
-def test_limits_of_training_are_its_own(home):
+def test_training_applies_its_limits_to_a_store(home):
     with refused("example-too-long", "--seq-length 60; ", "--overlong drop") as caught:
         open_tokens(home.groups, home.facts, SOLO, 60)
     assert re.search(r"example '\w+' has \d+ tokens", caught.value.message) and "cut" not in caught.value.message
@@ -371,10 +371,10 @@ WRONG = {
         "--output groups: ",
         "another options.overlong, options.seq_length;",
     ),
-    "begun otherwise": (
-        ["--output", "begun"],
+    "started otherwise": (
+        ["--output", "started"],
         "unfinished-other-settings",
-        "begun.partial: ",
+        "started.partial: ",
         "source.sha256 = '0', now '",
     ),
     "not Parquet": (["--data", "text.parquet"], "not-parquet", "text.parquet: "),
@@ -403,8 +403,8 @@ def test_a_wrong_command_is_one_line(home, case, monkeypatch):
         if key in ("format", "version", "objective", "options", "text")
     }
     settings["source"]["bytes"] = Path("groups.jsonl").stat().st_size
-    Path("begun.partial").mkdir(exist_ok=True)
-    Path("begun.partial/jobs.jsonl").write_text(json.dumps({"settings": settings}) + '\n{"job": 0}\n')
+    Path("started.partial").mkdir(exist_ok=True)
+    Path("started.partial/jobs.jsonl").write_text(json.dumps({"settings": settings}) + '\n{"job": 0}\n')
     shutil.rmtree("wrong.partial", ignore_errors=True)
     argv = ["--data", "groups.jsonl", "--output", "wrong", "--tokenizer", "hf", "--workers", "1", *flags]
     with refused(code, *named):
@@ -437,14 +437,14 @@ def test_added_special_tokens_are_part_of_the_folder(home):
     write_lines(home.folder / "think.jsonl", groups)
     make(home, "think.jsonl", name, *flags)
     tokenizer = load_tokenizer(home.folder / "hf", added_tokens="<think>")
-    found = open_tokens(home.folder / name, text_facts(home.folder / "hf", tokenizer), SOLO, 128)
-    assert list(found.groups) == encoded(home.folder / "think.jsonl", tokenizer, SOLO)
-    assert found.largest_token[0] == len(tokenizer) - 1
+    dataset = open_tokens(home.folder / name, text_facts(home.folder / "hf", tokenizer), SOLO, 128)
+    assert list(dataset.groups) == encoded(home.folder / "think.jsonl", tokenizer, SOLO)
+    assert dataset.largest_token[0] == len(tokenizer) - 1
     with refused("token-store-mismatch", "--add-special-tokens (<think>)"):
         open_tokens(home.folder / name, home.facts, SOLO, 128)
 
 
-def test_the_manifest_tells_what_the_folder_was_made_from(home):
+def test_the_manifest_records_the_source_of_the_folder(home):
     manifest, source = json.loads((home.groups / "manifest.json").read_text()), home.folder / "groups.jsonl"
     assert manifest["source"] == {"bytes": source.stat().st_size, "sha256": sha256(source.read_bytes()).hex()}
     assert manifest["text"] == home.facts and manifest["counts"]["examples"] == 40
@@ -462,7 +462,7 @@ def stores(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.is_dir())
 
 
-def test_a_store_in_the_cache_is_made_once_for_all_methods_and_lengths(home, cache, monkeypatch):
+def test_a_store_in_the_cache_is_written_once_for_all_methods_and_lengths(home, cache, monkeypatch):
     path = home.folder / "groups.jsonl"
     whole = tokenize(path, home.tokenizer, BOTH_PAIRS, 1000)
     (name,) = stores(cache)
@@ -478,7 +478,7 @@ def test_a_store_in_the_cache_is_made_once_for_all_methods_and_lengths(home, cac
 
 def test_another_source_or_tokenizer_or_a_cut_is_another_store(home, cache):
     path = home.folder / "again.jsonl"
-    found = []
+    datasets = []
     for count, tokenizer, *limit in (
         (3, home.tokenizer),
         (4, home.tokenizer),
@@ -486,13 +486,13 @@ def test_another_source_or_tokenizer_or_a_cut_is_another_store(home, cache):
         (4, home.tokenizer, "cut"),
     ):
         write_lines(path, preference_groups(count))
-        found.append(tokenize(path, tokenizer, SOLO, 100, *limit))
-        assert len(stores(cache)) == len(found)
-    assert [len(tokens.groups) for tokens in found] == [3, 4, 4, 4]
-    assert len({tokens.fingerprint for tokens in found}) == 3  # nothing had to be cut
+        datasets.append(tokenize(path, tokenizer, SOLO, 100, *limit))
+        assert len(stores(cache)) == len(datasets)
+    assert [len(tokens.groups) for tokens in datasets] == [3, 4, 4, 4]
+    assert len({tokens.fingerprint for tokens in datasets}) == 3  # nothing had to be cut
 
 
-def test_a_damaged_store_in_the_cache_is_made_again(home, cache):
+def test_a_damaged_store_in_the_cache_is_written_again(home, cache):
     path = home.folder / "groups.jsonl"
     whole = tokenize(path, home.tokenizer, BOTH_PAIRS, 1000)
     (name,) = stores(cache)
@@ -500,7 +500,7 @@ def test_a_damaged_store_in_the_cache_is_made_again(home, cache):
     assert tokenize(path, home.tokenizer, BOTH_PAIRS, 1000).fingerprint == whole.fingerprint
 
 
-def test_a_store_of_one_method_says_so_to_another(home, cache):
+def test_a_store_of_one_method_is_refused_by_another(home, cache):
     tokenize(home.folder / "groups.jsonl", home.tokenizer, SOLO, 100, "cut")
     (name,) = stores(cache)
     with refused("token-store-mismatch", "short_chosen, short_rejected, long_chosen alone", "long_rejected"):
@@ -522,9 +522,9 @@ def test_a_cache_that_cannot_be_written_is_named(home, monkeypatch):
         (None, {"HOME": "/h"}, "/h/.cache/megatron_solopo"),
     ],
 )
-def test_where_the_cache_is(given, variables, expected, monkeypatch):
+def test_where_the_cache_is(option, variables, expected, monkeypatch):
     for name in ("SOLOPO_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert str(make_store.cache_folder(given)) == expected
+    assert str(make_store.cache_folder(option)) == expected

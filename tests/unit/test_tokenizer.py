@@ -64,7 +64,7 @@ def folder_of(path: Path, model: Path, model_type: str, **settings: object) -> P
     ("name", "model_type"),
     [("Mistral v0.1", "mistral"), ("Mistral v0.3", "mistral"), ("Mistral v0.1", "llama"), ("unigram", "llama")],
 )
-def test_sentencepiece_models_have_their_own_ids(
+def test_sentencepiece_models_keep_their_ids(
     solopo_data: Path, texts: list[str], tmp_path: Path, name: str, model_type: str
 ) -> None:
     """Also as transformers loads them from an exported folder; control tokens are one id and never in plain text."""
@@ -86,7 +86,7 @@ def test_sentencepiece_models_have_their_own_ids(
 
 
 def test_a_folder_that_is_not_legacy_has_no_space_behind_a_special_token(solopo_data: Path, tmp_path: Path) -> None:
-    """What transformers' tokenizer_config.json says of Llama's SentencePiece models."""
+    """tokenizer_config.json as transformers writes it for Llama's SentencePiece models."""
     model = solopo_data / "tokenizers" / MODELS["Mistral v0.3"]
     split = {}
     for legacy in (True, False):
@@ -137,8 +137,8 @@ def test_ranks_of_another_family_are_refused(ranks: tuple[dict[bytes, int], Path
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
-def test_a_tokenizer_json_is_read_as_it_stands(tmp_path: Path, name: str) -> None:
-    """Whatever class it is said to be of: DeepSeek's distilled Llama says LlamaTokenizerFast, SmolLM2 GPT2Tokenizer."""
+def test_a_tokenizer_json_is_read_as_it_is(tmp_path: Path, name: str) -> None:
+    """With any class that it declares: DeepSeek's distilled Llama has LlamaTokenizerFast, SmolLM2 GPT2Tokenizer."""
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

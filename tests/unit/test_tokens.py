@@ -1,4 +1,4 @@
-"""One data set tokenised once, seen with the roles of the policy and with those of the reference."""
+"""One data set tokenized once, seen with the roles of the policy and with those of the reference."""
 
 from array import array
 
@@ -34,12 +34,12 @@ def names(dataset):
 
 
 def test_a_selection_drops_prompts_that_are_not_used():
-    short, solo = (group(1).only(scored(*some)) for some in (SHORT, (*SHORT, "long_chosen")))
+    short, solo = (group(1).only(scored(*segments)) for segments in (SHORT, (*SHORT, "long_chosen")))
     assert names_in(short) == list(SHORT) and len(short.prompts) == 1 and short.id == "g1"
     assert names_in(solo) == [*SHORT, "long_chosen"] and group(1).only(scored(*SHORT, *LONG)) == group(1)
 
 
-def test_a_selection_is_what_tokenising_those_roles_gives(tmp_path):
+def test_a_selection_equals_tokenizing_those_roles(tmp_path):
     """So a reference cache is the same whichever method filled it."""
     tokenizer = load_tokenizer(write_model(tmp_path / "model"))
     path = write_lines(tmp_path / "groups.jsonl", preference_groups(5))
@@ -47,10 +47,10 @@ def test_a_selection_is_what_tokenising_those_roles_gives(tmp_path):
     assert names(both) == [[*SHORT, *LONG]] * 5
     fingerprints = {both.fingerprint}
     for wanted in (policy_scores(LONGPO), reference_scores(LONGPO), scored(*SHORT, "long_chosen")):
-        some = both.only(wanted)
-        assert some.fingerprint == tokenize(path, tokenizer, wanted, 128).fingerprint
-        assert list(some.groups) == encoded(path, tokenizer, wanted)
-        fingerprints.add(some.fingerprint)
+        selection = both.only(wanted)
+        assert selection.fingerprint == tokenize(path, tokenizer, wanted, 128).fingerprint
+        assert list(selection.groups) == encoded(path, tokenizer, wanted)
+        fingerprints.add(selection.fingerprint)
     assert len(fingerprints) == 4 and both.only(scored(*SHORT, *LONG)) is both
 
 
@@ -70,7 +70,7 @@ def test_sampled_ids_are_trained_on_where_they_are_the_text(tmp_path):
     tokenizer = load_tokenizer(write_model(tmp_path / "model"))
     end, (w1, w2) = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(["w1", "w2"])
     group = {**preference_groups(1)[0], "chosen": "w1 w2", "rejected": "w2"}
-    special = tokenizer.convert_tokens_to_ids("<user>")  # skipped when decoded: not how the text is tokenised
+    special = tokenizer.convert_tokens_to_ids("<user>")  # skipped when decoded: not how the text is tokenized
     cases = {
         "own": ([w1, w2], [w2], [w1, w2], 2),
         "ended": ([w1, w2, end], [w2, end, end], [w1, w2], 2),

@@ -1,4 +1,4 @@
-"""Who holds what: the same as megatron-core's own groups; layouts that a model cannot be cut into are refused."""
+"""Who holds what: the same as megatron-core's groups; layouts that a model cannot be cut into are refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def cut(stages: int, first: int | None = None, last: int | None = None, chunks: 
 
 
 def test_stages_hold_the_layers_that_megatron_builds_there() -> None:
-    """Every split of some layers over some stages: the same ones are possible, with the same layers."""
+    """Splits of layers over stages: the same ones are possible, with the same layers."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 

@@ -1,4 +1,4 @@
-"""What Transformer Engine is asked for: names, widths, token counts, and sequences as its kernels take them."""
+"""What Transformer Engine is called with: names, widths, token counts, and sequences as its kernels require."""
 
 from __future__ import annotations
 

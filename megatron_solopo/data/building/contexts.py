@@ -31,7 +31,7 @@ from megatron_solopo.data.validation import (
 )
 
 CountTokens = Callable[[list[Message]], int]
-"""Tokens of a chat as a model sees it, chat template included."""
+"""Returns the number of tokens of a chat, chat template included."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Context:
     """One built context.
 
     ``spans`` are the documents in the last message's content, in the order of ``paragraphs``; ``tokens`` is the
-    length of the whole prompt, None where the size was given in documents.
+    length of the whole prompt, None where the size is a number of documents.
     """
 
     messages: list[Message]
@@ -112,7 +112,7 @@ def build_contexts(
     """Builds contexts of ``question`` of these sizes, each with all gold paragraphs and the smaller ones' distractors.
 
     Gold paragraphs keep their order. Distractors come from the question's own paragraphs first, then from the
-    pool; `selection.Distractors` says which are allowed.
+    pool; `selection.Distractors` defines which are allowed.
 
     Args:
         sizes: ascending. Documents, gold ones included, or, with ``count_tokens``, tokens of the whole
@@ -158,7 +158,7 @@ def build_contexts(
 
 
 def _grow(distractors: Distractors, size: int, smaller: Context, arrange: Callable[[], Context]) -> Context:
-    """``smaller`` with so many more distractors that it has ``size`` tokens."""
+    """Adds distractors to ``smaller`` until it has ``size`` tokens."""
     tokens = _tokens(smaller)
     if (1 - TOKEN_TOLERANCE) * size <= tokens <= size:
         return smaller
@@ -180,7 +180,7 @@ def _tokens(context: Context) -> int:
 
 
 def _keep(gold: list[Paragraph], drop_fraction: float, rng: random.Random) -> list[Paragraph]:
-    """The gold paragraphs that stay, in their order."""
+    """Returns the gold paragraphs that are kept, in their order."""
     exact = drop_fraction * len(gold)
     dropped = min(int(exact) + (rng.random() < exact - int(exact)), len(gold) - 1)
     stay = sorted(rng.sample(range(len(gold)), len(gold) - dropped))

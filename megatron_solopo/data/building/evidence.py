@@ -35,13 +35,13 @@ _TOKENS = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
 
 
 def rank_by_bm25(question: Question) -> list[int]:
-    """BM25 of question and answers among the question's own paragraphs, the best one's words counting a little."""
+    """Ranks the paragraphs by BM25 of question and answers; words of the best paragraph count a little too."""
     import bm25s  # not at the top: every worker would import it, and --evidence labels does not use it
 
     texts = [f"{paragraph.title}. {paragraph.text}" for paragraph in question.paragraphs]
     asked = " ".join([question.question, *question.answers])
-    tokenised = bm25s.tokenize([asked, *texts], token_pattern=_TOKENS, return_ids=False, show_progress=False)
-    query, *documents = cast(list[list[str]], tokenised)  # words, without `return_ids`
+    tokenized = bm25s.tokenize([asked, *texts], token_pattern=_TOKENS, return_ids=False, show_progress=False)
+    query, *documents = cast(list[list[str]], tokenized)  # words, without `return_ids`
     if not any(documents):
         return list(range(len(texts)))
     index = bm25s.BM25()
@@ -99,7 +99,7 @@ class LogProbFinder:
 
 
 def mark(question: Question, ranking: Sequence[int], documents: int) -> Question:
-    """The question with the first ``documents`` of the ranking as its gold paragraphs, whatever was marked before.
+    """Marks the first ``documents`` of the ranking as the question's only gold paragraphs.
 
     Where none of them contains an answer, the best one that does replaces the last one.
 

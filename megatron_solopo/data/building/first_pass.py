@@ -112,7 +112,7 @@ class QuestionFile:
         self._sides = np.load(folder / _SIDES, mmap_mode="r")
 
     def read(self, start: int, stop: int) -> list[tuple[Question, bool]]:
-        """The questions from ``start`` up to ``stop``."""
+        """Returns the questions from ``start`` up to ``stop``."""
         self._file.seek(int(self._offsets[start]))
         lines = self._file.read(int(self._offsets[stop] - self._offsets[start])).splitlines()
         return [(_load(line), bool(side)) for line, side in zip(lines, self._sides[start:stop], strict=True)]

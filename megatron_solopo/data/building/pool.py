@@ -131,7 +131,7 @@ class DistractorPool:
     def of(
         cls, paragraphs: Iterable[Paragraph], prompt_format: PromptFormat, count: CountTexts | None = None
     ) -> DistractorPool:
-        """A pool in a temporary file that is deleted with it."""
+        """Returns a pool in a temporary file that is deleted with it."""
         file = tempfile.TemporaryFile()  # noqa: SIM115 - the pool reads it as long as it lives
         writer = PoolWriter(file)
         for paragraph in paragraphs:
@@ -141,7 +141,7 @@ class DistractorPool:
 
     @classmethod
     def open(cls, folder: Path, prompt_format: PromptFormat, count: CountTexts | None = None) -> DistractorPool:
-        """The pool that `write_pool` left in a folder."""
+        """Returns the pool that `write_pool` left in a folder."""
         file = (folder / _TEXTS).open("rb")
         # As plain arrays: every access to a memmap makes another object.
         rows, by_length = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in (_INDEX, _BY_LENGTH))
@@ -154,17 +154,17 @@ class DistractorPool:
         return Candidate(_read(self._file.fileno(), self._rows, row), int(self._rows["tokens"][row]))
 
     def typical_lengths(self) -> tuple[int, int] | None:
-        """Tokens that 5 % and 75 % of the paragraphs stay below; None where there are none."""
+        """Returns the tokens that 5 % and 75 % of the paragraphs stay below; None where there are none."""
         total = len(self._lengths)
         return (int(self._lengths[total // 20]), int(self._lengths[3 * total // 4])) if total else None
 
     def of_length(self, low: int, high: int) -> np.ndarray:
-        """Rows of the paragraphs of ``low`` to ``high`` tokens, the shortest first."""
+        """Returns the rows of the paragraphs of ``low`` to ``high`` tokens, the shortest first."""
         first = np.searchsorted(self._lengths, low, "left")
         return self._by_length[first : np.searchsorted(self._lengths, high, "right")]
 
     def candidates_for(self, paragraphs: Iterable[Paragraph]) -> list[Candidate]:
-        """Candidates of any paragraphs; those in the pool are not measured again."""
+        """Returns the candidates of any paragraphs; those in the pool are not measured again."""
         candidates: dict[Paragraph, Candidate] = {}
         plain = [Paragraph(paragraph.title, paragraph.text) for paragraph in paragraphs]
         for paragraph in plain:
@@ -179,7 +179,7 @@ class DistractorPool:
 
 
 def open_writer(folder: Path) -> PoolWriter:
-    """A writer for `write_pool`."""
+    """Returns a writer for `write_pool`."""
     return PoolWriter((folder / _TEXTS).open("w+b"))
 
 

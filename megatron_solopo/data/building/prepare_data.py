@@ -36,7 +36,7 @@ from megatron_solopo.data.files.inputs import TABLES, fingerprint, place, read_r
 from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.hf_model import weight_facts
-from megatron_solopo.data.memory import give_back_freed_memory
+from megatron_solopo.data.memory import release_freed_memory
 from megatron_solopo.data.options import (
     TokenizerOptions,
     add_prompt_options,
@@ -77,7 +77,7 @@ def build_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="INPUT",
-        help="more distractors, records of {title, text} or {text}; the paragraphs of all questions are always in it",
+        help="further distractors, records of {title, text} or {text}; the pool always has the questions' paragraphs",
     )
     group.add_argument("--output", required=True, metavar="FILE", help="contexts, JSONL")
     group.add_argument(
@@ -86,7 +86,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--exclude-ids",
         metavar="FILE",
-        help="ids to leave out, one a line, or a file like --data's whose records have one",
+        help="questions to leave out: a file with one id a line, or a file in a form of --data whose records have ids",
     )
     group.add_argument("--skipped-output", metavar="FILE", help="questions that are not used, JSONL of {id, reason}")
     group.add_argument(
@@ -104,13 +104,15 @@ def build_parser() -> Parser:
     )
     for unit in ("tokens", "documents"):
         for which in ("short", "long"):
-            group.add_argument(f"--{which}-{unit}", type=int, metavar="N", help=f"of the {which} context")
+            group.add_argument(
+                f"--{which}-{unit}", type=int, metavar="N", help=f"size of the {which} context in {unit}"
+            )
     group = parser.add_argument_group("evidence")
     group.add_argument(
         "--gold-depth",
         default="uniform",
         metavar="D",
-        help="uniform: gold documents anywhere (default); 0 to 1: together, from the start to the end",
+        help="place of the gold documents; uniform: anywhere (default); 0 to 1: together, from the start to the end",
     )
     group.add_argument(
         "--drop-gold-fraction",
@@ -135,7 +137,7 @@ def build_parser() -> Parser:
     )
     group.add_argument("--evidence-model", metavar="DIR", help="Hugging Face folder, for --evidence log-prob")
     group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --evidence-model (default: auto)"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of --evidence-model (default: auto)"
     )
     add_tokenizer_options(parser)
     add_prompt_options(parser)
@@ -144,7 +146,7 @@ def build_parser() -> Parser:
         "--seed",
         type=int,
         default=0,
-        help="with a question's id it decides its distractors and their order (default: 0)",
+        help="random seed; with its id it determines a question's distractors and their order (default: 0)",
     )
     return parser
 
@@ -209,7 +211,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.evidence == "labels" and options.evidence_documents is not None:
         raise UserError(
             "option-unused",
-            "--evidence-documents: the labels say which documents are gold; use it with --evidence bm25",
+            "--evidence-documents: the labels mark the gold documents; use it with --evidence bm25",
         )
     if options.evidence == "log-prob" and options.evidence_model is None:
         raise UserError("option-missing", "--evidence log-prob needs --evidence-model DIR")
@@ -300,19 +302,19 @@ def main(argv: list[str] | None = None) -> int:
         evidence_model=options.evidence_model,
         device=options.device,
     )
-    begin = time.monotonic()
+    start = time.monotonic()
     output = Path(options.output)
     folder = output.with_name(output.name + ".work")
     with Jobs(folder, (TRAIN, VALIDATION, LEFT_OUT)) as jobs:
-        tokenizer = build.tokenizer.load(begun_with=jobs.settings.get(template_kwargs.DATE))
+        tokenizer = build.tokenizer.load(of_resumed=jobs.settings.get(template_kwargs.DATE))
         build = dataclasses.replace(build, tokenizer=build.tokenizer.dated(tokenizer))
         with reporting("reading the inputs"):
             jobs.begin(_settings(options, build, excluded, tokenizer), preparation=(FIRST_PASS,))
         prepared = _prepared(jobs, options, build, excluded, TokenCounter(tokenizer))
-        read = time.monotonic() - begin
+        read = time.monotonic() - start
         summary = _build(jobs, options, build, prepared, tokenizer)
     print("\n".join([*prepared.notes, *summary.lines()]))
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - start
     print(
         f"wrote {summary.counts['kept']} questions to {_targets(options)} in {seconds:.1f} s "
         f"(reading and lengths {read:.1f} s, contexts {seconds - read:.1f} s)"
@@ -323,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
 def _prepared(
     jobs: Jobs, options: argparse.Namespace, build: BuildSettings, excluded: frozenset[str], counter: TokenCounter
 ) -> Ingested:
-    """The result of the first pass, which runs now or ran in a killed run of the same settings."""
+    """Returns the result of the first pass, which runs now or ran in a killed run of the same settings."""
     if jobs.empty:
         ingested = ingest(
             jobs.place,
@@ -340,7 +342,7 @@ def _prepared(
         )
         lines = b"".join(left_out_line(question_id, reason) for question_id, reason in ingested.left_out)
         jobs.add(FIRST_PASS, {"found": dataclasses.asdict(ingested)}, {LEFT_OUT: lines})
-        give_back_freed_memory()  # before processes for the second pass take theirs
+        release_freed_memory()  # before processes of the second pass allocate theirs
     prepared = Ingested(**next(jobs.finished())["found"])
     print(f"{prepared.questions} questions, {prepared.paragraphs} distinct paragraphs to draw distractors from")
     return prepared

@@ -108,7 +108,7 @@ class Summary:
             self.spreads.setdefault(name, Spread()).merge(spread)
 
     def lines(self) -> list[str]:
-        """The summary for a person."""
+        """Returns the summary for a person."""
         counts, spreads = self.counts, self.spreads
         lines = [f"questions kept: {counts['kept']}, left out: {self.left_out.total()}"]
         lines += [f"  {count} left out: {reason}" for reason, count in self.left_out.most_common()]
@@ -172,7 +172,7 @@ class Builder:
             self._rank = LogProbFinder(model, tokenizer, settings.prompt_format)
 
     def build(self, start: int, stop: int) -> Batch:
-        """The contexts of the questions from ``start`` up to ``stop``, as lines."""
+        """Returns the contexts of the questions from ``start`` up to ``stop``, as lines."""
         summary = Summary()
         lines: dict[str, list[bytes]] = {TRAIN: [], VALIDATION: [], LEFT_OUT: []}
         for question, validation in self._questions.read(start, stop):

@@ -40,8 +40,8 @@ class Distractors:
         gold = pool.candidates_for(paragraph for paragraph in question.paragraphs if paragraph.is_supporting)
         self._gold_titles = {candidate.title_key for candidate in gold}
         self._gold_texts = tuple(filter(None, (normalise(candidate.paragraph.text) for candidate in gold)))
-        own = pool.candidates_for(paragraph for paragraph in question.paragraphs if not paragraph.is_supporting)
-        self._own = [candidate for candidate in own if self._allowed(candidate)]
+        candidates = pool.candidates_for(paragraph for paragraph in question.paragraphs if not paragraph.is_supporting)
+        self._own = [candidate for candidate in candidates if self._allowed(candidate)]
         rng.shuffle(self._own)
         self._chosen: list[Candidate] = []
         self._titles: set[str] = set()
@@ -100,8 +100,8 @@ class Distractors:
         if lengths is None:
             if not self._own:
                 return True
-            own = sorted(candidate.tokens for candidate in self._own)
-            lengths = own[0], own[-1]
+            tokens = [candidate.tokens for candidate in self._own]
+            lengths = min(tokens), max(tokens)
         shortest, large = lengths
         stream = self._stream()
         while missing > window:
@@ -122,7 +122,7 @@ class Distractors:
         return False
 
     def _fitting(self, low: int, high: int) -> Candidate | None:
-        """An unused distractor of ``low`` to ``high`` tokens, an own one if there is any."""
+        """Returns an unused distractor of ``low`` to ``high`` tokens, one of the question if there is any."""
         for candidate in self._own:
             if low <= candidate.tokens <= high and candidate.title_key not in self._titles:
                 return candidate
@@ -136,7 +136,8 @@ class Distractors:
         return None
 
     def _stream(self) -> Iterator[Candidate]:
-        """Every distractor in the order of use: own ones, then the pool's in a random order, drawn lazily."""
+        """Yields every distractor in the order of use: the question's, then the pool's in a random order, drawn
+        lazily."""
         yield from self._own
         total = len(self._pool)
         moved: dict[int, int] = {}  # a Fisher-Yates shuffle that only remembers what it moved
@@ -150,7 +151,7 @@ class Distractors:
                 yield candidate
 
     def _read(self, row: int) -> Candidate | None:
-        """A paragraph of the pool, if it may be taken."""
+        """Returns a paragraph of the pool, if it may be taken."""
         self._unread -= 1
         candidate = self._pool[row]
         return candidate if candidate.title_key not in self._titles and self._allowed(candidate) else None

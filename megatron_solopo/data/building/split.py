@@ -1,6 +1,6 @@
 """A validation set of whole groups of near-duplicate questions.
 
-Near-duplicates are joined exactly, by prefix filtering (Bayardo et al., WWW 2007): a question has some twenty
+Near-duplicates are joined exactly, by prefix filtering (Bayardo et al., WWW 2007): a question has about twenty
 shingles, so that no sketch such as MinHash, which may miss pairs, is needed for speed.
 """
 
@@ -18,7 +18,7 @@ NEAR_DUPLICATE = 0.8
 
 
 def shingles(question: str) -> frozenset[str]:
-    """The words and the pairs of neighbouring words of a question, normalised."""
+    """Returns the words and the pairs of neighbouring words of a question, normalised."""
     words = words_of(normalise(question)) or [question]
     return frozenset([*words, *map(" ".join, zip(words, words[1:], strict=False))])
 

@@ -68,7 +68,7 @@ def read_records(inputs: Iterable[str | Path]) -> Iterator[tuple[str, Record]]:
 
 
 def first_field(source: str | Path, name: str) -> str | None:
-    """A text of the first record of an input; None where there is no such record or field."""
+    """Returns a text of the first record of an input; None where there is no such record or field."""
     try:
         value = next((record.get(name) for _, record in read_records([source])), None)
     except UserError:
@@ -116,7 +116,7 @@ def _is_saved(folder: str | Path) -> bool:
 
 
 def local_files(source: str | Path) -> list[Path]:
-    """The files of an input; an empty list for a data set of the hub."""
+    """Returns the files of an input; an empty list for a data set of the hub."""
     path = place(source)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
@@ -137,12 +137,12 @@ def fingerprint(inputs: Iterable[str]) -> list[list[str]]:
 
 
 def place(source: str | Path) -> Path:
-    """The file or folder that an input names; a path that does not exist names a data set of the hub."""
+    """Returns the file or folder that an input names; a path that does not exist names a data set of the hub."""
     return Path(_hub_parts(str(source))[0] if str(source).startswith(HUB) else source)
 
 
 def _hub_parts(text: str) -> tuple[str, str | None, str]:
-    """(name, config, split) of ``hub:NAME[:CONFIG][:SPLIT]``."""
+    """Returns (name, config, split) of ``hub:NAME[:CONFIG][:SPLIT]``."""
     name, *rest = text.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
         raise UserError("dataset-name", f"{text}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
@@ -172,7 +172,8 @@ def _rows(
 
 
 def _train_files(folder: Path) -> list[Path]:
-    """The files of a folder's split ``train``, as `datasets` assigns them: by their names, or by its README.md."""
+    """Returns the files of a folder's split ``train``, as `datasets` assigns them: by their names, or by its
+    README.md."""
     import datasets  # see `_rows`
 
     with _datasets_explained(str(folder)):
@@ -199,7 +200,8 @@ def _datasets_explained(source: str) -> Iterator[None]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Record]]:
-    """The rows of a CSV file, each named by its first line. Cells are texts: a type guess would turn 0012 into 12."""
+    """Yields the rows of a CSV file, each named by its first line. Cells are texts: a type guess would turn 0012 into
+    12."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows, line = csv.reader(file, strict=True), 1
@@ -229,7 +231,8 @@ def _starts_an_array(path: Path) -> bool:
 
 
 def _array(path: Path) -> Iterator[tuple[str, Record]]:
-    """The objects of one JSON array, one in memory at a time; an error names the line in which its object starts."""
+    """Yields the objects of one JSON array, one in memory at a time; an error names the line in which its object
+    starts."""
     with path.open(encoding="utf-8-sig") as file:
         try:
             yield from _objects(path, file)
@@ -248,7 +251,7 @@ def _objects(path: Path, file: TextIO) -> Iterator[tuple[str, Record]]:
         return bool(chunk)
 
     def skip(characters: str) -> str:
-        """The next character that is none of these, "" at the end of the file."""
+        """Returns the next character that is none of these, "" at the end of the file."""
         nonlocal position, line
         while True:
             while position < len(text) and text[position] in characters:

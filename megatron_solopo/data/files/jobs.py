@@ -32,7 +32,8 @@ Line = dict[str, Any]
 def differences(
     earlier: Mapping[str, object], now: Mapping[str, object], where: str = ""
 ) -> list[tuple[str, object, object]]:
-    """(name, earlier value, value now) of settings that are not equal; names of nested ones are joined by dots."""
+    """Returns (name, earlier value, value now) of settings that are not equal; names of nested ones are joined by
+    dots."""
     differing: list[tuple[str, object, object]] = []
     for key in sorted(earlier.keys() | now.keys()):
         before, after = earlier.get(key), now.get(key)
@@ -142,7 +143,7 @@ class Jobs:
                 name, before, after = differing[0]
                 raise UserError(
                     "unfinished-other-settings",
-                    f"{self.place}: begun with {name} = {before!r}, now {after!r}; repeat the first settings to "
+                    f"{self.place}: was started with {name} = {before!r}, now {after!r}; repeat the first settings to "
                     "resume, or delete it to start again",
                 )
             self._empty = True
@@ -166,7 +167,7 @@ class Jobs:
         sizes = dict.fromkeys(self._names, 0)
         self._empty, self._size = True, 0
         for start, job in self._jobs():
-            # After a power failure a stream may be shorter than the log says: this job and later ones are done again.
+            # A power failure may leave a stream shorter than the log records: this and later jobs are done again.
             if any(self._length(name) < size for name, size in job.get("sizes", {}).items()):
                 break
             self._finished(job, start)
@@ -188,7 +189,7 @@ class Jobs:
             file.seek(size)
 
     def _lines(self) -> Generator[tuple[int, Line]]:
-        """(byte offset, record) of each complete line; `_end` is the offset of its end."""
+        """Yields (byte offset, record) of each complete line; `_end` is the offset of its end."""
         self._end = 0
         with self._log.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -270,19 +271,19 @@ class Jobs:
             ) from None
 
     def read(self, start: int) -> Line:
-        """The job whose line is at a byte offset of the log."""
+        """Returns the job whose line is at a byte offset of the log."""
         if self._reader is None:
             self._reader = self._log.open("rb")
         self._reader.seek(start)
         return parse_line(self._reader.readline(), f"{self._log}, byte {start}")
 
     def finished(self) -> Iterator[Line]:
-        """The finished jobs, in the order they were finished in."""
+        """Yields the finished jobs, in the order they were finished in."""
         for _, job in self._jobs():
             yield job
 
     def stream(self, name: str) -> Path:
-        """The file of a stream."""
+        """Returns the file of a stream."""
         return self.place / name
 
     def put(self, targets: Mapping[str, str | Path]) -> None:

@@ -113,7 +113,7 @@ class _Batches:
 
     @classmethod
     def at(cls, path: str | Path, row_group: int | None, skip: int) -> _Batches:
-        """The batches after the first ``skip`` rows."""
+        """Returns the batches after the first ``skip`` rows."""
         kept, cls._kept = cls._kept, None
         if row_group is None or kept is None or kept._row > skip or kept._key != cls._key_of(path, row_group):
             kept = cls(path, row_group)
@@ -126,7 +126,7 @@ class _Batches:
         return str(path), row_group, *((stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat else ())
 
     def take(self, count: int | None) -> Iterator[pa.RecordBatch]:
-        """The next ``count`` rows, or all that are left."""
+        """Yields the next ``count`` rows, or all that are left."""
         if self._skip:
             for _ in self._next(self._skip):
                 pass
@@ -164,7 +164,7 @@ def _decoded(batch: pa.RecordBatch, path: str | Path, first: int) -> list[dict[s
 
 
 def row_group_sizes(path: str | Path) -> list[int]:
-    """Rows of each row group."""
+    """Returns the rows of each row group."""
     metadata = _open(path).metadata
     return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
 
@@ -186,7 +186,7 @@ def _reason(error: BaseException) -> str:
 
 
 def record_of(row: Mapping[str, object]) -> dict[str, object]:
-    """The record from which a row of a table was written; a null is an absent field."""
+    """Returns the record from which a row of a table was written; a null is an absent field."""
     record = {name: value for name, value in row.items() if value is not None}
     scores = record.get("scores")
     if isinstance(scores, list) and all(isinstance(s, dict) and s.keys() == {"name", "value"} for s in scores):

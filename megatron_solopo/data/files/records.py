@@ -58,7 +58,7 @@ def is_parquet(path: str | Path) -> bool:
 
 
 def read_text(flag: str, path: str | Path) -> str:
-    """The text of the file of an option, without a byte order mark.
+    """Returns the text of the file of an option, without a byte order mark.
 
     Raises:
         UserError: it is not UTF-8.
@@ -114,7 +114,7 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
 
 
 def parse_line(line: bytes, where: str) -> Record:
-    """The record of one line of a JSONL file.
+    """Returns the record of one line of a JSONL file.
 
     Raises:
         UserError: naming ``where``; not UTF-8, not JSON, or not an object of texts that can be written again.
@@ -159,10 +159,10 @@ def check_encodes(value: object, where: str) -> None:
 
 
 def scan(path: str | Path) -> tuple[str, list[Part]]:
-    """(sha256 in hex, parts in order) of a file. The parts depend only on the file's bytes.
+    """Returns (sha256 in hex, parts in order) of a file. The parts depend only on the file's bytes.
 
     Raises:
-        UserError: the file is missing, or it is not Parquet though its name says so.
+        UserError: the file is missing, or it is not Parquet though its name ends in .parquet.
     """
     path = Path(path)
     if not path.is_file():

@@ -2,7 +2,7 @@
 of the page.
 
 The name of a style is both an entry of `STYLES` and a CSS class of the page; the ``meta`` of a style are HTML
-attributes. Where there are no colours, `MARKS` and `BARS` say in characters what they would say.
+attributes. Where there are no colours, `MARKS` and `BARS` show in characters what colours would show.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _PICTURES |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
 
 
 def visible(text: str) -> str:
-    """The text with its control characters but tab and line feed as pictures of them, at the same places."""
+    """Returns the text with its control characters but tab and line feed as pictures of them, at the same places."""
     return text.translate(_PICTURES)
 
 
@@ -63,28 +63,28 @@ def many(count: int, what: str) -> str:
 
 
 def attributes(**values: str) -> Style:
-    """A style that changes nothing on a terminal and adds HTML attributes on the page."""
+    """Returns a style that changes nothing on a terminal and adds HTML attributes on the page."""
     return Style(meta=values)
 
 
 def table(*columns: str) -> Table:
-    """An empty table; a column whose name begins with ``>`` is one of numbers."""
-    made = Table(box=None, pad_edge=False, header_style="soft")
+    """Returns an empty table; a column whose name starts with ``>`` holds numbers."""
+    empty = Table(box=None, pad_edge=False, header_style="soft")
     for name in columns:
-        made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-    return made
+        empty.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    return empty
 
 
 def console(out: TextIO | None = None) -> Console:
-    """A console on standard output: colours on a terminal only, and NO_COLOR is honoured."""
-    made = Console(file=out, highlight=False, markup=False, emoji=False, theme=Theme(STYLES))
-    if not made.is_terminal:
-        made.width = PLAIN_WIDTH
-    return made
+    """Returns a console on standard output: colours on a terminal only, and NO_COLOR is honoured."""
+    console = Console(file=out, highlight=False, markup=False, emoji=False, theme=Theme(STYLES))
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 def stretches(text: Text) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """(characters, names of their styles, HTML attributes) in order."""
+    """Yields (characters, names of their styles, HTML attributes) in order."""
     edges = sorted({0, len(text), *(edge for span in text.spans for edge in (span.start, span.end))})
     for start, end in itertools.pairwise(edges):
         styles = [span.style for span in text.spans if span.start <= start and end <= span.end]
@@ -132,15 +132,15 @@ class Block:
 
 def _marked(text: Text) -> Text:
     """With `MARKS` in the place of colours."""
-    made = Text(style=text.style)
+    signed = Text(style=text.style)
     for part, names, _ in stretches(text):
         before, after = zip(*(MARKS.get(name, ("", "")) for name in ("", *names)), strict=True)
-        made.append("".join((*before, part, *reversed(after))))
-    return made
+        signed.append("".join((*before, part, *reversed(after))))
+    return signed
 
 
 def _lines(text: Text, plain: bool, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-    """The text behind the bar of its style, if that has one."""
+    """Yields the text behind the bar of its style, if that has one."""
     name = str(text.style)
     if name not in BARS:
         yield text
@@ -152,7 +152,7 @@ def _lines(text: Text, plain: bool, console: Console, options: ConsoleOptions) -
 
 
 def html(shown: object) -> Markup:
-    """A piece of the page; texts are escaped."""
+    """Returns a piece of the page; texts are escaped."""
     if isinstance(shown, Text):
         return Markup('<div class="text {}">{}</div>').format(shown.style, _inline(shown))
     if isinstance(shown, Table):
@@ -164,20 +164,20 @@ def html(shown: object) -> Markup:
 
 
 def _row(table: Table, tag: str, cells: Iterable[RenderableType], style: object = "") -> Markup:
-    made = Markup('<tr class="{}">').format(style or "")
+    row = Markup('<tr class="{}">').format(style or "")
     for column, cell in zip(table.columns, cells, strict=True):
         content = _inline(cell) if isinstance(cell, Text) else cell
-        made += Markup('<{0} class="{1}">{2}</{0}>').format(tag, column.justify, content)
-    return made + Markup("</tr>")
+        row += Markup('<{0} class="{1}">{2}</{0}>').format(tag, column.justify, content)
+    return row + Markup("</tr>")
 
 
 def _inline(text: Text) -> Markup:
-    made = []
+    parts = []
     for part, names, more in stretches(text):
         content = escape(part)
         for old, new in (_DRAWN[name] for name in (str(text.style), *names) if name in _DRAWN):
             content = content.replace(old, new)
         pairs = {"class": " ".join(names), **more} if names or more else {}
         written = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs.items())
-        made.append(Markup("<span{}>{}</span>").format(written, content) if pairs else content)
-    return Markup("").join(made)
+        parts.append(Markup("<span{}>{}</span>").format(written, content) if pairs else content)
+    return Markup("").join(parts)

@@ -25,7 +25,7 @@ _EIGHTHS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
 def nice_step(span: float, most: int) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten of which at most ``most`` cover ``span``."""
+    """Returns the smallest of 1, 2, 2.5, 5 times a power of ten of which at most ``most`` cover ``span``."""
     rough = span / most
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -72,15 +72,15 @@ class Chart:
         return max(map(max, self.bins[2]))
 
     def ends(self, place: int) -> tuple[float, float]:
-        """The smallest and the largest value of a bin; -1: the last."""
+        """Returns the smallest and the largest value of a bin; -1: the last."""
         start, width, counts = self.bins
         place %= len(counts[0])
         return start + place * width, start + (place + 1) * width - (0 if self.digits else 1)
 
     def bars(self, index: int) -> Text:
-        """A series in block characters; on the page, where each is a column, with what it counts."""
+        """Returns a series in block characters; on the page, where each is a column, with what it counts."""
         counts, (name, style, values) = self.bins[2][index], self.series[index]
-        made = Text("", "bars", no_wrap=True)
+        bars = Text("", "bars", no_wrap=True)
         for place, count in enumerate(counts):
             low, high = self.ends(place)
             span = short(low) if low == high else f"{short(low)} to {short(high)}"
@@ -90,13 +90,13 @@ class Chart:
                 span = f"{short(low)} or more"
             title = f"{name}, {span} {self.unit}: {count:,} ({count / len(values):.1%})"
             sign = "neutral" if low == high == 0 else "chosen" if low >= 0 else "rejected"
-            made.append(_EIGHTHS[math.ceil(8 * count / self.most)], sign if style == "signed" else style)
+            bars.append(_EIGHTHS[math.ceil(8 * count / self.most)], sign if style == "signed" else style)
             more = attributes(title=title, style=f"height: {100 * count / self.most:.1f}%")
-            made.stylize(more, place, place + 1)
-        return made
+            bars.stylize(more, place, place + 1)
+        return bars
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(per cent of the axis, value) of about five places."""
+        """Returns (per cent of the axis, value) of about five places."""
         start, width, counts = self.bins
         bars = len(counts[0])
         step = max(1, math.ceil(nice_step(bars, 5)))
@@ -125,7 +125,7 @@ class Chart:
 
 
 def _axis(values: np.ndarray) -> tuple[float, float]:
-    """The smallest and the largest value, or where the bulk ends if a few values are far from it."""
+    """Returns the smallest and the largest value, or where the bulk ends if a few values are far from it."""
     low, first, last, high = np.quantile(values, (0, _TAIL, 1 - _TAIL, 1), method="inverted_cdf").tolist()
     return (first, last) if high - low > 1.5 * (last - first) > 0 else (low, high)
 
@@ -136,14 +136,14 @@ def number(value: float, digits: int) -> str:
 
 
 def short(value: float) -> str:
-    """A number for a person: at most four decimals."""
+    """Returns a number for a person: at most four decimals."""
     text = number(value, 0 if value == round(value) else 4)
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def charts(statistics: Statistics) -> list[Chart]:
-    """The charts for which there are numbers."""
-    numbers, made = statistics.numbers, []
+    """Returns the charts for which there are numbers."""
+    numbers, charts = statistics.numbers, []
 
     def add(
         title: str,
@@ -156,7 +156,7 @@ def charts(statistics: Statistics) -> list[Chart]:
         """A chart of the numbers of these names."""
         if all(numbers.get(name) for name in styles):
             named = [(n.removesuffix(" tokens"), style, np.array(numbers[n])) for n, style in styles.items()]
-            made.append(Chart(title, named, unit, digits, limits, note))
+            charts.append(Chart(title, named, unit, digits, limits, note))
 
     for name in CONTEXTS:
         add(f"Tokens of the {name} context", {f"{name} tokens": name}, "tokens", note="Chat template included.")
@@ -176,15 +176,15 @@ def charts(statistics: Statistics) -> list[Chart]:
             name = key.removeprefix("score ")
             title = "Share of right answers" if name == "share_right" else f"Score: {name}"
             add(title, {key: "neutral"}, digits=3, limits=(0, 1) if low >= 0 and high <= 1 else None)
-    return made
+    return charts
 
 
 def distribution_table(shown: Sequence[Chart]) -> Table:
-    """The charts as rows of a table for a terminal."""
-    made = table("what", ">from", "", "to", ">median", ">mean", "middle 90 %")
+    """Returns the charts as rows of a table for a terminal."""
+    rows = table("what", ">from", "", "to", ">median", ">mean", "middle 90 %")
     for chart in shown:
         low, high = short(chart.ends(0)[0]), short(chart.ends(-1)[1])
         for index, (name, _, _) in enumerate(chart.series):
             title = visible(chart.title + (f", {name}" if len(chart.series) > 1 else ""))
-            made.add_row(Text(title), low, chart.bars(index), high, *chart.figures(index))
-    return made
+            rows.add_row(Text(title), low, chart.bars(index), high, *chart.figures(index))
+    return rows

@@ -38,7 +38,7 @@ class Document:
         text: its answers in the style "answer".
         number: from 1; 0 for a stretch of text.
         first_token: its position in the prompt; None where the template changed the text.
-        depth: see `examples.depths`; None where it says nothing.
+        depth: see `examples.depths`; None where it has no meaning.
     """
 
     text: Text
@@ -53,7 +53,7 @@ class Document:
         return "evidence" if self.gold else "distractor"
 
     def block(self, documents: int, full: bool) -> Block:
-        """What is shown of one of so many documents; the page cuts a distractor unless it is to be ``full``."""
+        """Returns what is shown of one of so many documents; the page cuts a distractor unless it is to be ``full``."""
         text = self.text.copy() if full or self.gold else _cut(self.text)
         text.style = "gold" if self.gold else "distractor" if self.number else ""
         if not self.number:
@@ -98,7 +98,7 @@ class ContextView:
     full: bool = field(default=False)
 
     def section(self) -> Block:
-        """What is shown of it."""
+        """Returns what is shown of it."""
         note = many(self.tokens, "token")
         if self.documents:
             note += f", {many(len(self.documents), 'document')}"
@@ -132,26 +132,26 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _strip(documents: Sequence[Document], at: Sequence[float]) -> Text:
-    """The documents of a prompt as a bar; evidence is never hidden by rounding."""
-    total, begun = sum(document.tokens for document in documents) or 1, 0
+    """Returns the documents of a prompt as a bar; evidence is never hidden by rounding."""
+    total, before = sum(document.tokens for document in documents) or 1, 0
     of_cell: list[Document | None] = [None] * _STRIP_WIDTH
     for document in documents:
-        first = min(begun * _STRIP_WIDTH // total, _STRIP_WIDTH - 1)
-        begun += document.tokens
-        for cell in range(first, max(first + document.gold, begun * _STRIP_WIDTH // total)):
+        first = min(before * _STRIP_WIDTH // total, _STRIP_WIDTH - 1)
+        before += document.tokens
+        for cell in range(first, max(first + document.gold, before * _STRIP_WIDTH // total)):
             if document.gold or of_cell[cell] is None:
                 of_cell[cell] = document
-    made = Text("[", "strip")
+    strip = Text("[", "strip")
     for document, run in itertools.groupby(of_cell):
-        start, cells, gold = len(made), len(list(run)), document is not None and document.gold
-        made.append(("#" if gold else "-") * cells, "gold" if gold else "soft")
+        start, cells, gold = len(strip), len(list(run)), document is not None and document.gold
+        strip.append(("#" if gold else "-") * cells, "gold" if gold else "soft")
         title = f"document {document.number}, {document.kind}, {document.tokens:,} tokens" if document else ""
-        made.stylize(attributes(title=title, style=f"flex-grow: {cells}"), start, len(made))
-    return made.append("]" + (f"  evidence at depth {', '.join(f'{d:.2f}' for d in at)}" if at else ""))
+        strip.stylize(attributes(title=title, style=f"flex-grow: {cells}"), start, len(strip))
+    return strip.append("]" + (f"  evidence at depth {', '.join(f'{d:.2f}' for d in at)}" if at else ""))
 
 
 def _merged(spans: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """The spans in order; those with at most ``gap`` characters between them as one."""
+    """Returns the spans in order; those with at most ``gap`` characters between them as one."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start - merged[-1][1] <= gap:
@@ -171,16 +171,18 @@ def _cut(text: Text) -> Text:
     """Of a long distractor the beginning and what surrounds answers."""
     if len(text) <= _CUT:
         return text.copy()
-    made, place = Text(), 0
+    folded, place = Text(), 0
     for start, end in _excerpts(text, _CUT, _KEPT):
-        made.append(f" [... {start - place:,} characters ...] " if start > place else "")
-        made.append_text(text[start:end])
+        folded.append(f" [... {start - place:,} characters ...] " if start > place else "")
+        folded.append_text(text[start:end])
         place = end
-    return made.append(f" [... {len(text) - place:,} more characters; --full keeps them]" if place < len(text) else "")
+    return folded.append(
+        f" [... {len(text) - place:,} more characters; --full keeps them]" if place < len(text) else ""
+    )
 
 
 def _shortened(text: Text) -> Text:
-    """The beginning and the end of a longer text."""
+    """Returns the beginning and the end of a longer text."""
     left = len(text) - 2 * _REWRITTEN
     if left <= 0:
         return text
@@ -201,7 +203,7 @@ class _Ruler:
         self.total = len(self._starts)
 
     def first(self, start: int) -> int | None:
-        """The position of the token that begins at a character, or the next one."""
+        """Returns the position of the token that starts at a character, or the next one."""
         return None if self._starts is None else bisect_left(self._starts, start)
 
     def tokens(self, start: int, end: int) -> int:
@@ -211,15 +213,15 @@ class _Ruler:
 
 
 def make_context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase, full: bool = False) -> ContextView:
-    """Takes a prompt of an example apart."""
+    """Splits a prompt of an example into the parts that are shown."""
     messages, spans = example.chats[name], example.spans[name]
     rendered = render(tokenizer, messages)
     ruler = _Ruler(tokenizer, messages, rendered)
     content, depth = Text(visible(example.content(name))), depths(spans)
     starts = [start for start, _, _ in spans] or [0]
-    for begin, places in zip(starts, example.answers_found[name], strict=True):
+    for offset, places in zip(starts, example.answer_places[name], strict=True):
         for start, end in places:
-            content.stylize("answer", begin + start, begin + end)
+            content.stylize("answer", offset + start, offset + end)
     of_gold = iter(depth)
     documents = [
         Document(
@@ -232,7 +234,7 @@ def make_context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase
         )
         for number, (start, end, gold) in enumerate(spans, 1)
     ]
-    answers_in = [number for number, places in enumerate(example.answers_found[name], bool(spans)) if places]
+    answers_in = [number for number, places in enumerate(example.answer_places[name], bool(spans)) if places]
     return ContextView(
         name,
         ruler.total,
@@ -281,7 +283,7 @@ def _instructions(text: Text) -> Text:
 
 
 def _around_answers(content: Text, ruler: _Ruler, full: bool) -> list[Text | Block]:
-    """The ends of the text and what surrounds the answers; the rest in folds."""
+    """Returns the ends of the text and what surrounds the answers; the rest in folds."""
     size = len(content)
     ends = [(0, min(_AROUND, size)), (max(size - 2 * _AROUND, 0), size)]
     kept = _merged([*ends, *_excerpts(content, 0, _AROUND)], _SHORTEST_FOLD)

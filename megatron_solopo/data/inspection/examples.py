@@ -36,7 +36,7 @@ class Example:
         chats: "short" and, where there is one, "long" -> messages.
         spans: "short", "long" -> the documents of the last message; empty where not known.
         group: the preference group; None for contexts.
-        recorded: "short", "long" -> prompt tokens as the file says; empty for groups.
+        recorded: "short", "long" -> prompt tokens recorded in the file; empty for groups.
     """
 
     index: int
@@ -51,16 +51,16 @@ class Example:
     recorded: dict[str, int] = field(default_factory=dict)
 
     def content(self, context: str) -> str:
-        """The text of the last message, which holds documents and question."""
+        """Returns the text of the last message, which holds documents and question."""
         return self.chats[context][-1]["content"]
 
     def documents(self, context: str) -> list[tuple[str, bool]]:
-        """(text, gold) of each document; none where documents are not known."""
+        """Returns (text, gold) of each document; none where documents are not known."""
         content = self.content(context)
         return [(content[start:end], gold) for start, end, gold in self.spans[context]]
 
     @cached_property
-    def answers_found(self) -> dict[str, list[list[tuple[int, int]]]]:
+    def answer_places(self) -> dict[str, list[list[tuple[int, int]]]]:
         """ "short", "long" -> for each document the places of answers in it.
 
         Numbers that the document template writes are no part of a document. Where documents are not known, it is one
@@ -70,11 +70,11 @@ class Example:
             return {name: [[] for _ in self.spans[name] or [None]] for name in self.chats}
         texts = {name: [text for text, _ in self.documents(name)] for name in self.chats}
         numbered = without_numbers(list(texts.values()))
-        found = {}
+        places = {}
         for name, documents in zip(texts, numbered, strict=True):
             searched = documents or [_without_question(self.content(name), self.question)]
-            found[name] = [find_in_document(text, self.answers) for text in searched]
-        return found
+            places[name] = [find_in_document(text, self.answers) for text in searched]
+        return places
 
 
 _HEAD = re.escape(DEFAULT_DOCUMENT_TEMPLATE.partition("{number}")[0])
@@ -116,14 +116,14 @@ def without_numbers(contexts: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _without_question(content: str, question: str) -> str:
-    """A message whose documents are not known, without its question and the default template's numbers."""
+    """Returns a message whose documents are not known, without its question and the default template's numbers."""
     place = content.rfind(question) if question else -1
     spans = [(place, place + len(question))] if place >= 0 else []
     return _blank(content, [*spans, *(m.span(1) for m in re.finditer(rf"(?m)^{_HEAD}(\d+)(?!\d)", content))])
 
 
 def _finite(value: object) -> float | None:
-    """A finite number as a float; None for anything else, whole numbers beyond a float's range too."""
+    """Returns a finite number as a float; None for anything else, whole numbers beyond a float's range too."""
     try:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
     except OverflowError:
@@ -152,7 +152,9 @@ def holds_groups(path: str | Path) -> bool:
         UserError: it is missing, empty, or holds something else, which is named with the command that reads it.
     """
     if is_store(path):
-        raise UserError("not-a-file", f"--data {path}: is a folder; set the JSONL or Parquet file it was made from")
+        raise UserError(
+            "not-a-file", f"--data {path}: is a folder; set the JSONL or Parquet file from which it was written"
+        )
     if is_parquet(path):
         return True
     where, record = next(read_records([path]), (None, None))
@@ -165,8 +167,8 @@ def holds_groups(path: str | Path) -> bool:
     if {"short_messages", "short_tokens"} <= record.keys():
         return False
     for key, what in (
-        ("paragraphs", "questions; set what 'solopo prepare-data --data' makes of them"),
-        ("responses", "responses; set what 'solopo build-pairs --responses' makes of them"),
+        ("paragraphs", "questions; set the contexts that 'solopo prepare-data --data' writes of them"),
+        ("responses", "responses; set the groups that 'solopo build-pairs --responses' writes of them"),
         ("messages", "conversations for --objective sft, which have no contexts to compare; set preference groups"),
     ):
         if key in record:
@@ -191,13 +193,14 @@ def read_examples(path: str | Path) -> Iterator[Example]:
 
 
 def sample(examples: Iterable[Example], size: int, seed: int) -> list[Example]:
-    """A uniform sample of a stream of unknown length, in its order; no more than ``size`` are kept at a time."""
+    """Returns a uniform sample of a stream of unknown length, in its order; no more than ``size`` are kept at a
+    time."""
     draw = random.Random(seed)
     return sorted(heapq.nsmallest(size, examples, key=lambda _: draw.random()), key=lambda example: example.index)
 
 
 def depths(spans: Sequence[DocumentSpan]) -> list[float]:
-    """Where each gold document begins: 0 as the first document does, 1 as the last, by characters between them.
+    """Returns where each gold document starts: 0 as the first document does, 1 as the last, by characters between them.
 
     Empty where there is one document or none.
     """

@@ -58,7 +58,7 @@ class Facts:
 
 
 def token_group(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, scored: Scored) -> TokenGroup:
-    """The token ids that training makes of a group.
+    """Returns the token ids that training makes of a group.
 
     Raises:
         UserError: why training refuses it.
@@ -75,7 +75,7 @@ def _encode(encoder: Encoder, group: PreferenceGroup, scored: Scored) -> TokenGr
 def measure(
     example: Example, tokenizer: PreTrainedTokenizerBase, scored: Scored = frozenset(), seq_length: int | None = None
 ) -> Facts:
-    """The facts about one example.
+    """Returns the facts about one example.
 
     Args:
         scored: what the loss scores of a group; a group that lacks its context is one that training refuses.
@@ -142,14 +142,16 @@ def _answer_flags(example: Example) -> Iterator[str]:
         if sub_em(example.group.rejected, example.answers):
             yield "rejected_has_answer"
     for name in example.chats if stated_golds(example.answers) else ():
-        found = example.answers_found[name]
-        if not any(found):
+        answer_places = example.answer_places[name]
+        if not any(answer_places):
             yield f"answer_not_in_{name}"
-        documents = [(bool(places), gold) for places, (_, _, gold) in zip(found, example.spans[name], strict=False)]
+        documents = [
+            (bool(places), gold) for places, (_, _, gold) in zip(answer_places, example.spans[name], strict=False)
+        ]
         if any(gold for _, gold in documents):
-            if not any(found and gold for found, gold in documents):
+            if not any(has_answer and gold for has_answer, gold in documents):
                 yield "answer_not_in_evidence"
-            if any(found and not gold for found, gold in documents):
+            if any(has_answer and not gold for has_answer, gold in documents):
                 yield "answer_in_distractor"
 
 

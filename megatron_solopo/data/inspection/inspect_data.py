@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     parser = Parser(
         config=False,  # its --config is that of a training run
         prog="solopo inspect-data",
-        description="Show one preference group, or one question's contexts, as a reader and as the loss sees it, and "
+        description="Show one preference group, or one question's contexts, as text and as the tokens of the loss, and "
         "write a page with distributions, oddities and samples of the whole file.",
     )
     parser.add_argument(
@@ -58,24 +58,33 @@ def build_parser() -> Parser:
     )
     add_tokenizer_options(parser)
     group = parser.add_argument_group("which example to print (default: the first, or none with --output)")
-    group.add_argument("--id", metavar="ID", help="the one with this id")
-    group.add_argument("--index", type=int, metavar="N", help="the N-th of the file, from 0")
-    group.add_argument("--random", action="store_true", help="one drawn with --seed")
-    group.add_argument("--full", action="store_true", help="fold no document, and cut none on the page")
+    group.add_argument("--id", metavar="ID", help="example with this id")
+    group.add_argument("--index", type=int, metavar="N", help="N-th example of the file, from 0")
+    group.add_argument("--random", action="store_true", help="example drawn with --seed")
+    group.add_argument(
+        "--full", action="store_true", help="show every document in full, on the terminal and on the page"
+    )
     group = parser.add_argument_group("page")
-    group.add_argument("--output", metavar="FILE", help="write a page about the whole file, one file without network")
-    group.add_argument("--samples", type=int, metavar="N", help="examples to page through (default: 50)")
+    group.add_argument("--output", metavar="FILE", help="HTML page about the whole file to write; it needs no network")
+    group.add_argument("--samples", type=int, metavar="N", help="examples that the page shows (default: 50)")
     group.add_argument("--limit", type=int, metavar="N", help="count the first N examples only (default: all)")
     group.add_argument(
-        "--workers", type=int, metavar="N", help="threads that tokenise (default: as many as there are cores)"
+        "--workers", type=int, metavar="N", help="threads that tokenize (default: as many as there are cores)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of --random and of the page's sample (default: 0)")
-    group = parser.add_argument_group("what the loss sees; options of training, with its defaults")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="random seed of --random and of the page's samples (default: 0)"
+    )
+    group = parser.add_argument_group("tokens of the loss; options of training, with its defaults")
     group.add_argument(
-        "--config", metavar="FILE", help="take them, the chat template and new special tokens from a run's YAML file"
+        "--config",
+        metavar="FILE",
+        help="read these options, the chat template and new special tokens from a run's YAML file",
     )
     group.add_argument(
-        "--seq-length", type=int, metavar="N", help="count what is longer than a run's --seq-length (default: do not)"
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="count examples that exceed this --seq-length of training (default: do not)",
     )
     for name in METHOD_OPTIONS:
         spec = OWNER[name].spec
@@ -90,7 +99,7 @@ def build_parser() -> Parser:
 
 
 def training_config(options: argparse.Namespace) -> Config:
-    """The configuration of the training run that the options describe, with training's own checks.
+    """Returns the configuration of the training run that the options describe, with training's own checks.
 
     Raises:
         UserError: what training itself would refuse, in its words.
@@ -118,8 +127,8 @@ def training_config(options: argparse.Namespace) -> Config:
 
 
 def _check(options: argparse.Namespace, groups: bool) -> None:
-    given = {"--id": options.id is not None, "--index": options.index is not None, "--random": options.random}
-    picked = [name for name, is_given in given.items() if is_given]
+    selectors = {"--id": options.id is not None, "--index": options.index is not None, "--random": options.random}
+    picked = [name for name, is_set in selectors.items() if is_set]
     if len(picked) > 1:
         raise UserError("option-conflict", f"{picked[0]} and {picked[1]}: set one of them; each names one example")
     if options.index is not None and options.index < 0:
@@ -140,14 +149,14 @@ def _check(options: argparse.Namespace, groups: bool) -> None:
             raise UserError(
                 "option-unused",
                 f"{flag(unused[0])}: {options.data} holds contexts without responses, which no loss is computed of; "
-                "set the groups that build-pairs made of them",
+                "set the groups that build-pairs wrote from them",
             )
     read = [("--data", options.data), ("--config", options.config), *files_of(options)]
     check_outputs([("--output", options.output)], read)
 
 
 def find(options: argparse.Namespace) -> Example:
-    """The example that --id, --index or --random names, else the first.
+    """Returns the example that --id, --index or --random names, else the first.
 
     Raises:
         UserError: there is no such example; the nearest ids or the range are named.
@@ -201,7 +210,7 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
 
 
 def _seq_length(config: Config | None) -> int | None:
-    """The length to check, where one was asked for."""
+    """Returns the length to check, where one was asked for."""
     return config.data.seq_length if config and "seq_length" in config.explicit else None
 
 

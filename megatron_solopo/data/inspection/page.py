@@ -27,7 +27,7 @@ _LISTED = 3
 
 @dataclass(frozen=True)
 class Source:
-    """What the page says of its making; ``kind`` is what the file holds, ``method`` None for contexts."""
+    """How the page was made; ``kind`` is what the file holds, ``method`` None for contexts."""
 
     name: str
     kind: str
@@ -66,7 +66,7 @@ def write_page(path: Path, source: Source, statistics: Statistics, views: Sequen
 
 
 def _tiles(examples: int, drawn: Sequence[Chart]) -> list[tuple[str, str]]:
-    """(name, value) of the figures at the top."""
+    """Returns (name, value) of the figures at the top."""
     tiles = [("examples", f"{examples:,}")]
     for chart in drawn:
         what = chart.title[:1].lower() + chart.title[1:]
@@ -78,7 +78,7 @@ def _tiles(examples: int, drawn: Sequence[Chart]) -> list[tuple[str, str]]:
 
 
 def _oddities(source: Source, statistics: Statistics, views: Sequence[View]) -> Table:
-    """What may be wrong, how often, and the button that shows such samples."""
+    """Returns what may be wrong, how often, and the button that shows such samples."""
     rows = table("what", f">{source.kind}", ">share", "among the samples")
     for key, words, number in statistics.checks():
         if key == "too_long" and not source.seq_length:

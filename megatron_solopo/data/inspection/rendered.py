@@ -38,7 +38,7 @@ class Rendered:
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Rendered:
     """Renders a chat with its generation prompt, and separates the template's text from that of the messages.
 
-    A message may say what a template says ("user"), so the messages' places are those of stand-ins for their contents.
+    A message may contain what a template writes ("user"), so the chat is rendered with placeholders to locate them.
     """
     text = render_prompt(tokenizer, messages)
     marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
@@ -65,7 +65,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Rende
 
 
 def split_control(tokenizer: PreTrainedTokenizerBase, text: str) -> Text:
-    """A text of the template; control tokens are the tokenizer's added ones."""
+    """Returns a text of the template; control tokens are the tokenizer's added ones."""
     control = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(tokenizer.all_special_tokens)
     marked = Text(visible(text), "template")
     marked.highlight_words(sorted(filter(str.strip, control), key=len, reverse=True), "control")

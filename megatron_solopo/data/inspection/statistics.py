@@ -38,7 +38,7 @@ class Repeats:
         return self._counts.total() - len(self._counts)
 
     def most(self, number: int) -> list[tuple[str, int]]:
-        """(beginning, times) of the texts that came most often, at least twice."""
+        """Returns (beginning, times) of the texts that came most often, at least twice."""
         repeated = ((text, self._counts[key]) for key, text in self._excerpts.items())
         return sorted(repeated, key=lambda one: (-one[1], one[0]))[:number]
 
@@ -76,11 +76,11 @@ class Statistics:
             self.repeats[what].add(text)
 
     def checks(self) -> list[tuple[str, str, int]]:
-        """(key, plain words, examples) of every flag that could have been raised."""
+        """Returns (key, plain words, examples) of every flag that could have been raised."""
         return [(key, words, self.flags[key]) for key, words in FLAGS.items()]
 
     def length_bias(self) -> tuple[str, bool] | None:
-        """What the lengths of chosen and rejected say in plain words, and whether that is a warning; None without
+        """Returns a sentence about the lengths of chosen and rejected, and whether it is a warning; None without
         responses."""
         pairs = zip(self.numbers["chosen tokens"], self.numbers["rejected tokens"], strict=True)
         lengths = Lengths.of("tokens", ((int(chosen), int(rejected)) for chosen, rejected in pairs))

@@ -1,4 +1,4 @@
-"""One example taken apart for a reader: what is said of it, its prompts, its responses, the tokens of the loss."""
+"""One example, split into the parts that are shown: facts, prompts, responses, tokens of the loss."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class View:
-    """An example ready to be shown; without ``segments`` there are no responses, or ``facts.refused`` says why."""
+    """An example, ready to print; without ``segments`` it has no responses, or ``facts.refused`` holds the reason."""
 
     example: Example
     facts: Facts
@@ -96,7 +96,7 @@ class View:
         return [FLAGS[flag] + (reason if flag == "refused" else "") for flag in self.facts.flags]
 
     def printed(self, file: str) -> Iterator[Block]:
-        """What a terminal shows of it, in order."""
+        """Yields what a terminal shows of it, in order."""
         example = self.example
         about = [
             ("question", visible(example.question) or "not recorded"),
@@ -118,13 +118,13 @@ class View:
         """Chosen and rejected; whether an answer is found in them, where answers are known."""
         for name in ("chosen", "rejected") if self.example.group else ():
             response, answers = getattr(self.example.group, name), self.example.answers
-            found = find_in_response(response, answers) if answers else []
-            said = f", {'an' if found else 'no'} answer is found in it" if answers else ""
+            answer_spans = find_in_response(response, answers) if answers else []
+            said = f", {'an' if answer_spans else 'no'} answer is found in it" if answers else ""
             note = many(self.facts.tokens.get(name, 0), "token") + said
-            yield Block(name, [highlighted(response, found, answer_pattern(answers))], note, f"response {name}")
+            yield Block(name, [highlighted(response, answer_spans, answer_pattern(answers))], note, f"response {name}")
 
     def loss(self) -> Block:
-        """The segments of the pack, and the tokens of each response once."""
+        """Returns the segments of the pack, and the tokens of each response once."""
         rows = table("segment", ">prompt", ">trained", "positions", "predicted from", "its reward enters")
         parts: list[Text | Table | Block] = [rows]
         alike: dict[tuple[int, ...], list[Segment]] = {}
@@ -153,8 +153,8 @@ class View:
 
 
 def token_rows(tokens: Sequence[Token]) -> Iterator[Text]:
-    """Rows of tokens, each behind the position of its first: shades part them (``|`` without colours), and what is not
-    trained is in parentheses there."""
+    """Yields the rows of tokens, each behind the position of its first: shades part them (``|`` without colours), and
+    what is not trained is in parentheses there."""
     row, used = Text(), 0
     for index, token in enumerate(tokens):
         # With line breaks and tabs to be seen.
@@ -225,7 +225,7 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
 
 
 def uses(context: Context, side: Side, method: MethodConfig) -> list[str]:
-    """The terms of the loss that a segment's log-prob enters, in words."""
+    """Returns the terms of the loss that a segment's log-prob enters, in words."""
     terms = []
     if (context, side) in policy_scores(method):
         if context == pair_context(method):
@@ -251,25 +251,25 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def answer_pattern(answers: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches any answer in a text whatever its case and punctuation; None where there is none to look for."""
+    """Matches any answer in a text, in any case and punctuation; None where there is none to look for."""
     words = [r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", answer))) for answer in answers]
     words = sorted(filter(None, words), key=len, reverse=True)
     return re.compile("|".join(words), re.IGNORECASE) if words else None
 
 
-def highlighted(text: str, found: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None) -> Text:
-    """The text with answers in the style "answer", and in "other" those that do not count.
+def highlighted(text: str, counted: Sequence[tuple[int, int]], pattern: re.Pattern[str] | None = None) -> Text:
+    """Returns the text with answers in the style "answer", and in "other" those that do not count.
 
     An answer that does not count is part of a longer word, or in a response outside its answer part.
 
     Args:
-        found: start and end of those that count.
+        counted: start and end of those that count.
         pattern: `answer_pattern`, which the others match.
     """
     marked = Text(visible(text))
-    for start, end in found:
+    for start, end in counted:
         marked.stylize("answer", start, end)
     for match in pattern.finditer(text) if pattern else ():
-        if not any(match.start() < end and start < match.end() for start, end in found):
+        if not any(match.start() < end and start < match.end() for start, end in counted):
             marked.stylize("other", *match.span())
     return marked

@@ -107,7 +107,7 @@ def build_groups(
 def build_gold_groups(
     pairs: Iterator[ContextPair], others: Sequence[str], how: Pairing, counts: Counts
 ) -> Iterator[PreferenceGroup]:
-    """Groups without any model: the question's answer in a sentence against another question's answer.
+    """Yields groups without any model: the question's answer in a sentence against another question's answer.
 
     For dry runs only: no model sampled these responses, and training on them teaches nothing about documents.
 
@@ -134,23 +134,23 @@ def _sentence(answer: str) -> str:
 
 
 def _shuffled(items: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """A few random items, then all items in random order; callers seldom need more than the first few."""
+    """Yields a few random items, then all items in random order; callers seldom need more than the first few."""
     yield from rng.sample(items, min(len(items), 16))
     yield from rng.sample(items, len(items))
 
 
 def _score(pair: ContextPair, sampled: Responses, how: Pairing, counts: Counts) -> list[Scored]:
-    """The usable responses of a question with their scores."""
+    """Returns the usable responses of a question with their scores."""
     texts, kept = [], []
     ids = sampled.token_ids or [None] * len(sampled.responses)
-    for text, finished, own_ids in zip(sampled.responses, sampled.finished, ids, strict=True):
+    for text, finished, token_ids in zip(sampled.responses, sampled.finished, ids, strict=True):
         if not text.strip():
             counts.dropped_responses["empty"] += 1
         elif not finished and not how.keep_unfinished:
             counts.dropped_responses["not ended within --max-new-tokens (--keep-unfinished keeps them)"] += 1
         else:
             texts.append(text)
-            kept.append(own_ids)
+            kept.append(token_ids)
     return _scored(pair, texts, how, kept)
 
 
@@ -238,12 +238,17 @@ def build_parser() -> Parser:
         "--policy",
         choices=sorted(POLICIES),
         default="random",
-        help="random: any right, any wrong; shortest_correct: shortest right, any wrong; length_matched: any right, "
-        "the wrong one nearest in length; best_worst: highest score, lowest score; most_frequent: the right and the "
-        "wrong final answer (after the last 'Answer:') that came up most often (default: random)",
+        help="which responses form a pair; random: any right, any wrong; shortest_correct: shortest right, any wrong; "
+        "length_matched: any right, the wrong one nearest in length; best_worst: highest score, lowest score; "
+        "most_frequent: the right and the wrong final answer (after the last 'Answer:') that came up most often "
+        "(default: random)",
     )
     group.add_argument(
-        "--pairs-per-question", type=int, default=1, metavar="N", help="at most N different pairs (default: 1)"
+        "--pairs-per-question",
+        type=int,
+        default=1,
+        metavar="N",
+        help="largest number of different pairs of a question (default: 1)",
     )
     group.add_argument(
         "--all-right",
@@ -262,10 +267,14 @@ def build_parser() -> Parser:
     group.add_argument(
         "--keep-unfinished", action="store_true", help="use responses that were cut at --max-new-tokens too"
     )
-    group.add_argument("--seed", type=int, default=0, help="with a question's id it decides its pairs (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="random seed; with its id it determines a question's pairs (default: 0)"
+    )
     group = parser.add_argument_group("lengths: words are always counted")
     group.add_argument(
-        "--tokenizer", metavar="DIR", help="Hugging Face folder: count lengths in its tokens too (default: do not)"
+        "--tokenizer",
+        metavar="DIR",
+        help="Hugging Face folder; lengths are then counted in its tokens too (default: none)",
     )
     return parser
 

@@ -50,7 +50,7 @@ class Counts:
         return self.questions - self.not_sampled
 
     def lines(self) -> list[str]:
-        """The lines that the command prints."""
+        """Returns the lines that the command prints."""
 
         def share(count: int) -> str:
             return f"{count} ({count / max(self.sampled, 1):.1%})"
@@ -84,7 +84,7 @@ class Counts:
                 "  " + self._how_short_ones_are_scored(),
             ]
         if self.with_ids:
-            lines.append(f"groups with responses whose text gives other token ids than were sampled: {self.with_ids}")
+            lines.append(f"groups with responses whose text has other token ids than were sampled: {self.with_ids}")
         measured = [lengths for lengths in (self.words, self.tokens) if len(lengths)]
         lines += [lengths.line() for lengths in measured]
         lines += [f"warning: {bias}" for lengths in measured if (bias := lengths.bias())][:1]
@@ -94,7 +94,7 @@ class Counts:
         other = f"{self.judged_otherwise} of their {self.short_responses} responses"
         if self.scorer == "sub_em":
             return (
-                "right only as whole words of a response's answer part, yes and no only where it says not both; "
+                "right only as whole words of a response's answer part, yes and no only where it has not both; "
                 f"{other} are judged otherwise than by --scorer sub_em_plain"
             )
         if self.scorer == "sub_em_plain":

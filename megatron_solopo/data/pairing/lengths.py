@@ -30,7 +30,7 @@ class Lengths:
 
     @classmethod
     def of(cls, unit: str, pairs: Iterable[tuple[int, int]]) -> Lengths:
-        """Lengths of (chosen, rejected) pairs."""
+        """Returns the lengths of (chosen, rejected) pairs."""
         lengths = cls(unit)
         for chosen, rejected in pairs:
             lengths.add(chosen, rejected)
@@ -47,14 +47,15 @@ class Lengths:
         return self.chosen.total()
 
     def line(self) -> str:
-        """Mean, median and range of chosen and rejected lengths, and the shares of pairs whose chosen one is longer."""
+        """Returns the mean, median and range of chosen and rejected lengths, and the shares of pairs whose chosen one
+        is longer."""
         return (
             f"length in {self.unit}: chosen {_spread(self.chosen)}; rejected {_spread(self.rejected)}; chosen longer "
             f"in {self.longer / len(self):.1%} of the groups, shorter in {self.shorter / len(self):.1%}"
         )
 
     def bias(self) -> str | None:
-        """A warning if the two sides differ so much that the model may learn length itself, else None."""
+        """Returns a warning if the two sides differ so much that the model may learn length itself, else None."""
         if len(self) < FEWEST:
             return None
         chosen, rejected = _mean(self.chosen), _mean(self.rejected)

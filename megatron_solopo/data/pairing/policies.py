@@ -31,26 +31,26 @@ def words(text: str) -> int:
 
 
 def final_answer(text: str) -> str:
-    """The normalised `answer_part` of a response, or the normalised response if it has none."""
+    """Returns the normalised `answer_part` of a response, or the normalised response if it has none."""
     start, end = answer_part(text)
     return normalise(text[start:end]) or normalise(text)
 
 
 def random_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """A right and a wrong response, both uniform over the samples (a frequent text is drawn more often)."""
+    """Yields a right and a wrong response, both uniform over the samples (a frequent text is drawn more often)."""
     while True:
         yield rng.choice(right), rng.choice(wrong)
 
 
 def shortest_correct_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """The right responses in order of length, each with a random wrong one."""
+    """Yields the right responses in order of length, each with a random wrong one."""
     while True:
         for chosen in sorted(right, key=lambda response: words(response.text)):
             yield chosen, rng.choice(wrong)
 
 
 def length_matched_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """A random right response with the wrong one nearest to it in words, against a length bias."""
+    """Yields a random right response with the wrong one nearest to it in words, against a length bias."""
     lengths = {response.text: words(response.text) for response in (*right, *wrong)}
     while True:
         chosen = rng.choice(right)
@@ -59,7 +59,7 @@ def length_matched_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: 
 
 
 def best_worst_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """Pairs of high and low scores, the most extreme first; each text once, equal scores in a random order."""
+    """Yields pairs of high and low scores, the most extreme first; each text once, equal scores in a random order."""
     best = _once(sorted(rng.sample(right, len(right)), key=lambda response: -response.score))
     worst = _once(sorted(rng.sample(wrong, len(wrong)), key=lambda response: response.score))
     # Ordered by the sum of both ranks.
@@ -72,7 +72,7 @@ def best_worst_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: rand
 
 
 def _once(responses: Sequence[Scored]) -> list[Scored]:
-    """The first response of each text."""
+    """Returns the first response of each text."""
     first: dict[str, Scored] = {}
     for response in responses:
         first.setdefault(response.text, response)
@@ -80,7 +80,7 @@ def _once(responses: Sequence[Scored]) -> list[Scored]:
 
 
 def most_frequent_pairs(right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random) -> Iterator[Pair]:
-    """Responses with the most frequent right final answer against those with the most frequent wrong one.
+    """Returns responses with the most frequent right final answer against those with the most frequent wrong one.
 
     The first is the answer that the model is most certain of, the second its most common mistake.
     """
@@ -105,7 +105,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def distinct(candidates: Iterator[Pair], count: int, right: Sequence[Scored], wrong: Sequence[Scored]) -> list[Pair]:
-    """The first ``count`` pairs of distinct texts; fewer if the policy keeps repeating pairs.
+    """Returns the first ``count`` pairs of distinct texts; fewer if the policy keeps repeating pairs.
 
     Args:
         right, wrong: the responses that the candidates are drawn from.

@@ -124,7 +124,7 @@ class _Rows:
         self._biases: dict[tuple[_Prompt | None, int | None], torch.Tensor | None] = {}
 
     def _buffer(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        """A larger buffer; zeros, because a masked value is multiplied by zero and must be finite."""
+        """Returns a larger buffer; zeros, because a masked value is multiplied by zero and must be finite."""
         heads, room, dimension = shape
         new = like.new_zeros(self.count, heads, self._room, dimension)
         new[:, :, :room] = like
@@ -381,7 +381,7 @@ def decode_by_generate(
             for part in numbers.split(rows):
                 ids = torch.tensor([list(prompt)] * len(part), device=model.device)
                 drawn = LogitsProcessorList([_Drawn(part, len(prompt), draw)])
-                out = cast(Any, model).generate(  # a GenerationMixin too, which its class does not say
+                out = cast(Any, model).generate(  # a GenerationMixin too, which its type does not show
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,

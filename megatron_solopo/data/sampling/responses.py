@@ -20,9 +20,9 @@ from megatron_solopo.errors import UserError, system_reason
 
 @dataclass(frozen=True)
 class Responses:
-    """A line of a responses file; ``finished[i]`` says whether ``responses[i]`` ended by itself.
+    """A line of a responses file; ``finished[i]`` is whether ``responses[i]`` ended by itself.
 
-    ``token_ids[i]`` are the sampled ids, without the end-of-turn token; None where tokenising the text gives the same
+    ``token_ids[i]`` are the sampled ids, without the end-of-turn token; None where tokenizing the text yields the same
     ids, or where only the text is known. ``token_ids`` is None where it would hold None for every response.
     """
 
@@ -32,12 +32,12 @@ class Responses:
     token_ids: list[list[Whole] | None] | None = None
 
     def record(self) -> Record:
-        """The JSON object of the line; it has ``token_ids`` only if any are known."""
+        """Returns the JSON object of the line; it has ``token_ids`` only if any are known."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def cut(record: Responses, start: int, stop: int) -> Responses:
-    """The responses ``start`` to ``stop - 1`` of a line."""
+    """Returns the responses ``start`` to ``stop - 1`` of a line."""
     ids = record.token_ids[start:stop] if record.token_ids else []
     return Responses(
         record.id,
@@ -126,7 +126,7 @@ class InStep:
         return self._waiting.pop(question_id)
 
     def unasked(self) -> set[str]:
-        """The ids that were not requested."""
+        """Returns the ids that were not requested."""
         return self._remaining
 
 
@@ -139,7 +139,7 @@ class _Samples:
 
 
 def settings_path(output: Path) -> Path:
-    """The path of the settings file of an output, which records how its responses were sampled."""
+    """Returns the path of the settings file of an output, which records how its responses were sampled."""
     return output.with_name(output.name + ".settings.json")
 
 

@@ -59,33 +59,44 @@ def build_parser() -> Parser:
         help="context the responses are sampled on (default: short, as SoLoPO does)",
     )
     parser.add_argument_group("model").add_argument(
-        "--model", required=True, metavar="DIR|NAME", help="Hugging Face folder; with --server the name it serves"
+        "--model",
+        required=True,
+        metavar="DIR|NAME",
+        help="Hugging Face folder; with --server the name of the model on the server",
     )
     add_tokenizer_options(parser, required=False)
     group = parser.add_argument_group("sampling")
     group.add_argument("--samples", type=int, default=32, metavar="N", help="responses per question (default: 32)")
     group.add_argument(
-        "--temperature", type=float, default=0.85, metavar="T", help="0: the most probable token (default: 0.85)"
+        "--temperature",
+        type=float,
+        default=0.85,
+        metavar="T",
+        help="sampling temperature; 0: always the most probable token (default: 0.85)",
     )
     group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="nucleus: most probable tokens up to this mass (default: 1)",
+        help="sample from the most probable tokens whose probabilities sum to P (default: 1)",
     )
     group.add_argument(
         "--max-new-tokens",
         type=int,
         default=512,
         metavar="N",
-        help="a response that has not ended by then is marked as unfinished (default: 512)",
+        help="cut a response after N tokens and mark it as unfinished (default: 512)",
     )
     group.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     group = parser.add_argument_group("in this process")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one (default)")
     group.add_argument(
-        "--dtype", choices=("auto", *DTYPES), help="auto: the checkpoint's on a GPU, float32 on a CPU (default)"
+        "--device", choices=("auto", "cpu", "cuda"), help="device of the model; auto: a GPU if there is one (default)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        help="type of the weights; auto: the checkpoint's on a GPU, float32 on a CPU (default)",
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences decoded at once (default: 64)")
     _add_server_options(parser.add_argument_group("from a server (vLLM, SGLang, llama.cpp, transformers serve, ...)"))
@@ -97,12 +108,12 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--server-api",
         choices=("chat", "completions"),
-        help="chat: messages, to which the server applies its template (default); completions: the prompt's own tokens",
+        help="chat: the server applies its chat template (default); completions: it receives the prompt's tokens",
     )
     group.add_argument(
         "--server-kind",
         choices=("auto", "vllm", "sglang", "llama.cpp", "transformers", "other"),
-        help="decides which fields beyond OpenAI's are sent; auto: detected from the server (default)",
+        help="determines which fields beyond OpenAI's are sent; auto: detected from the server (default)",
     )
     group.add_argument("--concurrency", type=int, metavar="N", help="requests in flight (default: 32)")
     group.add_argument(
@@ -119,7 +130,7 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         help="times a failed request is repeated, after 0.5 s, 1 s, 2 s and so on up to 8 s (default: 8)",
     )
     group.add_argument(
-        "--api-key-env", metavar="NAME", help="environment variable that holds the key (default: no key)"
+        "--api-key-env", metavar="NAME", help="environment variable that holds the API key (default: no key)"
     )
 
 
@@ -216,7 +227,7 @@ def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJ
     if not earlier and not options.overwrite:
         earlier = output_settings(output) or {}
     tokenizer = named.load(
-        begun_with=template_kwargs.recorded_date(earlier.get(template_kwargs.DATE)),
+        of_resumed=template_kwargs.recorded_date(earlier.get(template_kwargs.DATE)),
         of_data=first_field(options.contexts, template_kwargs.DATE),
     )
     prompts = Prompts(output.parent, islice(_prompts(options, tokenizer), options.limit))
@@ -258,6 +269,6 @@ def _sample(options: argparse.Namespace, named: TokenizerOptions, jobs: SampledJ
         )
         print(
             f"  unfinished after {options.max_new_tokens} tokens: {statistics.unfinished}; empty: {statistics.empty}; "
-            f"text re-tokenises to other ids: {statistics.mismatches}"
+            f"text re-tokenizes to other ids: {statistics.mismatches}"
         )
     return 0

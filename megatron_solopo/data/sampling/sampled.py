@@ -1,4 +1,4 @@
-"""Makes `Responses` of sampled ids or texts: texts without their end of turn, and ids that tokenising would change."""
+"""Makes `Responses` of sampled ids or texts: texts without their end of turn, and ids that tokenizing would change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Statistics:
 
     Attributes:
         tokens: sampled tokens, ends of turn included.
-        mismatches: responses whose text, tokenised for training, has other ids than were sampled; where a server
+        mismatches: responses whose text, tokenized for training, has other ids than were sampled; where a server
             reports only the number of tokens of a request, requests whose texts have another number of ids.
     """
 
@@ -40,9 +40,9 @@ def from_ids(
     stop_ids: Collection[int],
     statistics: Statistics,
 ) -> Responses:
-    """Responses whose ids are known.
+    """Returns responses whose ids are known.
 
-    Ids are kept where tokenising the text would give others (other merges, spaces that the template strips, special
+    Ids are kept where tokenizing the text would yield others (other merges, spaces that the template strips, special
     tokens inside). To keep all ids would more than double the file.
 
     Args:
@@ -70,7 +70,7 @@ def from_texts(
     tokens: int | None,
     statistics: Statistics,
 ) -> Responses:
-    """Responses of which only the texts are known; an end of turn in a text ends it there.
+    """Returns responses of which only the texts are known; an end of turn in a text ends it there.
 
     Args:
         tokens: sampled tokens as the server reports them, ends of turn included; None if it does not. Some servers
@@ -88,7 +88,7 @@ def from_texts(
 
 
 def _training_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
-    """The ids that training computes for a text, without the end of turn.
+    """Returns the ids that training computes for a text, without the end of turn.
 
     Empty for a text that the chat template refuses, so that its sampled ids are kept. A text of spaces is never
     trained on; its ids are those of the text alone.

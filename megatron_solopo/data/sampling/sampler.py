@@ -129,7 +129,8 @@ class InProcess:
                 ) from None
 
     def _job(self, prompt: Prompt, missing: Sequence[int]) -> Job:
-        """A prompt and the numbers of its missing samples; at temperature 0 one row, as all samples are equal."""
+        """Returns a prompt and the numbers of its missing samples; at temperature 0 one row, as all samples are
+        equal."""
         options = self._options
         numbers = uniforms(options.seed, prompt.id, missing[-1] + 1, options.max_new_tokens)[missing]
         return prompt.ids, numbers if options.temperature > 0 else numbers[:1]

@@ -42,7 +42,7 @@ SET: Mapping[str, Mapping[str, object]] = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
     "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **PENALTIES},
     "llama.cpp": {
-        "samplers": ["temperature", "top_p"],  # its own order takes the nucleus before the temperature
+        "samplers": ["temperature", "top_p"],  # its default order applies the nucleus before the temperature
         "top_k": 0,
         "min_p": 0.0,
         "typical_p": 1.0,
@@ -207,7 +207,7 @@ class FromServer:
         return "transformers" if "/load_model" in (paths or ()) else "other"
 
     def _text(self, prompt: Prompt, with_start: bool) -> str:
-        """The prompt as text, for transformers serve, which puts the tokenizer's start token before it."""
+        """Returns the prompt as text, for transformers serve, which puts the tokenizer's start token before it."""
         start = str(self._tokenizer.bos_token or "")
         text = render_prompt(self._tokenizer, prompt.messages).removeprefix(start)
         return start + text if with_start else text
@@ -233,7 +233,7 @@ class FromServer:
     def _prompts_as_ids(self) -> set[str]:
         """Returns the ids of the questions that spell control tokens.
 
-        A server that tokenises texts would read these as control tokens, so such prompts are sent as token ids,
+        A server that tokenizes texts would read these as control tokens, so such prompts are sent as token ids,
         whatever the API of the others.
 
         Raises:
@@ -319,7 +319,7 @@ class FromServer:
 
         async def work() -> None:
             for request in requests:
-                # Some servers return one response whatever ``n`` is; the rest is requested again.
+                # Servers may ignore ``n`` and return one response; the rest is requested again.
                 while request.count and not failures:
                     try:
                         responses = await self._ask(client, request, statistics)

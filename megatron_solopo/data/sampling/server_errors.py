@@ -1,4 +1,4 @@
-"""Errors of a server, each in one line that says what to change."""
+"""Errors of a server, each in one line with what to change."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ KEPT = "what is finished is kept; repeat the command to resume"
 
 
 class BadAnswer(Exception):
-    """An answer with status 200 that does not follow the API; the message says what is wrong."""
+    """An answer with status 200 that does not follow the API; the message names the mistake."""
 
 
 def reason(error: Exception) -> str:
-    """The reason of an error in a few words: what the server reports, or the connection."""
+    """Returns the reason of an error in a few words: what the server reports, or the connection."""
     if isinstance(error, openai.APIStatusError):
         return f"{error.status_code}: {_message(error)}"
     if isinstance(error, openai.APITimeoutError):
@@ -30,7 +30,7 @@ def reason(error: Exception) -> str:
 
 
 def _message(error: openai.APIStatusError) -> str:
-    """The message of an error's body: OpenAI's ``message``, FastAPI's ``detail``, or its text."""
+    """Returns the message of an error's body: OpenAI's ``message``, FastAPI's ``detail``, or its text."""
     body: Any = error.body
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body.get("error") or body
@@ -57,7 +57,7 @@ def _wrong_key(options: argparse.Namespace, error: openai.APIStatusError) -> Use
 
 
 def request_failed(options: argparse.Namespace, name: str, error: Exception) -> UserError:
-    """The error of a request that failed after all retries.
+    """Returns the error of a request that failed after all retries.
 
     Args:
         name: of the request.

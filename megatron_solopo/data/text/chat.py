@@ -1,4 +1,4 @@
-"""Chats to token ids: this module alone decides where a prompt ends and a response begins.
+"""Chats to token ids: this module alone decides where a prompt ends and a response starts.
 
 A prompt is the chat template rendered with its generation prompt. A response is what a model writes after it, ended by
 one end-of-turn token; spaces around it, and control tokens that a text cannot show, are as the template writes them.
@@ -29,7 +29,7 @@ def load_tokenizer(
     chat_template_kwargs: str | None = None,
     added_tokens: str | None = None,
     chat_template_date: str | None = None,
-    begun_with: str | None = None,
+    of_resumed: str | None = None,
     of_data: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a Hugging Face folder, with the folder's chat template or one from a file.
@@ -45,7 +45,7 @@ def load_tokenizer(
         chat_template_kwargs: JSON object of values for the template's variables; None uses those that the folder
             records, if any (`template_kwargs`).
         added_tokens: --add-special-tokens of a training run; folders that a run exported have them already.
-        chat_template_date, begun_with, of_data: for a template that prints the date, see `template_kwargs.apply`.
+        chat_template_date, of_resumed, of_data: for a template that prints the date, see `template_kwargs.apply`.
 
     Raises:
         UserError: the folder has no tokenizer; the chat template is missing, invalid, or lacks a variable that is set;
@@ -67,7 +67,7 @@ def load_tokenizer(
         )
     where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
     try:
-        template_kwargs.apply(tokenizer, chat_template_kwargs, str(folder), chat_template_date, begun_with, of_data)
+        template_kwargs.apply(tokenizer, chat_template_kwargs, str(folder), chat_template_date, of_resumed, of_data)
         written = _template_end_of_turn(tokenizer, where)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
@@ -128,7 +128,7 @@ _THOUGHT = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
 
 
 class _Chat:
-    """Messages that are rendered and tokenised so that only the template's control tokens count.
+    """Messages that are rendered and tokenized so that only the template's control tokens count.
 
     Its texts have aliases where a message spells control tokens (`control`).
     """
@@ -165,7 +165,7 @@ class _Chat:
         return [tokens if isinstance(tokens, list) else tokens.ids for tokens in self.encode_batch(texts)]
 
     def starts(self, text: str) -> list[int]:
-        """Returns the character where each token of a text begins; the tokenizer must have a Rust backend."""
+        """Returns the character at which each token of a text starts; the tokenizer must have a Rust backend."""
         if self._reader is None:
             encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return [start for start, _ in encoding["offset_mapping"]]
@@ -238,7 +238,7 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 
 
 def prompt_starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Returns the character of `render_prompt` where each id of `prompt_ids` begins; needs a Rust backend."""
+    """Returns the character of `render_prompt` at which each id of `prompt_ids` starts; needs a Rust backend."""
     chat = _Chat(tokenizer, messages)
     return chat.starts(chat.render(add_generation_prompt=True))
 
@@ -275,7 +275,7 @@ def _before_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     """Returns the ids without the template's end of turn.
 
     Raises:
-        UserError: an earlier id is the end of turn, which the tokenizer has found in the response's text.
+        UserError: an earlier id is the end of turn, which the response's text spells.
     """
     if tokenizer.eos_token_id in ids[:-1]:
         raise UserError(

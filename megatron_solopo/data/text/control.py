@@ -2,7 +2,7 @@
 
 A control token is a special token of the tokenizer, or another added token that the chat template writes around
 messages (DeepSeek-R1's ``<｜User｜>`` is not marked as special). A document, question, system prompt or response that
-spells one is tokenised as text. Added tokens that are neither (Qwen's ``<tool_call>``, ``<think>``) are words of the
+spells one is tokenized as text. Added tokens that are neither (Qwen's ``<tool_call>``, ``<think>``) are words of the
 vocabulary in every text, as for ``split_special_tokens`` of transformers. Some special tokens are meant for
 responses: those of --add-special-tokens, and pairs of tags, ``<think>`` and ``</think>``. They are words in the
 assistant's texts, unless they have a role (``eos_token``) or frame messages, and control tokens elsewhere.
@@ -52,7 +52,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer with its chat template, and the tokenisation of chats that spell them."""
+    """The control tokens of a tokenizer with its chat template, and the tokenization of chats that spell them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -129,7 +129,7 @@ class _Reader:
     Args:
         names: its control tokens, the longest first.
         words: the control tokens that match whole words only.
-        mark: the character with which the aliases begin.
+        mark: the character with which the aliases start.
 
     Raises:
         UserError: the tokenizer does not read an alias as its control token.

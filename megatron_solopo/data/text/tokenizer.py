@@ -56,7 +56,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return _from_ranks(folder, model) if _is_ranks(model) else _from_sentencepiece(folder, model)
     except UserError:
         raise
-    except Exception as error:  # transformers raises many kinds here; the first line says which file
+    except Exception as error:  # transformers raises many kinds here; the first line names the file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = reason.removesuffix(" from one of: ")
         raise UserError(
@@ -72,7 +72,7 @@ def _is_cut_otherwise(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     transformers 5.17 replaces the file's pre-tokenizer for some classes: by LlamaTokenizer's SentencePiece words, which
     do not have the byte-level tokens of DeepSeek's distilled models, or by GPT2Tokenizer's, which does not split
     SmolLM2's digits. Files with SentencePiece's words are read by transformers: only spaces at the start and after
-    special tokens differ there, as ``legacy`` of tokenizer_config.json says.
+    special tokens differ there, as ``legacy`` of tokenizer_config.json states.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if type(tokenizer) is PreTrainedTokenizerFast or not (isinstance(backend, Tokenizer) and file.is_file()):
@@ -188,7 +188,7 @@ def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Seq
     """Returns the tokens of each rendered chat. Control tokens in it count; no special tokens are added.
 
     The Rust tokenizer is called directly: transformers builds ids, masks and offsets as Python objects for every
-    text, which takes longer than the tokenisation. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
+    text, which takes longer than the tokenization. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
     Tokenizers without a Rust backend are called through transformers.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)

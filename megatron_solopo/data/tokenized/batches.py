@@ -41,7 +41,7 @@ class Schedule:
         return math.ceil(self.total / self.global_batch_size)
 
     def step(self, number: int) -> list[int]:
-        """The examples of step 0, 1, ...; each example once an epoch."""
+        """Returns the examples of step 0, 1, ...; each example once an epoch."""
         first = number * self.global_batch_size
         return [self._example(place) for place in range(first, min(first + self.global_batch_size, self.total))]
 
@@ -58,7 +58,7 @@ def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
 def make_schedule(
     examples: int, global_batch_size: int, iters: int | None, epochs: float | None, seed: int, shuffle: bool
 ) -> Schedule:
-    """A schedule of ``iters`` full steps, or of ``epochs`` passes whose last step may be smaller."""
+    """Returns a schedule of ``iters`` full steps, or of ``epochs`` passes whose last step may be smaller."""
     total = iters * global_batch_size if iters is not None else max(1, round(epochs * examples))
     return Schedule(examples, global_batch_size, total, seed, shuffle)
 
@@ -105,7 +105,7 @@ class StepPlan:
 def plan_step(
     groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config: Config, device: str = "cpu"
 ) -> StepPlan:
-    """The plan of a step's groups over ``ranks`` data-parallel processes, the same on every process.
+    """Returns the plan of a step's groups over ``ranks`` data-parallel processes, the same on every process.
 
     Args:
         device: ``cuda`` or ``cpu``, where the packs are computed.
@@ -150,7 +150,8 @@ def most_tokens_of_a_pack(config: Config) -> int | None:
 
 
 def above_the_token_limit(groups: Iterable[TokenGroup], config: Config, device: str = "cpu") -> str | None:
-    """A line about the groups that alone are above --max-tokens-per-rank, or None; ``device`` as in `plan_step`.
+    """Returns a line about the groups that alone are above --max-tokens-per-rank, or None; ``device`` as in
+    `plan_step`.
 
     They are no mistake: a group has two prompts and all responses, and is larger than --seq-length where its long
     context is near it. None is split, so each is a pack of its own.
@@ -181,8 +182,8 @@ def plan(
     """Splits a step's groups over processes and packs: result[rank][micro-batch] = places in the step.
 
     The dearest group goes to the cheapest process first (longest processing time first), then each process fills
-    packs the same way. Every process gets the same number of packs, because pipeline schedules want it; a pack may be
-    empty (weight zero). No group is left out and none appears twice.
+    packs the same way. Every process gets the same number of packs, because pipeline schedules require it; a pack may
+    be empty (weight zero). No group is left out and none appears twice.
 
     Args:
         costs: relative compute of each group.
@@ -228,7 +229,8 @@ def _fill(
     most_groups: int,
     most_tokens: int | None,
 ) -> list[list[int]] | None:
-    """The share in this many packs, each within the limits, or None. A group alone may exceed the token limit."""
+    """Returns the share in this many packs, each within the limits, or None. A group alone may exceed the token
+    limit."""
     filled: list[list[int]] = [[] for _ in range(packs)]
     loads = [0.0] * packs
     for item in share:

@@ -1,9 +1,9 @@
-"""Making a token store of a data file; `tokenize-data` writes it to --output, training to a cache at its first use.
+"""Tokenizes a data file into a token store; `tokenize-data` writes it to --output, training to a cache at first use.
 
-The file is cut into parts of some megabytes, which depend on its bytes alone. Every worker tokenises one part after the
-other, and the record batch that it becomes is appended to the result in the order of the parts. So the result does not
-depend on the number of workers, memory not on the size of the file, and killed work resumes with the parts that are not
-there yet.
+The file is cut into parts of a few megabytes, which depend on its bytes alone. Each worker tokenizes one part after
+another, and the record batch that it becomes is appended to the result in the order of the parts. The result
+therefore does not depend on the number of workers, memory does not depend on the size of the file, and killed work
+resumes with the missing parts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Job:
 
     Attributes:
         source: the file.
-        scored: the segments that are tokenised; None: all that a group has, which serves every method.
+        scored: the segments that are tokenized; None: all that a group has, which serves every method.
         seq_length, overlong: see `Encoder`.
     """
 
@@ -107,7 +107,7 @@ def work_of(job: Job, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a store is made from, with and in which parts; ``settings`` are all that decides it."""
+    """The source, tokenizer and parts of a store; ``settings`` hold everything that determines its content."""
 
     job: Job
     tokenizer: PreTrainedTokenizerBase
@@ -153,7 +153,7 @@ def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> tuple
         name: of the source, for the manifest.
 
     Raises:
-        UserError: a record that cannot be trained on, no example at all, or another plan than the work was begun with.
+        UserError: a record that cannot be trained on, no example at all, or unfinished work of another plan.
     """
     jobs.begin(plan.settings)
     done = _tokenize(plan, jobs, workers, name)
@@ -169,7 +169,7 @@ def make(plan: Plan, output: Path, jobs: Jobs, workers: int, name: str) -> tuple
 
 
 def _tokenize(plan: Plan, jobs: Jobs, workers: int, name: str) -> int:
-    """Tokenises the parts that are not finished; returns how many were."""
+    """Tokenizes the parts that are not finished; returns how many were."""
     job, seen = plan.job, set[str]()
     with ProgressBar(desc=f"tokenizing {name}", unit="example") as bar:
         for entry in jobs.finished():
@@ -225,7 +225,7 @@ def _manifest(plan: Plan, jobs: Jobs) -> tuple[dict[str, Any], Report]:
 
 
 def cache_folder(option: str | None) -> Path:
-    """The folder of --data-cache, or else the user's cache folder."""
+    """Returns the folder of --data-cache, or else the user's cache folder."""
     if named := option or os.environ.get("SOLOPO_CACHE"):
         return Path(named)
     try:
@@ -237,9 +237,9 @@ def cache_folder(option: str | None) -> Path:
 def cached_store(
     job: Job, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int, expected: dict[str, Any] | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """(the store of a data file in a cache, what it is made from), which is made where the cache has none.
+    """Returns the store of a data file in a cache, written now where the cache has none, and its settings.
 
-    Processes that want the same store wait for the one that makes it.
+    Processes that need the same store wait for the one that writes it.
 
     Args:
         job: ``source`` is what `inputs.read_records` reads.

@@ -1,4 +1,4 @@
-"""A context that is too long, made shorter by distractor text alone.
+"""Shortens a context that is too long, by distractor text alone.
 
 Distractors are the documents that spans mark as no evidence. They go whole, the one nearest to the middle of the text
 first and then outward; of the last one only as many words go, from its end, as must. Evidence, question, instructions
@@ -29,12 +29,12 @@ def cut_context(
     count_prompt: Callable[[list[Message]], int],
     count_texts: Callable[[list[str]], list[int]],
 ) -> Cut | None:
-    """The context with so many distractors less that its prompt has at most ``limit`` tokens.
+    """Returns the context with so many distractors less that its prompt has at most ``limit`` tokens.
 
     Args:
         spans: the documents of the last message.
-        count_prompt: tokens of a chat as a model sees it, chat template included.
-        count_texts: tokens of each of some texts.
+        count_prompt: returns the tokens of a chat, chat template included.
+        count_texts: returns the tokens of each text.
 
     Returns:
         None where all distractors together are not enough.
@@ -58,7 +58,7 @@ def cut_context(
 
 
 def _outward(text: str, spans: Sequence[DocumentSpan]) -> list[int]:
-    """The distractors' numbers, the one nearest to the middle of the text first."""
+    """Returns the distractors' numbers, the one nearest to the middle of the text first."""
     distractors = [number for number, (_, _, gold) in enumerate(spans) if not gold]
     return sorted(distractors, key=lambda i: (abs(spans[i][0] + spans[i][1] - len(text)), i))
 
@@ -66,7 +66,7 @@ def _outward(text: str, spans: Sequence[DocumentSpan]) -> list[int]:
 def _without(
     text: str, spans: Sequence[DocumentSpan], order: Sequence[int], sizes: dict[int, int], excess: int
 ) -> tuple[str, list[DocumentSpan], bool]:
-    """(text, its spans, whether no distractor is left) with about ``excess`` tokens less, or somewhat more."""
+    """Returns (text, its spans, whether no distractor is left) with about ``excess`` tokens less, or somewhat more."""
     gone: set[int] = set()
     shortened: dict[int, int] = {}
     for number in order:
@@ -101,7 +101,7 @@ def _without(
 
 
 def _word_end(text: str, start: int, end: int, share: float) -> int | None:
-    """Where the last word ends that is wholly within this share of ``text[start:end]``; None for no word.
+    """Returns where the last word ends that is wholly within this share of ``text[start:end]``; None for no word.
 
     A text without spaces, as some scripts have it, is cut between characters.
     """

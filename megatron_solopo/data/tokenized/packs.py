@@ -65,7 +65,7 @@ class _Builder:
         self.scored: list[tuple[int, int, int, int, int]] = []
 
     def add_piece(self, *ids: np.ndarray, first: int = 0, prompt: int | None = None) -> int:
-        """The number of a piece of these ids one behind the other, whose positions begin with ``first``."""
+        """Returns the number of a piece of these ids one behind the other, whose positions start at ``first``."""
         length = sum(map(len, ids))
         padding = -length % (self.prompt_multiple_of if prompt is None else self.piece_multiple_of)
         self._add(Piece(self.size, length, prompt, padding), [*ids, np.zeros(padding, np.int32)], first)
@@ -73,7 +73,7 @@ class _Builder:
 
     def add_padding(self, count: int) -> None:
         """A piece of padding alone, behind all others."""
-        # As the pack begins: FP8 scales a tensor by its largest value, and these tokens compute none of their own.
+        # Repeats the pack's first tokens: FP8 scales a tensor by its largest value, which these then never change.
         tokens = np.resize(np.concatenate(self.tokens), count) if self.size else np.zeros(count, np.int32)
         self._add(Piece(self.size, 0, None, count), [tokens], 0)
 

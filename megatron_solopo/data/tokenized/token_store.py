@@ -1,8 +1,8 @@
 """Token stores: folders of token ids that training opens by mmap, and `datasets.load_from_disk` reads.
 
     data-00000-of-00001.arrow       the ids, one row an example (token_table.py)
-    dataset_info.json, state.json   what `datasets` wants beside it
-    manifest.json                   what the store was made from and with, counts, and what was dropped or cut
+    dataset_info.json, state.json   what `datasets` needs beside it
+    manifest.json                   source and settings of the store, counts, and what was dropped or cut
 
 `tokenize-data` writes one to --output; training makes one of a data file at first use, in a cache
 (make_store.py).
@@ -57,7 +57,7 @@ BOTH_PAIRS: Scored = frozenset((context, side) for context in Context for side i
 
 @dataclass(frozen=True, eq=False)
 class _StoredGroups(Sequence[TokenGroup]):
-    """Groups of a store with the scored ones of their segments, made when they are read."""
+    """Groups of a store with the scored ones of their segments, each built when it is read."""
 
     table: TokenTable
     rows: np.ndarray
@@ -104,7 +104,7 @@ class StoredTokens(TokenDataset):
         return list(zip(*(lengths.tolist() for lengths in pair), strict=True))
 
     def only(self, scored: Scored) -> StoredTokens:
-        """The same examples with these segments only; a prompt without any of them goes too.
+        """Returns the same examples with these segments only; a prompt without any of them goes too.
 
         Policy and reference can score different segments of one data set, and then number its examples alike.
         """
@@ -132,17 +132,17 @@ def open_tokens(
     overlong: str = "refuse",
     source: str | Path | None = None,
 ) -> StoredTokens:
-    """The examples of a store; nothing but lengths, digests and names is read.
+    """Returns the examples of a store; nothing but lengths, digests and names is read.
 
     Args:
         facts: `text_facts` of the run.
         scored: what the method scores.
         seq_length: the longest prompt plus completion of these segments, in tokens.
         overlong: what is longer: ``refuse`` or ``drop``; ``cut`` needs the texts, and is refused where it is needed.
-        source: the data file that the store was made of in a cache, for messages.
+        source: the data file of a store in a cache, for messages.
 
     Raises:
-        UserError: the store is not complete, damaged, made for another objective or with another tokenizer or
+        UserError: the store is not complete, damaged, written for another objective or with another tokenizer or
             template, lacks a context, or holds an example beyond seq_length.
     """
     manifest, where = read_manifest(Path(folder)), source or folder
@@ -155,7 +155,7 @@ def open_tokens(
     if differing := text_differences(manifest["text"], facts):
         raise UserError(
             "token-store-mismatch",
-            f"{where}: made with {'; '.join(differing)}; train with what it was made with, or tokenize again "
+            f"{where}: written with {'; '.join(differing)}; train with the same, or tokenize again "
             "(solopo tokenize-data)",
         )
     if only := manifest["options"]["scored"]:
@@ -186,7 +186,7 @@ def open_tokens(
 
 
 def _longest(table: TokenTable, scored: Scored, where: str | Path) -> np.ndarray:
-    """[rows] tokens of the longest prompt with one response of these segments."""
+    """Returns [rows] tokens of the longest prompt with one response of these segments."""
     longest = np.zeros(len(table), dtype=np.int64)
     for context, side in sorted(scored):
         prompt = table.of_prompts(context, table.lengths)
@@ -199,16 +199,16 @@ def _longest(table: TokenTable, scored: Scored, where: str | Path) -> np.ndarray
 
 
 def _ways(objective: str, seq_length: int, overlong: str, has_texts: bool) -> str:
-    """What else than a larger --seq-length helps."""
+    """Returns what else than a larger --seq-length helps."""
     if overlong == "cut":
-        return f"or cut when the texts are tokenised: tokenize-data --seq-length {seq_length} --overlong cut"
+        return f"or cut when the texts are tokenized: tokenize-data --seq-length {seq_length} --overlong cut"
     if has_texts and objective == "preference":
         return "drop such examples with --overlong drop, or shorten their distractors with --overlong cut"
     return "or drop such examples with --overlong drop"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store.
+    """Returns the manifest of a store.
 
     Raises:
         UserError: there is none, or it is not one of this format.

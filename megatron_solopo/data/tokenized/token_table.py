@@ -35,7 +35,7 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
     },
     "sft": {"prompt": _IDS, "response": _IDS, "loss_mask": _MASK},
 }
-"""Objective -> its columns. ``loss_mask`` says which tokens of the response are trained; null where all are."""
+"""Objective -> its columns. ``loss_mask`` marks the trained tokens of the response; null where all are."""
 
 SCHEMAS = {
     objective: pa.schema(
@@ -60,7 +60,7 @@ def _response_column(context: Context, side: Side) -> str:
 
 
 def record_batch(groups: Sequence[TokenGroup], objective: str) -> pa.RecordBatch:
-    """The rows of groups, each with all its responses."""
+    """Returns the rows of groups, each with all its responses."""
     rows = [_cells(group, objective) for group in groups]
     columns, digests = [], []
     for name, kind in COLUMNS[objective].items():
@@ -106,7 +106,7 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
 
 
 def _digest(cell: Sequence[np.ndarray]) -> bytes:
-    """sha256 of the lengths of the sequences and of their ids (4 bytes each; of a mask 1)."""
+    """Returns the sha256 of the lengths of the sequences and of their ids (4 bytes each; of a mask 1)."""
     digest = hashlib.sha256(np.array([len(one) for one in cell], np.int32).tobytes())
     for one in cell:
         digest.update(np.ascontiguousarray(one))
@@ -185,22 +185,22 @@ class TokenTable:
         return self.rows["id"][row].as_py()
 
     def cell(self, name: str, row: int) -> list[pa.Array]:
-        """The sequences of a row in a column, no id of which is read."""
+        """Returns the sequences of a row in a column, no id of which is read."""
         values = self.rows[name][row].values
         return [one.values for one in values] if pa.types.is_list(values.type) else [values]
 
     def of_prompts(self, context: Context, what: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[rows, ...] of a value of each column, that of the context's prompts."""
+        """Returns [rows, ...] of a value of each column, that of the context's prompts."""
         return what[_prompt_column(context, self.objective)]
 
     def of_responses(self, context: Context, side: Side, what: Mapping[str, np.ndarray]) -> np.ndarray:
-        """[rows, ...] of a value of each column, that of the column that holds each row's responses."""
+        """Returns [rows, ...] of a value of each column, that of the column that holds each row's responses."""
         column, short = _response_column(context, side), _response_column(Context.SHORT, side)
         there = self.counts[column] > 0
         return np.where(there.reshape(-1, *[1] * (what[column].ndim - 1)), what[column], what[short])
 
     def group(self, row: int, scored: Scored) -> TokenGroup:
-        """A row's example with these segments."""
+        """Returns a row's example with these segments."""
         prompts = []
         for context in Context:
             sides = [side for side in Side if (context, side) in scored]
@@ -220,7 +220,7 @@ class TokenTable:
             yield Completion(side, _Stored(self, name, row, response), loss_mask, response)
 
     def fingerprint(self, rows: np.ndarray, scored: Scored) -> str:
-        """sha256 over all that these segments of these rows are: their ids and their loss masks."""
+        """Returns the sha256 over all that these segments of these rows are: their ids and their loss masks."""
         digest = hashlib.sha256(names_of_scored(scored).encode())
         parts = [self.of_prompts(context, self.digests) for context in sorted({context for context, _ in scored})]
         parts += [self.of_responses(context, side, self.digests) for context, side in sorted(scored)]
@@ -229,7 +229,7 @@ class TokenTable:
         return digest.hexdigest()
 
     def index_sha256(self) -> str:
-        """sha256 of what is read before a group is: names, lengths and digests."""
+        """Returns the sha256 of what is read before a group is: names, lengths and digests."""
         digest = hashlib.sha256("\0".join(self.rows["id"].to_pylist()).encode())
         for name in COLUMNS[self.objective]:
             for part in (self.counts[name], self.lengths[name], self.digests[name]):
@@ -238,11 +238,11 @@ class TokenTable:
 
 
 def _sizes(chunk: pa.ListArray) -> np.ndarray:
-    """[2, rows] int64: the sequences of each row of a column's chunk, and the tokens of the longest of them."""
+    """Returns [2, rows] int64: the sequences of each row of a column's chunk, and the tokens of the longest of them."""
     starts = chunk.offsets.to_numpy()
     counts = np.diff(starts)
     if not pa.types.is_list(chunk.type.value_type):
         return np.stack([counts > 0, counts])
     each = np.append(np.diff(chunk.values.offsets.to_numpy()), 0)
-    # `reduceat` gives a row without sequences the next row's first one.
+    # For a row without sequences `reduceat` returns the next row's first one.
     return np.stack([counts, np.where(counts > 0, np.maximum.reduceat(each, starts)[:-1], 0)])

@@ -24,7 +24,7 @@ from megatron_solopo.errors import UserError, system_reason
 def build_parser() -> Parser:
     parser = Parser(
         prog="solopo tokenize-data",
-        description="Tokenise a data file once, into a folder that --train-data and --valid-data take. A killed run "
+        description="Tokenize a data file once, into a folder that --train-data and --valid-data accept. A killed run "
         "continues where it was when the command is repeated.",
     )
     parser.add_argument(
@@ -43,12 +43,13 @@ def build_parser() -> Parser:
         "--seq-length",
         type=int,
         metavar="N",
-        help="longest prompt plus response in tokens, on both contexts (default: no limit; training has its own)",
+        help="longest prompt plus response in tokens, on both contexts (default: no limit; training applies one too)",
     )
     parser.add_argument(
         "--overlong",
         choices=("refuse", "drop", "cut"),
-        help="what is longer: refuse the file, drop and list it, or cut text out of its distractors (default: refuse)",
+        help="examples beyond --seq-length; refuse: the file; drop: leave them out and list them; cut: shorten their "
+        "contexts by distractor text (default: refuse)",
     )
     parser.add_argument(
         "--workers",
@@ -107,17 +108,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(job: Job, source: str, output: Path, jobs: Jobs, workers: int) -> int:
     """The work on a file that holds what ``source`` names."""
-    begin = time.monotonic()
-    begun = _text_of(output) or jobs.settings.get("text", {})
+    start = time.monotonic()
+    earlier = _text_of(output) or jobs.settings.get("text", {})
     date = template_kwargs.DATE
-    plan = Plan.of(job, job.tokenizer.load(begun.get(date), first_field(job.source, date)))
+    plan = Plan.of(job, job.tokenizer.load(earlier.get(date), first_field(job.source, date)))
     if output.is_dir() and any(output.iterdir()):
         manifest = read_manifest(output)
         if differing := differences({key: manifest.get(key) for key in plan.settings}, plan.settings):
             names = ", ".join(name for name, _, _ in differing)
             raise UserError(
                 "output-other-settings",
-                f"--output {output}: exists already, made with another {names}; choose another name, or delete it",
+                f"--output {output}: exists already, with another {names}; choose another name, or delete it",
             )
         jobs.remove()
         print(f"{output} is complete: {manifest['counts']['examples']} examples; nothing is left to do")
@@ -126,7 +127,7 @@ def _run(job: Job, source: str, output: Path, jobs: Jobs, workers: int) -> int:
     print("\n".join(report.lines(job.seq_length)) or "nothing was left out")
     print(
         f"wrote {counts['examples']} examples of {counts['tokens']:,} tokens to {output} in "
-        f"{time.monotonic() - begin:.1f} s with {workers} workers"
+        f"{time.monotonic() - start:.1f} s with {workers} workers"
         + (f"; {done} of {len(plan.parts)} parts were done before" if done else "")
     )
     return 0

@@ -68,18 +68,18 @@ class TokenGroup:
         return max(len(p.ids) + len(c.ids) for p in self.prompts for c in p.completions)
 
     def sequences(self) -> Iterator[Sequence[int]]:
-        """The ids of every prompt and completion."""
+        """Yields the ids of every prompt and completion."""
         for prompt in self.prompts:
             yield prompt.ids
             for completion in prompt.completions:
                 yield completion.ids
 
     def segments(self) -> Iterator[tuple[Context, Completion]]:
-        """Every completion with the context it follows, in the order of the packs."""
+        """Returns every completion with the context it follows, in the order of the packs."""
         return ((prompt.context, completion) for prompt in self.prompts for completion in prompt.completions)
 
     def only(self, scored: Scored) -> TokenGroup:
-        """The same example with these segments only; a prompt without any of them goes too."""
+        """Returns the same example with these segments only; a prompt without any of them goes too."""
         kept = (
             replace(p, completions=tuple(c for c in p.completions if (p.context, c.side) in scored))
             for p in self.prompts
@@ -87,8 +87,8 @@ class TokenGroup:
         return TokenGroup(self.id, tuple(prompt for prompt in kept if prompt.completions))
 
     def tokens(self, share_prompts: bool, multiple_of: int = 1, prompt_multiple_of: int | None = None) -> int:
-        """Tokens that one forward pass computes for this group (the last of a completion is only predicted), each
-        piece padded to a multiple; see `build_pack`."""
+        """Returns the tokens that one forward pass computes for this group (the last of a completion is only
+        predicted), each piece padded to a multiple; see `build_pack`."""
 
         def slot(length: int, multiple: int) -> int:
             return -(-length // multiple) * multiple
@@ -101,7 +101,7 @@ class TokenGroup:
         return sum(slot(len(p.ids) + len(c.ids) - 1, of_prompts) for p in self.prompts for c in p.completions)
 
     def separate_tokens(self) -> int:
-        """Tokens of every prompt with every completion, the count that sharing saves on."""
+        """Returns the tokens of every prompt with every completion, the count that sharing saves on."""
         return self.tokens(share_prompts=False)
 
 
@@ -128,8 +128,8 @@ class Report:
 
     Attributes:
         ids_used: responses whose own token ids are trained on.
-        ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenised instead.
-        spelled: ids of the examples whose texts spell control tokens, which were tokenised as text.
+        ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenized instead.
+        spelled: ids of the examples whose texts spell control tokens, which were tokenized as text.
         open: ids of the examples with a response that does not close the thought which the chat template opens.
     """
 
@@ -142,7 +142,7 @@ class Report:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Report:
-        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        """Returns the inverse of `dataclasses.asdict`, also after a way through JSON."""
         lists = {
             "dropped": [Dropped(*one) for one in fields["dropped"]],
             "cut": [Shortened(*one) for one in fields["cut"]],
@@ -150,7 +150,7 @@ class Report:
         return cls(**{**fields, **lists})
 
     def overlong(self) -> Iterator[dict[str, Any]]:
-        """What was dropped and what was cut, as the records of an overlong.jsonl."""
+        """Yields what was dropped and what was cut, as the records of an overlong.jsonl."""
         for dropped in self.dropped:
             yield {"what": "dropped", **dropped._asdict()}
         for cut in self.cut:
@@ -165,7 +165,7 @@ class Report:
         self.open += other.open
 
     def lines(self, seq_length: int | None) -> list[str]:
-        """The counts for a person, with the first ten examples of each list."""
+        """Returns the counts for a person, with the first ten examples of each list."""
         lines = []
         if self.dropped:
             names = _first_ten([f"{d.id} ({d.tokens}{', ' + d.reason if d.reason else ''})" for d in self.dropped])
@@ -176,11 +176,11 @@ class Report:
         if self.ids_mismatched:
             lines.append(
                 f"token ids of {self.ids_mismatched} responses are not this tokenizer's for their text, which was "
-                f"tokenised instead ({self.ids_used} used as sampled)"
+                f"tokenized instead ({self.ids_used} used as sampled)"
             )
         if self.spelled:
             lines.append(
-                f"control tokens in the texts of {len(self.spelled)} examples, which are tokenised as text: "
+                f"control tokens in the texts of {len(self.spelled)} examples, which are tokenized as text: "
                 + _first_ten(self.spelled)
             )
         if self.open:
@@ -198,13 +198,13 @@ def _first_ten(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Tokenised examples in file order.
+    """Tokenized examples in file order.
 
     Attributes:
-        groups: the examples; those of a store (token_store.py) are made when they are read, and the length of
+        groups: the examples; those of a store (token_store.py) are built when they are read, and the length of
             their ids is known without reading them.
         dropped: those beyond the length limit.
-        fingerprint: sha256 over all ids and what they are; equal data, tokenizer and template give equal fingerprints.
+        fingerprint: sha256 over all ids and what they are; equal data, tokenizer and template have equal fingerprints.
         report: what else became of the examples.
     """
 
@@ -214,7 +214,7 @@ class TokenDataset:
     report: Report = field(default_factory=Report, compare=False)
 
     def chosen_rejected_lengths(self) -> list[tuple[int, int]]:
-        """Tokens of the chosen and the rejected answer of every pair on one context of its group."""
+        """Returns the tokens of the chosen and the rejected answer of every pair on one context of its group."""
         pairs = []
         for group in self.groups:
             for prompt in group.prompts:
@@ -227,7 +227,7 @@ class TokenDataset:
         return pairs
 
     def segment_counts(self) -> Tensor:
-        """[examples, contexts, sides] int64: how many responses each example has of each side on each context.
+        """Returns [examples, contexts, sides] int64: how many responses each example has of each side on each context.
 
         Raises:
             ValueError: the responses of a side are not numbered from 0.
@@ -248,7 +248,7 @@ NO_LONG_CONTEXT = "no long_messages; add long contexts, or train with --context-
 
 
 def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
-    """The message for a file without a usable example."""
+    """Returns the message for a file without a usable example."""
     return f"{path}: no usable example" + (
         f"; all {dropped} are longer than --seq-length {seq_length}" if dropped else ""
     )
@@ -268,7 +268,7 @@ class Encoder:
         self.report = Report()
 
     def encode(self, record: PreferenceGroup | Conversation, scored: Scored) -> TokenGroup | None:
-        """The example with these segments, or None where it is too long and dropped.
+        """Returns the example with these segments, or None where it is too long and dropped.
 
         Raises:
             UserError: the long context is asked for and the group has none, chosen and rejected have the same token
@@ -312,7 +312,7 @@ class Encoder:
         return None
 
     def _conversation(self, conversation: Conversation) -> TokenGroup:
-        """The first turns as the prompt, everything after as one completion."""
+        """Returns the first turns as the prompt, everything after as one completion."""
         prompt, ids, loss_mask = conversation_ids(self.tokenizer, conversation.messages)
         completion = Completion(Side.PLAIN, array("i", ids), None if all(loss_mask) else loss_mask)
         return TokenGroup(conversation.id, (Prompt(Context.SHORT, array("i", prompt), (completion,)),))
@@ -325,8 +325,8 @@ class Encoder:
         whys: list[str],
         answers: list[str],
     ) -> TokenGroup:
-        """The prompts and completions that ``scored`` names; notes what was cut, why something could not be, and the
-        responses whose texts were tokenised."""
+        """Returns the prompts and completions that ``scored`` names; notes what was cut, why something could not be,
+        and the responses whose texts were tokenized."""
         prompts = []
         texts = {Side.CHOSEN: group.chosen, Side.REJECTED: group.rejected}
         sampled = {
@@ -371,7 +371,7 @@ class Encoder:
         """Token ids of the shortened prompt, or None, and why is noted."""
         spans = getattr(group, f"{context}_spans")
         if not spans:
-            whys.append(f"no {context}_spans say where its documents are")
+            whys.append(f"no {context}_spans mark its documents")
             return None
         cut = cut_context(
             getattr(group, f"{context}_messages"),
@@ -386,7 +386,7 @@ class Encoder:
         return self._prompt(cut.messages)
 
     def _sampled(self, text: str, ids: Sequence[int] | None) -> list[int] | None:
-        """The ids a response was sampled as, its end of turn once; None where they are not this tokenizer's."""
+        """Returns the ids a response was sampled as, its end of turn once; None where they are not this tokenizer's."""
         if ids is None:
             return None
         end = self.tokenizer.eos_token_id

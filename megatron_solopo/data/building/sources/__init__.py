@@ -1,8 +1,8 @@
 """Question sets, read into ``schema.Question`` and checked record by record.
 
-Each source is a file of this folder whose ``SOURCE`` says what it reads; `sources` finds them, so a file is all that a
-new one needs. What all have in common (ids, answers that can be scored, ids to leave out) is checked once, in
-`read_questions`.
+Each source is a file of this folder whose ``SOURCE`` declares what it reads; `sources` finds them, so a new source
+needs a file and nothing else. `read_questions` checks what all have in common: ids, answers that can
+be scored, ids to leave out.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class LeftOut:
 
 
 def sources() -> dict[str, Source]:
-    """Every source of this folder by its name, in the order of the names; files that begin with ``_`` hold none."""
+    """Returns every source of this folder by name, in the order of the names; files ``_*.py`` hold none."""
     names = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     loaded = [importlib.import_module(f"{__name__}.{name}").SOURCE for name in names]
     return {source.name: source for source in sorted(loaded, key=lambda source: source.name)}
 
 
 def load_source(name: str) -> Source:
-    """A source of `sources`, or a user's function named ``module:function``.
+    """Returns a source of `sources`, or a user's function named ``module:function``.
 
     Raises:
-        UserError: there is no such source, module or function, or no question can be made of its records.
+        UserError: there is no such source, module or function, or its records hold no questions.
     """
     by_name = sources()
     usable = [one.name for one in by_name.values() if one.question]
@@ -69,12 +69,12 @@ def load_source(name: str) -> Source:
 
 
 def kinds_of(fields: Collection[str]) -> list[str]:
-    """The names of the sources whose records have these fields."""
+    """Returns the names of the sources whose records have these fields."""
     return [source.name for source in sources().values() if source.fields and source.fields <= set(fields)]
 
 
 def forms() -> list[tuple[str, str]]:
-    """(name, form in Markdown) of every source and of a user's own, for people."""
+    """Returns (name, form in Markdown) of every source and of a user's own, for people."""
     return [*((name, source.form) for name, source in sources().items()), ("module:function", FORM)]
 
 
@@ -155,7 +155,7 @@ def read_pool(paths: Iterable[str | Path]) -> Iterator[Paragraph]:
 
 def _id(record: Record, where: str) -> str:
     if record.get("id") is None and record.get("_id") is None and {"question", "documents"} <= record.keys():
-        # A generic record needs no id; one made of its content stays the same wherever the record is.
+        # A generic record needs no id; one derived from its content stays the same wherever the record is.
         text = json.dumps([record["question"], record["documents"]], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     return validated(_NAMED, record, where).id

@@ -15,7 +15,7 @@ from megatron_solopo.data.validation import Flag, Text, empty, validated, wrong
 
 
 class CannotUse(Exception):
-    """A well-formed record that no example can be made of; the message is the reason to count."""
+    """A well-formed record that yields no example; the message is the reason to count."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Source:
         name: its name for ``--source``.
         form: the records it reads, in Markdown, for ``--help`` and the documentation.
         question: (record, id, where, labelled) -> question. ``labelled``: the evidence must be marked; else marks are
-            read where there are any. Raises `UserError`, which begins with ``where``, and `CannotUse`. None where no
-            question can be made of such records; ``form`` then says what to do with them.
+            read where there are any. Raises `UserError`, whose message starts with ``where``, and `CannotUse`. None for
+            records that hold no questions; ``form`` then explains how to use them.
         fields: the fields that identify its records, for messages about a file passed in another one's place.
-        convert: (record, where) -> the record that ``question`` reads, made before the id is read.
+        convert: (record, where) -> the record that ``question`` reads, called before the id is read.
         origin: what errors add to the place of a record.
         digest: of a user's code, so that unfinished work of an earlier version is not resumed.
     """
@@ -54,14 +54,14 @@ _ASKED = TypeAdapter(_Asked)
 
 
 def make_question(record: Record, question_id: str, where: str, paragraphs: Sequence[Paragraph]) -> Question:
-    """The question of a record that has ``question``, ``answer`` and perhaps ``answer_aliases``."""
+    """Returns the question of a record that has ``question``, ``answer`` and perhaps ``answer_aliases``."""
     asked = validated(_ASKED, record, where)
     aliases = tuple(alias for alias in asked.answer_aliases if alias.strip())
     return Question(question_id, asked.question, asked.answer, aliases, tuple(paragraphs))
 
 
 def decoded(value: object) -> object:
-    """The value of a JSON text, which tables of the hub have for lists; any other value as it is."""
+    """Returns the value of a JSON text, which tables of the hub have for lists; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -84,4 +84,4 @@ def _flag(value: object) -> object:
 type NonEmpty[T] = Annotated[list[T], BeforeValidator(decoded), AfterValidator(not_empty)]
 """A list that is not empty, or the JSON text of one."""
 Mark = Annotated[Flag, BeforeValidator(_flag)]
-"""True or false; a CSV file knows texts only."""
+"""Reads true or false, also as text, because a CSV file holds texts only."""

@@ -12,13 +12,13 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.user_function import error_text, load_function, short, source_digest
 
 FORM = (
-    "a function of your own: it is called with each record and returns one of `jsonl`'s form, a "
+    "a user's function: it is called with each record and returns one of `jsonl`'s form, a "
     "`megatron_solopo.data.schema.Question`, or None to leave the record out; a result without `id` has the record's"
 )
 
 
 def user_source(name: str, built_in: Iterable[str]) -> Source:
-    """The source of ``module:function``.
+    """Returns the source of ``module:function``.
 
     Raises:
         UserError: there is no such module or function.

@@ -59,7 +59,7 @@ def _question(record: Record, question_id: str, where: str, labelled: bool) -> Q
 SOURCE = Source(
     name="jsonl",
     form="`question`, `answer` (and `answer_aliases`) or `answers`, `documents` [text, or `{text, title, "
-    "is_supporting}`, the title optional], `id` (without one it is made of the content)",
+    "is_supporting}`, the title optional], `id` (default: derived from the content)",
     question=_question,
     fields=frozenset({"question", "documents"}),
 )
