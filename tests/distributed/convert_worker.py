@@ -52,12 +52,12 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
     from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_chunks
 
-    hf_config, found = read_hf_config(source), {}
+    hf_config, differing = read_hf_config(source), {}
 
     def compare(name: str, models: Any, expected: Path | None) -> None:
         save_folder(models, hf_config, source, work / name, max_shard_size="40KB")
         if expected is not None:
-            found[name] = differences(expected, work / name) if dist.get_rank() == 0 else []
+            differing[name] = differences(expected, work / name) if dist.get_rank() == 0 else []
 
     models = build_chunks(hf_config, config, torch.float32)
     draw_start(models, hf_config, SEED)
@@ -73,18 +73,18 @@ def convert(config: Config, source: Path, work: Path, before: Path | None) -> di
     weights = OneByOne(open_hf_weights(models, hf_config, source, None))
     save_megatron_folder(models, sidecar_files, work / "megatron", weights)
     assert weights.most in (0, 1), f"{weights.most} parameters in memory at once"  # 0: another process writes them
-    return found
+    return differing
 
 
 def main(argv: list[str]) -> int:
-    """Reads a plan, {"layouts": layout -> names of models, "folder"}, and writes ``found.json`` beside it."""
+    """Reads a plan, {"layouts": layout -> names of models, "folder"}, and writes ``differing.json`` beside it."""
     from megatron_solopo.training.engine import initialize_parallel
 
     plan = Path(argv[0])
     warnings.filterwarnings("ignore")
     here = platform.start("cpu", timeout_minutes=2)
     cases = json.loads(plan.read_text())
-    found: dict[str, dict[str, list[str]]] = {}
+    results: dict[str, dict[str, list[str]]] = {}
     before: dict[str, Path] = {}
     for layout, names in cases["layouts"].items():
         config = Config()
@@ -92,10 +92,10 @@ def main(argv: list[str]) -> int:
         initialize_parallel(config)
         for name in names:
             work = plan.parent / f"{name} {layout}"
-            found[f"{name} {layout}"] = convert(config, Path(cases["folder"]) / name, work, before.get(name))
+            results[f"{name} {layout}"] = convert(config, Path(cases["folder"]) / name, work, before.get(name))
             before[name] = work
         platform.end_model_parallel()
     if dist.get_rank() == 0:
-        (plan.parent / "found.json").write_text(json.dumps(found))
+        (plan.parent / "differing.json").write_text(json.dumps(results))
     platform.stop(here)
     return 0

@@ -70,7 +70,7 @@ PLANS = [
 OPTION_PLANS = [
     (dtype, method, "llama", "one-by-one", "three") for dtype in ("float64", "float32") for method in OPTIONS
 ]
-"""Those of two processes only: every option, each process with a pack of its own or an empty one."""
+"""Those of two processes only: every option, each process with a different pack or an empty one."""
 
 
 def case_name(plan: tuple[str, ...]) -> str:
@@ -220,8 +220,8 @@ def training_run(
     )
 
 
-# Adam moves a weight by about the learning rate whatever its gradient, so rounding of small gradients moves weights by
-# a share of that rate: the bound of 1e-5 on weights is for 1e-4. (At 1e-3 one kind of processor gave 2.1e-5.)
+# Adam moves a weight by about the learning rate for any gradient, so rounding of small gradients moves weights by
+# a share of that rate: the bound of 1e-5 on weights is for 1e-4. (At 1e-3 it was 2.1e-5 on one kind of processor.)
 SIX_STEPS = ["--train-iters", 6, "--global-batch-size", 5, "--lr", 1e-4, "--save-interval", 2, "--eval-interval", 3]
 
 

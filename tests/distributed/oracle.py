@@ -45,7 +45,7 @@ class Scores:
 
 def scores(folder: Path, examples: list[dict[str, Any]]) -> list[Scores]:
     """Each example under the folder's model."""
-    model, found = load(folder), []
+    model, scores = load(folder), []
     names, parameters = zip(*model.named_parameters(), strict=True)
     for example in examples:
         sums, counts = log_probs(model, example)
@@ -53,8 +53,8 @@ def scores(folder: Path, examples: list[dict[str, Any]]) -> list[Scores]:
             role: by_file_name(model, dict(zip(names, torch.autograd.grad(value, parameters), strict=True)))
             for role, value in sums.items()
         }
-        found.append(Scores({role: value.detach() for role, value in sums.items()}, counts, gradients))
-    return found
+        scores.append(Scores({role: value.detach() for role, value in sums.items()}, counts, gradients))
+    return scores
 
 
 def reference_table(folder: Path, examples: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -71,10 +71,10 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
     computed: each prompt once, and each completion without its last token.
     """
     routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-    found: dict[nn.Module, list[Tensor]] = {router: [] for router in routers}
+    outputs: dict[nn.Module, list[Tensor]] = {router: [] for router in routers}
     first = 0
     hooks = [
-        router.register_forward_hook(lambda module, _, output: found[module].append(output[0][first:]))
+        router.register_forward_hook(lambda module, _, output: outputs[module].append(output[0][first:]))
         for router in routers
     ]
     for prompt in (prompt for example in examples for prompt in example["prompts"]):
@@ -84,7 +84,7 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
     for hook in hooks:
         hook.remove()
     total = torch.zeros((), dtype=torch.float64)
-    for router, parts in found.items():
+    for router, parts in outputs.items():
         probs = torch.cat(parts).softmax(-1)
         choices = torch.zeros_like(probs).scatter(1, probs.topk(router.top_k).indices, 1.0)
         total = total + probs.shape[1] * (choices.sum(0) / choices.sum() * probs.mean(0)).sum()

@@ -33,8 +33,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """What convert_worker.py found with four processes."""
+def differing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
+    """What convert_worker.py reports with four processes."""
     folder = tmp_path_factory.mktemp("conversion")
     for name, hf_config in (DENSE_MODELS | EXPERT_MODELS).items():
         write_model(folder / name, hf_config)
@@ -43,10 +43,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[
     (work / "plan.json").write_text(json.dumps({"folder": str(folder), "layouts": LAYOUTS}))
     run = ForkedRun([str(work / "plan.json")], 4, folder / "stderr.txt", convert_worker.main)
     assert run.wait(900) == [0] * 4, run.text()[-4000:]
-    return json.loads((work / "found.json").read_text())
+    return json.loads((work / "differing.json").read_text())
 
 
 @pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in LAYOUTS for name in LAYOUTS[layout]])
-def test_every_tensor_comes_back(found: dict[str, dict[str, list[str]]], name: str, layout: str) -> None:
+def test_every_tensor_comes_back(differing: dict[str, dict[str, list[str]]], name: str, layout: str) -> None:
     first = layout == next(layout for layout in LAYOUTS if name in LAYOUTS[layout])
-    assert found[f"{name} {layout}"] == {"hugging face": []} | ({} if first else {"megatron": [], "drawn": []})
+    assert differing[f"{name} {layout}"] == {"hugging face": []} | ({} if first else {"megatron": [], "drawn": []})

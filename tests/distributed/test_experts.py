@@ -118,7 +118,7 @@ def test_three_steps_equal_one_process(cut: Launch, whole: Launch, name: str) ->
 
 
 @pytest.mark.parametrize("run", RESUMED)
-def test_a_run_goes_on_with_experts_cut_otherwise(cut: Launch, run: str) -> None:
+def test_a_run_resumes_with_other_expert_parallelism(cut: Launch, run: str) -> None:
     name, source = RESUMED[run]
     assert (cut.results[run], cut.results[f"six {source}"]) == ("done", "done")
     ours, theirs = cut.metrics(run), cut.metrics(f"six {source}")
@@ -155,7 +155,7 @@ def test_the_auxiliary_loss_of_a_stage_that_cuts_its_padding(four: Launch, expec
 
 
 def check_balanced(launched: Launch, expected: Any, world: World, name: str, plan: tuple[str, ...]) -> None:
-    """Preference gradient + coefficient x the mean over all packs, whatever shares them; padding never counts."""
+    """Preference gradient + coefficient x the mean over all packs, with any layout; padding never counts."""
     case = f"{name} balanced {case_name(plan)}"
     _, method, model_name, _, batch = plan
     losses, gradient = expected(model_name, method, batch)

@@ -44,8 +44,14 @@ def environment(**settings: Any) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = {"MASTER_PORT": port, "PYTHON": sys.executable, "PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", **settings}
-    return ENVIRONMENT | {name: str(value) for name, value in given.items()}
+    variables = {
+        "MASTER_PORT": port,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": ROOT,
+        "GLOO_SOCKET_IFNAME": "lo",
+        **settings,
+    }
+    return ENVIRONMENT | {name: str(value) for name, value in variables.items()}
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ def pieces_of(layout: str) -> str:
 
 
 def plans(layout: str) -> list[tuple[str, ...]]:
-    some = WITH_EXPERTS if any(part.startswith("ep") for part in layout.split()) else PLANS
-    return [(dtype, method, model, pieces_of(layout), "seven") for dtype, method, model in some]
+    plans = WITH_EXPERTS if any(part.startswith("ep") for part in layout.split()) else PLANS
+    return [(dtype, method, model, pieces_of(layout), "seven") for dtype, method, model in plans]
 
 
 def model_of(layout: str) -> str:
@@ -199,7 +199,7 @@ def test_three_steps_equal_one_process(launches: Any, base: Launch, processes: i
 
 
 @pytest.mark.parametrize(("source", "target"), [(s, t) for s, targets in RESUMED.items() for t in targets])
-def test_a_run_goes_on_in_another_layout(launches: Any, base: Launch, source: str, target: str) -> None:
+def test_a_run_resumes_in_another_layout(launches: Any, base: Launch, source: str, target: str) -> None:
     """Weights, optimizer and schedule of every step are those of one process that never stopped."""
     launched, name = launches(4), f"six {source} to {target}"
     assert launched.results[name] == "done"

@@ -1,4 +1,4 @@
-"""Several chosen and rejected responses for each group, against the oracle's formulas on made-up sums."""
+"""Several chosen and rejected responses for each group, against the oracle's formulas on generated sums."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ COUNTS = [(2, 3), (1, 2), (3, 1), (1, 1)]
 
 
 def config_of(method: dict[str, Any]) -> MethodConfig:
-    own = {name: value for name, value in method.items() if OWNER[name].of_loss}
-    common = {name: value for name, value in method.items() if name not in own}
-    return MethodConfig(**common, loss_options=own)
+    of_loss = {name: value for name, value in method.items() if OWNER[name].of_loss}
+    common = {name: value for name, value in method.items() if name not in of_loss}
+    return MethodConfig(**common, loss_options=of_loss)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

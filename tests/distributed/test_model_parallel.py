@@ -98,7 +98,7 @@ def test_three_steps_of_a_cut_model_equal_one_process(cut: Launch, one: Launch, 
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_a_cut_model_goes_on_from_a_checkpoint_of_whole_ones(cut: Launch, two: Launch, name: str) -> None:
+def test_a_cut_model_resumes_from_a_checkpoint_of_an_uncut_one(cut: Launch, two: Launch, name: str) -> None:
     assert cut.results[f"from-two-{name}"] == "done"
     ours, theirs = cut.metrics(f"from-two-{name}"), two.metrics("unbroken")
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]

@@ -31,7 +31,7 @@ FOUR: dict[str, tuple[Any, ...]] = {
 
 PLANS = [
     ("float64", "dpo", "llama-4", "by-two", "seven"),
-    ("float64", "sft", "llama-4", "one-by-one", "seven"),  # an odd number of packs, and none for some stage
+    ("float64", "sft", "llama-4", "one-by-one", "seven"),  # an odd number of packs, and none for a stage
     ("float64", "dpo", "llama-4", "one-by-one", "one"),
     ("float64", "dpo", "llama-4", "recompute", "seven"),
     ("float64", "orpo", "qwen2-4", "by-two", "seven"),  # tied embeddings
@@ -170,8 +170,8 @@ def test_a_gradient_in_bfloat16_is_as_near_the_oracle_as_one_process(
 
 
 @pytest.mark.parametrize("name", [*CUTS, *FOUR])
-def test_three_steps_in_bfloat16_go_where_one_process_goes(of: Any, alone: Launch, world: World, name: str) -> None:
-    """A weight moves by about the learning rate each step, whatever its gradient; where that is rounding noise, the
+def test_three_steps_in_bfloat16_follow_one_process(of: Any, alone: Launch, world: World, name: str) -> None:
+    """A weight moves by about the learning rate each step, for any gradient; where that is rounding noise, the
     directions differ. Parameters that were not gathered, or a step too late, would be as far away as they moved."""
     run, whole = f"bfloat16-{name}", "bfloat16-alone"
     assert (of(name).results[run], alone.results[whole]) == ("done", "done")
@@ -187,7 +187,7 @@ def test_three_steps_in_bfloat16_go_where_one_process_goes(of: Any, alone: Launc
 
 
 @pytest.mark.parametrize("name", ["virtual", "data-to-virtual", "virtual-to-data", "virtual-to-first-3"])
-def test_checkpoints_go_from_any_stages_to_any_others(staged: Launch, name: str) -> None:
+def test_checkpoints_load_with_any_number_of_stages(staged: Launch, name: str) -> None:
     """Against six uninterrupted steps of replicas of the model; evaluation sees the same weights too."""
     assert staged.results["data"] == staged.results[name] == "done"
     for split, steps in (("train", [1, 2, 3, 4, 5, 6]), ("valid", [0, 3, 6])):

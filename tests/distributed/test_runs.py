@@ -85,7 +85,7 @@ def timeless(lines: list[dict]) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def test_every_run_came_to_its_end(one: Launch, two: Launch) -> None:
+def test_every_run_ends_well(one: Launch, two: Launch) -> None:
     for launched in (one, two):
         runs = {name: result for name, result in launched.results.items() if name != "not-finite"}
         assert runs and set(runs.values()) == {"done"}, runs
@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(two: Launch) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_one_process_goes_on_from_a_checkpoint_of_two(one: Launch, two: Launch) -> None:
+def test_one_process_resumes_from_a_checkpoint_of_two(one: Launch, two: Launch) -> None:
     ours, theirs = one.metrics("from-two"), two.metrics("unbroken")
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(ours, theirs, strict=True):
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(two: Launch) -> None:
     assert not (two.folder / "not-finite-hf").exists() and not list((two.folder / "not-finite").glob("iter_*"))
 
 
-def test_the_run_folder_says_what_ran(two: Launch) -> None:
+def test_the_run_folder_records_the_run(two: Launch) -> None:
     folder = two.folder / "unbroken"
     names = {path.name for path in folder.iterdir()}
     assert names == {

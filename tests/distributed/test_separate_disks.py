@@ -1,4 +1,4 @@
-"""Two nodes whose disks are their own: another home, another working folder, other copies of the data."""
+"""Two nodes with separate disks: another home, another working folder, other copies of the data."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def nodes(home: Home, tmp_path: Path) -> list[Path]:
 
 
 def arguments(home: Home, *flags: Any) -> list[str]:
-    """What both nodes are given: data and reference cache by relative names."""
-    given = ["--train-data", "groups.jsonl", "--reference-cache", "references", "--train-iters", 2]
-    return home.argv("run", "--micro-batch-size", 1, *given, "--distributed-timeout-minutes", 2, *flags)
+    """The options of both nodes: data and reference cache by relative names."""
+    options = ["--train-data", "groups.jsonl", "--reference-cache", "references", "--train-iters", 2]
+    return home.argv("run", "--micro-batch-size", 1, *options, "--distributed-timeout-minutes", 2, *flags)
 
 
 def of_node(number: int, node: Path, port: int) -> dict[str, str]:
@@ -118,23 +118,23 @@ def stores(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/manifest.json"))
 
 
-def own_stores(node: Path) -> list[str]:
+def stores_of(node: Path) -> list[str]:
     return stores(node / "home" / ".cache" / "megatron_solopo")
 
 
-def test_two_agents_each_make_their_own_store(home: Home, nodes: list[Path]) -> None:
+def test_two_agents_each_write_a_store(home: Home, nodes: list[Path]) -> None:
     """And train as two processes of one machine do; the second start finds all that it needs."""
     shared = nodes[0].parent / "shared"
     ended = agents(nodes, arguments(home, "--save", shared))
     assert [one.returncode for one in ended] == [0, 0], [one.stderr[-3000:] for one in ended]
-    (store,) = own_stores(nodes[0])
-    assert own_stores(nodes[1]) == [store]
+    (store,) = stores_of(nodes[0])
+    assert stores_of(nodes[1]) == [store]
     assert [path.name for node in nodes for path in node.glob("references/*")] == [
         path.name for path in nodes[0].glob("references/*")
     ]
     written = {node: (node / f"home/.cache/megatron_solopo/{store}/manifest.json").stat().st_mtime_ns for node in nodes}
-    statuses, told = run(nodes, arguments(home, "--save", shared, "--auto-resume", "--train-iters", 2))
-    assert statuses == [0, 0] and "all 2 steps are done" in told[0], told
+    statuses, outputs = run(nodes, arguments(home, "--save", shared, "--auto-resume", "--train-iters", 2))
+    assert statuses == [0, 0] and "all 2 steps are done" in outputs[0], outputs
     assert written == {
         node: (node / f"home/.cache/megatron_solopo/{store}/manifest.json").stat().st_mtime_ns for node in nodes
     }
@@ -146,7 +146,7 @@ def test_two_agents_with_a_run_folder_of_each_are_refused(home: Home, nodes: lis
     for one in ended:  # torchrun's lines are there too
         (line,) = {line for line in one.stderr.splitlines() if line.startswith("error: ")}
         check_refusal(line, "folder-not-shared", f"rank 1 on {socket.gethostname()}: --save run: ")
-    assert not (nodes[0] / "run").exists() and not own_stores(nodes[0])
+    assert not (nodes[0] / "run").exists() and not stores_of(nodes[0])
 
 
 def _probe_and_look(argv: list[str]) -> int:
@@ -171,8 +171,8 @@ def test_a_cache_that_both_see_is_filled_once(home: Home, nodes: list[Path]) -> 
     (nodes[1] / "groups.jsonl").unlink()
     cache = nodes[0].parent / "cache"
     argv = arguments(home, "--save", nodes[0].parent / "run", "--train-iters", 1)
-    statuses, told = run(nodes, argv, SOLOPO_CACHE=str(cache))
-    assert statuses == [0, 0], told
+    statuses, outputs = run(nodes, argv, SOLOPO_CACHE=str(cache))
+    assert statuses == [0, 0], outputs
     assert len(stores(cache)) == 1
 
 
@@ -201,25 +201,25 @@ def test_a_token_folder_of_other_data_is_refused(home: Home, nodes: list[Path]) 
 
 
 def test_a_checkpoint_that_one_node_does_not_see_is_refused(home: Home, nodes: list[Path]) -> None:
-    statuses, told = run(nodes, arguments(home, "--save", nodes[0].parent / "run", "--train-iters", 2))
-    assert statuses == [0, 0], told
+    statuses, outputs = run(nodes, arguments(home, "--save", nodes[0].parent / "run", "--train-iters", 2))
+    assert statuses == [0, 0], outputs
     shutil.copytree(nodes[0].parent / "run", nodes[0] / "before")
     argv = arguments(home, "--save", nodes[0].parent / "next", "--load", "before")
     check_refused(nodes, argv, "folder-missing", ": --load before: ")
 
 
 def test_reference_log_probs_of_both_nodes_are_kept(home: Home, nodes: list[Path]) -> None:
-    """Each killed process left what it had computed on its own disk."""
+    """Each killed process left what it had computed on its node's disk."""
     argv = arguments(home, "--save", nodes[0].parent / "run", "--train-iters", 1)
-    statuses, told = run(nodes, argv)
-    assert statuses == [0, 0], told
+    statuses, outputs = run(nodes, argv)
+    assert statuses == [0, 0], outputs
     (cache,) = (nodes[0] / "references").iterdir()
     whole = load_file(cache)["log_probs"]
     cache.unlink()
     for number, node in enumerate(nodes):
         done = torch.arange(10) % 5 == number
         _write(node / "references" / f"{cache.stem}.{number}{PARTIAL}", whole, done)
-    statuses, told = run(nodes, arguments(home, "--save", nodes[0].parent / "again"))
-    assert statuses == [0, 0] and "reference log-probs of 10 examples, 4 of them computed before" in told[0], told
+    statuses, outputs = run(nodes, arguments(home, "--save", nodes[0].parent / "again"))
+    assert statuses == [0, 0] and "reference log-probs of 10 examples, 4 of them computed before" in outputs[0], outputs
     torch.testing.assert_close(load_file(cache)["log_probs"], whole, rtol=0, atol=1e-4)
     assert [path.name for node in nodes for path in (node / "references").iterdir()] == [cache.name]

@@ -37,13 +37,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return furnish(tmp_path_factory.mktemp("home"))
 
 
-def begin(home: Home, argv: list[str], processes: int = 1) -> ForkedRun:
+def start(home: Home, argv: list[str], processes: int = 1) -> ForkedRun:
     return ForkedRun(argv, processes, home.folder / "stderr.txt")
 
 
 def finish(home: Home, argv: list[str], processes: int = 1) -> str:
     """Runs to the end; returns the run's standard error."""
-    run = begin(home, argv, processes)
+    run = start(home, argv, processes)
     assert run.wait() == [0] * processes, run.text()[-3000:]
     return run.text()
 
@@ -109,7 +109,7 @@ def test_a_run_killed_again_and_again_is_the_unbroken_run(home: Home, processes:
     draw = random.Random(processes)
     moments = itertools.cycle(["training", "saving", "saving", "starting"])
     for number, kind in zip(range(KILLS), moments, strict=False):
-        run = begin(home, argv + ["--async-save"] * (number % 2), processes)
+        run = start(home, argv + ["--async-save"] * (number % 2), processes)
         reach(kind, draw, home.folder / save, run)
         run.send(signal.SIGKILL)  # a process that writes in the background lives on
         assert run.wait() == [-signal.SIGKILL] * processes
@@ -135,7 +135,7 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(home: Home, number: s
     save = f"signal-{number.name}"
     argv = home.argv(save, "--train-iters", 10000, "--exit-signal-handler", "--auto-resume")
     for _ in range(2):
-        run = begin(home, argv, 2)
+        run = start(home, argv, 2)
         goal = lines(home.folder / save) + 3
         wait_for(lambda goal=goal: lines(home.folder / save) >= goal, run)
         run.send(number, slice(1, 2))
@@ -159,11 +159,11 @@ def test_skipped_steps_before_a_resume_count_on_every_process(home: Home) -> Non
     flags = ["--preference-loss", "simpo", "--on-nonfinite", "skip", "--no-shuffle", "--global-batch-size", 2]
 
     def argv(steps: int, *more: Any) -> list[str]:
-        given = [*flags, "--train-iters", steps, *more]
-        return home.argv("skipped", *given, data="broken.jsonl", hf="broken")
+        options = [*flags, "--train-iters", steps, *more]
+        return home.argv("skipped", *options, data="broken.jsonl", hf="broken")
 
     finish(home, argv(5), 2)
-    run = begin(home, argv(14, "--auto-resume", "--override-opt-param-scheduler"), 2)
+    run = start(home, argv(14, "--auto-resume", "--override-opt-param-scheduler"), 2)
     assert run.wait() == [2, 2]
     assert {refusal[1] for refusal in LINE.findall(run.text())} == {"steps-skipped"}, run.text()
     assert "step 11: the 10th step" in run.text()
@@ -174,7 +174,7 @@ def test_a_lost_process_is_reported_in_one_line(home: Home, number: signal.Signa
     """A killed one closes its connections; a stopped one is noticed when the time of a collective is over."""
     save = f"lost-{number.name}"
     flags = ["--train-iters", 100000, "--save-interval", 2, "--keep-last", 1, "--distributed-timeout-minutes", 0.25]
-    run = begin(home, home.argv(save, *flags), 2)
+    run = start(home, home.argv(save, *flags), 2)
     wait_for((home.folder / save / LATEST).is_file, run)
     run.send(number, slice(1, 2))
     run.processes[0].join(120)
@@ -186,7 +186,7 @@ def test_a_lost_process_is_reported_in_one_line(home: Home, number: signal.Signa
 
 
 def test_a_death_that_python_does_not_see_is_named_by_torchrun(home: Home) -> None:
-    """NCCL's watchdog ends a process with SIGABRT from a thread of its own; here the test sends it."""
+    """NCCL's watchdog ends a process with SIGABRT from a separate thread; here the test sends it."""
     save = home.folder / "aborted"
     argv = home.argv("aborted", "--train-iters", 100000, "--save-interval", 2, "--keep-last", 1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -232,7 +232,7 @@ def test_old_checkpoints_are_deleted_and_multiples_kept(home: Home) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]])
-def test_a_save_that_does_not_fit_leaves_the_one_before(home: Home, flags: list[str]) -> None:
+def test_a_save_that_does_not_fit_keeps_the_previous_checkpoint(home: Home, flags: list[str]) -> None:
     """A real disk of 800 KiB: the first checkpoint fits, the second does not."""
     disk = home.folder / "disk"
     disk.mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ def test_a_wrong_layout_is_one_line(
     check_refusal(capsys.readouterr().err, code, f"layout '{layout}': ", *named)
 
 
-def test_options_that_do_not_go_with_a_layout_name_it(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_contradict_a_layout_are_refused_by_name(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, [*home.argv("none", "--device", "cuda"), "--base", "cp2", "--layouts", "1"]) == 2
     named = ["layout 'cp2': ", "--context-parallel-size 2 ", "--device cuda ", "--bf16"]
     check_refusal(capsys.readouterr().err, "option-conflict", *named)

@@ -51,12 +51,12 @@ def test_megatron_core_and_torch_do_not_warn_at_the_start_of_a_command() -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("evalaute", "evaluate"), ("build_pairs", "build-pairs"), ("sample", "sample-responses")]
+    ("name", "meant"), [("evalaute", "evaluate"), ("build_pairs", "build-pairs"), ("sample", "sample-responses")]
 )
-def test_an_unknown_command_is_refused_with_the_nearest_name(given: str, meant: str) -> None:
-    done = solopo(given)
+def test_an_unknown_command_is_refused_with_the_nearest_name(name: str, meant: str) -> None:
+    done = solopo(name)
     assert done.returncode == 2 and done.stdout == ""
-    check_refusal(done.stderr, "command-unknown", f"solopo {given}: ", f"'{meant}'?")
+    check_refusal(done.stderr, "command-unknown", f"solopo {name}: ", f"'{meant}'?")
 
 
 def test_version() -> None:
@@ -119,7 +119,9 @@ def test_env_as_json_and_as_text() -> None:
     assert f"device              {facts['device']} " in text and "NVIDIA Apex" in text
 
 
-def test_env_tells_nvidia_apex_from_its_namesake_on_pypi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_distinguishes_nvidia_apex_from_its_namesake_on_pypi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unrelated = tmp_path / "unrelated" / "apex"
     unrelated.mkdir(parents=True)
     (unrelated / "__init__.py").write_text("raise RuntimeError('must not be imported')\n")

@@ -56,7 +56,7 @@ def apply_diff(path: Path, diff: str) -> None:
 
 
 def run_console(text: str, tree: Path) -> None:
-    """Runs the commands of a console session in the tree; ``...`` in what they print stands for anything."""
+    """Runs the commands of a console session in the tree; ``...`` in what they print matches anything."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.M):
         words = shlex.split(command)

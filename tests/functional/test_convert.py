@@ -37,7 +37,7 @@ def as_command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def convert(*arguments: object) -> tuple[int, str, str]:
-    """(status, stdout, stderr), in this process: a command of its own costs 10 seconds."""
+    """(status, stdout, stderr), in this process: a separate one costs 10 seconds."""
     from megatron_solopo.training.convert import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -117,29 +117,31 @@ def test_a_run_starts_from_a_megatron_folder(home: Home, megatron: Path) -> None
 def test_verify_agrees_and_names_the_layer_that_does_not(home: Home, megatron: Path, tmp_path: Path) -> None:
     assert "agrees in float32" in succeed("verify", "--hf-path", home.folder / "hf")
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n\nw4 w5 w6 w7\n")
-    told = succeed("verify", "--hf-path", home.folder / "hf", "--load", megatron, "--prompts", tmp_path / "prompts.txt")
-    assert told.startswith("prompt 1: 3 tokens") and "prompt 2: 4 tokens" in told
+    output = succeed(
+        "verify", "--hf-path", home.folder / "hf", "--load", megatron, "--prompts", tmp_path / "prompts.txt"
+    )
+    assert output.startswith("prompt 1: 3 tokens") and "prompt 2: 4 tokens" in output
     wrong = write_model(tmp_path / "wrong", Qwen2Config(**SHAPE, tie_word_embeddings=True), seed=3)
     succeed("hf-to-megatron", "--hf-path", wrong, "--save", tmp_path / "m")
     tensors = load_file(wrong / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
     save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
-    status, told, _ = convert("verify", "--hf-path", wrong, "--load", tmp_path / "m")
-    assert "no layer differs" not in told
-    assert status == 1 and "worst layer: 1 of 2" in told and "DIFFERS in float32" in told
+    status, output, _ = convert("verify", "--hf-path", wrong, "--load", tmp_path / "m")
+    assert "no layer differs" not in output
+    assert status == 1 and "worst layer: 1 of 2" in output and "DIFFERS in float32" in output
 
 
 def test_where_no_layer_differs_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_solopo.conversion.compare import Comparison, report
 
     assert report(Comparison([(5, 0.0, 1)], [0.0, 0.0]), "float32", 1e-3) == 0
-    assert "no layer differs (2 compared)\n" in (told := capsys.readouterr().out) and "worst" not in told
+    assert "no layer differs (2 compared)\n" in (output := capsys.readouterr().out) and "worst" not in output
     assert report(Comparison([(5, 1e-6, 1)], [0.0, 1e-7]), "float32", 1e-3) == 0
     assert "worst layer: 1 of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["hf-to-megatron", "megatron-to-hf", "verify"])
-def test_only_what_a_command_takes_is_offered(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_offers_only_the_options_that_it_reads(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_solopo.training.convert import STAGES, main
 
     with pytest.raises(SystemExit):
@@ -150,15 +152,15 @@ def test_only_what_a_command_takes_is_offered(name: str, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids=["with a bound", "without one"])
 def test_what_is_not_a_number_does_not_agree(home: Home, tmp_path: Path, dtype: str) -> None:
-    """Wherever it stands: behind the first prompt, and the first layer."""
+    """At any place: behind the first prompt, and the first layer."""
     folder = shutil.copytree(home.folder / "hf", tmp_path / "hf")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][9] = float("nan")  # w5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\nw4 w5 w6\nw1 w2\n")
     asked = ["--hf-path", folder, "--prompts", tmp_path / "prompts.txt", "--dtype", dtype]
-    status, told, _ = convert("verify", *asked)
-    assert status == 1 and "worst layer: 0 of 2" in told and f"DIFFERS in {dtype}: nan nats" in told
+    status, output, _ = convert("verify", *asked)
+    assert status == 1 and "worst layer: 0 of 2" in output and f"DIFFERS in {dtype}: nan nats" in output
 
 
 WRONG = [
@@ -249,7 +251,7 @@ def test_wrong_inputs_are_one_line(home: Home, megatron: Path, tmp_path: Path, r
 
 
 def test_a_folder_around_the_one_it_reads_stays(home: Home, tmp_path: Path) -> None:
-    """A Megatron folder inside the model that it was made of is allowed; the way back must not replace both."""
+    """A Megatron folder inside the model from which it was converted is allowed; the way back must not replace both."""
     out = shutil.copytree(home.folder / "hf", tmp_path / "out")
     succeed("hf-to-megatron", "--hf-path", out, "--save", out / "megatron")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -347,7 +349,7 @@ def test_tensors_of_another_model_are_refused_before_writing(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_output_matrix_of_its_own_is_not_lost(home: Home, tmp_path: Path) -> None:
+def test_an_untied_output_matrix_is_kept(home: Home, tmp_path: Path) -> None:
     """config.json may say that it is tied, and the folder hold one that was trained apart, which transformers uses."""
     folder = write_model(tmp_path / "hf", Qwen2Config(**SHAPE, tie_word_embeddings=True))
     tensors = load_file(folder / "model.safetensors")

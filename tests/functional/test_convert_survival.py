@@ -72,37 +72,37 @@ def same(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor] | N
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
 def test_a_conversion_killed_again_and_again(home: Home, direction: str, existing: bool, tmp_path: Path) -> None:
     """At changes of files from the first to the last one, each time with what the kill before left: the folder is what
-    it was, and the same command ends well. Only between two renames at the end an earlier model stands under another
+    it was, and the same command ends well. Only between two renames at the end an earlier model is under another
     name."""
     kind = direction.rpartition("-")[2]
     earlier, wanted = (contents(home.folder / name) for name in (f"earlier-{kind}", kind))
     target, printed = tmp_path / "work" / "target", tmp_path / "printed"
     target.parent.mkdir()
 
-    def begin() -> None:
+    def restore() -> None:
         shutil.rmtree(target, ignore_errors=True)
         if existing:
             shutil.copytree(home.folder / f"earlier-{kind}", target)
 
     argv = [*command(home, direction, target), *(["--overwrite"] if existing else [])]
-    begin()
+    restore()
     assert convert(argv, printed, moment=0) == 0, printed.read_text()
     last = int(re.search(r"changes: (\d+)", printed.read_text())[1])
-    begin()
+    restore()
     seen = []
     for moment in sorted({1, last // 3, 2 * last // 3, last - 2, last - 1, last}):
         assert convert(argv, printed, moment=moment) == -signal.SIGKILL, printed.read_text()
-        found = contents(target)
-        seen.append("wanted" if same(found, wanted) else "earlier" if same(found, earlier) else "none")
-        if found is None:
+        present = contents(target)
+        seen.append("wanted" if same(present, wanted) else "earlier" if same(present, earlier) else "none")
+        if present is None:
             assert not target.exists()
-        if found is None and existing:
+        if present is None and existing:
             assert same(contents(target.with_name("target.replaced")), earlier)
-            # A command that then refuses to overwrite it has given it its name back.
+            # A command that then refuses to overwrite it has renamed it back.
             assert convert(command(home, direction, target), printed) == 2 and "[folder-exists]" in printed.read_text()
             assert same(contents(target), earlier)
         elif seen[-1] == "wanted":
-            begin()
+            restore()
     assert seen[:3] == ["earlier" if existing else "none"] * 3 and (not existing or "none" in seen), seen
     succeed(argv)
     assert same(contents(target), wanted) and [path.name for path in target.parent.iterdir()] == ["target"]

@@ -1,4 +1,4 @@
-"""Every command that README, docs and the examples' READMEs show: its options are read by the command's own parser.
+"""Every command that README, docs and the examples' READMEs show: its options are read by the command's parser.
 
 | command | how it is tried |
 |---|---|
@@ -151,13 +151,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "musique.jsonl", questions(12))
     write_lines(folder / "musique_dev.jsonl", questions(3, first=12))
     (folder / "report.txt").write_text("w1 w2 w3 w4\n")
-    made = ["--data", folder / "groups.jsonl", "--tokenizer", folder / "MODEL", "--output", folder / "tokens"]
-    assert run(dispatch, ["tokenize-data", *map(str, made)]) == 0
+    options = ["--data", folder / "groups.jsonl", "--tokenizer", folder / "MODEL", "--output", folder / "tokens"]
+    assert run(dispatch, ["tokenize-data", *map(str, options)]) == 0
     return folder
 
 
 def _block(text: str, first: str, after: str) -> str:
-    """The indented block of a page that begins with a line and ends before another, without its indent."""
+    """The indented block of a page that starts with a line and ends before another, without its indent."""
     lines = (first + text.partition(first)[2].partition(after)[0]).splitlines()
     return "\n".join(line[4:] for line in lines) + "\n"
 
@@ -238,8 +238,8 @@ def solopo(monkeypatch: pytest.MonkeyPatch, argv: list[str], folder: Path) -> No
         assert run(dispatch, ["run", *rest, "--dry-run"]) == 0
     elif command == "verify-parallelism":
 
-        def compare(given, rest):
-            assert [parse_layout(name) for name in given.layouts]
+        def compare(options, rest):
+            assert [parse_layout(name) for name in options.layouts]
             load([*rest, "--save", "unused"])
             return 0
 
@@ -253,12 +253,12 @@ def torchrun(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     if "pretrain_solopo.py" not in argv:
         return  # its name in a sentence
     place = argv.index("pretrain_solopo.py")
-    own = get_args_parser().parse_args([word for word in argv[: place + 1] if word != "..."])
-    train(monkeypatch, argv[place + 1 :], int(own.nproc_per_node))
+    launch = get_args_parser().parse_args([word for word in argv[: place + 1] if word != "..."])
+    train(monkeypatch, argv[place + 1 :], int(launch.nproc_per_node))
 
 
 def script(monkeypatch: pytest.MonkeyPatch, words: list[str], folder: Path) -> None:
-    """A Python file: a command of tools/, the entry of training, or a parser of its own."""
+    """A Python file: a command of tools/, the entry of training, or another parser."""
     path, argv = words[0], words[1:]
     if path == "-m":
         assert argv[0] in ("pytest", "build"), "another module"
@@ -349,9 +349,9 @@ def test_the_example_of_the_readme_runs(home: Path, tmp_path: Path, monkeypatch:
 
 def test_the_pages_are_read_whole() -> None:
     """The reader of commands finds those of every kind, at their lines."""
-    found = {page: list(simple_commands(page)) for page in PAGES}
-    assert sum(map(len, found.values())) > 100
-    for page, commands in found.items():
+    commands_of = {page: list(simple_commands(page)) for page in PAGES}
+    assert sum(map(len, commands_of.values())) > 100
+    for page, commands in commands_of.items():
         lines = page.read_text().splitlines()
         assert all(words[0] in lines[number - 1] for number, words in commands), page
     shown = " ".join(" ".join(param.values[0]) for param in documented())

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo.cli import run
 
-GIVEN = TEMPLATE.replace("<user> ", "<user> w0 ")
+REPLACED = TEMPLATE.replace("<user> ", "<user> w0 ")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """With a run that had a chat template, given as a file, and an end of turn of its own."""
+    """With a run that had a chat template, set as a file, and another end of turn."""
     home = furnish(tmp_path_factory.mktemp("home"))
-    (home.folder / "chat.jinja").write_text(GIVEN)
+    (home.folder / "chat.jinja").write_text(REPLACED)
     chat = ["--chat-template", home.folder / "chat.jinja", "--eos-token", "<user>"]
     done = as_a_user(home, home.argv("run", "--train-iters", 1, *chat, "--save-hf", home.folder / "run-hf"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -51,7 +51,7 @@ def test_an_exported_model_ends_its_turns_as_it_was_trained_to(how: str, home: H
     assert before["eos_token_id"] == 2 and written == before | {"eos_token_id": [2, 1]}  # of <user>
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [2, 1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_template == GIVEN and tokenizer.eos_token == "<end>"
+    assert tokenizer.chat_template == REPLACED and tokenizer.eos_token == "<end>"
 
 
 def test_a_chat_template_that_is_gone_is_refused_before_any_work(home: Home, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
 
     hf_config = Qwen2Config(**TINY, attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(hf_config)
-    prompt, own, layers, width = 50, 7, TINY["num_hidden_layers"], TINY["hidden_size"]
+    prompt, response, layers, width = 50, 7, TINY["num_hidden_layers"], TINY["hidden_size"]
 
     def counted(tokens: int) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -181,14 +181,14 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
         angles = width // TINY["num_attention_heads"] * tokens  # of RoPE, which transformers makes by a product
         return counted(tokens) - angles - head * (tokens - predicted) - 4 * layers * width * (full - causal)
 
-    completion = Completion(Side.CHOSEN, [1] * (own + 1))
+    completion = Completion(Side.CHOSEN, [1] * (response + 1))
     one = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (completion,)),))
     for pack in (build_pack([one], [0], share_prompts=False), build_pack([one], [0], True, 1, 1, 128)):
-        assert model_flops(hf_config, [pack]) == 3 * expected(prompt + own, own + 1)
+        assert model_flops(hf_config, [pack]) == 3 * expected(prompt + response, response + 1)
     two = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (completion,) * 2),))
     shared = build_pack([two], [0])
-    again = expected(prompt + own, own + 1) - expected(prompt, 0)
-    assert model_flops(hf_config, [shared]) == 3 * (expected(prompt + own, own + 1) + again)
+    again = expected(prompt + response, response + 1) - expected(prompt, 0)
+    assert model_flops(hf_config, [shared]) == 3 * (expected(prompt + response, response + 1) + again)
 
 
 def test_the_answers_are_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +196,12 @@ def test_the_answers_are_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.syspath_prepend(str(ROOT / folder))
     from gpu import answers
 
-    kept, made = torch.load(answers.FILE, weights_only=True), answers.compute()
+    kept, computed = torch.load(answers.FILE, weights_only=True), answers.compute()
     assert answers.FILE.stat().st_size < 2**20
-    assert (kept["weights"], kept["tokens"]) == (made["weights"], made["tokens"])
-    assert kept["reference"] == [pytest.approx(row, rel=1e-12) for row in made["reference"]]
-    assert kept["cases"].keys() == made["cases"].keys() and len(made["cases"]) == 8
-    for name, case in made["cases"].items():
+    assert (kept["weights"], kept["tokens"]) == (computed["weights"], computed["tokens"])
+    assert kept["reference"] == [pytest.approx(row, rel=1e-12) for row in computed["reference"]]
+    assert kept["cases"].keys() == computed["cases"].keys() and len(computed["cases"]) == 8
+    for name, case in computed["cases"].items():
         assert kept["cases"][name]["loss"] == pytest.approx(case["loss"], rel=1e-12)
         for tensor, gradient in case["gradient"].items():
             torch.testing.assert_close(kept["cases"][name]["gradient"][tensor], gradient, rtol=1e-6, atol=1e-12)
@@ -228,7 +228,7 @@ def test_a_machines_results_become_tables_and_a_baseline(
     for name, folder in (("KEPT", "kept"), ("BASELINES", "baselines")):
         monkeypatch.setattr(gpu_report, name, tmp_path / folder)
     page = tmp_path / "gpu.md"
-    page.write_text(f"# Before\n\n{gpu_report.BEGIN}\nold\n{gpu_report.END}\n\nAfter\n")
+    page.write_text(f"# Before\n\n{gpu_report.START}\nold\n{gpu_report.END}\n\nAfter\n")
     monkeypatch.setattr(gpu_report, "PAGE", page)
     monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
     with refused("results-incomplete", str(results), "dry run"):
@@ -240,7 +240,7 @@ def test_a_machines_results_become_tables_and_a_baseline(
     def record(cell: str, key: str, value: Any, unit: str = "") -> dict[str, Any]:
         return {"cell": cell, "key": key, "value": value, "unit": unit, "t": 1.0}
 
-    made = [
+    lines = [
         record("environment", "machine", "nvidia-h200"),
         record("environment", "dry_run", False),
         record("environment", "product", 700.0, "TFLOP/s"),
@@ -256,7 +256,7 @@ def test_a_machines_results_become_tables_and_a_baseline(
         {"cell": "model_7b", "status": "failed", "seconds": 30.0, "tail": "..."},
     ]
     source = tmp_path / "results.jsonl"
-    source.write_text("".join(json.dumps(line) + "\n" for line in made))
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert gpu_report.main([str(source)]) == 0
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith("\nAfter\n") and "old" not in text

@@ -39,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def commands(inputs: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
     """Module and command line of each resumable command."""
-    hf, made = str(inputs / "hf"), ["--output", str(output)]
+    hf, to_output = str(inputs / "hf"), ["--output", str(output)]
     questions = str(inputs / "questions.jsonl")
     build = ["--source", "jsonl", "--data", questions, "--tokenizer", hf, "--short-documents", "1"]
     build += ["--long-documents", "2", "--skipped-output", f"{output}.left", "--validation-fraction", "0.3"]
@@ -50,12 +50,18 @@ def commands(inputs: Path, output: Path) -> dict[str, tuple[str, list[str]]]:
     ask += ["--max-new-tokens", "3", "--batch-tokens", "40", "--device", "cpu"]
     pair = ["--contexts", str(inputs / "contexts.jsonl"), "--responses", str(inputs / "responses.jsonl")]
     return {
-        "build-pairs": ("megatron_solopo.data.pairing.build_pairs", [*pair, *made, "--scorer", "own_judge:judge"]),
-        "prepare-data": ("megatron_solopo.data.building.prepare_data", [*build, *made]),
-        "prepare-data --workers 2": ("megatron_solopo.data.building.prepare_data", [*build, *made, "--workers", "2"]),
-        "sample-responses": ("megatron_solopo.data.sampling.sample_responses", [*sample, *made, "--device", "cpu"]),
-        "tokenize-data": ("megatron_solopo.data.tokenized.tokenize_data", [*tokenize, *made]),
-        "evaluate": ("megatron_solopo.evaluation.evaluate", [*ask, *made]),
+        "build-pairs": ("megatron_solopo.data.pairing.build_pairs", [*pair, *to_output, "--scorer", "own_judge:judge"]),
+        "prepare-data": ("megatron_solopo.data.building.prepare_data", [*build, *to_output]),
+        "prepare-data --workers 2": (
+            "megatron_solopo.data.building.prepare_data",
+            [*build, *to_output, "--workers", "2"],
+        ),
+        "sample-responses": (
+            "megatron_solopo.data.sampling.sample_responses",
+            [*sample, *to_output, "--device", "cpu"],
+        ),
+        "tokenize-data": ("megatron_solopo.data.tokenized.tokenize_data", [*tokenize, *to_output]),
+        "evaluate": ("megatron_solopo.evaluation.evaluate", [*ask, *to_output]),
     }
 
 
@@ -67,18 +73,18 @@ def files(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def finished(folder: Path) -> set[str]:
     """The lines of finished jobs on disk, but one that a kill cut."""
-    logs = [path for path in folder.rglob("*") if path.name == "jobs.jsonl" or path.name == "made.partial"]
+    logs = [path for path in folder.rglob("*") if path.name == "jobs.jsonl" or path.name == "target.partial"]
     lines = [line for log in logs if log.is_file() for line in log.read_text().split("\n")[1:-1]]
     return {json.dumps(json.loads(line)["job"]) for line in lines}
 
 
 @pytest.mark.parametrize("name", commands(Path(), Path()))
 def test_a_killed_command_resumes_to_the_same_bytes(inputs: Path, tmp_path: Path, name: str) -> None:
-    folder, told = tmp_path / "out", tmp_path / "told"
-    module, argv = commands(inputs, folder / "made")[name]
+    folder, report = tmp_path / "out", tmp_path / "report"
+    module, argv = commands(inputs, folder / "target")[name]
     folder.mkdir()
-    assert command_killed_at(0, folder, module, argv, told) == 0, told.read_text()
-    changes = int(re.search(r"changes: (\d+)", told.read_text())[1])
+    assert command_killed_at(0, folder, module, argv, report) == 0, report.read_text()
+    changes = int(re.search(r"changes: (\d+)", report.read_text())[1])
     whole = dict(files(folder))
     assert changes > 2 * KILLS
     most = 0
@@ -86,12 +92,12 @@ def test_a_killed_command_resumes_to_the_same_bytes(inputs: Path, tmp_path: Path
         moment = 1 + (changes - 1) * number // (KILLS - 1)
         shutil.rmtree(folder)
         folder.mkdir()
-        assert command_killed_at(moment, folder, module, argv, told) == -9
+        assert command_killed_at(moment, folder, module, argv, report) == -9
         kept = finished(folder)
         most = max(most, len(kept))
         if number == KILLS // 2:  # killed again soon after: what was finished stays finished
-            assert command_killed_at(4, folder, module, argv, told) == -9
+            assert command_killed_at(4, folder, module, argv, report) == -9
             assert kept <= finished(folder)
-        assert command_killed_at(0, folder, module, argv, told) == 0, (moment, told.read_text())
+        assert command_killed_at(0, folder, module, argv, report) == 0, (moment, report.read_text())
         assert dict(files(folder)) == whole, moment
     assert most > 3

@@ -1,4 +1,4 @@
-"""`solopo launch`, and torchrun: a mistake is reported once, whatever the number of processes."""
+"""`solopo launch`, and torchrun: a mistake is reported once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_solopo.cli import run
 from megatron_solopo.errors import LostProcess, UserError
 
 rank = os.environ["RANK"]
-(Path(__file__).parent / f"begun-{os.environ['TORCHELASTIC_RESTART_COUNT']}-{rank}").touch()
+(Path(__file__).parent / f"started-{os.environ['TORCHELASTIC_RESTART_COUNT']}-{rank}").touch()
 
 def main(argv):
 """
@@ -31,7 +31,7 @@ PLACE = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
 
 
 def command_line(folder: Path, body: str, launcher: str, *options: str) -> list[str]:
-    """Starts two processes with that as their command, in a folder of their own."""
+    """Starts two processes with that as their command, in a new folder."""
     script = folder / "command.py"
     script.write_text(SCRIPT + f"    {body}\n\nsys.exit(run(main))\n")
     return [sys.executable, "-m", launcher, "--standalone", "--nproc_per_node", "2", *options, str(script)]
@@ -43,7 +43,7 @@ def launched(folder: Path, body: str, launcher: str, *options: str) -> subproces
 
 
 def starts(folder: Path) -> set[str]:
-    return {path.name.split("-")[1] for path in folder.glob("begun-*")}
+    return {path.name.split("-")[1] for path in folder.glob("started-*")}
 
 
 def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -59,12 +59,12 @@ def test_a_mistake_of_all_is_one_line_and_is_not_tried_again(tmp_path: Path) -> 
     assert starts(tmp_path) == {"0"}
 
 
-def test_under_torchrun_it_is_one_line_before_the_launchers_own(tmp_path: Path) -> None:
+def test_under_torchrun_it_is_one_line_before_the_lines_of_torchrun(tmp_path: Path) -> None:
     done = launched(tmp_path, "raise UserError('option-value', '--lr: no')", "torch.distributed.run")
     assert done.returncode == 1 and len(errors(done)) == 1 and "ChildFailedError" in done.stderr
 
 
-def test_each_process_reports_its_own_mistake(tmp_path: Path) -> None:
+def test_each_process_reports_its_mistake(tmp_path: Path) -> None:
     body = "import time; time.sleep(3 * (rank == '0')); raise UserError('option-value', f'{rank} is wrong')"
     done = launched(tmp_path, body, "megatron_solopo.launch")
     assert done.returncode == 2 and errors(done)[0] == "error: rank 1: 1 is wrong [option-value]"

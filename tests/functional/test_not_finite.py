@@ -63,7 +63,7 @@ def test_what_was_saved_before_the_run_stops_stays(home: Home) -> None:
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1\n"
 
 
-def test_a_run_that_ends_with_skipped_steps_says_so(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_ends_with_skipped_steps_reports_them(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(main, home.argv("runs/end", *IN_ORDER, "--train-iters", 2)) == 0
     err = capfd.readouterr().err
     assert re.search(r"^warning: every step after step 1 was skipped: the model is still that of step 1; ", err, re.M)

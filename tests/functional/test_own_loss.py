@@ -1,4 +1,4 @@
-"""A preference loss of a user's: one class in one file of the working directory, with an option of its own."""
+"""A user's preference loss: one class in one file of the working directory, with an additional option."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ONE = ["--preference-loss", "my_losses:Hinge", "--global-batch-size", 1, "--micr
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    home = furnish(tmp_path_factory.mktemp("own-loss"))
+    home = furnish(tmp_path_factory.mktemp("user-loss"))
     (home.folder / "my_losses.py").write_text(HINGE)
     return home
 
@@ -93,7 +93,7 @@ def test_it_trains_with_its_option_and_its_run_starts_again(home: Home) -> None:
     check_refusal(other.stderr, "checkpoint-other-run", "--hinge-margin: ", "run has 0.5, this one 0.6; ")
 
 
-def test_it_is_known_wherever_options_are(here: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_with_options_accepts_it(here: Home, capsys: pytest.CaptureFixture[str]) -> None:
     argv = here.argv("runs/dry", *ONE, "--hinge-margin", 2)
     assert run(main, [*argv, "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -186,7 +186,7 @@ class NoAlpha(Hinge):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_a_line(here: Home, case: str) -> None:
+def test_a_mistake_is_one_line(here: Home, case: str) -> None:
     (here.folder / "broken.py").write_text("class Hinge(:\n")
     (here.folder / "partial.py").write_text(PARTIAL)
     (here.folder / "hinge.yaml").write_text("method: {hinge_margin: 3, preference_loss: 'my_losses:Hinge'}\n")

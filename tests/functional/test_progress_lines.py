@@ -67,11 +67,11 @@ def test_the_commands_of_data_and_evaluation(home: Home, phases: Callable[..., s
     tokenizer, sizes = ["--tokenizer", hf], ["--short-documents", 1, "--long-documents", 3]
     contexts = folder / "contexts.jsonl"
     split = ["--validation-fraction", 0.5, "--validation-output", folder / "validation.jsonl"]
-    made = ["prepare-data", "--data", folder / "questions.jsonl", *tokenizer]
-    assert phases(*made, "--output", contexts, *sizes) >= {"reading", "contexts", "reading the inputs"}
+    prepare = ["prepare-data", "--data", folder / "questions.jsonl", *tokenizer]
+    assert phases(*prepare, "--output", contexts, *sizes) >= {"reading", "contexts", "reading the inputs"}
     tokens = ["--short-tokens", 60, "--long-tokens", 100, "--pool", folder / "pool.jsonl", *split]
     write_lines(folder / "pool.jsonl", [{"title": f"w{n}", "text": f"w{n} w{n + 1}"} for n in range(40)])
-    assert phases(*made, "--output", folder / "other.jsonl", *tokens) >= {
+    assert phases(*prepare, "--output", folder / "other.jsonl", *tokens) >= {
         "lengths",
         "reading the pool",
         "finding near-duplicates",
@@ -81,7 +81,7 @@ def test_the_commands_of_data_and_evaluation(home: Home, phases: Callable[..., s
     assert phases(*sample, *sampling) >= {"prompts", loading, "sampling"}
     answers = [{"id": f"q{n}", "responses": [f"w{n}", "w1"], "finished": [True, True]} for n in range(20, 26)]
     write_lines(folder / "answers.jsonl", answers)
-    groups = folder / "made.jsonl"
+    groups = folder / "groups.jsonl"
     paired = ["build-pairs", "--contexts", contexts, "--responses", folder / "answers.jsonl", "--output", groups]
     assert phases(*paired) >= {"pairing"}
     tokenized = ["tokenize-data", "--data", groups, *tokenizer, "--output", folder / "tokens", "--workers", 1]
@@ -98,7 +98,7 @@ def test_conversion_and_the_reference_pass(
     home: Home, phases: Callable[..., set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, hf = home.folder, home.folder / "hf"
-    monkeypatch.setenv("SOLOPO_CACHE", str(folder / "cache"))  # where no other test has made the store
+    monkeypatch.setenv("SOLOPO_CACHE", str(folder / "cache"))  # where no other test has written the store
     trained = home.argv("runs/one", "--train-iters", 2, "--save-interval", 1, "--save-hf", folder / "exported")
     reading = {"reading the weights", f"tokenizing {folder / 'groups.jsonl'}", "reading weights"}
     assert phases("train", *trained) >= reading | {"reference log-probs", f"writing {folder / 'exported'}"}

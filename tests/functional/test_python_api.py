@@ -102,7 +102,7 @@ def test_the_example_trains_and_evaluates(home: Home, model: str) -> None:
     assert again.returncode == 0, again.stderr
 
 
-def test_the_example_of_an_own_loss_trains(home: Home, model: str) -> None:
+def test_the_example_of_a_user_loss_trains(home: Home, model: str) -> None:
     printed = run_example("own_loss.py", home.folder, model, "groups.jsonl")
     assert printed == f"loss of the pairs: {home.metrics('runs/hinge')[-1]['po_loss']:.3f}\n"
     method = yaml.safe_load((home.folder / "runs/hinge/config.yaml").read_text())["method"]
@@ -144,8 +144,8 @@ def test_a_config_is_what_the_command_line_makes(home: Home) -> None:
     rest = ["--train-epochs=1", "--lr=3e-6", "--no-shuffle"]
     loaded = Config.load("run.yaml", overrides=rest)
     assert loaded.training.lr == 3e-6 and loaded.data.shuffle is False and loaded.method.alignment_weight == 3.0
-    made = Config.from_options(config=Path("run.yaml"), train_epochs=1, lr=3e-6, shuffle=False, valid_data=None)
-    assert made.as_dict() == loaded.as_dict() and made.explicit == loaded.explicit
+    config = Config.from_options(config=Path("run.yaml"), train_epochs=1, lr=3e-6, shuffle=False, valid_data=None)
+    assert config.as_dict() == loaded.as_dict() and config.explicit == loaded.explicit
     kwargs = {"enable_thinking": False}
     assert Config.from_options(**options("x", chat_template_kwargs=kwargs)).model.chat_template_kwargs == (
         '{"enable_thinking": false}'
@@ -216,10 +216,10 @@ def hinge(default: float) -> type[PreferenceLoss]:
 
 def test_a_loss_that_is_defined_again_takes_the_place_of_the_earlier(home: Home) -> None:
     for number, default in enumerate((0.5, 2.0)):
-        made = Config.from_options(**options(f"runs/again-{number}", preference_loss=hinge(default)))
-        assert made.method.preference_loss == f"{__name__}:hinge.<locals>.Hinge"
-        assert made.as_dict()["method"]["hinge_margin"] == default, "what config.yaml will say"
-        line = train(made).metrics
+        reloaded = Config.from_options(**options(f"runs/again-{number}", preference_loss=hinge(default)))
+        assert reloaded.method.preference_loss == f"{__name__}:hinge.<locals>.Hinge"
+        assert reloaded.as_dict()["method"]["hinge_margin"] == default, "what config.yaml will say"
+        line = train(reloaded).metrics
         assert line["po_loss"] == pytest.approx(max(0.0, default - line["margin"]), abs=1e-6)
     built_in = registry.LOSSES["simpo"]
     assert Config.from_options(**options("x", preference_loss=built_in)).method.preference_loss == "simpo"
@@ -232,11 +232,11 @@ def test_a_loss_that_is_defined_again_takes_the_place_of_the_earlier(home: Home)
 def test_training_from_python_is_training_by_the_command(home: Home) -> None:
     """Twice in one process, with groups in memory and as a path; bit for bit what the command computes."""
     main(home.argv("runs/command", "--preference-loss", "orpo", "--train-iters", 2, "--valid-data", "valid.jsonl"))
-    given = Config.from_options(**options("runs/path", valid_data="valid.jsonl", save_hf="path-hf"))
-    given.method.alignment_weight = None  # which `train` fills in its copy
-    before = given.as_dict()
-    result = train(given)
-    assert given.as_dict() == before, "the caller's config is changed"
+    config = Config.from_options(**options("runs/path", valid_data="valid.jsonl", save_hf="path-hf"))
+    config.method.alignment_weight = None  # which `train` fills in its copy
+    before = config.as_dict()
+    result = train(config)
+    assert config.as_dict() == before, "the caller's config is changed"
     records = preference_groups(10)
     groups = [PreferenceGroup(**record) for record in records]
     in_memory = train(
@@ -252,20 +252,20 @@ def test_training_from_python_is_training_by_the_command(home: Home) -> None:
 
 def test_a_run_that_was_stopped_resumes_with_the_same_groups_alone(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = preference_groups(10)
-    given = options("runs/stopped", train_data=groups, auto_resume=True, train_iters=4)
+    arguments = options("runs/stopped", train_data=groups, auto_resume=True, train_iters=4)
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "step", lambda self, values, warnings=None: signal.raise_signal(signal.SIGTERM))
-        stopped = train(Config.from_options(**given, exit_signal_handler=True))
+        stopped = train(Config.from_options(**arguments, exit_signal_handler=True))
     assert 0 < stopped.step < 4 and not stopped.finished and stopped.hf_folder is None
     assert stopped.checkpoint == Path(f"runs/stopped/iter_{stopped.step:07d}")
-    first = train(Config.from_options(**given))
+    first = train(Config.from_options(**arguments))
     assert first.finished and first.step == 4
     written = (home.folder / "runs/stopped/train_data.jsonl").read_bytes()
     with refused("checkpoint-other-data", "--train-data: ", "runs/stopped", "--save"):
-        train(Config.from_options(**given | dict(train_data=groups[1:])))
+        train(Config.from_options(**arguments | dict(train_data=groups[1:])))
     assert (home.folder / "runs/stopped/train_data.jsonl").read_bytes() == written
-    assert not list((home.folder / "runs/stopped").glob("*.given"))
-    assert train(Config.from_options(**given)) == first, "nothing is left, and the result is the same"
+    assert not list((home.folder / "runs/stopped").glob("*.new"))
+    assert train(Config.from_options(**arguments)) == first, "nothing is left, and the result is the same"
 
 
 def test_what_train_refuses_is_a_user_error_and_the_next_run_works(home: Home) -> None:
@@ -288,11 +288,11 @@ def test_what_train_refuses_is_a_user_error_and_the_next_run_works(home: Home) -
     assert train(Config.from_options(**options("runs/works"))).finished
 
 
-def test_a_process_that_has_its_own_torch_distributed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Config.from_options(**options("runs/own"))
+def test_a_process_that_uses_torch_distributed_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.from_options(**options("runs/distributed"))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with refused("distributed-started", "train: torch.distributed "):
-        train(given)
+        train(config)
 
 
 def test_one_process_trains_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +340,6 @@ WRONG_EVALUATIONS = {
 @pytest.mark.parametrize("case", WRONG_EVALUATIONS)
 def test_what_evaluate_refuses_is_one_line(case: str) -> None:
     more, code, *named = WRONG_EVALUATIONS[case]
-    given = dict(model="hf", questions=QUESTIONS, source="jsonl", context_documents=[2]) | more
+    arguments = dict(model="hf", questions=QUESTIONS, source="jsonl", context_documents=[2]) | more
     with refused(code, *named):
-        evaluate(**given)
+        evaluate(**arguments)

@@ -125,7 +125,7 @@ def trained(home: Path) -> Path:
 
 
 def test_contexts_have_the_lengths_and_the_same_evidence(home: Path) -> None:
-    # The ids are counted by the rank file's own reader, not by the transformers tokenizer that built the contexts.
+    # The ids are counted by the reader of the rank file, not by the transformers tokenizer that built the contexts.
     tokenizer = Tokenizer.from_file(str(home / "start" / "tokenizer.json"))
     questions = {question["id"]: question for question in read(home / "questions.jsonl")}
     for record in read(home / "contexts.jsonl"):
@@ -155,7 +155,7 @@ def test_a_run_starts_at_the_law_and_holds_its_memory(trained: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_exported_model_gives_the_same_log_probs_in_transformers(trained: Path) -> None:
+def test_the_exported_model_has_the_same_log_probs_in_transformers(trained: Path) -> None:
     _, valid = [line for line in read(trained / "dpo" / "metrics.jsonl") if line["split"] == "valid"]
     model = AutoModelForCausalLM.from_pretrained(trained / "dpo-hf", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained / "dpo-hf")
@@ -227,14 +227,14 @@ def test_sixty_four_real_groups_a_step_are_spread_evenly(
         config = Config(method=method)
         config.parallel.context_parallel_size = context
         config.training.micro_batch_size, config.training.max_tokens_per_rank = 8, 32768 // context
-        some = [dataset.groups[i] for i in schedule.step(step)]
-        plan = plan_step(some, 3584, ranks, config)
+        of_step = [dataset.groups[i] for i in schedule.step(step)]
+        plan = plan_step(of_step, 3584, ranks, config)
         assert plan.imbalance <= 0.10, (ranks, plan.imbalance)
         worst[f"imbalance at dp {ranks}"] = max(worst[f"imbalance at dp {ranks}"], plan.imbalance)
         if ranks < 8:
             continue  # the same groups, so the same padding
         packs = [
-            build_pack([some[i] for i in share], share, True, plan.of_packs, plan.of_pieces)
+            build_pack([of_step[i] for i in share], share, True, plan.of_packs, plan.of_pieces)
             for shares in plan.shares
             for share in shares
         ]

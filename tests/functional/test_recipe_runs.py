@@ -27,13 +27,13 @@ import argparse, os, sys
 parser = argparse.ArgumentParser()
 for name in ("--data", "--output", "--text", "--status"):
     parser.add_argument(name, default="")
-given = parser.parse_args()
-if given.status:
-    sys.exit(f"broken: {given.status}")
-read = open(given.data).read() if given.data else ""
-open("calls", "a").write(given.text)
-if given.output:
-    open(given.output, "w").write(read + given.text)
+options = parser.parse_args()
+if options.status:
+    sys.exit(f"broken: {options.status}")
+read = open(options.data).read() if options.data else ""
+open("calls", "a").write(options.text)
+if options.output:
+    open(options.output, "w").write(read + options.text)
 """
 
 
@@ -42,7 +42,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.made = path / "made"
+        self.target = path / "target"
         (path / "copy.py").write_text(COPY)
         (path / "start.txt").write_text("s")
         self.options: dict[str, dict[str, str]] = {
@@ -53,14 +53,14 @@ class Folder:
 
     def run(self, *flags: str) -> int:
         stages = {name: {"script": "copy.py", "options": options} for name, options in self.options.items()}
-        (self.path / "r.yaml").write_text(yaml.safe_dump({"output": "made", "stages": stages}, sort_keys=False))
-        (self.made / "calls").unlink(missing_ok=True)
+        (self.path / "r.yaml").write_text(yaml.safe_dump({"output": "target", "stages": stages}, sort_keys=False))
+        (self.target / "calls").unlink(missing_ok=True)
         return run(dispatch, ["run", str(self.path / "r.yaml"), *flags])
 
     def calls(self, *flags: str) -> str:
         """Runs the recipe; the texts of the stages that ran."""
         assert self.run(*flags) == 0
-        calls = self.made / "calls"
+        calls = self.target / "calls"
         return calls.read_text() if calls.exists() else ""
 
 
@@ -73,20 +73,20 @@ def test_what_is_done_is_skipped_and_what_changed_runs_with_what_follows(
     folder: Folder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert folder.calls() == "abc"
-    assert (folder.made / "c.txt").read_text() == "sabc"
-    told = capfd.readouterr().out
-    assert re.search(r"^\[2/3\] b runs: python \S+/copy.py --data a.txt --text b --output b.txt$", told, re.MULTILINE)
-    assert re.search(r"^\[3/3\] c: \d+\.\d s$", told, re.MULTILINE) and "made: all stages are done, in " in told
+    assert (folder.target / "c.txt").read_text() == "sabc"
+    output = capfd.readouterr().out
+    assert re.search(r"^\[2/3\] b runs: python \S+/copy.py --data a.txt --text b --output b.txt$", output, re.MULTILINE)
+    assert re.search(r"^\[3/3\] c: \d+\.\d s$", output, re.MULTILINE) and "target: all stages are done, in " in output
     assert folder.calls() == ""
     assert len(re.findall(r"^\[\d/3\] \w: done before \(\d+\.\d s\)$", capfd.readouterr().out, re.MULTILINE)) == 3
     folder.options["b"]["text"] = "B"
-    assert folder.calls() == "Bc" and (folder.made / "c.txt").read_text() == "saBc"
+    assert folder.calls() == "Bc" and (folder.target / "c.txt").read_text() == "saBc"
     (folder.path / "start.txt").write_text("t")
-    assert folder.calls() == "aBc" and (folder.made / "c.txt").read_text() == "taBc"
-    (folder.made / "b.txt").unlink()
+    assert folder.calls() == "aBc" and (folder.target / "c.txt").read_text() == "taBc"
+    (folder.target / "b.txt").unlink()
     assert folder.calls() == "Bc"
-    (folder.made / "b.txt").write_text("of a person")
-    assert folder.calls() == "Bc" and (folder.made / "c.txt").read_text() == "taBc"
+    (folder.target / "b.txt").write_text("of a person")
+    assert folder.calls() == "Bc" and (folder.target / "c.txt").read_text() == "taBc"
     (folder.path / "copy.py").write_text(COPY + "\n")
     assert folder.calls() == "aBc"
     folder.options = {"a": folder.options["a"], "d": {"text": "d", "output": "d.txt"}} | folder.options
@@ -110,7 +110,7 @@ def test_from_and_only(folder: Folder) -> None:
     assert folder.calls() == "c"  # what it reads is new
 
 
-def test_a_failing_stage_ends_the_run_and_the_next_run_begins_there(
+def test_a_failing_stage_ends_the_run_and_the_next_run_starts_there(
     folder: Folder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder.options["b"]["status"] = "no reason"
@@ -118,37 +118,37 @@ def test_a_failing_stage_ends_the_run_and_the_next_run_begins_there(
     err = capfd.readouterr().err
     assert err.startswith("broken: no reason\nerror: ") and err.count("\n") == 2
     check_refusal(err, "stage-failed", "[2/3] b", "status 1")
-    assert (folder.made / "calls").read_text() == "a"
+    assert (folder.target / "calls").read_text() == "a"
     del folder.options["b"]["status"]
     assert folder.calls() == "bc"
 
 
-def test_a_dry_run_touches_nothing_and_says_what_would_be_deleted(
+def test_a_dry_run_touches_nothing_and_lists_what_would_be_deleted(
     folder: Folder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert folder.run("--dry-run") == 0 and not folder.made.exists()
-    told = capfd.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in told] == [f"[{n}/3] {name} runs" for n, name in enumerate("abc", 1)]
+    assert folder.run("--dry-run") == 0 and not folder.target.exists()
+    output = capfd.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in output] == [f"[{n}/3] {name} runs" for n, name in enumerate("abc", 1)]
     folder.calls()
     capfd.readouterr()
     folder.options["b"]["text"] = "B"
-    before = {path: path.stat().st_mtime_ns for path in folder.made.rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.target.rglob("*.*")}
     assert folder.run("--dry-run") == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.made.rglob("*.*")} == before
-    told = capfd.readouterr().out.splitlines()
-    assert told[0] == "[1/3] a done before" and told[1].startswith("[2/3] b runs: python ")
-    assert told[2] == "  removes b.txt" and told[3].startswith("[3/3] c runs: ") and len(told) == 5
+    assert {path: path.stat().st_mtime_ns for path in folder.target.rglob("*.*")} == before
+    output = capfd.readouterr().out.splitlines()
+    assert output[0] == "[1/3] a done before" and output[1].startswith("[2/3] b runs: python ")
+    assert output[2] == "  removes b.txt" and output[3].startswith("[3/3] c runs: ") and len(output) == 5
 
 
-def test_only_what_a_stage_made_is_deleted(folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_outputs_of_a_stage_are_deleted(folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
     """Neither what was there before, nor what lies outside the output folder."""
     outside = folder.path / "outside.txt"
-    folder.made.mkdir()
-    (folder.made / "b.txt").mkdir()
-    (folder.made / "b.txt" / "mine").write_text("mine")
+    folder.target.mkdir()
+    (folder.target / "b.txt").mkdir()
+    (folder.target / "b.txt" / "mine").write_text("mine")
     folder.options["c"]["output"] = str(outside)
     assert folder.run() == 2 and folder.run() == 2  # it cannot be written, and stays
-    assert (folder.made / "b.txt" / "mine").read_text() == "mine"
+    assert (folder.target / "b.txt" / "mine").read_text() == "mine"
     folder.options["b"]["output"], folder.options["c"]["data"] = "d.txt", "d.txt"
     assert folder.calls() == "bc" and outside.read_text() == "sabc"
     capfd.readouterr()
@@ -162,9 +162,9 @@ def test_two_runs_in_one_folder(folder: Folder, capfd: pytest.CaptureFixture[str
     from megatron_solopo.pipeline import _Locks
 
     folder.calls()
-    with _Locks(folder.made / ".stages"):
+    with _Locks(folder.target / ".stages"):
         assert folder.run() == 2
-    assert re.search(r"made: another `solopo run` works there; wait for its end", capfd.readouterr().err)
+    assert re.search(r"target: another `solopo run` works there; wait for its end", capfd.readouterr().err)
     assert folder.calls() == ""
 
 
@@ -211,7 +211,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     question = lambda n: {"id": f"q{n}", "question": f"w{n % 60} w3", "answer": f"w{n % 60}", "answer_aliases": []}  # noqa: E731
     write_lines(folder / "questions.jsonl", [question(n) | {"paragraphs": paragraphs(n)} for n in range(60)])
     (folder / "r.yaml").write_text("""\
-output: made
+output: target
 environment: {OMP_NUM_THREADS: "1"}
 stages:
   contexts:
@@ -230,7 +230,7 @@ stages:
     processes: 2
     train:
       hf_path: ./hf
-      train_data: ./groups.jsonl  # the tiny tokenizer does not tell the pairs above apart
+      train_data: ./groups.jsonl  # to the tiny tokenizer the pairs above are equal
       device: cpu
       seq_length: 128
       train_iters: 12
@@ -250,28 +250,30 @@ stages:
     return folder
 
 
-def results(made: Path) -> dict[str, object]:
+def results(target: Path) -> dict[str, object]:
     """What does not hold times."""
-    metrics = [json.loads(line) for line in (made / "solo" / "metrics.jsonl").read_text().splitlines()]
-    tensors = load_file(made / "solo-hf" / "model.safetensors")
+    metrics = [json.loads(line) for line in (target / "solo" / "metrics.jsonl").read_text().splitlines()]
+    tensors = load_file(target / "solo-hf" / "model.safetensors")
     return {
-        "files": [(made / name).read_bytes() for name in ("contexts.jsonl", "responses.jsonl", "groups.jsonl")],
+        "files": [(target / name).read_bytes() for name in ("contexts.jsonl", "responses.jsonl", "groups.jsonl")],
         "loss": [(line["step"], line["loss"]) for line in metrics if line["split"] == "train"],
         "weights": {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
-        "accuracy": json.loads((made / "accuracy.json").read_text())["metrics"],
+        "accuracy": json.loads((target / "accuracy.json").read_text())["metrics"],
     }
 
 
 def test_killed_in_sampling_and_in_training_it_ends_as_an_unbroken_run(home: Path) -> None:
     """kill -9 of `solopo run` alone, and the same command at once: its stage must end with it, and not be disturbed."""
-    made, unbroken = home / "made", home / "unbroken"
+    target, unbroken = home / "target", home / "unbroken"
     assert start(home / "r.yaml").wait(timeout=1800) == 0
-    made.rename(unbroken)
+    target.rename(unbroken)
 
-    sampled = made / "responses.jsonl.partial"
+    sampled = target / "responses.jsonl.partial"
     moments = [
         lambda: sampled.exists() and sampled.read_bytes().count(b"\n") > 8,
-        lambda: len(list((made / "solo").glob("iter_*/solopo.json"))) >= 2 or (made / "solo" / "iter_0000004").exists(),
+        lambda: (
+            len(list((target / "solo").glob("iter_*/solopo.json"))) >= 2 or (target / "solo" / "iter_0000004").exists()
+        ),
     ]
     for moment in moments:
         process = start(home / "r.yaml")
@@ -286,5 +288,7 @@ def test_killed_in_sampling_and_in_training_it_ends_as_an_unbroken_run(home: Pat
         "done before", "done before", "done before", "resumes", "runs", "runs"]  # fmt: skip
     assert re.search(r"resuming after step (?!0)\d+ of 12", err)
     assert "removes" not in out
-    assert results(made) == results(unbroken)
-    assert (made / "report.md").read_text().count("sub-EM") == (unbroken / "report.md").read_text().count("sub-EM") > 0
+    assert results(target) == results(unbroken)
+    assert (
+        (target / "report.md").read_text().count("sub-EM") == (unbroken / "report.md").read_text().count("sub-EM") > 0
+    )

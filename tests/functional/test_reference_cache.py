@@ -32,7 +32,7 @@ def cache(home: Home) -> Path:
 
 
 def again(home: Home, name: str) -> int:
-    """The same run with its own cache folder."""
+    """The same run with another cache folder."""
     return run(main, home.argv(f"{name}/run", "--train-iters", 1, "--reference-cache", home.folder / name))
 
 
@@ -142,7 +142,7 @@ platform.stop(here)
 
 
 def test_a_slow_process_delays_the_others_and_never_times_them_out(home: Home, tmp_path: Path) -> None:
-    """A collective would give up after 9 seconds here."""
+    """A collective would time out after 9 seconds here."""
     (tmp_path / "slow.py").write_text(SLOW)
     argv = home.argv(
         "slow/run", "--train-iters", 1, "--global-batch-size", 10, "--distributed-timeout-minutes", 0.15,

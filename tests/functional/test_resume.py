@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what is refused, what a refusal leaves alone, and what counts as done."""
+"""Resuming from a checkpoint: what is refused, what a refusal leaves alone, and what counts as done."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ def test_a_run_resumes_with_another_way_of_computing(home: Home, simpo: Path) ->
     assert [line["step"] for line in home.metrics("runs/freely")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("begin", ["--auto-resume", "--load"])
+@pytest.mark.parametrize("flag", ["--auto-resume", "--load"])
 def test_a_finished_run_is_extended_with_the_override_only(
-    home: Home, simpo: Path, begin: str, capfd: pytest.CaptureFixture[str]
+    home: Home, simpo: Path, flag: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its learning rate is then that of a run of the new length, which it stays."""
-    name = f"extended{begin}"
+    name = f"extended{flag}"
     folder = Path(shutil.copytree(simpo, home.folder / "runs" / name))
-    start = [begin] if begin == "--auto-resume" else [begin, folder]
+    start = [flag] if flag == "--auto-resume" else [flag, folder]
     flags = ["--preference-loss", "simpo", "--train-iters", 8, "--save-interval", 2]
     argv = home.argv(f"runs/{name}", *flags, *start)
     refuse(capfd, argv, "checkpoint-other-run", "--train-iters 8: ", "--override-opt-param-scheduler")
@@ -168,7 +168,7 @@ def test_a_finished_run_is_extended_with_the_override_only(
     refuse(capfd, home.argv(f"runs/{name}", *shorter), "checkpoint-other-run", "run has 8 steps, this one 5; ")
 
 
-def test_a_dry_run_says_where_a_run_resumes(home: Home, dpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_where_a_run_resumes(home: Home, dpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, resume_argv(home, "dpo", "--dry-run")) == 0
     assert f"resumes after step 2, from {dpo}/iter_0000002\n" in capsys.readouterr().out
     assert run(main, home.argv("runs/dpo", "--auto-resume", "--dry-run")) == 0
@@ -208,18 +208,18 @@ def test_a_run_killed_at_its_export_still_exports_over_an_older_model(
     assert "nothing is left" in capfd.readouterr().err and older.read_bytes() == exported
 
 
-def test_a_model_that_the_run_did_not_export_is_never_taken_for_its_own(
+def test_a_model_that_the_run_did_not_export_is_never_mistaken_for_its_export(
     home: Home, simpo: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(simpo, home.folder / "runs/foreign")
     shutil.copytree(home.folder / "hf", home.folder / "foreign-hf")
     refuse(capfd, exporting(home, "foreign"), "folder-exists", "/foreign-hf: ", "export.json", "--overwrite")
-    # Its own, where it was killed between the export and the note of it, needs no --overwrite.
+    # The run's export, where it was killed between the export and the note of it, needs no --overwrite.
     with monkeypatch.context() as patch:
         patch.setattr("megatron_solopo.training.resume.export_is_complete", killed)
-        assert run(main, exporting(home, "own")) == 130
-    assert (home.folder / "own-hf/config.json").is_file()
-    assert run(main, exporting(home, "own")) == run(main, exporting(home, "own")) == 0
+        assert run(main, exporting(home, "killed")) == 130
+    assert (home.folder / "killed-hf/config.json").is_file()
+    assert run(main, exporting(home, "killed")) == run(main, exporting(home, "killed")) == 0
     assert "nothing is left" in capfd.readouterr().err
 
 
@@ -235,7 +235,9 @@ def test_a_full_disk_at_the_note_does_not_cost_the_model(
     assert (home.folder / "full-hf/config.json").is_file()
 
 
-def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_resuming_from_an_earlier_checkpoint_the_model_is_exported_again(
+    home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(main, exporting(home, "back", "--save-interval", 2)) == 0
     weights = home.folder / "back-hf/model.safetensors"
     first = weights.read_bytes()
@@ -248,8 +250,10 @@ def test_after_going_back_the_model_is_exported_again(home: Home, simpo: Path, m
     assert weights.read_bytes() != first
 
 
-def test_what_another_run_exported_is_not_this_ones(home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run from another's checkpoint, in a folder whose own run was exported and has lost its checkpoints."""
+def test_an_export_of_another_run_is_not_mistaken_for_this_runs(
+    home: Home, simpo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run from another's checkpoint, in the folder of an exported run whose checkpoints are lost."""
     assert run(main, exporting(home, "lost", "--beta", 4)) == 0
     weights = home.folder / "lost-hf/model.safetensors"
     first = weights.read_bytes()

@@ -1,4 +1,4 @@
-"""--rope-scaling as a user gives it: the run, its reference, its resumption and its exported folder."""
+"""--rope-scaling on a command line: the run, its reference, its resumption and its exported folder."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_the_reference_is_transformers_of_the_extended_config(home: Home, extend
     hf = AutoModelForCausalLM.from_pretrained(by_hand, dtype=torch.float32)
     config, _ = config_load.load(home.argv(extended, *FLAGS))
     (path,) = (home.folder / "runs/reference").glob("*.safetensors")
-    found, longest = load_file(path)["log_probs"].reshape(-1, 3), 0
-    for row, group in zip(found, load_data(config).reference["train"].groups, strict=True):
+    cached, longest = load_file(path)["log_probs"].reshape(-1, 3), 0
+    for row, group in zip(cached, load_data(config).reference["train"].groups, strict=True):
         theirs = []
         for prompt in group.prompts:
             for completion in prompt.completions:
@@ -83,7 +83,7 @@ def test_the_exported_folder_is_the_longer_model(home: Home, extended: str, caps
 
 
 def test_the_scaling_is_part_of_the_run(home: Home, extended: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is written to config.yaml; another scaling has its own reference and does not resume this run's checkpoint."""
+    """It is written to config.yaml; another scaling has another reference and does not resume this run's checkpoint."""
     assert yaml.safe_load((home.folder / extended / "config.yaml").read_text())["model"]["rope_scaling"] == "yarn:2:256"
     load = ["--load", home.folder / extended]
     for wrong, named in (("linear:2:256", "linear:2:256"), ("yarn:4:256", "yarn:4:256")):

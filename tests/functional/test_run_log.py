@@ -35,7 +35,7 @@ def console(capfd: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_run_is_evaluated_before_its_first_step(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
-    """With the weights it starts from: a run whose steps change nothing ends where it began."""
+    """With the weights it starts from: a run whose steps change nothing ends where it started."""
     assert run(main, home.argv("runs/still", *flags(home, "--lr", 1e-30, "--train-iters", 2))) == 0
     before, after = home.metrics("runs/still", "valid")
     assert (before.pop("step"), after.pop("step")) == (0, 2) and before == after and before["groups"] == 3
@@ -66,9 +66,7 @@ def test_the_evaluation_before_the_first_step_can_be_switched_off(
     assert "error: --eval-on-start would have no effect: it needs --valid-data" in console(capfd)[-1]
 
 
-def test_a_console_line_tells_pace_rate_and_the_time_that_is_left(
-    home: Home, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_console_line_shows_pace_rate_and_remaining_time(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(main, home.argv("runs/lines", *flags(home, "--log-interval", 2, "--clip-grad", 1e-3))) == 0
     lines = console(capfd)
     shown = [line for line in lines if re.match(r"step \d/5 ", line)]
@@ -104,7 +102,7 @@ def test_the_time_left_is_that_of_the_steps_with_what_happens_between_them() -> 
 def test_memory_of_saves_is_named_apart(
     home: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A save that takes 400 MiB more is seen in its own line, and not in the steps after it."""
+    """A save that needs 400 MiB more appears in its line, and not in the steps after it."""
     from megatron_solopo.training.checkpoint import Checkpoints
 
     save = Checkpoints.save
@@ -130,7 +128,7 @@ def test_memory_of_saves_is_named_apart(
 
 
 def test_memory_where_the_system_does_not_reset_its_peak() -> None:
-    """A peak is known if it is the highest so far; else the highest so far is given."""
+    """A peak is known if it is the highest so far; else the highest so far is logged."""
     from unittest.mock import patch
 
     from megatron_solopo.training import memory
@@ -168,7 +166,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027], indirect=True, ids=oct)
-def test_every_file_of_a_run_has_the_mode_that_the_umask_says(home: Home, umask: int) -> None:
+def test_every_file_of_a_run_has_the_mode_of_the_umask(home: Home, umask: int) -> None:
     """The reference cache too, which other people's runs read."""
     name = f"modes{umask:o}"
     more = ["--save-hf", home.folder / name / "hf", "--save-interval", 1, "--train-iters", 2, "--async-save"]

@@ -63,8 +63,8 @@ def train_a_little(folder: Path) -> None:
     ids = torch.tensor([prompt + answer for prompt, answer in rows])
     labels = torch.tensor([[-100] * len(prompt) + answer for prompt, answer in rows])
     for step in range(60):
-        some = slice(32 * step % 1984, 32 * step % 1984 + 32)
-        model(input_ids=ids[some], labels=labels[some]).loss.backward()
+        batch = slice(32 * step % 1984, 32 * step % 1984 + 32)
+        model(input_ids=ids[batch], labels=labels[batch]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
@@ -115,14 +115,14 @@ def command(serving: Serving, output: Path, *more: str) -> list[str]:
     return [*words.split(), "--output", str(output), "--samples", str(SAMPLES), "--max-new-tokens", "4", *more]
 
 
-def _sample(argv: list[str], told: str) -> None:
+def _sample(argv: list[str], log: str) -> None:
     for stream in (1, 2):
-        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.exit(run(sample, argv))
 
 
-def start(argv: list[str], told: Path) -> BaseProcess:
-    process = fork_server.process(_sample, argv, str(told))
+def start(argv: list[str], log: Path) -> BaseProcess:
+    process = fork_server.process(_sample, argv, str(log))
     process.start()
     return process
 
@@ -142,36 +142,36 @@ def settled(serving: Serving) -> int:
             return len(received)
 
 
-def test_killed_at_random_requests_none_is_lost_and_no_answer_is_asked_for_again(
+def test_killed_at_random_requests_no_answer_is_lost_or_requested_twice(
     serving: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The server's own log against what is on disk, at each kill; then a pair set of what was sampled."""
-    output, told = tmp_path / "responses.jsonl", tmp_path / "told.txt"
+    """The server's log against what is on disk, at each kill; then a pair set of what was sampled."""
+    output, log = tmp_path / "responses.jsonl", tmp_path / "log.txt"
     partial = Path(f"{output}.partial")
     arguments = command(serving, output, "--temperature", "1.0", "--concurrency", "4")
-    begin = settled(serving)
+    first = settled(serving)
     moments = sorted(random.Random(KILLS).sample(range(1, QUESTIONS * SAMPLES - 5), KILLS))
     in_flight: Counter[str] = Counter()
     kept_before: list[tuple[int, set[str]]] = []
     for moment in moments:
-        process = start(arguments, told)
+        process = start(arguments, log)
         while len(journal(partial)) < moment:
-            assert process.is_alive(), told.read_text()
+            assert process.is_alive(), log.read_text()
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         kept, place = journal(partial), settled(serving)
-        in_flight.update(set(serving.events("received")[begin:place]) - kept)
+        in_flight.update(set(serving.events("received")[first:place]) - kept)
         kept_before.append((place, kept))
-    process = start(arguments, told)
+    process = start(arguments, log)
     process.join()
-    assert process.exitcode == 0, told.read_text()
+    assert process.exitcode == 0, log.read_text()
 
     settled(serving)
     received = serving.events("received")
     for place, kept in kept_before:
         assert not kept & set(received[place:]), "an answer that was on disk was asked for again"
-    times = Counter(received[begin:])
+    times = Counter(received[first:])
     assert times.keys() == {f"q{question}/{sample}" for question in range(QUESTIONS) for sample in range(SAMPLES)}
     repeats = {name: count - 1 for name, count in times.items() if count > 1}
     assert all(count <= in_flight[name] for name, count in repeats.items())
@@ -182,7 +182,7 @@ def test_killed_at_random_requests_none_is_lost_and_no_answer_is_asked_for_again
     records = list(read_responses(output))
     assert [record.id for record in records] == [f"q{number}" for number in range(QUESTIONS)]
     assert all(len(record.responses) == SAMPLES for record in records)
-    assert not partial.exists() and "warning" not in told.read_text()
+    assert not partial.exists() and "warning" not in log.read_text()
 
     capsys.readouterr()
     contexts = str(serving.folder / "contexts.jsonl")
@@ -196,7 +196,7 @@ def test_killed_at_random_requests_none_is_lost_and_no_answer_is_asked_for_again
 
 
 def test_greedy_responses_are_those_of_the_model_in_process(serving: Serving, tmp_path: Path) -> None:
-    """Texts, ends and order, byte for byte, whatever the concurrency and the API."""
+    """Texts, ends and order, byte for byte, for any concurrency and API."""
     names = {
         "chat": ["--concurrency", "8"],
         "one": ["--concurrency", "1"],
@@ -214,7 +214,7 @@ def test_greedy_responses_are_those_of_the_model_in_process(serving: Serving, tm
 
 
 def test_samples_follow_the_temperature_not_the_checkpoints_defaults(serving: Serving, tmp_path: Path) -> None:
-    """The checkpoint's generation config does not sample at all; one seed gives one response, others differ."""
+    """The checkpoint's generation config does not sample at all; one seed has one response, others differ."""
     one = ["--limit", "2", "--concurrency", "1", "--temperature", "3"]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         sample(command(serving, tmp_path / f"{name}.jsonl", *one, "--seed", seed))

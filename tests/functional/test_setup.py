@@ -34,14 +34,14 @@ BROKEN = None
 
 
 class Machine:
-    """A machine made of a PATH and a home folder, where only the Pythons put there exist."""
+    """A machine that consists of a PATH and a home folder, where only the Pythons put there exist."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
         self.home = folder / "home"
         self.root = folder / "checkout"
-        for made in (self.bin, self.home, self.root / "tools"):
-            made.mkdir(parents=True)
+        for folder_on_path in (self.bin, self.home, self.root / "tools"):
+            folder_on_path.mkdir(parents=True)
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
         for name in ("setup.py", "pyproject.toml", "constraints.txt", "uv.lock", "LICENSE", "README.md"):
@@ -84,7 +84,7 @@ class Machine:
             timeout=240,
         )
 
-    def found(self, **environment: str) -> str:
+    def chosen_python(self, **environment: str) -> str:
         done = self.bootstrap("--find-python", **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -99,12 +99,12 @@ def test_a_python_that_runs_is_taken_before_a_shim_that_does_not(machine: Machin
     machine.add_python(machine.bin / "python3.12", BROKEN)
     machine.add_python(machine.bin / "python3", OLD)
     good = machine.add_python(machine.home / ".pyenv/versions/3.12.1/bin/python3")
-    assert machine.found() == str(good)
+    assert machine.chosen_python() == str(good)
 
 
 def test_a_newer_default_python3_is_enough(machine: Machine) -> None:
     good = machine.add_python(machine.bin / "python3")
-    assert machine.found() == str(good)
+    assert machine.chosen_python() == str(good)
 
 
 def test_uv_makes_the_environment_where_it_is(machine: Machine) -> None:
@@ -137,14 +137,14 @@ def test_uv_makes_the_environment_where_it_is(machine: Machine) -> None:
 def test_PYTHON_is_obeyed_or_refused(machine: Machine) -> None:
     machine.add_python(machine.bin / "python3")
     chosen = machine.add_python(machine.home / "elsewhere/python")
-    assert machine.found(PYTHON=str(chosen)) == str(chosen)
+    assert machine.chosen_python(PYTHON=str(chosen)) == str(chosen)
     old = machine.add_python(machine.home / "old/python", OLD)
     for value, message in ((str(old), "is CPython 3.11.2"), ("/nowhere/python", "/nowhere/python does not run")):
         done = machine.bootstrap("--find-python", PYTHON=value)
         assert done.returncode == 1 and message in done.stderr, done.stderr
 
 
-def test_without_a_usable_python_it_says_what_it_looked_at_and_what_to_do(machine: Machine) -> None:
+def test_without_a_usable_python_it_lists_what_it_tried_and_what_to_do(machine: Machine) -> None:
     machine.add_python(machine.bin / "python3.12", BROKEN)
     machine.add_python(machine.bin / "python3.13", NO_VENV)
     machine.add_python(machine.bin / "python3", OLD)
@@ -182,8 +182,8 @@ def pack_installed(folder: Path, name: str) -> None:
     """The installed pure-Python distribution ``name`` as a wheel again."""
     distribution = metadata.distribution(name)
     parts = [path for path in distribution.files or [] if ".." not in path.parts and path.suffix != ".pyc"]
-    made_anew = ("METADATA", "WHEEL", "RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
-    kept = [path for path in parts if path.locate().is_file() and path.name not in made_anew]
+    rewritten = ("METADATA", "WHEEL", "RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
+    kept = [path for path in parts if path.locate().is_file() and path.name not in rewritten]
     files = {str(path): path.locate().read_bytes() for path in kept}
     write_wheel(folder, name, distribution.version, files)
 
@@ -261,10 +261,10 @@ def test_set_up_installs_once_mends_itself_and_moves(machine: Machine, tmp_path:
     assert again.returncode == 0 and f"{info.name} was half installed" in again.stdout, again.stdout + again.stderr
     assert (site / "torch/__init__.py").is_file() and (info / "RECORD").is_file() and (site / "mine.py").is_file()
 
-    # The checkout is moved: .venv is made anew.
+    # The checkout is moved: .venv is created anew.
     old, machine.root = machine.root, machine.root.rename(machine.root.with_name("moved"))
     again = machine.bootstrap(**offline)
-    assert again.returncode == 0 and f"making .venv anew: it was made in {old}" in again.stdout, again.stdout
+    assert again.returncode == 0 and f"creating .venv again: it was created in {old}" in again.stdout, again.stdout
     (site,) = machine.root.glob(".venv/lib/python3.*/site-packages")
     assert (site / "torch/__init__.py").is_file() and not (site / "mine.py").exists()
     assert (machine.root / ".venv/bin/solopo").read_text().startswith(f"#!{machine.root}/.venv/bin/python")
@@ -301,12 +301,14 @@ def test_constraints_are_those_of_the_lock() -> None:
     lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
     packages = {package["name"]: package for package in lock}
     assert len(packages) == len(lock), "two versions of one package"
-    own = packages[described()["name"]]
+    project = packages[described()["name"]]
     wanted = {(canonicalize_name(r.name), str(r.specifier)) for r in map(Requirement, described()["dependencies"])}
     for requirements in described()["optional-dependencies"].values():
         for one in map(Requirement, requirements):
             wanted.add((canonicalize_name(one.name), str(one.specifier)))
-    locked = {(one["name"], str(SpecifierSet(one.get("specifier", "")))) for one in own["metadata"]["requires-dist"]}
+    locked = {
+        (one["name"], str(SpecifierSet(one.get("specifier", "")))) for one in project["metadata"]["requires-dist"]
+    }
     assert locked == wanted, "run `make lock`"
 
     reached: set[tuple[str, str | None]] = set()
@@ -321,11 +323,13 @@ def test_constraints_are_those_of_the_lock() -> None:
             for wanted in (None, *one.get("extra", [])):
                 reach(one["name"], wanted)
 
-    reach(own["name"], None)
-    reach(own["name"], "test")
-    reach(own["name"], "dev")
-    reach(own["name"], "docs")
-    assert pins() == {name: packages[name]["version"] for name, _ in reached if name != own["name"]}, "run `make lock`"
+    reach(project["name"], None)
+    reach(project["name"], "test")
+    reach(project["name"], "dev")
+    reach(project["name"], "docs")
+    assert pins() == {name: packages[name]["version"] for name, _ in reached if name != project["name"]}, (
+        "run `make lock`"
+    )
 
 
 def test_requirements_are_ranges_that_the_pins_satisfy() -> None:
@@ -346,7 +350,7 @@ def test_every_folder_with_modules_is_packaged() -> None:
 
 
 def imported_modules() -> set[str]:
-    """Top-level names that the package imports, its own and the standard library's left out."""
+    """Top-level names that the package imports, without those of the package and the standard library."""
     names: set[str] = set()
     for path in (ROOT / "megatron_solopo").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -361,7 +365,7 @@ def imported_modules() -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"megatron_solopo"}
 
 
-def test_what_the_package_imports_is_what_it_asks_for() -> None:
+def test_imports_of_the_package_are_its_requirements() -> None:
     module_of = {"megatron-core": "megatron", "pyyaml": "yaml"}
     required = {module_of.get(name, name) for name in names(described()["dependencies"])}
     optional = {name.replace("-", "_") for name in names(sum(extras().values(), []))}

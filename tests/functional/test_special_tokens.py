@@ -1,4 +1,4 @@
-"""--add-special-tokens as a user gives it: rows, tokenizer, reference, resumption, conversion and export."""
+"""--add-special-tokens on a command line: rows, tokenizer, reference, resumption, conversion and export."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_the_exported_folder_is_compared_with_its_checkpoint(home: Home, trained
     assert run(convert.main, command) == 0
 
 
-def test_the_tokens_stand_in_the_tokenizer_once(home: Home, trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tokens_are_in_the_tokenizer_once(home: Home, trained: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, home.argv("runs/twice", *FLAGS, hf="thinks")) == 2
     assert "--add-special-tokens <think>: the tokenizer of" in capsys.readouterr().err
     assert not (home.folder / "runs/twice").exists()
 
 
 def test_the_reference_has_the_mean_rows(home: Home, trained: str, tmp_path: Path) -> None:
-    """transformers with the two rows written by hand gives the cached log-probs."""
+    """transformers with the two rows written by hand computes the cached log-probs."""
     hf = AutoModelForCausalLM.from_pretrained(home.folder / "hf")
     hf.resize_token_embeddings(66, mean_resizing=False)
     hf.load_state_dict(with_means(weights(home.folder / "hf")))

@@ -1,4 +1,4 @@
-"""A training run whose chat template prints the date: begun on one day, it goes on, exports and answers on others."""
+"""A training run whose chat template prints the date: started on one day, it resumes, exports and answers on others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_run_on_another_day(home: Home, on: Callable[[int], No
     assert len(list((folder / "parts/reference").glob("*.safetensors"))) == 1
     losses = [[line["loss"] for line in home.metrics(f"{name}/run")] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
-    # What the run made says the day, to every command that reads it, and to what convert-checkpoint makes of it.
+    # The outputs of the run carry the day to every command that reads them, and to what convert-checkpoint writes.
     on(9)
     argv = ["megatron-to-hf", "--load", folder / "parts/run", "--save-hf", folder / "converted"]
     assert run(convert, list(map(str, argv))) == 0
@@ -80,7 +80,7 @@ def test_a_run_is_the_same_run_on_another_day(home: Home, on: Callable[[int], No
         settings = json.loads((folder / name / "tokenizer_config.json").read_text())
         assert settings["chat_template_date"] == "2026-01-01" and first_word(folder / name) == "w1"
     assert first_word(folder / "hf") == "w9"
-    # Another day is another run, by name; and a new run is one of its own day.
+    # Another day is another run, by name; and a new run has the day of its start.
     another = ["--auto-resume", "--train-iters", "6", "--chat-template-date", "2026-01-03"]
     assert run(main, last_wins([*parts, *another])) == 2
     assert "trained on other examples" in capfd.readouterr().err

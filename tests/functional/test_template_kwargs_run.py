@@ -1,4 +1,4 @@
-"""--chat-template-kwargs as a user gives it to a training run: its data, its identity and its exported folders."""
+"""--chat-template-kwargs of a training run: its data, its identity and its exported folders."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def lines(home: Home, save: str) -> list[dict]:
-    found = [json.loads(line) for line in (home.folder / save / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
+    lines = [json.loads(line) for line in (home.folder / save / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
 def test_a_folder_trains_as_its_file_does(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_a_folder_trains_as_its_file_does(home: Home, capfd: pytest.CaptureFixtu
     assert listed[0] == listed[1] and '"split": "train"' in listed[0]
 
 
-def test_one_folder_serves_other_methods_and_sft_has_its_own(home: Home) -> None:
+def test_one_folder_serves_other_methods_and_sft_needs_another(home: Home) -> None:
     for name, flags in (
         ("groups", ("--preference-loss", "simpo", "--context-mode", "long")),
         ("chats", ("--objective", "sft")),
@@ -74,14 +74,14 @@ def test_a_folder_of_another_template_is_refused(home: Home, capfd: pytest.Captu
     check_refusal(capfd.readouterr().err, "option-conflict", "--overlong cut with --objective sft: ")
 
 
-def test_workers_end_with_a_killed_command_and_the_next_goes_on(home: Home) -> None:
+def test_workers_end_with_a_killed_command_and_the_next_resumes(home: Home) -> None:
     """kill -9 of the first process alone; its workers must not stay behind."""
     code = (
         "import sys, time; from megatron_solopo.data.files import records; "
         "from megatron_solopo.data.tokenized import make_store, tokenize_data; "
         "records.PART_BYTES = 500; "
-        "own = make_store._check_ids; "
-        "make_store._check_ids = lambda *a: (time.sleep(0.3), own(*a))[1]; "
+        "check_ids = make_store._check_ids; "
+        "make_store._check_ids = lambda *a: (time.sleep(0.3), check_ids(*a))[1];  "
         "sys.exit(tokenize_data.main(sys.argv[1:]))"
     )
     output = home.folder / "killed"

@@ -128,7 +128,7 @@ def test_the_fields_of_a_metrics_line(home: Home, sft: Any, dpo: str) -> None:
     assert [line["step"] for line in home.metrics(dpo, "valid")] == [0, 2, 4, 5]
 
 
-def test_tensorboard_says_what_the_metrics_file_says(home: Home, sft: Any) -> None:
+def test_tensorboard_equals_the_metrics_file(home: Home, sft: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(home.folder / "board"))
@@ -230,7 +230,9 @@ def test_a_dry_run_warns_that_this_machine_cannot_compute_it(
     assert "cannot run it" not in capsys.readouterr().out
 
 
-def test_a_dry_run_tells_and_touches_nothing(home: Home, dpo: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_describes_the_run_and_touches_nothing(
+    home: Home, dpo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = home.listing()
     flags = ["--tensorboard-dir", home.folder / "b", "--save-hf", home.folder / "new-hf", "--dry-run"]
     assert run(main, home.argv("runs/new", *flags)) == 0
@@ -278,7 +280,7 @@ def test_reference_log_probs_are_computed_once(home: Home, dpo: str, capsys: pyt
         assert run(main, home.argv("runs/fourth", "--train-iters", 1)) == 0
         shutil.rmtree(home.folder / "runs/fourth")
         torch.testing.assert_close(load_file(train)["log_probs"], good, rtol=0, atol=1e-4)
-    # Another method scores other responses, another precision gives other numbers: other files.
+    # Another method scores other responses, another precision has other numbers: other files.
     for flags in (["--alignment-target", "both"], ["--bf16"]):
         count = len(list(train.parent.iterdir()))
         assert run(main, home.argv("runs/fifth", "--train-iters", 1, *flags)) == 0
@@ -286,7 +288,7 @@ def test_reference_log_probs_are_computed_once(home: Home, dpo: str, capsys: pyt
         assert len(list(train.parent.iterdir())) == count + 1
 
 
-def test_a_killed_run_goes_on(home: Home, dpo: str) -> None:
+def test_a_killed_run_resumes(home: Home, dpo: str) -> None:
     """SIGKILL at an arbitrary moment; the same command with --load ends where the unbroken run ends."""
     flags = ["--train-iters", 12, "--save-interval", 1]
     assert run(main, home.argv("runs/unbroken", *flags)) == 0

@@ -1,4 +1,4 @@
-"""Exported folders in transformers 4 and 5: the same ids, log-probs, stops and chats, each version in its own process.
+"""Exported folders in transformers 4 and 5: the same ids, log-probs, stops and chats, each version in another process.
 
 Needs an interpreter with transformers 4.57, named by SOLOPO_TRANSFORMERS4; `make test-transformers4` makes one.
 """
@@ -91,8 +91,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 def differences(folders: list[Path], tmp: Path, save: Path | None = None) -> dict[str, str]:
     fours, fives = read(OTHER, folders, tmp, save), read(sys.executable, folders, tmp)
     assert all(one.get("version", "4.57").startswith("4.57") for one in fours.values())
-    told = {name: difference(fours[name], fives[name]) for name in fours}
-    return {name: text for name, text in told.items() if text is not None}
+    differing = {name: difference(fours[name], fives[name]) for name in fours}
+    return {name: text for name, text in differing.items() if text is not None}
 
 
 def exported(source: Path, target: Path, *to_megatron: str) -> Path:

@@ -1,4 +1,4 @@
-"""Transformer Engine's kernels against the portable implementation on one GPU; the command stands in docs/gpu.md.
+"""Transformer Engine's kernels against the portable implementation on one GPU; the command is in docs/gpu.md.
 
 The measure is float32 (portable, from the same weights): bfloat16 in Transformer Engine may be as far from it as
 bfloat16 in the portable implementation, times 2 for the luck of rounding. FP8 keeps 4 bits (E4M3), so a matrix
@@ -65,12 +65,12 @@ def here() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face folders of weights that bfloat16 holds exactly, so that every precision starts from the same."""
-    made = {}
+    folders = {}
     for name, hf_config in MODELS.items():
         folder = write_model(tmp_path_factory.mktemp(name), hf_config, noise=0.02)
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-        made[name] = folder
-    return made
+        folders[name] = folder
+    return folders
 
 
 def groups() -> list[TokenGroup]:
@@ -79,15 +79,15 @@ def groups() -> list[TokenGroup]:
     def ids(count: int) -> list[int]:
         return torch.randint(1, SHAPE["vocab_size"], (count,), generator=draw).tolist()
 
-    made = []
+    groups = []
     for number, (short, long) in enumerate([(100, 1500), (257, 900), (31, 2011)]):
         chosen, rejected = ids(60), ids(23)
         prompts = (
             prompt_of(ids(short), {"short_chosen": chosen, "short_rejected": rejected}),
             prompt_of(ids(long), {"long_chosen": chosen}),
         )
-        made.append(TokenGroup(str(number), prompts))
-    return made
+        groups.append(TokenGroup(str(number), prompts))
+    return groups
 
 
 def config_of(folder: Path, kind: str, share: bool = True) -> Config:
@@ -116,8 +116,8 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     data, share = groups(), config.data.share_prompts
     plan = plan_step(data, SHAPE["hidden_size"], 1, config)
     packs = [
-        build_pack([data[i] for i in some], some, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts)
-        for some in plan.shares[0]
+        build_pack([data[i] for i in indices], indices, share, plan.of_packs * padding, plan.of_pieces, plan.of_prompts)
+        for indices in plan.shares[0]
     ]
     packs = sent(engine, packs)
     engine.eval()
@@ -133,9 +133,9 @@ def measure(here: Any, config: Config, padding: int = 1) -> tuple[Tensor, float,
     return table.cpu(), loss, gradient
 
 
-def distances(found: Any, exact: Any) -> dict[str, float]:
+def distances(measured: Any, exact: Any) -> dict[str, float]:
     """Mean error of a log-prob sum in nats, of the loss, and of the gradient relative to its norm."""
-    (table, loss, gradient), (exact_table, exact_loss, exact_gradient) = found, exact
+    (table, loss, gradient), (exact_table, exact_loss, exact_gradient) = measured, exact
     assert gradient.keys() == exact_gradient.keys()
     off = sum((gradient[name] - exact_gradient[name]).square().sum() for name in gradient)
     norm = sum(tensor.square().sum() for tensor in exact_gradient.values())
@@ -171,12 +171,12 @@ def test_fp8_stays_within_its_bound(here: Any, folders: dict[str, Path], model: 
     if refusal:
         pytest.skip(f"{recipe}: {refusal}")
     exact = measure(here, config_of(folders[model], "float32"))
-    found = distances(measure(here, config_of(folders[model], recipe)), exact)
-    print(f"\n{model}, {recipe}: {found}")
+    distance = distances(measure(here, config_of(folders[model], recipe)), exact)
+    print(f"\n{model}, {recipe}: {distance}")
     if recipe == "delayed":  # the first step has no scales yet; see docs/transformer-engine.md
-        assert all(torch.isfinite(torch.tensor(list(found.values()))))
+        assert all(torch.isfinite(torch.tensor(list(distance.values()))))
         return
-    assert found["log_prob"] <= 3.0 and found["gradient"] <= 0.3
+    assert distance["log_prob"] <= 3.0 and distance["gradient"] <= 0.3
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
@@ -193,7 +193,7 @@ def test_padding_does_not_change_the_loss(here: Any, folders: dict[str, Path], r
 def test_twenty_steps_and_back_to_the_portable_implementation(
     here: Any, folders: dict[str, Path], tmp_path: Path, precision: str
 ) -> None:
-    """The whole trainer; its checkpoint goes on in the portable implementation, and its export loads."""
+    """The whole trainer; its checkpoint resumes in the portable implementation, and its export loads."""
     from megatron_solopo.parallel.platform import end_model_parallel
     from megatron_solopo.training.engine import initialize_parallel
     from megatron_solopo.training.trainer import train

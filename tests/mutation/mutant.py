@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong: ``old`` stands once in ``file`` and becomes ``new``; ``tests`` are pytest's arguments."""
+    """A mutation: ``old`` occurs once in ``file`` and becomes ``new``; ``tests`` are pytest's arguments."""
 
     name: str
     file: str

@@ -137,7 +137,7 @@ MUTANTS: list[Mutant] = [
             "dtype=torch.int64)[scored.groups]",
             "dtype=torch.int64)[scored.groups] * 0",
         ),
-        ("reference of each segment's own context", "of_pack(pack, reference_contexts)", "of_pack(pack)"),
+        ("reference on each segment's context", "of_pack(pack, reference_contexts)", "of_pack(pack)"),
     ),
     *within(
         "training/objective.py",
@@ -202,7 +202,11 @@ MUTANTS: list[Mutant] = [
     *within(
         "data/text/chat.py",
         "tests/unit/test_chat_templates.py -k 'not sentencepiece'",
-        ("a thought that a template adds learnt", "if body.strip() == response.strip() or", "if response in body or"),
+        (
+            "a thought that a template adds is trained",
+            "if body.strip() == response.strip() or",
+            "if response in body or",
+        ),
         ("a thought opened twice", 'if tag[0][1] != "/" and', "if False and"),
     ),
     *within(
@@ -263,7 +267,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/preflight.py",
         "tests/distributed/test_separate_disks.py -k 'other_data or run_folder_of_each'",
-        ("each node trains on its own data", "check_same(tokens.fingerprint,", "check_same(None,"),
+        ("each node trains on other data", "check_same(tokens.fingerprint,", "check_same(None,"),
         ("a run folder of each node", "    resume.check_shared_folder(Path(config.output.save))\n", ""),
     ),
     *within(
@@ -279,8 +283,8 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/monitoring.py",
         HEALTH,
-        ("a healthy alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
-        ("displacement reported whatever the margin does", ' or now["margin"] <= first["margin"]', ""),
+        ("a working alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
+        ("displacement reported for any margin", ' or now["margin"] <= first["margin"]', ""),
         ("a spike against the last value", "median(past) if", "past[-1] if"),
         ("steps clipped now and then reported as all", "            self._clipped.clear()\n", ""),
     ),
@@ -322,7 +326,7 @@ MUTANTS: list[Mutant] = [
             "prompt.start, prompt.length, causal",
             "prompt.start, prompt.slot, causal",
         ),
-        ("a chunk sees its own future", "begin, length, causal=True", "begin, length, causal=False"),
+        ("a chunk sees its future", "begin, length, causal=True", "begin, length, causal=False"),
         ("earlier chunks unseen", "if begin > piece.start:", "if False:"),
     ),
     *within(
@@ -360,7 +364,7 @@ MUTANTS: list[Mutant] = [
         "training/ahead.py",
         EXCHANGE,
         (
-            "work made too far ahead",
+            "inputs prepared too far ahead",
             "self._next = number + 1, self._thread.submit(self._make, number + 1)",
             "[self._thread.submit(self._make, number + n) for n in (1, 2)]",
         ),
@@ -390,7 +394,7 @@ MUTANTS: list[Mutant] = [
         "model/forward.py",
         CONTEXT_RUNS,
         (
-            "each context-parallel rank its own part of the loss",
+            "each context-parallel rank a part of the loss",
             "return reduce_from_tensor_model_parallel_region(sums, context)",
             "return sums",
         ),
@@ -446,7 +450,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "data/tokenized/packs.py",
         ENGINE,
-        ("padding of tokens of its own", "np.resize(np.concatenate(self.tokens), count)", "np.full(count, 7)"),
+        ("padding of other tokens", "np.resize(np.concatenate(self.tokens), count)", "np.full(count, 7)"),
     ),
     *within(
         "model/transformer_engine.py",
@@ -470,7 +474,7 @@ MUTANTS: list[Mutant] = [
         FAMILIES,
         ("an unknown field of config.json accepted", "if not _is_off(value):", "if False:"),
         (
-            "a window of some layers overlooked",
+            "a window of a part of the layers overlooked",
             'return window if "sliding_attention" in kinds else None',
             "return None",
         ),
@@ -526,7 +530,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "conversion/random_start.py",
         "tests/distributed/test_conversion.py",
-        ("each process draws a part of its own", 'f"{seed} {name}"', 'f"{seed} {name} {torch.distributed.get_rank()}"'),
+        ("each process draws another part", 'f"{seed} {name}"', 'f"{seed} {name} {torch.distributed.get_rank()}"'),
     ),
     *within(
         "parallel/context/none.py",

@@ -130,7 +130,7 @@ CONVERSION = [
         ("5's list of tokens kept", '_extend(settings, settings.pop("extra_special_tokens"))', "pass"),
         ("what 4 reads not compared", "if _as_4(source, settings, texts) != ours:", "if False:"),
         ("what 5 reads not compared", 'return [theirs(text)["input_ids"] for text in texts] == ours', "return True"),
-        ("4's begin of a text forgotten", "return [[*first, *file", "return [[*file"),
+        ("4's start of a text forgotten", "return [[*first, *file", "return [[*file"),
     ),
     *within(
         "model/rope_scaling.py",
@@ -146,12 +146,12 @@ CONVERSION = [
             "        folder.rename(replaced(folder))\n",
             "        shutil.rmtree(folder)\n",
         ),
-        ("the earlier model not given back", "rename(earlier, folder)", "pass"),
+        ("the earlier model not renamed back", "rename(earlier, folder)", "pass"),
     ),
     *within(
         "conversion/shards.py",
         WRITING,
-        ("a file begins with its tensors", "file.seek(len(self._headers[number]) +", "file.seek("),
+        ("a file starts with its tensors", "file.seek(len(self._headers[number]) +", "file.seek("),
         ("a tensor forgotten", "if missing is not None:", "if False:"),
     ),
     *within(
@@ -256,7 +256,7 @@ DATA = [
     *within(
         "data/validation.py",
         "tests/unit/test_schema.py",
-        ("numbers made of texts", "Whole = Annotated[int, Strict()]", "Whole = int"),
+        ("texts accepted as numbers", "Whole = Annotated[int, Strict()]", "Whole = int"),
         ("an id that was used before accepted", "    if name in seen:", "    if False:"),
         (
             "the line of an error forgotten",
@@ -370,7 +370,7 @@ DATA = [
         ),
         ("another input overlooked", "inputs = _digest([before, work.inputs()])", "inputs = _digest([before])"),
         (
-            "another output taken for its own",
+            "another output mistaken for the run's",
             "noted.options == options and _untouched(noted.files)",
             "noted.options == options",
         ),

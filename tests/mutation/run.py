@@ -5,7 +5,7 @@
 
 Each mutant of mutants.py and mutants_files.py (or those whose name or file contains a NAME) is applied to a temporary
 copy of the tree and its tests run there. Before the first mutant of a selection of tests, the selection must pass on
-the unbroken copy. Prints a Markdown table. Exit status 1 when a mutant survives, when its text does not stand exactly
+the unbroken copy. Prints a Markdown table. Exit status 1 when a mutant survives, when its text does not occur exactly
 once in its file, or when its tests do not run at all.
 """
 
@@ -54,8 +54,8 @@ def run_tests(folder: Path, tests: str) -> tuple[int, str]:
 
 def first_failure(output: str) -> str:
     """``file::test`` of pytest's summary, without parameters."""
-    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?([^\s\[]+)", output, re.M)
-    return found.group(1) if found else "?"
+    match = re.search(r"^(?:FAILED|ERROR) (?:tests/)?([^\s\[]+)", output, re.M)
+    return match.group(1) if match else "?"
 
 
 def try_mutant(folder: Path, mutant: Mutant) -> tuple[str | None, str]:
@@ -63,7 +63,7 @@ def try_mutant(folder: Path, mutant: Mutant) -> tuple[str | None, str]:
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
-        return None, f"its text stands {text.count(mutant.old)} times in {mutant.file}"
+        return None, f"its text occurs {text.count(mutant.old)} times in {mutant.file}"
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
         status, output = run_tests(folder, mutant.tests)
@@ -87,17 +87,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name or file; default: all")
     parser.add_argument("--list", action="store_true", help="print the mutants as a Markdown table; run nothing")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     everything = [*MUTANTS, *CONVERSION, *DATA]
-    chosen = [m for m in everything if not given.names or any(part in f"{m.name} {m.file}" for part in given.names)]
+    chosen = [m for m in everything if not options.names or any(part in f"{m.name} {m.file}" for part in options.names)]
     if not chosen:
-        print(f"no mutant is named like {', '.join(given.names)}", file=sys.stderr)
+        print(f"no mutant is named like {', '.join(options.names)}", file=sys.stderr)
         return 2
-    if given.list:
+    if options.list:
         print(table(chosen), end="")
         return 0
     wrong: list[str] = []
-    begin = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutation-") as name:
         folder = Path(name)
         copy_tree(folder)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"| {mutant.name} | `{mutant.file}` | {f'`{caught}`' if caught else '**nothing**'} |", flush=True)
             if caught is None:
                 wrong.append(f"{mutant.name}: {why}")
-    print(f"\n{len(chosen) - len(wrong)} of {len(chosen)} caught, {time.monotonic() - begin:.0f} s")
+    print(f"\n{len(chosen) - len(wrong)} of {len(chosen)} caught, {time.monotonic() - start:.0f} s")
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0
