@@ -41,7 +41,7 @@ test-all: setup ## every test
 test-transformers4: setup .venv-transformers4/ready ## exported folders in transformers 4.57 too (150 MB more)
 	SOLOPO_TRANSFORMERS4=$(CURDIR)/.venv-transformers4/bin/python $(PYTEST) tests/functional/test_two_transformers.py
 
-# Its three packages are its own; torch and all others are those of .venv.
+# Only three packages are installed there; torch and all others are those of .venv.
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 .venv-transformers4/ready: tests/transformers4.txt | setup
 	rm -rf $(@D)

@@ -43,7 +43,7 @@ find_python() {
         if usable "$version"; then python=$candidate && return; fi
         looked_at+=("  $candidate $version")
         [[ $version != "is CPython"* ]] || older=$candidate
-        [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON: $candidate $version; give the path of Python 3.12 or 3.13 with venv"
+        [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON: $candidate $version; set the path of Python 3.12 or 3.13 with venv"
     done < <(
         if [[ -n ${PYTHON:-} ]]; then type -P "$PYTHON" || echo "$PYTHON"; exit; fi
         for candidate in python3.12 python3.13 python3 python; do type -aP "$candidate" || true; done
@@ -75,9 +75,9 @@ if ready; then exit; fi
 
 uv=$(type -P uv) || uv=""
 [[ ${UV:-} != no ]] || uv=""
-# What an environment starts has its path, so that of a moved checkout is made anew; pip and uv keep their downloads.
+# An environment's scripts contain its path, so that of a moved checkout is created again; pip and uv keep their downloads.
 if [[ -f $stamp && $(tail -n 1 "$stamp") != "$root" ]]; then
-    echo "making .venv anew: it was made in $(tail -n 1 "$stamp")"
+    echo "creating .venv again: it was created in $(tail -n 1 "$stamp")"
     rm -rf .venv
 fi
 # RECORD is written last: a package without it was cut off half-way, yet counts as installed.
@@ -105,7 +105,7 @@ unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX UV_PROJECT_ENVIRONMENT
 if [[ -n $uv && ! -e .venv ]]; then
     "$uv" venv --quiet --seed --python "${PYTHON:->=3.12,<3.14}" .venv || fail "uv could not make .venv (see above)"
 elif [[ ! -e .venv ]]; then
-    "$python" -m venv .venv || fail "$python could not make .venv; the lines above say why"
+    "$python" -m venv .venv || fail "$python could not create .venv; the lines above have the reason"
 fi
 printf 'unfinished\n%s\n' "$root" >"$stamp"
 if [[ -n $uv && -z ${TORCH_INDEX_URL:-} ]]; then

@@ -33,7 +33,8 @@ CELL = re.compile(r"([\d.]+) \[([\d.]+), ([\d.]+)\]")
 
 
 def read_table(markdown: str) -> tuple[list[int], dict[str, list[tuple[float, float, float]]]]:
-    """(context lengths, label -> (mean, lowest, highest) at each) of the first table with cells `0.9 [0.8, 1.0]`."""
+    """Returns (context lengths, label -> (mean, lowest, highest) at each) of the first table with cells `0.9 [0.8,
+    1.0]`."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
     series: dict[str, list[tuple[float, float, float]]] = {}
     head: list[str] = []

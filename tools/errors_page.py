@@ -21,7 +21,7 @@ ABOUT = """\
 # Error codes
 
 A mistake that a user can correct ends a command with exit status 2 and one line on stderr:
-`error: MESSAGE [CODE]`. The message names the flag, the file and line, or the rank, and says what to change.
+`error: MESSAGE [CODE]`. The message names the flag, the file and line, or the rank, and what to change.
 A code is the kind of mistake: it stays the same where messages change, so scripts compare codes.
 In Python, `UserError.code` and `UserError.message` hold both.
 
@@ -49,8 +49,8 @@ class Raised:
 
 
 def raised_in(path: Path, kinds: set[str]) -> Iterator[Raised]:
-    """The places of a file that call one of these classes. A place that takes its code from another error is left
-    out."""
+    """Yields the places of a file that call one of these classes. A place that takes its code from another error is
+    left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or _last_name(node.func) not in kinds:
@@ -64,7 +64,8 @@ def raised_in(path: Path, kinds: set[str]) -> Iterator[Raised]:
 
 
 def codes(node: ast.expr, tree: ast.Module) -> set[str]:
-    """The texts that an expression may be: constants, and what a name is assigned or which table it is a key of."""
+    """Returns the texts that an expression may be: constants, and what a name is assigned or which table it is a key
+    of."""
     match node:
         case ast.Constant(value=str(text)):
             return {text}
@@ -91,7 +92,7 @@ def codes(node: ast.expr, tree: ast.Module) -> set[str]:
 
 
 def all_raised() -> list[Raised]:
-    """Every place, by file and line."""
+    """Returns every place, by file and line."""
     files = [path for source in SOURCES for path in sorted((ROOT / source).rglob("*.py"))]
     kinds = error_classes(files)
     return [raised for path in files for raised in sorted(raised_in(path, kinds), key=_line)]
@@ -108,7 +109,7 @@ def error_classes(files: list[Path]) -> set[str]:
 
 
 def template(node: ast.expr) -> str:
-    """A message as a text with {expressions}."""
+    """Returns a message as a text with {expressions}."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -137,7 +138,7 @@ def _line(raised: Raised) -> int:
 
 
 def page() -> str:
-    """The text of docs/errors.md: a section for each code, in alphabetical order."""
+    """Returns the text of docs/errors.md: a section for each code, in alphabetical order."""
     places: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for raised in all_raised():
         if raised.code:

@@ -27,7 +27,7 @@ from megatron_solopo.errors import UserError  # noqa: E402
 PAGE = ROOT / "docs" / "gpu.md"
 KEPT = ROOT / "docs" / "gpu"
 BASELINES = ROOT / "examples" / "benchmarks" / "baselines"
-BEGIN, END = "<!-- tables: tools/gpu_report.py -->", "<!-- end of tables -->"
+START, END = "<!-- tables: tools/gpu_report.py -->", "<!-- end of tables -->"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def kept() -> dict[str, list[dict[str, Any]]]:
 
 
 def baseline(machine: str, records: list[dict[str, Any]]) -> str:
-    """The figures of a machine as JSON, to compare later runs with."""
+    """Returns the figures of a machine as JSON, to compare later runs with."""
     statuses = {record["cell"]: record["status"] for record in records if "status" in record}
     document = {"machine": machine, "cells": statuses, "figures": tables.figures_of(records)}
     return json.dumps(document, indent=1) + "\n"
@@ -88,11 +88,11 @@ def baseline(machine: str, records: list[dict[str, Any]]) -> str:
 
 def page(text: str, machines: dict[str, list[dict[str, Any]]]) -> str:
     """docs/gpu.md with the tables of these machines between its marks."""
-    before, mark, rest = text.partition(BEGIN)
+    before, mark, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise UserError("page-markers-missing", f"docs/gpu.md: the lines {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{tables.markdown(machines)}\n{END}{after}"
+        raise UserError("page-markers-missing", f"docs/gpu.md: the lines {START} and {END} are missing")
+    return f"{before}{START}\n\n{tables.markdown(machines)}\n{END}{after}"
 
 
 if __name__ == "__main__":

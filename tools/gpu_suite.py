@@ -49,7 +49,7 @@ WARM_ENGINE = ("transformer_engine.pytorch", "megatron_solopo.model.te_layers", 
 """What is imported before forking; torch comes first, because Transformer Engine finds NCCL through it."""
 
 BAD_FORK = ("Cannot re-initialize CUDA in forked subprocess", "CUDA error: initialization error")
-"""What CUDA says in a process whose parent had started it."""
+"""The error of CUDA in a process whose parent had started it."""
 
 SKIPPED, FAILED = 3, 1
 """Exit statuses of a cell's process."""
@@ -121,7 +121,7 @@ class Suite:
     """A process that runs cells one after the other.
 
     Args:
-        deadline: by time.time(): no cell begins that is not expected to end before.
+        deadline: by time.time(): no cell starts that is not expected to end before.
     """
 
     def __init__(self, options: argparse.Namespace, output: Path, deadline: float) -> None:
@@ -154,21 +154,21 @@ class Suite:
         return f"{left:.0f} s are left, expected {cell.expected:.0f}" if not self.dry and left < cell.expected else ""
 
     def prepare(self) -> None:
-        """Imports what cells need, and sees whether this process may fork ones that use CUDA."""
-        begin, self.warm = time.monotonic(), True
+        """Imports what cells need, and checks whether this process may fork ones that use CUDA."""
+        start, self.warm = time.monotonic(), True
         warnings.simplefilter("ignore")  # of imports, and of threads that no fork has
         if not self.options.with_transformer_engine:
             hide_transformer_engine()
         for name in (*WARM, *(WARM_ENGINE if self.options.with_transformer_engine else ())):
             try:
                 importlib.import_module(name)
-            except Exception as error:  # the cells will say it again
+            except Exception as error:  # the cells will report it again
                 print(f"import {name}: {brief(error)}", flush=True)
         import torch
 
         if torch.cuda.is_initialized() or threading.active_count() > 1:
             self.forks = False
-        record = {"cell": "imports", "key": "seconds", "value": round(time.monotonic() - begin, 1), "unit": "s"}
+        record = {"cell": "imports", "key": "seconds", "value": round(time.monotonic() - start, 1), "unit": "s"}
         append(self.output / RESULTS, record | {"t": round(time.time(), 3)})
 
     def cap(self, cell: Cell) -> float:
@@ -181,8 +181,8 @@ class Suite:
         print(f"{cell.name:<20} {status:<10} {seconds:6.1f} s  {last_line(tail) if status != 'ok' else ''}", flush=True)
 
     def attempt(self, cell: Cell) -> tuple[str, float, str]:
-        """(status, seconds, end of the output) of a cell, which runs in its own process."""
-        cap, begin = self.cap(cell), time.monotonic()
+        """Returns (status, seconds, end of the output) of a cell, which runs in a separate process."""
+        cap, start = self.cap(cell), time.monotonic()
         reading, writing = os.pipe()
         sys.stdout.flush()
         if self.forks:
@@ -201,8 +201,8 @@ class Suite:
             # Not this process's hidden Transformer Engine: PYTHONPATH decides.
             child = subprocess.Popen(argv, stdout=writing, stderr=writing, start_new_session=True).pid
         os.close(writing)
-        status, tail = watch(child, reading, begin + cap)
-        seconds = time.monotonic() - begin
+        status, tail = watch(child, reading, start + cap)
+        seconds = time.monotonic() - start
         if status == -signal.SIGKILL and seconds >= cap or status == FAILED and seconds >= cap - 3:
             return "timeout", seconds, tail
         if status < 0:
@@ -235,7 +235,7 @@ def hide_transformer_engine() -> None:
 
 
 def work(cell: Cell, output: Path, dry: bool, cap: float | None = None) -> int:
-    """What the process of a cell does; the exit status."""
+    """Returns what the process of a cell does; the exit status."""
     if cap is not None:
         faulthandler.dump_traceback_later(max(cap - 3, 1), exit=True)
     if not cell.transformer_engine:
@@ -278,8 +278,8 @@ def wait_for_memory(seconds: float = 10.0) -> None:
 
 
 def watch(child: int, reading: int, deadline: float) -> tuple[int, str]:
-    """(exit status, minus the signal's number; end of the output) of a process, killed at the deadline with all that it
-    started."""
+    """Returns (exit status, minus the signal's number; end of the output) of a process, killed at the deadline with all
+    that it started."""
     tail, status = b"", None
     while True:
         ready, _, _ = select.select([reading], [], [], 0.05)
@@ -316,7 +316,7 @@ def last_line(text: str) -> str:
 
 
 def table_of(records: list[dict[str, Any]]) -> str:
-    """All figures as a list for a person, the last ones of each cell."""
+    """Returns all figures as a list for a person, the last ones of each cell."""
     statuses = latest_statuses(records)
     lines = ["| cell | status | seconds |", "|---|---|---|"]
     for name, record in statuses.items():

@@ -1,4 +1,4 @@
-"""A preference loss of your own, from Python: python examples/api/own_loss.py MODEL GROUPS.jsonl"""
+"""A user's preference loss, from Python: python examples/api/own_loss.py MODEL GROUPS.jsonl"""
 
 import sys
 from dataclasses import dataclass

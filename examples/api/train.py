@@ -1,4 +1,4 @@
-"""SoLoPO from Python, on one made-up example: python examples/api/train.py MODEL (a Hugging Face folder)."""
+"""SoLoPO from Python, on one example of invented text: python examples/api/train.py MODEL (a Hugging Face folder)."""
 
 import sys
 

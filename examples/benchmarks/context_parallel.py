@@ -75,14 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32768, help="of the long prompt (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="context-parallel sizes")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the model (default: %(default)s)")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_start(folder / "start", given.tokens, given.hidden_size)
-        small, large = write_group(folder / "small.jsonl", 64), write_group(folder / "large.jsonl", given.tokens)
+        write_start(folder / "start", options.tokens, options.hidden_size)
+        small, large = write_group(folder / "small.jsonl", 64), write_group(folder / "large.jsonl", options.tokens)
         print(f"{'cp':>3} {'idle GiB':>9} {'peak GiB':>9} {'step GiB':>9} {'seconds':>8}   loss")
-        for size in given.sizes:
-            idle, busy = step(folder, small, size, given.tokens), step(folder, large, size, given.tokens)
+        for size in options.sizes:
+            idle, busy = step(folder, small, size, options.tokens), step(folder, large, size, options.tokens)
             used = busy["memory_gib"] - idle["memory_gib"]
             print(
                 f"{size:>3} {idle['memory_gib']:>9.2f} {busy['memory_gib']:>9.2f} {used:>9.2f} "

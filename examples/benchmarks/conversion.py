@@ -3,9 +3,9 @@
     python examples/benchmarks/conversion.py --gigabytes 4
 
 A random model in the shape of a small Qwen2.5 (bfloat16, tied embeddings of 151,936 rows), converted from Hugging Face
-to Megatron and back by processes of their own. Their peak memory is compared with the weights, the largest tensor and
+to Megatron and back by separate processes. Their peak memory is compared with the weights, the largest tensor and
 1 GB; their time with that of an interpreter that imports the same and does nothing, and with a copy of the files. The
-processor's seconds (user and system) stand beside the clock's, which other work on the machine makes longer.
+processor's seconds (user and system) are listed beside the clock's, which other work on the machine makes longer.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from megatron_solopo.conversion.sidecar_files import SidecarFiles
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER, HEADS, KV_HEADS, ROWS = 2048, 8192, 16, 4, 151_936
 SETTLED = 10
-"""Seconds until the memory of deleted files is as free as before. A virtual machine may give it back to its host, and
+"""Seconds until the memory of deleted files is as free as before. A virtual machine may return it to its host, and
 pays when it is used again: copying and converting must find the same."""
 
 
 def shapes(layers: int) -> dict[str, torch.Size]:
     """Of every tensor of the model."""
-    own, shared = HIDDEN, HIDDEN // HEADS * KV_HEADS
+    width, shared = HIDDEN, HIDDEN // HEADS * KV_HEADS
     of_a_layer = {
-        "self_attn.q_proj.weight": (own, HIDDEN),
+        "self_attn.q_proj.weight": (width, HIDDEN),
         "self_attn.k_proj.weight": (shared, HIDDEN),
         "self_attn.v_proj.weight": (shared, HIDDEN),
-        "self_attn.q_proj.bias": (own,),
+        "self_attn.q_proj.bias": (width,),
         "self_attn.k_proj.bias": (shared,),
         "self_attn.v_proj.bias": (shared,),
-        "self_attn.o_proj.weight": (HIDDEN, own),
+        "self_attn.o_proj.weight": (HIDDEN, width),
         "mlp.gate_proj.weight": (INNER, HIDDEN),
         "mlp.up_proj.weight": (INNER, HIDDEN),
         "mlp.down_proj.weight": (HIDDEN, INNER),
         "input_layernorm.weight": (HIDDEN,),
         "post_attention_layernorm.weight": (HIDDEN,),
     }
-    found = {"model.embed_tokens.weight": (ROWS, HIDDEN)}
+    shapes = {"model.embed_tokens.weight": (ROWS, HIDDEN)}
     for layer in range(layers):
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in of_a_layer.items()}
-    found["model.norm.weight"] = (HIDDEN,)
-    return {name: torch.Size(shape) for name, shape in found.items()}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_a_layer.items()}
+    shapes["model.norm.weight"] = (HIDDEN,)
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
 def tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
@@ -91,34 +91,34 @@ def convert(*arguments: object) -> tuple[float, float, float]:
     command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments, "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     os.sync()  # what an earlier part left to write is not this one's
-    begin = time.monotonic()
+    start = time.monotonic()
     with subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(map(str, arguments))} failed")
     os.sync()
-    return time.monotonic() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
 def copy(source: Path, target: Path) -> tuple[float, float]:
     """(seconds until all is on the disk, the processor's seconds) of copying a folder."""
     os.sync()
     time.sleep(SETTLED)
-    begin, before = time.monotonic(), time.process_time()
+    start, before = time.monotonic(), time.process_time()
     shutil.copytree(source, target)
     os.sync()
-    return time.monotonic() - begin, time.process_time() - before
+    return time.monotonic() - start, time.process_time() - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of weights, about (default: %(default)s)")
     parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
-    given = parser.parse_args()
+    options = parser.parse_args()
     embedding = 2 * ROWS * HIDDEN
     a_layer = 2 * sum(shape.numel() for shape in shapes(1).values()) - embedding
-    layers = max(1, round((given.gigabytes * 1e9 - embedding) / a_layer))
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+    layers = max(1, round((options.gigabytes * 1e9 - embedding) / a_layer))
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)
         (work / "empty").mkdir()
         sidecar_files = SidecarFiles(work / "empty", config(layers).to_json_string())

@@ -1,8 +1,8 @@
-"""Time and memory of prepare-data by the number of questions, and its speed beside the tokenizer library's own.
+"""Time and memory of prepare-data by the number of questions, and its speed beside the tokenizer library's.
 
     python examples/benchmarks/data.py --data musique.jsonl --tokenizer MODEL --questions 1000 3000 10000
 
-The questions are real ones repeated under new ids; the distractors of each are new paragraphs made of sentences of
+The questions are real ones repeated under new ids; the distractors of each are new paragraphs of sentences of
 real ones, so that the pool grows with the questions as that of a real set does. Memory is that of all processes
 together, pages that they share counted once; the last line continues the sizes measured in a straight line. Nothing
 else may run from the same virtual environment meanwhile: it would share the pages of the libraries, and take a part of
@@ -40,21 +40,21 @@ def write_corpus(path: Path, real: list[dict[str, Any]], questions: int) -> None
     with path.open("w", encoding="utf-8") as out:
         for number in range(questions):
             record = real[number % len(real)]
-            made = []
+            of_record = []
             for paragraph in record["paragraphs"]:
                 if not paragraph["is_supporting"]:
                     one, other = rng.sample(range(len(paragraphs)), 2)
                     text = " ".join(sentences[one][::2] + sentences[other][1::2])
                     title = f"{paragraphs[one]['title']} and {paragraphs[other]['title']}"
                     paragraph = {"title": title, "paragraph_text": text, "is_supporting": False}
-                made.append(paragraph)
-            out.write(json.dumps({**record, "id": f"{record['id']}-{number}", "paragraphs": made}) + "\n")
+                of_record.append(paragraph)
+            out.write(json.dumps({**record, "id": f"{record['id']}-{number}", "paragraphs": of_record}) + "\n")
 
 
 def run(command: list[str]) -> tuple[str, float, float, float]:
     """(what it printed, seconds, CPU seconds, peak GB) of a command and all its processes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    begin, peak = time.monotonic(), 0
+    start, peak = time.monotonic(), 0
     cpu: dict[int, float] = {}
     with tempfile.TemporaryFile("w+") as out:
         process = psutil.Popen(command, env=environment, stdout=out)
@@ -71,13 +71,13 @@ def run(command: list[str]) -> tuple[str, float, float, float]:
         if process.returncode:
             sys.exit(f"{' '.join(command)} failed")
         out.seek(0)
-        return out.read(), time.monotonic() - begin, sum(cpu.values()), peak / 1e9
+        return out.read(), time.monotonic() - start, sum(cpu.values()), peak / 1e9
 
 
-def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
+def speed(options: argparse.Namespace, real: list[dict[str, Any]]) -> None:
     """Prints tokens a CPU second of both passes (64 questions, this process) and of the library on the same texts.
 
-    In a process of its own: what it imports would be shared with the command that is measured afterwards.
+    In a separate process: what it imports would be shared with the command that is measured afterwards.
     """
     from megatron_solopo.data.building.first_pass import ingest
     from megatron_solopo.data.building.second_pass import TRAIN, Builder, BuildSettings
@@ -86,28 +86,28 @@ def speed(given: argparse.Namespace, real: list[dict[str, Any]]) -> None:
     from megatron_solopo.data.text.counting import TokenCounter
     from megatron_solopo.data.text.prompt import PromptFormat
 
-    tokenizer = load_tokenizer(given.tokenizer, given.chat_template)
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
     counter, prompt_format = TokenCounter(tokenizer), PromptFormat()
 
     def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-        begin = time.process_time()
+        start = time.process_time()
         done = work()
-        return time.process_time() - begin, done
+        return time.process_time() - start, done
 
     def library(texts: list[str]) -> int:
         return sum(map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        first = {"source": "musique", "inputs": [given.data], "pool": [], "prompt_format": prompt_format}
+        first = {"source": "musique", "inputs": [options.data], "pool": [], "prompt_format": prompt_format}
         reading, _ = cpu_seconds(lambda: ingest(path, count=counter.texts, limit=64, **first))
         documents = [f"{p['title']}\n{p['paragraph_text']}" for record in real for p in record["paragraphs"]]
         alone, tokens = cpu_seconds(lambda: library(list(dict.fromkeys(documents))))
         rates = {"reading and lengths": (tokens / reading, tokens / alone)}
         settings = BuildSettings(
-            tokenizer=TokenizerOptions(given.tokenizer, given.chat_template),
+            tokenizer=TokenizerOptions(options.tokenizer, options.chat_template),
             prompt_format=prompt_format,
-            sizes=tuple(given.sizes),
+            sizes=tuple(options.sizes),
             in_tokens=True,
             source="musique",
         )
@@ -140,11 +140,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="build the contexts of the first N questions only")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--extrapolate", type=int, default=100_000, metavar="N")
-    given = parser.parse_args()
-    real = [record for _, record in read_jsonl(given.data)]
+    options = parser.parse_args()
+    real = [record for _, record in read_jsonl(options.data)]
 
-    if given.unit == "tokens":
-        measured = multiprocessing.get_context("spawn").Process(target=speed, args=(given, real))
+    if options.unit == "tokens":
+        measured = multiprocessing.get_context("spawn").Process(target=speed, args=(options, real))
         measured.start()
         measured.join()
     print(
@@ -153,28 +153,33 @@ def main() -> None:
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for questions in given.questions:
+        for questions in options.questions:
             corpus, output = Path(folder, "corpus.jsonl"), Path(folder, "contexts.jsonl")
             write_corpus(corpus, real, questions)
             command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--data", str(corpus)]
-            command += ["--output", str(output), "--tokenizer", given.tokenizer, "--workers", str(given.workers)]
-            command += [f"--short-{given.unit}", str(given.sizes[0]), f"--long-{given.unit}", str(given.sizes[1])]
-            command += ["--limit", str(given.limit)] if given.limit else []
-            command += ["--chat-template", given.chat_template] if given.chat_template else []
+            command += ["--output", str(output), "--tokenizer", options.tokenizer, "--workers", str(options.workers)]
+            command += [
+                f"--short-{options.unit}",
+                str(options.sizes[0]),
+                f"--long-{options.unit}",
+                str(options.sizes[1]),
+            ]
+            command += ["--limit", str(options.limit)] if options.limit else []
+            command += ["--chat-template", options.chat_template] if options.chat_template else []
             printed, seconds, used, peak = run(command)
             paragraphs = int(re.search(r"(\d+) distinct paragraphs", printed)[1])
             reading, contexts = map(float, re.search(r"lengths ([\d.]+) s, contexts ([\d.]+) s", printed).groups())
-            made = sum(record["short_tokens"] + record["long_tokens"] for _, record in read_jsonl(output))
+            tokens = sum(record["short_tokens"] + record["long_tokens"] for _, record in read_jsonl(output))
             rows.append((questions, seconds, used, peak))
             print(
                 f"{questions:>9} {paragraphs:>10} {seconds:>8.1f} {reading:>8.1f} {contexts:>8.1f} {used:>8.1f} "
-                f"{peak:>8.2f} {made / contexts:>10,.0f}",
+                f"{peak:>8.2f} {tokens / contexts:>10,.0f}",
                 flush=True,
             )
     if len(rows) > 1:
         counts, *measured = np.array(rows).T
-        seconds, used, peak = (np.polyval(np.polyfit(counts, values, 1), given.extrapolate) for values in measured)
-        print(f"{given.extrapolate:,} questions, extrapolated: {seconds:,.0f} s, {used:,.0f} CPU s, {peak:.2f} GB")
+        seconds, used, peak = (np.polyval(np.polyfit(counts, values, 1), options.extrapolate) for values in measured)
+        print(f"{options.extrapolate:,} questions, extrapolated: {seconds:,.0f} s, {used:,.0f} CPU s, {peak:.2f} GB")
 
 
 if __name__ == "__main__":

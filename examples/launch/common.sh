@@ -16,9 +16,9 @@ WORK_REMAINS=75 # EX_TEMPFAIL of sysexits.h: start the same command again
 # torchrun with the options of the array `rendezvous`; arguments are pretrain_solopo.py's.
 # Returns 0: all is done; 75: stopped early, saved; else torchrun's status.
 #
-# SIGUSR1, SIGTERM and SIGINT ask the run to save and end. torchrun must not hear them: it dies of SIGUSR1, and after the
+# SIGUSR1, SIGTERM and SIGINT ask the run to save and end. torchrun must not receive them: it dies of SIGUSR1, and after the
 # other two it kills its processes 30 seconds later, saved or not (torch 2.11, PContext.close). So it ignores all three,
-# and this shell tells its processes.
+# and this shell forwards them to its processes.
 train() {
     local agent status
     SOLOPO_STOPPED_FILE=$(mktemp) || return 2 # the first process of the node writes here when the run stops early
@@ -33,8 +33,8 @@ train() {
     agent=$!
     wait "$agent"
     while kill -0 "$agent" 2>/dev/null; do # then a signal ended the wait, not torchrun
-        # Told again and again: a process that still imports has no handler yet and, like torchrun, ignores the signal.
-        tell_children "$agent"
+        # Sent again and again: a process that still imports has no handler yet and, like torchrun, ignores the signal.
+        signal_children "$agent"
         (trap '' USR1 && exec sleep 2)
     done
     wait "$agent"
@@ -45,7 +45,7 @@ train() {
 }
 
 # SIGUSR1 to the processes that process $1 started. By /proc, because slim images have no pkill.
-tell_children() {
+signal_children() {
     local file child
     grep -ls "^PPid:[[:space:]]*$1\$" /proc/[0-9]*/status | while read -r file; do
         child=${file#/proc/}

@@ -4,7 +4,7 @@
 #
 #     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/launch/torchrun_c10d.sh --config run.yaml --save runs/solo
 #
-# When a process or a whole node dies, all nodes start their processes again, up to MAX_RESTARTS times, and go on from the
+# When a process or a whole node dies, all nodes start their processes again, up to MAX_RESTARTS times, and resume from the
 # last checkpoint.
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 : "${RDZV_ID:=solopo}" "${RDZV_TIMEOUT:=900}"
 is_host=0
-[[ "$NODE_RANK" == 0 ]] && is_host=1 # told, not guessed from MASTER_ADDR, which may be an alias or a virtual address
+[[ "$NODE_RANK" == 0 ]] && is_host=1 # set, not guessed from MASTER_ADDR, which may be an alias or a virtual address
 # shellcheck disable=SC2034 # read by train
 rendezvous=(
     --rdzv-backend c10d --rdzv-id "$RDZV_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts this node's processes; the same command on every node, each with its own NODE_RANK. README.md has the variables.
+# Starts this node's processes; the same command on every node, each with a different NODE_RANK. README.md has the variables.
 #
 #     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/launch/torchrun_static.sh --config run.yaml --save runs/solo
 #

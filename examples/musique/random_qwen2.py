@@ -1,7 +1,7 @@
 """A folder to start from on a small machine: Qwen2's shape, vocabulary and tokenizer, narrow layers, no weights.
 
 The vocabulary has the 151,936 rows of Qwen2's small models, so that log-probs cost what they cost in a real model;
-``--random-init`` makes the weights. What such a model says means nothing: it is for trying out a set-up on real text.
+``--random-init`` makes the weights. Its responses mean nothing: it is for trying out a set-up on real text.
 
     python examples/musique/random_qwen2.py --tokenizer FOLDER_WITH_QWEN2_TOKENIZER_JSON --output runs/musique/start
 """
@@ -69,7 +69,7 @@ def write_folder(
         "eos_token_id": ids["<|im_end|>"],
         "transformers_version": version(
             "transformers"
-        ),  # without it transformers takes the tokenizer for an old Mistral's
+        ),  # without it transformers treats the tokenizer as an old Mistral's
     }
     names = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,10 +92,18 @@ def main(argv: list[str] | None = None) -> int:
         ("reach", 16_384, "the longest sequence, tokens"),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    given = parser.parse_args(argv)
-    write_folder(given.tokenizer, given.output, given.hidden, given.layers, given.heads, given.kv_heads, given.reach)
+    options = parser.parse_args(argv)
+    write_folder(
+        options.tokenizer,
+        options.output,
+        options.hidden,
+        options.layers,
+        options.heads,
+        options.kv_heads,
+        options.reach,
+    )
     print(
-        f"wrote {given.output}: Qwen2, {given.layers} layers of {given.hidden}, vocabulary {VOCABULARY:,}, no weights"
+        f"wrote {options.output}: Qwen2, {options.layers} layers of {options.hidden}, {VOCABULARY:,} tokens, no weights"
     )
     return 0
 

@@ -58,11 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run folders")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps a mean is taken over (default: 5)")
-    given = parser.parse_args(argv)
-    if given.steps < 1:
-        raise UserError("option-value", f"--steps {given.steps}: set 1 or more")
-    for folder in given.runs:
-        print(f"{folder}\n  " + "\n  ".join(lines_of(read_steps(folder), given.steps)))
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        raise UserError("option-value", f"--steps {options.steps}: set 1 or more")
+    for folder in options.runs:
+        print(f"{folder}\n  " + "\n  ".join(lines_of(read_steps(folder), options.steps)))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Runs a command and says how much memory it and all its child processes held while it ran.
+"""Runs a command and reports the memory of it and all its child processes while it runs.
 
 A line a sample goes to --output: seconds since the start, the sum of the resident sets (pages that processes share
-count once for each), and the sum of the proportional sets (shared pages count once; 0 where the system tells none).
+count once for each), and the sum of the proportional sets (shared pages count once; 0 where the system reports none).
 
     python examples/musique/watch_memory.py --output runs/memory.jsonl -- torchrun --nproc_per_node 2 ...
 """
@@ -40,7 +40,7 @@ def sample(root: psutil.Process) -> tuple[int, int]:
 def watch(command: list[str], output: Path, every: float) -> int:
     """Runs ``command``, samples it each ``every`` seconds, prints the peak; returns the command's exit status."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    start = time.monotonic()
     try:
         child = psutil.Popen(command)
     except OSError as error:
@@ -50,7 +50,7 @@ def watch(command: list[str], output: Path, every: float) -> int:
         while child.poll() is None:
             resident, proportional = sample(child)
             line = {
-                "seconds": round(time.monotonic() - begin, 2),
+                "seconds": round(time.monotonic() - start, 2),
                 "resident_gib": round(resident / 2**30, 3),
                 "proportional_gib": round(proportional / 2**30, 3),
             }
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="samples, JSONL")
     parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="time between samples (default: 1)")
     parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
-    given = parser.parse_args(argv)
-    return watch(given.command, given.output, given.every)
+    options = parser.parse_args(argv)
+    return watch(options.command, options.output, options.every)
 
 
 if __name__ == "__main__":

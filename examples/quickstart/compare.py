@@ -32,7 +32,7 @@ RESULTS = {
     "DPO SoLo, short reference": "dpo-solo-short-reference",
     "DPO SoLo, short reference, stop-grad on short": "dpo-solo-short-reference-short-side-stopped",
 }
-"""Label -> name of its file in evaluation/; the first five are the demo's own."""
+"""Label -> name of its file in evaluation/; the first five are those of the demo."""
 
 
 def main(argv: list[str] | None = None) -> int:

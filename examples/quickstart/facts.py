@@ -1,7 +1,7 @@
-"""The quickstart's data: short plain-English facts about invented entities, and a tokenizer that knows their words.
+"""The quickstart's data: short plain-English facts about invented entities, and a tokenizer of their words.
 
 A document is one fact, "They gave Dorin lanterns."; a question asks for one of them, "What did they give Dorin?".
-Every item draws its own facts, so that nothing can be learnt by heart: the answer stands in the documents
+Every item draws new facts, so that nothing can be memorized: the answer is in the documents
 or nowhere. Questions come in MuSiQue's JSONL format; conversations for ``--objective sft`` first repeat
 random words (which is how a small transformer comes to copy from its context), then look facts up.
 
@@ -34,7 +34,7 @@ ENTITIES = tuple(
     for first, second in product("Do Ve Ka Mi Ta Lu Sa Be Ro Ni Ga Fe".split(), "rin lka mo ven dal ris nu tor".split())
 )
 
-# (as a fact says it, as a question says it)
+# (verb in a fact, verb in a question)
 VERBS = (
     ("gave", "give"),
     ("sent", "send"),
@@ -117,7 +117,7 @@ def draw_facts(random_: random.Random, count: int) -> list[Fact]:
 
 
 def question_item(random_: random.Random, identifier: str, paragraphs: int, held_out: bool) -> dict[str, Any]:
-    """One question over ``paragraphs`` facts, in MuSiQue's format; its supporting paragraph stands anywhere."""
+    """One question over ``paragraphs`` facts, in MuSiQue's format; its supporting paragraph is at any place."""
     while True:
         facts = draw_facts(random_, paragraphs)
         asked = [index for index, fact in enumerate(facts) if fact.held_out == held_out]
@@ -157,7 +157,7 @@ def lookup_conversation(random_: random.Random, identifier: str, facts: int, que
 def echo_conversation(random_: random.Random, identifier: str, words: int) -> Conversation:
     """A run of distinct random words, repeated twice by the assistant, each time from a random place on and around.
 
-    The shift differs each time, so the words can be found by what stands before them, not by a fixed distance.
+    The shift differs each time, so the words can be located by what precedes them, not by a fixed distance.
     """
     run = random_.sample(content_words(), words)
     echoes: list[str] = []
@@ -184,7 +184,7 @@ def curriculum(
     lookup_facts: tuple[int, int] = (4, 8),
     questions: int = 4,
 ) -> Iterator[Conversation]:
-    """The base's conversations, to be learnt in this order: ``echoes`` first, then ``lookups``; ranges are inclusive.
+    """The conversations of the base model, in order of training: ``echoes``, then ``lookups``; ranges are inclusive.
 
     Conversations of one batch (`BATCH` in a row) have one length: a batch of mixed lengths took many times longer
     to make this small model copy by content.
@@ -239,10 +239,21 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="folder for train.jsonl, eval.jsonl, conversations.jsonl, conversations_valid.jsonl and tokenizer/",
     )
-    output.add_argument("--seed", type=int, default=0, help="the same seed gives the same files, byte for byte")
+    output.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed; the same seed writes the same files, byte for byte (default: 0)",
+    )
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--train-questions", type=int, default=2560, metavar="N")
-    sizes.add_argument("--eval-questions", type=int, default=256, metavar="N", help="questions that no other file asks")
+    sizes.add_argument(
+        "--eval-questions",
+        type=int,
+        default=256,
+        metavar="N",
+        help="questions that occur in no other file (default: 256)",
+    )
     sizes.add_argument("--paragraphs", type=int, default=64, metavar="N", help="facts an item")
     sizes.add_argument("--echoes", type=int, default=11200, metavar="N", help="conversations that repeat random words")
     sizes.add_argument("--lookups", type=int, default=640, metavar="N", help="conversations that look facts up")
@@ -255,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         if value < least:
             raise UserError("option-value", f"--{name.replace('_', '-')} {value}: set {least} or more")
 
-    # Each file has its own stream, so that the size of one does not change another.
+    # Each file has a separate random stream, so that the size of one does not change another.
     def stream(name: str) -> random.Random:
         return random.Random(f"{name}-{args.seed}")
 

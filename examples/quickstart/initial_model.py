@@ -15,7 +15,7 @@ from megatron_solopo.cli import run
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="what facts.py made")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder that facts.py wrote")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     options = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

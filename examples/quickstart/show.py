@@ -1,4 +1,4 @@
-"""What the demo found: the table of accuracies, a report with plots, one document answered by every model.
+"""The results of the demo: the table of accuracies, a report with plots, one document answered by every model.
 
 The last stage of demo.yaml; it reads the output folder, where it runs.
 """
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(f"\n{text}\n\n{accuracy_table(evaluations, 'documents')}\n")
     _ask([f"{folder}-hf" for folder in folders.values()])
-    print(f"\nThe report, with plots: {report.resolve()}\n\nNext, for a model and questions of your own:\n\n{NEXT}")
+    print(f"\nThe report, with plots: {report.resolve()}\n\nNext, for your model and questions:\n\n{NEXT}")
     return 0
 
 

@@ -58,7 +58,7 @@ def write_model(folder: Path, hf_config: PretrainedConfig, seed: int) -> str:
 
 
 def write_models(folder: Path) -> dict[str, str]:
-    """All models in folders of their names; name -> digest."""
+    """Returns all models in folders of their names; name -> digest."""
     return {
         name: write_model(folder / name, hf_config, seed)
         for seed, (name, hf_config) in enumerate([*MODELS.items(), ("reference", REFERENCE)])

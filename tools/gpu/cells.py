@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """A unit of the suite, which runs in its own process.
+    """A unit of the suite, which runs in a separate process.
 
     Attributes:
         work: module of this folder and function, called with a `Recorder`.
         expected: seconds on an H200, calculated; it is skipped where less is left, and killed after twice as many.
-        transformer_engine: it needs Transformer Engine, which no other cell sees.
+        transformer_engine: it needs Transformer Engine, which no other cell imports.
         about: what it yields, for docs/gpu.md.
     """
 

@@ -24,7 +24,7 @@ def oracle(out: Recorder) -> None:
     from worker import gradient_case
 
     from gpu import answers
-    from gpu.machine import begin
+    from gpu.machine import start_platform
     from megatron_solopo import config_load
     from megatron_solopo.model.hf_config import read_hf_config
     from megatron_solopo.training.engine import build_engine, initialize_parallel
@@ -32,7 +32,7 @@ def oracle(out: Recorder) -> None:
     prepared = torch.load(answers.FILE, weights_only=True)
     same = answers.write_models(out.work) == prepared["weights"] and answers.tokens_digest() == prepared["tokens"]
     out.require("weights_and_tokens_are_those_of_the_answers", same)
-    platform, world = begin(out), World(out.work)
+    platform, world = start_platform(out), World(out.work)
     plans = [
         (dtype, method, model, layout, answers.BATCH)
         for dtype in BOUNDS
@@ -136,7 +136,8 @@ def packed(out: Recorder) -> None:
 
 
 def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, head_dim]: the last ``rows`` queries of a causal sequence of [length, kv_heads, head_dim]."""
+    """Returns [rows, heads, head_dim]: the last ``rows`` queries of a causal sequence of [length, kv_heads,
+    head_dim]."""
     rows, length = query.shape[0], key.shape[0]
     places = torch.arange(length, device=query.device)
     mask = places[None] <= places[length - rows :, None]

@@ -1,4 +1,4 @@
-"""Transformer Engine: whether it works, which kernels it takes, whether it agrees with the portable implementation."""
+"""Transformer Engine: that it works, which kernels it selects, whether it agrees with the portable implementation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def transformer_engine(out: Recorder) -> None:
         layers(out)
     with out.part("back_end"):
         back_end(out)
-    from gpu.machine import begin
+    from gpu.machine import start_platform
 
-    platform = begin(out)
+    platform = start_platform(out)
     with out.part("agreement"):
         agreement(out, platform)
     with out.part("fp8_training"):

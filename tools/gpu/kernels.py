@@ -1,4 +1,4 @@
-"""Kernels: those that run today, and what could take their place."""
+"""Kernels: those that run today, and candidates to replace them."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def draw(out: Recorder, length: int) -> list[Tensor]:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What model/attention.py calls for a prompt."""
+    """Returns what model/attention.py calls for a prompt."""
     q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)[0]
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The flash kernel for packed sequences, with one sequence."""
+    """Returns the flash kernel for packed sequences, with one sequence."""
     ends = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
     lengths = (ends, ends, q.shape[0], k.shape[0])
     return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0]
@@ -76,7 +76,7 @@ def kernels_at(out: Recorder, length: int) -> None:
         key = f"{length}/{name}"
         try:
             actual = call(q, k, v)
-        except RuntimeError as error:  # this kernel does not take these tensors, which is a figure and no failure
+        except RuntimeError as error:  # this kernel does not support these tensors, which is a figure and no failure
             out.value(f"{key}/refused", brief(error))
             continue
         with out.part(key):
@@ -139,7 +139,7 @@ def repeats(out: Recorder) -> None:
 
 
 def candidates(out: Recorder) -> None:
-    """What runs today against a kernel that could take its place: time, and the error of both where they round."""
+    """The kernel that runs today against a candidate to replace it: time, and the error of both where they round."""
     tokens, width, inner = (64, 64, 96) if out.dry else (9984, 3584, 18944)
     dtype, device = torch.bfloat16, torch.device(out.device)
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from gpu.record import Recorder, brief, host_milliseconds, milliseconds, synchro
 
 
 def machine_name() -> str:
-    """A name for files: the GPU's, or the CPU's architecture."""
+    """Returns a name for files: the GPU's, or the CPU's architecture."""
     import torch
 
     if torch.cuda.is_available():
@@ -79,8 +79,9 @@ def _first_line(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
 
 
-def begin(out: Recorder) -> Any:
-    """The started platform: a lone process without rendezvous or, where NCCL refuses that, as torchrun starts one."""
+def start_platform(out: Recorder) -> Any:
+    """Returns the started platform: a lone process without rendezvous or, where NCCL refuses that, as torchrun starts
+    one."""
     from megatron_solopo.parallel import platform
 
     try:
@@ -99,20 +100,20 @@ def start(out: Recorder) -> None:
 
     from gpu.models import TINY, build, packs_of, step_of
 
-    begun = time.perf_counter()
-    started = begin(out)
+    before = time.perf_counter()
+    started = start_platform(out)
     out.value("backend", started.backend)
-    out.value("start", time.perf_counter() - begun, "s")
+    out.value("start", time.perf_counter() - before, "s")
     one = torch.ones((), device=started.device)
     dist.all_reduce(one)
     out.require("all_reduce", one.item() == 1)
     dist.barrier()
     engine, config = build(out, started, TINY, torch.bfloat16, recompute=False)
     packs = packs_of(engine, config, 64, 512, 16)
-    begun = time.perf_counter()
+    before = time.perf_counter()
     loss = step_of(engine, config, packs)()
     synchronize(out.device)
-    out.value("first_step", time.perf_counter() - begun, "s")
+    out.value("first_step", time.perf_counter() - before, "s")
     out.require("loss_is_finite", bool(torch.isfinite(torch.tensor(loss))))
     if out.device == "cuda":
         out.value("allocator", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))

@@ -62,7 +62,7 @@ def model_flops(hf_config: PretrainedConfig, packs: list[Any]) -> float:
 def build(
     out: Recorder, platform: Any, shape: dict[str, Any], dtype: torch.dtype, recompute: bool, **model: Any
 ) -> tuple[Any, Config]:
-    """(an engine of random weights, its configuration); creates the process groups if there are none."""
+    """Returns (an engine of random weights, its configuration); creates the process groups if there are none."""
     from megatron.core import parallel_state
 
     from megatron_solopo.model.hf_config import read_hf_config
@@ -87,7 +87,7 @@ def build(
 def packs_of(
     engine: Any, config: Config, short: int, long: int, response: int = RESPONSE, groups: int = 1
 ) -> list[Any]:
-    """Groups of a short prompt with two responses and a long one with one, as a training step packs them."""
+    """Returns groups of a short prompt with two responses and a long one with one, as a training step packs them."""
     from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenDataset, TokenGroup
     from megatron_solopo.pack import Context, Side
     from megatron_solopo.training.step import make_packs
@@ -106,7 +106,7 @@ def packs_of(
 
 
 def step_of(engine: Any, config: Config, packs: list[Any], optimizer: Any = None) -> Callable[[], float]:
-    """A call of one training step: the loss."""
+    """Returns a call of one training step: the loss."""
     from megatron_solopo.training.step import run_step
 
     def step() -> float:
@@ -182,10 +182,10 @@ def alone(out: Recorder, key: str, *arguments: Any, **more: Any) -> None:
 
 def model_1_5b(out: Recorder) -> None:
     """A 1.5B model at 1K / 8K with its optimizer, with full recompute and without."""
-    from gpu.machine import begin
+    from gpu.machine import start_platform
 
     out.value("flops", FLOPS_COUNTED)
-    platform = begin(out)
+    platform = start_platform(out)
     shape, lengths = (TINY, (64, 512, 16)) if out.dry else (QWEN_1_5B, (1024, 8192, RESPONSE))
     for recompute in (True, False):
         alone(out, f"recompute_{'full' if recompute else 'none'}", platform, shape, recompute, lengths, 5, True)
@@ -193,10 +193,10 @@ def model_1_5b(out: Recorder) -> None:
 
 def model_7b(out: Recorder) -> None:
     """Memory of forward and backward without an optimizer, against which a memory plan is checked."""
-    from gpu.machine import begin
+    from gpu.machine import start_platform
 
     out.value("flops", FLOPS_COUNTED)
-    platform = begin(out)
+    platform = start_platform(out)
     full, four = (TINY, TINY) if out.dry else (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4})
     for key, shape, recompute, long, repeats in (
         ("8k/recompute_full", full, True, 8192, 3),

@@ -16,7 +16,7 @@ RESULTS = "results.jsonl"
 
 
 class Skipped(Exception):
-    """A cell, or a part of one, cannot run on this machine; the text says why."""
+    """A cell, or a part of one, cannot run on this machine; the text has the reason."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without a last line that a kill cut."""
+    """Returns the records of a file, without a last line that a kill cut."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -44,7 +44,7 @@ class Recorder:
 
     Attributes:
         device: ``cuda``, or ``cpu`` in the dry run.
-        dry: shapes are cut to what a CPU computes in a moment; times then say nothing.
+        dry: shapes are cut to what a CPU computes in a moment; times then mean nothing.
         work: an empty folder.
         failures: the parts that failed and the figures beyond their bounds.
     """
@@ -55,7 +55,7 @@ class Recorder:
         self.failures: list[str] = []
 
     def value(self, key: str, value: Any, unit: str = "") -> None:
-        """A figure; floats are kept to six digits, and those that JSON does not know become texts."""
+        """A figure; floats are kept to six digits, and those that JSON cannot hold become texts."""
         if isinstance(value, float):
             value = float(f"{value:.6g}") if math.isfinite(value) else str(value)
         append(
@@ -84,7 +84,7 @@ class Recorder:
             yield
         except Skipped as reason:
             self.value(key, f"skipped: {reason}")
-        except Exception as error:  # whatever a machine does wrong is what the suite looks for
+        except Exception as error:  # any failure of a machine is a result of the suite
             traceback.print_exc()
             self.value(key, f"failed: {brief(error)}")
             self.failures.append(f"{key}: {brief(error)}")
@@ -94,7 +94,7 @@ class Recorder:
             raise Skipped("needs CUDA")
 
     def need_size(self) -> None:
-        """For what the CPU can do and takes long."""
+        """For work that a CPU can do, slowly."""
         if self.dry:
             raise Skipped("not in the dry run")
 
@@ -113,7 +113,7 @@ def synchronize(device: str) -> None:
 
 
 def milliseconds(work: Callable[[], Any], device: str, repeats: int = 5, warm: int = 2) -> float:
-    """The median time of ``work`` after ``warm`` calls: CUDA events, or the clock on the CPU."""
+    """Returns the median time of ``work`` after ``warm`` calls: CUDA events, or the clock on the CPU."""
     import torch
 
     for _ in range(warm):
@@ -121,12 +121,12 @@ def milliseconds(work: Callable[[], Any], device: str, repeats: int = 5, warm: i
     times = []
     for _ in range(repeats):
         if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             work()
             end.record()
             torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+            times.append(start.elapsed_time(end))
         else:
             started = time.perf_counter()
             work()
@@ -135,7 +135,8 @@ def milliseconds(work: Callable[[], Any], device: str, repeats: int = 5, warm: i
 
 
 def host_milliseconds(work: Callable[[], Any], device: str) -> float:
-    """The time of one call until its work is done, by the host's clock: what building a plan costs shows there."""
+    """Returns the time of one call until its work is done, by the host's clock: what building a plan costs shows
+    there."""
     synchronize(device)
     started = time.perf_counter()
     work()

@@ -144,7 +144,7 @@ def figures_of(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, A
 
 
 def shown(row: Row, figures: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What a table says of a row: the figure, what stood in its way, or `NOT_MEASURED`."""
+    """Returns the cell of a row: the figure, the reason why there is none, or `NOT_MEASURED`."""
     of_cell = figures.get(row.cell, {})
     matching = [of_cell[key] for key in of_cell if fnmatch.fnmatchcase(key, row.key)]
     numbers = [f for f in matching if isinstance(f["value"], float | int) and not isinstance(f["value"], bool)]
@@ -170,7 +170,7 @@ def _number(value: float) -> str:
 
 
 def markdown(machines: dict[str, list[dict[str, Any]]]) -> str:
-    """All tables, a column a machine."""
+    """Returns all tables, a column a machine."""
     columns = {name: figures_of(records) for name, records in machines.items()} or {"GPU": {}}
     statuses = {
         name: {r["cell"]: f"{r['status']}, {r['seconds']:g} s" for r in records if "status" in r}

@@ -16,13 +16,13 @@ TIMES = ("seconds", "tokens_per_second", "memory_gib", "memory_allocated_gib")
 
 
 def train_lines(save: Path) -> list[dict[str, Any]]:
-    """The metrics of each training step of a run."""
+    """Returns the metrics of each training step of a run."""
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["split"] == "train"]
 
 
 def run(out: Recorder, save: Path, *flags: Any) -> list[dict[str, Any]]:
-    """The metrics of each training step of a run of ``pretrain_solopo.py``."""
+    """Returns the metrics of each training step of a run of ``pretrain_solopo.py``."""
     from megatron_solopo.cli import run as run_command
     from megatron_solopo.training.run import main
 
