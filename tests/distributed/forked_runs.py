@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -60,9 +62,16 @@ class ForkedRun:
         return all(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float = 240) -> list[int | None]:
-        """Exit statuses; None: still running after ``seconds``, and killed now."""
-        for process in self.processes:
-            process.join(seconds)
+        """Exit statuses; None: still running after ``seconds``, or a minute after another failed, and killed now.
+
+        A process may wait for a failed one without a time limit, as torchrun ends all that remain.
+        """
+        end = time.monotonic() + seconds
+        while running := [process for process in self.processes if process.is_alive()]:
+            if any(process.exitcode for process in self.processes):
+                end = min(end, time.monotonic() + 60)
+            if not wait([process.sentinel for process in running], max(0, end - time.monotonic())):
+                break
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
