@@ -21,6 +21,7 @@ from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.losses.solopo import needs_reference, policy_scores
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.planning import fake
+from megatron_solopo.planning.counts import Counts, Work
 from megatron_solopo.planning.memory import (
     FORWARD,
     GRADIENTS,
@@ -44,6 +45,7 @@ class Outcome:
         peaks: phase -> its largest moment.
         tokens: tokens of the pack, of all processes that share it.
         packs: packs of the step that were rehearsed.
+        work: what the process computes and exchanges.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class Outcome:
     peaks: dict[str, Moment]
     tokens: int
     packs: int
+    work: Work
 
     @property
     def peak(self) -> Moment:
@@ -110,13 +113,14 @@ def rehearse(
             # Asked for the peak between backward and the update.
             SimpleNamespace(on_this_rank=lambda: ledger.enter(UPDATE) or 0.0),
         )
-        with rehearsal.mode, ledger, followed(ledger, engine.models):
+        counts = Counts()
+        with rehearsal.mode, counts, ledger, followed(ledger, engine.models), counts.following(engine):
             ledger.mark(fake.fakes([work]), INPUTS)
             standing = dict(ledger.held)
             ledger.enter(FORWARD)
             train_step(engine, optimizer, scheduler, *arguments)
         engine.close()
-        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs)
+        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs, counts.work(packs))
         del engine, optimizer, scheduler, work, arguments, buffers
     return outcome
 

@@ -50,6 +50,21 @@ def write_settings(folder: Path, config: Config) -> None:
             raise _unwritable(folder, name, error) from None
 
 
+def processes_of(folder: Path) -> int:
+    """Returns the number of processes of a run, from its versions.yaml.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    path = folder / "versions.yaml"
+    try:
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["processes"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        raise UserError(
+            "file-missing", f"{path}: no number of processes in it; set the folder of a training run"
+        ) from None
+
+
 def write_metric_labels(folder: Path, method: MethodConfig) -> None:
     """Writes metric_labels.json, the loss's metrics, for a report that does not load the loss.
 

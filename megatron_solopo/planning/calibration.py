@@ -1,0 +1,73 @@
+"""A machine file from a run: the fractions at which the forecast of its layout is the step that it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from megatron_solopo import config_load
+from megatron_solopo.config import Config
+from megatron_solopo.data.tokenized.batches import attention_cost, plan_step
+from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.results import Row, finite, read_run
+from megatron_solopo.parallel.topology import data_parallel_size
+from megatron_solopo.planning.forecast import calibrated
+from megatron_solopo.planning.machines import Machine
+from megatron_solopo.planning.table import outcomes_of, tasks_of
+from megatron_solopo.training.preflight import load_data, read_model, run_schedule
+from megatron_solopo.training.run_folder import processes_of
+
+FLAG = "--calibrate"
+
+
+def calibrate(machine: Machine, run_folder: str | Path) -> Machine:
+    """The machine on which the forecast of a run's median step is what the run measured.
+
+    The run's model, data and layout are read from its config.yaml, so its paths must still hold; the first step, which
+    warms up, does not count. A pack of mean cost of the process with most work is rehearsed.
+
+    Raises:
+        UserError: the folder holds no measured step, its model or data are gone, the rehearsal fails, or the run is so
+            much faster than ``machine`` that it had another one.
+    """
+    folder = Path(run_folder)
+    row = _median_step(folder)
+    config, _ = config_load.load(["--config", str(folder / "config.yaml")])
+    # Only CUDA's allocator has a peak to report.
+    device = "cuda" if "memory_allocated_gib" in row else "cpu"
+    hf_config, data, world = read_model(config), load_data(config), processes_of(folder)
+    groups = [data.train.groups[index] for index in run_schedule(config, data).step(int(row["step"]) - 1)]
+    pack, packs = _typical_pack(config, hf_config, groups, world, device)
+    outcomes = outcomes_of(tasks_of(config, hf_config, pack, packs, world, device))
+    if isinstance(outcomes, str):
+        raise UserError("rehearsal-failed", f"{FLAG} {run_folder}: {outcomes}")
+    name = f"{machine.name}, calibrated by {run_folder}"
+    return calibrated(outcomes, config, world, packs, machine, float(row["seconds"]), name)
+
+
+def _median_step(folder: Path) -> Row:
+    rows = [row for row in read_run(str(folder)).train[1:] if finite(row.get("seconds")) and "skipped" not in row]
+    if not rows:
+        raise UserError(
+            "run-without-steps", f"{FLAG} {folder}: metrics.jsonl has no second step; calibrate by two or more"
+        )
+    rows.sort(key=lambda row: row["seconds"])
+    return rows[len(rows) // 2]
+
+
+def _typical_pack(
+    config: Config, hf_config: PretrainedConfig, groups: Sequence[TokenGroup], world: int, device: str
+) -> tuple[list[TokenGroup], int]:
+    """Of the process with the most work: the groups of its pack of mean cost, and how many packs it has."""
+    plan = plan_step(groups, hf_config.hidden_size, data_parallel_size(config.parallel, world), config, device)
+    share = plan.shares[plan.loads.index(max(plan.loads))]
+
+    def cost(pack: Sequence[int]) -> float:
+        return sum(attention_cost(groups[place], hf_config.hidden_size, config.data.share_prompts) for place in pack)
+
+    mean = sum(map(cost, share)) / len(share)
+    pack = min((pack for pack in share if pack), key=lambda pack: abs(cost(pack) - mean))
+    return [groups[place] for place in pack], len(share)

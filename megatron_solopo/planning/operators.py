@@ -1,0 +1,191 @@
+"""What one call of an operator costs: floating-point operations, and bytes read and written.
+
+Formulas of matrix products are torch's (`torch.utils.flop_counter`). Those of attention are not, since they count all
+pairs where a causal kernel skips most of the upper half. Bytes come from the schema of the operator: each operand is
+read once, each result written once, and views cost nothing. torch's runtime estimator
+(`torch.distributed._tools.runtime_estimator`) does the same, but divides by the rates of the GPU that it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+PRODUCTS, EXPERTS, MEMORY_BOUND = "products", "expert products", "memory-bound"
+ATTENTION_FORWARD, ATTENTION_BACKWARD = "attention forward", "attention backward"
+
+_FORWARD = {
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._flash_attention_forward,
+    aten._efficient_attention_forward,
+}
+_BACKWARD = {
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward,
+    aten._flash_attention_backward,
+    aten._efficient_attention_backward,
+}
+_ON_CPU = {
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
+_FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
+"""Operators beside views that neither read nor write."""
+_NOT_READ = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
+"""Operators that write their first operand without reading it."""
+_READ_ROWS = {"embedding", "gather", "index", "index_select", "masked_select"}
+"""Operators that read of their first operand as much as they write."""
+_WRITE_ROWS = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
+"""Operators that change of their first operand as much as their last one holds."""
+_NOT_WRITTEN = {"_fused_adam_": {1}, "_fused_adamw_": {1}}
+"""Operands that a schema calls written and that are not: gradients, which are not scaled here."""
+
+
+class Operation(NamedTuple):
+    """One call of an operator.
+
+    Attributes:
+        kind: `PRODUCTS`, `EXPERTS` (grouped products), `ATTENTION_FORWARD`, `ATTENTION_BACKWARD` or `MEMORY_BOUND`.
+        dtype: of its first operand, as torch names it.
+        flops: floating-point operations, a multiplication and an addition being two; 0 where memory bounds it.
+        bytes: read and written.
+    """
+
+    kind: str
+    dtype: str
+    flops: int
+    bytes: int
+
+
+def operation_of(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> Operation | None:
+    """A call that a dispatch mode saw; None for what costs nothing, and for tensors that stay on the host."""
+    if _is_free(func):
+        return None
+    first = next(_tensors((args, result)), None)
+    if first is None:
+        return None
+    kind, flops = _products(func, args, kwargs, result)
+    return Operation(kind, str(first.dtype).removeprefix("torch."), flops, _bytes(func, args, kwargs, result))
+
+
+@cache
+def _is_free(func: torch._ops.OpOverload) -> bool:
+    return func.is_view or func.namespace != "aten" or func._opname in _FREE
+
+
+def _products(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> tuple[str, int]:
+    """Kind of an operator and its floating-point operations."""
+    packet = func.overloadpacket
+    if packet in _FORWARD or packet in _BACKWARD:
+        given = _by_name(func, args, kwargs)
+        # forward: scores and output; backward: scores again and the four gradients
+        products = 2 if packet in _FORWARD else 5
+        pairs_of_heads, head_dim = _pairs(packet, given), given["query"].shape[-1]
+        kind = ATTENTION_FORWARD if packet in _FORWARD else ATTENTION_BACKWARD
+        return kind, products * 2 * pairs_of_heads * head_dim
+    if packet is aten._grouped_mm:  # [M, K] x [G, K, N] by rows, or [M, K] x [K, N] by groups of K
+        rows, columns = args[0], args[1]
+        groups = rows.shape[0] if rows.dim() > columns.dim() else 1  # or [G, M, K] x [K, N] by columns
+        return EXPERTS, 2 * rows.numel() * columns.shape[-1] // groups
+    if packet in flop_registry:
+        return PRODUCTS, int(flop_registry[packet](*args, **kwargs, out_val=result))
+    return MEMORY_BOUND, 0
+
+
+def _by_name(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
+
+
+def _pairs(packet: Any, given: dict[str, Any]) -> int:
+    """Pairs of a query and a key that a kernel computes, over all sequences and query heads."""
+    query, key, causal = given["query"], given["key"], bool(given["is_causal"])
+    if given.get("max_q") and query.dim() == 3:
+        # Packed sequences [tokens, heads, head_dim], whose lengths are on the device: each as the longest.
+        queries, keys = int(given["max_q"]), int(given["max_k"])
+        return query.shape[1] * query.shape[0] * causal_pairs(queries, keys) // queries
+    sequences, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    if packet in (aten._flash_attention_forward, aten._flash_attention_backward):
+        queries, heads, keys = query.shape[1], query.shape[2], key.shape[1]
+    if not causal:
+        return sequences * heads * queries * keys
+    return sequences * heads * (blocked_pairs(queries, keys) if packet in _ON_CPU else causal_pairs(queries, keys))
+
+
+def causal_pairs(queries: int, keys: int) -> int:
+    """Pairs of queries that are the last positions of ``keys``. What a kernel computes beyond them in the tiles of the
+    diagonal counts as part of its efficiency."""
+    return queries * keys - queries * (queries - 1) // 2
+
+
+def blocked_pairs(queries: int, keys: int) -> int:
+    """Pairs that torch's kernel on CPU computes of a causal piece (2.11, aten/src/ATen/native/cpu/
+    FlashAttentionKernel.cpp): blocks of queries, and for each all blocks of 512 keys up to its last query."""
+    rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
+    return sum(
+        (min(begin + rows, queries) - begin) * min(-(-min(begin + rows, keys) // 512) * 512, keys)
+        for begin in range(0, queries, rows)
+    )
+
+
+def _bytes(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> int:
+    name = func._opname
+    if name in _WRITE_ROWS:
+        return 3 * _size(args[-1] if isinstance(args[-1], Tensor) else args[-2])
+    reads, writes = _roles(func)
+    given = [*args, *kwargs.values()] if kwargs else args
+    written = _size(result) if writes == () else 0
+    total = written
+    for place, value in enumerate(given):
+        size = _size(value)
+        if place == 0 and name in _READ_ROWS:
+            size = min(size, written)
+        if place not in reads:
+            size = 0
+        total += size + (_size(value) if place in writes else 0)
+    return total
+
+
+@cache
+def _roles(func: torch._ops.OpOverload) -> tuple[frozenset[int] | range, tuple[int, ...]]:
+    """Places of the operands that are read, and of those that are written; () where the result is a new tensor."""
+    arguments = func._schema.arguments
+    writes = tuple(
+        place
+        for place, argument in enumerate(arguments)
+        if argument.is_write and place not in _NOT_WRITTEN.get(func._opname, ())
+    )
+    unread = {0} if func._opname in _NOT_READ else {place for place in writes if arguments[place].is_out}
+    return frozenset(range(len(arguments))) - unread, writes
+
+
+def _size(value: Any) -> int:
+    """Bytes of the fake tensors in a value; what is expanded is read once."""
+    if isinstance(value, FakeTensor):
+        lengths = (size for size, step in zip(value.shape, value.stride(), strict=True) if step or size == 0)
+        return prod(lengths) * value.element_size()
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+
+
+def _tensors(values: Any) -> Iterator[FakeTensor]:
+    for value in values:
+        if isinstance(value, FakeTensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
