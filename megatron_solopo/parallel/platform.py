@@ -75,16 +75,21 @@ class Platform:
         return torch.cuda.max_memory_allocated() / 2**30 if self.name == "cuda" else None
 
 
+def resolve(device: str) -> str:
+    """Resolves ``auto`` to ``cuda`` where a GPU is usable, else to ``cpu``; ``cuda`` may be another machine's."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
 def choose(device: str) -> str:
-    """Resolves ``auto`` to ``cuda`` where a GPU is usable, else to ``cpu``.
+    """Resolves the device of this machine, see `resolve`.
 
     Raises:
         UserError: ``cuda`` was requested and torch sees no GPU.
     """
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device == "cuda" and not available:
+    device = resolve(device)
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "cuda-missing",
             "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi",

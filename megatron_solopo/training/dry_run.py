@@ -18,7 +18,7 @@ from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.rope import reach
 from megatron_solopo.pack import names_of_scored
 from megatron_solopo.parallel.context import method_of
-from megatron_solopo.parallel.platform import choose
+from megatron_solopo.parallel.platform import resolve
 from megatron_solopo.parallel.topology import (
     data_parallel_size,
     expert_place,
@@ -41,7 +41,7 @@ def describe(config: Config, memory: Callable[[Preflight, str], list[str]] | Non
         UserError: the run would be refused before its first step.
     """
     plan = preflight(config, dry_run=True)
-    device, processes = choose(config.parallel.device), world_size()
+    device, processes = resolve(config.parallel.device), world_size()
     unfit = plan.inputs.unfit
     sections = {
         "resolved configuration": [yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip()],

@@ -31,7 +31,7 @@ from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_sc
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, padded_vocab_size
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
-from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node
+from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node, resolve
 from megatron_solopo.parallel.topology import check_layout, world_size
 from megatron_solopo.training import resume
 from megatron_solopo.training.objective import check_loss
@@ -136,12 +136,12 @@ def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:
     Raises:
         UserError: see `check_model`, `check_loss`, `check_machine`, `load_data` and `check_vocabulary`.
     """
-    device = choose(config.parallel.device)
+    device = resolve(config.parallel.device)
     hf_config = agreed(lambda: check_model(config, device), "model")
     check_loss(config.method)
     unfit = None
     try:
-        check_machine(config, device)
+        check_machine(config, choose(config.parallel.device))
     except UserError as error:
         if refuse_machine:
             raise

@@ -35,7 +35,7 @@ from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.solopo import reference_scores
-from megatron_solopo.parallel.platform import choose, first_of_node, wait_for_all
+from megatron_solopo.parallel.platform import first_of_node, resolve, wait_for_all
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
@@ -51,7 +51,7 @@ SECONDS_BETWEEN_SAVES = 30.0
 def starting_weights(config: Config) -> str:
     """Returns a text that identifies the weights that the run starts from, the reference; reads all of them."""
     if config.model.random_init:
-        drawn = "drawn by name" + (" on CUDA" if choose(config.parallel.device) == "cuda" else "")
+        drawn = "drawn by name" + (" on CUDA" if resolve(config.parallel.device) == "cuda" else "")
         return f"{drawn}, seed {config.training.seed}, config {_config_digest(config)}"
     with reporting("reading the weights"):
         return weights_fingerprint(config.model.hf_path)

@@ -230,6 +230,20 @@ def test_a_dry_run_warns_that_this_machine_cannot_compute_it(
     assert "cannot run it" not in capsys.readouterr().out
 
 
+def test_a_dry_run_without_a_gpu_rehearses_the_run_of_a_gpu(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference whose weights are drawn on the device is part of it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    flags = ["--device", "cuda", "--preference-loss", "dpo"]
+    assert run(main, home.argv("runs/cuda", *flags)) == 2
+    message = check_refusal(capsys.readouterr().err, "cuda-missing", "--device cuda: ")
+    assert run(main, home.argv("runs/cuda", *flags, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert "# ranks (1 process on cuda)\n" in out and f"warning: this machine cannot run it: {message}\n" in out
+    assert "a process at its peak, rehearsed" in out and "of the CUDA context and NCCL" in out
+
+
 def test_a_dry_run_describes_the_run_and_touches_nothing(
     home: Home, dpo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
