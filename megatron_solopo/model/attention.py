@@ -10,7 +10,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
+from megatron_solopo.parallel.kernels import Kernels, kernels_for
 from megatron_solopo.parallel.layout import RankLayout
 
 
@@ -34,6 +36,12 @@ def pack_layout(
     """Makes the layout of a pack's rows, [S / cp] ``positions``, on their device."""
     cos, sin = frequencies(positions, dtype)
     return PackLayout(qkv_format="thd", attention=attention, cos=cos, sin=sin)
+
+
+def attention_kernels(settings: TransformerConfig, device: torch.device) -> Kernels:
+    """Returns the kernels of a model's attention without context parallelism."""
+    engine, sixteen_bits = settings.transformer_impl == transformer_engine.NAME, settings.params_dtype.itemsize == 2
+    return kernels_for(engine, device.type == "cuda", sixteen_bits, settings.attention_backend.name)
 
 
 class PackedAttention(nn.Module):

@@ -16,8 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_solopo.model import transformer_engine
-from megatron_solopo.model.attention import pack_layout
+from megatron_solopo.model.attention import attention_kernels, pack_layout
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import padding_mask
@@ -51,8 +50,8 @@ def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -
     group = cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
     assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(group.size(), settings.cp_comm_type)
-    fused = settings.transformer_impl == transformer_engine.NAME
-    return on_device(cut(pack, method, fused, group.rank(), group.size(), group), device)
+    kernels = attention_kernels(settings, device)
+    return on_device(cut(pack, method, kernels, group.rank(), group.size(), group), device)
 
 
 def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dtype: torch.dtype) -> Tensor:

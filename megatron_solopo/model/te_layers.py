@@ -15,7 +15,8 @@ from megatron_solopo.model.attention import PackedAttention, PackLayout
 from megatron_solopo.model.rope import rotate
 from megatron_solopo.model.router import Router
 from megatron_solopo.parallel.context import method_of
-from megatron_solopo.parallel.layout import SequenceLayout, select
+from megatron_solopo.parallel.layout import select
+from megatron_solopo.parallel.sequences import SequenceLayout
 
 FINAL_NORM = TENorm
 

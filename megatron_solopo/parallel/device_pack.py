@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo.pack import Pack
+from megatron_solopo.parallel.kernels import Kernels
 from megatron_solopo.parallel.layout import RankLayout
 from megatron_solopo.parallel.method import ContextMethod
 
@@ -38,12 +39,17 @@ class DevicePack:
 
 
 def cut(
-    pack: Pack, method: ContextMethod, fused: bool, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None
+    pack: Pack,
+    method: ContextMethod,
+    kernels: Kernels,
+    rank: int = 0,
+    size: int = 1,
+    group: dist.ProcessGroup | None = None,
 ) -> DevicePack:
     """Returns a rank's part of a pack, on the CPU like the pack.
 
     Args:
-        fused: whether the layers are Transformer Engine's.
+        kernels: those of the layers for a pack that is not sharded.
         group: the group of the ``size`` context-parallel ranks.
     """
     rows = torch.from_numpy(method.rows(pack.pieces, rank, size))
@@ -59,7 +65,7 @@ def cut(
         targets=pack.targets[on_rank],
         segments=pack.segments[on_rank],
     )
-    layout = method.layout(pack.pieces, rank, size, group, fused)
+    layout = method.layout(pack.pieces, rank, size, group, kernels)
     return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel())
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from megatron_solopo.config import Config
     from megatron_solopo.pack import Piece
+    from megatron_solopo.parallel.kernels import Kernels
     from megatron_solopo.parallel.layout import RankLayout
 
 
@@ -37,10 +38,10 @@ class EngineMethod(ContextMethod):
             )
 
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, fused: bool
+        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:
         """Returns the layout of the complete pack: Transformer Engine divides the lengths itself."""
-        from megatron_solopo.parallel.layout import sequence_layout
+        from megatron_solopo.parallel.sequences import sequence_layout
 
         layout = sequence_layout(pieces)
         if layout.keys is not None:

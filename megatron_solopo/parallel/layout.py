@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_solopo.pack import Piece
@@ -67,26 +69,8 @@ class BlockLayout(RankLayout):
         queries = select(query, self.queries).split(query_rows)
         keys = select(key, self.keys).split(key_rows)
         values = select(value, self.keys).split(key_rows)
-        outputs = [_attend(*part, scale) for part in zip(self.blocks, queries, keys, values, strict=True)]
+        outputs = [attend_block(*part, scale) for part in zip(self.blocks, queries, keys, values, strict=True)]
         return select(torch.cat(outputs), self.order)
-
-
-@dataclass(frozen=True)
-class SequenceLayout(RankLayout):
-    """A pack for kernels of packed sequences, with every piece a sequence.
-
-    Attributes:
-        cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, the first query and key of each sequence, and the total.
-        max_seqlen_q, max_seqlen_kv: lengths of the longest sequences.
-        keys: [last of cu_seqlens_kv] rows whose keys and values each piece attends to, prompt first; None where that
-            is the order of the pack.
-    """
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_kv: Tensor
-    max_seqlen_q: int
-    max_seqlen_kv: int
-    keys: Tensor | None
 
 
 def block_layout(pieces: Sequence[Piece]) -> BlockLayout:
@@ -109,34 +93,13 @@ def block_layout(pieces: Sequence[Piece]) -> BlockLayout:
     rows = np.concatenate(queries)
     return BlockLayout(
         tuple(blocks),
-        _rows(rows, rows.size),
-        _rows(np.concatenate(keys), rows.size),
-        _rows(np.argsort(rows), rows.size),
+        rows_or_all(rows, rows.size),
+        rows_or_all(np.concatenate(keys), rows.size),
+        rows_or_all(np.argsort(rows), rows.size),
     )
 
 
-def sequence_layout(pieces: Sequence[Piece]) -> SequenceLayout:
-    """Makes the layout of a complete pack for kernels of packed sequences."""
-    query_lengths = [piece.slot for piece in pieces]
-    key_lengths, keys = [], []
-    for piece in pieces:
-        key_lengths.append(piece.slot)
-        if piece.prompt is not None:
-            prompt = pieces[piece.prompt]
-            keys.append(np.arange(prompt.start, prompt.start + prompt.length))
-            key_lengths[-1] += prompt.length
-        keys.append(np.arange(piece.start, piece.start + piece.slot))
-    rows = _rows(np.concatenate(keys), sum(query_lengths))
-    return SequenceLayout(
-        _cumulated(query_lengths), _cumulated(key_lengths), max(query_lengths), max(key_lengths), rows
-    )
-
-
-def _cumulated(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-
-
-def _rows(rows: np.ndarray, tokens: int) -> Tensor | None:
+def rows_or_all(rows: np.ndarray, tokens: int) -> Tensor | None:
     """Returns an index, or None for all rows in their order, which needs no copy."""
     if rows.size == tokens and np.array_equal(rows, np.arange(rows.size)):
         return None
@@ -148,32 +111,51 @@ def select(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def _attend(block: Block, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Computes a block's outputs, [count x queries, heads, head_dim]."""
+def attend_block(
+    block: Block, query: Tensor, key: Tensor, value: Tensor, scale: float | None, cudnn_only: bool = False
+) -> Tensor:
+    """Computes a block's outputs, [count x queries, heads, head_dim].
 
-    def batched(x: Tensor, length: int) -> Tensor:
-        return x.view(block.count, length, *x.shape[1:]).transpose(1, 2)
-
+    Args:
+        cudnn_only: whether it may run on cuDNN alone, on CUDA in 16 bits.
+    """
     mask = None
     if block.keys > block.queries:
         # Queries are the last positions of the keys; is_causal would align them with the first.
         mask = _lower_right(block.queries, block.keys, query.device)
-    out = F.scaled_dot_product_attention(
-        batched(query, block.queries),
-        batched(key, block.keys),
-        batched(value, block.keys),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    backends = None if query.device.type == "cpu" else _backends(query.dtype, cudnn_only)
+    if backends == [SDPBackend.EFFICIENT_ATTENTION]:  # of torch 2.11 takes as many heads of keys as of queries
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+
+    def batched(x: Tensor, length: int) -> Tensor:
+        return x.view(block.count, length, *x.shape[1:]).transpose(1, 2)
+
+    with nullcontext() if backends is None else sdpa_kernel(backends):
+        out = F.scaled_dot_product_attention(
+            batched(query, block.queries),
+            batched(key, block.keys),
+            batched(value, block.keys),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return out.transpose(1, 2).reshape(query.shape)
+
+
+def _backends(dtype: torch.dtype, cudnn_only: bool) -> list[SDPBackend]:
+    """Returns the kernels of CUDA that hold no score matrix; float64 has none, and is for tests."""
+    if dtype == torch.float64:
+        return [SDPBackend.MATH]
+    if dtype == torch.float32:
+        return [SDPBackend.EFFICIENT_ATTENTION]
+    return [SDPBackend.CUDNN_ATTENTION] if cudnn_only else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
 def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     """Returns a causal mask aligned to the last position.
 
-    CUDA's flash kernel has a name for it; the fused kernel on CPU takes [queries, keys] booleans, small because a
+    CUDA's kernels have a name for it; the fused kernel on CPU takes [queries, keys] booleans, small because a
     response is short compared with its prompt.
     """
     if device.type == "cuda":

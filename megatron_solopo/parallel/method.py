@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_solopo.config import Config
     from megatron_solopo.pack import Piece
+    from megatron_solopo.parallel.kernels import Kernels
     from megatron_solopo.parallel.layout import RankLayout
 
 
@@ -69,11 +70,11 @@ class ContextMethod(ABC):
 
     @abstractmethod
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, fused: bool
+        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:
         """Makes a rank's attention layout of a pack, with tensors on the CPU.
 
         Args:
             group: the group of the context-parallel ranks.
-            fused: whether the layers are Transformer Engine's.
+            kernels: those of the layers for a pack that is not sharded.
         """

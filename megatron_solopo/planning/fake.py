@@ -336,17 +336,15 @@ def _attention(
 ) -> Tensor:
     """The kernel that `F.scaled_dot_product_attention` and `CausalBias` take on a GPU of compute capability 8 or more,
     whose properties C++ would ask: flash attention (cuDNN's holds as much) for 16 bits, the memory-efficient one for
-    float32, and for that with fewer key heads than query heads the plain product of all with all."""
+    float32."""
     operators = torch.ops.aten
     causal = is_causal or attn_mask is not None
     if query.dtype in (torch.bfloat16, torch.float16):
         return operators._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
-    if query.shape[1] == key.shape[1] and attn_mask is None:
-        return operators._scaled_dot_product_efficient_attention(
-            query, key, value, None, query.requires_grad, 0.0, causal, scale=scale
-        )[0]
-    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    return operators._scaled_dot_product_attention_math(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)[0]
+    assert query.shape[1] == key.shape[1], "with fewer heads of keys torch would hold the scores of all with all"
+    return operators._scaled_dot_product_efficient_attention(
+        query, key, value, None, query.requires_grad, 0.0, causal, scale=scale
+    )[0]
 
 
 def fakes(values: Sequence[Any]) -> Iterator[FakeTensor]:

@@ -321,19 +321,25 @@ MUTANTS: list[Mutant] = [
         "parallel/zigzag.py",
         CONTEXT,
         ("the first chunks to the first rank", "return rank, 2 * size - 1 - rank", "return 2 * rank, 2 * rank + 1"),
-        (
-            "a completion sees the padding of its prompt",
-            "prompt.start, prompt.length, causal",
-            "prompt.start, prompt.slot, causal",
-        ),
-        ("a chunk sees its future", "begin, length, causal=True", "begin, length, causal=False"),
-        ("earlier chunks unseen", "if begin > piece.start:", "if False:"),
     ),
     *within(
-        "parallel/spans.py",
+        "parallel/sequences.py",
         CONTEXT,
-        ("spans added without their weights", "output[rows] * before[..., None] + out", "output[rows] + out"),
-        ("gradient of one head of a group", "of_key.sum(1)", "of_key[:, 0]"),
+        (
+            "a completion sees the padding of its prompt",
+            "prompt.start + prompt.length))",
+            "prompt.start + prompt.slot))",
+        ),
+        ("earlier chunks unseen", "np.arange(piece.start, begin + length)", "np.arange(begin, begin + length)"),
+        ("keys of another rank's rows", "np.argsort(gathered)[rows]", "gathered[rows]"),
+        ("gradients of keys summed in 16 bits", "torch.promote_types(grad.dtype, torch.float32)", "grad.dtype"),
+        ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
+    ),
+    *within(
+        "parallel/flash.py",
+        CONTEXT,
+        ("gradient of one head of a group", "of_heads.sum(1)", "of_heads[:, 0]"),
+        ("a sequence aligned to its first key", ".triu(seen - queries + 1)", ".triu(1)"),
     ),
     *within(
         "parallel/device_pack.py",
@@ -429,17 +435,12 @@ MUTANTS: list[Mutant] = [
         ("the optimizer starts anew on resuming", 'optimizer.load_state_dict(loaded["optimizer"])', "pass"),
     ),
     *within(
-        "parallel/layout.py",
+        "parallel/sequences.py",
         ENGINE,
         (
             "a sequence's keys without its prompt's",
-            "key_lengths[-1] += prompt.length",
-            "key_lengths[-1] += 0",
-        ),
-        (
-            "the prompt's padding among a sequence's keys",
-            "keys.append(np.arange(prompt.start, prompt.start + prompt.length))",
-            "keys.append(np.arange(prompt.start, prompt.start + prompt.slot + 1))",
+            "seen.insert(0,",
+            "list.insert([], 0,",
         ),
     ),
     *within(
@@ -535,7 +536,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/context/none.py",
         CUDA,
-        ("lengths of prompts as they are on CUDA", 'if device == "cuda" and portable else', "if False else"),
+        ("lengths of prompts as they are on CUDA", "if kernels in PLANNED else", "if False else"),
     ),
     *within(
         "data/tokenized/batches.py",

@@ -186,7 +186,8 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
     from megatron_solopo.model.attention import PackedAttention, pack_layout
     from megatron_solopo.model.rope import RotaryFrequencies
-    from megatron_solopo.parallel.layout import block_layout, sequence_layout
+    from megatron_solopo.parallel.layout import block_layout
+    from megatron_solopo.parallel.sequences import sequence_layout
 
     engine = engine_of(here, folder, "transformer_engine")
     attention = engine.models[0].decoder.layers[0].self_attention.core_attention

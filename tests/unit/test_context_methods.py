@@ -39,7 +39,7 @@ class Halves(ContextMethod):
         return np.split(rows, size)[rank]
     def share(self, rank, size):
         return f"half {rank}"
-    def layout(self, pieces, rank, size, group, fused):
+    def layout(self, pieces, rank, size, group, kernels):
         return Layout()
 
 METHOD = Halves()

@@ -1,20 +1,24 @@
-"""Packs cut over context-parallel ranks: who computes which rows, what they see, and attention by log-sum-exps."""
+"""Packs cut over context-parallel ranks: who computes which rows, what they see, and attention over sequences."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Pack, Side
-from megatron_solopo.parallel.spans import SpanLayout, span_attention
-from megatron_solopo.parallel.zigzag import rows_of, spans_of
+from megatron_solopo.parallel.layout import RankLayout
+from megatron_solopo.parallel.sequences import PromptLayout, SequenceLayout, prompt_layout, sequence_layout
+from megatron_solopo.parallel.zigzag import rows_of
+from megatron_solopo.planning import fake
 
 
 def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
@@ -49,21 +53,29 @@ def visible(pack: Pack) -> np.ndarray:
     return seen
 
 
+def seen_by(layout: SequenceLayout, order: np.ndarray) -> np.ndarray:
+    """[queries of a rank, S] how often each query attends to each row of the pack; ``order``: rows as gathered."""
+    rows = order if layout.keys is None else order[layout.keys.numpy()]
+    seen, query, key = np.zeros((sum(layout.query_lengths), len(order)), dtype=int), 0, 0
+    for queries, keys in zip(layout.query_lengths, layout.key_lengths, strict=True):
+        np.add.at(seen[query : query + queries].T, rows[key : key + keys], np.tri(queries, keys, keys - queries).T)
+        query, key = query + queries, key + keys
+    assert layout.cu_seqlens_q.tolist() == [0, *np.cumsum(layout.query_lengths)]
+    assert layout.cu_seqlens_kv.tolist() == [0, *np.cumsum(layout.key_lengths)]
+    return seen
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(8))
 def test_ranks_share_the_rows_and_see_what_the_pack_sees(seed: int, size: int, share: bool) -> None:
     pack = draw_pack(seed, size, share)
     wanted, rows, work = visible(pack), [rows_of(pack.pieces, rank, size) for rank in range(size)], []
-    assert sorted(np.concatenate(rows)) == list(range(len(pack.tokens)))
+    order = np.concatenate(rows)
+    assert sorted(order) == list(range(len(pack.tokens)))
     for rank in range(size):
-        seen = np.zeros((len(rows[rank]), len(pack.tokens)), dtype=int)
-        for span in spans_of(pack.pieces, rank, size):
-            block = np.ones((span.queries, span.keys), dtype=int)
-            seen[span.query : span.query + span.queries, span.key : span.key + span.keys] += (
-                np.tril(block) if span.causal else block
-            )
-        assert (seen == wanted[rows[rank]]).all()  # and nothing twice
+        seen = seen_by(sequence_layout(pack.pieces, rank, size), np.arange(len(order)) if size == 1 else order)
+        assert (seen == wanted[rows[rank] if size > 1 else slice(None)]).all()  # and nothing twice
         work.append(seen.sum())
     assert max(work) == min(work)  # zig-zag: every rank attends to the same number of pairs
 
@@ -76,12 +88,31 @@ def dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return torch.einsum("hst,thd->shd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
+def layouts_of(pack: Pack, kind: str, size: int) -> Iterator[tuple[RankLayout, Tensor, Tensor]]:
+    """(layout, rows of its queries, rows of the keys that it is given) of each rank."""
+    everything = torch.arange(len(pack.tokens))
+    if kind == "prompts":
+        yield prompt_layout(pack.pieces, False), everything, everything
+    elif size == 1:
+        yield sequence_layout(pack.pieces), everything, everything
+    else:
+        each = [torch.from_numpy(rows_of(pack.pieces, rank, size)) for rank in range(size)]
+        for rank, rows in enumerate(each):
+            yield sequence_layout(pack.pieces, rank, size), rows, torch.cat(each)
+
+
+KINDS = [("sequences", 1), ("sequences", 2), ("sequences", 4), ("prompts", 1)]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_attention_by_spans_is_attention(dtype: Any, bound: float, heads: int, kv_heads: int, size: int) -> None:
+@pytest.mark.parametrize(("kind", "size"), KINDS)
+@pytest.mark.parametrize("share", [True, False])
+def test_attention_over_sequences_is_attention(
+    dtype: Any, bound: float, heads: int, kv_heads: int, kind: str, size: int, share: bool
+) -> None:
     """Output of every rank's rows, and the gradients that the ranks' parts add up to, relative to their norms."""
-    pack = draw_pack(11, size)
+    pack = draw_pack(11, size, share)
     count, generator = len(pack.tokens), torch.Generator().manual_seed(0)
     seen = torch.from_numpy(visible(pack))
     query, key, value, weight = (
@@ -92,12 +123,60 @@ def test_attention_by_spans_is_attention(dtype: Any, bound: float, heads: int, k
     expected = dense(*whole, seen)
     (expected * weight).sum().backward()
     ours = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-    for rank in range(size):
-        rows = torch.from_numpy(rows_of(pack.pieces, rank, size))
-        everything = torch.arange(count)
-        layout = SpanLayout(spans_of(pack.pieces, rank, size), everything, everything, None)
-        attended = span_attention(ours[0][rows], ours[1], ours[2], layout, 0.7)
-        assert (attended.double() - expected[rows]).norm() <= bound * expected[rows].norm()
-        (attended * weight[rows].to(dtype)).sum().backward()
+    for layout, rows, order in layouts_of(pack, kind, size):
+        result = layout.attend(ours[0][rows], ours[1][order], ours[2][order], 0.7)
+        assert (result.double() - expected[rows]).norm() <= bound * expected[rows].norm()
+        (result * weight[rows].to(dtype)).sum().backward()
     for mine, theirs in zip(ours, whole, strict=True):
         assert (mine.grad.double() - theirs.grad).norm() <= bound * theirs.grad.norm()
+
+
+def test_gradients_of_keys_are_summed_in_float32() -> None:
+    """300 completions of one prompt give each key of it the same gradient, whose sum bfloat16 loses at 256."""
+    prompt = Prompt(Context.SHORT, [1] * 8, tuple(Completion(Side.CHOSEN, [2, 3], None, i) for i in range(300)))
+    layout = sequence_layout(build_pack([TokenGroup("g", (prompt,))], [0], True).pieces)
+    x = torch.zeros(8 + 300, 1, 4, dtype=torch.bfloat16)
+    assert layout.sum_to_rows(torch.ones(layout.keys.numel(), 1, 4, dtype=torch.bfloat16), x)[0, 0, 0].item() > 299
+
+
+class Calls(TorchDispatchMode):
+    """The calls of operators of these names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names, self.calls = names, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (name := func.overloadpacket.__name__) in self.names:
+            self.calls.append((name, args, result))
+        return result
+
+
+FLASH = ("_flash_attention_forward", "_flash_attention_backward")
+
+
+@pytest.mark.parametrize(("kind", "size"), KINDS)
+def test_one_call_of_the_flash_kernel_on_cuda(kind: str, size: int) -> None:
+    """All completions, or all pieces of a rank: what torch's operators are called with, and what they return."""
+    pack = draw_pack(11, size)
+    with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode, Calls(*FLASH) as flash:
+        from megatron_solopo.model import forward
+
+        for layout, rows, _ in layouts_of(pack, kind, size):
+            shapes = ((len(rows), 4, 16), *[(len(pack.tokens), 2, 16)] * 2)
+            inputs = [torch.zeros(s, dtype=torch.bfloat16, device="cuda", requires_grad=True) for s in shapes]
+            sequences = layout.completions if isinstance(layout, PromptLayout) else layout
+            result = forward.on_device(layout, rehearsal.platform.device).attend(*inputs, 0.7)
+            result.backward(torch.zeros_like(result))
+            assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+            assert {x.grad.dtype for x in inputs} == {torch.bfloat16}
+            (first, given, returned), (second, more, _) = flash.calls
+            assert (first, second) == FLASH
+            queries, keys = sum(sequences.query_lengths), sum(sequences.key_lengths)
+            assert [tuple(x.shape) for x in given[:3]] == [(queries, 4, 16), (keys, 2, 16), (keys, 2, 16)]
+            assert returned[1].shape == (4, queries) and returned[1].dtype == torch.float32
+            assert all(x.dtype == torch.int32 and len(x) == len(sequences.key_lengths) + 1 for x in given[3:5])
+            lengths = (max(sequences.query_lengths), max(sequences.key_lengths))
+            assert given[5:] == (*lengths, 0.0, True, False) and more[8:12] == (*lengths, 0.0, True)
+            flash.calls.clear()

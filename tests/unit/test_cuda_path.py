@@ -128,7 +128,7 @@ def draw_groups(seed: int, longest: int = 900) -> list[TokenGroup]:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_lengths_of_prompts_are_few_on_cuda(share: bool) -> None:
-    groups, config = draw_groups(1), Config()
+    groups, config = draw_groups(1), Config(model=ModelConfig(bf16=True))
     config.data.share_prompts, config.training.micro_batch_size = share, 2
     plan = plan_step(groups, 32, 2, config, "cuda")
     assert plan.of_prompts == CUDNN_LENGTHS and plan_step(groups, 32, 2, config).of_prompts == 1
@@ -145,12 +145,13 @@ def test_lengths_of_prompts_are_few_on_cuda(share: bool) -> None:
     ("change", "multiple"),
     [
         ({}, 128),
+        ({"bf16": False}, 1),
         ({"transformer_impl": "transformer_engine"}, 1),
         ({"context_parallel_size": 2}, 4),
     ],
 )
 def test_what_else_is_no_kernel_of_cudnn_keeps_its_lengths(change: dict[str, Any], multiple: int) -> None:
-    config = Config()
+    config = Config(model=ModelConfig(bf16=True))
     for section in (config.model, config.parallel):
         for name in change.keys() & vars(section).keys():
             setattr(section, name, change[name])
@@ -159,7 +160,7 @@ def test_what_else_is_no_kernel_of_cudnn_keeps_its_lengths(change: dict[str, Any
 
 def test_the_limit_of_a_pack_counts_the_padding_of_prompts() -> None:
     group = TokenGroup("g", (prompt_of([1] * 129, {"short_chosen": [1] * 2, "short_rejected": [1] * 2}),))
-    groups, config = [group], Config()
+    groups, config = [group], Config(model=ModelConfig(bf16=True))
     config.training.max_tokens_per_rank = 131
     assert above_the_token_limit(groups, config) is None
     assert "up to 258 tokens a process" in above_the_token_limit(groups, config, "cuda")

@@ -19,7 +19,8 @@ from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention, pack_layout
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.pack import Context, Side
-from megatron_solopo.parallel.layout import block_layout, select, sequence_layout
+from megatron_solopo.parallel.layout import block_layout, select
+from megatron_solopo.parallel.sequences import sequence_layout
 
 
 def fp8(recipe: str = "tensorwise", **parallel: int | bool) -> Config:

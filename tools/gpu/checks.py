@@ -82,7 +82,7 @@ def packed(out: Recorder) -> None:
     from megatron_solopo.pack import Context, Side
     from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
     from megatron_solopo.parallel.device_pack import on_device
-    from megatron_solopo.parallel.layout import block_layout
+    from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
 
     heads, kv_heads, size, dtype = attention_shape(out)
     short, long, answer = (60, 500, 10) if out.dry else (1000, 8100, 100)
@@ -97,7 +97,8 @@ def packed(out: Recorder) -> None:
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     times = {}
-    for name, share in (("shared", True), ("separate", False)):
+    kinds = {"shared": True, "separate": False, "shared_flash": True}
+    for name, share in kinds.items():
         pack = build_pack([group], [0], share, prompt_multiple_of=CUDNN_LENGTHS).to(device)
         tokens = pack.tokens.numel()
 
@@ -105,7 +106,9 @@ def packed(out: Recorder) -> None:
             return torch.randn(rows, count, size, generator=generator).to(device, dtype).requires_grad_()
 
         q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
-        layout = pack_layout(on_device(block_layout(pack.pieces), device), pack.positions, rope, dtype)
+        pieces = pack.pieces
+        kernels = sequence_layout(pieces) if name.endswith("flash") else prompt_layout(pieces, cudnn_only=False)
+        layout = pack_layout(on_device(kernels, device), pack.positions, rope, dtype)
 
         def step(q: Any = q, k: Any = k, v: Any = v, layout: Any = layout) -> torch.Tensor:
             for tensor in (q, k, v):
@@ -156,9 +159,8 @@ def context(out: Recorder) -> None:
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
     from megatron_solopo.pack import Context, Side
     from megatron_solopo.parallel.device_pack import on_device
-    from megatron_solopo.parallel.layout import block_layout
-    from megatron_solopo.parallel.spans import SpanLayout, span_attention
-    from megatron_solopo.parallel.zigzag import rows_of, spans_of
+    from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
+    from megatron_solopo.parallel.zigzag import rows_of
 
     ranks, device = 2, torch.device(out.device)
     heads, kv_heads, size, dtype = attention_shape(out)
@@ -166,7 +168,7 @@ def context(out: Recorder) -> None:
     prompt = Prompt(Context.LONG, [0] * (511 if out.dry else 8191), completions)
     pack = build_pack([TokenGroup("g", (prompt,))], [0], True, 2 * ranks, 2 * ranks).to(device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
-    layout = pack_layout(on_device(block_layout(pack.pieces), device), pack.positions, rope, dtype)
+    layout = pack_layout(on_device(prompt_layout(pack.pieces, cudnn_only=False), device), pack.positions, rope, dtype)
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))
@@ -174,13 +176,13 @@ def context(out: Recorder) -> None:
     parts = [x.detach().clone().requires_grad_() for x in inputs]
     expected = attention(*inputs, None, packed_seq_params=layout)
     expected.float().square().sum().backward()
-    everything = torch.arange(pack.tokens.numel(), device=device)
+    each = [torch.from_numpy(rows_of(pack.pieces, rank, ranks)).to(device) for rank in range(ranks)]
+    order = torch.cat(each)  # in which ranks gather keys and values
     output = torch.zeros_like(expected)
-    for rank in range(ranks):
-        rows = torch.from_numpy(rows_of(pack.pieces, rank, ranks)).to(device)
+    for rank, rows in enumerate(each):
         query, key = (rotate(x, layout.cos, layout.sin) for x in parts[:2])
-        spans = SpanLayout(spans_of(pack.pieces, rank, ranks), everything, everything, None)
-        result = span_attention(query[rows], key, parts[2], spans, attention.softmax_scale).flatten(1)
+        sequences = on_device(sequence_layout(pack.pieces, rank, ranks), device)
+        result = sequences.attend(query[rows], key[order], parts[2][order], attention.softmax_scale).flatten(1)
         result.float().square().sum().backward()
         output[rows] = result.detach()
     pairs = [

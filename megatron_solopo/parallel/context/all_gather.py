@@ -1,4 +1,4 @@
-"""Keys and values of all ranks are gathered for one layer at a time, on torch's flash kernel (`parallel.spans`)."""
+"""Keys and values of all ranks are gathered for one layer at a time, on torch's flash kernel (`parallel.sequences`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from megatron_solopo.config import Config
     from megatron_solopo.pack import Piece
+    from megatron_solopo.parallel.kernels import Kernels
     from megatron_solopo.parallel.layout import RankLayout
 
 
@@ -20,19 +21,18 @@ class AllGather(ContextMethod):
     about = "those of one layer at a time, with shared prompts too"
 
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, fused: bool
+        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:
-        from megatron_solopo.parallel.spans import span_layout
+        from megatron_solopo.parallel.sequences import sequence_layout
 
-        return span_layout(pieces, rank, size, group)
+        return sequence_layout(pieces, rank, size, group)
 
     def check_on_cuda(self, config: Config) -> None:
         if not config.model.bf16:
             raise UserError(
                 "option-conflict",
                 f"--context-parallel-size {config.parallel.context_parallel_size} with --device cuda needs --bf16: its "
-                "attention merges parts of a sequence by the flash kernel's log-sum-exps, and that kernel takes 16 "
-                "bits",
+                "attention is the flash kernel's, which takes 16 bits",
             )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_solopo.parallel.kernels import PLANNED, Kernels, kernels_for
 from megatron_solopo.parallel.method import ContextMethod
 
 if TYPE_CHECKING:
@@ -27,13 +28,15 @@ class Whole(ContextMethod):
         return 1
 
     def prompt_multiple(self, size: int, config: Config, device: str) -> int:
-        """Returns `CUDNN_LENGTHS` for portable layers on CUDA, else 1.
+        """Returns `CUDNN_LENGTHS` where prompts run on cuDNN, else 1.
 
         torch 2.11 runs causal attention on Hopper by cuDNN, which builds and keeps a plan for every new shape, so
-        there should be few lengths. Completions, context parallelism and Transformer Engine use other kernels.
+        there should be few lengths. Completions, float32, context parallelism and Transformer Engine use other kernels.
         """
-        portable = config.model.transformer_impl == "portable"
-        return math.lcm(self.piece_multiple(size), CUDNN_LENGTHS) if device == "cuda" and portable else 1
+        model = config.model
+        engine = model.transformer_impl != "portable"
+        kernels = kernels_for(engine, device == "cuda", model.bf16, "auto")
+        return math.lcm(self.piece_multiple(size), CUDNN_LENGTHS) if kernels in PLANNED else 1
 
     def rows(self, pieces: Sequence[Piece], rank: int, size: int) -> np.ndarray:
         import numpy as np
@@ -44,11 +47,16 @@ class Whole(ContextMethod):
         return "each sequence whole"
 
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, fused: bool
+        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:
-        from megatron_solopo.parallel.layout import block_layout, sequence_layout
+        from megatron_solopo.parallel.layout import block_layout
+        from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
 
-        return sequence_layout(pieces) if fused else block_layout(pieces)
+        if kernels is Kernels.BLOCKS:
+            return block_layout(pieces)
+        if kernels in PLANNED:
+            return prompt_layout(pieces, kernels is Kernels.CUDNN)
+        return sequence_layout(pieces)
 
 
 METHOD = Whole()

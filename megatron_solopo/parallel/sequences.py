@@ -1,0 +1,179 @@
+"""Attention over packed sequences: every query of a rank in one call of torch's flash kernel.
+
+A sequence is a run of adjacent queries with the keys that its last query attends to; causal, with the queries the last
+of the keys (bottom right). A completion's keys are its prompt's and its own; a chunk of a context-parallel rank
+(`parallel.zigzag`) has those up to its end. Keys and values of all context-parallel ranks are gathered for one layer
+at a time, in forward and again in backward, and their gradients are summed in float32; queries, outputs and what is
+saved for backward are this rank's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_solopo.pack import Piece
+from megatron_solopo.parallel import flash
+from megatron_solopo.parallel.layout import Block, RankLayout, attend_block, rows_or_all, select
+from megatron_solopo.parallel.zigzag import chunks_of, rows_of
+
+
+@dataclass(frozen=True)
+class SequenceLayout(RankLayout):
+    """Sequences of the queries of a rank, adjacent and in order.
+
+    Attributes:
+        query_lengths, key_lengths: queries and keys of each sequence.
+        cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, the first query and key of each sequence, and the total.
+        keys: [sum of key_lengths] rows of the keys of each sequence, prompt first, among the rows of all ranks of
+            ``group``, rank after rank; None where these are all rows in their order.
+        group: the group of the context-parallel ranks; None where this rank holds the keys of the complete pack.
+    """
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor
+    keys: Tensor | None
+    group: dist.ProcessGroup | None
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return max(self.query_lengths)
+
+    @property
+    def max_seqlen_kv(self) -> int:
+        return max(self.key_lengths)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Collective over ``group``."""
+        return _SequenceAttention.apply(query, key, value, self, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Returns the keys or values of all sequences, one after another, from this rank's rows."""
+        if self.group is not None:
+            rows = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
+            dist.all_gather_into_tensor(rows, x.contiguous(), group=self.group)
+            x = rows
+        return select(x, self.keys)
+
+    def sum_to_rows(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Returns the gradient of ``x`` from that of ``seen(x)``: the sum over all sequences and ranks."""
+        if self.keys is None and self.group is None:
+            return grad
+        ranks = 1 if self.group is None else self.group.size()
+        total = torch.promote_types(grad.dtype, torch.float32)  # 16 bits would lose the sum over sequences and ranks
+        rows = torch.zeros(x.shape[0] * ranks, *x.shape[1:], dtype=total, device=x.device)
+        rows = rows.add_(grad) if self.keys is None else rows.index_add_(0, self.keys, grad.to(total))
+        if self.group is not None:
+            all_rows, rows = rows, rows.new_empty(x.shape)
+            dist.reduce_scatter_tensor(rows, all_rows, group=self.group)
+        return rows.to(x.dtype)
+
+
+def sequence_layout(
+    pieces: Sequence[Piece],
+    rank: int = 0,
+    size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    queries: Callable[[Piece], bool] = lambda piece: True,
+) -> SequenceLayout:
+    """Makes the layout of a rank's part of a pack.
+
+    Args:
+        group: the group of the ``size`` context-parallel ranks.
+        queries: the pieces whose queries are among the sequences; keys can be those of any piece.
+    """
+    whole = ((piece, piece.start, piece.slot) for piece in pieces)
+    query_lengths, key_lengths, keys = [], [], []
+    for piece, begin, length in whole if size == 1 else chunks_of(pieces, rank, size):
+        if queries(piece):
+            seen = [np.arange(piece.start, begin + length)]
+            if piece.prompt is not None:
+                prompt = pieces[piece.prompt]
+                seen.insert(0, np.arange(prompt.start, prompt.start + prompt.length))
+            query_lengths.append(length)
+            key_lengths.append(sum(map(len, seen)))
+            keys += seen
+    rows, total = np.concatenate(keys), sum(piece.slot for piece in pieces)
+    if size > 1:
+        gathered = np.concatenate([rows_of(pieces, other, size) for other in range(size)])
+        rows = np.argsort(gathered)[rows]
+    return SequenceLayout(
+        tuple(query_lengths),
+        tuple(key_lengths),
+        _cumulated(query_lengths),
+        _cumulated(key_lengths),
+        rows_or_all(rows, total),
+        group,
+    )
+
+
+def _cumulated(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+class _SequenceAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+        output, log_sums = flash.forward(query, layout.seen(key), layout.seen(value), layout, scale)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.settings = layout, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
+        query, key, value, output, log_sums = ctx.saved_tensors
+        layout, scale = ctx.settings
+        of_query, of_keys, of_values = flash.backward(
+            grad, query, layout.seen(key), layout.seen(value), output, log_sums, layout, scale
+        )
+        return of_query, layout.sum_to_rows(of_keys, key), layout.sum_to_rows(of_values, value), None, None
+
+
+@dataclass(frozen=True)
+class PromptLayout(RankLayout):
+    """A complete pack: each prompt by torch's scaled dot product attention, all completions as sequences.
+
+    Attributes:
+        runs: number of adjacent rows that are a prompt or completions, in the order of the pack.
+        prompts: whether each run is a prompt.
+        completions: the sequences of the other runs; None without any.
+        cudnn_only: whether prompts run on cuDNN alone; otherwise on the flash kernel where torch prefers that.
+    """
+
+    runs: tuple[int, ...]
+    prompts: tuple[bool, ...]
+    completions: SequenceLayout | None
+    cudnn_only: bool
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        # Splits, since the gradient of each slice would be as large as the pack.
+        queries, keys, values = (x.split(self.runs) for x in (query, key, value))
+        rest: list[Tensor] = []
+        if self.completions is not None:
+            of_completions = [q for q, is_prompt in zip(queries, self.prompts, strict=True) if not is_prompt]
+            output = self.completions.attend(torch.cat(of_completions), key, value, scale)
+            rest = list(output.split([len(q) for q in of_completions]))
+        outputs = [
+            attend_block(Block(1, len(q), len(q)), q, k, v, scale, self.cudnn_only) if is_prompt else rest.pop(0)
+            for is_prompt, q, k, v in zip(self.prompts, queries, keys, values, strict=True)
+        ]
+        return torch.cat(outputs)
+
+
+def prompt_layout(pieces: Sequence[Piece], cudnn_only: bool) -> PromptLayout:
+    """Makes the layout of a complete pack whose prompts and completions run on different kernels."""
+    runs: list[tuple[int, bool]] = []
+    for completes, adjacent in groupby(pieces, lambda piece: piece.prompt is not None):
+        slots = [piece.slot for piece in adjacent]
+        runs += [(sum(slots), False)] if completes else [(slot, True) for slot in slots]
+    lengths, prompts = zip(*runs, strict=True)
+    completions = None if all(prompts) else sequence_layout(pieces, queries=lambda piece: piece.prompt is not None)
+    return PromptLayout(lengths, prompts, completions, cudnn_only)
