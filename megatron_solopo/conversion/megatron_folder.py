@@ -142,7 +142,6 @@ def save_megatron_folder(
         owners = {}
         for parameter, parts in parts_of_parameters(models, [states[name] for name in chunk_names(models)]):
             for part in parts:
-                part.data = in_own_storage(part.data)
                 owners[part.data.data_ptr()] = parameter
         filling = _Filling(weights, owners)
         write = ShardedWrite(states, step, device)
@@ -158,16 +157,6 @@ def save_megatron_folder(
         if filling is not None and filling.error is not None:
             raise filling.error
         raise UserError("write-failed", f"--save {target}: not written ({problem})")
-
-
-def in_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """The same CPU memory as a tensor with a storage of its own; megatron-core's writer copies parts of a storage."""
-    part = part.detach()
-    if part.device.type != "cpu" or not part.is_contiguous() or part.dim() == 0:
-        return part
-    begin = part.storage_offset() * part.itemsize
-    storage = part.untyped_storage()[begin : begin + part.numel() * part.itemsize]
-    return torch.empty(0, dtype=part.dtype).set_(storage, 0, part.shape, part.stride())
 
 
 class _Filling:

@@ -13,16 +13,29 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_solopo.conversion.pieces import write_in_pieces
+from megatron_solopo.conversion.stored import sharded_tensors
 from megatron_solopo.errors import system_reason
 from megatron_solopo.parallel.cpu_shim import results_queue
 
 WriteItem = tuple[Any, torch.Tensor]
 """(torch's write item of a tensor, the tensor)."""
+
+
+def in_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """The same CPU memory as a tensor with a storage of its own; megatron-core's writer copies parts of a storage."""
+    part = part.detach()
+    if part.device.type != "cpu" or not part.is_contiguous() or part.dim() == 0:
+        return part
+    begin = part.storage_offset() * part.itemsize
+    storage = part.untyped_storage()[begin : begin + part.numel() * part.itemsize]
+    return torch.empty(0, dtype=part.dtype).set_(storage, 0, part.shape, part.stride())
 
 
 class _Results(logging.Handler):
@@ -80,17 +93,31 @@ class _InPieces(_StorageWriterTransforms):
 class ShardedWrite:
     """Writes a sharded state into a folder, from its plan (in the constructor) to its metadata (`finish`).
 
+    On the CPU the tensors are written from where they are, without copies.
+
     Args:
         device: of this process's collectives.
+        strategy: shares out the tensors that several processes hold; None: the first of them writes a tensor.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        state: dict[str, Any],
+        folder: Path,
+        device: torch.device,
+        strategy: FullyParallelSaveStrategyWrapper | None = None,
+    ) -> None:
         self._device, results = device, _Results()
+        apply_factories(state)
+        for part in sharded_tensors(state):
+            part.data = in_own_storage(part.data)
         # The manifest holds digests of the files. torch's checksum of every tensor, which nothing reads, takes longer
         # than writing.
         torch.serialization.set_crc32_options(False)
         with results_queue(results):
-            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+            request = dist_checkpointing.save(
+                state, str(folder), strategy, async_sharded_save=True, async_strategy="mcore"
+            )
         assert request is not None  # an asynchronous save returns one
         self.request = request
         _log_to(results)

@@ -226,6 +226,7 @@ def install(device: torch.device = CPU) -> Callable[[], None]:
         # tensor_parallel/mappings.py:154, 197: gloo gathers and scatters equal parts only
         patch(mappings, "_gather_along_first_dim", _gather_unequal(mappings._gather_along_first_dim))
         patch(mappings, "_reduce_scatter_along_first_dim", _scatter_unequal(mappings._reduce_scatter_along_first_dim))
+        _store_optimizer_in_shards(patch)
         _mend_optimizer_loading(patch)
         if device.type == "cpu":
             stack.enter_context(_CudaDevicesAreCpu())
@@ -257,9 +258,24 @@ def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
     with contextlib.ExitStack() as stack:
         if broken_transformer_engine:
             _hide_transformer_engine(stack)
-        _mend_optimizer_loading(lambda module, name, value: stack.enter_context(mock.patch.object(module, name, value)))
+
+        def patch(module: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(module, name, value))
+
+        _store_optimizer_in_shards(patch)
+        _mend_optimizer_loading(patch)
         undo = stack.pop_all()
     return undo.close
+
+
+def _store_optimizer_in_shards(patch: Callable[[object, str, object], object]) -> None:
+    """Replaces the format of the distributed optimizer's state that any layout can read: see `optimizer_shards`."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # as below
+
+    from megatron_solopo.parallel import optimizer_shards
+
+    patch(DistributedOptimizer, "sharded_param_state_fully_reshardable", optimizer_shards.sharded_param_state)
+    patch(DistributedOptimizer, "load_parameter_state_from_fully_reshardable", optimizer_shards.load_param_state)
 
 
 def _mend_optimizer_loading(patch: Callable[[object, str, object], object]) -> None:

@@ -6,11 +6,19 @@ import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
@@ -77,6 +85,10 @@ class Checkpoints:
         self._engine, self._optimizer, self._scheduler = engine, optimizer, scheduler
         self._progress, self._latest = progress, latest
         self._writing: _Writing | None = None
+        # A run's checkpoints all have the same tensors, so the ranks share them out once.
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(), _copies(), do_cache_distribution=True
+        )
         self.unsaved: str | None = None
         """Why the newest save failed, or None."""
         if dist.get_rank() == 0:
@@ -108,7 +120,8 @@ class Checkpoints:
             return
         state, _ = _state(self._engine, self._optimizer)
         state |= {"iteration": iteration, "scheduler": self._scheduler.state_dict(), "progress": self._progress}
-        writing = _Writing(iteration, aside, ShardedWrite(state, aside, self._engine.platform.device))
+        write = ShardedWrite(state, aside, self._engine.platform.device, self._strategy)
+        writing = _Writing(iteration, aside, write)
         if self._output.async_save:
             writing.caller.schedule_async_call(writing.write.request)
             self._writing = writing
@@ -168,6 +181,11 @@ class Checkpoints:
         )
 
 
+def _copies() -> dist.ProcessGroup:
+    """The group of ranks that hold the same weights: each writes and reads some of them."""
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
 def _free_space(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free there"
@@ -195,7 +213,8 @@ def load_checkpoint(
     state |= {"iteration": 0, "scheduler": {}, "progress": {}}
     try:
         with reporting(f"loading {source}"):
-            loaded: Any = dist_checkpointing.load(state, str(source))  # a tuple only with other options
+            strategy: Any = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _copies())
+            loaded: Any = dist_checkpointing.load(state, str(source), strategy)  # a tuple only with other options
     except (Exception, CheckpointException) as error:  # the latter is no Exception; shapes differ in many ways
         raise UserError(
             "checkpoint-other-model",

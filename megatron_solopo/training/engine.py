@@ -157,8 +157,6 @@ def build_engine(
         DistributedDataParallel(model.config, ddp, model, disable_bucketing=number > 0)
         for number, model in enumerate(models)
     ]
-    for chunk in chunks:
-        _keep_padding_in_checkpoints(chunk)
     _set_schedule_functions(chunks, ddp)
     frequencies = rotary_frequencies(hf_config).to(platform.device)
     head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, frequencies)
@@ -167,18 +165,6 @@ def build_engine(
         for chunk in chunks:  # until `train`: nothing needs a gather, and the reference pass must not communicate
             chunk.disable_forward_pre_hook(param_sync=False)
     return engine
-
-
-def _keep_padding_in_checkpoints(chunk: DistributedDataParallel) -> None:
-    """Counts the padding at the end of each bucket as part of it.
-
-    distrib_optimizer.py:1312 joins the optimizer's buckets without their padding when it saves, and :1750 slices the
-    parameters at their padded offsets: everything after the first padding would silently be saved wrong.
-    """
-    for buffer in gradient_buffers(chunk):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _set_schedule_functions(chunks: list[DistributedDataParallel], ddp: DistributedDataParallelConfig) -> None:

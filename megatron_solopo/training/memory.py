@@ -1,4 +1,4 @@
-"""Peak memory of a run, separate for training and saves: a save gathers the optimizer's state to rank 0."""
+"""Peak memory of a run, separate for training and saves."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
 ROPE = "tests/unit/test_rope.py"
 LONGER = "tests/functional/test_rope_scaling.py"
 DRAWN = "tests/unit/test_random_start.py"
+SHARDS = "tests/distributed/test_checkpoint_shards.py"
 CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 
 MUTANTS: list[Mutant] = [
@@ -435,7 +436,41 @@ MUTANTS: list[Mutant] = [
         ("the optimizer starts anew on resuming", 'optimizer.load_state_dict(loaded["optimizer"])', "pass"),
     ),
     *within(
-        "parallel/sequences.py",
+        "training/checkpoint.py",
+        SHARDS,
+        (
+            "one process writes the weights",
+            "aside, self._engine.platform.device, self._strategy)",
+            "aside, self._engine.platform.device)",
+        ),
+    ),
+    *within(
+        "conversion/sharded_write.py",
+        SHARDS,
+        ("a save copies what it writes", "part.data = in_own_storage(part.data)", "pass"),
+    ),
+    *within(
+        "parallel/optimizer_shards.py",
+        SHARDS,
+        ("shards of a part placed as if it were the first", "first = part.data.storage_offset()", "first = 0"),
+        ("each tensor-parallel process's copy stored", "(*part.replica_id[:2], copy)", "(0, 0, copy)"),
+        (
+            "moments stay as they were on resuming",
+            "self._set_main_param_and_optimizer_states(parameter, values)",
+            "pass",
+        ),
+    ),
+    *within(
+        "parallel/cpu_shim.py",
+        SHARDS,
+        (
+            "the optimizer's state gathered",
+            "        _store_optimizer_in_shards(patch)\n        _mend_optimizer_loading(patch)\n        if",
+            "        _mend_optimizer_loading(patch)\n        if",
+        ),
+    ),
+    *within(
+        "parallel/layout.py",
         ENGINE,
         (
             "a sequence's keys without its prompt's",
