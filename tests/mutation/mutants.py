@@ -470,7 +470,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "parallel/layout.py",
+        "parallel/sequences.py",
         ENGINE,
         (
             "a sequence's keys without its prompt's",
