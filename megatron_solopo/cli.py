@@ -48,6 +48,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "megatron_solopo.training.convert",
         "converts weights between Hugging Face and Megatron, or compares them",
     ),
+    "plan": (
+        "megatron_solopo.planning.plan",
+        "finds layouts of a model that fit the GPUs, and writes the best as YAML",
+    ),
     "verify-parallelism": (
         "megatron_solopo.training.verify",
         "compares loss and gradient of a step under parallel layouts",

@@ -134,15 +134,20 @@ def load(argv: list[str] | None = None, command: bool = True) -> tuple[Config, b
     Raises:
         UserError: what is unknown, contradicts something else, or would have no effect.
     """
+    config, values = given(argv, command)
+    resolve(config)
+    return config, command and values.dry_run
+
+
+def given(argv: list[str] | None = None, command: bool = True) -> tuple[Config, argparse.Namespace]:
+    """What a command line sets, not resolved, and its words as they were parsed; see `load`."""
     first = Parser(config=False, add_help=False)  # a user's loss adds options
     first.add_argument("--config")
     first.add_argument("--preference-loss")
     before, _ = first.parse_known_args(argv)
     parser = _parser_of_run(before.config, before.preference_loss, command)
     values = parser.parse_args(argv)
-    config = _config_of(parser, values)
-    resolve(config)
-    return config, command and values.dry_run
+    return _config_of(parser, values), values
 
 
 def from_options(options: Mapping[str, Any]) -> Config:

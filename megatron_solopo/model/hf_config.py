@@ -25,13 +25,22 @@ def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> Pretr
     if not (folder / "config.json").is_file():
         remedy = seen_in(folder) or "give a Hugging Face folder"
         raise UserError("model-config-missing", f"--hf-path {folder}: the folder holds no config.json; {remedy}")
-    check_json(folder / "config.json")
+    return read_config_file(folder / "config.json", rope_scaling)
+
+
+def read_config_file(path: Path, rope_scaling: str | None = None) -> PretrainedConfig:
+    """Reads a config.json and extends it by --rope-scaling.
+
+    Raises:
+        UserError: transformers cannot read it, or the scaling does not fit it.
+    """
+    check_json(path)
     try:
-        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:
         first, *others = str(error).splitlines() or [type(error).__name__]
         reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
-        raise UserError("model-config-unreadable", f"{folder}/config.json: not readable ({reason})") from None
+        raise UserError("model-config-unreadable", f"{path}: not readable ({reason})") from None
     return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
 
 

@@ -219,7 +219,7 @@ def explain_lost_process(advice: Callable[[], str] = lambda: "") -> Iterator[Non
         lost = lost_process(error)
         if lost is None:
             raise
-        raise LostProcess(lost.code, f"{lost}; its own message says why{advice()}") from None
+        raise LostProcess(lost.code, f"{lost}; its message says why{advice()}") from None
 
 
 def run_on_rank0(work: Callable[[], object]) -> str | None:

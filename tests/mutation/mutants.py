@@ -34,6 +34,7 @@ LONGER = "tests/functional/test_rope_scaling.py"
 DRAWN = "tests/unit/test_random_start.py"
 SHARDS = "tests/distributed/test_checkpoint_shards.py"
 CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
+PLAN = "tests/unit/test_plan.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -621,6 +622,33 @@ MUTANTS: list[Mutant] = [
         "planning/rehearse.py",
         "tests/unit/test_rehearsal.py",
         ("a first step without moments", "engines.update(optimizer, 1.0)", "pass"),
+    ),
+    *within(
+        "planning/estimate.py",
+        PLAN,
+        (
+            "copies of sequences that context parallelism shares",
+            "/ self.context)\n        self.s =",
+            ")\n        self.s =",
+        ),
+        ("no packs in flight but one", "return min(self.work.packs, self.stages - stage)", "return 1"),
+        ("experts as wide as the MLP", "rows + process.s * 20 * shape.experts", "process.s * 20 * shape.experts"),
+    ),
+    *within(
+        "planning/search.py",
+        PLAN,
+        (
+            "layouts that training refuses are proposed",
+            "            check_cut(request.hf_config",
+            "            (request.hf_config",
+        ),
+        ("an option that was set is varied", "return name in self.config.explicit", "return False"),
+        ("more recomputed than is needed", "(low, middle) if found", "(low, middle) if not found"),
+    ),
+    *within(
+        "planning/plan_file.py",
+        PLAN,
+        ("the layout is not written", "return name in PLANNED and", "return False and"),
     ),
     *within(
         "conversion/random_start.py",

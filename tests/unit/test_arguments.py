@@ -39,6 +39,7 @@ NEEDED = {
     "build-pairs": ["--contexts", "c", "--responses", "r", "--output", "o"],
     "tokenize-data": ["--data", "t", "--tokenizer", "m", "--output", "o"],
     "inspect-data": ["--data", "d", "--tokenizer", "m"],
+    "plan": ["--model", "m", "--gpus", "1", "--long-tokens", "1000"],
     "evaluate": ["--model", "m", "--data", "d", "--output", "o.json", "--context-documents", "8"],
     "report": ["--runs", "r", "--output", "o.md"],
     "ask": ["--model", "m", "--document", "d", "--question", "q"],

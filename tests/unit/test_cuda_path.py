@@ -283,7 +283,7 @@ def test_a_lost_process_is_recognized_by_nccls_message(text: str, code: str | No
             raise error
         return
     with (
-        refused(code, "another process", "NCCL's message", "; resume") as caught,
+        refused(code, "another process", "its message says why", "; resume") as caught,
         explain_lost_process(lambda: "; resume"),
     ):
         raise error

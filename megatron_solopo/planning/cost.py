@@ -1,0 +1,90 @@
+"""The time of a step in closed form, to sort layouts before the best are rehearsed.
+
+It is a sum of what `planning.forecast` takes from a rehearsal: products by the machine's rate, attention, what memory
+bandwidth bounds, collectives one after another, the pipeline's bubble. Its absolute value means little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_solopo.planning.estimate import Process, attention_parameters, kept, stage_parameters
+from megatron_solopo.planning.machines import Machine
+
+
+def seconds_of_step(process: Process, machine: Machine) -> float:
+    """A step of ``process.work.packs`` packs: the slowest stage's, with the bubble of Narayanan et al. 2021 (arXiv
+    2104.04473), section 2.2, and the exchange of gradients and weights."""
+    slowest = max(_pack(process, machine, stage) for stage in (0, process.stages - 1))
+    bubble = slowest * (process.stages - 1) / process.chunks
+    return process.work.packs * slowest + bubble + max(_update(process, machine, s) for s in (0, process.stages - 1))
+
+
+def _middle(share: Sequence[float]) -> float:
+    return sum(share) / 2
+
+
+def _pack(process: Process, machine: Machine, stage: int) -> float:
+    """Forward and backward of a pack on a stage."""
+    shape, e, work = process.shape, process.e, process.work
+    achieved, dtype = machine.achieved, "bfloat16" if e == 2 else "float32"
+    products = machine.peak(dtype) * _middle(achieved.products)
+    attention = machine.peak(dtype) * _middle(achieved.attention)
+    memory = machine.memory_gb_per_s * 1e9 * _middle(achieved.memory)
+    layers = process.sizes[stage]
+    again = process.recomputed(stage) * process.chunks / layers
+    # 2 operations a weight and token forward, twice that backward; attention 4 a pair and width, 2.5 times backward
+    weights = process.t * attention_parameters(shape) / process.tensor
+    if shape.experts:
+        weights += process.rows * 3 * shape.hidden * shape.ffn / process.expert_tensor
+    else:
+        weights += process.t * 3 * shape.hidden * shape.ffn / process.tensor
+    pairs = 4 * work.pairs * shape.queries / process.tensor / process.context
+    layer = 2 * weights * (3 + again) / products + pairs * (3.5 + again) / attention
+    layer += kept(process) * (4 + 2 * again) / memory  # written, read by the next operation, and both backward
+    layer += _exchanged(process, machine, again)
+    total = layers * layer
+    if stage == process.stages - 1:  # logits forward and again backward, and both gradients
+        rows = shape.vocabulary / process.tensor
+        total += 8 * rows * shape.hidden * work.predicted / process.context / products
+    if process.stages > 1:
+        state = e * shape.hidden * process.s * process.chunks
+        total += 2 * state / (machine.network_gb_per_s * 1e9 * _middle(achieved.collectives))
+    return total
+
+
+def _exchanged(process: Process, machine: Machine, again: float) -> float:
+    """Seconds of a layer's collectives in a pack: gathers and sums of tensor parallelism, two of each forward and as
+    many backward, where sequence parallelism gathers inputs once more; keys and values of context parallelism; rows
+    to experts and back."""
+    shape, e = process.shape, process.e
+    states = e * process.t * shape.hidden * (8 + 2 * (process.s != process.t) + 4 * again)
+    seconds = _wire(states, machine, process.tensor, 1)
+    keys = 2 * e * process.work.tokens * shape.keys / process.tensor
+    seconds += _wire(keys * (3 + again), machine, process.context, process.tensor)
+    if shape.experts:
+        rows = 2 * e * process.rows / process.expert_tensor * shape.hidden
+        seconds += _wire(rows * (2 + again), machine, process.expert_parallel, process.expert_tensor, ring=False)
+    return seconds
+
+
+def _wire(size: float, machine: Machine, ranks: int, apart: int, ring: bool = True) -> float:
+    """Seconds for ``size`` bytes among ``ranks`` processes, each ``apart`` from the next. A ring leaves a node over the
+    adapters of all its ranks there."""
+    if ranks == 1:
+        return 0.0
+    here, bandwidth = max(1, machine.gpus_per_node // apart), machine.node_gb_per_s
+    if ranks > here:
+        bandwidth = min(bandwidth, (here if ring else 1) * machine.network_gb_per_s)
+    return size * (ranks - 1) / ranks / (bandwidth * 1e9 * _middle(machine.achieved.collectives))
+
+
+def _update(process: Process, machine: Machine, stage: int) -> float:
+    """Gradients summed in float32, weights gathered, and Adam's reads and writes of its share."""
+    dense, experts = stage_parameters(process, stage)
+    seconds = _wire((4 + process.e) * dense, machine, process.copies, process.tensor)
+    apart = process.expert_tensor * process.expert_parallel
+    seconds += _wire((4 + process.e) * experts, machine, process.expert_copies, apart)
+    share = dense / process.copies + experts / process.expert_copies
+    memory = machine.memory_gb_per_s * 1e9 * _middle(machine.achieved.memory)
+    return seconds + 28 * share / memory

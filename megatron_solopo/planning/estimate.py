@@ -1,0 +1,332 @@
+"""Memory and cost of a layout in closed form: the filter before the best are rehearsed (`planning.search`).
+
+The formulas count what portable layers hold; each names its code. Everything else follows from the rehearsal, which
+runs that code, and `solopo plan` prints how far both are apart. Transformer Engine's layers keep other tensors.
+
+Symbols: ``e`` bytes of a value, ``h`` hidden size, ``q`` and ``k`` width of queries and of keys, ``f`` of the MLP, all
+of one tensor-parallel rank; ``t`` tokens of a rank, ``s`` those of its norms and residuals, which sequence parallelism
+divides by the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.config import Config
+from megatron_solopo.data.tokenized.batches import attention_cost
+from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import padded_vocab_size
+from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
+from megatron_solopo.planning.memory import (
+    ACTIVATIONS,
+    COMMUNICATION,
+    GRADIENTS,
+    INPUTS,
+    KINDS,
+    LOG_PROBS,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+    Moment,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model.
+
+    Attributes:
+        queries, keys: widths of queries and of keys (as of values), of all heads.
+        ffn: width of the MLP, or of one expert.
+        vocabulary: rows of the padded vocabulary.
+        experts, chosen: experts of a layer, and those of a token; 0 without experts.
+        biases: of queries, keys and values together.
+        head_norms: whether each head of queries and keys has a norm.
+        tied: whether the output weight is the embedding.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    queries: int
+    keys: int
+    ffn: int
+    vocabulary: int
+    experts: int
+    chosen: int
+    biases: int
+    head_norms: bool
+    head_dim: int
+    tied: bool
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
+        options, size = family_of(hf_config).transformer_options(hf_config), head_dim(hf_config)
+        queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
+        return cls(
+            layers=hf_config.num_hidden_layers,
+            hidden=hf_config.hidden_size,
+            heads=hf_config.num_attention_heads,
+            queries=queries,
+            keys=keys,
+            ffn=options.get("moe_ffn_hidden_size", hf_config.intermediate_size),
+            vocabulary=padded_vocab_size(hf_config, vocabulary_divisible_by),
+            experts=options.get("num_moe_experts", 0),
+            chosen=options.get("moe_router_topk", 0),
+            biases=queries + 2 * keys if options.get("add_qkv_bias") else 0,
+            head_norms=bool(options.get("qk_layernorm")),
+            head_dim=size,
+            tied=hf_config.tie_word_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A pack, of all context-parallel ranks, and how many a process computes in a step.
+
+    Attributes:
+        tokens: with padding.
+        key_rows: rows of keys that its pieces attend to: a shared prompt's again for each of its responses.
+        predicted: response tokens.
+        pairs: pairs of tokens that attend.
+    """
+
+    tokens: int
+    key_rows: int
+    predicted: int
+    pairs: float
+    packs: int
+
+    @classmethod
+    def of(cls, group: TokenGroup, groups: int, packs: int, share: bool, pieces: int, prompts: int) -> Work:
+        """A pack of ``groups`` times the same group, whose pieces and prompts are padded as in a `StepPlan`."""
+        tokens, plain = group.tokens(share, pieces, prompts), group.tokens(share)
+        repeated = sum(len(prompt.ids) * len(prompt.completions) for prompt in group.prompts) if share else 0
+        return cls(
+            tokens=groups * tokens,
+            key_rows=groups * (tokens + repeated),
+            predicted=groups * sum(len(completion.ids) for _, completion in group.segments()),
+            pairs=groups * 6 * (attention_cost(group, 1, share) - plain),  # which divides by 6 hidden sizes
+            packs=packs,
+        )
+
+
+class Process:
+    """The numbers of a process in a layout.
+
+    Args:
+        world: processes.
+    """
+
+    def __init__(self, shape: Shape, config: Config, work: Work, world: int) -> None:
+        parallel = config.parallel
+        self.shape, self.config, self.work = shape, config, work
+        self.e = 2 if config.model.bf16 else 4
+        self.tensor, self.context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        self.stages, self.chunks = (
+            parallel.pipeline_model_parallel_size,
+            parallel.num_virtual_stages_per_pipeline_rank,
+        )
+        self.copies = data_parallel_size(parallel, world) * self.context
+        self.expert_tensor = parallel.expert_tensor_parallel_size or self.tensor
+        self.expert_parallel = parallel.expert_model_parallel_size
+        self.expert_copies = world // self.stages // self.expert_tensor // self.expert_parallel
+        sizes = stage_sizes(shape.layers, parallel)
+        assert sizes is not None  # `check_layout` refuses others
+        self.sizes = sizes
+        self.t = math.ceil(work.tokens / self.context)
+        self.s = self.t / self.tensor if parallel.sequence_parallel else self.t
+        self.rows = self.s * shape.chosen * self.expert_tensor  # of tokens, once for each of their experts
+        # torch's kernel for float32 takes as many heads of keys as of queries (parallel/layout.py)
+        self.repeats_keys = self.e == 4 and shape.queries != shape.keys and self.context == 1
+
+    def in_flight(self, stage: int) -> int:
+        """Packs' passes through a chunk that wait for their backward pass at most (schedules.py of megatron-core:
+        1F1B, and get_pp_rank_microbatches of the interleaved schedule)."""
+        if self.chunks == 1:
+            return min(self.work.packs, self.stages - stage)
+        warm_up = 2 * (self.stages - stage - 1) + (self.chunks - 1) * self.stages
+        return min(self.work.packs * self.chunks, warm_up + 1)
+
+    def recomputed(self, stage: int) -> int:
+        """Layers of a chunk whose inputs alone are kept."""
+        model, layers = self.config.model, self.sizes[stage] // self.chunks
+        if model.recompute_granularity is None:
+            return 0
+        return layers if model.recompute_method == "uniform" else min(layers, model.recompute_num_layers)
+
+
+def attention_parameters(shape: Shape) -> int:
+    """Of a layer: queries, keys, values and output, with biases."""
+    return shape.hidden * (2 * shape.queries + 2 * shape.keys) + shape.biases
+
+
+def layer_parameters(process: Process) -> tuple[int, int]:
+    """Parameters of a layer on a process: (without experts, of experts)."""
+    shape = process.shape
+    h, norms = shape.hidden, 2 * shape.hidden + (2 * shape.head_dim if shape.head_norms else 0)
+    attention = attention_parameters(shape) // process.tensor
+    if not shape.experts:
+        return attention + norms + 3 * h * shape.ffn // process.tensor, 0
+    experts = shape.experts // process.expert_parallel * 3 * h * shape.ffn // process.expert_tensor
+    return attention + norms + shape.experts * h, experts
+
+
+def stage_parameters(process: Process, stage: int) -> tuple[int, int]:
+    """Parameters of a pipeline stage on a process: (without experts, of experts)."""
+    dense, experts = layer_parameters(process)
+    last = stage == process.stages - 1
+    matrix = process.shape.vocabulary * process.shape.hidden // process.tensor
+    matrices = (stage == 0) + last - (process.shape.tied and process.stages == 1)
+    layers = process.sizes[stage]
+    return layers * dense + matrices * matrix + last * process.shape.hidden, layers * experts
+
+
+def standing(process: Process, stage: int) -> dict[str, float]:
+    """Bytes between steps: DDP's buffers hold 4 bytes a parameter; the distributed optimizer's share is moments in
+    float32 and, of bfloat16 weights, a float32 copy."""
+    dense, experts = stage_parameters(process, stage)
+    of_share = 12 if process.e == 2 else 8
+    t, work = process.t, process.work
+    return {
+        WEIGHTS: process.e * (dense + experts),
+        GRADIENTS: 4 * (dense + experts),
+        OPTIMIZER: of_share * (dense / process.copies + experts / process.expert_copies),
+        # ids, positions and attention rows as int64 (pack.py, parallel/layout.py)
+        INPUTS: 8 * (2 * t + work.key_rows / process.context) * min(work.packs, process.stages + 1),
+    }
+
+
+def attention_kept(process: Process) -> float:
+    """Bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and that of
+    ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms of heads their input in
+    float32 and the normed one (model/norm.py); in float32 keys and values of each piece for each query head."""
+    shape, e, t, tensor = process.shape, process.e, process.t, process.tensor
+    kept = t * (3 * e * shape.queries + 2 * e * shape.keys + 4 * shape.heads) / tensor
+    if shape.head_norms:
+        kept += t * (4 + e) * (shape.queries + shape.keys) / tensor
+    if process.repeats_keys:
+        kept += 2 * e * process.work.key_rows * shape.queries / tensor
+    return kept
+
+
+def mlp_kept(process: Process) -> float:
+    """Bytes that the MLP of a layer keeps for backward: gate and up of ``linear_fc1``, silu of the gate, ``up + 0.0``
+    and their product (transformer/mlp.py of megatron-core, glu).
+
+    Of experts the same for each row, with its input and the product times its weight; and the router's tables of all
+    experts.
+    """
+    shape, e = process.shape, process.e
+    if not shape.experts:
+        return process.t * 5 * e * shape.ffn / process.tensor
+    rows = process.rows * (e * shape.hidden + 6 * e * shape.ffn / process.expert_tensor)
+    return rows + process.s * 20 * shape.experts
+
+
+def kept(process: Process) -> float:
+    """Bytes that a layer without recomputation keeps for backward; each of its two norms its input in float32, the
+    normed one, and the next matrix its result (model/norm.py)."""
+    norms = 2 * (4 + 2 * process.e) * process.shape.hidden * process.s
+    return norms + attention_kept(process) + mlp_kept(process)
+
+
+def backward_of_layer(process: Process) -> dict[str, float]:
+    """Bytes beyond `kept` while a layer is computed backward, where it is largest: in the MLP, or, when the MLP's part
+    is gone, in attention.
+
+    In the MLP: gradients of silu and of up, and two of the residual stream; for experts see `_in_experts`. In
+    attention with context parallelism: keys and values of all ranks as often as chunks of queries see them, about three
+    times (an early and a late chunk of the prompt, two of its response), their gradients, and these in float32.
+    """
+    shape, e, t, s = process.shape, process.e, process.t, process.s
+    in_mlp, in_attention = 2 * e * (t * shape.ffn / process.tensor + s * shape.hidden), 0.0
+    if shape.experts:
+        in_mlp = _in_experts(process)
+    if process.context > 1:
+        in_attention = process.work.tokens * (12 * e + 16) * shape.keys / process.tensor - mlp_kept(process)
+    return {WORKING: max(in_mlp, in_attention), COMMUNICATION: _gathered(process)}
+
+
+def _in_experts(process: Process) -> float:
+    """Forward: rows before and after they are exchanged, results before and after they are joined (moe/experts.py),
+    and with tensor parallelism of experts each once more for all its ranks (moe/token_dispatcher.py). Backward: of one
+    expert at a time the product and its gradient in float32 (transformer/mlp.py, per_token_scale)."""
+    shape, e = process.shape, process.e
+    ffn = shape.ffn / process.expert_tensor
+    forward = process.rows * (e * shape.hidden * (4 if process.expert_tensor == 1 else 8) + e * ffn)
+    at_once = process.rows / (shape.experts // process.expert_parallel)
+    return max(forward, process.rows * e * shape.hidden + at_once * 12 * ffn)
+
+
+def _gathered(process: Process) -> float:
+    """The buffer of all tokens that sequence parallelism gathers into (tensor_parallel/layers.py)."""
+    return process.e * process.t * process.shape.hidden if process.s != process.t else 0.0
+
+
+def held_by_layers(process: Process, stage: int) -> dict[str, float]:
+    """Bytes of the packs in flight when their backward pass begins: of a recomputed layer its input, of others what
+    they keep; cosines and sines of their positions; and what stages exchanged."""
+    shape, e = process.shape, process.e
+    layers, recomputed = process.sizes[stage] // process.chunks, process.recomputed(stage)
+    together = process.config.model.recompute_num_layers if layers == recomputed else 1
+    state = e * shape.hidden * process.s
+    of_chunk = math.ceil(recomputed / together) * state + (layers - recomputed) * kept(process)
+    of_chunk += 2 * e * shape.head_dim * process.t
+    count = process.in_flight(stage)
+    exchanged = 0.0
+    if process.stages > 1:  # schedules.py keeps inputs and outputs of each pass, and lists of what was received
+        inputs = 0 if recomputed else 1
+        exchanged = state * (count * (1 + inputs) + (1 if stage == 0 else 2) + (2 if process.chunks > 1 else 0))
+    return {ACTIVATIONS: count * of_chunk, COMMUNICATION: exchanged}
+
+
+def head(process: Process) -> dict[str, float]:
+    """Bytes of the log-prob head's backward (model/log_probs.py): the sum of the weight's gradient in float32, a
+    chunk's product and its float32 copy, the chunk's logits; and the final norm's input and result."""
+    shape, e, s = process.shape, process.e, process.s
+    rows = shape.vocabulary / process.tensor
+    copies = 4 + e + (4 if e == 2 else 0)
+    chunk = min(process.config.model.logprob_chunk_size, math.ceil(process.work.predicted / process.context))
+    return {
+        LOG_PROBS: copies * rows * shape.hidden + e * chunk * rows,
+        WORKING: (4 + e) * shape.hidden * s,
+        COMMUNICATION: _gathered(process),
+    }
+
+
+def norm_of_gradients(process: Process, stage: int) -> float:
+    """Bytes of the largest shard of a parameter in float32, which is squared (optimizer/clip_grads.py)."""
+    shape = process.shape
+    dense, _ = stage_parameters(process, stage)
+    ends = stage in (0, process.stages - 1)
+    matrix = shape.vocabulary * shape.hidden if ends else 2 * shape.ffn * shape.hidden
+    return 4 * min(matrix / process.tensor, dense / process.copies)
+
+
+def peak(process: Process, stage: int) -> Moment:
+    """The largest moment of a stage: a layer computed backward, the log-prob head, or the update."""
+    base, held = standing(process, stage), held_by_layers(process, stage)
+    alone = dict.fromkeys((WORKING,), 0.0)
+    layers = process.sizes[stage] // process.chunks
+    if process.recomputed(stage) == layers:
+        together = process.config.model.recompute_num_layers if layers > 1 else 1
+        alone = {WORKING: min(together, layers) * kept(process)}
+    moments = {
+        "backward": (held, alone, backward_of_layer(process)),
+        "update": ({WORKING: norm_of_gradients(process, stage)},),
+    }
+    if stage == process.stages - 1:
+        moments["log-probs"] = (held, head(process))
+    sums = [Moment(_sum(base, *parts), name) for name, parts in moments.items()]
+    return max(sums, key=lambda moment: moment.total)
+
+
+def _sum(*parts: dict[str, Any]) -> dict[str, int]:
+    return {kind: round(sum(part.get(kind, 0) for part in parts)) for kind in KINDS}

@@ -1,0 +1,294 @@
+"""``solopo plan``: the layouts of a model that fit so many GPUs, ranked, with the YAML of the best."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from megatron_solopo import config_load
+from megatron_solopo.arguments import Parser
+from megatron_solopo.config import Config, flag
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import check_length, read_config_file, read_hf_config
+from megatron_solopo.planning.calibration import calibrate
+from megatron_solopo.planning.estimate import standing
+from megatron_solopo.planning.machines import Machine, load_machine, names
+from megatron_solopo.planning.memory import GRADIENTS, INPUTS, KINDS, LOG_PROBS, OPTIMIZER, WEIGHTS
+from megatron_solopo.planning.plan_file import write_plan
+from megatron_solopo.planning.rehearse import example
+from megatron_solopo.planning.search import Candidate, Found, Plan, Request, plan, search
+from megatron_solopo.planning.table import UNITS, columns
+from megatron_solopo.planning.workers import Rehearsals
+from megatron_solopo.training.objective import check_loss
+
+GIB = UNITS["GiB"]
+
+PROCESS_GIB = 3.0
+"""Host memory of a process with torch and CUDA's libraries. Assumed, not measured."""
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="solopo plan",
+        description="Searches all parallel layouts of a model on so many GPUs, without any of them. Options of solopo "
+        "train hold for every layout: --no-share-prompts, --preference-loss, or --tensor-model-parallel-size 4, which "
+        "is then not varied. --bf16 is on unless --no-bf16 is set.",
+        config=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder, or a config.json")
+    add("--gpus", type=_at_least(1), required=True, help="GPUs of the run")
+    add("--machine", default="h100", metavar="NAME", help=f"kind of GPU, {', '.join(names())}, or a machine file")
+    add("--calibrate", metavar="DIR", help="folder of a run on this kind of GPU, whose measured step scales forecasts")
+    add("--gpus-per-node", type=_at_least(1), help="default: the machine's; tensor parallelism stays within a node")
+    add("--gpu-memory", type=float, metavar="GIB", help="of a GPU, GiB; default: the machine's")
+    add(
+        "--reserve",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="of it, what stays free: about 2 for the CUDA context and NCCL, the rest for fragmentation (assumed; "
+        "default: 4)",
+    )
+    add("--long-tokens", type=_at_least(3), required=True, help="longest prompt with its response, --seq-length")
+    add("--short-tokens", type=_at_least(3), default=1024, help="short prompt with its response (default: 1024)")
+    add("--response-tokens", type=_at_least(2), default=256, help="longest response (default: 256)")
+    add("--top", type=_at_least(1), default=20, help="layouts that are rehearsed and shown (default: 20)")
+    add("--output", type=Path, metavar="FILE", help="write the best layout as YAML for solopo train --config")
+    return parser
+
+
+def _at_least(minimum: int) -> type[int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, found {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, found {value}")
+        return value
+
+    return convert  # pyright: ignore[reportReturnType]  # argparse calls it
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the layouts that fit; returns the exit status.
+
+    Raises:
+        UserError: an option or the model is refused, or no layout fits.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    arguments, config = read_options(words)
+    machine = load_machine(arguments.machine)
+    if arguments.calibrate is not None:
+        machine = calibrate(machine, arguments.calibrate)
+    request = request_of(arguments, config, machine)
+    begin = time.monotonic()
+    found = search(request)
+    print("\n".join(_heading(request, found)), flush=True)
+    with Rehearsals() as rehearsals:
+        result = plan(request, arguments.top, rehearsals, found)
+    if result.best:
+        print("\n".join(_layouts(request, result, time.monotonic() - begin)))
+    print("\n".join(_reasons(request, result)))
+    if not result.fitting:
+        raise nothing_fits(request, result)
+    facts = facts_of(request, result.fitting[0])
+    print("\n".join(("", "the best", *(f"  {fact}" for fact in facts))))
+    if arguments.output is not None:
+        write_plan(arguments.output, result.fitting[0].config, ["solopo", "plan", *words], facts)
+        print(f"\nsolopo train --config {arguments.output}")
+    return 0
+
+
+def read_options(words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """The options of a plan, and of the run that it is for.
+
+    Raises:
+        UserError: an option is unknown, wrong, or one that the plan sets.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(words)
+    known = config_load.build_parser(command=False)._option_string_actions
+    unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
+    parser.refuse_unknown(unknown, arguments)
+    config, _ = config_load.given(list(rest), command=False)
+    if "seq_length" in config.explicit and config.data.seq_length < arguments.long_tokens:
+        raise UserError(
+            "option-conflict",
+            f"--seq-length {config.data.seq_length}: is below --long-tokens {arguments.long_tokens}; leave it out",
+        )
+    if min(arguments.short_tokens, arguments.long_tokens) <= arguments.response_tokens:
+        raise UserError(
+            "option-conflict",
+            f"--response-tokens {arguments.response_tokens}: leaves no prompt of --short-tokens "
+            f"{arguments.short_tokens} and --long-tokens {arguments.long_tokens}; lower it",
+        )
+    _complete(config, arguments)
+    return arguments, config
+
+
+def _complete(config: Config, arguments: argparse.Namespace) -> None:
+    """Options that every run needs and a plan does not ask for; those of a layout stay as they are."""
+    model = Path(arguments.model)
+    defaults = {
+        "hf_path": str(model.parent if model.is_file() else model),
+        "train_data": "data/train.jsonl",
+        "save": "runs/planned",
+        "bf16": True,
+        "seq_length": arguments.long_tokens,
+    }
+    if not config.explicit & {"train_iters", "train_epochs"}:
+        config.training.train_epochs = 1.0
+    for name, value in defaults.items():
+        if name not in config.explicit:
+            config.assign(name, value)
+    one = Config(**{**vars(config), "parallel": Config().parallel, "explicit": set()})
+    config_load.resolve(one)  # fills the method's defaults, which layouts share
+
+
+def request_of(arguments: argparse.Namespace, config: Config, machine: Machine) -> Request:
+    """What is searched.
+
+    Raises:
+        UserError: the model is refused, or the memory.
+    """
+    hf_config = _model(arguments.model, config)
+    check_loss(config.method)
+    memory = machine.memory_gib if arguments.gpu_memory is None else arguments.gpu_memory
+    if not memory > arguments.reserve >= 0:
+        raise UserError("option-value", f"--gpu-memory {memory:g}: must be above --reserve {arguments.reserve:g}")
+    response = arguments.response_tokens
+    group = example(config.method, arguments.short_tokens - response, arguments.long_tokens - response, response)
+    machine = replace(machine, gpus_per_node=arguments.gpus_per_node or machine.gpus_per_node)
+    return Request(hf_config, config, group, arguments.gpus, int((memory - arguments.reserve) * GIB), machine)
+
+
+def _model(path: str, config: Config) -> PretrainedConfig:
+    scaling = config.model.rope_scaling
+    hf_config = read_config_file(Path(path), scaling) if Path(path).is_file() else read_hf_config(path, scaling)
+    family_of(hf_config)
+    check_length(hf_config, config.data.seq_length)
+    if config.model.transformer_impl != "portable":
+        raise UserError(
+            "plan-implementation",
+            f"{flag('transformer_impl')} {config.model.transformer_impl}: its layers are built on a GPU alone, so "
+            "nothing can be rehearsed; leave it out",
+        )
+    return hf_config
+
+
+def _heading(request: Request, found: Found) -> list[str]:
+    examples = request.config.training.global_batch_size
+    lengths = ", ".join(f"{len(prompt.ids):,}" for prompt in request.group.prompts)
+    return [
+        f"{request.gpus} x {request.machine.name}, {request.limit / GIB:g} GiB of each; {examples} examples a step, "
+        f"the longest with prompts of {lengths} tokens",
+        f"{found.layouts:,} layouts: training refuses {sum(found.refused.values()):,}; of the others, with each "
+        f"micro-batch, {len(found.fitting):,} fit by estimate and {len(found.others):,} do not",
+    ]
+
+
+def _layouts(request: Request, result: Plan, seconds: float) -> list[str]:
+    candidates = result.fitting or result.best
+    largest = max(abs(candidate.error) for candidate in result.best)
+    shown = [kind for kind in KINDS if any(it.peak.held[kind] >= GIB / 20 for it in candidates)]
+    header = ["step, s", *shown, "peak GiB", "free", "estimate", "layout"]
+    rows = [
+        [
+            f"{candidate.step.low:.1f}-{candidate.step.high:.1f}",
+            *(f"{candidate.peak.held[kind] / GIB:.1f}" for kind in shown),
+            f"{candidate.peak.total / GIB:.1f}",
+            f"{(request.limit - candidate.peak.total) / GIB:.1f}",
+            f"{candidate.error:+.1%}",
+            candidate.name,
+        ]
+        for candidate in candidates
+    ]
+    return [
+        "",
+        *columns([header, *rows]),
+        f"{len(result.best)} rehearsed in {seconds:.0f} s. Steps are forecasts, not measured ({request.machine.name}); "
+        f"GiB of the stage with the larger peak. Estimates, by which others were left out, are up to {largest:.1%} off "
+        "these peaks",
+    ]
+
+
+def _reasons(request: Request, result: Plan) -> list[str]:
+    """Why the others are not in the table, those alike in a line."""
+    short: dict[str, list[Candidate]] = defaultdict(list)
+    over = [candidate for candidate in result.best if candidate.peak.total > request.limit]
+    for candidate in (*over, *(one for one in result.found.others if not one.outcomes)):
+        short[max(candidate.peak.held, key=candidate.peak.held.__getitem__)].append(candidate)
+    lines = []
+    for kind, candidates in short.items():
+        nearest = min(candidates, key=lambda candidate: candidate.peak.total)
+        missing = (nearest.peak.total - request.limit) / GIB
+        lines.append(f"  {len(candidates):,} lack {missing:.1f} GiB and more, most of it {kind}; least: {nearest.name}")
+    refused = [f"  {count:,}: {message}" for message, count in result.found.refused.most_common()]
+    return [
+        *(["", "do not fit (estimated where not rehearsed)", *lines] if lines else []),
+        *(["", "refused by training", *refused] if refused else []),
+    ]
+
+
+def nothing_fits(request: Request, result: Plan) -> UserError:
+    """The error of a plan without a layout: what the nearest lacks, and what would help."""
+    if not result.best:
+        message, _ = result.found.refused.most_common(1)[0]
+        return UserError("plan-nothing-fits", f"training refuses every layout of {request.gpus} GPUs: {message}")
+    nearest = result.nearest
+    held = nearest.peak.held
+    of_model = sum(held[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER, LOG_PROBS))
+    of_tokens = nearest.peak.total - of_model - held[INPUTS]
+    remedy = (
+        "weights, gradients, optimizer and log-prob head need more --gpus"
+        if of_model > of_tokens
+        else "lower --long-tokens, or divide the tokens by more --gpus (--context-parallel-size)"
+    )
+    return UserError(
+        "plan-nothing-fits",
+        f"no layout fits {request.gpus} GPUs of {request.limit / GIB:g} GiB: the nearest ({nearest.name}) lacks "
+        f"{(nearest.peak.total - request.limit) / GIB:.1f} GiB; {remedy}, or use GPUs with more memory",
+    )
+
+
+def facts_of(request: Request, candidate: Candidate) -> list[str]:
+    """Lines about a rehearsed layout: packs, copies, peaks, host memory."""
+    peaks = " and ".join(f"{outcome.peak.total / GIB:.1f} GiB on rank {outcome.rank}" for outcome in candidate.outcomes)
+    copies = candidate.process.copies // candidate.process.context
+    parts = sorted(candidate.step.parts.items(), key=lambda part: -part[1])
+    return [
+        f"{candidate.name}: {candidate.packs} packs of a process and step"
+        + (f", {copies} copies of the model" if copies > 1 else ""),
+        f"rehearsed peak: {peaks}, of {request.limit / GIB:g} GiB",
+        f"a step, forecast and not measured, on {request.machine.name}: {candidate.step.low:.1f} to "
+        f"{candidate.step.high:.1f} s, {candidate.step.tokens_per_second:,.0f} tokens/s; "
+        + ", ".join(f"{name} {part:.1f} s" for name, part in parts if part >= candidate.step.seconds / 50),
+        *host_memory(request, candidate),
+    ]
+
+
+def host_memory(request: Request, candidate: Candidate) -> list[str]:
+    """Main memory of a node, as far as it is counted: processes, and what a save copies.
+
+    From a GPU a process first copies what it writes: its share of the optimizer's state, and of the weights as many as
+    each of the processes that hold them.
+    """
+    process = candidate.process
+    each = [standing(process, stage) for stage in (0, process.stages - 1)]
+    copied = max(held[OPTIMIZER] + held[WEIGHTS] / process.copies for held in each) / GIB
+    count = min(request.gpus, request.machine.gpus_per_node)
+    return [
+        f"host memory of a node with {count} processes: {count * PROCESS_GIB:.0f} GiB of libraries (assumed) and, "
+        f"while a checkpoint is saved, {count * copied:.0f} GiB (each process copies {copied:.1f} GiB from its GPU)",
+        "not counted: the page cache of the token store and of checkpoints, and data loading before the first step",
+    ]

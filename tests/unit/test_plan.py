@@ -1,0 +1,196 @@
+"""`solopo plan`: what it searches and refuses, how near its estimates are to rehearsals, and the file it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from refusals import refused
+from tiny_models import SHAPE
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+from megatron_solopo.config import Config
+from megatron_solopo.data.tokenized.batches import plan_step
+from megatron_solopo.parallel.layouts import parse_layout
+from megatron_solopo.parallel.topology import data_parallel_size
+from megatron_solopo.planning.machines import load_machine
+from megatron_solopo.planning.plan import main, read_options, request_of
+from megatron_solopo.planning.plan_file import write_plan
+from megatron_solopo.planning.search import Candidate, Request, layout_name, packs_of_step, rehearsed, search
+from megatron_solopo.planning.workers import Rehearsals
+
+WIDE = SHAPE | dict(
+    hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, vocab_size=8000
+)
+WIDE |= dict(num_key_value_heads=4, max_position_embeddings=65536)
+DENSE = Qwen2Config(**WIDE, tie_word_embeddings=False)
+SMALL = LlamaConfig(**SHAPE | dict(num_hidden_layers=4, max_position_embeddings=4096))
+
+
+def folder(path: Path, model: PretrainedConfig) -> Path:
+    model.save_pretrained(path)
+    return path
+
+
+def request(path: Path, model: PretrainedConfig, gpus: int, memory: float, *flags: str, long: int = 16000) -> Request:
+    words = ["--model", str(folder(path, model)), "--gpus", str(gpus), "--gpu-memory", str(memory), "--reserve", "0"]
+    arguments, config = read_options([*words, "--long-tokens", str(long), *flags])
+    return request_of(arguments, config, load_machine(arguments.machine))
+
+
+@pytest.fixture(scope="module")
+def rehearsals() -> Iterator[Rehearsals]:
+    with Rehearsals(1) as rehearsals:
+        yield rehearsals
+
+
+FULL, BLOCK = "--recompute-granularity=full", "--recompute-method=block"
+ESTIMATED = [
+    (DENSE, "tp2 sp cp2 dp2", ()),
+    (DENSE, "tp4", (FULL,)),
+    (DENSE, "pp2 vpp2 dp2", (FULL,)),
+    (DENSE, "tp2 sp pp4", (FULL, BLOCK)),
+    (DENSE, "cp8", (FULL, "--no-share-prompts")),
+]
+
+
+def candidate(tmp_path: Path, model: PretrainedConfig, layout: str, flags: tuple[str, ...], **more: Any) -> Any:
+    """The request and the only candidate of a layout."""
+    options = parse_layout(layout)
+    parts = dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1)
+    parts |= dict(num_virtual_stages_per_pipeline_rank=1, expert_model_parallel_size=1) | options.options
+    parts.setdefault("expert_tensor_parallel_size", parts["tensor_model_parallel_size"])
+    if parts["pipeline_model_parallel_size"] == 1:
+        del parts["num_virtual_stages_per_pipeline_rank"]
+    if not hasattr(model, "num_experts"):
+        parts = {name: size for name, size in parts.items() if "expert" not in name}
+    parts.pop("sequence_parallel", None)
+    words = [f"--{name.replace('_', '-')}={size}" for name, size in parts.items()]
+    asked = request(tmp_path, model, options.processes, 1000, *words, *flags, "--micro-batch-size=1", **more)
+    if "sp" not in layout.split():
+        asked.config.explicit.add("sequence_parallel")
+    [one] = search(asked).fitting
+    return asked, one
+
+
+@pytest.mark.parametrize(("model", "layout", "flags"), ESTIMATED, ids=lambda value: str(value)[:30])
+def test_the_estimate_is_near_the_rehearsal(
+    rehearsals: Rehearsals, tmp_path: Path, model: PretrainedConfig, layout: str, flags: tuple[str, ...]
+) -> None:
+    asked, one = candidate(tmp_path, model, layout, flags)
+    assert (
+        layout_name(one.config.parallel, data_parallel_size(one.config.parallel, asked.gpus)).split() == layout.split()
+    )
+    rehearsed(asked, [one], rehearsals)
+    assert abs(one.error) < 0.08, (one.estimated, one.peak)
+
+
+def test_training_refuses_what_the_search_leaves_out(tmp_path: Path) -> None:
+    found = search(request(tmp_path, SMALL, 8, 80, "--global-batch-size=16", long=1000))
+    tensor = {one.config.parallel.tensor_model_parallel_size for one in found.fitting}
+    assert tensor == {1, 2}  # two key heads
+    refused_for = "\n".join(found.refused)
+    assert "--tensor-model-parallel-size 4: does not divide the model's num_key_value_heads 2" in refused_for
+    assert "--cp-comm-type p2p" in refused_for and "--cp-comm-type a2a" in refused_for
+    assert {one.config.parallel.pipeline_model_parallel_size for one in found.fitting} == {1, 2, 4}
+    assert any(one.config.parallel.num_virtual_stages_per_pipeline_rank == 2 for one in found.fitting)
+    assert all(one.config.parallel.sequence_parallel == (one.process.tensor > 1) for one in found.fitting)
+    assert found.layouts == sum(found.refused.values()) + len({id(one.config.parallel) for one in found.fitting})
+
+
+def test_an_option_that_is_set_is_not_varied(tmp_path: Path) -> None:
+    flags = ("--pipeline-model-parallel-size=2", "--micro-batch-size=4", "--recompute-granularity=full")
+    found = search(request(tmp_path, SMALL, 8, 80, *flags, long=1000))
+    assert found.fitting
+    for one in found.fitting:
+        parallel, model = one.config.parallel, one.config.model
+        assert (parallel.pipeline_model_parallel_size, one.groups, model.recompute_granularity) == (2, 4, "full")
+
+
+def test_stages_that_cannot_be_alike_have_fewer_layers_at_both_ends(tmp_path: Path) -> None:
+    model = LlamaConfig(**SHAPE | dict(num_hidden_layers=14, max_position_embeddings=4096))
+    found = search(request(tmp_path, model, 4, 80, "--pipeline-model-parallel-size=4", long=1000))
+    assert {tuple(one.process.sizes) for one in found.fitting} == {(3, 4, 4, 3)}
+
+
+def test_no_more_is_recomputed_than_memory_asks_for(tmp_path: Path) -> None:
+    """The number of recomputed layers rises as memory falls, and one layer less would not fit."""
+    one_pack = "--micro-batch-size=1"
+    [none] = search(request(tmp_path, DENSE, 1, 1000, one_pack)).fitting
+    [full] = search(request(tmp_path, DENSE, 1, 1000, one_pack, FULL)).fitting
+    most, least = none.estimated.total / 2**30, full.estimated.total / 2**30
+    assert none.config.model.recompute_granularity is None and least < 0.6 * most
+    layers = []
+    for memory in (1.03 * most, (most + least) / 2, 1.1 * least, 1.03 * least):
+        [one] = search(request(tmp_path, DENSE, 1, memory, one_pack)).fitting
+        model = one.config.model
+        recomputed = {None: 0, "full": 4}[model.recompute_granularity]
+        layers.append(model.recompute_num_layers if model.recompute_method == "block" else recomputed)
+    assert layers == sorted(layers) and layers[0] == 0 and len(set(layers)) > 2, layers
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2 vpp2 dp4", "tp2 sp dp3"])
+def test_packs_are_those_of_a_step(tmp_path: Path, layout: str) -> None:
+    asked = request(tmp_path, SMALL, 1, 80, "--global-batch-size=25", "--micro-batch-size=4", long=1000)
+    asked.config.parallel = parse_layout(layout).applied(asked.config.parallel)
+    gpus = parse_layout(layout).processes
+    step = plan_step([asked.group] * 25, 32, data_parallel_size(asked.config.parallel, gpus), asked.config, "cuda")
+    assert {len(share) for share in step.shares} == {packs_of_step(asked.config, 4, gpus)}
+
+
+def cheapest(asked: Request) -> Candidate:
+    return search(asked).fitting[0]
+
+
+def test_the_file_is_a_run_of_that_layout_with_a_comment_on_each_line(tmp_path: Path) -> None:
+    flags = ("--preference-loss=orpo", "--no-share-prompts", "--lr=1e-5", "--train-iters=7", "--save=runs/x")
+    asked = request(tmp_path / "m", SMALL, 8, 80, *flags, "--tensor-model-parallel-size=2", long=1000)
+    one = cheapest(asked)
+    write_plan(tmp_path / "plan.yaml", one.config, ["solopo", "plan", "--x", "a b"], ["two facts"])
+    text = (tmp_path / "plan.yaml").read_text()
+    assert text.startswith("# Made by: solopo plan --x 'a b'\n# two facts\n")
+    assert all("  # " in line for line in text.splitlines() if line.startswith(" "))
+    read = Config.load(tmp_path / "plan.yaml")
+    expected = one.config.as_dict()
+    expected["parallel"]["device"] = "auto"
+    assert read.as_dict() == expected
+    assert read.explicit == {name for section in yaml.safe_load(text).values() for name in section}
+
+
+MODEL = ["--model", "m", "--gpus", "8", "--long-tokens", "1000"]
+WRONG = [
+    (["--model", "m", "--gpus", "0", "--long-tokens", "9"], "option-value", "--gpus", "at least 1"),
+    (["--gpus", "8"], "option-missing", "--model"),
+    ([*MODEL, "--machine", "h10"], "file-missing", "--machine h10", "did you mean h100"),
+    ([*MODEL, "--gpu-memry", "8"], "option-unknown", "--gpu-memry", "--gpu-memory?"),
+    ([*MODEL, "--gpu-memory", "3"], "option-value", "--gpu-memory 3", "--reserve 4"),
+    ([*MODEL, "--gpu-memory", "nan"], "option-value", "--gpu-memory nan"),
+    ([*MODEL, "--response-tokens", "1000"], "option-conflict", "--response-tokens 1000"),
+    ([*MODEL, "--seq-length", "999"], "option-conflict", "--seq-length 999", "--long-tokens 1000"),
+    ([*MODEL, "--long-tokens=5000"], "option-twice", "--long-tokens"),
+    ([*MODEL, "--beta", "0"], "option-value", "--beta 0"),
+    ([*MODEL, "--transformer-impl=transformer_engine"], "plan-implementation", "--transformer-impl"),
+    ([*MODEL, "--tensor-model-parallel-size=3"], "plan-nothing-fits", "--tensor-model-parallel-size 3"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "named"), [(words, code, named) for words, code, *named in WRONG])
+def test_wrong_inputs(
+    words: list[str], code: str, named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "m", SMALL)
+    with refused(code, *named):
+        main(words)
+
+
+def test_a_model_without_config(tmp_path: Path) -> None:
+    with refused("model-config-missing", str(tmp_path)):
+        main(["--model", str(tmp_path), "--gpus", "1", "--long-tokens", "1000"])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with refused("model-type-unsupported", "gpt2"):
+        main(["--model", str(tmp_path / "config.json"), "--gpus", "1", "--long-tokens", "1000"])
