@@ -1,17 +1,14 @@
 """Device memory of a rehearsed step: what is held at each moment, by kind, and where the peak is.
 
-torch has a tracker of its own (`torch.distributed._tools.mem_tracker`, 2.11). It does not serve here: it takes kinds
-from ``nn.Module`` and ``torch.optim`` hooks, and megatron-core keeps weights and gradients in flat buffers of which
-parameters are views, steps an optimizer of its own over shards of them, and recomputes layers by an autograd function
-that the hooks take for new forward passes. What is the same is the principle: a dispatch mode sees every new storage,
-and a weak reference its end.
+torch's own tracker (`torch.distributed._tools.mem_tracker`, 2.11) has the same principle: a dispatch mode sees every
+new storage, and a weak reference its end. It does not serve here, see docs/planning.md.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,11 +53,13 @@ class Moment:
         held: bytes by kind.
         phase: what the step was doing.
         operation: the operator whose result came last, and the line of code that asked for it.
+        blocks: how many blocks had been made until then.
     """
 
     held: dict[str, int] = field(default_factory=dict)
     phase: str = ""
     operation: str = ""
+    blocks: int = 0
 
     @property
     def total(self) -> int:
@@ -71,6 +70,7 @@ class Moment:
 class _Block:
     size: int
     kind: str
+    number: int
 
 
 class Ledger(TorchDispatchMode):
@@ -87,7 +87,7 @@ class Ledger(TorchDispatchMode):
         self.held = dict.fromkeys(KINDS, 0)
         self.peaks: dict[str, Moment] = {}
         self._blocks: dict[int, _Block] = {}
-        self._total = 0
+        self._total = self._made = 0
         self._highest: dict[str, int] = {}
         self._phase, self._kind = "", WORKING
 
@@ -116,17 +116,23 @@ class Ledger(TorchDispatchMode):
             self._kind = before
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """These tensors' storages are of ``kind``; those that were not seen yet are counted from now on."""
+        """These tensors' storages are of ``kind`` since they were made; those that were not seen yet are counted from
+        now on."""
+        peak = self.peaks.get(self._phase, Moment())
         for tensor in tensors:
             self._see(tensor, None)
             block = self._blocks.get(tensor.untyped_storage()._cdata)
             if block is not None:
+                if block.number < peak.blocks:
+                    peak.held[block.kind] -= block.size
+                    peak.held[kind] += block.size
                 self._change(block, kind)
 
-    def keep(self, of: str, kind: str) -> None:
-        """All that is held of one kind is from now on of another."""
-        for block in self._blocks.values():
-            if block.kind == of:
+    def keep(self, of: Container[str], kind: str, but: Iterable[Tensor] = ()) -> None:
+        """All that is held of some kinds, ``but`` these tensors, is from now on of another."""
+        spared = {tensor.untyped_storage()._cdata for tensor in but}
+        for key, block in self._blocks.items():
+            if block.kind in of and key not in spared:
                 self._change(block, kind)
 
     def _change(self, block: _Block, kind: str) -> None:
@@ -153,7 +159,8 @@ class Ledger(TorchDispatchMode):
         key, size = storage._cdata, self._rounded(storage.nbytes())
         block = self._blocks.get(key)
         if block is None:
-            block = self._blocks[key] = _Block(0, self._kind)
+            block = self._blocks[key] = _Block(0, self._kind, self._made)
+            self._made += 1
             weakref.finalize(storage, self._free, key).atexit = False
         if size != block.size:  # new, or resized
             self.held[block.kind] += size - block.size
@@ -174,7 +181,7 @@ class Ledger(TorchDispatchMode):
         if self._total > self._highest.get(phase, -1):
             self._highest[phase] = self._total
             operation = f"{func} from {_caller()}" if func is not None else ""
-            self.peaks[phase] = Moment(dict(self.held), phase, operation)
+            self.peaks[phase] = Moment(dict(self.held), phase, operation, self._made)
 
 
 def _tensors(values: Any) -> Iterator[FakeTensor]:
@@ -207,18 +214,20 @@ def _short(path: str) -> str:
 
 @contextmanager
 def followed(ledger: Ledger, models: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, what is held when a layer's forward pass ends is `ACTIVATIONS`, and no longer `WORKING`, and what the
-    log-prob head makes is `LOG_PROBS`.
+    """Within it, what is held when a layer's forward pass ends is `ACTIVATIONS`, no longer `WORKING` or
+    `COMMUNICATION`, and what the log-prob head makes is `LOG_PROBS`.
 
-    A recomputation runs within backward and leaves nothing for later.
+    A recomputation runs within backward and leaves nothing for later. The buffer that sequence parallelism gathers
+    into is one for all layers.
     """
+    from megatron.core.parallel_state import get_global_memory_buffer
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_solopo.model import log_probs
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         if not in_backward():
-            ledger.keep(WORKING, ACTIVATIONS)
+            ledger.keep((WORKING, COMMUNICATION), ACTIVATIONS, but=get_global_memory_buffer().buffer.values())
 
     layers = [module for model in models for module in model.modules() if isinstance(module, TransformerLayer)]
     hooks = [module.register_forward_hook(keep) for module in layers]

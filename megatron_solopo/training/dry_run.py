@@ -48,6 +48,11 @@ def describe(config: Config, memory: Callable[[Preflight, str], list[str]] | Non
         f"ranks ({processes} process{'es' if processes > 1 else ''} on {device})": [
             *_rank_table(config.parallel, plan.inputs.hf_config.num_hidden_layers, processes),
             *([f"warning: this machine cannot run it: {unfit}"] if unfit else []),
+            *(
+                ["torch sees no GPU here; --device cuda describes the run of GPUs"]
+                if config.parallel.device != device == "cpu"
+                else []
+            ),
         ],
         "model": _model(plan.inputs.hf_config, config),
         "data": _data(plan.inputs.data, config, device),

@@ -283,6 +283,11 @@ MUTANTS: list[Mutant] = [
         ("a dry run without the reference's weights", "(before or not dry_run)", "not dry_run"),
     ),
     *within(
+        "training/preflight.py",
+        f"{TRAINING} -k dry_run_without_a_gpu",
+        ("no dry run of a GPU's run without one", "resolve(config.parallel.device)", "choose(config.parallel.device)"),
+    ),
+    *within(
         "training/monitoring.py",
         HEALTH,
         ("a working alignment warned about", "fell <= max(rose, 0)", "fell <= min(rose, 0)"),
@@ -612,6 +617,8 @@ MUTANTS: list[Mutant] = [
         "planning/memory.py",
         "tests/unit/test_rehearsal.py",
         ("memory that was freed counts on", "self.held[block.kind] -= block.size\n        self._total", "self._total"),
+        ("what layers keep of collectives called communication", "keep((WORKING, COMMUNICATION)", "keep((WORKING,)"),
+        ("gradients of the build called weights", "block.number < peak.blocks", "False"),
     ),
     *within(
         "planning/table.py",

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from tiny_models import SHAPE
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from megatron_solopo import config_load
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, flag
+from megatron_solopo.losses.registry import LOSSES
+from megatron_solopo.parallel.context import choices, methods
+from megatron_solopo.parallel.engine_method import EngineMethod
 from megatron_solopo.parallel.layouts import parse_layout
-from megatron_solopo.planning.memory import ACTIVATIONS, GRADIENTS, LOG_PROBS, OPTIMIZER, WEIGHTS
+from megatron_solopo.planning.memory import (
+    ACTIVATIONS,
+    COMMUNICATION,
+    GRADIENTS,
+    LOG_PROBS,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+)
 from megatron_solopo.planning.rehearse import Outcome, example
 from megatron_solopo.planning.table import largest_pack, outcomes_of, packs_that_matter
 from megatron_solopo.planning.workers import Rehearsals, Task, outcome_of
@@ -32,6 +46,8 @@ MOE = Qwen3MoeConfig(
     | dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True),
     tie_word_embeddings=False,
 )
+DEEP = LlamaConfig(**LLAMA.to_dict() | dict(num_hidden_layers=2 * LAYERS))
+DEEP_MOE = Qwen3MoeConfig(**MOE.to_dict() | dict(num_hidden_layers=2 * LAYERS))
 FULL = ("--recompute-granularity", "full")
 
 
@@ -43,8 +59,9 @@ def rehearsals() -> Iterator[Rehearsals]:
 
 def options(*flags: Any, layout: str = "1") -> Config:
     argv = ["--hf-path", "model", "--random-init", "--train-data", "x", "--save", "y", "--train-iters", 2, *flags]
+    for name, value in parse_layout(layout).options.items():
+        argv += [flag(name)] if value is True else [flag(name), value]
     config, _ = config_load.load([*map(str, argv)])
-    config.parallel = parse_layout(layout).applied(config.parallel)
     return config
 
 
@@ -53,7 +70,8 @@ def task(
 ) -> Task:
     config = options(*flags, layout=layout)
     groups = [example(config.method, 30, 200, 12)]
-    return Task(config, model, groups, packs, rank, parse_layout(layout).processes, **more)
+    world = parse_layout(layout).processes
+    return Task(config, model, groups, packs, rank % world, world, **more)
 
 
 def parameters(tensor: int = 1, stages: int = 1, last: bool = True) -> int:
@@ -90,6 +108,14 @@ def test_what_stands_between_steps_is_what_arithmetic_says(
     assert 0 <= standing[OPTIMIZER] - 12 * count // copies <= rounded + 12 * 128
 
 
+def test_building_holds_the_weights_twice(rehearsals: Rehearsals) -> None:
+    """They are copied into the flat buffers; where an optimizer's share is small that is the peak."""
+    [outcome] = rehearsals.each([task("--bf16", layout="dp64")])
+    held, standing = outcome.peaks["build"].held, outcome.standing
+    assert held[GRADIENTS] == standing[GRADIENTS] and held[OPTIMIZER] == 0
+    assert 1.9 * standing[WEIGHTS] < held[WEIGHTS] <= 2 * standing[WEIGHTS]
+
+
 def test_recomputation_keeps_the_inputs_of_layers(rehearsals: Rehearsals) -> None:
     kept, checkpoints = rehearsals.each([task(device="cpu"), task(*FULL, device="cpu")])
     # forward ends with the inputs of all layers and the output of the last, in float32
@@ -98,28 +124,111 @@ def test_recomputation_keeps_the_inputs_of_layers(rehearsals: Rehearsals) -> Non
     assert kept.peaks["forward"].held[ACTIVATIONS] > 10 * LAYERS * kept.tokens * HIDDEN * 4
 
 
-METHODS_AND_LAYOUTS = [
-    ("cuda", ("--preference-loss", "dpo", "--alignment-target", "both"), LLAMA, "tp2 sp cp2 pp2 dp2", ()),
-    ("cuda", ("--preference-loss", "ipo", "--context-mode", "short"), LLAMA, "tp2", FULL),
-    ("cuda", ("--preference-loss", "simpo", "--alignment-distance", "huber"), LLAMA, "pp2", FULL),
-    ("cuda", ("--preference-loss", "orpo", "--context-mode", "long"), MOE, "tp2 sp dp2 ep4 etp1", FULL),
-    ("cuda", ("--preference-loss", "longpo", "--context-mode", "long"), LLAMA, "cp2", FULL),
-    ("cuda", ("--objective", "sft"), MOE, "dp2 ep2", ("--moe-aux-loss-coeff", 0.1)),
-    ("cuda", ("--sft-weight", 0.5, "--sft-normalization", "token"), LLAMA, "dp2", ("--overlap-grad-reduce",)),
-    ("cuda", ("--no-share-prompts",), LLAMA, "dp2", ("--overlap-grad-reduce", "--overlap-param-gather")),
-    ("cpu", ("--preference-loss", "dpo"), LLAMA, "tp2 sp cp2 pp2 dp2", FULL),
-    ("cpu", ("--preference-loss", "orpo"), MOE, "tp2 sp dp2 ep2", ()),
+@pytest.mark.parametrize(
+    ("layout", "models"), [("tp2 sp", (LLAMA, DEEP)), ("cp2", (LLAMA, DEEP)), ("dp2 ep2", (MOE, DEEP_MOE))]
+)
+def test_what_layers_keep_is_no_communication(
+    rehearsals: Rehearsals, layout: str, models: tuple[PretrainedConfig, PretrainedConfig]
+) -> None:
+    """More layers keep more of what was sent or received, and need no larger buffers."""
+    few, many = (
+        outcome.peaks["forward"].held
+        for outcome in rehearsals.each([task("--bf16", layout=layout, model=model) for model in models])
+    )
+    assert many[COMMUNICATION] <= few[COMMUNICATION] and many[WORKING] <= few[WORKING]
+    assert many[ACTIVATIONS] > 1.8 * few[ACTIVATIONS]
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2 vpp2"])
+def test_packs_beyond_those_in_flight_add_no_memory(rehearsals: Rehearsals, layout: str) -> None:
+    first = task(*FULL, layout=layout, model=DEEP)
+    packs = packs_that_matter(99, first.config.parallel)
+    fewer, enough, more = (
+        outcome.peaks["backward"].held
+        for outcome in rehearsals.each([replace(first, packs=count) for count in (packs // 2, packs, packs + 2)])
+    )
+    for kind in (ACTIVATIONS, WORKING, COMMUNICATION):
+        assert more[kind] == enough[kind]
+    assert fewer[ACTIVATIONS] < enough[ACTIVATIONS]
+
+
+SHARED = ((), ("--no-share-prompts",))
+METHODS = [
+    *(
+        ("--preference-loss", name, "--context-mode", mode)
+        for name, kind in LOSSES.items()
+        for mode in kind.context_modes
+    ),
+    *(("--no-share-prompts", "--context-mode", mode) for mode in ("solo", "short", "long")),
+    *(("--alignment-distance", name) for name in ("l2", "huber")),
+    ("--alignment-target", "both", "--alignment-stop-short-gradient"),
+    ("--alignment-reference", "short"),
+    ("--sft-weight", 0.5, "--sft-normalization", "token"),
+    ("--label-smoothing", 0.1, "--label-smoothing-form", "robust"),
+    ("--objective", "sft"),
+    ("--objective", "sft", "--no-share-prompts"),
 ]
+COMMON_LAYOUTS = ("1", "dp2", "tp2 sp", "pp2", "cp2", "tp2 sp cp2 pp2 dp2")
+LAYOUTS = [
+    *((model, layout) for model in (LLAMA, MOE) for layout in COMMON_LAYOUTS),
+    (LLAMA, "tp2"),
+    (LLAMA, "tp2 pp2"),
+    (DEEP, "pp2 vpp2"),
+    (DEEP, "tp2 sp cp2 pp2 vpp2"),
+    *((MOE, layout) for layout in ("dp2 ep2", "tp2 sp dp2 ep4 etp1", "cp2 ep2", "pp2 dp2 ep2")),
+]
+CONTEXT_METHODS = [name for name in choices() if not isinstance(methods()[name], EngineMethod)]
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+STEPS = [
+    *(((*flags, "--bf16"), LLAMA, "1") for flags in METHODS),
+    *((("--bf16", *flags), *layout) for layout in LAYOUTS for flags in ((), FULL)),
+    *(((), model, layout) for model in (LLAMA, MOE) for layout in ("1", "tp2 sp", "pp2")),
+    *((("--bf16", "--cp-comm-type", name, *flags), LLAMA, "cp2") for name in CONTEXT_METHODS for flags in SHARED),
+    *((("--bf16", *flags), LLAMA, "dp2") for flags in (OVERLAP[:1], OVERLAP)),
+    (("--bf16", *OVERLAP), DEEP, "pp2 vpp2 dp2"),
+    *((("--bf16", "--moe-aux-loss-coeff", 0.1, *flags), MOE, "tp2 sp dp2 ep2") for flags in ((), FULL)),
+]
+"""Options, model and layout of each rehearsal on CUDA."""
 
 
-def test_every_method_and_layout_is_rehearsed(rehearsals: Rehearsals) -> None:
-    """No read of a value, and no host tensor among those of the device, in any of them."""
-    tasks = []
-    for device, method, model, layout, flags in METHODS_AND_LAYOUTS:
-        packs = 2 if "pp" in layout else 1
-        tasks.append(task(*method, "--bf16", *flags, layout=layout, model=model, packs=packs, device=device))
+def test_no_step_on_cuda_mixes_devices_or_reads_a_value(rehearsals: Rehearsals) -> None:
+    """The last process of each; a fake tensor has no value that could be read."""
+    tasks = [
+        task(*flags, layout=layout, model=model, rank=-1, packs=2 if "pp" in layout else 1)
+        for flags, model, layout in STEPS
+    ]
     for outcome in rehearsals.each(tasks):
         assert outcome.peak.total > sum(outcome.standing.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "flags"), [("tp2 sp cp2 pp2 dp2", LLAMA, FULL), ("tp2 sp dp2 ep2", MOE, ())]
+)
+def test_the_first_stage_and_the_code_of_the_cpu(
+    rehearsals: Rehearsals, layout: str, model: PretrainedConfig, flags: tuple[Any, ...]
+) -> None:
+    for outcome in rehearsals.each([task("--bf16", *flags, layout=layout, model=model, packs=2, device="cpu")]):
+        assert outcome.peak.total > sum(outcome.standing.values())
+
+
+def mixing(given: Task) -> Outcome:
+    """A rehearsal of a product whose loss multiplies by a tensor of the host."""
+    from megatron_solopo.training import step
+
+    losses = step.group_losses
+
+    def mixed(*args: Any) -> Any:
+        result = losses(*args)
+        return replace(result, loss=result.loss * torch.ones(len(result.loss)))
+
+    with mock.patch.object(step, "group_losses", mixed):
+        return outcome_of(given)
+
+
+def test_a_tensor_of_the_host_in_the_loss_is_found(rehearsals: Rehearsals) -> None:
+    with pytest.raises(RuntimeError, match="two different devices cuda:0, cpu"):
+        rehearsals.run(mixing, task("--bf16")).result()
+    assert rehearsals.run(mixing, task("--bf16", device="cpu")).result().peak.total  # where they are the same device
 
 
 def test_the_largest_pack_of_a_run_is_the_one_rehearsed() -> None:
