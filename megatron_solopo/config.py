@@ -69,6 +69,12 @@ class ModelConfig:
         "CUDA and --bf16",
         ("portable", "transformer_engine"),
     )
+    attention_backend: str = option(
+        "auto",
+        "attention kernels on CUDA; flash: flash attention; fused: cuDNN, in portable layers for prompts alone (their "
+        "responses use flash); auto: fused, but in portable layers flash for prompts too where torch prefers it",
+        ("auto", "fused", "flash"),
+    )
     fp8_format: str | None = option(
         None,
         "matrix products of the layers in FP8 (not the output head's), e4m3: everywhere; hybrid: e4m3 forward, e5m2 "

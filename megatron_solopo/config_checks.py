@@ -127,6 +127,11 @@ def unused(config: Config) -> dict[str, str]:
             config.parallel.tensor_model_parallel_size > 1,
             "needs --tensor-model-parallel-size above 1",
         ),
+        (
+            "attention_backend",
+            model.bf16 and config.parallel.device != "cpu",
+            "needs --bf16 and a CUDA device (float32 and the CPU have one kernel each)",
+        ),
         ("fp8_format", model.transformer_impl == "transformer_engine", "needs --transformer-impl transformer_engine"),
         ("fp8_recipe", model.fp8_format is not None, "needs --fp8-format"),
         ("cp_comm_type", config.parallel.context_parallel_size > 1, "needs --context-parallel-size above 1"),

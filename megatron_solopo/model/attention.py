@@ -9,11 +9,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
+from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.kernels import Kernels, kernels_for
-from megatron_solopo.parallel.layout import RankLayout
+from megatron_solopo.parallel.layout import RankLayout, backends_of
 
 
 @dataclass
@@ -42,6 +45,37 @@ def attention_kernels(settings: TransformerConfig, device: torch.device) -> Kern
     """Returns the kernels of a model's attention without context parallelism."""
     engine, sixteen_bits = settings.transformer_impl == transformer_engine.NAME, settings.params_dtype.itemsize == 2
     return kernels_for(engine, device.type == "cuda", sixteen_bits, settings.attention_backend.name)
+
+
+def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:
+    """Describes in words, for the log, which kernels compute attention on a CUDA device.
+
+    Raises:
+        UserError: torch has no kernel for the model's prompts that holds no scores of all with all.
+    """
+    assert isinstance(settings.cp_comm_type, str)  # one for all layers
+    flash = f"torch's flash kernel ({current_flash_attention_impl() or 'FA2'})"
+    kernels = attention_kernels(settings, device)
+    of_layers = method_of(settings.context_parallel_size, settings.cp_comm_type).kernels_of_layers
+    if kernels is Kernels.FLASH or not of_layers:
+        return f"attention: {flash}, one call for all sequences of a pack"
+    if kernels is Kernels.ENGINE:
+        return f"attention: Transformer Engine, {settings.attention_backend.name} kernels"
+    if kernels is Kernels.BLOCKS:
+        return "attention: torch's memory-efficient kernel, keys and values repeated for each query head"
+    heads, kv_heads, size = settings.num_attention_heads, settings.num_query_groups, settings.kv_channels
+    assert kv_heads and size
+    query, key = (torch.zeros(1, n, 128, size, dtype=settings.params_dtype, device=device) for n in (heads, kv_heads))
+    with sdpa_kernel(backends_of(settings.params_dtype, kernels is Kernels.CUDNN)):
+        chosen = SDPBackend(torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True))
+    if chosen == SDPBackend.ERROR:
+        raise UserError(
+            "attention-unsupported",
+            f"--attention-backend {settings.attention_backend.name}: torch has no such kernel on this GPU for "
+            f"{heads} heads of {size}; use flash",
+        )
+    prompts = f"cuDNN {torch.backends.cudnn.version()}" if chosen == SDPBackend.CUDNN_ATTENTION else flash
+    return f"attention: prompts on {prompts}, all responses of a pack in one call of {flash}"
 
 
 class PackedAttention(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,6 +38,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         last = None  # follows from the first; transformer_layer.py:157 divides by the number of stages between them
     choices: dict[str, Any] = {  # texts that mcore annotates as literals
         "transformer_impl": "local" if model.transformer_impl == "portable" else model.transformer_impl,
+        "attention_backend": AttnBackend[_backend(config)],
         "fp8": model.fp8_format,
         "fp8_recipe": model.fp8_recipe,
         "recompute_granularity": model.recompute_granularity,
@@ -102,6 +105,20 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     )
 
 
+def _backend(config: Config) -> str:
+    """Returns the name of megatron-core's attention backend.
+
+    Its auto lets Transformer Engine fall silently to a kernel that holds the scores of all tokens with all, so auto is
+    fused there, and what cuDNN does not support is an error.
+    """
+    model = config.model
+    return (
+        "fused"
+        if model.transformer_impl == transformer_engine.NAME and model.attention_backend == "auto"
+        else (model.attention_backend)
+    )
+
+
 def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
     """Returns the spec of a layer, and the type of the final norm.
 
@@ -141,6 +158,8 @@ def build_model(
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # mcore warns at every build that GPTModel is old
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     settings = transformer_config(hf_config, config, dtype)
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
     layer, final_norm = layer_spec(settings)
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
+from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
-from megatron_solopo.model.families.fields import attention_window
+from megatron_solopo.model.families.fields import attention_window, head_dim
 from megatron_solopo.model.rope import reach
 from megatron_solopo.model.rope_scaling import extended
 from megatron_solopo.model_folder import check_is_folder, seen_in
+from megatron_solopo.parallel.kernels import HEAD_DIMS
 
 
 def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
@@ -47,6 +49,21 @@ def read_config_file(path: Path, rope_scaling: str | None = None) -> PretrainedC
 def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
     """Returns the rows of the vocabulary matrices; they depend on the config only, not on the number of processes."""
     return -(-hf_config.vocab_size // divisible_by) * divisible_by
+
+
+def check_attention_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
+    """Refuses a model whose heads torch's flash kernel does not take in 16 bits; Transformer Engine checks its own.
+
+    Raises:
+        UserError: head_dim is no multiple of 8, or above 256.
+    """
+    size = head_dim(hf_config)
+    if config.model.bf16 and config.model.transformer_impl == "portable" and size not in HEAD_DIMS:
+        raise UserError(
+            "attention-unsupported",
+            f"config.json: head_dim {size}: with --bf16 on CUDA it must be a multiple of {HEAD_DIMS.step} up to "
+            f"{HEAD_DIMS[-1]}, for torch's flash attention; leave --bf16 out",
+        )
 
 
 def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:

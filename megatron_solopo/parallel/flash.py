@@ -7,16 +7,35 @@ the queries are its last positions (bottom right).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 
 if TYPE_CHECKING:
     from megatron_solopo.parallel.sequences import SequenceLayout
 
-HEAD_DIMS = range(8, 257, 8)
-"""head_dim of the kernel on CUDA (torch 2.11, flash_attn/flash_api.cpp)."""
+FA3 = "flash_attn_interface"
+"""The module of FlashAttention 3's wheel."""
+
+
+def use_fastest() -> str | None:
+    """Makes torch's flash kernel FlashAttention 3's where its wheel is installed and the device is Hopper.
+
+    `torch.nn.attention.restore_flash_attention_impl` undoes it.
+
+    Returns:
+        Why the installed wheel cannot be used, or None.
+    """
+    if find_spec(FA3) is None or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:  # a library is missing, or of another build
+        return f"FlashAttention 3 is installed, but its import fails: {type(error).__name__}: {error}"
+    return None
 
 
 def forward(query: Tensor, keys: Tensor, values: Tensor, layout: SequenceLayout, scale: float) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,9 @@ class Kernels(Enum):
 BACKENDS = {"auto": Kernels.PROMPTS, "fused": Kernels.CUDNN, "flash": Kernels.FLASH}
 """--attention-backend -> the kernels of portable layers on CUDA in 16 bits."""
 
+HEAD_DIMS = range(8, 257, 8)
+"""head_dim of torch 2.11's flash kernel on CUDA (flash_attn/flash_api.cpp)."""
+
 PLANNED = Kernels.PROMPTS, Kernels.CUDNN
 """Kernels for which lengths of prompts are rounded up (`context.none`)."""
 

@@ -123,9 +123,9 @@ def attend_block(
     if block.keys > block.queries:
         # Queries are the last positions of the keys; is_causal would align them with the first.
         mask = _lower_right(block.queries, block.keys, query.device)
-    backends = None if query.device.type == "cpu" else _backends(query.dtype, cudnn_only)
+    backends = None if query.device.type == "cpu" else backends_of(query.dtype, cudnn_only)
     if backends == [SDPBackend.EFFICIENT_ATTENTION]:  # of torch 2.11 takes as many heads of keys as of queries
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        key, value = (repeated(x, query.shape[1]) for x in (key, value))
 
     def batched(x: Tensor, length: int) -> Tensor:
         return x.view(block.count, length, *x.shape[1:]).transpose(1, 2)
@@ -143,7 +143,12 @@ def attend_block(
     return out.transpose(1, 2).reshape(query.shape)
 
 
-def _backends(dtype: torch.dtype, cudnn_only: bool) -> list[SDPBackend]:
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Returns keys or values, [S, kv_heads, head_dim], with a copy for each query head, [S, heads, head_dim]."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def backends_of(dtype: torch.dtype, cudnn_only: bool) -> list[SDPBackend]:
     """Returns the kernels of CUDA that hold no score matrix; float64 has none, and is for tests."""
     if dtype == torch.float64:
         return [SDPBackend.MATH]

@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import restore_flash_attention_impl
 
 from megatron_solopo import environment
 from megatron_solopo.errors import LostProcess, UserError, system_reason
-from megatron_solopo.parallel import cpu_shim
+from megatron_solopo.parallel import cpu_shim, flash
 from megatron_solopo.terminal import write_line
 
 
@@ -121,7 +122,15 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
         engine = environment.transformer_engine()
         if engine["broken"] and os.environ.get("RANK", "0") == "0":
             write_line(f"warning: Transformer Engine is not used: {engine['note']}")
-        platform = Platform(name, torch.device("cuda", local_rank), "nccl", cpu_shim.mend_on_cuda(engine["broken"]))
+        if (refused := flash.use_fastest()) and os.environ.get("RANK", "0") == "0":
+            write_line(f"warning: {refused}")
+        mended = cpu_shim.mend_on_cuda(engine["broken"])
+
+        def undo() -> None:
+            mended()
+            restore_flash_attention_impl(_raise_warn=False)
+
+        platform = Platform(name, torch.device("cuda", local_rank), "nccl", undo)
     else:
         platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
     if not dist.is_initialized():

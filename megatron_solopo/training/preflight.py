@@ -29,7 +29,7 @@ from megatron_solopo.data.tokenized.token_store import StoredTokens, is_store, o
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_scores, reference_scores
 from megatron_solopo.model.families.registry import family_of
-from megatron_solopo.model.hf_config import check_length, padded_vocab_size
+from megatron_solopo.model.hf_config import check_attention_on_cuda, check_length, padded_vocab_size
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
 from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node, resolve
 from megatron_solopo.parallel.topology import check_layout, world_size
@@ -164,6 +164,8 @@ def check_model(config: Config, device: str) -> PretrainedConfig:
     if device == "cuda":
         check_on_cuda(config)
     hf_config = read_model(config)
+    if device == "cuda":
+        check_attention_on_cuda(hf_config, config)
     check_length(hf_config, config.data.seq_length)
     check_cut(hf_config, config, world_size())
     if not config.model.random_init:

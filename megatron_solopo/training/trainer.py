@@ -17,6 +17,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
 from megatron_solopo.losses.solopo import needs_reference
+from megatron_solopo.model.attention import describe_kernels
 from megatron_solopo.parallel.platform import Platform
 from megatron_solopo.terminal import write_line
 from megatron_solopo.training import engine as engines
@@ -295,6 +296,8 @@ class Trainer:
             + (f", last step {rest}" if rest else "")
             + "; values of a step are means over its examples"
         )
+        if self.platform.name == "cuda":
+            self.log.message(describe_kernels(self.engine.models[0].config, self.platform.device))
         for split, dataset in (("train", train), ("valid", self.data.valid)):
             if dataset is None:
                 continue

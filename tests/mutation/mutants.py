@@ -18,6 +18,7 @@ REFUSALS = "tests/functional/test_training_errors.py -k 'tensor or another'"
 TRAINING = "tests/functional/test_training.py"
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
 CONTEXT = "tests/unit/test_context_parallel.py"
+KERNELS = "tests/unit/test_attention_kernels.py"
 METHODS = "tests/unit/test_context_methods.py"
 EXCHANGE = "tests/unit/test_step_exchange.py"
 CONTEXT_RUNS = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and context'"
@@ -341,6 +342,26 @@ MUTANTS: list[Mutant] = [
         ("keys of another rank's rows", "np.argsort(gathered)[rows]", "gathered[rows]"),
         ("gradients of keys summed in 16 bits", "torch.promote_types(grad.dtype, torch.float32)", "grad.dtype"),
         ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
+    ),
+    *within(
+        "parallel/kernels.py",
+        KERNELS,
+        ("flash attention for the CPU too", "if on_cuda and sixteen_bits else", "if sixteen_bits else"),
+    ),
+    *within(
+        "parallel/layout.py",
+        KERNELS,
+        (
+            "float32 by the kernel that holds all scores",
+            "return [SDPBackend.EFFICIENT_ATTENTION]",
+            "return [SDPBackend.MATH]",
+        ),
+        ("prompts on other kernels than cuDNN", "if cudnn_only else", "if False else"),
+    ),
+    *within(
+        "model/build.py",
+        CUDA + " -k chooses",
+        ("Transformer Engine chooses its kernel", 'return "fused" if', 'return "auto" if'),
     ),
     *within(
         "parallel/flash.py",

@@ -124,6 +124,7 @@ ENGINE = ["--bf16", "--transformer-impl", "transformer_engine"]
 NEEDED_FOR = {
     "transformer_impl": ["--bf16"],
     "fp8_format": ENGINE,
+    "attention_backend": ["--bf16"],
     "fp8_recipe": [*ENGINE, "--fp8-format", "e4m3"],
     "cp_comm_type": [*ENGINE, "--context-parallel-size", "2", "--no-share-prompts"],
     "ckpt_step": ["--load", "run"],

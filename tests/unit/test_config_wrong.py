@@ -51,6 +51,13 @@ WRONG_OPTIONS = [
         "orpo or simpo",
     ),
     (
+        "--bf16 --context-parallel-size 2 --attention-backend fused",
+        "option-conflict",
+        "--attention-backend fused",
+        "all_gather",
+        "use flash or auto",
+    ),
+    (
         "--context-parallel-size 2 --cp-comm-type p2p",
         "option-conflict",
         "--cp-comm-type p2p",
@@ -125,6 +132,8 @@ WRONG_OPTIONS = [
 """(what is added to a right command line, code, start of the message, what else it names)"""
 
 UNUSED_OPTIONS = [
+    ("--attention-backend flash", "--attention-backend", "--bf16"),
+    ("--bf16 --device cpu --attention-backend flash", "--attention-backend", "CUDA"),
     ("--fp8-format e4m3", "--fp8-format", "--transformer-impl transformer_engine"),
     (f"{TE} --fp8-recipe mxfp8", "--fp8-recipe", "--fp8-format"),
     ("--simpo-gamma 1", "--simpo-gamma", "--preference-loss simpo"),

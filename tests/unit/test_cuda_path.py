@@ -236,6 +236,34 @@ def test_only_torchs_adam_on_cuda_is_fused(engine: Any, folder: Path, monkeypatc
         assert {bool(group.get("fused")) for group in optimizer.param_groups} == {expected}, (name, theirs)
 
 
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [
+        ({}, "auto"),
+        ({"attention_backend": "flash"}, "flash"),
+        ({"transformer_impl": "transformer_engine"}, "fused"),
+        ({"transformer_impl": "transformer_engine", "attention_backend": "flash"}, "flash"),
+    ],
+)
+def test_transformer_engine_never_chooses_by_itself(engine: Any, model: dict[str, str], backend: str) -> None:
+    """megatron-core's auto allows the kernel that holds all scores."""
+    from megatron_solopo.model.build import transformer_config
+
+    config = Config(model=ModelConfig(bf16=True, **model))
+    assert transformer_config(LlamaConfig(**SHAPE), config, torch.bfloat16).attention_backend.name == backend
+
+
+def test_models_of_two_backends_in_one_process(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core refuses the variables that an earlier model set."""
+    from megatron_solopo.model.build import build_model
+
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+    for backend, flag in (("auto", "1"), ("fused", "0"), ("flash", "1")):
+        build_model(LlamaConfig(**SHAPE), Config(model=ModelConfig(attention_backend=backend)))
+        assert os.environ["NVTE_FLASH_ATTN"] == flag
+
+
 def test_a_device_draws_normal_numbers_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid of every GPU that computes in bfloat16 holds a piece, 256 blocks of 256 threads."""
     from megatron_solopo.conversion import random_start

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 class AllGather(ContextMethod):
     about = "those of one layer at a time, with shared prompts too"
 
+    def check(self, config: Config) -> None:
+        if config.model.attention_backend == "fused":
+            raise UserError(
+                "option-conflict",
+                "--attention-backend fused with --cp-comm-type all_gather: its attention is the flash kernel's; "
+                "use flash or auto",
+            )
+
     def layout(
         self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:

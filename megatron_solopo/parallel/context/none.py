@@ -35,7 +35,7 @@ class Whole(ContextMethod):
         """
         model = config.model
         engine = model.transformer_impl != "portable"
-        kernels = kernels_for(engine, device == "cuda", model.bf16, "auto")
+        kernels = kernels_for(engine, device == "cuda", model.bf16, model.attention_backend)
         return math.lcm(self.piece_multiple(size), CUDNN_LENGTHS) if kernels in PLANNED else 1
 
     def rows(self, pieces: Sequence[Piece], rank: int, size: int) -> np.ndarray:
