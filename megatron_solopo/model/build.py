@@ -27,6 +27,7 @@ from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import Router
+from megatron_solopo.model.swiglu import SwiGLU
 
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
@@ -84,6 +85,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers have their own.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
+        use_te_activation_func=model.transformer_impl == "portable",  # which means the spec's: model/swiglu.py
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
@@ -111,12 +113,8 @@ def _backend(config: Config) -> str:
     Its auto lets Transformer Engine fall silently to a kernel that holds the scores of all tokens with all, so auto is
     fused there, and what cuDNN does not support is an error.
     """
-    model = config.model
-    return (
-        "fused"
-        if model.transformer_impl == transformer_engine.NAME and model.attention_backend == "auto"
-        else (model.attention_backend)
-    )
+    engine, backend = config.model.transformer_impl == transformer_engine.NAME, config.model.attention_backend
+    return "fused" if engine and backend == "auto" else backend
 
 
 def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
@@ -136,11 +134,15 @@ def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
     attention.core_attention = PackedAttention
     if settings.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp: Any = submodules.mlp  # a functools.partial
+    parts = mlp.keywords["submodules"]
     if settings.num_moe_experts:
-        mlp: Any = submodules.mlp  # a functools.partial
-        mlp.keywords["submodules"].router = Router
+        parts.router = Router
+        parts.experts.keywords["submodules"].activation_func = SwiGLU
         # mcore's checkpoints would name it as in dense layers; Transformer Engine's layers with experts do not.
         submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    else:
+        parts.activation_func = SwiGLU
     return ModuleSpec(module=TransformerLayer, submodules=submodules), RMSNorm
 
 

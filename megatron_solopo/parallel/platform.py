@@ -122,6 +122,8 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
         engine = environment.transformer_engine()
         if engine["broken"] and os.environ.get("RANK", "0") == "0":
             write_line(f"warning: Transformer Engine is not used: {engine['note']}")
+        # Where cuBLAS splits a bfloat16 product into several sums, torch's default rounds each of them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if (refused := flash.use_fastest()) and os.environ.get("RANK", "0") == "0":
             write_line(f"warning: {refused}")
         mended = cpu_shim.mend_on_cuda(engine["broken"])

@@ -18,6 +18,7 @@ REFUSALS = "tests/functional/test_training_errors.py -k 'tensor or another'"
 TRAINING = "tests/functional/test_training.py"
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
 CONTEXT = "tests/unit/test_context_parallel.py"
+FUSED = "tests/unit/test_fused_kernels.py"
 KERNELS = "tests/unit/test_attention_kernels.py"
 METHODS = "tests/unit/test_context_methods.py"
 EXCHANGE = "tests/unit/test_step_exchange.py"
@@ -342,6 +343,21 @@ MUTANTS: list[Mutant] = [
         ("keys of another rank's rows", "np.argsort(gathered)[rows]", "gathered[rows]"),
         ("gradients of keys summed in 16 bits", "torch.promote_types(grad.dtype, torch.float32)", "grad.dtype"),
         ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
+    ),
+    *within(
+        "model/swiglu.py",
+        FUSED,
+        ("SwiGLU's gradient of up without its gate", "torch.mul(grad, F.silu(gate), out=of_up)", "of_up.copy_(grad)"),
+    ),
+    *within(
+        "model/norm.py",
+        FUSED,
+        ("norms unfused on CUDA", 'if x.device.type == "cuda":', "if False:"),
+    ),
+    *within(
+        "model/log_probs.py",
+        FUSED,
+        ("logits rounded to 16 bits", 'if hidden.device.type == "cuda" and hidden', "if False and hidden"),
     ),
     *within(
         "parallel/kernels.py",

@@ -147,6 +147,8 @@ def candidates(out: Recorder) -> None:
         norm(out, torch.randn(tokens, width, device=device, dtype=dtype))
     with out.part("swiglu"):
         swiglu(out, torch.randn(tokens, 2 * inner, device=device, dtype=dtype))
+    with out.part("logits"):
+        logits(out, width)
     with out.part("weight_gradient"):
         weight_gradient(out, tokens, 768 if not out.dry else 16, width)
     with out.part("adam"):
@@ -173,7 +175,12 @@ def norm(out: Recorder, x: Tensor) -> None:
     weight = ours.weight
     wide = x.double()
     expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
-    for key, call in (("today", ours), ("F.rms_norm", lambda x: F.rms_norm(x, x.shape[-1:], weight, 1e-6))):
+
+    def steps(x: Tensor) -> Tensor:
+        high = x.float()
+        return weight * (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    for key, call in (("today", ours), ("steps", steps)):
         with torch.no_grad():
             out.check(f"norm/{key}/error", ((call(x).double() - expected).norm() / expected.norm()).item(), 1e-2)
         _passes(out, f"norm/{key}", call, x)
@@ -185,13 +192,35 @@ def _swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu(out: Recorder, x: Tensor) -> None:
-    _passes(out, "swiglu/today", _swiglu, x)
+    from types import SimpleNamespace
+
+    from megatron_solopo.model.swiglu import SwiGLU
+
+    _passes(out, "swiglu/today", SwiGLU(SimpleNamespace()), x)
+    _passes(out, "swiglu/steps", _swiglu, x)
     with out.part("swiglu/compiled"):
         out.need_size()
         compiled = torch.compile(_swiglu)
         took = host_milliseconds(lambda: compiled(x.detach().requires_grad_()).sum().backward(), out.device)
         out.value("swiglu/compiled/compile", took / 1000, "s")
         _passes(out, "swiglu/compiled", compiled, x)
+
+
+def logits(out: Recorder, width: int) -> None:
+    """Logits of 256 tokens in float32, as the log-prob head computes them, and rounded to 16 bits first."""
+    from megatron_solopo.model.log_probs import logits_of
+
+    vocabulary = 512 if out.dry else 152064
+    hidden, weight = (torch.randn(n, width, device=out.device).to(torch.bfloat16) for n in (256, vocabulary))
+    weight.mul_(width**-0.5)
+    expected = hidden.double() @ weight[:2048].double().t()
+    for key, call in (
+        ("", lambda: logits_of(hidden, weight, torch.float32)),
+        ("rounded_", lambda: (hidden @ weight.t()).float()),
+    ):
+        error = (call()[:, :2048].double() - expected).norm() / expected.norm()
+        out.check(f"logits/{key}error", error.item(), 1e-2 if key or out.dry else 1e-5)
+        out.value(f"logits/{key}time", milliseconds(call, out.device), "ms")
 
 
 def weight_gradient(out: Recorder, tokens: int, responses: int, width: int) -> None:

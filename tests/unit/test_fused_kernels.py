@@ -1,0 +1,85 @@
+"""Norm, SwiGLU and logits: by value on the CPU, and which operators CUDA gets, by fake CUDA tensors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_context_parallel import Calls
+from torch import Tensor
+
+from megatron_solopo.planning import fake
+
+SETTINGS: Any = SimpleNamespace(sequence_parallel=False, params_dtype=torch.bfloat16)
+
+
+def gated(x: Tensor) -> Tensor:
+    """As megatron-core's mlp.py:323 computes it."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * (up + 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_swiglu_is_megatrons_bit_for_bit_and_keeps_its_input_alone(dtype: torch.dtype) -> None:
+    from megatron_solopo.model.swiglu import SwiGLU
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(5, 3, size, generator=generator).to(dtype) for size in (14, 7))
+    x.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours = SwiGLU(SETTINGS)(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+    theirs = gated(x)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours, theirs)))
+
+
+def test_swiglus_gradient() -> None:
+    from megatron_solopo.model.swiglu import SwiGLU
+
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SwiGLU(SETTINGS), (x,))
+
+
+def test_the_fused_norm_is_the_norm() -> None:
+    from megatron_solopo.model.norm import RMSNorm
+
+    norm = RMSNorm(SimpleNamespace(sequence_parallel=False, params_dtype=torch.float64), 24, 1e-3)  # pyright: ignore
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-3), rtol=1e-13, atol=1e-13)
+
+
+def test_norms_on_cuda_are_one_kernel() -> None:
+    with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
+        from megatron_solopo.model.norm import RMSNorm
+
+        norm = RMSNorm(SETTINGS, 24, 1e-3).cuda()
+        x = torch.zeros(5, 24, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        with Calls("_fused_rms_norm", "_fused_rms_norm_backward", "rsqrt") as calls:
+            out = norm(x)
+            out.sum().backward()
+        assert [name for name, _, _ in calls.calls] == ["_fused_rms_norm", "_fused_rms_norm_backward"]
+        assert calls.calls[0][1][1:] == ([24], norm.weight, 1e-3)
+        assert out.dtype == x.grad.dtype == norm.weight.grad.dtype == torch.bfloat16
+
+
+def test_logits_on_cuda_are_products_in_float32() -> None:
+    """A chunk of 4 of 10 rows at a time, again in backward; nothing is rounded to bfloat16 before the softmax."""
+    with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
+        from megatron_solopo.model.log_probs import response_log_probs
+
+        hidden, weight = (
+            torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True) for rows in (10, 32)
+        )
+        targets = torch.zeros(10, dtype=torch.int64, device="cuda")
+        with Calls("mm") as calls:
+            response_log_probs(hidden, weight, targets, 30, 4).sum().backward()
+    logits = [result for _, _, result in calls.calls if result.shape[1] == 32]
+    assert [tuple(x.shape) for x in logits] == 2 * [(4, 32), (4, 32), (2, 32)]
+    assert {x.dtype for x in logits} == {torch.float32}
+    assert (hidden.grad.dtype, weight.grad.shape) == (torch.bfloat16, (32, 16))
