@@ -136,8 +136,8 @@ def part_speed(path: Path, tokenizer_folder: Path, workers: int, clock: Clock) -
     job = make_store.Job(str(path), options, "preference")
     _, parts = make_store.scan(path)
     times = []
-    work = make_store.work_of, (job,), list(enumerate(parts)), workers
-    for part in make_store.map_in_order(*work, tokenizer=options.load()):
+    work = make_store.work_of, (job, options.load()), list(enumerate(parts)), workers
+    for part in make_store.map_in_order(*work):
         times.append((clock(), len(part.data) // 4))  # but for names, lengths and digests, 1 % of the bytes
     rest = times[workers:-workers]  # from the first round of parts to the last: all workers are busy
     return sum(size for _, size in rest) / (rest[-1][0] - times[workers - 1][0]), sum(size for _, size in rest)

@@ -7,12 +7,11 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.text.control import end_of_turn_id
 from megatron_solopo.errors import UserError
@@ -20,6 +19,9 @@ from megatron_solopo.json_text import check_json
 from megatron_solopo.model.rope import reach as reach_of
 from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.progress import reporting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +47,7 @@ def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model
     torch_dtype = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
         with reporting(f"loading {folder}"):
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -53,7 +55,7 @@ def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model
         raise UserError(
             "model-unreadable", f"{flag} {folder}: cannot be loaded ({reason})" + (f"; {seen}" if seen else "")
         ) from None
-    model, info = cast(tuple[PreTrainedModel, Mapping[str, Collection[str]]], loaded)  # with `output_loading_info`
+    model, info = cast("tuple[PreTrainedModel, Mapping[str, Collection[str]]]", loaded)  # with `output_loading_info`
     if missing := sorted(info["missing_keys"]):  # transformers initialises them at random
         raise UserError(
             "tensor-missing",

@@ -152,7 +152,7 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, required: bool = True
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Values of the options of `add_tokenizer_options`, from which worker processes load the same tokenizer."""
+    """Values of the options of `add_tokenizer_options`."""
 
     folder: str
     chat_template: str | None = None
@@ -191,7 +191,7 @@ class TokenizerOptions:
         return tokenizer
 
     def dated(self, tokenizer: PreTrainedTokenizerBase) -> TokenizerOptions:
-        """Returns the same options with the date of ``tokenizer``: another process might load it after midnight."""
+        """Returns the same options with the date that ``tokenizer`` prints, which is not today's after midnight."""
         return dataclasses.replace(self, chat_template_date=template_kwargs.date_of(tokenizer))
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_solopo.data.answers import UNSPACED, mentions, normalise, stated_golds
 from megatron_solopo.data.building.sources import CannotUse
@@ -19,6 +18,9 @@ from megatron_solopo.data.hf_model import check_rows, reach
 from megatron_solopo.data.schema import Paragraph, Question
 from megatron_solopo.data.text.chat import prompt_ids, response_ids
 from megatron_solopo.data.text.prompt import PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINDERS = ("labels", "bm25", "log-prob")
 """Values of ``--evidence``; ``labels`` are those of the data."""

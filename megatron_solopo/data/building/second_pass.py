@@ -159,9 +159,8 @@ class Batch:
 class Builder:
     """Builds the contexts of the questions that `ingest` left in a folder."""
 
-    def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         self._settings = settings
-        tokenizer = tokenizer or settings.tokenizer.load()
         self._counter = TokenCounter(tokenizer)
         self._questions = QuestionFile(folder)
         count = self._counter.texts if settings.in_tokens else None
@@ -244,14 +243,14 @@ def build_all(
     """Yields the batches from ``start`` up to ``stop`` in order, built here or by ``workers`` processes.
 
     Args:
-        tokenizer: what the settings name, loaded; processes load their own.
+        tokenizer: what the settings name, loaded.
 
     Raises:
         UserError: a worker was killed.
     """
     ranges = [(first, min(first + _BATCH, stop)) for first in range(start, stop, _BATCH)]
-    yield from map_in_order(_build_with, (folder, settings), ranges, workers, tokenizer=tokenizer)
+    yield from map_in_order(_build_with, (folder, settings, tokenizer), ranges, workers)
 
 
-def _build_with(folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
+def _build_with(folder: Path, settings: BuildSettings, tokenizer: PreTrainedTokenizerBase) -> Work:
     return Builder(folder, settings, tokenizer).build

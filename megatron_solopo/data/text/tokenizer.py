@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import transformers
 from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, tokenization_utils_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, tokenization_utils_tokenizers
 from transformers.convert_slow_tokenizer import LlamaConverter, SpmConverter, generate_merges
 
 from megatron_solopo.data.text.control import RESPONSE_TOKENS, control_tokens
@@ -49,7 +50,8 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     model = find_model(folder)
     try:
         if model is None:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # Not imported above: with AutoTokenizer comes torch._dynamo, which worker processes do not need.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             if _is_cut_otherwise(tokenizer, folder / "tokenizer.json"):
                 return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
             return tokenizer

@@ -100,9 +100,9 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
     return TokenizedPart(number, entry, data)
 
 
-def work_of(job: Job, tokenizer: PreTrainedTokenizerBase | None = None) -> Work:
+def work_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> Work:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: processes are what --workers counts
-    return partial(tokenize_part, job, tokenizer or job.tokenizer.load())
+    return partial(tokenize_part, job, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Plan:
             "source": {"bytes": Path(job.source).stat().st_size, "sha256": sha256},
             "text": text_facts(job.tokenizer.folder, tokenizer),
         }
-        return cls(replace(job, tokenizer=job.tokenizer.dated(tokenizer)), tokenizer, settings, parts)
+        return cls(job, tokenizer, settings, parts)
 
     @property
     def key(self) -> str:
@@ -176,7 +176,7 @@ def _tokenize(plan: Plan, jobs: Jobs, workers: int, name: str) -> int:
             bar.update(_check_ids(job, entry, seen))
         done = len(jobs.lines)
         todo = [(number, part) for number, part in enumerate(plan.parts) if number not in jobs]
-        for part in map_in_order(work_of, (job,), todo, workers, tokenizer=plan.tokenizer):
+        for part in map_in_order(work_of, (job, plan.tokenizer), todo, workers):
             schema = b"" if part.number else SCHEMAS[job.objective].serialize().to_pybytes()
             jobs.add(part.number, part.entry, {STREAM: schema + part.data})
             bar.update(_check_ids(job, part.entry, seen))
