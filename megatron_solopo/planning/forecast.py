@@ -149,7 +149,7 @@ class _Rates:
 
     def computing(self, tally: Tally) -> Seconds:
         """Seconds of its operators by part."""
-        seconds = dict.fromkeys((PRODUCTS, ATTENTION, MEMORY_BOUND, LAUNCHES), 0.0)
+        seconds: Seconds = dict.fromkeys((PRODUCTS, ATTENTION, MEMORY_BOUND, LAUNCHES), 0.0)
         for operation, count in tally.operations.items():
             kind = operation.kind
             attends = kind in (ATTENTION_FORWARD, ATTENTION_BACKWARD)

@@ -175,8 +175,8 @@ def load_machine(name_or_path: str) -> Machine:
         )
     with OptionFile(path, FLAG) as file:
         lines = file.entries(file.root, f"{path}: must hold 'name: value' lines")
-        record = file.value(file.root) if lines else {}
-    assert isinstance(record, dict)
+        # A value by itself would be an option's, whose numbers are texts.
+        record: Any = file.value(file.root) if lines and file.root is not None else {}
     unknown = sorted(record.keys() - Machine.__dataclass_fields__.keys())
     if unknown:
         where = next(line.where for line in lines if line.name == unknown[0])
