@@ -27,14 +27,14 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]
     "prepare-data": (
         prepare_data.main,
         [*("--data", "questions.jsonl", "--pool", "pool.jsonl", "--exclude-ids", "ids.txt"), *("--tokenizer", "model")]
-        + ["--short-documents", "2", "--long-documents", "3", "--output", "made.jsonl"],
+        + ["--short-documents", "2", "--long-documents", "3", "--output", "out.jsonl"],
         "--output",
         ["questions.jsonl", "pool.jsonl", "ids.txt"],
     ),
     "prepare-data, listed": (
         prepare_data.main,
         [
-            *("--data", "questions.jsonl", "--tokenizer", "model", "--output", "made.jsonl"),
+            *("--data", "questions.jsonl", "--tokenizer", "model", "--output", "out.jsonl"),
             "--skipped-output",
             "left.jsonl",
         ]
@@ -44,25 +44,25 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], str, list[str]]
     ),
     "sample-responses": (
         sample_responses.main,
-        ["--contexts", "contexts.jsonl", "--model", "model", "--output", "made.jsonl", "--overwrite"],
+        ["--contexts", "contexts.jsonl", "--model", "model", "--output", "out.jsonl", "--overwrite"],
         "--output",
         ["contexts.jsonl"],
     ),
     "build-pairs": (
         build_pairs.main,
-        ["--contexts", "contexts.jsonl", "--responses", "responses.jsonl", "--output", "made.jsonl"],
+        ["--contexts", "contexts.jsonl", "--responses", "responses.jsonl", "--output", "out.jsonl"],
         "--output",
         ["contexts.jsonl", "responses.jsonl"],
     ),
     "inspect-data": (
         inspect_data.main,
-        ["--data", "groups.jsonl", "--tokenizer", "model", "--output", "made.html"],
+        ["--data", "groups.jsonl", "--tokenizer", "model", "--output", "out.html"],
         "--output",
         ["groups.jsonl"],
     ),
     "evaluate": (
         evaluate.main,
-        ["--model", "model", "--data", "questions.jsonl", "--context-documents", "2", "--output", "made.json"],
+        ["--model", "model", "--data", "questions.jsonl", "--context-documents", "2", "--output", "out.json"],
         "--output",
         ["questions.jsonl"],
     ),
@@ -132,7 +132,7 @@ TEMPLATES = {
         *(("sample-responses", "chat.jinja"), ("inspect-data", "chat.jinja")),
     ],
 )
-def test_an_output_takes_no_place_of_a_template(here: Path, name: str, file: str) -> None:
+def test_an_output_never_replaces_a_template(here: Path, name: str, file: str) -> None:
     main, argv, flag, _ = COMMANDS[name]
     option, value, text = TEMPLATES[file]
     Path(file).write_text(text)
@@ -142,7 +142,7 @@ def test_an_output_takes_no_place_of_a_template(here: Path, name: str, file: str
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None:
+def test_an_output_never_replaces_another_file(here: Path, name: str) -> None:
     main, argv, flag, read = COMMANDS[name]
     before = {path: path.read_bytes() for path in here.glob("*.*")}
     for source in read:
@@ -155,22 +155,22 @@ def test_an_output_takes_no_place_of_another_file(here: Path, name: str) -> None
         Path("link").unlink()
     with refused("not-a-file", f"{flag} model: "):
         main(with_value(argv, flag, "model"))
-    with refused("not-a-folder", f"{flag} ids.txt/new/made: ", "ids.txt is a"):
-        main(with_value(argv, flag, "ids.txt/new/made"))
+    with refused("not-a-folder", f"{flag} ids.txt/new/out: ", "ids.txt is a"):
+        main(with_value(argv, flag, "ids.txt/new/out"))
     assert {path: path.read_bytes() for path in here.glob("*.*")} == before
 
 
-def test_an_output_inside_a_folder_that_is_read(here: Path) -> None:
+def test_an_output_inside_a_folder_that_is_read_is_refused(here: Path) -> None:
     for folder in (".", "hub:.", "hub:.::train"):
-        with refused("folder-overlap", "--output made.jsonl: ", "--data ., "):
+        with refused("folder-overlap", "--output out.jsonl: ", "--data ., "):
             prepare_data.main(with_value(COMMANDS["prepare-data, listed"][1], "--data", folder))
-        with refused("folder-overlap", "--output made.jsonl: ", "--pool ., "):
+        with refused("folder-overlap", "--output out.jsonl: ", "--pool ., "):
             prepare_data.main(with_value(COMMANDS["prepare-data"][1], "--pool", folder))
-        with refused("folder-overlap", "--output made.json: ", "--pool ., "):
+        with refused("folder-overlap", "--output out.json: ", "--pool ., "):
             evaluate.main([*COMMANDS["evaluate"][1], "--pool", folder])
 
 
-def test_tokens_do_not_take_the_place_of_a_file(here: Path) -> None:
+def test_a_token_folder_never_replaces_a_file(here: Path) -> None:
     with refused("not-a-folder", "--output groups.jsonl: "):
         tokenize_data.main(["--data", "groups.jsonl", "--tokenizer", "model", "--output", "groups.jsonl"])
 
@@ -185,7 +185,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_an_output_in_a_models_folder(here: Path, name: str) -> None:
+def test_an_output_in_a_models_folder_is_refused(here: Path, name: str) -> None:
     """One of its files, a new one, one that a link leads to, and in the folder that the command runs in."""
     main, call, output, _ = COMMANDS[name]
     option = FOLDERS[name]
@@ -204,7 +204,7 @@ def test_an_output_in_a_models_folder(here: Path, name: str) -> None:
         main(with_value(call, option, "."))
 
 
-@pytest.mark.parametrize("given", [".", "..", "", "/", "model/.."])
+@pytest.mark.parametrize("output", [".", "..", "", "/", "model/.."])
 def test_an_output_needs_a_name(here: Path, output: str) -> None:
     argv = ["--data", "groups.jsonl", "--tokenizer", "model", "--output", output]
     with refused("option-value", f"--output {output}: "):
@@ -213,7 +213,7 @@ def test_an_output_needs_a_name(here: Path, output: str) -> None:
         with refused("not-a-file", f"{flag} {output}: "):
             main(with_value(argv, flag, output))
     with refused("not-a-file", f"--output {output}: "):
-        report.main(["--output", output, "--evaluations", "made.json"])
+        report.main(["--output", output, "--evaluations", "out.json"])
 
 
 @pytest.mark.parametrize(("side", "share"), [("validation", "0.3"), ("training", "0.6")])
@@ -221,8 +221,8 @@ def test_a_side_without_questions_is_refused(here: Path, side: str, share: str) 
     """Evidence beyond the short size is detected after the questions were divided."""
     argv = [*COMMANDS["prepare-data"][1], "--validation-output", "valid.jsonl", "--validation-fraction", share]
     assert prepare_data.main(argv) == 0
-    lost = {pair.id for pair in read_contexts("valid.jsonl" if side == "validation" else "made.jsonl")}
-    Path("made.jsonl").unlink()
+    lost = {pair.id for pair in read_contexts("valid.jsonl" if side == "validation" else "out.jsonl")}
+    Path("out.jsonl").unlink()
     Path("valid.jsonl").unlink()
     records = [json.loads(line) for line in Path("questions.jsonl").read_text().splitlines()]
     for record in records:
@@ -233,11 +233,11 @@ def test_a_side_without_questions_is_refused(here: Path, side: str, share: str) 
         "validation-split-empty", f"--validation-fraction {share}: ", f"for {side} ", f"({len(lost)} x more gold"
     ):
         prepare_data.main(argv)
-    assert not list(here.glob("made*")) and not Path("valid.jsonl").exists()
+    assert not list(here.glob("out*")) and not Path("valid.jsonl").exists()
 
 
 @pytest.mark.parametrize("change", [lambda data: codecs.BOM_UTF8 + data, lambda data: data.replace(b"\n", b"\r\n")])
-def test_marks_and_line_ends_of_other_systems_change_nothing(here: Path, change: Callable[[bytes], bytes]) -> None:
+def test_byte_order_marks_and_line_ends_change_nothing(here: Path, change: Callable[[bytes], bytes]) -> None:
     plain = {}
     for name in ("prepare-data", "build-pairs"):
         main, argv, flag, _ = COMMANDS[name]
@@ -271,7 +271,7 @@ def test_json_that_python_does_not_read(tmp_path: Path, line: str, reason: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "flag", "given", "code", "named"),
+    ("name", "flag", "value", "code", "named"),
     [
         ("build-pairs", "--contexts", "groups.jsonl", "field-missing", "these are preference groups"),
         ("build-pairs", "--contexts", "responses.jsonl", "field-missing", "these are responses"),
@@ -297,7 +297,7 @@ def test_a_file_of_another_kind_is_named(here: Path, name: str, flag: str, value
     main, argv, _, _ = COMMANDS[name]
     with refused(code, named):
         main(with_value(argv, flag, value) if flag in argv else [*argv, flag, value])
-    assert not Path("made.jsonl").exists() and not list(here.glob("made*"))
+    assert not Path("out.jsonl").exists() and not list(here.glob("out*"))
 
 
 def test_a_broken_template_with_values_for_its_variables(here: Path) -> None:
@@ -322,7 +322,7 @@ def test_fields_of_contexts_are_checked(here: Path, field: str, value: object, c
         list(read_contexts("wrong.jsonl"))
 
 
-def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
+def test_a_mistake_before_any_work_leaves_no_settings(here: Path) -> None:
     """The corrected command runs at once, without a folder or a file to delete."""
     argv = ["--data", "contexts.jsonl", "--tokenizer", "model", "--output", "tokens", "--workers", "1"]
     with refused("field-missing", "these are contexts"):
@@ -333,12 +333,12 @@ def test_a_mistake_before_any_work_binds_nobody(here: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["", "\0" * 9, '{"settings": {', "no stream"])
-def test_work_that_a_power_failure_emptied(
+def test_work_that_a_power_failure_emptied_is_done_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
     main, argv, _, _ = COMMANDS["prepare-data"]
     assert main(argv) == 0
-    whole = Path("made.jsonl").read_bytes()
+    whole = Path("out.jsonl").read_bytes()
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -346,18 +346,18 @@ def test_work_that_a_power_failure_emptied(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Jobs, "put", stop)
         main(argv)
-    lost = Path("made.jsonl.work", "contexts.jsonl" if left == "no stream" else "jobs.jsonl")
+    lost = Path("out.jsonl.work", "contexts.jsonl" if left == "no stream" else "jobs.jsonl")
     assert lost.read_bytes()
     lost.write_text("" if left == "no stream" else left)
-    Path("made.jsonl").unlink()
+    Path("out.jsonl").unlink()
     capsys.readouterr()
-    assert main(argv) == 0 and Path("made.jsonl").read_bytes() == whole
+    assert main(argv) == 0 and Path("out.jsonl").read_bytes() == whole
     assert "resuming" not in capsys.readouterr().out
 
 
 def test_a_write_that_fails_leaves_nothing_behind(here: Path) -> None:
-    for name in ("made.jsonl", "made.parquet"):
+    for name in ("out.jsonl", "out.parquet"):
         Path("responses.jsonl").write_text(json.dumps({"id": "q0", "responses": ["a0", "a0"]}) + "\n")
         with refused("pairs-none"):
             build_pairs.main(with_value(COMMANDS["build-pairs"][1], "--output", name))
-        assert not list(here.glob("made*"))
+        assert not list(here.glob("out*"))

@@ -27,7 +27,7 @@ QUESTION = Question("zh", "小说《家》的作者是谁？", "巴金", (), (MU
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "found"),
+    ("text", "answer", "expected"),
     [
         ("作者巴金生于四川", "巴金", True),
         ("東京はソウルより大きい", "東京", True),

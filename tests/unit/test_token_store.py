@@ -514,7 +514,7 @@ def test_a_cache_that_cannot_be_written_is_named(home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "variables", "expected"),
+    ("option", "variables", "expected"),
     [
         ("d", {"SOLOPO_CACHE": "s"}, "d"),
         (None, {"SOLOPO_CACHE": "s", "XDG_CACHE_HOME": "x"}, "s"),
