@@ -298,6 +298,11 @@ class TrainingConfig:
         "when resuming, read steps, learning rate, its warm-up and decay, and weight decay from these options "
         "instead of the checkpoint; extends a finished run by a larger --train-iters or --train-epochs",
     )
+    deterministic_mode: bool = option(
+        False,
+        "sums in a fixed order on CUDA, by slower kernels: the same run gives the same bits, resumed or not; the CPU's "
+        "are always in order",
+    )
     seed: int = option(1234, "random seed of the order of the examples and of --random-init", minimum=0)
     eval_interval: int = option(
         0, "steps between evaluations on --valid-data; 0: only before the first step and after the last", minimum=0

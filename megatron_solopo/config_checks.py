@@ -95,6 +95,12 @@ def _check_implementation(config: Config) -> None:
             "option-conflict",
             "--transformer-impl transformer_engine with --device cpu: it needs a CUDA device; use portable",
         )
+    if config.training.deterministic_mode and model.attention_backend == "fused" and not engine:
+        raise UserError(
+            "option-conflict",
+            "--deterministic-mode with --attention-backend fused: torch's cuDNN attention sums in no fixed order; "
+            "use flash or auto",
+        )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
     compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:

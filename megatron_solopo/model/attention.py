@@ -44,7 +44,8 @@ def pack_layout(
 def attention_kernels(settings: TransformerConfig, device: torch.device) -> Kernels:
     """Returns the kernels of a model's attention without context parallelism."""
     engine, sixteen_bits = settings.transformer_impl == transformer_engine.NAME, settings.params_dtype.itemsize == 2
-    return kernels_for(engine, device.type == "cuda", sixteen_bits, settings.attention_backend.name)
+    backend, deterministic = settings.attention_backend.name, settings.deterministic_mode
+    return kernels_for(engine, device.type == "cuda", sixteen_bits, backend, deterministic)
 
 
 def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:

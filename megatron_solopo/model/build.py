@@ -75,6 +75,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # mcore's defaults are 0.1; a dropped-out policy is not comparable with its reference.
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        deterministic_mode=config.training.deterministic_mode,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -105,5 +105,5 @@ def response_log_probs(
 
 
 def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Sums log-probs by segment to [count]; the tokens of a segment are adjacent, so the order of the sum is fixed."""
+    """Sums log-probs by segment to [count]; in order on the CPU, on CUDA with --deterministic-mode."""
     return log_probs.new_zeros(count).index_add(0, segments, log_probs)

@@ -30,7 +30,7 @@ PLANNED = Kernels.PROMPTS, Kernels.CUDNN
 """Kernels for which lengths of prompts are rounded up (`context.none`)."""
 
 
-def kernels_for(engine: bool, on_cuda: bool, sixteen_bits: bool, backend: str) -> Kernels:
+def kernels_for(engine: bool, on_cuda: bool, sixteen_bits: bool, backend: str, deterministic: bool) -> Kernels:
     """Returns the kernels of a run without context parallelism.
 
     The flash kernels of CUDA take 16 bits only, and those of the CPU have no call for several sequences.
@@ -38,7 +38,10 @@ def kernels_for(engine: bool, on_cuda: bool, sixteen_bits: bool, backend: str) -
     Args:
         engine: whether the layers are Transformer Engine's.
         backend: --attention-backend.
+        deterministic: --deterministic-mode, for which torch has no cuDNN attention.
     """
     if engine:
         return Kernels.ENGINE
+    if deterministic and backend == "auto":
+        backend = "flash"
     return BACKENDS[backend] if on_cuda and sixteen_bits else Kernels.BLOCKS

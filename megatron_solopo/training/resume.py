@@ -76,6 +76,7 @@ FREE = frozenset(
         *(spec.name for section in (ParallelConfig, OutputConfig) for spec in dataclasses.fields(section)),
         # How a step is computed.
         *("transformer_impl", "attention_backend", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
+        "deterministic_mode",
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
         "data_cache",
         # Validation, monitoring, and the handling of a failed step.

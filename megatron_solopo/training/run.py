@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.manifest import latest_iteration
 from megatron_solopo.parallel import platform
+from megatron_solopo.parallel.deterministic import fixed_order
 from megatron_solopo.parallel.platform import Platform
 
 
@@ -46,12 +47,13 @@ def started(config: Config) -> Iterator[Platform]:
     Raises:
         LostProcess: another process of the run is gone.
     """
-    running = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
-    try:
-        with platform.explain_lost_process(lambda: _advice(config)):
-            yield running
-    finally:
-        platform.stop(running)
+    with fixed_order() if config.training.deterministic_mode else nullcontext():
+        running = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
+        try:
+            with platform.explain_lost_process(lambda: _advice(config)):
+                yield running
+        finally:
+            platform.stop(running)
 
 
 def _advice(config: Config) -> str:

@@ -345,6 +345,11 @@ MUTANTS: list[Mutant] = [
         ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
     ),
     *within(
+        "training/run.py",
+        "tests/unit/test_deterministic.py",
+        ("deterministic runs like others", "with fixed_order() if config", "with fixed_order() if False and config"),
+    ),
+    *within(
         "model/swiglu.py",
         FUSED,
         ("SwiGLU's gradient of up without its gate", "torch.mul(grad, F.silu(gate), out=of_up)", "of_up.copy_(grad)"),
@@ -362,6 +367,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/kernels.py",
         KERNELS,
+        ("cuDNN in deterministic runs", 'if deterministic and backend == "auto":', "if False:"),
         ("flash attention for the CPU too", "if on_cuda and sixteen_bits else", "if sixteen_bits else"),
     ),
     *within(

@@ -34,12 +34,13 @@ PIECES = (Piece(0, 128), Piece(128, 9, 0), Piece(137, 5, 0), Piece(142, 128))
 @pytest.mark.parametrize(
     ("arguments", "kernels", "layout"),
     [
-        ((False, False, True, "auto"), Kernels.BLOCKS, BlockLayout),
-        ((False, True, False, "auto"), Kernels.BLOCKS, BlockLayout),
-        ((False, True, True, "auto"), Kernels.PROMPTS, PromptLayout),
-        ((False, True, True, "fused"), Kernels.CUDNN, PromptLayout),
-        ((False, True, True, "flash"), Kernels.FLASH, SequenceLayout),
-        ((True, True, True, "fused"), Kernels.ENGINE, SequenceLayout),
+        ((False, False, True, "auto", False), Kernels.BLOCKS, BlockLayout),
+        ((False, True, False, "auto", False), Kernels.BLOCKS, BlockLayout),
+        ((False, True, True, "auto", False), Kernels.PROMPTS, PromptLayout),
+        ((False, True, True, "fused", False), Kernels.CUDNN, PromptLayout),
+        ((False, True, True, "flash", False), Kernels.FLASH, SequenceLayout),
+        ((False, True, True, "auto", True), Kernels.FLASH, SequenceLayout),
+        ((True, True, True, "fused", False), Kernels.ENGINE, SequenceLayout),
     ],
 )
 def test_kernels_of_an_option(arguments: Any, kernels: Kernels, layout: type[RankLayout]) -> None:
@@ -138,7 +139,7 @@ def test_the_log_names_the_kernels(
         from megatron_solopo.model.attention import describe_kernels
 
         settings = dict(attention_backend="auto", transformer_impl="local", params_dtype=torch.bfloat16)
-        settings |= dict(context_parallel_size=1, cp_comm_type="all_gather", kv_channels=128)
+        settings |= dict(deterministic_mode=False, context_parallel_size=1, cp_comm_type="all_gather", kv_channels=128)
         settings |= dict(num_attention_heads=28, num_query_groups=4) | change
         settings["attention_backend"] = SimpleNamespace(name=settings["attention_backend"])
 

@@ -51,6 +51,13 @@ WRONG_OPTIONS = [
         "orpo or simpo",
     ),
     (
+        "--bf16 --deterministic-mode --attention-backend fused",
+        "option-conflict",
+        "--deterministic-mode",
+        "--attention-backend fused",
+        "use flash or auto",
+    ),
+    (
         "--bf16 --context-parallel-size 2 --attention-backend fused",
         "option-conflict",
         "--attention-backend fused",

@@ -24,6 +24,7 @@ from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import LostProcess
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
+from megatron_solopo.parallel.deterministic import fixed_order
 from megatron_solopo.parallel.platform import expand_segments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,6 +218,8 @@ def test_the_fused_adam_is_adam_and_resumes(
     assert run(False, "plain", "--load", tmp_path / "plain", "--ckpt-step", 3) == plain
     crossed = run(True, "crossed", "--load", tmp_path / "plain", "--ckpt-step", 3)
     assert [line["loss"] for line in crossed] == pytest.approx([line["loss"] for line in plain[3:]], rel=1e-5)
+    with fixed_order():  # no operator of a step lacks an ordered algorithm on the CPU
+        assert run(False, "ordered", "--deterministic-mode") == plain
     run(False, "back", "--load", tmp_path / "fused", "--ckpt-step", 3)
     end_model_parallel()
     engines.initialize_parallel(Config())

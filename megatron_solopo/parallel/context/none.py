@@ -35,7 +35,9 @@ class Whole(ContextMethod):
         """
         model = config.model
         engine = model.transformer_impl != "portable"
-        kernels = kernels_for(engine, device == "cuda", model.bf16, model.attention_backend)
+        kernels = kernels_for(
+            engine, device == "cuda", model.bf16, model.attention_backend, config.training.deterministic_mode
+        )
         return math.lcm(self.piece_multiple(size), CUDNN_LENGTHS) if kernels in PLANNED else 1
 
     def rows(self, pieces: Sequence[Piece], rank: int, size: int) -> np.ndarray:
