@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -83,8 +84,11 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Transformer Engine's would build unsharded matrices there.
         perform_initialization=False,
         use_cpu_initialization=model.transformer_impl == "portable",
-        # Fused kernels need CUDA extensions (Apex); Transformer Engine's layers have their own.
-        gradient_accumulation_fusion=False,
+        # Gradients of matrices are added in float32 by the product itself; only on CUDA (parallel/cpu_shim.py).
+        gradient_accumulation_fusion=model.transformer_impl == "portable"
+        and dtype == torch.bfloat16
+        and layers._grad_accum_fusion_available,
+        # Other fused kernels need CUDA extensions (Apex); Transformer Engine's layers have their own.
         bias_activation_fusion=False,
         use_te_activation_func=model.transformer_impl == "portable",  # which means the spec's: model/swiglu.py
         masked_softmax_fusion=False,

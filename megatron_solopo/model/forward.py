@@ -62,7 +62,8 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
         on the others the hidden states for the next stage.
     """
     part, context = pack.pack, parallel_state.get_context_parallel_group()
-    sequence_parallel = get_model_config(model).sequence_parallel
+    settings = get_model_config(model)
+    sequence_parallel, fused = settings.sequence_parallel, settings.gradient_accumulation_fusion
 
     def process(
         hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: object
@@ -75,7 +76,7 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]
         parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()) if parallel else None
-        log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group)
+        log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused)
         sums = segment_sums(log_probs, part.segments, len(part.scored))
         # Every context-parallel rank continues with the total sums, and its gradient is that of its own tokens.
         return reduce_from_tensor_model_parallel_region(sums, context)

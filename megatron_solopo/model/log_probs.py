@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_solopo.parallel.products import add_product
+
 
 def logits_of(hidden: Tensor, weight: Tensor, total: torch.dtype) -> Tensor:
     """Returns [C, V / tp] logits in ``total``, which 16 bits would round by up to 0.06 at 16 nats.
@@ -30,7 +32,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, real_rows: int, chunk: int, group
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        first_row: int,
+        real_rows: int,
+        chunk: int,
+        group: dist.ProcessGroup | None,
+        fused: bool,
     ) -> Tensor:
         total = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         log_probs = torch.empty(targets.shape, dtype=total, device=hidden.device)
@@ -53,6 +63,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_probs[part] = picked - log_sums[part]
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.settings = first_row, real_rows, chunk, group, total
+        ctx.fused = weight if fused else None
         return log_probs
 
     @staticmethod
@@ -61,7 +72,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         first_row, real_rows, chunk, group, total = ctx.settings
         grad_hidden = torch.empty_like(hidden)
         # bfloat16 would lose the sum over chunks.
-        grad_weight = torch.zeros(weight.shape, dtype=total, device=weight.device)
+        separate = ctx.fused is None
+        sum_of_chunks = (
+            torch.zeros(weight.shape, dtype=total, device=weight.device) if separate else ctx.fused.main_grad
+        )
         for begin in range(0, targets.numel(), chunk):
             part = slice(begin, begin + chunk)
             rows = logits_of(hidden[part], weight, total).sub_(log_sums[part][:, None]).exp_().neg_()
@@ -71,10 +85,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
             rows.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], in_shard[:, None])
             rows = rows.mul_(grad[part][:, None]).to(hidden.dtype)
             grad_hidden[part] = rows @ weight
-            grad_weight += (rows.t() @ hidden[part]).to(total)
+            add_product(sum_of_chunks, rows.t(), hidden[part])
         if group is not None:
             dist.all_reduce(grad_hidden, group=group)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        if separate:
+            grad_weight = sum_of_chunks.to(weight.dtype)
+        else:  # as megatron-core's matrices do (tensor_parallel/layers.py:692): DDP's hook needs a gradient
+            ctx.fused.grad_added_to_main_grad = True
+            tied = getattr(ctx.fused, "zero_out_wgrad", False)  # the embedding's gradient is added to this one
+            grad_weight = torch.zeros_like(weight) if tied else torch.empty_like(weight)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def response_log_probs(
@@ -84,6 +104,7 @@ def response_log_probs(
     vocab_size: int,
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """Computes the log-probs of ``targets``.
 
@@ -94,6 +115,7 @@ def response_log_probs(
         vocab_size: rows of the vocabulary; the rows beyond are padding.
         chunk_size: rows whose logits exist at one time.
         group: the tensor-parallel group, or None where the weight is not sharded.
+        fused: whether backward adds the weight's gradient to its ``main_grad``, DDP's sum in float32.
 
     Returns:
         [R] float32 (float64 for float64 inputs), nats.
@@ -101,7 +123,7 @@ def response_log_probs(
     rank = 0 if group is None else dist.get_rank(group)
     first_row = rank * weight.shape[0]
     real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
-    return _ChunkedLogProbs.apply(hidden, weight, targets, first_row, real_rows, chunk_size, group)
+    return _ChunkedLogProbs.apply(hidden, weight, targets, first_row, real_rows, chunk_size, group, fused)
 
 
 def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_solopo.parallel import products
+
 CPU = torch.device("cpu")
 
 KERNELS = ("fused", "foreach", "capturable")
@@ -228,6 +230,7 @@ def install(device: torch.device = CPU) -> Callable[[], None]:
         patch(mappings, "_reduce_scatter_along_first_dim", _scatter_unequal(mappings._reduce_scatter_along_first_dim))
         _store_optimizer_in_shards(patch)
         _mend_optimizer_loading(patch)
+        _add_weight_gradients(stack, device.type == "cuda")
         if device.type == "cpu":
             stack.enter_context(_CudaDevicesAreCpu())
         undo = stack.pop_all()
@@ -264,6 +267,7 @@ def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
 
         _store_optimizer_in_shards(patch)
         _mend_optimizer_loading(patch)
+        _add_weight_gradients(stack, True)
         undo = stack.pop_all()
     return undo.close
 
@@ -276,6 +280,18 @@ def _store_optimizer_in_shards(patch: Callable[[object, str, object], object]) -
 
     patch(DistributedOptimizer, "sharded_param_state_fully_reshardable", optimizer_shards.sharded_param_state)
     patch(DistributedOptimizer, "load_parameter_state_from_fully_reshardable", optimizer_shards.load_param_state)
+
+
+def _add_weight_gradients(stack: contextlib.ExitStack, on_cuda: bool) -> None:
+    """Lets matrices add their gradients to float32 sums (tensor_parallel/layers.py:49) without Apex, on CUDA only."""
+    from megatron.core.tensor_parallel import layers
+
+    # Apex's extension would be taken on the CPU too.
+    stack.enter_context(mock.patch.object(layers, "_grad_accum_fusion_available", on_cuda))
+    if on_cuda and not hasattr(layers, "fused_weight_gradient_mlp_cuda"):
+        stack.enter_context(
+            mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", products.WeightGradients, create=True)
+        )
 
 
 def _mend_optimizer_loading(patch: Callable[[object, str, object], object]) -> None:

@@ -241,7 +241,11 @@ MUTANTS: list[Mutant] = [
         LOG_PROBS,
         ("padding rows of the vocabulary counted", 'logits[:, real_rows:] = float("-inf")', "pass"),
         ("padding rows of the vocabulary moved", "rows[:, real_rows:] = 0", "pass"),
-        ("gradient of one chunk only", "grad_weight += (rows", "grad_weight = (rows"),
+        (
+            "gradient of one chunk only",
+            "add_product(sum_of_chunks,",
+            "sum_of_chunks.zero_() + 0; add_product(sum_of_chunks,",
+        ),
         ("segments not summed", "log_probs.new_zeros(count).index_add(", "log_probs.new_zeros(count).index_copy("),
     ),
     *within(
@@ -343,6 +347,16 @@ MUTANTS: list[Mutant] = [
         ("keys of another rank's rows", "np.argsort(gathered)[rows]", "gathered[rows]"),
         ("gradients of keys summed in 16 bits", "torch.promote_types(grad.dtype, torch.float32)", "grad.dtype"),
         ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
+    ),
+    *within(
+        "model/log_probs.py",
+        CUDA + " -k product",
+        ("the head's gradient added twice", "ctx.fused.grad_added_to_main_grad = True", "grad_weight = sum_of_chunks"),
+        (
+            "gradients of tied weights without values",
+            "if tied else torch.empty_like(weight)",
+            "if False else weight + 1",
+        ),
     ),
     *within(
         "training/run.py",

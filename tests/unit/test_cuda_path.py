@@ -267,6 +267,43 @@ def test_models_of_two_backends_in_one_process(engine: Any, monkeypatch: pytest.
         assert os.environ["NVTE_FLASH_ATTN"] == flag
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_gradients_are_those_that_ddp_would_add(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """As on CUDA but for the kernel: matrices and head add their gradient to the sum in the product, over two packs.
+    Tied weights differ by the rounding of the two gradients' sum."""
+    from contextlib import ExitStack
+
+    from megatron_solopo.model.forward import device_pack, segment_log_probs
+    from megatron_solopo.model.hf_config import read_hf_config
+    from megatron_solopo.parallel import cpu_shim
+    from megatron_solopo.training.engine import build_engine
+
+    model = write_model(tmp_path, LlamaConfig(**SHAPE, tie_word_embeddings=tied), noise=0.02)
+    config, groups = Config(model=ModelConfig(hf_path=str(model), bf16=True)), draw_groups(4, longest=30)
+
+    def gradients(fused: bool) -> dict[str, torch.Tensor]:
+        with ExitStack() as stack:
+            cpu_shim._add_weight_gradients(stack, on_cuda=fused)
+            built = build_engine(engine, read_hf_config(model), config)
+            settings = built.models[0].config
+            assert settings.gradient_accumulation_fusion == fused
+            built.zero_gradients()
+            for number in range(2):
+                pack = device_pack(build_pack(groups[number : number + 1], [number], True), settings, engine.device)
+                segment_log_probs(built.chunks[0], pack, built.head, built.dtype).sum().backward()
+        return {name: parameter.main_grad for name, parameter in built.models[0].named_parameters()}
+
+    plain, fused = gradients(False), gradients(True)
+    assert plain.keys() == fused.keys() and all(gradient.norm() > 0 for gradient in plain.values())
+    for name, expected in plain.items():
+        if "embedding" in name and tied:
+            assert (fused[name] - expected).norm() < 0.01 * expected.norm()
+        else:
+            assert torch.equal(fused[name], expected), name
+
+
 def test_a_device_draws_normal_numbers_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid of every GPU that computes in bfloat16 holds a piece, 256 blocks of 256 threads."""
     from megatron_solopo.conversion import random_start

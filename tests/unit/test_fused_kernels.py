@@ -83,3 +83,22 @@ def test_logits_on_cuda_are_products_in_float32() -> None:
     assert [tuple(x.shape) for x in logits] == 2 * [(4, 32), (4, 32), (2, 32)]
     assert {x.dtype for x in logits} == {torch.float32}
     assert (hidden.grad.dtype, weight.grad.shape) == (torch.bfloat16, (32, 16))
+
+
+def test_gradients_of_weights_on_cuda_are_added_by_the_product() -> None:
+    """The product of bfloat16 matrices is added to DDP's float32 sum, and autograd gets a gradient without values."""
+    with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
+        from megatron_solopo.model.log_probs import response_log_probs
+
+        hidden, weight = (
+            torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True) for rows in (10, 32)
+        )
+        vars(weight).update(main_grad=torch.zeros(32, 16, device="cuda"), grad_added_to_main_grad=False)
+        targets = torch.zeros(10, dtype=torch.int64, device="cuda")
+        with Calls("addmm") as calls:
+            response_log_probs(hidden, weight, targets, 30, 4, fused=True).sum().backward()
+    assert [[tuple(x.shape) for x in given[:3]] for _, given, _ in calls.calls] == [
+        [(32, 16), (32, rows), (rows, 16)] for rows in (4, 4, 2)
+    ]
+    assert all(given[3] == torch.float32 and result is weight.main_grad for _, given, result in calls.calls)
+    assert weight.grad_added_to_main_grad and weight.grad.dtype == torch.bfloat16
