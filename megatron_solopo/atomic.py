@@ -126,7 +126,7 @@ def _flush(file: IO[Any]) -> None:
 def rename(aside: Path, path: Path) -> None:
     """Renames a file or folder, and flushes the folder's entry to the disk."""
     aside.rename(path)
-    with contextlib.suppress(OSError):  # some network file systems cannot open folders
+    with contextlib.suppress(OSError):  # not every network file system can open folders
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -96,7 +96,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
 
 
 def quiet() -> None:
-    """Silences torch's and megatron-core's warnings of their own deprecations and of absent CUDA extensions.
+    """Silences torch's and megatron-core's warnings of deprecations inside them and of absent CUDA extensions.
 
     Every command comes through `run` before it imports them.
     """

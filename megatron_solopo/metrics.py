@@ -1,7 +1,7 @@
 """Metrics: each is declared once, with its label, unit and figure.
 
 Training's printed lines, the report's figures and tables, and the tables of an evaluation use these labels and units.
-This file declares the metrics of every run, data/scoring.py the scores of answers, and each loss its own. An
+This file declares the metrics of every run, data/scoring.py the scores of answers, and each loss its metrics. An
 undeclared metric is shown by its name.
 """
 
@@ -15,7 +15,7 @@ TRAINING, ACCURACY = "training", "accuracy"
 
 
 LABELS = "metric_labels.json"
-"""The file of a run folder with the declarations of its loss's own metrics."""
+"""The file of a run folder with the declarations of its loss's metrics."""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Pack:
 
     Attributes:
         tokens: [S] int64 token ids.
-        positions: [S] int64, the position of each token in its own sequence.
+        positions: [S] int64, the position of each token in its sequence.
         pieces: the attention layout.
         predictors: [R] int64, the row of the pack whose hidden state predicts a trained token.
         targets: [R] int64, the id of that token.

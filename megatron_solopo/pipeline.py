@@ -1,4 +1,4 @@
-"""`solopo run RECIPE.yaml`: the stages of a recipe one after the other, each in a process of its own.
+"""`solopo run RECIPE.yaml`: the stages of a recipe one after the other, each in a separate process.
 
 A finished stage is skipped if its options, inputs and outputs are unchanged. After a kill the same command resumes.
 The folder ``.stages`` of the output folder records each stage's options and outputs.
@@ -373,7 +373,7 @@ class _Locks:
         self._run, self.stage = (os.open(folder / name, os.O_CREAT | os.O_RDWR) for name in ("run.lock", "stage.lock"))
 
     def __enter__(self) -> _Locks:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        with contextlib.suppress(OSError):  # not every network file system has locks
             try:
                 fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -121,7 +121,7 @@ def rendered(
 
 
 def for_server(tokenizer: PreTrainedTokenizerBase) -> Values:
-    """Returns the values with which a server, which renders chats with its own clock, prints the date.
+    """Returns the values with which a server, which renders chats with its clock, prints the date.
 
     Raises:
         UserError: the template has no variable for it, such as Llama's ``date_string``.
@@ -140,7 +140,7 @@ def for_server(tokenizer: PreTrainedTokenizerBase) -> Values:
             return sent
     raise UserError(
         "template-date-server",
-        "--server-api chat: the chat template prints the date, and a server prints its own; use --server-api "
+        "--server-api chat: the chat template prints the date, and a server prints that of its clock; use --server-api "
         f"completions, whose prompts have the run's ({date})",
     )
 
@@ -171,7 +171,7 @@ def _prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     # Imported here: the data commands read values without transformers, which takes seconds to import.
     from jinja2 import nodes
 
-    # transformers' own parser, since templates hold its {% generation %} tag.
+    # transformers' parser, since templates hold its {% generation %} tag.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = tokenizer.get_chat_template()

@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests follow each other without a pause, so that a line of progress could come up in any of them.
 progress.INTERVAL = float("inf")
 
-NO_DATA = "SOLOPO_DATA is not set; give the folder with the real data sets"
+NO_DATA = "SOLOPO_DATA is not set; set it to the folder with the real data sets"
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def convert(argv: list[str], report: Path, moment: int | None = None, disk: int 
     Args:
         argv: of the command, the folder's option last but one.
         report: a file for its output, and a line with what is left in the folder around.
-        moment: before which change of files there SIGKILL comes, counted from 1; 0: none, a line tells how many there
+        moment: before which change of files there SIGKILL comes, counted from 1; 0: none, a line reports how many there
             were.
         disk: bytes of the disk around, see `_small_disk`.
     """

@@ -140,7 +140,7 @@ class TensorReader:
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype.
 
-        Each file is opened once. Each tensor has its own mapping, which ends with it; with one mapping of the file, all
+        Each file is opened once. Each tensor has a mapping, which ends with it; with one mapping of the file, all
         pages that were read would stay in memory.
 
         Raises:

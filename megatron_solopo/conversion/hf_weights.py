@@ -131,7 +131,7 @@ def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
 def stored_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
     """Name -> shape of every tensor that transformers writes for this model.
 
-    The model is built on the meta device. transformers reverts its own conversions, which stack experts on loading.
+    The model is built on the meta device. transformers reverts its conversions, which stack experts on loading.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)

@@ -22,7 +22,7 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
     """Initialises the chunks of a model as transformers does: matrices from a normal distribution with the config's
     ``initializer_range``, norms 1, biases 0; padding rows of the vocabulary 0.
 
-    Each Hugging Face tensor has its own random generator, seeded by ``seed`` and the tensor's name. Every process that
+    Each Hugging Face tensor has a random generator, seeded by ``seed`` and the tensor's name. Every process that
     holds a part of a tensor draws all of it, in float32, so weights depend neither on the layout nor on the order, and
     one tensor at a time is in memory. It is drawn on the parameter's device. numpy's generator on the CPU and torch's
     on CUDA differ, so the same seed produces different weights on the two platforms.

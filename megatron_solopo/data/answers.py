@@ -141,7 +141,7 @@ def words_of(text: str) -> list[str]:
 def is_word(text: str, start: int, end: int) -> bool:
     """Whether ``text[start:end]`` is not part of a longer word.
 
-    Words of letters with cases and of digits end before another kind of character; in other scripts a word may begin
+    Words of letters with cases and of digits end before another kind of character; in other scripts a word may start
     and end anywhere (Chinese and Japanese have no spaces, Korean joins particles to its words).
     """
     return not any(_continues(text[place - 1 : place + 1]) for place in (start, end) if 0 < place < len(text))
@@ -152,7 +152,7 @@ def _continues(pair: str) -> bool:
 
 
 def cuts_number(text: str, start: int, end: int) -> bool:
-    """Whether ``text[start:end]`` begins or ends inside a number ("June 1" in "June 15")."""
+    """Whether ``text[start:end]`` starts or ends inside a number ("June 1" in "June 15")."""
     return any(text[place - 1 : place + 1].isdigit() for place in (start, end) if 0 < place < len(text))
 
 
@@ -376,6 +376,6 @@ def normalised_places(
     for word in words:
         if joined:
             between = joined[-1][2], places[word.start()][1]
-            joined.append((" ", min(between), max(between)))  # both words may stand for one character ("\u00b4")
+            joined.append((" ", min(between), max(between)))  # both words may be one character ("\u00b4")
         joined += places[word.start() : word.end()]
     return joined

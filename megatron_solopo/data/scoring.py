@@ -115,7 +115,7 @@ def load_scorer(name: str, normalisation: str | None = None) -> Scorer:
     if normalisation is not None and (name == "sub_em_plain" or name not in SCORERS):
         raise UserError(
             "option-unused",
-            f"--normalisation {normalisation} has no effect with {flag}, which has its own comparison of texts; "
+            f"--normalisation {normalisation} has no effect with {flag}, which defines its comparison of texts; "
             "leave it out",
         )
     if name in SCORERS:
@@ -134,7 +134,7 @@ class UserScorer:
         self._flag, self._function, self.digest = flag, function, source_digest(function)
         try:
             self._with_question = "question" in inspect.signature(function).parameters
-        except (TypeError, ValueError):  # some functions written in C have no signature
+        except (TypeError, ValueError):  # functions written in C may have no signature
             self._with_question = False
 
     def __call__(self, response: str, answers: Sequence[str], question: str) -> float:

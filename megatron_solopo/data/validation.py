@@ -1,7 +1,7 @@
 """The one layer that checks records of files: pydantic makes dataclasses of them.
 
 An error is one line that names ``file:line``, the field, what it must be, and what the record looks like where another
-kind of file was passed. The types here are stricter than pydantic's: numbers and flags are never made of texts, chats
+kind of file was passed. The types here are stricter than pydantic's: numbers and flags are never read from texts, chats
 have the forms that `check_messages` reads.
 """
 
@@ -57,7 +57,7 @@ _OTHERS = (
 
 
 def kind_of(record: Mapping[str, object]) -> str | None:
-    """Says in words what a record is by its fields; None where they do not identify it."""
+    """Returns the kind of a record, known by its fields, in words; None where they do not identify it."""
     # Not at the top: the sources check their records with this module, and only an error asks for their fields.
     from megatron_solopo.data.building.sources import kinds_of
 
@@ -68,10 +68,10 @@ def kind_of(record: Mapping[str, object]) -> str | None:
 
 
 def missing(record: Mapping[str, object], key: str, where: str, otherwise: str | None = None) -> str:
-    """Returns the line that says that a field is missing.
+    """Returns the message that a field is missing.
 
     Args:
-        otherwise: what to do where the other fields do not say what the record is.
+        otherwise: what to do where the other fields do not identify the kind of record.
     """
     fields = ", ".join(sorted(record)) or "none"
     kind = kind_of(record)
@@ -80,7 +80,7 @@ def missing(record: Mapping[str, object], key: str, where: str, otherwise: str |
 
 
 def wrong_kind(value: object, key: str, where: str, kind: str) -> str:
-    """Returns the line that says that a field is of another kind than it must be."""
+    """Returns the message that a field is of another kind than it must be."""
     return f"{where}: the field '{key}' must be {kind}, found {type(value).__name__}"
 
 
@@ -252,7 +252,7 @@ def _tokens(value: list[int]) -> list[int]:
 Name = Annotated[str, BeforeValidator(_name)]
 """An id: a text, or a number, which becomes one."""
 Printed = Annotated[str, BeforeValidator(str)]
-"""A text made of any value."""
+"""Converts any value to a text."""
 Text = Annotated[str, AfterValidator(_text)]
 """A text with a visible character."""
 Whole = Annotated[int, Strict()]

@@ -87,7 +87,7 @@ class Pairs:
 class PreferenceLoss:
     """A loss of pairs and its reward r(x, y). Subclasses are frozen dataclasses whose docstring has the formula.
 
-    A subclass's fields are its own options, declared with `option` under names that no other option has;
+    A subclass's fields are its options, declared with `option` under names that no other option has;
     `__post_init__` may refuse their values with a ValueError. The fields of this class are common options, which a loss
     reads only where ``defaults`` or ``reads`` names them.
 

@@ -40,7 +40,7 @@ def note_sudden_death(save: str, timeout_minutes: float) -> Iterator[None]:
     """Keeps a note in the process's error file inside the block, for a death that no Python code can report.
 
     torchrun prints the error file of a failed process (torch/distributed/elastic/multiprocessing/errors,
-    `ProcessFailure`). NCCL's watchdog aborts a process from its own thread when a collective fails or times out, and
+    `ProcessFailure`). NCCL's watchdog aborts a process from a separate thread when a collective fails or times out, and
     the kernel kills one when memory runs out. Where Python code raises an error instead, the note is removed.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -6,7 +6,7 @@ with other inputs uses another file. A file is checked against its checksum and 
 
 Rank 0 reads the cache file and sends its table to the others, whose disks need not have it.
 
-All ranks fill it: each computes its share of the examples and saves them in a partial file of its own, on the disk that
+All ranks fill it: each computes its share of the examples and saves them in a separate partial file, on the disk that
 it sees, so that a killed run computes no example twice. Ranks wait for each other without a time limit, not in a
 collective: a slow rank delays the others and does not time them out. Only with expert parallelism must ranks compute in
 step.

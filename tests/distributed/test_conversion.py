@@ -47,6 +47,8 @@ def differing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, l
 
 
 @pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in LAYOUTS for name in LAYOUTS[layout]])
-def test_every_tensor_comes_back(differing: dict[str, dict[str, list[str]]], name: str, layout: str) -> None:
+def test_every_tensor_survives_the_round_trip(
+    differing: dict[str, dict[str, list[str]]], name: str, layout: str
+) -> None:
     first = layout == next(layout for layout in LAYOUTS if name in LAYOUTS[layout])
     assert differing[f"{name} {layout}"] == {"hugging face": []} | ({} if first else {"megatron": [], "drawn": []})

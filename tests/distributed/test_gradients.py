@@ -98,7 +98,7 @@ def test_no_group_splits_or_is_left_out(launched: Launch, plan: tuple[str, ...])
 
 
 def test_the_layouts_are_as_unequal_as_their_names_say(one: Launch, two: Launch) -> None:
-    """Otherwise the comparisons above would say little."""
+    """Otherwise the comparisons above would mean little."""
     packs = two.results["float64 dpo llama one-by-one one"]["packs"]
     assert sorted(packs) == [[[]], [[3]]]
     sizes = [[len(pack) for pack in packs] for packs in two.results["float64 dpo llama one-by-one seven"]["packs"]]

@@ -217,6 +217,6 @@ def test_a_slurm_job_that_fails_does_not_queue_again(home: Home) -> None:
         ("torchrun_static.sh", {"MAX_RESTARTS": 1}, "error: MAX_RESTARTS=1: a static rendezvous cannot start again"),
     ],
 )
-def test_settings_that_cannot_work_get_one_line(script: str, settings: dict[str, Any], answer: str) -> None:
+def test_wrong_settings_are_one_line(script: str, settings: dict[str, Any], answer: str) -> None:
     done = subprocess.run(["bash", LAUNCH / script], env=environment(**settings), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(answer) and done.stderr.count("\n") == 1

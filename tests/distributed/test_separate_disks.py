@@ -166,7 +166,7 @@ def test_no_rank_sees_the_folder_that_was_created_to_check_it(tmp_path: Path) ->
     assert not (tmp_path / "new").exists()
 
 
-def test_a_cache_that_both_see_is_filled_once(home: Home, nodes: list[Path]) -> None:
+def test_a_shared_cache_is_filled_once(home: Home, nodes: list[Path]) -> None:
     """The second node then needs no data file."""
     (nodes[1] / "groups.jsonl").unlink()
     cache = nodes[0].parent / "cache"
@@ -200,7 +200,7 @@ def test_a_token_folder_of_other_data_is_refused(home: Home, nodes: list[Path]) 
     check_refused(nodes, argv, "ranks-differ", ": tokens is ", "rank 0")
 
 
-def test_a_checkpoint_that_one_node_does_not_see_is_refused(home: Home, nodes: list[Path]) -> None:
+def test_a_checkpoint_that_one_node_cannot_read_is_refused(home: Home, nodes: list[Path]) -> None:
     statuses, outputs = run(nodes, arguments(home, "--save", nodes[0].parent / "run", "--train-iters", 2))
     assert statuses == [0, 0], outputs
     shutil.copytree(nodes[0].parent / "run", nodes[0] / "before")

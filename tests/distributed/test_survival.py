@@ -212,7 +212,7 @@ def test_a_death_that_python_does_not_see_is_named_by_torchrun(home: Home) -> No
     assert f"The same command with --auto-resume resumes from the last checkpoint in {save}" in stderr
 
 
-def test_the_clock_ends_a_run(home: Home) -> None:
+def test_a_run_ends_at_its_time_limit(home: Home) -> None:
     stderr = finish(home, home.argv("clock", "--train-iters", 10000, "--exit-duration-in-mins", 0.05))
     assert "stopped by --exit-duration-in-mins after step" in stderr
     latest, steps = home.folder / "clock" / LATEST, len(timeless(home, "clock"))

@@ -71,7 +71,7 @@ def run_console(text: str, tree: Path) -> None:
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_a_newcomer_follows_the_page(title: str, tree: Path) -> None:
+def test_the_examples_of_the_page_work(title: str, tree: Path) -> None:
     blocks = SECTIONS[title]
     assert [block.kind for block in blocks if block.kind == "console"], "a section runs what it adds"
     for block in blocks:

@@ -75,7 +75,7 @@ def megatron(home: Home) -> Path:
     return folder
 
 
-def test_there_and_back_is_the_same_folder(home: Home, megatron: Path, tmp_path: Path) -> None:
+def test_a_round_trip_writes_the_same_folder(home: Home, megatron: Path, tmp_path: Path) -> None:
     back = tmp_path / "back"
     assert succeed("megatron-to-hf", "--load", megatron, "--save-hf", back, "--max-shard-size", "20kB").startswith(
         "wrote"
@@ -88,7 +88,7 @@ def test_there_and_back_is_the_same_folder(home: Home, megatron: Path, tmp_path:
 
 
 @pytest.mark.parametrize("padding", [8, 512])
-def test_the_vocabulary_may_be_padded_otherwise(padding: int, home: Home, megatron: Path, tmp_path: Path) -> None:
+def test_the_vocabulary_may_have_another_padding(padding: int, home: Home, megatron: Path, tmp_path: Path) -> None:
     """Fewer and more rows than the stored ones, which are a multiple of 128."""
     padded = ["--load", megatron, "--make-vocab-size-divisible-by", padding]
     succeed("megatron-to-hf", *padded, "--save-hf", tmp_path / "back")
@@ -151,7 +151,7 @@ def test_a_command_offers_only_the_options_that_it_reads(name: str, capsys: pyte
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"], ids=["with a bound", "without one"])
-def test_what_is_not_a_number_does_not_agree(home: Home, tmp_path: Path, dtype: str) -> None:
+def test_nan_does_not_agree(home: Home, tmp_path: Path, dtype: str) -> None:
     """At any place: behind the first prompt, and the first layer."""
     folder = shutil.copytree(home.folder / "hf", tmp_path / "hf")
     tensors = load_file(folder / "model.safetensors")
@@ -250,7 +250,7 @@ def test_wrong_inputs_are_one_line(home: Home, megatron: Path, tmp_path: Path, r
     assert not (tmp_path / "new").exists() and (tmp_path / "folder" / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_around_the_one_it_reads_stays(home: Home, tmp_path: Path) -> None:
+def test_a_folder_that_contains_the_source_is_not_replaced(home: Home, tmp_path: Path) -> None:
     """A Megatron folder inside the model from which it was converted is allowed; the way back must not replace both."""
     out = shutil.copytree(home.folder / "hf", tmp_path / "out")
     succeed("hf-to-megatron", "--hf-path", out, "--save", out / "megatron")
@@ -350,7 +350,7 @@ def test_tensors_of_another_model_are_refused_before_writing(
 
 
 def test_an_untied_output_matrix_is_kept(home: Home, tmp_path: Path) -> None:
-    """config.json may say that it is tied, and the folder hold one that was trained apart, which transformers uses."""
+    """config.json may declare it as tied, and the folder hold one that was trained apart, which transformers uses."""
     folder = write_model(tmp_path / "hf", Qwen2Config(**SHAPE, tie_word_embeddings=True))
     tensors = load_file(folder / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]

@@ -285,7 +285,7 @@ def files_exist(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", documented())
-def test_a_documented_command_is_one(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_documented_command_is_valid(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with forgotten(monkeypatch, home):
         program, argv = words[0], words[1:]
         if program == "make":
@@ -347,7 +347,7 @@ def test_the_example_of_the_readme_runs(home: Path, tmp_path: Path, monkeypatch:
     assert (tmp_path / "runs/solo-hf/model.safetensors").exists() and (tmp_path / "groups.html").exists()
 
 
-def test_the_pages_are_read_whole() -> None:
+def test_commands_of_every_page_are_read() -> None:
     """The reader of commands finds those of every kind, at their lines."""
     commands_of = {page: list(simple_commands(page)) for page in PAGES}
     assert sum(map(len, commands_of.values())) > 100

@@ -62,7 +62,7 @@ def test_every_cell_runs_on_the_cpu(results: Path) -> None:
     assert "backward = 2 x forward" in figures["model_1_5b", "flops"]
 
 
-def test_what_was_done_is_not_done_again(results: Path, tmp_path: Path) -> None:
+def test_finished_cells_are_not_repeated(results: Path, tmp_path: Path) -> None:
     earlier = lines(results)
     cut = [record for record in earlier if record["cell"] != "environment"]
     (tmp_path / "earlier.jsonl").write_text("".join(json.dumps(record) + "\n" for record in cut) + '{"cell": "star')
@@ -134,7 +134,7 @@ suite.run(cells)
 """Cells that do what a machine may do."""
 
 
-def test_a_cell_that_fails_hangs_or_dies_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_cell_that_fails_hangs_or_dies_does_not_affect_the_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BROKEN, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -191,7 +191,7 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
     assert model_flops(hf_config, [shared]) == 3 * (expected(prompt + response, response + 1) + again)
 
 
-def test_the_answers_are_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stored_answers_are_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("tools", "tests/distributed"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     from gpu import answers

@@ -50,7 +50,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
-def test_a_mistake_of_all_is_one_line_and_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_mistake_of_all_processes_is_one_line_and_is_not_retried(tmp_path: Path) -> None:
     done = launched(
         tmp_path, "raise UserError('option-value', '--lr: no')", "megatron_solopo.launch", "--max-restarts", "2"
     )
@@ -70,7 +70,7 @@ def test_each_process_reports_its_mistake(tmp_path: Path) -> None:
     assert done.returncode == 2 and errors(done)[0] == "error: rank 1: 1 is wrong [option-value]"
 
 
-def test_the_loss_of_a_process_that_reported_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
+def test_the_loss_of_a_process_that_reported_a_mistake_is_not_retried(tmp_path: Path) -> None:
     reported = "next(Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[1].glob('solopo-reported-*'), None)"
     lost = f"while not {reported}: pass\n    raise LostProcess('process-lost', 'another process is gone')"
     body = f"if rank == '1': raise UserError('option-value', 'no')\n    {lost}"
@@ -79,7 +79,7 @@ def test_the_loss_of_a_process_that_reported_a_mistake_is_not_tried_again(tmp_pa
 
 
 @pytest.mark.parametrize("body", ["raise LostProcess('process-lost', 'another process is gone')", "sys.exit(3)"])
-def test_what_may_pass_is_started_again(tmp_path: Path, body: str) -> None:
+def test_a_temporary_failure_is_restarted(tmp_path: Path, body: str) -> None:
     done = launched(tmp_path, body, "megatron_solopo.launch", "--max-restarts", "1")
     assert done.returncode == 1 and "ChildFailedError" in done.stderr and starts(tmp_path) == {"0", "1"}
 
@@ -103,7 +103,7 @@ def test_a_script_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     check_refusal(done.stderr, "file-missing", "pretrain.py: ")
 
 
-def test_work_that_ends_well(tmp_path: Path) -> None:
+def test_a_launch_that_succeeds(tmp_path: Path) -> None:
     done = launched(tmp_path, "return 0", "megatron_solopo.launch")
     assert done.returncode == 0 and not done.stderr
 

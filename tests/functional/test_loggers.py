@@ -61,7 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return home
 
 
-def test_all_three_agree(home: Home) -> None:
+def test_all_loggers_have_the_same_values(home: Home) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tensorboard = EventAccumulator(str(home.folder / "events"))
@@ -81,7 +81,7 @@ def test_all_three_agree(home: Home) -> None:
             )
 
 
-def test_the_run_keeps_its_id(home: Home) -> None:
+def test_a_resumed_run_keeps_its_id(home: Home) -> None:
     """A resumed run continues the same curves."""
     folder = home.folder / "runs" / "both"
     [path] = folder.glob("wandb/offline-run-*/*.wandb")

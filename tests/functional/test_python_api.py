@@ -28,7 +28,7 @@ from megatron_solopo.losses import Pairs, Responses, option, registry
 from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.run import main
 
-QUOTES = [("README.md", "train.py"), ("docs/python.md", "train.py"), ("docs/python.md", "own_loss.py")]
+QUOTES = [("README.md", "train.py"), ("docs/python.md", "train.py"), ("docs/python.md", "user_loss.py")]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_the_example_trains_and_evaluates(home: Home, model: str) -> None:
 
 
 def test_the_example_of_a_user_loss_trains(home: Home, model: str) -> None:
-    printed = run_example("own_loss.py", home.folder, model, "groups.jsonl")
+    printed = run_example("user_loss.py", home.folder, model, "groups.jsonl")
     assert printed == f"loss of the pairs: {home.metrics('runs/hinge')[-1]['po_loss']:.3f}\n"
     method = yaml.safe_load((home.folder / "runs/hinge/config.yaml").read_text())["method"]
     assert method["preference_loss"] == "__main__:Hinge" and method["hinge_margin"] == 0.5
@@ -137,7 +137,7 @@ def test_public_names_are_there_and_no_others() -> None:
 # -------------------------------------------------------------------------------------------------------------- Config
 
 
-def test_a_config_is_what_the_command_line_makes(home: Home) -> None:
+def test_a_config_equals_that_of_the_command_line(home: Home) -> None:
     (home.folder / "run.yaml").write_text(
         "model: {hf_path: hf}\ndata: {train_data: groups.jsonl}\noutput: {save: runs/x}\ntraining: {lr: 1e-5}\n"
     )
@@ -218,7 +218,7 @@ def test_a_loss_that_is_defined_again_takes_the_place_of_the_earlier(home: Home)
     for number, default in enumerate((0.5, 2.0)):
         reloaded = Config.from_options(**options(f"runs/again-{number}", preference_loss=hinge(default)))
         assert reloaded.method.preference_loss == f"{__name__}:hinge.<locals>.Hinge"
-        assert reloaded.as_dict()["method"]["hinge_margin"] == default, "what config.yaml will say"
+        assert reloaded.as_dict()["method"]["hinge_margin"] == default, "what config.yaml will have"
         line = train(reloaded).metrics
         assert line["po_loss"] == pytest.approx(max(0.0, default - line["margin"]), abs=1e-6)
     built_in = registry.LOSSES["simpo"]

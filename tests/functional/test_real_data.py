@@ -142,7 +142,7 @@ def test_contexts_have_the_lengths_and_the_same_evidence(home: Path) -> None:
             assert all(paragraph.strip() in message["content"] for paragraph in gold)
 
 
-def test_a_run_starts_at_the_law_and_holds_its_memory(trained: Path) -> None:
+def test_a_run_starts_at_ln_2_and_stays_within_its_memory(trained: Path) -> None:
     steps = [line for line in read(trained / "dpo" / "metrics.jsonl") if line["split"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     # Before the first update policy and reference are one model.

@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-def test_what_is_done_is_skipped_and_what_changed_runs_with_what_follows(
+def test_finished_stages_are_skipped_and_changed_ones_run_with_later_ones(
     folder: Folder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert folder.calls() == "abc"
@@ -158,7 +158,7 @@ def test_only_outputs_of_a_stage_are_deleted(folder: Folder, capfd: pytest.Captu
     assert folder.calls() == "BC" and "removes d.txt" in capfd.readouterr().out
 
 
-def test_two_runs_in_one_folder(folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_in_one_folder_are_refused(folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
     from megatron_solopo.pipeline import _Locks
 
     folder.calls()

@@ -100,7 +100,7 @@ def test_two_runs_that_fill_one_cache_do_not_stop_each_other(
     assert [path.name for path in (home.folder / "both").glob("*safetensors*")] == [cache(home).name]
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_cannot_be_written_is_a_warning(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--train-iters", 1, "--reference-cache", home.folder / "groups.jsonl" / "cache"]
     assert run(main, home.argv("below-a-file/run", *flags)) == 0
     assert re.search(

@@ -223,7 +223,7 @@ def test_a_model_that_the_run_did_not_export_is_never_mistaken_for_its_export(
     assert "nothing is left" in capfd.readouterr().err
 
 
-def test_a_full_disk_at_the_note_does_not_cost_the_model(
+def test_a_full_disk_at_the_note_of_an_export_keeps_the_model(
     home: Home, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, text: str) -> None:

@@ -99,7 +99,7 @@ def test_the_time_left_is_that_of_the_steps_with_what_happens_between_them() -> 
     assert left == ["0:07:25", "0:18:20", "0:21:45"]  # 5, 12.5 and 15 s each
 
 
-def test_memory_of_saves_is_named_apart(
+def test_memory_of_saves_is_logged_separately(
     home: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A save that needs 400 MiB more appears in its line, and not in the steps after it."""

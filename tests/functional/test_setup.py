@@ -134,7 +134,7 @@ def test_uv_makes_the_environment_where_it_is(machine: Machine) -> None:
     assert done.returncode == 1 and "pip could not be installed" in done.stderr and not log.exists()
 
 
-def test_PYTHON_is_obeyed_or_refused(machine: Machine) -> None:
+def test_PYTHON_is_used_or_refused(machine: Machine) -> None:
     machine.add_python(machine.bin / "python3")
     chosen = machine.add_python(machine.home / "elsewhere/python")
     assert machine.chosen_python(PYTHON=str(chosen)) == str(chosen)
@@ -215,7 +215,7 @@ def extras() -> dict[str, list[str]]:
     return {extra: [inner for one in requirements for inner in flat(one)] for extra, requirements in asked.items()}
 
 
-def test_set_up_installs_once_mends_itself_and_moves(machine: Machine, tmp_path: Path) -> None:
+def test_setup_installs_once_repairs_itself_and_may_be_moved(machine: Machine, tmp_path: Path) -> None:
     """The real script, pip and venv; the packages are small stand-ins of the pinned versions: nothing is downloaded."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()

@@ -54,7 +54,7 @@ def trained(home: Home) -> str:
     return "runs/thinks"
 
 
-def test_the_exported_folder_knows_the_tokens(home: Home, trained: str) -> None:
+def test_the_exported_folder_has_the_tokens(home: Home, trained: str) -> None:
     """In transformers, and as the start of another run, where the option would add them a second time."""
     model = AutoModelForCausalLM.from_pretrained(home.folder / "thinks")
     tokenizer = AutoTokenizer.from_pretrained(home.folder / "thinks")

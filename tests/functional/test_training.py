@@ -103,7 +103,7 @@ def test_the_loss_falls_on_an_easy_set(home: Home, sft: Any) -> None:
     assert lines[0]["tokens"] > 0 and lines[0]["padding_share"] == 0
 
 
-def test_training_draws_nothing(home: Home) -> None:
+def test_training_draws_no_random_numbers(home: Home) -> None:
     """Checkpoints hold no random state because none is used: a run leaves the generators as its seed set them."""
     before = random.getstate(), numpy.random.get_state()[1].tolist()
     assert run(main, home.argv("drawn/run", "--seed", 7, "--context-mode", "short", "--train-iters", 2)) == 0
@@ -158,8 +158,8 @@ def test_a_run_folder_may_hold_its_exports(home: Home) -> None:
         assert TensorReader(folder).names() == TensorReader(home.folder / "hf").names()
 
 
-def test_an_export_killed_behind_its_last_rename_is_ended(home: Home) -> None:
-    """By the same command, to which the run folder says so, and by a run that replaces it."""
+def test_an_export_killed_behind_its_last_rename_is_completed(home: Home) -> None:
+    """By the same command, which reads it in the run folder, and by a run that replaces it."""
     folder, earlier = home.folder / "ended-hf", home.folder / "ended-hf.replaced"
     flags = ["--train-iters", 3, "--save-hf", folder, "--save-hf-interval", 2, "--auto-resume"]
     assert run(main, home.argv("runs/ended", *flags)) == 0

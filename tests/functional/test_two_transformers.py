@@ -133,12 +133,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world
 
 
-def test_what_is_exported_of_transformers_5_reads_alike(world: Path, tmp_path: Path) -> None:
+def test_exports_of_transformers_5_are_read_alike_by_both(world: Path, tmp_path: Path) -> None:
     folders = sorted((world / "exported").iterdir())
     assert differences(folders, tmp_path) == {}
 
 
-def test_what_transformers_4_wrote_stays_as_it_is(world: Path, tmp_path: Path) -> None:
+def test_files_of_transformers_4_stay_as_they_are(world: Path, tmp_path: Path) -> None:
     """Weights bit for bit, and every file that both versions read alike."""
     written, back = tmp_path / "written", tmp_path / "back"
     written.mkdir(), back.mkdir()

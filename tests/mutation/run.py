@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks the code in small ways, one at a time, and says which test noticed.
+"""Breaks the code in small ways, one at a time, and reports which test noticed.
 
     python tests/mutation/run.py [NAME ...] [--list]
 
@@ -30,7 +30,7 @@ from mutants_files import CONVERSION, DATA
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("megatron_solopo", "tests", "tools", "examples", "pretrain_solopo.py", "pyproject.toml")
 PASSED, FAILED = 0, 1
-"""pytest's exit statuses; any other means that tests did not run, which says nothing about them."""
+"""pytest's exit statuses; any other means that tests did not run, which has no meaning for them."""
 
 
 def copy_tree(target: Path) -> None:
@@ -59,7 +59,7 @@ def first_failure(output: str) -> str:
 
 
 def try_mutant(folder: Path, mutant: Mutant) -> tuple[str | None, str]:
-    """(the test that caught it, or None; what else to say)."""
+    """(the test that caught it, or None; a remark)."""
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:

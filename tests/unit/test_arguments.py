@@ -57,7 +57,7 @@ def answer(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"launch"}))  # whose options are torchrun's
-def test_the_beginning_of_a_name_is_no_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_abbreviated_options_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, meant = SHORTENED.get(command, (["--hel"], ""))  # argparse would print the help
     argv = [command, *NEEDED.get(command, []), *words]
     if command == "verify-parallelism":  # which --layouts would take as its value's end
@@ -93,7 +93,7 @@ def test_an_option_of_several_values_explains_its_form(capsys: pytest.CaptureFix
     check_refusal(stderr, "option-twice", "--data: ", "all its values behind one --data")
 
 
-def test_what_is_missing_or_no_value_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_option_or_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["sample-responses", "--contexts", "c"]
     check_refusal(answer(capsys, argv), "option-missing", ": --output, --model")
     argv = ["sample-responses", *NEEDED["sample-responses"], "--samples", "many"]

@@ -27,7 +27,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_failed_block_leaves_what_was_there(tmp_path: Path, shared: bool) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic.new_file(path, shared=shared) as file:
@@ -44,7 +44,7 @@ def test_two_writers_of_a_shared_file_do_not_mix(tmp_path: Path) -> None:
     assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]  # the last to end
 
 
-def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     atomic.file_aside(path).write_text("half of a longer text")
     atomic.write_text(path, "new")
@@ -52,7 +52,7 @@ def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_finished_file_gets_its_place_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+def test_a_finished_file_is_renamed_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     def refuse(*_: Path) -> None:
         raise OSError("no links here")
 

@@ -69,7 +69,7 @@ def draw_step(seed):
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_plan_loses_nothing_and_keeps_its_limits(block):
+def test_a_plan_has_every_group_once_within_its_limits(block):
     for seed in range(block * 60, block * 60 + 60):
         costs, tokens, ranks, most_groups, most_tokens = draw_step(seed)
         result = plan(costs, tokens, ranks, most_groups, most_tokens)

@@ -14,7 +14,7 @@ from tiny_models import preference_groups, write_lines, write_model
 TESTS = Path(__file__).resolve().parents[1]
 
 STUB = '''
-"""Halves of the pack as it stands; each rank attends to its own rows alone."""
+"""Halves of the pack as it is; each rank attends to its rows alone."""
 import numpy as np
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.layout import BlockLayout, RankLayout

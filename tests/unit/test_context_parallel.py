@@ -68,7 +68,7 @@ def seen_by(layout: SequenceLayout, order: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(8))
-def test_ranks_share_the_rows_and_see_what_the_pack_sees(seed: int, size: int, share: bool) -> None:
+def test_ranks_share_the_rows_and_attend_as_the_pack_does(seed: int, size: int, share: bool) -> None:
     pack = draw_pack(seed, size, share)
     wanted, rows, work = visible(pack), [rows_of(pack.pieces, rank, size) for rank in range(size)], []
     order = np.concatenate(rows)

@@ -262,7 +262,7 @@ def test_a_token_of_one_character_is_a_letter() -> None:
     assert prompt_ids(tokenizer, [user("<|tail|>!")])[-2:] == [tokenizer.convert_tokens_to_ids("!"), 260]
 
 
-def test_what_a_tokenizer_cannot_take_as_text_is_refused(tmp_path: Path) -> None:
+def test_control_tokens_that_cannot_be_read_as_text_are_refused(tmp_path: Path) -> None:
     slow = ByT5Tokenizer()
     slow.chat_template = "{{ messages[0].content }}</s>"
     assert prompt_ids(slow, [user("a")])[-1] == 1

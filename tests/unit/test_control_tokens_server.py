@@ -42,7 +42,7 @@ def answers(owner: str) -> Callable[[str, dict[str, Any] | None], tuple[int, Any
 
 
 @pytest.mark.parametrize("owner", ["vllm", "sglang"])
-def test_servers_that_take_ids_get_them(
+def test_servers_that_accept_token_ids_get_them(
     owner: str, folder: Path, serve: Callable[..., Scripted], tmp_path: Path
 ) -> None:
     server = serve(answers(owner))

@@ -94,7 +94,7 @@ def test_the_users_allocator_is_kept(monkeypatch: pytest.MonkeyPatch, name: str)
     assert [value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")] == ["max_split_size_mb:512"]
 
 
-def test_no_group_of_gloo_beside_the_others(engine: Any) -> None:
+def test_no_gloo_group_is_created_beside_the_others(engine: Any) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -128,7 +128,7 @@ def draw_groups(seed: int, longest: int = 900) -> list[TokenGroup]:
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_lengths_of_prompts_are_few_on_cuda(share: bool) -> None:
+def test_prompts_are_padded_to_few_lengths_on_cuda(share: bool) -> None:
     groups, config = draw_groups(1), Config(model=ModelConfig(bf16=True))
     config.data.share_prompts, config.training.micro_batch_size = share, 2
     plan = plan_step(groups, 32, 2, config, "cuda")
@@ -151,7 +151,7 @@ def test_lengths_of_prompts_are_few_on_cuda(share: bool) -> None:
         ({"context_parallel_size": 2}, 4),
     ],
 )
-def test_what_else_is_no_kernel_of_cudnn_keeps_its_lengths(change: dict[str, Any], multiple: int) -> None:
+def test_prompts_that_cudnn_does_not_compute_keep_their_lengths(change: dict[str, Any], multiple: int) -> None:
     config = Config(model=ModelConfig(bf16=True))
     for section in (config.model, config.parallel):
         for name in change.keys() & vars(section).keys():

@@ -124,7 +124,7 @@ def test_forbidden_distractors_are_never_taken() -> None:
         build(question, pool, [5], tokens=False)
 
 
-def test_deterministic_whatever_the_order_of_the_input() -> None:
+def test_contexts_do_not_depend_on_the_order_of_the_input() -> None:
     questions = corpus()
     pools = [pool_of(questions), pool_of(questions[::-1])]
     for question in questions[::7]:

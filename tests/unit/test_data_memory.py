@@ -28,4 +28,4 @@ def test_loading_a_tokenizer_keeps_no_freed_memory(solopo_data: Path) -> None:
     """glibc alone keeps 115 MB after Qwen2's."""
     command = [sys.executable, "-c", LOADING, str(solopo_data / "tokenizers" / "qwen2"), str(CHATML)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 20, f"{done.stdout.strip()} MB were free and not given back"
+    assert float(done.stdout) < 20, f"{done.stdout.strip()} MB were free and not returned"

@@ -70,7 +70,7 @@ def test_counts_and_the_one_group(files: list[str], tmp_path: Path, capsys: pyte
         assert line in printed
 
 
-def test_the_commonest_answers_are_paired(tmp_path: Path) -> None:
+def test_the_most_frequent_answers_are_paired(tmp_path: Path) -> None:
     texts = ["A. Answer: Rome", "B. Answer: Roma", "C. Answer: Rome.", "D. Answer: Oslo", "E. Answer: oslo", "Bern"]
     files = [
         "--contexts",
@@ -137,7 +137,7 @@ def test_lengths_are_those_of_the_statistics_module(seed: int) -> None:
     assert f"chosen longer in {sum(c > r for c, r in pairs) / len(pairs):.1%}" in line
 
 
-def test_unfinished_responses_by_choice(files: list[str], tmp_path: Path) -> None:
+def test_unfinished_responses_are_used_on_request(files: list[str], tmp_path: Path) -> None:
     groups = build(files, tmp_path, "--keep-unfinished")
     assert [(group.id, group.rejected) for group in groups][1:] == [("cut", "Basel and then")]
 

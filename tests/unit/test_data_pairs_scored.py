@@ -159,7 +159,12 @@ WRONG_OPTIONS = {
         "--scorer sub_em_plain --normalisation squad",
         *("option-unused", "--normalisation squad ", "--scorer sub_em_plain,"),
     ),
-    "own normalisation": ("--normalisation squad", "option-unused", "--normalisation squad ", "--scorer grades:grade,"),
+    "normalisation of a user function": (
+        "--normalisation squad",
+        "option-unused",
+        "--normalisation squad ",
+        "--scorer grades:grade,",
+    ),
     "no pairs": ("--pairs-per-question 0", "option-value", "--pairs-per-question 0: ", "1"),
     "no folder": ("--tokenizer absent", "folder-missing", "absent: "),
     "nothing": ("--correct-threshold 2", "pairs-none", "5 questions: 0 all "),

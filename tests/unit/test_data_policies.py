@@ -40,7 +40,7 @@ def test_other_policies_miss_few_pairs() -> None:
     assert drawn("shortest_correct", 2, 0, right, [Scored("w", 0.0)]) == [("short", "w"), ("a longer one", "w")]
 
 
-def test_a_seed_draws_what_it_drew() -> None:
+def test_a_seed_draws_the_same_pairs() -> None:
     """The first pairs of a seed, by the policies' definitions on other responses."""
     right, wrong = ([Scored(f"{side} " * (1 + i % 5) + str(i), 1 - i / 99) for i in range(9)] for side in "rw")
     for seed in range(5):
@@ -66,7 +66,7 @@ def write(folder: Path, ids: list[str], responses: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("ids", [["x", "x#2"], ["x#2", "x"]])
-def test_ids_that_meet_are_refused(tmp_path: Path, ids: list[str]) -> None:
+def test_colliding_ids_are_refused(tmp_path: Path, ids: list[str]) -> None:
     argv = write(tmp_path, ids, ["Rome", "in Rome", "Bern"])
     with refused("id-twice", "--pairs-per-question 2: 'x#2' ", "c.jsonl", "r.jsonl"):
         main([*argv, "--pairs-per-question", "2"])
@@ -75,7 +75,7 @@ def test_ids_that_meet_are_refused(tmp_path: Path, ids: list[str]) -> None:
     assert sorted(group.id for group in read_groups(tmp_path / "g.jsonl")) == ["x", "x#2"]
 
 
-def test_a_scorer_may_return_what_numpy_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_may_return_numpy_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("numpy_scorer.py").write_text(

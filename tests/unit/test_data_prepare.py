@@ -245,7 +245,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, arguments: list[str], after: int) -
         main(arguments)
 
 
-def test_what_was_built_is_not_built_again(
+def test_finished_batches_are_not_built_again(
     many: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(many)
@@ -302,7 +302,7 @@ def test_imperfect_compression_is_counted(many: list[str], tmp_path: Path, capsy
     )
 
 
-def test_counts_are_the_ids_a_model_sees(tokenizer: Path) -> None:
+def test_token_counts_are_those_of_the_prompt_ids(tokenizer: Path) -> None:
     loaded = load_tokenizer(tokenizer)
     loaded.backend_tokenizer.enable_truncation(3)  # a tokenizer.json may bring this along
     loaded.backend_tokenizer.enable_padding(length=50)

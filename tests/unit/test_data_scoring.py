@@ -148,7 +148,7 @@ def test_spellings_of_one_text_are_equal(spelled: tuple[str, ...]) -> None:
     assert em(spelled[1], [spelled[0]], False) == 0.0  # SQuAD's form
 
 
-def test_what_looks_alike_stays_apart() -> None:
+def test_similar_answers_stay_different() -> None:
     for one, other in (("caf\u00e9", "cafe"), ("\u0141od", "Lod"), ("na\u00efve", "naive")):
         assert em(one, [other]) == sub_em(one, [other]) == 0.0
 

@@ -108,7 +108,7 @@ def test_temporary_failures_are_retried(
     assert server.asked[0] == server.asked[1]
 
 
-def test_a_failure_waits_for_what_is_in_flight(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
+def test_a_failure_waits_for_requests_in_flight(folder: Path, serve: Callable[..., Scripted], tmp_path: Path) -> None:
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None and body["messages"][-1]["content"].startswith("w0"):
             time.sleep(0.1)

@@ -88,7 +88,7 @@ def without(key: str, record: dict = MUSIQUE) -> dict:
         ("jsonl", JSONL, Paragraph("", "Rain fell.")),
     ],
 )
-def test_fields_arrive(tmp_path: Path, source: str, record: dict, second: Paragraph) -> None:
+def test_fields_of_every_source_are_read(tmp_path: Path, source: str, record: dict, second: Paragraph) -> None:
     left_out = LeftOut()
     (question,) = read_questions(source, [write(tmp_path / "q.jsonl", record)], left_out)
     assert question.id == (record.get("id") or record["_id"]) and question.question == "Who?"
@@ -459,7 +459,7 @@ def test_unfinished_work_of_another_function_is_refused(
         ("2wiki", "2wikimultihopqa/2wiki_train_subset.jsonl", 500),
     ],
 )
-def test_real_sets(solopo_data: Path, source: str, file: str, count: int) -> None:
+def test_real_data_sets_are_read(solopo_data: Path, source: str, file: str, count: int) -> None:
     left_out = LeftOut()
     questions = list(read_questions(source, [solopo_data / file], left_out))
     assert len(questions) == count and not left_out.counts

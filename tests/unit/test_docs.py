@@ -65,7 +65,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r'(?:\]\(|src=")([^)"\s]+)', CODE.sub("", page.read_text(encoding="utf-8"))):
         if target.startswith("https://"):
             continue

@@ -248,7 +248,7 @@ def _other_width(folder):
         (_other_width, "model-unreadable", []),
     ],
 )
-def test_a_model_that_is_not_whole_answers_nothing(questions, tmp_path, change, code, named):
+def test_an_incomplete_model_is_refused(questions, tmp_path, change, code, named):
     """transformers draws missing tensors at random, and continues."""
     broken = write_model(tmp_path / "broken")
     change(broken)

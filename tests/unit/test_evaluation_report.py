@@ -97,7 +97,7 @@ def test_validation_and_the_parts_of_the_loss_are_in_the_table(tmp_path):
     )
 
 
-def test_what_a_run_took_names_saves_and_clipped_steps_apart(tmp_path):
+def test_the_costs_of_a_run_list_saves_and_clipped_steps_separately(tmp_path):
     folders = [write_solo_run(tmp_path / name, 20, clip=clip) for name, clip in (("a", 1.0), ("b", 9.0))]
     runs = [results.read_run(str(folder)) for folder in folders]
     runs.append(results.read_run(str(write_run(tmp_path / "older", 20))))

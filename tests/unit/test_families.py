@@ -178,7 +178,7 @@ IN_THE_WILD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fields_of_the_wild_pass(kind: type[PretrainedConfig], tmp_path: Path) -> None:
+def test_fields_of_published_configs_pass(kind: type[PretrainedConfig], tmp_path: Path) -> None:
     from megatron_solopo.model.hf_config import check_length, read_hf_config
 
     document = small(kind).to_dict() | {"rope_theta": 500000} | IN_THE_WILD
@@ -191,7 +191,7 @@ def test_fields_of_the_wild_pass(kind: type[PretrainedConfig], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_field_of_transformers_is_decided_on(kind: type[PretrainedConfig]) -> None:
+def test_every_field_of_transformers_is_classified(kind: type[PretrainedConfig]) -> None:
     """A new version's new field turns this red: read it, refuse it, or list it as harmless."""
     known = READ | HARMLESS | family_of(small(kind)).fields
     # Refused unless their value means "none of this".

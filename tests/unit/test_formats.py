@@ -323,7 +323,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_tokenizing_and_looking_read_the_hub_as_a_file(home: Path, tmp_path: Path, capfd) -> None:
+def test_training_tokenize_data_and_inspect_data_read_the_hub_as_a_file(home: Path, tmp_path: Path, capfd) -> None:
     seen = {}
     for name, source in (
         ("file", home / "pairs.jsonl"),

@@ -64,7 +64,7 @@ def test_one_shard_has_no_index(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_tensor_that_never_comes_is_no_model(tmp_path: Path) -> None:
+def test_a_missing_tensor_leaves_no_model(tmp_path: Path) -> None:
     *come, (last, _) = TENSORS.items()
     with pytest.raises(ValueError, match=f"{last} was not written"):
         write(tmp_path / "new", tmp_path, iter(come))

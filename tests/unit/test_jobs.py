@@ -33,7 +33,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("case", CUTS)
-def test_a_kill_costs_what_was_in_flight(tmp_path: Path, case: str) -> None:
+def test_a_kill_loses_only_jobs_in_flight(tmp_path: Path, case: str) -> None:
     cut, kept = CUTS[case]
     work(tmp_path, 3)
     cut(tmp_path / LOG)
@@ -83,7 +83,7 @@ def test_work_without_a_finished_job_leaves_nothing(tmp_path: Path, streams: tup
     assert not (tmp_path / "deep" / "w").exists()
 
 
-def test_a_full_disk_costs_the_job_that_it_met(tmp_path: Path) -> None:
+def test_a_full_disk_loses_only_the_job_of_that_write(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Jobs(tmp_path, STREAMS) as jobs:
         jobs.begin({})
@@ -101,7 +101,7 @@ def test_a_full_disk_costs_the_job_that_it_met(tmp_path: Path) -> None:
     ("line", "code"),
     [("nonsense", "not-json"), (json.dumps({"first": 0, "id": "q0"}), "unfinished-other-version")],
 )
-def test_a_damaged_line_costs_nothing_behind_it(tmp_path: Path, line: str, code: str) -> None:
+def test_a_damaged_line_loses_nothing_behind_it(tmp_path: Path, line: str, code: str) -> None:
     place = tmp_path / "w"
     text = json.dumps({"settings": {}}) + f"\n{line}\n" + json.dumps({"job": 1}) + "\n"
     place.write_text(text)

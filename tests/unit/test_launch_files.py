@@ -134,7 +134,7 @@ def test_a_value_of_the_wrong_kind_is_noticed(documents: list[dict[str, Any]], p
         check(documents)
 
 
-def test_what_the_pods_refer_to_is_there(documents: list[dict[str, Any]]) -> None:
+def test_everything_that_the_pods_reference_is_defined(documents: list[dict[str, Any]]) -> None:
     """What no schema sees: the claim, mounted volumes, the script, and a container with the operator's name."""
     claim, job = documents
     for replicas in job["spec"]["pytorchReplicaSpecs"].values():

@@ -49,7 +49,7 @@ def refuse(read: Callable[[str], object], folder: str | Path, code: str, *named:
     ],
 )
 @pytest.mark.parametrize("option", READERS)
-def test_a_name_of_the_hub_is_answered_with_its_download(
+def test_a_name_of_the_hub_is_refused_with_its_download_command(
     option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,7 +58,9 @@ def test_a_name_of_the_hub_is_answered_with_its_download(
 
 
 @pytest.mark.parametrize("name", ["/models/Qwen2.5", "runs/solo-hf", "nowhere", "a/b/c", "../b"])
-def test_other_paths_are_not_taken_for_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_paths_are_not_mistaken_for_names_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     for read in READERS.values():
@@ -126,7 +128,7 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
         assert caught.value.message.endswith(f", {tmp_path}")
 
 
-def test_a_folder_of_which_nothing_is_known(tmp_path: Path) -> None:
+def test_an_unrecognized_folder(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt")
     assert seen_in(tmp_path) is None and download(tmp_path) is None
     assert "config.json" in reported(read_hf_config, tmp_path)

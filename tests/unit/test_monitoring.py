@@ -80,7 +80,7 @@ def test_steps_that_are_all_clipped_are_reported_once():
 @pytest.mark.parametrize(
     ("clipped", "reported"), [([1] * 5, True), ([1, 1, 0, 1], False), ([1] * 100, False), ([], False)]
 )
-def test_a_short_run_whose_steps_are_all_clipped_says_so_at_its_end(clipped, reported):
+def test_a_short_run_whose_steps_are_all_clipped_is_reported_at_its_end(clipped, reported):
     lines = [line(n, clip_grad=1.0, clipped=bool(yes)) for n, yes in enumerate(clipped, 1)]
     for cut in (0, len(lines) // 2):
         watch = Watch_after(lines[:cut])
@@ -112,7 +112,7 @@ def solo(step, short, long):
     return line(step, alignment_loss=abs(short - long), reward_chosen=short, reward_long_chosen=long)
 
 
-def test_an_alignment_met_by_the_short_side_alone():
+def test_an_alignment_that_only_lowers_the_short_reward_is_reported():
     """The collapse: the short reward comes down to the long one, which does not move."""
     collapse = [solo(n, 4 - 0.03 * n, 0.5) for n in range(1, 101)]
     new = warned(Watch(10), collapse)

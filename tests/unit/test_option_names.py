@@ -123,7 +123,7 @@ def test_a_mistake_in_a_file_is_one_line_that_names_file_and_line(
     assert stderr.count("\n") == 1 + warned and warned == (case == "both names")
 
 
-def test_a_mistake_on_the_command_line_does_not_blame_the_file(
+def test_a_mistake_on_the_command_line_does_not_name_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path, {"limit": 3})

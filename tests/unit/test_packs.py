@@ -134,7 +134,7 @@ def test_a_pack_without_groups_is_padding_alone(multiple_of):
         assert empty.numel() == 0 and empty.dtype == torch.int64
 
 
-def test_pairs_and_alignments_are_those_of_each_group_whatever_their_order():
+def test_pairs_and_alignments_are_those_of_each_group_in_any_order():
     """Against brute force over all segments, with k chosen and m rejected responses in a random order."""
     draw = random.Random(5)
     for _ in range(20):

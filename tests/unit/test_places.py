@@ -189,7 +189,7 @@ def test_a_mount_point_is_refused_with_a_folder_inside_it(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("target", ["out", "out/model", "link", "out/model/megatron.partial/x/..", "new"])
-def test_a_target_never_takes_what_is_read(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_never_replaces_a_source(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model(tmp_path / "out/model/megatron")
     (tmp_path / "link").symlink_to("out")
     monkeypatch.chdir(tmp_path)

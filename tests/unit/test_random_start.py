@@ -51,7 +51,7 @@ def test_the_distribution_is_transformers(engine: Any, name: str) -> None:
         assert 2 * STD < ours[key].abs().max().item() < 6 * STD, key
 
 
-def test_every_tensor_is_drawn_for_itself(engine: Any) -> None:
+def test_every_tensor_is_drawn_independently(engine: Any) -> None:
     matrices = {name: tensor for name, tensor in drawn(MODELS["qwen3_moe"]).items() if tensor.dim() > 1}
     for (one, a), (other, b) in itertools.combinations(matrices.items(), 2):
         few = min(a.numel(), b.numel())

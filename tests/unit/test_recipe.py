@@ -13,7 +13,7 @@ from megatron_solopo.recipe import read_recipe, readable
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 RECIPE = """\
-output: made
+output: out
 stages:
   contexts:
     prepare-data: &data
@@ -54,7 +54,7 @@ def lines(recipe: Path, **changed: object) -> dict[str, str]:
 
 def test_stages_are_command_lines(folder: Path) -> None:
     recipe = read_recipe(folder / "r.yaml")
-    assert recipe.output == folder / "made"
+    assert recipe.output == folder / "out"
     prepare = (
         f"solopo prepare-data --data {folder}/q.jsonl more.jsonl --tokenizer /models/base --prompt-template "
         f"@{folder.parent}/prompt.txt --short-tokens 16 --long-tokens 64 --seed 3 --output contexts.jsonl"
@@ -74,7 +74,7 @@ def test_a_stage_with_a_file_of_options_has_those_of_the_file(folder: Path) -> N
     """What `solopo run` compares with the stage's last run; a change in the file is a change of the stage."""
     (folder / "solo.yaml").write_text("training: {train_iters: 2, lr: 2e-3}\n")
     stage = "train: {config: ./solo.yaml, hf_path: m, train_data: g.jsonl, save: solo, lr: 1e-3}"
-    (folder / "r.yaml").write_text(f"output: made\nstages:\n  solo:\n    {stage}\n")
+    (folder / "r.yaml").write_text(f"output: out\nstages:\n  solo:\n    {stage}\n")
     [solo] = read_recipe(folder / "r.yaml").stages
     words, values = solo.checked()
     assert words[:2] == ["--config", f"{folder}/solo.yaml"]
@@ -121,7 +121,7 @@ WRONG = {
     "no YAML": ("output: [", "not-yaml", "r.yaml:1: "),
     "name twice": ("output: o\nstages:\n  a: {}\n  a: {}", "not-yaml", "r.yaml:4: ", "'a'"),
     "name of a file": ("output: o\nstages:\n  ../a: {}", "stage-name", "r.yaml:3: ", "'../a'"),
-    "own base": ("base: r.yaml", "recipe-base-loop", "r.yaml: "),
+    "base of itself": ("base: r.yaml", "recipe-base-loop", "r.yaml: "),
     "no base": ("base: b.yaml", "file-missing", "b.yaml: "),
     "no command": (stage("    processes: 2"), "stage-command", "r.yaml:3: stage 'one': ", "prepare-data"),
     "command typo": (stage("    evalute: {}"), "recipe-key", "r.yaml:4: ", "'evalute'", "mean evaluate?"),

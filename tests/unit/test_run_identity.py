@@ -64,7 +64,7 @@ def test_every_option_is_in_one_set() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(resume.identity()))
-def test_what_is_part_of_a_run_is_refused_by_name_with_both_values(name: str) -> None:
+def test_changed_options_of_a_run_are_refused_with_both_values(name: str) -> None:
     before, now = config_of(), config_of(**{name: another(name)})
     shown = [resume._shown(config.value(name)) for config in (before, now)]
     message = refuse(before, now, f"{flag(name)}: ", f"checkpoint's run has {shown[0]}, this one {shown[1]}; ")
@@ -73,7 +73,7 @@ def test_what_is_part_of_a_run_is_refused_by_name_with_both_values(name: str) ->
 
 
 @pytest.mark.parametrize("name", sorted(resume.FREE | resume.EXAMPLES | resume.START))
-def test_what_is_not_may_change(name: str) -> None:
+def test_other_options_may_change(name: str) -> None:
     """Options that decide the examples too, where the examples stay."""
     before, now = config_of(), config_of(**{name: another(name)})
     resume.check_same_run(progress(before) | {"iteration": 2}, progress(now), now)

@@ -37,7 +37,7 @@ def test_the_trained_end_of_turn_joins_the_stops(
 
 
 @pytest.mark.parametrize("text", ['{"eos_token_id": 9}', '{"eos_token_id":[4,\n9]}', None])
-def test_stops_that_hold_it_stay_as_they_are(tmp_path: Path, text: str | None) -> None:
+def test_stops_that_include_it_stay_as_they_are(tmp_path: Path, text: str | None) -> None:
     source, folder = tmp_path / "source", tmp_path / "new"
     source.mkdir(), folder.mkdir()
     if text is not None:
@@ -47,7 +47,7 @@ def test_stops_that_hold_it_stay_as_they_are(tmp_path: Path, text: str | None) -
     assert (written.read_text() if written.exists() else None) == text
 
 
-def test_further_chat_templates_come_along(tmp_path: Path) -> None:
+def test_further_chat_templates_are_copied(tmp_path: Path) -> None:
     source, folder = write_model(tmp_path / "hf"), tmp_path / "new"
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")

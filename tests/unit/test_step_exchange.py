@@ -152,7 +152,7 @@ def test_inputs_are_prepared_in_order_and_one_step_ahead() -> None:
     assert calls[0][1] not in {thread.name for thread in threading.enumerate()}
 
 
-def test_what_is_ended_is_not_waited_for() -> None:
+def test_ended_work_is_not_waited_for() -> None:
     """A save settles the work behind the last step too, where the thread may have ended before it started a job."""
     from megatron_solopo.training.ahead import Ahead
 

@@ -55,13 +55,13 @@ def test_checkpoints_interchange(facts: list[dict[str, Any]]) -> None:
             assert all(checkpoint.values()), (name, checkpoint)
 
 
-def test_attention_is_called_for_what_a_pack_sees(facts: list[dict[str, Any]]) -> None:
+def test_attention_covers_what_a_pack_attends_to(facts: list[dict[str, Any]]) -> None:
     """Against the portable attention, output and gradients, float64, by a kernel in plain torch."""
     if "attention" in facts[0]:
         assert len(facts[0]["attention"]) == 4 and max(facts[0]["attention"].values()) < 1e-12
 
 
-def test_context_parallel_ranks_hold_what_it_expects(facts: list[dict[str, Any]]) -> None:
+def test_context_parallel_ranks_hold_the_tokens_that_it_expects(facts: list[dict[str, Any]]) -> None:
     assert facts[0].get("zigzag", True)
 
 

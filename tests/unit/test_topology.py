@@ -186,7 +186,7 @@ def test_tensor_parallelism_of_experts_needs_sequence_parallelism() -> None:
         (SEQUENCE | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, 2),
     ],
 )
-def test_experts_that_can(parallel: dict, world: int) -> None:
+def test_experts_that_can_be_spread_pass(parallel: dict, world: int) -> None:
     hf_config = Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE)
     check_layout(hf_config, Config(parallel=ParallelConfig(**parallel)), 128, world)
 

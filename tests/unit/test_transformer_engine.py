@@ -53,7 +53,7 @@ def draw_groups(count: int) -> list[TokenGroup]:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("recipe", FP8_MULTIPLES)
 @pytest.mark.parametrize(("tensor", "context"), [(1, 1), (2, 1), (1, 2), (4, 2)])
-def test_every_process_computes_as_many_tokens_as_fp8_takes(
+def test_every_process_computes_as_many_tokens_as_fp8_requires(
     recipe: str, tensor: int, context: int, share: bool
 ) -> None:
     config = fp8(recipe, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1, context_parallel_size=context)
@@ -94,7 +94,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout, 
 
 @pytest.mark.parametrize("multiple", [1, 32])
 @pytest.mark.parametrize("share", [True, False])
-def test_sequences_see_what_pieces_see(share: bool, multiple: int) -> None:
+def test_sequences_attend_to_what_pieces_attend_to(share: bool, multiple: int) -> None:
     pack = build_pack(draw_groups(3), [0, 1, 2], share, multiple)
     frequencies = RotaryFrequencies(LlamaConfig(**SHAPE))
     sequences = pack_layout(sequence_layout(pack.pieces), pack.positions, frequencies, torch.float64)
@@ -140,7 +140,7 @@ LARGE = SHAPE | dict(hidden_size=1024, intermediate_size=2816, num_attention_hea
         (dict(), "blockwise", {}, None),
     ],
 )  # fmt: skip
-def test_widths_that_fp8_does_not_take_are_one_line(
+def test_widths_that_fp8_does_not_support_are_one_line(
     shape: dict, recipe: str, parallel: dict, named: list[str] | None
 ) -> None:
     hf_config = LlamaConfig(**LARGE | shape)

@@ -111,7 +111,7 @@ def build_contexts(
 ) -> list[Context]:
     """Builds contexts of ``question`` of these sizes, each with all gold paragraphs and the smaller ones' distractors.
 
-    Gold paragraphs keep their order. Distractors come from the question's own paragraphs first, then from the
+    Gold paragraphs keep their order. Distractors come from the question's paragraphs first, then from the
     pool; `selection.Distractors` defines which are allowed.
 
     Args:
@@ -136,7 +136,7 @@ def build_contexts(
         evidence = kept if index == 0 else gold
 
         def arrange(size: int = size, evidence: Sequence[Paragraph] = evidence) -> Context:
-            # Its own generator, so that the order at one size does not depend on the other sizes built.
+            # A separate generator, so that the order at one size does not depend on the other sizes built.
             rng = random.Random(f"{seed}\0{question.id}\0{size}")
             paragraphs = _arrange(evidence, distractors.paragraphs, gold_depth, rng)
             return _context(question, paragraphs, prompt_format, count_tokens)

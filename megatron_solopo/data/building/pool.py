@@ -42,7 +42,7 @@ class Candidate:
 
     @cached_property
     def title_key(self) -> str:
-        """The normalised title; titles of punctuation or articles alone ("!!!", "The The") keep their own spelling.
+        """The normalised title; titles of punctuation or articles alone ("!!!", "The The") keep their spelling.
 
         Documents without a title differ by their texts.
         """

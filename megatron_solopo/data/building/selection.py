@@ -29,7 +29,7 @@ class Distractors:
     """The distractors of one question, growing from size to size.
 
     None has the title of a gold paragraph or of another distractor, none repeats a gold paragraph's text, and
-    none contains an answer (`answers.mentions`). The question's own paragraphs come first, in a random order.
+    none contains an answer (`answers.mentions`). The question's paragraphs come first, in a random order.
     """
 
     def __init__(self, question: Question, pool: DistractorPool, rng: random.Random) -> None:
@@ -41,8 +41,8 @@ class Distractors:
         self._gold_titles = {candidate.title_key for candidate in gold}
         self._gold_texts = tuple(filter(None, (normalise(candidate.paragraph.text) for candidate in gold)))
         candidates = pool.candidates_for(paragraph for paragraph in question.paragraphs if not paragraph.is_supporting)
-        self._own = [candidate for candidate in candidates if self._allowed(candidate)]
-        rng.shuffle(self._own)
+        self._of_question = [candidate for candidate in candidates if self._allowed(candidate)]
+        rng.shuffle(self._of_question)
         self._chosen: list[Candidate] = []
         self._titles: set[str] = set()
 
@@ -98,9 +98,9 @@ class Distractors:
         """Takes distractors of ``missing - window .. missing`` tokens in all, if it can; True when none was left."""
         lengths = self._pool.typical_lengths()
         if lengths is None:
-            if not self._own:
+            if not self._of_question:
                 return True
-            tokens = [candidate.tokens for candidate in self._own]
+            tokens = [candidate.tokens for candidate in self._of_question]
             lengths = min(tokens), max(tokens)
         shortest, large = lengths
         stream = self._stream()
@@ -123,7 +123,7 @@ class Distractors:
 
     def _fitting(self, low: int, high: int) -> Candidate | None:
         """Returns an unused distractor of ``low`` to ``high`` tokens, one of the question if there is any."""
-        for candidate in self._own:
+        for candidate in self._of_question:
             if low <= candidate.tokens <= high and candidate.title_key not in self._titles:
                 return candidate
         rows = self._pool.of_length(low, high)
@@ -138,7 +138,7 @@ class Distractors:
     def _stream(self) -> Iterator[Candidate]:
         """Yields every distractor in the order of use: the question's, then the pool's in a random order, drawn
         lazily."""
-        yield from self._own
+        yield from self._of_question
         total = len(self._pool)
         moved: dict[int, int] = {}  # a Fisher-Yates shuffle that only remembers what it moved
         for index in range(total):

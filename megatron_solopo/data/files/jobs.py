@@ -303,7 +303,7 @@ def lock(file: BinaryIO, place: Path) -> None:
     Raises:
         UserError: another process has locked it.
     """
-    with contextlib.suppress(OSError):  # some network file systems have no locks
+    with contextlib.suppress(OSError):  # not every network file system has locks
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

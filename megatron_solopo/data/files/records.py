@@ -107,7 +107,7 @@ def read_jsonl(path: str | Path, part: Part | None = None) -> Iterator[tuple[str
             if number - first == count:
                 return
             if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)  # some editors write it at the start of a file
+                line = line.removeprefix(codecs.BOM_UTF8)  # editors may write it at the start of a file
             if line.strip():
                 where = f"{path}:{number}"
                 yield where, parse_line(line, where)

@@ -89,7 +89,7 @@ def _blank(text: str, spans: Iterable[tuple[int, int]]) -> str:
 def without_numbers(contexts: Sequence[Sequence[str]]) -> list[list[str]]:
     """Rendered documents with what the template wrote for ``{number}`` blanked, by as many NUL characters.
 
-    Files do not record the template. What it wrote is the documents' own numbers, from 1, in the same surroundings in
+    Files do not record the template. What it wrote is the documents' numbers, from 1, in the same surroundings in
     all documents; for a single one it is the default template.
 
     Args:

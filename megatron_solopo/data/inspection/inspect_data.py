@@ -99,7 +99,7 @@ def build_parser() -> Parser:
 
 
 def training_config(options: argparse.Namespace) -> Config:
-    """Returns the configuration of the training run that the options describe, with training's own checks.
+    """Returns the configuration of the training run that the options describe, with the checks of training.
 
     Raises:
         UserError: what training itself would refuse, in its words.

@@ -27,7 +27,7 @@ _LISTED = 3
 
 @dataclass(frozen=True)
 class Source:
-    """How the page was made; ``kind`` is what the file holds, ``method`` None for contexts."""
+    """How the page was written; ``kind`` is what the file holds, ``method`` None for contexts."""
 
     name: str
     kind: str
@@ -41,7 +41,7 @@ class Source:
 def write_page(path: Path, source: Source, statistics: Statistics, views: Sequence[View]) -> int:
     """Writes the page, aside first and renamed at the end; returns its size in bytes.
 
-    Everything that comes from data is escaped. The same data, options and seed give the same bytes.
+    Everything that comes from data is escaped. The same data, options and seed write the same bytes.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined

@@ -160,8 +160,8 @@ def _scored(
     if not texts:
         return []
     return [
-        Scored(text, score, None if own_ids is None else tuple(own_ids))
-        for text, score, own_ids in zip(
+        Scored(text, score, None if token_ids is None else tuple(token_ids))
+        for text, score, token_ids in zip(
             texts, how.score(pair.question, pair.answers, texts), ids or [None] * len(texts), strict=True
         )
     ]

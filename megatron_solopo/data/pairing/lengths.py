@@ -55,7 +55,7 @@ class Lengths:
         )
 
     def bias(self) -> str | None:
-        """Returns a warning if the two sides differ so much that the model may learn length itself, else None."""
+        """Returns a warning if the two sides differ so much that training may favour a length, else None."""
         if len(self) < FEWEST:
             return None
         chosen, rejected = _mean(self.chosen), _mean(self.rejected)

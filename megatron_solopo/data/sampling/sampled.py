@@ -73,7 +73,7 @@ def from_texts(
     """Returns responses of which only the texts are known; an end of turn in a text ends it there.
 
     Args:
-        tokens: sampled tokens as the server reports them, ends of turn included; None if it does not. Some servers
+        tokens: sampled tokens as the server reports them, ends of turn included; None if it does not. Servers may
             count only the first of several responses: a count nearer to the first one's than to the sum is ignored.
     """
     parts = [text.partition(end_of_turn(tokenizer)) for text in texts]

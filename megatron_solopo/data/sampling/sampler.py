@@ -1,6 +1,6 @@
 """Sampling in process through transformers.
 
-Each sample draws from its own row of uniform numbers, derived from the seed, the question's id and the sample's number.
+Each sample draws from a row of uniform numbers, derived from the seed, the question's id and the sample's number.
 So, up to the rounding of the model's logits, a response does not depend on the rest of its batch, on the number of
 samples or questions, or on where a killed run resumed.
 """

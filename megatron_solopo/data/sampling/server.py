@@ -57,7 +57,7 @@ SET: Mapping[str, Mapping[str, object]] = {
     "transformers": {"top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
 }
 """Fields that each kind of server is sent, so that only temperature and top-p shape the distribution. For fields that a
-request lacks, a server uses its own defaults or the checkpoint's generation_config.json."""
+request lacks, a server uses its defaults or the checkpoint's generation_config.json."""
 LEFT = "top-k, min-p, typical-p and penalties"
 """What another kind of server may apply and no field of OpenAI's API switches off."""
 PARSED_OUT = ("reasoning_content", "reasoning", "tool_calls")

@@ -154,7 +154,7 @@ def above_the_token_limit(groups: Iterable[TokenGroup], config: Config, device: 
     `plan_step`.
 
     They are no mistake: a group has two prompts and all responses, and is larger than --seq-length where its long
-    context is near it. None is split, so each is a pack of its own.
+    context is near it. None is split, so each is a separate pack.
     """
     most, context = most_tokens_of_a_pack(config), config.parallel.context_parallel_size
     if most is None:
@@ -167,7 +167,7 @@ def above_the_token_limit(groups: Iterable[TokenGroup], config: Config, device: 
     return (
         f"{len(above):,} of {len(tokens):,} examples alone are above --max-tokens-per-rank "
         f"{config.training.max_tokens_per_rank:,}: with both contexts and all responses up to "
-        f"{math.ceil(max(above) / context):,} tokens a process, each in a pack of its own; memory must suffice for that"
+        f"{math.ceil(max(above) / context):,} tokens a process, each in a separate pack; memory must suffice for that"
     )
 
 

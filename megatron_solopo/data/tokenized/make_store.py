@@ -101,7 +101,7 @@ def tokenize_part(job: Job, tokenizer: PreTrainedTokenizerBase, number: int, par
 
 
 def work_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> Work:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer's own threads: processes are what --workers counts
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer: processes are what --workers counts
     return partial(tokenize_part, job, tokenizer)
 
 
@@ -286,5 +286,5 @@ def _alone(path: Path) -> Iterator[None]:
     """Waits until no other process is in the block with the same file."""
     with path.open("ab") as file:
         with reporting(f"waiting for another process that makes {path.with_suffix('')}"), contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # not every network file system has locks
         yield

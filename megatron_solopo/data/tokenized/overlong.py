@@ -2,7 +2,7 @@
 
 Distractors are the documents that spans mark as no evidence. They go whole, the one nearest to the middle of the text
 first and then outward; of the last one only as many words go, from its end, as must. Evidence, question, instructions
-and the documents' own numbers stay as they were. Nothing is random.
+and the documents' numbers stay as they were. Nothing is random.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _without(
 def _word_end(text: str, start: int, end: int, share: float) -> int | None:
     """Returns where the last word ends that is wholly within this share of ``text[start:end]``; None for no word.
 
-    A text without spaces, as some scripts have it, is cut between characters.
+    A text without spaces, as in Chinese, is cut between characters.
     """
     most = stop = start + int((end - start) * share)
     while stop > start and not text[stop].isspace():

@@ -127,7 +127,7 @@ class Report:
     """What became of the examples, and of the token ids that came with their responses.
 
     Attributes:
-        ids_used: responses whose own token ids are trained on.
+        ids_used: responses whose sampled token ids are trained on.
         ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenized instead.
         spelled: ids of the examples whose texts spell control tokens, which were tokenized as text.
         open: ids of the examples with a response that does not close the thought which the chat template opens.

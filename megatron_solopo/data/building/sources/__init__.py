@@ -74,7 +74,7 @@ def kinds_of(fields: Collection[str]) -> list[str]:
 
 
 def forms() -> list[tuple[str, str]]:
-    """Returns (name, form in Markdown) of every source and of a user's own, for people."""
+    """Returns (name, form in Markdown) of every source and of a user's function, for people."""
     return [*((name, source.form) for name, source in sources().items()), ("module:function", FORM)]
 
 

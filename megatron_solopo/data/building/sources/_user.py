@@ -1,4 +1,4 @@
-"""A user's own function as a source: from a raw record to a record of ``--source jsonl``."""
+"""A user's function as a source: from a raw record to a record of ``--source jsonl``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HotpotQA (arXiv 1809.09600): its own files, and the hub's form of them."""
+"""HotpotQA (arXiv 1809.09600): its files, and the hub's form of them."""
 
 from __future__ import annotations
 

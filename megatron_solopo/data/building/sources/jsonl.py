@@ -1,4 +1,4 @@
-"""A user's own questions and documents, in this project's form, which a user's function returns too."""
+"""A user's questions and documents, in this project's form, which a user's function returns too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's preference loss, from Python: python examples/api/own_loss.py MODEL GROUPS.jsonl"""
+"""A user's preference loss, from Python: python examples/api/user_loss.py MODEL GROUPS.jsonl"""
 
 import sys
 from dataclasses import dataclass
