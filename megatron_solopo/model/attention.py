@@ -68,7 +68,8 @@ def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:
     assert kv_heads and size
     query, key = (torch.zeros(1, n, 128, size, dtype=settings.params_dtype, device=device) for n in (heads, kv_heads))
     with sdpa_kernel(backends_of(settings.params_dtype, kernels is Kernels.CUDNN)):
-        chosen = SDPBackend(torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True))
+        choose = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+        chosen = SDPBackend(choose(query, key, key, is_causal=True, enable_gqa=True))
     if chosen == SDPBackend.ERROR:
         raise UserError(
             "attention-unsupported",

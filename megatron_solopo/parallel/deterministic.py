@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,14 +26,15 @@ def fixed_order() -> Iterator[None]:
     algorithm raises a RuntimeError that names it.
     """
     added = {name: value for name, value in VARIABLES.items() if name not in os.environ}
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     os.environ.update(added)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, at the cost of a pass over each tensor
+    settings.fill_uninitialized_memory = False  # a pass over each new tensor, for debugging
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        settings.fill_uninitialized_memory = before[1]
         for name in added:
             os.environ.pop(name, None)
