@@ -350,7 +350,7 @@ MUTANTS: list[Mutant] = [
     ),
     *within(
         "model/log_probs.py",
-        CUDA + " -k product",
+        CUDA + " -k ddp",
         ("the head's gradient added twice", "ctx.fused.grad_added_to_main_grad = True", "grad_weight = sum_of_chunks"),
         (
             "gradients of tied weights without values",

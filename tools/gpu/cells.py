@@ -40,11 +40,11 @@ CELLS = (
     Cell(
         "attention",
         "kernels:attention",
-        35,
+        40,
         "packed and context-parallel attention against float64; kernels of torch, plans of cuDNN, repeatability",
     ),
-    Cell("training", "training:training", 30, "complete runs: the loss falls, checkpoint, resume, export"),
-    Cell("candidates", "kernels:candidates", 25, "fused norm, output product, SwiGLU and Adam against what runs today"),
+    Cell("training", "training:training", 36, "complete runs: the loss falls, checkpoint, resume, export"),
+    Cell("candidates", "kernels:candidates", 35, "norm, SwiGLU, logits, gradients of matrices and Adam against others"),
     Cell(
         "model_1_5b", "models:model_1_5b", 20, "a step of 1.5B parameters at 8K with its optimizer: time, MFU, memory"
     ),

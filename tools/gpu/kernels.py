@@ -33,6 +33,8 @@ def attention(out: Recorder) -> None:
         plans(out)
     with out.part("repeats"):
         repeats(out)
+    with out.part("deterministic"):
+        deterministic(out)
 
 
 def draw(out: Recorder, length: int) -> list[Tensor]:
@@ -138,6 +140,36 @@ def repeats(out: Recorder) -> None:
     out.value("repeats/sums_of_segments", torch.equal(*sums))
 
 
+def deterministic(out: Recorder) -> None:
+    """Whether --deterministic-mode computes the same bits twice, and its time over that without: responses of a prompt
+    in one flash call, whose gradients of keys and values are sums over sequences, and sums of segments."""
+    from megatron_solopo.model.log_probs import segment_sums
+    from megatron_solopo.pack import Piece
+    from megatron_solopo.parallel.deterministic import fixed_order
+    from megatron_solopo.parallel.device_pack import on_device
+    from megatron_solopo.parallel.sequences import sequence_layout
+
+    prompt, answers = (256, 40) if out.dry else (4096, 200)
+    pieces = [Piece(0, prompt), *(Piece(prompt + n * answers, answers, 0) for n in range(4))]
+    layout = on_device(sequence_layout(pieces), torch.device(out.device))
+    tensors = draw(out, prompt + 4 * answers)
+    segments = torch.arange(8, device=out.device).repeat_interleave(1250)
+    values = torch.randn(10000, generator=torch.Generator().manual_seed(0)).to(out.device)
+
+    def results() -> list[Tensor]:
+        for tensor in tensors:
+            tensor.grad = None
+        result = layout.attend(*tensors, None)
+        result.float().square().sum().backward()
+        return [result.detach(), *(tensor.grad for tensor in tensors), segment_sums(values, segments, 8)]
+
+    plain = milliseconds(results, out.device)
+    with fixed_order():
+        for key, one, other in zip(("output", "query", "key", "value", "sums"), results(), results(), strict=True):
+            out.check(f"deterministic/{key}_differs", float(not torch.equal(one, other)), 0.0)
+        out.value("deterministic/over_plain_time", milliseconds(results, out.device) / plain)
+
+
 def candidates(out: Recorder) -> None:
     """The kernel that runs today against a candidate to replace it: time, and the error of both where they round."""
     tokens, width, inner = (64, 64, 96) if out.dry else (9984, 3584, 18944)
@@ -151,6 +183,8 @@ def candidates(out: Recorder) -> None:
         logits(out, width)
     with out.part("weight_gradient"):
         weight_gradient(out, tokens, 768 if not out.dry else 16, width)
+    with out.part("experts"):
+        experts(out, tokens, 16 if out.dry else 128)
     with out.part("adam"):
         adam(out, 10**5 if out.dry else 10**9)
     with out.part("adam_on_cpu"):
@@ -224,21 +258,50 @@ def logits(out: Recorder, width: int) -> None:
 
 
 def weight_gradient(out: Recorder, tokens: int, responses: int, width: int) -> None:
-    """Adds the gradient of a matrix to a float32 sum: today a product in bfloat16 and a sum, or one product into it."""
+    """Adds the gradient of a matrix to a float32 sum: a product in bfloat16 and a sum, and as the model does."""
+    from megatron_solopo.parallel.products import add_product
+
     rows, columns = (96, width) if out.dry else (18944, width)
     grad, x = (torch.randn(tokens, n, device=out.device, dtype=torch.bfloat16) for n in (rows, columns))
     total = torch.zeros(rows, columns, device=out.device)
-    out.value("weight_gradient/today", milliseconds(lambda: total.add_(grad.t() @ x), out.device), "ms")
-    out.need_cuda()
-
-    def into() -> None:
-        torch.ops.aten.addmm.dtype_out(total, grad.t(), x, torch.float32, out=total)
-
+    out.value("weight_gradient/steps", milliseconds(lambda: total.add_(grad.t() @ x), out.device), "ms")
     total.zero_()
-    into()
+    add_product(total, grad.t(), x)
     expected = grad.t().float() @ x.float()
-    out.check("weight_gradient/addmm/error", ((total - expected).norm() / expected.norm()).item(), 1e-2)
-    out.value("weight_gradient/addmm", milliseconds(into, out.device), "ms")
+    out.check("weight_gradient/today/error", ((total - expected).norm() / expected.norm()).item(), 1e-2)
+    out.value("weight_gradient/today", milliseconds(lambda: add_product(total, grad.t(), x), out.device), "ms")
+
+
+def experts(out: Recorder, tokens: int, count: int) -> None:
+    """Products of each expert's tokens with its matrix: one after another as today, and in one call, which may want the
+    experts' numbers of tokens to be multiples."""
+    width, inner = (32, 48) if out.dry else (2048, 1536)
+    generator = torch.Generator().manual_seed(0)
+    for key, multiple in (("any", 1), ("multiples_of_8", 8)):
+        chosen = torch.randint(0, count, (tokens // multiple,), generator=generator)
+        counts = chosen.bincount(minlength=count) * multiple
+        ends = counts.cumsum(0).to(out.device, torch.int32)
+        x = torch.randn(int(counts.sum()), width, generator=generator).to(out.device, torch.bfloat16).requires_grad_()
+        weight = torch.randn(count, inner, width, device=out.device).to(torch.bfloat16).requires_grad_()
+
+        def one_by_one(x: Tensor = x, weight: Tensor = weight, counts: Tensor = counts) -> Tensor:
+            parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
+            return torch.cat([part @ matrix.t() for part, matrix in parts])
+
+        def grouped(x: Tensor = x, weight: Tensor = weight, ends: Tensor = ends) -> Tensor:
+            return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+        def gradients(call: Callable[[], Tensor], x: Tensor = x, weight: Tensor = weight) -> list[Tensor]:
+            result = call()
+            return [result.detach(), *torch.autograd.grad(result, (x, weight), torch.ones_like(result))]
+
+        expected = gradients(one_by_one)
+        out.value(f"experts/{key}/today", milliseconds(lambda: gradients(one_by_one), out.device), "ms")
+        with out.part(f"experts/{key}/grouped"):
+            for name, ours, theirs in zip(("output", "x", "weight"), gradients(grouped), expected, strict=True):
+                error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+                out.check(f"experts/{key}/grouped_{name}_error", error.item(), 1e-2)
+            out.value(f"experts/{key}/grouped", milliseconds(lambda: gradients(grouped), out.device), "ms")
 
 
 def adam(out: Recorder, count: int) -> None:
