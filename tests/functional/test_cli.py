@@ -40,6 +40,15 @@ def test_a_command_imports_megatron_core_only_behind_the_start_of_its_platform(m
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
+@pytest.mark.parametrize("module", ["building.second_pass", "tokenized.make_store"])
+def test_worker_processes_import_no_model_and_no_auto_tokenizer(module: str) -> None:
+    """The fork server of a command's workers imports this module; torch._dynamo takes as long as torch itself."""
+    heavy = {"torch._dynamo", "transformers.modeling_utils", "bm25s", "datasets", "megatron.core"}
+    code = f"import sys, megatron_solopo.data.{module}; print(*{heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 def test_megatron_core_and_torch_do_not_warn_at_the_start_of_a_command() -> None:
     code = (
         "import sys; from megatron_solopo.cli import run\n"

@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import inspect
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from refusals import refused
 from sentencepiece import SentencePieceProcessor
 from tiny_models import WORDS, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.data.text import tokenizer as tokenizers
-from megatron_solopo.data.text.chat import load_tokenizer
+from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
+from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.data.text.tokenizer import add_special_tokens, parse_tokens, read_tokenizer
 
 ODD = [
@@ -154,6 +156,29 @@ def test_a_tokenizer_json_is_read_as_it_is(tmp_path: Path, name: str) -> None:
     assert [ours.decode(row) for row in ids(ours, ODD)] == ODD
     assert (ours.eos_token, ours.chat_template) == ("<end>", "{{ x }}") and "<user>" in ours.all_special_tokens
     assert ours.init_kwargs["chat_template_kwargs"] == {"x": 1}
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "SentencePiece", "ranks", "Python"])
+def test_worker_processes_have_the_same_tokenizer(
+    solopo_data: Path, ranks: tuple[dict[bytes, int], Path], texts: list[str], tmp_path: Path, kind: str
+) -> None:
+    """They unpickle the one that the command has read: template, its values and date, end of turn and added tokens."""
+    template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{{ x }}{% endfor %}"
+    file = solopo_data / "tokenizers" / MODELS["Mistral v0.1"]
+    folder, end = {
+        "tokenizer.json": lambda: (solopo_data / "tokenizers" / "qwen2", "<|im_end|>"),
+        "SentencePiece": lambda: (folder_of(tmp_path / "hf", file, "llama"), "</s>"),
+        "ranks": lambda: (ranks[1], "<|eot_id|>"),
+        "Python": lambda: (ByT5Tokenizer().save_pretrained(tmp_path) and tmp_path, "</s>"),
+    }[kind]()
+    (tmp_path / "template").write_text(template)
+    ours = load_tokenizer(folder, tmp_path / "template", end, '{"x": "!"}', "<think>,<one>", "2026-01-09")
+    theirs = pickle.loads(pickle.dumps(ours))
+    assert ids(theirs, texts) == ids(ours, texts)
+    chat = [{"role": "user", "content": "a"}]
+    for read in (prompt_ids, lambda *given: response_ids(*given, "b <one>")):
+        assert read(theirs, chat) == read(ours, chat)
+    assert text_facts(folder, theirs) == text_facts(folder, ours)
 
 
 @pytest.mark.parametrize(("package", "content"), [("tiktoken", b"IQ== 0\n"), ("sentencepiece", b"\x0a\x0e\x00")])
