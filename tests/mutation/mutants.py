@@ -528,8 +528,8 @@ MUTANTS: list[Mutant] = [
         SHARDS,
         (
             "the optimizer's state gathered",
-            "_store_optimizer_in_shards(patch)\n        _mend_optimizer_loading(patch)\n        _add_weight_gradients",
-            "_mend_optimizer_loading(patch)\n        _add_weight_gradients",
+            "_reduce_scatter_along_first_dim))\n        _store_optimizer_in_shards(patch)",
+            "_reduce_scatter_along_first_dim))",
         ),
     ),
     *within(
