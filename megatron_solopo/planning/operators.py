@@ -102,7 +102,8 @@ def _products(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) 
         groups = rows.shape[0] if rows.dim() > columns.dim() else 1  # or [G, M, K] x [K, N] by columns
         return EXPERTS, 2 * rows.numel() * columns.shape[-1] // groups
     if packet in flop_registry:
-        return PRODUCTS, int(flop_registry[packet](*args, **kwargs, out_val=result))
+        operands = [value for value in args if not isinstance(value, torch.dtype)]  # of mm and addmm, the result's
+        return PRODUCTS, int(flop_registry[packet](*operands, **kwargs, out_val=result))
     return MEMORY_BOUND, 0
 
 
