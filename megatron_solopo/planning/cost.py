@@ -15,9 +15,10 @@ from megatron_solopo.planning.machines import Machine
 def seconds_of_step(process: Process, machine: Machine) -> float:
     """A step of ``process.work.packs`` packs: the slowest stage's, with the bubble of Narayanan et al. 2021 (arXiv
     2104.04473), section 2.2, and the exchange of gradients and weights."""
-    slowest = max(_pack(process, machine, stage) for stage in (0, process.stages - 1))
+    slowest = max(_pack(process, machine, stage) for stage in process.key_stages)
     bubble = slowest * (process.stages - 1) / process.chunks
-    return process.work.packs * slowest + bubble + max(_update(process, machine, s) for s in (0, process.stages - 1))
+    update = max(_update(process, machine, stage) for stage in process.key_stages)
+    return process.work.packs * slowest + bubble + update
 
 
 def _middle(share: Sequence[float]) -> float:

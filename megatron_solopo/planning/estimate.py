@@ -35,6 +35,7 @@ from megatron_solopo.planning.memory import (
     WORKING,
     Moment,
 )
+from megatron_solopo.planning.table import stages_that_matter
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Process:
         sizes = stage_sizes(shape.layers, parallel)
         assert sizes is not None  # `check_layout` refuses others
         self.sizes = sizes
+        self.key_stages = stages_that_matter(shape.layers, parallel)
         self.t = math.ceil(work.tokens / self.context)
         self.s = self.t / self.tensor if parallel.sequence_parallel else self.t
         self.rows = self.s * shape.chosen * self.expert_tensor  # of tokens, once for each of their experts
@@ -205,35 +207,35 @@ def standing(process: Process, stage: int) -> dict[str, float]:
 
 def attention_kept(process: Process) -> float:
     """Bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and that of
-    ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms of heads their input in
-    float32 and the normed one (model/norm.py); in float32 keys and values of each piece for each query head."""
+    ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms of heads their input
+    (model/norm.py); in float32 keys and values of each piece for each query head."""
     shape, e, t, tensor = process.shape, process.e, process.t, process.tensor
     kept = t * (3 * e * shape.queries + 2 * e * shape.keys + 4 * shape.heads) / tensor
     if shape.head_norms:
-        kept += t * (4 + e) * (shape.queries + shape.keys) / tensor
+        kept += t * e * (shape.queries + shape.keys) / tensor
     if process.repeats_keys:
         kept += 2 * e * process.work.key_rows * shape.queries / tensor
     return kept
 
 
 def mlp_kept(process: Process) -> float:
-    """Bytes that the MLP of a layer keeps for backward: gate and up of ``linear_fc1``, silu of the gate, ``up + 0.0``
-    and their product (transformer/mlp.py of megatron-core, glu).
+    """Bytes that the MLP of a layer keeps for backward: gate and up of ``linear_fc1`` (model/swiglu.py), and their
+    product.
 
     Of experts the same for each row, with its input and the product times its weight; and the router's tables of all
     experts.
     """
     shape, e = process.shape, process.e
     if not shape.experts:
-        return process.t * 5 * e * shape.ffn / process.tensor
-    rows = process.rows * (e * shape.hidden + 6 * e * shape.ffn / process.expert_tensor)
+        return process.t * 3 * e * shape.ffn / process.tensor
+    rows = process.rows * (e * shape.hidden + 4 * e * shape.ffn / process.expert_tensor)
     return rows + process.s * 20 * shape.experts
 
 
 def kept(process: Process) -> float:
-    """Bytes that a layer without recomputation keeps for backward; each of its two norms its input in float32, the
-    normed one, and the next matrix its result (model/norm.py)."""
-    norms = 2 * (4 + 2 * process.e) * process.shape.hidden * process.s
+    """Bytes that a layer without recomputation keeps for backward; of each of its two norms the input, and the result,
+    which is that of the next matrix (model/norm.py, on CUDA)."""
+    norms = 4 * process.e * process.shape.hidden * process.s
     return norms + attention_kept(process) + mlp_kept(process)
 
 
@@ -241,16 +243,20 @@ def backward_of_layer(process: Process) -> dict[str, float]:
     """Bytes beyond `kept` while a layer is computed backward, where it is largest: in the MLP, or, when the MLP's part
     is gone, in attention.
 
-    In the MLP: gradients of silu and of up, and two of the residual stream; for experts see `_in_experts`. In
-    attention with context parallelism: keys and values of all ranks as often as chunks of queries see them, about three
-    times (an early and a late chunk of the prompt, two of its response), their gradients, and these in float32.
+    In the MLP: the gradient of the product, those of gate and up, and silu of gate, while the product is gone; and two
+    of the residual stream; for experts see `_in_experts`. In attention with context parallelism: keys and values of all
+    ranks as often as chunks of queries see them (once in their piece, twice for each response), their gradients, and
+    one of these in float32, summed to the rows of the pack (parallel/sequences.py).
     """
     shape, e, t, s = process.shape, process.e, process.t, process.s
-    in_mlp, in_attention = 2 * e * (t * shape.ffn / process.tensor + s * shape.hidden), 0.0
+    in_mlp, in_attention = e * (3 * t * shape.ffn / process.tensor + 2 * s * shape.hidden), 0.0
     if shape.experts:
         in_mlp = _in_experts(process)
     if process.context > 1:
-        in_attention = process.work.tokens * (12 * e + 16) * shape.keys / process.tensor - mlp_kept(process)
+        work = process.work
+        seen = work.tokens + 2 * (work.key_rows - work.tokens)
+        keys = (seen * (4 * e + 4) + 4 * work.tokens) * shape.keys / process.tensor
+        in_attention = keys - mlp_kept(process)
     return {WORKING: max(in_mlp, in_attention), COMMUNICATION: _gathered(process)}
 
 
@@ -284,7 +290,7 @@ def held_by_layers(process: Process, stage: int) -> dict[str, float]:
     if process.stages > 1:  # schedules.py keeps inputs and outputs of each pass, and lists of what was received
         inputs = 0 if recomputed else 1
         exchanged = state * (count * (1 + inputs) + (1 if stage == 0 else 2) + (2 if process.chunks > 1 else 0))
-    return {ACTIVATIONS: count * of_chunk, COMMUNICATION: exchanged}
+    return {ACTIVATIONS: count * of_chunk + exchanged}
 
 
 def head(process: Process) -> dict[str, float]:
@@ -296,7 +302,7 @@ def head(process: Process) -> dict[str, float]:
     chunk = min(process.config.model.logprob_chunk_size, math.ceil(process.work.predicted / process.context))
     return {
         LOG_PROBS: copies * rows * shape.hidden + e * chunk * rows,
-        WORKING: (4 + e) * shape.hidden * s,
+        WORKING: 2 * e * shape.hidden * s,
         COMMUNICATION: _gathered(process),
     }
 

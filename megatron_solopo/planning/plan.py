@@ -284,7 +284,7 @@ def host_memory(request: Request, candidate: Candidate) -> list[str]:
     each of the processes that hold them.
     """
     process = candidate.process
-    each = [standing(process, stage) for stage in (0, process.stages - 1)]
+    each = [standing(process, stage) for stage in process.key_stages]
     copied = max(held[OPTIMIZER] + held[WEIGHTS] / process.copies for held in each) / GIB
     count = min(request.gpus, request.machine.gpus_per_node)
     return [

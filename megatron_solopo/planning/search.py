@@ -64,7 +64,7 @@ class Candidate:
 
     Attributes:
         groups: of a pack; packs: of a process and step.
-        estimated: the larger peak of the first and the last stage, in closed form.
+        estimated: the largest peak of `table.stages_that_matter`, in closed form.
         seconds: of a step, in closed form.
         outcomes: of the rehearsed stages; forecast: of a step, from them.
     """
@@ -290,7 +290,7 @@ def _candidate(
         training=dataclasses.replace(config.training, micro_batch_size=groups),
     )
     process = Process(shape, config, work, request.gpus)
-    moments = [peak(process, stage) for stage in sorted({0, process.stages - 1})]
+    moments = [peak(process, stage) for stage in process.key_stages]
     largest = max(moments, key=lambda moment: moment.total)
     return Candidate(config, groups, work.packs, process, largest, seconds_of_step(process, request.machine))
 
@@ -331,7 +331,7 @@ def plan(request: Request, top: int, rehearsals: Rehearsals, found: Found | None
 
 
 def rehearsed(request: Request, candidates: Sequence[Candidate], rehearsals: Rehearsals) -> None:
-    """Rehearses the first and the last stage of each candidate, several at once, and forecasts a step."""
+    """Rehearses the stages of each candidate that matter, several at once, and forecasts a step."""
     tasks: list[Task] = []
     counts: list[int] = []
     for candidate in candidates:

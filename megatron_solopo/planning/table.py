@@ -10,7 +10,7 @@ from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import system_reason
-from megatron_solopo.parallel.topology import data_parallel_size, world_size
+from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes, world_size
 from megatron_solopo.planning.memory import KINDS
 from megatron_solopo.planning.rehearse import Outcome
 from megatron_solopo.planning.workers import Rehearsals, Task
@@ -64,14 +64,21 @@ def outcomes_of(tasks: Sequence[Task]) -> list[Outcome] | str:
 def tasks_of(
     config: Config, hf_config: PretrainedConfig, pack: Sequence[TokenGroup], packs: int, world: int, device: str
 ) -> list[Task]:
-    """Rehearsals of the stages that hold most: the first has the most packs in flight, the last has the head.
-
-    Processes of one stage differ in padding alone.
-    """
-    stages = config.parallel.pipeline_model_parallel_size
-    each = world // stages
+    """Rehearsals of `stages_that_matter`; processes of one stage differ in padding alone."""
+    each = world // config.parallel.pipeline_model_parallel_size
     count = packs_that_matter(packs, config.parallel)
-    return [Task(config, hf_config, pack, count, stage * each, world, device) for stage in sorted({0, stages - 1})]
+    stages = stages_that_matter(hf_config.num_hidden_layers, config.parallel)
+    return [Task(config, hf_config, pack, count, stage * each, world, device) for stage in stages]
+
+
+def stages_that_matter(num_layers: int, parallel: ParallelConfig) -> list[int]:
+    """The pipeline stages that hold most or compute longest: the first has the most packs in flight, the last has the
+    head, and another may have more layers than both."""
+    sizes = stage_sizes(num_layers, parallel)
+    assert sizes is not None  # `check_layout` refuses others
+    ends = {0, len(sizes) - 1}
+    most = sizes.index(max(sizes))
+    return sorted(ends if max(sizes[end] for end in ends) == sizes[most] else ends | {most})
 
 
 def packs_that_matter(packs: int, parallel: ParallelConfig) -> int:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from refusals import refused
 from tiny_models import SHAPE
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import plan_step
@@ -28,6 +28,8 @@ WIDE = SHAPE | dict(
 )
 WIDE |= dict(num_key_value_heads=4, max_position_embeddings=65536)
 DENSE = Qwen2Config(**WIDE, tie_word_embeddings=False)
+EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=512, norm_topk_prob=True)
+MOE = Qwen3MoeConfig(**WIDE | dict(num_hidden_layers=2), head_dim=64, **EXPERTS, tie_word_embeddings=False)
 SMALL = LlamaConfig(**SHAPE | dict(num_hidden_layers=4, max_position_embeddings=4096))
 
 
@@ -55,6 +57,9 @@ ESTIMATED = [
     (DENSE, "pp2 vpp2 dp2", (FULL,)),
     (DENSE, "tp2 sp pp4", (FULL, BLOCK)),
     (DENSE, "cp8", (FULL, "--no-share-prompts")),
+    (MOE, "dp8 ep8", ()),
+    (MOE, "tp2 sp dp4 ep4", (FULL,)),
+    (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),
 ]
 
 
@@ -71,7 +76,7 @@ def candidate(tmp_path: Path, model: PretrainedConfig, layout: str, flags: tuple
     parts.pop("sequence_parallel", None)
     words = [f"--{name.replace('_', '-')}={size}" for name, size in parts.items()]
     asked = request(tmp_path, model, options.processes, 1000, *words, *flags, "--micro-batch-size=1", **more)
-    if "sp" not in layout.split():
+    if options.options.get("tensor_model_parallel_size", 1) > 1 and "sp" not in layout.split():
         asked.config.explicit.add("sequence_parallel")
     [one] = search(asked).fitting
     return asked, one
@@ -115,6 +120,7 @@ def test_stages_that_cannot_be_alike_have_fewer_layers_at_both_ends(tmp_path: Pa
     model = LlamaConfig(**SHAPE | dict(num_hidden_layers=14, max_position_embeddings=4096))
     found = search(request(tmp_path, model, 4, 80, "--pipeline-model-parallel-size=4", long=1000))
     assert {tuple(one.process.sizes) for one in found.fitting} == {(3, 4, 4, 3)}
+    assert {tuple(one.process.key_stages) for one in found.fitting} == {(0, 1, 3)}  # the second is the slowest
 
 
 def test_no_more_is_recomputed_than_memory_asks_for(tmp_path: Path) -> None:
