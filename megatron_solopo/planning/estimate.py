@@ -294,14 +294,15 @@ def held_by_layers(process: Process, stage: int) -> dict[str, float]:
 
 
 def head(process: Process) -> dict[str, float]:
-    """Bytes of the log-prob head's backward (model/log_probs.py): the sum of the weight's gradient in float32, a
-    chunk's product and its float32 copy, the chunk's logits; and the final norm's input and result."""
+    """Bytes of the log-prob head's backward (model/log_probs.py): the weight's gradient, which in bfloat16 is a
+    placeholder, since products are added to DDP's sum, and else a sum and a chunk's product; the chunk's logits; and
+    the final norm's input and result."""
     shape, e, s = process.shape, process.e, process.s
     rows = shape.vocabulary / process.tensor
-    copies = 4 + e + (4 if e == 2 else 0)
+    copies = 1 if e == 2 else 2
     chunk = min(process.config.model.logprob_chunk_size, math.ceil(process.work.predicted / process.context))
     return {
-        LOG_PROBS: copies * rows * shape.hidden + e * chunk * rows,
+        LOG_PROBS: e * rows * (copies * shape.hidden + chunk),
         WORKING: 2 * e * shape.hidden * s,
         COMMUNICATION: _gathered(process),
     }
