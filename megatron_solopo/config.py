@@ -344,6 +344,18 @@ class OutputConfig:
     wandb_exp_name: str | None = option(None, "name of the Weights & Biases run; default: the run folder's name")
     wandb_save_dir: str | None = option(None, "folder for Weights & Biases' files; default: the run folder")
     log_interval: int = option(10, "steps between printed lines where no progress bar is shown", minimum=1)
+    profile: bool = option(
+        False,
+        "profile some steps; on CUDA start and stop the CUDA profiler, for nsys profile --capture-range "
+        "cudaProfilerApi; on the CPU as --use-pytorch-profiler",
+    )
+    use_pytorch_profiler: bool = option(False, "write traces of torch's profiler into profile/ of the run folder")
+    profile_step_start: int = option(10, "steps before the first profiled one", minimum=0)
+    profile_step_end: int = option(12, "the last profiled step", minimum=1)
+    profile_ranks: str = option("0", "RANK,RANK,...: the processes that are profiled")
+    nvtx: bool = option(
+        False, "name data, forward, head, backward, reduce and optimizer of each step in profiles, on CUDA by NVTX"
+    )
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_solopo.config import OWNER, Config, MethodConfig, flag, names_of
+from megatron_solopo.config import OWNER, Config, MethodConfig, OutputConfig, flag, names_of
 from megatron_solopo.errors import UserError, require
 from megatron_solopo.losses.registry import (
     aligns_with_reference,
@@ -112,6 +112,8 @@ def _check_implementation(config: Config) -> None:
         )
 
 
+PROFILE = ("use_pytorch_profiler", "profile_step_start", "profile_step_end", "profile_ranks")
+
 Rule = tuple[str, bool, str]
 """(option, whether the run reads it, what it needs)."""
 
@@ -163,6 +165,7 @@ def unused(config: Config) -> dict[str, str]:
         ("wandb_save_dir", output.wandb_project is not None, "needs --wandb-project"),
         ("save_hf_interval", output.save_hf is not None, "needs --save-hf"),
         ("overwrite", config.output.save_hf is not None, "needs --save-hf"),
+        *((name, output.profile, "needs --profile") for name in PROFILE),
         ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
     ]
     idle: dict[str, str] = {}
@@ -286,8 +289,30 @@ def _check_output(config: Config) -> None:
         require("--tensorboard-dir", "tensorboard", "tensorboard")
     if output.exit_duration_in_mins == 0:
         raise UserError("option-value", "--exit-duration-in-mins must be above 0")
+    if output.profile_step_start >= output.profile_step_end:
+        raise UserError(
+            "option-conflict",
+            f"--profile-step-end {output.profile_step_end}: must be above --profile-step-start "
+            f"{output.profile_step_start}",
+        )
+    profiled_ranks(output)
     retained, every = output.save_retain_interval, output.save_interval
     if retained and every and retained % every:
         raise UserError(
             "option-conflict", f"--save-retain-interval {retained}: must be a multiple of --save-interval {every}"
         )
+
+
+def profiled_ranks(output: OutputConfig) -> set[int]:
+    """Returns the ranks of --profile-ranks.
+
+    Raises:
+        UserError: a part is not a rank.
+    """
+    parts = [part.strip() for part in output.profile_ranks.split(",")]
+    wrong = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
+    if wrong is not None:
+        raise UserError(
+            "option-value", f"--profile-ranks {output.profile_ranks}: {wrong!r} is no rank; give numbers such as 0,8"
+        )
+    return set(map(int, parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -12,28 +14,62 @@ from torch import Tensor
 from megatron_solopo.conversion.hf import named_entries, tensor_group
 from megatron_solopo.training.engine import Engine, gradient_buffers
 
+type Summary = tuple[str, torch.Size, torch.dtype]
+"""(digest, shape, dtype) of a tensor."""
+
 
 def full_gradients(engine: Engine) -> dict[str, Tensor]:
-    """Gathers the gradient of the last step on the CPU, by Hugging Face name; complete on rank 0 only. Collective.
+    """Gathers the gradient of the last step on rank 0's CPU, by Hugging Face name; {} on other ranks. Collective.
 
     Each rank of a distributed optimizer holds the sum of its shard; tensor-parallel ranks hold shards of a matrix,
     pipeline stages some of the layers, expert-parallel ranks some of the experts. Gradients that several ranks hold are
-    compared bit for bit.
+    compared bit for bit, by their digests. A device holds one complete tensor at a time beside its gradient buffers.
 
     Raises:
         AssertionError: ranks that must hold the same gradient do not.
     """
+    _complete_buffers(engine)
+    names = [
+        name for model in engine.models for _, names, _ in named_entries(model, engine.hf_config) for name in names
+    ]
+    owners: dict[str, int] = {}
+    for rank, of_rank in enumerate(_of_ranks(names)):
+        for name in of_rank:
+            owners.setdefault(name, rank)
+    held: dict[str, Summary] = {}
+    owned: dict[str, Tensor] = {}
+    for name, gradient in _complete_tensors(engine):
+        digest = hashlib.sha256(gradient.flatten().view(torch.uint8).numpy()).hexdigest()
+        held[name] = digest, gradient.shape, gradient.dtype
+        if owners[name] == dist.get_rank():
+            owned[name] = gradient
+    summaries: dict[str, Summary] = {}
+    for of_rank in _of_ranks(held):
+        for name, summary in of_rank.items():
+            assert summaries.setdefault(name, summary) == summary, name
+    return _on_rank0(owned, owners, summaries, engine.platform.device)
+
+
+def _of_ranks[T](value: T) -> list[T]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _complete_buffers(engine: Engine) -> None:
+    """Gathers the shards of each gradient buffer in place."""
     dense_group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
     expert_group = cast(dist.ProcessGroup, parallel_state.get_expert_data_parallel_group())
     for chunk in engine.chunks:
         for buffer in gradient_buffers(chunk):
             group = expert_group if buffer in chunk.expert_parallel_buffers else dense_group
             for bucket in buffer.buckets:
-                parts = bucket.grad_data.chunk(dist.get_world_size(group))
-                shards = [torch.empty_like(part) for part in parts]
-                dist.all_gather(shards, parts[dist.get_rank(group)].clone(), group=group)
-                bucket.grad_data.copy_(torch.cat(shards))
-    gradients: dict[str, Tensor] = {}
+                shard = bucket.grad_data.chunk(group.size())[group.rank()]
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def _complete_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Returns (name, gradient on the CPU) of the tensors that this rank has a shard of; collective."""
     entries = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
     for entry, names, parameter in entries:
         group = tensor_group(entry)
@@ -45,10 +81,23 @@ def full_gradients(engine: Engine) -> dict[str, Tensor]:
             assert all(torch.equal(shard, shards[0]) for shard in shards), names
         full = entry.operator.join(shards, dimension) if len(shards) > 1 else shards[0]
         for name, gradient in zip(names, entry.operator.to_hf(full), strict=True):
-            gradients[name] = gradient.cpu().clone().contiguous()
-    of_ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
-    dist.gather_object(gradients, of_ranks if dist.get_rank() == 0 else None)
-    for of_rank in of_ranks if dist.get_rank() == 0 else ():
-        for name, gradient in of_rank.items():
-            assert torch.equal(gradients.setdefault(name, gradient), gradient), name
+            yield name, gradient.cpu().clone().contiguous()
+
+
+def _on_rank0(
+    owned: dict[str, Tensor], owners: dict[str, int], summaries: dict[str, Summary], device: torch.device
+) -> dict[str, Tensor]:
+    """Sends each gradient from its owner to rank 0, one at a time; collective."""
+    gradients: dict[str, Tensor] = {}
+    for name, owner in owners.items():
+        if dist.get_rank() == owner != 0:
+            dist.send(owned[name].to(device), 0)
+        elif dist.get_rank() == 0:
+            if owner:
+                _, shape, dtype = summaries[name]
+                received = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(received, owner)
+                gradients[name] = received.cpu()
+            else:
+                gradients[name] = owned[name]
     return gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -311,6 +312,7 @@ def train_step(
     config: Config,
     memory: PeakMemory,
     stop: Callable[[], int] = lambda: 0,
+    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> tuple[dict[str, Any], int]:
     """Runs one optimizer step; returns its line of the log, and the largest ``stop`` of all ranks.
 
@@ -322,12 +324,14 @@ def train_step(
         work: work of all steps, see `training_work`.
         memory: peak memory of the run.
         stop: returns a number above 0 where this rank requests the run to stop, see `StopRequests.on_this_rank`.
+        phase: names a part of the step in profiles, see `Profiler.phase`.
 
     Raises:
         Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are unchanged.
     """
     start = time.perf_counter()
-    current = work.take(step)
+    with phase("data"):
+        current = work.take(step)
     engine.zero_gradients()
     optimizer.zero_grad()
     parts = run_parts(engine, current.packs, current.inputs, len(current.indices), config.method)
@@ -347,7 +351,8 @@ def train_step(
     if problem:
         skipped = problem.message
         return {"step": step + 1, "split": "train", "skipped": skipped, "loss": None, "groups": sums.groups}, agreed
-    update(optimizer, grad_norm)
+    with phase("optimizer"):
+        update(optimizer, grad_norm)
     seconds = time.perf_counter() - start
     clip = config.training.clip_grad
     line = {

@@ -21,7 +21,7 @@ from megatron_solopo.model.attention import describe_kernels
 from megatron_solopo.parallel.platform import Platform
 from megatron_solopo.terminal import write_line
 from megatron_solopo.training import engine as engines
-from megatron_solopo.training import export, resume, step
+from megatron_solopo.training import export, profiling, resume, step
 from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
 from megatron_solopo.training.exits import StopRequests, note_sudden_death, report_to_launcher
 from megatron_solopo.training.log import RunLog
@@ -46,6 +46,7 @@ def train(platform: Platform, config: Config) -> None:
             report_to_launcher("")
             plan = preflight(config)
             if not plan.nothing_left:
+                profiling.check(config.output, plan.inputs.schedule.steps)
                 Trainer(platform, config, plan, stop).train()
             elif dist.get_rank() == 0:
                 steps = plan.inputs.schedule.steps
@@ -74,6 +75,9 @@ class Trainer:
         self.reference: dict[str, ReferenceLogProbs | None] = {"train": None, "valid": None}
         engines.initialize_parallel(config)
         self.engine = engines.build_engine(platform, plan.inputs.hf_config, config)
+        self.profiler = profiling.Profiler(config.output, platform.name == "cuda")
+        if config.output.nvtx:
+            profiling.name_phases(self.engine)
         first = dist.get_rank() == 0
         self.log = RunLog(config.output, self.schedule.steps, plan.resumed, first, effective(config))
         self._announce()
@@ -184,6 +188,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """Trains one step and logs it."""
+        self.profiler.before_step(self.done)
         line, requested = step.train_step(
             self.engine,
             self.optimizer,
@@ -195,10 +200,12 @@ class Trainer:
             self.config,
             self.memory,
             self.stop.on_this_rank,
+            self.profiler.phase,
         )
         self.reason = self.stop.reason(requested)
         self.log.step(line, self.watch.read(line))
         self.done += 1
+        self._profiled(self.profiler.after_step(self.done))
 
     def validate(self) -> None:
         """Evaluates on --valid-data, if set."""
@@ -236,6 +243,7 @@ class Trainer:
             if not self.checkpoints.has(self.done):  # waits for an asynchronous save
                 self._warn_if_unsaved(failed_before)
                 self._timed("save", lambda: self.checkpoints.save_last(self.done))
+        self._profiled(self.profiler.close(self.done))
         for line in self.watch.at_end(self.done):
             self.log.message(line)
         stopped = f"stopped by {self.reason} after step {self.done} of {steps}" if self.reason else None
@@ -263,6 +271,11 @@ class Trainer:
         """Logs a save that failed since `Checkpoints.unsaved` was ``failed_before``."""
         if self.checkpoints.unsaved not in (None, failed_before):
             self.log.message(f"warning: {self.checkpoints.unsaved}{more}")
+
+    def _profiled(self, trace: Path | None) -> None:
+        """Logs where a trace was written."""
+        if trace is not None:
+            self.log.message(f"trace of the profiled steps: {trace}")
 
     def _check_weights(self) -> None:
         """Refuses to save weights that a run could not resume from.

@@ -508,6 +508,18 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
+        "training/profiling.py",
+        "tests/functional/test_profiling.py",
+        (
+            "one step too many profiled",
+            "if done == self._output.profile_step_end",
+            "if done > self._output.profile_step_end",
+        ),
+        ("every process profiled", "and self._rank in profiled_ranks(output)", ""),
+        ("no name for the head", "if model.post_process:", "if not model.post_process:"),
+        ("a trace where nsys waits", "and not self._output.use_pytorch_profiler", "and False"),
+    ),
+    *within(
         "conversion/sharded_write.py",
         SHARDS,
         ("a save copies what it writes", "part.data = in_own_storage(part.data)", "pass"),

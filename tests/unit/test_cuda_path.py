@@ -304,6 +304,37 @@ def test_weights_gradients_are_those_that_ddp_would_add(
             assert torch.equal(fused[name], expected), name
 
 
+def test_no_object_that_the_gpu_exchanges_holds_gradients(
+    engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL copies the objects of all processes to one GPU."""
+    import pickle
+
+    import torch.distributed as dist
+
+    from megatron_solopo.model.hf_config import read_hf_config
+    from megatron_solopo.training import engine as engines
+    from megatron_solopo.training.gradients import full_gradients
+
+    built = engines.build_engine(engine, read_hf_config(folder), Config(model=ModelConfig(hf_path=str(folder))))
+    for chunk in built.chunks:
+        for buffer in engines.gradient_buffers(chunk):
+            buffer.grad_data.normal_()
+    sizes = []
+    exchange = dist.all_gather_object
+
+    def all_gather_object(values: list[Any], value: Any) -> None:
+        sizes.append(len(pickle.dumps(value)))
+        exchange(values, value)
+
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    monkeypatch.delattr(dist, "gather_object")
+    gradients = full_gradients(built)
+    names = {name for name, _ in built.models[0].named_parameters()}
+    assert len(gradients) >= len(names) and sum(each.norm() ** 2 for each in gradients.values()) > 0
+    assert sum(sizes) < sum(each.nbytes for each in gradients.values()) / 4
+
+
 def test_a_device_draws_normal_numbers_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid of every GPU that computes in bfloat16 holds a piece, 256 blocks of 256 threads."""
     from megatron_solopo.conversion import random_start
