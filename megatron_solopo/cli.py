@@ -16,7 +16,7 @@ from megatron_solopo.errors import LostProcess, UserError, files_explained
 from megatron_solopo.terminal import write_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "run": ("megatron_solopo.pipeline", "the stages of a recipe: data, training, evaluation, report"),
+    "run": ("megatron_solopo.pipeline", "runs the stages of a recipe: data, training, evaluation, report"),
     "train": (
         "megatron_solopo.training.run",
         "trains by preference optimization or sft (pretrain_solopo.py under torchrun)",

@@ -99,7 +99,7 @@ def options_page() -> str:
         "names with underscores ([option files](pipeline.md#options-in-files)).",
     ]
     for command, (_, about) in COMMANDS.items():
-        lines += ["", f"## solopo {command}", "", f"{about}."]
+        lines += ["", f"## solopo {command}", "", f"{about[0].upper()}{about[1:]}."]
         if command == "launch":
             lines += ["", "Its options are torchrun's."]
             continue

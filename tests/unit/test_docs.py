@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_solopo.cli import COMMANDS, dispatch
+from megatron_solopo.cli import COMMANDS, dispatch, usage
 from megatron_solopo.config import OWNER, flag
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,21 +41,25 @@ IDIOMS = {
 """Words of a private dialect -> the field's words. Names of files and quoted messages, which are code, are exempt."""
 
 
-def prose(page: Path) -> str:
-    """A page without its code, which keeps its lines."""
-    return CODE.sub(lambda match: "\n" * match[0].count("\n"), page.read_text(encoding="utf-8"))
+def idioms_in(text: str) -> list[str]:
+    """The idioms outside code, each with its line."""
+    prose = CODE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    return [
+        f"line {number}: {match[0]!r}; write: {better}"
+        for number, line in enumerate(prose.splitlines(), 1)
+        for idiom, better in IDIOMS.items()
+        for match in re.finditer(rf"(?<![\w-])(?:{idiom})(?![\w-])", line, re.I)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_speak_the_fields_language(page: Path) -> None:
-    lines = prose(page).splitlines()
-    idioms = [
-        f"{page.name}:{number}: {match[0]!r}; write: {better}"
-        for number, line in enumerate(lines, 1)
-        for idiom, better in IDIOMS.items()
-        for match in re.finditer(rf"(?<![\w-])(?:{idiom})(?![\w-])", line, re.I)
-    ]
-    assert not idioms, idioms
+    assert not idioms_in(page.read_text(encoding="utf-8"))
+
+
+def test_help_speaks_the_fields_language() -> None:
+    """Help of every command, as the options page has it, and of the list of commands."""
+    assert not idioms_in(docs_site.options_page()) and not idioms_in(usage())
 
 
 def anchors(page: Path) -> set[str]:
