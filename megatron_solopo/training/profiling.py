@@ -65,7 +65,7 @@ class Profiler:
             return
         self._running, self._first = True, done + 1
         if self._on_cuda and not self._output.use_pytorch_profiler:
-            torch.cuda.cudart().cudaProfilerStart()
+            torch.cuda.profiler.start()
             return
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])]
         self._trace = profile(activities=kinds, record_shapes=True, acc_events=True)
@@ -81,7 +81,7 @@ class Profiler:
             return None
         self._running = False
         if self._trace is None:
-            torch.cuda.cudart().cudaProfilerStop()
+            torch.cuda.profiler.stop()
             return None
         self._trace.stop()
         folder = Path(self._output.save) / FOLDER
