@@ -465,7 +465,10 @@ OWNER: dict[str, Option] = {
 """Every option by name; those of a user's loss once `load_loss` read it."""
 
 RESERVED = frozenset(
-    {"help", "config", "dry_run", "mathematics", "tokens", "steps", "total", "iteration", "reference_weights"}
+    {
+        *("help", "config", "dry_run", "mock_data"),
+        *("mathematics", "tokens", "steps", "total", "iteration", "reference_weights"),
+    }
 )
 """Names that no option may have: flags of the command line, and keys of a checkpoint beside the options."""
 

@@ -63,7 +63,7 @@ def _converter(name: str) -> Callable[[str], Any]:
 
 
 def build_parser(command: bool = True) -> Parser:
-    """One group of options for each section; of the ``command`` there are --help and --dry-run too."""
+    """One group of options for each section; of the ``command`` there are --help, --dry-run and --mock-data too."""
     parser = Parser(
         prog="pretrain_solopo.py",
         description="Train a language model with SoLoPO on Megatron Core. "
@@ -73,6 +73,12 @@ def build_parser(command: bool = True) -> Parser:
     )
     if command:
         parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
+        parser.add_argument(
+            "--mock-data",
+            action="store_true",
+            help="two steps on one CPU process with generated examples, lengths scaled down, and a model cut to two "
+            "narrow layers; leaves nothing behind",
+        )
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)
         for name in names_of(section):

@@ -6,6 +6,7 @@ megatron-core after the start of the platform; all others import them at the top
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,19 +26,29 @@ def main(argv: list[str] | None = None) -> int:
         UserError: see `trainer.train`.
         LostProcess: another process of the run is gone.
     """
-    config, dry_run = config_load.load(argv)
-    if dry_run:
-        from megatron_solopo.planning.table import memory_of_run
-        from megatron_solopo.training.dry_run import describe
+    config, command = config_load.given(argv)
+    config_load.resolve(config)
+    with contextlib.ExitStack() as stack:
+        if command.mock_data:
+            from megatron_solopo.training.mock_data import mocked
 
-        if os.environ.get("RANK", "0") == "0":
-            print(describe(config, lambda plan, device: memory_of_run(config, plan, device)))
-        return 0
-    with started(config) as running:
+            config = stack.enter_context(mocked(config))
+        if command.dry_run:
+            _describe(config)
+            return 0
+        running = stack.enter_context(started(config))
         from megatron_solopo.training.trainer import train
 
         train(running, config)
     return 0
+
+
+def _describe(config: Config) -> None:
+    from megatron_solopo.planning.table import memory_of_run
+    from megatron_solopo.training.dry_run import describe
+
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(config, lambda plan, device: memory_of_run(config, plan, device)))
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""``--mock-data``: a configuration on one CPU process, with generated examples and a model cut to two narrow layers.
+
+It shows within a minute that the options belong together and that a run starts, steps and saves; it says nothing about
+memory or quality, for which there is ``solopo plan``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_solopo.config import Config, DataConfig, OutputConfig, ParallelConfig
+from megatron_solopo.data.files.records import write_jsonl
+from megatron_solopo.errors import UserError
+from megatron_solopo.json_text import loads
+from megatron_solopo.model.hf_config import check_length, read_hf_config
+from megatron_solopo.parallel.topology import world_size
+
+WORDS = [f"w{number}" for number in range(200)]
+SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<assistant> ' + m.content + ' <end> ' if m.role == 'assistant' else '<user> ' + m.content + ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+LONGEST = 512
+"""Tokens that --seq-length is scaled down to."""
+
+LAYERS, HIDDEN, HEAD, FFN, EXPERTS = 2, 64, 16, 128, 4
+EXAMPLES, STEPS = 8, 2
+
+
+@contextmanager
+def mocked(config: Config) -> Iterator[Config]:
+    """The configuration in small; its model, examples and run folder are gone at the end of the block.
+
+    The layout, Transformer Engine, a chat template, resuming, exports and loggers are left out; method, precision,
+    recomputation, batches and optimizer are those of the run.
+
+    Raises:
+        UserError: there are several processes, or the folder of the model has no config.json, or its model does not
+            reach --seq-length.
+    """
+    if world_size() > 1:
+        raise UserError("option-conflict", f"--mock-data runs one process, and {world_size()} were started; start one")
+    check_length(read_hf_config(config.model.hf_path, config.model.rope_scaling), config.data.seq_length)
+    with tempfile.TemporaryDirectory(prefix="solopo-mock-") as folder:
+        place = Path(folder)
+        _write_model(Path(config.model.hf_path) / "config.json", place / "model")
+        seq_length = min(config.data.seq_length, LONGEST)
+        write_jsonl(place / "train.jsonl", _examples(config, seq_length))
+        layers = min(LAYERS, config.model.recompute_num_layers)
+        model = replace(
+            config.model,
+            hf_path=str(place / "model"),
+            random_init=True,
+            transformer_impl="portable",
+            fp8_format=None,
+            recompute_num_layers=layers,
+            **dict.fromkeys(
+                ("chat_template", "chat_template_kwargs", "chat_template_date", "eos_token", "add_special_tokens")
+            ),
+        )
+        training = replace(
+            config.training,
+            train_iters=STEPS,
+            train_epochs=None,
+            max_tokens_per_rank=None,
+            global_batch_size=min(config.training.global_batch_size, EXAMPLES // STEPS),
+        )
+        yield Config(
+            model=model,
+            data=DataConfig(
+                train_data=str(place / "train.jsonl"),
+                seq_length=seq_length,
+                data_cache=str(place / "cache"),
+                share_prompts=config.data.share_prompts,
+            ),
+            method=replace(config.method, reference_cache=None),
+            parallel=ParallelConfig(device="cpu"),
+            training=training,
+            output=OutputConfig(save=str(place / "run"), log_interval=1),
+        )
+
+
+def _write_model(config_file: Path, folder: Path) -> None:
+    """A folder with the config of the same family, cut to size, and a tokenizer of words."""
+    fields: dict[str, Any] = loads(config_file.read_text(encoding="utf-8-sig"))
+    groups = max(1, fields["num_attention_heads"] // fields.get("num_key_value_heads", fields["num_attention_heads"]))
+    fields |= dict(num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=FFN, vocab_size=len(SPECIAL + WORDS))
+    fields |= dict(num_attention_heads=2 * groups, num_key_value_heads=2, head_dim=HEAD, max_window_layers=LAYERS)
+    for name, most in (("num_experts", EXPERTS), ("num_local_experts", EXPERTS), ("num_experts_per_tok", 2)):
+        if name in fields:
+            fields[name] = min(fields[name], most)
+    if "moe_intermediate_size" in fields:
+        fields["moe_intermediate_size"] = FFN // 2
+    for name in ("layer_types", "bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.pop(name, None)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    ids = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>", additional_special_tokens=SPECIAL[1:3]
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def _examples(config: Config, seq_length: int) -> Iterator[dict[str, Any]]:
+    """Examples whose longest prompts, with their responses, take ``seq_length`` tokens; short ones an eighth."""
+    draw = random.Random(config.training.seed)
+    long, short = seq_length - 16, max(1, seq_length // 8 - 16)
+
+    def words(count: int) -> str:
+        return " ".join(draw.choices(WORDS, k=count))
+
+    for number in range(EXAMPLES):
+        question = [{"role": "user", "content": words(long)}]
+        if config.method.objective == "sft":
+            yield {"id": str(number), "messages": [*question, {"role": "assistant", "content": words(8)}]}
+            continue
+        brief = [{"role": "user", "content": words(short)}]
+        chosen, rejected = words(8), words(8)
+        yield {
+            "id": str(number),
+            "short_messages": brief,
+            "long_messages": question,
+            "chosen": chosen,
+            "rejected": rejected,
+        }
