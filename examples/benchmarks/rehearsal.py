@@ -255,7 +255,8 @@ def main() -> None:
     print("model  layout       dtype  recompute  rank  measured MiB  rehearsed MiB  difference  gloo's MiB  at")
     with Rehearsals(1) as rehearsals:
         for layout in given.layouts:
-            models = [model for model in given.models if model == "moe" or "ep" not in layout.split()[-1]]
+            experts = "expert_model_parallel_size" in parse_layout(layout).options
+            models = [model for model in given.models if model == "moe" or not experts]
             cases = [Case(m, layout, d, r) for m, d, r in itertools.product(models, given.dtypes, (False, True))]
             world = parse_layout(layout).processes
             real = measured(cases)
