@@ -131,14 +131,6 @@ def test_attention_over_sequences_is_attention(
         assert (mine.grad.double() - theirs.grad).norm() <= bound * theirs.grad.norm()
 
 
-def test_gradients_of_keys_are_summed_in_float32() -> None:
-    """300 completions of one prompt give each key of it the same gradient, whose sum bfloat16 loses at 256."""
-    prompt = Prompt(Context.SHORT, [1] * 8, tuple(Completion(Side.CHOSEN, [2, 3], None, i) for i in range(300)))
-    layout = sequence_layout(build_pack([TokenGroup("g", (prompt,))], [0], True).pieces)
-    x = torch.zeros(8 + 300, 1, 4, dtype=torch.bfloat16)
-    assert layout.sum_to_rows(torch.ones(layout.keys.numel(), 1, 4, dtype=torch.bfloat16), x)[0, 0, 0].item() > 299
-
-
 class Calls(TorchDispatchMode):
     """The calls of operators of these names."""
 
@@ -151,6 +143,17 @@ class Calls(TorchDispatchMode):
         if (name := func.overloadpacket.__name__) in self.names:
             self.calls.append((name, args, result))
         return result
+
+
+def test_gradients_of_keys_are_summed_in_float32() -> None:
+    """300 completions of one prompt give each key of it the same gradient, whose sum bfloat16 loses at 256."""
+    prompt = Prompt(Context.SHORT, [1] * 8, tuple(Completion(Side.CHOSEN, [2, 3], None, i) for i in range(300)))
+    layout = sequence_layout(build_pack([TokenGroup("g", (prompt,))], [0], True).pieces)
+    x = torch.zeros(8 + 300, 1, 4, dtype=torch.bfloat16)
+    with Calls("index_add_") as sums:
+        total = layout.sum_to_rows(torch.ones(layout.keys.numel(), 1, 4, dtype=torch.bfloat16), x)
+    assert total[0, 0, 0].item() > 299 and total.dtype == torch.bfloat16
+    assert [given[0].dtype for _, given, _ in sums.calls] == [torch.float32]  # the CPU's kernel would do it within
 
 
 FLASH = ("_flash_attention_forward", "_flash_attention_backward")
