@@ -5,7 +5,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs errors-page figure lock clean
+.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs errors-page figure recipes memory-figure lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -66,6 +66,12 @@ errors-page: setup ## docs/errors.md, every error code with its messages, from t
 
 figure: setup ## the README's figure from the recorded results in docs/method.md
 	$(PYTHON_IN_VENV) tools/demo_figure.py
+
+recipes: setup ## examples/recipes/plans and the tables of docs/planning.md, planned again (half an hour)
+	$(PYTHON_IN_VENV) tools/plan_recipes.py
+
+memory-figure: setup ## the figure of docs/planning.md, rehearsed again (minutes)
+	$(PYTHON_IN_VENV) tools/memory_figure.py
 
 lock: ## write uv.lock anew after a change of pyproject.toml, and constraints.txt from it (needs uv)
 	uv lock

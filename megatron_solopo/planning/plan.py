@@ -190,7 +190,7 @@ def _heading(request: Request, found: Found) -> list[str]:
     examples = request.config.training.global_batch_size
     lengths = ", ".join(f"{len(prompt.ids):,}" for prompt in request.group.prompts)
     return [
-        f"{request.gpus} x {request.machine.name}, {request.limit / GIB:g} GiB of each; {examples} examples a step, "
+        f"{request.gpus} x {request.machine.name}, {request.limit / GIB:.4g} GiB of each; {examples} examples a step, "
         f"the longest with prompts of {lengths} tokens",
         f"{found.layouts:,} layouts: training refuses {sum(found.refused.values()):,}; of the others, with each "
         f"micro-batch, {len(found.fitting):,} fit by estimate and {len(found.others):,} do not",
@@ -256,7 +256,7 @@ def nothing_fits(request: Request, result: Plan) -> UserError:
     )
     return UserError(
         "plan-nothing-fits",
-        f"no layout fits {request.gpus} GPUs of {request.limit / GIB:g} GiB: the nearest ({nearest.name}) lacks "
+        f"no layout fits {request.gpus} GPUs of {request.limit / GIB:.4g} GiB: the nearest ({nearest.name}) lacks "
         f"{(nearest.peak.total - request.limit) / GIB:.1f} GiB; {remedy}, or use GPUs with more memory",
     )
 
@@ -269,7 +269,7 @@ def facts_of(request: Request, candidate: Candidate) -> list[str]:
     return [
         f"{candidate.name}: {candidate.packs} packs of a process and step"
         + (f", {copies} copies of the model" if copies > 1 else ""),
-        f"rehearsed peak: {peaks}, of {request.limit / GIB:g} GiB",
+        f"rehearsed peak: {peaks}, of {request.limit / GIB:.4g} GiB",
         f"a step, forecast and not measured, on {request.machine.name}: {candidate.step.low:.1f} to "
         f"{candidate.step.high:.1f} s, {candidate.step.tokens_per_second:,.0f} tokens/s; "
         + ", ".join(f"{name} {part:.1f} s" for name, part in parts if part >= candidate.step.seconds / 50),
