@@ -98,15 +98,21 @@ def choose(device: str) -> str:
     return device
 
 
-def start(device: str, timeout_minutes: float = 30.0) -> Platform:
+def start(device: str, timeout_minutes: float = 30.0, split_layers: bool = False) -> Platform:
     """Prepares this process: device, patches of megatron-core, and the default process group.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them
     there is one process. On CPU this must be called before megatron.core is imported.
 
+    Args:
+        timeout_minutes: how long a collective waits for a slow process.
+        split_layers: whether processes share layers or sequences, see `limit_connections`.
+
     Raises:
         UserError: there is no GPU for this process.
     """
+    if device != "cpu" and split_layers:
+        limit_connections()  # before anything starts CUDA
     name = choose(device)
     if name == "cuda":
         expand_segments()
@@ -119,6 +125,8 @@ def start(device: str, timeout_minutes: float = 30.0) -> Platform:
                 "lower torchrun's --nproc_per_node to that number",
             )
         torch.cuda.set_device(local_rank)
+        if split_layers and os.environ.get("RANK", "0") == "0" and (warning := too_many_connections()):
+            write_line(f"warning: {warning}")
         engine = environment.transformer_engine()
         if engine["broken"] and os.environ.get("RANK", "0") == "0":
             write_line(f"warning: Transformer Engine is not used: {engine['note']}")
@@ -169,6 +177,31 @@ def expand_segments() -> None:
     """
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Environment variable of CUDA: how many queues of kernels a device has."""
+
+
+def limit_connections() -> None:
+    """Gives the device one queue of kernels, unless the user chose a number.
+
+    Tensor parallelism starts a collective before the product that overlaps it (megatron-core 0.19.2,
+    tensor_parallel/layers.py:640), and only one queue keeps that order up to Hopper. CUDA reads the variable when it
+    starts.
+    """
+    os.environ.setdefault(CONNECTIONS, "1")
+
+
+def too_many_connections() -> str | None:
+    """Returns a warning where the user chose several queues on a device that needs one; Megatron refuses that."""
+    chosen = os.environ[CONNECTIONS]
+    if chosen == "1" or torch.cuda.get_device_capability()[0] >= 10:  # from Blackwell on the order is kept
+        return None
+    return (
+        f"{CONNECTIONS}={chosen} in the environment: with --tensor-model-parallel-size or --context-parallel-size "
+        "above 1 collectives may start late up to Hopper; unset it, or set 1"
+    )
 
 
 def end_model_parallel() -> None:

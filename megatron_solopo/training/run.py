@@ -11,9 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
+
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.manifest import latest_iteration
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import platform
 from megatron_solopo.parallel.deterministic import fixed_order
 from megatron_solopo.parallel.platform import Platform
@@ -57,12 +60,17 @@ def started(config: Config) -> Iterator[Platform]:
 
     Raises:
         LostProcess: another process of the run is gone.
+        UserError: the memory of the GPU is full.
     """
+    parallel = config.parallel
+    split_layers = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
     with fixed_order() if config.training.deterministic_mode else nullcontext():
-        running = platform.start(config.parallel.device, config.parallel.distributed_timeout_minutes)
+        running = platform.start(parallel.device, parallel.distributed_timeout_minutes, split_layers)
         try:
             with platform.explain_lost_process(lambda: _advice(config)):
                 yield running
+        except torch.OutOfMemoryError as error:
+            raise UserError("gpu-memory-full", _memory_advice(config, str(error))) from error
         finally:
             platform.stop(running)
 
@@ -78,4 +86,17 @@ def _advice(config: Config) -> str:
             if iteration is None
             else f"The checkpoint of step {iteration} is complete: resume with --auto-resume"
         )
+    )
+
+
+def _memory_advice(config: Config, error: str) -> str:
+    """Returns what to do after an allocation failed, with the options that hold most memory."""
+    training = config.training
+    packs = f"--micro-batch-size {training.micro_batch_size}" + (
+        "" if training.max_tokens_per_rank is None else f" or --max-tokens-per-rank {training.max_tokens_per_rank}"
+    )
+    recompute = "" if config.model.recompute_granularity else ", use --recompute-granularity full"
+    return (
+        f"rank {os.environ.get('RANK', '0')}: the GPU's memory is full ({error.partition('. ')[0]}); lower {packs}"
+        f"{recompute}, or divide the model over more processes; --dry-run shows what a layout holds"
     )

@@ -508,6 +508,29 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
+        "parallel/platform.py",
+        CUDA,
+        (
+            "as many queues of kernels as CUDA likes",
+            'os.environ.setdefault(CONNECTIONS, "1")',
+            "os.environ.setdefault(CONNECTIONS, '8')",
+        ),
+    ),
+    *within(
+        "training/run.py",
+        CUDA,
+        ("queues of kernels by tensor parallelism alone", " * parallel.context_parallel_size > 1", " > 1"),
+    ),
+    *within(
+        "training/gradients.py",
+        CUDA,
+        (
+            "gradients among the digests",
+            "held[name] = digest, gradient.shape, gradient.dtype",
+            "held[name] = digest, gradient, gradient.dtype",
+        ),
+    ),
+    *within(
         "training/profiling.py",
         "tests/functional/test_profiling.py",
         (

@@ -143,6 +143,10 @@ NEEDED_FOR = {
     "decoder_last_pipeline_num_layers": ["--pipeline-model-parallel-size", "2"],
     "overlap_param_gather": ["--overlap-grad-reduce"],
     "ddp_bucket_size": ["--overlap-grad-reduce"],
+    "use_pytorch_profiler": ["--profile"],
+    "profile_step_start": ["--profile"],
+    "profile_step_end": ["--profile"],
+    "profile_ranks": ["--profile"],
 }
 
 
@@ -160,6 +164,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         else:
             choices = [c for c in spec.metadata["choices"] or () if c != spec.default]
             numbers = {"seq_length": 9000, "max_tokens_per_rank": 20000, "lr": 0.25, "min_lr": 1e-7, "seed": 7}
+            numbers |= {"profile_step_end": 20, "profile_ranks": "0,8"}
             numbers |= {"label_smoothing": 0.25, "rope_scaling": "yarn:4:32768"}
             numbers |= {"chat_template_kwargs": '{"a": 1}', "chat_template_date": "2026-01-31"}
             if name == "fp8_recipe":

@@ -25,7 +25,12 @@ from megatron_solopo.errors import LostProcess
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
 from megatron_solopo.parallel.deterministic import fixed_order
-from megatron_solopo.parallel.platform import expand_segments
+from megatron_solopo.parallel.platform import (
+    CONNECTIONS,
+    expand_segments,
+    limit_connections,
+    too_many_connections,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +97,57 @@ def test_the_users_allocator_is_kept(monkeypatch: pytest.MonkeyPatch, name: str)
     monkeypatch.setenv(name, "max_split_size_mb:512")
     expand_segments()
     assert [value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")] == ["max_split_size_mb:512"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "capability", "used", "warned"),
+    [(None, 9, "1", False), ("1", 9, "1", False), ("8", 9, "8", True), ("8", 10, "8", False)],
+)
+def test_one_queue_of_kernels_where_processes_share_layers(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, capability: int, used: str, warned: bool
+) -> None:
+    monkeypatch.delenv(CONNECTIONS, raising=False)
+    if chosen:
+        monkeypatch.setenv(CONNECTIONS, chosen)
+    limit_connections()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    assert os.environ[CONNECTIONS] == used
+    warning = too_many_connections()
+    assert (warning is not None) == warned
+    if warning:
+        assert f"{CONNECTIONS}={chosen}" in warning and "--tensor-model-parallel-size" in warning
+
+
+@pytest.mark.parametrize(
+    ("flags", "split"),
+    [([], False), (["--tensor-model-parallel-size", 2], True), (["--context-parallel-size", 2], True)],
+)
+def test_a_run_knows_whether_processes_share_layers(
+    flags: list[Any], split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_solopo import config_load
+    from megatron_solopo.training import run
+
+    given: list[bool] = []
+    monkeypatch.setattr(run.platform, "start", lambda device, minutes, split_layers: given.append(split_layers))
+    monkeypatch.setattr(run.platform, "stop", lambda running: None)
+    argv = ["--hf-path", "m", "--train-data", "t", "--save", "s", "--train-iters", 1, *flags]
+    with run.started(config_load.load(list(map(str, argv)))[0]):
+        pass
+    assert given == [split]
+
+
+def test_a_full_gpu_is_one_line_with_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_solopo import config_load
+    from megatron_solopo.training import run
+
+    monkeypatch.setattr(run.platform, "start", lambda *arguments: None)
+    monkeypatch.setattr(run.platform, "stop", lambda running: None)
+    monkeypatch.setenv("RANK", "3")
+    argv = ["--hf-path", "m", "--train-data", "t", "--save", "s", "--train-iters", "1"]
+    words = ("rank 3", "(CUDA out of memory)", "--micro-batch-size 8", "--recompute-granularity full", "--dry-run")
+    with refused("gpu-memory-full", *words), run.started(config_load.load(argv)[0]):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 
 def test_no_gloo_group_is_created_beside_the_others(engine: Any) -> None:
