@@ -43,13 +43,11 @@ MODEL = LlamaConfig(
 )
 SHORT, RESPONSE = 256, 64
 """Tokens of the short prompt and of each response."""
-FULL = ("--recompute-granularity", "full")
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "1K, shared prompts": (1024, ()),
     "2K, shared prompts": (2048, ()),
     "1K, separate prompts": (1024, ("--no-share-prompts",)),
-    "1K, shared, full recompute": (1024, FULL),
-    "2K, separate, full recompute": (2048, ("--no-share-prompts", *FULL)),
+    "1K, shared, full recompute": (1024, ("--recompute-granularity", "full")),
 }
 """Name -> tokens of the long prompt, and options. The first one calibrates."""
 
@@ -165,12 +163,12 @@ def main() -> None:
     print(f"fractions after calibration by '{first}': products {machine.achieved.products[0]:.2f}")
     print(f"{'configuration':<30} tokens  CPU s a step  spread  measured ratio  forecast ratio  difference")
     for case, seconds in medians.items():
-        said = forecast([outcomes[case]], configs[case], 1, 1, machine)
-        ratio, ours = seconds / medians[first], said.seconds / medians[first]
+        result = forecast([outcomes[case]], configs[case], 1, 1, machine)
+        ratio, ours = seconds / medians[first], result.seconds / medians[first]
         spread = (max(measured[case]) - min(measured[case])) / seconds
         print(
             f"{case:<30} {outcomes[case].tokens:>6} {seconds:>13.2f} {spread:>7.0%} {ratio:>15.3f} {ours:>15.3f} "
-            f"{ours / ratio - 1:>+11.1%}  " + ", ".join(f"{k} {v:.2f}" for k, v in said.parts.items())
+            f"{ours / ratio - 1:>+11.1%}  " + ", ".join(f"{k} {v:.2f}" for k, v in result.parts.items())
         )
 
 

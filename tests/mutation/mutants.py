@@ -35,6 +35,8 @@ ROPE = "tests/unit/test_rope.py"
 LONGER = "tests/functional/test_rope_scaling.py"
 DRAWN = "tests/unit/test_random_start.py"
 SHARDS = "tests/distributed/test_checkpoint_shards.py"
+STEP_COUNTS = "tests/unit/test_step_counts.py"
+STEP_FORECAST = "tests/unit/test_step_forecast.py"
 CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 PLAN = "tests/unit/test_plan.py"
 
@@ -652,6 +654,54 @@ MUTANTS: list[Mutant] = [
         "training/resume.py",
         LONGER,
         ("resumed with another scaling", '"rope_scaling", "add_special_tokens"', '"add_special_tokens"'),
+    ),
+    *within(
+        "planning/operators.py",
+        STEP_COUNTS,
+        ("causal attention counted whole", "if not causal:", "if True:"),
+        ("attention's backward as short as its forward", "2 if packet in _FORWARD else 5", "2"),
+        (
+            "grouped queries counted by their keys' heads",
+            "sequences, heads, queries, _ = query.shape",
+            "sequences, heads, queries, _ = *key.shape[:2], *query.shape[2:]",
+        ),
+    ),
+    *within(
+        "planning/counts.py",
+        STEP_COUNTS,
+        (
+            "overlapped reductions counted in each pack",
+            "self._update if kind == DATA else self._part()",
+            "self._part()",
+        ),
+        ("recomputation counted as forward", "else self._backward if in_backward() else", "else"),
+        ("packs counted together", "self._forward * (1 / packs)", "self._forward"),
+        (
+            "the update counted as part of packs",
+            "            self._in_pack = False\n            return",
+            "            return",
+        ),
+    ),
+    *within(
+        "planning/forecast.py",
+        STEP_FORECAST,
+        ("virtual stages that do not shorten the bubble", "* (stages - 1) / chunks", "* (stages - 1)"),
+        ("overlap that hides the last bucket", "total * (1 - 1 / number)", "total"),
+        ("a network as fast as links of a node", "bandwidth = min(bandwidth, here * machine.network_gb_per_s)", "pass"),
+        ("bytes of products forgotten", "return max(moving, operation.flops", "return max(0, operation.flops"),
+        ("the fastest stage forecast", "return max(steps, key", "return min(steps, key"),
+    ),
+    *within(
+        "planning/machines.py",
+        STEP_FORECAST,
+        ("a range upside down", "len(value) != 2 or value[0] > value[1]", "len(value) != 2"),
+        ("percentages for fractions", "if value[1] > LARGEST_SHARE:", "if False:"),
+    ),
+    *within(
+        "planning/calibration.py",
+        "tests/functional/test_calibration.py",
+        ("calibrated by the first step too", ".train[1:]", ".train"),
+        ("calibrated by the fastest step", "rows[len(rows) // 2]", "rows[0]"),
     ),
     *within(
         "conversion/random_start.py",

@@ -73,11 +73,11 @@ def counted(tally: Tally) -> tuple[float, float, float]:
 def test_operations_are_those_of_the_closed_form(rehearsals: Rehearsals) -> None:
     """Of one process; on CUDA prompts are padded to 128 tokens and attention skips what is masked, the CPU's kernel
     computes whole blocks."""
-    own = RESPONSE - 1  # the last token of a response predicts nothing
-    tokens = {"cpu": SHORT + LONG + 3 * own, "cuda": 128 + 256 + 3 * own}
+    slot = RESPONSE - 1  # the last token of a response predicts nothing
+    tokens = {"cpu": SHORT + LONG + 3 * slot, "cuda": 128 + 256 + 3 * slot}
     on_cuda = causal_pairs(128, 128) + causal_pairs(256, 256)
-    on_cuda += 2 * causal_pairs(own, SHORT + own) + causal_pairs(own, LONG + own)
-    on_cpu = SHORT**2 + LONG**2 + 2 * own * (SHORT + own) + own * (LONG + own)
+    on_cuda += 2 * causal_pairs(slot, SHORT + slot) + causal_pairs(slot, LONG + slot)
+    on_cpu = SHORT**2 + LONG**2 + 2 * slot * (SHORT + slot) + slot * (LONG + slot)
     pairs = {"cpu": on_cpu, "cuda": on_cuda}
     for outcome, device in zip(rehearsals.each([task("--bf16", device="cuda"), task()]), ("cuda", "cpu"), strict=True):
         assert outcome.tokens == tokens[device]
@@ -103,9 +103,9 @@ def test_recomputation_adds_one_forward_pass_of_the_layers(rehearsals: Rehearsal
 
 def test_separate_prompts_are_computed_for_each_response(rehearsals: Rehearsals) -> None:
     [outcome] = rehearsals.each([task("--no-share-prompts")])
-    own = RESPONSE - 1
-    tokens = 2 * (SHORT + own) + LONG + own
-    pairs = 2 * blocked_pairs(SHORT + own, SHORT + own) + blocked_pairs(LONG + own, LONG + own)
+    slot = RESPONSE - 1
+    tokens = 2 * (SHORT + slot) + LONG + slot
+    pairs = 2 * blocked_pairs(SHORT + slot, SHORT + slot) + blocked_pairs(LONG + slot, LONG + slot)
     assert outcome.tokens == tokens
     assert counted(outcome.work.forward) == (products(tokens)[0], attention(pairs)[0], 0)
 

@@ -82,9 +82,9 @@ def exchange(name: str, kind: str, ranks: Any, size: float, number: int = 0) -> 
     ],
 )
 def test_rates(work: Tally, part: str, low: float, high: float) -> None:
-    said = forecast([outcome(forward=work)], options(), 1, 1, ROUND)
-    assert (said.low, said.high) == pytest.approx((low, high))
-    assert said.parts == pytest.approx({part: (low + high) / 2} if high else {})
+    result = forecast([outcome(forward=work)], options(), 1, 1, ROUND)
+    assert (result.low, result.high) == pytest.approx((low, high))
+    assert result.parts == pytest.approx({part: (low + high) / 2} if high else {})
     assert part in PARTS
 
 
@@ -98,10 +98,10 @@ def test_bubble_of_a_pipeline(stages: int, chunks: int, packs: int, share: float
     config = options(pipeline_model_parallel_size=stages, num_virtual_stages_per_pipeline_rank=chunks)
     stage = outcome(operation(PRODUCTS, 100 * TERA), operation(PRODUCTS, 200 * TERA))
     slower = outcome(operation(PRODUCTS, 150 * TERA), operation(PRODUCTS, 300 * TERA))
-    said = forecast([stage, slower, stage], config, stages, packs, ROUND)
-    assert said.parts.get("pipeline bubble", 0) == pytest.approx(share * said.parts["products"])
-    assert said.low == pytest.approx(4.5 * packs * (1 + share))  # of the slowest stage
-    assert said.tokens == 100 * packs
+    result = forecast([stage, slower, stage], config, stages, packs, ROUND)
+    assert result.parts.get("pipeline bubble", 0) == pytest.approx(share * result.parts["products"])
+    assert result.low == pytest.approx(4.5 * packs * (1 + share))  # of the slowest stage
+    assert result.tokens == 100 * packs
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_overlap_of_gradients_and_parameters(
     reduced = exchange("reduce_scatter", "dp", range(4), 100e9, buckets)
     gathered = exchange("all_gather", "dp", range(4), 100e9, buckets)
     update = reduced + gathered + operation(MEMORY_BOUND, size=TERA)
-    said = forecast([outcome(work, work, update)], config, 4, 2, machine)
-    assert said.parts["dp"] == pytest.approx(exposed)
-    assert said.parts["optimizer"] == pytest.approx(1)
-    assert said.parts["products"] == pytest.approx(2 * 2 * computing / 100)
-    assert said.tokens == 100 * 2 * 4
+    result = forecast([outcome(work, work, update)], config, 4, 2, machine)
+    assert result.parts["dp"] == pytest.approx(exposed)
+    assert result.parts["optimizer"] == pytest.approx(1)
+    assert result.parts["products"] == pytest.approx(2 * 2 * computing / 100)
+    assert result.tokens == 100 * 2 * 4
 
 
 def test_calibration_hits_the_measured_step() -> None:
@@ -140,8 +140,8 @@ def test_calibration_hits_the_measured_step() -> None:
     config = options(overlap_grad_reduce=True)
     for seconds in (30.0, 60.0):
         machine = calibrated(of_step, config, 16, 3, ROUND, seconds, "calibrated")
-        said = forecast(of_step, config, 16, 3, machine)
-        assert said.low == said.high == pytest.approx(seconds)
+        result = forecast(of_step, config, 16, 3, machine)
+        assert result.low == result.high == pytest.approx(seconds)
         assert machine.name == "calibrated"
         assert machine.achieved.products[0] / machine.achieved.attention[0] == pytest.approx(2)
     with refused("machine-calibration", "fast", "round numbers"):
