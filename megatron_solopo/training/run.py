@@ -60,7 +60,7 @@ def started(config: Config) -> Iterator[Platform]:
 
     Raises:
         LostProcess: another process of the run is gone.
-        UserError: the memory of the GPU is full.
+        UserError: the GPU is out of memory.
     """
     parallel = config.parallel
     split_layers = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
@@ -70,7 +70,7 @@ def started(config: Config) -> Iterator[Platform]:
             with platform.explain_lost_process(lambda: _advice(config)):
                 yield running
         except torch.OutOfMemoryError as error:
-            raise UserError("gpu-memory-full", _memory_advice(config, str(error))) from error
+            raise _out_of_memory(config, error) from error
         finally:
             platform.stop(running)
 
@@ -89,14 +89,14 @@ def _advice(config: Config) -> str:
     )
 
 
-def _memory_advice(config: Config, error: str) -> str:
-    """Returns what to do after an allocation failed, with the options that hold most memory."""
-    training = config.training
-    packs = f"--micro-batch-size {training.micro_batch_size}" + (
-        "" if training.max_tokens_per_rank is None else f" or --max-tokens-per-rank {training.max_tokens_per_rank}"
-    )
+def _out_of_memory(config: Config, error: torch.OutOfMemoryError) -> UserError:
+    """Returns the error of a failed allocation, with the options that hold most memory."""
+    most = config.training.max_tokens_per_rank
+    packs = f"--micro-batch-size {config.training.micro_batch_size}"
+    packs += "" if most is None else f" or --max-tokens-per-rank {most}"
     recompute = "" if config.model.recompute_granularity else ", use --recompute-granularity full"
-    return (
-        f"rank {os.environ.get('RANK', '0')}: the GPU's memory is full ({error.partition('. ')[0]}); lower {packs}"
-        f"{recompute}, or divide the model over more processes; --dry-run shows what a layout holds"
+    return UserError(
+        "gpu-out-of-memory",
+        f"rank {os.environ.get('RANK', '0')}: the GPU is out of memory ({str(error).partition('. ')[0]}); lower {packs}"
+        f"{recompute}, or divide the model over more processes; --dry-run shows what a layout holds",
     )

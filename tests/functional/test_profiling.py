@@ -41,12 +41,12 @@ def test_the_phases_of_the_chosen_steps_are_in_the_trace(home: Home, capfd: pyte
     (trace,) = (home.folder / "profiled" / "profile").iterdir()
     assert trace.name == "rank0_steps2-3.json.gz"
     assert f"trace of the profiled steps: {trace}" in capfd.readouterr().err
-    found = spans(trace)
+    phases = spans(trace)
     packs = 2 * 2  # four examples a step, two in a pack
     counts = dict(data=2, forward=packs, head=packs, backward=packs, reduce=2, optimizer=2)
-    assert Counter({name: len(each) for name, each in found.items()}) == counts
-    for head in found["head"]:
-        assert any(begin <= head[0] and head[1] <= end for begin, end in found["forward"])
+    assert Counter({name: len(each) for name, each in phases.items()}) == counts
+    for head in phases["head"]:
+        assert any(begin <= head[0] and head[1] <= end for begin, end in phases["forward"])
     plain = home.argv("plain", "--preference-loss", "orpo", "--train-iters", 4)
     assert run(main, plain) == 0 and not (home.folder / "plain" / "profile").exists()
     losses = [[line["loss"] for line in home.metrics(name)] for name in ("profiled", "plain")]
@@ -77,7 +77,7 @@ def test_a_profile_of_nothing_is_refused(
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_on_cuda_nsys_is_told_unless_torch_writes_the_trace(
+def test_on_cuda_the_profiler_is_that_of_nsys_unless_torch_writes_the_trace(
     tmp_path: Path, traced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_solopo.training import profiling

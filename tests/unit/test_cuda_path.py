@@ -146,7 +146,7 @@ def test_a_full_gpu_is_one_line_with_what_to_lower(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "3")
     argv = ["--hf-path", "m", "--train-data", "t", "--save", "s", "--train-iters", "1"]
     words = ("rank 3", "(CUDA out of memory)", "--micro-batch-size 8", "--recompute-granularity full", "--dry-run")
-    with refused("gpu-memory-full", *words), run.started(config_load.load(argv)[0]):
+    with refused("gpu-out-of-memory", *words), run.started(config_load.load(argv)[0]):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 
