@@ -14,9 +14,9 @@ import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from megatron_solopo.cli import run  # noqa: E402
-from megatron_solopo.evaluation.plots import look  # noqa: E402
+from megatron_solopo.evaluation.plots import COLOURS  # noqa: E402
 from megatron_solopo.planning.machines import load_machine  # noqa: E402
-from megatron_solopo.planning.memory import KINDS, Moment  # noqa: E402
+from megatron_solopo.planning.memory import BUILD, KINDS, Moment  # noqa: E402
 from megatron_solopo.planning.plan import GIB, read_options, request_of  # noqa: E402
 from megatron_solopo.planning.search import plan  # noqa: E402
 from megatron_solopo.planning.workers import Rehearsals  # noqa: E402
@@ -38,12 +38,14 @@ WORDS = (
 
 
 def peaks(words: tuple[str, ...], rehearsals: Rehearsals) -> list[Moment]:
-    """The peak at each of `LENGTHS`."""
+    """The largest moment of a step at each of `LENGTHS`, without the start of a run, which depends on no length."""
     moments = []
     for length in LENGTHS:
         arguments, config = read_options([*WORDS, *words, "--long-tokens", str(length)])
         request = request_of(arguments, config, load_machine(arguments.machine))
-        moments.append(plan(request, 1, rehearsals).fitting[0].peak)
+        outcomes = plan(request, 1, rehearsals).fitting[0].outcomes
+        steps = [moment for outcome in outcomes for moment in outcome.peaks.values() if moment.phase != BUILD]
+        moments.append(max(steps, key=lambda moment: moment.total))
     return moments
 
 
@@ -52,17 +54,17 @@ def draw(path: Path, layouts: dict[str, list[Moment]]) -> None:
     """A panel a layout: the kinds of its peak on top of each other."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     panels = figure.subplots(1, len(layouts), sharey=True)
-    looks = look(list(KINDS))
+    colors = [*COLOURS, "#999999"]
     for axes, (name, moments) in zip(panels, layouts.items(), strict=True):
         sizes = [[moment.held[kind] / GIB for moment in moments] for kind in KINDS]
-        axes.stackplot(LENGTHS, sizes, labels=list(KINDS), colors=[looks[kind]["color"] for kind in KINDS], alpha=0.85)
+        axes.stackplot(LENGTHS, sizes, labels=list(KINDS), colors=colors, alpha=0.85)
         axes.axhline(80, color="#333333", linewidth=0.8, linestyle="--")
         axes.set_xscale("log", base=2)
         axes.set_xticks(LENGTHS, [f"{length // 1024}K" for length in LENGTHS])
         axes.minorticks_off()
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("Long context, tokens")
-    panels[0].set_ylabel("Peak of a process, GiB (dashed: 80)")
+    panels[0].set_ylabel("Peak of a process in a step, GiB (dashed: 80)")
     handles, labels = panels[0].get_legend_handles_labels()
     panels[0].legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, fontsize=8)
     figure.savefig(path, facecolor="white", metadata={"Date": None})

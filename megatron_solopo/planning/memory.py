@@ -38,8 +38,9 @@ KINDS = {
 }
 """Kinds of device memory and what each is."""
 
-FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
-"""Phases of a step; what happens in `FORWARD` while autograd's engine is at work counts as `BACKWARD`."""
+BUILD, FORWARD, BACKWARD, UPDATE = "build", "forward", "backward", "update"
+"""The start of a run, then the phases of a step. What happens in `FORWARD` while autograd's engine is at work counts as
+`BACKWARD`."""
 
 CUDA_BLOCK = 512
 """torch's allocator rounds every request up to this many bytes (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)."""

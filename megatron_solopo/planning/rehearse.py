@@ -23,6 +23,7 @@ from megatron_solopo.pack import Context, Side
 from megatron_solopo.planning import fake
 from megatron_solopo.planning.counts import Counts, Work
 from megatron_solopo.planning.memory import (
+    BUILD,
     FORWARD,
     GRADIENTS,
     INPUTS,
@@ -90,11 +91,11 @@ def rehearse(
         engines.initialize_parallel(config)
         ledger = Ledger(rehearsal.platform.device)
         with rehearsal.mode, ledger:
-            ledger.enter("build", WEIGHTS)
+            ledger.enter(BUILD, WEIGHTS)
             engine = engines.build_engine(rehearsal.platform, hf_config, config)
             buffers = [buffer for chunk in engine.chunks for buffer in engines.gradient_buffers(chunk)]
             ledger.mark((bucket.grad_data for buffer in buffers for bucket in buffer.buckets), GRADIENTS)
-            ledger.enter("build", OPTIMIZER)
+            ledger.enter(BUILD, OPTIMIZER)
             optimizer, scheduler = engines.build_optimizer(engine, config.training, 2)
             engine.zero_gradients()
             engines.squared_gradient_norm(optimizer)
