@@ -319,7 +319,9 @@ class _Door(TorchFunctionMode):
             if device.type == self.device.type:
                 device = self.device
             if self.open and not isinstance(tensor, FakeTensor):
-                tensor = self.mode.from_tensor(tensor)
+                sent: Any = Tensor.to(self.mode.from_tensor(tensor), device, *args, **kwargs)
+                sent.host_values = tensor  # read by `operators`, for sequences whose lengths are on the device
+                return sent
             if tensor.device != device:
                 return Tensor.to(tensor, device, *args, **kwargs)
             # C++ would take it for a move, and copy

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from math import prod
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -117,9 +119,10 @@ def _pairs(packet: Any, given: dict[str, Any]) -> int:
     """Pairs of a query and a key that a kernel computes, over all sequences and query heads."""
     query, key, causal = given["query"], given["key"], bool(given["is_causal"])
     if given.get("max_q") and query.dim() == 3:
-        # Packed sequences [tokens, heads, head_dim], whose lengths are on the device: each as the longest.
-        queries, keys = int(given["max_q"]), int(given["max_k"])
-        return query.shape[1] * query.shape[0] * causal_pairs(queries, keys) // queries
+        # Packed sequences [tokens, heads, head_dim]; `fake.rehearsal` keeps the values of what is sent to the device.
+        with _disable_current_modes():
+            lengths = [given[name].host_values.diff().tolist() for name in ("cum_seq_q", "cum_seq_k")]
+        return query.shape[1] * sum(map(causal_pairs if causal else mul, *lengths))
     sequences, heads, queries, _ = query.shape
     keys = key.shape[2]
     if packet in (aten._flash_attention_forward, aten._flash_attention_backward):
