@@ -296,11 +296,14 @@ def test_every_position_of_the_pack_is_accounted_for(tokenizer: PreTrainedTokeni
         assert len(set(places)) == len(segment.tokens) and max(places) < view.pack_tokens
 
 
-def test_parquet_shows_what_jsonl_shows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parquet_shows_what_jsonl_shows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a long folder is wrapped
     lines = write(tmp_path / "groups.jsonl", groups(3))
     assert write_groups(tmp_path / "groups.parquet", read_groups(lines)) == 3
-    said = []
-    for path in (lines, tmp_path / "groups.parquet"):
-        assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q2"]) == 0
-        said.append(capsys.readouterr().out.replace(str(path), "FILE"))
-    assert said[0] == said[1] and "[[Harbour2x]]" in said[0]
+    shown = []
+    for path in ("groups.jsonl", "groups.parquet"):
+        assert inspect_data.main(["--data", path, "--tokenizer", str(folder), "--id", "q2"]) == 0
+        shown.append(capsys.readouterr().out.replace(path, "FILE"))
+    assert shown[0] == shown[1] and "[[Harbour2x]]" in shown[0]
