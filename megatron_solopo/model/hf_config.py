@@ -16,17 +16,20 @@ from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.parallel.kernels import HEAD_DIMS
 
 
-def read_hf_config(folder: str | Path, rope_scaling: str | None = None) -> PretrainedConfig:
+def read_hf_config(folder: str | Path, rope_scaling: str | None = None, option: str = "--hf-path") -> PretrainedConfig:
     """Reads config.json of a Hugging Face folder and extends it by --rope-scaling; every model's config is made here.
+
+    Args:
+        option: the one that names the folder, for errors.
 
     Raises:
         UserError: there is no folder or no config.json, transformers cannot read it, or the scaling does not fit it.
     """
     folder = Path(folder)
-    check_is_folder(f"--hf-path {folder}", folder, "give a Hugging Face folder")
+    check_is_folder(f"{option} {folder}", folder, "set a Hugging Face folder")
     if not (folder / "config.json").is_file():
-        remedy = seen_in(folder) or "give a Hugging Face folder"
-        raise UserError("model-config-missing", f"--hf-path {folder}: the folder holds no config.json; {remedy}")
+        remedy = seen_in(folder) or "set a Hugging Face folder"
+        raise UserError("model-config-missing", f"{option} {folder}: the folder holds no config.json; {remedy}")
     return read_config_file(folder / "config.json", rope_scaling)
 
 

@@ -174,7 +174,8 @@ def request_of(arguments: argparse.Namespace, config: Config, machine: Machine) 
 
 def _model(path: str, config: Config) -> PretrainedConfig:
     scaling = config.model.rope_scaling
-    hf_config = read_config_file(Path(path), scaling) if Path(path).is_file() else read_hf_config(path, scaling)
+    is_file = Path(path).is_file()
+    hf_config = read_config_file(Path(path), scaling) if is_file else read_hf_config(path, scaling, "--model")
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
     if config.model.transformer_impl != "portable":

@@ -195,7 +195,7 @@ def test_wrong_inputs(
 
 
 def test_a_model_without_config(tmp_path: Path) -> None:
-    with refused("model-config-missing", str(tmp_path)):
+    with refused("model-config-missing", f"--model {tmp_path}"):
         main(["--model", str(tmp_path), "--gpus", "1", "--long-tokens", "1000"])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with refused("model-type-unsupported", "gpt2"):
