@@ -140,12 +140,12 @@ def load(argv: list[str] | None = None, command: bool = True) -> tuple[Config, b
     Raises:
         UserError: what is unknown, contradicts something else, or would have no effect.
     """
-    config, values = given(argv, command)
+    config, values = parsed(argv, command)
     resolve(config)
     return config, command and values.dry_run
 
 
-def given(argv: list[str] | None = None, command: bool = True) -> tuple[Config, argparse.Namespace]:
+def parsed(argv: list[str] | None = None, command: bool = True) -> tuple[Config, argparse.Namespace]:
     """What a command line sets, not resolved, and its words as they were parsed; see `load`."""
     first = Parser(config=False, add_help=False)  # a user's loss adds options
     first.add_argument("--config")

@@ -78,19 +78,22 @@ def planned(recipe: Recipe, top: int, rehearsals: Rehearsals) -> str:
     estimated, where nothing fits by estimates."""
     arguments, config = read_options(recipe.words)
     request = request_of(arguments, config, load_machine(recipe.machine))
-    found = search(request)
+    searched = search(request)
     recipe.path.unlink(missing_ok=True)
-    if not found.fitting:
-        if not found.others:
-            return "refused: " + found.refused.most_common(1)[0][0]
-        nearest = found.others[0]
+    if not searched.fitting:
+        if not searched.others:
+            return "refused: " + searched.refused.most_common(1)[0][0]
+        nearest = searched.others[0]
         return f"lacks about {(nearest.peak.total - request.limit) / GIB:.1f} GiB ({nearest.name})"
     if top == 0:
-        best = found.fitting[0]
+        best = searched.fitting[0]
         return f"{best.name}: about {best.peak.total / GIB:.1f} GiB, estimated"
-    result = plan(request, top, rehearsals, found)
+    result = plan(request, top, rehearsals, searched)
     worst = max((candidate.error for candidate in result.best), key=abs, default=0.0)
-    print(f"  {result.found.layouts:,} layouts, {len(result.found.fitting):,} fit; estimates {worst:+.1%}", flush=True)
+    print(
+        f"  {result.searched.layouts:,} layouts, {len(result.searched.fitting):,} fit; estimates {worst:+.1%}",
+        flush=True,
+    )
     if result.fitting:
         best = result.fitting[0]
         write_plan(recipe.path, best.config, ["solopo", "plan", *recipe.words], facts_of(request, best))

@@ -93,10 +93,10 @@ def _products(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) 
     """Kind of an operator and its floating-point operations."""
     packet = func.overloadpacket
     if packet in _FORWARD or packet in _BACKWARD:
-        given = _by_name(func, args, kwargs)
+        named = _by_name(func, args, kwargs)
         # forward: scores and output; backward: scores again and the four gradients
         products = 2 if packet in _FORWARD else 5
-        pairs_of_heads, head_dim = _pairs(packet, given), given["query"].shape[-1]
+        pairs_of_heads, head_dim = _pairs(packet, named), named["query"].shape[-1]
         kind = ATTENTION_FORWARD if packet in _FORWARD else ATTENTION_BACKWARD
         return kind, products * 2 * pairs_of_heads * head_dim
     if packet is aten._grouped_mm:  # [M, K] x [G, K, N] by rows, or [M, K] x [K, N] by groups of K
@@ -115,13 +115,13 @@ def _by_name(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, A
     return defaults | dict(zip(names, args, strict=False)) | kwargs
 
 
-def _pairs(packet: Any, given: dict[str, Any]) -> int:
+def _pairs(packet: Any, named: dict[str, Any]) -> int:
     """Pairs of a query and a key that a kernel computes, over all sequences and query heads."""
-    query, key, causal = given["query"], given["key"], bool(given["is_causal"])
-    if given.get("max_q") and query.dim() == 3:
+    query, key, causal = named["query"], named["key"], bool(named["is_causal"])
+    if named.get("max_q") and query.dim() == 3:
         # Packed sequences [tokens, heads, head_dim]; `fake.rehearsal` keeps the values of what is sent to the device.
         with _disable_current_modes():
-            lengths = [given[name].host_values.diff().tolist() for name in ("cum_seq_q", "cum_seq_k")]
+            lengths = [named[name].host_values.diff().tolist() for name in ("cum_seq_q", "cum_seq_k")]
         return query.shape[1] * sum(map(causal_pairs if causal else mul, *lengths))
     sequences, heads, queries, _ = query.shape
     keys = key.shape[2]
@@ -153,10 +153,10 @@ def _bytes(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> 
     if name in _WRITE_ROWS:
         return 3 * _size(args[-1] if isinstance(args[-1], Tensor) else args[-2])
     reads, writes = _roles(func)
-    given = [*args, *kwargs.values()] if kwargs else args
+    operands = [*args, *kwargs.values()] if kwargs else args
     written = _size(result) if writes == () else 0
     total = written
-    for place, value in enumerate(given):
+    for place, value in enumerate(operands):
         size = _size(value)
         if place == 0 and name in _READ_ROWS:
             size = min(size, written)

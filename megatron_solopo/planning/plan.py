@@ -24,7 +24,7 @@ from megatron_solopo.planning.machines import Machine, load_machine, names
 from megatron_solopo.planning.memory import GRADIENTS, INPUTS, KINDS, LOG_PROBS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.plan_file import write_plan
 from megatron_solopo.planning.rehearse import example
-from megatron_solopo.planning.search import Candidate, Found, Plan, Request, plan, search
+from megatron_solopo.planning.search import Candidate, Plan, Request, SearchResult, plan, search
 from megatron_solopo.planning.table import UNITS, columns
 from megatron_solopo.planning.workers import Rehearsals
 from megatron_solopo.training.objective import check_loss
@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         machine = calibrate(machine, arguments.calibrate)
     request = request_of(arguments, config, machine)
     begin = time.monotonic()
-    found = search(request)
-    print("\n".join(_heading(request, found)), flush=True)
+    searched = search(request)
+    print("\n".join(_heading(request, searched)), flush=True)
     with Rehearsals() as rehearsals:
-        result = plan(request, arguments.top, rehearsals, found)
+        result = plan(request, arguments.top, rehearsals, searched)
     if result.best:
         print("\n".join(_layouts(request, result, time.monotonic() - begin)))
     print("\n".join(_reasons(request, result)))
@@ -120,7 +120,7 @@ def read_options(words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     known = config_load.build_parser(command=False)._option_string_actions
     unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
     parser.refuse_unknown(unknown, arguments)
-    config, _ = config_load.given(list(rest), command=False)
+    config, _ = config_load.parsed(list(rest), command=False)
     if "seq_length" in config.explicit and config.data.seq_length < arguments.long_tokens:
         raise UserError(
             "option-conflict",
@@ -187,14 +187,14 @@ def _model(path: str, config: Config) -> PretrainedConfig:
     return hf_config
 
 
-def _heading(request: Request, found: Found) -> list[str]:
+def _heading(request: Request, searched: SearchResult) -> list[str]:
     examples = request.config.training.global_batch_size
     lengths = ", ".join(f"{len(prompt.ids):,}" for prompt in request.group.prompts)
     return [
         f"{request.gpus} x {request.machine.name}, {request.limit / GIB:.4g} GiB of each; {examples} examples a step, "
         f"the longest with prompts of {lengths} tokens",
-        f"{found.layouts:,} layouts: training refuses {sum(found.refused.values()):,}; of the others, with each "
-        f"micro-batch, {len(found.fitting):,} fit by estimate and {len(found.others):,} do not",
+        f"{searched.layouts:,} layouts: training refuses {sum(searched.refused.values()):,}; of the others, with each "
+        f"micro-batch, {len(searched.fitting):,} fit by estimate and {len(searched.others):,} do not",
     ]
 
 
@@ -227,14 +227,14 @@ def _reasons(request: Request, result: Plan) -> list[str]:
     """Why the others are not in the table, those alike in a line."""
     short: dict[str, list[Candidate]] = defaultdict(list)
     over = [candidate for candidate in result.best if candidate.peak.total > request.limit]
-    for candidate in (*over, *(one for one in result.found.others if not one.outcomes)):
+    for candidate in (*over, *(one for one in result.searched.others if not one.outcomes)):
         short[max(candidate.peak.held, key=candidate.peak.held.__getitem__)].append(candidate)
     lines = []
     for kind, candidates in short.items():
         nearest = min(candidates, key=lambda candidate: candidate.peak.total)
         missing = (nearest.peak.total - request.limit) / GIB
         lines.append(f"  {len(candidates):,} lack {missing:.1f} GiB and more, most of it {kind}; least: {nearest.name}")
-    refused = [f"  {count:,}: {message}" for message, count in result.found.refused.most_common()]
+    refused = [f"  {count:,}: {message}" for message, count in result.searched.refused.most_common()]
     return [
         *(["", "do not fit (estimated where not rehearsed)", *lines] if lines else []),
         *(["", "refused by training", *refused] if refused else []),
@@ -244,7 +244,7 @@ def _reasons(request: Request, result: Plan) -> list[str]:
 def nothing_fits(request: Request, result: Plan) -> UserError:
     """The error of a plan without a layout: what the nearest lacks, and what would help."""
     if not result.best:
-        message, _ = result.found.refused.most_common(1)[0]
+        message, _ = result.searched.refused.most_common(1)[0]
         return UserError("plan-nothing-fits", f"training refuses every layout of {request.gpus} GPUs: {message}")
     nearest = result.nearest
     held = nearest.peak.held

@@ -196,8 +196,8 @@ def _experts(request: Request, ranks: int, tensor: int, experts: int | None) -> 
 
 
 @dataclass
-class Found:
-    """What a search found.
+class SearchResult:
+    """What a search of all layouts yields.
 
     Attributes:
         layouts: how many were looked at.
@@ -212,7 +212,7 @@ class Found:
     others: list[Candidate]
 
 
-def search(request: Request) -> Found:
+def search(request: Request) -> SearchResult:
     """Every layout, refused or estimated; rehearses nothing."""
     shape = Shape.of(request.hf_config, request.config.model.make_vocab_size_divisible_by)
     refused: Counter[str] = Counter()
@@ -235,7 +235,7 @@ def search(request: Request) -> Found:
             (fitting if fits else others).append(candidate)
     fitting.sort(key=lambda candidate: candidate.seconds)
     others.sort(key=lambda candidate: candidate.estimated.total)
-    return Found(number, refused, fitting, others)
+    return SearchResult(number, refused, fitting, others)
 
 
 def _micro_batches(request: Request, parallel: ParallelConfig) -> list[int]:
@@ -264,8 +264,8 @@ def _least_recomputed(request: Request, shape: Shape, config: Config, groups: in
     low, high = 0, len(options) - 1
     while low < high:  # memory falls from one option to the next
         middle = (low + high) // 2
-        found = _candidate(request, shape, config, options[middle], groups, work)
-        low, high = (low, middle) if found.estimated.total * MARGIN <= request.limit else (middle + 1, high)
+        candidate = _candidate(request, shape, config, options[middle], groups, work)
+        low, high = (low, middle) if candidate.estimated.total * MARGIN <= request.limit else (middle + 1, high)
     return _candidate(request, shape, config, options[low], groups, work)
 
 
@@ -304,7 +304,7 @@ class Plan:
         fitting: those of ``best`` that fit, the fastest first.
     """
 
-    found: Found
+    searched: SearchResult
     best: list[Candidate]
     fitting: list[Candidate]
 
@@ -314,20 +314,20 @@ class Plan:
         return min(self.best, key=lambda candidate: candidate.peak.total)
 
 
-def plan(request: Request, top: int, rehearsals: Rehearsals, found: Found | None = None) -> Plan:
+def plan(request: Request, top: int, rehearsals: Rehearsals, searched: SearchResult | None = None) -> Plan:
     """Searches, and rehearses the ``top`` best.
 
     Args:
-        found: `search` of this request, where it was made before.
+        searched: `search` of this request, where it was made before.
 
     Raises:
         UserError: see `forecast`.
     """
-    found = found or search(request)
-    best = found.fitting[:top] or found.others[:NEAREST]
+    searched = searched or search(request)
+    best = searched.fitting[:top] or searched.others[:NEAREST]
     rehearsed(request, best, rehearsals)
     fitting = [candidate for candidate in best if candidate.peak.total <= request.limit]
-    return Plan(found, best, sorted(fitting, key=lambda candidate: candidate.step.seconds))
+    return Plan(searched, best, sorted(fitting, key=lambda candidate: candidate.step.seconds))
 
 
 def rehearsed(request: Request, candidates: Sequence[Candidate], rehearsals: Rehearsals) -> None:

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         UserError: see `trainer.train`.
         LostProcess: another process of the run is gone.
     """
-    config, command = config_load.given(argv)
+    config, command = config_load.parsed(argv)
     config_load.resolve(config)
     with contextlib.ExitStack() as stack:
         if command.mock_data:

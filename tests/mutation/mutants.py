@@ -792,7 +792,7 @@ MUTANTS: list[Mutant] = [
             "            (request.hf_config",
         ),
         ("an option that was set is varied", "return name in self.config.explicit", "return False"),
-        ("more recomputed than is needed", "(low, middle) if found", "(low, middle) if not found"),
+        ("more recomputed than is needed", "(low, middle) if candidate", "(low, middle) if not candidate"),
     ),
     *within(
         "planning/plan_file.py",

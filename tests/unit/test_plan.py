@@ -95,32 +95,34 @@ def test_the_estimate_is_near_the_rehearsal(
 
 
 def test_training_refuses_what_the_search_leaves_out(tmp_path: Path) -> None:
-    found = search(request(tmp_path, SMALL, 8, 80, "--global-batch-size=16", long=1000))
-    tensor = {one.config.parallel.tensor_model_parallel_size for one in found.fitting}
+    searched = search(request(tmp_path, SMALL, 8, 80, "--global-batch-size=16", long=1000))
+    tensor = {one.config.parallel.tensor_model_parallel_size for one in searched.fitting}
     assert tensor == {1, 2}  # two key heads
-    refused_for = "\n".join(found.refused)
+    refused_for = "\n".join(searched.refused)
     assert "--tensor-model-parallel-size 4: does not divide the model's num_key_value_heads 2" in refused_for
     assert "--cp-comm-type p2p" in refused_for and "--cp-comm-type a2a" in refused_for
-    assert {one.config.parallel.pipeline_model_parallel_size for one in found.fitting} == {1, 2, 4}
-    assert any(one.config.parallel.num_virtual_stages_per_pipeline_rank == 2 for one in found.fitting)
-    assert all(one.config.parallel.sequence_parallel == (one.process.tensor > 1) for one in found.fitting)
-    assert found.layouts == sum(found.refused.values()) + len({id(one.config.parallel) for one in found.fitting})
+    assert {one.config.parallel.pipeline_model_parallel_size for one in searched.fitting} == {1, 2, 4}
+    assert any(one.config.parallel.num_virtual_stages_per_pipeline_rank == 2 for one in searched.fitting)
+    assert all(one.config.parallel.sequence_parallel == (one.process.tensor > 1) for one in searched.fitting)
+    assert searched.layouts == sum(searched.refused.values()) + len(
+        {id(one.config.parallel) for one in searched.fitting}
+    )
 
 
 def test_an_option_that_is_set_is_not_varied(tmp_path: Path) -> None:
     flags = ("--pipeline-model-parallel-size=2", "--micro-batch-size=4", "--recompute-granularity=full")
-    found = search(request(tmp_path, SMALL, 8, 80, *flags, long=1000))
-    assert found.fitting
-    for one in found.fitting:
+    searched = search(request(tmp_path, SMALL, 8, 80, *flags, long=1000))
+    assert searched.fitting
+    for one in searched.fitting:
         parallel, model = one.config.parallel, one.config.model
         assert (parallel.pipeline_model_parallel_size, one.groups, model.recompute_granularity) == (2, 4, "full")
 
 
 def test_stages_that_cannot_be_alike_have_fewer_layers_at_both_ends(tmp_path: Path) -> None:
     model = LlamaConfig(**SHAPE | dict(num_hidden_layers=14, max_position_embeddings=4096))
-    found = search(request(tmp_path, model, 4, 80, "--pipeline-model-parallel-size=4", long=1000))
-    assert {tuple(one.process.sizes) for one in found.fitting} == {(3, 4, 4, 3)}
-    assert {tuple(one.process.key_stages) for one in found.fitting} == {(0, 1, 3)}  # the second is the slowest
+    searched = search(request(tmp_path, model, 4, 80, "--pipeline-model-parallel-size=4", long=1000))
+    assert {tuple(one.process.sizes) for one in searched.fitting} == {(3, 4, 4, 3)}
+    assert {tuple(one.process.key_stages) for one in searched.fitting} == {(0, 1, 3)}  # the second is the slowest
 
 
 def test_no_more_is_recomputed_than_memory_asks_for(tmp_path: Path) -> None:
