@@ -313,6 +313,6 @@ def profiled_ranks(output: OutputConfig) -> set[int]:
     wrong = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
     if wrong is not None:
         raise UserError(
-            "option-value", f"--profile-ranks {output.profile_ranks}: {wrong!r} is no rank; give numbers such as 0,8"
+            "option-value", f"--profile-ranks {output.profile_ranks}: {wrong!r} is no rank; use numbers such as 0,8"
         )
     return set(map(int, parts))

@@ -16,8 +16,8 @@ import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.config import Config, ModelConfig
-from megatron_solopo.config_checks import check_on_cuda
+from megatron_solopo.config import Config, ModelConfig, OutputConfig
+from megatron_solopo.config_checks import check_on_cuda, profiled_ranks
 from megatron_solopo.conversion.sidecar_files import generation_config
 from megatron_solopo.conversion.start import check_weights, model_config
 from megatron_solopo.data.files.inputs import first_field
@@ -115,6 +115,7 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
         resume.check_same_run(before, progress, config)
     if resume.nothing_left(config, before.get("iteration", 0), inputs.schedule.steps):
         return Preflight(inputs, progress, source, before, nothing_left=True)
+    check_profile(config.output, inputs.schedule.steps)
     weights = None
     if needs_reference(config.method) and (before or not dry_run):  # reads all weights
         weights = shared(lambda: starting_weights(config))
@@ -128,6 +129,24 @@ def _start(config: Config) -> tuple[Path | None, resume.Progress]:
     """Returns the checkpoint that is resumed, and its `progress`."""
     source = resume.find_start(config)
     return source, {} if source is None else resume.read_progress(source)
+
+
+def check_profile(output: OutputConfig, steps: int) -> None:
+    """Refuses a profile of ranks or steps that the run does not have.
+
+    Raises:
+        UserError: names the option.
+    """
+    if not output.profile:
+        return
+    first, last_rank = output.profile_step_start, world_size() - 1
+    if first >= steps:
+        raise UserError("option-value", f"--profile-step-start {first}: the run has {steps} steps; lower it")
+    if (largest := max(profiled_ranks(output))) > last_rank:
+        raise UserError(
+            "option-value",
+            f"--profile-ranks {output.profile_ranks}: the run has the ranks 0 to {last_rank}, not {largest}",
+        )
 
 
 def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:

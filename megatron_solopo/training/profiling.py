@@ -12,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_solopo.config import OutputConfig
 from megatron_solopo.config_checks import profiled_ranks
-from megatron_solopo.errors import UserError
 from megatron_solopo.training.engine import Engine
 
 FOLDER = "profile"
@@ -20,25 +19,6 @@ FOLDER = "profile"
 
 NAMES = {"forward-compute": "forward", "backward-compute": "backward", "all-grads-sync": "reduce"}
 """megatron-core's timer -> the phase's name; other timers keep theirs."""
-
-
-def check(output: OutputConfig, steps: int) -> None:
-    """Refuses a profile of ranks or steps that the run does not have.
-
-    Raises:
-        UserError: names the option.
-    """
-    if not output.profile:
-        return
-    first = output.profile_step_start
-    if first >= steps:
-        raise UserError("option-value", f"--profile-step-start {first}: the run has {steps} steps; lower it")
-    if missing := sorted(rank for rank in profiled_ranks(output) if rank >= dist.get_world_size()):
-        raise UserError(
-            "option-value",
-            f"--profile-ranks {output.profile_ranks}: the run has the ranks 0 to {dist.get_world_size() - 1}, not "
-            f"{missing[0]}",
-        )
 
 
 class Profiler:

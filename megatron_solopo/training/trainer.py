@@ -46,7 +46,6 @@ def train(platform: Platform, config: Config) -> None:
             report_to_launcher("")
             plan = preflight(config)
             if not plan.nothing_left:
-                profiling.check(config.output, plan.inputs.schedule.steps)
                 Trainer(platform, config, plan, stop).train()
             elif dist.get_rank() == 0:
                 steps = plan.inputs.schedule.steps
@@ -320,6 +319,9 @@ class Trainer:
                 self.log.message(f"warning: {split}: {above}")
         if bias := length_bias(train.chosen_rejected_lengths()):
             self.log.message(f"warning: {bias}")
+        first = self.config.output.profile_step_start
+        if self.config.output.profile and self.plan.resumed > first:
+            self.log.message(f"note: --profile: step {first + 1} is done already, so no step of this run is profiled")
         if note := no_transfer(self.config.method):
             self.log.message(f"note: {note}")
 

@@ -56,7 +56,16 @@ def test_the_phases_of_the_chosen_steps_are_in_the_trace(home: Home, capfd: pyte
 def test_a_run_that_ends_earlier_leaves_what_it_profiled(home: Home) -> None:
     flags = ["--profile", "--profile-step-start", 1, "--preference-loss", "orpo", "--train-iters", 2]
     assert run(main, home.argv("short", *flags)) == 0
-    assert [path.name for path in (home.folder / "short" / "profile").iterdir()] == ["rank0_steps2-2.json.gz"]
+    traces = [path.name for path in (home.folder / "short" / "profile").iterdir()]
+    assert traces == ["rank0_steps2-2.json.gz"]
+
+
+def test_a_resumed_run_whose_profiled_steps_are_done_logs_it(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(main, home.argv("resumed", "--preference-loss", "orpo", "--train-iters", 2)) == 0
+    flags = ["--preference-loss", "orpo", "--train-iters", 4, "--auto-resume", "--override-opt-param-scheduler"]
+    assert run(main, home.argv("resumed", *flags, "--profile", "--profile-step-start", 1)) == 0
+    assert "--profile: step 2 is done already" in capfd.readouterr().err
+    assert not (home.folder / "resumed" / "profile").exists()
 
 
 @pytest.mark.parametrize(
@@ -72,8 +81,9 @@ def test_a_run_that_ends_earlier_leaves_what_it_profiled(home: Home) -> None:
 def test_a_profile_of_nothing_is_refused(
     home: Home, flags: list[Any], code: str, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(main, home.argv("refused", *flags)) == 2
-    check_refusal(capfd.readouterr().err, code, *words)
+    for more in ([], ["--dry-run"]):
+        assert run(main, home.argv("refused", *flags, *more)) == 2
+        check_refusal(capfd.readouterr().err, code, *words)
 
 
 @pytest.mark.parametrize("traced", [False, True])
