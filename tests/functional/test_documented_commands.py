@@ -141,7 +141,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     (folder / "run.yaml").write_text(
         "model: {hf_path: MODEL}\ndata: {train_data: groups.jsonl, seq_length: 256}\n"
-        "training: {train_iters: 3, global_batch_size: 16}\noutput: {save: run}\n"
+        "training: {train_iters: 15, global_batch_size: 16}\noutput: {save: run}\n"
     )
     method, pipeline = ((ROOT / "docs" / name).read_text() for name in ("method.md", "pipeline.md"))
     (folder / "my_losses.py").write_text(_block(method, "    from dataclasses import dataclass\n", "    solopo train"))
