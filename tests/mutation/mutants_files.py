@@ -243,6 +243,32 @@ DATA = [
         ),
     ),
     *within(
+        "data/sampling/packing.py",
+        "tests/unit/test_data_packing.py",
+        ("the bias dropped", "self._packed, self.bias,", "self._packed, None,"),
+        (
+            "a layer with its own forward replaced",
+            "type(module) is torch.nn.Linear]",
+            "isinstance(module, torch.nn.Linear)]",
+        ),
+        (
+            "the weights kept twice",
+            "        self.bias = linear.bias\n",
+            "        self.bias, self.linear = linear.bias, [linear]\n",
+        ),
+    ),
+    *within(
+        "data/sampling/sampler.py",
+        "tests/unit/test_data_packing.py",
+        ("weights packed at every call", "        pack_linears(self._model, options.batch_size)\n", ""),
+    ),
+    *within(
+        "data/sampling/decoding.py",
+        "tests/unit/test_data_decoding.py",
+        ("samples attend to themselves only", "(largest + total.log())", "total.log()"),
+        ("the keys of an earlier sample seen", "hidden = places > last[:, None]", "hidden = places > last.max()"),
+    ),
+    *within(
         "data/sampling/responses.py",
         SAMPLING,
         ("every sample requested again", "if number not in present]", "]"),

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.hf_model import check_reach, check_rows, load_model, stop_ids, weight_facts
 from megatron_solopo.data.sampling.decoding import Job, decode, decode_by_generate, shares_prompts
+from megatron_solopo.data.sampling.packing import pack_linears
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import SampledJobs, runs
 from megatron_solopo.data.sampling.sampled import Statistics, from_ids
@@ -78,6 +79,7 @@ class InProcess:
         for prompt in prompts:
             check_rows(self._model, prompt.ids, f"question {prompt.id!r}")
         self._stops = stop_ids(self._model, tokenizer)
+        pack_linears(self._model, options.batch_size)
         # What determines a response; the batch size changes only its rounding.
         self.settings: dict[str, object] = {
             "weights": weight_facts(options.model),
