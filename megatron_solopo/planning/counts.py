@@ -102,7 +102,8 @@ class Tally:
         )
 
     def flops(self, *kinds: str, dtype: str | None = None) -> float:
-        """Floating-point operations of these kinds of operators (of all where none is given), in one dtype or all."""
+        """Returns the floating-point operations of these kinds of operators (all if none is given), in one dtype or
+        all."""
         return sum(
             count * operation.flops
             for operation, count in self.operations.items()
@@ -120,7 +121,7 @@ class Tally:
         return sum(self.operations.values())
 
     def traffic(self, kind: str, operation: str | None = None) -> Traffic:
-        """Collectives in one kind of group, of one operation or all."""
+        """Returns the collectives in one kind of group, of one operation or all."""
         chosen = (
             traffic
             for exchange, traffic in self.exchanges.items()
@@ -144,7 +145,7 @@ class Work:
     update: Tally
 
     def of_step(self, packs: int) -> Tally:
-        """A step of this many packs."""
+        """Returns what a step of this many packs computes and exchanges."""
         return (self.forward + self.backward) * packs + self.update
 
 
@@ -206,7 +207,7 @@ class Counts(TorchDispatchMode):
                 hook.remove()
 
     def work(self, packs: int) -> Work:
-        """What was counted of a step of this many packs."""
+        """Returns what was counted of a step of this many packs."""
         return Work(self._forward * (1 / packs), self._backward * (1 / packs), self._update)
 
 
@@ -217,7 +218,7 @@ def _bytes(value: Any) -> int:
 
 
 def _kinds() -> Mapping[str, str]:
-    """Name of each of megatron-core's process groups -> its kind."""
+    """Maps the name of each of megatron-core's process groups to its kind."""
     from megatron.core import parallel_state as state
 
     groups = {

@@ -106,7 +106,7 @@ class Work:
 
     @classmethod
     def of(cls, group: TokenGroup, groups: int, packs: int, share: bool, pieces: int, prompts: int) -> Work:
-        """A pack of ``groups`` times the same group, whose pieces and prompts are padded as in a `StepPlan`."""
+        """Returns a pack of ``groups`` times the same group, whose pieces and prompts are padded as in a `StepPlan`."""
         tokens, plain = group.tokens(share, pieces, prompts), group.tokens(share)
         repeated = sum(len(prompt.ids) * len(prompt.completions) for prompt in group.prompts) if share else 0
         return cls(
@@ -149,15 +149,15 @@ class Process:
         self.repeats_keys = self.e == 4 and shape.queries != shape.keys and self.context == 1
 
     def in_flight(self, stage: int) -> int:
-        """Packs' passes through a chunk that wait for their backward pass at most (schedules.py of megatron-core:
-        1F1B, and get_pp_rank_microbatches of the interleaved schedule)."""
+        """Returns how many passes of packs through a chunk wait for their backward pass at most (schedules.py of
+        megatron-core: 1F1B, and get_pp_rank_microbatches of the interleaved schedule)."""
         if self.chunks == 1:
             return min(self.work.packs, self.stages - stage)
         warm_up = 2 * (self.stages - stage - 1) + (self.chunks - 1) * self.stages
         return min(self.work.packs * self.chunks, warm_up + 1)
 
     def recomputed(self, stage: int) -> int:
-        """Layers of a chunk whose inputs alone are kept."""
+        """Returns the number of layers of a chunk whose inputs alone are kept."""
         model, layers = self.config.model, self.sizes[stage] // self.chunks
         if model.recompute_granularity is None:
             return 0
@@ -165,12 +165,12 @@ class Process:
 
 
 def attention_parameters(shape: Shape) -> int:
-    """Of a layer: queries, keys, values and output, with biases."""
+    """Counts the parameters of a layer's attention: queries, keys, values and output, with biases."""
     return shape.hidden * (2 * shape.queries + 2 * shape.keys) + shape.biases
 
 
 def layer_parameters(process: Process) -> tuple[int, int]:
-    """Parameters of a layer on a process: (without experts, of experts)."""
+    """Counts the parameters of a layer on a process: (without experts, of experts)."""
     shape = process.shape
     h, norms = shape.hidden, 2 * shape.hidden + (2 * shape.head_dim if shape.head_norms else 0)
     attention = attention_parameters(shape) // process.tensor
@@ -181,7 +181,7 @@ def layer_parameters(process: Process) -> tuple[int, int]:
 
 
 def stage_parameters(process: Process, stage: int) -> tuple[int, int]:
-    """Parameters of a pipeline stage on a process: (without experts, of experts)."""
+    """Counts the parameters of a pipeline stage on a process: (without experts, of experts)."""
     dense, experts = layer_parameters(process)
     last = stage == process.stages - 1
     matrix = process.shape.vocabulary * process.shape.hidden // process.tensor
@@ -191,8 +191,8 @@ def stage_parameters(process: Process, stage: int) -> tuple[int, int]:
 
 
 def standing(process: Process, stage: int) -> dict[str, float]:
-    """Bytes between steps: DDP's buffers hold 4 bytes a parameter; the distributed optimizer's share is moments in
-    float32 and, of bfloat16 weights, a float32 copy."""
+    """Returns the bytes held between steps: DDP's buffers hold 4 bytes a parameter; the distributed optimizer's share
+    is moments in float32 and, of bfloat16 weights, a float32 copy."""
     dense, experts = stage_parameters(process, stage)
     of_share = 12 if process.e == 2 else 8
     t, work = process.t, process.work
@@ -206,7 +206,7 @@ def standing(process: Process, stage: int) -> dict[str, float]:
 
 
 def attention_kept(process: Process) -> float:
-    """Bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and that of
+    """Returns the bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and
     ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms of heads their input
     (model/norm.py); in float32 keys and values of each piece for each query head."""
     shape, e, t, tensor = process.shape, process.e, process.t, process.tensor
@@ -219,8 +219,8 @@ def attention_kept(process: Process) -> float:
 
 
 def mlp_kept(process: Process) -> float:
-    """Bytes that the MLP of a layer keeps for backward: gate and up of ``linear_fc1`` (model/swiglu.py), and their
-    product.
+    """Returns the bytes that the MLP of a layer keeps for backward: gate and up of ``linear_fc1`` (model/swiglu.py),
+    and their product.
 
     Of experts the same for each row, with its input and the product times its weight; and the router's tables of all
     experts.
@@ -233,15 +233,15 @@ def mlp_kept(process: Process) -> float:
 
 
 def kept(process: Process) -> float:
-    """Bytes that a layer without recomputation keeps for backward; of each of its two norms the input, and the result,
-    which is that of the next matrix (model/norm.py, on CUDA)."""
+    """Returns the bytes that a layer without recomputation keeps for backward; of each of its two norms the input, and
+    the result, which is that of the next matrix (model/norm.py, on CUDA)."""
     norms = 4 * process.e * process.shape.hidden * process.s
     return norms + attention_kept(process) + mlp_kept(process)
 
 
 def backward_of_layer(process: Process) -> dict[str, float]:
-    """Bytes beyond `kept` while a layer is computed backward, where it is largest: in the MLP, or, when the MLP's part
-    is gone, in attention.
+    """Returns the bytes beyond `kept` while a layer is computed backward, where it is largest: in the MLP, or, when the
+    MLP's part is gone, in attention.
 
     In the MLP: the gradient of the product, those of gate and up, and silu of gate, while the product is gone; and two
     of the residual stream; for experts see `_in_experts`. In attention with context parallelism: keys and values of all
@@ -272,13 +272,14 @@ def _in_experts(process: Process) -> float:
 
 
 def _gathered(process: Process) -> float:
-    """The buffer of all tokens that sequence parallelism gathers into (tensor_parallel/layers.py)."""
+    """Returns the bytes of the buffer of all tokens that sequence parallelism gathers into
+    (tensor_parallel/layers.py)."""
     return process.e * process.t * process.shape.hidden if process.s != process.t else 0.0
 
 
 def held_by_layers(process: Process, stage: int) -> dict[str, float]:
-    """Bytes of the packs in flight when their backward pass begins: of a recomputed layer its input, of others what
-    they keep; cosines and sines of their positions; and what stages exchanged."""
+    """Returns the bytes of the packs in flight when their backward pass begins: of a recomputed layer its input, of
+    others what they keep; cosines and sines of their positions; and what stages exchanged."""
     shape, e = process.shape, process.e
     layers, recomputed = process.sizes[stage] // process.chunks, process.recomputed(stage)
     together = process.config.model.recompute_num_layers if layers == recomputed else 1
@@ -294,9 +295,9 @@ def held_by_layers(process: Process, stage: int) -> dict[str, float]:
 
 
 def head(process: Process) -> dict[str, float]:
-    """Bytes of the log-prob head's backward (model/log_probs.py): the weight's gradient, which in bfloat16 is a
-    placeholder, since products are added to DDP's sum, and else a sum and a chunk's product; the chunk's logits; and
-    the final norm's input and result."""
+    """Returns the bytes of the log-prob head's backward (model/log_probs.py): the weight's gradient, which in bfloat16
+    is a placeholder, since products are added to DDP's sum, and else a sum and a chunk's product; the chunk's logits;
+    and the final norm's input and result."""
     shape, e, s = process.shape, process.e, process.s
     rows = shape.vocabulary / process.tensor
     copies = 1 if e == 2 else 2
@@ -309,7 +310,7 @@ def head(process: Process) -> dict[str, float]:
 
 
 def norm_of_gradients(process: Process, stage: int) -> float:
-    """Bytes of the largest shard of a parameter in float32, which is squared (optimizer/clip_grads.py)."""
+    """Returns the bytes of the largest shard of a parameter in float32, which is squared (optimizer/clip_grads.py)."""
     shape = process.shape
     dense, _ = stage_parameters(process, stage)
     ends = stage in (0, process.stages - 1)
@@ -318,7 +319,7 @@ def norm_of_gradients(process: Process, stage: int) -> float:
 
 
 def peak(process: Process, stage: int) -> Moment:
-    """The largest moment of a stage: a layer computed backward, the log-prob head, or the update."""
+    """Returns the largest moment of a stage: a layer computed backward, the log-prob head, or the update."""
     base, held = standing(process, stage), held_by_layers(process, stage)
     alone = dict.fromkeys((WORKING,), 0.0)
     layers = process.sizes[stage] // process.chunks

@@ -352,7 +352,7 @@ def _attention(
 
 
 def fakes(values: Sequence[Any]) -> Iterator[FakeTensor]:
-    """The fake tensors in dataclasses, lists and tuples of them."""
+    """Yields the fake tensors in dataclasses, lists and tuples of them."""
     for value in values:
         if isinstance(value, FakeTensor):
             yield value

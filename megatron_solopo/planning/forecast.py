@@ -106,7 +106,8 @@ def forecast(outcomes: Sequence[Outcome], config: Config, world: int, packs: int
 def calibrated(
     outcomes: Sequence[Outcome], config: Config, world: int, packs: int, machine: Machine, seconds: float, name: str
 ) -> Machine:
-    """The machine on which `forecast` says ``seconds``: every range becomes one value, all scaled by one factor.
+    """Returns the machine on which `forecast` says ``seconds``: every range becomes one value, all scaled by one
+    factor.
 
     Raises:
         UserError: see `Machine.scaled`.
@@ -127,7 +128,7 @@ class _Rates:
     end: int
 
     def step(self, outcome: Outcome, config: Config, packs: int) -> Seconds:
-        """Seconds of each of `PARTS` in a step of one process."""
+        """Returns the seconds of each of `PARTS` in a step of one process."""
         parallel, work = config.parallel, outcome.work
         forward, backward, update = map(self.computing, (work.forward, work.backward, work.update))
         pack = self.exchanging(work.forward + work.backward)
@@ -148,7 +149,7 @@ class _Rates:
         return step
 
     def computing(self, tally: Tally) -> Seconds:
-        """Seconds of its operators by part."""
+        """Returns the seconds of its operators by part."""
         seconds: Seconds = dict.fromkeys((PRODUCTS, ATTENTION, MEMORY_BOUND, LAUNCHES), 0.0)
         for operation, count in tally.operations.items():
             kind = operation.kind
@@ -169,7 +170,7 @@ class _Rates:
         return max(moving, operation.flops / (machine.peak(operation.dtype) * share))
 
     def exchanging(self, tally: Tally) -> Seconds:
-        """Seconds of its collectives by part, as if nothing else went on."""
+        """Returns the seconds of its collectives by part, as if nothing else ran."""
         seconds = dict.fromkeys(PARTS, 0.0)
         for exchange, traffic in tally.exchanges.items():
             seconds[exchange.kind] += self._collective(exchange, traffic)
@@ -197,7 +198,7 @@ class _Rates:
         return sending + traffic.number * machine.collective_us[1 - self.end] / 1e6
 
     def _hidden(self, tally: Tally, overlapped: bool, computing: float) -> float:
-        """Seconds of collectives that run beside the computing of one pack: all but the last bucket's."""
+        """Returns the seconds of collectives that run beside the computing of one pack: all but the last bucket's."""
         if not overlapped:
             return 0.0
         total, number = self.exchanging(tally)[DATA], tally.traffic(DATA).number

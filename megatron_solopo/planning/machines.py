@@ -100,7 +100,7 @@ class Machine:
     launch_us: Range
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of products in a dtype, as torch names it.
+        """Returns the FLOP/s of products in a dtype, as torch names it.
 
         Raises:
             UserError: the file has no rate for it.
@@ -114,8 +114,8 @@ class Machine:
         return self.tflops[key] * 1e12
 
     def scaled(self, factor: float, name: str) -> Machine:
-        """This machine with one value in the place of each range, at which everything is ``factor`` times as fast as in
-        the middle of the range.
+        """Returns this machine with one value in the place of each range, at which everything is ``factor`` times as
+        fast as in the middle of the range.
 
         Raises:
             UserError: a fraction would be above `LARGEST_SHARE`.
@@ -137,19 +137,19 @@ class Machine:
         )
 
     def text(self) -> str:
-        """The machine as a machine file."""
+        """Returns the machine as the text of a machine file."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
 def _middle_rate(values: list[float]) -> float:
-    """The rate whose time is the mean of the times at both ends of a range."""
+    """Returns the rate whose time is the mean of the times at both ends of a range."""
     low, high = values
     return 2 * low * high / (low + high)
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """The machine files of this package."""
+    """Lists the machine files of this package."""
     return tuple(sorted(Path(str(file)).stem for file in _folder().iterdir() if file.name.endswith(".yaml")))
 
 

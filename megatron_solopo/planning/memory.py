@@ -103,13 +103,13 @@ class Ledger(TorchDispatchMode):
         return max(self.peaks.values(), key=lambda moment: moment.total)
 
     def enter(self, phase: str, kind: str = WORKING) -> None:
-        """What follows is another part of the rehearsal, with its own peak, and makes memory of ``kind``."""
+        """Begins another part of the rehearsal, with its own peak, which makes memory of ``kind``."""
         self._phase, self._kind = phase, kind
         self._note(None)
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """What is made inside is of ``kind``."""
+        """Counts what is made inside as ``kind``."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -117,8 +117,7 @@ class Ledger(TorchDispatchMode):
             self._kind = before
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """These tensors' storages are of ``kind`` since they were made; those that were not seen yet are counted from
-        now on."""
+        """Counts these tensors' storages as ``kind`` since they were made; those that were not seen yet from now on."""
         peak = self.peaks.get(self._phase, Moment())
         for tensor in tensors:
             self._see(tensor, None)
@@ -130,7 +129,7 @@ class Ledger(TorchDispatchMode):
                 self._change(block, kind)
 
     def keep(self, of: Container[str], kind: str, but: Iterable[Tensor] = ()) -> None:
-        """All that is held of some kinds, ``but`` these tensors, is from now on of another."""
+        """Counts all that is held of some kinds, ``but`` these tensors, as another from now on."""
         spared = {tensor.untyped_storage()._cdata for tensor in but}
         for key, block in self._blocks.items():
             if block.kind in of and key not in spared:
@@ -194,7 +193,7 @@ def _tensors(values: Any) -> Iterator[FakeTensor]:
 
 
 def _caller() -> str:
-    """The innermost line that is neither torch's nor of this folder; where none asks, the node of autograd."""
+    """Returns the innermost line that is neither torch's nor of this folder; where none asks, the node of autograd."""
     node = torch._C._current_autograd_node()
     frame = sys._getframe(2)
     while frame is not None:
@@ -254,5 +253,5 @@ def _counted(ledger: Ledger, function: type[torch.autograd.Function]) -> Any:
 
 
 def in_backward() -> bool:
-    """Whether autograd's engine is at work."""
+    """Returns whether autograd's engine is at work."""
     return torch._C._current_graph_task_id() != -1

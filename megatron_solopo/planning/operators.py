@@ -74,7 +74,8 @@ class Operation(NamedTuple):
 
 
 def operation_of(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> Operation | None:
-    """A call that a dispatch mode saw; None for what costs nothing, and for tensors that stay on the host."""
+    """Returns the cost of a call that a dispatch mode saw; None for what costs nothing, and for tensors that stay on
+    the host."""
     if _is_free(func):
         return None
     first = next(_tensors((args, result)), None)
@@ -90,7 +91,7 @@ def _is_free(func: torch._ops.OpOverload) -> bool:
 
 
 def _products(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> tuple[str, int]:
-    """Kind of an operator and its floating-point operations."""
+    """Returns the kind of an operator and its floating-point operations."""
     packet = func.overloadpacket
     if packet in _FORWARD or packet in _BACKWARD:
         named = _by_name(func, args, kwargs)
@@ -116,7 +117,7 @@ def _by_name(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, A
 
 
 def _pairs(packet: Any, named: dict[str, Any]) -> int:
-    """Pairs of a query and a key that a kernel computes, over all sequences and query heads."""
+    """Counts the pairs of a query and a key that a kernel computes, over all sequences and query heads."""
     query, key, causal = named["query"], named["key"], bool(named["is_causal"])
     if named.get("max_q") and query.dim() == 3:
         # Packed sequences [tokens, heads, head_dim]; `fake.rehearsal` keeps the values of what is sent to the device.
@@ -133,13 +134,13 @@ def _pairs(packet: Any, named: dict[str, Any]) -> int:
 
 
 def causal_pairs(queries: int, keys: int) -> int:
-    """Pairs of queries that are the last positions of ``keys``. What a kernel computes beyond them in the tiles of the
-    diagonal counts as part of its efficiency."""
+    """Counts the pairs of queries that are the last positions of ``keys``. What a kernel computes beyond them in the
+    tiles of the diagonal counts as part of its efficiency."""
     return queries * keys - queries * (queries - 1) // 2
 
 
 def blocked_pairs(queries: int, keys: int) -> int:
-    """Pairs that torch's kernel on CPU computes of a causal piece (2.11, aten/src/ATen/native/cpu/
+    """Counts the pairs that torch's kernel on CPU computes of a causal piece (2.11, aten/src/ATen/native/cpu/
     FlashAttentionKernel.cpp): blocks of queries, and for each all blocks of 512 keys up to its last query."""
     rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
     return sum(
@@ -168,7 +169,8 @@ def _bytes(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> 
 
 @cache
 def _roles(func: torch._ops.OpOverload) -> tuple[frozenset[int] | range, tuple[int, ...]]:
-    """Places of the operands that are read, and of those that are written; () where the result is a new tensor."""
+    """Returns the places of the operands that are read, and of those that are written; () where the result is a new
+    tensor."""
     arguments = func._schema.arguments
     writes = tuple(
         place
@@ -180,7 +182,7 @@ def _roles(func: torch._ops.OpOverload) -> tuple[frozenset[int] | range, tuple[i
 
 
 def _size(value: Any) -> int:
-    """Bytes of the fake tensors in a value; what is expanded is read once."""
+    """Counts the bytes of the fake tensors in a value; what is expanded is read once."""
     if isinstance(value, FakeTensor):
         lengths = (size for size, step in zip(value.shape, value.stride(), strict=True) if step or size == 0)
         return prod(lengths) * value.element_size()

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_options(words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The options of a plan, and of the run that it is for.
+    """Parses the options of a plan, and of the run that it is for.
 
     Raises:
         UserError: an option is unknown, wrong, or one that the plan sets.
@@ -137,7 +137,7 @@ def read_options(words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def _complete(config: Config, arguments: argparse.Namespace) -> None:
-    """Options that every run needs and a plan does not ask for; those of a layout stay as they are."""
+    """Sets options that every run needs and a plan does not ask for; those of a layout stay as they are."""
     model = Path(arguments.model)
     defaults = {
         "hf_path": str(model.parent if model.is_file() else model),
@@ -156,7 +156,7 @@ def _complete(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def request_of(arguments: argparse.Namespace, config: Config, machine: Machine) -> Request:
-    """What is searched.
+    """Returns what is searched.
 
     Raises:
         UserError: the model is refused, or the memory.
@@ -224,7 +224,7 @@ def _layouts(request: Request, result: Plan, seconds: float) -> list[str]:
 
 
 def _reasons(request: Request, result: Plan) -> list[str]:
-    """Why the others are not in the table, those alike in a line."""
+    """Says why the others are not in the table, those alike in a line."""
     short: dict[str, list[Candidate]] = defaultdict(list)
     over = [candidate for candidate in result.best if candidate.peak.total > request.limit]
     for candidate in (*over, *(one for one in result.searched.others if not one.outcomes)):
@@ -242,7 +242,7 @@ def _reasons(request: Request, result: Plan) -> list[str]:
 
 
 def nothing_fits(request: Request, result: Plan) -> UserError:
-    """The error of a plan without a layout: what the nearest lacks, and what would help."""
+    """Returns the error of a plan without a layout: what the nearest lacks, and what would help."""
     if not result.best:
         message, _ = result.searched.refused.most_common(1)[0]
         return UserError("plan-nothing-fits", f"training refuses every layout of {request.gpus} GPUs: {message}")
@@ -263,7 +263,7 @@ def nothing_fits(request: Request, result: Plan) -> UserError:
 
 
 def facts_of(request: Request, candidate: Candidate) -> list[str]:
-    """Lines about a rehearsed layout: packs, copies, peaks, host memory."""
+    """Describes a rehearsed layout in lines: packs, copies, peaks, host memory."""
     peaks = " and ".join(f"{outcome.peak.total / GIB:.1f} GiB on rank {outcome.rank}" for outcome in candidate.outcomes)
     copies = candidate.process.copies // candidate.process.context
     parts = sorted(candidate.step.parts.items(), key=lambda part: -part[1])
@@ -279,7 +279,7 @@ def facts_of(request: Request, candidate: Candidate) -> list[str]:
 
 
 def host_memory(request: Request, candidate: Candidate) -> list[str]:
-    """Main memory of a node, as far as it is counted: processes, and what a save copies.
+    """Describes the main memory of a node, as far as it is counted: processes, and what a save copies.
 
     From a GPU a process first copies what it writes: its share of the optimizer's state, and of the weights as many as
     each of the processes that hold them.

@@ -71,7 +71,7 @@ def rehearse(
     world: int = 1,
     device: str = "cuda",
 ) -> Outcome:
-    """One step of a process in the steady state, when the optimizer has its moments.
+    """Rehearses one step of a process in the steady state, when the optimizer has its moments.
 
     Args:
         config: of the run; ``hf_path`` is not read.
@@ -127,7 +127,7 @@ def rehearse(
 
 
 def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int) -> Any:
-    """The work of a step as `step.step_work` makes it, of packs that are all alike."""
+    """Returns the work of a step as `step.step_work` makes it, of packs that are all alike."""
     from megatron_solopo.data.tokenized.batches import plan_step
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.training.objective import step_inputs
@@ -146,7 +146,7 @@ def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int)
 
 
 def example(method: MethodConfig, short: int, long: int, response: int) -> TokenGroup:
-    """A group of what ``method`` scores, one response a side, whose ids count up from 0.
+    """Returns a group of what ``method`` scores, one response a side, whose ids count up from 0.
 
     Args:
         short, long: tokens of the prompts; response: of each response. A conversation has the long prompt's.
@@ -165,7 +165,7 @@ def example(method: MethodConfig, short: int, long: int, response: int) -> Token
 
 
 def _hidden(tokens: int, hf_config: PretrainedConfig, config: Config) -> tuple[int, int, int]:
-    """Shape of the states between pipeline stages; ``tokens`` of a context-parallel rank."""
+    """Returns the shape of the states between pipeline stages; ``tokens`` of a context-parallel rank."""
     parallel = config.parallel
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return tokens // cut, 1, hf_config.hidden_size

@@ -110,7 +110,7 @@ class Candidate:
 
 
 def layout_name(parallel: ParallelConfig, copies: int) -> str:
-    """The name of a layout with ``copies`` of the model; see `parallel.layouts`."""
+    """Returns the name of a layout with ``copies`` of the model; see `parallel.layouts`."""
     tensor = parallel.tensor_model_parallel_size
     expert_tensor = parallel.expert_tensor_parallel_size
     parts = [
@@ -129,7 +129,7 @@ def layout_name(parallel: ParallelConfig, copies: int) -> str:
 
 
 def layouts(request: Request) -> Iterator[ParallelConfig]:
-    """Every layout of the GPUs whose tensor-parallel ranks are on one node; training may refuse it."""
+    """Yields every layout of the GPUs whose tensor-parallel ranks are on one node; training may refuse it."""
     base, hf_config, gpus = request.config.parallel, request.hf_config, request.gpus
     layers, experts = hf_config.num_hidden_layers, getattr(hf_config, "num_experts", None)
 
@@ -170,7 +170,8 @@ def _divisors(number: int) -> list[int]:
 
 
 def _ends(request: Request, stages: int) -> dict[str, int]:
-    """Fewer layers of the first and the last stage, which have the vocabulary, where stages cannot be alike."""
+    """Returns fewer layers for the first and the last stage, which have the vocabulary, where stages cannot be
+    alike."""
     layers, names = request.hf_config.num_hidden_layers, ("first", "last")
     options = [f"decoder_{name}_pipeline_num_layers" for name in names]
     if layers % stages == 0 or stages < 3 or any(request.fixed(option) for option in options):
@@ -180,7 +181,7 @@ def _ends(request: Request, stages: int) -> dict[str, int]:
 
 
 def _experts(request: Request, ranks: int, tensor: int, experts: int | None) -> Iterator[tuple[int | None, int]]:
-    """(expert tensor parallel size, expert parallel size) on ``ranks`` processes of a stage."""
+    """Yields (expert tensor parallel size, expert parallel size) on ``ranks`` processes of a stage."""
     base = request.config.parallel
     if not experts:
         yield base.expert_tensor_parallel_size, base.expert_model_parallel_size
@@ -213,7 +214,7 @@ class SearchResult:
 
 
 def search(request: Request) -> SearchResult:
-    """Every layout, refused or estimated; rehearses nothing."""
+    """Refuses or estimates every layout; rehearses nothing."""
     shape = Shape.of(request.hf_config, request.config.model.make_vocab_size_divisible_by)
     refused: Counter[str] = Counter()
     fitting: list[Candidate] = []
@@ -247,7 +248,7 @@ def _micro_batches(request: Request, parallel: ParallelConfig) -> list[int]:
 
 
 def packs_of_step(config: Config, groups: int, gpus: int) -> int:
-    """Packs of a process in a step of equal examples (`batches.plan`)."""
+    """Counts the packs of a process in a step of equal examples (`batches.plan`)."""
     parallel = config.parallel
     share = math.ceil(config.training.global_batch_size / data_parallel_size(parallel, gpus))
     packs = math.ceil(share / groups)
@@ -256,7 +257,7 @@ def packs_of_step(config: Config, groups: int, gpus: int) -> int:
 
 
 def _least_recomputed(request: Request, shape: Shape, config: Config, groups: int) -> Candidate:
-    """The candidate with the least recomputation that fits, or with all where none does."""
+    """Returns the candidate with the least recomputation that fits, or with all where none does."""
     multiples = pieces_multiple_of(config), prompts_multiple_of(config, "cuda")
     packs = packs_of_step(config, groups, request.gpus)
     work = Work.of(request.group, groups, packs, config.data.share_prompts, *multiples)
@@ -270,7 +271,7 @@ def _least_recomputed(request: Request, shape: Shape, config: Config, groups: in
 
 
 def _recomputations(request: Request, config: Config) -> list[dict[str, object]]:
-    """Options of recomputation, none first, all layers last."""
+    """Returns the options of recomputation, none first, all layers last."""
     names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
     if any(request.fixed(name) for name in names):
         return [{}]

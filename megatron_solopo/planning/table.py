@@ -53,7 +53,7 @@ def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
 
 
 def outcomes_of(tasks: Sequence[Task]) -> list[Outcome] | str:
-    """The outcomes of rehearsals, or why there are none: the rest of a dry run holds without them."""
+    """Returns the outcomes of rehearsals, or why there are none: the rest of a dry run holds without them."""
     try:
         with Rehearsals(len(tasks)) as rehearsals:
             return list(rehearsals.each(tasks))
@@ -64,7 +64,7 @@ def outcomes_of(tasks: Sequence[Task]) -> list[Outcome] | str:
 def tasks_of(
     config: Config, hf_config: PretrainedConfig, pack: Sequence[TokenGroup], packs: int, world: int, device: str
 ) -> list[Task]:
-    """Rehearsals of `stages_that_matter`; processes of one stage differ in padding alone."""
+    """Returns the rehearsals of `stages_that_matter`; processes of one stage differ in padding alone."""
     each = world // config.parallel.pipeline_model_parallel_size
     count = packs_that_matter(packs, config.parallel)
     stages = stages_that_matter(hf_config.num_hidden_layers, config.parallel)
@@ -72,8 +72,8 @@ def tasks_of(
 
 
 def stages_that_matter(num_layers: int, parallel: ParallelConfig) -> list[int]:
-    """The pipeline stages that hold most or compute longest: the first has the most packs in flight, the last has the
-    head, and another may have more layers than both."""
+    """Returns the pipeline stages that hold most or compute longest: the first has the most packs in flight, the last
+    has the head, and another may have more layers than both."""
     sizes = stage_sizes(num_layers, parallel)
     assert sizes is not None  # `check_layout` refuses others
     ends = {0, len(sizes) - 1}
@@ -82,15 +82,15 @@ def stages_that_matter(num_layers: int, parallel: ParallelConfig) -> list[int]:
 
 
 def packs_that_matter(packs: int, parallel: ParallelConfig) -> int:
-    """Packs of a step after which a further one adds no memory: a stage holds at most as many as there are stages, and
-    twice as many of the interleaved schedule's warm-up."""
+    """Counts the packs of a step after which a further one adds no memory: a stage holds at most as many as there are
+    stages, and twice as many of the interleaved schedule's warm-up."""
     stages = parallel.pipeline_model_parallel_size
     most = 2 * stages if parallel.num_virtual_stages_per_pipeline_rank > 1 else stages
     return min(packs, max(most, 2))
 
 
 def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> tuple[list[TokenGroup], int]:
-    """The groups of the pack with the most tokens in the run's first steps, and how many packs a process has then."""
+    """Returns the groups of the pack with the most tokens in the run's first steps, and the packs of a process then."""
     groups, copies = inputs.data.train.groups, data_parallel_size(config.parallel, world)
     share_prompts = config.data.share_prompts
     most, pack, packs = -1, list[TokenGroup](), 1
@@ -107,7 +107,7 @@ def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> 
 
 
 def table(outcomes: Sequence[Outcome], processes: int) -> list[str]:
-    """A line a stage: what it holds at its peak, by kind, and what it does then.
+    """Formats a line a stage: what it holds at its peak, by kind, and what it does then.
 
     Args:
         processes: of a stage.
@@ -128,7 +128,7 @@ def table(outcomes: Sequence[Outcome], processes: int) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of one width a column, figures to the right and the last column to the left."""
+    """Formats rows of one width a column, figures to the right and the last column to the left."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     last = len(widths) - 1
     return [

@@ -47,11 +47,11 @@ class Rehearsals:
         self._pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin)
 
     def run(self, work: Callable[[Task], Outcome], task: Task) -> Future[Outcome]:
-        """The outcome of `outcome_of`, or of a function that calls it, in one of the processes."""
+        """Starts `outcome_of`, or a function that calls it, in one of the processes."""
         return self._pool.submit(work, task)
 
     def each(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
-        """The outcomes in the order of the tasks; raises what a rehearsal raised."""
+        """Yields the outcomes in the order of the tasks; raises what a rehearsal raised."""
         for future in [self.run(outcome_of, task) for task in tasks]:
             yield future.result()
 
@@ -63,7 +63,7 @@ class Rehearsals:
 
 
 def outcome_of(task: Task) -> Outcome:
-    """`rehearse` in this process."""
+    """Calls `rehearse` in this process."""
     load_loss(task.config.method.preference_loss, "--preference-loss")  # a user's loss is in no registry here
     gc.freeze()  # modules and their caches, which every collection of garbage would go through
     return rehearse(task.config, task.hf_config, task.groups, task.packs, task.rank, task.world, task.device)
