@@ -13,11 +13,12 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron_solopo.errors import UserError, nearest
 from megatron_solopo.terminal import write_line
-from megatron_solopo.yaml_options import Options, read_options
+from megatron_solopo.yaml_options import Options, read_options, refuse_by_name
 
 RENAMED: dict[str, dict[str, str]] = {
     "prepare-data": {
@@ -45,6 +46,7 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         config: add ``--config``. It leaves nothing in the namespace but the options of its file.
+        refused: options that are not there, by name with underscores, and why; they are refused with that reason.
         sections: names of the options in each section of that file; None: the file has none.
 
     Attributes:
@@ -52,12 +54,18 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(
-        self, *, config: bool = True, sections: Mapping[str, Collection[str]] | None = None, **settings: Any
+        self,
+        *,
+        config: bool = True,
+        sections: Mapping[str, Collection[str]] | None = None,
+        refused: Mapping[str, str] = MappingProxyType({}),
+        **settings: Any,
     ) -> None:
         settings.setdefault("allow_abbrev", False)
         super().__init__(**settings)
         self.explicit: set[str] = set()
         self._sections = sections
+        self._refused = refused
         self._places: dict[str, str] = {}
         self._config: argparse.Action | None = None
         if config:
@@ -118,6 +126,7 @@ class Parser(argparse.ArgumentParser):
         for text in unknown:
             name = text.split("=")[0]
             if name.startswith("--"):
+                refuse_by_name(name, name.removeprefix("--no-").removeprefix("--").replace("-", "_"), self._refused)
                 raise UserError("option-unknown", f"{name}: unknown option{nearest(name, options)}")
             raise UserError("argument-unexpected", f"'{text}': unexpected argument; options start with --")
 
@@ -166,7 +175,7 @@ class Parser(argparse.ArgumentParser):
                 section: [*names, *(key for key, now in old.items() if now in names)]
                 for section, names in self._sections.items()
             }
-        return read_options(path, sections)
+        return read_options(path, sections, self._refused)
 
     def words(self, options: Options, besides: Collection[argparse.Action] = ()) -> list[str]:
         """Returns the command line that sets the options of a file; later messages about them name their lines.
@@ -202,6 +211,7 @@ class Parser(argparse.ArgumentParser):
                 name = old[key]
                 _warn(f"{where}: is now {name}")
             if name not in actions:
+                refuse_by_name(where, name, self._refused)
                 place = where.removesuffix(key).rstrip()
                 raise UserError("option-unknown", f"{place} unknown option '{key}'{nearest(key, actions)}")
             action = actions[name]

@@ -87,6 +87,21 @@ class ModelConfig:
         "blockwise: by blocks of 128 (Hopper); mxfp8: by blocks of 32 (Blackwell)",
         ("tensorwise", "delayed", "blockwise", "mxfp8"),
     )
+    disable_parameter_transpose_cache: bool = option(
+        False,
+        "keep no FP8 copies of the weights (2 bytes each) between packs but quantize them in each forward pass; with "
+        "--recompute-granularity full one layer has them at a time",
+    )
+    use_te_activation_func: bool = option(
+        False, "SwiGLU by Transformer Engine's kernel; off: by this package's function of torch kernels"
+    )
+    rope_fusion: bool = option(True, "rotate queries and keys in Transformer Engine's layers by its kernel")
+    moe_permute_fusion: bool = option(
+        False, "order tokens by experts and back with Transformer Engine's kernels, in its layers"
+    )
+    gradient_accumulation_fusion: bool = option(
+        True, "the product that computes a weight's gradient adds it to the float32 sum, on CUDA with --bf16"
+    )
     make_vocab_size_divisible_by: int = option(
         128, "the vocabulary is padded to a multiple of this; padding rows never count", minimum=1
     )
@@ -230,6 +245,13 @@ class ParallelConfig:
     )
     expert_tensor_parallel_size: int | None = option(
         None, "processes that share each expert; default: --tensor-model-parallel-size", minimum=1
+    )
+    moe_token_dispatcher_type: str = option(
+        "alltoall",
+        "how tokens reach their experts; alltoall: each goes to the processes of its experts; allgather: processes "
+        "gather all tokens (they must share their packs, in one pipeline stage); flex: DeepEP's kernels, where its "
+        "package deep_ep is installed",
+        ("alltoall", "allgather", "flex"),
     )
     sequence_parallel: bool = option(
         False, "processes that share a layer also share its norms and residuals, by tokens"

@@ -101,6 +101,12 @@ def _check_implementation(config: Config) -> None:
             "--deterministic-mode with --attention-backend fused: torch's cuDNN attention sums in no fixed order; "
             "use flash or auto",
         )
+    if config.parallel.moe_token_dispatcher_type == "flex" and (not model.bf16 or config.parallel.device == "cpu"):
+        raise UserError(
+            "option-conflict",
+            "--moe-token-dispatcher-type flex needs --bf16 and a CUDA device, which DeepEP's kernels are for; use "
+            "alltoall",
+        )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
     compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
@@ -142,6 +148,16 @@ def unused(config: Config) -> dict[str, str]:
         ),
         ("fp8_format", model.transformer_impl == "transformer_engine", "needs --transformer-impl transformer_engine"),
         ("fp8_recipe", model.fp8_format is not None, "needs --fp8-format"),
+        ("disable_parameter_transpose_cache", model.fp8_format is not None, "needs --fp8-format"),
+        *(
+            (name, model.transformer_impl == "transformer_engine", "needs --transformer-impl transformer_engine")
+            for name in ("use_te_activation_func", "rope_fusion", "moe_permute_fusion")
+        ),
+        (
+            "gradient_accumulation_fusion",
+            model.bf16 and config.parallel.device != "cpu",
+            "needs --bf16 and a CUDA device (elsewhere gradients are never fused)",
+        ),
         ("cp_comm_type", config.parallel.context_parallel_size > 1, "needs --context-parallel-size above 1"),
         ("num_virtual_stages_per_pipeline_rank", *staged),
         ("decoder_first_pipeline_num_layers", *staged),

@@ -20,6 +20,7 @@ from megatron_solopo.config_checks import check
 from megatron_solopo.errors import nearest
 from megatron_solopo.losses.base import PreferenceLoss
 from megatron_solopo.losses.registry import loss_class
+from megatron_solopo.megatron_options import REFUSED
 from megatron_solopo.model.rope_scaling import parse as parse_rope_scaling
 from megatron_solopo.yaml_options import OptionFile, Options, as_options
 
@@ -69,6 +70,7 @@ def build_parser(command: bool = True) -> Parser:
         description="Train a language model with SoLoPO on Megatron Core. "
         "Start it under torchrun for several processes.",
         sections={section: names_of(section) for section in SECTIONS},
+        refused=REFUSED,
         add_help=command,
     )
     if command:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import yaml
@@ -148,12 +149,23 @@ class OptionFile:
         ]
 
 
-def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | None = None) -> Options:
+def refuse_by_name(where: str, name: str, refused: Mapping[str, str]) -> None:
+    """Raises UserError if ``refused`` has a reason against the option ``name``, which stands at ``where``."""
+    if name in refused:
+        raise UserError("option-unsupported", f"{where}: {refused[name]}")
+
+
+def read_options(
+    path: str | Path,
+    sections: Mapping[str, Collection[str]] | None = None,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> Options:
     """Returns options of a YAML file; ``where`` is "file:line: name", or "file:line: section.name".
 
     Args:
         sections: names of the options in each section of the file; None: the file has no sections, and the names of
             its options are not checked.
+        refused: names of options that do not exist, and why, for the message.
 
     Raises:
         UserError: unreadable YAML, an unknown section or option (with the nearest valid name), or an option in the
@@ -174,6 +186,7 @@ def read_options(path: str | Path, sections: Mapping[str, Collection[str]] | Non
                 values, f"{where}: section '{section}' must hold 'name: value' lines"
             ):
                 if name not in sections[section]:
+                    refuse_by_name(f"{place}: {section}.{name}", name, refused)
                     owner = next((other for other, names in sections.items() if name in names), None)
                     hint = f"; it belongs to section '{owner}'" if owner else nearest(name, sections[section])
                     raise UserError("option-unknown", f"{place}: unknown option '{section}.{name}'{hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,19 +27,42 @@ class PackLayout(PackedSeqParams):
     Attributes:
         attention: layout of the rows that this rank computes.
         cos, sin: [S / cp, 1, head_dim] of each token's position.
+        angles: [S / cp, 1, 1, head_dim] float32, radians, for Transformer Engine's kernel; None: cos and sin rotate.
+        scaling: factor on the rotated values, which ``angles`` do not contain.
     """
 
     attention: RankLayout = field(kw_only=True)
     cos: Tensor = field(kw_only=True)
     sin: Tensor = field(kw_only=True)
+    angles: Tensor | None = None
+    scaling: float = 1.0
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotates [S / cp, heads, head_dim] by its rows' positions."""
+        if self.angles is None:
+            return rotate(x, self.cos, self.sin)
+        # As a batch of one sequence (sbhd), whose kernel takes an angle for each row; that of packed sequences (thd)
+        # counts positions from 0 in every sequence, and a response continues its prompt.
+        rotated = rope_utils.fused_apply_rotary_pos_emb(x[:, None], self.angles)[:, 0]
+        return rotated if self.scaling == 1 else rotated * self.scaling
 
 
 def pack_layout(
-    attention: RankLayout, positions: Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype
+    attention: RankLayout,
+    positions: Tensor,
+    frequencies: RotaryFrequencies,
+    dtype: torch.dtype,
+    rope_fusion: bool = False,
 ) -> PackLayout:
-    """Makes the layout of a pack's rows, [S / cp] ``positions``, on their device."""
+    """Makes the layout of a pack's rows, [S / cp] ``positions``, on their device.
+
+    Args:
+        rope_fusion: Transformer Engine's kernel rotates queries and keys.
+    """
     cos, sin = frequencies(positions, dtype)
-    return PackLayout(qkv_format="thd", attention=attention, cos=cos, sin=sin)
+    angles = frequencies.angles(positions)[:, None, None] if rope_fusion else None
+    scaling = frequencies.attention_scaling
+    return PackLayout(qkv_format="thd", attention=attention, cos=cos, sin=sin, angles=angles, scaling=scaling)
 
 
 def attention_kernels(settings: TransformerConfig, device: torch.device) -> Kernels:
@@ -108,5 +132,5 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
-        query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
+        query, key = layout.rotate(query), layout.rotate(key)
         return layout.attention.attend(query, key, value, self.softmax_scale).flatten(1)

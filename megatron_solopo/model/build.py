@@ -34,6 +34,7 @@ from megatron_solopo.model.swiglu import SwiGLU
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Returns megatron-core's configuration of the model, without dropout."""
     model, parallel = config.model, config.parallel
+    engine = model.transformer_impl == transformer_engine.NAME
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first is not None and parallel.pipeline_model_parallel_size == 2:
@@ -45,6 +46,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         "fp8_recipe": model.fp8_recipe,
         "recompute_granularity": model.recompute_granularity,
         "recompute_method": model.recompute_method if model.recompute_granularity else None,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
     }
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -84,22 +86,25 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Transformer Engine's would build unsharded matrices there.
         perform_initialization=False,
         use_cpu_initialization=model.transformer_impl == "portable",
-        # Gradients of matrices are added in float32 by the product itself; only on CUDA (parallel/cpu_shim.py).
-        gradient_accumulation_fusion=model.transformer_impl == "portable"
+        # Gradients of matrices are added in float32 by the product itself; only on CUDA (parallel/cpu_shim.py). Both
+        # implementations have a product for it, and the output head (model/log_probs.py) too.
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion
         and dtype == torch.bfloat16
         and layers._grad_accum_fusion_available,
+        disable_parameter_transpose_cache=model.disable_parameter_transpose_cache,
         # Other fused kernels need CUDA extensions (Apex); Transformer Engine's layers have their own.
         bias_activation_fusion=False,
-        use_te_activation_func=model.transformer_impl == "portable",  # which means the spec's: model/swiglu.py
+        use_te_activation_func=True,  # which means the layer's spec decides: see `layer_spec`
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        # Packs differ in length; mcore requires this dispatcher with it, for dense models too.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
+        apply_rope_fusion=engine and model.rope_fusion,
+        # Packs differ in length, which pipeline stages must know of; mcore refuses it with allgather, which
+        # `topology.check_layout` allows in one stage alone.
+        variable_seq_lengths=parallel.moe_token_dispatcher_type != "allgather",
+        moe_permute_fusion=engine and model.moe_permute_fusion,
         # One call for all experts of a rank; without Transformer Engine they are computed one by one.
-        moe_grouped_gemm=model.transformer_impl == transformer_engine.NAME,
+        moe_grouped_gemm=engine,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         moe_aux_loss_coeff=config.training.moe_aux_loss_coeff,
@@ -122,16 +127,19 @@ def _backend(config: Config) -> str:
     return "fused" if engine and backend == "auto" else backend
 
 
-def layer_spec(settings: TransformerConfig) -> tuple[ModuleSpec, type]:
+def layer_spec(settings: TransformerConfig, te_activation: bool) -> tuple[ModuleSpec, type]:
     """Returns the spec of a layer, and the type of the final norm.
 
     These are Transformer Engine's, or megatron-core's local transformer layer with this package's RMSNorm, packed
     attention and router.
+
+    Args:
+        te_activation: of Transformer Engine's layers SwiGLU too is its kernel; otherwise it is this package's.
     """
     if settings.transformer_impl == transformer_engine.NAME:
         from megatron_solopo.model import te_layers  # imports Transformer Engine, which is optional
 
-        return te_layers.layer_spec(settings), te_layers.FINAL_NORM
+        return te_layers.layer_spec(settings, te_activation), te_layers.FINAL_NORM
     submodules = get_gpt_layer_local_submodules(num_experts=settings.num_moe_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
@@ -167,7 +175,7 @@ def build_model(
     settings = transformer_config(hf_config, config, dtype)
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
-    layer, final_norm = layer_spec(settings)
+    layer, final_norm = layer_spec(settings, config.model.use_te_activation_func)
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm
     )

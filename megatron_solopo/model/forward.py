@@ -85,7 +85,7 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
         input_ids=part.tokens[None],
         position_ids=None,  # positions enter through the layout's RoPE
         attention_mask=None,
-        packed_seq_params=pack_layout(pack.layout, part.positions, head.frequencies, dtype),
+        packed_seq_params=pack_layout(pack.layout, part.positions, head.frequencies, dtype, settings.apply_rope_fusion),
         padding_mask=padding_mask(model, pack.is_padding),
         output_processor=process,
     )

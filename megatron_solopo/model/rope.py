@@ -48,11 +48,16 @@ class RotaryFrequencies(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
 
     @torch.no_grad()
+    def angles(self, positions: Tensor) -> Tensor:
+        """[S] positions -> [S, head_dim] float32, radians; both halves are the same."""
+        half = torch.outer(positions.float(), self.inverse.to(positions.device))
+        return torch.cat((half, half), dim=-1)
+
+    @torch.no_grad()
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[S] positions -> cos and sin, each [S, 1, head_dim] in ``dtype``."""
-        angles = torch.outer(positions.float(), self.inverse.to(positions.device))
-        both = torch.cat((angles, angles), dim=-1)[:, None, :]
-        return ((both.cos() * self.attention_scaling).to(dtype), (both.sin() * self.attention_scaling).to(dtype))
+        angles = self.angles(positions)[:, None]
+        return ((angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype))
 
 
 def check_rope(hf_config: PretrainedConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports] (optional)
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
@@ -12,8 +14,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_solopo.model.attention import PackedAttention, PackLayout
-from megatron_solopo.model.rope import rotate
 from megatron_solopo.model.router import Router
+from megatron_solopo.model.swiglu import SwiGLU
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.layout import select
 from megatron_solopo.parallel.sequences import SequenceLayout
@@ -42,7 +44,7 @@ class TEPackedAttention(TEDotProductAttention):
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
-        query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
+        query, key = layout.rotate(query), layout.rotate(key)
         sequences = layout.attention
         assert isinstance(sequences, SequenceLayout)
         # megatron-core's forward has no bottom-right mask for packed sequences.
@@ -62,18 +64,28 @@ class TEPackedAttention(TEDotProductAttention):
         )
 
 
-def layer_spec(settings: TransformerConfig) -> ModuleSpec:
-    """Returns megatron-core's Transformer Engine layer with attention over packs and this package's router."""
+def layer_spec(settings: TransformerConfig, te_activation: bool) -> ModuleSpec:
+    """Returns megatron-core's Transformer Engine layer with attention over packs and this package's router.
+
+    Args:
+        te_activation: SwiGLU is Transformer Engine's kernel, otherwise this package's function.
+    """
     submodules = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=settings.num_moe_experts,
         moe_grouped_gemm=settings.moe_grouped_gemm,
         qk_layernorm=settings.qk_layernorm,
+        use_te_activation_func=te_activation,
     )
     assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(settings.context_parallel_size, settings.cp_comm_type)
     attention = TEPackedAttention if method.kernels_of_layers else PackedAttention
     # megatron-core declares these parts of a layer as any builder.
     submodules.self_attention.submodules.core_attention = attention  # pyright: ignore[reportAttributeAccessIssue]
+    mlp: Any = submodules.mlp  # a functools.partial
+    parts = mlp.keywords["submodules"]
     if settings.num_moe_experts:
-        submodules.mlp.keywords["submodules"].router = Router  # pyright: ignore[reportAttributeAccessIssue]
+        parts.router = Router
+        parts = parts.experts.keywords["submodules"]
+    if not te_activation:
+        parts.activation_func = SwiGLU
     return ModuleSpec(module=TransformerLayer, submodules=submodules)

@@ -5,6 +5,7 @@ This module does not import Transformer Engine; te_layers.py does, and can be im
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 from transformers import PretrainedConfig
@@ -71,14 +72,25 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
 
 
 def check_machine(config: Config, platform: str) -> None:
-    """Refuses a machine that cannot run Transformer Engine; does nothing with --transformer-impl portable.
+    """Refuses a machine that lacks Transformer Engine or DeepEP, if the run needs them.
 
     Args:
         platform: ``cuda`` (its device chosen) or ``cpu``.
 
     Raises:
-        UserError: there is no CUDA device, no Transformer Engine, or the GPU lacks the requested FP8 recipe.
+        UserError: there is no CUDA device, no Transformer Engine, no DeepEP, or the GPU lacks the requested FP8
+            recipe.
     """
+    if config.parallel.moe_token_dispatcher_type == "flex":
+        what = "--moe-token-dispatcher-type flex"
+        if platform != "cuda":
+            raise UserError("cuda-missing", f"{what}: torch sees no CUDA device; use alltoall")
+        if importlib.util.find_spec("deep_ep") is None:
+            raise UserError(
+                "package-missing",
+                f"{what}: DeepEP (the package deep_ep, from https://github.com/deepseek-ai/DeepEP) is not installed; "
+                "install it, or use alltoall",
+            )
     if config.model.transformer_impl != NAME:
         return
     if platform != "cuda":

@@ -168,14 +168,22 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
         _check_dense(hf_config, config)
 
 
+OF_EXPERTS = (
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "moe_token_dispatcher_type",
+    "moe_permute_fusion",
+    "moe_aux_loss_coeff",
+)
+"""Options that a model without experts does not read."""
+
+
 def _check_dense(hf_config: PretrainedConfig, config: Config) -> None:
-    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size", "moe_aux_loss_coeff"):
-        section = config.training if name == "moe_aux_loss_coeff" else config.parallel
-        value, default = getattr(section, name), OWNER[name][1].default
+    for name in OF_EXPERTS:
+        value, default = config.value(name), OWNER[name][1].default
         if value != default:
-            raise UserError(
-                "model-without-experts", f"{flag(name)} {value}: {hf_config.model_type} has no experts; leave it out"
-            )
+            shown = flag(name) if value is True else f"{flag(name)} {value}"
+            raise UserError("model-without-experts", f"{shown}: {hf_config.model_type} has no experts; leave it out")
 
 
 def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> None:
@@ -195,6 +203,38 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
     numbers = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
     _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, numbers)
+    _check_dispatcher(parallel, tensor * parallel.expert_model_parallel_size)
+
+
+def _check_dispatcher(parallel: ParallelConfig, exchanging: int) -> None:
+    """Refuses a dispatcher of tokens that a layout does not support.
+
+    Args:
+        exchanging: ranks that share the experts of a layer, which exchange tokens.
+    """
+    kind = f"--moe-token-dispatcher-type {parallel.moe_token_dispatcher_type}"
+    if parallel.moe_token_dispatcher_type == "flex" and exchanging == 1:
+        raise UserError(
+            "option-unused",
+            f"{kind} needs --expert-model-parallel-size or --expert-tensor-parallel-size above 1: a process with all "
+            "experts exchanges no tokens; use alltoall",
+        )
+    if parallel.moe_token_dispatcher_type != "allgather":
+        return
+    if parallel.pipeline_model_parallel_size > 1:
+        raise UserError(
+            "option-conflict",
+            f"{kind} with --pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: packs differ in "
+            "length, which megatron-core's stages support with alltoall and flex alone; use alltoall",
+        )
+    sharing = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if sharing % exchanging:
+        raise UserError(
+            "option-conflict",
+            f"{kind}: it gathers as many tokens from each of the {exchanging} processes that share experts, and packs "
+            f"differ in length between data-parallel processes ({sharing} share a pack: tensor x context parallel "
+            "size); use alltoall",
+        )
 
 
 def _check_divides(option: str, size: int, numbers: dict[str, int], note: str = "") -> None:

@@ -205,6 +205,19 @@ def standing(process: Process, stage: int) -> dict[str, float]:
     }
 
 
+def fp8_copies(process: Process, stage: int) -> float:
+    """Bytes of the FP8 copies of a stage's matrices at the peak: each as it is and transposed, two bytes a weight, of
+    all layers; with --disable-parameter-transpose-cache the layers that are recomputed have one set."""
+    shape, model = process.shape, process.config.model
+    _, experts = layer_parameters(process)
+    matrices = 2 * shape.hidden * (shape.queries + shape.keys) // process.tensor
+    matrices += experts or 3 * shape.hidden * shape.ffn // process.tensor
+    layers = process.sizes[stage]
+    if model.disable_parameter_transpose_cache and (recomputed := process.chunks * process.recomputed(stage)):
+        layers += 1 - recomputed
+    return 2 * matrices * layers
+
+
 def attention_kept(process: Process) -> float:
     """Returns the bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and
     ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms of heads their input

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -172,7 +173,10 @@ def _answer_megatron(patch: Patch, stage: Stage) -> None:
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe.token_dispatcher import (
+        MoEAllGatherTokenDispatcher,
+        MoEAlltoAllTokenDispatcher,
+    )
 
     # param_and_grad_buffer.py:504: the fake group has no coalesced collectives; each then goes out alone
     patch(param_and_grad_buffer, "_coalescing_manager", _not_coalesced)
@@ -213,6 +217,22 @@ def _answer_megatron(patch: Patch, stage: Stage) -> None:
 
     patch(MoEAlltoAllTokenDispatcher, "__init__", begin_on_host)
     patch(MoEAlltoAllTokenDispatcher, "preprocess", preprocess_balanced)
+
+    def postprocess_balanced(self: Any, hidden_states: Tensor, probs: Tensor) -> Any:
+        """token_dispatcher.py:303: the same of --moe-token-dispatcher-type allgather, whose method reads the counts."""
+        experts = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+        self.hidden_shape_before_permute = hidden_states.shape
+        self.local_map = self.routing_map[:, experts].contiguous()
+        each = _shares(hidden_states.shape[0] * self.router_topk, self.config.num_moe_experts)[experts]
+        permuted, _, self.reversed_local_input_permutation_mapping, *_ = token_dispatcher.permute(
+            hidden_states, self.local_map, num_out_tokens=sum(each), fused=self.config.moe_permute_fusion
+        )
+        with _Selected(sum(each)):
+            self.local_probs = probs[:, experts].T.contiguous().masked_select(self.local_map.T.contiguous())
+        self.routing_map = None
+        return permuted, np.array(each), self.local_probs
+
+    patch(MoEAllGatherTokenDispatcher, "dispatch_postprocess", postprocess_balanced)
     patch(token_dispatcher, "maybe_move_tensor_to_cpu", lambda value, *args, **kwargs: value)  # is there already
     permute = moe_utils.permute
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo import config_load
 from megatron_solopo.arguments import Parser
-from megatron_solopo.config import Config, flag
+from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, read_config_file, read_hf_config
@@ -25,7 +25,7 @@ from megatron_solopo.planning.memory import GRADIENTS, INPUTS, KINDS, LOG_PROBS,
 from megatron_solopo.planning.plan_file import write_plan
 from megatron_solopo.planning.rehearse import example
 from megatron_solopo.planning.search import Candidate, Plan, Request, SearchResult, plan, search
-from megatron_solopo.planning.table import UNITS, columns
+from megatron_solopo.planning.table import UNITS, columns, not_rehearsed
 from megatron_solopo.planning.workers import Rehearsals
 from megatron_solopo.training.objective import check_loss
 
@@ -178,12 +178,8 @@ def _model(path: str, config: Config) -> PretrainedConfig:
     hf_config = read_config_file(Path(path), scaling) if is_file else read_hf_config(path, scaling, "--model")
     family_of(hf_config)
     check_length(hf_config, config.data.seq_length)
-    if config.model.transformer_impl != "portable":
-        raise UserError(
-            "plan-implementation",
-            f"{flag('transformer_impl')} {config.model.transformer_impl}: its layers are built on a GPU alone, so "
-            "nothing can be rehearsed; leave it out",
-        )
+    if (why := not_rehearsed(config)) is not None:
+        raise UserError("plan-implementation", f"{why}, so nothing can be rehearsed; leave it out")
     return hf_config
 
 

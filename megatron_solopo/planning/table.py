@@ -11,7 +11,7 @@ from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import system_reason
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes, world_size
-from megatron_solopo.planning.memory import KINDS
+from megatron_solopo.planning.memory import GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.rehearse import Outcome
 from megatron_solopo.planning.workers import Rehearsals, Task
 from megatron_solopo.training.preflight import Preflight, RunInputs
@@ -31,9 +31,9 @@ def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
     Args:
         plan: of the run; device: ``cuda`` or ``cpu``, where it is to compute.
     """
-    if config.model.transformer_impl != "portable":
-        return [f"not rehearsed: layers of --transformer-impl {config.model.transformer_impl} are built on a GPU alone"]
     world, inputs = world_size(), plan.inputs
+    if (why := not_rehearsed(config)) is not None:
+        return [f"not rehearsed: {why}", *calculated(config, inputs.hf_config, world)]
     pack, packs = largest_pack(config, inputs, world, device)
     tasks = tasks_of(config, inputs.hf_config, pack, packs, world, device)
     outcomes = outcomes_of(tasks)
@@ -50,6 +50,33 @@ def memory_of_run(config: Config, plan: Preflight, device: str) -> list[str]:
             else []
         ),
     ]
+
+
+def not_rehearsed(config: Config) -> str | None:
+    """Returns why a run cannot be rehearsed, or None if it can."""
+    if config.model.transformer_impl != "portable":
+        return f"--transformer-impl {config.model.transformer_impl}: its layers are built on a GPU alone"
+    if config.parallel.moe_token_dispatcher_type == "flex":
+        return "--moe-token-dispatcher-type flex: DeepEP's kernels need a GPU"
+    return None
+
+
+def calculated(config: Config, hf_config: PretrainedConfig, world: int) -> list[str]:
+    """Returns a line for each stage of `stages_that_matter`: memory besides activations of a run that cannot be
+    rehearsed."""
+    from megatron_solopo.planning import estimate  # which imports this module
+
+    shape = estimate.Shape.of(hf_config, config.model.make_vocab_size_divisible_by)
+    process = estimate.Process(shape, config, estimate.Work(0, 0, 0, 0.0, 1), world)
+    lines = []
+    for stage in stages_that_matter(hf_config.num_hidden_layers, config.parallel):
+        held = estimate.standing(process, stage)
+        parts = [f"{kind} {held[kind] / UNITS['GiB']:.2f}" for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)]
+        if config.model.fp8_format is not None:
+            copies = estimate.fp8_copies(process, stage) / UNITS["GiB"]
+            parts.append(f"FP8 copies of weights {copies:.2f}")
+        lines.append(f"calculated: a process of stage {stage} holds, besides activations, GiB: {', '.join(parts)}")
+    return lines
 
 
 def outcomes_of(tasks: Sequence[Task]) -> list[Outcome] | str:

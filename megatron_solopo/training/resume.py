@@ -76,6 +76,8 @@ FREE = frozenset(
         *(spec.name for section in (ParallelConfig, OutputConfig) for spec in dataclasses.fields(section)),
         # How a step is computed.
         *("transformer_impl", "attention_backend", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
+        *("disable_parameter_transpose_cache", "use_te_activation_func", "rope_fusion", "moe_permute_fusion"),
+        "gradient_accumulation_fusion",
         "deterministic_mode",
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
         "data_cache",

@@ -313,6 +313,8 @@ MUTANTS: list[Mutant] = [
         ),
         ("a layout that does not divide the model accepted", "if number % size:", "if size > number:"),
         ("a later chunk's layers right behind the first's", "chunk * sum(sizes) + sum", "chunk * sizes[stage] + sum"),
+        ("packs of other processes gathered", "if sharing % exchanging:", "if False:"),
+        ("an option of experts ignored", "if value != default:", "if False:"),
         ("unequal middle stages accepted", "left % others if others else left", "False if others else left"),
     ),
     *within(
@@ -400,6 +402,31 @@ MUTANTS: list[Mutant] = [
         "model/build.py",
         CUDA + " -k chooses",
         ("Transformer Engine chooses its kernel", 'return "fused" if', 'return "auto" if'),
+    ),
+    *within(
+        "model/build.py",
+        ENGINE,
+        ("the option of the fused RoPE ignored", "engine and model.rope_fusion", "engine"),
+        ("packs of unequal lengths left to allgather", '!= "allgather"', '!= "none"'),
+    ),
+    *within(
+        "model/attention.py",
+        ENGINE,
+        (
+            "the fused RoPE without yarn's factor",
+            "return rotated if self.scaling == 1 else",
+            "return rotated if True else",
+        ),
+        (
+            "angles of the fused RoPE by row number",
+            "frequencies.angles(positions)",
+            "frequencies.angles(positions.sort()[0])",
+        ),
+    ),
+    *within(
+        "planning/estimate.py",
+        "tests/unit/test_rehearsal.py -k calculated",
+        ("FP8 copies without their transposes", "return 2 * matrices * layers", "return matrices * layers"),
     ),
     *within(
         "parallel/flash.py",

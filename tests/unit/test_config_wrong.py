@@ -4,7 +4,9 @@ import pytest
 from option_lines import argv
 from refusals import refused
 
+from megatron_solopo.config import OWNER, flag
 from megatron_solopo.config_load import load
+from megatron_solopo.megatron_options import REFUSED
 
 TE = "--transformer-impl transformer_engine --bf16"
 
@@ -78,6 +80,13 @@ WRONG_OPTIONS = [
         "--no-share-prompts",
         "all_gather",
     ),
+    ("--moe-token-dispatcher-type flex", "option-conflict", "--moe-token-dispatcher-type flex", "--bf16", "alltoall"),
+    (
+        "--moe-token-dispatcher-type flex --bf16 --device cpu",
+        "option-conflict",
+        "--moe-token-dispatcher-type flex",
+        "CUDA device",
+    ),
     ("--preference-loss ipo --beta 0", "option-value", "--beta 0", "--preference-loss ipo"),
     ("--beta 0", "option-value", "--beta 0", "--preference-loss dpo"),
     ("--preference-loss simpo --beta 0", "option-value", "--beta 0", "--preference-loss simpo"),
@@ -143,6 +152,12 @@ UNUSED_OPTIONS = [
     ("--bf16 --device cpu --attention-backend flash", "--attention-backend", "CUDA"),
     ("--fp8-format e4m3", "--fp8-format", "--transformer-impl transformer_engine"),
     (f"{TE} --fp8-recipe mxfp8", "--fp8-recipe", "--fp8-format"),
+    (f"{TE} --disable-parameter-transpose-cache", "--disable-parameter-transpose-cache", "--fp8-format"),
+    ("--bf16 --use-te-activation-func", "--use-te-activation-func", "--transformer-impl transformer_engine"),
+    ("--bf16 --no-rope-fusion", "--rope-fusion", "--transformer-impl transformer_engine"),
+    ("--bf16 --moe-permute-fusion", "--moe-permute-fusion", "--transformer-impl transformer_engine"),
+    ("--no-gradient-accumulation-fusion", "--gradient-accumulation-fusion", "--bf16"),
+    ("--bf16 --device cpu --no-gradient-accumulation-fusion", "--gradient-accumulation-fusion", "CUDA device"),
     ("--simpo-gamma 1", "--simpo-gamma", "--preference-loss simpo"),
     ("--preference-loss orpo --beta 1", "--beta", "--orpo-lambda"),
     ("--preference-loss simpo --orpo-lambda 1", "--orpo-lambda", "--preference-loss orpo"),
@@ -230,6 +245,20 @@ def refuse(arguments, code, option, *named):
 def test_a_wrong_option_is_refused_by_its_name(row):
     words, *expected = row
     refuse(argv(*words.split(" ")), *expected)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_option_of_megatron_that_nothing_can_do_is_refused_with_the_reason(name, tmp_path):
+    assert name not in OWNER
+    off = f"--no-{flag(name)[2:]}"
+    for words in (flag(name), f"{flag(name)}=deepep", off):
+        with refused("option-unsupported", f"{words.partition('=')[0]}: ", REFUSED[name]):
+            load(argv(words))
+    for section in ("model", "parallel"):
+        file = tmp_path / "run.yaml"
+        file.write_text(f"{section}:\n  {name}: true\n")
+        with refused("option-unsupported", f"{file}:2: {section}.{name}: ", REFUSED[name]):
+            load([*argv(), "--config", str(file)])
 
 
 @pytest.mark.parametrize("row", UNUSED_OPTIONS, ids=lambda row: row[0])

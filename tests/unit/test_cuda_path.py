@@ -304,9 +304,15 @@ def test_only_torchs_adam_on_cuda_is_fused(engine: Any, folder: Path, monkeypatc
         ({"transformer_impl": "transformer_engine", "attention_backend": "flash"}, "flash"),
     ],
 )
-def test_transformer_engine_never_chooses_by_itself(engine: Any, model: dict[str, str], backend: str) -> None:
+def test_transformer_engine_never_chooses_by_itself(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, model: dict[str, str], backend: str
+) -> None:
     """megatron-core's auto allows the kernel that holds all scores."""
+    from megatron.core.models.common.embeddings import rope_utils
+
     from megatron_solopo.model.build import transformer_config
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", print)  # megatron-core looks whether it is there
 
     config = Config(model=ModelConfig(bf16=True, **model))
     assert transformer_config(LlamaConfig(**SHAPE), config, torch.bfloat16).attention_backend.name == backend

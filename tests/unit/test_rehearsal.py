@@ -29,7 +29,7 @@ from megatron_solopo.planning.memory import (
     WORKING,
 )
 from megatron_solopo.planning.rehearse import Outcome, example
-from megatron_solopo.planning.table import largest_pack, outcomes_of, packs_that_matter
+from megatron_solopo.planning.table import calculated, largest_pack, not_rehearsed, outcomes_of, packs_that_matter
 from megatron_solopo.planning.workers import Rehearsals, Task, outcome_of
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 1000
@@ -186,6 +186,11 @@ STEPS = [
     *((("--bf16", "--cp-comm-type", name, *flags), LLAMA, "cp2") for name in CONTEXT_METHODS for flags in SHARED),
     *((("--bf16", *flags), LLAMA, "dp2") for flags in (OVERLAP[:1], OVERLAP)),
     (("--bf16", *OVERLAP), DEEP, "pp2 vpp2 dp2"),
+    *(
+        (("--bf16", "--moe-token-dispatcher-type", "allgather", *flags), MOE, layout)
+        for layout in ("1", "tp2 sp", "tp2 sp ep2 etp1", "cp2 ep2")
+        for flags in ((), FULL)
+    ),
     *((("--bf16", "--moe-aux-loss-coeff", 0.1, *flags), MOE, "tp2 sp dp2 ep2") for flags in ((), FULL)),
 ]
 """Options, model and layout of each rehearsal on CUDA."""
@@ -272,6 +277,28 @@ def test_a_tensor_of_all_logits_is_noticed(rehearsals: Rehearsals) -> None:
     assert clean.peaks["forward"].held[LOG_PROBS] < logits / 4
     for phase in ("backward", "update"):
         assert leaked.peaks[phase].total - clean.peaks[phase].total == logits, phase
+
+
+def test_what_cannot_be_rehearsed_is_calculated() -> None:
+    """A 7B model with FP8: every matrix of a layer, a byte as it is and a byte transposed."""
+    matrices = 3584 * (3584 + 2 * 512 + 3584) + 3 * 3584 * 18944
+    shape = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
+    heads = dict(num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+    engine = ("--bf16", "--transformer-impl", "transformer_engine", "--fp8-format", "hybrid")
+    anew = ("--disable-parameter-transpose-cache",)
+    for flags, layout, layers in (
+        ((), "1", 28),
+        ((), "tp2 sp", 14),
+        (anew, "1", 28),
+        ((*anew, *FULL), "1", 1),
+        ((*anew, *FULL, "--recompute-method", "block", "--recompute-num-layers", 8), "1", 21),
+    ):
+        config = options(*engine, *flags, layout=layout)
+        assert "--transformer-impl transformer_engine" in str(not_rehearsed(config))
+        [line] = calculated(config, LlamaConfig(**shape, **heads), parse_layout(layout).processes)
+        assert line.endswith(f"FP8 copies of weights {2 * layers * matrices / 2**30:.2f}"), (flags, layout)
+    flex = options("--bf16", "--moe-token-dispatcher-type", "flex", layout="dp2 ep2")
+    assert "--moe-token-dispatcher-type flex" in str(not_rehearsed(flex)) and not_rehearsed(options()) is None
 
 
 def test_a_failed_rehearsal_is_a_line_of_the_dry_run() -> None:

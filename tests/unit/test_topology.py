@@ -11,7 +11,7 @@ from refusals import refused
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
+from megatron_solopo.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.topology import (
     Place,
@@ -171,6 +171,43 @@ def test_experts_that_cannot_be_spread_so_are_one_line(parallel: dict, world: in
         check_layout(hf_config, Config(parallel=ParallelConfig(**parallel)), 128, world)
 
 
+GATHER = {"moe_token_dispatcher_type": "allgather"}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "named"),
+    [
+        ({}, 4, None),
+        (SEQUENCE, 4, None),
+        (SEQUENCE | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, 4, None),
+        ({"context_parallel_size": 2, "expert_model_parallel_size": 2}, 4, None),
+        ({"expert_model_parallel_size": 2}, 4, ["each of the 2 processes", "(1 share", "use alltoall"]),
+        (SEQUENCE | {"expert_model_parallel_size": 2}, 4, ["each of the 4 processes", "(2 share", "use alltoall"]),
+        ({"pipeline_model_parallel_size": 2}, 2, ["--pipeline-model-parallel-size 2", "use alltoall"]),
+    ],
+)
+def test_tokens_are_gathered_where_processes_share_their_packs(
+    parallel: dict, world: int, named: list[str] | None
+) -> None:
+    hf_config = Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE)
+    config = Config(parallel=ParallelConfig(**GATHER | parallel))
+    if named is None:
+        check_layout(hf_config, config, 128, world)
+        return
+    with refused("option-conflict", "--moe-token-dispatcher-type allgather", *named):
+        check_layout(hf_config, config, 128, world)
+
+
+def test_deepep_without_processes_to_exchange_with_is_one_line() -> None:
+    hf_config = Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE)
+    flex = {"moe_token_dispatcher_type": "flex"}
+    with refused(
+        "option-unused", "--moe-token-dispatcher-type flex needs ", "--expert-model-parallel-size", "alltoall"
+    ):
+        check_layout(hf_config, Config(parallel=ParallelConfig(**flex)), 128, 2)
+    check_layout(hf_config, Config(parallel=ParallelConfig(**flex, expert_model_parallel_size=2)), 128, 2)
+
+
 def test_tensor_parallelism_of_experts_needs_sequence_parallelism() -> None:
     hf_config = Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE)
     with refused("option-conflict", "--tensor-model-parallel-size 2: ", "--sequence-parallel"):
@@ -197,6 +234,8 @@ def test_experts_that_can_be_spread_pass(parallel: dict, world: int) -> None:
         (Config(parallel=ParallelConfig(expert_model_parallel_size=2)), "--expert-model-parallel-size 2"),
         (Config(parallel=ParallelConfig(expert_tensor_parallel_size=2)), "--expert-tensor-parallel-size 2"),
         (Config(training=TrainingConfig(moe_aux_loss_coeff=0.1)), "--moe-aux-loss-coeff 0.1"),
+        (Config(parallel=ParallelConfig(**GATHER)), "--moe-token-dispatcher-type allgather"),
+        (Config(model=ModelConfig(moe_permute_fusion=True)), "--moe-permute-fusion"),
     ],
 )
 def test_a_model_without_experts_refuses_their_options(config: Config, flag: str) -> None:

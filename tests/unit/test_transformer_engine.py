@@ -7,8 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import moe_utils
 from refusals import refused
 from tiny_models import EXPERTS, SHAPE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, MixtralConfig
 
 from megatron_solopo.config import FP8_MULTIPLES, Config
@@ -17,6 +21,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention, pack_layout
+from megatron_solopo.model.build import transformer_config
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.parallel.layout import block_layout, select
@@ -174,12 +179,101 @@ def test_heads_that_cannot_be_exchanged_for_sequence_are_one_line() -> None:
     transformer_engine.check_widths(LlamaConfig(**LARGE), config)
     config.parallel.cp_comm_type, config.parallel.context_parallel_size = "p2p", 8
     transformer_engine.check_widths(LlamaConfig(**LARGE), config)
+    config.parallel.cp_comm_type, config.parallel.context_parallel_size = "a2a", 3
+    odd = LlamaConfig(**LARGE | dict(hidden_size=1536, num_attention_heads=12, num_key_value_heads=3))
+    with refused("layout-not-divisible", "--cp-comm-type a2a: ", "num_key_value_heads", " 3,", "odd", "p2p"):
+        transformer_engine.check_widths(odd, config)
 
 
 def test_a_machine_without_it_is_one_line() -> None:
     with refused("cuda-missing", "--transformer-impl transformer_engine: "):
         transformer_engine.check_machine(fp8(), "cpu")
     transformer_engine.check_machine(Config(), "cpu")
+
+
+def test_a_machine_without_deepep_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    config.parallel.moe_token_dispatcher_type = "flex"
+    with refused("cuda-missing", "--moe-token-dispatcher-type flex: ", "alltoall"):
+        transformer_engine.check_machine(config, "cpu")
+    with refused("package-missing", "--moe-token-dispatcher-type flex: ", "deep_ep", "alltoall"):
+        transformer_engine.check_machine(config, "cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "deep_ep" or None)
+    transformer_engine.check_machine(config, "cuda")
+
+
+def documented_rope(t: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary_pos_emb` of Transformer Engine 2.20 for tensor_format sbhd, not interleaved, as its documentation
+    describes it: angles in float32, a row of them for each row of the sequence, the same for batch and heads."""
+    assert t.dim() == 4 and freqs.dtype == torch.float32 and freqs.device == t.device
+    assert freqs.shape[0] >= t.shape[0] and freqs.shape[1:] == (1, 1, t.shape[3])
+    freqs = freqs[: t.shape[0]]
+    first, second = t.chunk(2, dim=-1)
+    return t * freqs.cos().to(t.dtype) + torch.cat((-second, first), dim=-1) * freqs.sin().to(t.dtype)
+
+
+@pytest.mark.parametrize("scaling", [None, 1.3], ids=["default", "yarn with a factor on cos and sin"])
+@pytest.mark.parametrize("share", [True, False])
+def test_its_rope_rotates_each_row_by_its_own_position(
+    share: bool, scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions of responses repeat where they share a prompt; values and gradients are the portable ones."""
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", documented_rope)
+    hf_config = LlamaConfig(**SHAPE)
+    if scaling is not None:
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+        hf_config = LlamaConfig(**SHAPE, rope_parameters=yarn | {"attention_factor": scaling})
+    pack, frequencies = build_pack(draw_groups(3), [0, 1, 2], share, 1), RotaryFrequencies(hf_config)
+    size = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    mixed = torch.randn(pack.tokens.numel(), 4, 2 * size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fused in (True, False):
+        layout = pack_layout(sequence_layout(pack.pieces), pack.positions, frequencies, torch.float64, fused)
+        assert (layout.angles is not None) == fused
+        rotated = layout.rotate(mixed[..., :size])  # strided, as megatron-core splits queries and keys
+        results.append((rotated, torch.autograd.grad((rotated * rotated.detach().cos()).sum(), mixed)[0]))
+    for ours, portable in zip(*results, strict=True):
+        torch.testing.assert_close(ours, portable, rtol=0, atol=1e-6)  # cos and sin are float32 in both
+
+
+def test_its_rope_gets_tensors_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with fake tensors: bfloat16 queries, float32 angles, both there."""
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", documented_rope)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        positions = torch.empty(6, dtype=torch.int64, device="cuda")
+        layout = pack_layout(None, positions, RotaryFrequencies(LlamaConfig(**SHAPE)), torch.bfloat16, True)
+        size = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+        rotated = layout.rotate(torch.empty(6, 4, size, dtype=torch.bfloat16, device="cuda"))
+    assert (rotated.shape, rotated.dtype, rotated.device.type) == ((6, 4, size), torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_options_reach_megatron_core(engine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of portable layers those that are Transformer Engine's stay off."""
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)  # as on CUDA
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", documented_rope)
+    for name in (
+        "permute",
+        "permute_with_probs",
+        "sort_chunks_by_index",
+        "sort_chunks_by_index_with_probs",
+        "unpermute",
+    ):
+        monkeypatch.setattr(moe_utils, f"fused_{name}", documented_rope)  # megatron-core looks whether they are there
+    config = Config()
+    config.model.bf16, config.model.transformer_impl = True, transformer_engine.NAME if engine else "portable"
+    for on in (True, False):
+        config.model.rope_fusion = config.model.gradient_accumulation_fusion = on
+        config.model.moe_permute_fusion = config.model.disable_parameter_transpose_cache = on
+        config.parallel.moe_token_dispatcher_type = "alltoall" if on else "allgather"
+        settings = transformer_config(MixtralConfig(**SHAPE, **EXPERTS), config, torch.bfloat16)
+        assert settings.apply_rope_fusion == settings.moe_permute_fusion == (on and engine)
+        assert settings.gradient_accumulation_fusion == settings.disable_parameter_transpose_cache == on
+        # packs of different lengths, and the dispatcher that megatron-core refuses with them
+        assert (settings.moe_token_dispatcher_type, settings.variable_seq_lengths) == (
+            config.parallel.moe_token_dispatcher_type,
+            on,
+        )
 
 
 def test_a_machine_without_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,12 @@ class HeadsForSequence(EngineMethod):
 
     def check_heads(self, heads: Mapping[str, int], size: int) -> None:
         for name, count in heads.items():
+            if count % 2:  # Transformer Engine 2.20, dot_product_attention/utils.py:1368
+                raise UserError(
+                    "layout-not-divisible",
+                    f"--cp-comm-type a2a: the model's {name} on a rank, {count}, is odd, and Transformer Engine has no "
+                    "kernel for it; use p2p or all_gather",
+                )
             if count % size:
                 raise UserError(
                     "layout-not-divisible",
