@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of a checkpoint's content."""
+
+Files = dict[str, dict[str, Any]]
+"""Size and digest of each file, by name."""
+
+READERS = 16
+"""Files that are read at the same time: one process checks those of all before a run resumes."""
 
 WHOLE = 64 * 2**20
 BLOCK, BLOCKS = 2**20, 64
@@ -66,16 +74,29 @@ def write_latest(folder: Path, iteration: int) -> None:
     write_text(folder / LATEST, f"{iteration}\n")
 
 
-def write_manifest(folder: Path, iteration: int, layout: dict[str, int], progress: dict[str, Any]) -> None:
-    """Writes the manifest of a folder whose files are all written."""
+def describe_files(folder: Path, process: int = 0, processes: int = 1) -> Files:
+    """Returns sizes and digests of the files that one of several processes wrote.
+
+    megatron-core names a file ``__PROCESS_NUMBER.distcp``; process 0 has those with other names too.
+    """
+    names = ((path, re.match(r"__(\d+)_", path.name)) for path in _files(folder))
+    paths = sorted(path for path, match in names if int(match[1] if match else 0) % processes == process)
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths), strict=True)
+    }
+
+
+def write_manifest(
+    folder: Path, iteration: int, layout: dict[str, int], progress: dict[str, Any], files: Files
+) -> None:
+    """Writes the manifest of a folder whose files are all written; ``files`` is of `describe_files`."""
     document = {
         "format": FORMAT,
         "iteration": iteration,
         "layout": layout,
         "progress": progress,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(_files(folder))
-        },
+        "files": dict(sorted(files.items())),
     }
     write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
@@ -120,7 +141,9 @@ def problem_of(folder: Path) -> str | None:
             size = present[name].stat().st_size
             if size != written["bytes"]:
                 return f"{name} has {size:,} bytes, {written['bytes']:,} were written"
-            if _digest(present[name]) != written["sha256"]:
+        digests = _digests([present[name] for name in document["files"]])
+        for (name, written), digest in zip(document["files"].items(), digests, strict=True):
+            if digest != written["sha256"]:
                 return f"{name} does not hold what was written"
         left_over = sorted(present.keys() - document["files"].keys())
     except ValueError as error:
@@ -185,6 +208,11 @@ def _offer(folder: Path, before: int | None = None, note: str = "") -> str:
 def _files(folder: Path) -> list[Path]:
     """Returns the files of a checkpoint, without ``.nfs*``, which NFS keeps for deleted files that are still open."""
     return [path for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith(".nfs")]
+
+
+def _digests(paths: Sequence[Path]) -> Iterator[str]:
+    with ThreadPoolExecutor(READERS) as readers:
+        yield from readers.map(_digest, paths)
 
 
 def _digest(path: Path) -> str:

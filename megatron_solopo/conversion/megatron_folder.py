@@ -23,7 +23,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_solopo.atomic import folder_aside
 from megatron_solopo.conversion.hf_weights import HfWeights
-from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
+from megatron_solopo.conversion.manifest import checkpoint_folder, describe_files, write_latest, write_manifest
 from megatron_solopo.conversion.places import put_in_place, restore
 from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
@@ -194,7 +194,8 @@ class _Filling:
 
 
 def _publish(aside: Path, sidecar_files: SidecarFiles, target: Path) -> None:
-    write_manifest(checkpoint_folder(aside, 0), 0, {}, {})
+    folder = checkpoint_folder(aside, 0)
+    write_manifest(folder, 0, {}, {}, describe_files(folder))
     sidecar_files.write(aside)
     write_latest(aside, 0)
     put_in_place(aside, target)

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_solopo.atomic import rename
 from megatron_solopo.config import Config
-from megatron_solopo.conversion.manifest import checkpoint_folder, write_latest, write_manifest
+from megatron_solopo.conversion.manifest import Files, checkpoint_folder, describe_files, write_latest, write_manifest
 from megatron_solopo.conversion.megatron_folder import METADATA, load_models, model_states, reason_of
 from megatron_solopo.conversion.sharded_write import ShardedWrite
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.progress import reporting
 from megatron_solopo.training import retention
@@ -145,13 +145,14 @@ class Checkpoints:
         """Publishes a written checkpoint: metadata, manifest, final name, latest file, deletion of older ones."""
         self._writing = None
         error = writing.write.finish()
-        error = first_error(error or run_on_rank0(lambda: self._publish(writing)))
+        files, error = _described(writing.aside, error)
+        error = first_error(error or run_on_rank0(lambda: self._publish(writing, files)))
         if error:
             self._failed(writing.iteration, writing.aside, error)
         else:
             self._latest, self.unsaved = writing.iteration, None
 
-    def _publish(self, writing: _Writing) -> None:
+    def _publish(self, writing: _Writing, files: Files) -> None:
         parallel = self._parallel
         layout = {
             "processes": dist.get_world_size(),
@@ -161,7 +162,7 @@ class Checkpoints:
             "context": parallel.context_parallel_size,
             "expert": parallel.expert_model_parallel_size,
         }
-        write_manifest(writing.aside, writing.iteration, layout, self._progress)
+        write_manifest(writing.aside, writing.iteration, layout, self._progress, files)
         target = checkpoint_folder(self._folder, writing.iteration)
         retention.delete([target])
         rename(writing.aside, target)
@@ -184,6 +185,20 @@ class Checkpoints:
 def _copies() -> dist.ProcessGroup:
     """The group of ranks that hold the same weights: each writes and reads some of them."""
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+def _described(folder: Path, error: str | None) -> tuple[Files, str | None]:
+    """Returns sizes and digests of all files, of which each process reads its own, and the first error of any process;
+    collective."""
+    rank, world, files = dist.get_rank(), dist.get_world_size(), {}
+    try:
+        files = {} if error else describe_files(folder, rank, world)
+    except OSError as failure:
+        error = system_reason(failure)
+    of_all: list[Any] = [None] * world
+    dist.all_gather_object(of_all, (files, error))
+    errors = [error for _, error in of_all if error]
+    return {name: file for files, _ in of_all for name, file in files.items()}, errors[0] if errors else None
 
 
 def _free_space(folder: Path) -> str:

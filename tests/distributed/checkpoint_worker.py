@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
+from megatron_solopo.conversion import manifest
 from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.parallel import platform
 from megatron_solopo.parallel.layouts import parse_layout
@@ -67,11 +69,14 @@ def save_and_load(
     if source is not None:
         peaks["load"] = growth(here, lambda: load_checkpoint(source, engine, optimizer, scheduler))
     checkpoints = Checkpoints(config, engine, optimizer, scheduler, 0, {})
-    peaks["save"] = growth(here, lambda: checkpoints.save_last(1))
+    digest, read = manifest._digest, []
+    with mock.patch.object(manifest, "_digest", lambda path: read.append(path.name) or digest(path)):
+        peaks["save"] = growth(here, lambda: checkpoints.save_last(1))
     of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, peaks)
+    dist.all_gather_object(of_ranks, (peaks, read))
     engine.close()
-    return {"peaks": of_ranks, "unsaved": checkpoints.unsaved}
+    peaks_of_ranks, read_by_ranks = zip(*of_ranks, strict=True)
+    return {"peaks": peaks_of_ranks, "read": read_by_ranks, "unsaved": checkpoints.unsaved}
 
 
 def main(argv: list[str]) -> int:

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from transformers import LlamaConfig, MixtralConfig
 
+from megatron_solopo.conversion.manifest import problem_of
+
 WIDTH = 1024
 LARGE = LlamaConfig(
     **WIDE | dict(hidden_size=WIDTH, intermediate_size=2816, num_hidden_layers=4), tie_word_embeddings=False
@@ -79,6 +81,10 @@ def test_a_process_holds_and_writes_its_own_share(tmp_path: Path) -> None:
         share = sum(files) / 4
         assert share > 150 * 2**20
         assert max(files) < 1.1 * share  # everyone writes as much
+        for rank, names in enumerate(results[layout]["read"]):  # and computes the digests of what it wrote
+            written = [name for name in names if name.endswith(".distcp")]
+            assert written and all(name.startswith(f"__{rank}_") for name in written)
+        assert problem_of(tmp_path / str(layouts.index(layout)) / "iter_0000001") is None
         for peaks in results[layout]["peaks"]:
             assert peaks["save"] < 0.5 * share  # written from where it is; a GPU's share is copied to the host first
             assert peaks.get("load", 0) < 1.2 * share
