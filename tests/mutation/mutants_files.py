@@ -260,7 +260,7 @@ DATA = [
     *within(
         "data/sampling/sampler.py",
         "tests/unit/test_data_packing.py",
-        ("weights packed at every call", "        pack_linears(self._model, options.batch_size)\n", ""),
+        ("weights not packed", "        pack_linears(self._model, options.batch_size)\n", ""),
     ),
     *within(
         "data/sampling/decoding.py",
