@@ -8,6 +8,7 @@ called with; the kernels themselves are compared in tests/gpu.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -96,6 +97,7 @@ def compare_models(here: Any, folder: Path) -> dict[str, Any]:
     ]
     return {
         "kinds": sorted({type(module).__name__ for module in engines[1].models[0].modules()}),
+        "ours": ours_in(engines[1]),
         "fused": sorted(set(theirs) - set(ours)),
         "same_names": ours.keys() == renamed.keys(),
         "same_values": all(torch.equal(ours[name], renamed[name]) for name in ours),
@@ -110,6 +112,31 @@ def compare_models(here: Any, folder: Path) -> dict[str, Any]:
         "same_export": exports[0].keys() == exports[1].keys()
         and all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0]),
     }
+
+
+def ours_in(engine: Any) -> list[str]:
+    """The modules of this package in a model."""
+    kinds = {type(module) for module in engine.models[0].modules()}
+    return sorted(kind.__name__ for kind in kinds if kind.__module__.startswith("megatron_solopo."))
+
+
+def options_in_layers(here: Any, folder: Path) -> dict[str, Any]:
+    """What options make of Transformer Engine's layers: the modules of this package that are left, and what its
+    matrices are built with."""
+    from megatron.core.tensor_parallel import layers
+
+    engine = engine_of(here, folder, "transformer_engine", use_te_activation_func=True)
+    facts: dict[str, Any] = {"ours with its activation": ours_in(engine)}
+    with mock.patch.object(layers, "_grad_accum_fusion_available", True):  # as on CUDA
+        for fused in (True, False):
+            changed = {"gradient_accumulation_fusion": fused, "disable_parameter_transpose_cache": fused}
+            engine = engine_of(here, folder, "transformer_engine", fp8_format="hybrid", **changed)
+            matrices = [m for m in engine.models[0].modules() if hasattr(m, "fuse_wgrad_accumulation")]
+            facts[f"fused {fused}"] = [
+                len(matrices),
+                sorted({(m.fuse_wgrad_accumulation, m.disable_parameter_transpose_cache) for m in matrices}),
+            ]
+    return facts
 
 
 def compare_checkpoints(here: Any, folder: Path, work: Path, first: str, then: str) -> dict[str, Any]:
@@ -181,6 +208,8 @@ def packed_kernel(self: Any, query: Any, key: Any, value: Any, attention_mask: N
 def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     """Largest difference to the portable attention, over packs with shared prompts, separate ones and padding."""
     import transformer_engine.pytorch as te
+    from megatron.core.models.common.embeddings import rope_utils
+    from transformer_engine.pytorch.attention import rope
 
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
@@ -204,15 +233,21 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     )
     groups = [TokenGroup("a", prompts), TokenGroup("b", prompts[:1])]
     worst = {}
+    # its kernel for RoPE runs on CUDA alone; here its own formula in torch
+    formula = functools.partial(rope.apply_rotary_pos_emb, tensor_format="sbhd", fused=False)
     for share, pack_multiple in ((True, 1), (True, 64), (False, 1), (False, 32)):
         pack = build_pack(groups, [0, 1], share, pack_multiple)
         size = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
         shapes = ((pack.tokens.numel(), heads, size) for heads in (4, 2, 2))
         inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         results = []
-        with mock.patch.object(te.DotProductAttention, "forward", packed_kernel):
+        with (
+            mock.patch.object(te.DotProductAttention, "forward", packed_kernel),
+            mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", formula),
+        ):
             for module, layout in ((attention, sequence_layout), (portable, block_layout)):
-                packed = pack_layout(layout(pack.pieces), pack.positions, frequencies, torch.float64)
+                fused = module is attention
+                packed = pack_layout(layout(pack.pieces), pack.positions, frequencies, torch.float64, fused)
                 out = module(*inputs, None, packed_seq_params=packed)
                 weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).cos()
                 results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
@@ -291,6 +326,7 @@ def main(work: Path) -> None:
         facts |= {
             "attention": compare_attention(here, work / "llama"),
             "zigzag": compare_zigzag(),
+            "options": {name: options_in_layers(here, work / name) for name in ("qwen3", "qwen3_moe")},
             "recipes": recipes(),
         }
     (work / f"facts-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts, indent=1))

@@ -43,7 +43,9 @@ def test_parameters_are_the_portable_ones(facts: list[dict[str, Any]]) -> None:
     for name, model in ((name, model) for process in facts for name, model in process["models"].items()):
         assert {"TEPackedAttention", "TERowParallelLinear", "TELayerNormColumnParallelLinear"} < set(model["kinds"])
         assert not {"PackedAttention", "SequentialMLP"} & set(model["kinds"])
-        assert ("TEGroupedMLP" in model["kinds"]) == ("mixtral" in name or "moe" in name)
+        experts = "mixtral" in name or "moe" in name
+        assert ("TEGroupedMLP" in model["kinds"]) == experts
+        assert model["ours"] == [*(["Router"] if experts else []), "SwiGLU", "TEPackedAttention"]  # no norm
         assert model["fused"] and model["other_marks"] == []
         assert model["same_names"] and model["same_values"] and model["same_drawn"] and model["same_export"], name
 
@@ -59,6 +61,15 @@ def test_attention_covers_what_a_pack_attends_to(facts: list[dict[str, Any]]) ->
     """Against the portable attention, output and gradients, float64, by a kernel in plain torch."""
     if "attention" in facts[0]:
         assert len(facts[0]["attention"]) == 4 and max(facts[0]["attention"].values()) < 1e-12
+
+
+def test_options_reach_its_layers(facts: list[dict[str, Any]]) -> None:
+    """Its SwiGLU instead of this package's; sums of gradients in its products, though there is no Apex; no FP8 copies
+    of weights between packs. A layer has two matrices of attention and two of an MLP or of all experts."""
+    for name, options in facts[0].get("options", {}).items():
+        assert options["ours with its activation"] == [*(["Router"] if "moe" in name else []), "TEPackedAttention"]
+        for fused in (True, False):
+            assert options[f"fused {fused}"] == [4 * 2, [[fused, fused]]], name
 
 
 def test_context_parallel_ranks_hold_the_tokens_that_it_expects(facts: list[dict[str, Any]]) -> None:
