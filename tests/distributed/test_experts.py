@@ -19,6 +19,11 @@ CUTS: dict[str, tuple[Any, ...]] = {
     "expert tensor": ("--expert-tensor-parallel-size", 2),
     "sequence": SEQUENCE,
     "sequence and expert": (*SEQUENCE, "--expert-model-parallel-size", 2, "--expert-tensor-parallel-size", 1),
+    "gathered": (
+        *SEQUENCE,
+        *("--expert-model-parallel-size", 2, "--expert-tensor-parallel-size", 1),
+        *("--moe-token-dispatcher-type", "allgather"),
+    ),
     "pipeline": ("--pipeline-model-parallel-size", 2),
     "context": ("--context-parallel-size", 2),
     "context and expert": ("--context-parallel-size", 2, "--expert-model-parallel-size", 2),
