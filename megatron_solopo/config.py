@@ -105,7 +105,12 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "the vocabulary is padded to a multiple of this; padding rows never count", minimum=1
     )
-    logprob_chunk_size: int = option(256, "response tokens whose logits exist at one time", minimum=1)
+    logprob_chunk_size: int | None = option(
+        None,
+        "response tokens whose logits exist at one time; default: 256 on the CPU, on CUDA the power of two from 256 to "
+        "2,048 whose logits in float32 fit into 1 GiB",
+        minimum=1,
+    )
     recompute_granularity: str | None = option(
         None, "full: keep only layer inputs and recompute the rest in backward", ("full",)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import PackedAttention
+from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
@@ -103,7 +105,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # `topology.check_layout` allows in one stage alone.
         variable_seq_lengths=parallel.moe_token_dispatcher_type != "allgather",
         moe_permute_fusion=engine and model.moe_permute_fusion,
-        # One call for all experts of a rank; without Transformer Engine they are computed one by one.
+        # Transformer Engine's experts in one call; portable layers have model/experts.py.
         moe_grouped_gemm=engine,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -151,6 +153,7 @@ def layer_spec(settings: TransformerConfig, te_activation: bool) -> tuple[Module
     parts = mlp.keywords["submodules"]
     if settings.num_moe_experts:
         parts.router = Router
+        parts.experts = partial(Experts, **parts.experts.keywords)
         parts.experts.keywords["submodules"].activation_func = SwiGLU
         # mcore's checkpoints would name it as in dense layers; Transformer Engine's layers with experts do not.
         submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")

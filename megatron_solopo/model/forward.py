@@ -23,6 +23,7 @@ from megatron_solopo.model.router import padding_mask
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.device_pack import DevicePack, cut, on_device
+from megatron_solopo.parallel.products import weight_of
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,8 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
     def process(
         hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: object
     ) -> Tensor:
-        for hook in output_layer._forward_pre_hooks.values():
-            hook(output_layer, ())  # waits for this layer's overlapped parameter gather: its forward never runs
-        weight = cast(Tensor, output_layer.weight) if output_weight is None else output_weight
+        own = weight_of(output_layer)
+        weight = own if output_weight is None else output_weight
         if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the ranks itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]

@@ -11,7 +11,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.parallel.products import add_product
+from megatron_solopo.parallel.products import add_product, added_gradient
+
+CHUNKS = 256, 2048
+"""Smallest and largest chunk by default."""
+LOGITS = 2**30
+"""Bytes that the logits of a chunk may take in float32 by default, on CUDA."""
+
+
+def chunk_size(rows: int, on_cuda: bool) -> int:
+    """Returns the number of response tokens of a chunk by default, a power of two.
+
+    In backward a chunk reads and writes the gradient of the whole weight in float32, which on Hopper takes as long as
+    its product with some 600 to 800 tokens. The number depends on the layout alone, and not on the memory that is free
+    at a moment: chunks decide the order of sums, so a resumed run needs the same, and ranks that share the vocabulary
+    reduce a chunk together.
+
+    Args:
+        rows: rows of the padded output weight on this rank.
+    """
+    smallest, largest = CHUNKS
+    if not on_cuda:
+        return smallest
+    return min(largest, max(smallest, 1 << (LOGITS // (4 * rows)).bit_length() - 1))
 
 
 def logits_of(hidden: Tensor, weight: Tensor, total: torch.dtype) -> Tensor:
@@ -88,12 +110,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             add_product(sum_of_chunks, rows.t(), hidden[part])
         if group is not None:
             dist.all_reduce(grad_hidden, group=group)
-        if separate:
-            grad_weight = sum_of_chunks.to(weight.dtype)
-        else:  # as megatron-core's matrices do (tensor_parallel/layers.py:692): DDP's hook needs a gradient
-            ctx.fused.grad_added_to_main_grad = True
-            tied = getattr(ctx.fused, "zero_out_wgrad", False)  # the embedding's gradient is added to this one
-            grad_weight = torch.zeros_like(weight) if tied else torch.empty_like(weight)
+        grad_weight = sum_of_chunks.to(weight.dtype) if separate else added_gradient(ctx.fused)
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 

@@ -1,9 +1,11 @@
-"""Products of 16-bit matrices that are added to sums in float32, as gradients of weights are."""
+"""Products with weights outside megatron-core's matrices, whose gradients are added to DDP's sums in float32."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -24,3 +26,20 @@ class WeightGradients:
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
         """Adds the gradient of a [out, in] weight, from [S, in] inputs and the [S, out] gradient of its outputs."""
         add_product(main_grad, grad.t(), inputs)
+
+
+def added_gradient(weight: Tensor) -> Tensor:
+    """Returns what autograd gets for a weight whose gradient was added to its ``main_grad``: a placeholder.
+
+    megatron-core's matrices do the same (tensor_parallel/layers.py:692): DDP's hook needs a gradient.
+    """
+    setattr(weight, "grad_added_to_main_grad", True)
+    tied = getattr(weight, "zero_out_wgrad", False)  # the embedding's gradient is added to this one
+    return torch.zeros_like(weight) if tied else torch.empty_like(weight)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Returns the weight of a layer whose forward does not run, once its overlapped parameter gather is done."""
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, ())
+    return cast(Tensor, layer.weight)

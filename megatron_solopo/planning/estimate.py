@@ -22,6 +22,7 @@ from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
+from megatron_solopo.model.log_probs import chunk_size
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
 from megatron_solopo.planning.memory import (
     ACTIVATIONS,
@@ -275,13 +276,16 @@ def backward_of_layer(process: Process) -> dict[str, float]:
 
 def _in_experts(process: Process) -> float:
     """Forward: rows before and after they are exchanged, results before and after they are joined (moe/experts.py),
-    and with tensor parallelism of experts each once more for all its ranks (moe/token_dispatcher.py). Backward: of one
-    expert at a time the product and its gradient in float32 (transformer/mlp.py, per_token_scale)."""
+    and with tensor parallelism of experts each once more for all its ranks (moe/token_dispatcher.py). Backward: the
+    product and its gradient in float32 (model/experts.py), of one expert at a time unless they are computed together;
+    or gradients and matrices of ``linear_fc1`` put together."""
     shape, e = process.shape, process.e
-    ffn = shape.ffn / process.expert_tensor
+    ffn, local = shape.ffn / process.expert_tensor, shape.experts // process.expert_parallel
     forward = process.rows * (e * shape.hidden * (4 if process.expert_tensor == 1 else 8) + e * ffn)
-    at_once = process.rows / (shape.experts // process.expert_parallel)
-    return max(forward, process.rows * e * shape.hidden + at_once * 12 * ffn)
+    together = e == 2 and local > 1
+    at_once = process.rows if together else process.rows / local
+    matrices = together * (process.rows * e * (shape.hidden + 2 * ffn) + 2 * e * local * shape.hidden * ffn)
+    return max(forward, process.rows * e * shape.hidden + at_once * 12 * ffn, matrices)
 
 
 def _gathered(process: Process) -> float:
@@ -314,9 +318,11 @@ def head(process: Process) -> dict[str, float]:
     shape, e, s = process.shape, process.e, process.s
     rows = shape.vocabulary / process.tensor
     copies = 1 if e == 2 else 2
-    chunk = min(process.config.model.logprob_chunk_size, math.ceil(process.work.predicted / process.context))
+    chunk = process.config.model.logprob_chunk_size or chunk_size(round(rows), on_cuda=True)
+    chunk = min(chunk, math.ceil(process.work.predicted / process.context))
+    logits = 6 * chunk if e == 2 else 0  # of float32, when they are rounded
     return {
-        LOG_PROBS: e * rows * (copies * shape.hidden + chunk),
+        LOG_PROBS: rows * max(e * (copies * shape.hidden + chunk), logits),
         WORKING: 2 * e * shape.hidden * s,
         COMMUNICATION: _gathered(process),
     }

@@ -27,6 +27,8 @@ from megatron_solopo.conversion.random_start import draw_start
 from megatron_solopo.conversion.start import load_start
 from megatron_solopo.model.build import build_model, rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead
+from megatron_solopo.model.hf_config import padded_vocab_size
+from megatron_solopo.model.log_probs import chunk_size
 from megatron_solopo.parallel.platform import Platform
 
 
@@ -159,7 +161,11 @@ def build_engine(
     ]
     _set_schedule_functions(chunks, ddp)
     frequencies = rotary_frequencies(hf_config).to(platform.device)
-    head = LogProbHead(hf_config.vocab_size, config.model.logprob_chunk_size, frequencies)
+    rows = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
+    chunk = config.model.logprob_chunk_size
+    if chunk is None:
+        chunk = chunk_size(rows // parallel.tensor_model_parallel_size, platform.name == "cuda")
+    head = LogProbHead(hf_config.vocab_size, chunk, frequencies)
     engine = Engine(platform, hf_config, chunks, head, dtype)
     if ddp.overlap_param_gather:
         for chunk in chunks:  # until `train`: nothing needs a gather, and the reference pass must not communicate

@@ -17,7 +17,9 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
 from megatron_solopo.losses.solopo import needs_reference
+from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import describe_kernels
+from megatron_solopo.model.experts import describe_experts
 from megatron_solopo.parallel.platform import Platform
 from megatron_solopo.terminal import write_line
 from megatron_solopo.training import engine as engines
@@ -309,7 +311,11 @@ class Trainer:
             + "; values of a step are means over its examples"
         )
         if self.platform.name == "cuda":
-            self.log.message(describe_kernels(self.engine.models[0].config, self.platform.device))
+            settings, device = self.engine.models[0].config, self.platform.device
+            self.log.message(describe_kernels(settings, device))
+            self.log.message(f"log-probs: {self.engine.head.chunk_size:,} response tokens at a time")
+            if settings.num_moe_experts and settings.transformer_impl != transformer_engine.NAME:
+                self.log.message(describe_experts(settings, device))
         for split, dataset in (("train", train), ("valid", self.data.valid)):
             if dataset is None:
                 continue

@@ -249,6 +249,7 @@ MUTANTS: list[Mutant] = [
             "sum_of_chunks.zero_() + 0; add_product(sum_of_chunks,",
         ),
         ("segments not summed", "log_probs.new_zeros(count).index_add(", "log_probs.new_zeros(count).index_copy("),
+        ("chunks of the CPU on CUDA", "if not on_cuda:", "if True:"),
     ),
     *within(
         "parallel/layout.py",
@@ -353,9 +354,13 @@ MUTANTS: list[Mutant] = [
         ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
     ),
     *within(
-        "model/log_probs.py",
+        "parallel/products.py",
         CUDA + " -k ddp",
-        ("the head's gradient added twice", "ctx.fused.grad_added_to_main_grad = True", "grad_weight = sum_of_chunks"),
+        (
+            "the head's gradient added twice",
+            'setattr(weight, "grad_added_to_main_grad", True)',
+            "return weight.main_grad.to(weight.dtype)",
+        ),
         (
             "gradients of tied weights without values",
             "if tied else torch.empty_like(weight)",
@@ -366,6 +371,22 @@ MUTANTS: list[Mutant] = [
         "training/run.py",
         "tests/unit/test_deterministic.py",
         ("deterministic runs like others", "with fixed_order() if config", "with fixed_order() if False and config"),
+    ),
+    *within(
+        "model/experts.py",
+        "tests/unit/test_grouped_experts.py",
+        ("experts one after another on CUDA", 'if device.type != "cuda" or', "if True or"),
+        ("rows of other experts", "[*accumulate(counts)]", "[*accumulate(counts[::-1])]"),
+        (
+            "parameters of experts before they are gathered",
+            "first = [weight_of(cast(Any, expert.linear_fc1))",
+            "first = [cast(Any, expert.linear_fc1.weight)",
+        ),
+    ),
+    *within(
+        "conversion/manifest.py",
+        SHARDS + " -k share",
+        ("every process digests all files", "% processes == process", "% processes >= 0"),
     ),
     *within(
         "model/swiglu.py",

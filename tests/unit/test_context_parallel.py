@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from drawn_packs import draw_pack, visible
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,38 +19,6 @@ from megatron_solopo.parallel.layout import RankLayout
 from megatron_solopo.parallel.sequences import PromptLayout, SequenceLayout, prompt_layout, sequence_layout
 from megatron_solopo.parallel.zigzag import rows_of
 from megatron_solopo.planning import fake
-
-
-def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
-    """Groups of very different lengths, completions of one token among them (which have no row)."""
-    draw = random.Random(seed)
-
-    def ids(most: int) -> list[int]:
-        return [draw.randrange(50) for _ in range(draw.randint(1, most))]
-
-    groups = [
-        TokenGroup(
-            f"g{number}",
-            tuple(
-                Prompt(context, ids(most), tuple(Completion(side, ids(9)) for side in (Side.CHOSEN, Side.REJECTED)))
-                for context, most in ((Context.SHORT, 10), (Context.LONG, 40))
-            ),
-        )
-        for number in range(draw.randint(1, 3))
-    ]
-    return build_pack(groups, range(len(groups)), share, 6 * size, 2 * size)
-
-
-def visible(pack: Pack) -> np.ndarray:
-    """[S, S] what each row of the pack attends to; of rows of padding only themselves and earlier ones."""
-    seen = np.zeros((len(pack.tokens), len(pack.tokens)), dtype=bool)
-    for piece in pack.pieces:
-        span = slice(piece.start, piece.start + piece.slot)
-        seen[span, span] = np.tril(np.ones((piece.slot, piece.slot), dtype=bool))
-        if piece.prompt is not None:
-            prompt = pack.pieces[piece.prompt]
-            seen[span, prompt.start : prompt.start + prompt.length] = True
-    return seen
 
 
 def seen_by(layout: SequenceLayout, order: np.ndarray) -> np.ndarray:

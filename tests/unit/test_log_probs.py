@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_solopo.model.log_probs import response_log_probs, segment_sums
+from megatron_solopo.model.log_probs import chunk_size, response_log_probs, segment_sums
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 11, 6, 23, 32
 
@@ -127,6 +127,15 @@ def test_logits_of_all_tokens_never_exist(chunk):
     assert (
         largest(lambda s, w: whole(s, w, targets, 600), states, weight) >= tokens * 600
     )  # the watcher sees such tensors
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(1000, 2048), (32_000, 2048), (131_072, 2048), (131_200, 1024), (152_064, 1024), (2**22, 256)],
+)
+def test_a_chunk_on_cuda_is_a_power_of_two_whose_logits_fit(rows, expected):
+    assert chunk_size(rows, on_cuda=True) == expected
+    assert chunk_size(rows, on_cuda=False) == 256
 
 
 def test_segment_sums():

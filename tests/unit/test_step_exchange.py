@@ -190,7 +190,7 @@ def test_an_error_is_raised_at_its_step() -> None:
 
 def test_a_cut_pack_keeps_what_its_rank_predicts() -> None:
     """Every prediction is on one rank, its place there holds the same token and position, and segments stay whole."""
-    from test_context_parallel import draw_pack
+    from drawn_packs import draw_pack
 
     from megatron_solopo.parallel.context import method_of
     from megatron_solopo.parallel.device_pack import cut

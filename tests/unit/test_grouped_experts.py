@@ -1,0 +1,110 @@
+"""Experts in one product: by value on the CPU against one after another, and which calls CUDA gets, by fake tensors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from test_context_parallel import Calls
+from test_model_parity import CONFIGS
+from torch import Tensor
+
+from megatron_solopo.planning import fake
+
+COUNTS = [5, 0, 9, 3]
+
+
+def experts(dtype: torch.dtype) -> Any:
+    """The experts of the first layer of Mixtral, with drawn weights."""
+    from megatron_solopo.config import Config
+    from megatron_solopo.model.build import build_model
+
+    layers = cast(Any, build_model(CONFIGS["mixtral"], Config(), dtype).decoder).layers
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layers[0].mlp.experts.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1, generator=generator)
+    return layers[0].mlp.experts
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, their weights, and the gradient of the result."""
+    generator = torch.Generator().manual_seed(1)
+    rows, grad = (torch.randn(sum(COUNTS), 64, generator=generator).to(dtype) for _ in range(2))
+    return rows.requires_grad_(), torch.rand(sum(COUNTS), generator=generator).requires_grad_(), grad
+
+
+def test_the_calls_on_cuda() -> None:
+    """Four calls of the grouped kernel, and one product for the gradient of each weight of an expert that has rows."""
+    with fake.rehearsal("cuda", 0, 1) as rehearsal:  # before the engine's fixture starts the only process group
+        from megatron_solopo.config import Config, ModelConfig
+        from megatron_solopo.model.build import build_model
+        from megatron_solopo.training.engine import initialize_parallel
+
+        config = Config(model=ModelConfig(bf16=True))
+        initialize_parallel(config)
+        with rehearsal.mode:
+            layer = cast(Any, build_model(CONFIGS["mixtral"], config).decoder).layers[0].mlp.experts
+            for parameter in layer.parameters():
+                parameter.main_grad = torch.zeros(parameter.shape, device="cuda")
+            rows = torch.zeros(sum(COUNTS), 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            weights = torch.ones(sum(COUNTS), device="cuda", requires_grad=True)
+            with Calls("_grouped_mm", "addmm", "mm") as calls:
+                layer(rows, SimpleNamespace(tolist=lambda: COUNTS), weights)[0].sum().backward()
+    shapes = [(name, tuple(given[0].shape), tuple(given[1].shape)) for name, given, _ in calls.calls]
+    forward = [("_grouped_mm", (17, 64), (4, 64, 192)), ("_grouped_mm", (17, 96), (4, 96, 64))]
+    backward = [("_grouped_mm", (17, 64), (4, 64, 96)), ("_grouped_mm", (17, 192), (4, 192, 64))]
+    assert [shape for shape in shapes if shape[0] == "_grouped_mm"] == forward + backward
+    products = [(64, 96)] * 3 + [(192, 64)] * 3
+    assert [shape for name, shape, _ in shapes if name != "_grouped_mm"] == products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_together_they_compute_the_same_bits(engine: None, dtype: torch.dtype) -> None:
+    layer = experts(dtype)
+    rows, weights, grad = inputs(dtype)
+    results = []
+    for output in (layer.together(rows, COUNTS, weights), layer(rows, torch.tensor(COUNTS), weights)[0]):
+        results.append([output, *torch.autograd.grad(output, [rows, weights, *layer.parameters()], grad)])
+    for together, one_by_one in zip(*results, strict=True):
+        assert torch.equal(together, one_by_one)
+        assert together.dtype == one_by_one.dtype and together.norm() > 0 or one_by_one.norm() == 0
+
+
+def test_together_they_add_to_ddps_sums_and_wait_for_their_parameters(engine: None) -> None:
+    layer = experts(torch.bfloat16)
+    rows, weights, grad = inputs(torch.bfloat16)
+    expected = torch.autograd.grad(layer.together(rows, COUNTS, weights), [*layer.parameters()], grad)
+    waited: list[Any] = []
+    for module in layer.modules():
+        module.register_forward_pre_hook(lambda module, _: waited.append(module))
+    for parameter in layer.parameters():
+        parameter.main_grad = torch.ones(parameter.shape)
+    layer.config.gradient_accumulation_fusion = True
+    layer.together(rows, COUNTS, weights).backward(grad)
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        assert torch.equal(parameter.main_grad, 1 + gradient.float())
+        assert parameter.grad_added_to_main_grad and parameter.grad.shape == parameter.shape
+    linears = [getattr(expert, name) for expert in layer.local_experts for name in ("linear_fc1", "linear_fc2")]
+    assert {id(module) for module in linears} <= {id(module) for module in waited}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "inner", "expected"),
+    [
+        ("cuda", torch.bfloat16, 96, True),
+        ("cuda", torch.bfloat16, 100, False),
+        ("cuda", torch.float32, 96, False),
+        ("cpu", torch.bfloat16, 96, False),
+    ],
+)
+def test_they_are_computed_together_where_torch_has_a_kernel(
+    device: str, dtype: torch.dtype, inner: int, expected: bool
+) -> None:
+    from megatron_solopo.model.experts import describe_experts, grouped
+
+    settings: Any = SimpleNamespace(params_dtype=dtype, hidden_size=64, moe_ffn_hidden_size=inner)
+    settings.expert_tensor_parallel_size = 1
+    assert grouped(settings, torch.device(device)) == expected
+    assert ("one after another" in describe_experts(settings, torch.device(device))) != expected
