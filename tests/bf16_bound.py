@@ -214,4 +214,5 @@ def distances(case: Case, seed: int, device: str) -> list[tuple[float, float]]:
 def check_bound(case: Case, seed: int, device: str) -> None:
     for number, (fused, plain) in enumerate(distances(case, seed, device)):
         assert plain > 0, number
+        print(f"{'gradient' if number else 'result'} {fused / plain:.2f}", end=" ")
         assert fused <= BOUND * plain, f"tensor {number}: {fused:.3g} from float64, the plain path {plain:.3g}"
