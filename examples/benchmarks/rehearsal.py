@@ -101,9 +101,16 @@ class Case:
 
 
 def measure(case: Case, here: Any) -> dict[str, float]:
-    """This process's peak of a second step, bytes; collective.
+    """This process's peak of a second step of a case; collective. See `measured_step`."""
+    config, model = case.config, MODELS[case.model]
+    return measured_step(config, model, [example(config.method, *TOKENS)] * case.packs, here)
+
+
+def measured_step(config: Config, hf_config: PretrainedConfig, groups: Sequence[Any], here: Any) -> dict[str, float]:
+    """This process's peak of a second step, bytes; collective. Megatron-core's process groups must not exist yet.
 
     Args:
+        groups: packs of a process, each of one group.
         here: the platform of this process.
     """
     from megatron_solopo.model.router import Router
@@ -111,7 +118,7 @@ def measure(case: Case, here: Any) -> dict[str, float]:
     from megatron_solopo.training import engine as engines
     from megatron_solopo.training import step as steps
 
-    config, routing = case.config, Router.routing
+    routing = Router.routing
 
     def balanced(router: Any, logits: Tensor, padding_mask: Tensor | None = None) -> Any:
         """Each expert gets as many tokens as the others: what a rehearsal assumes (docs/planning.md)."""
@@ -124,12 +131,12 @@ def measure(case: Case, here: Any) -> dict[str, float]:
         stack.enter_context(one_collective_at_a_time())
         profiled = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
         engines.initialize_parallel(config)
-        engine = engines.build_engine(here, MODELS[case.model], config)
+        engine = engines.build_engine(here, hf_config, config)
         optimizer, scheduler = engines.build_optimizer(engine, config.training, 2)
         engine.train()
-        count = case.packs * engines.data_parallel()[1]
+        data: Any = SimpleNamespace(groups=[*groups] * engines.data_parallel()[1])
+        count = len(data.groups)
         config.training.global_batch_size, config.training.micro_batch_size = count, 1
-        data: Any = SimpleNamespace(groups=[example(config.method, *TOKENS)] * count)
         schedule: Any = SimpleNamespace(
             steps=2, step=lambda number: list(range(count)), examples=1, global_batch_size=1, total=1
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,11 @@ from megatron_solopo.pack import Context, Side
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-CELLS = "environment start oracle attention training candidates model_1_5b model_7b".split()
+CELLS = (
+    "environment start oracle attention training candidates model_1_5b model_7b engine_speed profile sharing model_3b "
+    "trl engine_profile engine_3b longest"
+).split()
+TRACES = ["profile_portable.json.gz", "profile_transformer_engine.json.gz"]
 
 
 def tool(name: str, *argv: Any) -> subprocess.CompletedProcess[str]:
@@ -41,7 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = tool("gpu_suite", "--dry-run", "--output", output)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.startswith("environment") and len(done.stdout) < 12000
-    assert sorted(path.name for path in output.iterdir()) == ["env.txt", "results.jsonl", "table.md"]
+    assert sorted(path.name for path in output.iterdir()) == ["env.txt", *TRACES, "results.jsonl", "table.md"]
     return output / "results.jsonl"
 
 
@@ -59,7 +64,39 @@ def test_every_cell_runs_on_the_cpu(results: Path) -> None:
     assert figures["oracle", "dpo llama shared float64/gradient"] < 1e-12
     assert figures["training", "dpo/resume_is_exact"] is True
     assert figures["candidates", "adam_on_cpu"] == "skipped: needs CUDA"
-    assert "backward = 2 x forward" in figures["model_1_5b", "flops"]
+    assert "backward = 2 x forward" in figures["model_1_5b", "mfu_is"]
+
+
+def test_cells_of_whole_steps_say_what_they_ran_and_whether_it_reaches_the_bounds(results: Path) -> None:
+    records = [record for record in lines(results) if "key" in record]
+    figures = {(record["cell"], record["key"]): record["value"] for record in records}
+    units = {(record["cell"], record["key"]): record["unit"] for record in records}
+    for case in ("recompute_none", "recompute_full"):
+        # Measured by the allocator's events, against the rehearsal of the same configuration.
+        assert figures["model_3b", f"{case}/peak_off/verdict"] == "pass (at most 0.05)"
+        for kind in ("shared", "separate", "trl"):
+            assert figures["trl", f"{case}/{kind}/first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+            assert figures["trl", f"{case}/{kind}/pairs_per_second"] > 0
+        assert figures["trl", f"{case}/trl/tokens_of_a_sequence"] == 256 + 16
+        checkpointing = json.loads(figures["trl", f"{case}/trl/options"])["gradient_checkpointing"]
+        of_ours = figures["trl", f"{case}/shared/options"]
+        assert checkpointing == (case == "recompute_full") == ("--recompute-granularity full" in of_ours)
+        assert figures["trl", f"{case}/trl/shared_over_trl/verdict"] == "not judged (at least 1.7)"
+        assert figures["trl", f"{case}/trl/separate_over_trl/verdict"] == "not judged (at least 1)"
+    for cell in ("model_3b", "engine_3b"):
+        assert figures[cell, "recompute_none/mfu/verdict"] == "not judged (at least 0.45, aim 0.5)"
+        assert "989 TFLOP/s" in figures[cell, "mfu_is"]
+    assert figures["engine_speed", "tiny/fp8_over_bf16/verdict"] == "not judged (at least 1.25, aim 1.4)"
+    prompt = 256 + 15  # a response's last token predicts nothing
+    assert figures["sharing", "long/separate/tokens"] == 2 * 2 * prompt
+    assert figures["sharing", "long/shared/tokens"] == 2 * (prompt + 15)
+    for cell in ("profile", "engine_profile"):
+        milliseconds = [figures[cell, f"kernels/{number:02}"] for number in range(1, 11)]
+        assert milliseconds == sorted(milliseconds, reverse=True) and (cell, "kernels/11") not in figures
+        assert " calls: " in units[cell, "kernels/01"] and 0 <= figures[cell, "idle"] < 1
+    assert figures["longest", "tiny/longest"] == 640  # in units of 64; the dry run's device holds 700
+    assert figures["longest", "tiny/tried/704"] == "out of memory"
+    assert figures["longest", "tiny/guess"] % 64 == 0
 
 
 def test_finished_cells_are_not_repeated(results: Path, tmp_path: Path) -> None:

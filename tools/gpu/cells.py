@@ -13,6 +13,7 @@ class Cell:
         work: module of this folder and function, called with a `Recorder`.
         expected: seconds on an H200, calculated; it is skipped where less is left, and killed after twice as many.
         transformer_engine: it needs Transformer Engine, which no other cell imports.
+        on_cpu: the dry run can run it, with portable layers in the place of Transformer Engine's.
         about: what it yields, for docs/gpu.md.
     """
 
@@ -21,6 +22,7 @@ class Cell:
     expected: float
     about: str
     transformer_engine: bool = False
+    on_cpu: bool = True
 
     @property
     def cap(self) -> float:
@@ -55,6 +57,34 @@ CELLS = (
         60,
         "Transformer Engine: layers, the back end its attention takes, agreement with portable, FP8 over 20 steps",
         transformer_engine=True,
+        on_cpu=False,
+    ),
+    Cell(
+        "engine_speed",
+        "speed:engine_speed",
+        55,
+        "Transformer Engine in bfloat16 and FP8: forward and backward of 7B and 1.5B at 8K, against portable layers",
+        transformer_engine=True,
+    ),
+    Cell(
+        "profile", "traces:portable", 20, "--profile of a 1.5B step at 8K: the ten largest kernels, idle share, trace"
+    ),
+    Cell("sharing", "speed:sharing", 30, "1.5B at 8K: SoLoPO and long-PO, prompts shared and separate"),
+    Cell("model_3b", "speed:model_3b", 30, "a step of 3B at 8K: MFU, and peak memory against the planner's"),
+    Cell("trl", "trl_baseline:trl", 70, "long-PO at 8K, 1.5B, against TRL 1.16's DPOTrainer at equal recomputation"),
+    Cell(
+        "engine_profile",
+        "traces:engine",
+        20,
+        "`profile` with Transformer Engine's layers",
+        transformer_engine=True,
+    ),
+    Cell("engine_3b", "speed:engine_3b", 20, "`model_3b` with Transformer Engine's layers", transformer_engine=True),
+    Cell(
+        "longest",
+        "context:longest",
+        90,
+        "longest context of a training step, 7B and 3B, all layers recomputed; against the planner's estimate",
     ),
 )
 """``expected`` and ``cap`` are seconds."""

@@ -22,11 +22,15 @@ QWEN_1_5B = dict(
     hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
     vocab_size=151936, tie_word_embeddings=True,
 )  # fmt: skip
+QWEN_3B = dict(
+    hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+    vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
 QWEN_7B = dict(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
     vocab_size=152064, tie_word_embeddings=False,
 )  # fmt: skip
-"""Shapes of Qwen2.5-1.5B and 7B."""
+"""Shapes of Qwen2.5-1.5B, 3B and 7B."""
 
 RESPONSE = 256
 DENSE_PEAK = {"h100": 989e12, "h200": 989e12}
@@ -37,6 +41,12 @@ FLOPS_COUNTED = (
     "pairs once) and each of its channels and layers; output layer: 2 a weight and predicted token; padding is not "
     "counted; backward = 2 x forward, recomputing is not counted"
 )
+MFU = f"operations a second over the peak, {DENSE_PEAK['h200'] / 1e12:.0f} TFLOP/s of dense bfloat16; {FLOPS_COUNTED}"
+"""The formula of MFU."""
+
+
+def hf_config_of(shape: dict[str, Any]) -> Qwen2Config:
+    return Qwen2Config(**shape, max_position_embeddings=2**20)
 
 
 def model_flops(hf_config: PretrainedConfig, packs: list[Any]) -> float:
@@ -70,7 +80,7 @@ def build(
 
     folder = out.work / "model"
     folder.mkdir(exist_ok=True)
-    Qwen2Config(**shape, max_position_embeddings=131072).save_pretrained(folder)
+    hf_config_of(shape).save_pretrained(folder)
     config = Config()
     config.model.hf_path, config.model.random_init, config.model.bf16 = str(folder), True, dtype == torch.bfloat16
     for name, value in model.items():
@@ -87,22 +97,43 @@ def build(
 def packs_of(
     engine: Any, config: Config, short: int, long: int, response: int = RESPONSE, groups: int = 1
 ) -> list[Any]:
-    """Returns groups of a short prompt with two responses and a long one with one, as a training step packs them."""
-    from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenDataset, TokenGroup
-    from megatron_solopo.pack import Context, Side
+    """Returns packs of `groups_of`, as a training step makes them."""
+    from megatron_solopo.data.tokenized.tokens import TokenDataset
     from megatron_solopo.training.step import make_packs
+
+    token_groups = groups_of(config.method, engine.hf_config.vocab_size, short, long, response, groups)
+    return make_packs(engine, TokenDataset(token_groups, [], ""), range(groups), config)
+
+
+def groups_of(method: Any, vocabulary: int, short: int, long: int, response: int, groups: int) -> list[Any]:
+    """Returns groups of random token ids with what a method scores: for SoLoPO a short prompt with two responses and a
+    long one with the chosen one; the lengths are tokens of the prompts and of each response."""
+    from megatron_solopo.planning.rehearse import example
 
     draw = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(1, engine.hf_config.vocab_size, (count,), generator=draw).tolist()
+        return torch.randint(1, vocabulary, (count,), generator=draw).tolist()
 
-    token_groups = []
-    for number in range(groups):
-        chosen, rejected = Completion(Side.CHOSEN, ids(response)), Completion(Side.REJECTED, ids(response))
-        prompts = Prompt(Context.SHORT, ids(short), (chosen, rejected)), Prompt(Context.LONG, ids(long), (chosen,))
-        token_groups.append(TokenGroup(str(number), prompts))
-    return make_packs(engine, TokenDataset(token_groups, [], ""), range(groups), config)
+    model = example(method, short, long, response)
+    responses = [
+        {side: ids(response) for side in sorted({done.side for _, done in model.segments()})} for _ in range(groups)
+    ]
+    return [
+        replace(
+            model,
+            id=str(number),
+            prompts=tuple(
+                replace(
+                    prompt,
+                    ids=ids(len(prompt.ids)),
+                    completions=tuple(replace(done, ids=of_side[done.side]) for done in prompt.completions),
+                )
+                for prompt in model.prompts
+            ),
+        )
+        for number, of_side in enumerate(responses)
+    ]
 
 
 def step_of(engine: Any, config: Config, packs: list[Any], optimizer: Any = None) -> Callable[[], float]:
@@ -121,22 +152,38 @@ def step_of(engine: Any, config: Config, packs: list[Any], optimizer: Any = None
 
 def measure(
     out: Recorder, key: str, engine: Any, config: Config, packs: list[Any], optimizer: Any, repeats: int
-) -> None:
-    """Time, share of the peak and memory of a step."""
+) -> float:
+    """Time, share of the peak and memory of a step; returns its seconds."""
     reset_memory(out)
     engine.train()
     step = step_of(engine, config, packs, optimizer)
-    took = milliseconds(step, out.device, repeats, 2 if repeats > 2 else 1)
+    took = milliseconds(step, out.device, repeats, 2 if repeats > 2 else 1) / 1000
+    report(out, key, engine, packs, took)
+    memory(out, key)
+    return took
+
+
+def report(out: Recorder, key: str, engine: Any, packs: list[Any], seconds: float) -> None:
+    """A step's time and what follows from it."""
     tokens = sum(pack.tokens for pack in packs)
     operations = model_flops(engine.hf_config, [pack.pack for pack in packs])
-    out.value(f"{key}/step", took / 1000, "s")
+    out.value(f"{key}/step", seconds, "s")
     out.value(f"{key}/tokens", tokens)
-    out.value(f"{key}/tokens_per_second", 1000 * tokens / took)
-    out.value(f"{key}/rate", operations / took / 1e9, "TFLOP/s")
-    peak = next((p for name, p in DENSE_PEAK.items() if out.device == "cuda" and name in _gpu()), None)
+    out.value(f"{key}/tokens_per_second", tokens / seconds)
+    out.value(f"{key}/rate", operations / seconds / 1e12, "TFLOP/s")
+    peak = dense_peak(out)
     if peak:
-        out.value(f"{key}/mfu", 1000 * operations / took / peak)
-    memory(out, key)
+        out.value(f"{key}/mfu", mfu(engine, packs, seconds, peak))
+
+
+def mfu(engine: Any, packs: list[Any], seconds: float, peak: float) -> float:
+    """Returns the share of the peak that a step's operations reach; see `MFU`."""
+    return model_flops(engine.hf_config, [pack.pack for pack in packs]) / seconds / peak
+
+
+def dense_peak(out: Recorder) -> float | None:
+    """Returns the operations a second of this GPU, if known; in the dry run those of an H200."""
+    return DENSE_PEAK["h200"] if out.dry else next((p for name, p in DENSE_PEAK.items() if name in _gpu()), None)
 
 
 def _gpu() -> str:
@@ -153,8 +200,9 @@ def case(
     repeats: int,
     optimize: bool,
     **model: Any,
-) -> weakref.ref:
-    """Builds a model, measures its step and lets it go; ``lengths`` are those of `packs_of`."""
+) -> tuple[weakref.ref, float]:
+    """Builds a model, measures its step and lets it go; ``lengths`` are those of `packs_of`. Returns what is gone with
+    the model, and the seconds."""
     from megatron_solopo.training.engine import build_optimizer
 
     reset_memory(out)
@@ -166,25 +214,27 @@ def case(
         inner = optimizer.chained_optimizers[0].optimizer
         fused = " fused" if inner.param_groups[0].get("fused") else ""
         out.value(f"{key}/adam", f"{type(inner).__module__}.{type(inner).__name__}{fused}")
-    measure(out, key, engine, config, packs_of(engine, config, *lengths), optimizer, repeats)
+    took = measure(out, key, engine, config, packs_of(engine, config, *lengths), optimizer, repeats)
     engine.close()
-    return weakref.ref(engine.models[0])
+    return weakref.ref(engine.models[0]), took
 
 
-def alone(out: Recorder, key: str, *arguments: Any, **more: Any) -> None:
-    """A case whose failure leaves the others theirs; its memory is free afterwards."""
+def alone(out: Recorder, key: str, *arguments: Any, **more: Any) -> float | None:
+    """A case whose failure leaves the others theirs; its memory is free afterwards. Returns the seconds of a step."""
+    took = None
     with out.part(key):
-        model = case(out, arguments[0], key, *arguments[1:], **more)
+        model, took = case(out, arguments[0], key, *arguments[1:], **more)
         gc.collect()  # models and optimizers refer to themselves
         out.require(f"{key}/is_freed", model() is None)
     gc.collect()
+    return took
 
 
 def model_1_5b(out: Recorder) -> None:
     """A 1.5B model at 1K / 8K with its optimizer, with full recompute and without."""
     from gpu.machine import start_platform
 
-    out.value("flops", FLOPS_COUNTED)
+    out.value("mfu_is", MFU)
     platform = start_platform(out)
     shape, lengths = (TINY, (64, 512, 16)) if out.dry else (QWEN_1_5B, (1024, 8192, RESPONSE))
     for recompute in (True, False):
@@ -195,7 +245,7 @@ def model_7b(out: Recorder) -> None:
     """Memory of forward and backward without an optimizer, against which a memory plan is checked."""
     from gpu.machine import start_platform
 
-    out.value("flops", FLOPS_COUNTED)
+    out.value("mfu_is", MFU)
     platform = start_platform(out)
     full, four = (TINY, TINY) if out.dry else (QWEN_7B, QWEN_7B | {"num_hidden_layers": 4})
     for key, shape, recompute, long, repeats in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -77,6 +78,29 @@ class Recorder:
             self.failures.append(f"{key}: no")
             print(self.failures[-1], flush=True)
 
+    def target(
+        self,
+        key: str,
+        value: float,
+        at_least: float | None = None,
+        aim: float | None = None,
+        at_most: float | None = None,
+        timed: bool = True,
+    ) -> None:
+        """A figure with a bound that this project wants to reach, and the verdict as ``KEY/verdict``; what falls short
+        of it is no failure of the machine.
+
+        Args:
+            aim: what is wanted beyond the bound.
+            timed: it depends on times, which mean nothing in the dry run.
+        """
+        self.value(key, value)
+        passes = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)  # nan does not
+        verdict = "not judged" if self.dry and timed else "pass" if passes else "falls short"
+        bounds = [("at least", at_least), ("aim", aim), ("at most", at_most)]
+        wanted = ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        self.value(f"{key}/verdict", f"{verdict} ({wanted})")
+
     @contextlib.contextmanager
     def part(self, key: str) -> Iterator[None]:
         """Work whose failure does not end the cell: the error becomes a figure, and the cell counts as failed."""
@@ -92,6 +116,15 @@ class Recorder:
     def need_cuda(self) -> None:
         if self.device != "cuda":
             raise Skipped("needs CUDA")
+
+    def need_package(self, name: str, requirement: str) -> None:
+        """For work with a package that is not one of the project's."""
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except (ImportError, ValueError):  # hidden, or without a spec
+            found = False
+        if not found:
+            raise Skipped(f"{name} is not installed: pip install {requirement}")
 
     def need_size(self) -> None:
         """For work that a CPU can do, slowly."""

@@ -42,6 +42,79 @@ def _models() -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _speed() -> tuple[Row, ...]:
+    rows = []
+    for cell, layers in (("model_3b", "portable"), ("engine_3b", "Transformer Engine")):
+        rows += [
+            Row(f"3B, 1K / 8K, {layers}, recompute none: step", cell, "recompute_none/step"),
+            Row(f"3B, 1K / 8K, {layers}, recompute none: MFU", cell, "recompute_none/mfu"),
+            Row(f"3B, 1K / 8K, {layers}, recompute none: MFU at least 45 %", cell, "recompute_none/mfu/verdict"),
+        ]
+    for case in ("recompute_none", "recompute_full"):
+        name = f"3B, 1K / 8K, portable, {case.replace('_', ' ')}"
+        rows += [
+            Row(f"{name}: peak memory", "model_3b", f"{case}/peak"),
+            Row(f"{name}: peak memory of the planner", "model_3b", f"{case}/peak_planned"),
+            Row(f"{name}: within 5 %", "model_3b", f"{case}/peak_off/verdict"),
+        ]
+    for size, name in (("7b", "7B"), ("1_5b", "1.5B")):
+        for kind in ("portable", "bf16", "tensorwise", "delayed", "blockwise"):
+            rows.append(Row(f"{name}, forward and backward, {kind}: step", "engine_speed", f"{size}/{kind}/step"))
+        rows += [
+            Row(f"{name}, forward and backward, best FP8 over bfloat16", "engine_speed", f"{size}/fp8_over_bf16"),
+            Row(f"{name}, at least 1.25 times as fast", "engine_speed", f"{size}/fp8_over_bf16/verdict"),
+        ]
+    return tuple(rows)
+
+
+def _trl() -> tuple[Row, ...]:
+    rows = []
+    for case in ("recompute_none", "recompute_full"):
+        name = case.replace("_", " ")
+        for kind, words in (
+            ("shared", "prompts shared"),
+            ("separate", "prompts separate"),
+            ("trl", "TRL"),
+            ("trl_liger", "TRL with Liger"),
+        ):
+            rows += [
+                Row(f"{name}, {words}: pairs a second", "trl", f"{case}/{kind}/pairs_per_second"),
+                Row(f"{name}, {words}: memory allocated", "trl", f"{case}/{kind}/allocated"),
+            ]
+        for layout, bound in (("shared", "1.7"), ("separate", "1.0")):
+            rows += [
+                Row(f"{name}, {layout} over TRL", "trl", f"{case}/trl/{layout}_over_trl"),
+                Row(f"{name}, {layout} at least {bound} x TRL", "trl", f"{case}/trl/{layout}_over_trl/verdict"),
+            ]
+    return tuple(rows)
+
+
+def _longest() -> tuple[Row, ...]:
+    rows = []
+    for size, name in (("7b", "7B"), ("3b", "3B")):
+        rows += [
+            Row(f"{name}: longest prompt whose step fits", "longest", f"{size}/longest"),
+            Row(f"{name}: longest by the planner's estimate", "longest", f"{size}/guess"),
+            Row(f"{name}: peak memory", "longest", f"{size}/peak"),
+            Row(f"{name}: peak memory of the planner", "longest", f"{size}/peak_planned"),
+            Row(f"{name}: within 5 %", "longest", f"{size}/peak_off/verdict"),
+        ]
+    return tuple(rows)
+
+
+def _largest_kernels() -> tuple[Row, ...]:
+    return tuple(
+        row
+        for cell, name in (("profile", "portable"), ("engine_profile", "Transformer Engine"))
+        for row in (
+            Row(f"{name}: in kernels", cell, "in_kernels"),
+            Row(f"{name}: idle", cell, "idle"),
+            Row(f"{name}: launches", cell, "launches"),
+            *(Row(f"{name}: {number}.", cell, f"kernels/{number:02}") for number in range(1, 11)),
+        )
+    )
+
+
 TABLES: dict[str, tuple[Row, ...]] = {
     "Machine": (
         Row("date", "environment", "date"),
@@ -140,6 +213,21 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("20 steps, FP8 delayed, learns", "transformer_engine", "steps/delayed/learns"),
         Row("20 steps, FP8 blockwise, learns", "transformer_engine", "steps/blockwise/learns"),
     ),
+    "Speed": _speed(),
+    "Prompts shared and separate, 1.5B, 1K / 8K": (
+        *(
+            Row(f"{name}, {layout}: pairs a second", "sharing", f"{method}/{layout}/pairs_per_second")
+            for method, name in (("solo", "SoLoPO"), ("long", "long-PO"))
+            for layout in ("shared", "separate")
+        ),
+        Row("SoLoPO, separate over shared", "sharing", "solo_separate_over_solo_shared"),
+        Row("long-PO, separate over shared", "sharing", "long_separate_over_long_shared"),
+        Row("long-PO over SoLoPO, shared", "sharing", "long_shared_over_solo_shared"),
+        Row("long-PO over SoLoPO, separate", "sharing", "long_separate_over_solo_separate"),
+    ),
+    "TRL 1.16, long-PO at 8K, 1.5B": _trl(),
+    "Ten largest kernels of a 1.5B step, 1K / 8K": _largest_kernels(),
+    "Longest context of one GPU, all layers recomputed, AdamW on the device": _longest(),
 }
 
 
