@@ -137,14 +137,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times that each configuration is started")
     parser.add_argument("--steps", type=int, default=3, help="steps of each start that are measured")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        print(json.dumps(measure(given.worker, given.steps)))
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(measure(arguments.worker, arguments.steps)))
         return
     measured: dict[str, list[float]] = {case: [] for case in CASES}
-    for _ in range(given.rounds):
+    for _ in range(arguments.rounds):
         for case in CASES:
-            command = [sys.executable, __file__, "--worker", case, "--steps", str(given.steps)]
+            command = [sys.executable, __file__, "--worker", case, "--steps", str(arguments.steps)]
             done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr[-3000:])

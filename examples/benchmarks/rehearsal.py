@@ -255,16 +255,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        worker(**json.loads(given.worker))
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(**json.loads(arguments.worker))
         return
     print("model  layout       dtype  recompute  rank  measured MiB  rehearsed MiB  difference  gloo's MiB  at")
     with Rehearsals(1) as rehearsals:
-        for layout in given.layouts:
+        for layout in arguments.layouts:
             experts = "expert_model_parallel_size" in parse_layout(layout).options
-            models = [model for model in given.models if model == "moe" or not experts]
-            cases = [Case(m, layout, d, r) for m, d, r in itertools.product(models, given.dtypes, (False, True))]
+            models = [model for model in arguments.models if model == "moe" or not experts]
+            cases = [Case(m, layout, d, r) for m, d, r in itertools.product(models, arguments.dtypes, (False, True))]
             world = parse_layout(layout).processes
             real = measured(cases)
             for number, case in enumerate(cases):

@@ -150,17 +150,17 @@ def made_up_part(number: int, size: int = 100) -> Any:
     from megatron_solopo.data.tokenized.tokens import Completion, Prompt, Report, TokenGroup
     from megatron_solopo.pack import Context, Side
 
-    draw, made = np.random.default_rng(number), []
+    draw, groups = np.random.default_rng(number), []
     for i in range(size):
         short, chosen, rejected, long = np.split(draw.integers(0, 150_000, 9416, dtype=np.int32), [1024, 1124, 1224])
         answers = tuple(
             Completion(*one) for one in ((Side.CHOSEN, array("i", chosen)), (Side.REJECTED, array("i", rejected)))
         )
         prompts = (Prompt(Context.SHORT, short, answers), Prompt(Context.LONG, long, answers))
-        made.append(TokenGroup(f"g{number}-{i}", prompts))
+        groups.append(TokenGroup(f"g{number}-{i}", prompts))
     report = dataclasses.asdict(Report())
-    known = {"ids": [group.id for group in made], "report": report, "largest": [149_999, "g0-0"]}
-    return TokenizedPart(number, known, record_batch(made, "preference").serialize().to_pybytes())
+    known = {"ids": [group.id for group in groups], "report": report, "largest": [149_999, "g0-0"]}
+    return TokenizedPart(number, known, record_batch(groups, "preference").serialize().to_pybytes())
 
 
 def merge(folder: Path, count: int) -> None:

@@ -246,9 +246,9 @@ def _candidates(response: str, gold: Gold, fold: bool) -> Iterator[_Place]:
     part = response[start:end]
     if gold.yes_or_no:
         folded = unicodedata.normalize("NFKC", part) if fold else part  # a dash, unlike a hyphen, ends a word
-        said = {word: match.span() for word, pattern in _YES_OR_NO.items() if (match := pattern.search(folded))}
-        if said.keys() == {gold.text}:
-            first, last = said[gold.text] if len(folded) == len(part) else (0, len(part))
+        spans = {word: match.span() for word, pattern in _YES_OR_NO.items() if (match := pattern.search(folded))}
+        if spans.keys() == {gold.text}:
+            first, last = spans[gold.text] if len(folded) == len(part) else (0, len(part))
             yield _Place(start + first, start + last, None)
     elif gold.trivial:
         if normalise(part, fold, gold.keep) == gold.text:

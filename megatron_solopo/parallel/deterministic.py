@@ -22,7 +22,7 @@ def fixed_order() -> Iterator[None]:
     """Sums are computed in a fixed order inside the block, which begins before the first use of CUDA.
 
     torch then sorts what `index_add` and the gradient of `index_select` sum (log-probs of segments, gradients of shared
-    prompts' keys), and tells the flash kernels to sum the gradients of queries in order; an operator that has no such
+    prompts' keys), and makes the flash kernels sum the gradients of queries in order; an operator that has no such
     algorithm raises a RuntimeError that names it.
     """
     added = {name: value for name, value in VARIABLES.items() if name not in os.environ}

@@ -35,7 +35,7 @@ def test_the_forecast_of_a_run_is_its_median_step(tmp_path: Path, monkeypatch: p
     assert done.returncode == 0, done.stderr
     calls: list[tuple[Any, ...]] = []
     fit = calibration.calibrated
-    monkeypatch.setattr(calibration, "calibrated", lambda *given: calls.append(given) or fit(*given))
+    monkeypatch.setattr(calibration, "calibrated", lambda *arguments: calls.append(arguments) or fit(*arguments))
     machine = calibration.calibrate(CPU, home.folder / "run")
     [(outcomes, config, world, packs, _, seconds, _)] = calls
     assert seconds == statistics.median(line["seconds"] for line in home.metrics("run")[1:])

@@ -35,9 +35,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def succeed(command: list) -> None:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        assert run(main, list(map(str, command))) == 0, said.getvalue()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        assert run(main, list(map(str, command))) == 0, output.getvalue()
 
 
 def command(home: Home, direction: str, target: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""`solopo plan` as a user runs it: what fits, its file, and what is said where nothing fits."""
+"""`solopo plan` as a user runs it: what fits, its file, and the message where nothing fits."""
 
 from __future__ import annotations
 

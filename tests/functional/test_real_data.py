@@ -197,9 +197,9 @@ def test_the_exported_model_answers(trained: Path, capsys: pytest.CaptureFixture
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert f"question: {question['question']}" in said
-    [answer] = [line for line in said.splitlines() if line.startswith("dpo-hf (")]
+    output = capsys.readouterr().out
+    assert f"question: {question['question']}" in output
+    [answer] = [line for line in output.splitlines() if line.startswith("dpo-hf (")]
     assert answer.split(" | ")[1].strip()
 
 

@@ -205,7 +205,7 @@ DATA = [
             "for span in _spans(key, gold.text) if is_word(key, *span)",
             "for span in _spans(key, gold.text)",
         ),
-        ("yes where the part has both", "if said.keys() == {gold.text}:", "if gold.text in said:"),
+        ("yes where the part has both", "if spans.keys() == {gold.text}:", "if gold.text in spans:"),
         ("quotes and dashes not folded", "text.translate(_SPELLINGS)).translate(_SPELLINGS)", "text)"),
         ("answers in the middle of numbers", "if not cuts_number(key, *span)", "if True"),
         ("a long part that lists everything", "<= LONGEST_PART else (end, end)", "<= 10**9 else (end, end)"),

@@ -45,11 +45,11 @@ PIECES = (Piece(0, 128), Piece(128, 9, 0), Piece(137, 5, 0), Piece(142, 128))
 )
 def test_kernels_of_an_option(arguments: Any, kernels: Kernels, layout: type[RankLayout]) -> None:
     assert kernels_for(*arguments) is kernels
-    made = method_of(1, "all_gather").layout(PIECES, 0, 1, None, kernels)
-    assert type(made) is layout
-    if isinstance(made, PromptLayout):
-        assert made.runs == (128, 14, 128) and made.cudnn_only == (kernels is Kernels.CUDNN)
-        assert made.completions is not None and made.completions.query_lengths == (9, 5)
+    result = method_of(1, "all_gather").layout(PIECES, 0, 1, None, kernels)
+    assert type(result) is layout
+    if isinstance(result, PromptLayout):
+        assert result.runs == (128, 14, 128) and result.cudnn_only == (kernels is Kernels.CUDNN)
+        assert result.completions is not None and result.completions.query_lengths == (9, 5)
 
 
 @pytest.mark.parametrize(("backend", "multiple"), [("auto", 128), ("fused", 128), ("flash", 1)])
@@ -74,7 +74,7 @@ def test_heads_are_repeated_in_float32_on_cuda() -> None:
             layout = forward.on_device(block_layout(PIECES), rehearsal.platform.device)
             layout.attend(*inputs, None).sum().backward()
         assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
-        assert [[x.shape[1] for x in given[:3]] for _, given, _ in calls.calls] == [[4, 4, 4]] * 3
+        assert [[x.shape[1] for x in arguments[:3]] for _, arguments, _ in calls.calls] == [[4, 4, 4]] * 3
     query, key = torch.randn(7, 6, 8, dtype=torch.float64), torch.randn(7, 2, 8, dtype=torch.float64)
     q, k, all_k = (x.transpose(0, 1)[None] for x in (query, key, repeated(key, 6)))
     torch.testing.assert_close(
@@ -149,9 +149,9 @@ def test_the_log_names_the_kernels(
             return chosen.value
 
         monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
-        given: Any = SimpleNamespace(**settings)
+        config: Any = SimpleNamespace(**settings)
         if words is None:
             with refused("attention-unsupported", "--attention-backend fused: ", "28 heads of 128", "use flash"):
-                describe_kernels(given, rehearsal.platform.device)
+                describe_kernels(config, rehearsal.platform.device)
         else:
-            assert words in describe_kernels(given, rehearsal.platform.device)
+            assert words in describe_kernels(config, rehearsal.platform.device)

@@ -121,7 +121,8 @@ def test_gradients_of_keys_are_summed_in_float32() -> None:
     with Calls("index_add_") as sums:
         total = layout.sum_to_rows(torch.ones(layout.keys.numel(), 1, 4, dtype=torch.bfloat16), x)
     assert total[0, 0, 0].item() > 299 and total.dtype == torch.bfloat16
-    assert [given[0].dtype for _, given, _ in sums.calls] == [torch.float32]  # the CPU's kernel would do it within
+    # The CPU's kernel would sum in float32 within.
+    assert [arguments[0].dtype for _, arguments, _ in sums.calls] == [torch.float32]
 
 
 FLASH = ("_flash_attention_forward", "_flash_attention_backward")
@@ -142,12 +143,12 @@ def test_one_call_of_the_flash_kernel_on_cuda(kind: str, size: int) -> None:
             result.backward(torch.zeros_like(result))
             assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
             assert {x.grad.dtype for x in inputs} == {torch.bfloat16}
-            (first, given, returned), (second, more, _) = flash.calls
+            (first, arguments, returned), (second, more, _) = flash.calls
             assert (first, second) == FLASH
             queries, keys = sum(sequences.query_lengths), sum(sequences.key_lengths)
-            assert [tuple(x.shape) for x in given[:3]] == [(queries, 4, 16), (keys, 2, 16), (keys, 2, 16)]
+            assert [tuple(x.shape) for x in arguments[:3]] == [(queries, 4, 16), (keys, 2, 16), (keys, 2, 16)]
             assert returned[1].shape == (4, queries) and returned[1].dtype == torch.float32
-            assert all(x.dtype == torch.int32 and len(x) == len(sequences.key_lengths) + 1 for x in given[3:5])
+            assert all(x.dtype == torch.int32 and len(x) == len(sequences.key_lengths) + 1 for x in arguments[3:5])
             lengths = (max(sequences.query_lengths), max(sequences.key_lengths))
-            assert given[5:] == (*lengths, 0.0, True, False) and more[8:12] == (*lengths, 0.0, True)
+            assert arguments[5:] == (*lengths, 0.0, True, False) and more[8:12] == (*lengths, 0.0, True)
             flash.calls.clear()

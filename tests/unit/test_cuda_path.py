@@ -128,13 +128,13 @@ def test_a_run_knows_whether_processes_share_layers(
     from megatron_solopo import config_load
     from megatron_solopo.training import run
 
-    given: list[bool] = []
-    monkeypatch.setattr(run.platform, "start", lambda device, minutes, split_layers: given.append(split_layers))
+    calls: list[bool] = []
+    monkeypatch.setattr(run.platform, "start", lambda device, minutes, split_layers: calls.append(split_layers))
     monkeypatch.setattr(run.platform, "stop", lambda running: None)
     argv = ["--hf-path", "m", "--train-data", "t", "--save", "s", "--train-iters", 1, *flags]
     with run.started(config_load.load(list(map(str, argv)))[0]):
         pass
-    assert given == [split]
+    assert calls == [split]
 
 
 def test_a_full_gpu_is_one_line_with_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:

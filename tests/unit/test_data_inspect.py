@@ -72,18 +72,18 @@ def test_the_loss_depends_on_exactly_what_the_view_lists(method: dict[str, Any])
 
     whole, without_alignment = gradients(), gradients(alignment_weight=0.0)
     for role in names:
-        said = " | ".join(uses(*SEGMENTS[role], config))
-        assert bool(said) == bool(whole[role] or whole.get(f"reference {role}"))
-        preferred = "preference loss" in said
+        text = " | ".join(uses(*SEGMENTS[role], config))
+        assert bool(text) == bool(whole[role] or whole.get(f"reference {role}"))
+        preferred = "preference loss" in text
         assert preferred == (without_alignment[role] != 0)
         if preferred:
             # A higher log-prob of chosen lowers the loss.
-            assert (without_alignment[role] < 0) == ("preference loss: chosen" in said), (role, loss)
-        if "alignment" in said:
-            assert (whole[role] == without_alignment[role]) == ("no gradient" in said)
+            assert (without_alignment[role] < 0) == ("preference loss: chosen" in text), (role, loss)
+        if "alignment" in text:
+            assert (whole[role] == without_alignment[role]) == ("no gradient" in text)
         else:
             assert whole[role] == without_alignment[role]
-        assert ("reference log-prob" in said) == (f"reference {role}" in whole)
+        assert ("reference log-prob" in text) == (f"reference {role}" in whole)
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,13 @@ def test_a_runs_configuration_decides_what_is_shown(
     )
     base = ["--data", str(path), "--tokenizer", str(folder), "--config", str(run)]
     assert inspect_data.main(base) == 0
-    said = capsys.readouterr().out
-    assert "--preference-loss simpo --context-mode long" in said and "! longer than --seq-length" in said
-    assert re.findall(r"^(\w+_\w+) +\d", said, re.MULTILINE) == ["long_chosen", "long_rejected"]
+    output = capsys.readouterr().out
+    assert "--preference-loss simpo --context-mode long" in output and "! longer than --seq-length" in output
+    assert re.findall(r"^(\w+_\w+) +\d", output, re.MULTILINE) == ["long_chosen", "long_rejected"]
     assert inspect_data.main([*base, "--context-mode", "short", "--seq-length", "5000"]) == 0
-    said = capsys.readouterr().out
-    assert re.findall(r"^(\w+_\w+) +\d", said, re.MULTILINE) == ["short_chosen", "short_rejected"]
-    assert "! longer" not in said
+    output = capsys.readouterr().out
+    assert re.findall(r"^(\w+_\w+) +\d", output, re.MULTILINE) == ["short_chosen", "short_rejected"]
+    assert "! longer" not in output
     run.write_text("method: {preference_loss: simpo}\n")  # --train-iters on training's command line
     assert inspect_data.main(base) == 0 and "--preference-loss simpo" in capsys.readouterr().out
     run.write_text("method: {objective: sft}\ntraining: {train_iters: 3}\n")

@@ -122,8 +122,8 @@ def test_contexts_without_responses(
     assert len(page.shown()) == 5 and "what the loss sees" not in page.text
     assert "oddities: 1 recorded length of a context" in capsys.readouterr().out
     assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder), "--id", "q3"]) == 0
-    said = capsys.readouterr().out
-    assert "question  where is thing 3\n" in said and "[[Harbour3x]]" in said and "what the loss" not in said
+    output = capsys.readouterr().out
+    assert "question  where is thing 3\n" in output and "[[Harbour3x]]" in output and "what the loss" not in output
 
 
 def test_every_oddity_is_counted_where_it_is(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -291,8 +291,8 @@ def test_the_length_bias_in_words(pairs: list[tuple[int, int]], warned: bool, wo
     for chosen, rejected in pairs:
         statistics.numbers["chosen tokens"].append(chosen)
         statistics.numbers["rejected tokens"].append(rejected)
-    said, lopsided = statistics.length_bias()
-    assert lopsided == warned == (length_bias(pairs) is not None) and words in said
+    sentence, lopsided = statistics.length_bias()
+    assert lopsided == warned == (length_bias(pairs) is not None) and words in sentence
 
 
 def test_repeated_texts() -> None:
@@ -310,9 +310,9 @@ def test_numbers_of_any_size_are_shown(folder: Path, tmp_path: Path, capsys: pyt
     records[0]["scores"]["most"] = 0.5
     path = write(tmp_path / "groups.jsonl", records)
     page = make_page(path, folder, tmp_path / "page.html")
-    said = capsys.readouterr().out
-    assert re.search(r"Score: wild +-1e\+300 +█ +█ +1\.1e\+300 +-1e\+308 +0\.000 +-1e\+308 to", said), said
-    assert re.search(r"Score: most +0 +▁ +█ .* 1e\+308 +9\.167e\+307 ", said), said
+    output = capsys.readouterr().out
+    assert re.search(r"Score: wild +-1e\+300 +█ +█ +1\.1e\+300 +-1e\+308 +0\.000 +-1e\+308 to", output), output
+    assert re.search(r"Score: most +0 +▁ +█ .* 1e\+308 +9\.167e\+307 ", output), output
     assert "median -1e+308" in page.text and "endless" not in page.text
     assert inspect_data.main(["--data", str(path), "--tokenizer", str(folder)]) == 0
     assert "scores    wild 1e+308, tiny 0, most 0.5\n" in capsys.readouterr().out

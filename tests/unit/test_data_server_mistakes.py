@@ -34,6 +34,7 @@ def failing(
     return answer
 
 
+ODD_END = ("server-response", "q1/1", "finish_reason")
 BAD = {
     "wrong model": (
         404,
@@ -71,6 +72,8 @@ BAD = {
         {"choices": [chat_choice("w", "content_filter")]},
         ("server-response", "q1/1", "finish_reason 'content_filter'"),
     ),
+    "end of another type": (200, {"choices": [chat_choice("w") | {"finish_reason": ["stop"]}]}, ODD_END),
+    "choice of another type": (200, {"choices": ["stop"]}, ODD_END),
     "odd ids": (200, {"choices": [chat_choice("w", token_ids="4 5")]}, ("server-response", "q1/1", "token_ids")),
     "reasoning": (
         200,
@@ -145,6 +148,16 @@ def test_a_name_that_vllm_does_not_list_is_refused_before_a_request(
     with refused("server-model-missing", "--model tiny: ", "it has large"):
         main(command(folder, server, tmp_path / "a.jsonl"))
     assert not server.asked
+
+
+@pytest.mark.parametrize("listed", [5, [{"id": "tiny", "owned_by": ["vllm"]}, 6]], ids=["number", "odd owner"])
+def test_a_server_that_describes_itself_oddly_is_of_unknown_kind(
+    listed: object, folder: Path, serve: Callable[..., Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(lambda path, body: well(path, body) if body else (200, {"data": listed, "paths": 7}))
+    main(command(folder, server, tmp_path / "a.jsonl", "--limit", "1", "--samples", "1"))
+    assert "its kind is unknown" in capsys.readouterr().err
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(

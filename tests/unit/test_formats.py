@@ -28,7 +28,7 @@ def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def said(text: Any) -> dict[str, Any]:
+def reply(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -39,12 +39,12 @@ def parts(*texts: str) -> list[dict[str, str]]:
 SYSTEM = {"role": "system", "content": "s"}
 ASK = [user("w1 w2")]
 PAIR = {"chosen": "w3", "rejected": "w3 w4"}  # one answer is the start of the other: the prompt must not
-TURNS = [user("w5"), said("w6"), user("w1 w2")]
+TURNS = [user("w5"), reply("w6"), user("w1 w2")]
 
 
 def whole(*before: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Conversations that repeat what comes before."""
-    return {name: [*before, said(text)] for name, text in PAIR.items()} | more
+    return {name: [*before, reply(text)] for name, text in PAIR.items()} | more
 
 
 FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -53,7 +53,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "answers of one message": (whole(prompt=ASK), ASK),
     "answers of one message after turns": (whole(prompt=[SYSTEM, *TURNS]), [SYSTEM, *TURNS]),
     "a prompt of one message": (PAIR | {"prompt": ASK[0]}, ASK),
-    "a text and a message": (PAIR | {"prompt": "w1 w2", "chosen": [said("w3")]}, ASK),
+    "a text and a message": (PAIR | {"prompt": "w1 w2", "chosen": [reply("w3")]}, ASK),
     "whole conversations": (whole(*ASK, prompt=ASK), ASK),
     "whole conversations with the system message": (whole(SYSTEM, *ASK, prompt=[SYSTEM, *ASK]), [SYSTEM, *ASK]),
     "whole conversations without the system message": (whole(*ASK, prompt=[SYSTEM, *ASK]), [SYSTEM, *ASK]),
@@ -62,19 +62,22 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "a prompt that is the beginning of the turns": (whole(*TURNS, prompt=TURNS[:1]), TURNS),
     "turns after the prompt": (whole(*TURNS[1:], prompt=TURNS[:1]), TURNS),
     "UltraFeedback": (
-        whole(*ASK, prompt="w1 w2", prompt_id="f0", messages=[*ASK, said("w3")], score_chosen=8.5, score_rejected=5.0),
+        whole(*ASK, prompt="w1 w2", prompt_id="f0", messages=[*ASK, reply("w3")], score_chosen=8.5, score_rejected=5.0),
         ASK,
     ),
     "a text for a prompt, the last turn's": (whole(*TURNS, prompt="w1 w2 "), TURNS),
     "a text for a prompt, the first turn's": (whole(*TURNS, prompt="w5"), TURNS),
     "implicit prompt": (whole(*ASK), ASK),
     "implicit prompt of turns": (whole(SYSTEM, *TURNS), [SYSTEM, *TURNS]),
-    "implicit prompt beside one of the conversations": (whole(*ASK, messages=[*ASK, said("w3")]), ASK),
+    "implicit prompt beside one of the conversations": (whole(*ASK, messages=[*ASK, reply("w3")]), ASK),
     "implicit prompt and a null": (whole(*ASK, prompt=None, id=None), ASK),
     "parts": (whole(user(parts("w1 ", "w2"))), ASK),
     "parts as a table has them": (
         {
-            name: [user([{"type": "text", "text": "w1 w2", "image": None}]), said(parts(text)) | {"tool_calls": None}]
+            name: [
+                user([{"type": "text", "text": "w1 w2", "image": None}]),
+                reply(parts(text)) | {"tool_calls": None},
+            ]
             for name, text in PAIR.items()
         },
         ASK,
@@ -113,14 +116,14 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "OpenAI": (
         {
             "input": {"messages": ASK, "tools": []},
-            "preferred_output": [said("w3")],
-            "non_preferred_output": [said("w3 w4")],
+            "preferred_output": [reply("w3")],
+            "non_preferred_output": [reply("w3 w4")],
         },
         ASK,
     ),
     "a tool's answer in the prompt": (
-        whole(*ASK, said("w6"), {"role": "tool", "content": "w7"}),
-        [*ASK, said("w6"), {"role": "tool", "content": "w7"}],
+        whole(*ASK, reply("w6"), {"role": "tool", "content": "w7"}),
+        [*ASK, reply("w6"), {"role": "tool", "content": "w7"}],
     ),
     "fields of other meaning": (whole(*ASK, scores=[1.0, 2.0], answers="w3", question={"text": "?"}), ASK),
 }
@@ -178,18 +181,21 @@ WRONG: dict[str, tuple[Any, ...]] = {
         "prompt, chosen and rejected",
     ),
     "one is the beginning of the other": (
-        {"chosen": [*ASK, said("w3")], "rejected": [*ASK, said("w3"), user("w5"), said("w4")]},
+        {"chosen": [*ASK, reply("w3")], "rejected": [*ASK, reply("w3"), user("w5"), reply("w4")]},
         "pair-prompts-differ",
         "'chosen' is the beginning of 'rejected'",
     ),
     "they part before the last": (
-        {"chosen": [*ASK, said("w3"), user("w5"), said("w4")], "rejected": [*ASK, said("w6"), user("w5"), said("w7")]},
+        {
+            "chosen": [*ASK, reply("w3"), user("w5"), reply("w4")],
+            "rejected": [*ASK, reply("w6"), user("w5"), reply("w7")],
+        },
         "pair-prompts-differ",
         "message 2 ",
         "(4 and 4 messages)",
     ),
     "they ask differently": (
-        {"chosen": [user("w1"), said("w3")], "rejected": [user("w2"), said("w4")]},
+        {"chosen": [user("w1"), reply("w3")], "rejected": [user("w2"), reply("w4")]},
         "pair-prompts-differ",
         "message 1 ",
         "(2 and 2 messages)",
@@ -215,7 +221,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     ),
     "a text among parts": (whole(user(["w1"])), "message-unsupported", "chosen[0], content[0]", "'str'"),
     "a tool call": (
-        whole(*ASK, said("") | {"tool_calls": [{"function": {"name": "f"}}]}, {"role": "tool", "content": "w7"}),
+        whole(*ASK, reply("") | {"tool_calls": [{"function": {"name": "f"}}]}, {"role": "tool", "content": "w7"}),
         "message-unsupported",
         "chosen[1]",
         "'tool_calls'",
@@ -228,10 +234,15 @@ WRONG: dict[str, tuple[Any, ...]] = {
         "human, gpt, system, user, assistant",
     ),
     "messages as Python prints them": ({name: str(chat) for name, chat in whole(*ASK).items()}, "not-json", "'chosen'"),
-    "KTO": ({"prompt": ASK, "completion": [said("w3")], "label": True}, "field-missing", "'short_messages'", "KTO's"),
+    "KTO": (
+        {"prompt": ASK, "completion": [reply("w3")], "label": True},
+        "field-missing",
+        "'short_messages'",
+        "KTO's",
+    ),
     "votes": ({"conversation_a": [], "conversation_b": [], "winner": "a"}, "field-missing", "votes between conv"),
     "ratings": ({"instruction": "w1", "completions": [{}]}, "field-missing", "several rated answers"),
-    "conversations": ({"messages": [*ASK, said("w3")]}, "field-missing", "conversations for --objective sft"),
+    "conversations": ({"messages": [*ASK, reply("w3")]}, "field-missing", "conversations for --objective sft"),
     "one answer": ({"prompt": "w1", "completion": "w3"}, "field-missing", "one answer each", "--objective sft"),
     "texts alone": ({"text": "w1"}, "field-missing", "plain texts"),
     "one answer missing": (whole(*ASK) | {"rejected": None}, "field-missing", "'rejected'"),
@@ -248,10 +259,10 @@ def test_what_cannot_be_read_is_named_with_its_form(form: str, tmp_path: Path) -
         list(read_groups(path))
 
 
-CHAT = [*ASK, said("w3")]
+CHAT = [*ASK, reply("w3")]
 CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "messages": ({"messages": CHAT}, CHAT),
-    "messages of parts": ({"messages": [user(parts("w1", " w2")), said(parts("w3"))]}, CHAT),
+    "messages of parts": ({"messages": [user(parts("w1", " w2")), reply(parts("w3"))]}, CHAT),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3", "weight": None}]},
         CHAT,
@@ -262,7 +273,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "chats under ShareGPT's name": ({"conversations": CHAT}, CHAT),
     "prompt and completion": ({"prompt": "w1 w2", "completion": "w3"}, CHAT),
-    "prompt and completion of messages": ({"prompt": ASK, "completion": [said("w3")]}, CHAT),
+    "prompt and completion of messages": ({"prompt": ASK, "completion": [reply("w3")]}, CHAT),
     "Alpaca": ({"instruction": "w1 w2", "input": "", "output": "w3", "text": "Below is"}, CHAT),
     "OpenOrca": ({"id": "f", "system_prompt": "s", "question": "w1 w2", "response": "w3"}, [SYSTEM, *CHAT]),
     "question and answer": ({"question": "w1 w2", "answer": "w3"}, CHAT),
@@ -312,7 +323,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     write_model(folder / "hf")
     records = [
-        {name: [user(f"w{n} w2"), said(f"{text} w{n}")] for name, text in PAIR.items()} | {"prompt": f"w{n} w2"}
+        {name: [user(f"w{n} w2"), reply(f"{text} w{n}")] for name, text in PAIR.items()} | {"prompt": f"w{n} w2"}
         for n in range(8)
     ]
     (folder / "set").mkdir()

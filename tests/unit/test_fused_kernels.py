@@ -97,8 +97,8 @@ def test_gradients_of_weights_on_cuda_are_added_by_the_product() -> None:
         targets = torch.zeros(10, dtype=torch.int64, device="cuda")
         with Calls("addmm") as calls:
             response_log_probs(hidden, weight, targets, 30, 4, fused=True).sum().backward()
-    assert [[tuple(x.shape) for x in given[:3]] for _, given, _ in calls.calls] == [
+    assert [[tuple(x.shape) for x in arguments[:3]] for _, arguments, _ in calls.calls] == [
         [(32, 16), (32, rows), (rows, 16)] for rows in (4, 4, 2)
     ]
-    assert all(given[3] == torch.float32 and result is weight.main_grad for _, given, result in calls.calls)
+    assert all(arguments[3] == torch.float32 and result is weight.main_grad for _, arguments, result in calls.calls)
     assert weight.grad_added_to_main_grad and weight.grad.dtype == torch.bfloat16

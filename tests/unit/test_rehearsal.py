@@ -216,7 +216,7 @@ def test_the_first_stage_and_the_code_of_the_cpu(
         assert outcome.peak.total > sum(outcome.standing.values())
 
 
-def mixing(given: Task) -> Outcome:
+def mixing(job: Task) -> Outcome:
     """A rehearsal of a product whose loss multiplies by a tensor of the host."""
     from megatron_solopo.training import step
 
@@ -227,7 +227,7 @@ def mixing(given: Task) -> Outcome:
         return replace(result, loss=result.loss * torch.ones(len(result.loss)))
 
     with mock.patch.object(step, "group_losses", mixed):
-        return outcome_of(given)
+        return outcome_of(job)
 
 
 def test_a_tensor_of_the_host_in_the_loss_is_found(rehearsals: Rehearsals) -> None:
@@ -249,7 +249,7 @@ def test_the_largest_pack_of_a_run_is_the_one_rehearsed() -> None:
     assert packs_that_matter(9, config.parallel) == 2  # each stage holds as many packs as there are stages
 
 
-def leaking(given: Task) -> Outcome:
+def leaking(job: Task) -> Outcome:
     """A rehearsal of a product that computes the logits of all tokens at once, and keeps them."""
     from megatron_solopo.model import forward
 
@@ -262,7 +262,7 @@ def leaking(given: Task) -> Outcome:
 
     forward.response_log_probs = leak
     try:
-        return outcome_of(given)
+        return outcome_of(job)
     finally:
         forward.response_log_probs = head
 
@@ -270,9 +270,9 @@ def leaking(given: Task) -> Outcome:
 def test_a_tensor_of_all_logits_is_noticed(rehearsals: Rehearsals) -> None:
     """The head holds logits of a chunk alone; where all of them are kept, each byte is in the peaks behind that."""
     config = options("--bf16", "--logprob-chunk-size", 4)
-    given = Task(config, LLAMA, [example(config.method, 30, 200, 120)])
-    [clean] = rehearsals.each([given])
-    leaked = rehearsals.run(leaking, given).result()
+    job = Task(config, LLAMA, [example(config.method, 30, 200, 120)])
+    [clean] = rehearsals.each([job])
+    leaked = rehearsals.run(leaking, job).result()
     logits = 3 * 120 * 1024 * 2
     assert clean.peaks["forward"].held[LOG_PROBS] < logits / 4
     for phase in ("backward", "update"):

@@ -176,7 +176,7 @@ def test_worker_processes_have_the_same_tokenizer(
     theirs = pickle.loads(pickle.dumps(ours))
     assert ids(theirs, texts) == ids(ours, texts)
     chat = [{"role": "user", "content": "a"}]
-    for read in (prompt_ids, lambda *given: response_ids(*given, "b <one>")):
+    for read in (prompt_ids, lambda *arguments: response_ids(*arguments, "b <one>")):
         assert read(theirs, chat) == read(ours, chat)
     assert text_facts(folder, theirs) == text_facts(folder, ours)
 

@@ -111,9 +111,9 @@ class ContextView:
                 parts += [frame, Text(visible(message["content"]))]
             parts += [frames[-2], *self.pieces, frames[-1]]
         else:
-            said = "the template rewrites the messages; this is their rendering, then the last one as recorded"
+            hint = "the template rewrites the messages; this is their rendering, then the last one as recorded"
             frame = frames[0] if self.full else _shortened(frames[0])
-            parts += [Text(said, "soft"), frame, Text(f"[{self.role}]", "soft"), *self.pieces]
+            parts += [Text(hint, "soft"), frame, Text(f"[{self.role}]", "soft"), *self.pieces]
         return Block(f"{self.name} context", parts, f"{note}, {self._answers()}")
 
     def _answers(self) -> str:

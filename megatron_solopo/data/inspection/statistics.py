@@ -88,8 +88,8 @@ class Statistics:
             return None
         line, bias = lengths.line(), lengths.bias()
         verdict = "With so few groups that shows no bias." if len(lengths) < FEWEST else "No length bias."
-        said = f"{bias}." if bias else f"{line}. {verdict}"
-        return said[0].upper() + said[1:], bool(bias)
+        sentence = f"{bias}." if bias else f"{line}. {verdict}"
+        return sentence[0].upper() + sentence[1:], bool(bias)
 
 
 def _compared(example: Example) -> Iterator[tuple[str, str]]:

@@ -107,8 +107,8 @@ class View:
         ]
         lines = [Text.assemble((f"{name:<9} ", "soft"), value) for name, value in about if value]
         lines += [Text(f"! {warning}", "warn") for warning in self.warnings]
-        said = "prompts as the chat template renders them: behind a bar what it adds, {control tokens} marked"
-        yield Block(visible(example.id), [*lines, Text(said, "soft")], f"(index {example.index} of {file})")
+        legend = "prompts as the chat template renders them: behind a bar what it adds, {control tokens} marked"
+        yield Block(visible(example.id), [*lines, Text(legend, "soft")], f"(index {example.index} of {file})")
         yield from (context.section() for context in self.contexts)
         yield from self.responses()
         if self.segments:
@@ -119,8 +119,8 @@ class View:
         for name in ("chosen", "rejected") if self.example.group else ():
             response, answers = getattr(self.example.group, name), self.example.answers
             answer_spans = find_in_response(response, answers) if answers else []
-            said = f", {'an' if answer_spans else 'no'} answer is found in it" if answers else ""
-            note = many(self.facts.tokens.get(name, 0), "token") + said
+            answer_note = f", {'an' if answer_spans else 'no'} answer is found in it" if answers else ""
+            note = many(self.facts.tokens.get(name, 0), "token") + answer_note
             yield Block(name, [highlighted(response, answer_spans, answer_pattern(answers))], note, f"response {name}")
 
     def loss(self) -> Block:
@@ -162,8 +162,8 @@ def token_rows(tokens: Sequence[Token]) -> Iterator[Text]:
         styles = ["token", "trained" if token.trained else "untrained"]
         styles += ["line"] * ("\n" in token.text)
         styles += ["end"] if token.end_of_turn else ["odd"] * (token.trained and index % 2)
-        said = f"position {token.position}, id {token.id}{'' if token.trained else ', not trained'}"
-        for style in (*styles, attributes(title=said)):
+        tooltip = f"position {token.position}, id {token.id}{'' if token.trained else ', not trained'}"
+        for style in (*styles, attributes(title=tooltip)):
             cell.stylize(style)
         cells = cell.cell_len + (1 if token.trained else 3)
         if not row or used + cells > _ROW:

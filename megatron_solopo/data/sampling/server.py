@@ -168,11 +168,11 @@ class FromServer:
                     f"--server {options.server}: cannot be reached ({reason(error)}); start it, or correct the URL",
                 ) from None
             entries = listed.get("data") if isinstance(listed, dict) else None
-            models = {str(entry.get("id")): entry for entry in entries or [] if isinstance(entry, dict)}
-            owners = {entry.get("owned_by") for entry in models.values()}
+            entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+            models = {str(entry.get("id")): str(entry.get("owned_by")) for entry in entries}
             kind = options.server_kind
             if kind == "auto":
-                kind = next((kind for owner, kind in OWNERS.items() if owner in owners), None)
+                kind = next((kind for owner, kind in OWNERS.items() if owner in models.values()), None)
                 kind = kind or await self._kind_by_paths(client)
             named = {options.model, options.model.partition(":")[0]}  # an adapter's name may follow its model's
             if kind in ("vllm", "sglang") and models and not named & models.keys():
@@ -204,7 +204,7 @@ class FromServer:
         except (openai.OpenAIError, ValueError):
             return "other"
         paths = description.get("paths") if isinstance(description, dict) else None
-        return "transformers" if "/load_model" in (paths or ()) else "other"
+        return "transformers" if isinstance(paths, dict) and "/load_model" in paths else "other"
 
     def _text(self, prompt: Prompt, with_start: bool) -> str:
         """Returns the prompt as text, for transformers serve, which puts the tokenizer's start token before it."""
@@ -407,7 +407,7 @@ def _choice(choice: object, api: str) -> tuple[str | None, list[int] | None, boo
     Raises:
         BadAnswer: it does not follow the API.
     """
-    if not isinstance(choice, dict) or choice.get("finish_reason") not in FINISHED:
+    if not isinstance(choice, dict) or choice.get("finish_reason") not in list(FINISHED):  # any JSON, also unhashable
         reported = choice.get("finish_reason") if isinstance(choice, dict) else choice
         raise BadAnswer(f"a response has the finish_reason {reported!r}, supported are {', '.join(FINISHED)}")
     finished, ids = FINISHED[choice["finish_reason"]], choice.get("token_ids")
