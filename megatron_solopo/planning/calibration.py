@@ -15,7 +15,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.results import Row, finite, read_run
 from megatron_solopo.parallel.topology import data_parallel_size
 from megatron_solopo.planning.forecast import calibrated
-from megatron_solopo.planning.machines import Machine
+from megatron_solopo.planning.machines import Machine, load_machine, names
 from megatron_solopo.planning.table import outcomes_of, tasks_of
 from megatron_solopo.training.preflight import load_data, read_model, run_schedule
 from megatron_solopo.training.run_folder import processes_of
@@ -24,21 +24,30 @@ FLAG = "--calibrate"
 
 
 def calibrate(machine: Machine, run_folder: str | Path) -> Machine:
-    """The machine on which the forecast of a run's median step is what the run measured.
+    """Returns the machine on which the forecast of a run's median step is what the run measured.
 
     The run's model, data and layout are read from its config.yaml, so its paths must still hold; the first step, which
     warms up, does not count. A pack of mean cost of the process with most work is rehearsed.
 
     Raises:
-        UserError: the folder holds no measured step, its model or data are gone, the rehearsal fails, or the run is so
-            much faster than ``machine`` that it had another one.
+        UserError: the folder holds no measured step, its model or data are gone, the rehearsal fails, it was a run on a
+            CPU and ``machine`` is a GPU of this package, or it is so much faster than ``machine`` that it had another.
     """
     folder = Path(run_folder)
     row = _median_step(folder)
-    config, _ = config_load.load(["--config", str(folder / "config.yaml")])
     # Only CUDA's allocator has a peak to report.
     device = "cuda" if "memory_allocated_gib" in row else "cpu"
-    hf_config, data, world = read_model(config), load_data(config), processes_of(folder)
+    if device == "cpu" and machine in map(load_machine, names()):
+        raise UserError(
+            "machine-calibration",
+            f"{FLAG} {folder}: the run was computed on a CPU, which says nothing about {machine.name}; set the "
+            "folder of a run on such a GPU",
+        )
+    try:
+        config, _ = config_load.load(["--config", str(folder / "config.yaml")])
+        hf_config, data, world = read_model(config), load_data(config), processes_of(folder)
+    except UserError as error:  # names an option of the run, which `solopo plan` was not called with
+        raise error.at(f"{FLAG} {folder}") from None
     groups = [data.train.groups[index] for index in run_schedule(config, data).step(int(row["step"]) - 1)]
     pack, packs = _typical_pack(config, hf_config, groups, world, device)
     outcomes = outcomes_of(tasks_of(config, hf_config, pack, packs, world, device))
@@ -49,7 +58,11 @@ def calibrate(machine: Machine, run_folder: str | Path) -> Machine:
 
 
 def _median_step(folder: Path) -> Row:
-    rows = [row for row in read_run(str(folder)).train[1:] if finite(row.get("seconds")) and "skipped" not in row]
+    try:
+        steps = read_run(str(folder)).train
+    except UserError as error:
+        raise error.at(FLAG) from None
+    rows = [row for row in steps[1:] if finite(row.get("seconds")) and "skipped" not in row]
     if not rows:
         raise UserError(
             "run-without-steps", f"{FLAG} {folder}: metrics.jsonl has no second step; calibrate by two or more"
@@ -61,7 +74,7 @@ def _median_step(folder: Path) -> Row:
 def _typical_pack(
     config: Config, hf_config: PretrainedConfig, groups: Sequence[TokenGroup], world: int, device: str
 ) -> tuple[list[TokenGroup], int]:
-    """Of the process with the most work: the groups of its pack of mean cost, and how many packs it has."""
+    """Returns the groups of the pack of mean cost, of the process with the most work, and how many packs it has."""
     plan = plan_step(groups, hf_config.hidden_size, data_parallel_size(config.parallel, world), config, device)
     share = plan.shares[plan.loads.index(max(plan.loads))]
 

@@ -1,7 +1,8 @@
 """The time of a step in closed form, to sort layouts before the best are rehearsed.
 
 It is a sum of what `planning.forecast` takes from a rehearsal: products by the machine's rate, attention, what memory
-bandwidth bounds, collectives one after another, the pipeline's bubble. Its absolute value means little.
+bandwidth bounds, or the time in which the host starts all of these where that is longer, collectives one after another,
+the pipeline's bubble. Its absolute value means little.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from megatron_solopo.planning.machines import Machine
 
 
 def seconds_of_step(process: Process, machine: Machine) -> float:
-    """A step of ``process.work.packs`` packs: the slowest stage's, with the bubble of Narayanan et al. 2021 (arXiv
-    2104.04473), section 2.2, and the exchange of gradients and weights."""
+    """Returns the seconds of a step of ``process.work.packs`` packs: the slowest stage's, with the bubble of Narayanan
+    et al. 2021 (arXiv 2104.04473), section 2.2, and the exchange of gradients and weights."""
     slowest = max(_pack(process, machine, stage) for stage in process.key_stages)
     bubble = slowest * (process.stages - 1) / process.chunks
     update = max(_update(process, machine, stage) for stage in process.key_stages)
@@ -26,7 +27,7 @@ def _middle(share: Sequence[float]) -> float:
 
 
 def _pack(process: Process, machine: Machine, stage: int) -> float:
-    """Forward and backward of a pack on a stage."""
+    """Returns the seconds of forward and backward of a pack on a stage."""
     shape, e, work = process.shape, process.e, process.work
     achieved, dtype = machine.achieved, "bfloat16" if e == 2 else "float32"
     products = machine.peak(dtype) * _middle(achieved.products)
@@ -43,21 +44,37 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
     pairs = 4 * work.pairs * shape.queries / process.tensor / process.context
     layer = 2 * weights * (3 + again) / products + pairs * (3.5 + again) / attention
     layer += kept(process) * (4 + 2 * again) / memory  # written, read by the next operation, and both backward
-    layer += _exchanged(process, machine, again)
-    total = layers * layer
+    computing = layers * layer
     if stage == process.stages - 1:  # logits forward and again backward, and both gradients
         rows = shape.vocabulary / process.tensor
-        total += 8 * rows * shape.hidden * work.predicted / process.context / products
+        computing += 8 * rows * shape.hidden * work.predicted / process.context / products
+    launching = operators(process, stage) * _middle(machine.launch_us) / 1e6
+    total = max(computing, launching) + layers * _exchanged(process, machine, again)
     if process.stages > 1:
         state = e * shape.hidden * process.s * process.chunks
         total += 2 * state / (machine.network_gb_per_s * 1e9 * _middle(achieved.collectives))
     return total
 
 
+def operators(process: Process, stage: int) -> float:
+    """Returns how many operators the host starts for forward and backward of a pack.
+
+    Counted in rehearsals (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one with experts
+    50 and 78, and each expert of this process another 6 and 13, since `SequentialMLP` computes them one by one; a
+    recomputed layer its forward ones again; embedding, log-prob head and loss together about 260.
+    """
+    forward, backward = 29, 55
+    if process.shape.experts:
+        local = process.shape.experts // process.expert_parallel
+        forward, backward = 50 + 6 * local, 78 + 13 * local
+    layers, again = process.sizes[stage], process.recomputed(stage) * process.chunks
+    return layers * (forward + backward) + again * forward + (260 if stage == process.stages - 1 else 0)
+
+
 def _exchanged(process: Process, machine: Machine, again: float) -> float:
-    """Seconds of a layer's collectives in a pack: gathers and sums of tensor parallelism, two of each forward and as
-    many backward, where sequence parallelism gathers inputs once more; keys and values of context parallelism; rows
-    to experts and back."""
+    """Returns the seconds of a layer's collectives in a pack: gathers and sums of tensor parallelism, two of each
+    forward and as many backward, where sequence parallelism gathers inputs once more; keys and values of context
+    parallelism; rows to experts and back."""
     shape, e = process.shape, process.e
     states = e * process.t * shape.hidden * (8 + 2 * (process.s != process.t) + 4 * again)
     seconds = _wire(states, machine, process.tensor, 1)
@@ -70,8 +87,8 @@ def _exchanged(process: Process, machine: Machine, again: float) -> float:
 
 
 def _wire(size: float, machine: Machine, ranks: int, apart: int, ring: bool = True) -> float:
-    """Seconds for ``size`` bytes among ``ranks`` processes, each ``apart`` from the next. A ring leaves a node over the
-    adapters of all its ranks there."""
+    """Returns the seconds that ``size`` bytes take among ``ranks`` processes, each ``apart`` from the next. A ring
+    leaves a node over the adapters of all its ranks there."""
     if ranks == 1:
         return 0.0
     here, bandwidth = max(1, machine.gpus_per_node // apart), machine.node_gb_per_s
@@ -81,7 +98,8 @@ def _wire(size: float, machine: Machine, ranks: int, apart: int, ring: bool = Tr
 
 
 def _update(process: Process, machine: Machine, stage: int) -> float:
-    """Gradients summed in float32, weights gathered, and Adam's reads and writes of its share."""
+    """Returns the seconds in which gradients are summed in float32, weights gathered, and Adam reads and writes its
+    share."""
     dense, experts = stage_parameters(process, stage)
     seconds = _wire((4 + process.e) * dense, machine, process.copies, process.tensor)
     apart = process.expert_tensor * process.expert_parallel

@@ -177,7 +177,12 @@ def _model(path: str, config: Config) -> PretrainedConfig:
     is_file = Path(path).is_file()
     hf_config = read_config_file(Path(path), scaling) if is_file else read_hf_config(path, scaling, "--model")
     family_of(hf_config)
-    check_length(hf_config, config.data.seq_length)
+    try:
+        check_length(hf_config, config.data.seq_length)
+    except UserError as error:
+        if "seq_length" in config.explicit:
+            raise
+        raise UserError(error.code, error.message.replace(flag("seq_length"), "--long-tokens")) from None
     if (why := not_rehearsed(config)) is not None:
         raise UserError("plan-implementation", f"{why}, so nothing can be rehearsed; leave it out")
     return hf_config

@@ -748,8 +748,9 @@ MUTANTS: list[Mutant] = [
     *within(
         "planning/calibration.py",
         "tests/functional/test_calibration.py",
-        ("calibrated by the first step too", ".train[1:]", ".train"),
+        ("calibrated by the first step too", "row in steps[1:] if", "row in steps if"),
         ("calibrated by the fastest step", "rows[len(rows) // 2]", "rows[0]"),
+        ("a GPU calibrated by a CPU", 'if device == "cpu" and machine', "if False and machine"),
     ),
     *within(
         "conversion/random_start.py",
@@ -830,6 +831,11 @@ MUTANTS: list[Mutant] = [
         ),
         ("no packs in flight but one", "return min(self.work.packs, self.stages - stage)", "return 1"),
         ("experts as wide as the MLP", "rows + process.s * 20 * shape.experts", "process.s * 20 * shape.experts"),
+    ),
+    *within(
+        "planning/cost.py",
+        PLAN,
+        ("operators started in no time", "max(computing, launching)", "computing"),
     ),
     *within(
         "planning/search.py",

@@ -17,6 +17,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.parallel.layouts import parse_layout
 from megatron_solopo.parallel.topology import data_parallel_size
+from megatron_solopo.planning.cost import operators
 from megatron_solopo.planning.machines import load_machine
 from megatron_solopo.planning.plan import main, read_options, request_of
 from megatron_solopo.planning.plan_file import write_plan
@@ -92,6 +93,16 @@ def test_the_estimate_is_near_the_rehearsal(
     )
     rehearsed(asked, [one], rehearsals)
     assert abs(one.error) < 0.08, (one.estimated, one.peak)
+    work = one.outcomes[-1].work
+    started = work.forward.operators + work.backward.operators
+    assert operators(one.process, one.process.stages - 1) == pytest.approx(started, rel=0.2)
+
+
+def test_experts_are_divided_where_the_host_could_not_start_them_all(tmp_path: Path) -> None:
+    """Short packs of many small experts, whose operators take the host longer than the GPU."""
+    model = Qwen3MoeConfig(**WIDE, head_dim=64, **EXPERTS | dict(num_experts=64), tie_word_embeddings=False)
+    best = cheapest(request(tmp_path, model, 8, 80, "--micro-batch-size=1", long=1000))
+    assert best.config.parallel.expert_model_parallel_size == 8
 
 
 def test_training_refuses_what_the_search_leaves_out(tmp_path: Path) -> None:
@@ -179,6 +190,7 @@ WRONG = [
     ([*MODEL, "--gpu-memory", "nan"], "option-value", "--gpu-memory nan"),
     ([*MODEL, "--response-tokens", "1000"], "option-conflict", "--response-tokens 1000"),
     ([*MODEL, "--seq-length", "999"], "option-conflict", "--seq-length 999", "--long-tokens 1000"),
+    (["--model", "m", "--gpus", "8", "--long-tokens", "5000"], "seq-length-beyond-positions", "--long-tokens 5000"),
     ([*MODEL, "--long-tokens=5000"], "option-twice", "--long-tokens"),
     ([*MODEL, "--beta", "0"], "option-value", "--beta 0"),
     ([*MODEL, "--transformer-impl=transformer_engine"], "plan-implementation", "--transformer-impl"),
