@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo import config_load
 from megatron_solopo.arguments import Parser
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, read_config_file, read_hf_config
