@@ -59,16 +59,15 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
 def operators(process: Process, stage: int) -> float:
     """Returns how many operators the host starts for forward and backward of a pack.
 
-    Counted in rehearsals (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one with experts
-    50 and 78, and each expert of this process another 6 and 13, since `SequentialMLP` computes them one by one; a
-    recomputed layer its forward ones again; embedding, log-prob head and loss together about 260.
+    Counted in rehearsals in bfloat16 (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one with
+    experts 60 and 89, and two products for each expert of this process, which add its weights' gradients; a recomputed
+    layer its forward ones again; embedding, log-prob head and loss together about 190.
     """
     forward, backward = 29, 55
     if process.shape.experts:
-        local = process.shape.experts // process.expert_parallel
-        forward, backward = 50 + 6 * local, 78 + 13 * local
+        forward, backward = 60, 89 + 2 * (process.shape.experts // process.expert_parallel)
     layers, again = process.sizes[stage], process.recomputed(stage) * process.chunks
-    return layers * (forward + backward) + again * forward + (260 if stage == process.stages - 1 else 0)
+    return layers * (forward + backward) + again * forward + (190 if stage == process.stages - 1 else 0)
 
 
 def _exchanged(process: Process, machine: Machine, again: float) -> float:
