@@ -59,9 +59,9 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
 def operators(process: Process, stage: int) -> float:
     """Returns how many operators the host starts for forward and backward of a pack.
 
-    Counted in rehearsals in bfloat16 (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one with
-    experts 60 and 89, and two products for each expert of this process, which add its weights' gradients; a recomputed
-    layer its forward ones again; embedding, log-prob head and loss together about 190.
+    Counted in rehearsals in bfloat16 (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one
+    with experts 60 and 89, and two products for each expert of this process, which add its weights' gradients; a
+    recomputed layer its forward ones again; embedding, log-prob head and loss together about 190.
     """
     forward, backward = 29, 55
     if process.shape.experts:

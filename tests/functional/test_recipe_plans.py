@@ -1,6 +1,7 @@
 """Each file of examples/recipes/plans: training accepts it, and its rehearsal has the peak that it states.
 
-`make test` (SOLOPO_LAYOUTS=cheap) rehearses those of 8 GPUs and 8K tokens alone.
+`make test` (SOLOPO_LAYOUTS=cheap) rehearses those of 8 GPUs and 8K tokens alone, but for
+Qwen3-30B-A3B's, which takes minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from megatron_solopo.training.preflight import check_cut
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 PLANS = sorted((RECIPES / "plans").glob("*.yaml"))
-REHEARSED = [path for path in PLANS if os.environ.get("SOLOPO_LAYOUTS") != "cheap" or "-8xh100-8k" in path.stem]
+CHEAP = os.environ.get("SOLOPO_LAYOUTS") == "cheap"
+REHEARSED = [path for path in PLANS if not CHEAP or ("-8xh100-8k" in path.stem and "a3b" not in path.stem)]
 PEAK = re.compile(r"([\d.]+) GiB on rank (\d+)")
 SHORT, RESPONSE = 1024, 256
 
