@@ -601,12 +601,6 @@ MUTANTS: list[Mutant] = [
         "parallel/optimizer_shards.py",
         SHARDS,
         ("shards of a part placed as if it were the first", "first = part.data.storage_offset()", "first = 0"),
-        ("each tensor-parallel process's copy stored", "(*part.replica_id[:2], copy)", "(0, 0, copy)"),
-        (
-            "moments stay as they were on resuming",
-            "self._set_main_param_and_optimizer_states(parameter, values)",
-            "pass",
-        ),
     ),
     *within(
         "parallel/cpu_shim.py",
