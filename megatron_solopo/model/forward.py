@@ -69,8 +69,9 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
     def process(
         hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: object
     ) -> Tensor:
-        own = weight_of(output_layer)
-        weight = own if output_weight is None else output_weight
+        weight = weight_of(output_layer)  # waits for its gather, also where the weight is the embedding's
+        if output_weight is not None:
+            weight = output_weight
         if sequence_parallel:  # [S / tp, 1, H]; the head sums its gradient over the ranks itself
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]

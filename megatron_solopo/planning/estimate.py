@@ -207,8 +207,11 @@ def standing(process: Process, stage: int) -> dict[str, float]:
 
 
 def fp8_copies(process: Process, stage: int) -> float:
-    """Bytes of the FP8 copies of a stage's matrices at the peak: each as it is and transposed, two bytes a weight, of
-    all layers; with --disable-parameter-transpose-cache the layers that are recomputed have one set."""
+    """Returns the bytes of the FP8 copies of a stage's matrices at the peak.
+
+    They are each matrix as it is and transposed, two bytes a weight, of all layers; with
+    --disable-parameter-transpose-cache the layers that are recomputed have one set.
+    """
     shape, model = process.shape, process.config.model
     _, experts = layer_parameters(process)
     matrices = 2 * shape.hidden * (shape.queries + shape.keys) // process.tensor
@@ -275,10 +278,13 @@ def backward_of_layer(process: Process) -> dict[str, float]:
 
 
 def _in_experts(process: Process) -> float:
-    """Forward: rows before and after they are exchanged, results before and after they are joined (moe/experts.py),
-    and with tensor parallelism of experts each once more for all its ranks (moe/token_dispatcher.py). Backward: the
-    product and its gradient in float32 (model/experts.py), of one expert at a time unless they are computed together;
-    or gradients and matrices of ``linear_fc1`` put together."""
+    """Returns the bytes beyond `kept` in the experts of a layer, forward or backward, where they are more.
+
+    Forward: rows before and after they are exchanged, results before and after they are joined (moe/experts.py), and
+    with tensor parallelism of experts each once more for all its ranks (moe/token_dispatcher.py). Backward: the product
+    and its gradient in float32 (model/experts.py), of one expert at a time unless they are computed together; or
+    gradients and matrices of ``linear_fc1`` put together.
+    """
     shape, e = process.shape, process.e
     ffn, local = shape.ffn / process.expert_tensor, shape.experts // process.expert_parallel
     forward = process.rows * (e * shape.hidden * (4 if process.expert_tensor == 1 else 8) + e * ffn)
