@@ -32,8 +32,8 @@ demo: setup ## the whole method on this machine in 10 minutes, no GPU needed (QU
 test: setup ## unit tests, the commands as a user runs them, and a minute of four processes
 	SOLOPO_LAYOUTS=cheap $(PYTEST) $(WORKERS) tests/unit tests/functional tests/distributed/test_layouts.py
 
-test-distributed: setup ## the same training over several processes
-	$(PYTEST) $(WORKERS) tests/distributed
+test-distributed: setup ## the same training over several processes, and a rehearsal of every recipe
+	$(PYTEST) $(WORKERS) tests/distributed tests/functional/test_recipe_plans.py
 
 test-all: setup ## every test
 	$(PYTEST) $(WORKERS) tests

@@ -1,7 +1,7 @@
 """Each file of examples/recipes/plans: training accepts it, and its rehearsal has the peak that it states.
 
 `make test` (SOLOPO_LAYOUTS=cheap) rehearses those of 8 GPUs and 8K tokens alone, but for
-Qwen3-30B-A3B's, which takes minutes.
+Qwen3-30B-A3B's, which takes minutes; `make test-distributed` rehearses all.
 """
 
 from __future__ import annotations
