@@ -142,10 +142,7 @@ def build_engine(
     dtype = dtype or (torch.bfloat16 if config.model.bf16 else torch.float32)
     parallel = config.parallel
     models = build_chunks(hf_config, config, dtype)
-    if config.model.random_init:
-        draw_start(models, hf_config, config.training.seed)
-    else:
-        load_start(models, hf_config, config.model.hf_path, config.model.add_special_tokens)
+    _release_parameters(models)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype != torch.float64,
         use_distributed_optimizer=True,
@@ -159,6 +156,10 @@ def build_engine(
         DistributedDataParallel(model.config, ddp, model, disable_bucketing=number > 0)
         for number, model in enumerate(models)
     ]
+    if config.model.random_init:
+        draw_start(models, hf_config, config.training.seed)
+    else:
+        load_start(models, hf_config, config.model.hf_path, config.model.add_special_tokens)
     _set_schedule_functions(chunks, ddp)
     frequencies = rotary_frequencies(hf_config).to(platform.device)
     rows = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -171,6 +172,17 @@ def build_engine(
         for chunk in chunks:  # until `train`: nothing needs a gather, and the reference pass must not communicate
             chunk.disable_forward_pre_hook(param_sync=False)
     return engine
+
+
+def _release_parameters(models: Sequence[GPTModel]) -> None:
+    """Frees the parameters' memory before DDP copies them into its flat buffers; weights are loaded afterwards.
+
+    Copied with their values they would be in memory twice, beside the gradients. A tensor with strides of 0 has every
+    shape and one element.
+    """
+    for model in models:
+        for parameter in model.parameters():
+            parameter.data = parameter.new_empty_strided(parameter.shape, (0,) * parameter.dim())
 
 
 def _set_schedule_functions(chunks: list[DistributedDataParallel], ddp: DistributedDataParallelConfig) -> None:
