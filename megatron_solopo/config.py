@@ -112,10 +112,25 @@ class ModelConfig:
         minimum=1,
     )
     recompute_granularity: str | None = option(
-        None, "full: keep only layer inputs and recompute the rest in backward", ("full",)
+        None,
+        "what backward recomputes; full: layers, of which the inputs alone are kept; selective: --recompute-modules of "
+        "every layer",
+        ("full", "selective"),
     )
-    recompute_method: str = option("uniform", "which layers are recomputed together", ("uniform", "block"))
-    recompute_num_layers: int = option(1, "layers a recomputed chunk (uniform) or layers recomputed (block)", minimum=1)
+    recompute_modules: str | None = option(
+        None,
+        "MODULE,MODULE,...: parts of a layer that --recompute-granularity selective recomputes; core_attn: attention; "
+        "mlp: the MLP; mlp_act: its activation; moe: router and experts; moe_act: the experts' activation; layernorm: "
+        "norms, of Transformer Engine's layers with experts",
+    )
+    recompute_method: str = option(
+        "uniform",
+        "layers that --recompute-granularity full recomputes; uniform: all, in chunks; block: the first ones",
+        ("uniform", "block"),
+    )
+    recompute_num_layers: int = option(
+        1, "layers a recomputed chunk (uniform) or layers recomputed of a pipeline stage's chunk (block)", minimum=1
+    )
 
 
 @dataclass

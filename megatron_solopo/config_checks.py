@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_solopo.config import OWNER, Config, MethodConfig, OutputConfig, flag, names_of
-from megatron_solopo.errors import UserError, require
+from megatron_solopo.config import OWNER, Config, MethodConfig, ModelConfig, OutputConfig, flag, names_of
+from megatron_solopo.errors import UserError, nearest, require
 from megatron_solopo.losses.registry import (
     aligns_with_reference,
     has,
@@ -108,6 +108,7 @@ def _check_implementation(config: Config) -> None:
             "alltoall",
         )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
+    _check_recompute(model)
     compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
         without = those_that(lambda kind: not kind.needs_reference)
@@ -115,6 +116,56 @@ def _check_implementation(config: Config) -> None:
             "option-conflict",
             f"--fp8-recipe delayed with {method.preference_loss}: it scales by earlier batches, and the reference is "
             f"computed before the first one; use tensorwise, or {without}",
+        )
+
+
+RECOMPUTED = ("core_attn", "layernorm", "mlp", "mlp_act", "moe", "moe_act")
+"""Values of --recompute-modules, which are Megatron's, but for mlp_act, the moe_act of layers without experts."""
+
+NOT_RECOMPUTED = {
+    "mla_up_proj": "no model here has multi-latent attention",
+    "gdn_norm_out": "no model here has gated delta nets",
+    "shared_experts": "no model here has shared experts",
+}
+"""Other values of Megatron's option, and why they are refused."""
+
+
+def recomputed_modules(model: ModelConfig) -> tuple[str, ...]:
+    """Returns the parts of --recompute-modules.
+
+    Raises:
+        UserError: a part is unknown, or no layer has it.
+    """
+    parts = tuple(part.strip() for part in (model.recompute_modules or "").split(",") if part.strip())
+    for part in parts:
+        if part not in RECOMPUTED:
+            why = NOT_RECOMPUTED.get(part, f"{part!r} is not one of {', '.join(RECOMPUTED)}{nearest(part, RECOMPUTED)}")
+            raise UserError("option-value", f"--recompute-modules {model.recompute_modules}: {why}")
+    return parts
+
+
+def _check_recompute(model: ModelConfig) -> None:
+    modules = recomputed_modules(model)
+    if model.recompute_granularity == "selective" and not modules:
+        raise UserError(
+            "option-missing",
+            f"--recompute-granularity selective needs --recompute-modules: {', '.join(RECOMPUTED)}, with commas",
+        )
+    for part in modules:
+        if part == "mlp_act" or (part == "moe_act" and model.transformer_impl == "portable"):
+            raise UserError("option-value", f"--recompute-modules {part}: these layers cannot; leave it out")
+        if part == "layernorm" and model.transformer_impl == "portable":
+            raise UserError(
+                "option-conflict",
+                "--recompute-modules layernorm with --transformer-impl portable: megatron-core's needs "
+                "Transformer Engine; leave it out",
+            )
+    scaled = [part for part in modules if part in ("layernorm", "moe_act")]
+    if scaled and model.fp8_format is not None and model.fp8_recipe == "delayed":
+        raise UserError(
+            "option-conflict",
+            f"--recompute-modules {scaled[0]} with --fp8-recipe delayed: Transformer Engine would scale what is "
+            "recomputed by later batches; use another recipe",
         )
 
 
@@ -134,6 +185,7 @@ def unused(config: Config) -> dict[str, str]:
         *_method_rules(config.method),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
+        ("recompute_modules", model.recompute_granularity == "selective", "needs --recompute-granularity selective"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
         ("eval_on_start", config.data.valid_data is not None, "needs --valid-data"),
         (

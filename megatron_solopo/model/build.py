@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
-from megatron_solopo.model import transformer_engine
+from megatron_solopo.model import recompute, transformer_engine
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.fields import head_dim
@@ -46,8 +46,6 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         "attention_backend": AttnBackend[_backend(config)],
         "fp8": model.fp8_format,
         "fp8_recipe": model.fp8_recipe,
-        "recompute_granularity": model.recompute_granularity,
-        "recompute_method": model.recompute_method if model.recompute_granularity else None,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
     }
     return TransformerConfig(
@@ -113,7 +111,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         moe_router_load_balancing_type="aux_loss" if config.training.moe_aux_loss_coeff else "none",
         # Routing is a choice: bfloat16 logits would often choose by their rounding.
         moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
-        recompute_num_layers=model.recompute_num_layers if model.recompute_granularity else None,
+        **recompute.megatron_settings(model),
         **choices,
         **family_of(hf_config).transformer_options(hf_config),
     )

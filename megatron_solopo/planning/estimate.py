@@ -160,7 +160,7 @@ class Process:
     def recomputed(self, stage: int) -> int:
         """Returns the number of layers of a chunk whose inputs alone are kept."""
         model, layers = self.config.model, self.sizes[stage] // self.chunks
-        if model.recompute_granularity is None:
+        if model.recompute_granularity != "full":
             return 0
         return layers if model.recompute_method == "uniform" else min(layers, model.recompute_num_layers)
 

@@ -84,6 +84,7 @@ RUNS = [
         "both",
     ],
     ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2"],
+    ["--recompute-granularity", "selective", "--recompute-modules", "mlp, core_attn"],
     ["--lr-decay-style", "constant", "--lr", "1e-7", "--adam-eps", "1e-12", "--no-shuffle", "--bf16"],
     [
         "--valid-data",
@@ -150,6 +151,7 @@ NEEDED_FOR = {
     "profile_step_start": ["--profile"],
     "profile_step_end": ["--profile"],
     "profile_ranks": ["--profile"],
+    "recompute_modules": ["--recompute-granularity", "selective"],
 }
 
 
@@ -167,7 +169,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         else:
             choices = [c for c in spec.metadata["choices"] or () if c != spec.default]
             numbers = {"seq_length": 9000, "max_tokens_per_rank": 20000, "lr": 0.25, "min_lr": 1e-7, "seed": 7}
-            numbers |= {"profile_step_end": 20, "profile_ranks": "0,8"}
+            numbers |= {"profile_step_end": 20, "profile_ranks": "0,8", "recompute_modules": "mlp"}
             numbers |= {"label_smoothing": 0.25, "rope_scaling": "yarn:4:32768"}
             numbers |= {"chat_template_kwargs": '{"a": 1}', "chat_template_date": "2026-01-31"}
             if name == "fp8_recipe":
@@ -184,7 +186,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
         assert value_of(load(last_wins(context + arguments))[0], name) == value, name
         context = [text for i, text in enumerate(context) if flag(name) not in (text, context[i - 1])]
         (tmp_path / "one.yaml").write_text(yaml.safe_dump({section: {name: value}}))
-        assert value_of(load([*context, "--config", str(tmp_path / "one.yaml")])[0], name) == value, name
+        assert value_of(load([*last_wins(context), "--config", str(tmp_path / "one.yaml")])[0], name) == value, name
 
 
 def test_help_is_grouped_and_explains_every_option(capsys):

@@ -147,6 +147,8 @@ WRONG_OPTIONS = [
 ]
 """(what is added to a right command line, code, start of the message, what else it names)"""
 
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
+
 UNUSED_OPTIONS = [
     ("--attention-backend flash", "--attention-backend", "--bf16"),
     ("--bf16 --device cpu --attention-backend flash", "--attention-backend", "CUDA"),
@@ -194,6 +196,12 @@ UNUSED_OPTIONS = [
     ("--preference-loss orpo --reference-cache d", "--reference-cache", "--preference-loss"),
     ("--objective sft --preference-loss dpo", "--preference-loss", "--objective preference"),
     ("--recompute-method block", "--recompute-method", "--recompute-granularity full"),
+    (f"{SELECTIVE} mlp --recompute-num-layers 2", "--recompute-num-layers", "--recompute-granularity full"),
+    (
+        "--recompute-granularity full --recompute-modules mlp",
+        "--recompute-modules",
+        "--recompute-granularity selective",
+    ),
     ("--eval-interval 5", "--eval-interval", "--valid-data"),
     ("--overwrite", "--overwrite", "--save-hf"),
     ("--no-overwrite", "--overwrite", "--save-hf"),
@@ -226,6 +234,19 @@ UNUSED_OPTIONS = [
 ]
 """(what is added to a right command line, the option that nothing reads, what it needs)"""
 
+WRONG_RECOMPUTATIONS = [
+    ("--recompute-granularity selective", "option-missing", "--recompute-modules"),
+    (f"{SELECTIVE} mpl", "option-value", "'mpl'", "mlp"),
+    (f"{SELECTIVE} mlp,shared_experts", "option-value", "no model here has shared experts"),
+    (f"{SELECTIVE} layernorm", "option-conflict", "--transformer-impl portable", "Transformer Engine"),
+    (
+        f"{TE} --fp8-format e4m3 --fp8-recipe delayed --preference-loss orpo {SELECTIVE} moe_act",
+        "option-conflict",
+        "--fp8-recipe delayed",
+    ),
+]
+"""(what is added to a right command line, the code of its refusal, what it names)"""
+
 MISSING_OPTIONS = [
     ({"hf_path": None}, "--hf-path"),
     ({"train_data": None}, "--train-data"),
@@ -245,6 +266,13 @@ def refuse(arguments, code, option, *named):
 def test_a_wrong_option_is_refused_by_its_name(row):
     words, *expected = row
     refuse(argv(*words.split(" ")), *expected)
+
+
+@pytest.mark.parametrize("row", WRONG_RECOMPUTATIONS, ids=lambda row: row[0])
+def test_what_cannot_be_recomputed_is_refused_with_the_reason(row):
+    words, *expected = row
+    with refused(*expected):
+        load(argv(*words.split(" ")))
 
 
 @pytest.mark.parametrize("name", REFUSED)
