@@ -123,6 +123,12 @@ class ModelConfig:
         "mlp: the MLP; mlp_act: its activation; moe: router and experts; moe_act: the experts' activation; layernorm: "
         "norms, of Transformer Engine's layers with experts",
     )
+    recompute_keep: str | None = option(
+        None,
+        "what --recompute-granularity full keeps besides the inputs of layers; core_attn: attention's output and "
+        "log-sum-exps, so that its kernel is not computed again",
+        ("core_attn",),
+    )
     recompute_method: str = option(
         "uniform",
         "layers that --recompute-granularity full recomputes; uniform: all, in chunks; block: the first ones",

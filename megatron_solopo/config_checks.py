@@ -108,7 +108,7 @@ def _check_implementation(config: Config) -> None:
             "alltoall",
         )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
-    _check_recompute(model)
+    _check_recompute(config)
     compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
         without = those_that(lambda kind: not kind.needs_reference)
@@ -144,8 +144,20 @@ def recomputed_modules(model: ModelConfig) -> tuple[str, ...]:
     return parts
 
 
-def _check_recompute(model: ModelConfig) -> None:
+def _check_recompute(config: Config) -> None:
+    model, parallel = config.model, config.parallel
     modules = recomputed_modules(model)
+    engine = model.transformer_impl == "transformer_engine"
+    if (
+        model.recompute_keep
+        and engine
+        and method_of(parallel.context_parallel_size, parallel.cp_comm_type).kernels_of_layers
+    ):
+        raise UserError(
+            "option-conflict",
+            "--recompute-keep core_attn with --transformer-impl transformer_engine: its attention kernels are not "
+            "torch's operators, whose results are kept; use portable, or leave it out",
+        )
     if model.recompute_granularity == "selective" and not modules:
         raise UserError(
             "option-missing",
@@ -185,6 +197,7 @@ def unused(config: Config) -> dict[str, str]:
         *_method_rules(config.method),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
+        ("recompute_keep", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_modules", model.recompute_granularity == "selective", "needs --recompute-granularity selective"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
         ("eval_on_start", config.data.valid_data is not None, "needs --valid-data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_ke
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
+from megatron_solopo.model.kept_attention import Results, recording, replaying
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.kernels import Kernels, kernels_for
@@ -29,6 +31,7 @@ class PackLayout(PackedSeqParams):
         cos, sin: [S / cp, 1, head_dim] of each token's position.
         angles: [S / cp, 1, 1, head_dim] float32, radians, for Transformer Engine's kernel; None: cos and sin rotate.
         scaling: factor on the rotated values, which ``angles`` do not contain.
+        kept: number of a layer -> what its attention kernels returned, until the layer is recomputed.
     """
 
     attention: RankLayout = field(kw_only=True)
@@ -36,6 +39,7 @@ class PackLayout(PackedSeqParams):
     sin: Tensor = field(kw_only=True)
     angles: Tensor | None = None
     scaling: float = 1.0
+    kept: dict[int, Results] = field(default_factory=dict)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotates [S / cp, heads, head_dim] by its rows' positions."""
@@ -105,7 +109,11 @@ def describe_kernels(settings: TransformerConfig, device: torch.device) -> str:
 
 
 class PackedAttention(nn.Module):
-    """The portable core attention of a layer; the arguments are megatron-core's."""
+    """The portable core attention of a layer; the arguments are megatron-core's.
+
+    Attributes:
+        keeps: whether the kernels' results are kept where the layer is recomputed (model/kept_attention.py).
+    """
 
     def __init__(
         self,
@@ -118,6 +126,8 @@ class PackedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.layer_number = layer_number
+        self.keeps = False
 
     def forward(
         self,
@@ -132,5 +142,12 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
-        query, key = layout.rotate(query), layout.rotate(key)
-        return layout.attention.attend(query, key, value, self.softmax_scale).flatten(1)
+        inputs = layout.rotate(query), layout.rotate(key), value
+        attend = partial(layout.attention.attend, scale=self.softmax_scale)
+        if self.keeps and self.training and not torch.is_grad_enabled():
+            output, layout.kept[self.layer_number] = recording(attend, *inputs)
+        elif (results := layout.kept.pop(self.layer_number, None)) is not None:
+            output = replaying(attend, results, *inputs)
+        else:
+            output = attend(*inputs)
+        return output.flatten(1)

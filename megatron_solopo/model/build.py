@@ -191,6 +191,9 @@ def build_model(
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         vp_stage=vp_stage,
     )
+    for module in model.modules():
+        if isinstance(module, PackedAttention):
+            module.keeps = config.model.recompute_keep is not None
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # mcore sets it only where experts are sharded unlike the other layers, and a checkpoint would then hold one

@@ -76,7 +76,7 @@ FREE = frozenset(
         *(spec.name for section in (ParallelConfig, OutputConfig) for spec in dataclasses.fields(section)),
         # How a step is computed.
         *("transformer_impl", "attention_backend", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
-        *("recompute_modules",),
+        *("recompute_modules", "recompute_keep"),
         *("disable_parameter_transpose_cache", "use_te_activation_func", "rope_fusion", "moe_permute_fusion"),
         "gradient_accumulation_fusion",
         "deterministic_mode",

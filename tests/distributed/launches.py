@@ -30,6 +30,8 @@ LAYOUTS: dict[str, list[Any]] = {
     "by-tokens": ["--micro-batch-size", 8, "--max-tokens-per-rank", 160, "--seq-length", 160],
     "small-chunks": ["--micro-batch-size", 8, "--logprob-chunk-size", 3],
     "recompute": ["--micro-batch-size", 2, "--recompute-granularity", "full"],
+    "recompute-keep": ["--micro-batch-size", 2, "--recompute-granularity", "full", "--recompute-keep", "core_attn"],
+    "recompute-mlp": ["--micro-batch-size", 2, "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
     "recompute-block": [
         "--micro-batch-size",
         2,

@@ -39,6 +39,7 @@ STEP_COUNTS = "tests/unit/test_step_counts.py"
 STEP_FORECAST = "tests/unit/test_step_forecast.py"
 CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 PLAN = "tests/unit/test_plan.py"
+RECOMPUTE = "tests/unit/test_recompute.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -429,6 +430,20 @@ MUTANTS: list[Mutant] = [
         ENGINE,
         ("the option of the fused RoPE ignored", "engine and model.rope_fusion", "engine"),
         ("packs of unequal lengths left to allgather", '!= "allgather"', '!= "none"'),
+    ),
+    *within(
+        "model/attention.py",
+        RECOMPUTE,
+        (
+            "the kept attention of another layer",
+            "(results := layout.kept.pop(self.layer_number, None))",
+            "(results := layout.kept.pop(min(layout.kept, default=0), None))",
+        ),
+    ),
+    *within(
+        "model/kept_attention.py",
+        RECOMPUTE,
+        ("kept attention computed again", "return next(self.results) if func in KERNELS else", "return"),
     ),
     *within(
         "model/attention.py",

@@ -9,6 +9,7 @@ import torch
 from refusals import refused
 from test_model_parity import CONFIGS, random_group, run_pack
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config
@@ -48,7 +49,11 @@ def gradients(model: Any, name: str) -> dict[str, Tensor]:
     return {key: parameter.grad for key, parameter in model.named_parameters()}
 
 
+KEEP = (*FULL, "--recompute-keep", "core_attn")
 CASES = [
+    *(("qwen3", flags) for flags in (KEEP, (*KEEP, "--recompute-num-layers", 2))),
+    ("qwen3", (*KEEP, "--recompute-method", "block", "--recompute-num-layers", 2)),
+    ("mixtral", KEEP),
     *(("qwen3", flags) for flags in (FULL, (*FULL, "--recompute-num-layers", 2))),
     ("qwen3", (*FULL, "--recompute-method", "block", "--recompute-num-layers", 2)),
     *(("qwen3", selective(part)) for part in ("core_attn", "mlp", "core_attn,mlp")),
@@ -63,6 +68,25 @@ def test_gradients_have_the_bits_of_those_without_it(engine: None, name: str, fl
     plain = gradients(built(name), name)
     for key, gradient in gradients(built(name, *flags), name).items():
         assert torch.equal(gradient, plain[key]) and gradient.norm() > 0, key
+
+
+class Forwards(TorchDispatchMode):
+    """Counts the calls of attention's kernels forward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "attention" in func.__name__ and "backward" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("flags", "times"), [((), 1), (FULL, 2), (KEEP, 1)], ids=["none", "full", "kept"])
+def test_attention_that_is_kept_is_computed_once(engine: None, flags: tuple[str, ...], times: int) -> None:
+    with Forwards() as once, torch.no_grad():
+        run_pack(CONFIGS["qwen3"], built("qwen3").eval(), build_pack([random_group(1)], [0]), torch.float64)
+    with Forwards() as forwards:
+        gradients(built("qwen3", *flags), "qwen3")
+    assert once.count > 0 and forwards.count == 2 * times * once.count  # two packs
 
 
 @pytest.mark.parametrize(
