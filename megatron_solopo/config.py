@@ -236,6 +236,13 @@ class MethodConfig:
         "per_context: the long one; short: the short one",
         ("per_context", "short"),
     )
+    reference: str = option(
+        "cached",
+        "the reference of losses that compare with the starting weights; cached: its log-probs are computed once, "
+        "before the first step, and kept on disk; resident: its weights stay on the host and score the groups of each "
+        "step, for data that streams or changes; none: there is none",
+        ("cached", "resident", "none"),
+    )
     reference_cache: str | None = option(
         None, "folder of cached reference log-probs; default: reference/ beside the run folder"
     )

@@ -59,6 +59,13 @@ def _check_method(config: Config) -> None:
             f"--preference-loss {method.preference_loss} trains on the {' or '.join(modes)} context, not on "
             f"--context-mode {method.context_mode}; use --context-mode {modes[0]}",
         )
+    if method.reference == "none" and loss_class(method.preference_loss).needs_reference:
+        without = those_that(lambda kind: not kind.needs_reference)
+        raise UserError(
+            "option-conflict",
+            f"--reference none with --preference-loss {method.preference_loss}: it compares with the starting weights; "
+            f"use --reference cached or resident, or --preference-loss {without}",
+        )
     if method.beta == 0:
         raise UserError(
             "option-value",
@@ -256,6 +263,9 @@ def unused(config: Config) -> dict[str, str]:
     return idle
 
 
+NO_REFERENCE = ("reference", "none")
+
+
 def _method_rules(method: MethodConfig) -> list[Rule]:
     """Rules of the method's options, from the declarations of the losses."""
     preference = method.objective == "preference"
@@ -270,8 +280,11 @@ def _method_rules(method: MethodConfig) -> list[Rule]:
     def takes(option: str) -> str:
         return f"needs --preference-loss {those_that(reads(option))}"
 
+    references = f"needs --preference-loss {those_that(lambda kind: kind.needs_reference)}"
+    # Without a reference "none" is the truth.
+    pairs = [name for name in names_of("method") if name != "objective" and (name, method.reference) != NO_REFERENCE]
     return [
-        *((name, preference, "needs --objective preference") for name in names_of("method") if name != "objective"),
+        *((name, preference, "needs --objective preference") for name in pairs),
         *((name, has(name)(loss), f"needs --preference-loss {those_that(has(name))}") for name in of_losses),
         ("beta", reads("beta")(loss), takes("beta") + (f"; {method.preference_loss} has {instead}" if instead else "")),
         ("label_smoothing", reads("label_smoothing")(loss), takes("label_smoothing")),
@@ -294,11 +307,12 @@ def _method_rules(method: MethodConfig) -> list[Rule]:
             "no reference)",
         ),
         *((name, solo, "needs --context-mode solo") for name in names_of("method") if name.startswith("alignment_")),
-        (
-            "reference_cache",
-            loss.needs_reference,
-            f"needs --preference-loss {those_that(lambda kind: kind.needs_reference)} (other losses have no reference)",
+        *(
+            (name, loss.needs_reference, f"{references} (other losses have no reference)")
+            for name in pairs
+            if name in ("reference", "reference_cache")
         ),
+        ("reference_cache", method.reference == "cached", "needs --reference cached"),
     ]
 
 

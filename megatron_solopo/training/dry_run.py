@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
-from megatron_solopo.losses.solopo import needs_reference, policy_scores, reference_scores
+from megatron_solopo.losses.solopo import policy_scores, reference_scores
 from megatron_solopo.model.families.fields import attention_window
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.rope import reach
@@ -27,7 +27,7 @@ from megatron_solopo.parallel.topology import (
     world_size,
 )
 from megatron_solopo.training.preflight import Preflight, RunData, preflight
-from megatron_solopo.training.reference import cache_folder
+from megatron_solopo.training.reference import cache_folder, has_cache
 from megatron_solopo.training.resume import new_schedule
 
 
@@ -116,7 +116,7 @@ def _files(steps: int, config: Config) -> list[str]:
         + (f" (also every {output.save_interval} steps)" if output.save_interval else "")
         + _kept(output),
     ]
-    if needs_reference(config.method):
+    if has_cache(config.method):
         lines.append(f"{cache_folder(config)}/: reference log-probs")
     if output.wandb_project:
         lines.append(f"{output.wandb_save_dir or output.save}/wandb/: Weights & Biases, project {output.wandb_project}")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer, shard_buffer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -76,6 +76,31 @@ class Engine:
         for chunk in self.chunks:
             if _gathers_in_forward(chunk):
                 chunk.start_param_sync(force_sync=True)
+
+    def own_parameters(self) -> list[Tensor]:
+        """Returns the parts of the parameters that the distributed optimizer updates on this rank, flat and in the
+        model's memory; the other ranks that share the parameters gather them."""
+        groups = [
+            group for chunk in self.chunks for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
+        return [
+            shard_buffer(bucket.param_data, group.intra_distributed_optimizer_instance_size)[
+                group.intra_distributed_optimizer_instance_rank
+            ]
+            for group in groups
+            for bucket in group.buckets
+            if bucket.param_data is not None  # of the distributed optimizer all have one
+        ]
+
+    def own_parameters_changed(self) -> None:
+        """Gathers the parameters after `own_parameters` were written: now, or where forward passes gather, in the next
+        one; collective."""
+        for chunk in self.chunks:
+            if _gathers_in_forward(chunk):
+                chunk.reset_param_sync_dispatch_state()
+            else:
+                with torch.no_grad():
+                    chunk.start_param_sync(force_sync=True)
 
     def zero_gradients(self) -> None:
         """Zeroes the gradient buffers before a step."""

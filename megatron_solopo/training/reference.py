@@ -14,6 +14,7 @@ step.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -30,12 +31,13 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from megatron_solopo.atomic import new_file
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
-from megatron_solopo.losses.solopo import reference_scores
+from megatron_solopo.losses.solopo import needs_reference, reference_scores
 from megatron_solopo.parallel.platform import first_of_node, resolve, wait_for_all
+from megatron_solopo.parallel.topology import stage_sizes
 from megatron_solopo.progress import ProgressBar, reporting
 from megatron_solopo.training.engine import Engine, data_parallel
 from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
@@ -46,6 +48,9 @@ FORMAT = "3"
 
 PARTIAL = ".partial.safetensors"
 SECONDS_BETWEEN_SAVES = 30.0
+
+LARGEST_FACTOR = 8
+"""Most times the size of a training pack that `pack_factor` returns."""
 
 
 def starting_weights(config: Config) -> str:
@@ -81,6 +86,11 @@ def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def has_cache(method: MethodConfig) -> bool:
+    """Whether a run keeps reference log-probs on disk."""
+    return needs_reference(method) and method.reference == "cached"
+
+
 def cache_folder(config: Config) -> Path:
     """Returns the folder of cache files: --reference-cache, or ``reference/`` beside the run folder."""
     return Path(config.method.reference_cache or Path(config.output.save).parent / "reference")
@@ -94,7 +104,8 @@ def reference_log_probs(
     message: Callable[[str], None] = lambda text: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> ReferenceLogProbs | None:
-    """Returns the log-probs of a data set, from the cache or computed with the current model.
+    """Returns the log-probs of a data set, from the cache or computed with the current model; where the run has no
+    cache, they are computed and not saved.
 
     Must be called before training changes the weights: until then `Engine.eval` does not communicate. Collective.
 
@@ -105,12 +116,17 @@ def reference_log_probs(
         stop_requested: whether any rank should stop; called between batches, see `StopRequests.requested`.
 
     Returns:
-        None if stopped; the log-probs computed so far are saved.
+        None if stopped; the log-probs computed so far are saved in the cache.
 
     Raises:
         UserError: the cache file differs from what the model computes.
     """
     places, examples = SegmentPlaces.of_dataset(dataset), len(dataset.groups)
+    if not has_cache(config.method):
+        message(f"reference log-probs of {examples} examples")
+        nothing = torch.zeros(places.size, dtype=torch.float64), torch.zeros(examples, dtype=torch.bool)
+        table = _fill(engine, dataset, config, places, None, *nothing, stop_requested)
+        return table if table is None else ReferenceLogProbs(places, table)
     path = cache_folder(config) / shared(lambda: f"{cache_key(config, dataset, weights)}.safetensors")
     complete = shared(lambda: _read(path, places))
     table, done = complete if complete is not None and complete[1].all() else _of_all_nodes(path, places)
@@ -156,28 +172,69 @@ def shared[T](make: Callable[[], T], name: str = "reference") -> T:
     return cast(T, result)
 
 
+def pack_factor(config: Config, num_layers: int, device: str) -> int:
+    """Returns how many times as large as in training the packs are that the reference scores.
+
+    Where a training pack fits into memory, so do these. Without gradients a pass holds what one layer computes, one
+    layer after another. Training holds that and its gradients where layers are recomputed (2 times as much), else what
+    every layer of a stage computes and the gradients of one (1 + layers); and it holds the optimizer's state, which
+    does not exist yet. On the CPU large packs are no faster. All ranks get the same number, in every start of a run.
+
+    Args:
+        num_layers: of the complete model.
+        device: ``cuda`` or ``cpu``.
+    """
+    if device != "cuda":
+        return 1
+    if config.model.recompute_granularity is not None:
+        return 2
+    stages = stage_sizes(num_layers, config.parallel)
+    assert stages is not None  # `check_layout` refuses others
+    return min(1 + min(stages), LARGEST_FACTOR)
+
+
+def _with_larger_packs(config: Config, factor: int) -> Config:
+    training = config.training
+    most = training.max_tokens_per_rank
+    larger = dataclasses.replace(
+        training,
+        micro_batch_size=training.micro_batch_size * factor,
+        max_tokens_per_rank=most and most * factor,
+    )
+    return dataclasses.replace(config, training=larger)
+
+
 def _fill(
     engine: Engine,
     dataset: TokenDataset,
     config: Config,
     places: SegmentPlaces,
-    path: Path,
+    path: Path | None,
     table: Tensor,
     done: Tensor,
     stop_requested: Callable[[], bool],
 ) -> Tensor | None:
-    """Computes the rest of the table with the other ranks; returns the complete table, or None if stopped."""
-    rank, _ = data_parallel()
-    partial_file = path.with_name(f"{path.stem}.{rank}{PARTIAL}")
+    """Computes the rest of the table with the other ranks; returns the complete table, or None if stopped.
+
+    Args:
+        path: the cache file, beside which each rank saves what it computed; None for no cache.
+    """
+    rank, ranks = data_parallel()
+    partial_file = path and path.with_name(f"{path.stem}.{rank}{PARTIAL}")
     # The last stage has the numbers; of the ranks that share its layers and sequences one writes.
-    writes = parallel_state.is_pipeline_last_stage() and not (
-        parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
-    )
+    if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank():
+        partial_file = None
+    elif not parallel_state.is_pipeline_last_stage():
+        partial_file = None
     todo = (~done).nonzero()[:, 0].tolist()
     new, newly_done = torch.zeros_like(table), torch.zeros_like(done)
     saved = time.monotonic()
     engine.eval()
+    factor = pack_factor(config, engine.hf_config.num_hidden_layers, engine.platform.name)
+    larger = _with_larger_packs(config, factor)
     batch = config.training.global_batch_size
+    if factor > 1:  # enough examples for a pack of every rank
+        batch = max(batch, ranks * larger.training.micro_batch_size)
     stopped = torch.zeros((), device=engine.platform.device)
     sharing = [parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()]
     if engine.models[0].config.num_moe_experts and parallel_state.get_expert_tensor_and_model_parallel_world_size() > 1:
@@ -192,19 +249,19 @@ def _fill(
             if stopped:
                 break
             indices = todo[first : first + batch]
-            packs = make_packs(engine, dataset, indices, config)
+            packs = make_packs(engine, dataset, indices, larger)
             at, sums = local_segment_sums(engine, places, packs)
             new[at] = sums
             newly_done[[index for pack in packs for index in pack.groups]] = True
             bar.update(len(indices))
-            if writes and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            if partial_file and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 # With what was done before: an earlier run may have had another number of ranks.
                 _write(partial_file, table + new, done | newly_done)
                 saved = time.monotonic()
         wait_for_all("reference")
     dist.all_reduce(stopped, op=dist.ReduceOp.MAX)
     if stopped:
-        if writes and newly_done.any():
+        if partial_file and newly_done.any():
             _write(partial_file, table + new, done | newly_done)
         return None
     return table + reduce_to_all_ranks(new.to(engine.platform.device)).cpu()

@@ -25,10 +25,9 @@ from megatron_solopo.conversion.places import check_apart, check_target, named_f
 from megatron_solopo.data.tokenized.batches import Schedule
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
-from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model.families.fields import mathematics
 from megatron_solopo.parallel.platform import agreed
-from megatron_solopo.training.reference import cache_folder, shared
+from megatron_solopo.training.reference import cache_folder, has_cache, shared
 
 type Progress = dict[str, Any]
 """A run's identity in its checkpoints: options by name, `MATHEMATICS`, `REFERENCE_WEIGHTS`, ``tokens`` (the data set's
@@ -80,7 +79,8 @@ FREE = frozenset(
         *("disable_parameter_transpose_cache", "use_te_activation_func", "rope_fusion", "moe_permute_fusion"),
         "gradient_accumulation_fusion",
         "deterministic_mode",
-        *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank", "reference_cache"),
+        *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank"),
+        *("reference", "reference_cache"),
         "data_cache",
         # Validation, monitoring, and the handling of a failed step.
         *("valid_data", "eval_interval", "eval_on_start", "on_nonfinite", "spike_factor"),
@@ -192,7 +192,7 @@ def check_folders(config: Config) -> None:
     if output.save_hf is not None:
         target = named_folder(flag("save_hf"), output.save_hf)
         others = {flag(name): config.value(name) for name in APART}
-        if needs_reference(config.method):
+        if has_cache(config.method):
             others[flag("reference_cache")] = cache_folder(config)
         check_apart(flag("save_hf"), target, others, run=save)
         if not (output.auto_resume and has_checkpoint):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.data.tokenized.tokens import TokenDataset
-from megatron_solopo.pack import Context, Pack, Side, segment_name
+from megatron_solopo.pack import Context, Pack, Segments, Side, segment_name
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,23 @@ class ReferenceLogProbs:
         """
         reference_contexts = torch.tensor(contexts, dtype=torch.int64)[pack.scored.contexts]
         return self.values[self.places.of_pack(pack, reference_contexts)]
+
+
+def rows_compared(scored: Segments, reference: Segments, contexts: Sequence[Context]) -> Tensor:
+    """Returns [N] int64, for each of N segments the row of the reference's segment that it is compared with.
+
+    Args:
+        scored, reference: segments of the same groups, as the policy and as the reference scores them.
+        contexts: for each context of a segment, the reference's context.
+
+    Raises:
+        KeyError: the reference has no such segment.
+    """
+
+    def keys(segments: Segments) -> zip[tuple[int, int, int, int]]:
+        columns = segments.groups, segments.contexts, segments.sides, segments.responses
+        return zip(*(column.tolist() for column in columns), strict=True)
+
+    rows = {key: row for row, key in enumerate(keys(reference))}
+    at = [rows[group, contexts[context], side, response] for group, context, side, response in keys(scored)]
+    return torch.tensor(at, dtype=torch.int64)

@@ -65,12 +65,17 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepWork:
-    """The work of a rank in a step: the examples of all ranks, their plan, this rank's packs, and the loss inputs."""
+    """The work of a rank in a step: the examples of all ranks, their plan, this rank's packs, and the loss inputs.
+
+    Attributes:
+        score: returns the loss inputs with log-probs that the step computes itself, see resident.py; collective.
+    """
 
     indices: Sequence[int]
     plan: StepPlan
     packs: list[DevicePack]
     inputs: StepInputs
+    score: Callable[[], StepInputs] | None = None
 
 
 def step_work(
@@ -332,9 +337,13 @@ def train_step(
     start = time.perf_counter()
     with phase("data"):
         current = work.take(step)
+    inputs = current.inputs
+    if current.score is not None:
+        with phase("reference"):
+            inputs = current.score()
     engine.zero_gradients()
     optimizer.zero_grad()
-    parts = run_parts(engine, current.packs, current.inputs, len(current.indices), config.method)
+    parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method)
     allocated = engine.platform.peak_allocated_gib()
     of_ranks = gather_from_all_ranks(
         parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},

@@ -30,7 +30,8 @@ from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.monitoring import Watch, length_bias, no_transfer
 from megatron_solopo.training.preflight import Preflight, preflight
-from megatron_solopo.training.reference import reference_log_probs, shared
+from megatron_solopo.training.reference import has_cache, reference_log_probs, shared
+from megatron_solopo.training.resident import ResidentReference, scored_training_work
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
 
@@ -74,6 +75,7 @@ class Trainer:
         self.done = plan.resumed
         self.reason: str | None = None
         self.reference: dict[str, ReferenceLogProbs | None] = {"train": None, "valid": None}
+        self.resident: ResidentReference | None = None
         engines.initialize_parallel(config)
         self.engine = engines.build_engine(platform, plan.inputs.hf_config, config)
         self.profiler = profiling.Profiler(config.output, platform.name == "cuda")
@@ -128,17 +130,26 @@ class Trainer:
 
     def score_reference(self) -> bool:
         """Computes the reference log-probs of all examples, before a checkpoint replaces the reference's weights;
-        returns False where the run was stopped meanwhile."""
+        returns False where the run was stopped meanwhile.
+
+        With --reference resident it copies the weights to the host instead, and computes those of --valid-data alone.
+        """
         if not needs_reference(self.config.method):
             return True
         assert self.plan.weights is not None  # `preflight` reads them where the loss has a reference
-        for split, dataset in self.data.reference.items():
+        datasets = dict(self.data.reference)
+        if self.config.method.reference == "resident":
+            self.resident = ResidentReference(self.engine, datasets.pop("train"))
+            size = self.resident.host_bytes / 2**30
+            self.log.message(f"resident reference: {size:.2f} GiB of host memory a process")
+        for split, dataset in datasets.items():
             log_probs = reference_log_probs(
                 self.engine, dataset, self.config, self.plan.weights, self.log.message, self.stop.requested
             )
             if log_probs is None:
                 stopped = f"stopped by {self.stop.agreed(self.platform.device)} before the first step"
-                self.log.message(f"{stopped}; the reference log-probs so far are saved")
+                saved = "; the reference log-probs so far are saved" if has_cache(self.config.method) else ""
+                self.log.message(stopped + saved)
                 report_to_launcher(stopped)
                 self.log.close()
                 return False
@@ -171,9 +182,11 @@ class Trainer:
         self.engine.train()
         self.reason = self.stop.agreed(self.platform.device)
         self.memory = PeakMemory(self.platform)
-        self.work = step.training_work(
-            self.engine, self.data.train, self.schedule, self.config, self.reference["train"]
-        )
+        train, schedule = self.data.train, self.schedule
+        if self.resident is None:
+            self.work = step.training_work(self.engine, train, schedule, self.config, self.reference["train"])
+        else:
+            self.work = scored_training_work(self.resident, train, schedule, self.config)
 
     def _resume(self, source: Path) -> None:
         training, plan = self.config.training, self.plan

@@ -11,6 +11,7 @@ PACKS = "tests/unit/test_packs.py"
 BATCHES = "tests/unit/test_batches.py"
 CHAT = "tests/unit/test_chat.py -k 'not qwen'"
 LOG_PROBS = "tests/unit/test_log_probs.py"
+RESIDENT = "tests/unit/test_resident.py"
 PARITY = "tests/unit/test_model_parity.py -k 'one_by_one or double'"
 TOKENS = "tests/unit/test_tokens.py"
 CONFIG = "tests/unit/test_config_wrong.py"
@@ -330,6 +331,32 @@ MUTANTS: list[Mutant] = [
             '    wait_for_all("reference")\n    dist.all_reduce(stopped',
             "    dist.all_reduce(stopped",
         ),
+    ),
+    *within(
+        "training/reference.py",
+        RESIDENT,
+        ("packs of the CPU's reference as large as a GPU's", 'if device != "cuda":', "if False:"),
+        ("larger packs of the reference without effect", "_with_larger_packs(config, factor)", "config"),
+    ),
+    *within(
+        "training/resident.py",
+        RESIDENT,
+        (
+            "the policy not restored",
+            "        finally:\n            self._exchange()",
+            "        finally:\n            pass",
+        ),
+        ("the policy scores itself", "with self.in_place(), torch.no_grad():", "with torch.no_grad():"),
+    ),
+    *within(
+        "training/segment_table.py",
+        RESIDENT,
+        ("compared with the next response", "side, response] for group", "side, max(response - 1, 0)] for group"),
+    ),
+    *within(
+        "training/engine.py",
+        "tests/distributed/test_resident_reference.py",
+        ("other ranks keep the reference's weights", "chunk.reset_param_sync_dispatch_state()", "pass"),
     ),
     *within(
         "model/forward.py",
