@@ -355,7 +355,7 @@ MUTANTS: list[Mutant] = [
     ),
     *within(
         "training/engine.py",
-        "tests/distributed/test_resident_reference.py",
+        "tests/distributed/test_resident_layouts.py",
         ("other ranks keep the reference's weights", "chunk.reset_param_sync_dispatch_state()", "pass"),
     ),
     *within(
