@@ -333,6 +333,35 @@ class TrainingConfig:
     adam_beta1: float = option(0.9, "decay rate of Adam's first moment", minimum=0)
     adam_beta2: float = option(0.95, "decay rate of Adam's second moment", minimum=0)
     adam_eps: float = option(1e-8, "Adam's epsilon, added to the denominator", minimum=0)
+    use_precision_aware_optimizer: bool = option(
+        False,
+        "Adam with a smaller state, of --bf16 weights: 6 instead of 12 bytes a parameter with moments in bf16; by "
+        "Transformer Engine's kernel where that is installed; nothing is rounded stochastically",
+    )
+    exp_avg_dtype: str = option("fp32", "dtype of Adam's first moment between steps", ("fp32", "bf16"))
+    exp_avg_sq_dtype: str = option("fp32", "dtype of Adam's second moment between steps", ("fp32", "bf16"))
+    store_param_remainders: bool = option(
+        True,
+        "keep 16 bits beside each bf16 weight, 2 bytes, instead of its main parameter in fp32, 4 bytes; exact, but a "
+        "weight as near to two values is rounded away from 0 instead of to the even one",
+    )
+    main_grads_dtype: str = option(
+        "fp32",
+        "dtype of the sums of gradients over packs and processes; bf16 halves them and rounds each addition to 8 bits, "
+        "so small gradients of many packs are lost, and again where --clip-grad scales them",
+        ("fp32", "bf16"),
+    )
+    optimizer_cpu_offload: bool = option(
+        False,
+        "Adam's main parameters and moments in host memory, 12 bytes a parameter, updated by the host's cores "
+        "(OMP_NUM_THREADS of them); gradients and weights pass through pinned buffers",
+    )
+    optimizer_offload_fraction: float = option(
+        1.0, "part of the optimizer's state that --optimizer-cpu-offload keeps on the host, at most 1", minimum=0
+    )
+    overlap_cpu_optimizer_d2h_h2d: bool = option(
+        False, "copy gradients to the host and weights to the device while the host computes, on streams of their own"
+    )
     moe_aux_loss_coeff: float = option(
         0.0,
         "weight of the loss that balances the experts' load, in each layer and micro-batch; preference training needs "
@@ -365,6 +394,11 @@ class TrainingConfig:
     eval_on_start: bool = option(
         True, "evaluate on --valid-data before the first step too, so that a run shows what it changed"
     )
+
+    @property
+    def precision_aware(self) -> bool:
+        """Whether `training.adam` has the main parameters, and not megatron-core's distributed optimizer."""
+        return self.use_precision_aware_optimizer or self.optimizer_cpu_offload
 
 
 @dataclass

@@ -227,8 +227,8 @@ def unused(config: Config) -> dict[str, str]:
         ),
         (
             "gradient_accumulation_fusion",
-            model.bf16 and config.parallel.device != "cpu",
-            "needs --bf16 and a CUDA device (elsewhere gradients are never fused)",
+            model.bf16 and config.parallel.device != "cpu" and training.main_grads_dtype == "fp32",
+            "needs --bf16, a CUDA device and --main-grads-dtype fp32 (elsewhere gradients are never fused)",
         ),
         ("cp_comm_type", config.parallel.context_parallel_size > 1, "needs --context-parallel-size above 1"),
         ("num_virtual_stages_per_pipeline_rank", *staged),
@@ -255,6 +255,17 @@ def unused(config: Config) -> dict[str, str]:
         ("overwrite", config.output.save_hf is not None, "needs --save-hf"),
         *((name, output.profile, "needs --profile") for name in PROFILE),
         ("min_lr", training.lr_decay_style != "constant", "needs a --lr-decay-style that decays"),
+        *(
+            (name, training.use_precision_aware_optimizer, "needs --use-precision-aware-optimizer")
+            for name in ("exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders")
+        ),
+        (
+            "store_param_remainders",
+            not training.optimizer_cpu_offload or training.optimizer_offload_fraction < 1,
+            "needs a part of the state on the device (on the host main parameters are in fp32)",
+        ),
+        ("optimizer_offload_fraction", training.optimizer_cpu_offload, "needs --optimizer-cpu-offload"),
+        ("overlap_cpu_optimizer_d2h_h2d", training.optimizer_cpu_offload, "needs --optimizer-cpu-offload"),
     ]
     idle: dict[str, str] = {}
     for name, used, why in rules:
@@ -352,6 +363,7 @@ def _check_training(config: Config) -> None:
             raise UserError("option-value", f"{flag(name)} {getattr(training, name)}: must be below 1")
     if training.adam_eps == 0:
         raise UserError("option-value", "--adam-eps must be above 0: a weight without gradient would become 0 / 0")
+    _check_optimizer(config)
     if training.seed >= 2**63:
         raise UserError("option-value", f"--seed {training.seed}: must be below 2^63")
     most, longest, ranks = training.max_tokens_per_rank, config.data.seq_length, config.parallel.context_parallel_size
@@ -361,6 +373,33 @@ def _check_training(config: Config) -> None:
             "option-conflict",
             f"--max-tokens-per-rank {most}{times} is below --seq-length {longest}: "
             "one example might not fit; raise it or lower --seq-length",
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    training = config.training
+    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+        if getattr(training, name) and not config.model.bf16:
+            raise UserError(
+                "option-conflict", f"{flag(name)} needs --bf16: weights in float32 are their own main parameters"
+            )
+    if training.main_grads_dtype == "bf16" and not training.precision_aware:
+        raise UserError(
+            "option-conflict",
+            "--main-grads-dtype bf16 needs --use-precision-aware-optimizer or --optimizer-cpu-offload: the plain "
+            "optimizer would copy the sums into float32, which takes more memory than they save",
+        )
+    for moment, beta in (("exp_avg_dtype", "adam_beta1"), ("exp_avg_sq_dtype", "adam_beta2")):
+        if getattr(training, moment) == "bf16" and getattr(training, beta) > 1 - 2**-8:
+            raise UserError(
+                "option-conflict",
+                f"{flag(moment)} bf16 with {flag(beta)} {getattr(training, beta)}: a moment that decays by less than "
+                f"{2**-8:.4f} of itself is rounded to what it was, and never falls; lower {flag(beta)}, or use fp32",
+            )
+    if not 0 < training.optimizer_offload_fraction <= 1:
+        raise UserError(
+            "option-value",
+            f"--optimizer-offload-fraction {training.optimizer_offload_fraction}: must be above 0 and at most 1",
         )
 
 

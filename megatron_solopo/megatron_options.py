@@ -18,6 +18,15 @@ REFUSED = {
     "fp8_multi_head_attention": _PACKED,
     "moe_enable_deepep": "use --moe-token-dispatcher-type flex, which is DeepEP",
     "moe_flex_dispatcher_backend": "--moe-token-dispatcher-type flex is DeepEP here; leave it out",
+    "main_params_dtype": "main parameters have the values of float32, which --use-precision-aware-optimizer keeps in "
+    "the weights and 16 bits beside each; leave it out",
+    "grad_reduce_in_bf16": "use --main-grads-dtype bf16, in which gradients are summed and reduced",
+    "accumulate_allreduce_grads_in_fp32": "gradients are summed and reduced in float32 unless --main-grads-dtype bf16 "
+    "is set; leave it out",
+    "use_torch_optimizer_for_cpu_offload": "--optimizer-cpu-offload always uses torch's fused AdamW; leave it out",
+    "pin_cpu_grads": "gradients pass through pinned buffers with --optimizer-cpu-offload; leave it out",
+    "pin_cpu_params": "weights pass through pinned buffers with --optimizer-cpu-offload; leave it out",
+    "optimizer_cuda_graph": "packs differ in length, so steps are not captured in CUDA graphs; leave it out",
     "moe_router_fusion": "the router is this package's, whose softmax keeps float64 and which does not count padding; "
     "leave it out",
 }

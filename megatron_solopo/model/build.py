@@ -90,6 +90,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # implementations have a product for it, and the output head (model/log_probs.py) too.
         gradient_accumulation_fusion=model.gradient_accumulation_fusion
         and dtype == torch.bfloat16
+        and config.training.main_grads_dtype == "fp32"
         and layers._grad_accum_fusion_available,
         disable_parameter_transpose_cache=model.disable_parameter_transpose_cache,
         # Other fused kernels need CUDA extensions (Apex); Transformer Engine's layers have their own.

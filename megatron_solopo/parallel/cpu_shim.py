@@ -250,6 +250,23 @@ def results_queue(queue: object) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def adam_class(adam: Callable[..., Any] | None) -> Iterator[None]:
+    """Makes megatron-core build ``adam``, if any, inside the block, with the arguments that FusedAdam takes.
+
+    Without Transformer Engine it would build torch's AdamW with them (optimizer/__init__.py:555), and with it ask for
+    its version.
+    """
+    from megatron.core import optimizer  # as above
+
+    if adam is None:
+        yield
+        return
+    settings = {"USING_PYTORCH_OPTIMIZER": False, "is_te_min_version": lambda version: False}
+    with mock.patch.multiple(optimizer, Adam=adam, **settings):
+        yield
+
+
 def mend_on_cuda(broken_transformer_engine: bool) -> Callable[[], None]:
     """Installs the patches that CUDA needs too; returns the function that removes them.
 

@@ -90,6 +90,19 @@ def _ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
                     yield parameter, place["param"].start, place["param"].end
 
 
+def _shard(optimizer: Any, parameter: Tensor) -> Tensor:
+    """Returns the part of a parameter that is this rank's, as the inner optimizer knows it."""
+    group, place = optimizer.model_param_group_index_map[parameter]
+    return optimizer.optimizer.param_groups[group]["params"][place]
+
+
+def _stored_state(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """Returns the main parameter, ``param``, and the moments of this rank's part; see `training.adam.StateInPlace`."""
+    if hasattr(optimizer.optimizer, "stored_state"):
+        return optimizer.optimizer.stored_state(_shard(optimizer, parameter))
+    return optimizer._get_main_param_and_optimizer_states(parameter)
+
+
 def sharded_param_state(
     self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
 ) -> dict[int, dict[str, dict[int, Any]]]:
@@ -104,7 +117,7 @@ def sharded_param_state(
     for number, (parameter, begin, end) in enumerate(_ranges(self)):
         state[number] = {
             name: dict(enumerate(_shard_of(bases[id(parameter)], parameter.shape, begin, end, name, values, copy)))
-            for name, values in self._get_main_param_and_optimizer_states(parameter).items()
+            for name, values in _stored_state(self, parameter).items()
             if name != "step"  # is in the parameter groups
         }
     return state
@@ -115,4 +128,7 @@ def load_param_state(self: Any, state: dict[int, dict[str, dict[int, Tensor]]]) 
     """Replaces DistributedOptimizer.load_parameter_state_from_fully_reshardable."""
     for number, (parameter, _, _) in enumerate(_ranges(self)):
         values = {name: torch.cat([part.flatten() for part in parts.values()]) for name, parts in state[number].items()}
-        self._set_main_param_and_optimizer_states(parameter, values)
+        if hasattr(self.optimizer, "set_stored_state"):
+            self.optimizer.set_stored_state(_shard(self, parameter), values)
+        else:
+            self._set_main_param_and_optimizer_states(parameter, values)

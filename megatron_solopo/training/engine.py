@@ -29,7 +29,12 @@ from megatron_solopo.model.build import build_model, rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.log_probs import chunk_size
+from megatron_solopo.parallel.cpu_shim import adam_class
 from megatron_solopo.parallel.platform import Platform
+from megatron_solopo.training.adam import adam_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Names of dtypes in options."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def build_engine(
     models = build_chunks(hf_config, config, dtype)
     _release_parameters(models)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=dtype != torch.float64,
+        grad_reduce_in_fp32=dtype != torch.float64 and config.training.main_grads_dtype == "fp32",
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -245,8 +250,19 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=engine.chunks[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [*engine.chunks], use_gloo_process_groups=False)
-    if engine.platform.name == "cuda" and not HAVE_APEX_OR_TE:
+    adam = None
+    if training.precision_aware:
+        # After its construction, which asks for Transformer Engine.
+        vars(config).update(
+            use_precision_aware_optimizer=True,
+            use_precision_aware_optimizer_no_fp8_or_ds_fp8=True,
+            exp_avg_dtype=DTYPES[training.exp_avg_dtype],
+            exp_avg_sq_dtype=DTYPES[training.exp_avg_sq_dtype],
+        )
+        adam = adam_of(training, engine.platform.device)
+    with adam_class(adam):
+        optimizer = get_megatron_optimizer(config, [*engine.chunks], use_gloo_process_groups=False)
+    if adam is None and not HAVE_APEX_OR_TE:
         fuse_adam(optimizer)
     # The scheduler advances before each step, so that no step has a learning rate of 0: step k of w warm-up steps
     # trains at lr * k / w, and min_lr would be reached one step after the last.
@@ -272,8 +288,8 @@ def build_optimizer(
 def fuse_adam(optimizer: MegatronOptimizer) -> None:
     """Makes torch's AdamW use its fused kernel; call it before the first step.
 
-    By default a step on CUDA needs temporaries as large as the parameters. Apex and Transformer Engine have their own
-    Adam.
+    By default a step on CUDA needs temporaries as large as the parameters, and on the CPU it rounds otherwise than the
+    pieces of `adam`. Apex and Transformer Engine have their own Adam.
     """
     for part in _parts(optimizer):
         for group in part.param_groups:
@@ -291,6 +307,8 @@ def squared_gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
     gradients = [gradient for part in _parts(optimizer) for gradient in part.get_grads_for_grad_norm()]
     if not gradients:  # all parameters of this stage are shards of other ranks
         return torch.zeros((), device=torch.cuda.current_device())
+    if gradients[0].dtype == torch.bfloat16:  # whose norms would be rounded
+        gradients = torch.ops.aten._foreach_norm(gradients, 2, dtype=torch.float32)
     return torch.nn.utils.get_total_norm(gradients) ** 2
 
 
@@ -307,7 +325,8 @@ def update(optimizer: MegatronOptimizer, norm: float) -> None:
     for part in _parts(optimizer):
         parameters: list[Tensor] = [*part.get_parameters()]
         if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+            decoupled = part.config.use_precision_aware_optimizer
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
     optimizer.step_with_ready_grads()
 
 

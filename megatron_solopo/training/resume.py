@@ -52,6 +52,7 @@ IDENTITY = frozenset(
         *("random_init", "bf16", "fp8_format", "fp8_recipe", "rope_scaling", "add_special_tokens"),
         *("make_vocab_size_divisible_by", "shuffle", "global_batch_size", "seed"),
         *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),
+        *("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"),
     }
 )
 """Options that are part of a run's identity, besides those of the method: see `identity`."""
@@ -77,6 +78,8 @@ FREE = frozenset(
         *("transformer_impl", "attention_backend", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
         *("recompute_modules", "recompute_keep"),
         *("disable_parameter_transpose_cache", "use_te_activation_func", "rope_fusion", "moe_permute_fusion"),
+        *("use_precision_aware_optimizer", "store_param_remainders", "optimizer_cpu_offload"),
+        *("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"),
         "gradient_accumulation_fusion",
         "deterministic_mode",
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank"),

@@ -41,6 +41,7 @@ STEP_FORECAST = "tests/unit/test_step_forecast.py"
 CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 PLAN = "tests/unit/test_plan.py"
 RECOMPUTE = "tests/unit/test_recompute.py"
+ADAM = "tests/unit/test_adam.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -535,7 +536,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/engine.py",
         EXCHANGE,
-        ("gradients clipped by another norm", "part.config.clip_grad, norm)", "part.config.clip_grad, norm**2)"),
+        ("gradients clipped by another norm", "part.config.clip_grad, norm, ", "part.config.clip_grad, norm**2, "),
         (
             "dense layers' gradients alone in the norm",
             "for part in _parts(optimizer) for gradient",
@@ -827,18 +828,45 @@ MUTANTS: list[Mutant] = [
     *within(
         "training/engine.py",
         CUDA,
-        ("no fused Adam on CUDA", 'if engine.platform.name == "cuda" and not', "if False and not"),
-        (
-            "a second Adam fused on CUDA",
-            'engine.platform.name == "cuda" and not HAVE_APEX_OR_TE',
-            'engine.platform.name == "cuda"',
-        ),
+        ("no fused Adam", "if adam is None and not HAVE_APEX_OR_TE", "if False"),
+        ("a second Adam fused", "if adam is None and not HAVE_APEX_OR_TE", "if adam is None"),
         ("groups of gloo on CUDA", "create_gloo_process_groups=False", "create_gloo_process_groups=True"),
     ),
     *within(
         "parallel/cpu_shim.py",
         CUDA,
         ("a checkpoint's kernels loaded on CUDA", "            group |= kernel", "            pass"),
+    ),
+    *within(
+        "training/adam.py",
+        ADAM,
+        ("remainders dropped", "    low.copy_(remainder)", "    low.zero_()"),
+        ("a rounded weight not corrected by its remainder", " + (remainder >> 15))", ")"),
+        ("a weight rounded down", ".copy_(high - (low >> 15))", ".copy_(high)"),
+        (
+            "the second moment in the dtype of the first",
+            '"exp_avg_sq": exp_avg_sq_dtype}',
+            '"exp_avg_sq": exp_avg_dtype}',
+        ),
+        ("moments of another dtype not stored", "            moment.copy_(computed)", "            pass"),
+        ("a buffer filled before its weights have gone", "gone[number - 2].synchronize()", "pass"),
+        ("a gradient read before it has come", "            come[number].synchronize()", "            pass"),
+        ("weights that have not all gone", "        current.wait_stream(self._up)", "        pass"),
+        ("the second buffer for every piece", "self._buffers[number % 2][0]", "self._buffers[-1][0]"),
+        ("weight decay forgotten", 'weight_decay=group["weight_decay"]', "weight_decay=0.0"),
+        ("the same step again", '            group["step"] += 1', "            pass"),
+        ("a resumed run's count of steps", 'name != "params"}', 'name not in ("params", "step")}'),
+        (
+            "a remainder of other weights loaded",
+            "                split(main, param[piece]",
+            "                split(main, param[piece].clone()",
+        ),
+    ),
+    *within(
+        "training/engine.py",
+        ADAM,
+        ("norms of gradients in bfloat16", "if gradients[0].dtype == torch.bfloat16:", "if False:"),
+        ("gradients of a smaller Adam not clipped", "norm, decoupled)", "norm, False)"),
     ),
     *within(
         "planning/memory.py",

@@ -130,6 +130,14 @@ NEEDED_FOR = {
     "disable_parameter_transpose_cache": [*ENGINE, "--fp8-format", "e4m3"],
     **dict.fromkeys(("use_te_activation_func", "rope_fusion", "moe_permute_fusion"), ENGINE),
     "gradient_accumulation_fusion": ["--bf16"],
+    **dict.fromkeys(("use_precision_aware_optimizer", "optimizer_cpu_offload"), ["--bf16"]),
+    **dict.fromkeys(
+        ("exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders", "main_grads_dtype"),
+        ["--bf16", "--use-precision-aware-optimizer"],
+    ),
+    **dict.fromkeys(
+        ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"), ["--bf16", "--optimizer-cpu-offload"]
+    ),
     "cp_comm_type": [*ENGINE, "--context-parallel-size", "2", "--no-share-prompts"],
     "ckpt_step": ["--load", "run"],
     "override_opt_param_scheduler": ["--auto-resume"],

@@ -87,6 +87,30 @@ WRONG_OPTIONS = [
         "--moe-token-dispatcher-type flex",
         "CUDA device",
     ),
+    ("--use-precision-aware-optimizer", "option-conflict", "--use-precision-aware-optimizer", "--bf16"),
+    ("--optimizer-cpu-offload", "option-conflict", "--optimizer-cpu-offload", "--bf16"),
+    (
+        "--bf16 --main-grads-dtype bf16",
+        "option-conflict",
+        "--main-grads-dtype bf16",
+        "--use-precision-aware-optimizer",
+        "--optimizer-cpu-offload",
+    ),
+    (
+        "--bf16 --use-precision-aware-optimizer --exp-avg-sq-dtype bf16 --adam-beta2 0.999",
+        "option-conflict",
+        "--exp-avg-sq-dtype bf16",
+        "--adam-beta2 0.999",
+    ),
+    *(
+        (
+            f"--bf16 --optimizer-cpu-offload --optimizer-offload-fraction {fraction}",
+            "option-value",
+            "--optimizer-offload-fraction",
+            "at most 1",
+        )
+        for fraction in ("0", "1.5")
+    ),
     ("--preference-loss ipo --beta 0", "option-value", "--beta 0", "--preference-loss ipo"),
     ("--beta 0", "option-value", "--beta 0", "--preference-loss dpo"),
     ("--preference-loss simpo --beta 0", "option-value", "--beta 0", "--preference-loss simpo"),
@@ -231,6 +255,18 @@ UNUSED_OPTIONS = [
     ("--ddp-bucket-size 1000", "--ddp-bucket-size", "--overlap-grad-reduce"),
     ("--ckpt-step 4", "--ckpt-step", "--load"),
     ("--override-opt-param-scheduler", "--override-opt-param-scheduler", "--load", "--auto-resume"),
+    ("--bf16 --exp-avg-dtype bf16", "--exp-avg-dtype", "--use-precision-aware-optimizer"),
+    (
+        "--bf16 --optimizer-cpu-offload --use-precision-aware-optimizer --no-store-param-remainders",
+        "--store-param-remainders",
+        "on the device",
+    ),
+    ("--overlap-cpu-optimizer-d2h-h2d", "--overlap-cpu-optimizer-d2h-h2d", "--optimizer-cpu-offload"),
+    (
+        "--bf16 --use-precision-aware-optimizer --main-grads-dtype bf16 --gradient-accumulation-fusion",
+        "--gradient-accumulation-fusion",
+        "--main-grads-dtype fp32",
+    ),
     ("--keep-last 2", "--keep-last", "--save-interval"),
     ("--save-retain-interval 2", "--save-retain-interval", "--save-interval"),
     ("--async-save", "--async-save", "--save-interval"),
