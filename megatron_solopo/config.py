@@ -137,6 +137,10 @@ class ModelConfig:
     recompute_num_layers: int = option(
         1, "layers a recomputed chunk (uniform) or layers recomputed of a pipeline stage's chunk (block)", minimum=1
     )
+    activation_offload: bool = option(
+        False,
+        "move what --recompute-granularity full keeps of layers to pinned host memory, and back before it is needed",
+    )
 
 
 @dataclass

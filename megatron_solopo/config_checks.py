@@ -179,6 +179,12 @@ def _check_recompute(config: Config) -> None:
                 "--recompute-modules layernorm with --transformer-impl portable: megatron-core's needs "
                 "Transformer Engine; leave it out",
             )
+    if model.activation_offload and model.recompute_method == "block":
+        raise UserError(
+            "option-conflict",
+            "--activation-offload with --recompute-method block: layers that are not recomputed keep more than a host "
+            "link moves while they compute; use uniform",
+        )
     scaled = [part for part in modules if part in ("layernorm", "moe_act")]
     if scaled and model.fp8_format is not None and model.fp8_recipe == "delayed":
         raise UserError(
@@ -205,6 +211,11 @@ def unused(config: Config) -> dict[str, str]:
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_num_layers", model.recompute_granularity == "full", "needs --recompute-granularity full"),
         ("recompute_keep", model.recompute_granularity == "full", "needs --recompute-granularity full"),
+        (
+            "activation_offload",
+            model.recompute_granularity == "full",
+            "needs --recompute-granularity full (else layers keep more than a host link moves while they compute)",
+        ),
         ("recompute_modules", model.recompute_granularity == "selective", "needs --recompute-granularity selective"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
         ("eval_on_start", config.data.valid_data is not None, "needs --valid-data"),

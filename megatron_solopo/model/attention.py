@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_ke
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.kept_attention import Results, recording, replaying
+from megatron_solopo.model.offload import Offload
 from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.kernels import Kernels, kernels_for
@@ -113,6 +114,7 @@ class PackedAttention(nn.Module):
 
     Attributes:
         keeps: whether the kernels' results are kept where the layer is recomputed (model/kept_attention.py).
+        offload: what moves them to the host meanwhile.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class PackedAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.layer_number = layer_number
         self.keeps = False
+        self.offload: Offload | None = None
 
     def forward(
         self,
@@ -145,9 +148,10 @@ class PackedAttention(nn.Module):
         inputs = layout.rotate(query), layout.rotate(key), value
         attend = partial(layout.attention.attend, scale=self.softmax_scale)
         if self.keeps and self.training and not torch.is_grad_enabled():
-            output, layout.kept[self.layer_number] = recording(attend, *inputs)
+            output, results = recording(attend, *inputs)
+            layout.kept[self.layer_number] = self.offload.put_all(results) if self.offload else results
         elif (results := layout.kept.pop(self.layer_number, None)) is not None:
-            output = replaying(attend, results, *inputs)
+            output = replaying(attend, self.offload.get_all(results) if self.offload else results, *inputs)
         else:
             output = attend(*inputs)
         return output.flatten(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.norm import RMSNorm
+from megatron_solopo.model.offload import Offload
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import Router
 from megatron_solopo.model.swiglu import SwiGLU
@@ -201,6 +203,17 @@ def build_model(
             # optimizer under some layouts and two under others.
             setattr(parameter, "allreduce", False)
     return model.cuda(torch.cuda.current_device())
+
+
+def offload_activations(models: Sequence[GPTModel]) -> Offload:
+    """Moves what recomputed layers of a process's model chunks keep to the host (--activation-offload)."""
+    offload = Offload()
+    for model in models:
+        offload.attach(model.decoder)
+        for module in model.modules():
+            if isinstance(module, PackedAttention):
+                module.offload = offload
+    return offload
 
 
 def rotary_frequencies(hf_config: PretrainedConfig) -> RotaryFrequencies:

@@ -37,10 +37,12 @@ Results = list[Any]
 def recording(attend: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Results]:
     """Returns ``attend(*inputs)`` and what its kernels returned.
 
-    Gradients are on, as they will be in the second run: without them some kernels return no log-sum-exps.
+    Gradients are on, as they will be in the second run: without them some kernels return no log-sum-exps. Nothing is
+    saved for them.
     """
     recorder = _Recorder()
-    with torch.enable_grad(), recorder:
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda saved: saved)
+    with torch.enable_grad(), nothing, recorder:
         output = attend(*(x.detach().requires_grad_() for x in inputs))
     return output.detach(), recorder.results
 

@@ -1,4 +1,7 @@
-"""What backward recomputes: the options as megatron-core's settings, and checks of the parts of a model."""
+"""What backward recomputes: the options as megatron-core's settings, and checks of the parts of a model.
+
+This module does not import megatron-core: checks come before the start of the platform.
+"""
 
 from __future__ import annotations
 

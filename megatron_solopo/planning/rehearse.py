@@ -47,6 +47,7 @@ class Outcome:
         tokens: tokens of the pack, of all processes that share it.
         packs: packs of the step that were rehearsed.
         work: what the process computes and exchanges.
+        host: bytes of pinned host memory that --activation-offload takes; on the CPU they are among the others.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class Outcome:
     tokens: int
     packs: int
     work: Work
+    host: int = 0
 
     @property
     def peak(self) -> Moment:
@@ -121,7 +123,8 @@ def rehearse(
             ledger.enter(FORWARD)
             train_step(engine, optimizer, scheduler, *arguments)
         engine.close()
-        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs, counts.work(packs))
+        host = engine.offload.host_bytes if engine.offload is not None else 0
+        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs, counts.work(packs), host)
         del engine, optimizer, scheduler, work, arguments, buffers
     return outcome
 

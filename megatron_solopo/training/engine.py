@@ -25,10 +25,11 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
 from megatron_solopo.conversion.random_start import draw_start
 from megatron_solopo.conversion.start import load_start
-from megatron_solopo.model.build import build_model, rotary_frequencies
+from megatron_solopo.model.build import build_model, offload_activations, rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.log_probs import chunk_size
+from megatron_solopo.model.offload import Offload
 from megatron_solopo.parallel.cpu_shim import adam_class
 from megatron_solopo.parallel.platform import Platform
 from megatron_solopo.training.adam import adam_of
@@ -45,6 +46,7 @@ class Engine:
         chunks: the GPTModels of this pipeline stage, each in megatron-core's DDP; one without virtual stages.
         head: turns the last chunk's hidden states into log-probs.
         dtype: dtype of parameters and activations.
+        offload: what moves activations to the host, with --activation-offload.
     """
 
     platform: Platform
@@ -52,6 +54,7 @@ class Engine:
     chunks: list[DistributedDataParallel]
     head: LogProbHead
     dtype: torch.dtype
+    offload: Offload | None = None
 
     @property
     def models(self) -> list[GPTModel]:
@@ -197,7 +200,8 @@ def build_engine(
     if chunk is None:
         chunk = chunk_size(rows // parallel.tensor_model_parallel_size, platform.name == "cuda")
     head = LogProbHead(hf_config.vocab_size, chunk, frequencies)
-    engine = Engine(platform, hf_config, chunks, head, dtype)
+    offload = offload_activations(models) if config.model.activation_offload else None
+    engine = Engine(platform, hf_config, chunks, head, dtype, offload)
     if ddp.overlap_param_gather:
         for chunk in chunks:  # until `train`: nothing needs a gather, and the reference pass must not communicate
             chunk.disable_forward_pre_hook(param_sync=False)

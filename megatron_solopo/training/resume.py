@@ -76,7 +76,7 @@ FREE = frozenset(
         *(spec.name for section in (ParallelConfig, OutputConfig) for spec in dataclasses.fields(section)),
         # How a step is computed.
         *("transformer_impl", "attention_backend", "logprob_chunk_size", "recompute_granularity", "recompute_method"),
-        *("recompute_modules", "recompute_keep"),
+        *("recompute_modules", "recompute_keep", "activation_offload"),
         *("disable_parameter_transpose_cache", "use_te_activation_func", "rope_fusion", "moe_permute_fusion"),
         *("use_precision_aware_optimizer", "store_param_remainders", "optimizer_cpu_offload"),
         *("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"),

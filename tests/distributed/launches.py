@@ -31,6 +31,10 @@ LAYOUTS: dict[str, list[Any]] = {
     "small-chunks": ["--micro-batch-size", 8, "--logprob-chunk-size", 3],
     "recompute": ["--micro-batch-size", 2, "--recompute-granularity", "full"],
     "recompute-keep": ["--micro-batch-size", 2, "--recompute-granularity", "full", "--recompute-keep", "core_attn"],
+    "recompute-offload": [
+        *("--micro-batch-size", 2, "--recompute-granularity", "full", "--recompute-keep", "core_attn"),
+        "--activation-offload",
+    ],
     "recompute-mlp": ["--micro-batch-size", 2, "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
     "recompute-block": [
         "--micro-batch-size",

@@ -36,6 +36,7 @@ PLANS = [
     ),
     ("float64", "dpo", "mixtral", "one-by-one", "seven"),  # of two processes one has an empty pack
     ("float64", "dpo", "qwen3_moe", "recompute", "seven"),
+    ("float64", "dpo", "qwen3_moe", "recompute-offload", "seven"),
     ("float64", "dpo", "mixtral", "padded", "seven"),
     ("float32", "dpo", "mixtral", "by-two", "seven"),
     ("float32", "orpo", "qwen3_moe", "by-two", "seven"),
@@ -44,6 +45,7 @@ BALANCED = [
     ("float64", "dpo", "qwen3_moe", "padded", "four"),
     ("float64", "dpo", "mixtral", "one-by-one", "one"),
     ("float64", "dpo", "mixtral", "recompute", "seven"),
+    ("float64", "dpo", "mixtral", "recompute-offload", "seven"),
 ]
 """With an auxiliary loss. Micro-batches are 1, 2 or 4: megatron-core 0.19.2 keeps 1 / their number in float32
 (schedules.py:361), and 7 of them differ from the oracle by 2e-8."""

@@ -19,7 +19,7 @@ CUTS: dict[str, tuple[Any, ...]] = {
 PLANS = [
     *(("float64", method, "llama", "by-two", "seven") for method in ("dpo", "simpo", "orpo", "sft")),
     ("float64", "dpo", "llama", "separate", "seven"),
-    *(("float64", "dpo", "llama", layout, "seven") for layout in ("recompute", "recompute-keep", "recompute-mlp")),
+    *(("float64", "dpo", "llama", f"recompute{part}", "seven") for part in ("", "-keep", "-offload", "-mlp")),
     ("float64", "dpo", "llama", "one-by-one", "one"),
     ("float64", "ipo solo 0.8 token", "llama", "by-two", "seven"),
     ("float64", "longpo long token", "llama", "by-two", "seven"),

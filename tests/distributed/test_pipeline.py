@@ -34,6 +34,7 @@ PLANS = [
     ("float64", "sft", "llama-4", "one-by-one", "seven"),  # an odd number of packs, and none for a stage
     ("float64", "dpo", "llama-4", "one-by-one", "one"),
     ("float64", "dpo", "llama-4", "recompute", "seven"),
+    ("float64", "dpo", "llama-4", "recompute-offload", "seven"),
     ("float64", "orpo", "qwen2-4", "by-two", "seven"),  # tied embeddings
     ("float32", "dpo", "llama-4", "by-two", "seven"),
     ("float32", "orpo", "qwen2-4", "by-two", "seven"),

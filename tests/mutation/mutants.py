@@ -469,6 +469,28 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
+        "model/offload.py",
+        RECOMPUTE,
+        (
+            "host blocks free before their copy back",
+            "        self._checkpoint.parts.append(moved)\n",
+            "        self._checkpoint.parts.append(moved)\n        self._blocks.give_back(blocks)\n",
+        ),
+        (
+            "the copy back does not wait for what had the memory",
+            "self._stream.wait_event(allocated)",
+            "pass",
+        ),
+        ("a tensor read before its copy is done", "torch.cuda.current_stream().wait_event(saved.arrived)", "pass"),
+        (
+            "memory used again before its copy is done",
+            "torch.cuda.current_stream().wait_event(self._leaving[1])",
+            "pass",
+        ),
+        ("the copy to the host does not wait for its tensor", "self._stream.wait_event(computed)", "pass"),
+        ("results of the kept attention in another order", "[moved.order.index(n) for n", "[n for n"),
+    ),
+    *within(
         "model/kept_attention.py",
         RECOMPUTE,
         ("kept attention computed again", "return next(self.results) if func in KERNELS else", "return"),

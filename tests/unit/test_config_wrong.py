@@ -275,6 +275,7 @@ UNUSED_OPTIONS = [
 """(what is added to a right command line, the option that nothing reads, what it needs)"""
 
 WRONG_RECOMPUTATIONS = [
+    ("--recompute-granularity full --recompute-method block --activation-offload", "option-conflict", "use uniform"),
     (f"{TE} --recompute-granularity full --recompute-keep core_attn", "option-conflict", "--recompute-keep core_attn"),
     ("--recompute-granularity selective", "option-missing", "--recompute-modules"),
     (f"{SELECTIVE} mpl", "option-value", "'mpl'", "mlp"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +43,16 @@ def built(name: str, *flags: Any) -> Any:
     return model
 
 
+def offloading(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model with all that its layers keep on the host, in blocks smaller than a tensor."""
+    from megatron_solopo.model import offload
+    from megatron_solopo.model.build import offload_activations
+
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "BLOCK", 1000)
+    return offload_activations([model])
+
+
 def gradients(model: Any, name: str) -> dict[str, Tensor]:
     """Of the weighted log-probs of two packs, computed forward one after the other and backward in reverse order."""
     packs = [build_pack([random_group(seed)], [0]) for seed in (1, 2)]
@@ -68,6 +81,82 @@ def test_gradients_have_the_bits_of_those_without_it(engine: None, name: str, fl
     plain = gradients(built(name), name)
     for key, gradient in gradients(built(name, *flags), name).items():
         assert torch.equal(gradient, plain[key]) and gradient.norm() > 0, key
+
+
+OFFLOADED = [("qwen3", FULL), ("qwen3", KEEP), ("qwen3", (*KEEP, "--recompute-num-layers", 2)), ("mixtral", KEEP)]
+
+
+@pytest.mark.parametrize(("name", "flags"), OFFLOADED)
+def test_what_was_on_the_host_has_its_bits_and_its_bytes(
+    engine: None, name: str, flags: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = gradients(built(name), name), built(name, *flags)
+    offload = offloading(model, monkeypatch)
+    seen = []
+    for _ in range(2):
+        model.zero_grad()
+        for key, gradient in gradients(model, name).items():
+            assert torch.equal(gradient, plain[key]), key
+        seen.append((offload.moved, offload.host_bytes))
+    (moved, held), later = seen
+    # Both packs wait for their backward pass together, and the second step needs no other blocks.
+    tokens, config = 2 * build_pack([random_group(1)], [0]).tokens.numel(), model.config
+    inputs = -(-3 // (2 if 2 in flags else 1)) * tokens * 64 * 8
+    attention = 3 * tokens * config.num_attention_heads * 8 * (config.kv_channels + 1) if "core_attn" in flags else 0
+    assert moved == inputs + attention and later == (2 * moved, held)
+    assert moved <= held <= 1.1 * moved
+
+
+class Streams:
+    """Two streams that note who waits for what: an event is the number of records before it on its stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        compute, copies = self.stream("compute"), self.stream("copies")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: copies)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+
+    def stream(self, name: str) -> Any:
+        count = itertools.count(1)
+
+        def record() -> str:
+            self.notes.append(f"{name} {(number := next(count))}")
+            return f"{name} {number}"
+
+        return SimpleNamespace(record_event=record, wait_event=lambda event: self.notes.append(f"{name} after {event}"))
+
+
+def test_copies_and_computation_wait_for_each_other(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order on a GPU: a copy begins when its tensor is computed, and the tensor's memory is used again, or its copy
+    read, when the copy is done; backward of one checkpoint starts the copies of the one before."""
+    from megatron_solopo.model import offload
+
+    streams = Streams(monkeypatch)
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    moving = offload.Offload()
+
+    def notes() -> list[str]:
+        taken, streams.notes[:] = [*streams.notes], []
+        return taken
+
+    first, second = torch.randn(5, 3), torch.randn(4).double()[None].expand(2, 4).transpose(0, 1)
+    expected = [first.clone(), second.clone()]
+    gone = weakref.ref(first.untyped_storage())
+    a = moving._save(first)
+    del first
+    assert notes() == ["compute 1", "copies after compute 1", "copies 1"] and gone() is not None
+    b = moving._save(second)
+    assert notes() == ["compute after copies 1", "compute 2", "copies after compute 2", "copies 2"] and gone() is None
+    back = moving.get(b)
+    assert notes() == [
+        *("compute after copies 2", "compute 3", "copies after compute 3", "copies 3", "compute after copies 3"),
+        *("compute 4", "copies after compute 4", "copies 4"),  # of the checkpoint before
+    ]
+    assert torch.equal(back, expected[1]) and torch.equal(moving.get(a), expected[0])
+    assert notes() == ["compute after copies 4"]
+    assert moving.put(torch.nn.Parameter(back)) is not None and not isinstance(
+        moving.put(torch.arange(9)), offload.Moved
+    )
 
 
 class Forwards(TorchDispatchMode):
