@@ -174,13 +174,15 @@ CASES: dict[str, Case] = {
     "experts": Case(
         lambda g: [normal(g, sum(COUNTS), 64), normal(g, 4, 96, 64, scale=0.1)], plain_experts, fused_experts
     ),
-    "attention": Case(attention_inputs, plain_attention, fused_attention("BLOCKS")),
 }
 """Paths that run on both devices."""
 
+CPU_CASES: dict[str, Case] = {"attention, cpu": Case(attention_inputs, plain_attention, fused_attention("CPU"))}
+"""Kernels that the CPU alone has."""
+
 CUDA_CASES: dict[str, Case] = {
     f"attention, {kernels.lower()}": Case(attention_inputs, plain_attention, fused_attention(kernels))
-    for kernels in ("PROMPTS", "FLASH")
+    for kernels in ("BLOCKS", "PROMPTS", "FLASH")
 }
 """Kernels that CUDA alone has in 16 bits."""
 

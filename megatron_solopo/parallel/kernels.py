@@ -10,10 +10,13 @@ class Kernels(Enum):
 
     ENGINE = auto()
     """Transformer Engine's kernel for packed sequences."""
+    CPU = auto()
+    """torch's flash kernel for the CPU, without masks (`parallel.cpu_attention`)."""
     BLOCKS = auto()
-    """torch's scaled dot product attention, one call for the pieces of each shape."""
+    """torch's scaled dot product attention on CUDA in 32 bits, one call for the pieces of each shape."""
     PROMPTS = auto()
-    """The same for each prompt, on cuDNN or the flash kernel as torch prefers; one flash call for all completions."""
+    """torch's scaled dot product attention for each prompt, on cuDNN or flash as torch prefers; one flash call for all
+    completions."""
     CUDNN = auto()
     """The same, prompts on cuDNN alone."""
     FLASH = auto()
@@ -31,9 +34,9 @@ PLANNED = Kernels.PROMPTS, Kernels.CUDNN
 
 
 def kernels_for(engine: bool, on_cuda: bool, sixteen_bits: bool, backend: str, deterministic: bool) -> Kernels:
-    """Returns the kernels of a run without context parallelism.
+    """Returns the kernels of a run without context parallelism; on the CPU it has the same.
 
-    The flash kernels of CUDA take 16 bits only, and those of the CPU have no call for several sequences.
+    The flash kernels of CUDA take 16 bits only.
 
     Args:
         engine: whether the layers are Transformer Engine's.
@@ -42,6 +45,8 @@ def kernels_for(engine: bool, on_cuda: bool, sixteen_bits: bool, backend: str, d
     """
     if engine:
         return Kernels.ENGINE
+    if not on_cuda:
+        return Kernels.CPU
     if deterministic and backend == "auto":
         backend = "flash"
-    return BACKENDS[backend] if on_cuda and sixteen_bits else Kernels.BLOCKS
+    return BACKENDS[backend] if sixteen_bits else Kernels.BLOCKS

@@ -119,10 +119,8 @@ def attend_block(
     Args:
         cudnn_only: whether it may run on cuDNN alone, on CUDA in 16 bits.
     """
-    mask = None
-    if block.keys > block.queries:
-        # Queries are the last positions of the keys; is_causal would align them with the first.
-        mask = _lower_right(block.queries, block.keys, query.device)
+    # Queries are the last positions of the keys; is_causal would align them with the first.
+    mask = causal_lower_right(block.queries, block.keys) if block.keys > block.queries else None
     backends = None if query.device.type == "cpu" else backends_of(query.dtype, cudnn_only)
     if backends == [SDPBackend.EFFICIENT_ATTENTION]:  # of torch 2.11 takes as many heads of keys as of queries
         key, value = (repeated(x, query.shape[1]) for x in (key, value))
@@ -155,14 +153,3 @@ def backends_of(dtype: torch.dtype, cudnn_only: bool) -> list[SDPBackend]:
     if dtype == torch.float32:
         return [SDPBackend.EFFICIENT_ATTENTION]
     return [SDPBackend.CUDNN_ATTENTION] if cudnn_only else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-
-
-def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Returns a causal mask aligned to the last position.
-
-    CUDA's kernels have a name for it; the fused kernel on CPU takes [queries, keys] booleans, small because a
-    response is short compared with its prompt.
-    """
-    if device.type == "cuda":
-        return causal_lower_right(queries, keys)
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: every query of a rank in one call of torch's flash kernel.
+"""Attention over packed sequences on CUDA: every query of a rank in one call of torch's flash kernel.
 
 A sequence is a run of adjacent queries with the keys that its last query attends to; causal, with the queries the last
 of the keys (bottom right). A completion's keys are its prompt's and its own; a chunk of a context-parallel rank
@@ -25,38 +25,35 @@ from megatron_solopo.parallel.zigzag import chunks_of, rows_of
 
 
 @dataclass(frozen=True)
-class SequenceLayout(RankLayout):
-    """Sequences of the queries of a rank, adjacent and in order.
+class GatheredLayout(RankLayout):
+    """Attention of a rank's queries over the keys of all context-parallel ranks, by a kernel with its own backward.
 
     Attributes:
-        query_lengths, key_lengths: queries and keys of each sequence.
-        cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, the first query and key of each sequence, and the total.
-        keys: [sum of key_lengths] rows of the keys of each sequence, prompt first, among the rows of all ranks of
-            ``group``, rank after rank; None where these are all rows in their order.
+        keys: rows of the keys and values that the kernel takes, among the rows of all ranks of ``group``, rank after
+            rank; None where these are all rows in their order.
         group: the group of the context-parallel ranks; None where this rank holds the keys of the complete pack.
     """
 
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
-    cu_seqlens_q: Tensor
-    cu_seqlens_kv: Tensor
     keys: Tensor | None
     group: dist.ProcessGroup | None
 
-    @property
-    def max_seqlen_q(self) -> int:
-        return max(self.query_lengths)
-
-    @property
-    def max_seqlen_kv(self) -> int:
-        return max(self.key_lengths)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Collective over ``group``."""
-        return _SequenceAttention.apply(query, key, value, self, query.shape[-1] ** -0.5 if scale is None else scale)
+        return _Attention.apply(query, key, value, self, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Returns the output in the shape of query, [Q, heads, head_dim], and its log-sum-exps in float32 or float64,
+        of `seen` keys and values."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, log_sums: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of query, keys and values, from that of the output; see `forward`."""
+        raise NotImplementedError
 
     def seen(self, x: Tensor) -> Tensor:
-        """Returns the keys or values of all sequences, one after another, from this rank's rows."""
+        """Returns the keys or values that the kernel takes, from this rank's rows."""
         if self.group is not None:
             rows = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
             dist.all_gather_into_tensor(rows, x.contiguous(), group=self.group)
@@ -66,7 +63,7 @@ class SequenceLayout(RankLayout):
     def sum_to_rows(self, grad: Tensor, x: Tensor) -> Tensor:
         """Returns the gradient of ``x`` from that of ``seen(x)``: the sum over all sequences and ranks."""
         if self.keys is None and self.group is None:
-            return grad
+            return grad.to(x.dtype)
         ranks = 1 if self.group is None else self.group.size()
         total = torch.promote_types(grad.dtype, torch.float32)  # 16 bits would lose the sum over sequences and ranks
         rows = torch.zeros(x.shape[0] * ranks, *x.shape[1:], dtype=total, device=x.device)
@@ -75,6 +72,55 @@ class SequenceLayout(RankLayout):
             all_rows, rows = rows, rows.new_empty(x.shape)
             dist.reduce_scatter_tensor(rows, all_rows, group=self.group)
         return rows.to(x.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: GatheredLayout, scale: float) -> Tensor:
+        output, log_sums = layout.forward(query, layout.seen(key), layout.seen(value), scale)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.settings = layout, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
+        query, key, value, output, log_sums = ctx.saved_tensors
+        layout, scale = ctx.settings
+        of_query, of_keys, of_values = layout.backward(
+            grad, query, layout.seen(key), layout.seen(value), output, log_sums, scale
+        )
+        return of_query, layout.sum_to_rows(of_keys, key), layout.sum_to_rows(of_values, value), None, None
+
+
+@dataclass(frozen=True)
+class SequenceLayout(GatheredLayout):
+    """Sequences of the queries of a rank, adjacent and in order; ``keys`` are those of each sequence, prompt first.
+
+    Attributes:
+        query_lengths, key_lengths: queries and keys of each sequence.
+        cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, the first query and key of each sequence, and the total.
+    """
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return max(self.query_lengths)
+
+    @property
+    def max_seqlen_kv(self) -> int:
+        return max(self.key_lengths)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return flash.forward(query, keys, values, self, scale)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, output: Tensor, log_sums: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return flash.backward(grad, query, keys, values, output, log_sums, self, scale)
 
 
 def sequence_layout(
@@ -106,35 +152,17 @@ def sequence_layout(
         gathered = np.concatenate([rows_of(pieces, other, size) for other in range(size)])
         rows = np.argsort(gathered)[rows]
     return SequenceLayout(
+        rows_or_all(rows, total),
+        group,
         tuple(query_lengths),
         tuple(key_lengths),
         _cumulated(query_lengths),
         _cumulated(key_lengths),
-        rows_or_all(rows, total),
-        group,
     )
 
 
 def _cumulated(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-
-
-class _SequenceAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-        output, log_sums = flash.forward(query, layout.seen(key), layout.seen(value), layout, scale)
-        ctx.save_for_backward(query, key, value, output, log_sums)
-        ctx.settings = layout, scale
-        return output
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
-        query, key, value, output, log_sums = ctx.saved_tensors
-        layout, scale = ctx.settings
-        of_query, of_keys, of_values = flash.backward(
-            grad, query, layout.seen(key), layout.seen(value), output, log_sums, layout, scale
-        )
-        return of_query, layout.sum_to_rows(of_keys, key), layout.sum_to_rows(of_values, value), None, None
 
 
 @dataclass(frozen=True)

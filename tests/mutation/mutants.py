@@ -256,8 +256,7 @@ MUTANTS: list[Mutant] = [
     ),
     *within(
         "parallel/layout.py",
-        PARITY,
-        ("a completion's mask aligned to its first token", ".tril(keys - queries)", ".tril(0)"),
+        CONTEXT,
         (
             "a completion sees nothing of its prompt",
             "keys.append(np.arange(start, start + prompt_length))",
@@ -436,7 +435,7 @@ MUTANTS: list[Mutant] = [
         "parallel/kernels.py",
         KERNELS,
         ("cuDNN in deterministic runs", 'if deterministic and backend == "auto":', "if False:"),
-        ("flash attention for the CPU too", "if on_cuda and sixteen_bits else", "if sixteen_bits else"),
+        ("CUDA's attention for the CPU too", "if not on_cuda:", "if False:"),
     ),
     *within(
         "parallel/layout.py",
@@ -515,10 +514,15 @@ MUTANTS: list[Mutant] = [
         ("FP8 copies without their transposes", "return 2 * matrices * layers", "return matrices * layers"),
     ),
     *within(
-        "parallel/flash.py",
+        "parallel/cpu_attention.py",
         CONTEXT,
-        ("gradient of one head of a group", "of_heads.sum(1)", "of_heads[:, 0]"),
-        ("a sequence aligned to its first key", ".triu(seen - queries + 1)", ".triu(1)"),
+        ("completions see the padding of their prompt", "keys.length].append", "keys.slot].append"),
+        ("earlier chunks unseen on the CPU", "if begin > piece.start:", "if False:"),
+        ("keys of another rank's rows on the CPU", "np.argsort(gathered), gathered", "gathered, gathered"),
+        ("parts merged with equal weights", "output * first + more * second", "(output + more) / 2"),
+        ("the log-sum-exp of one part", "more * second, together", "more * second, log_sums"),
+        ("gradients of one call", "] += of_sequence", "] = of_sequence"),
+        ("16 bits rounded in every part", "torch.promote_types(x.dtype, torch.float32)) for x", "x.dtype) for x"),
     ),
     *within(
         "parallel/device_pack.py",

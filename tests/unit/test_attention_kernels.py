@@ -22,6 +22,7 @@ from megatron_solopo.model.hf_config import check_attention_on_cuda
 from megatron_solopo.pack import Piece
 from megatron_solopo.parallel import flash
 from megatron_solopo.parallel.context import method_of
+from megatron_solopo.parallel.cpu_attention import CpuLayout
 from megatron_solopo.parallel.kernels import Kernels, kernels_for
 from megatron_solopo.parallel.layout import BlockLayout, RankLayout, backends_of, block_layout, repeated
 from megatron_solopo.parallel.sequences import PromptLayout, SequenceLayout
@@ -34,7 +35,8 @@ PIECES = (Piece(0, 128), Piece(128, 9, 0), Piece(137, 5, 0), Piece(142, 128))
 @pytest.mark.parametrize(
     ("arguments", "kernels", "layout"),
     [
-        ((False, False, True, "auto", False), Kernels.BLOCKS, BlockLayout),
+        ((False, False, True, "auto", False), Kernels.CPU, CpuLayout),
+        ((False, False, False, "auto", True), Kernels.CPU, CpuLayout),
         ((False, True, False, "auto", False), Kernels.BLOCKS, BlockLayout),
         ((False, True, True, "auto", False), Kernels.PROMPTS, PromptLayout),
         ((False, True, True, "fused", False), Kernels.CUDNN, PromptLayout),

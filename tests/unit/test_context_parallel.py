@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Pack, Side
-from megatron_solopo.parallel.layout import RankLayout
+from megatron_solopo.parallel import flash
+from megatron_solopo.parallel.cpu_attention import cpu_layout
+from megatron_solopo.parallel.layout import RankLayout, block_layout
 from megatron_solopo.parallel.sequences import PromptLayout, SequenceLayout, prompt_layout, sequence_layout
 from megatron_solopo.parallel.zigzag import rows_of
 from megatron_solopo.planning import fake
@@ -48,28 +51,56 @@ def test_ranks_share_the_rows_and_attend_as_the_pack_does(seed: int, size: int, 
     assert max(work) == min(work)  # zig-zag: every rank attends to the same number of pairs
 
 
+SCALE = 0.7
+
+
 def dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     """Softmax attention with the whole score matrix."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.einsum("shd,thd->hst", query, key) * 0.7
+    scores = torch.einsum("shd,thd->hst", query, key) * SCALE
     return torch.einsum("hst,thd->shd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
 def layouts_of(pack: Pack, kind: str, size: int) -> Iterator[tuple[RankLayout, Tensor, Tensor]]:
     """(layout, rows of its queries, rows of the keys that it is given) of each rank."""
     everything = torch.arange(len(pack.tokens))
-    if kind == "prompts":
-        yield prompt_layout(pack.pieces, False), everything, everything
-    elif size == 1:
-        yield sequence_layout(pack.pieces), everything, everything
+    whole = {"prompts": lambda pieces: prompt_layout(pieces, False), "blocks": block_layout}
+    make = {"sequences": sequence_layout, "cpu": cpu_layout}
+    if size == 1:
+        yield (whole | make)[kind](pack.pieces), everything, everything
     else:
         each = [torch.from_numpy(rows_of(pack.pieces, rank, size)) for rank in range(size)]
         for rank, rows in enumerate(each):
-            yield sequence_layout(pack.pieces, rank, size), rows, torch.cat(each)
+            yield make[kind](pack.pieces, rank, size), rows, torch.cat(each)
 
 
-KINDS = [("sequences", 1), ("sequences", 2), ("sequences", 4), ("prompts", 1)]
+@pytest.fixture
+def flash_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flash kernel of CUDA by `dense`, in float64 within."""
+
+    def attention(query: Tensor, keys: Tensor, values: Tensor, layout: SequenceLayout) -> Tensor:
+        parts = zip(
+            query.split(layout.query_lengths), *(x.split(layout.key_lengths) for x in (keys, values)), strict=True
+        )
+        return torch.cat([dense(q, k, v, torch.ones(len(q), len(k)).tril(len(k) - len(q)) > 0) for q, k, v in parts])
+
+    def forward(query: Tensor, keys: Tensor, values: Tensor, layout: SequenceLayout, scale: float) -> tuple:
+        assert scale == SCALE
+        return attention(*(x.double() for x in (query, keys, values)), layout).to(query.dtype), torch.zeros(0)
+
+    def backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+        inputs = [x.detach().double().requires_grad_() for x in saved[:3]]
+        with torch.enable_grad():
+            result = attention(*inputs, saved[5])
+        return tuple(x.to(grad.dtype) for x in torch.autograd.grad(result, inputs, grad.double()))
+
+    monkeypatch.setattr(flash, "forward", forward)
+    monkeypatch.setattr(flash, "backward", backward)
+
+
+ON_CUDA = [("sequences", 1), ("sequences", 2), ("sequences", 4), ("prompts", 1)]
+KINDS = [*ON_CUDA, ("blocks", 1), ("cpu", 1), ("cpu", 2), ("cpu", 3)]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.02)])
@@ -77,7 +108,7 @@ KINDS = [("sequences", 1), ("sequences", 2), ("sequences", 4), ("prompts", 1)]
 @pytest.mark.parametrize(("kind", "size"), KINDS)
 @pytest.mark.parametrize("share", [True, False])
 def test_attention_over_sequences_is_attention(
-    dtype: Any, bound: float, heads: int, kv_heads: int, kind: str, size: int, share: bool
+    dtype: Any, bound: float, heads: int, kv_heads: int, kind: str, size: int, share: bool, flash_of_cuda: None
 ) -> None:
     """Output of every rank's rows, and the gradients that the ranks' parts add up to, relative to their norms."""
     pack = draw_pack(11, size, share)
@@ -92,7 +123,7 @@ def test_attention_over_sequences_is_attention(
     (expected * weight).sum().backward()
     ours = [x.to(dtype).requires_grad_() for x in (query, key, value)]
     for layout, rows, order in layouts_of(pack, kind, size):
-        result = layout.attend(ours[0][rows], ours[1][order], ours[2][order], 0.7)
+        result = layout.attend(ours[0][rows], ours[1][order], ours[2][order], SCALE)
         assert (result.double() - expected[rows]).norm() <= bound * expected[rows].norm()
         (result * weight[rows].to(dtype)).sum().backward()
     for mine, theirs in zip(ours, whole, strict=True):
@@ -113,10 +144,46 @@ class Calls(TorchDispatchMode):
         return result
 
 
+def completions(*lengths: int, prompt: int = 8) -> Pack:
+    """A prompt with completions of these lengths."""
+    each = tuple(Completion(Side.CHOSEN, [2] * length, None, i) for i, length in enumerate(lengths))
+    return build_pack([TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, each),))], [0], True)
+
+
+ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def test_no_mask_and_all_completions_of_a_prompt_in_one_call_on_the_cpu() -> None:
+    """Of 300 completions in two lengths: the prompt, the completions of each length, and all of these over it."""
+    pack = completions(*[3, 5] * 150, prompt=1000)
+    inputs = [torch.randn(len(pack.tokens), n, 8, requires_grad=True) for n in (2, 1, 1)]
+    with Calls(ON_CPU, f"{ON_CPU}_backward") as calls:
+        cpu_layout(pack.pieces).attend(*inputs, None).sum().backward()
+    wanted = {(1, 1000, 1000): 1, (150, 2, 2): 1, (150, 4, 4): 1, (1, 900, 1000): 1}
+    for name, operands in ((ON_CPU, 0), (f"{ON_CPU}_backward", 1)):
+        shapes = [
+            (query.shape[0], query.shape[2], key.shape[2])
+            for called, arguments, _ in calls.calls
+            if called == name
+            for query, key in [arguments[operands : operands + 2]]
+        ]
+        assert Counter(shapes) == wanted
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_no_call_of_a_chunk_computes_what_causality_hides(size: int) -> None:
+    """The pairs of all ranks' calls are those of the pack, with the diagonal blocks as squares."""
+    pack = draw_pack(3, size)
+    calls = [call for rank in range(size) for call in cpu_layout(pack.pieces, rank, size).calls]
+    pairs = sum(len(c.places) * c.query_length * c.key_length for c in calls if not c.causal)
+    pairs += sum(len(c.places) * c.query_length * (c.query_length + 1) // 2 for c in calls if c.causal)
+    assert pairs == visible(pack).sum()
+
+
 def test_gradients_of_keys_are_summed_in_float32() -> None:
     """300 completions of one prompt give each key of it the same gradient, whose sum bfloat16 loses at 256."""
-    prompt = Prompt(Context.SHORT, [1] * 8, tuple(Completion(Side.CHOSEN, [2, 3], None, i) for i in range(300)))
-    layout = sequence_layout(build_pack([TokenGroup("g", (prompt,))], [0], True).pieces)
+    pack = completions(*[2] * 300)
+    layout = sequence_layout(pack.pieces)
     x = torch.zeros(8 + 300, 1, 4, dtype=torch.bfloat16)
     with Calls("index_add_") as sums:
         total = layout.sum_to_rows(torch.ones(layout.keys.numel(), 1, 4, dtype=torch.bfloat16), x)
@@ -128,7 +195,7 @@ def test_gradients_of_keys_are_summed_in_float32() -> None:
 FLASH = ("_flash_attention_forward", "_flash_attention_backward")
 
 
-@pytest.mark.parametrize(("kind", "size"), KINDS)
+@pytest.mark.parametrize(("kind", "size"), ON_CUDA)
 def test_one_call_of_the_flash_kernel_on_cuda(kind: str, size: int) -> None:
     """All completions, or all pieces of a rank: what torch's operators are called with, and what they return."""
     pack = draw_pack(11, size)

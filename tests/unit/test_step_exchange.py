@@ -199,7 +199,7 @@ def test_a_cut_pack_keeps_what_its_rank_predicts() -> None:
     for seed, size in ((3, 2), (4, 4), (5, 1)):
         pack, predicted = draw_pack(seed, size), []
         for rank in range(size):
-            device_pack = cut(pack, method_of(size, "all_gather"), Kernels.BLOCKS, rank, size)
+            device_pack = cut(pack, method_of(size, "all_gather"), Kernels.CPU, rank, size)
             part, rows = device_pack.pack, torch.from_numpy(method_of(size, "all_gather").rows(pack.pieces, rank, size))
             assert device_pack.tokens == pack.tokens.numel() and part.tokens.numel() == device_pack.tokens // size
             assert torch.equal(part.positions, pack.positions[rows]) and part.pieces == pack.pieces

@@ -1,4 +1,4 @@
-"""Keys and values of all ranks are gathered for one layer at a time, on torch's flash kernel (`parallel.sequences`)."""
+"""Keys and values of all ranks are gathered for one layer at a time (`sequences.GatheredLayout`)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ class AllGather(ContextMethod):
     def layout(
         self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:
+        from megatron_solopo.parallel.cpu_attention import cpu_layout
+        from megatron_solopo.parallel.kernels import Kernels
         from megatron_solopo.parallel.sequences import sequence_layout
 
+        if kernels is Kernels.CPU:
+            return cpu_layout(pieces, rank, size, group)
         return sequence_layout(pieces, rank, size, group)
 
     def check_on_cuda(self, config: Config) -> None:

@@ -51,9 +51,12 @@ class Whole(ContextMethod):
     def layout(
         self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
     ) -> RankLayout:
+        from megatron_solopo.parallel.cpu_attention import cpu_layout
         from megatron_solopo.parallel.layout import block_layout
         from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
 
+        if kernels is Kernels.CPU:
+            return cpu_layout(pieces)
         if kernels is Kernels.BLOCKS:
             return block_layout(pieces)
         if kernels in PLANNED:
