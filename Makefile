@@ -5,7 +5,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs errors-page figure recipes memory-figure lock clean
+.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs errors-page figure recipes memory-figure benchmark benchmark-full lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -72,6 +72,13 @@ recipes: setup ## examples/recipes/plans and the tables of docs/planning.md, pla
 
 memory-figure: setup ## the figure of docs/planning.md, rehearsed again (minutes)
 	$(PYTHON_IN_VENV) tools/memory_figure.py
+
+BENCHMARK := $(PYTHON_IN_VENV) -m megatron_solopo.cli benchmark
+benchmark: setup ## speed of training beside its FLOP floor and TRL, small (8 minutes); BASELINE=FILE compares
+	$(BENCHMARK) --suite quick --overwrite --output runs/benchmark $(if $(BASELINE),--baseline $(BASELINE))
+
+benchmark-full: setup ## the tables of docs/benchmarks.md, measured again (hours; finished tables are kept)
+	$(BENCHMARK) --suite full --profile --output runs/benchmark-full --page docs/benchmarks.md
 
 lock: ## write uv.lock anew after a change of pyproject.toml, and constraints.txt from it (needs uv)
 	uv lock

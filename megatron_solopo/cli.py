@@ -56,6 +56,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "megatron_solopo.training.verify",
         "compares loss and gradient of a step under parallel layouts",
     ),
+    "benchmark": (
+        "megatron_solopo.benchmark.command",
+        "measures speed and memory of training, against its FLOP floor, a baseline and TRL",
+    ),
     "launch": ("megatron_solopo.launch", "starts processes as torchrun does; they report a mistake once"),
     "env": ("megatron_solopo.environment", "prints versions, devices, cores and memory of this machine"),
 }

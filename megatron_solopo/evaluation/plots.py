@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 
-_styled = matplotlib.rc_context(
+styled = matplotlib.rc_context(
     {
         "axes.axisbelow": True,
         "axes.edgecolor": "#555555",
@@ -68,7 +68,7 @@ def look(labels: Sequence[str]) -> dict[str, Look]:
     }
 
 
-@_styled
+@styled
 def draw_accuracy(
     path: Path,
     series: Mapping[str, Sequence[Point]],
@@ -114,10 +114,10 @@ def draw_accuracy(
     axes.set_xlabel(f"Context length in {unit}" + ("" if unit == "tokens" else " (mean prompt tokens)"))
     axes.set_ylabel(f"Accuracy ({metric})")
     figure.legend(loc="outside upper center", ncols=min(len(series), 4))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-@_styled
+@styled
 def draw_curves(
     path: Path,
     panels: Mapping[Metric, tuple[Mapping[str, Sequence[Point]], Mapping[str, Sequence[Point]]]],
@@ -164,7 +164,7 @@ def draw_curves(
         keys["training"] = Line2D([], [], color="#777777")
         keys["validation"] = Line2D([], [], color="#777777", marker="o", linewidth=0.6)
     figure.legend([*keys.values()], [*keys], loc="outside upper center", ncols=min(len(keys), 4))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _limit(axes: Axes, metric: Metric, points: pandas.DataFrame) -> None:
@@ -191,6 +191,6 @@ def smooth(points: Sequence[Point]) -> pandas.DataFrame:
     return frame.assign(**{name: means[name] for name in means})
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with new_file(path, "wb") as file:
         figure.savefig(file, format="png", facecolor="white")

@@ -108,6 +108,11 @@ def _write_model(config_file: Path, folder: Path) -> None:
         fields.pop(name, None)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of `WORDS`, a token each; its chat template adds two to a prompt, and one to a response."""
     ids = {word: number for number, word in enumerate(SPECIAL + WORDS)}
     words = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -120,19 +125,24 @@ def _write_model(config_file: Path, folder: Path) -> None:
 
 def _examples(config: Config, seq_length: int) -> Iterator[dict[str, Any]]:
     """Examples whose longest prompts, with their responses, take ``seq_length`` tokens; short ones an eighth."""
-    draw = random.Random(config.training.seed)
-    long, short = seq_length - 16, max(1, seq_length // 8 - 16)
+    sft, short = config.method.objective == "sft", max(1, seq_length // 8 - 16)
+    return examples(sft, seq_length - 16, short, 8, EXAMPLES, config.training.seed)
+
+
+def examples(sft: bool, long: int, short: int, response: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yields conversations on a long context, or preference groups; lengths are in words."""
+    draw = random.Random(seed)
 
     def words(count: int) -> str:
         return " ".join(draw.choices(WORDS, k=count))
 
-    for number in range(EXAMPLES):
+    for number in range(count):
         question = [{"role": "user", "content": words(long)}]
-        if config.method.objective == "sft":
-            yield {"id": str(number), "messages": [*question, {"role": "assistant", "content": words(8)}]}
+        if sft:
+            yield {"id": str(number), "messages": [*question, {"role": "assistant", "content": words(response)}]}
             continue
         brief = [{"role": "user", "content": words(short)}]
-        chosen, rejected = words(8), words(8)
+        chosen, rejected = words(response), words(response)
         yield {
             "id": str(number),
             "short_messages": brief,

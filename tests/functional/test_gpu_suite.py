@@ -195,10 +195,11 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
     """torch's counter over transformers' forward pass, with attention cut to its causal half and the output layer to
     the tokens that are predicted."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from gpu.models import TINY, model_flops
+    from gpu.models import TINY
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM, Qwen2Config
 
+    from megatron_solopo.benchmark.flops import flops_of_packs
     from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 
@@ -221,11 +222,11 @@ def test_operations_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -
     completion = Completion(Side.CHOSEN, [1] * (response + 1))
     one = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (completion,)),))
     for pack in (build_pack([one], [0], share_prompts=False), build_pack([one], [0], True, 1, 1, 128)):
-        assert model_flops(hf_config, [pack]) == 3 * expected(prompt + response, response + 1)
+        assert flops_of_packs(hf_config, [pack]).total == 3 * expected(prompt + response, response + 1)
     two = TokenGroup("g", (Prompt(Context.SHORT, [1] * prompt, (completion,) * 2),))
     shared = build_pack([two], [0])
     again = expected(prompt + response, response + 1) - expected(prompt, 0)
-    assert model_flops(hf_config, [shared]) == 3 * (expected(prompt + response, response + 1) + again)
+    assert flops_of_packs(hf_config, [shared]).total == 3 * (expected(prompt + response, response + 1) + again)
 
 
 def test_the_stored_answers_are_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ TOPOLOGY = "tests/unit/test_topology.py"
 REFERENCE = "tests/functional/test_reference_cache.py"
 ENGINE = "tests/unit/test_transformer_engine.py"
 FAMILIES = "tests/unit/test_families.py -k 'not real_shapes'"
+BENCHMARK = "tests/unit/test_benchmark.py"
 API = "tests/functional/test_python_api.py -k 'training or stopped or again'"
 TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
 ROPE = "tests/unit/test_rope.py"
@@ -966,5 +967,33 @@ MUTANTS: list[Mutant] = [
         "parallel/platform.py",
         "tests/distributed/test_python_runs.py",
         ("a second run finds the addresses of the first", "{next(_starts)}", "1"),
+    ),
+    *within(
+        "benchmark/ratios.py",
+        BENCHMARK,
+        ("the slower called faster", "[b / a for a, b in zip(case.steps", "[a / b for a, b in zip(case.steps"),
+        (
+            "the update counted as work",
+            'case.phase(number, "forward", "backward") / floor',
+            "case.steps[number] / floor",
+        ),
+        (
+            "one slow round fails",
+            "ratio.high < before.low * (1 - tolerance)",
+            "ratio.low < before.low * (1 - tolerance)",
+        ),
+        ("TRL with another recomputation", 'or of_case["recompute"] == trl.case["recompute"]', "or True"),
+    ),
+    *within(
+        "benchmark/flops.py",
+        "tests/functional/test_gpu_suite.py -k operations_are",
+        ("attention without its causal half", "length * (length + 1) // 2", "length * length"),
+        ("responses that do not see their prompt", "pairs += length * before + ", "pairs += "),
+    ),
+    *within("benchmark/longest.py", BENCHMARK, ("a search that ends early", "WITHIN = 0.03", "WITHIN = 0.3")),
+    *within(
+        "benchmark/measure.py",
+        BENCHMARK,
+        ("another table kept", 'return record if record.get("table") == as_json(table) else None', "return record"),
     ),
 ]

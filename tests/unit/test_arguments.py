@@ -28,6 +28,7 @@ SHORTENED = {
     "ask": (["--quest", "x"], "--question"),
     "convert-checkpoint": (["--hf-pat", "x"], "--hf-path"),
     "verify-parallelism": (["--layout", "cp2"], None),
+    "benchmark": (["--long-tok", "9"], "--long-tokens"),
     "env": (["--jso"], "--json"),
 }
 """Command -> (an abbreviated option, the option that is meant and named)"""
@@ -45,6 +46,7 @@ NEEDED = {
     "ask": ["--model", "m", "--document", "d", "--question", "q"],
     "convert-checkpoint": ["verify", "--hf-path", "m"],
     "verify-parallelism": ["--layouts", "cp2"],
+    "benchmark": ["--model", "d64-l2", "--output", "o"],
     "train": ["--hf-path", "m"],
 }
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import Qwen2Config
 
 from gpu.record import Recorder, memory, milliseconds, reset_memory
+from megatron_solopo.benchmark.flops import FLOPS_COUNTED, flops_of_packs
 from megatron_solopo.config import Config
 
 TINY = dict(
@@ -36,37 +37,12 @@ RESPONSE = 256
 DENSE_PEAK = {"h100": 989e12, "h200": 989e12}
 """bfloat16 operations a second by NVIDIA's data sheets, without sparsity."""
 
-FLOPS_COUNTED = (
-    "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
-    "pairs once) and each of its channels and layers; output layer: 2 a weight and predicted token; padding is not "
-    "counted; backward = 2 x forward, recomputing is not counted"
-)
 MFU = f"operations a second over the peak, {DENSE_PEAK['h200'] / 1e12:.0f} TFLOP/s of dense bfloat16; {FLOPS_COUNTED}"
 """The formula of MFU."""
 
 
 def hf_config_of(shape: dict[str, Any]) -> Qwen2Config:
     return Qwen2Config(**shape, max_position_embeddings=2**20)
-
-
-def model_flops(hf_config: PretrainedConfig, packs: list[Any]) -> float:
-    """Operations of forward and backward that the model needs for these packs; see `FLOPS_COUNTED`.
-
-    This is the only place that counts them.
-    """
-    heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    width, channels = hf_config.hidden_size, hf_config.hidden_size // heads
-    layer = width * channels * (2 * heads + 2 * kv_heads) + 3 * width * hf_config.intermediate_size
-    total = 0
-    for pack in packs:
-        tokens = sum(piece.length for piece in pack.pieces)
-        pairs = 0
-        for piece in pack.pieces:
-            before = 0 if piece.prompt is None else pack.pieces[piece.prompt].length
-            pairs += piece.length * before + piece.length * (piece.length + 1) // 2
-        total += hf_config.num_hidden_layers * (2 * layer * tokens + 4 * pairs * heads * channels)
-        total += 2 * hf_config.vocab_size * width * pack.targets.numel()
-    return 3.0 * total
 
 
 def build(
@@ -166,7 +142,7 @@ def measure(
 def report(out: Recorder, key: str, engine: Any, packs: list[Any], seconds: float) -> None:
     """A step's time and what follows from it."""
     tokens = sum(pack.tokens for pack in packs)
-    operations = model_flops(engine.hf_config, [pack.pack for pack in packs])
+    operations = flops_of_packs(engine.hf_config, [pack.pack for pack in packs]).total
     out.value(f"{key}/step", seconds, "s")
     out.value(f"{key}/tokens", tokens)
     out.value(f"{key}/tokens_per_second", tokens / seconds)
@@ -178,7 +154,7 @@ def report(out: Recorder, key: str, engine: Any, packs: list[Any], seconds: floa
 
 def mfu(engine: Any, packs: list[Any], seconds: float, peak: float) -> float:
     """Returns the share of the peak that a step's operations reach; see `MFU`."""
-    return model_flops(engine.hf_config, [pack.pack for pack in packs]) / seconds / peak
+    return flops_of_packs(engine.hf_config, [pack.pack for pack in packs]).total / seconds / peak
 
 
 def dense_peak(out: Recorder) -> float | None:

@@ -20,8 +20,8 @@ from gpu.models import QWEN_1_5B, TINY, hf_config_of
 from gpu.record import Recorder, memory, reset_memory, synchronize
 from gpu.speed import lengths_of
 from gpu.steps import flags_of_recompute
+from megatron_solopo.benchmark.trl import ATTENTION, VERSION, arguments, clock_of, trainer_of
 
-VERSION = "1.16.0"
 SHARED_BOUND, SEPARATE_BOUND = 1.7, 1.0
 """Pairs a second over TRL's, prompts shared and separate."""
 
@@ -63,30 +63,6 @@ def trl(out: Recorder) -> None:
                         out.target(f"{key}/{layout}_over_trl", ours[layout] / theirs, bound)
 
 
-def flags_of_trl(out: Recorder, recompute: bool, liger: bool, pairs: int, count: int) -> dict[str, Any]:
-    """The arguments of `DPOConfig`."""
-    return dict(
-        output_dir=str(out.work / "trl"),
-        loss_type=["sigmoid"],
-        beta=0.1,
-        precompute_ref_log_probs=True,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=pairs,
-        max_steps=count,
-        max_length=None,
-        gradient_checkpointing=recompute,
-        bf16=True,
-        optim="adamw_torch_fused",
-        learning_rate=1e-6,
-        use_liger_kernel=liger,
-        use_cpu=out.dry,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-
-
 def measured(
     out: Recorder,
     key: str,
@@ -98,39 +74,27 @@ def measured(
     repeats: int,
 ) -> tuple[float, float]:
     """Pairs a second of TRL's trainer, and the loss of its first step."""
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    begun, times = [0.0], list[float]()
 
-    class Clock(TrainerCallback):
-        """Seconds of each optimizer step until the device is done."""
+    def begin(done: int) -> None:
+        synchronize(out.device)
+        if done == WARM:
+            reset_memory(out)
+        begun[0] = time.perf_counter()
 
-        def __init__(self) -> None:
-            self.begin, self.seconds = 0.0, list[float]()
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            synchronize(out.device)
-            if len(self.seconds) == WARM:
-                reset_memory(out)
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            synchronize(out.device)
-            self.seconds.append(time.perf_counter() - self.begin)
+    def end() -> None:
+        synchronize(out.device)
+        times.append(time.perf_counter() - begun[0])
 
     gc.collect()
     reset_memory(out)
-    flags = flags_of_trl(out, recompute, liger, pairs, WARM + repeats)
-    attention = "sdpa"
-    out.value(f"{key}/options", json.dumps(flags | {"dtype": "bfloat16", "attn_implementation": attention}))
-    with torch.device(out.device):
-        model = AutoModelForCausalLM.from_config(
-            hf_config_of(shape), dtype=torch.bfloat16, attn_implementation=attention
-        )
-    dataset, tokenizer = text_pairs(out, lengths, pairs)
-    clock = Clock()
-    trainer = DPOTrainer(
-        model, args=DPOConfig(**flags), train_dataset=dataset, processing_class=tokenizer, callbacks=[clock]
+    flags = arguments(
+        out.work / "trl", pairs, WARM + repeats, recompute, bf16=True, use_liger_kernel=liger, use_cpu=out.dry
     )
+    out.value(f"{key}/options", json.dumps(flags | {"dtype": "bfloat16", "attn_implementation": ATTENTION}))
+    dataset, tokenizer = text_pairs(out, lengths, pairs)
+    clock = clock_of(begin, end)
+    trainer = trainer_of(hf_config_of(shape), dataset, tokenizer, flags, torch.bfloat16, out.device, [clock])
     (batch,) = {len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in trainer.train_dataset}
     out.value(f"{key}/tokens_of_a_sequence", batch)
     trainer.train()
@@ -138,18 +102,17 @@ def measured(
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     trainer.model = trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    del model, trainer
+    del trainer
     gc.collect()
-    times = sorted(clock.seconds[WARM:])
+    times = sorted(times[WARM:])
     return pairs / times[len(times) // 2], losses[0]
 
 
-def text_pairs(out: Recorder, lengths: tuple[int, int, int], pairs: int) -> tuple[Any, Any]:
+def text_pairs(out: Recorder, lengths: tuple[int, int, int], pairs: int) -> tuple[list[dict[str, str]], Any]:
     """Rows whose long prompt and responses have these tokens, the one that TRL ends a response with included; and
     their tokenizer, of words."""
     import random
 
-    from datasets import Dataset
     from tiny_models import WORDS, write_model
     from transformers import AutoTokenizer
 
@@ -164,4 +127,4 @@ def text_pairs(out: Recorder, lengths: tuple[int, int, int], pairs: int) -> tupl
         for _ in range(pairs)
     ]
     tokenizer = AutoTokenizer.from_pretrained(write_model(out.work / "tokenizer"))
-    return Dataset.from_list(rows), tokenizer
+    return rows, tokenizer

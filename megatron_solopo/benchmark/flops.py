@@ -1,0 +1,62 @@
+"""Floating-point operations that a model needs for a step; the only place that counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.pack import Pack
+from megatron_solopo.planning.estimate import Shape
+
+FLOPS_COUNTED = (
+    "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
+    "pairs once) and each of its channels and layers; output layer: 2 a weight and predicted token; padding is not "
+    "counted; backward = 2 x forward, recomputing is not counted"
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of forward and backward; see `FLOPS_COUNTED`.
+
+    Attributes:
+        products: of the layers' weights and of the output layer.
+        attention: scores and their weighted sums.
+    """
+
+    products: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+
+def flops_of(hf_config: PretrainedConfig, pieces: Iterable[tuple[int, int]], predicted: int) -> Flops:
+    """Counts the operations of a step.
+
+    Args:
+        pieces: (tokens, tokens before them that they attend to) of each causal piece.
+        predicted: tokens whose log-probs are computed.
+    """
+    shape = Shape.of(hf_config, 1)
+    chosen = shape.chosen or 1
+    layer = shape.hidden * (2 * shape.queries + 2 * shape.keys + shape.experts) + 3 * shape.hidden * shape.ffn * chosen
+    tokens = pairs = 0
+    for length, before in pieces:
+        tokens += length
+        pairs += length * before + length * (length + 1) // 2
+    products = 2 * shape.layers * layer * tokens + 2 * hf_config.vocab_size * shape.hidden * predicted
+    return Flops(3.0 * products, 3.0 * 4 * shape.layers * pairs * shape.queries)
+
+
+def flops_of_packs(hf_config: PretrainedConfig, packs: Sequence[Pack]) -> Flops:
+    """Counts the operations of a step on these packs."""
+    pieces = [
+        (piece.length, 0 if piece.prompt is None else pack.pieces[piece.prompt].length)
+        for pack in packs
+        for piece in pack.pieces
+    ]
+    return flops_of(hf_config, pieces, sum(pack.targets.numel() for pack in packs))
