@@ -63,6 +63,26 @@ class ModelConfig:
         "TOKEN,TOKEN,...: special tokens to add, such as '<think>,</think>'; their rows start as the mean of the "
         "others', and --save-hf has them in weights and tokenizer",
     )
+    lora_rank: int | None = option(
+        None,
+        "rank of LoRA's adapters; the model's own weights are frozen, without gradients and optimizer state; default: "
+        "that of --lora-path, else all weights are trained",
+        minimum=1,
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA's alpha: adapters are scaled by alpha / rank; default: --lora-rank, a scale of 1", minimum=0
+    )
+    use_rslora: bool = option(
+        False, "rank-stabilised LoRA: adapters are scaled by alpha / sqrt(rank) (arXiv 2312.03732)"
+    )
+    lora_modules: str | None = option(
+        None,
+        "NAME,NAME,...: projections with adapters, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and "
+        "down_proj; default: all of them, of a model with experts those of attention",
+    )
+    lora_path: str | None = option(
+        None, "PEFT folder (adapter_config.json, adapter_model.safetensors) of the adapters to start from"
+    )
     transformer_impl: str = option(
         "portable",
         "portable: pure PyTorch, every platform; transformer_engine: Transformer Engine's layers and attention, needs "
@@ -430,6 +450,12 @@ class OutputConfig:
     save_hf: str | None = option(None, "folder for the trained model in Hugging Face format")
     save_hf_interval: int = option(
         0, "steps between Hugging Face folders iter_0000100 and so on inside --save-hf; 0: none", minimum=0
+    )
+    lora_export: str = option(
+        "merged",
+        "what --save-hf holds after LoRA; merged: the model, with the adapters added to its matrices; adapter: the "
+        "adapters alone, as a PEFT folder",
+        ("merged", "adapter"),
     )
     overwrite: bool = option(False, "overwrite an existing --save-hf folder")
     tensorboard_dir: str | None = option(None, "write TensorBoard events there")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_solopo.config import OWNER, Config, MethodConfig, ModelConfig, OutputConfig, flag, names_of
 from megatron_solopo.errors import UserError, nearest, require
+from megatron_solopo.lora_options import OF_FOLDER, modules_of
 from megatron_solopo.losses.registry import (
     aligns_with_reference,
     has,
@@ -22,6 +23,7 @@ def check(config: Config) -> None:
     _check_required(config)
     _check_method(config)
     _check_implementation(config)
+    _check_lora(config)
     _check_unused(config)
     _check_loss_options(config.method)
     _check_parallel(config)
@@ -194,6 +196,32 @@ def _check_recompute(config: Config) -> None:
         )
 
 
+def _check_lora(config: Config) -> None:
+    model = config.model
+    if model.lora_rank is None:
+        return
+    modules_of(model)
+    if model.lora_alpha == 0:
+        raise UserError("option-value", "--lora-alpha 0: adapters would have no effect; set it above 0")
+    if model.transformer_impl == "transformer_engine":
+        raise UserError(
+            "option-conflict",
+            "--lora-rank with --transformer-impl transformer_engine: its matrices contain the norms before them, whose "
+            "output adapters need; use portable",
+        )
+    if config.method.reference == "resident":
+        raise UserError(
+            "option-conflict",
+            "--lora-rank with --reference resident: the reference is the frozen model; use cached",
+        )
+    if model.add_special_tokens is not None:
+        raise UserError(
+            "option-conflict",
+            "--lora-rank with --add-special-tokens: the rows of new tokens would be frozen, and a PEFT folder does not "
+            "hold them; leave the tokens out, or train all weights",
+        )
+
+
 PROFILE = ("use_pytorch_profiler", "profile_step_start", "profile_step_end", "profile_ranks")
 
 Rule = tuple[str, bool, str]
@@ -260,6 +288,9 @@ def unused(config: Config) -> dict[str, str]:
         ),
         ("save_retain_interval", output.save_interval > 0, "needs --save-interval"),
         ("async_save", output.save_interval > 0, "needs --save-interval (the last save is always waited for)"),
+        *((name, model.lora_rank is not None, "needs --lora-rank or --lora-path") for name in OF_FOLDER),
+        ("lora_export", model.lora_rank is not None, "needs --lora-rank or --lora-path"),
+        ("lora_export", output.save_hf is not None, "needs --save-hf"),
         ("wandb_exp_name", output.wandb_project is not None, "needs --wandb-project"),
         ("wandb_save_dir", output.wandb_project is not None, "needs --wandb-project"),
         ("save_hf_interval", output.save_hf is not None, "needs --save-hf"),

@@ -18,6 +18,7 @@ from megatron_solopo.arguments import Parser
 from megatron_solopo.config import OWNER, SECTIONS, Config, flag, load_loss, names_of
 from megatron_solopo.config_checks import check
 from megatron_solopo.errors import nearest
+from megatron_solopo.lora_options import read_folder_options
 from megatron_solopo.losses.base import PreferenceLoss
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.megatron_options import REFUSED
@@ -210,6 +211,8 @@ def resolve(config: Config) -> None:
         model.chat_template_kwargs = template_kwargs.canonical(model.chat_template_kwargs)
     if model.chat_template_date is not None:
         template_kwargs.check_date(model.chat_template_date)
+    if model.lora_path is not None:
+        read_folder_options(model, config.explicit)
     if method.objective == "preference":
         defaults = loss_class(method.preference_loss).defaults
         if method.beta is None:

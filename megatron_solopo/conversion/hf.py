@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.lora import is_adapter
 from megatron_solopo.model.transformer_engine import portable_name
 from megatron_solopo.progress import ProgressBar
 
@@ -27,15 +28,18 @@ EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"
 """With tied embeddings the last of several pipeline stages holds a copy of the embedding; Megatron keeps it equal."""
 
 
-def named_entries(
-    model: GPTModel, hf_config: PretrainedConfig
-) -> Iterator[tuple[Entry, tuple[str, ...], torch.nn.Parameter]]:
-    """Yields (entry, its Hugging Face names, the parameter on this process) for every parameter of the model.
+type Entered = Iterator[tuple[Entry, tuple[str, ...], torch.nn.Parameter]]
+"""Parameters of a chunk with their entries and names, as `named_entries` yields them."""
+
+
+def named_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
+    """Yields (entry, its Hugging Face names, the parameter on this process) for every parameter of the model but those
+    of LoRA's adapters.
 
     Raises:
         UserError: a parameter has no entry, or an entry has no parameter.
     """
-    parameters = {portable_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {portable_name(name): value for name, value in model.named_parameters() if not is_adapter(name)}
     for entry in family_of(hf_config).table(hf_config, model.vocab_size):
         if "{layer}" not in entry.megatron:
             # Only the first and the last pipeline stage hold parameters outside layers.
@@ -105,7 +109,10 @@ def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[s
 
 @torch.no_grad()
 def hf_tensors(
-    chunks: Sequence[GPTModel], hf_config: PretrainedConfig, stored: StoredWeights | None = None
+    chunks: Sequence[GPTModel],
+    hf_config: PretrainedConfig,
+    stored: StoredWeights | None = None,
+    entries: Callable[[GPTModel, PretrainedConfig], Entered] = named_entries,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (Hugging Face name, unsplit tensor on the CPU), joined over tensor-parallel processes, without padding.
 
@@ -115,8 +122,9 @@ def hf_tensors(
     Args:
         stored: the checkpoint from which each parameter is mapped when it is needed, and released afterwards. Without
             it the model is already loaded, and keeps its weights.
+        entries: yields the parameters of a chunk.
     """
-    of_stage = (named for chunk in chunks for named in _hf_tensors_of_chunk(chunk, hf_config, stored))
+    of_stage = (named for chunk in chunks for named in _hf_tensors_of_chunk(entries(chunk, hf_config), stored))
     if parallel_state.is_pipeline_first_stage():
         yield from of_stage
         for stage in range(1, parallel_state.get_pipeline_model_parallel_world_size()) if _on_writing_column() else ():
@@ -170,11 +178,9 @@ def _wire_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _hf_tensors_of_chunk(
-    model: GPTModel, hf_config: PretrainedConfig, stored: StoredWeights | None
-) -> Iterator[tuple[str, Tensor]]:
+def _hf_tensors_of_chunk(entries: Entered, stored: StoredWeights | None) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a model chunk and of all its experts, joined over tensor-parallel processes."""
-    for entry, names, parameter in named_entries(model, hf_config):
+    for entry, names, parameter in entries:
         if stored is not None:
             stored.map(parameter)
         joined, dimension = parameter.detach(), _split_dimension(parameter)
@@ -219,6 +225,7 @@ def save_folder(
     dtype: torch.dtype | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     stored: StoredWeights | None = None,
+    change: Callable[[Iterator[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]] | None = None,
 ) -> None:
     """Writes the model as a Hugging Face folder, with the config and tokenizer files of ``source``, adapted to the
     training options.
@@ -230,6 +237,7 @@ def save_folder(
         chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date: see `SidecarFiles`.
         dtype: of the files; default the model's.
         stored: see `hf_tensors`.
+        change: applied to the tensors on rank 0.
 
     Raises:
         UserError: see `write_folder`.
@@ -245,5 +253,7 @@ def save_folder(
     sidecar_files = SidecarFiles(
         Path(source), document, chat_template, chat_template_kwargs, added_tokens, end_of_turn, chat_template_date
     )
+    if change is not None:
+        tensors = change(tensors)
     tensors = ProgressBar(tensors, desc=f"writing {target}", total=len(shapes), unit="tensor", leave=False)
     write_folder(Path(target), sidecar_files, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)

@@ -29,6 +29,7 @@ from megatron_solopo.conversion.sharded_write import ShardedWrite, WriteItem
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
 from megatron_solopo.conversion.stored import StoredWeights, parts_of_parameters
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.lora import has_adapters, is_adapter
 from megatron_solopo.model.transformer_engine import UNSAFE_PICKLES
 from megatron_solopo.parallel.platform import first_error, run_on_rank0
 from megatron_solopo.progress import ProgressBar, reporting
@@ -47,12 +48,13 @@ def chunk_names(models: Sequence[GPTModel]) -> list[str]:
 
 
 def model_states(
-    models: Sequence[GPTModel], source: Path | None = None
+    models: Sequence[GPTModel], source: Path | None = None, frozen: bool = False
 ) -> tuple[dict[str, Any], dict[str, dict[str, None]]]:
     """(states of the chunks of a model, the omitted entries of `FP8_SCALES`), both by chunk.
 
     Args:
         source: the checkpoint to load from; None when saving.
+        frozen: of a model with LoRA's adapters, whether these are the states of its frozen weights or of its adapters.
 
     Raises:
         UserError: the checkpoint holds scales that are loaded only if an environment variable allows it.
@@ -64,6 +66,11 @@ def model_states(
     keep = models[0].config.fp8 is not None and models[0].config.fp8_recipe == "delayed"
     stored = load_sharded_metadata(str(source)).keys() if keep and source is not None else None
     left_out: dict[str, dict[str, None]] = {}
+    if has_adapters(models):
+        states = {
+            name: {key: value for key, value in state.items() if is_adapter(key) != frozen}
+            for name, state in states.items()
+        }
     for name, state in states.items():
         scales = [key for key in state if FP8_SCALES in key]
         missing = [key for key in scales if stored is not None and state[key].unique_key not in stored]
@@ -82,21 +89,25 @@ def model_states(
 def load_models(models: Sequence[GPTModel], loaded: dict[str, Any], left_out: dict[str, dict[str, None]]) -> None:
     """Loads states of `model_states` into the chunks."""
     for name, model in zip(chunk_names(models), models, strict=True):
-        model.load_state_dict(loaded[name] | left_out[name])
+        # megatron-core reports what the checkpoint lacks; frozen weights are in none.
+        model.load_state_dict(loaded[name] | left_out[name], strict=not has_adapters(models))
 
 
-def load_weights_from(source: Path, models: Sequence[GPTModel]) -> None:
+def load_weights_from(source: Path, models: Sequence[GPTModel], frozen: bool = False) -> None:
     """Loads the weights of a complete checkpoint, without its optimizer, into the chunks of a model.
+
+    Args:
+        frozen: see `model_states`.
 
     Raises:
         UserError: it belongs to another model.
     """
-    stored_weights(source, models).fill_all()
+    stored_weights(source, models, frozen).fill_all()
 
 
-def stored_weights(source: Path, models: Sequence[GPTModel]) -> StoredWeights:
-    """The weights of a complete checkpoint, which are read one parameter at a time."""
-    states, _ = model_states(models, source)
+def stored_weights(source: Path, models: Sequence[GPTModel], frozen: bool = False) -> StoredWeights:
+    """The weights of a complete checkpoint, which are read one parameter at a time; see `model_states`."""
+    states, _ = model_states(models, source, frozen)
     return StoredWeights(source, models, [states[name] for name in chunk_names(models)])
 
 
@@ -106,8 +117,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def stored_dtype(source: Path) -> torch.dtype:
-    """The dtype of the weights in a checkpoint."""
-    return dist_checkpointing.load_tensors_metadata(str(source))["embedding.word_embeddings.weight"].dtype
+    """The dtype of the weights in a checkpoint, or of LoRA's adapters."""
+    tensors = dist_checkpointing.load_tensors_metadata(str(source))
+    if (embedding := tensors.get("embedding.word_embeddings.weight")) is not None:
+        return embedding.dtype
+    return next(value.dtype for key, value in tensors.items() if is_adapter(key) and not key.startswith("optimizer."))
 
 
 def save_megatron_folder(

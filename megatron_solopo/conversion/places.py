@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_solopo.atomic import folder_aside, put_folder, replaced, restore_folder
 from megatron_solopo.conversion.manifest import is_marked
 from megatron_solopo.errors import UserError
+from megatron_solopo.lora_options import CONFIG
 
 
 def restore(folder: Path) -> None:
@@ -31,9 +32,14 @@ def _keep_exports(earlier: Path, folder: Path) -> None:
 
 
 def _is_export(path: Path) -> bool:
-    """A model of --save-hf-interval, finished or not; the checkpoints of a run have no config.json."""
+    """A model of --save-hf-interval, finished or not; the checkpoints of a run are none."""
     unfinished = path.suffix in (".partial", ".replaced")
-    return path.name.startswith("iter_") and (unfinished or (path / "config.json").is_file())
+    return path.name.startswith("iter_") and (unfinished or holds_model(path))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model, or a PEFT folder of adapters."""
+    return any((folder / name).is_file() for name in ("config.json", CONFIG))
 
 
 def named_folder(option: str, text: str) -> Path:
@@ -68,7 +74,7 @@ def check_target(option: str, folder: Path, force: bool, filling: bool = False) 
             "folder-mounted",
             f"{option} {folder}: is a mount point, which cannot be renamed; use a folder inside it: {folder / 'model'}",
         )
-    model = (real / "config.json").is_file()
+    model = holds_model(real)
     if not force and (model or not filling):
         raise UserError(
             "folder-exists",

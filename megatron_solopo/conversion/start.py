@@ -99,6 +99,6 @@ def load_start(
         UserError: a tensor is missing, left over, or has the wrong shape.
     """
     if is_megatron_folder(folder):
-        load_weights_from(find_checkpoint(folder, None, "--hf-path"), models)
+        load_weights_from(find_checkpoint(folder, None, "--hf-path"), models, frozen=True)
     else:
         open_hf_weights(models, hf_config, folder, add_special_tokens).fill_all()

@@ -63,13 +63,14 @@ class StoredWeights:
         self._source, self._reader = source, FileSystemReader(source)
         self._stored = self._reader.read_metadata()
         self._parts: dict[int, list[ShardedTensor]] = {}
-        self._parameters = [parameter for model in models for parameter in model.parameters()]
         for state in states:
             apply_factories(state)
         for parameter, parts in parts_of_parameters(models, states):
             self._parts[id(parameter)] = parts
             for part in parts:
                 self._check(part)
+        # Of a model with LoRA's adapters, a checkpoint holds either these or the frozen weights.
+        self._parameters = [p for model in models for p in model.parameters() if id(p) in self._parts]
 
     def _check(self, part: ShardedTensor) -> None:
         stored = self._stored.state_dict_metadata.get(part.key)

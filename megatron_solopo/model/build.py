@@ -28,6 +28,7 @@ from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
+from megatron_solopo.model.lora import attach_adapters
 from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.offload import Offload
 from megatron_solopo.model.rope import RotaryFrequencies
@@ -202,6 +203,8 @@ def build_model(
             # mcore sets it only where experts are sharded unlike the other layers, and a checkpoint would then hold one
             # optimizer under some layouts and two under others.
             setattr(parameter, "allreduce", False)
+    if config.model.lora_rank is not None:
+        attach_adapters(model, config.model)
     return model.cuda(torch.cuda.current_device())
 
 

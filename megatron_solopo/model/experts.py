@@ -88,6 +88,8 @@ class GroupedProduct(torch.autograd.Function):
         x, ends, *weights = ctx.saved_tensors
         grad = grad.contiguous()
         of_x = F.grouped_mm(grad, torch.stack(weights), offs=ends)
+        if not any(ctx.needs_input_grad[4:]):  # with LoRA
+            return of_x, *(None,) * (len(weights) + 3)
         parts = zip(grad.split(ctx.counts), x.split(ctx.counts), strict=True)
         if ctx.fused is None:
             return of_x, None, None, None, *(of_rows.t() @ rows for of_rows, rows in parts)

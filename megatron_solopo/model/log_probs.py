@@ -93,11 +93,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_sums = ctx.saved_tensors
         first_row, real_rows, chunk, group, total = ctx.settings
         grad_hidden = torch.empty_like(hidden)
-        # bfloat16 would lose the sum over chunks.
-        separate = ctx.fused is None
-        sum_of_chunks = (
-            torch.zeros(weight.shape, dtype=total, device=weight.device) if separate else ctx.fused.main_grad
-        )
+        separate, sum_of_chunks = ctx.fused is None, None
+        if ctx.needs_input_grad[1]:  # not with LoRA; bfloat16 would lose the sum over chunks
+            sum_of_chunks = (
+                torch.zeros(weight.shape, dtype=total, device=weight.device) if separate else ctx.fused.main_grad
+            )
         for begin in range(0, targets.numel(), chunk):
             part = slice(begin, begin + chunk)
             rows = logits_of(hidden[part], weight, total).sub_(log_sums[part][:, None]).exp_().neg_()
@@ -107,10 +107,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             rows.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], in_shard[:, None])
             rows = rows.mul_(grad[part][:, None]).to(hidden.dtype)
             grad_hidden[part] = rows @ weight
-            add_product(sum_of_chunks, rows.t(), hidden[part])
+            if sum_of_chunks is not None:
+                add_product(sum_of_chunks, rows.t(), hidden[part])
         if group is not None:
             dist.all_reduce(grad_hidden, group=group)
-        grad_weight = sum_of_chunks.to(weight.dtype) if separate else added_gradient(ctx.fused)
+        grad_weight = None
+        if sum_of_chunks is not None:
+            grad_weight = sum_of_chunks.to(weight.dtype) if separate else added_gradient(ctx.fused)
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 

@@ -274,6 +274,7 @@ def _answer_product(patch: Patch, door: _Door) -> None:
     # weights have no values here, and drawing real ones takes minutes for a large model
     patch(engine, "draw_start", lambda *args: None)
     patch(engine, "load_start", lambda *args: None)
+    patch(engine, "start_adapters", lambda *args: None)
 
     def finite(scalars: dict[str, Tensor], numbers: dict[str, float], device: torch.device) -> dict[str, Any]:
         return {name: (1.0,) * dist.get_world_size() for name in (*scalars, *numbers)}

@@ -17,6 +17,7 @@ from megatron_solopo.conversion.manifest import mistaken
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder, restore
 from megatron_solopo.data.text.tokenizer import read_tokenizer
 from megatron_solopo.errors import UserError
+from megatron_solopo.lora_options import OF_FOLDER
 from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.parallel import platform
 
@@ -43,6 +44,7 @@ STAGES = (
 RUN_OPTIONS = (
     *("chat_template", "chat_template_kwargs", "chat_template_date", "eos_token"),
     *("rope_scaling", "add_special_tokens"),
+    *OF_FOLDER,
 )
 """Options of a run's config.yaml by which its model and tokenizer differ from those of --hf-path."""
 
@@ -74,6 +76,13 @@ def build_parser() -> Parser:
         help="largest size of a weights file (default: %(default)s)",
     )
 
+    export = OWNER["lora_export"][1]
+    to_hf.add_argument(
+        flag("lora_export"),
+        choices=export.metadata["choices"],
+        help=export.metadata["help"].replace("--save-hf holds after LoRA", "is written of a run with LoRA")
+        + f" (default: {export.default})",
+    )
     for command in (to_megatron, to_hf):
         command.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: unchanged)")
         command.add_argument("--overwrite", action="store_true", help="overwrite an existing folder")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
+from megatron_solopo.conversion.adapters import merging, save_adapters
 from megatron_solopo.conversion.compare import compare, read_prompts, report
 from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.hf_folder import TensorReader
@@ -29,6 +30,8 @@ from megatron_solopo.parallel.platform import first_error
 from megatron_solopo.parallel.topology import world_size
 from megatron_solopo.training.engine import build_chunks, initialize_parallel
 from megatron_solopo.training.preflight import check_cut, chosen_template, end_of_turn, load_run_tokenizer, read_model
+from megatron_solopo.training.reference import shared, starting_weights
+from megatron_solopo.training.resume import check_reference, read_progress
 
 
 def convert(options: argparse.Namespace, config: Config) -> int:
@@ -85,24 +88,38 @@ def _to_hf(options: argparse.Namespace, config: Config, hf_config: PretrainedCon
     chat_template, end_of_turn = _chat_format(Path(options.load), config)
     source = find_checkpoint(options.load, options.ckpt_step)
     models = build_chunks(hf_config, config, stored_dtype(source))
-    stored = stored_weights(source, models)
+    adapters = config.model.lora_rank is not None
+    if options.lora_export is not None and not adapters:
+        raise UserError("option-unused", f"--lora-export would have no effect: the run of {options.load} has no LoRA")
+    stored = None if adapters else stored_weights(source, models)
+    alone = adapters and options.lora_export == "adapter"
+    if adapters:
+        load_weights_from(source, models)
+        if not alone:
+            weights = shared(lambda: starting_weights(config))
+            check_reference(read_progress(source), weights, config)
+            load_start(models, hf_config, config.model.hf_path)
     problem: UserError | None = None
     try:
-        save_folder(
-            models,
-            hf_config,
-            config.model.hf_path,
-            options.save_hf,
-            force=options.overwrite,
-            chat_template=chat_template,
-            chat_template_kwargs=config.model.chat_template_kwargs,
-            chat_template_date=config.model.chat_template_date,
-            added_tokens=config.model.add_special_tokens,
-            end_of_turn=end_of_turn,
-            dtype=_dtype(options.dtype) if options.dtype else None,
-            max_shard_size=options.max_shard_size,
-            stored=stored,
-        )
+        if alone:
+            save_adapters(models, hf_config, config.model, Path(options.save_hf), options.overwrite)
+        else:
+            save_folder(
+                models,
+                hf_config,
+                config.model.hf_path,
+                options.save_hf,
+                force=options.overwrite,
+                chat_template=chat_template,
+                chat_template_kwargs=config.model.chat_template_kwargs,
+                chat_template_date=config.model.chat_template_date,
+                added_tokens=config.model.add_special_tokens,
+                end_of_turn=end_of_turn,
+                dtype=_dtype(options.dtype) if options.dtype else None,
+                max_shard_size=options.max_shard_size,
+                stored=stored,
+                change=merging(models, hf_config, config.model),
+            )
     except UserError as error:
         problem = error
     if problem := first_error(problem):
@@ -128,6 +145,12 @@ def _verify(options: argparse.Namespace, config: Config, hf_config: PretrainedCo
             "special-tokens-added",
             f"--load {options.load}: its run added special tokens, whose rows {config.model.hf_path} does not have; "
             "write the checkpoint with megatron-to-hf, and compare that folder with itself",
+        )
+    if config.model.lora_rank is not None:
+        raise UserError(
+            "adapter-not-merged",
+            f"--load {options.load}: its run trained LoRA's adapters, which transformers does not load; write the "
+            "checkpoint with megatron-to-hf, and compare that folder with itself",
         )
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     check_weights(config.model.hf_path, hf_config, padded)  # for clearer messages than those of transformers

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, ParallelConfig, TrainingConfig
+from megatron_solopo.conversion.adapters import start_adapters
 from megatron_solopo.conversion.random_start import draw_start
 from megatron_solopo.conversion.start import load_start
 from megatron_solopo.model.build import build_model, offload_activations, rotary_frequencies
@@ -193,6 +194,8 @@ def build_engine(
         draw_start(models, hf_config, config.training.seed)
     else:
         load_start(models, hf_config, config.model.hf_path, config.model.add_special_tokens)
+    if config.model.lora_rank is not None:
+        start_adapters(models, hf_config, config.model, config.training.seed)
     _set_schedule_functions(chunks, ddp)
     frequencies = rotary_frequencies(hf_config).to(platform.device)
     rows = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -212,10 +215,10 @@ def _release_parameters(models: Sequence[GPTModel]) -> None:
     """Frees the parameters' memory before DDP copies them into its flat buffers; weights are loaded afterwards.
 
     Copied with their values they would be in memory twice, beside the gradients. A tensor with strides of 0 has every
-    shape and one element.
+    shape and one element. Frozen parameters, which those buffers do not hold, keep their memory.
     """
     for model in models:
-        for parameter in model.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.data = parameter.new_empty_strided(parameter.shape, (0,) * parameter.dim())
 
 

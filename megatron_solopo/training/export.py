@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
+from megatron_solopo.conversion.adapters import merging, save_adapters
 from megatron_solopo.conversion.hf import save_folder
 from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.conversion.places import restore
@@ -45,6 +46,9 @@ def export_last_model(engine: Engine, config: Config, data: RunData, steps: int)
 def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | None:
     engine.gather_parameters()
     try:
+        if config.model.lora_rank is not None and config.output.lora_export == "adapter":
+            save_adapters(engine.models, engine.hf_config, config.model, target, force=True)
+            return first_error(None)
         save_folder(
             engine.models,
             engine.hf_config,
@@ -56,6 +60,7 @@ def _save(engine: Engine, config: Config, data: RunData, target: Path) -> str | 
             chat_template_date=config.model.chat_template_date,
             added_tokens=config.model.add_special_tokens,
             end_of_turn=data.end_of_turn,
+            change=merging(engine.models, engine.hf_config, config.model),
         )
         return first_error(None)
     except UserError as error:

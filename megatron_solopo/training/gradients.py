@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_solopo.conversion.hf import named_entries, tensor_group
+from megatron_solopo.conversion.adapters import trained_entries
+from megatron_solopo.conversion.hf import tensor_group
 from megatron_solopo.training.engine import Engine, gradient_buffers
 
 type Summary = tuple[str, torch.Size, torch.dtype]
@@ -30,7 +31,7 @@ def full_gradients(engine: Engine) -> dict[str, Tensor]:
     """
     _complete_buffers(engine)
     names = [
-        name for model in engine.models for _, names, _ in named_entries(model, engine.hf_config) for name in names
+        name for model in engine.models for _, names, _ in trained_entries(model, engine.hf_config) for name in names
     ]
     owners: dict[str, int] = {}
     for rank, of_rank in enumerate(_of_ranks(names)):
@@ -70,7 +71,7 @@ def _complete_buffers(engine: Engine) -> None:
 
 def _complete_tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Returns (name, gradient on the CPU) of the tensors that this rank has a shard of; collective."""
-    entries = (entry for model in engine.models for entry in named_entries(model, engine.hf_config))
+    entries = (entry for model in engine.models for entry in trained_entries(model, engine.hf_config))
     for entry, names, parameter in entries:
         group = tensor_group(entry)
         sharded: Any = parameter  # with mcore's attributes

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_solopo import template_kwargs
 from megatron_solopo.config import Config, ModelConfig, OutputConfig
 from megatron_solopo.config_checks import check_on_cuda, profiled_ranks
+from megatron_solopo.conversion.adapters import check_adapters
 from megatron_solopo.conversion.sidecar_files import generation_config
 from megatron_solopo.conversion.start import check_weights, model_config
 from megatron_solopo.data.files.inputs import first_field
@@ -80,7 +81,7 @@ class Preflight:
         source: the checkpoint that is resumed, or None.
         before: its `progress` and ``iteration``; empty without one.
         nothing_left: an earlier start of this command did all its work.
-        weights: `starting_weights`, where the loss has a reference and they were read.
+        weights: `starting_weights`, where the loss has a reference or they are frozen, and they were read.
     """
 
     inputs: RunInputs
@@ -118,7 +119,9 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
         return Preflight(inputs, progress, source, before, nothing_left=True)
     check_profile(config.output, inputs.schedule.steps)
     weights = None
-    if needs_reference(config.method) and (before or not dry_run):  # reads all weights
+    # A checkpoint of adapters is one of the weights beside them, as a loss with a reference is one of the reference.
+    identified = needs_reference(config.method) or config.model.lora_rank is not None
+    if identified and (before or not dry_run):  # reads all weights
         weights = shared(lambda: starting_weights(config))
         progress[resume.REFERENCE_WEIGHTS] = weights
         if before:
@@ -191,6 +194,7 @@ def check_model(config: Config, device: str) -> PretrainedConfig:
     if not config.model.random_init:
         padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
         check_weights(config.model.hf_path, hf_config, padded)
+    check_adapters(config.model, hf_config)
     if config.output.save_hf is not None:
         generation_config(Path(config.model.hf_path))  # which an export changes
     return hf_config

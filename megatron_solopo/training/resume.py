@@ -21,7 +21,7 @@ from megatron_solopo.conversion.manifest import (
     read_manifest,
     write_latest,
 )
-from megatron_solopo.conversion.places import check_apart, check_target, named_folder
+from megatron_solopo.conversion.places import check_apart, check_target, holds_model, named_folder
 from megatron_solopo.data.tokenized.batches import Schedule
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
@@ -40,7 +40,7 @@ MATHEMATICS = "mathematics"
 """Key of a checkpoint's progress: `fields.mathematics` of the model."""
 
 REFERENCE_WEIGHTS = "reference_weights"
-"""Key of a checkpoint's progress, where the loss has a reference: its `starting_weights`."""
+"""Key of a checkpoint's progress, where the loss has a reference or adapters are trained: the `starting_weights`."""
 
 SCHEDULE = frozenset({"lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay"})
 """Options of Megatron's optimizer-parameter scheduler, besides the number of steps: part of a run's identity, unless
@@ -50,6 +50,7 @@ IDENTITY = frozenset(
     SCHEDULE
     | {
         *("random_init", "bf16", "fp8_format", "fp8_recipe", "rope_scaling", "add_special_tokens"),
+        *("lora_rank", "lora_alpha", "use_rslora", "lora_modules"),
         *("make_vocab_size_divisible_by", "shuffle", "global_batch_size", "seed"),
         *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),
         *("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"),
@@ -68,7 +69,7 @@ EXAMPLES = frozenset(
 )
 """Options that are compared by the resulting token ids."""
 
-START = frozenset({"hf_path"})
+START = frozenset({"hf_path", "lora_path"})
 """Options that are compared by the layers of config.json, and where the loss has a reference by the weight files."""
 
 FREE = frozenset(
@@ -230,10 +231,10 @@ def nothing_left(config: Config, resumed: int, steps: int) -> bool:
     if not output.save_hf:
         return resumed == steps
     state = _noted_export(config)
-    exported = state == _noted(config, steps, complete=True) and (Path(output.save_hf) / "config.json").is_file()
+    exported = state == _noted(config, steps, complete=True) and holds_model(Path(output.save_hf))
     if exported and resumed == steps:
         return True
-    if resumed == steps and state is None and not output.overwrite and (Path(output.save_hf) / "config.json").is_file():
+    if resumed == steps and state is None and not output.overwrite and holds_model(Path(output.save_hf)):
         raise UserError(
             "folder-exists",
             f"--save-hf {output.save_hf}: exists already, and {Path(output.save) / EXPORT} does not record it as this "
@@ -408,9 +409,15 @@ def check_reference(before: Progress, weights: str, config: Config) -> None:
     if before.get(REFERENCE_WEIGHTS) not in (None, weights):
         raise UserError(
             "checkpoint-other-reference",
-            f"--hf-path {config.model.hf_path}: its files are not those that the run started from, the reference of "
-            f"{config.method.preference_loss}; restore the folder, or start a new run",
+            f"--hf-path {config.model.hf_path}: its files are not those that the run started from, "
+            f"{_role_of_weights(config)}; restore the folder, or start a new run",
         )
+
+
+def _role_of_weights(config: Config) -> str:
+    if config.model.lora_rank is not None:
+        return "whose adapters it trained"
+    return f"the reference of {config.method.preference_loss}"
 
 
 def go_back(config: Config) -> None:

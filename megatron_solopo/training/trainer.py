@@ -20,6 +20,7 @@ from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import describe_kernels
 from megatron_solopo.model.experts import describe_experts
+from megatron_solopo.model.lora import without_adapters
 from megatron_solopo.parallel.platform import Platform
 from megatron_solopo.terminal import write_line
 from megatron_solopo.training import engine as engines
@@ -143,9 +144,10 @@ class Trainer:
             size = self.resident.host_bytes / 2**30
             self.log.message(f"resident reference: {size:.2f} GiB of host memory a process")
         for split, dataset in datasets.items():
-            log_probs = reference_log_probs(
-                self.engine, dataset, self.config, self.plan.weights, self.log.message, self.stop.requested
-            )
+            with without_adapters(self.engine.models):
+                log_probs = reference_log_probs(
+                    self.engine, dataset, self.config, self.plan.weights, self.log.message, self.stop.requested
+                )
             if log_probs is None:
                 stopped = f"stopped by {self.stop.agreed(self.platform.device)} before the first step"
                 saved = "; the reference log-probs so far are saved" if has_cache(self.config.method) else ""

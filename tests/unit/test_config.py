@@ -1,6 +1,7 @@
 """Options: YAML under the command line, defaults, and a dump that loads again."""
 
 import dataclasses
+import json
 import re
 from itertools import product
 
@@ -139,6 +140,7 @@ NEEDED_FOR = {
         ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"), ["--bf16", "--optimizer-cpu-offload"]
     ),
     "cp_comm_type": [*ENGINE, "--context-parallel-size", "2", "--no-share-prompts"],
+    **dict.fromkeys(("lora_alpha", "use_rslora", "lora_modules", "lora_export"), ["--lora-rank", "8"]),
     "ckpt_step": ["--load", "run"],
     "override_opt_param_scheduler": ["--auto-resume"],
     "simpo_gamma": ["--preference-loss", "simpo"],
@@ -165,6 +167,8 @@ NEEDED_FOR = {
 
 def test_every_option_can_be_set_in_both_places(tmp_path):
     """A value other than the default, by flag and by file, arrives; none is forgotten by the parser."""
+    adapters = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapters))
     for name, (section, spec) in OPTIONS.items():
         context = argv(
             "--valid-data", "v", "--save-hf", "out", "--recompute-granularity", "full", "--save-interval", "3"
@@ -179,6 +183,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
             numbers = {"seq_length": 9000, "max_tokens_per_rank": 20000, "lr": 0.25, "min_lr": 1e-7, "seed": 7}
             numbers |= {"profile_step_end": 20, "profile_ranks": "0,8", "recompute_modules": "mlp"}
             numbers |= {"label_smoothing": 0.25, "rope_scaling": "yarn:4:32768"}
+            numbers |= {"lora_modules": "q_proj,up_proj", "lora_path": str(tmp_path)}
             numbers |= {"chat_template_kwargs": '{"a": 1}', "chat_template_date": "2026-01-31"}
             if name == "fp8_recipe":
                 choices.remove("delayed")  # not with a reference

@@ -168,12 +168,21 @@ WRONG_OPTIONS = [
     ("--exit-duration-in-mins 0", "option-value", "--exit-duration-in-mins", "above 0"),
     ("--save-interval 4 --save-retain-interval 6", "option-conflict", "--save-retain-interval 6", "--save-interval 4"),
     ("--config absent.yaml", "file-missing", "--config absent.yaml"),
+    ("--lora-rank 8 --lora-modules q_proj,fc1", "option-value", "--lora-modules q_proj,fc1", "'fc1'", "q_proj, k_proj"),
+    ("--lora-rank 8 --lora-alpha 0", "option-value", "--lora-alpha 0"),
+    (f"{TE} --lora-rank 8", "option-conflict", "--lora-rank", "use portable"),
+    ("--lora-rank 8 --add-special-tokens <a>", "option-conflict", "--lora-rank", "--add-special-tokens"),
+    ("--lora-path absent", "adapter-missing", "--lora-path absent", "adapter_config.json"),
 ]
 """(what is added to a right command line, code, start of the message, what else it names)"""
 
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 
 UNUSED_OPTIONS = [
+    ("--lora-alpha 8", "--lora-alpha", "--lora-rank"),
+    ("--use-rslora", "--use-rslora", "--lora-rank"),
+    ("--save-hf out --lora-export adapter", "--lora-export", "--lora-rank"),
+    ("--lora-rank 8 --lora-export adapter", "--lora-export", "--save-hf"),
     ("--attention-backend flash", "--attention-backend", "--bf16"),
     ("--bf16 --device cpu --attention-backend flash", "--attention-backend", "CUDA"),
     ("--fp8-format e4m3", "--fp8-format", "--transformer-impl transformer_engine"),

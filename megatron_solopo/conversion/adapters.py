@@ -1,0 +1,215 @@
+"""LoRA's adapters and PEFT's folders: reading, the first values, writing, merging into the model's matrices.
+
+Tensors have PEFT's names, ``base_model.model.`` and the path of the module, then ``lora_A.weight`` [r, in] or
+``lora_B.weight`` [out, r].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_solopo.atomic import folder_aside, new_file, write_text
+from megatron_solopo.config import ModelConfig
+from megatron_solopo.conversion.hf import Entered, hf_tensors, local_part, named_entries
+from megatron_solopo.conversion.hf_weights import stored_shapes
+from megatron_solopo.conversion.places import check_target, put_in_place, restore
+from megatron_solopo.errors import UserError
+from megatron_solopo.lora_options import CONFIG, MLP, PROJECTIONS, WEIGHTS, alpha_of, modules_of
+from megatron_solopo.model.families.operators import Entry, Rename
+from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale
+
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+OWNERS = {"self_attention": "self_attn", "mlp": "mlp"}
+"""Parts of a layer: megatron-core's name -> Hugging Face's, in all families."""
+
+
+def adapter_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
+    """Yields (entry, its PEFT name, the parameter on this process) for every parameter of a model's adapters."""
+    for local, layer in enumerate(model.decoder.layers):
+        for path in PARTS:
+            owner, matrix = path.split(".")
+            adapter = getattr(getattr(layer, owner), matrix + SUFFIX, None)
+            for projection in () if adapter is None else adapter.projections:
+                module = f"{PREFIX}model.layers.{layer.layer_number - 1}.{OWNERS[owner]}.{projection}"
+                for part, ending in (("a", A), ("b", B)):
+                    name = f"{projection}_{part}"
+                    entry = Entry(f"decoder.layers.{local}.{path}{SUFFIX}.{name}", (module + ending,), Rename())
+                    yield entry, entry.hf, getattr(adapter, name)
+
+
+def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Refuses adapters that this model cannot have, and a folder of --lora-path with others than its config says.
+
+    Raises:
+        UserError: the model has experts, which have no adapters; or a tensor is missing, left over or of another shape.
+    """
+    experts = family_of(hf_config).transformer_options(hf_config).get("num_moe_experts")
+    if experts and options.lora_modules is not None and (wrong := sorted({*modules_of(options)} & {*MLP})):
+        raise UserError(
+            "adapter-of-experts",
+            f"--lora-modules {options.lora_modules}: {wrong[0]} of a model with experts has no adapter (transformers "
+            "holds the experts of a layer in one tensor, for which a PEFT folder has no names by expert); leave it out",
+        )
+    if options.lora_path is None:
+        return
+    path, expected = Path(options.lora_path) / WEIGHTS, _shapes(options, hf_config)
+    with _opened(path) as file:
+        names = {*file.keys()}
+        if missing := sorted(expected.keys() - names):
+            raise UserError("tensor-missing", f"{path}: the tensor {missing[0]!r} is missing ({len(missing)} such)")
+        if left_over := sorted(names - expected.keys()):
+            raise UserError("tensor-left-over", f"{path}: the tensor {left_over[0]!r} is of no adapter of this model")
+        for name, shape in expected.items():
+            if (actual := tuple(file.get_slice(name).get_shape())) != shape:
+                raise UserError(
+                    "tensor-shape",
+                    f"{path}: the tensor {name!r} has the shape {actual}, the model and {CONFIG} make it {shape}",
+                )
+
+
+def _shapes(options: ModelConfig, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Name -> shape of every tensor of the adapters."""
+    assert options.lora_rank is not None
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, shape in stored_shapes(hf_config).items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in modules_of(options) and ".experts." not in module and len(shape) == 2:
+            shapes[f"{PREFIX}{module}{A}"] = options.lora_rank, shape[1]
+            shapes[f"{PREFIX}{module}{B}"] = shape[0], options.lora_rank
+    return shapes
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise UserError(
+            "adapter-missing", f"{path}: no such file; save the adapters with PEFT's save_pretrained"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError("file-damaged", f"{path}: not a complete safetensors file ({error}); copy it again") from None
+
+
+def trained_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
+    """Yields the entries of the parameters that are trained: of the adapters, where a model has them, else of all."""
+    return (adapter_entries if has_adapters([model]) else named_entries)(model, hf_config)
+
+
+@torch.no_grad()
+def start_adapters(models: Sequence[GPTModel], hf_config: PretrainedConfig, options: ModelConfig, seed: int) -> None:
+    """Fills the adapters of a model's chunks from --lora-path, or as PEFT begins them: B of zeros, and A uniform up to
+    1 / sqrt(inputs).
+
+    A is drawn whole by ``seed`` and the tensor's name, on the CPU, so it depends on no layout.
+    """
+    file = None if options.lora_path is None else _opened(Path(options.lora_path) / WEIGHTS)
+    for model in models:
+        for entry, (name,), parameter in adapter_entries(model, hf_config):
+            part = rank, size, dimension = local_part(entry, parameter)
+            if file is None:
+                shape = list(parameter.shape)
+                if dimension is not None:
+                    shape[dimension] *= size
+                tensor = _drawn(name, shape, seed)
+            else:
+                tensor = file.get_tensor(name)
+            entry.operator.fill(parameter, [tensor], *part)
+
+
+def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    if name.endswith(B):
+        return torch.zeros(*shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()  # a hash, because users choose neighbouring seeds
+    numbers = np.random.default_rng(int.from_bytes(digest)).random(tuple(shape), dtype=np.float32)
+    return (2 * torch.from_numpy(numbers) - 1) / sqrt(shape[1])
+
+
+def adapter_tensors(models: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[str, Tensor]:
+    """Returns PEFT's name -> unsplit tensor of every adapter, on rank 0; a part or nothing on others. Collective."""
+    return dict(hf_tensors(models, hf_config, entries=adapter_entries))
+
+
+def merged(
+    tensors: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], scale: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields a model's tensors with scale x B A added to those that have adapters, summed in float32 or more."""
+    for name, tensor in tensors:
+        module = PREFIX + name.removesuffix(".weight")
+        if module + A in adapters:
+            high = torch.promote_types(tensor.dtype, torch.float32)
+            a, b = adapters[module + A].to(high), adapters[module + B].to(high)
+            tensor = torch.addmm(tensor.to(high), b, a, alpha=scale).to(tensor.dtype)
+        yield name, tensor
+
+
+def merging(
+    models: Sequence[GPTModel], hf_config: PretrainedConfig, options: ModelConfig
+) -> Callable[[Iterator[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]] | None:
+    """Returns what adds a model's adapters to its tensors, for `hf.save_folder`; None without adapters. Collective."""
+    if not has_adapters(models):
+        return None
+    adapters, scale = adapter_tensors(models, hf_config), lora_scale(options)
+    return lambda tensors: merged(tensors, adapters, scale)
+
+
+def save_adapters(
+    models: Sequence[GPTModel], hf_config: PretrainedConfig, options: ModelConfig, target: Path, force: bool = False
+) -> None:
+    """Writes the adapters as a PEFT folder; collective, rank 0 writes.
+
+    Raises:
+        UserError: see `check_target`, or the disk is full.
+    """
+    tensors = adapter_tensors(models, hf_config)
+    if dist.get_rank() != 0:
+        return
+    aside = folder_aside(target)
+    try:
+        restore(target)
+        check_target("--save-hf", target, force, filling=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        with new_file(aside / WEIGHTS, "wb") as file:  # not `save_file`, whose files have mode 0600
+            file.write(serialize({name: tensors[name] for name in sorted(tensors)}, {"format": "pt"}))
+        text = json.dumps(_folder_config(options, tensors), indent=2, sort_keys=True)
+        write_text(aside / CONFIG, text + "\n")
+        put_in_place(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            "write-failed",
+            f"--save-hf {target}: {error.strerror or error}; the checkpoint of the run is complete, export it "
+            "elsewhere",
+        ) from None
+
+
+def _folder_config(options: ModelConfig, tensors: Iterable[str]) -> dict[str, Any]:
+    """Returns adapter_config.json; PEFT has defaults for what is not in it."""
+    modules = {name.removesuffix(A).rpartition(".")[2] for name in tensors if name.endswith(A)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": options.hf_path,
+        "r": options.lora_rank,
+        "lora_alpha": alpha_of(options),
+        "use_rslora": options.use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [name for name in PROJECTIONS if name in modules],
+        "inference_mode": True,
+    }

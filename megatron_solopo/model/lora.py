@@ -1,0 +1,261 @@
+"""LoRA (arXiv 2106.09685): low-rank adapters beside the frozen matrices of a model's layers.
+
+An adapter adds ``scale x B A x`` to what a matrix makes of its input x. megatron-core holds several projections of
+Hugging Face in one matrix (``linear_qkv``, ``linear_fc1``); here each projection has A and B of its own, as in PEFT,
+so that they are PEFT's numbers. The adapters of a matrix are one module beside it, which a forward hook calls: the
+matrix keeps its class, parameters and names.
+
+Of t tensor-parallel ranks each holds 1/t of B's rows where the matrix is cut by rows (column parallel), with all of A;
+or 1/t of A's columns where it is cut by columns (row parallel), with all of B. Communication is of the rank's width:
+
+- Column parallel: the gradient of A x is a sum over ranks. With sequence parallelism A x of this rank's tokens is
+  gathered instead of x, and A's gradient is of these tokens, so it is summed over ranks as that of a norm.
+- Row parallel: A x is a sum over ranks; with sequence parallelism each keeps its tokens of it, and B's gradient is of
+  these tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_solopo.config import ModelConfig
+from megatron_solopo.lora_options import alpha_of, modules_of
+
+SUFFIX = "_lora"
+"""Name of the adapters of a matrix: that of the matrix and this."""
+
+PARTS = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"),
+    "mlp.linear_fc2": ("down_proj",),
+}
+"""Matrix of a layer -> the Hugging Face projections in it."""
+
+
+def lora_scale(model: ModelConfig) -> float:
+    """Returns the factor of B A x: alpha / r, or rank-stabilised alpha / sqrt(r) (arXiv 2312.03732)."""
+    assert model.lora_rank is not None
+    return alpha_of(model) / (sqrt(model.lora_rank) if model.use_rslora else model.lora_rank)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, or a key of a checkpoint, is an adapter's."""
+    return f"{SUFFIX}." in name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a projection in its matrix: in each of ``groups`` equal parts those from ``first``.
+
+    Attributes:
+        size: rows in each part.
+    """
+
+    groups: int
+    first: int
+    size: int
+
+    def of(self, output: Tensor) -> Tensor:
+        """[..., groups x part] -> [all leading x groups, size], a view."""
+        return output.unflatten(-1, (self.groups, -1)).narrow(-1, self.first, self.size).flatten(0, -2)
+
+
+class Adapter(nn.Module):
+    """The adapters of one matrix.
+
+    Parameters are ``q_proj_a`` [r, in] and ``q_proj_b`` [out, r] of each projection, cut as the module's text says.
+
+    Args:
+        projections: name -> its rows in the matrix, on this rank.
+        column: whether the matrix is cut by rows (column parallel), else by columns.
+        inputs: width of the matrix's input on this rank.
+        rank: r, of each projection.
+        scale: see `lora_scale`.
+
+    Attributes:
+        enabled: False where the model is computed without adapters.
+    """
+
+    def __init__(
+        self,
+        settings: TransformerConfig,
+        projections: dict[str, Rows],
+        column: bool,
+        inputs: int,
+        rank: int,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.projections, self.column, self.rank, self.scale = projections, column, rank, scale
+        self.sequence_parallel, self.enabled = settings.sequence_parallel, True
+        device = None if settings.use_cpu_initialization else torch.cuda.current_device()
+        for name, rows in projections.items():
+            for part, shape in (("a", (rank, inputs)), ("b", (rows.groups * rows.size, rank))):
+                parameter = nn.Parameter(torch.zeros(shape, dtype=settings.params_dtype, device=device))
+                if (part == "b") == column:
+                    set_tensor_model_parallel_attributes(parameter, True, 0 if column else 1, 1)
+                else:
+                    setattr(parameter, "sequence_parallel", settings.sequence_parallel)
+                self.register_parameter(f"{name}_{part}", parameter)
+
+    def matrices(self, part: str) -> list[Tensor]:
+        """Returns A or B of every projection."""
+        return [cast(Tensor, getattr(self, f"{name}_{part}")) for name in self.projections]
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Returns the matrix's ``output`` [..., out] for its input x [..., in] with what the adapters add."""
+        if not self.enabled:
+            return output
+        inner = F.linear(x, torch.cat(self.matrices("a")))  # [..., r of all projections]
+        if self.column:
+            into = gather_from_sequence_parallel_region if self.sequence_parallel else _copied
+            return _AddLowRank.apply(output, into(inner), self.scale, [*self.projections.values()], *self.matrices("b"))
+        into = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else _summed
+        (b,) = self.matrices("b")
+        return output + F.linear(into(inner), b) * self.scale
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Returns megatron-core's description of the parameters for checkpoints."""
+        part, dimension = ("b", 0) if self.column else ("a", 1)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {f"{name}_{part}": dimension for name in self.projections},
+            sharded_offsets,
+            tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+
+
+def _copied(inner: Tensor) -> Tensor:
+    return copy_to_tensor_model_parallel_region(inner)
+
+
+def _summed(inner: Tensor) -> Tensor:
+    return reduce_from_tensor_model_parallel_region(inner)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """Adds scale x B z of each projection to its rows of a matrix's output, in place.
+
+    A sum beside the output, and a view of the output that autograd follows, would each hold another output: at 128K
+    tokens that of gate and up is 10 GB in a 7B model.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, inner: Tensor, scale: float, places: Sequence[Rows], *bs: Tensor) -> Tensor:
+        ctx.save_for_backward(inner, *bs)
+        ctx.scale, ctx.places = scale, places
+        for rows, z, b in zip(places, inner.flatten(0, -2).chunk(len(bs), -1), bs, strict=True):
+            target = rows.of(output)
+            if rows.groups == 1:
+                target.addmm_(z, b.t(), alpha=scale)
+            else:
+                target.add_((z @ b.t()).view(target.shape), alpha=scale)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch annotates any number
+        inner, *bs = ctx.saved_tensors
+        z = inner.flatten(0, -2)
+        parts, of_bs = [], []
+        for rows, part, b in zip(ctx.places, z.chunk(len(bs), -1), bs, strict=True):
+            of_rows = rows.of(grad).reshape(len(z), -1)
+            parts.append((of_rows @ b).mul_(ctx.scale))
+            of_bs.append((of_rows.t() @ part).mul_(ctx.scale))
+        return grad, torch.cat(parts, -1).view(inner.shape), None, None, *of_bs
+
+
+def attach_adapters(model: GPTModel, options: ModelConfig) -> None:
+    """Freezes a model's weights and adds the adapters of --lora-rank, all zeros.
+
+    With recomputation a chunk of layers has no gradient at all unless its input has one (torch's reentrant
+    checkpoints), which frozen embeddings do not make.
+    """
+    assert options.lora_rank is not None
+    model.requires_grad_(False)
+    chosen, settings = modules_of(options), model.config
+    for layer in model.decoder.layers:
+        for path, names in PARTS.items():
+            owner_name, matrix_name = path.split(".")
+            owner = getattr(layer, owner_name)
+            matrix: Any = getattr(owner, matrix_name, None)
+            if matrix is None:  # in a layer with experts
+                continue
+            projections = {name: rows for name, rows in _rows(names, layer, matrix).items() if name in chosen}
+            if projections:
+                column, inputs = len(names) > 1, matrix.weight.shape[1]
+                adapter = Adapter(settings, projections, column, inputs, options.lora_rank, lora_scale(options))
+                owner.register_module(matrix_name + SUFFIX, adapter)
+                matrix.register_forward_hook(_adding(adapter))
+    if settings.recompute_granularity is not None and model.pre_process:
+        model.embedding.register_forward_hook(_with_gradient)
+
+
+def _rows(names: Sequence[str], layer: Any, matrix: Any) -> dict[str, Rows]:
+    """Returns the rows of each projection in its matrix, on this rank."""
+    groups, sizes = 1, [1] * len(names)
+    if len(names) == 3:  # by key-value head: its query heads, its key head, its value head
+        attention = layer.self_attention
+        groups = attention.num_query_groups_per_partition
+        sizes = [attention.num_attention_heads_per_partition // groups, 1, 1]
+    unit = matrix.weight.shape[0] // groups // sum(sizes)
+    return {name: Rows(groups, sum(sizes[:place]) * unit, sizes[place] * unit) for place, name in enumerate(names)}
+
+
+def _adding(adapter: Adapter) -> Any:
+    def add(matrix: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> Any:
+        return adapter(inputs[0], output[0]), output[1]
+
+    return add
+
+
+def _with_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def adapters(models: Iterable[nn.Module]) -> Iterator[Adapter]:
+    """Yields the adapters of models."""
+    for model in models:
+        yield from (module for module in model.modules() if isinstance(module, Adapter))
+
+
+def has_adapters(models: Iterable[nn.Module]) -> bool:
+    """Whether models have adapters, so that their other weights are frozen."""
+    return next(adapters(models), None) is not None
+
+
+@contextlib.contextmanager
+def without_adapters(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Computes the models without their adapters, inside the block."""
+    for adapter in adapters(models):
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters(models):
+            adapter.enabled = True
