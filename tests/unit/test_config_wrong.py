@@ -171,6 +171,7 @@ WRONG_OPTIONS = [
     ("--lora-rank 8 --lora-modules q_proj,fc1", "option-value", "--lora-modules q_proj,fc1", "'fc1'", "q_proj, k_proj"),
     ("--lora-rank 8 --lora-alpha 0", "option-value", "--lora-alpha 0"),
     (f"{TE} --lora-rank 8", "option-conflict", "--lora-rank", "use portable"),
+    ("--lora-rank 8 --preference-loss dpo --reference resident", "option-conflict", "--lora-rank", "use cached"),
     ("--lora-rank 8 --add-special-tokens <a>", "option-conflict", "--lora-rank", "--add-special-tokens"),
     ("--lora-path absent", "adapter-missing", "--lora-path absent", "adapter_config.json"),
 ]
