@@ -26,6 +26,9 @@ from megatron_solopo.losses.registry import (
 from megatron_solopo.option import option
 from megatron_solopo.parallel import context
 
+AUTO = "auto"
+"""Value of --max-tokens-per-rank until `planning.budget` resolves it at the start of a run."""
+
 
 @dataclass
 class ModelConfig:
@@ -340,12 +343,14 @@ class TrainingConfig:
     train_epochs: float | None = option(None, "passes over the training examples", minimum=0)
     global_batch_size: int = option(32, "examples a step, over all processes", minimum=1)
     micro_batch_size: int = option(8, "most examples packed into one forward pass of a process", minimum=1)
-    max_tokens_per_rank: int | None = option(
+    max_tokens_per_rank: int | str | None = option(
         None,
         "examples are packed together up to so many tokens of a process (a pack holds --context-parallel-size times as "
         "many); an example, with both contexts and all responses, is never split: a larger one is a separate pack, "
-        "which the start reports; default: no limit beyond --micro-batch-size",
+        "which the start reports; auto: the most that fits into memory by a rehearsal; default: no limit beyond "
+        "--micro-batch-size",
         minimum=1,
+        word=AUTO,
     )
     lr: float = option(1e-6, "peak learning rate", minimum=0)
     min_lr: float = option(0.0, "learning rate after the decay", minimum=0)

@@ -409,7 +409,7 @@ def _check_training(config: Config) -> None:
     if training.seed >= 2**63:
         raise UserError("option-value", f"--seed {training.seed}: must be below 2^63")
     most, longest, ranks = training.max_tokens_per_rank, config.data.seq_length, config.parallel.context_parallel_size
-    if most is not None and most * ranks < longest:
+    if isinstance(most, int) and most * ranks < longest:
         times = f" x --context-parallel-size {ranks}" if ranks > 1 else ""
         raise UserError(
             "option-conflict",

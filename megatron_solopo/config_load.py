@@ -43,11 +43,15 @@ def _converter(name: str) -> Callable[[str], Any]:
     spec, kind = OWNER[name].spec, _base_type(name)
 
     def convert(text: str) -> Any:
+        if text == spec.metadata["word"]:
+            return text
         try:
             number = Decimal(text) if kind is int else Decimal()  # exact, and 1e3 is a whole number
             value = int(number) if kind is int else kind(text)
         except (ValueError, ArithmeticError):
-            raise argparse.ArgumentTypeError(f"must be {kind.__name__}, found {text!r}") from None
+            word = spec.metadata["word"]
+            wanted = kind.__name__ + (f" or {word}" if word else "")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, found {text!r}") from None
         if kind is int and number != value:
             raise argparse.ArgumentTypeError(f"must be a whole number, found {text!r}")
         if kind is float and not math.isfinite(value):

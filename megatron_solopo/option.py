@@ -13,6 +13,7 @@ def option(
     choices: Collection[str] | None = None,
     minimum: float | None = None,
     mapping: bool = False,
+    word: str | None = None,
 ) -> Any:
     """Returns a dataclass field of a section or of a loss.
 
@@ -22,5 +23,7 @@ def option(
         choices: the allowed values.
         minimum: the smallest allowed number.
         mapping: it is a JSON object in a text, which a YAML file may write as a mapping.
+        word: a text that is allowed instead of a number.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "mapping": mapping})
+    limits = {"choices": choices, "minimum": minimum, "word": word}
+    return field(default=default, metadata={"help": help, "mapping": mapping, **limits})

@@ -144,7 +144,6 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackLayout,
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
-        value = value.contiguous()  # a view would keep queries and keys before RoPE for backward too
         layout = packed_seq_params
         inputs = layout.rotate(query), layout.rotate(key), value
         attend = partial(layout.attention.attend, scale=self.softmax_scale)

@@ -304,7 +304,7 @@ def agreed[T](work: Callable[[], T], name: str) -> T:
         problem = error
     if dist.is_initialized():
         wait_for_all(name)
-        for rank, (host, error) in enumerate(_from_all_ranks(problem)):
+        for rank, (host, error) in enumerate(from_all_ranks(problem)):
             if error is not None:
                 raise error.at(f"rank {rank} on {host}") if rank else error
     return cast(T, result)
@@ -319,13 +319,13 @@ def check_same(value: object, what: str) -> None:
     Raises:
         UserError: a rank has another value.
     """
-    values = _from_all_ranks(value) if dist.is_initialized() else []
+    values = from_all_ranks(value) if dist.is_initialized() else []
     for rank, (host, other) in enumerate(values):
         if other != values[0][1]:
             raise UserError("ranks-differ", f"rank {rank} on {host}: {what}")
 
 
-def _from_all_ranks[T](value: T) -> list[tuple[str, T]]:
+def from_all_ranks[T](value: T) -> list[tuple[str, T]]:
     """Returns (machine, value) of every rank; collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, (socket.gethostname(), value))

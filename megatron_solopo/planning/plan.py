@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from megatron_solopo import config_load
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import Config, flag
+from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, read_config_file, read_hf_config
@@ -121,6 +122,7 @@ def read_options(words: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
     parser.refuse_unknown(unknown, arguments)
     config, _ = config_load.parsed(list(rest), command=False)
+    most_tokens_of_a_pack(config)  # refuses auto: a plan has a pack for each --micro-batch-size
     if "seq_length" in config.explicit and config.data.seq_length < arguments.long_tokens:
         raise UserError(
             "option-conflict",

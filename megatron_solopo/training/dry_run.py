@@ -104,6 +104,7 @@ def _steps(plan: Preflight, config: Config) -> list[str]:
         f"({schedule.total / schedule.examples:.2f} epochs)",
         *([f"resumes after step {plan.resumed}, from {plan.source}"] if plan.source and not plan.nothing_left else []),
         *([changed] if changed else []),
+        *([plan.budget] if plan.budget else []),
         *([f"all are done and saved in {config.output.save}; nothing is left"] if plan.nothing_left else []),
     ]
 

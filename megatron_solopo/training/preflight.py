@@ -16,7 +16,7 @@ import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
-from megatron_solopo.config import Config, ModelConfig, OutputConfig
+from megatron_solopo.config import AUTO, Config, ModelConfig, OutputConfig
 from megatron_solopo.config_checks import check_on_cuda, profiled_ranks
 from megatron_solopo.conversion.adapters import check_adapters
 from megatron_solopo.conversion.sidecar_files import generation_config
@@ -38,6 +38,7 @@ from megatron_solopo.parallel.topology import check_layout, world_size
 from megatron_solopo.training import resume
 from megatron_solopo.training.objective import check_loss
 from megatron_solopo.training.reference import shared, starting_weights
+from megatron_solopo.training.run_folder import recorded_budget
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Preflight:
         before: its `progress` and ``iteration``; empty without one.
         nothing_left: an earlier start of this command did all its work.
         weights: `starting_weights`, where the loss has a reference or they are frozen, and they were read.
+        budget: why --max-tokens-per-rank auto is what it is, for the log; None without it.
     """
 
     inputs: RunInputs
@@ -90,6 +92,7 @@ class Preflight:
     before: resume.Progress = field(default_factory=dict)
     nothing_left: bool = False
     weights: str | None = None
+    budget: str | None = None
 
     @property
     def resumed(self) -> int:
@@ -115,6 +118,7 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
     check_same((source, before), "another checkpoint there than on rank 0 to resume; let all nodes see one folder")
     if source is not None:
         resume.check_same_run(before, progress, config)
+    budget = _choose_budget(config, inputs, resumed=source is not None)
     if resume.nothing_left(config, before.get("iteration", 0), inputs.schedule.steps):
         return Preflight(inputs, progress, source, before, nothing_left=True)
     check_profile(config.output, inputs.schedule.steps)
@@ -126,7 +130,30 @@ def preflight(config: Config, dry_run: bool = False) -> Preflight:
         progress[resume.REFERENCE_WEIGHTS] = weights
         if before:
             resume.check_reference(before, weights, config)
-    return Preflight(inputs, progress, source, before, weights=weights)
+    return Preflight(inputs, progress, source, before, weights=weights, budget=budget)
+
+
+def _choose_budget(config: Config, inputs: RunInputs, resumed: bool) -> str | None:
+    """Replaces --max-tokens-per-rank auto in the config by a number, and returns why it is that, or None; collective.
+
+    A run that is resumed by as many processes, with the same options of model and layout, keeps its number: what is
+    available differs from start to start, and so would the order of its sums.
+
+    Raises:
+        UserError: see `token_budget`.
+    """
+    if config.training.max_tokens_per_rank != AUTO:
+        return None
+    folder = Path(config.output.load or config.output.save)
+    recorded = shared(lambda: recorded_budget(folder, config), "folders") if resumed else None
+    if recorded is not None:
+        config.training.max_tokens_per_rank = recorded
+        return f"--max-tokens-per-rank auto: {recorded:,}, as before in {folder}"
+    from megatron_solopo.planning.budget import token_budget  # which rehearses what this room does
+
+    device = config.parallel.device
+    config.training.max_tokens_per_rank, why = token_budget(config, inputs, resolve(device))
+    return why
 
 
 def _start(config: Config) -> tuple[Path | None, resume.Progress]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,7 +18,10 @@ from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.errors import UserError, system_reason
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.metrics import LABELS, to_json
-from megatron_solopo.training.preflight import RunData
+from megatron_solopo.parallel.topology import world_size
+
+if TYPE_CHECKING:
+    from megatron_solopo.training.preflight import RunData
 
 
 def effective(config: Config) -> dict[str, dict[str, Any]]:
@@ -34,13 +36,11 @@ def write_settings(folder: Path, config: Config) -> None:
     Raises:
         UserError: a file cannot be written.
     """
-    options = {
-        section: {k: v for k, v in values.items() if v is not None} for section, values in effective(config).items()
-    }
+    options = _written(config)
     versions: dict[str, object] = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
     versions |= {
         "python": platform.python_version(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
         "command": sys.argv,
     }
     for name, document in (("config.yaml", options), ("versions.yaml", versions)):
@@ -48,6 +48,24 @@ def write_settings(folder: Path, config: Config) -> None:
             write_text(folder / name, yaml.safe_dump(document, sort_keys=False))
         except OSError as error:
             raise _unwritable(folder, name, error) from None
+
+
+def _written(config: Config) -> dict[str, dict[str, Any]]:
+    return {
+        section: {k: v for k, v in values.items() if v is not None} for section, values in effective(config).items()
+    }
+
+
+def recorded_budget(folder: Path, config: Config) -> int | None:
+    """Returns the --max-tokens-per-rank of the run in ``folder``, if it had as many processes and the same options of
+    model and layout; None if it had not, or its files cannot be read."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        budget, written = settings["training"]["max_tokens_per_rank"], _written(config)
+        same = processes_of(folder) == world_size() and all(settings[s] == written[s] for s in ("model", "parallel"))
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, UserError):
+        return None
+    return budget if same and isinstance(budget, int) else None
 
 
 def processes_of(folder: Path) -> int:

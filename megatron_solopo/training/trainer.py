@@ -325,6 +325,8 @@ class Trainer:
             + (f", last step {rest}" if rest else "")
             + "; values of a step are means over its examples"
         )
+        if self.plan.budget:
+            self.log.message(self.plan.budget)
         if self.platform.name == "cuda":
             settings, device = self.engine.models[0].config, self.platform.device
             self.log.message(describe_kernels(settings, device))

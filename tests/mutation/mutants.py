@@ -39,6 +39,8 @@ DRAWN = "tests/unit/test_random_start.py"
 SHARDS = "tests/distributed/test_checkpoint_shards.py"
 STEP_COUNTS = "tests/unit/test_step_counts.py"
 STEP_FORECAST = "tests/unit/test_step_forecast.py"
+BUDGET = "tests/unit/test_token_budget.py"
+BUDGET_OF_RUN = "tests/functional/test_budget_of_run.py"
 CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 PLAN = "tests/unit/test_plan.py"
 RECOMPUTE = "tests/unit/test_recompute.py"
@@ -524,6 +526,24 @@ MUTANTS: list[Mutant] = [
         ("the log-sum-exp of one part", "more * second, together", "more * second, log_sums"),
         ("gradients of one call", "] += of_sequence", "] = of_sequence"),
         ("16 bits rounded in every part", "torch.promote_types(x.dtype, torch.float32)) for x", "x.dtype) for x"),
+    ),
+    *within(
+        "planning/budget.py",
+        BUDGET,
+        ("another process's memory", "room = min(room for", "room = max(room for"),
+        ("memory of all processes of a machine", "* GIB / here)", "* GIB)"),
+        ("the mean of both packs", "(room - least) / (peak - least)", "0.5"),
+        ("validation's examples forgotten", "if inputs.data.valid is not None else []", "if False else []"),
+    ),
+    *within(
+        "training/run_folder.py",
+        BUDGET_OF_RUN,
+        ("a number for other options", "and all(settings[s]", "or all(settings[s]"),
+    ),
+    *within(
+        "training/preflight.py",
+        BUDGET_OF_RUN,
+        ("another number when a run resumes", '"folders") if resumed else None', '"folders") if False else None'),
     ),
     *within(
         "parallel/device_pack.py",

@@ -164,6 +164,8 @@ WRONG_OPTIONS = [
         "--max-tokens-per-rank 2048",
         "--seq-length 4096",
     ),
+    ("--max-tokens-per-rank most", "option-value", "--max-tokens-per-rank", "must be int or auto", "'most'"),
+    ("--max-tokens-per-rank 0", "option-value", "--max-tokens-per-rank", "at least 1"),
     ("--auto-resume --load run", "option-conflict", "--auto-resume", "--save", "--load"),
     ("--exit-duration-in-mins 0", "option-value", "--exit-duration-in-mins", "above 0"),
     ("--save-interval 4 --save-retain-interval 6", "option-conflict", "--save-retain-interval 6", "--save-interval 4"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import method_of
 
 
@@ -144,8 +145,17 @@ def prompts_multiple_of(config: Config, device: str) -> int:
 
 
 def most_tokens_of_a_pack(config: Config) -> int | None:
-    """--max-tokens-per-rank of all context-parallel ranks together, or None."""
+    """--max-tokens-per-rank of all context-parallel ranks together, or None.
+
+    Raises:
+        UserError: it is auto, which only a training run and its dry run resolve.
+    """
     most = config.training.max_tokens_per_rank
+    if isinstance(most, str):
+        raise UserError(
+            "option-conflict",
+            f"--max-tokens-per-rank {most}: only training and its dry run choose the number; set one",
+        )
     return most and most * config.parallel.context_parallel_size
 
 
