@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_solopo.planning.estimate import Process, attention_parameters, kept, stage_parameters
+from megatron_solopo.planning.estimate import Process, attention_parameters, kept, trained_parameters
 from megatron_solopo.planning.machines import Machine
 
 
@@ -42,7 +42,8 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
     else:
         weights += process.t * 3 * shape.hidden * shape.ffn / process.tensor
     pairs = 4 * work.pairs * shape.queries / process.tensor / process.context
-    layer = 2 * weights * (3 + again) / products + pairs * (3.5 + again) / attention
+    passes = 3 if process.config.model.lora_rank is None else 2  # frozen matrices have no gradients
+    layer = 2 * weights * (passes + again) / products + pairs * (3.5 + again) / attention
     layer += kept(process) * (4 + 2 * again) / memory  # written, read by the next operation, and both backward
     computing = layers * layer
     if stage == process.stages - 1:  # logits forward and again backward, and both gradients
@@ -99,7 +100,7 @@ def _wire(size: float, machine: Machine, ranks: int, apart: int, ring: bool = Tr
 def _update(process: Process, machine: Machine, stage: int) -> float:
     """Returns the seconds in which gradients are summed in float32, weights gathered, and Adam reads and writes its
     share."""
-    dense, experts = stage_parameters(process, stage)
+    dense, experts = trained_parameters(process, stage)
     seconds = _wire((4 + process.e) * dense, machine, process.copies, process.tensor)
     apart = process.expert_tensor * process.expert_parallel
     seconds += _wire((4 + process.e) * experts, machine, process.expert_copies, apart)

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.lora_options import MLP, modules_of
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
@@ -191,14 +192,36 @@ def stage_parameters(process: Process, stage: int) -> tuple[int, int]:
     return layers * dense + matrices * matrix + last * process.shape.hidden, layers * experts
 
 
+def adapter_parameters(process: Process, stage: int) -> int:
+    """Counts the parameters of LoRA's adapters of a pipeline stage on a process (model/lora.py)."""
+    shape, model, tensor = process.shape, process.config.model, process.tensor
+    if model.lora_rank is None:
+        return 0
+    widths = dict(q_proj=shape.queries, k_proj=shape.keys, v_proj=shape.keys, gate_proj=shape.ffn, up_proj=shape.ffn)
+    rows = dict(o_proj=shape.queries, down_proj=shape.ffn)
+    of_layer = 0
+    for name in modules_of(model):
+        if not (shape.experts and name in MLP):
+            of_layer += shape.hidden + (widths | rows)[name] // tensor
+    return process.sizes[stage] * model.lora_rank * of_layer
+
+
+def trained_parameters(process: Process, stage: int) -> tuple[int, int]:
+    """Counts the parameters of a pipeline stage on a process that have gradients: (without experts, of experts)."""
+    if process.config.model.lora_rank is not None:
+        return adapter_parameters(process, stage), 0
+    return stage_parameters(process, stage)
+
+
 def standing(process: Process, stage: int) -> dict[str, float]:
-    """Returns the bytes held between steps: DDP's buffers hold 4 bytes a parameter; the distributed optimizer's share
-    is moments in float32 and, of bfloat16 weights, a float32 copy."""
-    dense, experts = stage_parameters(process, stage)
+    """Returns the bytes held between steps: DDP's buffers hold 4 bytes a trained parameter; the distributed optimizer's
+    share is moments in float32 and, of bfloat16 weights, a float32 copy."""
+    dense, experts = trained_parameters(process, stage)
+    weights = sum(stage_parameters(process, stage)) + adapter_parameters(process, stage)
     of_share = 12 if process.e == 2 else 8
     t, work = process.t, process.work
     return {
-        WEIGHTS: process.e * (dense + experts),
+        WEIGHTS: process.e * weights,
         GRADIENTS: 4 * (dense + experts),
         OPTIMIZER: of_share * (dense / process.copies + experts / process.expert_copies),
         # ids, positions and attention rows as int64 (pack.py, parallel/layout.py)
@@ -323,7 +346,7 @@ def head(process: Process) -> dict[str, float]:
     and the final norm's input and result."""
     shape, e, s = process.shape, process.e, process.s
     rows = shape.vocabulary / process.tensor
-    copies = 1 if e == 2 else 2
+    copies = 0 if process.config.model.lora_rank is not None else 1 if e == 2 else 2
     chunk = process.config.model.logprob_chunk_size or chunk_size(round(rows), on_cuda=True)
     chunk = min(chunk, math.ceil(process.work.predicted / process.context))
     logits = 6 * chunk if e == 2 else 0  # of float32, when they are rounded
@@ -337,7 +360,7 @@ def head(process: Process) -> dict[str, float]:
 def norm_of_gradients(process: Process, stage: int) -> float:
     """Returns the bytes of the largest shard of a parameter in float32, which is squared (optimizer/clip_grads.py)."""
     shape = process.shape
-    dense, _ = stage_parameters(process, stage)
+    dense, _ = trained_parameters(process, stage)
     ends = stage in (0, process.stages - 1)
     matrix = shape.vocabulary * shape.hidden if ends else 2 * shape.ffn * shape.hidden
     return 4 * min(matrix / process.tensor, dense / process.copies)

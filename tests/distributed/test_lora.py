@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,45 +105,43 @@ def run(world: World, out: Path, name: str, *flags: Any, **more: Any) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def launches(
+def gradients(
     world: World, folders: dict[str, Path], reference: list, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Launch]:
+) -> Callable[[int], Launch]:
+    """processes -> one launch with the gradients of all layouts of that size, when it is asked for."""
+
+    @functools.cache
+    def of(processes: int) -> Launch:
+        out = tmp_path_factory.mktemp(f"gradients-{processes}")
+        cases = []
+        for layout, plan in ((layout, plan) for size, layout, plan in CASES if size == processes):
+            flags = (*(LAYOUTS | WITH_EXPERTS | FOUR)[layout], "--lora-path", folders[plan[2]])
+            [case] = gradient_cases(world, reference, out, [plan], flags)
+            cases.append(case | {"name": f"{layout} {case['name']}"})
+        return launch(processes, out, cases, [])
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def launches(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launch]:
+    """Runs of one process and of two."""
     out = tmp_path_factory.mktemp("lora")
-
-    def cases(processes: int) -> list[dict[str, Any]]:
-        return [
-            case | {"name": f"{layout} {case['name']}"}
-            for size, layout, plan in CASES
-            if size == processes
-            for case in gradient_cases(
-                world,
-                reference,
-                out,
-                [plan],
-                ((LAYOUTS | WITH_EXPERTS | FOUR)[layout]) + ("--lora-path", folders[plan[2]]),
-            )
-        ]
-
-    one = [run(world, out / "one", "whole")]
-    one.append(run(world, out / "one", "resumed", load=True, cut=(out / "one" / "whole", 2)))
+    cut = (out / "one" / "whole", 2)
+    one = [run(world, out / "one", "whole"), run(world, out / "one", "resumed", load=True, cut=cut)]
     two = [run(world, out / "two", f"six {layout}", *LAYOUTS[layout]) for layout in ("data", "sequence")]
     for layout in ("sequence", "pipeline"):
-        cut = (out / "one" / "whole", 2)
         two.append(run(world, out / "two", f"resumed {layout}", *LAYOUTS[layout], load=True, cut=cut))
-    return {
-        1: launch(1, out / "one", [], one),
-        2: launch(2, out / "two", cases(2), two),
-        4: launch(4, out / "four", cases(4), []),
-    }
+    return {1: launch(1, out / "one", [], one), 2: launch(2, out / "two", [], two)}
 
 
 @pytest.mark.parametrize(
     ("processes", "layout", "plan"), CASES, ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else value
 )
 def test_gradients_are_pefts(
-    launches: dict[int, Launch], adapted: Any, processes: int, layout: str, plan: tuple[str, ...]
+    gradients: Callable[[int], Launch], adapted: Any, processes: int, layout: str, plan: tuple[str, ...]
 ) -> None:
-    launched, name = launches[processes], f"{layout} {case_name(plan)}"
+    launched, name = gradients(processes), f"{layout} {case_name(plan)}"
     dtype, method, model, _, batch = plan
     losses, gradient = adapted(model, method, batch)
     assert launched.results[name]["means"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=BOUND[dtype])

@@ -45,6 +45,8 @@ CUDA = "tests/unit/test_cuda_path.py -k 'not import'"
 PLAN = "tests/unit/test_plan.py"
 RECOMPUTE = "tests/unit/test_recompute.py"
 ADAM = "tests/unit/test_adam.py"
+LORA = "tests/distributed/test_lora.py -k 'pefts and not 4-'"
+LORA_RUNS = "tests/functional/test_lora.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -1015,5 +1017,39 @@ MUTANTS: list[Mutant] = [
         "benchmark/measure.py",
         BENCHMARK,
         ("another table kept", 'return record if record.get("table") == as_json(table) else None', "return record"),
+    ),
+    *within(
+        "model/lora.py",
+        LORA,
+        ("LoRA's alpha left out of the scale", "alpha_of(model) / (sqrt", "1.0 / (sqrt"),
+        ("rank-stabilised scale left out", "if model.use_rslora else", "if False else"),
+        ("adapters of k and v exchanged", '("q_proj", "k_proj", "v_proj")', '("q_proj", "v_proj", "k_proj")'),
+        (
+            "a replicated adapter's gradient not summed over ranks of sequence parallelism",
+            '"sequence_parallel", settings.sequence_parallel)',
+            '"sequence_parallel", False)',
+        ),
+        (
+            "gradient of A's result not summed over tensor-parallel ranks",
+            "return copy_to_tensor_model_parallel_region(inner)",
+            "return inner",
+        ),
+        (
+            "no gradient in the first layers that are recomputed",
+            "settings.recompute_granularity is not None and model.pre_process",
+            "False",
+        ),
+    ),
+    *within("model/lora.py", LORA_RUNS, ("the reference has the adapters", "adapter.enabled = False", "pass")),
+    *within(
+        "conversion/adapters.py",
+        LORA_RUNS,
+        ("adapters merged without their scale", "alpha=scale)", "alpha=1.0)"),
+        ("rank-stabilised scale lost in PEFT's folder", '"use_rslora": options.use_rslora,', '"use_rslora": False,'),
+    ),
+    *within(
+        "training/preflight.py",
+        LORA_RUNS,
+        ("adapters resumed beside another model", " or config.model.lora_rank is not None", ""),
     ),
 ]

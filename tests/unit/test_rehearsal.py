@@ -19,6 +19,8 @@ from megatron_solopo.losses.registry import LOSSES
 from megatron_solopo.parallel.context import choices, methods
 from megatron_solopo.parallel.engine_method import EngineMethod
 from megatron_solopo.parallel.layouts import parse_layout
+from megatron_solopo.planning import estimate
+from megatron_solopo.planning.estimate import Process, Shape, Work
 from megatron_solopo.planning.memory import (
     ACTIVATIONS,
     COMMUNICATION,
@@ -106,6 +108,25 @@ def test_what_stands_between_steps_is_what_arithmetic_says(
     assert 0 <= standing[WEIGHTS] - 2 * count <= 2 * room + 512
     assert 0 <= standing[GRADIENTS] - 4 * count <= 4 * room
     assert 0 <= standing[OPTIMIZER] - 12 * count // copies <= rounded + 12 * 128
+
+
+@pytest.mark.parametrize(("layout", "cut"), [("1", 1), ("tp2 sp", 2)])
+def test_frozen_weights_have_neither_gradients_nor_optimizer(rehearsals: Rehearsals, layout: str, cut: int) -> None:
+    """With LoRA both are the adapters', and the estimate has the same."""
+    rank = 4
+    flags = ("--bf16", "--lora-rank", rank)
+    [outcome] = rehearsals.each([task(*flags, layout=layout, packs=2)])
+    rows = 64 + 32 + 32 + 2 * 96 + 64 + 96  # those of B of q, k, v, gate and up; columns of A of o and down
+    adapters = LAYERS * rank * (7 * HIDDEN + rows // cut)
+    standing, room = outcome.standing, 60 * 512 * 3
+    assert 0 <= standing[WEIGHTS] - 2 * (parameters(cut) + adapters) <= 60 * 512
+    assert 0 <= standing[GRADIENTS] - 4 * adapters <= room
+    assert 0 <= standing[OPTIMIZER] - 12 * adapters <= 14 * LAYERS * 3 * 512 + 60 * 512
+    config = options(*flags, layout=layout)
+    work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
+    estimated = estimate.standing(Process(Shape.of(LLAMA, 128), config, work, cut), 0)
+    assert estimated[GRADIENTS] == 4 * adapters and estimated[OPTIMIZER] == 12 * adapters
+    assert estimated[WEIGHTS] == 2 * (parameters(cut) + adapters)
 
 
 def test_building_holds_the_weights_once(rehearsals: Rehearsals) -> None:

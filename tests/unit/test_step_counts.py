@@ -101,6 +101,24 @@ def test_recomputation_adds_one_forward_pass_of_the_layers(rehearsals: Rehearsal
     assert more == [forward - 2 * TRAINED * VOCABULARY * HIDDEN, attends, 0]
 
 
+def test_frozen_matrices_have_no_gradients(rehearsals: Rehearsals) -> None:
+    """With LoRA backward has one product a frozen weight and token instead of two, and none before the first adapter;
+    of the log-prob head logits once more and the gradient of the states."""
+    rank = 4
+    [outcome] = rehearsals.each([task("--lora-rank", str(rank))])
+    grouped = HIDDEN // 2  # rows of keys, and of values
+    inputs = 3 * HIDDEN + HIDDEN + 2 * HIDDEN + WIDTH  # of q, k and v; o; gate and up; down
+    outputs = (HIDDEN + 2 * grouped) + HIDDEN + 2 * WIDTH + HIDDEN
+    first = HIDDEN * (HIDDEN + 2 * grouped) + rank * 3 * HIDDEN  # the input of the first layer has no gradient
+    of_head = 2 * TRAINED * VOCABULARY * HIDDEN
+    tokens = outcome.tokens
+    adapters = 2 * tokens * LAYERS * rank * (inputs + outputs)
+    assert outcome.work.forward.flops(PRODUCTS) == products(tokens)[0] + adapters
+    assert outcome.work.backward.flops(PRODUCTS) == (
+        2 * tokens * (LAYERS * MATRICES - first) + 2 * adapters + 2 * of_head
+    )
+
+
 def test_separate_prompts_are_computed_for_each_response(rehearsals: Rehearsals) -> None:
     [outcome] = rehearsals.each([task("--no-share-prompts")])
     slot = RESPONSE - 1
