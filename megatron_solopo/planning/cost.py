@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.planning.estimate import Process, attention_parameters, kept, trained_parameters
 from megatron_solopo.planning.machines import Machine
+
+OF_PARTS = {"mlp": 10, "moe": 75, "core_attn": 20}
+"""Operators that the recomputation of a part of a layer starts."""
 
 
 def seconds_of_step(process: Process, machine: Machine) -> float:
@@ -46,6 +50,15 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
     layer = 2 * weights * (passes + again) / products + pairs * (3.5 + again) / attention
     layer += kept(process) * (4 + 2 * again) / memory  # written, read by the next operation, and both backward
     computing = layers * layer
+    if process.config.model.recompute_keep:
+        computing -= layers * again * pairs / attention
+    modules = recomputed_modules(process.config.model)
+    if "mlp" in modules:
+        computing += layers * 6 * process.t * shape.hidden * shape.ffn / process.tensor / products
+    if "moe" in modules:
+        computing += layers * 6 * process.rows * shape.hidden * shape.ffn / process.expert_tensor / products
+    if "core_attn" in modules:
+        computing += layers * pairs / attention
     if stage == process.stages - 1:  # logits forward and again backward, and both gradients
         rows = shape.vocabulary / process.tensor
         computing += 8 * rows * shape.hidden * work.predicted / process.context / products
@@ -62,11 +75,13 @@ def operators(process: Process, stage: int) -> float:
 
     Counted in rehearsals in bfloat16 (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one
     with experts 60 and 89, and two products for each expert of this process, which add its weights' gradients; a
-    recomputed layer its forward ones again; embedding, log-prob head and loss together about 190.
+    recomputed layer its forward ones again; of a part that is recomputed 10 for the MLP, 75 for router and experts, 20
+    for attention; embedding, log-prob head and loss together about 190.
     """
     forward, backward = 29, 55
     if process.shape.experts:
         forward, backward = 60, 89 + 2 * (process.shape.experts // process.expert_parallel)
+    backward += sum(OF_PARTS.get(part, 0) for part in recomputed_modules(process.config.model))
     layers, again = process.sizes[stage], process.recomputed(stage) * process.chunks
     return layers * (forward + backward) + again * forward + (190 if stage == process.stages - 1 else 0)
 

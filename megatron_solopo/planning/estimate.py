@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
+from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.data.tokenized.batches import attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.lora_options import MLP, modules_of
@@ -323,21 +324,60 @@ def _gathered(process: Process) -> float:
     return process.e * process.t * process.shape.hidden if process.s != process.t else 0.0
 
 
+def attention_results(process: Process) -> float:
+    """Returns the bytes that --recompute-keep core_attn adds to a layer's input: output and log-sum-exps of attention's
+    kernel (model/kept_attention.py)."""
+    shape = process.shape
+    return process.t * (process.e * shape.queries + 4 * shape.heads) / process.tensor
+
+
+def kept_of_parts(process: Process) -> tuple[float, float]:
+    """Returns the bytes that --recompute-modules leaves of `kept`, and those that it makes again in backward: of the
+    MLP or the experts all; of attention the rotated queries and the kernel's log-sum-exps."""
+    again = 0.0
+    modules = recomputed_modules(process.config.model)
+    if {"mlp", "moe"} & {*modules}:
+        again += mlp_kept(process)
+    if "core_attn" in modules:
+        again += attention_results(process)
+    return kept(process) - again, again
+
+
+def checkpoints(process: Process, stage: int) -> tuple[int, float]:
+    """Returns how many checkpoints of recomputed layers the packs in flight have, and the bytes that each keeps: its
+    input and, where it is kept, the attention of its layers."""
+    model, layers, recomputed = process.config.model, process.sizes[stage] // process.chunks, process.recomputed(stage)
+    together = model.recompute_num_layers if layers == recomputed else 1
+    size = process.e * process.shape.hidden * process.s
+    if model.recompute_keep:
+        size += together * attention_results(process)
+    return process.in_flight(stage) * math.ceil(recomputed / together), size
+
+
+def activations_on_host(process: Process, stage: int) -> float:
+    """Returns the bytes that --activation-offload holds on the host; blocks are larger than the tensors in them."""
+    count, size = checkpoints(process, stage)
+    return count * size if process.config.model.activation_offload else 0.0
+
+
 def held_by_layers(process: Process, stage: int) -> dict[str, float]:
-    """Returns the bytes of the packs in flight when their backward pass begins: of a recomputed layer its input, of
-    others what they keep; cosines and sines of their positions; and what stages exchanged."""
+    """Returns the bytes of the packs in flight when their backward pass begins: of a recomputed layer what its
+    checkpoint keeps, of others what they keep; cosines and sines of their positions; and what stages exchanged. With
+    --activation-offload two checkpoints are on the device (model/offload.py)."""
     shape, e = process.shape, process.e
     layers, recomputed = process.sizes[stage] // process.chunks, process.recomputed(stage)
-    together = process.config.model.recompute_num_layers if layers == recomputed else 1
+    offload = process.config.model.activation_offload
     state = e * shape.hidden * process.s
-    of_chunk = math.ceil(recomputed / together) * state + (layers - recomputed) * kept(process)
-    of_chunk += 2 * e * shape.head_dim * process.t
+    of_chunk = (layers - recomputed) * kept_of_parts(process)[0] + 2 * e * shape.head_dim * process.t
     count = process.in_flight(stage)
+    here, of_checkpoint = checkpoints(process, stage)
+    if offload:
+        here = min(here, 2)
     exchanged = 0.0
     if process.stages > 1:  # schedules.py keeps inputs and outputs of each pass, and lists of what was received
-        inputs = 0 if recomputed else 1
+        inputs = 0 if recomputed and not offload else 1
         exchanged = state * (count * (1 + inputs) + (1 if stage == 0 else 2) + (2 if process.chunks > 1 else 0))
-    return {ACTIVATIONS: count * of_chunk + exchanged}
+    return {ACTIVATIONS: count * of_chunk + here * of_checkpoint + exchanged}
 
 
 def head(process: Process) -> dict[str, float]:
@@ -369,11 +409,12 @@ def norm_of_gradients(process: Process, stage: int) -> float:
 def peak(process: Process, stage: int) -> Moment:
     """Returns the largest moment of a stage: a layer computed backward, the log-prob head, or the update."""
     base, held = standing(process, stage), held_by_layers(process, stage)
-    alone = dict.fromkeys((WORKING,), 0.0)
-    layers = process.sizes[stage] // process.chunks
+    alone = {WORKING: kept_of_parts(process)[1]}
+    model, layers = process.config.model, process.sizes[stage] // process.chunks
     if process.recomputed(stage) == layers:
-        together = process.config.model.recompute_num_layers if layers > 1 else 1
-        alone = {WORKING: min(together, layers) * kept(process)}
+        together = model.recompute_num_layers if layers > 1 else 1
+        there = attention_results(process) if model.recompute_keep else 0.0
+        alone = {WORKING: min(together, layers) * (kept(process) - there)}
     moments = {
         "backward": (held, alone, backward_of_layer(process)),
         "update": ({WORKING: norm_of_gradients(process, stage)},),

@@ -97,6 +97,9 @@ class Candidate:
         recomputed = model.recompute_granularity or "none"
         if model.recompute_granularity and model.recompute_method == "block":
             recomputed = f"block {model.recompute_num_layers}"
+        recomputed += f" {model.recompute_modules}" if model.recompute_modules else ""
+        recomputed += f" keeping {model.recompute_keep}" if model.recompute_keep else ""
+        recomputed += " offloaded" if model.activation_offload else ""
         return (
             layout_name(parallel, self.process.copies // self.process.context)
             + (f" (stages of {', '.join(map(str, self.process.sizes))})" if first or last else "")

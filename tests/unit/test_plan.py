@@ -18,6 +18,7 @@ from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.parallel.layouts import parse_layout
 from megatron_solopo.parallel.topology import data_parallel_size
 from megatron_solopo.planning.cost import operators
+from megatron_solopo.planning.estimate import activations_on_host
 from megatron_solopo.planning.machines import load_machine
 from megatron_solopo.planning.plan import main, read_options, request_of
 from megatron_solopo.planning.plan_file import write_plan
@@ -52,12 +53,18 @@ def rehearsals() -> Iterator[Rehearsals]:
 
 
 FULL, BLOCK = "--recompute-granularity=full", "--recompute-method=block"
+KEEP, OFFLOAD, SELECTIVE = "--recompute-keep=core_attn", "--activation-offload", "--recompute-granularity=selective"
 ESTIMATED = [
     (DENSE, "tp2 sp cp2 dp2", ()),
     (DENSE, "tp4", (FULL,)),
     (DENSE, "pp2 vpp2 dp2", (FULL,)),
     (DENSE, "tp2 sp pp4", (FULL, BLOCK)),
     (DENSE, "cp8", (FULL, "--no-share-prompts")),
+    (DENSE, "tp2 sp cp2 dp2", (FULL, KEEP)),
+    (DENSE, "tp2 sp dp2", (FULL, KEEP, OFFLOAD)),
+    (DENSE, "pp2 vpp2 dp2", (FULL, OFFLOAD)),
+    (DENSE, "tp4", (SELECTIVE, "--recompute-modules=mlp")),
+    (MOE, "tp2 sp dp4 ep4", (SELECTIVE, "--recompute-modules=moe,core_attn")),
     (MOE, "dp8 ep8", ()),
     (MOE, "tp2 sp dp4 ep4", (FULL,)),
     (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),
@@ -93,6 +100,11 @@ def test_the_estimate_is_near_the_rehearsal(
     )
     rehearsed(asked, [one], rehearsals)
     assert abs(one.error) < 0.08, (one.estimated, one.peak)
+    for stage, outcome in zip(one.process.key_stages, one.outcomes, strict=True):
+        on_host = activations_on_host(one.process, stage)
+        assert (on_host > 0) == (OFFLOAD in flags)
+        if on_host:  # in blocks of 16 MiB, which these tensors fill by half or more
+            assert on_host <= outcome.host <= 2 * on_host + 2**24
     work = one.outcomes[-1].work
     started = work.forward.operators + work.backward.operators
     assert operators(one.process, one.process.stages - 1) == pytest.approx(started, rel=0.2)
