@@ -40,6 +40,9 @@ from megatron_solopo.planning.memory import (
 )
 from megatron_solopo.planning.table import stages_that_matter
 
+SIZES = {"fp32": 4, "bf16": 2}
+"""Bytes of a number, by names of dtypes in options."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -214,17 +217,39 @@ def trained_parameters(process: Process, stage: int) -> tuple[int, int]:
     return stage_parameters(process, stage)
 
 
+def share(process: Process, stage: int) -> float:
+    """Counts the parameters whose optimizer state a process has."""
+    dense, experts = trained_parameters(process, stage)
+    return dense / process.copies + experts / process.expert_copies
+
+
+def optimizer_bytes(process: Process) -> tuple[float, float]:
+    """Returns the bytes of the optimizer's state a parameter, (on the device, on the host): two moments and, of
+    bfloat16 weights, main parameters in float32 or remainders of 16 bits (training/adam.py)."""
+    training = process.config.training
+    moments = SIZES[training.exp_avg_dtype] + SIZES[training.exp_avg_sq_dtype]
+    if process.e == 4:
+        return moments, 0.0
+    remainders = training.use_precision_aware_optimizer and training.store_param_remainders
+    away = training.optimizer_offload_fraction if training.optimizer_cpu_offload else 0.0
+    return (1 - away) * (moments + (2 if remainders else 4)), away * (moments + 4)
+
+
+def on_host(process: Process, stage: int) -> float:
+    """Returns the bytes of the optimizer's state on the host."""
+    return optimizer_bytes(process)[1] * share(process, stage)
+
+
 def standing(process: Process, stage: int) -> dict[str, float]:
-    """Returns the bytes held between steps: DDP's buffers hold 4 bytes a trained parameter; the distributed optimizer's
-    share is moments in float32 and, of bfloat16 weights, a float32 copy."""
+    """Returns the bytes held between steps: DDP's buffers of gradients of what is trained, and the distributed optimizer's share."""
     dense, experts = trained_parameters(process, stage)
     weights = sum(stage_parameters(process, stage)) + adapter_parameters(process, stage)
-    of_share = 12 if process.e == 2 else 8
+    of_gradient = SIZES[process.config.training.main_grads_dtype]
     t, work = process.t, process.work
     return {
         WEIGHTS: process.e * weights,
-        GRADIENTS: 4 * (dense + experts),
-        OPTIMIZER: of_share * (dense / process.copies + experts / process.expert_copies),
+        GRADIENTS: of_gradient * (dense + experts),
+        OPTIMIZER: optimizer_bytes(process)[0] * share(process, stage),
         # ids, positions and attention rows as int64 (pack.py, parallel/layout.py)
         INPUTS: 8 * (2 * t + work.key_rows / process.context) * min(work.packs, process.stages + 1),
     }

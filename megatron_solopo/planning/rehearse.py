@@ -47,7 +47,8 @@ class Outcome:
         tokens: tokens of the pack, of all processes that share it.
         packs: packs of the step that were rehearsed.
         work: what the process computes and exchanges.
-        host: bytes of pinned host memory that --activation-offload takes; on the CPU they are among the others.
+        host: bytes that are kept on the host for the GPU, at their peak within a step; 0 on the CPU, where all memory
+            is the host's.
     """
 
     rank: int
@@ -91,8 +92,8 @@ def rehearse(
         from megatron_solopo.training.step import train_step
 
         engines.initialize_parallel(config)
-        ledger = Ledger(rehearsal.platform.device)
-        with rehearsal.mode, ledger:
+        ledger, host = Ledger(rehearsal.platform.device), Ledger(torch.device("cpu"))
+        with rehearsal.mode, host, ledger:
             ledger.enter(BUILD, WEIGHTS)
             engine = engines.build_engine(rehearsal.platform, hf_config, config)
             buffers = [buffer for chunk in engine.chunks for buffer in engines.gradient_buffers(chunk)]
@@ -117,14 +118,16 @@ def rehearse(
             SimpleNamespace(on_this_rank=lambda: ledger.enter(UPDATE) or 0.0),
         )
         counts = Counts()
-        with rehearsal.mode, counts, ledger, followed(ledger, engine.models), counts.following(engine):
+        with rehearsal.mode, counts, host, ledger, followed(ledger, engine.models), counts.following(engine):
             ledger.mark(fake.fakes([work]), INPUTS)
             standing = dict(ledger.held)
             ledger.enter(FORWARD)
+            host.enter(FORWARD)
             train_step(engine, optimizer, scheduler, *arguments)
         engine.close()
-        host = engine.offload.host_bytes if engine.offload is not None else 0
-        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs, counts.work(packs), host)
+        in_step = [moment.total for phase, moment in host.peaks.items() if phase]
+        on_host = max(in_step) if device == "cuda" else 0
+        outcome = Outcome(rank, standing, ledger.peaks, tokens, packs, counts.work(packs), on_host)
         del engine, optimizer, scheduler, work, arguments, buffers
     return outcome
 

@@ -72,6 +72,8 @@ def calculated(config: Config, hf_config: PretrainedConfig, world: int) -> list[
     for stage in stages_that_matter(hf_config.num_hidden_layers, config.parallel):
         held = estimate.standing(process, stage)
         parts = [f"{kind} {held[kind] / UNITS['GiB']:.2f}" for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)]
+        if on_host := estimate.on_host(process, stage):
+            parts.append(f"on the host {on_host / UNITS['GiB']:.2f}")
         if config.model.fp8_format is not None:
             copies = estimate.fp8_copies(process, stage) / UNITS["GiB"]
             parts.append(f"FP8 copies of weights {copies:.2f}")
@@ -134,19 +136,21 @@ def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> 
 
 
 def table(outcomes: Sequence[Outcome], processes: int) -> list[str]:
-    """Formats a line a stage: what it holds at its peak, by kind, and what it does then.
+    """Formats a line a stage: what it holds at its peak, by kind, what of it is on the host, and what it does then.
 
     Args:
         processes: of a stage.
     """
     unit = UNITS["GiB" if max(outcome.peak.total for outcome in outcomes) >= UNITS["GiB"] else "MiB"]
     shown = [kind for kind in KINDS if any(outcome.peak.held[kind] >= unit / 100 for outcome in outcomes)]
-    header = ["ranks", *shown, "peak", "at"]
+    host = ["host"] if any(outcome.host >= unit / 100 for outcome in outcomes) else []
+    header = ["ranks", *shown, "peak", *host, "at"]
     rows = [
         [
             f"{outcome.rank}-{outcome.rank + processes - 1}" if processes > 1 else f"{outcome.rank}",
             *(f"{outcome.peak.held[kind] / unit:.2f}" for kind in shown),
             f"{outcome.peak.total / unit:.2f} {next(name for name, size in UNITS.items() if size == unit)}",
+            *(f"{outcome.host / unit:.2f}" for _ in host),
             f"{outcome.peak.phase}: {outcome.peak.operation}",
         ]
         for outcome in outcomes

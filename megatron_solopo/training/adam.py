@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_solopo.config import TrainingConfig
 
-PIECE = 2**22
+PIECE = 2**24
 """Elements that are computed at one time: temporaries take at most 16 bytes for each."""
 
 

@@ -19,8 +19,8 @@ from megatron_solopo.losses.registry import LOSSES
 from megatron_solopo.parallel.context import choices, methods
 from megatron_solopo.parallel.engine_method import EngineMethod
 from megatron_solopo.parallel.layouts import parse_layout
-from megatron_solopo.planning import estimate
-from megatron_solopo.planning.estimate import Process, Shape, Work
+from megatron_solopo.planning.estimate import Process, Shape, Work, on_host
+from megatron_solopo.planning.estimate import standing as closed_form
 from megatron_solopo.planning.memory import (
     ACTIVATIONS,
     COMMUNICATION,
@@ -31,8 +31,16 @@ from megatron_solopo.planning.memory import (
     WORKING,
 )
 from megatron_solopo.planning.rehearse import Outcome, example
-from megatron_solopo.planning.table import calculated, largest_pack, not_rehearsed, outcomes_of, packs_that_matter
+from megatron_solopo.planning.table import (
+    calculated,
+    largest_pack,
+    not_rehearsed,
+    outcomes_of,
+    packs_that_matter,
+    table,
+)
 from megatron_solopo.planning.workers import Rehearsals, Task, outcome_of
+from megatron_solopo.training.adam import PIECE
 
 HIDDEN, LAYERS, VOCABULARY = 64, 2, 1000
 LLAMA = LlamaConfig(
@@ -124,9 +132,40 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer(rehearsals: Rehears
     assert 0 <= standing[OPTIMIZER] - 12 * adapters <= 14 * LAYERS * 3 * 512 + 60 * 512
     config = options(*flags, layout=layout)
     work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
-    estimated = estimate.standing(Process(Shape.of(LLAMA, 128), config, work, cut), 0)
+    estimated = closed_form(Process(Shape.of(LLAMA, 128), config, work, cut), 0)
     assert estimated[GRADIENTS] == 4 * adapters and estimated[OPTIMIZER] == 12 * adapters
     assert estimated[WEIGHTS] == 2 * (parameters(cut) + adapters)
+
+
+SMALL = ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "gradient", "device", "host"),
+    [
+        (SMALL, 4, 6, 0),
+        ((*SMALL, "--main-grads-dtype", "bf16"), 2, 6, 0),
+        (("--optimizer-cpu-offload",), 4, 0, 12),
+        ((*SMALL, "--optimizer-cpu-offload"), 4, 0, 8),
+    ],
+)
+def test_states_of_optimizers_are_what_arithmetic_says(
+    rehearsals: Rehearsals, flags: tuple[str, ...], gradient: int, device: int, host: int
+) -> None:
+    """Bytes a parameter; on the host besides two pairs of buffers, of a gradient in its dtype and a weight."""
+    [outcome] = rehearsals.each([task("--bf16", *flags)])
+    count, standing = parameters(), outcome.standing
+    assert 0 <= standing[GRADIENTS] - gradient * count <= 4096
+    assert 0 <= standing[OPTIMIZER] - device * count <= 60 * 512 * 3
+    staging = 2 * PIECE * (gradient + 2) if host else 0
+    wide = 8 * 1024 * HIDDEN if host == 8 else 0  # moments of the largest parameter in float32
+    assert 0 <= outcome.host - staging - host * count <= wide + 128  # and Adam's count of steps
+    config = options("--bf16", *flags)
+    process = Process(Shape.of(LLAMA, 128), config, Work(0, 0, 0, 0.0, 1), 1)
+    assert closed_form(process, 0)[OPTIMIZER] == device * count and on_host(process, 0) == host * count
+    assert closed_form(process, 0)[GRADIENTS] == gradient * count
+    [header, row] = table([outcome], 1)
+    assert ("host" in header.split()) == (host > 0) and (f" {outcome.host / 2**20:.2f} " in row) == (host > 0)
 
 
 def test_building_holds_the_weights_once(rehearsals: Rehearsals) -> None:
