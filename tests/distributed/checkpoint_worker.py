@@ -35,8 +35,9 @@ def draw_state(optimizer: Any, seed: int) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.state_dict()  # makes the moments
         for values in part.optimizer.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                values[name].copy_(torch.rand(values[name].shape, generator=generator))
+            for name in [name for name in ("exp_avg", "exp_avg_sq", "master_param") if name in values]:
+                drawn = torch.rand(values[name].shape, generator=generator)
+                values[name].copy_(drawn if values[name].is_floating_point() else 2**15 * drawn)
 
 
 def files_of(folder: Path) -> dict[int, int]:

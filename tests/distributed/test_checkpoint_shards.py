@@ -50,22 +50,32 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return complete
 
 
+SMALL = ("--bf16", "--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")
+HOST = ("--bf16", "--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5")
+
+
 @pytest.mark.parametrize(
-    ("model", "layouts"),
+    ("model", "layouts", "flags"),
     [
         (
             LlamaConfig(**WIDE, tie_word_embeddings=True),
             ["dp4", "tp2 sp pp2", "cp2 dp2", "pp2 dp2", "tp4 sp", "tp2 dp2"],
+            (),
         ),
-        (MixtralConfig(**WIDE, **EXPERTS), ["dp4", "ep2 dp4", "tp2 sp ep2 dp2", "pp2 dp2"]),
+        (MixtralConfig(**WIDE, **EXPERTS), ["dp4", "ep2 dp4", "tp2 sp ep2 dp2", "pp2 dp2"], ()),
+        (LlamaConfig(**WIDE, tie_word_embeddings=True), ["dp4", "tp2 sp pp2", "cp2 dp2"], SMALL),
+        (MixtralConfig(**WIDE, **EXPERTS), ["ep2 dp4", "pp2 dp2"], HOST),
     ],
-    ids=["llama", "mixtral"],
+    ids=["llama", "mixtral", "small", "host"],
 )
-def test_any_layout_reads_what_another_wrote(tmp_path: Path, model: Any, layouts: list[str]) -> None:
-    results = run(tmp_path, model, layouts)
+def test_any_layout_reads_what_another_wrote(
+    tmp_path: Path, model: Any, layouts: list[str], flags: tuple[str, ...]
+) -> None:
+    results = run(tmp_path, model, layouts, *flags)
     first = tensors(tmp_path / "0" / "iter_0000001")
     moments = [name for name in first if ".exp_avg." in name]
     assert moments and all(first[name].unique().numel() > 1 for name in moments)
+    assert {first[name].dtype for name in moments} == {torch.bfloat16 if flags == SMALL else torch.float32}
     for number, layout in enumerate(layouts):
         assert results[layout]["unsaved"] is None
         then = tensors(tmp_path / str(number) / "iter_0000001")
