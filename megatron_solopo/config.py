@@ -125,6 +125,12 @@ class ModelConfig:
     gradient_accumulation_fusion: bool = option(
         True, "the product that computes a weight's gradient adds it to the float32 sum, on CUDA with --bf16"
     )
+    mlp_tiles: str | None = option(
+        None,
+        "N or auto: compute the MLP of a layer in so many tiles of tokens, each again in backward: only a tile's gate, "
+        "up and product exist, and a layer keeps the MLP's input alone; auto: tiles of as many tokens as the model is "
+        "wide; default: the MLP at once, which keeps gate and up",
+    )
     make_vocab_size_divisible_by: int = option(
         128, "the vocabulary is padded to a multiple of this; padding rows never count", minimum=1
     )

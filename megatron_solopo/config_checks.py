@@ -118,6 +118,7 @@ def _check_implementation(config: Config) -> None:
         )
     method_of(config.parallel.context_parallel_size, config.parallel.cp_comm_type).check(config)
     _check_recompute(config)
+    _check_tiles(model)
     compared = method.objective == "preference" and loss_class(method.preference_loss).needs_reference
     if model.fp8_format is not None and model.fp8_recipe == "delayed" and compared:
         without = those_that(lambda kind: not kind.needs_reference)
@@ -219,6 +220,26 @@ def _check_lora(config: Config) -> None:
             "option-conflict",
             "--lora-rank with --add-special-tokens: the rows of new tokens would be frozen, and a PEFT folder does not "
             "hold them; leave the tokens out, or train all weights",
+        )
+
+
+def _check_tiles(model: ModelConfig) -> None:
+    tiles = model.mlp_tiles
+    if tiles is None:
+        return
+    if tiles != "auto" and not (tiles.isascii() and tiles.isdigit() and int(tiles) > 0):
+        raise UserError("option-value", f"--mlp-tiles {tiles}: must be auto or a number from 1")
+    if model.fp8_format is not None:
+        raise UserError(
+            "option-conflict",
+            "--mlp-tiles with --fp8-format: Transformer Engine scales by whole tensors and keeps one FP8 copy of a "
+            "weight for all tiles, whose transpose the forward pass of a tile does not make; leave one of them out",
+        )
+    if model.transformer_impl == "transformer_engine" and not model.gradient_accumulation_fusion:
+        raise UserError(
+            "option-conflict",
+            "--mlp-tiles with --no-gradient-accumulation-fusion: Transformer Engine would round the gradient of each "
+            "tile; leave one of them out",
         )
 
 

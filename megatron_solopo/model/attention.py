@@ -145,7 +145,8 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
         layout = packed_seq_params
-        inputs = layout.rotate(query), layout.rotate(key), value
+        # of a view backward would keep queries, keys and values before RoPE
+        inputs = layout.rotate(query), layout.rotate(key), value.contiguous()
         attend = partial(layout.attention.attend, scale=self.softmax_scale)
         if self.keeps and self.training and not torch.is_grad_enabled():
             output, results = recording(attend, *inputs)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
@@ -31,9 +31,11 @@ from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.lora import attach_adapters
 from megatron_solopo.model.norm import RMSNorm
 from megatron_solopo.model.offload import Offload
+from megatron_solopo.model.repeated import ColumnParallel, RowParallel
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import Router
 from megatron_solopo.model.swiglu import SwiGLU
+from megatron_solopo.model.tiled_mlp import TiledMLP
 
 
 def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch.dtype) -> TransformerConfig:
@@ -131,7 +133,9 @@ def _backend(config: Config) -> str:
     return "fused" if engine and backend == "auto" else backend
 
 
-def layer_spec(settings: TransformerConfig, te_activation: bool) -> tuple[ModuleSpec, type]:
+def layer_spec(
+    settings: TransformerConfig, te_activation: bool, mlp_tiles: str | None = None, repeat_activation: bool = False
+) -> tuple[ModuleSpec, type]:
     """Returns the spec of a layer, and the type of the final norm.
 
     These are Transformer Engine's, or megatron-core's local transformer layer with this package's RMSNorm, packed
@@ -139,16 +143,32 @@ def layer_spec(settings: TransformerConfig, te_activation: bool) -> tuple[Module
 
     Args:
         te_activation: of Transformer Engine's layers SwiGLU too is its kernel; otherwise it is this package's.
+        mlp_tiles: --mlp-tiles, without experts.
+        repeat_activation: the product of SwiGLU, in portable layers without experts, is not kept for backward but
+            computed again.
     """
     if settings.transformer_impl == transformer_engine.NAME:
         from megatron_solopo.model import te_layers  # imports Transformer Engine, which is optional
 
-        return te_layers.layer_spec(settings, te_activation), te_layers.FINAL_NORM
+        spec, final_norm = te_layers.layer_spec(settings, te_activation), te_layers.FINAL_NORM
+    else:
+        spec, final_norm = _portable_layer_spec(settings), RMSNorm
+    submodules = cast(TransformerLayerSubmodules, spec.submodules)
+    mlp: Any = submodules.mlp  # a functools.partial
+    if repeat_activation:
+        mlp.keywords["submodules"].linear_fc2 = RowParallel
+    if mlp_tiles is not None:
+        submodules.mlp = partial(TiledMLP.as_mlp_submodule, tiles=mlp_tiles, **mlp.keywords)
+    return spec, final_norm
+
+
+def _portable_layer_spec(settings: TransformerConfig) -> ModuleSpec:
     submodules = get_gpt_layer_local_submodules(num_experts=settings.num_moe_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
     attention: Any = submodules.self_attention.submodules  # mcore annotates it as an object
     attention.core_attention = PackedAttention
+    attention.linear_qkv = ColumnParallel
     if settings.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp: Any = submodules.mlp  # a functools.partial
@@ -161,7 +181,8 @@ def layer_spec(settings: TransformerConfig, te_activation: bool) -> tuple[Module
         submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     else:
         parts.activation_func = SwiGLU
-    return ModuleSpec(module=TransformerLayer, submodules=submodules), RMSNorm
+        parts.linear_fc1 = ColumnParallel
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
 def build_model(
@@ -180,7 +201,7 @@ def build_model(
     settings = transformer_config(hf_config, config, dtype)
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
-    layer, final_norm = layer_spec(settings, config.model.use_te_activation_func)
+    layer, final_norm = layer_spec(settings, config.model.use_te_activation_func, config.model.mlp_tiles)
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm
     )

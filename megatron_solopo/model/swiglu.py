@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_solopo.model.repeated import Repeatable
+
 
 class SwiGLU(nn.Module):
     """Computes silu(gate) * up of [..., 2 x inner] (gate, up) to [..., inner], and keeps its input alone.
@@ -22,12 +24,15 @@ class SwiGLU(nn.Module):
         return _SwiGLU.apply(x)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Repeatable):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(x)
+
+    @staticmethod
+    def repeat(ctx) -> Tensor:
+        return _swiglu(*ctx.saved_tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
@@ -38,3 +43,8 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(grad, F.silu(gate), out=of_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
         return grads
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -52,7 +52,7 @@ class TEPackedAttention(TEDotProductAttention):
             self,
             query,
             select(key, sequences.keys),
-            select(value, sequences.keys),
+            select(value, sequences.keys).contiguous(),  # a view would keep queries and keys before RoPE too
             None,
             qkv_format="thd",
             cu_seqlens_q=sequences.cu_seqlens_q,

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds a @ b, [M, K] and [K, N], to ``total``, [M, N].
 
-    On CUDA it is one kernel that adds without rounding the product; elsewhere a product in 16 bits is rounded first.
+    A product of 16 bits is added to a float32 sum without rounding it: by one kernel on CUDA, elsewhere in float32.
     """
-    if total.device.type == "cuda" and total.dtype == torch.float32 and a.dtype.itemsize == 2:
+    if total.dtype == a.dtype:
+        total += a @ b
+    elif total.device.type == "cuda" and total.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     else:
-        total += (a @ b).to(total.dtype)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class WeightGradients:

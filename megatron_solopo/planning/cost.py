@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_solopo.config_checks import recomputed_modules
-from megatron_solopo.planning.estimate import Process, attention_parameters, kept, trained_parameters
+from megatron_solopo.planning.estimate import Process, attention_parameters, results, trained_parameters
 from megatron_solopo.planning.machines import Machine
 
 OF_PARTS = {"mlp": 10, "moe": 75, "core_attn": 20}
@@ -40,15 +40,16 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
     layers = process.sizes[stage]
     again = process.recomputed(stage) * process.chunks / layers
     # 2 operations a weight and token forward, twice that backward; attention 4 a pair and width, 2.5 times backward
-    weights = process.t * attention_parameters(shape) / process.tensor
-    if shape.experts:
-        weights += process.rows * 3 * shape.hidden * shape.ffn / process.expert_tensor
-    else:
-        weights += process.t * 3 * shape.hidden * shape.ffn / process.tensor
-    pairs = 4 * work.pairs * shape.queries / process.tensor / process.context
     passes = 3 if process.config.model.lora_rank is None else 2  # frozen matrices have no gradients
-    layer = 2 * weights * (passes + again) / products + pairs * (3.5 + again) / attention
-    layer += kept(process) * (4 + 2 * again) / memory  # written, read by the next operation, and both backward
+    weights = process.t * attention_parameters(shape) / process.tensor * (passes + again)
+    if shape.experts:
+        weights += process.rows * 3 * shape.hidden * shape.ffn / process.expert_tensor * (passes + again)
+    else:  # a tile computes gate and up again, and no layer the whole MLP
+        of_mlp = passes + (2 / 3 if process.tiles else again)
+        weights += process.t * 3 * shape.hidden * shape.ffn / process.tensor * of_mlp
+    pairs = 4 * work.pairs * shape.queries / process.tensor / process.context
+    layer = 2 * weights / products + pairs * (3.5 + again) / attention
+    layer += results(process) * (4 + 2 * again) / memory  # written, read by the next operation, and both backward
     computing = layers * layer
     if process.config.model.recompute_keep:
         computing -= layers * again * pairs / attention
@@ -75,10 +76,10 @@ def operators(process: Process, stage: int) -> float:
 
     Counted in rehearsals in bfloat16 (`planning.counts`): a layer with an MLP starts 29 forward and 55 backward; one
     with experts 60 and 89, and two products for each expert of this process, which add its weights' gradients; a
-    recomputed layer its forward ones again; of a part that is recomputed 10 for the MLP, 75 for router and experts, 20
-    for attention; embedding, log-prob head and loss together about 190.
+    recomputed layer its forward ones again; a tile of an MLP 16; of a part that is recomputed 10 for the MLP, 75 for
+    router and experts, 20 for attention; embedding, log-prob head and loss together about 190.
     """
-    forward, backward = 29, 55
+    forward, backward = 29, 55 + 16 * process.tiles
     if process.shape.experts:
         forward, backward = 60, 89 + 2 * (process.shape.experts // process.expert_parallel)
     backward += sum(OF_PARTS.get(part, 0) for part in recomputed_modules(process.config.model))

@@ -25,6 +25,7 @@ from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.log_probs import chunk_size
+from megatron_solopo.model.tiles import tiles_of
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
 from megatron_solopo.planning.memory import (
     ACTIVATIONS,
@@ -151,6 +152,8 @@ class Process:
         self.t = math.ceil(work.tokens / self.context)
         self.s = self.t / self.tensor if parallel.sequence_parallel else self.t
         self.rows = self.s * shape.chosen * self.expert_tensor  # of tokens, once for each of their experts
+        tiles = config.model.mlp_tiles
+        self.tiles = tiles_of(tiles, self.t, shape.hidden) if tiles else 0
         # torch's kernel for float32 takes as many heads of keys as of queries (parallel/layout.py)
         self.repeats_keys = self.e == 4 and shape.queries != shape.keys and self.context == 1
 
@@ -241,7 +244,7 @@ def on_host(process: Process, stage: int) -> float:
 
 
 def standing(process: Process, stage: int) -> dict[str, float]:
-    """Returns the bytes held between steps: DDP's buffers of gradients of what is trained, and the distributed optimizer's share."""
+    """Returns the bytes held between steps: DDP's buffers of gradients, and the distributed optimizer's share."""
     dense, experts = trained_parameters(process, stage)
     weights = sum(stage_parameters(process, stage)) + adapter_parameters(process, stage)
     of_gradient = SIZES[process.config.training.main_grads_dtype]
@@ -272,11 +275,12 @@ def fp8_copies(process: Process, stage: int) -> float:
 
 
 def attention_kept(process: Process) -> float:
-    """Returns the bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and
-    ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms of heads their input
-    (model/norm.py); in float32 keys and values of each piece for each query head."""
+    """Returns the bytes that the attention of a layer keeps for backward: rotated queries, the kernel's output and,
+    without context parallelism, ``linear_proj``'s input (parallel/layout.py), keys and values, log-sum-exps; of norms
+    of heads their input (model/norm.py); in float32 keys and values of each piece for each query head."""
     shape, e, t, tensor = process.shape, process.e, process.t, process.tensor
-    kept = t * (3 * e * shape.queries + 2 * e * shape.keys + 4 * shape.heads) / tensor
+    of_queries = 3 if process.context == 1 else 2
+    kept = t * (of_queries * e * shape.queries + 2 * e * shape.keys + 4 * shape.heads) / tensor
     if shape.head_norms:
         kept += t * e * (shape.queries + shape.keys) / tensor
     if process.repeats_keys:
@@ -284,8 +288,8 @@ def attention_kept(process: Process) -> float:
     return kept
 
 
-def mlp_kept(process: Process) -> float:
-    """Returns the bytes that the MLP of a layer keeps for backward: gate and up of ``linear_fc1`` (model/swiglu.py),
+def mlp_results(process: Process) -> float:
+    """Returns the bytes that the MLP of a layer writes for backward: gate and up of ``linear_fc1`` (model/swiglu.py),
     and their product.
 
     Of experts the same for each row, with its input and the product times its weight; and the router's tables of all
@@ -298,11 +302,22 @@ def mlp_kept(process: Process) -> float:
     return rows + process.s * 20 * shape.experts
 
 
+def mlp_kept(process: Process) -> float:
+    """Returns what of `mlp_results` is kept: nothing with --mlp-tiles (model/tiled_mlp.py)."""
+    return 0.0 if process.tiles else mlp_results(process)
+
+
+def results(process: Process) -> float:
+    """Returns the bytes that the forward pass of a layer writes for backward; of each of its two norms the input, and
+    the result, which is that of the next matrix."""
+    return 4 * process.e * process.shape.hidden * process.s + attention_kept(process) + mlp_results(process)
+
+
 def kept(process: Process) -> float:
-    """Returns the bytes that a layer without recomputation keeps for backward; of each of its two norms the input, and
-    the result, which is that of the next matrix (model/norm.py, on CUDA)."""
-    norms = 4 * process.e * process.shape.hidden * process.s
-    return norms + attention_kept(process) + mlp_kept(process)
+    """Returns the bytes of `results` that are kept without recomputation: of norms not their results, which are
+    computed again (model/repeated.py), except that of which experts are chosen."""
+    repeated = (1 if process.shape.experts else 2) * process.e * process.shape.hidden * process.s
+    return results(process) - repeated - (mlp_results(process) - mlp_kept(process))
 
 
 def backward_of_layer(process: Process) -> dict[str, float]:
@@ -310,7 +325,8 @@ def backward_of_layer(process: Process) -> dict[str, float]:
     MLP's part is gone, in attention.
 
     In the MLP: the gradient of the product, those of gate and up, and silu of gate, while the product is gone; and two
-    of the residual stream; for experts see `_in_experts`. In attention with context parallelism: keys and values of all
+    of the residual stream; for experts see `_in_experts`. In a tile of the MLP these, gate, up and the product, rows of
+    the residual stream, and its input and gradients. In attention with context parallelism: keys and values of all
     ranks as often as chunks of queries see them (once in their piece, twice for each response), their gradients, and
     one of these in float32, summed to the rows of the pack (parallel/sequences.py).
     """
@@ -318,6 +334,9 @@ def backward_of_layer(process: Process) -> dict[str, float]:
     in_mlp, in_attention = e * (3 * t * shape.ffn / process.tensor + 2 * s * shape.hidden), 0.0
     if shape.experts:
         in_mlp = _in_experts(process)
+    if process.tiles:
+        rows = t / process.tiles
+        in_mlp = e * (rows * (7 * shape.ffn / process.tensor + 2 * shape.hidden) + 3 * s * shape.hidden)
     if process.context > 1:
         work = process.work
         seen = work.tokens + 2 * (work.key_rows - work.tokens)
@@ -439,7 +458,8 @@ def peak(process: Process, stage: int) -> Moment:
     if process.recomputed(stage) == layers:
         together = model.recompute_num_layers if layers > 1 else 1
         there = attention_results(process) if model.recompute_keep else 0.0
-        alone = {WORKING: min(together, layers) * (kept(process) - there)}
+        state = process.e * process.shape.hidden * process.s  # the chunk's input is among what is held
+        alone = {WORKING: min(together, layers) * (kept(process) - there) - state}
     moments = {
         "backward": (held, alone, backward_of_layer(process)),
         "update": ({WORKING: norm_of_gradients(process, stage)},),

@@ -32,6 +32,7 @@ from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_sc
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_attention_on_cuda, check_length, padded_vocab_size
 from megatron_solopo.model.recompute import check_modules
+from megatron_solopo.model.tiles import check_tiles
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
 from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node, resolve
 from megatron_solopo.parallel.topology import check_layout, world_size
@@ -242,12 +243,13 @@ def check_cut(hf_config: PretrainedConfig, config: Config, processes: int) -> No
     """Refuses a layout that this model cannot be cut into.
 
     Raises:
-        UserError: see `check_layout` and `check_widths`.
+        UserError: see `check_layout`, `check_widths` and `check_tiles`.
     """
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     check_layout(hf_config, config, padded, processes)
     check_widths(hf_config, config)
     check_modules(hf_config, config.model)
+    check_tiles(hf_config, config)
 
 
 def check_vocabulary(data: RunData, vocab_size: int) -> None:

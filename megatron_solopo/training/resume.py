@@ -81,7 +81,7 @@ FREE = frozenset(
         *("disable_parameter_transpose_cache", "use_te_activation_func", "rope_fusion", "moe_permute_fusion"),
         *("use_precision_aware_optimizer", "store_param_remainders", "optimizer_cpu_offload"),
         *("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"),
-        "gradient_accumulation_fusion",
+        *("gradient_accumulation_fusion", "mlp_tiles"),
         "deterministic_mode",
         *("recompute_num_layers", "share_prompts", "micro_batch_size", "max_tokens_per_rank"),
         *("reference", "reference_cache"),

@@ -46,6 +46,8 @@ LAYOUTS: dict[str, list[Any]] = {
         "--recompute-num-layers",
         1,
     ],
+    "tiles": ["--micro-batch-size", 2, "--mlp-tiles", 3],
+    "tiles-recompute": ["--micro-batch-size", 2, "--mlp-tiles", "auto", "--recompute-granularity", "full"],
 }
 BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4], "four": [5, 0, 3, 1]}
 """Seven and three do not divide by two processes; with one, the second process has an empty pack."""

@@ -20,12 +20,14 @@ PLANS = [
     *(("float64", method, "llama", "by-two", "seven") for method in ("dpo", "simpo", "orpo", "sft")),
     ("float64", "dpo", "llama", "separate", "seven"),
     *(("float64", "dpo", "llama", f"recompute{part}", "seven") for part in ("", "-keep", "-offload", "-mlp")),
+    *(("float64", "dpo", "llama", layout, "seven") for layout in ("tiles", "tiles-recompute")),
     ("float64", "dpo", "llama", "one-by-one", "one"),
     ("float64", "ipo solo 0.8 token", "llama", "by-two", "seven"),
     ("float64", "longpo long token", "llama", "by-two", "seven"),
     ("float64", "orpo", "qwen2", "by-two", "seven"),  # tied embeddings, biases
     ("float32", "dpo", "llama", "by-two", "seven"),
     ("float32", "orpo", "qwen2", "by-two", "seven"),
+    ("float32", "orpo", "qwen2", "tiles-recompute", "seven"),
 ]
 
 

@@ -35,6 +35,7 @@ PLANS = [
     ("float64", "dpo", "llama-4", "one-by-one", "one"),
     ("float64", "dpo", "llama-4", "recompute", "seven"),
     ("float64", "dpo", "llama-4", "recompute-offload", "seven"),
+    ("float64", "dpo", "llama-4", "tiles-recompute", "seven"),  # packs of one and of several tiles
     ("float64", "orpo", "qwen2-4", "by-two", "seven"),  # tied embeddings
     ("float32", "dpo", "llama-4", "by-two", "seven"),
     ("float32", "orpo", "qwen2-4", "by-two", "seven"),

@@ -20,6 +20,7 @@ TRAINING = "tests/functional/test_training.py"
 CUT = "tests/distributed/test_model_parallel.py -k 'oracles_gradient and sequence'"
 CONTEXT = "tests/unit/test_context_parallel.py"
 FUSED = "tests/unit/test_fused_kernels.py"
+TILED = "tests/unit/test_tiled_mlp.py"
 KERNELS = "tests/unit/test_attention_kernels.py"
 METHODS = "tests/unit/test_context_methods.py"
 EXCHANGE = "tests/unit/test_step_exchange.py"
@@ -429,7 +430,43 @@ MUTANTS: list[Mutant] = [
     *within(
         "model/norm.py",
         FUSED,
-        ("norms unfused on CUDA", 'if x.device.type == "cuda":', "if False:"),
+        ("norms unfused on CUDA", 'if x.device.type == "cuda":\n            result', "if False:\n            result"),
+        ("a norm's gradient without its mean", "torch.addcmul(of_normed, normed, mean, value=-1)", "of_normed"),
+    ),
+    *within(
+        "model/repeated.py",
+        TILED,
+        (
+            "results kept that can be computed again",
+            "node if function is not None and issubclass",
+            "node if False and issubclass",
+        ),
+    ),
+    *within(
+        "model/tiled_mlp.py",
+        TILED,
+        ("a weight's gradient of the last tile alone", "add_product(total, grad", "add_product(total.zero_(), grad"),
+        (
+            "an MLP left out where another layer reads it",
+            'settings.recompute_method == "block" or settings.recompute_num_layers == 1',
+            "True",
+        ),
+        ("gradients of tiles rounded in sums of 16 bits", "main_grad.dtype == torch.float32", "requires_grad"),
+        (
+            "gradients of tiles summed in 16 bits",
+            "torch.promote_types(parameter.dtype, torch.float32)",
+            "parameter.dtype",
+        ),
+        (
+            "gates kept of all tiles",
+            "rows = torch.empty_like(x), mlp.rows(x)\n",
+            "rows = torch.empty_like(x), len(x)\n",
+        ),
+    ),
+    *within(
+        "model/tiled_mlp.py",
+        CUT.replace("sequence'", "sequence and tiles'"),
+        ("a tile of this rank's rows alone", "gather = self.config.sequence_parallel and", "gather = False and"),
     ),
     *within(
         "model/log_probs.py",
@@ -943,6 +980,7 @@ MUTANTS: list[Mutant] = [
             ")\n        self.s =",
         ),
         ("no packs in flight but one", "return min(self.work.packs, self.stages - stage)", "return 1"),
+        ("MLPs kept in tiles too", "return 0.0 if process.tiles else mlp_results", "return mlp_results"),
         ("experts as wide as the MLP", "rows + process.s * 20 * shape.experts", "process.s * 20 * shape.experts"),
     ),
     *within(

@@ -44,6 +44,14 @@ WRONG_OPTIONS = [
     ("--rope-scaling llama3:8:8192", "option-value", "--rope-scaling llama3:8:8192", "config.json", "yarn or linear"),
     ("--rope-scaling linear:1:4096", "option-value", "--rope-scaling linear:1:4096", "FACTOR"),
     ("--rope-scaling yarn:1.3:4096", "option-value", "--rope-scaling yarn:1.3:4096", "ORIGINAL", "whole number"),
+    *((f"--mlp-tiles={value}", "option-value", f"--mlp-tiles {value}", "auto") for value in ("0", "-2", "all")),
+    (f"{TE} --fp8-format hybrid --mlp-tiles 4", "option-conflict", "--mlp-tiles", "--fp8-format"),
+    (
+        f"{TE} --no-gradient-accumulation-fusion --mlp-tiles 4",
+        "option-conflict",
+        "--mlp-tiles",
+        "--no-gradient-accumulation-fusion",
+    ),
     (
         f"{TE} --fp8-format hybrid --fp8-recipe delayed",
         "option-conflict",

@@ -54,6 +54,19 @@ def test_the_fused_norm_is_the_norm() -> None:
     torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-3), rtol=1e-13, atol=1e-13)
 
 
+def test_a_norm_keeps_its_input_alone() -> None:
+    from megatron_solopo.model.norm import RMSNorm
+
+    norm = RMSNorm(SimpleNamespace(sequence_parallel=False, params_dtype=torch.float64), 6, 1e-3)  # pyright: ignore
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, weight: norm(x), (x, norm.weight))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        norm(x)
+    assert {tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()} == {x.data_ptr()}
+
+
 def test_norms_on_cuda_are_one_kernel() -> None:
     with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
         from megatron_solopo.model.norm import RMSNorm

@@ -52,7 +52,7 @@ def rehearsals() -> Iterator[Rehearsals]:
         yield rehearsals
 
 
-FULL, BLOCK = "--recompute-granularity=full", "--recompute-method=block"
+FULL, BLOCK, TILES = "--recompute-granularity=full", "--recompute-method=block", "--mlp-tiles=auto"
 KEEP, OFFLOAD, SELECTIVE = "--recompute-keep=core_attn", "--activation-offload", "--recompute-granularity=selective"
 ESTIMATED = [
     (DENSE, "tp2 sp cp2 dp2", ()),
@@ -65,6 +65,8 @@ ESTIMATED = [
     (DENSE, "pp2 vpp2 dp2", (FULL, OFFLOAD)),
     (DENSE, "tp4", (SELECTIVE, "--recompute-modules=mlp")),
     (MOE, "tp2 sp dp4 ep4", (SELECTIVE, "--recompute-modules=moe,core_attn")),
+    (DENSE, "tp2 sp cp2 dp2", (TILES,)),
+    (DENSE, "tp4", (FULL, TILES)),
     (MOE, "dp8 ep8", ()),
     (MOE, "tp2 sp dp4 ep4", (FULL,)),
     (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from tiny_models import SHAPE
-from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config, flag
@@ -211,6 +213,48 @@ def test_packs_beyond_those_in_flight_add_no_memory(rehearsals: Rehearsals, layo
     assert fewer[ACTIVATIONS] < enough[ACTIVATIONS]
 
 
+def test_tiles_of_the_mlp_keep_and_hold_less(rehearsals: Rehearsals) -> None:
+    """Without recomputation a layer keeps nothing of its MLP; with it the working set of backward holds a tile's."""
+    wide = LlamaConfig(**LLAMA.to_dict() | dict(intermediate_size=8 * HIDDEN))
+    modes = itertools.product(((), FULL), ((), ("--mlp-tiles", 1), ("--mlp-tiles", "auto")))
+    whole, one, tiles, whole_again, one_again, tiles_again = rehearsals.each(
+        task("--bf16", *full, *flags, model=wide) for full, flags in modes
+    )
+    mlp = 3 * whole.tokens * 8 * HIDDEN * 2  # gate, up and their product
+    kept = [outcome.peaks["forward"].held[ACTIVATIONS] for outcome in (whole, one, tiles)]
+    assert kept[0] - kept[1] >= LAYERS * mlp and kept[1] == kept[2]
+    working = [outcome.peaks["backward"].held[WORKING] for outcome in (whole_again, one_again, tiles_again)]
+    count = -(-whole.tokens // HIDDEN)
+    assert count > 4 and working[2] < working[0] / 3
+    assert working[1] - working[2] >= 2 * mlp * (1 - 1 / count)  # their gradients too
+
+
+def widest(job: Task) -> list[tuple[str, tuple[int, ...]]]:
+    """Tensors in float32 that a step makes of all tokens, at least as wide as the model."""
+    from megatron_solopo.planning.memory import Ledger
+
+    made: list[tuple[str, tuple[int, ...]]] = []
+    see = Ledger._see
+
+    def seeing(ledger: Ledger, tensor: torch.Tensor, func: Any) -> None:
+        if tensor.dtype == torch.float32:
+            made.append((str(func), tuple(tensor.shape)))
+        see(ledger, tensor, func)
+
+    with mock.patch.object(Ledger, "_see", seeing):
+        tokens = outcome_of(job).tokens
+    assert made
+    return [one for one in made if tokens in one[1] and math.prod(one[1]) >= tokens * HIDDEN]
+
+
+@pytest.mark.parametrize("flags", [(), FULL, ("--mlp-tiles", "auto")])
+@pytest.mark.parametrize("model", [LLAMA, Qwen3Config(**LLAMA.to_dict() | dict(head_dim=8))])
+def test_no_layer_in_bfloat16_makes_a_copy_of_its_states_in_float32(
+    rehearsals: Rehearsals, flags: tuple[str, ...], model: PretrainedConfig
+) -> None:
+    assert rehearsals.run(widest, task("--bf16", *flags, model=model)).result() == []
+
+
 SHARED = ((), ("--no-share-prompts",))
 METHODS = [
     *(
@@ -245,6 +289,8 @@ STEPS = [
     *((("--bf16", "--cp-comm-type", name, *flags), LLAMA, "cp2") for name in CONTEXT_METHODS for flags in SHARED),
     *((("--bf16", *flags), LLAMA, "dp2") for flags in (OVERLAP[:1], OVERLAP)),
     (("--bf16", *OVERLAP), DEEP, "pp2 vpp2 dp2"),
+    *((("--bf16", "--mlp-tiles", 3, *flags), LLAMA, layout) for layout in COMMON_LAYOUTS for flags in ((), FULL)),
+    (("--mlp-tiles", "auto"), LLAMA, "tp2 sp"),
     *(
         (("--bf16", "--moe-token-dispatcher-type", "allgather", *flags), MOE, layout)
         for layout in ("1", "tp2 sp", "tp2 sp ep2 etp1", "cp2 ep2")
