@@ -249,6 +249,14 @@ class MethodConfig:
         "(RPO); token: the mean over the chosen tokens of the global batch (TRL)",
         ("sequence", "token"),
     )
+    pair_reduction: str = option(
+        "mean",
+        "how a group with several chosen or rejected responses becomes one loss; mean: the mean over all pairs of a "
+        "chosen and a rejected one; plackett_luce: each chosen one against all rejected ones at once, "
+        "-log (e^r_w / (e^r_w + sum of e^r_l)), and the mean over the chosen ones, for "
+        f"{those_that(lambda kind: kind.listwise, 'and')}",
+        ("mean", "plackett_luce"),
+    )
     alignment_weight: float | None = option(
         None,
         f"alpha, the weight of the short-to-long alignment; default {defaults_in_words('alignment_weight')}",

@@ -79,6 +79,20 @@ def _check_method(config: Config) -> None:
             "option-value",
             f"--label-smoothing {method.label_smoothing}: must be below 0.5, where chosen and rejected are the same",
         )
+    if method.pair_reduction == "plackett_luce":
+        loss = method.preference_loss
+        if not loss_class(loss).listwise:
+            raise UserError(
+                "option-conflict",
+                f"--pair-reduction plackett_luce with --preference-loss {loss}, whose loss is one of pairs; use "
+                f"{those_that(lambda kind: kind.listwise)}, or --pair-reduction mean",
+            )
+        if method.label_smoothing > 0:
+            raise UserError(
+                "option-conflict",
+                "--label-smoothing with --pair-reduction plackett_luce: a list has no two labels to swap; use "
+                "--pair-reduction mean",
+            )
     if method.alignment_huber_delta == 0:
         raise UserError("option-value", "--alignment-huber-delta must be above 0")
 

@@ -157,6 +157,7 @@ class Pack:
         scored: the segments; their tensors stay on the CPU, where indices are computed without waiting for the device.
         groups: indices of the groups in the data set; empty for a pack that only equalizes the number of packs.
         padding: number of tokens that belong to no group, after pieces and at the end.
+        weights: [R] float64, the weight of each trained token in its segment's sum; None: all are 1.
     """
 
     tokens: Tensor
@@ -168,6 +169,7 @@ class Pack:
     scored: Segments
     groups: tuple[int, ...]
     padding: int
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> Pack:
         """Returns the pack with its tensors on a device."""

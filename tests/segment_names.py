@@ -10,7 +10,13 @@ from torch import Tensor
 from megatron_solopo.config import MethodConfig
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenDataset, TokenGroup
 from megatron_solopo.losses import solopo_loss
-from megatron_solopo.losses.solopo import aligned_sides, pair_context, policy_scores, reference_context
+from megatron_solopo.losses.solopo import (
+    aligned_sides,
+    needs_log_squares,
+    pair_context,
+    policy_scores,
+    reference_context,
+)
 from megatron_solopo.losses.terms import GroupLosses
 from megatron_solopo.pack import Context, Scored, Segments, Side, segment_name
 
@@ -53,8 +59,14 @@ def loss_by_name(
     reference: Mapping[str, Tensor] | None,
     method: MethodConfig,
     mean_chosen_length: Tensor | None = None,
+    squares: Mapping[str, Tensor] | None = None,
 ) -> GroupLosses:
-    """`solopo_loss` of groups with one response of each name: name -> [groups]."""
+    """`solopo_loss` of groups with one response of each name: name -> [groups].
+
+    ``squares``: the log_squares; by default those of a distribution with half a nat of collision entropy a token.
+    """
+    if squares is None:
+        squares = {name: -each / 2 for name, each in lengths.items()}
     wanted = sorted(policy_scores(method))
     names = [segment_name(*one) for one in wanted]
     compared = [segment_name(reference_context(context, method), side) for context, side in wanted]
@@ -70,4 +82,5 @@ def loss_by_name(
         None if reference is None else torch.stack([reference[name] for name in compared], 1).flatten(),
         method,
         mean_chosen_length,
+        torch.stack([squares[name] for name in names], 1).flatten() if needs_log_squares(method) else None,
     )

@@ -11,8 +11,9 @@ Forms that are read, by their fields (a null is an absent field):
     messages, conversations     a conversation; so are a prompt, question or instruction with its completion, output,
                                 response or answer
 
-Two conversations may differ in their last message only, for that is what is compared. Prompts end between messages,
-never inside one, however much two answers have in common.
+The answers of two conversations start at the first message that differs, an assistant's, and may have several turns.
+Prompts end between messages, never inside one, however much two answers have in common. With a prompt of its own a side
+may be a list of texts: several responses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import re
 
 from megatron_solopo.data.files.records import Record
-from megatron_solopo.data.validation import Message, check_messages, missing, wrong_kind
+from megatron_solopo.data.validation import TOOL_CALLS, Message, check_messages, missing, wrong_kind
 from megatron_solopo.errors import UserError
 
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
@@ -56,6 +57,8 @@ def as_group(record: Record, where: str) -> Record:
         key = "short_messages" if chosen is rejected else "chosen" if chosen is None else "rejected"
         named = "name the fields of pairs of another data set prompt, chosen and rejected"
         raise UserError("field-missing", missing(present, key, where, named))
+    if several := [name for name in (chosen, rejected) if _texts(present[name])]:
+        return _of_several(present, chosen, rejected, several[0], where)
     answers = {"chosen": _answer(present, chosen, where), "rejected": _answer(present, rejected, where)}
     wholes = [name for name, answer in answers.items() if not isinstance(answer, str) and _is_whole(answer)]
     both = len(wholes) == 2
@@ -79,14 +82,42 @@ def as_group(record: Record, where: str) -> Record:
         name: _with_system(present, _conversation(prompt, key, answer, name, where), where)
         for name, answer in answers.items()
     }
-    _check_last_differs(chats["chosen"], chats["rejected"], where)
-    *context, last = chats["chosen"]
-    kept = {name: value for name, value in present.items() if isinstance(value, OURS.get(name, object))}
-    return kept | {
-        "short_messages": context,
-        "chosen": last["content"],
-        "rejected": chats["rejected"][-1]["content"],
+    start = _start_of_answers(chats["chosen"], chats["rejected"], where)
+    return _kept(present) | {
+        "short_messages": chats["chosen"][:start],
+        "chosen": _response(chats["chosen"][start:]),
+        "rejected": _response(chats["rejected"][start:]),
     }
+
+
+def _kept(present: Record) -> Record:
+    """Returns the fields that mean the same in a group."""
+    return {name: value for name, value in present.items() if isinstance(value, OURS.get(name, object))}
+
+
+def _response(turns: list[Message]) -> str | list[Message]:
+    """Returns an answer alone as its text, more turns and tool calls as messages."""
+    return turns if len(turns) > 1 or TOOL_CALLS in turns[0] else turns[0]["content"]
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def _of_several(record: Record, chosen: str, rejected: str, several: str, where: str) -> Record:
+    """Returns a group with several texts on a side, whose prompt is a field of its own."""
+    prompt, key = _prompt(record, ("prompt", *CHATS, *QUESTIONS), where)
+    if prompt is None:
+        raise UserError(
+            "prompt-missing",
+            f"{where}: '{several}' holds several answers, and no field holds their prompt; add it as 'prompt'",
+        )
+    sides = {"chosen": record[chosen], "rejected": record[rejected]}
+    if wrong := [name for name, value in sides.items() if not isinstance(value, str) and not _texts(value)]:
+        raise UserError(
+            "field-type", f"{where}: the field '{wrong[0]}' must be a text or a list of texts, as '{several}' is"
+        )
+    return _kept(record) | {"short_messages": _with_system(record, prompt, where)} | sides
 
 
 def as_conversation(record: Record, where: str) -> list[Message]:
@@ -243,8 +274,12 @@ def _without_system(messages: list[Message]) -> tuple[list[Message], list[Messag
     return (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
 
 
-def _check_last_differs(chosen: list[Message], rejected: list[Message], where: str) -> None:
-    """Refuses conversations that differ elsewhere than in their last message, an answer."""
+def _start_of_answers(chosen: list[Message], rejected: list[Message], where: str) -> int:
+    """Returns the number of the first message that differs, where both conversations' answers start.
+
+    Raises:
+        UserError: it is no answer, or there is none.
+    """
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
             raise UserError(
@@ -258,11 +293,15 @@ def _check_last_differs(chosen: list[Message], rejected: list[Message], where: s
             "pair-prompts-differ",
             f"{where}: '{short}' is the beginning of '{long}'; both must end with the answers that are compared",
         )
-    if same is not None and same < max(len(chosen), len(rejected)) - 1:
+    start = len(chosen) - 1 if same is None else same
+    roles = [chat[start]["role"] for chat in (chosen, rejected)]
+    if roles != ["assistant", "assistant"]:
         raise UserError(
             "pair-prompts-differ",
-            f"{where}: 'chosen' and 'rejected' differ from message {same + 1} on, before the last one "
-            f"({len(chosen)} and {len(rejected)} messages); end both with the first answer that differs",
+            f"{where}: 'chosen' and 'rejected' differ from message {start + 1} on, which is of role "
+            f"{' and '.join(map(repr, dict.fromkeys(roles)))} ({len(chosen)} and {len(rejected)} messages); both must "
+            "be the same up to an answer",
         )
-    if len(chosen) < 2:
+    if start < 1:
         raise UserError("prompt-missing", f"{where}: 'chosen' and 'rejected' hold no prompt before their answers")
+    return start

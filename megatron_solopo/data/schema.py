@@ -6,9 +6,11 @@ with.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from pydantic import TypeAdapter
 
@@ -16,13 +18,16 @@ from megatron_solopo.data.files import inputs
 from megatron_solopo.data.files.records import Part, Record, read_records
 from megatron_solopo.data.formats import as_conversation, as_group
 from megatron_solopo.data.validation import (
+    TOOL_CALLS,
+    Answer,
     Chat,
     Day,
     DocumentSpan,
     Message,
     Name,
     Printed,
-    Response,
+    Responses,
+    SampledIds,
     TokenIds,
     check_unique,
     validated,
@@ -58,14 +63,16 @@ class Question:
 
 @dataclass(frozen=True)
 class PreferenceGroup:
-    """One training example: a question on a short and a long context, and two responses.
+    """One training example: a question on a short and a long context, and chosen and rejected responses to it.
 
     ``long_messages`` may be absent (plain preference data, ``--context-mode short`` only).
 
     Attributes:
         short_spans, long_spans: the documents of the last message of each chat, in order; empty where they are unknown.
+        chosen, rejected: a response, or a list of several; a response is a text, or a list of messages where it has
+            several turns or calls tools.
         chosen_ids, rejected_ids: the token ids that were sampled, without the end-of-turn token; None where only
-            the text is stored.
+            the text is stored. For several responses a list of these.
         chat_template_date: the day that the chat template printed when the responses were sampled; None where it
             prints none, or where it is unknown.
     """
@@ -73,17 +80,46 @@ class PreferenceGroup:
     id: Name
     short_messages: Chat
     long_messages: Chat | None
-    chosen: Response
-    rejected: Response
+    chosen: Responses
+    rejected: Responses
     answers: list[object] = field(default_factory=list)
     scores: dict[str, object] = field(default_factory=dict)
     source: Printed = ""
     question: str = ""
     short_spans: list[DocumentSpan] = field(default_factory=list)
     long_spans: list[DocumentSpan] = field(default_factory=list)
-    chosen_ids: TokenIds | None = None
-    rejected_ids: TokenIds | None = None
+    chosen_ids: SampledIds | None = None
+    rejected_ids: SampledIds | None = None
     chat_template_date: Day | None = None
+
+    def responses(self, side: str) -> list[Answer]:
+        """Returns the responses of ``chosen`` or ``rejected``."""
+        return as_list(getattr(self, side))
+
+    def sampled_ids(self, side: str) -> list[TokenIds | None]:
+        """Returns the sampled token ids of each of `responses`."""
+        ids, count = getattr(self, f"{side}_ids"), len(self.responses(side))
+        if ids is None:
+            return [None] * count
+        return ids if isinstance(getattr(self, side), list) and ids and not isinstance(ids[0], int) else [ids]
+
+
+def as_list(responses: Answer | list[Answer]) -> list[Answer]:
+    """Returns the responses of a field that may hold one alone."""
+    several = isinstance(responses, list) and not isinstance(responses[0], dict)
+    return cast(list[Answer], responses) if several else [cast(Answer, responses)]
+
+
+def text_of(response: Answer) -> str:
+    """Returns a response as a text to read: that of its turns has their roles, tool calls as JSON."""
+    if isinstance(response, str):
+        return response
+    lines = []
+    for number, turn in enumerate(response):
+        calls = [json.dumps(call, ensure_ascii=False) for call in turn.get(TOOL_CALLS, ())]
+        said = "\n".join(filter(None, [turn["content"], *calls]))
+        lines.append(f"[{turn['role']}] {said}" if number or len(response) > 1 else said)
+    return "\n".join(lines)
 
 
 _GROUP = TypeAdapter(PreferenceGroup)
@@ -142,6 +178,14 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
                     f"{where}: {key} ends with an assistant message; it must end where the response starts",
                 )
             check_spans(getattr(group, f"{context}_spans"), chat, f"{context}_spans", where)
+        for side in ("chosen", "rejected"):
+            ids, responses = group.sampled_ids(side), group.responses(side)
+            if len(ids) != len(responses):
+                raise UserError(
+                    "field-value",
+                    f"{where}: the field '{side}_ids' must have the ids of each of the {len(responses)} responses, or "
+                    f"null for it, found {len(ids)}",
+                )
         check_unique(group.id, where, seen)
         yield group
     if useless:
@@ -149,14 +193,18 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
 
 
 def _without_preference(record: Record) -> str | None:
-    """Why a group's two responses hold no preference; None where they do, or where they are not texts."""
-    responses = {name: record.get(name) for name in ("chosen", "rejected")}
-    texts = {name: text for name, text in responses.items() if isinstance(text, str)}
-    if len(texts) < len(responses):
-        return None
-    if empty := [name for name, text in texts.items() if not text.strip()]:
-        return f"'{empty[0]}' is empty; a response needs at least one word"
-    same = responses["chosen"] == responses["rejected"]
+    """Why a group's responses hold no preference; None where they do, or where they are not responses."""
+    sides: dict[str, list[object]] = {}
+    for name in ("chosen", "rejected"):
+        value = record.get(name)
+        sides[name] = value if isinstance(value, list) and value and not isinstance(value[0], dict) else [value]
+        if not all(isinstance(one, str | list) for one in sides[name]):
+            return None
+        if any(isinstance(one, str) and not one.strip() for one in sides[name]):
+            return f"'{name}' is empty; a response needs at least one word"
+        if any(one in sides[name][:number] for number, one in enumerate(sides[name])):
+            return f"two {name} responses are the same text; keep one"
+    same = any(one in sides["rejected"] for one in sides["chosen"])
     return "chosen and rejected are the same text; such a pair has no preference; remove it" if same else None
 
 

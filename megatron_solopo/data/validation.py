@@ -7,8 +7,10 @@ have the forms that `check_messages` reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -18,21 +20,26 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.errors import UserError
 
-Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant" | "tool", "content": text}``."""
+Message = dict[str, Any]
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": text}``; an assistant's may have ``tool_calls``."""
+
+Answer = str | list[Message]
+"""A response: a text, or its turns, the first and last of which are the assistant's."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 """``from`` of ``{from, value}`` messages -> role."""
 
-TOOL_CALLS = ("tool_calls", "function_call")
+TOOL_CALLS, FUNCTION_CALL = "tool_calls", "function_call"
 
 _OURS = (
     ({"short_messages", "chosen", "rejected"}, "preference groups, as build-pairs writes them"),
@@ -156,11 +163,12 @@ def check_messages(value: object, key: str, where: str) -> list[Message]:
     """Returns a chat as ``{role, content}`` messages with text contents.
 
     ShareGPT's ``{from, value}`` and contents that are lists of ``{"type": "text", "text": ...}`` are read too; the
-    texts of a list are joined without anything between them, as chat templates write them. Other fields of a message
-    stay, for the chat template; nulls, which tables put where a field is absent, do not.
+    texts of a list are joined without anything between them, as chat templates write them. An assistant's message with
+    ``tool_calls`` may have no content. Other fields of a message stay, for the chat template; nulls, which tables put
+    where a field is absent, do not.
 
     Raises:
-        UserError: it is no such list, or holds what is not text: images, tool calls.
+        UserError: it is no such list, or holds what is not text, such as images.
     """
     if not isinstance(value, list) or not value:
         raise UserError(
@@ -180,14 +188,14 @@ def _message(message: object, where: str) -> Message:
                 "message-role", f"{where} is from {author!r}; of ShareGPT's, {', '.join(SHAREGPT)} are read"
             )
         message = {"role": SHAREGPT[author], "content": message.pop("value", None)} | message
-    for name in TOOL_CALLS:
-        if message.get(name):
-            raise UserError(
-                "message-unsupported",
-                f"{where} has '{name}', which are not read; write the call into 'content', or leave it out",
-            )
-        message.pop(name, None)
-    content = message.get("content")
+    if message.pop(FUNCTION_CALL, None):
+        raise UserError(
+            "message-unsupported", f"{where} has '{FUNCTION_CALL}', which is not read; write it as '{TOOL_CALLS}'"
+        )
+    calls = message.pop(TOOL_CALLS, None)
+    if calls:
+        message[TOOL_CALLS] = _tool_calls(calls, message.get("role"), where)
+    content = message.get("content", "" if calls else None)
     if isinstance(content, list):
         content = _joined(content, where)
     if not isinstance(content, str):
@@ -195,6 +203,60 @@ def _message(message: object, where: str) -> Message:
     if message.get("role") not in ROLES:
         raise UserError("message-role", f"{where} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
     return message | {"content": content}
+
+
+def _tool_calls(calls: object, role: object, where: str) -> list[dict[str, Any]]:
+    """Returns the calls without nulls; arguments that are the JSON text of an object (OpenAI's form) become the object,
+    which chat templates write.
+
+    Raises:
+        UserError: they are not calls of functions, or not an assistant's.
+    """
+    if role != "assistant":
+        raise UserError(
+            "message-role", f"{where} has '{TOOL_CALLS}' and the role {role!r}; only an assistant calls tools"
+        )
+    read = []
+    for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        call = _without_nulls(call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                "field-type",
+                f"{where}, {TOOL_CALLS}[{index}] must be an object with a 'function' of a 'name' and 'arguments'",
+            )
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+            if isinstance(arguments, dict):
+                function["arguments"] = arguments
+        read.append(call)
+    return read
+
+
+def _without_nulls(value: Any) -> Any:
+    """Returns a copy without fields that are null: a table's column has the fields of all its rows."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def texts_of(message: Message) -> list[str]:
+    """Returns every text of a message that a chat template may write, but its role."""
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            for name, one in value.items():
+                yield name
+                yield from strings(one)
+        elif isinstance(value, list):
+            for one in value:
+                yield from strings(one)
+
+    return [message["content"], *strings(message.get(TOOL_CALLS, []))]
 
 
 def _joined(parts: Iterable[object], where: str) -> str:
@@ -231,10 +293,31 @@ def _text(value: str) -> str:
     return value
 
 
-def _response(value: str) -> str:
-    if not value.strip():
-        raise empty("is empty; a response needs at least one word")
-    return value
+def _answer(value: object, name: str, info: ValidationInfo) -> Answer:
+    """Returns a text, or turns; a message of the assistant alone is its text."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise empty("is empty; a response needs at least one word")
+        return value
+    if not isinstance(value, list):
+        raise wrong_type(f"must be str or list, found {type(value).__name__}")
+    turns = check_messages(value, name, str(info.context))
+    if any(turns[end]["role"] != "assistant" for end in (0, -1)):
+        raise wrong("must start and end with a message of the assistant")
+    return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == {"role", "content"} else turns
+
+
+def _responses(value: object, info: ValidationInfo) -> Answer | list[Answer]:
+    name = str(info.field_name)
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return [_answer(one, f"{name}[{index}]", info) for index, one in enumerate(value)]
+    return _answer(value, name, info)
+
+
+def _sampled(value: object, tokens: ValidatorFunctionWrapHandler) -> object:
+    if isinstance(value, list) and any(one is None or isinstance(one, list) for one in value):
+        return [None if one is None else tokens(one) for one in value]
+    return tokens(value)
 
 
 def _words(value: list[str]) -> list[str]:
@@ -260,9 +343,12 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Chat = Annotated[list[Message], PlainValidator(_messages)]
 """Messages; other fields of theirs than role and content may be no texts."""
-Response = Annotated[str, AfterValidator(_response)]
+Responses = Annotated[Any, PlainValidator(_responses)]
+"""A response (`Answer`), or a list of responses."""
 Words = Annotated[list[str], AfterValidator(_words)]
 TokenIds = Annotated[list[Whole], AfterValidator(_tokens)]
+SampledIds = Annotated[TokenIds, WrapValidator(_sampled)]
+"""The token ids of a response, or of each of several, null where they are not known."""
 Day = Annotated[str, BeforeValidator(_day)]
 DocumentSpan = tuple[Whole, Whole, Flag]
 """(start, end, gold): a document is ``content[start:end]`` of a chat's last message; gold: it is evidence."""

@@ -38,11 +38,14 @@ class Responses:
         log_probs: [n] log pi(y|x), summed over a response's tokens, nats.
         lengths: [n] |y|, the number of those tokens, in the dtype of ``log_probs``.
         compared: [n] log pi_ref(y|x), summed over the same tokens; None for a loss without a reference.
+        log_squares: [n] log of the sum over the vocabulary of pi^2, summed over the same tokens and without gradient;
+            None unless `PreferenceLoss.needs_log_squares`.
     """
 
     log_probs: Tensor
     lengths: Tensor
     compared: Tensor | None = None
+    log_squares: Tensor | None = None
 
     @property
     def reference(self) -> Tensor:
@@ -55,9 +58,20 @@ class Responses:
             raise ValueError("the loss needs reference log-probs; its class must set needs_reference = True")
         return self.compared
 
+    @property
+    def squares(self) -> Tensor:
+        """[n] `log_squares`.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.log_squares is None:
+            raise ValueError("the loss needs log_squares; its class must set needs_log_squares = True")
+        return self.log_squares
+
     def __getitem__(self, indices: Tensor) -> Responses:
-        compared = None if self.compared is None else self.compared[indices]
-        return Responses(self.log_probs[indices], self.lengths[indices], compared)
+        further = (None if each is None else each[indices] for each in (self.compared, self.log_squares))
+        return Responses(self.log_probs[indices], self.lengths[indices], *further)
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,9 @@ class PreferenceLoss:
         reward_text: a description of the reward in one line.
         needs_reference: whether the loss compares with the starting weights.
         reference_on_short: whether the reference scores each response on the short context.
+        needs_log_squares: whether the loss reads `Responses.squares`.
+        listwise: whether the loss reads rejected responses through `Pairs.margin` alone, so that --pair-reduction
+            plackett_luce can put the logarithm of the sum of their exponentials in the place of one reward.
         defaults: default of "beta", where the loss reads it, and of "alignment_weight", where it supports
             --context-mode solo.
         reads: other common options that have an effect: "label_smoothing" (with its form), "sft_weight" (the
@@ -112,6 +129,8 @@ class PreferenceLoss:
     reward_text: ClassVar[str]
     needs_reference: ClassVar[bool] = False
     reference_on_short: ClassVar[bool] = False
+    needs_log_squares: ClassVar[bool] = False
+    listwise: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, float]] = {}
     reads: ClassVar[frozenset[str]] = frozenset()
     holds_likelihood: ClassVar[bool] = False
@@ -121,6 +140,12 @@ class PreferenceLoss:
     beta: float
     label_smoothing: float
     label_smoothing_form: str
+
+    @property
+    def tail_weight(self) -> float:
+        """The weight in `Responses.log_probs` and `Responses.compared` of a response's tokens beyond the length of the
+        shortest response of its group."""
+        return 1.0
 
     def reward(self, responses: Responses) -> Tensor:
         """Returns [n] rewards r(x, y)."""

@@ -24,6 +24,7 @@ class DPO(PreferenceLoss):
     needs_reference = True
     defaults = {"beta": 0.1, "alignment_weight": 3.0}
     reads = frozenset({"label_smoothing", "sft_weight"})
+    listwise = True
 
     def reward(self, responses: Responses) -> Tensor:
         return dpo_reward(responses.log_probs, responses.reference, self.beta)

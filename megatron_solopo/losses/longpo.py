@@ -26,6 +26,7 @@ class LongPO(PreferenceLoss):
     defaults = {"beta": 0.1}
     reads = frozenset({"sft_normalization"})
     holds_likelihood = True
+    listwise = True
     context_modes = ("long",)
 
     longpo_lambda: float = option(

@@ -37,6 +37,7 @@ class ORPO(PreferenceLoss):
     reward_text = "log odds of the mean log pi of a response's tokens"
     defaults = {"alignment_weight": 1.0}
     holds_likelihood = True
+    listwise = True
     metrics = (Metric("orpo_clamped", "clamped log-odds", "responses a group", False, figure=None),)
 
     orpo_lambda: float = option(0.1, "ORPO's weight of the odds-ratio term", minimum=0)

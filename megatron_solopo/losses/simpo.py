@@ -24,6 +24,7 @@ class SimPO(PreferenceLoss):
     reward_text = "beta * the mean log pi of a response's tokens"
     defaults = {"beta": 2.0, "alignment_weight": 1.0}
     reads = frozenset({"label_smoothing", "sft_weight"})
+    listwise = True
 
     simpo_gamma: float = option(1.0, "SimPO's target margin, in reward units", minimum=0)
 

@@ -8,12 +8,16 @@ the same alignment term for y_l. `--sft-weight` adds the negative log-likelihood
 it.
 
 A group of k chosen and m rejected responses has k m pairs, whose mean is its L_PO. Its alignment is the mean over the k
-chosen responses, with `both` plus the mean over the m rejected ones.
+chosen responses, with `both` plus the mean over the m rejected ones. With `--pair-reduction plackett_luce` each chosen
+response is compared with all m rejected ones at once: its margin is r(x, y_w) - log sum_l exp r(x, y_l), so that
+-log sigmoid of it is -log (e^r_w / (e^r_w + sum_l e^r_l)), the first choice of a Plackett-Luce ranking (S-DPO, arXiv
+2406.09215), and L_PO is the mean over the k chosen ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +25,14 @@ from torch import Tensor
 
 from megatron_solopo.losses.base import Pairs, Responses
 from megatron_solopo.losses.registry import loss_class, preference_loss
-from megatron_solopo.losses.terms import GroupLosses, alignment_distance, group_mean, group_sum, negative_log_likelihood
+from megatron_solopo.losses.terms import (
+    GroupLosses,
+    alignment_distance,
+    group_logsumexp,
+    group_mean,
+    group_sum,
+    negative_log_likelihood,
+)
 from megatron_solopo.pack import Context, Scored, Segments, Side
 
 if TYPE_CHECKING:  # config imports the registry of this package
@@ -73,6 +84,16 @@ def reference_context(context: Context, method: MethodConfig) -> Context:
     return Context.SHORT if on_short else context
 
 
+def needs_log_squares(method: MethodConfig) -> bool:
+    """Whether the loss reads the logarithm of the policy's summed squared probabilities."""
+    return method.objective == "preference" and loss_class(method.preference_loss).needs_log_squares
+
+
+def tail_weight(method: MethodConfig) -> float:
+    """Returns `PreferenceLoss.tail_weight`."""
+    return preference_loss(method).tail_weight if method.objective == "preference" else 1.0
+
+
 def adds_likelihood(method: MethodConfig) -> bool:
     """Whether --sft-weight adds the chosen response's negative log-likelihood to the loss."""
     return method.objective == "preference" and method.sft_weight > 0
@@ -93,6 +114,7 @@ def solopo_loss(
     reference: Tensor | None,
     method: MethodConfig,
     mean_chosen_length: Tensor | None = None,
+    log_squares: Tensor | None = None,
 ) -> GroupLosses:
     """Computes the loss of each of n groups, without a mean over groups. All tensors are on one device.
 
@@ -106,6 +128,7 @@ def solopo_loss(
         method: resolved options (beta and alignment_weight set).
         mean_chosen_length: [] where `needs_mean_chosen_length(method)`: the mean over the groups of the global batch of
             the mean length of their chosen responses, on the context of the preference loss.
+        log_squares: [N] where `needs_log_squares(method)`, see `Responses`.
 
     Raises:
         ValueError: ``reference``, ``mean_chosen_length`` or the alignment's weight is missing, or the preference loss
@@ -116,12 +139,16 @@ def solopo_loss(
     elif mean_chosen_length is None:
         raise ValueError("--sft-normalization token needs the mean chosen length of the global batch")
     kind = preference_loss(method)
-    responses = Responses(log_probs, segments.lengths.to(log_probs.dtype), reference)
+    responses = Responses(log_probs, segments.lengths.to(log_probs.dtype), reference, log_squares)
     rewards = kind.reward(responses)
     _check_shapes({"reward": rewards}, log_probs, "response")
     chosen, rejected = pairs.unbind(1)
     compared = Pairs(responses[chosen], responses[rejected], rewards[chosen], rewards[rejected], mean_chosen_length)
-    margin, preference = compared.margin, kind.loss(compared)
+    margin, listed = compared.margin, compared
+    if method.pair_reduction == "plackett_luce":
+        every = group_logsumexp(chosen, len(segments))(compared.rejected_rewards)
+        listed = replace(compared, rejected_rewards=every)
+    preference = kind.loss(listed)
     of_pairs = {
         "reward_chosen": compared.chosen_rewards,
         "reward_rejected": compared.rejected_rewards,
@@ -131,7 +158,7 @@ def solopo_loss(
         "logp_rejected": compared.rejected.log_probs,
         "po_loss": preference,
     }
-    measured, counted = kind.pair_metrics(compared), kind.response_counts(responses)
+    measured, counted = kind.pair_metrics(listed), kind.response_counts(responses)
     _check_shapes({"loss": preference} | measured, margin, "pair")
     _check_shapes(counted, log_probs, "response")
     each = preference

@@ -28,6 +28,18 @@ def group_sum(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
     return lambda values: values.new_zeros(group_count).index_add(0, groups, values)
 
 
+def group_logsumexp(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
+    """Returns a function that maps [K] values to [K] the logarithms of the sums of exponentials over their
+    ``groups``."""
+
+    def total(values: Tensor) -> Tensor:
+        fixed = values.detach()
+        largest = fixed.new_full((group_count,), float("-inf")).scatter_reduce(0, groups, fixed, "amax")[groups]
+        return largest + group_sum(groups, group_count)((values - largest).exp()).log()[groups]
+
+    return total
+
+
 def group_mean(groups: Tensor, group_count: int) -> Callable[[Tensor], Tensor]:
     """Returns a function that averages [K] values to [group_count] by their [K] ``groups``; empty groups get 0."""
     counts = groups.new_zeros(group_count).index_add(0, groups, torch.ones_like(groups))[groups]

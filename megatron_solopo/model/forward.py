@@ -55,12 +55,18 @@ def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -
     return on_device(cut(pack, method, kernels, group.rank(), group.size(), group), device)
 
 
-def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dtype: torch.dtype) -> Tensor:
+def segment_log_probs(
+    model: nn.Module, pack: DevicePack, head: LogProbHead, dtype: torch.dtype, squares: bool = False
+) -> Tensor:
     """Runs a pack through a GPTModel (or its DDP wrapper).
 
+    Args:
+        squares: whether the result has a second row, see `response_log_probs`.
+
     Returns:
-        On the last pipeline stage [N] summed log-probs of each segment's trained tokens, nats, float32 or float64;
-        on the others the hidden states for the next stage.
+        On the last pipeline stage [N] summed log-probs of each segment's trained tokens, each with its weight of
+        `Pack.weights`, nats, float32 or float64 ([2, N] with ``squares``); on the others the hidden states for the next
+        stage.
     """
     part, context = pack.pack, parallel_state.get_context_parallel_group()
     settings = get_model_config(model)
@@ -77,7 +83,11 @@ def segment_log_probs(model: nn.Module, pack: DevicePack, head: LogProbHead, dty
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]
         parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()) if parallel else None
-        log_probs = response_log_probs(states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused)
+        log_probs = response_log_probs(
+            states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused, squares
+        )
+        if part.weights is not None:
+            log_probs = log_probs * part.weights.to(log_probs.dtype)
         sums = segment_sums(log_probs, part.segments, len(part.scored))
         # Every context-parallel rank continues with the total sums, and its gradient is that of its own tokens.
         return reduce_from_tensor_model_parallel_region(sums, context)

@@ -63,10 +63,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunk: int,
         group: dist.ProcessGroup | None,
         fused: bool,
-    ) -> Tensor:
+        squares: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         total = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         log_probs = torch.empty(targets.shape, dtype=total, device=hidden.device)
         log_sums = torch.empty_like(log_probs)
+        log_squares = torch.empty_like(log_probs) if squares else None
         for begin in range(0, targets.numel(), chunk):
             part = slice(begin, begin + chunk)
             logits = logits_of(hidden[part], weight, total)
@@ -83,13 +85,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 dist.all_reduce(sums, group=group)
             log_sums[part] = largest + sums.log()
             log_probs[part] = picked - log_sums[part]
+            if log_squares is not None:
+                of_squares = logits.square_().sum(dim=-1)
+                if group is not None:
+                    dist.all_reduce(of_squares, group=group)
+                log_squares[part] = of_squares.log() - 2 * sums.log()
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.settings = first_row, real_rows, chunk, group, total
         ctx.fused = weight if fused else None
-        return log_probs
+        if log_squares is None:
+            return log_probs
+        ctx.mark_non_differentiable(log_squares)
+        return log_probs, log_squares
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch annotates any number
+    def backward(ctx, grad: Tensor, *ignored: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch annotates any number
         hidden, weight, targets, log_sums = ctx.saved_tensors
         first_row, real_rows, chunk, group, total = ctx.settings
         grad_hidden = torch.empty_like(hidden)
@@ -114,7 +124,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_weight = None
         if sum_of_chunks is not None:
             grad_weight = sum_of_chunks.to(weight.dtype) if separate else added_gradient(ctx.fused)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def response_log_probs(
@@ -125,6 +135,7 @@ def response_log_probs(
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
     fused: bool = False,
+    squares: bool = False,
 ) -> Tensor:
     """Computes the log-probs of ``targets``.
 
@@ -136,16 +147,19 @@ def response_log_probs(
         chunk_size: rows whose logits exist at one time.
         group: the tensor-parallel group, or None where the weight is not sharded.
         fused: whether backward adds the weight's gradient to its ``main_grad``, DDP's sum in float32.
+        squares: whether the result has a second row, without gradient: the logarithm of the sum over the vocabulary of
+            the squared probabilities, at each target.
 
     Returns:
-        [R] float32 (float64 for float64 inputs), nats.
+        [R] float32 (float64 for float64 inputs), nats; [2, R] with ``squares``.
     """
     rank = 0 if group is None else dist.get_rank(group)
     first_row = rank * weight.shape[0]
     real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
-    return _ChunkedLogProbs.apply(hidden, weight, targets, first_row, real_rows, chunk_size, group, fused)
+    scores = _ChunkedLogProbs.apply(hidden, weight, targets, first_row, real_rows, chunk_size, group, fused, squares)
+    return torch.stack(scores) if squares else scores
 
 
 def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Sums log-probs by segment to [count]; in order on the CPU, on CUDA with --deterministic-mode."""
-    return log_probs.new_zeros(count).index_add(0, segments, log_probs)
+    """Sums [..., R] log-probs by segment to [..., count]; in order on the CPU, on CUDA with --deterministic-mode."""
+    return log_probs.new_zeros(*log_probs.shape[:-1], count).index_add(-1, segments, log_probs)

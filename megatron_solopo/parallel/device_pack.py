@@ -64,6 +64,7 @@ def cut(
         predictors=predictors[on_rank],
         targets=pack.targets[on_rank],
         segments=pack.segments[on_rank],
+        weights=None if pack.weights is None else pack.weights[on_rank],
     )
     layout = method.layout(pack.pieces, rank, size, group, kernels)
     return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel())

@@ -19,6 +19,7 @@ from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.losses.sft import sft_loss
 from megatron_solopo.losses.solopo import (
     aligned_sides,
+    needs_log_squares,
     needs_mean_chosen_length,
     needs_reference,
     pair_context,
@@ -106,13 +107,15 @@ def group_losses(
     """Computes the losses of a pack's groups.
 
     Args:
-        sums: [N] segment log-probs.
+        sums: [N] segment log-probs; [2, N] with the log_squares of the segments, where the loss reads them.
         mean_length: [] the mean chosen length, see `solopo_loss`.
     """
     if method.objective == "sft":
         return sft_loss(sums, inputs.segments)
     compared = None if inputs.compared is None else inputs.compared.to(sums.dtype)
-    return solopo_loss(sums, inputs.segments, inputs.pairs, inputs.alignments, compared, method, mean_length)
+    log_probs, log_squares = sums if needs_log_squares(method) else (sums, None)
+    segments, pairs, alignments = inputs.segments, inputs.pairs, inputs.alignments
+    return solopo_loss(log_probs, segments, pairs, alignments, compared, method, mean_length, log_squares)
 
 
 def mean_chosen_length(inputs: StepInputs, total_groups: int, device: torch.device) -> Tensor:
@@ -186,4 +189,5 @@ def _trial(method: MethodConfig, groups: int) -> GroupLosses:
         return sft_loss(sums, segments)
     pairs, alignments = segments.pairs(pair_context(method)), segments.alignments(aligned_sides(method))
     compared = torch.full((len(segments),), -1.0) if needs_reference(method) else None
-    return solopo_loss(sums, segments, pairs, alignments, compared, method, torch.ones(()))
+    log_squares = torch.full((len(segments),), -2.0) if needs_log_squares(method) else None
+    return solopo_loss(sums, segments, pairs, alignments, compared, method, torch.ones(()), log_squares)

@@ -35,7 +35,7 @@ from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.conversion.start import weights_fingerprint
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError, system_reason
-from megatron_solopo.losses.solopo import needs_reference, reference_scores
+from megatron_solopo.losses.solopo import needs_reference, reference_scores, tail_weight
 from megatron_solopo.parallel.platform import first_of_node, resolve, wait_for_all
 from megatron_solopo.parallel.topology import stage_sizes
 from megatron_solopo.progress import ProgressBar, reporting
@@ -76,6 +76,8 @@ def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
         "scored": sorted(reference_scores(config.method)),
         "dtype": "bfloat16" if config.model.bf16 else "float32",
     }
+    if tail_weight(config.method) != 1:
+        facts["tail_weight"] = tail_weight(config.method)
     if config.model.rope_scaling is not None:
         facts["rope_scaling"] = config.model.rope_scaling
     if config.model.add_special_tokens is not None:

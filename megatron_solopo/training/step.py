@@ -22,7 +22,7 @@ from megatron_solopo.data.tokenized.batches import Schedule, StepPlan, plan_step
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import Diverged
-from megatron_solopo.losses.solopo import needs_mean_chosen_length
+from megatron_solopo.losses.solopo import needs_log_squares, needs_mean_chosen_length, tail_weight
 from megatron_solopo.model.forward import device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
@@ -109,6 +109,7 @@ def _planned(
             plan.of_packs,
             plan.of_pieces,
             plan.of_prompts,
+            tail_weight(config.method),
         )
         for places in plan.shares[rank]
     ]
@@ -141,13 +142,21 @@ def training_work(
 
 
 def run_packs(
-    engine: Engine, packs: list[DevicePack], loss: Callable[[Tensor, Pack], tuple[Tensor, dict]], forward_only: bool
+    engine: Engine,
+    packs: list[DevicePack],
+    loss: Callable[[Tensor, Pack], tuple[Tensor, dict]],
+    forward_only: bool,
+    squares: bool = False,
 ) -> list[dict]:
-    """Runs megatron-core's schedule; returns the dict that ``loss`` returned for each pack (last pipeline stage)."""
+    """Runs megatron-core's schedule; returns the dict that ``loss`` returned for each pack (last pipeline stage).
+
+    Args:
+        squares: see `segment_log_probs`.
+    """
 
     def forward_step(packs_left: Iterator[DevicePack], model: torch.nn.Module):
         pack = next(packs_left)
-        sums = segment_log_probs(model, pack, engine.head, engine.dtype)
+        sums = segment_log_probs(model, pack, engine.head, engine.dtype, squares)
         return sums, lambda output: loss(output, pack.pack)
 
     return get_forward_backward_func()(
@@ -237,7 +246,7 @@ def run_parts(
         sums = {"loss": total.detach().clone()} | {name: value.sum() for name, value in result.metrics.items()}
         return total * scale, sums
 
-    parts = run_packs(engine, packs, loss, forward_only)
+    parts = run_packs(engine, packs, loss, forward_only, needs_log_squares(method))
     reports = _reports()
     zero = torch.zeros((), dtype=torch.float64, device=device)
     scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in inputs.names}

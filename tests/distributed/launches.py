@@ -85,8 +85,13 @@ def case_name(plan: tuple[str, ...]) -> str:
     return " ".join(plan)
 
 
+RESPONSES = [(1, 1), (2, 2), (3, 1), (1, 3), (1, 1), (2, 1), (1, 2)]
+"""(chosen, rejected) responses of each example."""
+
+
 def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any]]:
-    """Random ids; lengths from one token to many, so that no two packs are alike. In sft not all tokens are trained."""
+    """Random ids; lengths from one token to many, so that no two packs are alike. Of conversations and of second
+    responses, which have several turns, not all tokens are trained."""
     draw, examples = random.Random(5), []
 
     def ids(length: int) -> list[int]:
@@ -98,12 +103,12 @@ def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any
             "long": ids(draw.randint(20, 90)),
             "response": ids(draw.randint(2, 40)),
         }
-        responses = {
-            "chosen": ids(draw.randint(1, 9)),
-            "rejected": ids(draw.randint(1, 9)),
-            "response": ids(draw.randint(2, 30)),
+        of_sides = dict(zip(("chosen", "rejected"), RESPONSES[number % len(RESPONSES)], strict=True))
+        responses = {side: [ids(draw.randint(1, 9)) for _ in range(size)] for side, size in of_sides.items()}
+        responses["response"] = [ids(draw.randint(2, 30))]
+        masks = {
+            side: [[draw.random() < 0.6 for _ in one[:-1]] + [True] for one in each] for side, each in responses.items()
         }
-        loss_mask = [draw.random() < 0.6 for _ in responses["response"][:-1]] + [True]
         examples.append(
             {
                 "id": f"g{number}",
@@ -113,11 +118,14 @@ def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any
                         "completions": [
                             {
                                 "role": role,
-                                "ids": responses[role.split("_")[-1]],
-                                "loss_mask": loss_mask if role == "response" else None,
+                                "response": response,
+                                "ids": each,
+                                "loss_mask": masks[side][response] if role == "response" or response == 1 else None,
                             }
                             for role in roles
                             if role.split("_")[0] == context
+                            for side in [role.split("_")[-1]]
+                            for response, each in enumerate(responses[side])
                         ],
                     }
                     for context in dict.fromkeys(role.split("_")[0] for role in roles)

@@ -22,6 +22,9 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0, "simpo_gamma": 1.0},
     "orpo": {"orpo_lambda": 0.4},
     "longpo": {"beta": 0.1, "longpo_lambda": 0.3},
+    "dpo_norm": {"beta": 2.5},
+    "ld_dpo": {"beta": 0.3, "ld_alpha": 0.4},
+    "wpo": {"beta": 0.3},
 }
 
 
@@ -50,6 +53,13 @@ def _options() -> dict[str, dict[str, Any]]:
                 options["alignment_reference"] = anchor
             add(loss, "solo", **options, alignment_stop_short_gradient=stop)
     modes = ("solo", "short", "long")
+    for loss, mode in product(("dpo", "dpo_norm", "simpo", "orpo"), ("solo", "long")):
+        add(loss, mode, pair_reduction="plackett_luce")
+    add("longpo", "long", pair_reduction="plackett_luce")
+    for loss, mode in product(("dpo_norm", "ld_dpo", "wpo"), modes):
+        add(loss, mode)
+    for loss in ("dpo_norm", "ld_dpo", "wpo"):
+        add(loss, "solo", alignment_target="both", alignment_reference="short")
     for loss, mode, form in product(("dpo", "simpo"), modes, ("conservative", "robust")):
         add(loss, mode, label_smoothing=0.15, label_smoothing_form=form)
     for loss, mode, how in product(("dpo", "ipo", "simpo"), modes, ("sequence", "token")):
@@ -85,7 +95,7 @@ def method_roles(method: dict[str, Any]) -> tuple[str, ...]:
 
 
 def has_reference(method: dict[str, Any]) -> bool:
-    return method.get("preference_loss") in ("dpo", "ipo", "longpo")
+    return method.get("preference_loss") in ("dpo", "ipo", "longpo", "dpo_norm", "ld_dpo", "wpo")
 
 
 def method_flags(method: dict[str, Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 Examples and methods are plain dicts, as the worker gets them:
 
-    {"id", "prompts": [{"ids", "completions": [{"role", "ids", "loss_mask" (or null)}]}]}
+    {"id", "prompts": [{"ids", "completions": [{"role", "response", "ids", "loss_mask" (or null)}]}]}
     {"objective", "preference_loss", "context_mode", "beta", "alignment_weight", ...}
 
 A loss depends on the model only through the log-prob sum of each completion. So the gradient of every sum is taken
@@ -11,7 +11,9 @@ once, one sequence at a time, and a method's gradient is their combination by th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,31 @@ from torch import Tensor, nn
 from transformers_in_double import by_file_name, load
 
 
+def named(role: str, response: int) -> str:
+    """The name of a response: further ones of a role are numbered from 1."""
+    return f"{role}_{response}" if response else role
+
+
 def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Role -> summed log-prob of the trained tokens, and their number; one sequence at a time."""
+    """Role -> summed log-prob of the trained tokens, and their number; one sequence at a time.
+
+    "ROLE tail" is the sum beyond the length of the shortest response, "ROLE squares" the sum of the logarithms of the
+    summed squared probabilities, without gradient.
+    """
     sums, counts = {}, {}
+    trained = [sum(c["loss_mask"] or [1] * len(c["ids"])) for p in example["prompts"] for c in p["completions"]]
     for prompt in example["prompts"]:
         for completion in prompt["completions"]:
             ids = torch.tensor([prompt["ids"] + completion["ids"]])
             scores = model(ids).logits[0, :-1].log_softmax(-1)
             picked = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]][len(prompt["ids"]) - 1 :]
             loss_mask = torch.tensor(completion["loss_mask"] or [True] * len(completion["ids"]))
-            sums[completion["role"]] = picked[loss_mask].sum()
-            counts[completion["role"]] = int(loss_mask.sum())
+            role = named(completion["role"], completion.get("response", 0))
+            sums[role] = picked[loss_mask].sum()
+            sums[f"{role} tail"] = picked[loss_mask][min(trained) :].sum()
+            squares = scores.detach().exp().square().sum(-1).log()[len(prompt["ids"]) - 1 :]
+            sums[f"{role} squares"] = squares[loss_mask].sum()
+            counts[role] = int(loss_mask.sum())
     return sums, counts
 
 
@@ -50,8 +66,11 @@ def scores(folder: Path, examples: list[dict[str, Any]]) -> list[Scores]:
     for example in examples:
         sums, counts = log_probs(model, example)
         gradients = {
-            role: by_file_name(model, dict(zip(names, torch.autograd.grad(value, parameters), strict=True)))
+            role: by_file_name(
+                model, dict(zip(names, torch.autograd.grad(value, parameters, retain_graph=True), strict=True))
+            )
             for role, value in sums.items()
+            if value.requires_grad
         }
         scores.append(Scores({role: value.detach() for role, value in sums.items()}, counts, gradients))
     return scores
@@ -120,10 +139,12 @@ def loss_of(
     reference: dict[str, float],
     method: dict[str, Any],
     mean_chosen_length: float,
+    rivals: Sequence[tuple[dict, dict, dict]] = (),
 ) -> Tensor:
     """The loss of one example, by the papers' formulas written out (arXiv 2505.11166; LongPO: 2502.13922).
 
     ``mean_chosen_length``: over the batch, of the chosen answers on the preference loss's context.
+    ``rivals``: (sums, reference, counts) with each of the group's rejected answers, for Plackett-Luce.
     """
     if method["objective"] == "sft":
         return -sums["response"] / counts["response"]
@@ -131,21 +152,29 @@ def loss_of(
     side = "long" if mode == "long" else "short"
     chosen, rejected = f"{side}_chosen", f"{side}_rejected"
 
-    def log_ratio(role: str) -> Tensor:
+    def log_ratio(role: str, sums: dict = sums, reference: dict = reference) -> Tensor:
         anchor = role
         if kind == "longpo" or (mode == "solo" and method.get("alignment_reference") == "short"):
             anchor = role.replace("long", "short")
+        if kind == "ld_dpo":
+            less = 1 - method["ld_alpha"]
+            tails = sums[f"{role} tail"] - reference[f"{anchor} tail"]
+            return sums[role] - reference[anchor] - less * tails
         return sums[role] - reference[anchor]
 
-    def reward(role: str) -> Tensor:
-        if kind in ("dpo", "ipo", "longpo"):
-            return method["beta"] * log_ratio(role)
+    def reward(role: str, sums: dict = sums, reference: dict = reference, counts: dict = counts) -> Tensor:
+        if kind in ("dpo", "ipo", "longpo", "ld_dpo", "wpo"):
+            return method["beta"] * log_ratio(role, sums, reference)
+        if kind == "dpo_norm":
+            return method["beta"] * log_ratio(role, sums, reference) / counts[role]
         mean = sums[role] / counts[role]
         return method["beta"] * mean if kind == "simpo" else mean - torch.log1p(-torch.exp(mean))
 
     per_token = method.get("sft_normalization") == "token"
     likelihood = -sums[chosen] / (mean_chosen_length if per_token else counts[chosen])
     margin = reward(chosen) - reward(rejected)
+    if method.get("pair_reduction") == "plackett_luce":
+        margin = reward(chosen) - sum(torch.exp(reward(rejected, *rival)) for rival in rivals).log()
     if kind == "ipo":
         gap = log_ratio(chosen) / counts[chosen] - log_ratio(rejected) / counts[rejected]
         loss = (gap - 1 / (2 * method["beta"])) ** 2
@@ -155,6 +184,9 @@ def loss_of(
         loss = likelihood + method["longpo_lambda"] * logistic(margin)
     else:
         loss = smoothed(margin - method["simpo_gamma"] if kind == "simpo" else margin, method)
+    if kind == "wpo":
+        for role in (chosen, rejected):
+            loss = loss * torch.exp((sums[role].detach() - sums[f"{role} squares"].detach()) / counts[role])
     loss = loss + method.get("sft_weight", 0.0) * likelihood
     if mode == "solo":
         for response in ("chosen", "rejected") if method.get("alignment_target") == "both" else ("chosen",):
@@ -165,17 +197,50 @@ def loss_of(
     return loss
 
 
+def group_loss(
+    sums: dict[str, Tensor],
+    counts: dict[str, int],
+    reference: dict[str, float],
+    method: dict[str, Any],
+    mean_chosen_length: float,
+) -> Tensor:
+    """The loss of a group: the mean over its pairs of a chosen and a rejected response."""
+    if method["objective"] == "sft":
+        return loss_of(sums, counts, reference, method, mean_chosen_length)
+
+    def pair(chosen: int, rejected: int) -> tuple[dict, dict, dict]:
+        return tuple(
+            {
+                role + more: values[name]
+                for context, side in product(("short", "long"), ("chosen", "rejected"))
+                for role, more in product([f"{context}_{side}"], ("", " tail", " squares"))
+                if (name := named(role, chosen if side == "chosen" else rejected) + more) in values
+            }
+            for values in (sums, reference, counts)
+        )
+
+    sides = [[name for name in counts if name.startswith((f"short_{y}", f"long_{y}"))] for y in ("chosen", "rejected")]
+    k, m = (len({name.partition("_")[2] for name in names}) for names in sides)
+    losses = []
+    for i, j in product(range(k), range(m)):
+        of_pair, row, lengths = pair(i, j)
+        rivals = [pair(i, other) for other in range(m)]
+        losses.append(loss_of(of_pair, lengths, row, method, mean_chosen_length, rivals))
+    return torch.stack(losses).mean()
+
+
 def batch(
     examples: list[Scores], reference: list[dict[str, float]], method: dict[str, Any]
 ) -> tuple[list[float], dict[str, Tensor]]:
     """(loss of each example, gradient of their mean by tensor): every example weighs the same."""
     side = "long_chosen" if method.get("context_mode") == "long" else "short_chosen"
-    mean_length = sum(example.counts.get(side, 0) for example in examples) / len(examples)
+    chosen = [[n for name, n in example.counts.items() if name.startswith(side)] for example in examples]
+    mean_length = sum(sum(each) / max(len(each), 1) for each in chosen) / len(examples)
     losses: list[float] = []
     total: dict[str, Tensor] = {}
     for example, row in zip(examples, reference, strict=True):
         sums = {role: value.clone().requires_grad_() for role, value in example.sums.items()}
-        loss = loss_of(sums, example.counts, row, method, mean_length)
+        loss = group_loss(sums, example.counts, row, method, mean_length)
         loss.backward()
         losses.append(loss.item())
         for role, value in sums.items():

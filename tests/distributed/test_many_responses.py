@@ -49,6 +49,7 @@ def test_a_groups_loss_is_the_mean_over_its_pairs(name: str) -> None:
         {key: -4 * tokens[key] * torch.rand((), generator=draw, dtype=torch.float64) for key in keys} for _ in range(2)
     )
     policy = {key: value.requires_grad_() for key, value in policy.items()}
+    squares = {key: -tokens[key] * torch.rand((), generator=draw, dtype=torch.float64) for key in keys}
     chosen = [[lengths[group, "chosen", k] for k in range(counts[0])] for group, counts in enumerate(COUNTS)]
     mean_length = sum(sum(each) / len(each) for each in chosen) / len(COUNTS)
 
@@ -58,7 +59,16 @@ def test_a_groups_loss_is_the_mean_over_its_pairs(name: str) -> None:
         for which in product(*map(range, counts)):
             at = {role: (group, role, which["rejected" in role]) for role in SEGMENTS if role != "response"}
             sums, refs = ({role: values[key] for role, key in at.items()} for values in (policy, reference))
-            losses.append(oracle.loss_of(sums, {r: tokens[key] for r, key in at.items()}, refs, method, mean_length))
+            sums |= {f"{role} squares": squares[key] for role, key in at.items()}
+            for each in (sums, refs):  # LD-DPO's sums have their weights already
+                each |= {f"{role} tail": torch.zeros(()) for role in at}
+            rivals = []
+            for k in range(counts[1]):
+                one = {role: (group, role, k if "rejected" in role else which[0]) for role in at}
+                rivals.append([{r: values[key] for r, key in one.items()} for values in (policy, reference, tokens)])
+            losses.append(
+                oracle.loss_of(sums, {r: tokens[key] for r, key in at.items()}, refs, method, mean_length, rivals)
+            )
         wanted.append(torch.stack(losses).mean())
     scored = [key for key in keys if key[1] in method_roles(method)]
     gradient = torch.autograd.grad(torch.stack(wanted).sum(), [policy[key] for key in scored])
@@ -78,6 +88,7 @@ def test_a_groups_loss_is_the_mean_over_its_pairs(name: str) -> None:
         torch.stack([reference[key] for key in compared]),
         config,
         torch.tensor(mean_length, dtype=torch.float64),
+        torch.stack([squares[key] for key in scored]),
     ).loss
     torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(got.sum(), [policy[key] for key in scored])

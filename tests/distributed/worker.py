@@ -35,7 +35,9 @@ def token_dataset(path: str) -> Any:
                 Prompt(
                     SEGMENTS[prompt["completions"][0]["role"]][0],
                     prompt["ids"],
-                    tuple(completion(c["role"], c["ids"], c["loss_mask"]) for c in prompt["completions"]),
+                    tuple(
+                        completion(c["role"], c["ids"], c["loss_mask"], c["response"]) for c in prompt["completions"]
+                    ),
                 )
                 for prompt in example["prompts"]
             ),
@@ -48,7 +50,7 @@ def token_dataset(path: str) -> Any:
 def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Loss and gradient of one step through the trainer's planning, packing, schedule and reduction."""
     from megatron_solopo.data.tokenized.packs import build_pack
-    from megatron_solopo.losses.solopo import reference_scores
+    from megatron_solopo.losses.solopo import reference_scores, tail_weight
     from megatron_solopo.pack import Context, Side, segment_name
     from megatron_solopo.training.gradients import full_gradients
     from megatron_solopo.training.segment_table import ReferenceLogProbs, SegmentPlaces
@@ -58,10 +60,20 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
     reference = None
     if case["reference"]:
         compared = sorted(reference_scores(config.method))
-        counts = torch.zeros(len(dataset.groups), len(Context), len(Side), dtype=torch.int64)
+        responses = torch.tensor(
+            [[[sum(c.side == side for c in g.prompts[0].completions) for side in Side]] for g in dataset.groups]
+        )
+        scored = torch.zeros(len(Context), len(Side), dtype=torch.int64)
         for one in compared:
-            counts[:, *one] = 1
-        values = [row[segment_name(*one)] for row in case["reference"] for one in compared]
+            scored[*one] = 1
+        counts = scored * responses
+        tail = 1 - tail_weight(config.method)
+        values = [
+            row[name] - tail * (row[f"{name} tail"] if tail else 0)
+            for row, each in zip(case["reference"], counts, strict=True)
+            for one in compared
+            for name in (segment_name(*one, response) for response in range(each[*one]))
+        ]
         reference = ReferenceLogProbs(SegmentPlaces(counts), torch.tensor(values, dtype=torch.float64))
 
     def planned() -> list[Any]:
@@ -92,7 +104,8 @@ def gradient_case(engine: Any, case: dict[str, Any], config: Any) -> tuple[dict[
         engine.eval()
         places = SegmentPlaces.of_dataset(dataset)
         table = segment_table(engine, places, planned())
-        values["table"] = table.reshape(len(dataset.groups), -1)[indices].tolist()  # one row for each example
+        rows = table.split(places.counts.sum((1, 2)).tolist())
+        values["table"] = [rows[index].tolist() for index in indices]  # one row for each example
     return values, gradients
 
 

@@ -140,7 +140,7 @@ WRONG = {
         "--preference-loss my_losses:Hinge --label-smoothing 0.1",
         "option-unused",
         "--label-smoothing ",
-        "--preference-loss dpo or simpo",
+        "--preference-loss dpo, dpo_norm, ld_dpo, simpo or wpo",
     ),
     "its option without it": ("--hinge-margin 1", "option-unknown", "--hinge-margin: "),
     "a file names none": (

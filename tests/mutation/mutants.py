@@ -6,6 +6,7 @@ from mutant import Mutant, within
 
 LOSSES = "tests/unit/test_losses.py"
 MANY = "tests/distributed/test_many_responses.py"
+SEVERAL = "tests/unit/test_several_responses.py"
 STEP = "tests/unit/test_step.py"
 PACKS = "tests/unit/test_packs.py"
 BATCHES = "tests/unit/test_batches.py"
@@ -76,6 +77,48 @@ MUTANTS: list[Mutant] = [
         ("sum for mean in IPO", "pairs.chosen_rewards / pairs.chosen.lengths", "pairs.chosen_rewards"),
     ),
     *within(
+        "losses/dpo_norm.py",
+        LOSSES,
+        ("sum for mean in length-normalised DPO", "self.beta) / responses.lengths", "self.beta)"),
+    ),
+    *within(
+        "losses/wpo.py",
+        LOSSES,
+        ("a gradient through WPO's weights", "responses.log_probs.detach() - ", "responses.log_probs - "),
+        ("WPO's weight of the chosen response alone", " + _log_weight(pairs.rejected)", ""),
+        ("sum for mean in WPO's weights", "responses.squares) / responses.lengths", "responses.squares)"),
+    ),
+    *within(
+        "data/tokenized/packs.py",
+        SEVERAL,
+        ("one token too many without the tail's weight", "< self.shortest, 1.0", "<= self.shortest, 1.0"),
+    ),
+    *within(
+        "data/tokenized/tokens.py",
+        SEVERAL,
+        (
+            "the longest response for the shortest",
+            "return min(completion.trained_tokens",
+            "return max(completion.trained_tokens",
+        ),
+        ("several turns trained whole", "None if all(loss_mask) else loss_mask, number)", "None, number)"),
+    ),
+    *within(
+        "data/tokenized/token_table.py",
+        SEVERAL,
+        (
+            "a fingerprint without masks",
+            "parts += [self._of_masks(context, side, self.digests) for context, side in sorted(scored)]",
+            "pass",
+        ),
+    ),
+    *within(
+        "data/pairing/policies.py",
+        SEVERAL,
+        ("the farthest length taken", "left.pop(min(range", "left.pop(max(range"),
+        ("a text that is right and wrong kept", "if response.text not in both]", "]"),
+    ),
+    *within(
         "losses/longpo.py",
         LOSSES,
         ("LongPO's lambda dropped", "self.longpo_lambda * logistic_loss", "logistic_loss"),
@@ -131,6 +174,11 @@ MUTANTS: list[Mutant] = [
     *within(
         "losses/solopo.py",
         MANY,
+        (
+            "Plackett-Luce over the pairs of the pack",
+            "group_logsumexp(chosen, len(segments))",
+            "group_logsumexp(torch.zeros_like(chosen), 1)",
+        ),
         (
             "alignments of both sides averaged together",
             "segments.groups[short] * len(Side) + sides, ",
@@ -257,7 +305,12 @@ MUTANTS: list[Mutant] = [
             "add_product(sum_of_chunks,",
             "sum_of_chunks.zero_() + 0; add_product(sum_of_chunks,",
         ),
-        ("segments not summed", "log_probs.new_zeros(count).index_add(", "log_probs.new_zeros(count).index_copy("),
+        (
+            "segments not summed",
+            "count).index_add(-1, segments, log_probs)",
+            "count).index_copy(-1, segments, log_probs)",
+        ),
+        ("squared probabilities not normalised", "of_squares.log() - 2 * sums.log()", "of_squares.log() - sums.log()"),
         ("chunks of the CPU on CUDA", "if not on_cuda:", "if True:"),
     ),
     *within(

@@ -332,7 +332,11 @@ DATA = [
             "there = self.counts[column] > 9",
         ),
         ("the second response of a side is the first", "ids = cell[self._response]", "ids = cell[0]"),
-        ("one fingerprint for all that can be scored", "sorted(scored)]", "sorted(scored)[:1]]"),
+        (
+            "one fingerprint for all that can be scored",
+            "self.of_responses(context, side, self.digests) for context, side in sorted(scored)]",
+            "self.of_responses(context, side, self.digests) for context, side in sorted(scored)[:1]]",
+        ),
     ),
     *within(
         "data/tokenized/token_store.py",

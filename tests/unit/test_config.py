@@ -146,6 +146,7 @@ NEEDED_FOR = {
     "simpo_gamma": ["--preference-loss", "simpo"],
     "orpo_lambda": ["--preference-loss", "orpo"],
     "longpo_lambda": ["--preference-loss", "longpo", "--context-mode", "long"],
+    "ld_alpha": ["--preference-loss", "ld_dpo"],
     "label_smoothing_form": ["--label-smoothing", "0.1"],
     "sft_normalization": ["--sft-weight", "1"],
     "wandb_exp_name": ["--wandb-project", "p"],
@@ -182,7 +183,7 @@ def test_every_option_can_be_set_in_both_places(tmp_path):
             choices = [c for c in spec.metadata["choices"] or () if c != spec.default]
             numbers = {"seq_length": 9000, "max_tokens_per_rank": 20000, "lr": 0.25, "min_lr": 1e-7, "seed": 7}
             numbers |= {"profile_step_end": 20, "profile_ranks": "0,8", "recompute_modules": "mlp"}
-            numbers |= {"label_smoothing": 0.25, "rope_scaling": "yarn:4:32768", "mlp_tiles": "auto"}
+            numbers |= {"label_smoothing": 0.25, "ld_alpha": 0.25, "rope_scaling": "yarn:4:32768", "mlp_tiles": "auto"}
             numbers |= {"lora_modules": "q_proj,up_proj", "lora_path": str(tmp_path)}
             numbers |= {"chat_template_kwargs": '{"a": 1}', "chat_template_date": "2026-01-31"}
             if name == "fp8_recipe":

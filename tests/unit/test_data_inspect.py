@@ -205,7 +205,7 @@ WRONG = {
         "--samples 0: ",
     ),
     "seed of nothing": (["--seed", "1"], lambda g: g, "option-unused", "--seed ", "--random or --output"),
-    "unknown loss": (["--preference-loss", "dpoo"], lambda g: g, "option-value", "'dpoo'", "dpo, ipo"),
+    "unknown loss": (["--preference-loss", "dpoo"], lambda g: g, "option-value", "'dpoo'", "dpo, dpo_norm"),
     "unused option": (
         ["--context-mode", "short", "--alignment-target", "both"],
         lambda g: g,

@@ -278,10 +278,10 @@ def test_answers_in_distractors_are_those_that_prepare_data_keeps_out(
     [
         ([(30, 10)] * 40 + [(10, 30)] * 10, True, "Chosen answers have 26.0 tokens, rejected ones 14.0"),
         ([(10, 30)] * 40 + [(30, 10)] * 10, True, "the model may learn length"),
-        ([(30, 10)] * 22 + [(10, 30)] * 18, False, "chosen longer in 55.0% of the groups, shorter in 45.0%"),
+        ([(30, 10)] * 22 + [(10, 30)] * 18, False, "chosen longer in 55.0% of the pairs, shorter in 45.0%"),
         ([(30, 10)] * 4 + [(10, 30)] * 1, False, "With so few groups"),
         ([(10, 10)] * 40, False, "No length bias"),
-        ([(24, 12)] * 30 + [(10, 12)] * 10, True, "75% of the groups"),
+        ([(24, 12)] * 30 + [(10, 12)] * 10, True, "75% of the pairs"),
         ([(11, 10)] * 28 + [(9, 10)] * 12, False, "No length bias"),
     ],
 )
@@ -289,8 +289,7 @@ def test_the_length_bias_in_words(pairs: list[tuple[int, int]], warned: bool, wo
     """It is that of build-pairs and of training."""
     statistics = Statistics()
     for chosen, rejected in pairs:
-        statistics.numbers["chosen tokens"].append(chosen)
-        statistics.numbers["rejected tokens"].append(rejected)
+        statistics.lengths.add(chosen, rejected)
     sentence, lopsided = statistics.length_bias()
     assert lopsided == warned == (length_bias(pairs) is not None) and words in sentence
 

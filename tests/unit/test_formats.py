@@ -185,13 +185,14 @@ WRONG: dict[str, tuple[Any, ...]] = {
         "pair-prompts-differ",
         "'chosen' is the beginning of 'rejected'",
     ),
-    "they part before the last": (
+    "they part at a question": (
         {
             "chosen": [*ASK, reply("w3"), user("w5"), reply("w4")],
-            "rejected": [*ASK, reply("w6"), user("w5"), reply("w7")],
+            "rejected": [*ASK, reply("w3"), user("w6"), reply("w4")],
         },
         "pair-prompts-differ",
-        "message 2 ",
+        "message 3 ",
+        "'user'",
         "(4 and 4 messages)",
     ),
     "they ask differently": (
@@ -220,11 +221,24 @@ WRONG: dict[str, tuple[Any, ...]] = {
         "'image_url'",
     ),
     "a text among parts": (whole(user(["w1"])), "message-unsupported", "chosen[0], content[0]", "'str'"),
-    "a tool call": (
-        whole(*ASK, reply("") | {"tool_calls": [{"function": {"name": "f"}}]}, {"role": "tool", "content": "w7"}),
+    "a call of earlier versions": (
+        whole(*ASK, reply("") | {"function_call": {"name": "f"}}),
         "message-unsupported",
         "chosen[1]",
+        "'function_call'",
         "'tool_calls'",
+    ),
+    "a call without a name": (
+        whole(*ASK, reply("") | {"tool_calls": [{"function": {"arguments": {}}}]}),
+        "field-type",
+        "chosen[1], tool_calls[0]",
+        "'name'",
+    ),
+    "a user's call": (
+        whole(*ASK, user("w") | {"tool_calls": [{"function": {"name": "f"}}]}),
+        "message-role",
+        "chosen[1]",
+        "'user'",
     ),
     "ShareGPT, a function's call": (
         whole(prompt=[{"from": "human", "value": "w1"}, {"from": "function_call", "value": "{}"}]),
@@ -246,7 +260,13 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "one answer": ({"prompt": "w1", "completion": "w3"}, "field-missing", "one answer each", "--objective sft"),
     "texts alone": ({"text": "w1"}, "field-missing", "plain texts"),
     "one answer missing": (whole(*ASK) | {"rejected": None}, "field-missing", "'rejected'"),
-    "a list of texts": (PAIR | {"prompt": "w1", "chosen": ["w3"]}, "field-type", "chosen[0]"),
+    "texts and messages": (
+        PAIR | {"prompt": "w1", "chosen": ["w3"], "rejected": [reply("w4")]},
+        "field-type",
+        "'rejected'",
+        "'chosen'",
+    ),
+    "several without a prompt": (PAIR | {"chosen": ["w3"]}, "prompt-missing", "'chosen'", "'prompt'"),
     "a number": (PAIR | {"prompt": "w1", "chosen": 3}, "field-type", "'chosen'", "str or list", "found int"),
 }
 
@@ -308,10 +328,27 @@ def test_what_is_no_conversation_is_named_with_its_form(form: str) -> None:
         as_conversation(record, "chats.jsonl:2")
 
 
-def test_a_tool_call_is_not_trained_on() -> None:
-    record = {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}]}
-    with refused("message-unsupported", "chats.jsonl:2: messages[1]", "'tool_calls'"):
-        as_conversation(record, "chats.jsonl:2")
+def call(arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def test_tool_calls_are_read_as_templates_write_them() -> None:
+    """Without content; arguments as an object, also where a table or OpenAI's form has them otherwise."""
+    wanted = [*ASK, call({"x": 1}) | {"content": ""}, {"role": "tool", "content": "w7"}, reply("w3")]
+    for arguments in ({"x": 1}, {"x": 1, "y": None}, '{"x": 1}'):
+        record = {"messages": [*ASK, call(arguments), {"role": "tool", "content": "w7", "name": None}, reply("w3")]}
+        assert as_conversation(record, "chats.jsonl:2") == wanted
+
+
+def test_answers_of_several_turns_and_several_answers() -> None:
+    """An answer starts at the first message that differs."""
+    result, other = {"role": "tool", "content": "w7"}, reply("w8")
+    ours = as_group({"chosen": [*ASK, call({}), result, reply("w3")], "rejected": [*ASK, other]}, "p.jsonl:1")
+    assert ours["short_messages"] == ASK and ours["rejected"] == "w8"
+    assert ours["chosen"] == [call({}) | {"content": ""}, result, reply("w3")]
+    ours = as_group({"prompt": "w1 w2", "chosen": ["w3", "w4"], "rejected": "w5", "system": "s"}, "p.jsonl:1")
+    assert ours["short_messages"] == [SYSTEM, *ASK]
+    assert (ours["chosen"], ours["rejected"]) == (["w3", "w4"], "w5")
 
 
 # The commands: a data set of the hub is read like a file.

@@ -138,6 +138,17 @@ def test_a_chunk_on_cuda_is_a_power_of_two_whose_logits_fit(rows, expected):
     assert chunk_size(rows, on_cuda=False) == 256
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_squared_probabilities_are_a_second_row_without_gradient(chunk):
+    states, weight, targets = draw()
+    ours = response_log_probs(states, weight, targets, VOCABULARY, chunk, squares=True)
+    plain = (states @ weight[:VOCABULARY].t()).log_softmax(-1)
+    torch.testing.assert_close(ours[1], plain.exp().square().sum(-1).log().to(ours.dtype), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[0], response_log_probs(states, weight, targets, VOCABULARY, chunk), rtol=0, atol=0)
+    wanted = torch.autograd.grad(ours[0].sum(), states, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), states), wanted, rtol=0, atol=0)
+
+
 def test_segment_sums():
     log_probs = torch.tensor([-1.0, -2.0, -4.0, -8.0], dtype=torch.float64, requires_grad=True)
     segments = torch.tensor([0, 0, 2, 2])

@@ -30,9 +30,17 @@ from megatron_solopo.metrics import declared
 from megatron_solopo.pack import Context, Segments, Side, segment_name
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-LOSS_OPTIONS = {"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}, "longpo": {"longpo_lambda": 0.6}}
+LOSS_OPTIONS = {
+    **{"simpo": {"simpo_gamma": 0.7}, "orpo": {"orpo_lambda": 0.4}, "longpo": {"longpo_lambda": 0.6}},
+    "ld_dpo": {"ld_alpha": 0.3},
+}
 CONSTANTS = dict(alignment_huber_delta=1.2)
-BETA = {"dpo": 0.3, "ipo": 0.4, "simpo": 2.1, "orpo": None, "longpo": 0.2}
+BETA = {"dpo": 0.3, "ipo": 0.4, "simpo": 2.1, "orpo": None, "longpo": 0.2, "dpo_norm": 2.5, "ld_dpo": 0.2, "wpo": 0.3}
+WITH_REFERENCE = ("dpo", "ipo", "dpo_norm", "ld_dpo", "wpo")
+LOSSES = (*WITH_REFERENCE, "simpo", "orpo")
+"""Those with an alignment."""
+SMOOTHED, LIKELY = ("dpo", "simpo", "dpo_norm", "ld_dpo", "wpo"), ("dpo", "ipo", "simpo", "dpo_norm", "wpo")
+"""Those that read --label-smoothing, and --sft-weight."""
 ALPHA = 1.7
 GROUPS = 5
 
@@ -47,17 +55,17 @@ def make(loss, mode, **options):
 
 def variants():
     """Every loss x context mode x alignment option that has an effect, then each further option on top."""
-    for loss in ("dpo", "ipo", "simpo", "orpo"):
+    for loss in LOSSES:
         yield from (make(loss, mode) for mode in ("short", "long"))
-        references = ("per_context", "short") if loss in ("dpo", "ipo") else ("per_context",)
+        references = ("per_context", "short") if loss in WITH_REFERENCE else ("per_context",)
         for target, stop, reference in product(("chosen", "both"), (False, True), references):
             alignment = dict(alignment_target=target, alignment_stop_short_gradient=stop, alignment_reference=reference)
             yield make(loss, "solo", **alignment)
             if (target == "both") != stop:
                 yield from (make(loss, "solo", **alignment, alignment_distance=name) for name in ("l2", "huber"))
-    for loss, mode, form in product(("dpo", "simpo"), ("solo", "long"), ("conservative", "robust")):
+    for loss, mode, form in product(SMOOTHED, ("solo", "long"), ("conservative", "robust")):
         yield make(loss, mode, label_smoothing=0.15, label_smoothing_form=form)
-    for loss, mode, how in product(("dpo", "ipo", "simpo"), ("solo", "short", "long"), ("sequence", "token")):
+    for loss, mode, how in product(LIKELY, ("solo", "short", "long"), ("sequence", "token")):
         yield make(loss, mode, sft_weight=0.8, sft_normalization=how)
     yield from (make("longpo", "long", sft_normalization=how) for how in ("sequence", "token"))
 
@@ -82,9 +90,15 @@ def draw(seed=0):
     return log_probs, n, reference
 
 
-def closed_form(m, p, n, ref, mean_length, still=None):
+def squares_of(p, n):
+    """Summed log of the summed squared probabilities, which no log-prob determines."""
+    return {role: [0.4 * a - 0.1 * b for a, b in zip(p[role], n[role], strict=True)] for role in ROLES}
+
+
+def closed_form(m, p, n, ref, squares, mean_length, still=None, weighed=None):
     """One group's (preference loss, chosen likelihood, alignment) from floats.
 
+    ``weighed``: the log-probs that WPO's weights see.
     ``still``: the short log-probs that the alignment sees; ``mean_length``: of the chosen answers of all groups.
     """
     still = still or p
@@ -100,8 +114,10 @@ def closed_form(m, p, n, ref, mean_length, still=None):
         return values[role] - ref[base]
 
     def reward(role, values):
-        if loss in ("dpo", "ipo", "longpo"):
+        if loss in ("dpo", "ipo", "longpo", "ld_dpo", "wpo"):  # LD-DPO's weights are in the sums
             return m.beta * ratio(role, values)
+        if loss == "dpo_norm":
+            return m.beta / n[role] * ratio(role, values)
         if loss == "simpo":
             return m.beta / n[role] * values[role]
         probability = math.exp(values[role] / n[role])
@@ -130,6 +146,8 @@ def closed_form(m, p, n, ref, mean_length, still=None):
         preference = ((1 - e) * softplus(-margin) - e * softplus(margin)) / (1 - 2 * e)
     else:
         preference = (1 - e) * softplus(-margin) + e * softplus(margin)
+    if loss == "wpo":
+        preference *= math.prod(math.exp(((weighed or p)[r] - squares[r]) / n[r]) for r in (chosen, rejected))
     if m.context_mode != "solo":
         return preference, likelihood, 0.0
     aligned = ("chosen", "rejected") if m.alignment_target == "both" else ("chosen",)
@@ -147,8 +165,8 @@ def mean_chosen_length(n):
     return sum(n["short_chosen"]) / GROUPS
 
 
-def loss_of(p, n, ref, method):
-    return loss_by_name(p, n, ref, method, n[segment_name(pair_context(method), Side.CHOSEN)].mean())
+def loss_of(p, n, ref, method, squares=None):
+    return loss_by_name(p, n, ref, method, n[segment_name(pair_context(method), Side.CHOSEN)].mean(), squares)
 
 
 def tensors(values, **options):
@@ -166,8 +184,10 @@ def group(values, i):
 @every_variant
 def test_value_equals_the_closed_form(method):
     p, n, ref = draw()
-    got = loss_of(tensors(p), tensors(n), tensors(ref), method)
-    arguments = [(group(p, i), group(n, i), group(ref, i), mean_chosen_length(n)) for i in range(GROUPS)]
+    squares = squares_of(p, n)
+    got = loss_of(tensors(p), tensors(n), tensors(ref), method, tensors(squares))
+    each = [[group(values, i) for values in (p, n, ref, squares)] for i in range(GROUPS)]
+    arguments = [(*one, mean_chosen_length(n)) for one in each]
     parts = {"po_loss": 0, "sft_loss": 1, "alignment_loss": 2}
     wanted = {name: [closed_form(method, *one)[place] for one in arguments] for name, place in parts.items()}
     for name in ("sft_loss",) * (not method.sft_weight and method.preference_loss != "longpo") + ("alignment_loss",) * (
@@ -186,13 +206,15 @@ def test_gradient_equals_differences_of_the_closed_form(method):
     """Central differences of the plain-Python loss; a stopped short side is constant in the alignment."""
     p, n, ref = draw(1)
     inputs = tensors(p, requires_grad=True)
-    loss_of(inputs, tensors(n), tensors(ref), method).loss.sum().backward()
+    squares = squares_of(p, n)
+    loss_of(inputs, tensors(n), tensors(ref), method, tensors(squares)).loss.sum().backward()
     step = 1e-5
     for i, role in product(range(GROUPS), ROLES):
         here = group(p, i)
         still = here if method.alignment_stop_short_gradient else None
+        fixed = [group(values, i) for values in (n, ref, squares)]
         up, down = (
-            total(method, {**here, role: here[role] + h}, group(n, i), group(ref, i), mean_chosen_length(n), still)
+            total(method, {**here, role: here[role] + h}, *fixed, mean_chosen_length(n), still, here)
             for h in (step, -step)
         )
         gradient = 0.0 if inputs[role].grad is None else float(inputs[role].grad[i])
@@ -200,11 +222,11 @@ def test_gradient_equals_differences_of_the_closed_form(method):
         assert (inputs[role].grad is not None) == (role in names_of(policy_scores(method))), role
 
 
-@pytest.mark.parametrize(
-    "method",
-    [m for m in VARIANTS if not m.alignment_stop_short_gradient],
-    ids=[name_of(m) for m in VARIANTS if not m.alignment_stop_short_gradient],
-)
+DIFFERENTIABLE = [m for m in VARIANTS if not m.alignment_stop_short_gradient and m.preference_loss != "wpo"]
+"""Those whose gradient is that of their value: WPO's weights have none."""
+
+
+@pytest.mark.parametrize("method", DIFFERENTIABLE, ids=map(name_of, DIFFERENTIABLE))
 def test_gradcheck(method):
     p, n, ref = draw(2)
     wanted = names_of(policy_scores(method))
@@ -291,7 +313,7 @@ def test_a_tie_counts_half_in_the_accuracy():
     assert pair_accuracy(torch.tensor([math.nan])).isnan().all()
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_aligned_responses_are_logged_at_length(loss):
     """Both of them with alignment target both; the alignment is the distance of what is logged."""
     p, n, ref = draw(6)
@@ -307,7 +329,7 @@ def test_aligned_responses_are_logged_at_length(loss):
             assert_close(got[f"logp_long_{answer}"], tensors(p)[f"long_{answer}"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("loss,target", list(product(("dpo", "ipo", "simpo", "orpo"), ("chosen", "both"))))
+@pytest.mark.parametrize("loss,target", list(product(LOSSES, ("chosen", "both"))))
 def test_equal_short_and_long_log_probs_leave_plain_preference_optimization(loss, target):
     p, n, ref = draw(4)
     p, ref = ({role: values["short_" + role.split("_")[1]] for role in ROLES} for values in (p, ref))
@@ -321,7 +343,7 @@ def test_equal_short_and_long_log_probs_leave_plain_preference_optimization(loss
     assert inputs["long_chosen"].grad.abs().max() == 0  # the subgradient of |x| at 0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_stopped_short_side_gets_no_gradient_from_the_alignment(loss):
     """The gradient on short log-probs is that of the short loss alone; the long side still moves."""
     p, n, ref = draw(5)

@@ -15,6 +15,7 @@ from megatron_solopo.data.schema import PreferenceGroup
 from megatron_solopo.data.tokenized.tokens import Encoder
 
 ROLES = ("short_chosen", "short_rejected")
+LD_ALPHA = 0.4
 CPU = SimpleNamespace(device="cpu")
 
 
@@ -94,13 +95,18 @@ def trainer(tmp_path_factory):
         ]
     )
     plain = dict(report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
-    options = trl.DPOConfig(str(folder / "trl"), beta=0.3, per_device_train_batch_size=2, **plain)
-    return trl.DPOTrainer(policy, reference, options, train_dataset=dataset, processing_class=tokenizer)
+    options = trl.DPOConfig(str(folder / "trl"), beta=0.3, per_device_train_batch_size=2, use_weighting=True, **plain)
+    trainer = trl.DPOTrainer(policy, reference, options, train_dataset=dataset, processing_class=tokenizer)
+    trainer.use_weighting = False  # its model computes what the weights need
+    return trainer
 
 
 @pytest.fixture(scope="module")
 def ours(trainer):
-    """(token ids of each sequence, policy sums, lengths, reference sums) of the same rows by our tokens."""
+    """(token ids of each sequence, policy sums, lengths, reference sums) of the same rows by our tokens.
+
+    "ld" sums have weight `LD_ALPHA` beyond the shorter response; "squares" are the policy's log_squares.
+    """
     tokenizer, sequences, sums, lengths = trainer.processing_class, set(), {}, {}
     for question, chosen, rejected in ROWS:
         group = PreferenceGroup("x", chat("user", question), None, chosen, rejected)
@@ -114,11 +120,17 @@ def ours(trainer):
                 ("ref", trainer.ref_model),
             ):
                 with torch.no_grad():
-                    picked = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
-                sums.setdefault((name, role), []).append(picked[len(prompt.ids) - 1 :].sum())
+                    scores = model(torch.tensor([ids])).logits[0, len(prompt.ids) - 1 : -1].log_softmax(-1)
+                picked = scores[range(len(completion.ids)), completion.ids]
+                weights = torch.full_like(picked, LD_ALPHA)
+                weights[: min(len(one.ids) for one in prompt.completions)] = 1
+                sums.setdefault((name, role), []).append(picked.sum())
+                sums.setdefault((f"{name} ld", role), []).append((weights * picked).sum())
+                sums.setdefault((f"{name} squares", role), []).append(scores.exp().square().sum(-1).log().sum())
             lengths.setdefault(role, []).append(float(len(completion.ids)))
-    policy, reference = ({role: torch.stack(sums[name, role]) for role in ROLES} for name in ("policy", "ref"))
-    return sequences, policy, {role: torch.tensor(v) for role, v in lengths.items()}, reference
+    names = ("policy", "ref", "policy ld", "ref ld", "policy squares")
+    policy, reference, *more = ({role: torch.stack(sums[name, role]) for role in ROLES} for name in names)
+    return sequences, policy, {role: torch.tensor(v) for role, v in lengths.items()}, reference, *more
 
 
 def test_token_ids_equal_trl(trainer, ours):
@@ -138,7 +150,12 @@ DPO_CASES = {
         short("dpo", 0.3, sft_weight=0.6, sft_normalization="token"),
     ),
     "ipo with sft": (["ipo", "sft"], [1.0, 0.6], 0.0, short("ipo", 0.3, sft_weight=0.6, sft_normalization="token")),
+    "dpo_norm": (["sigmoid_norm"], [1.0], 0.0, short("dpo_norm", 0.3)),
+    "wpo": (["sigmoid"], [1.0], 0.0, short("wpo", 0.3)),
+    "ld_dpo": (["sigmoid"], [1.0], 0.0, short("ld_dpo", 0.3)),
 }
+OF_TRAINER = {"wpo": {"use_weighting": True}, "ld_dpo": {"ld_alpha": LD_ALPHA}}
+"""Further attributes of TRL's trainer."""
 
 
 @pytest.mark.parametrize("case", DPO_CASES)
@@ -148,10 +165,15 @@ def test_dpo_trainer_losses_equal_trl(trainer, ours, monkeypatch, case):
     for name, value in (("loss_types", types), ("loss_weights", weights), ("label_smoothing", smoothing)):
         assert hasattr(trainer, name)
         monkeypatch.setattr(trainer, name, value)
+    for name, value in OF_TRAINER.get(case, {}).items():
+        assert hasattr(trainer, name)
+        monkeypatch.setattr(trainer, name, value)
     theirs = trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader()))).detach()
-    _, policy, lengths, reference = ours
-    got = loss_by_name(policy, lengths, reference, method, lengths["short_chosen"].mean())
-    assert got.metrics["margin"].abs().min() > 0.01  # the models differ, so the comparison is not trivial
+    _, policy, lengths, reference, *ld, squares = ours
+    if case == "ld_dpo":
+        policy, reference = ld
+    got = loss_by_name(policy, lengths, reference, method, lengths["short_chosen"].mean(), squares)
+    assert got.metrics["margin"].abs().min() > 0.001  # the models differ, so the comparison is not trivial
     assert_close(got.loss.mean(), theirs, rtol=1e-5, atol=1e-5)
     if method.sft_weight:
         by_answer = loss_by_name(policy, lengths, reference, short(method.preference_loss, 0.3, sft_weight=0.6))
@@ -159,10 +181,11 @@ def test_dpo_trainer_losses_equal_trl(trainer, ours, monkeypatch, case):
 
 
 def test_the_cases_are_not_one_loss(ours):
-    _, policy, lengths, reference = ours
-    losses = [
-        float(loss_by_name(policy, lengths, reference, case[3], lengths["short_chosen"].mean()).loss.mean())
-        for case in DPO_CASES.values()
-    ]
+    _, policy, lengths, reference, *ld, squares = ours
+    losses = []
+    for name, case in DPO_CASES.items():
+        sums = ld if name == "ld_dpo" else (policy, reference)
+        got = loss_by_name(sums[0], lengths, sums[1], case[3], lengths["short_chosen"].mean(), squares)
+        losses.append(float(got.loss.mean()))
     assert all(abs(a - b) > 1e-3 for (i, a), (j, b) in product(enumerate(losses), repeat=2) if i != j)
     assert all(abs(loss - math.log(2)) > 1e-3 for loss in losses)

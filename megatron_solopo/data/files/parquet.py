@@ -44,20 +44,33 @@ SCHEMA = pa.schema(
         "chat_template_date": pa.string(),
     }
 )
-"""The columns that `write_groups` writes."""
+"""The columns that `write_groups` writes of groups whose sides are one text each."""
+
+_SIDES = ("chosen", "rejected", "chosen_ids", "rejected_ids")
 
 ROWS = 64
 """Rows in a row group, and rows in memory while one is read: about 3 MB of groups with an 8K context."""
 
 
 def write_groups(path: str | Path, groups: Iterable[DataclassInstance]) -> int:
-    """Writes preference groups, through a temporary file that is renamed; returns their number."""
-    count, groups = 0, iter(groups)
-    with new_file(path, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-        while rows := [_row(group) for group in islice(groups, ROWS)]:
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    """Writes preference groups, through a temporary file that is renamed; returns their number.
+
+    The sides of all groups are texts, or those of all are lists of texts.
+    """
+    count, rows_left = 0, map(_row, groups)
+    rows = list(islice(rows_left, ROWS))
+    schema = _of_several(SCHEMA) if rows and isinstance(rows[0]["chosen"], list) else SCHEMA
+    with new_file(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
             count += len(rows)
+            rows = list(islice(rows_left, ROWS))
     return count
+
+
+def _of_several(schema: pa.Schema) -> pa.Schema:
+    """Returns the schema with lists of responses, and of their ids."""
+    return pa.schema([(each.name, pa.list_(each.type) if each.name in _SIDES else each.type) for each in schema])
 
 
 def _row(group: DataclassInstance) -> dict[str, Any]:

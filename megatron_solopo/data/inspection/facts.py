@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.answers import golds, normalise, stated_golds
 from megatron_solopo.data.inspection.examples import CONTEXTS, LONG, SHORT, Example, depths
-from megatron_solopo.data.schema import PreferenceGroup
+from megatron_solopo.data.schema import PreferenceGroup, text_of
 from megatron_solopo.data.scoring import sub_em
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR
@@ -44,7 +44,8 @@ class Facts:
     """What is counted of one example.
 
     Attributes:
-        tokens: "short", "long" (prompts), "chosen", "rejected" (responses with end of turn) -> tokens.
+        tokens: "short", "long" (prompts), "chosen", "chosen_1", ..., "rejected", ... (trained tokens of the responses,
+            with their ends of turn) -> tokens.
         numbers: (name, value) of what has a distribution: "short tokens", "ratio", "difference" (chosen - rejected
             tokens), "long depth" (one for each gold document), "long documents", "score NAME", ...
         flags: keys of `FLAGS`.
@@ -111,11 +112,11 @@ def measure(
 
 def _numbers(example: Example, tokens: dict[str, int]) -> Iterator[tuple[str, float]]:
     for name, length in tokens.items():
-        yield f"{name} tokens", length
+        yield f"{name.partition('_')[0]} tokens", length
     if {SHORT, LONG} <= tokens.keys():
         yield "ratio", round(tokens[SHORT] / tokens[LONG], 4)
-    if {"chosen", "rejected"} <= tokens.keys():
-        yield "difference", tokens["chosen"] - tokens["rejected"]
+    for chosen, rejected in pair_lengths(tokens):
+        yield "difference", chosen - rejected
     for name, spans in example.spans.items():
         if spans:
             yield f"{name} documents", len(spans)
@@ -124,12 +125,19 @@ def _numbers(example: Example, tokens: dict[str, int]) -> Iterator[tuple[str, fl
         yield f"score {name}", round(value, 3)
 
 
+def pair_lengths(tokens: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+    """Returns the lengths of every pair of a chosen and a rejected response in `Facts.tokens`."""
+    sides = ([tokens[name] for name in tokens if name.startswith(side)] for side in ("chosen", "rejected"))
+    return itertools.product(*sides)
+
+
 def _lengths(group: TokenGroup) -> dict[str, int]:
     tokens = {}
     for prompt in group.prompts:
         tokens[prompt.context.name.lower()] = len(prompt.ids)
         for completion in prompt.completions:
-            tokens.setdefault(completion.side.name.lower(), len(completion.ids))
+            number = f"_{completion.response}" if completion.response else ""
+            tokens.setdefault(completion.side.name.lower() + number, completion.trained_tokens)
     return tokens
 
 
@@ -137,9 +145,10 @@ def _answer_flags(example: Example) -> Iterator[str]:
     if any(gold.short for gold in golds(example.answers)):
         yield "short_answer"
     if example.group is not None and golds(example.answers):
-        if not sub_em(example.group.chosen, example.answers):
+        chosen, rejected = (map(text_of, example.group.responses(side)) for side in ("chosen", "rejected"))
+        if not all(sub_em(text, example.answers) for text in chosen):
             yield "chosen_lacks_answer"
-        if sub_em(example.group.rejected, example.answers):
+        if any(sub_em(text, example.answers) for text in rejected):
             yield "rejected_has_answer"
     for name in example.chats if stated_golds(example.answers) else ():
         answer_places = example.answer_places[name]

@@ -7,14 +7,16 @@ again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_solopo.data.inspection.examples import LONG, SHORT, Example
-from megatron_solopo.data.inspection.facts import FLAGS, Facts
+from megatron_solopo.data.inspection.facts import FLAGS, Facts, pair_lengths
 from megatron_solopo.data.pairing.lengths import FEWEST, Lengths
+from megatron_solopo.data.schema import text_of
 
 _EXCERPT = 160
 
@@ -51,6 +53,7 @@ class Statistics:
         numbers: name (see `Facts.numbers`) -> values in the order of their coming.
         flags: key of `FLAGS` -> examples; ``refusals``: why training refuses -> examples.
         repeats: what is compared -> how often it came.
+        lengths: those of the pairs of a chosen and a rejected response.
     """
 
     examples: int = 0
@@ -61,6 +64,7 @@ class Statistics:
     refusals: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     repeats: defaultdict[str, Repeats] = field(default_factory=lambda: defaultdict(Repeats))
+    lengths: Lengths = field(default_factory=lambda: Lengths("tokens"))
 
     def add(self, example: Example, facts: Facts) -> None:
         self.examples += 1
@@ -72,6 +76,8 @@ class Statistics:
             self.refusals[facts.refused] += 1
         for name, value in facts.numbers:
             self.numbers[name].append(value)
+        for chosen, rejected in pair_lengths(facts.tokens):
+            self.lengths.add(chosen, rejected)
         for what, text in _compared(example):
             self.repeats[what].add(text)
 
@@ -82,8 +88,7 @@ class Statistics:
     def length_bias(self) -> tuple[str, bool] | None:
         """Returns a sentence about the lengths of chosen and rejected, and whether it is a warning; None without
         responses."""
-        pairs = zip(self.numbers["chosen tokens"], self.numbers["rejected tokens"], strict=True)
-        lengths = Lengths.of("tokens", ((int(chosen), int(rejected)) for chosen, rejected in pairs))
+        lengths = self.lengths
         if not len(lengths):
             return None
         line, bias = lengths.line(), lengths.bias()
@@ -97,6 +102,7 @@ def _compared(example: Example) -> Iterator[tuple[str, str]]:
         yield "question", example.question
     yield "short context", example.content(SHORT)
     if example.group is not None:
-        yield "chosen", example.group.chosen
-        yield "rejected", example.group.rejected
-        yield "pair of chosen and rejected", f"{example.group.chosen}\0{example.group.rejected}"
+        chosen, rejected = (list(map(text_of, example.group.responses(side))) for side in ("chosen", "rejected"))
+        yield from (("chosen", text) for text in chosen)
+        yield from (("rejected", text) for text in rejected)
+        yield from (("pair of chosen and rejected", "\0".join(pair)) for pair in itertools.product(chosen, rejected))

@@ -18,6 +18,7 @@ from megatron_solopo.data.inspection.blocks import STYLES, Block, attributes, ma
 from megatron_solopo.data.inspection.context import ContextView, make_context
 from megatron_solopo.data.inspection.examples import Example
 from megatron_solopo.data.inspection.facts import FLAGS, Facts, measure, token_group
+from megatron_solopo.data.schema import text_of
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.losses.solopo import (
@@ -115,13 +116,15 @@ class View:
             yield self.loss()
 
     def responses(self) -> Iterator[Block]:
-        """Chosen and rejected; whether an answer is found in them, where answers are known."""
-        for name in ("chosen", "rejected") if self.example.group else ():
-            response, answers = getattr(self.example.group, name), self.example.answers
+        """Chosen and rejected ones; whether an answer is found in them, where answers are known."""
+        group, answers = self.example.group, self.example.answers
+        each = [(side, *one) for side in ("chosen", "rejected") if group for one in enumerate(group.responses(side))]
+        for side, number, turns in each:
+            name, response = f"{side}_{number}" if number else side, text_of(turns)
             answer_spans = find_in_response(response, answers) if answers else []
             answer_note = f", {'an' if answer_spans else 'no'} answer is found in it" if answers else ""
             note = many(self.facts.tokens.get(name, 0), "token") + answer_note
-            yield Block(name, [highlighted(response, answer_spans, answer_pattern(answers))], note, f"response {name}")
+            yield Block(name, [highlighted(response, answer_spans, answer_pattern(answers))], note, f"response {side}")
 
     def loss(self) -> Block:
         """Returns the segments of the pack, and the tokens of each response once."""
@@ -199,7 +202,7 @@ def make_view(
     pack = build_pack([tokens], [0])
     completions = [(prompt, one) for prompt in tokens.prompts for one in prompt.completions]
     for number, (prompt, completion) in enumerate(completions):
-        loss_mask = completion.loss_mask or [True] * len(completion.ids)
+        loss_mask = [True] * len(completion.ids) if completion.loss_mask is None else completion.loss_mask
         view.segments.append(
             Segment(
                 prompt.context,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
@@ -15,7 +17,16 @@ from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.options import add_normalisation_option, check_outputs, files_of
 from megatron_solopo.data.pairing.counts import Counts
 from megatron_solopo.data.pairing.kept_scores import Score, kept_scores
-from megatron_solopo.data.pairing.policies import POLICIES, Pair, Policy, Scored, best_worst_pairs, distinct, words
+from megatron_solopo.data.pairing.policies import (
+    ALL,
+    POLICIES,
+    Policy,
+    Scored,
+    best_worst_pairs,
+    distinct,
+    several,
+    words,
+)
 from megatron_solopo.data.sampling.responses import InStep, Responses
 from megatron_solopo.data.schema import PreferenceGroup
 from megatron_solopo.data.scoring import SCORERS, load_scorer
@@ -31,13 +42,15 @@ TWO_VALUED = ("sub_em", "sub_em_plain", "em")
 
 @dataclass(frozen=True)
 class Pairing:
-    """Options of pairing; ``--help`` describes them."""
+    """Options of pairing; ``--help`` describes them. Without ``policy`` a group has several responses."""
 
     score: Score
     correct_threshold: float = 0.5
     incorrect_threshold: float = 0.5
-    policy: Policy = POLICIES["random"]
+    policy: Policy | None = POLICIES["random"]
     per_question: int = 1
+    most_chosen: int = 4
+    most_rejected: int = 4
     all_right: str = "skip"
     all_wrong: str = "skip"
     keep_unfinished: bool = False
@@ -70,13 +83,13 @@ def build_groups(
         counts.right_responses += len(right)
         counts.undecided_responses += len(scored) - len(right) - len(wrong)
         extra: dict[str, float] = {}
+        policy = how.policy
         rng = random.Random(f"{how.seed}\0{pair.id}")
         if not scored:
             counts.no_response += 1
             continue
         if right and wrong:
             counts.paired += 1
-            candidates = how.policy(right, wrong, rng)
         elif right or wrong:
             choice = how.all_right if right else how.all_wrong
             counts.all_right += bool(right)
@@ -87,7 +100,6 @@ def build_groups(
                 counts.gold += 1
                 extra = {"chosen_is_gold": 1.0}
                 right = _scored(pair, [_sentence(pair.answers[0])], how)
-                candidates = how.policy(right, wrong, rng)
             else:
                 lowest, highest = min(r.score for r in scored), max(r.score for r in scored)
                 if lowest == highest:
@@ -95,13 +107,19 @@ def build_groups(
                 counts.ranked += 1
                 right = [response for response in scored if response.score == highest]
                 wrong = [response for response in scored if response.score == lowest]
-                candidates = best_worst_pairs(right, wrong, rng)
+                policy = policy and best_worst_pairs
         else:
             counts.undecided += 1
             continue
         share = {"share_right": round(sum(r.score > how.correct_threshold for r in scored) / len(scored), 4)}
-        for number, chosen_and_rejected in enumerate(distinct(candidates, how.per_question, right, wrong), 1):
-            yield _group(pair, number, chosen_and_rejected, share | extra, how, counts)
+        if policy is None:
+            chosen, rejected = several(right, wrong, rng, how.most_chosen, how.most_rejected)
+            if chosen and rejected:
+                yield _group(pair, 1, chosen, rejected, share | extra, how, counts)
+            continue
+        drawn = distinct(policy(right, wrong, rng), how.per_question, right, wrong)
+        for number, (one, other) in enumerate(drawn, 1):
+            yield _group(pair, number, [one], [other], share | extra, how, counts)
 
 
 def build_gold_groups(
@@ -126,7 +144,7 @@ def build_gold_groups(
         counts.right_responses += 1
         counts.scored_responses += 2
         [right] = _scored(pair, [_sentence(pair.answers[0])], how)
-        yield _group(pair, 1, (right, wrong), {"share_right": 0.5, "chosen_is_gold": 1.0}, how, counts)
+        yield _group(pair, 1, [right], [wrong], {"share_right": 0.5, "chosen_is_gold": 1.0}, how, counts)
 
 
 def _sentence(answer: str) -> str:
@@ -168,28 +186,48 @@ def _scored(
 
 
 def _group(
-    pair: ContextPair, number: int, responses: Pair, scores: dict[str, float], how: Pairing, counts: Counts
+    pair: ContextPair,
+    number: int,
+    chosen: Sequence[Scored],
+    rejected: Sequence[Scored],
+    scores: dict[str, float],
+    how: Pairing,
+    counts: Counts,
 ) -> PreferenceGroup:
-    chosen, rejected = responses
     counts.groups += 1
-    counts.with_ids += chosen.ids is not None or rejected.ids is not None
-    counts.words.add(words(chosen.text), words(rejected.text))
-    if how.count_tokens is not None:
-        counts.tokens.add(how.count_tokens(chosen.text), how.count_tokens(rejected.text))
+    counts.responses += len(chosen) + len(rejected)
+    counts.with_ids += any(response.ids is not None for response in (*chosen, *rejected))
+    for lengths, length in ((counts.words, words), (counts.tokens, how.count_tokens)):
+        if length is not None:
+            sides = ([length(response.text) for response in side] for side in (chosen, rejected))
+            for one, other in itertools.product(*sides):
+                lengths.add(one, other)
+    each = {
+        name if not index else f"{name}_{index}": response.score
+        for name, side in (("chosen", chosen), ("rejected", rejected))
+        for index, response in enumerate(side)
+    }
+
+    def field(values: list[Any]) -> Any:
+        """Returns what a group holds of a side: a list with --policy all, else the value of its one response."""
+        if how.policy is not None:
+            return values[0]
+        return values if any(value is not None for value in values) else None
+
     return PreferenceGroup(
         id=pair.id if number == 1 else f"{pair.id}#{number}",
         short_messages=pair.short_messages,
         long_messages=pair.long_messages,
-        chosen=chosen.text,
-        rejected=rejected.text,
+        chosen=field([response.text for response in chosen]),
+        rejected=field([response.text for response in rejected]),
         answers=[*pair.answers],
-        scores={"chosen": chosen.score, "rejected": rejected.score, **scores},
+        scores={**each, **scores},
         source=pair.source,
         question=pair.question,
         short_spans=pair.short_spans,
         long_spans=pair.long_spans,
-        chosen_ids=None if chosen.ids is None else list(chosen.ids),
-        rejected_ids=None if rejected.ids is None else list(rejected.ids),
+        chosen_ids=field([response.ids and list(response.ids) for response in chosen]),
+        rejected_ids=field([response.ids and list(response.ids) for response in rejected]),
         chat_template_date=pair.chat_template_date,
     )
 
@@ -236,13 +274,21 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("pairing")
     group.add_argument(
         "--policy",
-        choices=sorted(POLICIES),
+        choices=sorted([ALL, *POLICIES]),
         default="random",
         help="which responses form a pair; random: any right, any wrong; shortest_correct: shortest right, any wrong; "
         "length_matched: any right, the wrong one nearest in length; best_worst: highest score, lowest score; "
-        "most_frequent: the right and the wrong final answer (after the last 'Answer:') that came up most often "
-        "(default: random)",
+        "most_frequent: the right and the wrong final answer (after the last 'Answer:') that came up most often; "
+        "all: one group of up to --max-chosen right and --max-rejected wrong ones (default: random)",
     )
+    for side, word in (("chosen", "right"), ("rejected", "wrong")):
+        group.add_argument(
+            f"--max-{side}",
+            type=int,
+            metavar="N",
+            help=f"--policy all: largest number of {word} responses of a group; of more texts those are taken whose "
+            "lengths are nearest to the other side's (default: 4)",
+        )
     group.add_argument(
         "--pairs-per-question",
         type=int,
@@ -296,6 +342,18 @@ def _check(options: argparse.Namespace) -> None:
             f"--incorrect-threshold {options.incorrect_threshold:g} is above --correct-threshold "
             f"{options.correct_threshold:g}: a response could be both; lower it",
         )
+    for flag in ("max_chosen", "max_rejected"):
+        value, name = getattr(options, flag), f"--{flag.replace('_', '-')}"
+        if value is not None and options.policy != ALL:
+            raise UserError("option-unused", f"{name} {value} would have no effect: it needs --policy {ALL}")
+        if value is not None and value < 1:
+            raise UserError("option-value", f"{name} {value}: set a number of at least 1")
+    if options.policy == ALL and options.pairs_per_question > 1:
+        raise UserError(
+            "option-unused",
+            f"--pairs-per-question {options.pairs_per_question} would have no effect: --policy {ALL} makes one group "
+            "of a question; raise --max-chosen or --max-rejected",
+        )
     for flag in ("all_right", "all_wrong"):
         if getattr(options, flag) == "ranked" and options.scorer in TWO_VALUED:
             raise UserError(
@@ -318,8 +376,10 @@ def _pairing(options: argparse.Namespace, score: Score) -> Pairing:
         score=score,
         correct_threshold=options.correct_threshold,
         incorrect_threshold=options.incorrect_threshold,
-        policy=POLICIES[options.policy],
+        policy=POLICIES.get(options.policy),
         per_question=options.pairs_per_question,
+        most_chosen=options.max_chosen or Pairing.most_chosen,
+        most_rejected=options.max_rejected or Pairing.most_rejected,
         all_right=options.all_right,
         all_wrong=options.all_wrong,
         keep_unfinished=options.keep_unfinished,

@@ -16,6 +16,7 @@ class Counts:
     """Numbers of questions and responses by outcome, and the lengths of the paired responses.
 
     Attributes:
+        responses: those of all groups.
         questions: all questions of the contexts; ``not_sampled`` have no line in the responses.
         yes_or_no, short: sampled questions with such a gold answer (`answers.Gold.short`), each counted once.
         short_responses, judged_otherwise: responses to these questions, and how many of them sub-EM and its plain
@@ -37,6 +38,7 @@ class Counts:
     ranked: int = 0
     gold: int = 0
     groups: int = 0
+    responses: int = 0
     with_ids: int = 0
     dropped_responses: Counter[str] = field(default_factory=Counter)
     right_responses: int = 0
@@ -83,6 +85,8 @@ class Counts:
                 f"one short word or a number {share(self.short)}",
                 "  " + self._how_short_ones_are_scored(),
             ]
+        if self.responses > 2 * self.groups:
+            lines.append(f"responses of a group: {self.responses / self.groups:.2f} (mean)")
         if self.with_ids:
             lines.append(f"groups with responses whose text has other token ids than were sampled: {self.with_ids}")
         measured = [lengths for lengths in (self.words, self.tokens) if len(lengths)]

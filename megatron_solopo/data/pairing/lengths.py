@@ -51,7 +51,7 @@ class Lengths:
         is longer."""
         return (
             f"length in {self.unit}: chosen {_spread(self.chosen)}; rejected {_spread(self.rejected)}; chosen longer "
-            f"in {self.longer / len(self):.1%} of the groups, shorter in {self.shorter / len(self):.1%}"
+            f"in {self.longer / len(self):.1%} of the pairs, shorter in {self.shorter / len(self):.1%}"
         )
 
     def bias(self) -> str | None:
@@ -65,7 +65,7 @@ class Lengths:
             return None
         return (
             f"chosen answers have {chosen:.1f} {self.unit}, rejected ones {rejected:.1f} (chosen longer in "
-            f"{longer:.0%} of the groups, shorter in {shorter:.0%}): the model may learn length; balance the pairs "
+            f"{longer:.0%} of the pairs, shorter in {shorter:.0%}): the model may learn length; balance the pairs "
             "(build-pairs --policy length_matched), or use a loss that divides by length (simpo, orpo)"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +94,38 @@ def _with_most_common_answer(responses: Sequence[Scored]) -> list[Scored]:
     ((most_common, _),) = Counter(answers).most_common(1)
     return [response for response, answer in zip(responses, answers, strict=True) if answer == most_common]
 
+
+def several(
+    right: Sequence[Scored], wrong: Sequence[Scored], rng: random.Random, most_chosen: int, most_rejected: int
+) -> tuple[list[Scored], list[Scored]]:
+    """Returns up to so many right and wrong responses of distinct texts, whose lengths are balanced.
+
+    A side with no more texts than its maximum keeps them all. Where one side has more, each response of the other takes
+    in turn the one that is nearest to it in words, until the maximum is reached; where both have more, the right ones
+    are drawn first. A text that is both right and wrong, by a user's scorer, is neither.
+    """
+    both = {response.text for response in right} & {response.text for response in wrong}
+    sides = ([response for response in _once(each) if response.text not in both] for each in (right, wrong))
+    chosen, rejected = (rng.sample(side, len(side)) for side in sides)
+    if len(chosen) > most_chosen and len(rejected) <= most_rejected:
+        return _nearest(rejected, chosen, most_chosen), rejected
+    chosen = chosen[:most_chosen]
+    return chosen, _nearest(chosen, rejected, most_rejected)
+
+
+def _nearest(to: Sequence[Scored], left: Sequence[Scored], count: int) -> list[Scored]:
+    """Returns ``count`` of ``left``, each the nearest in words to the next one of ``to``, over and over."""
+    left, taken = list(left), []
+    for one in itertools.cycle(to):
+        if not left or len(taken) == count:
+            break
+        length = words(one.text)
+        taken.append(left.pop(min(range(len(left)), key=lambda i: abs(words(left[i].text) - length))))
+    return taken
+
+
+ALL = "all"
+"""The value of ``--policy`` that makes one group of several responses (`several`), not pairs."""
 
 POLICIES: dict[str, Policy] = {
     "random": random_pairs,

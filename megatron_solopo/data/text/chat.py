@@ -8,8 +8,9 @@ The ids of a prompt never depend on the response. Only the template writes contr
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.text.control import control_tokens, end_of_turn, end_of_turn_id
 from megatron_solopo.data.text.tokenizer import Tokens, add_special_tokens, parse_batch, read_tokenizer
+from megatron_solopo.data.validation import TOOL_CALLS
 from megatron_solopo.errors import UserError
 
 
@@ -188,16 +190,27 @@ class _Chat:
         """Returns what the model writes after ``prompt``, whose answer is message ``count - 1``.
 
         It includes the end of turn if the template writes that right after the answer. A response that the
-        template rewrites (drops or adds a thought) is returned unchanged.
+        template rewrites (drops or adds a thought) is returned unchanged. Tool calls are as the template writes them.
 
         Raises:
-            UserError: the response opens a thought that the generation prompt closes.
+            UserError: the response opens a thought that the generation prompt closes; the template does not write a
+                tool call.
         """
         full, response = self.render(count), self.messages[count - 1]["content"]
+        calls = self.messages[count - 1].get(TOOL_CALLS)
         if full.startswith(prompt):
             body, end, _ = full[len(prompt) :].partition(end_of_turn(self._tokenizer))
+            if calls:
+                self._check_calls(body, calls)
+                return body + end
             if body.strip() == response.strip() or self._framed(body, response):
                 return body + end
+        if calls:
+            raise UserError(
+                "chat-template-rewrites",
+                "the chat template writes something else before a message with tool calls than its generation prompt; "
+                "set the --chat-template-kwargs that the responses were sampled with, or another --chat-template",
+            )
         end, start = prompt[-_BOUNDARY:], response.lstrip()
         opened, closed = _OPENED.search(end), _CLOSED.search(end)
         tags = opened[0] if opened else ""
@@ -213,6 +226,18 @@ class _Chat:
                 "again; set the --chat-template-kwargs that the responses were sampled with, or remove the example",
             )
         return response
+
+    @staticmethod
+    def _check_calls(body: str, calls: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses a template that leaves out a call, which would then not be trained on."""
+        for call in calls:
+            name = call.get("function", call)["name"]
+            if name not in body:
+                raise UserError(
+                    "chat-template-refuses",
+                    f"the chat template does not write the call of the tool {name!r}; set a --chat-template that "
+                    "writes tool_calls",
+                )
 
     def _framed(self, body: str, response: str) -> bool:
         """Whether the template writes control tokens around a response that its text cannot show (gpt-oss)."""
@@ -297,18 +322,27 @@ def _one_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return [*ids, end_of_turn_id(tokenizer)]
 
 
+def turns_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], turns: list[Message]
+) -> tuple[list[int], list[bool]]:
+    """Returns the token ids of a response of several turns to ``messages``, and its loss mask, true for the
+    assistant's tokens; see `conversation_ids`."""
+    _, ids, loss_mask = conversation_ids(tokenizer, [*messages, *turns], len(messages))
+    return ids, loss_mask
+
+
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], start: int = 0
 ) -> tuple[list[int], list[int], list[bool]]:
     """Returns a conversation as (prompt ids, completion ids, loss mask of the completion).
 
-    The prompt ends before the first assistant message. The loss mask is True for the assistant's tokens, each end of
-    turn included.
+    The prompt ends before the first assistant message from message ``start`` on. The loss mask is True for the
+    assistant's tokens, each end of turn included.
 
     Raises:
         UserError: the template rewrites earlier turns, or as `response_ids`.
     """
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [index for index, message in enumerate(messages) if index >= start and message["role"] == "assistant"]
     chat, end = _Chat(tokenizer, messages), end_of_turn(tokenizer)
     prompt = rendered = chat.render(turns[0], add_generation_prompt=True)
     ids: list[int] = []

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jinja2
@@ -27,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.schema import Message
+from megatron_solopo.data.validation import TOOL_CALLS, texts_of
 from megatron_solopo.errors import UserError
 
 RESPONSE_TOKENS = "response_tokens"
@@ -112,15 +115,28 @@ class ControlTokens:
         Raises:
             UserError: the tokenizer cannot read a control token as text.
         """
-        if not any(self.spelled(message["content"], message["role"]) for message in messages):
+        texts = [(message, texts_of(message)) for message in messages]
+        if not any(self.spelled(text, message["role"]) for message, each in texts for text in each):
             return messages, None
-        reader = self.reader(message["content"] for message in messages)
+        reader = self.reader(text for _, each in texts for text in each)
         hidden = []
         for message in messages:
             names, _ = self._response if message["role"] == "assistant" else self._prompt
-            content = message["content"] if names is None else reader.exchange(message["content"], names)
-            hidden.append({**message, "content": content})
+            hidden.append(message if names is None else _exchanged(message, partial(reader.exchange, pattern=names)))
         return hidden, reader
+
+
+def _exchanged(message: Message, exchange: Callable[[str], str]) -> Message:
+    """Returns a message whose `texts_of` are exchanged."""
+
+    def each(value: Any) -> Any:
+        if isinstance(value, str):
+            return exchange(value)
+        if isinstance(value, dict):
+            return {exchange(name): each(one) for name, one in value.items()}
+        return [each(one) for one in value] if isinstance(value, list) else value
+
+    return {name: each(value) if name in ("content", TOOL_CALLS) else value for name, value in message.items()}
 
 
 class _Reader:

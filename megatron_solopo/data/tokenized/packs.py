@@ -19,6 +19,7 @@ def build_pack(
     multiple_of: int = 1,
     piece_multiple_of: int = 1,
     prompt_multiple_of: int | None = None,
+    tail_weight: float = 1.0,
 ) -> Pack:
     """Packs groups; with no group, a pack of padding that has no segment (weight zero).
 
@@ -29,9 +30,11 @@ def build_pack(
         multiple_of: the number of tokens is padded up to a multiple of this, itself a multiple of the next.
         piece_multiple_of: each piece is padded up to a multiple of this; context parallelism cuts it so.
         prompt_multiple_of: for pieces that attend to themselves alone (`of_prompts` in batches.py); default: the same.
+        tail_weight: see `PreferenceLoss.tail_weight`.
     """
-    builder = _Builder(piece_multiple_of, prompt_multiple_of or piece_multiple_of)
+    builder = _Builder(piece_multiple_of, prompt_multiple_of or piece_multiple_of, tail_weight)
     for number, group in enumerate(groups):
+        builder.shortest = group.shortest_response if tail_weight != 1 else 0
         for prompt in group.prompts:
             ids = np.asarray(prompt.ids)
             piece = builder.add_piece(ids) if share_prompts else None
@@ -53,13 +56,10 @@ _NONE = np.zeros(0, np.int64)
 class _Builder:
     """Grows the arrays of a pack."""
 
-    def __init__(self, piece_multiple_of: int, prompt_multiple_of: int) -> None:
-        self.piece_multiple_of, self.prompt_multiple_of, self.padding, self.size = (
-            piece_multiple_of,
-            prompt_multiple_of,
-            0,
-            0,
-        )
+    def __init__(self, piece_multiple_of: int, prompt_multiple_of: int, tail_weight: float) -> None:
+        self.piece_multiple_of, self.prompt_multiple_of = piece_multiple_of, prompt_multiple_of
+        self.padding = self.size = self.shortest = 0
+        self.tail_weight, self.weights = tail_weight, [np.zeros(0)]
         self.tokens, self.positions, self.predictors, self.targets, self.segments = ([_NONE] for _ in range(5))
         self.pieces: list[Piece] = []
         self.scored: list[tuple[int, int, int, int, int]] = []
@@ -109,7 +109,10 @@ class _Builder:
         trained = slice(None) if completion.loss_mask is None else np.asarray(completion.loss_mask)
         self.predictors.append(predictors[trained])
         self.targets.append(ids[trained])
-        self.segments.append(np.full(len(self.targets[-1]), segment))
+        count = len(self.targets[-1])
+        self.segments.append(np.full(count, segment))
+        if self.tail_weight != 1:
+            self.weights.append(np.where(np.arange(count) < self.shortest, 1.0, self.tail_weight))
 
     def finish(self, indices: tuple[int, ...]) -> Pack:
         def integers(parts: list[np.ndarray]) -> Tensor:
@@ -125,4 +128,5 @@ class _Builder:
             Segments.of(self.scored, len(indices)),
             indices,
             self.padding,
+            torch.from_numpy(np.concatenate(self.weights)) if self.tail_weight != 1 else None,
         )

@@ -37,7 +37,7 @@ from megatron_solopo.data.tokenized.tokens import (
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side, names_of_scored
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the meaning of a file changes."""
 
 MANIFEST = "manifest.json"
@@ -98,7 +98,7 @@ class StoredTokens(TokenDataset):
         context = next((context for context in Context if {(context, side) for side in PAIR} <= groups.scored), None)
         if context is None:
             return []
-        if self.segment_counts().max() > 1:
+        if self.segment_counts().max() > 1 or groups.table.masked(groups.rows):
             return super().chosen_rejected_lengths()
         pair = (groups.table.of_responses(context, side, groups.table.lengths)[groups.rows] for side in PAIR)
         return list(zip(*(lengths.tolist() for lengths in pair), strict=True))

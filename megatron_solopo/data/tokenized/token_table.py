@@ -22,7 +22,8 @@ from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side, names_of_scored
 
-_IDS, _RESPONSES, _MASK = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32())), pa.list_(pa.bool_())
+_IDS, _RESPONSES = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32()))
+_MASK, _MASKS = pa.list_(pa.bool_()), pa.list_(pa.list_(pa.bool_()))
 
 COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "preference": {
@@ -32,10 +33,12 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "rejected": _RESPONSES,
         "long_chosen": _RESPONSES,
         "long_rejected": _RESPONSES,
+        **dict.fromkeys(("chosen_mask", "rejected_mask", "long_chosen_mask", "long_rejected_mask"), _MASKS),
     },
     "sft": {"prompt": _IDS, "response": _IDS, "loss_mask": _MASK},
 }
-"""Objective -> its columns. ``loss_mask`` marks the trained tokens of the response; null where all are."""
+"""Objective -> its columns. A mask marks the trained tokens of a response; it is empty where all are, and the
+cell is null where all masks of a row are empty."""
 
 SCHEMAS = {
     objective: pa.schema(
@@ -46,7 +49,12 @@ SCHEMAS = {
 
 DIGEST_BYTES = 32
 
-_LOSS_MASK = "loss_mask"
+
+def _mask_column(responses: str) -> str:
+    return "loss_mask" if responses == "response" else f"{responses}_mask"
+
+
+_OF_MASKS = frozenset(name for columns in COLUMNS.values() for name in columns if name.endswith("mask"))
 
 
 def _prompt_column(context: Context, objective: str) -> str:
@@ -64,7 +72,7 @@ def record_batch(groups: Sequence[TokenGroup], objective: str) -> pa.RecordBatch
     rows = [_cells(group, objective) for group in groups]
     columns, digests = [], []
     for name, kind in COLUMNS[objective].items():
-        dtype = np.bool_ if kind == _MASK else np.int32
+        dtype = np.bool_ if name in _OF_MASKS else np.int32
         cells = [[np.asarray(one, dtype) for one in row.get(name, ())] for row in rows]
         columns.append(_column(cells, kind, dtype))
         digests.append(pa.array([_digest(cell) for cell in cells], pa.binary()))
@@ -83,11 +91,16 @@ def _cells(group: TokenGroup, objective: str) -> dict[str, list[Sequence[Any]]]:
             if completion.response != len(responses):
                 raise ValueError(f"responses of one side of group {group.id!r} are not numbered from 0")
             responses.append(completion.ids)
-            if completion.loss_mask is not None:
-                row[_LOSS_MASK] = [completion.loss_mask]
+            trained = () if completion.loss_mask is None else completion.loss_mask
+            row.setdefault(_mask_column(_response_column(prompt.context, completion.side)), []).append(trained)
     for side in ("chosen", "rejected"):
-        if row.get(f"long_{side}") == row.get(side):
-            row.pop(f"long_{side}", None)
+        names, long = (side, _mask_column(side)), (f"long_{side}", _mask_column(f"long_{side}"))
+        if [row.get(name) for name in long] == [row.get(name) for name in names]:
+            for name in long:
+                row.pop(name, None)
+    for name in _OF_MASKS & row.keys():
+        if not any(map(len, row[name])):
+            del row[name]
     return row
 
 
@@ -95,7 +108,7 @@ def _column(cells: list[list[np.ndarray]], kind: pa.DataType, dtype: type) -> pa
     flat = [one for cell in cells for one in cell]
     values = pa.array(np.concatenate(flat) if flat else np.zeros(0, dtype))
     absent = pa.array([not cell for cell in cells])
-    if kind != _RESPONSES:
+    if kind not in (_RESPONSES, _MASKS):
         return pa.ListArray.from_arrays(_offsets([sum(map(len, cell)) for cell in cells]), values, mask=absent)
     each = pa.ListArray.from_arrays(_offsets([len(one) for one in flat]), values)
     return pa.ListArray.from_arrays(_offsets([len(cell) for cell in cells]), each, mask=absent)
@@ -177,7 +190,7 @@ class TokenTable:
     @property
     def tokens(self) -> int:
         """All ids of the file."""
-        names = [name for name in COLUMNS[self.objective] if name != _LOSS_MASK]
+        names = COLUMNS[self.objective].keys() - _OF_MASKS
         values = [chunk.values for name in names for chunk in self.rows[name].chunks]
         return sum(len(one.values if pa.types.is_list(one.type) else one) for one in values)
 
@@ -199,6 +212,16 @@ class TokenTable:
         there = self.counts[column] > 0
         return np.where(there.reshape(-1, *[1] * (what[column].ndim - 1)), what[column], what[short])
 
+    def _of_masks(self, context: Context, side: Side, what: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns [rows, ...] of a value of the masks of `of_responses`."""
+        column, short = _response_column(context, side), _response_column(Context.SHORT, side)
+        there = (self.counts[column] > 0)[:, None]
+        return np.where(there, what[_mask_column(column)], what[_mask_column(short)])
+
+    def masked(self, rows: np.ndarray) -> bool:
+        """Whether a response of these rows has tokens that are not trained."""
+        return any(bool(self.counts[name][rows].any()) for name in _OF_MASKS & self.counts.keys())
+
     def group(self, row: int, scored: Scored) -> TokenGroup:
         """Returns a row's example with these segments."""
         prompts = []
@@ -214,17 +237,17 @@ class TokenTable:
         name = _response_column(context, side)
         if not self.counts[name][row]:
             name = _response_column(Context.SHORT, side)
-        masked = self.objective == "sft" and self.counts[_LOSS_MASK][row]
-        loss_mask = _Stored(self, _LOSS_MASK, row) if masked else None
+        mask = _mask_column(name)
         for response in range(self.counts[name][row]):
-            yield Completion(side, _Stored(self, name, row, response), loss_mask, response)
+            marks: Any = _Stored(self, mask, row, response) if self.counts[mask][row] else ()
+            yield Completion(side, _Stored(self, name, row, response), marks if len(marks) else None, response)
 
     def fingerprint(self, rows: np.ndarray, scored: Scored) -> str:
         """Returns the sha256 over all that these segments of these rows are: their ids and their loss masks."""
         digest = hashlib.sha256(names_of_scored(scored).encode())
         parts = [self.of_prompts(context, self.digests) for context in sorted({context for context, _ in scored})]
         parts += [self.of_responses(context, side, self.digests) for context, side in sorted(scored)]
-        parts += [self.digests[_LOSS_MASK]] if self.objective == "sft" else []
+        parts += [self._of_masks(context, side, self.digests) for context, side in sorted(scored)]
         digest.update(np.concatenate(parts, axis=1)[rows])
         return digest.hexdigest()
 

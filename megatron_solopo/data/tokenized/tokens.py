@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup
-from megatron_solopo.data.text.chat import conversation_ids, open_thought, prompt_ids, response_ids
+from megatron_solopo.data.text.chat import conversation_ids, open_thought, prompt_ids, response_ids, turns_ids
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.tokenizer import encode_batch
 from megatron_solopo.data.tokenized.overlong import cut_context
+from megatron_solopo.data.validation import Answer
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side
 
@@ -66,6 +67,14 @@ class TokenGroup:
     def longest(self) -> int:
         """Tokens of the longest prompt with one completion."""
         return max(len(p.ids) + len(c.ids) for p in self.prompts for c in p.completions)
+
+    @property
+    def shortest_response(self) -> int:
+        """Trained tokens of the shortest response on the first context that has chosen and rejected ones."""
+        for prompt in self.prompts:
+            if {Side.CHOSEN, Side.REJECTED} <= {completion.side for completion in prompt.completions}:
+                return min(completion.trained_tokens for completion in prompt.completions)
+        raise ValueError(f"group {self.id!r} has no pair on one context")
 
     def sequences(self) -> Iterator[Sequence[int]]:
         """Yields the ids of every prompt and completion."""
@@ -219,7 +228,8 @@ class TokenDataset:
         for group in self.groups:
             for prompt in group.prompts:
                 chosen, rejected = (
-                    [len(c.ids) for c in prompt.completions if c.side == side] for side in (Side.CHOSEN, Side.REJECTED)
+                    [c.trained_tokens for c in prompt.completions if c.side == side]
+                    for side in (Side.CHOSEN, Side.REJECTED)
                 )
                 if chosen and rejected:
                     pairs += itertools.product(chosen, rejected)
@@ -252,6 +262,23 @@ def no_example(path: str | Path, dropped: int, seq_length: int | None) -> str:
     return f"{path}: no usable example" + (
         f"; all {dropped} are longer than --seq-length {seq_length}" if dropped else ""
     )
+
+
+def _check_distinct(completions: Sequence[Completion]) -> None:
+    """Refuses two responses of the same ids: a pair of them has a constant loss, and on one side they are one.
+
+    Raises:
+        UserError: there are two.
+    """
+    seen: dict[bytes, str] = {}
+    for completion in completions:
+        name = completion.side.name.lower() + (f"_{completion.response}" if completion.response else "")
+        other = seen.setdefault(np.asarray(completion.ids, np.int32).tobytes(), name)
+        if other != name:
+            raise UserError(
+                "responses-equal",
+                f"{other} and {name} are the same token ids, so their loss is constant; remove it",
+            )
 
 
 class Encoder:
@@ -328,31 +355,28 @@ class Encoder:
         """Returns the prompts and completions that ``scored`` names; notes what was cut, why something could not be,
         and the responses whose texts were tokenized."""
         prompts = []
-        texts = {Side.CHOSEN: group.chosen, Side.REJECTED: group.rejected}
-        sampled = {
-            Side.CHOSEN: self._sampled(group.chosen, group.chosen_ids),
-            Side.REJECTED: self._sampled(group.rejected, group.rejected_ids),
+        sides = {side: side.name.lower() for side in (Side.CHOSEN, Side.REJECTED)}
+        responses = {
+            side: [
+                (response, self._sampled(response, ids))
+                for response, ids in zip(group.responses(name), group.sampled_ids(name), strict=True)
+            ]
+            for side, name in sides.items()
         }
         for context in Context:
-            sides = [side for side in Side if (context, side) in scored]
-            if not sides:
+            if not any((context, side) in scored for side in sides):
                 continue
             name = context.name.lower()
             messages = getattr(group, f"{name}_messages")
             if messages is None:
                 raise UserError("long-context-missing", NO_LONG_CONTEXT)
-            completions = []
-            for side in sides:
-                ids = sampled[side]
-                if ids is None:
-                    ids = response_ids(self.tokenizer, messages, texts[side])
-                    answers.append(texts[side])
-                completions.append(Completion(side, array("i", ids)))
-            if len(completions) == 2 and completions[0].ids == completions[1].ids:
-                raise UserError(
-                    "responses-equal",
-                    "chosen and rejected are the same token ids, so their loss is constant; remove it",
-                )
+            completions = [
+                self._completion(messages, side, number, *one, answers)
+                for side in sides
+                if (context, side) in scored
+                for number, one in enumerate(responses[side])
+            ]
+            _check_distinct(completions)
             ids = self._prompt(messages)
             if self.overlong == "cut" and self.seq_length is not None:
                 limit = self.seq_length - max(len(completion.ids) for completion in completions)
@@ -363,6 +387,25 @@ class Encoder:
                         ids = shorter
             prompts.append(Prompt(context, array("i", ids), tuple(completions)))
         return TokenGroup(group.id, tuple(prompts))
+
+    def _completion(
+        self,
+        messages: list[Message],
+        side: Side,
+        number: int,
+        response: Answer,
+        sampled: list[int] | None,
+        answers: list[str],
+    ) -> Completion:
+        """Returns a response after a prompt; notes the texts that were tokenized."""
+        if sampled is not None:
+            return Completion(side, array("i", sampled), None, number)
+        if isinstance(response, str):
+            answers.append(response)
+            return Completion(side, array("i", response_ids(self.tokenizer, messages, response)), None, number)
+        answers += [turn["content"] for turn in response if turn["role"] == "assistant"]
+        ids, loss_mask = turns_ids(self.tokenizer, messages, response)
+        return Completion(side, array("i", ids), None if all(loss_mask) else loss_mask, number)
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         return prompt_ids(self.tokenizer, messages)
@@ -385,9 +428,9 @@ class Encoder:
             return None
         return self._prompt(cut.messages)
 
-    def _sampled(self, text: str, ids: Sequence[int] | None) -> list[int] | None:
+    def _sampled(self, text: Answer, ids: Sequence[int] | None) -> list[int] | None:
         """Returns the ids a response was sampled as, its end of turn once; None where they are not this tokenizer's."""
-        if ids is None:
+        if ids is None or not isinstance(text, str):
             return None
         end = self.tokenizer.eos_token_id
         body = list(ids[: ids.index(end)] if end in ids else ids)
