@@ -120,7 +120,7 @@ class Work:
             tokens=groups * tokens,
             key_rows=groups * (tokens + repeated),
             predicted=groups * sum(len(completion.ids) for _, completion in group.segments()),
-            pairs=groups * 6 * (attention_cost(group, 1, share) - plain),  # which divides by 6 hidden sizes
+            pairs=groups * 6 * (attention_cost(group, 1, share) - plain),  # which divides by 6 widths
             packs=packs,
         )
 

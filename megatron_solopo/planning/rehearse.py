@@ -136,10 +136,11 @@ def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int)
     """Returns the work of a step as `step.step_work` makes it, of packs that are all alike."""
     from megatron_solopo.data.tokenized.batches import plan_step
     from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.model.cost import width_of_cost
     from megatron_solopo.training.objective import step_inputs
     from megatron_solopo.training.step import StepWork, sent
 
-    plan = plan_step(groups, engine.hf_config.hidden_size, 1, config, engine.platform.name)
+    plan = plan_step(groups, width_of_cost(engine.hf_config), 1, config, engine.platform.name)
     indices = list(range(len(groups)))
     share = config.data.share_prompts
     pack = build_pack(groups, indices, share, plan.of_packs, plan.of_pieces, plan.of_prompts)

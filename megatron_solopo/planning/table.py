@@ -10,6 +10,7 @@ from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import system_reason
+from megatron_solopo.model.cost import width_of_cost
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes, world_size
 from megatron_solopo.planning.memory import GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.rehearse import Outcome
@@ -125,7 +126,7 @@ def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> 
     most, pack, packs = -1, list[TokenGroup](), 1
     for number in range(min(inputs.schedule.steps, MOST_STEPS)):
         step = [groups[index] for index in inputs.schedule.step(number)]
-        plan = plan_step(step, inputs.hf_config.hidden_size, copies, config, device)
+        plan = plan_step(step, width_of_cost(inputs.hf_config), copies, config, device)
         for share in plan.shares:
             for places in share:
                 rank_groups = [step[place] for place in places]

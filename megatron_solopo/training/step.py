@@ -23,6 +23,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import Diverged
 from megatron_solopo.losses.solopo import needs_log_squares, needs_mean_chosen_length, tail_weight
+from megatron_solopo.model.cost import width_of_cost
 from megatron_solopo.model.forward import device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
@@ -100,7 +101,7 @@ def _planned(
     """
     rank, ranks = data_parallel()
     groups = [dataset.groups[i] for i in indices]
-    plan = plan_step(groups, engine.hf_config.hidden_size, ranks, config, engine.platform.name)
+    plan = plan_step(groups, width_of_cost(engine.hf_config), ranks, config, engine.platform.name)
     packs = [
         build_pack(
             [groups[place] for place in places],

@@ -4,13 +4,20 @@ import itertools
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from segment_names import prompt_of
+from tiny_models import SHAPE
+from transformers import LlamaConfig, Qwen3MoeConfig
 
+from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import _order, attention_cost, make_schedule, plan
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.model.cost import width_of_cost
+from megatron_solopo.planning import cost
+from megatron_solopo.planning.estimate import Process, Shape, Work
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -155,3 +162,27 @@ def test_cost_counts_tokens_and_attended_pairs(share, hidden):
     )
     counted = (24 * hidden**2 * len(pack.tokens) + 4 * hidden * pairs) / (24 * hidden**2)
     assert attention_cost(group, hidden, share) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [LlamaConfig, Qwen3MoeConfig])
+def test_pairs_and_tokens_cost_as_in_the_planners_forecast(model):
+    """On a machine with one rate for all operations and no memory to wait for."""
+    shape = SHAPE | dict(
+        hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, head_dim=16
+    )
+    if model is Qwen3MoeConfig:
+        shape |= dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+    hf_config = model(**shape, tie_word_embeddings=False)
+    config = Config()
+    shape = Shape.of(hf_config, 128)
+
+    def seconds(tokens, pairs):
+        process = Process(shape, config, Work(tokens, tokens, 0, pairs, 1), 1)
+        return cost._pack(process, machine, 0)
+
+    rate = SimpleNamespace(products=(1, 1), attention=(1, 1), memory=(1, 1), collectives=(1, 1))
+    machine = SimpleNamespace(
+        achieved=rate, peak=lambda dtype: 1.0, memory_gb_per_s=math.inf, launch_us=(0, 0), network_gb_per_s=1
+    )
+    a_token, a_pair = seconds(1000, 0) / 1000, (seconds(1000, 10**6) - seconds(1000, 0)) / 10**6
+    assert a_token / a_pair == pytest.approx(6 * width_of_cost(hf_config))

@@ -64,18 +64,16 @@ def make_schedule(
     return Schedule(examples, global_batch_size, total, seed, shuffle)
 
 
-def attention_cost(group: TokenGroup, hidden_size: int, share_prompts: bool = True) -> float:
-    """Relative compute of a group: linear layers grow with its tokens, attention with pairs of tokens.
-
-    A transformer layer costs about 24 h^2 a token in its matrices and 4 h for each pair of tokens that attend.
-    """
+def attention_cost(group: TokenGroup, width: float, share_prompts: bool = True) -> float:
+    """Relative compute of a group, in tokens: linear layers grow with its tokens, attention with pairs of tokens that
+    attend, of which 6 ``width`` cost as much as a token (`model.cost.width_of_cost`)."""
     pairs = 0
     for prompt in group.prompts:
         p = len(prompt.ids)
         prompt_pairs = p * p / 2
         pairs += prompt_pairs if share_prompts else prompt_pairs * len(prompt.completions)
         pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.completions)
-    return group.tokens(share_prompts) + pairs / (6 * hidden_size)
+    return group.tokens(share_prompts) + pairs / (6 * width)
 
 
 @dataclass(frozen=True)
@@ -103,18 +101,17 @@ class StepPlan:
         return max(self.loads) / mean - 1 if mean else 0.0
 
 
-def plan_step(
-    groups: Sequence[TokenGroup], hidden_size: int, ranks: int, config: Config, device: str = "cpu"
-) -> StepPlan:
+def plan_step(groups: Sequence[TokenGroup], width: float, ranks: int, config: Config, device: str = "cpu") -> StepPlan:
     """Returns the plan of a step's groups over ``ranks`` data-parallel processes, the same on every process.
 
     Args:
+        width: see `attention_cost`.
         device: ``cuda`` or ``cpu``, where the packs are computed.
     """
     training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
     context = parallel.context_parallel_size
     of_pieces, of_prompts = pieces_multiple_of(config), prompts_multiple_of(config, device)
-    costs = [attention_cost(group, hidden_size, share_prompts) for group in groups]
+    costs = [attention_cost(group, width, share_prompts) for group in groups]
     shares = plan(
         costs,
         [group.tokens(share_prompts, of_pieces, of_prompts) for group in groups],
