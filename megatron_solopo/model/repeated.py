@@ -61,8 +61,17 @@ class _Linear(torch.autograd.Function):
         return _MEGATRONS.backward(of_theirs, grad)
 
 
+class _RepeatedInput:
+    """A matrix whose input is computed again where that is a `Repeatable`'s result; a frozen one keeps no input."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+        if not weight.requires_grad:
+            theirs: Any = super()
+            return theirs._forward_impl(input=input, weight=weight, **settings)
+        return _product(input, weight, **settings)
+
+
 def _product(
-    self: object,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -82,13 +91,14 @@ def _product(
     )
 
 
-class ColumnParallel(ColumnParallelLinear):
-    """megatron-core's matrix cut by its outputs; its input is computed again where that is a `Repeatable`'s result."""
+class ColumnParallel(_RepeatedInput, ColumnParallelLinear):
+    """megatron-core's matrix cut by its outputs."""
 
-    _forward_impl = _product
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if self.tp_group.size() == 1:
+            self.disable_grad_reduce = True  # else its input is another function's result, though nothing is reduced
 
 
-class RowParallel(RowParallelLinear):
-    """megatron-core's matrix cut by its inputs; likewise."""
-
-    _forward_impl = _product
+class RowParallel(_RepeatedInput, RowParallelLinear):
+    """megatron-core's matrix cut by its inputs."""

@@ -63,6 +63,28 @@ def test_tiles_compute_what_the_mlp_computes(engine: Any, tiles: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
+def test_a_matrix_keeps_no_result_of_a_norm(engine: Any) -> None:
+    from megatron_solopo.model.norm import RMSNorm
+
+    mlp = mlp_of(None, torch.float64)
+    norm, x = RMSNorm(mlp.config, HIDDEN), drawn(5)[0].requires_grad_()
+    result, _ = mlp.linear_fc1(norm(x))
+    assert result.grad_fn.saved_tensors == (mlp.linear_fc1.weight,)
+    again, plain = torch.autograd.grad(result.sum(), [x, mlp.linear_fc1.weight])[1], norm(x).sum((0, 1))
+    torch.testing.assert_close(again, plain.expand_as(again), rtol=1e-13, atol=1e-13)
+
+
+def test_a_frozen_matrix_has_no_gradient(engine: Any) -> None:
+    """As under adapters, beside which DDP has no sum for its gradient."""
+    x, weight = drawn(4)
+    mlp = mlp_of(None, torch.float64, repeat_activation=True)
+    _, of_x, *_ = passed(mlp, x, weight)
+    x.requires_grad_()
+    mlp.requires_grad_(False)(x)[0].backward(weight)
+    torch.testing.assert_close(x.grad, of_x, rtol=1e-13, atol=1e-13)
+    assert all(parameter.grad is None for parameter in mlp.parameters())
+
+
 @pytest.mark.parametrize("tiles", [None, "3"])
 def test_the_product_of_swiglu_is_computed_again(engine: Any, tiles: str | None) -> None:
     """Not kept, and the gradients are the same bit for bit."""
