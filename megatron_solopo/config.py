@@ -136,8 +136,8 @@ class ModelConfig:
     )
     logprob_chunk_size: int | None = option(
         None,
-        "response tokens whose logits exist at one time; default: 256 on the CPU, on CUDA the power of two from 256 to "
-        "2,048 whose logits in float32 fit into 1 GiB",
+        "response tokens whose logits exist at one time; default: the power of two from 256 to 2,048 whose logits in "
+        "float32 fit into 1 GiB, on the CPU into 512 MiB",
         minimum=1,
     )
     recompute_granularity: str | None = option(

@@ -82,10 +82,21 @@ def plain_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def fused_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from megatron_solopo.model.log_probs import response_log_probs
+def head_inputs(generator: torch.Generator) -> list[Tensor]:
+    return [
+        normal(generator, 90, STATES),
+        normal(generator, ROWS, STATES, scale=0.5),
+        torch.randint(0, ROWS, (90,), generator=generator),
+    ]
 
-    return response_log_probs(hidden, weight, targets, ROWS, 16)
+
+def fused_head(chunk: int) -> Path:
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from megatron_solopo.model.log_probs import response_log_probs
+
+        return response_log_probs(hidden, weight, targets, ROWS, chunk)
+
+    return head
 
 
 # gradients of matrices, summed over packs
@@ -161,15 +172,8 @@ def attention_inputs(generator: torch.Generator) -> list[Tensor]:
 CASES: dict[str, Case] = {
     "norm": Case(lambda g: [normal(g, 64, 256, scale=3), 1 + normal(g, 256, scale=0.1)], plain_norm, fused_norm),
     "swiglu": Case(lambda g: [normal(g, 64, 256, scale=2)], plain_swiglu, fused_swiglu),
-    "head": Case(
-        lambda g: [
-            normal(g, 90, STATES),
-            normal(g, ROWS, STATES, scale=0.5),
-            torch.randint(0, ROWS, (90,), generator=g),
-        ],
-        plain_head,
-        fused_head,
-    ),
+    "head": Case(head_inputs, plain_head, fused_head(16)),
+    "head that keeps products": Case(head_inputs, plain_head, fused_head(96)),
     "gradients of matrices": Case(lambda g: [normal(g, 5, 32, 24), normal(g, 5, 32, 40)], plain_sums, fused_sums),
     "experts": Case(
         lambda g: [normal(g, sum(COUNTS), 64), normal(g, 4, 96, 64, scale=0.1)], plain_experts, fused_experts

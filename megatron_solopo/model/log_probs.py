@@ -1,8 +1,25 @@
 """Log-probs of response tokens from final hidden states, through the vocabulary-parallel output weight.
 
-Only positions that predict a trained token get logits, a chunk at a time, in forward and again in backward; no
-vocabulary-wide tensor exists for other tokens, nor for all response tokens at once. Rows that pad the vocabulary are
-masked, so that log-probs do not depend on the padding. Sums are computed in float32 (float64 stays float64).
+Only positions that predict a trained token get logits: R tokens, H wide, V rows of the vocabulary on this rank. Forward
+computes them by chunks of C tokens, since their softmax needs whole rows. Backward needs the logits' gradient, g times
+(one-hot - p), where g is known once the loss of all segments is. It computes blocks of rows of the vocabulary for all
+tokens: each row of the weight's gradient is then one product, rounded once and written once, and only the [R, H]
+gradient of the hidden states is summed over blocks, in float32.
+
+Each product of R, H and V takes 2 R H V operations. Which of them are computed is a matter of shapes:
+
+- R <= C (R < 2 C in 16 bits on CUDA): forward keeps one-hot - p, at most 4 C V bytes, and backward computes no logits.
+  Three products: one forward, two for gradients.
+- Else backward computes the logits of each block again: four products, and no more than C V logits at a time.
+
+Chunked losses that compute gradients in forward (Liger's) have three products by a scalar that is known there, the loss
+of the chunk; here a group's segments may lie in several chunks. The unscaled gradient of the hidden states could be
+computed in forward too, but the weight's needs g per token, so p again: four products, and nothing is saved. Skipping
+blocks of small p (Cut Cross Entropy, arXiv 2411.09009) would save more and is not exact.
+
+No vocabulary-wide tensor exists for other tokens, and none larger than the logits of a chunk. Beside the weight's
+gradient backward needs at most 8 C V bytes and a few [R, H]. Rows that pad the vocabulary are masked, so that log-probs
+do not depend on the padding. Sums are computed in float32 (float64 stays float64).
 """
 
 from __future__ import annotations
@@ -15,25 +32,48 @@ from megatron_solopo.parallel.products import add_product, added_gradient
 
 CHUNKS = 256, 2048
 """Smallest and largest chunk by default."""
-LOGITS = 2**30
-"""Bytes that the logits of a chunk may take in float32 by default, on CUDA."""
+LOGITS = {"cuda": 2**30, "cpu": 2**29}
+"""Bytes that the logits of a chunk may take in float32 by default."""
 
 
 def chunk_size(rows: int, on_cuda: bool) -> int:
     """Returns the number of response tokens of a chunk by default, a power of two.
 
-    In backward a chunk reads and writes the gradient of the whole weight in float32, which on Hopper takes as long as
-    its product with some 600 to 800 tokens. The number depends on the layout alone, and not on the memory that is free
-    at a moment: chunks decide the order of sums, so a resumed run needs the same, and ranks that share the vocabulary
-    reduce a chunk together.
+    It depends on the layout alone, and not on the memory that is free at a moment: chunks decide the order of sums, so
+    a resumed run needs the same, and ranks that share the vocabulary reduce a chunk together.
 
     Args:
         rows: rows of the padded output weight on this rank.
     """
     smallest, largest = CHUNKS
-    if not on_cuda:
-        return smallest
-    return min(largest, max(smallest, 1 << (LOGITS // (4 * rows)).bit_length() - 1))
+    fitting = LOGITS["cuda" if on_cuda else "cpu"] // (4 * rows)
+    return min(largest, max(smallest, 1 << fitting.bit_length() - 1)) if fitting else smallest
+
+
+def block_size(tokens: int, hidden_size: int, chunk: int, rows: int) -> int:
+    """Returns how many rows of the vocabulary backward computes at a time, for all tokens: so many that their logits
+    and their weights in float32 take together what the logits of a chunk take; a multiple of 64 where they are more.
+
+    Args:
+        rows: rows of the padded output weight on this rank.
+    """
+    block = max(chunk * rows // (tokens + hidden_size), 1)
+    return block - block % 64 if block > 64 else block
+
+
+def kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Returns the dtype in which forward keeps the logits' gradients: that of the hidden states, in which backward
+    multiplies them; but float32 at least on the CPU, where the logits were rounded once already."""
+    return hidden.dtype if hidden.device.type == "cuda" else torch.promote_types(hidden.dtype, torch.float32)
+
+
+def is_kept(tokens: int, chunk: int, itemsize: int) -> bool:
+    """Whether forward keeps the logits' gradients for backward: where they are no larger than the logits of a chunk.
+
+    Args:
+        itemsize: bytes of `kept_dtype`.
+    """
+    return tokens <= chunk or tokens * itemsize < chunk * 4
 
 
 def logits_of(hidden: Tensor, weight: Tensor, total: torch.dtype) -> Tensor:
@@ -46,10 +86,17 @@ def logits_of(hidden: Tensor, weight: Tensor, total: torch.dtype) -> Tensor:
     return (hidden @ weight.t()).to(total)
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
-    """Computes log softmax(hidden @ weight^T)[target], and the logits again in backward.
+def _places(targets: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns [C, 1] the column of each target among ``rows`` rows from ``first_row`` on, and 1 where it is there."""
+    local = targets - first_row
+    inside = (local >= 0) & (local < rows)
+    return local.clamp(0, rows - 1)[:, None], inside.to(dtype)[:, None]
 
-    The gradient is the softmax's: (one-hot - p) times the incoming gradient.
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """Computes log softmax(hidden @ weight^T)[target].
+
+    The gradient of the logits is (one-hot - p) times the incoming gradient; see the module.
     """
 
     @staticmethod
@@ -63,20 +110,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunk: int,
         group: dist.ProcessGroup | None,
         fused: bool,
+        keeps: bool,
         squares: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        total = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(targets.shape, dtype=total, device=hidden.device)
         log_sums = torch.empty_like(log_probs)
         log_squares = torch.empty_like(log_probs) if squares else None
+        kept: list[Tensor] = []
         for begin in range(0, targets.numel(), chunk):
             part = slice(begin, begin + chunk)
             logits = logits_of(hidden[part], weight, total)
             logits[:, real_rows:] = float("-inf")
             largest = logits.amax(dim=-1)
-            local = targets[part] - first_row
-            in_shard = (local >= 0) & (local < weight.shape[0])
-            picked = logits.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None])[:, 0].masked_fill(~in_shard, 0)
+            columns, inside = _places(targets[part], first_row, weight.shape[0], total)
+            picked = logits.gather(1, columns).masked_fill_(inside == 0, 0)[:, 0]
             if group is not None:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
                 dist.all_reduce(picked, group=group)
@@ -86,11 +134,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_sums[part] = largest + sums.log()
             log_probs[part] = picked - log_sums[part]
             if log_squares is not None:
-                of_squares = logits.square_().sum(dim=-1)
+                of_squares = torch.linalg.vector_norm(logits, dim=-1).square_()
                 if group is not None:
                     dist.all_reduce(of_squares, group=group)
                 log_squares[part] = of_squares.log() - 2 * sums.log()
-        ctx.save_for_backward(hidden, weight, targets, log_sums)
+            if keeps:
+                logits.div_(sums[:, None]).neg_().scatter_add_(1, columns, inside)
+                kept.append(logits.to(kept_dtype(hidden)))
+            del logits  # else they would exist beside those of the next chunk
+        whole = torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
+        ctx.save_for_backward(hidden, weight, targets, log_sums, whole)
         ctx.settings = first_row, real_rows, chunk, group, total
         ctx.fused = weight if fused else None
         if log_squares is None:
@@ -100,31 +153,42 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *ignored: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch annotates any number
-        hidden, weight, targets, log_sums = ctx.saved_tensors
+        hidden, weight, targets, log_sums, kept = ctx.saved_tensors
         first_row, real_rows, chunk, group, total = ctx.settings
-        grad_hidden = torch.empty_like(hidden)
-        separate, sum_of_chunks = ctx.fused is None, None
-        if ctx.needs_input_grad[1]:  # not with LoRA; bfloat16 would lose the sum over chunks
-            sum_of_chunks = (
-                torch.zeros(weight.shape, dtype=total, device=weight.device) if separate else ctx.fused.main_grad
-            )
-        for begin in range(0, targets.numel(), chunk):
-            part = slice(begin, begin + chunk)
-            rows = logits_of(hidden[part], weight, total).sub_(log_sums[part][:, None]).exp_().neg_()
-            rows[:, real_rows:] = 0
-            local = targets[part] - first_row
-            in_shard = ((local >= 0) & (local < weight.shape[0])).to(total)
-            rows.scatter_add_(1, local.clamp(0, weight.shape[0] - 1)[:, None], in_shard[:, None])
-            rows = rows.mul_(grad[part][:, None]).to(hidden.dtype)
-            grad_hidden[part] = rows @ weight
-            if sum_of_chunks is not None:
-                add_product(sum_of_chunks, rows.t(), hidden[part])
+        grad_hidden = torch.zeros(hidden.shape, dtype=total, device=hidden.device)
+        grad_weight = None  # of a frozen weight, as with LoRA
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight) if ctx.fused is None else ctx.fused.main_grad
+        product = _write_product if ctx.fused is None else add_product
+        computed = real_rows if targets.numel() else 0
+        share = chunk if kept is None else max(chunk // 2, 1)
+        size = block_size(len(hidden), hidden.shape[1], share, len(weight))
+        for begin in range(0, computed, size):
+            block = slice(begin, min(begin + size, computed))
+            if kept is None:
+                rows = logits_of(hidden, weight[block], total).sub_(log_sums[:, None]).exp_().neg_()
+                rows.scatter_add_(1, *_places(targets, first_row + begin, rows.shape[1], total)).mul_(grad[:, None])
+            else:
+                rows = kept[:, block] * grad[:, None]
+            rows = rows.to(hidden.dtype)
+            if hidden.device.type == "cuda":
+                add_product(grad_hidden, rows, weight[block])
+            else:  # a product in 16 bits would be rounded in every block
+                torch.addmm(grad_hidden, rows.to(total), weight[block].to(total), out=grad_hidden)
+            if grad_weight is not None:
+                product(grad_weight[block], rows.t(), hidden)
+            del rows
+        if ctx.fused is not None:
+            grad_weight = added_gradient(ctx.fused)
+        elif grad_weight is not None:
+            grad_weight[computed:] = 0
         if group is not None:
             dist.all_reduce(grad_hidden, group=group)
-        grad_weight = None
-        if sum_of_chunks is not None:
-            grad_weight = sum_of_chunks.to(weight.dtype) if separate else added_gradient(ctx.fused)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 8
+
+
+def _write_product(result: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a, b, out=result)
 
 
 def response_log_probs(
@@ -156,7 +220,10 @@ def response_log_probs(
     rank = 0 if group is None else dist.get_rank(group)
     first_row = rank * weight.shape[0]
     real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
-    scores = _ChunkedLogProbs.apply(hidden, weight, targets, first_row, real_rows, chunk_size, group, fused, squares)
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keeps = differentiable and is_kept(len(hidden), chunk_size, kept_dtype(hidden).itemsize)
+    settings = first_row, real_rows, chunk_size, group, fused, keeps, squares
+    scores = _ChunkedLogProbs.apply(hidden, weight, targets, *settings)
     return torch.stack(scores) if squares else scores
 
 

@@ -96,7 +96,8 @@ class ColumnParallel(_RepeatedInput, ColumnParallelLinear):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        if self.tp_group.size() == 1:
+        group: Any = self.tp_group  # mcore annotates None, which its constructor replaces
+        if group.size() == 1:
             self.disable_grad_reduce = True  # else its input is another function's result, though nothing is reduced
 
 

@@ -33,11 +33,14 @@ class WeightGradients:
 def added_gradient(weight: Tensor) -> Tensor:
     """Returns what autograd gets for a weight whose gradient was added to its ``main_grad``: a placeholder.
 
-    megatron-core's matrices do the same (tensor_parallel/layers.py:692): DDP's hook needs a gradient.
+    megatron-core's matrices do the same (tensor_parallel/layers.py:692): DDP's hook needs a gradient, which it drops.
+    So it may lie in the memory of ``main_grad``, unless autograd adds another gradient to it.
     """
     setattr(weight, "grad_added_to_main_grad", True)
-    tied = getattr(weight, "zero_out_wgrad", False)  # the embedding's gradient is added to this one
-    return torch.zeros_like(weight) if tied else torch.empty_like(weight)
+    if getattr(weight, "zero_out_wgrad", False):  # the embedding's gradient is added to this one
+        return torch.zeros_like(weight)
+    main_grad: Tensor = vars(weight)["main_grad"]
+    return main_grad.view(weight.dtype).view(-1)[: weight.numel()].view(weight.shape)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -24,7 +24,7 @@ from megatron_solopo.lora_options import MLP, modules_of
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
-from megatron_solopo.model.log_probs import chunk_size
+from megatron_solopo.model.log_probs import block_size, chunk_size, is_kept
 from megatron_solopo.model.tiles import tiles_of
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
 from megatron_solopo.planning.memory import (
@@ -425,17 +425,21 @@ def held_by_layers(process: Process, stage: int) -> dict[str, float]:
 
 
 def head(process: Process) -> dict[str, float]:
-    """Returns the bytes of the log-prob head's backward (model/log_probs.py): the weight's gradient, which in bfloat16
-    is a placeholder, since products are added to DDP's sum, and else a sum and a chunk's product; the chunk's logits;
-    and the final norm's input and result."""
+    """Returns the bytes of the log-prob head's backward (model/log_probs.py): the weight's gradient, but not in
+    bfloat16, whose products are added to DDP's sum; what forward kept; a block's logits, or a chunk's in forward; and
+    the final norm's input and result."""
     shape, e, s = process.shape, process.e, process.s
-    rows = shape.vocabulary / process.tensor
-    copies = 0 if process.config.model.lora_rank is not None else 1 if e == 2 else 2
-    chunk = process.config.model.logprob_chunk_size or chunk_size(round(rows), on_cuda=True)
-    chunk = min(chunk, math.ceil(process.work.predicted / process.context))
-    logits = 6 * chunk if e == 2 else 0  # of float32, when they are rounded
+    rows = round(shape.vocabulary / process.tensor)
+    trained = process.config.model.lora_rank is None
+    chunk = process.config.model.logprob_chunk_size or chunk_size(rows, on_cuda=True)
+    tokens = math.ceil(process.work.predicted / process.context)
+    keeps = is_kept(tokens, chunk, e)
+    kept = e * tokens * rows if keeps else 0
+    block = min(block_size(tokens, shape.hidden, max(chunk // 2, 1) if keeps else chunk, rows), rows) * tokens
+    backward = 6 * block if e == 2 else 4 * (block + trained * rows * shape.hidden)
+    forward = 4 * min(chunk, tokens) * rows
     return {
-        LOG_PROBS: rows * max(e * (copies * shape.hidden + chunk), logits),
+        LOG_PROBS: max(kept + backward, (kept if e == 2 else 0) + forward),
         WORKING: 2 * e * shape.hidden * s,
         COMMUNICATION: _gathered(process),
     }

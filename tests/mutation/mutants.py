@@ -299,19 +299,19 @@ MUTANTS: list[Mutant] = [
         "model/log_probs.py",
         LOG_PROBS,
         ("padding rows of the vocabulary counted", 'logits[:, real_rows:] = float("-inf")', "pass"),
-        ("padding rows of the vocabulary moved", "rows[:, real_rows:] = 0", "pass"),
-        (
-            "gradient of one chunk only",
-            "add_product(sum_of_chunks,",
-            "sum_of_chunks.zero_() + 0; add_product(sum_of_chunks,",
-        ),
+        ("padding rows of the vocabulary moved", "computed = real_rows if", "computed = len(weight) if"),
+        ("gradient of one block only", "addmm(grad_hidden, rows", "addmm(grad_hidden.zero_(), rows"),
+        ("logits always computed again", "keeps = differentiable and", "keeps = False and"),
+        ("all logits kept", "return tokens <= chunk or", "return True or"),
+        ("logits kept for evaluation", "differentiable = torch.is_grad_enabled() and", "differentiable ="),
+        ("two chunks of logits at a time", "del logits", "pass"),
         (
             "segments not summed",
             "count).index_add(-1, segments, log_probs)",
             "count).index_copy(-1, segments, log_probs)",
         ),
         ("squared probabilities not normalised", "of_squares.log() - 2 * sums.log()", "of_squares.log() - sums.log()"),
-        ("chunks of the CPU on CUDA", "if not on_cuda:", "if True:"),
+        ("chunks of the CPU on CUDA", '"cuda" if on_cuda else "cpu"', '"cpu"'),
     ),
     *within(
         "parallel/layout.py",
@@ -450,8 +450,8 @@ MUTANTS: list[Mutant] = [
         ),
         (
             "gradients of tied weights without values",
-            "if tied else torch.empty_like(weight)",
-            "if False else weight + 1",
+            'if getattr(weight, "zero_out_wgrad", False):',
+            "if False:",
         ),
     ),
     *within(

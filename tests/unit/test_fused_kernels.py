@@ -81,37 +81,51 @@ def test_norms_on_cuda_are_one_kernel() -> None:
         assert out.dtype == x.grad.dtype == norm.weight.grad.dtype == torch.bfloat16
 
 
-def test_logits_on_cuda_are_products_in_float32() -> None:
-    """A chunk of 4 of 10 rows at a time, again in backward; nothing is rounded to bfloat16 before the softmax."""
+def head_on_cuda(tokens: int, chunk: int, fused: bool, *watched: str) -> tuple[Tensor, Tensor, list[Any]]:
+    """Hidden states and weight after backward, and the calls of the watched operators; 30 of 32 rows are real."""
     with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
         from megatron_solopo.model.log_probs import response_log_probs
 
         hidden, weight = (
-            torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True) for rows in (10, 32)
+            torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True) for rows in (tokens, 32)
         )
-        targets = torch.zeros(10, dtype=torch.int64, device="cuda")
-        with Calls("mm") as calls:
-            response_log_probs(hidden, weight, targets, 30, 4).sum().backward()
-    logits = [result for _, _, result in calls.calls if result.shape[1] == 32]
-    assert [tuple(x.shape) for x in logits] == 2 * [(4, 32), (4, 32), (2, 32)]
-    assert {x.dtype for x in logits} == {torch.float32}
+        vars(weight).update(main_grad=torch.zeros(32, 16, device="cuda"), grad_added_to_main_grad=False)
+        targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        with Calls(*watched) as calls:
+            response_log_probs(hidden, weight, targets, 30, chunk, fused=fused).sum().backward()
+    return hidden, weight, calls.calls
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logits"),
+    [
+        (24, [(4, 32)] * 6 + [(24, 3)] * 10),  # forward by tokens, backward by rows of the vocabulary
+        (7, [(4, 32), (3, 32)]),  # below twice a chunk: backward computes none
+    ],
+)
+def test_logits_on_cuda_are_products_in_float32(tokens: int, logits: list[tuple[int, int]]) -> None:
+    """Nothing is rounded to bfloat16 before the softmax."""
+    hidden, weight, calls = head_on_cuda(tokens, 4, False, "mm")
+    found = [result for _, arguments, result in calls if arguments[1].shape[0] == 16 and result.dtype == torch.float32]
+    assert [tuple(x.shape) for x in found] == logits
     assert (hidden.grad.dtype, weight.grad.shape) == (torch.bfloat16, (32, 16))
 
 
-def test_gradients_of_weights_on_cuda_are_added_by_the_product() -> None:
-    """The product of bfloat16 matrices is added to DDP's float32 sum, and autograd gets a gradient without values."""
-    with fake.rehearsal("cuda", 0, 1) as rehearsal, rehearsal.mode:
-        from megatron_solopo.model.log_probs import response_log_probs
-
-        hidden, weight = (
-            torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True) for rows in (10, 32)
-        )
-        vars(weight).update(main_grad=torch.zeros(32, 16, device="cuda"), grad_added_to_main_grad=False)
-        targets = torch.zeros(10, dtype=torch.int64, device="cuda")
-        with Calls("addmm") as calls:
-            response_log_probs(hidden, weight, targets, 30, 4, fused=True).sum().backward()
-    assert [[tuple(x.shape) for x in arguments[:3]] for _, arguments, _ in calls.calls] == [
-        [(32, 16), (32, rows), (rows, 16)] for rows in (4, 4, 2)
+@pytest.mark.parametrize(("tokens", "rows"), [(24, [3] * 10), (7, [2] * 15)])
+def test_gradients_of_weights_on_cuda_are_added_by_the_product(tokens: int, rows: list[int]) -> None:
+    """The product of bfloat16 matrices is added to DDP's float32 sum, each row once, and autograd gets a gradient
+    without values, and without memory of its own."""
+    hidden, weight, calls = head_on_cuda(tokens, 4, True, "addmm")
+    of_hidden, of_weight = calls[::2], calls[1::2]
+    assert [[tuple(x.shape) for x in arguments[:3]] for _, arguments, _ in of_weight] == [
+        [(count, 16), (count, tokens), (tokens, 16)] for count in rows
     ]
-    assert all(arguments[3] == torch.float32 and result is weight.main_grad for _, arguments, result in calls.calls)
-    assert weight.grad_added_to_main_grad and weight.grad.dtype == torch.bfloat16
+    assert [[tuple(x.shape) for x in arguments[:3]] for _, arguments, _ in of_hidden] == [
+        [(tokens, 16), (tokens, count), (count, 16)] for count in rows
+    ]
+    assert all(arguments[3] == torch.float32 and result.dtype == torch.float32 for _, arguments, result in calls)
+    main_grad = vars(weight)["main_grad"]
+    storages = [result.untyped_storage()._cdata for _, _, result in of_weight] + [weight.grad.untyped_storage()._cdata]
+    assert set(storages) == {main_grad.untyped_storage()._cdata}
+    assert vars(weight)["grad_added_to_main_grad"] and weight.grad.dtype == torch.bfloat16
+    assert weight.grad.shape == weight.shape

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from test_context_parallel import Calls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_solopo.model.log_probs import chunk_size, response_log_probs, segment_sums
+from megatron_solopo.planning import fake
+from megatron_solopo.planning.memory import Ledger
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 11, 6, 23, 32
 
@@ -130,12 +134,79 @@ def test_logits_of_all_tokens_never_exist(chunk):
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
-    [(1000, 2048), (32_000, 2048), (131_072, 2048), (131_200, 1024), (152_064, 1024), (2**22, 256)],
+    ("rows", "on_cuda", "on_cpu"),
+    [
+        (1000, 2048, 2048),
+        (65_536, 2048, 2048),
+        (131_072, 2048, 1024),
+        (131_200, 1024, 512),
+        (152_064, 1024, 512),
+        (2**22, 256, 256),
+        (2**30, 256, 256),
+    ],
 )
-def test_a_chunk_on_cuda_is_a_power_of_two_whose_logits_fit(rows, expected):
-    assert chunk_size(rows, on_cuda=True) == expected
-    assert chunk_size(rows, on_cuda=False) == 256
+def test_a_chunk_is_a_power_of_two_whose_logits_fit(rows, on_cuda, on_cpu):
+    assert (chunk_size(rows, on_cuda=True), chunk_size(rows, on_cuda=False)) == (on_cuda, on_cpu)
+
+
+@pytest.mark.parametrize(("tokens", "products"), [(8, 3), (9, 4), (30, 4)])
+def test_backward_computes_logits_only_where_forward_could_not_keep_them(tokens, products):
+    """2 R H V operations each: logits, the two gradients, and in longer packs the logits again."""
+    states, weight, targets = draw(tokens, 16, 64, 64, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        response_log_probs(states, weight, targets, 64, 8).sum().backward()
+    assert counted.get_total_flops() == products * 2 * tokens * 16 * 64
+
+
+def test_without_gradients_nothing_is_kept():
+    states, weight, targets = draw(dtype=torch.float32)
+    for enabled, kept in ((True, 1), (False, 0)):
+        with torch.set_grad_enabled(enabled), Calls("neg_") as calls:  # of p
+            response_log_probs(states, weight, targets, VOCABULARY, 64)
+        assert len(calls.calls) == kept
+
+
+def test_backward_may_run_twice():
+    states, weight, targets = draw()
+    total = response_log_probs(states, weight, targets, VOCABULARY, 64).sum()
+    first, second = (torch.autograd.grad(total, (states, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+CHUNK, ROWS, WIDTH = 256, 32_000, 512
+
+
+@pytest.mark.parametrize("tokens", [200, 256, 511, 600, 4000])
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize(
+    ("device", "dtype", "fused"),
+    [
+        ("cpu", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+        ("cuda", torch.float32, False),
+        ("cuda", torch.bfloat16, False),
+        ("cuda", torch.bfloat16, True),
+    ],
+)
+def test_the_head_needs_two_chunks_and_a_gradient(tokens, tensor_parallel, device, dtype, fused):
+    """At most 2 x chunk x V / tp x 4 bytes, and the weight's gradient in its dtype where there is no main_grad."""
+    with (
+        fake.rehearsal(device, 0, tensor_parallel) as rehearsal,
+        rehearsal.mode,
+        Ledger(rehearsal.platform.device) as held,
+    ):
+        group = torch.distributed.group.WORLD if tensor_parallel > 1 else None
+        rows = ROWS // tensor_parallel
+        states = torch.zeros(tokens, WIDTH, dtype=dtype, device=device, requires_grad=True)
+        weight = torch.zeros(rows, WIDTH, dtype=dtype, device=device, requires_grad=True)
+        if fused:
+            vars(weight)["main_grad"] = torch.zeros(rows, WIDTH, device=device)
+        targets = torch.zeros(tokens, dtype=torch.int64, device=device)
+        held.enter("head")
+        before = held.total
+        response_log_probs(states, weight, targets, ROWS - 5, CHUNK, group, fused).sum().backward()
+    gradient = 0 if fused else weight.nbytes
+    assert held.peaks["head"].total - before <= 2 * CHUNK * rows * 4 + gradient
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])

@@ -55,10 +55,12 @@ def task(
 
 
 def products(tokens: int, layers: float = LAYERS, head: bool = True, cut: int = 1) -> tuple[int, int]:
-    """Of forward and backward: 2 per weight and token; backward twice as many, and the head's logits once more."""
+    """Of forward and backward: 2 per weight and token; backward twice as many, as forward keeps so few logits."""
     of_layers = round(2 * tokens * layers * MATRICES) // cut
-    of_head = 2 * TRAINED * VOCABULARY * HIDDEN // cut if head else 0
-    return of_layers + of_head, 2 * of_layers + 3 * of_head
+    rows = VOCABULARY // cut
+    real = min(rows, SIZES["vocab_size"])  # of the first rank; backward leaves out what pads the vocabulary
+    of_head, back = (2 * TRAINED * HIDDEN * count if head else 0 for count in (rows, 2 * real))
+    return of_layers + of_head, 2 * of_layers + back
 
 
 def attention(pairs: int, cut: int = 1) -> tuple[int, int]:
