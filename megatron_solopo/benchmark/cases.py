@@ -166,11 +166,14 @@ SUITES: dict[str, tuple[Table, ...]] = {
             "outside",
             "Time outside forward and backward, d512 / L8, 4K, 8 pairs a step",
             replace(_LARGE, pairs=8),
-            (Case(), Case(mode=LONG)),
+            (Case(),),
             rounds=2,
+            steps=1,
             judged=True,
         ),
-        Table("trl-4k", "Long-PO against TRL, d512 / L8, vocabulary of 32,000, 4K", _LARGE, _BOTH, judged=True),
+        Table(
+            "trl-4k", "Long-PO against TRL, d512 / L8, vocabulary of 32,000, 4K", _LARGE, _BOTH, rounds=2, judged=True
+        ),
         Table(
             "trl-2k-vocabulary",
             "Long-PO against TRL, d512 / L8, vocabulary of 151,936, 2K",

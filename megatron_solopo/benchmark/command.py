@@ -11,6 +11,7 @@ from typing import Any
 from megatron_solopo.arguments import Parser
 from megatron_solopo.atomic import write_text
 from megatron_solopo.benchmark.cases import (
+    LONG,
     LONGEST,
     MODELS,
     MODES,
@@ -32,8 +33,8 @@ from megatron_solopo.terminal import write_line
 SHARED, SEPARATE = "shared", "separate"
 FULL, NONE = "full", "none"
 CLOCKS = ("seconds", "cpu")
-OF_SUITES = ("tables",)
-"""Options that have an effect on a suite alone."""
+OF_SUITES, OF_LENGTHS, OF_TIMES = ("tables",), ("memory_limit",), ("floor", "profile", "rounds", "steps", "clock")
+"""Options that have an effect on a suite, on the longest context and on times alone."""
 
 
 def build_parser() -> Parser:
@@ -142,10 +143,16 @@ def tables_of(options: Any, explicit: set[str]) -> list[Table]:
         raise UserError("option-missing", "set --suite quick, --suite full or --model")
     if unused := sorted(set(OF_SUITES) & explicit):
         raise UserError("option-conflict", f"{flag(unused[0])}: needs --suite")
-    if options.memory_limit is not None and not options.longest_context:
-        raise UserError("option-conflict", "--memory-limit: needs --longest-context")
-    if options.longest_context and (options.floor or options.profile):
-        raise UserError("option-conflict", "--longest-context: measures no time; leave --floor and --profile out")
+    sft_alone = set(options.modes) == {SFT}
+    for names, refused, why in (
+        (OF_LENGTHS, not options.longest_context, "needs --longest-context"),
+        (OF_TIMES, options.longest_context, "--longest-context measures no time"),
+        (("losses", "prompts"), sft_alone, "--modes sft has neither pairs nor shared prompts"),
+        (("short_tokens",), options.longest_context, "--longest-context makes it an eighth of the long prompt"),
+        (("short_tokens",), not options.floor and set(options.modes) <= {LONG, SFT}, "no mode reads the short prompt"),
+    ):
+        if refused and (unused := sorted(set(names) & explicit)):
+            raise UserError("option-conflict", f"{flag(unused[0])}: {why}; leave it out")
     if options.model not in MODELS and "vocab_size" in explicit:
         raise UserError("option-conflict", f"--vocab-size: {options.model} has a vocabulary of its own")
     return [_table(options)]
@@ -165,7 +172,7 @@ def _table(options: Any) -> Table:
                 for loss in options.losses
                 for prompts in options.prompts
             ]
-        cases += [Case(TRL, "long", recompute=recompute)] if options.against else []
+        cases += [Case(TRL, LONG, recompute=recompute)] if options.against else []
     if options.floor:
         cases = [*PLAIN, *(case for case in cases if case not in PLAIN)]
     setting = Setting(
@@ -189,28 +196,33 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     tables = tables_of(options, parser.explicit)
+    if "tolerance" in parser.explicit and not options.baseline:
+        raise UserError("option-conflict", "--tolerance: needs --baseline")
     for package in ("matplotlib", "pandas", "tabulate"):
         require("solopo benchmark", package, "report")
-    from megatron_solopo.benchmark.measure import measured
+    from megatron_solopo.benchmark.measure import machine, measured
     from megatron_solopo.benchmark.ratios import compared, ratios_of, read_baseline, write_baseline
+    from megatron_solopo.benchmark.report import page_parts
     from megatron_solopo.parallel.platform import choose
 
     threads = options.threads or max(1, int(usable_cores()))
     tables = on_machine(tables, threads, choose(options.device))
-    baseline = read_baseline(Path(options.baseline)) if options.baseline else None
     check(tables, options)
+    kind = machine(tables[0].setting)["kind"]
+    baseline = read_baseline(Path(options.baseline), kind, options.clock) if options.baseline else None
+    if options.page:
+        page_parts(Path(options.page))
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     records = [_record(table, output, options, measured) for table in tables]
     for name in _write(records, output, options):
         print(f"wrote {name}")
     ratios = [ratio for record in records for ratio in ratios_of(record, options.clock)]
-    kind = records[0]["machine"]["kind"]
     if options.write_baseline:
         write_baseline(Path(options.write_baseline), kind, options.clock, ratios)
     if baseline is None:
         return 0
-    lines, failed = compared(baseline, kind, options.clock, ratios, options.tolerance)
+    lines, failed = compared(baseline, ratios, options.tolerance)
     print("\n".join(lines))
     return int(failed)
 

@@ -63,12 +63,9 @@ def measured(table: Table, profile: bool, say: Say) -> Figures:
     work = _longest if table.kind == LONGEST else _speed
     with tempfile.TemporaryDirectory(prefix="solopo-benchmark-") as folder:
         cases = work(table, Path(folder), profile, say)
-    return {
-        "table": as_json(table),
-        "machine": machine(table.setting),
-        "when": time.strftime("%Y-%m-%d", time.gmtime(start)),
-        "cases": cases,
-    }
+    when = time.strftime("%Y-%m-%d", time.gmtime(start))
+    record = {"table": asdict(table), "machine": machine(table.setting), "when": when, "cases": cases}
+    return json.loads(json.dumps(record))  # as it is read back from its file
 
 
 def as_json(table: Table) -> Figures:

@@ -45,6 +45,7 @@ def markdown(records: Sequence[Figures], clock: str) -> str:
         parts += [f"### {record['table']['title']}", _described(record), _rows(record, clock)]
         ratios = ratios_of(record, clock)
         parts += [_ratios(ratios)] if ratios else []
+        parts += _phases(record)
         parts += _memory(record)
         parts += _costs(record)
         parts += _options(record)
@@ -124,6 +125,17 @@ def _ratios(ratios: Sequence[Ratio]) -> str:
     return markdown_table(pandas.DataFrame(rows))
 
 
+def _phases(record: Figures) -> list[str]:
+    """Seconds of each phase of the package's steps."""
+    rows = []
+    for case in record["cases"]:
+        of_rounds = [one["phases"]["seconds"] for one in case.get("rounds", ()) if one["phases"]]
+        if of_rounds:
+            medians = {name: statistics.median(each[name] for each in of_rounds) for name in of_rounds[0]}
+            rows.append({"seconds of a step": case["name"]} | {name: f"{value:.3f}" for name, value in medians.items()})
+    return [markdown_table(pandas.DataFrame(rows))] if rows else []
+
+
 def _memory(record: Figures) -> list[str]:
     """Memory by kind at the rehearsed peak."""
     rows = [
@@ -199,8 +211,8 @@ def _seconds(case: Figures, part: str) -> float:
     return statistics.median(of_rounds)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replaces what is between the marks of a page.
+def page_parts(path: Path) -> tuple[str, str]:
+    """Returns what is before and after the tables of a page.
 
     Raises:
         UserError: the page has no marks.
@@ -209,4 +221,10 @@ def write_page(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not mark or not end:
         raise UserError("page-markers-missing", f"--page {path}: the lines {START} and {END} are missing")
+    return before, after
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replaces the tables of a page."""
+    before, after = page_parts(path)
     write_text(path, f"{before}{START}\n\n{text}\n{END}{after}")

@@ -13,6 +13,7 @@ import pytest
 from refusals import check_refusal, refused
 
 from megatron_solopo import config_load
+from megatron_solopo.benchmark import measure
 from megatron_solopo.benchmark.cases import LONGEST, PLAIN, SUITES, TRL, Case, Setting, Table, against_trl
 from megatron_solopo.benchmark.command import build_parser, tables_of
 from megatron_solopo.benchmark.jobs import Job, options_of
@@ -101,6 +102,11 @@ def test_ratios_are_of_a_round_so_a_slow_minute_does_not_count() -> None:
     assert [ratio["long dpo, shared, over TRL"].low, ratio["long dpo, shared, over TRL"].high] == [2, 2]
 
 
+def test_another_loss_is_not_compared_with_trls() -> None:
+    document = record({Case(mode="long", loss="simpo"): [figures(1)], Case(TRL, "long"): [figures(2, timed=False)]})
+    assert not [name for name in by_name(document) if "TRL" in name]
+
+
 def test_lengths_are_compared_with_trl() -> None:
     ours, _, trl = against_trl()
     cases = [
@@ -117,30 +123,29 @@ def test_a_baseline_fails_only_where_all_rounds_are_worse(tmp_path: Path) -> Non
     write_baseline(
         path, "cpu", "seconds", [Ratio("speed", 2.0, 1.9, 2.1, "higher"), Ratio("floor", 1.0, 0.9, 1.1, "lower")]
     )
-    baseline = read_baseline(path)
+    baseline = read_baseline(path, "cpu", "seconds")
     for speed, floor, fails in (
         (Ratio("speed", 1.7, 1.6, 1.81, "higher"), Ratio("floor", 1.2, 1.15, 1.3, "lower"), []),  # of 1.805 and 1.155
         (Ratio("speed", 1.7, 1.6, 1.80, "higher"), Ratio("floor", 1.0, 1.0, 1.0, "lower"), ["speed"]),
         (Ratio("speed", 9.0, 9.0, 9.0, "higher"), Ratio("floor", 1.2, 1.16, 1.3, "lower"), ["floor"]),
     ):
-        lines, failed = compared(baseline, "cpu", "seconds", [speed, floor, Ratio("new", 1, 1, 1, "lower")], 0.05)
+        lines, failed = compared(baseline, [speed, floor, Ratio("new", 1, 1, 1, "lower")], 0.05)
         assert failed == bool(fails) and len(lines) == 2
         assert [line.split()[1].rstrip(":") for line in lines if line.startswith("regressed")] == fails
-    with refused("baseline-other-machine", "'cpu'", "'h200'"):
-        compared(baseline, "h200", "seconds", [], 0.05)
-    with refused("baseline-other-machine", "'seconds'", "'cpu'"):
-        compared(baseline, "cpu", "cpu", [], 0.05)
+    for kind, clock in (("h200", "seconds"), ("cpu", "cpu")):
+        with refused("baseline-other-machine", f"--baseline {path}", "'cpu' and 'seconds'", f"{kind!r} and {clock!r}"):
+            read_baseline(path, kind, clock)
     with refused("baseline-other-ratios"):
-        compared(baseline, "cpu", "seconds", [Ratio("new", 1, 1, 1, "lower")], 0.05)
+        compared(baseline, [Ratio("new", 1, 1, 1, "lower")], 0.05)
     for text in (
         "[]",
         "{",
-        '{"machine": 1, "clock": "cpu", "ratios": []}',
+        '{"machine": "m", "ratios": []}',
         '{"machine": "m", "clock": "cpu", "ratios": [{}]}',
     ):
         path.write_text(text)
         with refused("baseline-unreadable", f"--baseline {path}"):
-            read_baseline(path)
+            read_baseline(path, "cpu", "seconds")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +191,12 @@ WRONG = [
     ("option-value", "--tables trl-9k: the suite has floor, trl", ["--suite", "quick", "--tables", "trl-9k"]),
     ("option-conflict", "--longest-context", ["--model", "d64-l2", "--memory-limit", "1"]),
     ("option-conflict", "--profile", ["--model", "d64-l2", "--longest-context", "--profile"]),
+    ("option-conflict", "--rounds", ["--model", "d64-l2", "--longest-context", "--rounds", "2"]),
+    ("option-conflict", "--losses", ["--model", "d64-l2", "--modes", "sft", "--losses", "ipo"]),
+    ("option-conflict", "--short-tokens", ["--model", "d64-l2", "--modes", "long", "--short-tokens", "64"]),
+    ("option-conflict", "--short-tokens", ["--model", "d64-l2", "--longest-context", "--short-tokens", "64"]),
+    ("option-conflict", "--tolerance", ["--model", "d64-l2", "--tolerance", "0.1"]),
+    ("file-system", "none.md", ["--model", "d64-l2", "--page", "none.md"]),
     ("option-conflict", "--vocab-size", ["--model", "folder", "--vocab-size", "500"]),
     ("file-missing", "--model folder", ["--model", "folder"]),
     ("option-unknown", "--recompute-granularty", ["--model", "d64-l2", "--options", "--recompute-granularty full"]),
@@ -259,6 +270,44 @@ def test_a_page_gets_the_tables_between_its_marks(tmp_path: Path) -> None:
     page.write_text("no marks")
     with refused("page-markers-missing", f"--page {page}"):
         write_page(page, "new")
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs of a table, none of which is run: a step takes a second, and a byte a token and parameter."""
+    done: list[Job] = []
+
+    def in_a_process(job: Job) -> dict[str, Any]:
+        done.append(job)
+        return figures(1.0) | {"peak_gib": (100 + job.setting.long) / 2**30, "parameters": 100}
+
+    monkeypatch.setattr(measure, "in_a_process", in_a_process)
+    return done
+
+
+def test_the_cases_of_a_table_take_turns(jobs: list[Job]) -> None:
+    ours, separate, trl = against_trl()
+    table = Table("t", "", SETTING, (ours, separate, trl), rounds=2)
+    lines = list[str]()
+    document = measure.measured(table, True, lines.append)
+    assert [job.case for job in jobs] == [ours, separate, trl] * 2 and len({job.folder for job in jobs}) == 6
+    assert [job.profile for job in jobs] == [False] * 3 + [True] * 3
+    assert [len(case["rounds"]) for case in document["cases"]] == [2, 2, 2] and len(lines) == 6
+    kinds = [case["memory_gib"] for case in document["cases"]]
+    assert kinds[0]["weights"] == kinds[1]["weights"] > 0 and kinds[2] is None
+    assert document == json.loads(json.dumps(document)) and document["table"] == as_json(table)
+
+
+def test_the_limit_of_all_cases_is_four_times_the_states_of_the_first(jobs: list[Job]) -> None:
+    ours, _, trl = against_trl()
+    table = Table("t", "", replace(SETTING, long=1024), (ours, trl), LONGEST)
+    document = measure.measured(table, False, print)
+    assert [case["limit_gib"] * 2**30 for case in document["cases"]] == [4 * 16 * 100] * 2
+    assert [case["longest"] for case in document["cases"]] == [6300 // 64 * 64] * 2
+    assert len({(job.case, job.setting.long) for job in jobs}) == len(jobs)
+    assert all(job.setting.short == job.setting.long // 8 for job in jobs)
+    document = measure.measured(replace(table, limit=2100), False, print)
+    assert document["cases"][0]["longest"] == 2000 // 64 * 64
 
 
 def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
