@@ -188,14 +188,33 @@ def _check_recompute(config: Config) -> None:
             f"--recompute-granularity selective needs --recompute-modules: {', '.join(RECOMPUTED)}, with commas",
         )
     for part in modules:
-        if part == "mlp_act" or (part == "moe_act" and model.transformer_impl == "portable"):
-            raise UserError("option-value", f"--recompute-modules {part}: these layers cannot; leave it out")
+        if part == "moe_act" and not engine:
+            raise UserError(
+                "option-conflict",
+                "--recompute-modules moe_act with --transformer-impl portable: products of its experts keep their "
+                "input; use moe",
+            )
+        if part == "mlp_act" and engine:
+            raise UserError(
+                "option-conflict",
+                "--recompute-modules mlp_act with --transformer-impl transformer_engine: its matrices keep their "
+                "input; use mlp",
+            )
         if part == "layernorm" and model.transformer_impl == "portable":
             raise UserError(
                 "option-conflict",
                 "--recompute-modules layernorm with --transformer-impl portable: megatron-core's needs "
                 "Transformer Engine; leave it out",
             )
+    if "mlp_act" in modules and (model.lora_rank is not None or "mlp" in modules):
+        other = "--lora-rank, whose adapters keep the input of matrices" if model.lora_rank is not None else "mlp"
+        raise UserError("option-unused", f"--recompute-modules mlp_act would have no effect with {other}; leave it out")
+    if model.mlp_tiles is not None and {"mlp", "mlp_act"} & {*modules}:
+        raise UserError(
+            "option-unused",
+            f"--recompute-modules {model.recompute_modules} with --mlp-tiles: tiles compute the MLP again already; "
+            "leave one of them out",
+        )
     if model.activation_offload and model.recompute_method == "block":
         raise UserError(
             "option-conflict",
@@ -243,6 +262,12 @@ def _check_tiles(model: ModelConfig) -> None:
         return
     if tiles != "auto" and not (tiles.isascii() and tiles.isdigit() and int(tiles) > 0):
         raise UserError("option-value", f"--mlp-tiles {tiles}: must be auto or a number from 1")
+    if model.lora_rank is not None:
+        raise UserError(
+            "option-conflict",
+            "--mlp-tiles with --lora-rank: the backward pass of a tile has no adapters; use --recompute-granularity "
+            "full",
+        )
     if model.fp8_format is not None:
         raise UserError(
             "option-conflict",

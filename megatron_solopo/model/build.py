@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
+from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.model import recompute, transformer_engine
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.experts import Experts
@@ -201,7 +202,10 @@ def build_model(
     settings = transformer_config(hf_config, config, dtype)
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
-    layer, final_norm = layer_spec(settings, config.model.use_te_activation_func, config.model.mlp_tiles)
+    repeat_activation = "mlp_act" in recomputed_modules(config.model)
+    layer, final_norm = layer_spec(
+        settings, config.model.use_te_activation_func, config.model.mlp_tiles, repeat_activation
+    )
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm
     )

@@ -239,8 +239,8 @@ def optimizer_bytes(process: Process) -> tuple[float, float]:
 
 
 def on_host(process: Process, stage: int) -> float:
-    """Returns the bytes of the optimizer's state on the host."""
-    return optimizer_bytes(process)[1] * share(process, stage)
+    """Returns the bytes on the host: of the optimizer's state, and of activations in flight."""
+    return optimizer_bytes(process)[1] * share(process, stage) + activations_on_host(process, stage)
 
 
 def standing(process: Process, stage: int) -> dict[str, float]:
@@ -377,11 +377,13 @@ def attention_results(process: Process) -> float:
 
 def kept_of_parts(process: Process) -> tuple[float, float]:
     """Returns the bytes that --recompute-modules leaves of `kept`, and those that it makes again in backward: of the
-    MLP or the experts all; of attention the rotated queries and the kernel's log-sum-exps."""
+    MLP or the experts all, or the product of SwiGLU; of attention the rotated queries and the kernel's log-sum-exps."""
     again = 0.0
     modules = recomputed_modules(process.config.model)
     if {"mlp", "moe"} & {*modules}:
         again += mlp_kept(process)
+    elif "mlp_act" in modules:
+        again += process.t * process.e * process.shape.ffn / process.tensor
     if "core_attn" in modules:
         again += attention_results(process)
     return kept(process) - again, again

@@ -64,6 +64,7 @@ ESTIMATED = [
     (DENSE, "tp2 sp dp2", (FULL, KEEP, OFFLOAD)),
     (DENSE, "pp2 vpp2 dp2", (FULL, OFFLOAD)),
     (DENSE, "tp4", (SELECTIVE, "--recompute-modules=mlp")),
+    (DENSE, "tp2 sp cp2 dp2", (SELECTIVE, "--recompute-modules=mlp_act")),
     (MOE, "tp2 sp dp4 ep4", (SELECTIVE, "--recompute-modules=moe,core_attn")),
     (DENSE, "tp2 sp cp2 dp2", (TILES,)),
     (DENSE, "tp4", (FULL, TILES)),

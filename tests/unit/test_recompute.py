@@ -69,7 +69,7 @@ CASES = [
     ("mixtral", KEEP),
     *(("qwen3", flags) for flags in (FULL, (*FULL, "--recompute-num-layers", 2))),
     ("qwen3", (*FULL, "--recompute-method", "block", "--recompute-num-layers", 2)),
-    *(("qwen3", selective(part)) for part in ("core_attn", "mlp", "core_attn,mlp")),
+    *(("qwen3", selective(part)) for part in ("core_attn", "mlp", "core_attn,mlp", "mlp_act")),
     *(("mixtral", flags) for flags in (FULL, *map(selective, ("moe", "core_attn")))),
 ]
 
