@@ -67,10 +67,6 @@ class CpuLayout(GatheredLayout):
 
     calls: tuple[Call, ...]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        # megatron-core's values are a view, which would keep queries and keys before RoPE for backward too
-        return super().attend(query, key, value.contiguous(), scale)
-
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         dtype = query.dtype
         query, keys, values = _wide(query, keys, values)

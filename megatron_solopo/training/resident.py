@@ -25,7 +25,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import Schedule
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
-from megatron_solopo.losses.solopo import policy_scores, reference_context, reference_scores
+from megatron_solopo.losses.solopo import policy_scores, reference_context, reference_scores, tail_weight
 from megatron_solopo.pack import Context, Pack
 from megatron_solopo.parallel.device_pack import DevicePack, on_device
 from megatron_solopo.training.ahead import Ahead
@@ -136,7 +136,7 @@ def scored_work(reference: ResidentReference, dataset: TokenDataset, indices: li
         packs = sent(
             engine,
             [
-                build_pack(those, pack.groups, config.data.share_prompts, *multiples)
+                build_pack(those, pack.groups, config.data.share_prompts, *multiples, tail_weight(method))
                 for those, pack in zip(groups, packs, strict=True)
             ],
         )

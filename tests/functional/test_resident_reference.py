@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[Any, ...]] = {
     "solo": (),
     "short reference": ("--alignment-reference", "short"),
     "longpo": ("--preference-loss", "longpo", "--context-mode", "long"),
+    "weighted tails": ("--preference-loss", "ld_dpo", "--alignment-reference", "short"),
 }
 
 
