@@ -282,7 +282,8 @@ def facts_of(request: Request, candidate: Candidate) -> list[str]:
 
 
 def host_memory(request: Request, candidate: Candidate) -> list[str]:
-    """Describes the main memory of a node, as far as it is counted: processes, and what a save copies.
+    """Describes the main memory of a node, as far as it is counted: processes, what the GPUs keep there (rehearsed),
+    and what a save copies.
 
     From a GPU a process first copies what it writes: its share of the optimizer's state, and of the weights as many as
     each of the processes that hold them.
@@ -291,8 +292,10 @@ def host_memory(request: Request, candidate: Candidate) -> list[str]:
     each = [standing(process, stage) for stage in process.key_stages]
     copied = max(held[OPTIMIZER] + held[WEIGHTS] / process.copies for held in each) / GIB
     count = min(request.gpus, request.machine.gpus_per_node)
+    away = max(outcome.host for outcome in candidate.outcomes) / GIB
+    offloaded = f", {count * away:.0f} GiB of optimizer state and activations" if away >= 0.1 else ""
     return [
-        f"host memory of a node with {count} processes: {count * PROCESS_GIB:.0f} GiB of libraries (assumed) and, "
-        f"while a checkpoint is saved, {count * copied:.0f} GiB (each process copies {copied:.1f} GiB from its GPU)",
+        f"host memory of a node with {count} processes: {count * PROCESS_GIB:.0f} GiB of libraries "
+        f"(assumed){offloaded} and, while a checkpoint is saved, {count * copied:.0f} GiB (each process copies {copied:.1f} GiB from its GPU)",
         "not counted: the page cache of the token store and of checkpoints, and data loading before the first step",
     ]
