@@ -296,6 +296,7 @@ def host_memory(request: Request, candidate: Candidate) -> list[str]:
     offloaded = f", {count * away:.0f} GiB of optimizer state and activations" if away >= 0.1 else ""
     return [
         f"host memory of a node with {count} processes: {count * PROCESS_GIB:.0f} GiB of libraries "
-        f"(assumed){offloaded} and, while a checkpoint is saved, {count * copied:.0f} GiB (each copies {copied:.1f} GiB from its GPU)",
+        f"(assumed){offloaded} and, while a checkpoint is saved, {count * copied:.0f} GiB (each process copies "
+        f"{copied:.1f} GiB from its GPU)",
         "not counted: the page cache of the token store and of checkpoints, and data loading before the first step",
     ]
