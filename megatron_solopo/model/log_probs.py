@@ -156,7 +156,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_sums, kept = ctx.saved_tensors
         first_row, real_rows, chunk, group, total = ctx.settings
         grad_hidden = torch.zeros(hidden.shape, dtype=total, device=hidden.device)
-        grad_weight = None  # of a frozen weight, as with LoRA
+        grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight) if ctx.fused is None else ctx.fused.main_grad
         product = _write_product if ctx.fused is None else add_product
@@ -222,6 +222,7 @@ def response_log_probs(
     real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keeps = differentiable and is_kept(len(hidden), chunk_size, kept_dtype(hidden).itemsize)
+    fused = fused and weight.requires_grad  # a frozen weight has no gradient, as with LoRA
     settings = first_row, real_rows, chunk_size, group, fused, keeps, squares
     scores = _ChunkedLogProbs.apply(hidden, weight, targets, *settings)
     return torch.stack(scores) if squares else scores
