@@ -42,6 +42,12 @@ def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     check_is_folder(f"{flag} {folder}", folder, "set a Hugging Face folder")
     check_json(Path(folder) / "config.json")
+    if not (Path(folder) / "config.json").is_file():  # else transformers would look for an adapter's base model
+        seen = seen_in(folder)
+        raise UserError(
+            "model-unreadable",
+            f"{flag} {folder}: has no config.json" + (f"; {seen}" if seen else "; set a model's folder"),
+        )
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     torch_dtype = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)

@@ -45,6 +45,8 @@ _ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
 }
+_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+"""Products that torch's registry of operations does not have under this name."""
 _FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
 """Operators beside views that neither read nor write."""
 _NOT_READ = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
@@ -104,6 +106,7 @@ def _products(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) 
         rows, columns = args[0], args[1]
         groups = rows.shape[0] if rows.dim() > columns.dim() else 1  # or [G, M, K] x [K, N] by columns
         return EXPERTS, 2 * rows.numel() * columns.shape[-1] // groups
+    packet = _IN_PLACE.get(packet, packet)
     if packet in flop_registry:
         operands = [value for value in args if not isinstance(value, torch.dtype)]  # of mm and addmm, the result's
         return PRODUCTS, int(flop_registry[packet](*operands, **kwargs, out_val=result))

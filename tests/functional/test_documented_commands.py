@@ -30,6 +30,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_models import SHAPE, preference_groups, write_lines, write_model
 from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig
@@ -151,9 +153,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "musique.jsonl", questions(12))
     write_lines(folder / "musique_dev.jsonl", questions(3, first=12))
     (folder / "report.txt").write_text("w1 w2 w3 w4\n")
+    write_adapters(folder / "adapters", model)
     options = ["--data", folder / "groups.jsonl", "--tokenizer", folder / "MODEL", "--output", folder / "tokens"]
     assert run(dispatch, ["tokenize-data", *map(str, options)]) == 0
     return folder
+
+
+def write_adapters(folder: Path, model: LlamaConfig) -> None:
+    """A PEFT folder of rank 2 for the queries of each layer."""
+    folder.mkdir()
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    name, wide = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight", model.hidden_size
+    shapes = {"A": (2, wide), "B": (wide, 2)}
+    layers = range(model.num_hidden_layers)
+    tensors = {name.format(layer, part): torch.zeros(shape) for layer in layers for part, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def _block(text: str, first: str, after: str) -> str:

@@ -329,7 +329,7 @@ def test_weights_gradients_are_those_that_ddp_would_add(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     """As on CUDA but for the kernel: matrices and head add their gradient to the sum in the product, over two packs.
-    Tied weights differ by the rounding of the two gradients' sum."""
+    They differ by the rounding of each product, of which DDP adds bfloat16, and tied weights by that of the sum too."""
     from contextlib import ExitStack
 
     from megatron_solopo.model.forward import device_pack, segment_log_probs
@@ -355,10 +355,8 @@ def test_weights_gradients_are_those_that_ddp_would_add(
     plain, fused = gradients(False), gradients(True)
     assert plain.keys() == fused.keys() and all(gradient.norm() > 0 for gradient in plain.values())
     for name, expected in plain.items():
-        if "embedding" in name and tied:
-            assert (fused[name] - expected).norm() < 0.01 * expected.norm()
-        else:
-            assert torch.equal(fused[name], expected), name
+        bound = 0.01 if "embedding" in name and tied else 2**-8
+        assert (fused[name] - expected).norm() < bound * expected.norm(), name
 
 
 def test_no_object_that_the_gpu_exchanges_holds_gradients(

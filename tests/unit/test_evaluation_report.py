@@ -143,7 +143,7 @@ def test_the_parts_of_the_loss_are_drawn(tmp_path, monkeypatch):
 def test_an_axis_ends_where_its_metric_does(tmp_path, monkeypatch):
     """A pair accuracy of 0.5 is drawn between 0 and 1, and a loss near its values."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     report.write_report(tmp_path / "r.md", [results.read_run(str(write_solo_run(tmp_path / "solo", 20)))])
     limits = {axes.get_title(loc="left"): axes.get_ylim() for axes in figures[0].axes}
     assert limits["Pair accuracy"] == (0, 1.02) and limits["Total loss"][0] > 0.6
@@ -242,7 +242,7 @@ def test_a_curve_is_a_centred_mean():
 def test_a_legend_names_every_label_once(tmp_path, monkeypatch):
     """Runs and evaluations of a label look alike."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     runs = [results.read_run(f"{name}={write_solo_run(tmp_path / name, 20, valid=(0, 20))}") for name in "ab"]
     evaluations = [
         results.read_evaluation(f"{name}={write_evaluation(tmp_path / f'{name}.json', {8: 0.5})}") for name in "ab"

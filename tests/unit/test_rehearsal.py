@@ -222,7 +222,7 @@ def test_tiles_of_the_mlp_keep_and_hold_less(rehearsals: Rehearsals) -> None:
     )
     mlp = 3 * whole.tokens * 8 * HIDDEN * 2  # gate, up and their product
     kept = [outcome.peaks["forward"].held[ACTIVATIONS] for outcome in (whole, one, tiles)]
-    assert kept[0] - kept[1] >= LAYERS * mlp and kept[1] == kept[2]
+    assert kept[0] - kept[2] >= LAYERS * mlp and kept[1] <= kept[2]  # with one tile the peak is in the last layer
     working = [outcome.peaks["backward"].held[WORKING] for outcome in (whole_again, one_again, tiles_again)]
     count = -(-whole.tokens // HIDDEN)
     assert count > 4 and working[2] < working[0] / 3

@@ -105,7 +105,7 @@ def test_recomputation_adds_one_forward_pass_of_the_layers(rehearsals: Rehearsal
 
 def test_frozen_matrices_have_no_gradients(rehearsals: Rehearsals) -> None:
     """With LoRA backward has one product a frozen weight and token instead of two, and none before the first adapter;
-    of the log-prob head logits once more and the gradient of the states."""
+    of the log-prob head, which keeps its logits, the gradient of the states."""
     rank = 4
     [outcome] = rehearsals.each([task("--lora-rank", str(rank))])
     grouped = HIDDEN // 2  # rows of keys, and of values
@@ -117,7 +117,7 @@ def test_frozen_matrices_have_no_gradients(rehearsals: Rehearsals) -> None:
     adapters = 2 * tokens * LAYERS * rank * (inputs + outputs)
     assert outcome.work.forward.flops(PRODUCTS) == products(tokens)[0] + adapters
     assert outcome.work.backward.flops(PRODUCTS) == (
-        2 * tokens * (LAYERS * MATRICES - first) + 2 * adapters + 2 * of_head
+        2 * tokens * (LAYERS * MATRICES - first) + 2 * adapters + of_head
     )
 
 
