@@ -382,6 +382,8 @@ def kept_of_parts(process: Process) -> tuple[float, float]:
     modules = recomputed_modules(process.config.model)
     if {"mlp", "moe"} & {*modules}:
         again += mlp_kept(process)
+        if "mlp" in modules:  # whose checkpoint keeps its input, a norm's result
+            again -= process.e * process.shape.hidden * process.s
     elif "mlp_act" in modules:
         again += process.t * process.e * process.shape.ffn / process.tensor
     if "core_attn" in modules:
