@@ -1,8 +1,8 @@
 """Memory of a training step of a 7B model by what is recomputed, kept and offloaded: rehearsed, so no GPU is needed.
 
-    python examples/benchmarks/recompute_memory.py [--long 131072]
+    python examples/benchmarks/recompute_memory.py [--tokens 131072]
 
-It prints a Markdown table (docs/parallelism.md). Each row takes one to three minutes on one core.
+It prints a Markdown table (docs/parallelism.md). Each row takes half a minute to three minutes on one core.
 """
 
 from __future__ import annotations
@@ -27,25 +27,43 @@ QWEN_7B = Qwen2Config(
     tie_word_embeddings=False,
 )
 GIB = 2**30
-FULL = ("--recompute-granularity", "full")
-KEEP = ("--recompute-keep", "core_attn")
-ROWS = (FULL, (*FULL, *KEEP), (*FULL, "--activation-offload"), (*FULL, *KEEP, "--activation-offload"))
+FULL, TILES = "--recompute-granularity full", "--mlp-tiles auto"
+KEEP, OFFLOAD = "--recompute-keep core_attn", "--activation-offload"
+SMALL = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+HOST = "--optimizer-cpu-offload"
+ROWS = (
+    (32768, 1, f"{FULL} {TILES} {HOST}"),
+    (131072, 1, f"{FULL} {SMALL}"),
+    (131072, 1, f"{FULL} {TILES} {SMALL}"),
+    (131072, 1, f"{FULL} {TILES} {KEEP} {SMALL}"),
+    (131072, 1, f"{FULL} {TILES} {OFFLOAD} {SMALL}"),
+    (131072, 1, f"{FULL} {TILES} {KEEP} {OFFLOAD} {SMALL}"),
+    (131072, 8, f"{FULL} {TILES} {SMALL} --context-parallel-size 8"),
+    (262144, 1, f"{FULL} {TILES} {OFFLOAD} {SMALL}"),
+    (524288, 1, f"{FULL} {TILES} {OFFLOAD} {HOST}"),
+)
+"""Tokens of the long prompt, processes, and options."""
+
+
+def task(tokens: int, processes: int, flags: str) -> Task:
+    """A step of one example of SoLo-DPO: prompts of 1,024 and of ``tokens`` tokens, responses of 256."""
+    argv = ["--hf-path", "m", "--train-data", "x", "--save", "y", "--train-iters", "1", "--bf16", "--random-init"]
+    config, _ = config_load.load([*argv, *flags.split()])
+    return Task(config, QWEN_7B, [example(config.method, 1024, tokens, 256)], 1, 0, processes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", type=int, default=131072, help="tokens of the long prompt")
-    length = parser.parse_args().long
-    argv = ["--hf-path", "m", "--train-data", "x", "--save", "y", "--train-iters", "1", "--bf16", "--random-init"]
-    configs = [config_load.load([*argv, "--seq-length", str(2 * length), *flags])[0] for flags in ROWS]
-    group = example(configs[0].method, 1024, length, 256)
-    print("| options | kept by the layers, GiB | peak of the step, GiB | host, GiB |\n|---|---|---|---|")
+    parser.add_argument("--tokens", type=int, help="only the rows of this length")
+    length = parser.parse_args().tokens
+    rows = [row for row in ROWS if length in (None, row[0])]
+    print("| tokens | GPUs | options | kept by the layers, GiB | peak of a GPU, GiB | host, GiB |")
+    print("|---|---|---|---|---|---|")
     with Rehearsals(1) as rehearsals:
-        outcomes = rehearsals.each([Task(config, QWEN_7B, [group]) for config in configs])
-        for flags, outcome in zip(ROWS, outcomes, strict=True):
+        for row, outcome in zip(rows, rehearsals.each([task(*row) for row in rows]), strict=True):
             kept = max(moment.held[ACTIVATIONS] for moment in outcome.peaks.values())
-            row = (f"`{' '.join(flags)}`", *(f"{size / GIB:.1f}" for size in (kept, outcome.peak.total, outcome.host)))
-            print(f"| {' | '.join(row)} |", flush=True)
+            sizes = (f"{size / GIB:.1f}" for size in (kept, outcome.peak.total, outcome.host))
+            print(f"| {row[0]:,} | {row[1]} | `{row[2]}` | {' | '.join(sizes)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -132,19 +132,20 @@ def cpu_layout(
     whole = [(piece, piece.start, piece.slot) for piece in pieces]
     chunks = [chunk for chunk in (whole if size == 1 else chunks_of(pieces, rank, size)) if chunk[2]]
     firsts = np.cumsum([0, *(length for *_, length in chunks)]).tolist()
-    own, before = (defaultdict[tuple[int, int], list[tuple[int, int]]](list) for _ in range(2))
+    # three kinds of calls, since a call adds to a query once
+    own, earlier, prompts = (defaultdict[tuple[int, int], list[tuple[int, int]]](list) for _ in range(3))
     for (piece, begin, length), first in zip(chunks, firsts, strict=False):
         own[length, length].append((first, begin))
         if begin > piece.start:
-            before[length, begin - piece.start].append((first, piece.start))
+            earlier[length, begin - piece.start].append((first, piece.start))
     for prompt, adjacent in groupby(range(len(chunks)), key=lambda number: chunks[number][0].prompt):
         if prompt is not None:
             numbers, keys = list(adjacent), pieces[prompt]
             first, end = firsts[numbers[0]], firsts[numbers[-1] + 1]
-            before[end - first, keys.length].append((first, keys.start))
+            prompts[end - first, keys.length].append((first, keys.start))
     calls = [
         Call(tuple(places), *lengths, causal)
-        for shapes, causal in ((own, True), (before, False))
+        for shapes, causal in ((own, True), (earlier, False), (prompts, False))
         for lengths, places in shapes.items()
     ]
     order = None

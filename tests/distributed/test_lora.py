@@ -89,8 +89,11 @@ def adapted(world: World, folders: dict[str, Path], reference: list) -> Any:
             for example in token_examples(SHORT + LONG):
                 sums, counts = oracle.log_probs(model, example)
                 gradients = {
-                    role: dict(zip(trained, torch.autograd.grad(value, list(trained.values())), strict=True))
+                    role: dict(
+                        zip(trained, torch.autograd.grad(value, [*trained.values()], retain_graph=True), strict=True)
+                    )
                     for role, value in sums.items()
+                    if value.requires_grad
                 }
                 scores[name].append(oracle.Scores({r: s.detach() for r, s in sums.items()}, counts, gradients))
         chosen = [scores[name][i] for i in BATCHES[batch]]
@@ -179,4 +182,4 @@ def test_peft_loads_what_a_run_wrote(launches: dict[int, Launch], world: World) 
     with torch.no_grad():
         before, _ = oracle.log_probs(copy.deepcopy(base), example)
         after, _ = oracle.log_probs(peft.PeftModel.from_pretrained(base, folder).double(), example)
-    assert all(abs(after[role] - before[role]) > 1e-6 for role in before)
+    assert all(abs(after[role] - before[role]) > 1e-6 for role in before if not role.endswith("tail"))
