@@ -15,6 +15,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft"},
 }
 """The methods of every layout."""
+SMOOTH = METHODS["dpo"] | {"alignment_distance": "huber"}
+"""DPO of runs that are compared between layouts. At the start the policy is the reference and l1 has its kink, where
+the last bit of a log-prob, which may depend on the pack, decides the sign of the alignment's gradient."""
 
 CONSTANTS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.3},

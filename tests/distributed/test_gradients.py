@@ -71,6 +71,8 @@ def test_the_options_reach_every_value(world: World) -> None:
 
     for name in names_of("method"):
         spec = OWNER[name].spec
+        if name == "reference":  # test_resident_layouts
+            continue
         if spec.metadata["choices"]:
             used = {method.get(name, spec.default) for method in METHODS.values()}
             assert used == set(spec.metadata["choices"]), name
