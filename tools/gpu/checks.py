@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +72,16 @@ def attention_shape(out: Recorder) -> tuple[int, int, int, torch.dtype]:
     return (4, 2, 32, torch.float32) if out.dry else (28, 4, 128, torch.bfloat16)
 
 
+def attention_layouts(out: Recorder) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns what makes the layout of prompts apart from responses, and that of sequences; the CPU has one."""
+    from megatron_solopo.parallel.cpu_attention import cpu_layout
+    from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
+
+    if out.device == "cpu":
+        return cpu_layout, cpu_layout
+    return partial(prompt_layout, cudnn_only=False), sequence_layout
+
+
 def packed(out: Recorder) -> None:
     """Packed attention with shared prompts, and with a prompt for each response, against float64 attention over each
     sequence alone."""
@@ -82,7 +94,6 @@ def packed(out: Recorder) -> None:
     from megatron_solopo.pack import Context, Side
     from megatron_solopo.parallel.context.none import CUDNN_LENGTHS
     from megatron_solopo.parallel.device_pack import on_device
-    from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
 
     heads, kv_heads, size, dtype = attention_shape(out)
     short, long, answer = (60, 500, 10) if out.dry else (1000, 8100, 100)
@@ -96,6 +107,7 @@ def packed(out: Recorder) -> None:
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads)).to(device)
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
+    prompts, sequences = attention_layouts(out)
     times = {}
     kinds = {"shared": True, "separate": False, "shared_flash": True}
     for name, share in kinds.items():
@@ -107,7 +119,7 @@ def packed(out: Recorder) -> None:
 
         q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
         pieces = pack.pieces
-        kernels = sequence_layout(pieces) if name.endswith("flash") else prompt_layout(pieces, cudnn_only=False)
+        kernels = (sequences if name.endswith("flash") else prompts)(pieces)
         layout = pack_layout(on_device(kernels, device), pack.positions, rope, dtype)
 
         def step(q: Any = q, k: Any = k, v: Any = v, layout: Any = layout) -> torch.Tensor:
@@ -159,7 +171,6 @@ def context(out: Recorder) -> None:
     from megatron_solopo.model.rope import RotaryFrequencies, rotate
     from megatron_solopo.pack import Context, Side
     from megatron_solopo.parallel.device_pack import on_device
-    from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
     from megatron_solopo.parallel.zigzag import rows_of
 
     ranks, device = 2, torch.device(out.device)
@@ -168,7 +179,8 @@ def context(out: Recorder) -> None:
     prompt = Prompt(Context.LONG, [0] * (511 if out.dry else 8191), completions)
     pack = build_pack([TokenGroup("g", (prompt,))], [0], True, 2 * ranks, 2 * ranks).to(device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
-    layout = pack_layout(on_device(prompt_layout(pack.pieces, cudnn_only=False), device), pack.positions, rope, dtype)
+    prompts, sequences = attention_layouts(out)
+    layout = pack_layout(on_device(prompts(pack.pieces), device), pack.positions, rope, dtype)
     attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))
@@ -181,8 +193,8 @@ def context(out: Recorder) -> None:
     output = torch.zeros_like(expected)
     for rank, rows in enumerate(each):
         query, key = (rotate(x, layout.cos, layout.sin) for x in parts[:2])
-        sequences = on_device(sequence_layout(pack.pieces, rank, ranks), device)
-        result = sequences.attend(query[rows], key[order], parts[2][order], attention.softmax_scale).flatten(1)
+        of_rank = on_device(sequences(pack.pieces, rank, ranks), device)
+        result = of_rank.attend(query[rows], key[order], parts[2][order], attention.softmax_scale).flatten(1)
         result.float().square().sum().backward()
         output[rows] = result.detach()
     pairs = [

@@ -147,11 +147,10 @@ def deterministic(out: Recorder) -> None:
     from megatron_solopo.pack import Piece
     from megatron_solopo.parallel.deterministic import fixed_order
     from megatron_solopo.parallel.device_pack import on_device
-    from megatron_solopo.parallel.sequences import sequence_layout
 
     prompt, answers = (256, 40) if out.dry else (4096, 200)
     pieces = [Piece(0, prompt), *(Piece(prompt + n * answers, answers, 0) for n in range(4))]
-    layout = on_device(sequence_layout(pieces), torch.device(out.device))
+    layout = on_device(checks.attention_layouts(out)[1](pieces), torch.device(out.device))
     tensors = draw(out, prompt + 4 * answers)
     segments = torch.arange(8, device=out.device).repeat_interleave(1250)
     values = torch.randn(10000, generator=torch.Generator().manual_seed(0)).to(out.device)
