@@ -8,24 +8,15 @@ It prints a Markdown table (docs/parallelism.md). Each row takes half a minute t
 from __future__ import annotations
 
 import argparse
-
-from transformers import Qwen2Config
+from pathlib import Path
 
 from megatron_solopo import config_load
+from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.planning.memory import ACTIVATIONS
 from megatron_solopo.planning.rehearse import example
 from megatron_solopo.planning.workers import Rehearsals, Task
 
-QWEN_7B = Qwen2Config(
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    vocab_size=152064,
-    max_position_embeddings=2**20,
-    tie_word_embeddings=False,
-)
+MODEL = Path(__file__).resolve().parents[1] / "recipes" / "models" / "Qwen2.5-7B-Instruct"
 GIB = 2**30
 FULL, TILES = "--recompute-granularity full", "--mlp-tiles auto"
 KEEP, OFFLOAD = "--recompute-keep core_attn", "--activation-offload"
@@ -49,7 +40,7 @@ def task(tokens: int, processes: int, flags: str) -> Task:
     """A step of one example of SoLo-DPO: prompts of 1,024 and of ``tokens`` tokens, responses of 256."""
     argv = ["--hf-path", "m", "--train-data", "x", "--save", "y", "--train-iters", "1", "--bf16", "--random-init"]
     config, _ = config_load.load([*argv, *flags.split()])
-    return Task(config, QWEN_7B, [example(config.method, 1024, tokens, 256)], 1, 0, processes)
+    return Task(config, read_hf_config(MODEL, None), [example(config.method, 1024, tokens, 256)], 1, 0, processes)
 
 
 def main() -> None:

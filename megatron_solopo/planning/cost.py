@@ -14,7 +14,8 @@ from megatron_solopo.planning.estimate import Process, attention_parameters, res
 from megatron_solopo.planning.machines import Machine
 
 OF_PARTS = {"mlp": 10, "moe": 75, "core_attn": 20}
-"""Operators that the recomputation of a part of a layer starts."""
+"""Operators that the recomputation of a part of a layer starts: of router, experts and attention together counted in
+a rehearsal (95), their shares and the MLP's assumed."""
 
 
 def seconds_of_step(process: Process, machine: Machine) -> float:

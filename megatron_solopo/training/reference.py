@@ -180,7 +180,8 @@ def pack_factor(config: Config, num_layers: int, device: str) -> int:
     Where a training pack fits into memory, so do these. Without gradients a pass holds what one layer computes, one
     layer after another. Training holds that and its gradients where layers are recomputed (2 times as much), else what
     every layer of a stage computes and the gradients of one (1 + layers); and it holds the optimizer's state, which
-    does not exist yet. On the CPU large packs are no faster. All ranks get the same number, in every start of a run.
+    does not exist yet. On the CPU packs are those of training (larger ones were not measured there). All ranks get the
+    same number, in every start of a run.
 
     Args:
         num_layers: of the complete model.
