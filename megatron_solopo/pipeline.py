@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -86,18 +87,42 @@ def main(argv: list[str] | None = None) -> int:
     recipe = read_recipe(options.recipe, options.output, options.seed)
     names = [stage.name for stage in recipe.stages]
     for flag, name in (("--from", options.start), ("--only", options.only)):
-        if name is not None and name not in names:
+        if name is None:
+            continue
+        if recipe.matrix is not None:
+            raise UserError(
+                "option-conflict",
+                f"{flag} {name}: {recipe.path} has a matrix, whose variants run the stages that they need; delete the "
+                "results of those that shall run again",
+            )
+        if name not in names:
             hint = nearest(name, names) or f"; the stages are {', '.join(names)}"
             raise UserError("stage-unknown", f"{flag} {name}: no such stage{hint}")
-    if not options.dry_run:
+    if recipe.matrix is not None:
+        from megatron_solopo.matrix import run_matrix
+
+        return run_matrix(recipe, recipe.matrix, options.dry_run)
+    return run_stages(recipe, options.dry_run, options.start, options.only)
+
+
+def run_stages(recipe: Recipe, dry_run: bool = False, start: str | None = None, only: str | None = None) -> int:
+    """Runs the stages of a recipe in its output folder, or prints what would run.
+
+    Args:
+        start, only: see --from and --only.
+
+    Returns:
+        The exit status of the command: 0 where all stages are done.
+    """
+    if not dry_run:
         recipe.output.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(recipe.output if recipe.output.is_dir() else "."):
         work = _works(recipe)
-        if options.dry_run:
-            _print_plan(work, options.start, options.only)
+        if dry_run:
+            _print_plan(work, start, only)
             return 0
         with _Locks(Path(".stages")) as locks:
-            return _run(recipe, work, options.start, options.only, locks)
+            return _run(recipe, work, start, only, locks)
 
 
 @dataclass(frozen=True)
@@ -194,9 +219,11 @@ class Note:
 
     Attributes:
         options: see `Work.options`. A finished stage is skipped while they are the same.
-        inputs: digest of its inputs and of all stages before it. An unfinished stage is resumed while it is the same.
+        inputs: digest of its inputs and of the stages before it (`Stage.reads`). An unfinished stage is resumed while
+            it is the same.
         outputs: those that did not exist before it started; they are deleted when it starts again.
         files: (name, size, time of the last change in ns) of what it wrote; None: unfinished.
+        seconds, cpu_seconds: by the clock and of its processes, of its last start.
     """
 
     options: list[object]
@@ -204,6 +231,7 @@ class Note:
     outputs: list[str] = dataclasses.field(default_factory=list)
     files: list[State] | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> Note | None:
@@ -225,10 +253,12 @@ def _states(
 ) -> Iterator[tuple[Work, str, Note, Note | None]]:
     """(stage, its state, the note to write, the note of an earlier run), each once the stages before it have ended."""
     before, chosen = "", not (start or only)
+    options_of: dict[str, list[object]] = {}
     for work in works:
-        options = work.options()
-        inputs = _digest([before, work.inputs()])
-        before = _digest([before, options])
+        options, reads = work.options(), work.stage.reads
+        earlier = before if reads is None else _digest([options_of[name] for name in reads])
+        inputs = _digest([earlier, work.inputs()])
+        before, options_of[work.stage.name] = _digest([before, options]), options
         note, noted = Note(options, inputs), Note.read(work.note)
         name = work.stage.name
         chosen = name == only if only else chosen or name == start
@@ -275,14 +305,15 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
         note = dataclasses.replace(note, outputs=noted.outputs if state == RESUMES and noted is not None else outputs)
         if work.outputs:
             note.write(work.note)
-        started = time.monotonic()
+        started, used = time.monotonic(), _cpu_of_stages()
         code, stopped = _call(command, recipe.environment, work.stage.processes, locks)
-        seconds = time.monotonic() - started
+        seconds, cpu = time.monotonic() - started, _cpu_of_stages() - used
         if code == 0 and not stopped:
             print(f"{work}: {seconds:.1f} s\n", flush=True)
             if work.outputs:
                 files = [fact for output in work.outputs if os.path.exists(output) for fact in _state(Path(output))]
-                dataclasses.replace(note, files=files, seconds=round(seconds, 3)).write(work.note)
+                times = {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
+                dataclasses.replace(note, files=files, **times).write(work.note)
             continue
         if stopped or code in STOPPED:
             write_line(f"{work} was stopped; run the same command again to resume")
@@ -294,6 +325,12 @@ def _run(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | N
         )
     print(f"{recipe.output}: all stages are done, in {time.monotonic() - run_started:.0f} s")
     return 0
+
+
+def _cpu_of_stages() -> float:
+    """Returns the seconds of processors of all ended processes of stages."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _print_plan(works: Sequence[Work], start: str | None, only: str | None) -> None:

@@ -16,7 +16,8 @@
         script: table.py              # a Python file beside this one, with options as --name value
         options: {runs: [solo]}
 
-``base: FILE`` names another recipe, whose stages this one changes or extends; ``environment`` holds variables.
+``base: FILE`` names another recipe, whose stages this one changes or extends; ``environment`` holds variables;
+``matrix`` makes an experiment of it (`matrix.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class Stage:
         options: as written, but for paths that start with ./ or ../, which are absolute.
         processes: how many; above 1 torchrun's launcher starts them.
         script: the Python file of a script.
+        reads: names of the stages that it depends on; None: all before it.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Stage:
     options: Options = field(default_factory=dict)
     processes: int = 1
     script: Path | None = None
+    reads: tuple[str, ...] | None = None
 
     def checked(self) -> tuple[list[str], dict[str, object]]:
         """Returns (command line, value of each explicit option), checked by the command's parser.
@@ -121,6 +125,27 @@ def readable(command_line: list[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """The runs of an experiment: each of its variants with each of its seeds.
+
+    Attributes:
+        where: its ``file:line``.
+        seeds: each replaces every ``seed`` of the stages, in an output folder of its own.
+        results: absolute folder of the results, a small file for each run.
+        result: the path, in the output folder, of the evaluation that is a run's result.
+        stages: those of each variant; ``$NAME`` in their options is one of its variables.
+        variants: name -> its variables. ``$variant`` is its name.
+    """
+
+    where: str
+    seeds: list[int]
+    results: Path
+    result: str
+    stages: list[Stage]
+    variants: dict[str, dict[str, object]]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What `read_recipe` reads; ``output`` is absolute."""
 
@@ -128,6 +153,7 @@ class Recipe:
     output: Path
     environment: dict[str, str]
     stages: list[Stage]
+    matrix: Matrix | None = None
 
 
 def read_recipe(path: str | Path, output: str | None = None, seed: int | None = None) -> Recipe:
@@ -147,18 +173,23 @@ def read_recipe(path: str | Path, output: str | None = None, seed: int | None = 
         raise UserError("recipe-incomplete", f"{path}: output: missing; set it to the folder for the stages' outputs")
     if not recipe.stages:
         raise UserError("recipe-incomplete", f"{path}: has no stages")
-    if seed is not None:
-        stages = [
-            dataclasses.replace(stage, options=stage.options | {"seed": (str(seed), "--seed")})
-            if "seed" in stage.options
-            else stage
-            for stage in recipe.stages
-        ]
-        recipe = dataclasses.replace(recipe, stages=stages)
-    return recipe
+    if seed is not None and recipe.matrix is not None:
+        return dataclasses.replace(recipe, matrix=dataclasses.replace(recipe.matrix, seeds=[seed]))
+    return recipe if seed is None else dataclasses.replace(recipe, stages=with_seed(recipe.stages, seed))
 
 
-TOP = ("base", "output", "environment", "stages")
+def with_seed(stages: Iterable[Stage], seed: int) -> list[Stage]:
+    """Returns the stages with another seed where they have one."""
+    return [
+        dataclasses.replace(stage, options=stage.options | {"seed": (str(seed), "--seed")})
+        if "seed" in stage.options
+        else stage
+        for stage in stages
+    ]
+
+
+TOP = ("base", "output", "environment", "stages", "matrix")
+OF_MATRIX = ("seeds", "results", "result", "stages", "variants")
 
 
 def _read(path: Path, above: frozenset[Path]) -> Recipe:
@@ -184,13 +215,49 @@ def _read(path: Path, above: frozenset[Path]) -> Recipe:
         stages = {stage.name: stage for stage in recipe.stages}
         for line in _mapping(file, lines.get("stages")):
             stages[line.name] = _stage(file, line, stages.get(line.name))
-    return Recipe(path, output, environment, list(stages.values()))
+        matrix = _matrix(file, lines["matrix"]) if "matrix" in lines else recipe.matrix
+    return Recipe(path, output, environment, list(stages.values()), matrix)
+
+
+def _matrix(file: OptionFile, line: Entry) -> Matrix:
+    parts = {part.name: part for part in _mapping(file, line)}
+    for part in parts.values():
+        if part.name not in OF_MATRIX:
+            raise UserError(
+                "recipe-key",
+                f"{part.where}: unknown '{part.name}'{nearest(part.name, OF_MATRIX)}; a matrix has {_list(OF_MATRIX)}",
+            )
+    for name in OF_MATRIX:
+        if name not in parts or file.is_empty(parts[name].node):
+            raise UserError("recipe-incomplete", f"{line.where}: matrix: {name}: missing; see docs/pipeline.md")
+    seeds, folder = file.value(parts["seeds"].node), file.path.parent.absolute()
+    if not isinstance(seeds, list) or not all(isinstance(seed, str) and seed.isdigit() for seed in seeds):
+        where = parts["seeds"].where
+        raise UserError("recipe-value", f"{where}: seeds: must be a list of whole numbers, found {seeds!r}")
+    variants: dict[str, dict[str, object]] = {}
+    for variant in _mapping(file, parts["variants"]):
+        _check_name(variant, "variant")
+        variants[variant.name] = {
+            name: _relative_to(folder, file.value(node)) for name, _, node in _mapping(file, variant)
+        }
+    return Matrix(
+        line.where,
+        [int(seed) for seed in seeds],
+        Path(os.path.normpath(folder / _text(file, parts["results"]))),
+        os.path.normpath(_text(file, parts["result"])),
+        [_stage(file, part, None) for part in _mapping(file, parts["stages"])],
+        variants,
+    )
+
+
+def _check_name(line: Entry, what: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", line.name):
+        raise UserError("stage-name", f"{line.where}: '{line.name}': name a {what} by letters, digits, - and _")
 
 
 def _stage(file: OptionFile, line: Entry, before: Stage | None) -> Stage:
     """Returns a stage; ``before`` is the base's stage of this name, which it changes."""
-    if not re.fullmatch(r"\w[\w.-]*", line.name):
-        raise UserError("stage-name", f"{line.where}: '{line.name}': name a stage by letters, digits, - and _")
+    _check_name(line, "stage")
     keys = (*COMMANDS, SCRIPT, "options", "processes")
     parts = {part.name: part for part in _mapping(file, line)}
     for part in parts.values():

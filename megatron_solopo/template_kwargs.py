@@ -107,14 +107,19 @@ def rendering(tokenizer: PreTrainedTokenizerBase) -> Values:
 
 def rendered(
     tokenizer: PreTrainedTokenizerBase,
-    chat: Sequence[Mapping[str, str]],
+    chat: Sequence[Mapping[str, Any]],
     values: Values | None = None,
     add_generation_prompt: bool = False,
+    tools: list[Any] | None = None,
 ) -> str:
-    """Returns the text of a chat; ``values`` in the place of `rendering`."""
+    """Returns the text of a chat; ``values`` in the place of `rendering`, ``tools`` as definitions for the template."""
     values = rendering(tokenizer) if values is None else values
     text = tokenizer.apply_chat_template(
-        [dict(message) for message in chat], tokenize=False, add_generation_prompt=add_generation_prompt, **values
+        [dict(message) for message in chat],
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        **values,
     )
     assert isinstance(text, str)
     return text

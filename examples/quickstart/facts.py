@@ -56,6 +56,9 @@ THINGS = tuple(
     """.split()
 )
 
+CLOSINGS = ("", " indeed", " surely", " certainly", " clearly", " exactly", " naturally", " obviously")
+"""What an answer may end with, so that a question has several right responses (``--wordings``)."""
+
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<end>")
 OTHER_WORDS = ("They", "What", "did", "they")
 
@@ -136,10 +139,12 @@ def question_item(random_: random.Random, identifier: str, paragraphs: int, held
     }
 
 
-def lookup_conversation(random_: random.Random, identifier: str, facts: int, questions: int) -> Conversation:
+def lookup_conversation(
+    random_: random.Random, identifier: str, facts: int, questions: int, wordings: int = 1
+) -> Conversation:
     """``questions`` turns about ``facts`` facts; the first user turn holds the facts. Held-out questions are not asked.
 
-    Fewer turns where the facts allow fewer, but at least one.
+    Fewer turns where the facts allow fewer, but at least one. An answer is worded in one of ``wordings`` ways.
     """
     while True:
         world = draw_facts(random_, facts)
@@ -149,7 +154,8 @@ def lookup_conversation(random_: random.Random, identifier: str, facts: int, que
     asked = random_.sample(allowed, min(questions, len(allowed)))
     messages = []
     for fact in asked:
-        messages += [{"role": "user", "content": fact.question}, {"role": "assistant", "content": fact.thing}]
+        answer = fact.thing + (random_.choice(CLOSINGS[:wordings]) if wordings > 1 else "")
+        messages += [{"role": "user", "content": fact.question}, {"role": "assistant", "content": answer}]
     messages[0]["content"] = " ".join(fact.text for fact in world) + " " + messages[0]["content"]
     return Conversation(identifier, messages)
 
@@ -183,6 +189,7 @@ def curriculum(
     echo_words: tuple[int, int] = (6, 24),
     lookup_facts: tuple[int, int] = (4, 8),
     questions: int = 4,
+    wordings: int = 1,
 ) -> Iterator[Conversation]:
     """The conversations of the base model, in order of training: ``echoes``, then ``lookups``; ranges are inclusive.
 
@@ -196,16 +203,18 @@ def curriculum(
     for index in range(lookups):
         if index % BATCH == 0:
             facts = random_.randint(*lookup_facts)
-        yield lookup_conversation(random_, f"lookup-{index}", facts, questions)
+        yield lookup_conversation(random_, f"lookup-{index}", facts, questions, wordings)
 
 
-def write_tokenizer(folder: str | Path, max_length: int = 2048) -> int:
+def write_tokenizer(folder: str | Path, max_length: int = 2048, wordings: int = 1) -> int:
     """Writes a word-level tokenizer in Hugging Face's format; returns the size of its vocabulary.
 
     Words are split at white space; punctuation is left out, so that a fact is four tokens.
     """
     folder = Path(folder)
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *OTHER_WORDS, *content_words()])}
+    closings = [closing.strip() for closing in CLOSINGS[1:wordings]]
+    words = [*SPECIAL_TOKENS, *OTHER_WORDS, *content_words(), *closings]
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation(behavior="removed"), pre_tokenizers.WhitespaceSplit()]
@@ -260,7 +269,16 @@ def main(argv: list[str] | None = None) -> int:
     sizes.add_argument(
         "--valid-conversations", type=int, default=256, metavar="N", help="held back from training, lookups only"
     )
+    sizes.add_argument(
+        "--wordings",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"ways to word an answer: the thing, or the thing and one of N - 1 closing words; at most {len(CLOSINGS)}",
+    )
     args = parser.parse_args(argv)
+    if not 1 <= args.wordings <= len(CLOSINGS):
+        raise UserError("option-value", f"--wordings {args.wordings}: set 1 to {len(CLOSINGS)}")
     for name in ("train_questions", "eval_questions", "paragraphs", "echoes", "lookups", "valid_conversations"):
         value, least = getattr(args, name), 1 if name == "paragraphs" else 0
         if value < least:
@@ -277,16 +295,18 @@ def main(argv: list[str] | None = None) -> int:
         written = write_jsonl(folder / f"{name}.jsonl", items)
         print(f"{folder / name}.jsonl: {written} questions over {args.paragraphs} facts each")
     written = write_jsonl(
-        folder / "conversations.jsonl", curriculum(stream("conversations"), args.echoes, args.lookups)
+        folder / "conversations.jsonl",
+        curriculum(stream("conversations"), args.echoes, args.lookups, wordings=args.wordings),
     )
     print(
         f"{folder / 'conversations.jsonl'}: {written} conversations ({args.echoes} echoes, then {args.lookups} lookups)"
     )
     written = write_jsonl(
-        folder / "conversations_valid.jsonl", curriculum(stream("valid"), 0, args.valid_conversations)
+        folder / "conversations_valid.jsonl",
+        curriculum(stream("valid"), 0, args.valid_conversations, wordings=args.wordings),
     )
     print(f"{folder / 'conversations_valid.jsonl'}: {written} lookups")
-    size = write_tokenizer(folder / "tokenizer")
+    size = write_tokenizer(folder / "tokenizer", wordings=args.wordings)
     print(f"{folder / 'tokenizer'}: {size} words")
     return 0
 

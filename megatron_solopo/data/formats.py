@@ -11,6 +11,8 @@ Forms that are read, by their fields (a null is an absent field):
     messages, conversations     a conversation; so are a prompt, question or instruction with its completion, output,
                                 response or answer
 
+    tools                       beside any of these: definitions of the tools that the chat may call
+
 The answers of two conversations start at the first message that differs, an assistant's, and may have several turns.
 Prompts end between messages, never inside one, however much two answers have in common. With a prompt of its own a side
 may be a list of texts: several responses.
@@ -22,7 +24,15 @@ import json
 import re
 
 from megatron_solopo.data.files.records import Record
-from megatron_solopo.data.validation import TOOL_CALLS, Message, check_messages, missing, wrong_kind
+from megatron_solopo.data.validation import (
+    TOOL_CALLS,
+    TOOLS,
+    Message,
+    check_messages,
+    check_tools,
+    missing,
+    wrong_kind,
+)
 from megatron_solopo.errors import UserError
 
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
@@ -140,6 +150,23 @@ def as_conversation(record: Record, where: str) -> list[Message]:
         raise UserError("field-missing", missing(present, "messages", where))
     chat = _conversation(prompt, key, _answer(present, answer, where), answer, where)
     return _with_system(present, chat, where)
+
+
+def with_tools(record: Record, where: str) -> Record:
+    """Returns a record of ours with its tools in the first message of each of its chats, which is rendered with them.
+
+    Raises:
+        UserError: see `check_tools`.
+    """
+    if not (tools := record.get(TOOLS)):
+        return record
+    tools = check_tools(tools, where)
+    chats = {name: record.get(name) for name in ("short_messages", "long_messages", "messages")}
+    return record | {
+        name: [{**chat[0], TOOLS: tools}, *chat[1:]]
+        for name, chat in chats.items()
+        if tools and isinstance(chat, list) and chat and isinstance(chat[0], dict)
+    }
 
 
 def _present(record: Record) -> Record:

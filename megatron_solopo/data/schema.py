@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from megatron_solopo.data.files import inputs
 from megatron_solopo.data.files.records import Part, Record, read_records
-from megatron_solopo.data.formats import as_conversation, as_group
+from megatron_solopo.data.formats import as_conversation, as_group, with_tools
 from megatron_solopo.data.validation import (
     TOOL_CALLS,
     Answer,
@@ -68,6 +68,7 @@ class PreferenceGroup:
     ``long_messages`` may be absent (plain preference data, ``--context-mode short`` only).
 
     Attributes:
+        short_messages, long_messages: the first message has the record's ``tools``, where it has some.
         short_spans, long_spans: the documents of the last message of each chat, in order; empty where they are unknown.
         chosen, rejected: a response, or a list of several; a response is a text, or a list of messages where it has
             several turns or calls tools.
@@ -127,7 +128,8 @@ _GROUP = TypeAdapter(PreferenceGroup)
 
 @dataclass(frozen=True)
 class Conversation:
-    """One example for ``--objective sft``; every assistant message is trained on."""
+    """One example for ``--objective sft``; every assistant message is trained on. The first message has the record's
+    ``tools``, where it has some."""
 
     id: Name
     messages: Chat
@@ -164,7 +166,7 @@ def read_groups(path: str | Path, part: Part | None = None) -> Iterator[Preferen
     seen: dict[str, str] = {}
     useless: list[tuple[str, str]] = []
     for where, record in _records(path, part):
-        record = as_group(record, where)
+        record = with_tools(as_group(record, where), where)
         if reason := _without_preference(record):
             useless.append((where, reason))
         if useless:
@@ -237,4 +239,5 @@ def read_conversations(path: str | Path, part: Part | None = None) -> Iterator[C
             raise UserError(
                 "messages-order", f"{where}: 'messages' starts with an assistant message; a prompt must come first"
             )
-        yield validated(_CONVERSATION, record | {"messages": messages}, where, id=where)
+        record = with_tools(record | {"messages": messages}, where)
+        yield validated(_CONVERSATION, record, where, id=where)

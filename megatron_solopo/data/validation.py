@@ -41,6 +41,10 @@ SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "us
 
 TOOL_CALLS, FUNCTION_CALL = "tool_calls", "function_call"
 
+TOOLS = "tools"
+"""Field of a record beside its messages, and of the first message that is read from it: the tools that the model may
+call, as OpenAI's API and transformers' chat templates take them."""
+
 _OURS = (
     ({"short_messages", "chosen", "rejected"}, "preference groups, as build-pairs writes them"),
     ({"short_messages", "long_messages", "short_tokens"}, "contexts, as prepare-data writes them"),
@@ -235,6 +239,35 @@ def _tool_calls(calls: object, role: object, where: str) -> list[dict[str, Any]]
     return read
 
 
+def check_tools(value: object, where: str) -> list[dict[str, Any]]:
+    """Returns definitions of tools without nulls; a list, or the JSON text of one, which tables hold.
+
+    Raises:
+        UserError: they are not functions with a name.
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value) if value.strip() else []
+    tools = _without_nulls(value)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and _named(tool) for tool in tools):
+        raise UserError(
+            "field-type",
+            f"{where}: the field '{TOOLS}' must be a list of objects with a 'function' of a 'name' and 'parameters'",
+        )
+    return tools
+
+
+def _named(tool: Mapping[str, Any]) -> bool:
+    function = tool.get("function", tool)
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def tool_names(message: Message) -> list[str]:
+    """Returns the names of the tools that come with a message."""
+    tools = message.get(TOOLS)
+    return [tool.get("function", tool)["name"] for tool in tools if _named(tool)] if isinstance(tools, list) else []
+
+
 def _without_nulls(value: Any) -> Any:
     """Returns a copy without fields that are null: a table's column has the fields of all its rows."""
     if isinstance(value, dict):
@@ -256,7 +289,7 @@ def texts_of(message: Message) -> list[str]:
             for one in value:
                 yield from strings(one)
 
-    return [message["content"], *strings(message.get(TOOL_CALLS, []))]
+    return [message["content"], *strings(message.get(TOOL_CALLS, [])), *strings(message.get(TOOLS, []))]
 
 
 def _joined(parts: Iterable[object], where: str) -> str:

@@ -118,6 +118,29 @@ def draw_accuracy(
 
 
 @styled
+def draw_cost(path: Path, points: Mapping[str, tuple[float, Point]], looks: Mapping[str, Look], accuracy: str) -> None:
+    """Accuracy against the operations of training, one point a label, with error bars.
+
+    Args:
+        points: label -> (operations, accuracy).
+        accuracy: what the accuracy is, for the axis.
+    """
+    figure = Figure(figsize=(6.4, 4.2))
+    axes = figure.add_subplot()
+    for label, (operations, point) in points.items():
+        bars = [[max(0.0, point.mean - point.low)], [max(0.0, point.high - point.mean)]]
+        axes.errorbar(
+            operations / 1e12, point.mean, yerr=bars, label=label, **looks[label], elinewidth=1.1, clip_on=False
+        )
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("Operations of training (10^12)")
+    axes.set_ylabel(f"Accuracy ({accuracy})")
+    figure.legend(loc="outside upper center", ncols=min(len(points), 4))
+    save_figure(figure, path)
+
+
+@styled
 def draw_curves(
     path: Path,
     panels: Mapping[Metric, tuple[Mapping[str, Sequence[Point]], Mapping[str, Sequence[Point]]]],

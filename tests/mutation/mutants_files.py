@@ -194,6 +194,8 @@ OVERLONG = "tests/unit/test_overlong.py"
 
 SCORING = "tests/unit/test_data_scoring.py"
 NAMES = "tests/unit/test_option_names.py"
+MATRIX = "tests/functional/test_matrix.py"
+TOOLS = "tests/unit/test_tool_responses.py -k tools"
 PIPELINE = "tests/functional/test_recipe_runs.py -k 'not killed'"
 
 DATA = [
@@ -395,10 +397,10 @@ DATA = [
         PIPELINE,
         (
             "another stage before it overlooked",
-            "inputs = _digest([before, work.inputs()])",
+            "inputs = _digest([earlier, work.inputs()])",
             "inputs = _digest([work.inputs()])",
         ),
-        ("another input overlooked", "inputs = _digest([before, work.inputs()])", "inputs = _digest([before])"),
+        ("another input overlooked", "inputs = _digest([earlier, work.inputs()])", "inputs = _digest([earlier])"),
         (
             "another output mistaken for the run's",
             "noted.options == options and _untouched(noted.files)",
@@ -411,5 +413,41 @@ DATA = [
         ),
         ("a file elsewhere deleted", " and folder in path.absolute().resolve().parents]", "]"),
         ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None"),
+    ),
+    *within(
+        "matrix.py",
+        MATRIX,
+        ("a result kept whatever its options", "is not None and before == stages:", "is not None:"),
+        (
+            "a seed of the recipe kept",
+            "for stage in reversed(with_seed(stages, seed)):",
+            "for stage in reversed(stages):",
+        ),
+        ("another variant's stages before its own", "dataclasses.replace(stage, reads=())", "stage"),
+        ("this machine's paths kept", '.replace(f"{Path.cwd()}{os.sep}", "")', ""),
+    ),
+    *within(
+        "matrix.py",
+        f"{MATRIX} -k training",
+        ("an epoch counted once", "count * of_group for", "of_group for"),
+    ),
+    *within(
+        "data/formats.py",
+        TOOLS,
+        (
+            "tools of the long context lost",
+            '("short_messages", "long_messages", "messages")',
+            '("short_messages", "messages")',
+        ),
+    ),
+    *within(
+        "data/text/chat.py",
+        TOOLS,
+        ("tools that the template ignores", "if name not in text:", "if False:"),
+    ),
+    *within(
+        "data/text/control.py",
+        TOOLS,
+        ("control tokens of tools parsed", '("content", TOOL_CALLS, TOOLS)', '("content", TOOL_CALLS)'),
     ),
 ]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from megatron_solopo.data.schema import read_conversations
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer
@@ -75,6 +76,21 @@ def test_every_word_has_a_token_and_only_answers_are_trained(folder):
         assert tokenizer.decode(
             [token for token, is_trained in zip(ids, loss_mask, strict=True) if is_trained]
         ).split() == [w for a in answers for w in (a, "<end>")]
+
+
+def test_answers_may_have_several_wordings(facts, folder, tmp_path):
+    """The same questions; every wording occurs, is tokenized, and holds the answer."""
+    facts.main(["--output", str(tmp_path), "--seed", "3", "--wordings", "8", *SIZES])
+    assert (tmp_path / "eval.jsonl").read_bytes() == (folder / "eval.jsonl").read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    lookups = [c for c in read_conversations(tmp_path / "conversations.jsonl") if c.id.startswith("lookup")]
+    answers = [m["content"] for c in lookups for m in c.messages if m["role"] == "assistant"]
+    assert {answer.split()[0] for answer in answers} <= set(facts.THINGS)
+    assert {answer[len(answer.split()[0]) :] for answer in answers} == set(facts.CLOSINGS)
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(answers)).input_ids
+    for wrong in ("0", "9"):
+        with refused("option-value", f"--wordings {wrong}"):
+            facts.main(["--output", str(tmp_path), "--wordings", wrong])
 
 
 def test_conversations_of_a_batch_have_one_length(facts, folder):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from refusals import check_refusal, refused
 
 from megatron_solopo.cli import dispatch, run
+from megatron_solopo.matrix import identity, run_of
 from megatron_solopo.recipe import read_recipe, readable
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -107,6 +109,18 @@ def test_the_command_line_names_another_folder_and_seed(folder: Path, monkeypatc
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("quickstart/*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_of_the_examples_pass_every_check(path: Path) -> None:
     assert len(lines(path)) > 10
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("evidence/*.yaml")), ids=lambda path: path.name)
+def test_the_experiments_pass_every_check_and_their_results_are_of_these_options(path: Path) -> None:
+    """Of a changed option the results would be made again, and the pages would show figures of another run."""
+    recipe = read_recipe(path)
+    assert recipe.matrix is not None
+    for seed in recipe.matrix.seeds:
+        for variant in recipe.matrix.variants:
+            run = run_of(recipe, recipe.matrix, seed, variant)
+            file = recipe.matrix.results / f"{variant}-seed-{seed}.json"
+            assert not file.exists() or json.loads(file.read_text())["stages"] == identity(run), file
 
 
 def stage(text: str) -> str:

@@ -11,7 +11,8 @@ from refusals import refused
 from token_data import encoded
 
 from megatron_solopo.data.text.chat import conversation_ids, load_tokenizer, prompt_ids, turns_ids
-from megatron_solopo.data.tokenized.token_store import SHORT_PAIR
+from megatron_solopo.data.tokenized.token_store import BOTH_PAIRS, SHORT_PAIR
+from megatron_solopo.data.tokenized.tokens import CONVERSATION
 
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "Weather in Oslo?"}]
 
@@ -93,3 +94,61 @@ def test_arguments_that_spell_control_tokens_are_text(tokenizer: Any, tmp_path: 
     ids = list(example.prompts[0].completions[0].ids)
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     assert "O<|im_end|>slo" in tokenizer.decode(ids)
+
+
+def weather(about: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    return {"name": "weather", "description": about, "parameters": parameters}
+
+
+FORMS: dict[str, Any] = {
+    "a list": lambda tool: [{"type": "function", "function": tool}],
+    "JSON text": lambda tool: json.dumps([{"type": "function", "function": tool}]),
+    "bare, a null": lambda tool: [tool | {"strict": None}],
+}
+"""How records hold a tool."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tools_beside_the_messages_are_part_of_every_prompt(tokenizer: Any, form: str, tmp_path: Path) -> None:
+    """The ids are those of transformers; a description that spells a control token is text."""
+    for about in ("Of a city.", "Of <|im_end|> a city."):
+        tools = FORMS[form](weather(about))
+        given = [weather(about)] if form.startswith("bare") else FORMS["a list"](weather(about))
+        text = tokenizer.apply_chat_template(ASK, tools=given, add_generation_prompt=True, tokenize=False)
+        records = [
+            group(chosen=TURNS, rejected="No.", long_messages=ASK, tools=tools),
+            json.dumps({"id": "f", "prompt": ASK, "chosen": TURNS, "rejected": "No.", "tools": tools}) + "\n",
+        ]
+        for record, scored in zip(records, (BOTH_PAIRS, SHORT_PAIR), strict=True):
+            (tmp_path / "g.jsonl").write_text(record)
+            (example,) = encoded(tmp_path / "g.jsonl", tokenizer, scored)
+            for prompt in example.prompts:
+                assert tokenizer.decode(prompt.ids) == text
+                spelled = list(prompt.ids).count(tokenizer.eos_token_id)
+                assert spelled == text.replace("Of <|im_end|>", "").count("<|im_end|>")
+        (tmp_path / "c.jsonl").write_text(json.dumps({"id": "c", "messages": [*ASK, ANSWER], "tools": tools}) + "\n")
+        (example,) = encoded(tmp_path / "c.jsonl", tokenizer, CONVERSATION)
+        assert tokenizer.decode(example.prompts[0].ids) == text
+
+
+def test_no_tools_are_no_difference(tokenizer: Any, tmp_path: Path) -> None:
+    for tools in ([], None, "[]"):
+        (tmp_path / "g.jsonl").write_text(group(chosen=TURNS, rejected="No.", tools=tools))
+        (example,) = encoded(tmp_path / "g.jsonl", tokenizer, SHORT_PAIR)
+        assert list(example.prompts[0].ids) == prompt_ids(tokenizer, ASK)
+
+
+def test_a_template_that_leaves_tools_out_is_refused(solopo_data: Path, tmp_path: Path) -> None:
+    chatml = Path(__file__).parents[2] / "examples" / "chat_templates" / "chatml.jinja"
+    plain = load_tokenizer(solopo_data / "tokenizers" / "qwen2", chatml)
+    (tmp_path / "g.jsonl").write_text(group(chosen="Yes.", rejected="No.", tools=[weather("")]))
+    with refused("chat-template-refuses", "group 'g': ", "the tool 'weather'", "--chat-template"):
+        encoded(tmp_path / "g.jsonl", plain, SHORT_PAIR)
+
+
+@pytest.mark.parametrize("tools", [["weather"], {"name": "weather"}, [{"function": {}}], "weather"])
+def test_what_is_no_tool_is_refused(tools: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "g.jsonl").write_text(group(chosen="Yes.", rejected="No.", tools=tools))
+    with refused("field-type", "g.jsonl:1: ", "'tools'", "'function'"):
+        encoded(tmp_path / "g.jsonl", tokenizer, SHORT_PAIR)

@@ -20,7 +20,7 @@ from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.schema import Message
 from megatron_solopo.data.text.control import control_tokens, end_of_turn, end_of_turn_id
 from megatron_solopo.data.text.tokenizer import Tokens, add_special_tokens, parse_batch, read_tokenizer
-from megatron_solopo.data.validation import TOOL_CALLS
+from megatron_solopo.data.validation import TOOL_CALLS, TOOLS, tool_names
 from megatron_solopo.errors import UserError
 
 
@@ -144,14 +144,25 @@ class _Chat:
         """Renders the first ``count`` messages, or all of them.
 
         Raises:
-            UserError: the template refuses them.
+            UserError: the template refuses them, or does not write their tools.
         """
+        names = tool_names(self.messages[0])
+        tools = self.messages[0][TOOLS] if names else None
+        chat = [{name: field for name, field in message.items() if name != TOOLS} for message in self.messages[:count]]
         try:
-            return template_kwargs.rendered(
-                self._tokenizer, self.messages[:count], add_generation_prompt=add_generation_prompt
+            text = template_kwargs.rendered(
+                self._tokenizer, chat, add_generation_prompt=add_generation_prompt, tools=tools
             )
         except jinja2.TemplateError as error:  # templates refuse unknown roles and orders
             raise UserError("chat-template-refuses", f"the chat template refuses the messages ({error})") from None
+        for name in names:
+            if name not in text:
+                raise UserError(
+                    "chat-template-refuses",
+                    f"the chat template does not write the tool {self.shown(name)!r}; set a --chat-template that "
+                    f"writes tools, or remove the field '{TOOLS}'",
+                )
+        return text
 
     def shown(self, text: str) -> str:
         """Returns the text without aliases."""

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.schema import Message
-from megatron_solopo.data.validation import TOOL_CALLS, texts_of
+from megatron_solopo.data.validation import TOOL_CALLS, TOOLS, texts_of
 from megatron_solopo.errors import UserError
 
 RESPONSE_TOKENS = "response_tokens"
@@ -136,7 +136,7 @@ def _exchanged(message: Message, exchange: Callable[[str], str]) -> Message:
             return {exchange(name): each(one) for name, one in value.items()}
         return [each(one) for one in value] if isinstance(value, list) else value
 
-    return {name: each(value) if name in ("content", TOOL_CALLS) else value for name, value in message.items()}
+    return {name: each(value) if name in ("content", TOOL_CALLS, TOOLS) else value for name, value in message.items()}
 
 
 class _Reader:

@@ -1,0 +1,250 @@
+"""Experiments: a recipe whose ``matrix:`` runs its variants over seeds, and keeps a small result of each run.
+
+    base: ../quickstart/demo.yaml          # stages that variants may need
+    output: ../../runs/many-responses      # a folder seed-N of each seed
+    matrix:
+      seeds: [0, 1, 2]
+      results: ../../docs/evidence/many-responses   # VARIANT-seed-N.json, report.md and figures
+      result: $variant/evaluation.json     # the evaluation that is a run's result
+      stages:                              # of each variant, which runs those that the result needs
+        train: {train: {hf_path: base-hf, train_data: $data, save: $variant/run, save_hf: $variant/hf, ...}}
+        evaluate: {evaluate: {model: $model, output: $variant/evaluation.json, ...}}
+      variants:
+        base: {model: base-hf}
+        one: {label: 1 x 1, data: one.jsonl, model: $variant/hf}
+
+A run whose result exists, with the same options, is not repeated: results that are committed serve any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from megatron_solopo.atomic import write_text
+from megatron_solopo.errors import UserError
+from megatron_solopo.pipeline import OUTPUTS, Note, Work, run_stages
+from megatron_solopo.recipe import Matrix, Recipe, Stage, with_seed
+
+LABEL = "label"
+"""The variable of a variant that is its name in tables; default: the variant's name."""
+
+
+def run_matrix(recipe: Recipe, matrix: Matrix, dry_run: bool = False) -> int:
+    """Runs what has no result yet, seed after seed, and writes the report.
+
+    Returns:
+        The exit status of the first run that did not end well, else 0.
+
+    Raises:
+        UserError: a mistake in the recipe, before the first run; see `run_of`.
+    """
+    runs = {
+        (seed, variant): run_of(recipe, matrix, seed, variant) for seed in matrix.seeds for variant in matrix.variants
+    }
+    for (seed, variant), run in runs.items():
+        file = _file(matrix, seed, variant)
+        stages = identity(run)
+        if (before := _kept(file)) is not None and before == stages:
+            print(f"{variant}, seed {seed}: done before ({file})")
+            continue
+        print(f"{variant}, seed {seed}{'' if before is None else ': other options than its result'}:", flush=True)
+        if status := run_stages(run, dry_run):
+            return status
+        if not dry_run:
+            with contextlib.chdir(run.output):
+                record = _result(run, matrix, seed, variant) | {"stages": stages}
+            write_text(file, json.dumps(record, indent=1) + "\n")
+    if not dry_run:
+        print(f"wrote {_write_report(recipe, matrix)}")
+    return 0
+
+
+def _file(matrix: Matrix, seed: int, variant: str) -> Path:
+    return matrix.results / f"{variant}-seed-{seed}.json"
+
+
+def _write_report(recipe: Recipe, matrix: Matrix) -> Path:
+    """Writes the report of all results of the matrix, those of earlier seeds included."""
+    from megatron_solopo.evaluation.experiment import write_experiment
+
+    of_labels: dict[str, list[Path]] = {}
+    for variant, variables in matrix.variants.items():
+        files = matrix.results.glob(f"{variant}-seed-*.json")
+        if of_seeds := sorted(files, key=lambda file: int(file.stem.rpartition("-")[2])):
+            of_labels.setdefault(str(variables.get(LABEL, variant)), []).extend(of_seeds)
+    return write_experiment(matrix.results, recipe.path.stem, of_labels)
+
+
+def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
+    """Returns the stages that the result of one variant with one seed needs, as a recipe of its own.
+
+    A stage is needed if an option of a needed stage names an output of it, or a file in one.
+
+    Raises:
+        UserError: a mistake of a stage; a needed stage has an unknown variable; no stage writes the result.
+    """
+    variables: dict[str, object] = {"variant": variant}
+    variables |= {name: _filled(value, variables)[0] for name, value in matrix.variants[variant].items()}
+    unknown: dict[str, str] = {}
+    stages = [*recipe.stages, *(_of_variant(stage, variant, variables, unknown) for stage in matrix.stages)]
+    needed: list[Stage] = []
+    wanted = {_result_file(matrix, variant): {""}}
+    """Path -> names of the stages that read it; "" is the matrix."""
+    for stage in reversed(with_seed(stages, seed)):
+        outputs = [value for name, (value, _) in stage.options.items() if name in OUTPUTS and isinstance(value, str)]
+        readers = {
+            reader
+            for path, names in wanted.items()
+            if any(_holds(output, path) for output in outputs)
+            for reader in names
+        }
+        if not readers:
+            continue
+        if stage.name in unknown:
+            raise UserError("recipe-variable", unknown[stage.name])
+        needed = [
+            one if one.name not in readers else dataclasses.replace(one, reads=(stage.name, *(one.reads or ())))
+            for one in needed
+        ]
+        needed.insert(0, dataclasses.replace(stage, reads=()))
+        for path in _read_by(stage):
+            wanted.setdefault(path, set()).update({stage.name, *(readers - {""})})
+    if not needed:
+        raise UserError("recipe-value", f"{matrix.where}: matrix: result: {matrix.result}: no stage writes it")
+    return dataclasses.replace(recipe, output=recipe.output / f"seed-{seed}", stages=needed, matrix=None)
+
+
+def _result_file(matrix: Matrix, variant: str) -> str:
+    return os.path.normpath(Template(matrix.result).safe_substitute(variant=variant))
+
+
+def _of_variant(stage: Stage, variant: str, variables: Mapping[str, object], unknown: dict[str, str]) -> Stage:
+    """Returns a stage of the matrix under a name of its own, with the values of the variables; an option whose value is
+    null is left out. ``unknown`` gets the message about a variable that the variant does not have."""
+    name, options = f"{variant}.{stage.name}", {}
+    for option, (value, where) in stage.options.items():
+        filled, missing = _filled(value, variables)
+        if missing:
+            unknown[name] = (
+                f"{where}: ${missing[0]}: the variant '{variant}' has no such variable; it has {', '.join(variables)}"
+            )
+        if filled is not None:
+            options[option] = (filled, where)
+    return dataclasses.replace(stage, name=name, options=options)
+
+
+def _filled(value: object, variables: Mapping[str, object]) -> tuple[object, list[str]]:
+    """Returns a value with its variables replaced, and the names of those that are unknown. ``$NAME`` alone becomes
+    the variable's value of any type, ``$$`` a dollar."""
+    if isinstance(value, list):
+        parts = [_filled(one, variables) for one in value]
+        return [part for part, _ in parts], [name for _, names in parts for name in names]
+    if not isinstance(value, str):
+        return value, []
+    template = Template(value)
+    names = template.get_identifiers() if template.is_valid() else []
+    if len(names) == 1 and names[0] in variables and value in (f"${names[0]}", f"${{{names[0]}}}"):
+        return variables[names[0]], []
+    return template.safe_substitute(variables), [name for name in names if name not in variables]
+
+
+def _holds(output: str, path: str) -> bool:
+    """Whether a path is an output, or a file in it."""
+    output = os.path.normpath(output)
+    return path == output or path.startswith(output + os.sep)
+
+
+def _read_by(stage: Stage) -> Iterator[str]:
+    """Yields what may be paths in a stage's options: a text, @FILE or LABEL=PATH."""
+    for name, value in stage.checked()[1].items():
+        if name in OUTPUTS:
+            continue
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and text:
+                yield from map(os.path.normpath, (text, text.removeprefix("@"), text.partition("=")[2]))
+
+
+def identity(run: Recipe) -> dict[str, object]:
+    """Returns command and options of each stage; paths are relative to the recipe's folder, whatever the machine."""
+    folder = run.path.parent.absolute()
+
+    def portable(value: object) -> object:
+        if isinstance(value, list):
+            return [portable(one) for one in value]
+        if isinstance(value, dict):
+            return {name: portable(one) for name, one in value.items()}
+        return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
+
+    return {stage.name: portable(Work(stage, "", *stage.checked()).options()) for stage in run.stages}
+
+
+def _kept(file: Path) -> object:
+    """Returns the options that an earlier result has, None where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("stages")
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError("not-json", f"{file}: not valid JSON; delete it, and its run is repeated") from None
+
+
+def _result(run: Recipe, matrix: Matrix, seed: int, variant: str) -> dict[str, Any]:
+    """Returns the record of a run, in whose output folder the process is: its evaluation, without this machine's
+    paths, and what its training took."""
+    text = Path(_result_file(matrix, variant)).read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
+    notes = {stage.name: Note.read(Path(".stages") / f"{stage.name}.json") or Note([], "") for stage in run.stages}
+    return json.loads(text) | {
+        "variant": variant,
+        "seed": seed,
+        "training": [
+            _training(str(stage.options["save"][0]), notes[stage.name])
+            for stage in run.stages
+            if stage.command == "train" and stage.name.startswith(f"{variant}.")
+        ],
+        "seconds": {name: [note.seconds, note.cpu_seconds] for name, note in notes.items()},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _training(folder: str, note: Note) -> dict[str, Any]:
+    """Returns what a training run took: steps, tokens, operations, seconds by the clock and of its processes; the
+    responses of a group; and the last line of its metrics."""
+    import torch  # with the modules below, which a dry run need not wait for
+
+    from megatron_solopo.benchmark.flops import flops_of_packs
+    from megatron_solopo.config_load import load
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.evaluation.results import read_run
+    from megatron_solopo.pack import Side
+    from megatron_solopo.training.preflight import check_run_inputs
+
+    config, _ = load(["--config", f"{folder}/config.yaml"])
+    inputs, rows = check_run_inputs(config, refuse_machine=False), read_run(folder).train
+    schedule, train = inputs.schedule, inputs.data.train
+    times = Counter(example for step in range(schedule.steps) for example in schedule.step(step))
+    packs = (build_pack([train.groups[one]], [one], config.data.share_prompts) for one in times)
+    flops = [flops_of_packs(inputs.hf_config, [pack]).total for pack in packs]
+    of_sides = train.segment_counts().amax(1)[[*times]] * torch.tensor([*times.values()])[:, None]
+    return {
+        "steps": schedule.steps,
+        "tokens": sum(row["tokens"] for row in rows),
+        "flops": sum(count * of_group for of_group, count in zip(flops, times.values(), strict=True)),
+        "step_seconds": round(sum(row["seconds"] for row in rows), 3),
+        "seconds": note.seconds,
+        "cpu_seconds": note.cpu_seconds,
+        "responses": {
+            side.name.lower(): round(int(count) / times.total(), 3)
+            for side, count in zip(Side, of_sides.sum(0), strict=True)
+            if count
+        },
+        "last": {name: value for name, value in rows[-1].items() if value == value},  # without NaN
+    }
