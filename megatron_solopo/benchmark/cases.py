@@ -48,7 +48,7 @@ class Setting:
         model: one of `MODELS`, or a Hugging Face folder or config.json, of which the config is read.
         vocab_size: of one of `MODELS`.
         long, short, response: tokens of the long prompt, the short one and each response.
-        pairs: preference pairs, or conversations, a step.
+        pairs: preference groups, or conversations, a step.
         bf16: parameters in bfloat16; otherwise float32.
         threads: of each process.
     """
@@ -76,6 +76,7 @@ class Case:
         as_shipped: the trainer's defaults instead of its best settings: TRL recomputes, and computes reference
             log-probs in every step; the package packs up to 8 pairs.
         on_short: supervised training on the short context.
+        chosen, rejected: responses of a group.
         options: further options of ``solopo train``.
     """
 
@@ -86,6 +87,8 @@ class Case:
     recompute: bool = False
     as_shipped: bool = False
     on_short: bool = False
+    chosen: int = 1
+    rejected: int = 1
     options: tuple[str, ...] = ()
 
     @property
@@ -98,6 +101,7 @@ class Case:
             words.append("shared" if self.share else "separate")
         words += ["full recompute"] if self.recompute else []
         words += ["as shipped"] if self.as_shipped else []
+        words += [f"{self.chosen} x {self.rejected}"] if (self.chosen, self.rejected) != (1, 1) else []
         return ", ".join([*words, *([" ".join(self.options)] if self.options else [])])
 
 

@@ -60,6 +60,14 @@ def build_parser() -> Parser:
         help="computed once for their responses, or for each (default: shared)",
     )
     add("--recompute", nargs="+", choices=(NONE, FULL), default=[NONE], help="of activations (default: none)")
+    add(
+        "--responses",
+        nargs="+",
+        type=_counts,
+        default=[(1, 1)],
+        metavar="KxM",
+        help="chosen x rejected responses of a group, such as 1x1 4x4 (default: 1x1)",
+    )
     add("--options", default="", metavar="TEXT", help="further options of solopo train for all its cases, quoted")
     add("--against", choices=(TRL,), help="adds TRL's DPOTrainer on the long context; mode long is compared with it")
     add("--floor", action="store_true", help="adds plain training on one sequence, long and short: the FLOP floor")
@@ -119,6 +127,17 @@ def _at_least(least: int) -> Any:
     return whole
 
 
+def _counts(text: str) -> tuple[int, int]:
+    """Returns (chosen, rejected) of "4x8"."""
+    chosen, rejected = map(int, text.split("x"))
+    if chosen < 1 or rejected < 1:
+        raise ValueError
+    return chosen, rejected
+
+
+_counts.__name__ = "number of chosen x number of rejected, such as 4x8"
+
+
 def tables_of(options: Any, explicit: set[str]) -> list[Table]:
     """Returns the tables that a command line asks for.
 
@@ -126,8 +145,9 @@ def tables_of(options: Any, explicit: set[str]) -> list[Table]:
         UserError: options that contradict each other or would have no effect.
     """
     of_tables = {
-        "model", "vocab_size", "modes", "losses", "prompts", "recompute", "options", "against", "floor", "long_tokens",
-        "short_tokens", "response_tokens", "pairs", "bf16", "rounds", "steps", "longest_context", "memory_limit",
+        "model", "vocab_size", "modes", "losses", "prompts", "recompute", "responses", "options", "against", "floor",
+        "long_tokens", "short_tokens", "response_tokens", "pairs", "bf16", "rounds", "steps", "longest_context",
+        "memory_limit",
     }  # fmt: skip
     if options.suite:
         if unused := sorted(of_tables & explicit):
@@ -147,12 +167,14 @@ def tables_of(options: Any, explicit: set[str]) -> list[Table]:
     for names, refused, why in (
         (OF_LENGTHS, not options.longest_context, "needs --longest-context"),
         (OF_TIMES, options.longest_context, "--longest-context measures no time"),
-        (("losses", "prompts"), sft_alone, "--modes sft has neither pairs nor shared prompts"),
+        (("losses", "prompts", "responses"), sft_alone, "--modes sft has neither pairs nor shared prompts"),
         (("short_tokens",), options.longest_context, "--longest-context makes it an eighth of the long prompt"),
         (("short_tokens",), not options.floor and set(options.modes) <= {LONG, SFT}, "no mode reads the short prompt"),
     ):
         if refused and (unused := sorted(set(names) & explicit)):
             raise UserError("option-conflict", f"{flag(unused[0])}: {why}; leave it out")
+    if options.against and options.responses != [(1, 1)]:
+        raise UserError("option-conflict", "--responses: TRL's trainer takes pairs; leave --against or this out")
     if options.model not in MODELS and "vocab_size" in explicit:
         raise UserError("option-conflict", f"--vocab-size: {options.model} has a vocabulary of its own")
     return [_table(options)]
@@ -168,9 +190,18 @@ def _table(options: Any) -> Table:
                 cases.append(Case(mode=SFT, recompute=recompute, options=more))
                 continue
             cases += [
-                Case(mode=mode, loss=loss, share=prompts == SHARED, recompute=recompute, options=more)
+                Case(
+                    mode=mode,
+                    loss=loss,
+                    share=prompts == SHARED,
+                    recompute=recompute,
+                    chosen=chosen,
+                    rejected=rejected,
+                    options=more,
+                )
                 for loss in options.losses
                 for prompts in options.prompts
+                for chosen, rejected in options.responses
             ]
         cases += [Case(TRL, LONG, recompute=recompute)] if options.against else []
     if options.floor:

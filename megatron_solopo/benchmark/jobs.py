@@ -84,7 +84,10 @@ def write_inputs(job: Job) -> None:
     write_tokenizer(job.model)
     long, short = (count - PROMPT_EXTRA for count in (setting.long, setting.short))
     response, sft = setting.response - RESPONSE_EXTRA, case.mode == SFT
-    write_jsonl(job.data, examples(sft, short if case.on_short else long, short, response, setting.pairs, seed=0))
+    prompt = short if case.on_short else long
+    write_jsonl(
+        job.data, examples(sft, prompt, short, response, setting.pairs, 0, chosen=case.chosen, rejected=case.rejected)
+    )
 
 
 def options_of(job: Job) -> list[str]:

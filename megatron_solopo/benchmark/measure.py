@@ -131,7 +131,7 @@ def rehearsed(table: Table, folder: Path, say: Say) -> dict[Case, dict[str, floa
         write_inputs(job)
         config, _ = config_load.load(options_of(job))
         long = setting.short if case.mode == SFT and case.on_short else setting.long
-        pack = [example(config.method, setting.short, long, setting.response)]
+        pack = [example(config.method, setting.short, long, setting.response, case.chosen, case.rejected)]
         pack *= min(setting.pairs, config.training.micro_batch_size)
         packs = -(-setting.pairs // len(pack))
         tasks += tasks_of(config, read_hf_config(str(job.model)), pack, packs, 1, setting.device)
@@ -186,4 +186,8 @@ def kept(folder: Path, table: Table) -> Figures | None:
         record = loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError("file-unreadable", f"{path}: {error}; delete it, and the table is measured again") from None
-    return record if record.get("table") == as_json(table) else None
+    before = record.get("table", {})
+    # A case of an earlier version lacks the fields that it did not know, which had their defaults.
+    defaults = json.loads(json.dumps(asdict(Case())))
+    before = before | {"cases": [defaults | case for case in before.get("cases", ())]}
+    return record if before == as_json(table) else None

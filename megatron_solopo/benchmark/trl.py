@@ -173,7 +173,7 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
     return [
         {
             "prompt": group["long_messages"],
-            **{side: [{"role": "assistant", "content": group[side]}] for side in ("chosen", "rejected")},
+            **{side: [{"role": "assistant", "content": group[side][0]}] for side in ("chosen", "rejected")},
         }
         for group in groups
     ]

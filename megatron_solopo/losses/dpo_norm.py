@@ -1,4 +1,4 @@
-"""Length-normalised DPO: OLMo 3's ``dpo_norm`` (arXiv 2512.13961), TRL 1.16's loss type ``sigmoid_norm``."""
+"""Length-normalised DPO: Olmo 3's ``dpo_norm`` (arXiv 2512.13961; open-instruct), TRL 1.16's ``sigmoid_norm``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LD-DPO, length-desensitised DPO (arXiv 2409.06411, equation 11; TRL 1.16's ``ld_alpha``)."""
+"""LD-DPO, length-desensitised DPO (arXiv 2409.06411; TRL 1.16's ``ld_alpha``)."""
 
 from __future__ import annotations
 

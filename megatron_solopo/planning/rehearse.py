@@ -152,21 +152,25 @@ def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int)
     return StepWork(indices * packs, plan, sent(engine, each), inputs)
 
 
-def example(method: MethodConfig, short: int, long: int, response: int) -> TokenGroup:
-    """Returns a group of what ``method`` scores, one response a side, whose ids count up from 0.
+def example(
+    method: MethodConfig, short: int, long: int, response: int, chosen: int = 1, rejected: int = 1
+) -> TokenGroup:
+    """Returns a group of what ``method`` scores, whose ids count up from 0.
 
     Args:
         short, long: tokens of the prompts; response: of each response. A conversation has the long prompt's.
+        chosen, rejected: number of responses of each side.
     """
     if method.objective == "sft":
         completions = (Completion(Side.PLAIN, range(response)),)
         return TokenGroup("example", (Prompt(Context.SHORT, range(long), completions),))
     scored = sorted(policy_scores(method))
-    lengths = {Context.SHORT: short, Context.LONG: long}
+    lengths, counts = {Context.SHORT: short, Context.LONG: long}, {Side.CHOSEN: chosen, Side.REJECTED: rejected}
 
     def prompt(context: Context) -> Prompt:
         sides = [side for other, side in scored if other == context]
-        return Prompt(context, range(lengths[context]), tuple(Completion(side, range(response)) for side in sides))
+        each = (Completion(side, range(response), response=number) for side in sides for number in range(counts[side]))
+        return Prompt(context, range(lengths[context]), tuple(each))
 
     return TokenGroup("example", tuple(prompt(context) for context in sorted({context for context, _ in scored})))
 

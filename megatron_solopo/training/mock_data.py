@@ -129,8 +129,10 @@ def _examples(config: Config, seq_length: int) -> Iterator[dict[str, Any]]:
     return examples(sft, seq_length - 16, short, 8, EXAMPLES, config.training.seed)
 
 
-def examples(sft: bool, long: int, short: int, response: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yields conversations on a long context, or preference groups; lengths are in words."""
+def examples(
+    sft: bool, long: int, short: int, response: int, count: int, seed: int, chosen: int = 1, rejected: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Yields conversations on a long context, or preference groups of so many responses; lengths are in words."""
     draw = random.Random(seed)
 
     def words(count: int) -> str:
@@ -142,11 +144,10 @@ def examples(sft: bool, long: int, short: int, response: int, count: int, seed: 
             yield {"id": str(number), "messages": [*question, {"role": "assistant", "content": words(response)}]}
             continue
         brief = [{"role": "user", "content": words(short)}]
-        chosen, rejected = words(response), words(response)
         yield {
             "id": str(number),
             "short_messages": brief,
             "long_messages": question,
-            "chosen": chosen,
-            "rejected": rejected,
+            "chosen": [words(response) for _ in range(chosen)],
+            "rejected": [words(response) for _ in range(rejected)],
         }

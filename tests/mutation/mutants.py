@@ -1107,7 +1107,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "benchmark/measure.py",
         BENCHMARK,
-        ("another table kept", 'return record if record.get("table") == as_json(table) else None', "return record"),
+        ("another table kept", "return record if before == as_json(table) else None", "return record"),
     ),
     *within(
         "model/lora.py",

@@ -16,12 +16,13 @@ from megatron_solopo import config_load
 from megatron_solopo.benchmark import measure
 from megatron_solopo.benchmark.cases import LONGEST, PLAIN, SUITES, TRL, Case, Setting, Table, against_trl
 from megatron_solopo.benchmark.command import build_parser, tables_of
-from megatron_solopo.benchmark.jobs import Job, options_of
+from megatron_solopo.benchmark.jobs import Job, options_of, write_inputs
 from megatron_solopo.benchmark.longest import longest
 from megatron_solopo.benchmark.measure import as_json, kept
 from megatron_solopo.benchmark.ratios import Ratio, compared, ratios_of, read_baseline, write_baseline
 from megatron_solopo.benchmark.report import END, START, write_page
 from megatron_solopo.cli import dispatch, run
+from megatron_solopo.planning.rehearse import example
 
 SETTING = Setting("d64-l2", vocab_size=256, pairs=8)
 
@@ -202,6 +203,8 @@ WRONG = [
     ("option-unknown", "--recompute-granularty", ["--model", "d64-l2", "--options", "--recompute-granularty full"]),
     ("option-value", "--preference-loss", ["--model", "d64-l2", "--losses", "dpoo"]),
     ("option-value", "--pairs", ["--model", "d64-l2", "--pairs", "0"]),
+    ("option-value", "--responses: invalid", ["--model", "d64-l2", "--responses", "4"]),
+    ("option-conflict", "--responses", ["--model", "d64-l2", "--responses", "2x2", "--against", "trl"]),
     ("memory-limit", "available", ["--model", "d64-l2", "--longest-context", "--memory-limit", "1e9"]),
     ("file-system", "none.json", ["--model", "d64-l2", "--baseline", "none.json"]),
 ]
@@ -251,12 +254,31 @@ def test_a_table_is_all_combinations_of_its_options() -> None:
     assert [table.name for table in parsed] == ["longest"]
 
 
+def test_several_responses_are_cases_and_reach_the_examples(tmp_path: Path) -> None:
+    parser = build_parser()
+    argv = "--model d64-l2 --modes long --responses 1x1 2x3 --output o".split()
+    (table,) = tables_of(parser.parse_args(argv), parser.explicit)
+    assert [case.name for case in table.cases] == ["long dpo, shared", "long dpo, shared, 2 x 3"]
+    write_inputs(job := Job(table.setting, table.cases[1], str(tmp_path)))
+    (record,) = map(json.loads, job.data.read_text().splitlines())
+    assert [len({*record[side]}) for side in ("chosen", "rejected")] == [2, 3]
+    config, _ = config_load.load(options_of(job))
+    (prompt,) = example(config.method, 16, 64, 8, 2, 3).prompts
+    sides = [(one.side.name, one.response) for one in prompt.completions]
+    assert sides == [("CHOSEN", 0), ("CHOSEN", 1), ("REJECTED", 0), ("REJECTED", 1), ("REJECTED", 2)]
+
+
 def test_a_finished_table_is_kept_until_it_changes(tmp_path: Path) -> None:
     table = SUITES["quick"][0]
     assert kept(tmp_path, table) is None
     (tmp_path / "floor.json").write_text(json.dumps({"table": as_json(table), "cases": []}))
     assert kept(tmp_path, table) == {"table": as_json(table), "cases": []}
     assert kept(tmp_path, replace(table, rounds=9)) is None
+    earlier = as_json(table)
+    for case in earlier["cases"]:
+        del case["chosen"], case["rejected"]
+    (tmp_path / "floor.json").write_text(json.dumps({"table": earlier, "cases": []}))
+    assert kept(tmp_path, table) == {"table": earlier, "cases": []}  # of a version without these fields
     (tmp_path / "floor.json").write_text("{")
     with refused("file-unreadable", "floor.json"):
         kept(tmp_path, table)
