@@ -262,12 +262,6 @@ def _check_tiles(model: ModelConfig) -> None:
         return
     if tiles != "auto" and not (tiles.isascii() and tiles.isdigit() and int(tiles) > 0):
         raise UserError("option-value", f"--mlp-tiles {tiles}: must be auto or a number from 1")
-    if model.lora_rank is not None:
-        raise UserError(
-            "option-conflict",
-            "--mlp-tiles with --lora-rank: the backward pass of a tile has no adapters; use --recompute-granularity "
-            "full",
-        )
     if model.fp8_format is not None:
         raise UserError(
             "option-conflict",

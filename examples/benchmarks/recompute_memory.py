@@ -1,6 +1,6 @@
 """Memory of a training step of a 7B model by what is recomputed, kept and offloaded: rehearsed, so no GPU is needed.
 
-    python examples/benchmarks/recompute_memory.py [--tokens 131072]
+    python examples/benchmarks/recompute_memory.py [--tokens 131072] [--lora]
 
 It prints a Markdown table (docs/parallelism.md). Each row takes half a minute to three minutes on one core.
 """
@@ -20,6 +20,7 @@ MODEL = Path(__file__).resolve().parents[1] / "recipes" / "models" / "Qwen2.5-7B
 GIB = 2**30
 FULL, TILES = "--recompute-granularity full", "--mlp-tiles auto"
 KEEP, OFFLOAD = "--recompute-keep core_attn", "--activation-offload"
+LORA = "--lora-rank 16"
 SMALL = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
 HOST = "--optimizer-cpu-offload"
 ROWS = (
@@ -32,8 +33,14 @@ ROWS = (
     (131072, 8, f"{FULL} {TILES} {SMALL} --context-parallel-size 8"),
     (262144, 1, f"{FULL} {TILES} {OFFLOAD} {SMALL}"),
     (524288, 1, f"{FULL} {TILES} {OFFLOAD} {HOST}"),
+    (131072, 1, f"{LORA} {FULL}"),
+    (131072, 1, f"{LORA} {FULL} {TILES}"),
+    (131072, 1, f"{LORA} {FULL} {TILES} {KEEP}"),
+    (262144, 1, f"{LORA} {FULL} {TILES}"),
+    (262144, 1, f"{LORA} {FULL} {TILES} {OFFLOAD}"),
+    (524288, 1, f"{LORA} {FULL} {TILES} {OFFLOAD}"),
 )
-"""Tokens of the long prompt, processes, and options."""
+"""Tokens of the long prompt, processes, and options; those of --lora-rank 16 are in docs/lora.md."""
 
 
 def task(tokens: int, processes: int, flags: str) -> Task:
@@ -46,8 +53,9 @@ def task(tokens: int, processes: int, flags: str) -> Task:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, help="only the rows of this length")
-    length = parser.parse_args().tokens
-    rows = [row for row in ROWS if length in (None, row[0])]
+    parser.add_argument("--lora", action="store_true", help="only the rows with adapters")
+    arguments = parser.parse_args()
+    rows = [row for row in ROWS if arguments.tokens in (None, row[0]) and (not arguments.lora or LORA in row[2])]
     print("| tokens | GPUs | options | kept by the layers, GiB | peak of a GPU, GiB | host, GiB |")
     print("|---|---|---|---|---|---|")
     with Rehearsals(1) as rehearsals:

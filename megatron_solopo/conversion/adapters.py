@@ -68,7 +68,7 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
         )
     if options.lora_path is None:
         return
-    path, expected = Path(options.lora_path) / WEIGHTS, _shapes(options, hf_config)
+    path, expected = Path(options.lora_path) / WEIGHTS, adapter_shapes(options, hf_config)
     with _opened(path) as file:
         names = {*file.keys()}
         if missing := sorted(expected.keys() - names):
@@ -83,8 +83,8 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                 )
 
 
-def _shapes(options: ModelConfig, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """Name -> shape of every tensor of the adapters."""
+def adapter_shapes(options: ModelConfig, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Returns PEFT's name -> shape of every tensor of the adapters of --lora-rank."""
     assert options.lora_rank is not None
     shapes: dict[str, tuple[int, int]] = {}
     for name, shape in stored_shapes(hf_config).items():

@@ -127,13 +127,17 @@ class Adapter(nn.Module):
         """Returns the matrix's ``output`` [..., out] for its input x [..., in] with what the adapters add."""
         if not self.enabled:
             return output
-        inner = F.linear(x, torch.cat(self.matrices("a")))  # [..., r of all projections]
         if self.column:
+            inner = _product(x, torch.cat(self.matrices("a")))  # [..., r of all projections]
             into = gather_from_sequence_parallel_region if self.sequence_parallel else _copied
             return _AddLowRank.apply(output, into(inner), self.scale, [*self.projections.values()], *self.matrices("b"))
+        return output + self.added(x)
+
+    def added(self, x: Tensor) -> Tensor:
+        """Returns what the adapter of a matrix cut by columns adds to its output, for its input x [..., in]."""
+        (a,), (b,) = self.matrices("a"), self.matrices("b")
         into = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else _summed
-        (b,) = self.matrices("b")
-        return output + F.linear(into(inner), b) * self.scale
+        return _product(into(_product(x, a)), b) * self.scale
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -148,6 +152,12 @@ class Adapter(nn.Module):
             tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """[..., in] -> [..., out]. Of more dimensions than two torch would round otherwise without gradients, as in the
+    first pass of a recomputed layer, than with them (`should_fold` of its matmul)."""
+    return F.linear(x.flatten(0, -2), matrix).view(*x.shape[:-1], len(matrix))
 
 
 def _copied(inner: Tensor) -> Tensor:
@@ -211,7 +221,7 @@ def attach_adapters(model: GPTModel, options: ModelConfig) -> None:
                 column, inputs = len(names) > 1, matrix.weight.shape[1]
                 adapter = Adapter(settings, projections, column, inputs, options.lora_rank, lora_scale(options))
                 owner.register_module(matrix_name + SUFFIX, adapter)
-                matrix.register_forward_hook(_adding(adapter))
+                matrix.register_forward_hook(_Adding(adapter))
     if settings.recompute_granularity is not None and model.pre_process:
         model.embedding.register_forward_hook(_with_gradient)
 
@@ -227,11 +237,20 @@ def _rows(names: Sequence[str], layer: Any, matrix: Any) -> dict[str, Rows]:
     return {name: Rows(groups, sum(sizes[:place]) * unit, sizes[place] * unit) for place, name in enumerate(names)}
 
 
-def _adding(adapter: Adapter) -> Any:
-    def add(matrix: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> Any:
-        return adapter(inputs[0], output[0]), output[1]
+class _Adding:
+    """The forward hook of a matrix that calls its adapter."""
 
-    return add
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, matrix: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> Any:
+        return self.adapter(inputs[0], output[0]), output[1]
+
+
+def adapter_of(matrix: nn.Module) -> Adapter | None:
+    """Returns the adapter beside a matrix, if it has one."""
+    hooks = (hook for hook in matrix._forward_hooks.values() if isinstance(hook, _Adding))
+    return next((hook.adapter for hook in hooks), None)
 
 
 def _with_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tensor:

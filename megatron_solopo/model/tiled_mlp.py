@@ -10,6 +10,8 @@ gate, up and product again. The scheme is that of ALST (arXiv 2506.13996, sectio
 - ``linear_fc2`` of portable layers is not computed again: its gradients need its input alone. Where the layer is
   recomputed itself, that recomputation leaves the MLP out, so that full recomputation is cheaper with tiles.
 
+With LoRA the matrices are frozen and the weights are those of the adapters, which a tile computes beside the matrices.
+
 Under tensor parallelism a tile is a part of this rank's rows. With sequence parallelism each tile is gathered before
 ``linear_fc1`` and its result summed and scattered behind ``linear_fc2``, as the matrices do it anyway: a gather around
 all tiles would hold all tokens, which is as much as the tiles save in a layer of many ranks. Messages are as many times
@@ -31,6 +33,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_solopo.model.lora import adapter_of
 from megatron_solopo.model.repeated import save_input, saved_input
 from megatron_solopo.model.tiles import tiles_of
 from megatron_solopo.parallel.products import add_product, added_gradient
@@ -66,17 +69,26 @@ class TiledMLP(MLP):
         """The ranks that share each matrix."""
         return cast(Any, self.tp_group).size()
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a tile has rows of all ranks, which are gathered for it."""
+        return self.config.sequence_parallel and self.ranks > 1
+
     def rows(self, x: Tensor) -> int:
         """Returns the rows of a tile of ``x``."""
         rows = len(x) * (self.ranks if self.config.sequence_parallel else 1)
         return -(-len(x) // tiles_of(self.tiles, rows, self.config.hidden_size))
 
+    def trained(self) -> list[Tensor]:
+        """Returns the parameters that have gradients; with LoRA those of the adapters."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def adds_to_main_grad(self) -> bool:
         """Whether products add the gradients of matrices to DDP's sums; portable layers not to sums in 16 bits, which
         would round the gradient of each tile."""
-        if not self.config.gradient_accumulation_fusion:
-            return False
         matrix: Any = self.linear_fc2
+        if not self.config.gradient_accumulation_fusion or not matrix.weight.requires_grad:
+            return False
         return not isinstance(matrix, RowParallelLinear) or cast(Any, matrix.weight).main_grad.dtype == torch.float32
 
     def tile(self, x: Tensor) -> Tensor:
@@ -89,8 +101,9 @@ class TiledMLP(MLP):
         second: Any = self.linear_fc2
         if not isinstance(second, RowParallelLinear):
             return self.backward_by_autograd(x, grad, sums)
-        gather = self.config.sequence_parallel and self.ranks > 1
-        if gather:
+        if not second.weight.requires_grad:
+            return self.backward_of_adapters(x, grad, sums)
+        if self.gathers:
             x, grad = (gather_from_sequence_parallel_region(rows, group=self.tp_group) for rows in (x, grad))
         inputs = torch.matmul(x, first.weight.t()).requires_grad_()
         with torch.enable_grad():
@@ -99,13 +112,32 @@ class TiledMLP(MLP):
         (of_inputs,) = torch.autograd.grad(product, inputs, grad @ second.weight)
         sums.add_product(first.weight, of_inputs, x)
         of_x = of_inputs @ first.weight
-        if gather:
+        if self.gathers:
             return reduce_scatter_to_sequence_parallel_region(of_x, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(of_x, group=self.tp_group)
 
+    def backward_of_adapters(self, x: Tensor, grad: Tensor, sums: _Sums) -> Tensor:
+        """`backward_of_tile` with frozen matrices, which have gradients of their inputs alone.
+
+        Here too ``linear_fc2`` is not computed again: its input gets the gradient through the matrix as a product, and
+        that through the adapters from what they add.
+        """
+        second: Any = self.linear_fc2
+        adapter, trained, x = adapter_of(second), self.trained(), x.detach().requires_grad_()
+        of_result = gather_from_sequence_parallel_region(grad, group=self.tp_group) if self.gathers else grad
+        of_results = [of_result @ second.weight]
+        with torch.enable_grad():
+            results = [cast(Any, self.activation_func)(cast(Any, self.linear_fc1)(x)[0])]
+            if adapter is not None:
+                results.append(adapter.added(results[0]))
+                of_results.append(grad)
+        of_x, *gradients = torch.autograd.grad(results, [x, *trained], of_results)
+        sums.add(trained, gradients)
+        return of_x
+
     def backward_by_autograd(self, x: Tensor, grad: Tensor, sums: _Sums) -> Tensor:
         """`backward_of_tile` of other matrices than megatron-core's own, whose gradients are their own affair."""
-        parameters, x = [*self.parameters()], x.detach().requires_grad_()
+        parameters, x = self.trained(), x.detach().requires_grad_()
         with torch.enable_grad():
             result = self.tile(x)
         of_x, *gradients = torch.autograd.grad(result, [x, *parameters], grad)
@@ -166,7 +198,8 @@ class _Tiled(torch.autograd.Function):
         of_x, rows, sums = torch.empty_like(x), mlp.rows(x), _Sums(mlp.adds_to_main_grad())
         for tile, of_result, of_tile in zip(x.split(rows), grad.split(rows), of_x.split(rows), strict=True):
             of_tile.copy_(mlp.backward_of_tile(tile, of_result, sums))
-        return of_x, None, *(sums.total(parameter) for parameter in mlp.parameters())
+        totals = (sums.total(parameter) if parameter.requires_grad else None for parameter in mlp.parameters())
+        return of_x, None, *totals
 
 
 class _Unread(_Tiled):

@@ -29,6 +29,7 @@ from megatron_solopo.planning.search import Candidate, Plan, Request, SearchResu
 from megatron_solopo.planning.table import UNITS, columns, not_rehearsed
 from megatron_solopo.planning.workers import Rehearsals
 from megatron_solopo.training.objective import check_loss
+from megatron_solopo.training.parameters import describe_parameters
 
 GIB = UNITS["GiB"]
 
@@ -196,6 +197,7 @@ def _heading(request: Request, searched: SearchResult) -> list[str]:
     return [
         f"{request.gpus} x {request.machine.name}, {request.limit / GIB:.4g} GiB of each; {examples} examples a step, "
         f"the longest with prompts of {lengths} tokens",
+        describe_parameters(request.hf_config, request.config.model),
         f"{searched.layouts:,} layouts: training refuses {sum(searched.refused.values()):,}; of the others, with each "
         f"micro-batch, {len(searched.fitting):,} fit by estimate and {len(searched.others):,} do not",
     ]

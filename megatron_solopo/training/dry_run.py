@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
@@ -26,6 +24,7 @@ from megatron_solopo.parallel.topology import (
     place_of,
     world_size,
 )
+from megatron_solopo.training.parameters import describe_parameters, parameter_count
 from megatron_solopo.training.preflight import Preflight, RunData, preflight
 from megatron_solopo.training.reference import cache_folder, has_cache
 from megatron_solopo.training.resume import new_schedule
@@ -69,6 +68,7 @@ def _model(hf_config: PretrainedConfig, config: Config) -> list[str]:
     return [
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
         f"vocabulary {hf_config.vocab_size:,} padded to {padded:,}",
+        describe_parameters(hf_config, config.model),
         f"positions: {reach(hf_config.max_position_embeddings, hf_config.rope_parameters):,} "
         f"(RoPE {hf_config.rope_parameters['rope_type']})"
         + (f", sliding window {window:,}, which --seq-length stays within" if window else ""),
@@ -179,14 +179,3 @@ def _named(layers: list[range]) -> str:
     """``[range(0, 2), range(4, 5)]`` -> ``layers 0-1, 4``."""
     spans = [f"{chunk.start}-{chunk.stop - 1}" if len(chunk) > 1 else str(chunk.start) for chunk in layers]
     return ("layers " if len(spans) > 1 or len(layers[0]) > 1 else "layer ") + ", ".join(spans)
-
-
-def parameter_count(hf_config: PretrainedConfig) -> dict[str, int]:
-    """Counts the parameters of the Hugging Face model without building it: {"total", "embedding"}.
-
-    transformers makes them on the meta device, so that vocabulary padding is not counted.
-    """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(hf_config)
-    embedding = model.get_input_embeddings().weight.numel()
-    return {"total": sum(p.numel() for p in model.parameters()), "embedding": embedding}

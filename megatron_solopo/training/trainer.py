@@ -30,6 +30,7 @@ from megatron_solopo.training.exits import StopRequests, note_sudden_death, repo
 from megatron_solopo.training.log import RunLog
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.monitoring import Watch, length_bias, no_transfer
+from megatron_solopo.training.parameters import describe_parameters
 from megatron_solopo.training.preflight import Preflight, preflight
 from megatron_solopo.training.reference import has_cache, reference_log_probs, shared
 from megatron_solopo.training.resident import ResidentReference, scored_training_work
@@ -325,6 +326,8 @@ class Trainer:
             + (f", last step {rest}" if rest else "")
             + "; values of a step are means over its examples"
         )
+        if dist.get_rank() == 0:  # which alone prints
+            self.log.message(describe_parameters(self.plan.inputs.hf_config, self.config.model))
         if self.plan.budget:
             self.log.message(self.plan.budget)
         if self.platform.name == "cuda":

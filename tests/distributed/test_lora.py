@@ -48,12 +48,14 @@ PLANS = [
     ("float64", "dpo", "wide-tied", "by-two", "seven"),
     ("float64", "simpo", "wide-qwen3", "recompute", "seven"),
     ("float32", "orpo", "wide-tied", "by-two", "seven"),
+    ("float64", "dpo", "wide-tied", "tiles", "seven"),
+    ("float64", "orpo", "wide-qwen3", "tiles-recompute", "seven"),
 ]
 MOE = ("float64", "dpo", "qwen3_moe", "by-two", "seven")
 CASES = [
     *((2, layout, plan) for layout in LAYOUTS for plan in PLANS),
     *((2, layout, MOE) for layout in WITH_EXPERTS),
-    *((4, layout, plan) for layout in FOUR for plan in PLANS[:2]),
+    *((4, layout, plan) for layout in FOUR for plan in (*PLANS[:2], PLANS[-1])),
 ]
 
 

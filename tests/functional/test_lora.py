@@ -16,6 +16,7 @@ from training_home import Home, furnish
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.cli import run
+from megatron_solopo.planning import plan
 from megatron_solopo.training import convert
 from megatron_solopo.training.run import main
 
@@ -62,6 +63,26 @@ def test_the_merged_folder_is_the_start_and_the_scaled_products(home: Home) -> N
         torch.testing.assert_close(after[name].double(), expected, rtol=0, atol=1e-6)
         changed += int((after[name] - tensor).norm() > 1e-3)
     assert changed == len(learned) // 2 == 2 * 4
+
+
+def test_the_log_the_dry_run_and_the_plan_count_parameters_as_peft_does(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(home.folder / "hf")
+    settings = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+    trained, total = peft.get_peft_model(base, settings).get_nb_trainable_parameters()
+    said = f"{trained:,} of {total:,} parameters are trained, {trained / total:.2%}: adapters of rank {RANK}\n"
+    capsys.readouterr()
+    assert run(main, home.argv("runs/said", *LORA, "--train-iters", 1)) == 0
+    assert said in capsys.readouterr().err
+    assert run(main, home.argv("runs/said-again", *LORA, "--dry-run")) == 0
+    assert said in capsys.readouterr().out
+    words = ["--model", home.folder / "hf", "--gpus", 1, "--long-tokens", 64, "--short-tokens", 32, "--top", 1]
+    assert run(plan.main, [*map(str, (*words, "--response-tokens", 8, *LORA))]) == 0
+    assert said in capsys.readouterr().out
+    assert run(main, home.argv("runs/said-again", "--dry-run")) == 0
+    assert f"all {total - trained:,} parameters are trained\n" in capsys.readouterr().out
 
 
 def test_a_checkpoint_holds_adapters_alone(home: Home) -> None:

@@ -510,6 +510,7 @@ MUTANTS: list[Mutant] = [
             "torch.promote_types(parameter.dtype, torch.float32)",
             "parameter.dtype",
         ),
+        ("adapters of the second matrix left out of a tile's backward", "if adapter is not None:", "if False:"),
         (
             "gates kept of all tiles",
             "rows = torch.empty_like(x), mlp.rows(x)\n",
@@ -519,7 +520,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "model/tiled_mlp.py",
         CUT.replace("sequence'", "sequence and tiles'"),
-        ("a tile of this rank's rows alone", "gather = self.config.sequence_parallel and", "gather = False and"),
+        ("a tile of this rank's rows alone", "return self.config.sequence_parallel and", "return False and"),
     ),
     *within(
         "model/log_probs.py",
@@ -1129,6 +1130,15 @@ MUTANTS: list[Mutant] = [
             "no gradient in the first layers that are recomputed",
             "settings.recompute_granularity is not None and model.pre_process",
             "False",
+        ),
+    ),
+    *within(
+        "model/tiled_mlp.py",
+        LORA,
+        (
+            "a tile's gradient of this rank's rows alone passed through a frozen matrix",
+            "gather_from_sequence_parallel_region(grad, group=self.tp_group) if self.gathers else grad",
+            "grad.repeat(self.ranks, 1, 1) if self.gathers else grad",
         ),
     ),
     *within("model/lora.py", LORA_RUNS, ("the reference has the adapters", "adapter.enabled = False", "pass")),

@@ -21,6 +21,7 @@ STEPS = 20
 FP32 = ("--use-precision-aware-optimizer", "--no-store-param-remainders")
 BF16 = ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")
 HOST = ("--optimizer-cpu-offload",)
+LORA = ("--lora-rank", 4, "--lora-alpha", 16)
 PIECES = 500
 """Smaller than most parameters of the model, and no divisor of their sizes."""
 
@@ -75,8 +76,9 @@ def away_from_zero(main: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def test_a_smaller_state_trains_and_resumes_exactly(run: Run, tmp_path: Path) -> None:
-    flags = (*BF16, *HOST, "--optimizer-offload-fraction", 0.5, "--main-grads-dtype", "bf16")
+@pytest.mark.parametrize("lora", [(), LORA], ids=["all", "adapters"])
+def test_a_smaller_state_trains_and_resumes_exactly(run: Run, tmp_path: Path, lora: tuple[Any, ...]) -> None:
+    flags = (*BF16, *HOST, "--optimizer-offload-fraction", 0.5, "--main-grads-dtype", "bf16", *lora)
     lines = run("small", *flags)
     losses = [line["loss"] for line in lines]
     assert losses[-1] < 0.9 * losses[0]
@@ -93,6 +95,13 @@ def test_forms_of_the_same_state_are_the_plain_optimizer(run: Run, tmp_path: Pat
             assert run(before, *forms[before]) == plain, before
         load = "--load", tmp_path / before, "--ckpt-step", STEPS // 2
         assert run(f"{before}-{after}", *forms[after], *load) == plain[STEPS // 2 :], (before, after)
+
+
+def test_adapters_take_the_plain_optimizers_steps(run: Run) -> None:
+    plain = run("plain", *LORA)
+    assert len({line["loss"] for line in plain}) == STEPS
+    assert run("device", *LORA, *FP32) == plain
+    assert run("host", *LORA, *HOST, *FP32, "--optimizer-offload-fraction", 0.4) == plain
 
 
 def test_every_main_parameter_is_a_weight_and_a_remainder() -> None:

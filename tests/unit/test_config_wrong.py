@@ -334,7 +334,6 @@ WRONG_RECOMPUTATIONS = [
     (f"{SELECTIVE} mlp,mlp_act", "option-unused", "mlp_act", "no effect with mlp"),
     (f"{SELECTIVE} mlp_act --lora-rank 8", "option-unused", "mlp_act", "--lora-rank"),
     (f"{SELECTIVE} core_attn,mlp_act --mlp-tiles 2", "option-unused", "--recompute-modules", "--mlp-tiles"),
-    ("--mlp-tiles auto --lora-rank 8", "option-conflict", "--mlp-tiles", "--lora-rank"),
     (f"{SELECTIVE} layernorm", "option-conflict", "--transformer-impl portable", "Transformer Engine"),
     (
         f"{TE} --fp8-format e4m3 --fp8-recipe delayed --preference-loss orpo {SELECTIVE} moe_act",

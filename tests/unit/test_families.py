@@ -275,7 +275,7 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
     from megatron_solopo.conversion.hf import named_entries
     from megatron_solopo.model.build import build_model
     from megatron_solopo.model.hf_config import read_hf_config
-    from megatron_solopo.training.dry_run import parameter_count
+    from megatron_solopo.training.parameters import parameter_count
 
     text = (solopo_data / "model_configs" / f"{name}.config.json").read_text()
     (tmp_path / "config.json").write_text(text)

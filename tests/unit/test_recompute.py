@@ -59,7 +59,7 @@ def gradients(model: Any, name: str) -> dict[str, Tensor]:
     sums = [run_pack(CONFIGS[name], model, pack, torch.float64) for pack in packs]
     for part in reversed(sums):
         (part * torch.arange(1, len(part) + 1)).sum().backward()
-    return {key: parameter.grad for key, parameter in model.named_parameters()}
+    return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 KEEP = (*FULL, "--recompute-keep", "core_attn")
@@ -72,14 +72,27 @@ CASES = [
     *(("qwen3", selective(part)) for part in ("core_attn", "mlp", "core_attn,mlp", "mlp_act")),
     *(("mixtral", flags) for flags in (FULL, *map(selective, ("moe", "core_attn")))),
 ]
+LORA = ("--lora-rank", 2)
+WITH_ADAPTERS = [
+    *(("qwen3", flags) for flags in (FULL, KEEP, (*KEEP, "--recompute-num-layers", 2))),
+    ("qwen3", (*FULL, "--recompute-method", "block", "--recompute-num-layers", 2)),
+    *(("qwen3", selective(part)) for part in ("core_attn", "mlp", "core_attn,mlp")),
+    *(("mixtral", flags) for flags in (KEEP, selective("moe"))),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"), CASES, ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value))
+    ("name", "flags", "lora"),
+    [*((*case, ()) for case in CASES), *((*case, LORA) for case in WITH_ADAPTERS)],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
-def test_gradients_have_the_bits_of_those_without_it(engine: None, name: str, flags: tuple[Any, ...]) -> None:
-    plain = gradients(built(name), name)
-    for key, gradient in gradients(built(name, *flags), name).items():
+def test_gradients_have_the_bits_of_those_without_it(
+    engine: None, name: str, flags: tuple[Any, ...], lora: tuple[Any, ...]
+) -> None:
+    plain = gradients(built(name, *lora), name)
+    again = gradients(built(name, *lora, *flags), name)
+    assert again.keys() == plain.keys() and all("_lora." in key for key in plain) == bool(lora)
+    for key, gradient in again.items():
         assert torch.equal(gradient, plain[key]) and gradient.norm() > 0, key
 
 
@@ -103,14 +116,17 @@ def attention_of(name: str) -> Forwards:
     return forwards
 
 
-OFFLOADED = [("qwen3", FULL), ("qwen3", KEEP), ("qwen3", (*KEEP, "--recompute-num-layers", 2)), ("mixtral", KEEP)]
+OFFLOADED = [
+    *(("qwen3", FULL, ()), ("qwen3", KEEP, ()), ("qwen3", (*KEEP, "--recompute-num-layers", 2), ())),
+    *(("mixtral", KEEP, ()), ("qwen3", KEEP, LORA)),
+]
 
 
-@pytest.mark.parametrize(("name", "flags"), OFFLOADED)
+@pytest.mark.parametrize(("name", "flags", "lora"), OFFLOADED)
 def test_what_was_on_the_host_has_its_bits_and_its_bytes(
-    engine: None, name: str, flags: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    engine: None, name: str, flags: tuple[Any, ...], lora: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, model = gradients(built(name), name), built(name, *flags)
+    plain, model = gradients(built(name, *lora), name), built(name, *lora, *flags)
     offload = offloading(model, monkeypatch)
     seen = []
     for _ in range(2):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bf16_bound import BOUND, SEEDS, normal
 from refusals import refused
+from test_recompute import FULL, built, gradients
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen3MoeConfig
 
@@ -193,6 +194,21 @@ def test_a_recomputed_layer_leaves_its_mlp_out(engine: Any, method: str, layers:
         torch.testing.assert_close(gradient, other, rtol=1e-13, atol=1e-13)
     assert tiles == (3 if alone else 6)
     assert result.isnan().all() if alone else torch.allclose(result, expected)
+
+
+@pytest.mark.parametrize("flags", [(), FULL], ids=["", "full"])
+@pytest.mark.parametrize("modules", ["q_proj,gate_proj,up_proj,down_proj", "up_proj", "down_proj", "o_proj"])
+def test_adapters_in_tiles_have_the_gradients_of_those_without(
+    engine: Any, modules: str, flags: tuple[str, ...]
+) -> None:
+    """In a model whose matrices are frozen: of adapters in the MLP, and of others, whose gradient passes through it."""
+    lora = ("--lora-rank", 2, "--lora-modules", modules)
+    plain = gradients(built("qwen3", *lora), "qwen3")
+    tiled = gradients(built("qwen3", *lora, *flags, "--mlp-tiles", 3), "qwen3")
+    assert tiled.keys() == plain.keys() and len(plain) == 3 * 2 * len(modules.split(","))  # three layers
+    for name, gradient in tiled.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-12, atol=1e-12)
+        assert gradient.norm() > 0, name
 
 
 def test_tiles_of_experts_are_refused() -> None:
