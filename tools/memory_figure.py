@@ -15,9 +15,10 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from megatron_solopo.cli import run  # noqa: E402
 from megatron_solopo.evaluation.plots import COLOURS  # noqa: E402
+from megatron_solopo.planning.candidate import GIB  # noqa: E402
 from megatron_solopo.planning.machines import load_machine  # noqa: E402
 from megatron_solopo.planning.memory import BUILD, KINDS, Moment  # noqa: E402
-from megatron_solopo.planning.plan import GIB, read_options, request_of  # noqa: E402
+from megatron_solopo.planning.plan import read_options, request_of  # noqa: E402
 from megatron_solopo.planning.search import plan  # noqa: E402
 from megatron_solopo.planning.workers import Rehearsals  # noqa: E402
 
@@ -26,10 +27,18 @@ from demo_figure import STYLE  # noqa: E402  # isort: skip
 FIGURE = ROOT / "docs" / "images" / "memory.svg"
 MODEL = "examples/recipes/models/Qwen2.5-7B-Instruct"
 LENGTHS = tuple(4096 * 2**power for power in range(6))
+COPIES, SHARED = ("--context-parallel-size", "1"), ("--context-parallel-size", "8")
+SAVING = (
+    *("--mlp-tiles", "auto", "--use-precision-aware-optimizer"),
+    *("--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"),
+)
 LAYOUTS = {
-    "8 copies (dp8)": ("--context-parallel-size", "1"),
-    "one sequence over 8 GPUs (cp8)": ("--context-parallel-size", "8"),
+    "8 copies (dp8)": COPIES,
+    "one sequence over 8 GPUs (cp8)": SHARED,
+    "dp8, MLP in tiles, moments in bf16": (*COPIES, *SAVING),
+    "cp8, MLP in tiles, moments in bf16": (*SHARED, *SAVING),
 }
+"""Of each panel, by rows, its options."""
 WORDS = (
     *("--model", MODEL, "--gpus", "8", "--gpu-memory", "10000", "--rope-scaling", "yarn:4:32768"),
     *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--micro-batch-size", "1"),
@@ -52,10 +61,10 @@ def peaks(words: tuple[str, ...], rehearsals: Rehearsals) -> list[Moment]:
 @matplotlib.rc_context(STYLE)
 def draw(path: Path, layouts: dict[str, list[Moment]]) -> None:
     """A panel a layout: the kinds of its peak on top of each other."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(layouts), sharey=True)
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+    panels = figure.subplots(len(layouts) // 2, 2, sharex=True, sharey=True)
     colors = [*COLOURS, "#999999"]
-    for axes, (name, moments) in zip(panels, layouts.items(), strict=True):
+    for axes, (name, moments) in zip(panels.flat, layouts.items(), strict=True):
         sizes = [[moment.held[kind] / GIB for moment in moments] for kind in KINDS]
         axes.stackplot(LENGTHS, sizes, labels=list(KINDS), colors=colors, alpha=0.85)
         axes.axhline(80, color="#333333", linewidth=0.8, linestyle="--")
@@ -63,10 +72,11 @@ def draw(path: Path, layouts: dict[str, list[Moment]]) -> None:
         axes.set_xticks(LENGTHS, [f"{length // 1024}K" for length in LENGTHS])
         axes.minorticks_off()
         axes.set_title(name, fontsize=9)
+    for axes in panels[-1]:
         axes.set_xlabel("Long context, tokens")
-    panels[0].set_ylabel("Peak of a process in a step, GiB (dashed: 80)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    panels[0].legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, fontsize=8)
+    figure.supylabel("Peak of a process in a step, GiB (dashed: 80)", fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    panels[0, 0].legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, fontsize=8)
     figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_solopo.cli import run  # noqa: E402
+from megatron_solopo.planning.candidate import GIB  # noqa: E402
 from megatron_solopo.planning.machines import load_machine  # noqa: E402
-from megatron_solopo.planning.plan import GIB, facts_of, read_options, request_of  # noqa: E402
+from megatron_solopo.planning.plan import facts_of, read_options, request_of  # noqa: E402
 from megatron_solopo.planning.plan_file import write_plan  # noqa: E402
 from megatron_solopo.planning.search import plan, search  # noqa: E402
 from megatron_solopo.planning.workers import Rehearsals  # noqa: E402
@@ -84,7 +85,7 @@ def planned(recipe: Recipe, top: int, rehearsals: Rehearsals) -> str:
         if not searched.others:
             return "refused: " + searched.refused.most_common(1)[0][0]
         nearest = searched.others[0]
-        return f"lacks about {(nearest.peak.total - request.limit) / GIB:.1f} GiB ({nearest.name})"
+        return f"lacks about {nearest.lacks(request)} ({nearest.name})"
     if top == 0:
         best = searched.fitting[0]
         return f"{best.name}: about {best.peak.total / GIB:.1f} GiB, estimated"
@@ -98,7 +99,7 @@ def planned(recipe: Recipe, top: int, rehearsals: Rehearsals) -> str:
         best = result.fitting[0]
         write_plan(recipe.path, best.config, ["solopo", "plan", *recipe.words], facts_of(request, best))
         return f"{best.name}: {best.peak.total / GIB:.1f} GiB, {best.step.low:.0f}-{best.step.high:.0f} s"
-    return f"lacks {(result.nearest.peak.total - request.limit) / GIB:.1f} GiB ({result.nearest.name})"
+    return f"lacks {result.nearest.lacks(request)} ({result.nearest.name})"
 
 
 def page(cells: dict[Recipe, str]) -> str:

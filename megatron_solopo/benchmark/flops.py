@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_solopo.pack import Pack
-from megatron_solopo.planning.estimate import Shape
+from megatron_solopo.planning.process import Shape
 
 FLOPS_COUNTED = (
     "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "

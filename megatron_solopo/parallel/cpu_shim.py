@@ -181,6 +181,15 @@ def _scatter_unequal(scatter: Callable[..., torch.Tensor]) -> Callable[..., torc
     return scatter_parts
 
 
+def _among_others(collective: Callable[..., object]) -> Callable[..., object]:
+    """Wraps a collective between DDP's buffer and this process's part of it: of a process alone that is the whole."""
+
+    def unless_alone(result: torch.Tensor, part: torch.Tensor, group: Any, **options: object) -> object:
+        return collective(result, part, group=group, **options) if group.size() > 1 else None
+
+    return unless_alone
+
+
 def install(device: torch.device = CPU) -> Callable[[], None]:
     """Makes megatron-core run on the CPU in this process; returns the function that undoes it.
 
@@ -218,6 +227,7 @@ def install(device: torch.device = CPU) -> Callable[[], None]:
         patch(cuda, "get_device_capability", lambda *args: (0, 0))  # dist_checkpointing, fp8 checks
 
         import megatron.core.tensor_parallel.random as tensor_parallel_random  # only now: these look for TE
+        from megatron.core.distributed import param_and_grad_buffer as ddp
         from megatron.core.tensor_parallel import mappings
         from megatron.core.transformer.moe import token_dispatcher
 
@@ -225,6 +235,9 @@ def install(device: torch.device = CPU) -> Callable[[], None]:
         patch(tensor_parallel_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
         # moe/token_dispatcher.py:930: split sizes leave the device as numbers on CUDA, and stay tensors on the CPU
         patch(token_dispatcher, "maybe_move_tensor_to_cpu", _split_sizes_as_numbers)
+        # distributed/param_and_grad_buffer.py:515, 712: gloo copies what a process sends and receives, itself included
+        for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+            patch(ddp, name, _among_others(getattr(ddp, name)))
         # tensor_parallel/mappings.py:154, 197: gloo gathers and scatters equal parts only
         patch(mappings, "_gather_along_first_dim", _gather_unequal(mappings._gather_along_first_dim))
         patch(mappings, "_reduce_scatter_along_first_dim", _scatter_unequal(mappings._reduce_scatter_along_first_dim))

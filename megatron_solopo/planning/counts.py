@@ -18,7 +18,7 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_solopo.planning.memory import in_backward
-from megatron_solopo.planning.operators import MEMORY_BOUND, Operation, operation_of
+from megatron_solopo.planning.operators import LINK, MEMORY_BOUND, ON_HOST, Operation, operation_of
 
 TENSOR, CONTEXT, DATA, EXPERT, PIPELINE, OTHER = "tp", "cp", "dp", "ep", "pp", "other"
 """Kinds of process groups. Those that reduce gradients are `DATA`, over context-parallel ranks and of experts too."""
@@ -117,8 +117,8 @@ class Tally:
 
     @property
     def operators(self) -> float:
-        """Operators that the host starts."""
-        return sum(self.operations.values())
+        """Operators that the host starts on the device."""
+        return sum(count for each, count in self.operations.items() if each.kind not in (LINK, ON_HOST))
 
     def traffic(self, kind: str, operation: str | None = None) -> Traffic:
         """Returns the collectives in one kind of group, of one operation or all."""
@@ -137,39 +137,48 @@ class Work:
     Attributes:
         forward, backward: of one pack; what is recomputed is part of backward.
         update: once a step: zeroing gradients, their sums over copies of the model and their norm, the optimizer,
-            gathering parameters.
+            gathering parameters, exchanging the weights with those of a resident reference.
+        score: of one pack, the resident reference's forward pass.
     """
 
     forward: Tally
     backward: Tally
     update: Tally
+    score: Tally = field(default_factory=Tally)
 
     def of_step(self, packs: int) -> Tally:
         """Returns what a step of this many packs computes and exchanges."""
-        return (self.forward + self.backward) * packs + self.update
+        return (self.score + self.forward + self.backward) * packs + self.update
 
 
 class Counts(TorchDispatchMode):
-    """Counts operators on fake tensors, and collectives; create it when the process groups exist."""
+    """Counts operators on fake tensors, and collectives; create it when the process groups exist.
 
-    def __init__(self) -> None:
+    Args:
+        device: ``cuda`` or ``cpu``, on which the run computes.
+    """
+
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self._kinds = _kinds()
-        self._in_pack = False
-        self._forward, self._backward, self._update = Tally(), Tally(), Tally()
+        self._kinds, self._device = _kinds(), device
+        self._in_pack = self._scores = False
+        self._forward, self._backward, self._update, self._score = Tally(), Tally(), Tally(), Tally()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in collective_ops and func not in sync_ops:
             self._exchange(func, args)
-        elif (operation := operation_of(func, args, kwargs, result)) is not None:
+        elif (operation := operation_of(func, args, kwargs, result, self._device)) is not None:
             operations = self._part().operations
             operations[operation] = operations.get(operation, 0) + 1
         return result
 
     def _part(self) -> Tally:
-        return self._update if not self._in_pack else self._backward if in_backward() else self._forward
+        return self._update if not self._in_pack else self._of_pack()
+
+    def _of_pack(self) -> Tally:
+        return self._backward if in_backward() else self._score if self._scores else self._forward
 
     def _exchange(self, func: Any, args: Any) -> None:
         group = CollectiveOp.get_process_group(func, args)
@@ -179,7 +188,7 @@ class Counts(TorchDispatchMode):
         kind, ranks = self._kinds.get(group.group_name, OTHER), tuple(dist.get_process_group_ranks(group))
         part = self._update if kind == DATA else self._part()
         if operation in (SEND, RECEIVE):  # the first receive is before the first forward pass
-            part = self._backward if in_backward() else self._forward
+            part = self._of_pack()
             ranks = tuple(sorted((dist.get_rank(), ranks[args[2]])))
         exchange = Exchange(operation, kind, ranks)
         part.exchanges[exchange] = part.exchanges.get(exchange, Traffic()) + Traffic(1, max(map(_bytes, args)))
@@ -206,9 +215,21 @@ class Counts(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    def exchanging_weights(self, exchange: Callable[[], None]) -> Callable[[], None]:
+        """Returns a function that brings a resident reference into the model's place and, called again, back: what
+        follows the first call is counted as the reference's, the exchanges are part of the update."""
+
+        def exchange_once_a_step() -> None:
+            self._in_pack = False
+            self._scores = not self._scores
+            exchange()
+
+        return exchange_once_a_step
+
     def work(self, packs: int) -> Work:
         """Returns what was counted of a step of this many packs."""
-        return Work(self._forward * (1 / packs), self._backward * (1 / packs), self._update)
+        of_pack = (part * (1 / packs) for part in (self._forward, self._backward))
+        return Work(*of_pack, self._update, self._score * (1 / packs))
 
 
 def _bytes(value: Any) -> int:

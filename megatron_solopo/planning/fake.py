@@ -265,10 +265,10 @@ class _Selected(TorchDispatchMode):
 def _answer_product(patch: Patch, door: _Door) -> None:
     from megatron_solopo.model import experts, forward
     from megatron_solopo.parallel import device_pack, layout
-    from megatron_solopo.training import engine, objective, step
+    from megatron_solopo.training import engine, objective, resident, step
 
     send = door.on_device(device_pack.on_device)
-    for module in (experts, forward, objective):
+    for module in (experts, forward, objective, resident):
         patch(module, "on_device", send)
 
     # weights have no values here, and drawing real ones takes minutes for a large model

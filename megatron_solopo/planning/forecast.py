@@ -31,11 +31,18 @@ from megatron_solopo.planning.counts import (
     Traffic,
 )
 from megatron_solopo.planning.machines import Machine
-from megatron_solopo.planning.operators import ATTENTION_BACKWARD, ATTENTION_FORWARD, MEMORY_BOUND, Operation
+from megatron_solopo.planning.operators import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    LINK,
+    MEMORY_BOUND,
+    ON_HOST,
+    Operation,
+)
 from megatron_solopo.planning.rehearse import Outcome
 
 PRODUCTS, ATTENTION, LAUNCHES = "products", "attention", "launches"
-BUBBLE, OPTIMIZER = "pipeline bubble", "optimizer"
+BUBBLE, OPTIMIZER, HOST = "pipeline bubble", "optimizer", "host"
 PARTS = {
     PRODUCTS: "matrix products, those of experts and of the log-prob head included",
     ATTENTION: "attention kernels, forward and backward",
@@ -49,6 +56,7 @@ PARTS = {
     OTHER: "other collectives",
     BUBBLE: "stages that wait while the pipeline fills and empties",
     OPTIMIZER: "zeroing gradients, their norm, and the update",
+    HOST: "copies to main memory and back that no computing hides, and the update of what is there",
 }
 """Parts of a step's time and what each is."""
 
@@ -90,8 +98,10 @@ def forecast(outcomes: Sequence[Outcome], config: Config, world: int, packs: int
         packs: packs of a process and step.
 
     Raises:
-        UserError: the machine has no rate for a dtype that the step computes in.
+        UserError: the machine has no rate for a dtype that the step computes in, or no host where it keeps something.
     """
+    if uses_host(config) and any(outcome.host for outcome in outcomes):  # 0 on a CPU
+        machine.host_share()
 
     def slowest(rates: _Rates) -> Seconds:
         steps = [rates.step(outcome, config, packs) for outcome in outcomes]
@@ -101,6 +111,12 @@ def forecast(outcomes: Sequence[Outcome], config: Config, world: int, packs: int
     parts = {name: (fast[name] + slow[name]) / 2 for name in PARTS if fast[name] + slow[name] > 0}
     tokens = outcomes[0].tokens * packs * data_parallel_size(config.parallel, world)
     return Forecast(sum(fast.values()), sum(slow.values()), parts, tokens)
+
+
+def uses_host(config: Config) -> bool:
+    """Returns whether a run keeps states or activations of a GPU in main memory."""
+    offloads = config.training.optimizer_cpu_offload or config.model.activation_offload
+    return offloads or config.method.reference == "resident"
 
 
 def calibrated(
@@ -130,11 +146,14 @@ class _Rates:
     def step(self, outcome: Outcome, config: Config, packs: int) -> Seconds:
         """Returns the seconds of each of `PARTS` in a step of one process."""
         parallel, work = config.parallel, outcome.work
-        forward, backward, update = map(self.computing, (work.forward, work.backward, work.update))
-        pack = self.exchanging(work.forward + work.backward)
+        tallies = work.score, work.forward, work.backward, work.update
+        score, forward, backward, update = map(self.computing, tallies)
+        pack = self.exchanging(work.score + work.forward + work.backward)
         stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
         for name in forward:
-            pack[name] = forward[name] + backward[name]
+            pack[name] = score[name] + forward[name] + backward[name]
+        for tally, computing in ((work.forward, forward), (work.backward, backward)):  # --activation-offload
+            pack[HOST] += _beyond(self.on_link(tally), sum(computing.values()))
         if chunks > 1:  # the interleaved schedule sends while it computes
             pack[PIPELINE] = _beyond(pack[PIPELINE], sum(forward.values()) + sum(backward.values()))
         once = self.exchanging(work.update)
@@ -142,6 +161,9 @@ class _Rates:
         # Narayanan et al. 2021 (arXiv 2104.04473), section 2.2: (stages - 1) / (packs x chunks) of the packs' time
         step[BUBBLE] = sum(pack.values()) * (stages - 1) / chunks
         step[OPTIMIZER] = sum(update.values())
+        copying, on_host = self.on_link(work.update), self.on_host(work.update)
+        overlaps = config.training.optimizer_cpu_offload and config.training.overlap_cpu_optimizer_d2h_h2d
+        step[HOST] += max(copying, on_host) if overlaps else copying + on_host
         reduced = _only(work.update, REDUCE_SCATTER)
         gathered = _only(work.update, ALL_GATHER)
         step[DATA] -= self._hidden(reduced, parallel.overlap_grad_reduce, sum(backward.values()))
@@ -153,12 +175,29 @@ class _Rates:
         seconds: Seconds = dict.fromkeys((PRODUCTS, ATTENTION, MEMORY_BOUND, LAUNCHES), 0.0)
         for operation, count in tally.operations.items():
             kind = operation.kind
+            if kind in (LINK, ON_HOST):
+                continue
             attends = kind in (ATTENTION_FORWARD, ATTENTION_BACKWARD)
             part = ATTENTION if attends else MEMORY_BOUND if kind == MEMORY_BOUND else PRODUCTS
             seconds[part] += count * self._operation(operation)
         launches = tally.operators * self.machine.launch_us[1 - self.end] / 1e6
         seconds[LAUNCHES] = _beyond(launches, sum(seconds.values()))
         return seconds
+
+    def on_link(self, tally: Tally) -> float:
+        """Returns the seconds of copies between GPU and host, one after another."""
+        return self._on_host(tally, LINK, "link_gb_per_s")
+
+    def on_host(self, tally: Tally) -> float:
+        """Returns the seconds of what the host computes, which its memory bounds."""
+        return self._on_host(tally, ON_HOST, "memory_gb_per_s")
+
+    def _on_host(self, tally: Tally, kind: str, rate: str) -> float:
+        if self.machine.host is None:  # which only a run may lack that keeps nothing there but some numbers
+            return 0.0
+        host = self.machine.host_share()
+        moved = sum(count * operation.bytes for operation, count in tally.operations.items() if operation.kind == kind)
+        return moved / (getattr(host, rate) * 1e9 * host.achieved[self.end])
 
     def _operation(self, operation: Operation) -> float:
         machine, achieved = self.machine, self.machine.achieved

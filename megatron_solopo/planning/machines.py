@@ -72,6 +72,23 @@ class Achieved:
 
 
 @dataclass(frozen=True)
+class Host:
+    """The main memory of a node; each of its GPUs has an equal share of it, and of its bandwidth.
+
+    Attributes:
+        memory_gib: GiB.
+        memory_gb_per_s: bandwidth, GB/s.
+        link_gb_per_s: bandwidth between a GPU and main memory, one direction, GB/s.
+        achieved: [low, high] fraction of both bandwidths.
+    """
+
+    memory_gib: Positive
+    memory_gb_per_s: Positive
+    link_gb_per_s: Positive
+    achieved: Share
+
+
+@dataclass(frozen=True)
 class Machine:
     """A kind of GPU, and how those of a node and of several nodes are connected.
 
@@ -86,6 +103,7 @@ class Machine:
         achieved: fractions of the peaks.
         collective_us: [low, high] microseconds that a collective takes whatever its size.
         launch_us: [low, high] microseconds in which the host starts an operator.
+        host: main memory; None: not known, so nothing of a GPU is kept there.
     """
 
     name: str
@@ -98,6 +116,7 @@ class Machine:
     achieved: Achieved
     collective_us: Range
     launch_us: Range
+    host: Host | None = None
 
     def peak(self, dtype: str) -> float:
         """Returns the FLOP/s of products in a dtype, as torch names it.
@@ -113,6 +132,32 @@ class Machine:
             )
         return self.tflops[key] * 1e12
 
+    def host_share(self) -> Host:
+        """Returns the share of main memory and of its bandwidth that a GPU has.
+
+        Raises:
+            UserError: the file does not describe the host.
+        """
+        if self.host is None:
+            raise UserError(
+                "field-missing",
+                f"{FLAG}: {self.name} has no field 'host', and the run keeps states or activations in main memory; add "
+                f"'host:' with {', '.join(Host.__dataclass_fields__)}",
+            )
+        of_node = self.host.memory_gib, self.host.memory_gb_per_s
+        gib, bandwidth = (value / self.gpus_per_node for value in of_node)
+        return replace(self.host, memory_gib=gib, memory_gb_per_s=bandwidth)
+
+    def with_host_memory(self, gib: float) -> Machine:
+        """Returns this machine with another size of a node's main memory.
+
+        Raises:
+            UserError: the file does not describe the host.
+        """
+        self.host_share()
+        assert self.host is not None
+        return replace(self, host=replace(self.host, memory_gib=gib))
+
     def scaled(self, factor: float, name: str) -> Machine:
         """Returns this machine with one value in the place of each range, at which everything is ``factor`` times as
         fast as in the middle of the range.
@@ -120,7 +165,8 @@ class Machine:
         Raises:
             UserError: a fraction would be above `LARGEST_SHARE`.
         """
-        achieved = {key: _middle_rate(values) * factor for key, values in asdict(self.achieved).items()}
+        fractions = asdict(self.achieved) | ({"host": self.host.achieved} if self.host else {})
+        achieved = {key: _middle_rate(values) * factor for key, values in fractions.items()}
         for key, value in achieved.items():
             if value > LARGEST_SHARE:
                 raise UserError(
@@ -132,13 +178,15 @@ class Machine:
         return replace(
             self,
             name=name,
+            host=self.host and replace(self.host, achieved=[achieved.pop("host")] * 2),
             achieved=Achieved(**{key: [value, value] for key, value in achieved.items()}),
             **{key: [value, value] for key, value in times.items()},
         )
 
     def text(self) -> str:
         """Returns the machine as the text of a machine file."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return yaml.safe_dump(fields, sort_keys=False)
 
 
 def _middle_rate(values: list[float]) -> float:

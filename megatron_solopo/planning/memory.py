@@ -38,9 +38,9 @@ KINDS = {
 }
 """Kinds of device memory and what each is."""
 
-BUILD, FORWARD, BACKWARD, UPDATE = "build", "forward", "backward", "update"
-"""The start of a run, then the phases of a step. What happens in `FORWARD` while autograd's engine is at work counts as
-`BACKWARD`."""
+BUILD, SCORE, FORWARD, BACKWARD, UPDATE = "build", "score", "forward", "backward", "update"
+"""The start of a run, then the phases of a step; `SCORE` is a resident reference's forward pass. What happens in
+`FORWARD` while autograd's engine is at work counts as `BACKWARD`."""
 
 CUDA_BLOCK = 512
 """torch's allocator rounds every request up to this many bytes (c10/cuda/CUDACachingAllocator.h, kMinBlockSize)."""
@@ -226,7 +226,7 @@ def followed(ledger: Ledger, models: Iterable[nn.Module]) -> Iterator[None]:
     from megatron_solopo.model import log_probs
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if not in_backward():
+        if module.training and not in_backward():
             ledger.keep((WORKING, COMMUNICATION), ACTIVATIONS, but=get_global_memory_buffer().buffer.values())
 
     layers = [module for model in models for module in model.modules() if isinstance(module, TransformerLayer)]

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 PRODUCTS, EXPERTS, MEMORY_BOUND = "products", "expert products", "memory-bound"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "attention forward", "attention backward"
+ON_HOST, LINK = "on the host", "to the host and back"
 
 _FORWARD = {
     aten._scaled_dot_product_flash_attention,
@@ -55,6 +56,7 @@ _READ_ROWS = {"embedding", "gather", "index", "index_select", "masked_select"}
 """Operators that read of their first operand as much as they write."""
 _WRITE_ROWS = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_"}
 """Operators that change of their first operand as much as their last one holds."""
+_COPIES = {"copy_", "_to_copy"}
 _NOT_WRITTEN = {"_fused_adam_": {1}, "_fused_adamw_": {1}}
 """Operands that a schema calls written and that are not: gradients, which are not scaled here."""
 
@@ -63,10 +65,11 @@ class Operation(NamedTuple):
     """One call of an operator.
 
     Attributes:
-        kind: `PRODUCTS`, `EXPERTS` (grouped products), `ATTENTION_FORWARD`, `ATTENTION_BACKWARD` or `MEMORY_BOUND`.
-        dtype: of its first operand, as torch names it.
+        kind: `PRODUCTS`, `EXPERTS` (grouped products), `ATTENTION_FORWARD`, `ATTENTION_BACKWARD` or `MEMORY_BOUND`; in
+            a GPU's run also `ON_HOST`, what the host's cores compute, and `LINK`, copies between GPU and host.
+        dtype: of its first operand, as torch names it; of products that of their factors, whatever they are added to.
         flops: floating-point operations, a multiplication and an addition being two; 0 where memory bounds it.
-        bytes: read and written.
+        bytes: read and written; of `LINK` those that move.
     """
 
     kind: str
@@ -75,16 +78,31 @@ class Operation(NamedTuple):
     bytes: int
 
 
-def operation_of(func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> Operation | None:
-    """Returns the cost of a call that a dispatch mode saw; None for what costs nothing, and for tensors that stay on
-    the host."""
+def operation_of(
+    func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any, device: str = "cpu"
+) -> Operation | None:
+    """Returns the cost of a call that a dispatch mode saw; None for what costs nothing, and for tensors that are not
+    part of the step.
+
+    Args:
+        device: ``cuda`` or ``cpu``, on which the run computes.
+    """
     if _is_free(func):
         return None
-    first = next(_tensors((args, result)), None)
-    if first is None:
+    tensors = list(_tensors((args, result)))
+    if not tensors:
         return None
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    places = {tensor.device.type for tensor in tensors}
+    if device == "cuda" and places == {"cpu"}:
+        return Operation(ON_HOST, dtype, 0, _bytes(func, args, kwargs, result))
+    if len(places) > 1 and func._opname in _COPIES:
+        return Operation(LINK, dtype, 0, _size(result))
     kind, flops = _products(func, args, kwargs, result)
-    return Operation(kind, str(first.dtype).removeprefix("torch."), flops, _bytes(func, args, kwargs, result))
+    if kind in (PRODUCTS, EXPERTS):  # the last factor; addmm's first operand is a sum, grouped products end with ids
+        factors = (tensor for tensor in _tensors(args) if tensor.is_floating_point())
+        dtype = str([*factors][-1].dtype).removeprefix("torch.")
+    return Operation(kind, dtype, flops, _bytes(func, args, kwargs, result))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import defaultdict
@@ -20,29 +21,26 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import check_length, read_config_file, read_hf_config
 from megatron_solopo.planning.calibration import calibrate
-from megatron_solopo.planning.estimate import standing
+from megatron_solopo.planning.candidate import GIB, PROCESS_GIB, Candidate, Request
+from megatron_solopo.planning.forecast import uses_host
 from megatron_solopo.planning.machines import Machine, load_machine, names
 from megatron_solopo.planning.memory import GRADIENTS, INPUTS, KINDS, LOG_PROBS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.plan_file import write_plan
 from megatron_solopo.planning.rehearse import example
-from megatron_solopo.planning.search import Candidate, Plan, Request, SearchResult, plan, search
-from megatron_solopo.planning.table import UNITS, columns, not_rehearsed
+from megatron_solopo.planning.search import Plan, SearchResult, plan, search
+from megatron_solopo.planning.table import columns, not_rehearsed
 from megatron_solopo.planning.workers import Rehearsals
 from megatron_solopo.training.objective import check_loss
 from megatron_solopo.training.parameters import describe_parameters
-
-GIB = UNITS["GiB"]
-
-PROCESS_GIB = 3.0
-"""Host memory of a process with torch and CUDA's libraries. Assumed, not measured."""
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="solopo plan",
-        description="Searches all parallel layouts of a model on so many GPUs, without any of them. Options of solopo "
-        "train hold for every layout: --no-share-prompts, --preference-loss, or --tensor-model-parallel-size 4, which "
-        "is then not varied. --bf16 is on unless --no-bf16 is set.",
+        description="Searches all parallel layouts of a model on so many GPUs, without any of them, with the cheapest "
+        "recomputation, tiles, offload and optimizer that fit. Options of solopo train hold for every layout: "
+        "--no-share-prompts, --preference-loss, or --tensor-model-parallel-size 4, which is then not varied. --bf16 is "
+        "on unless --no-bf16 is set.",
         config=False,
     )
     add = parser.add_argument
@@ -59,6 +57,12 @@ def build_parser() -> Parser:
         metavar="GIB",
         help="of it, what stays free: about 2 for the CUDA context and NCCL, the rest for fragmentation (assumed; "
         "default: 4)",
+    )
+    add(
+        "--host-memory",
+        type=float,
+        metavar="GIB",
+        help="main memory of a node, GiB, of which each GPU has an equal share; default: the machine's",
     )
     add("--long-tokens", type=_at_least(3), required=True, help="longest prompt with its response, --seq-length")
     add("--short-tokens", type=_at_least(3), default=1024, help="short prompt with its response (default: 1024)")
@@ -172,6 +176,12 @@ def request_of(arguments: argparse.Namespace, config: Config, machine: Machine) 
     response = arguments.response_tokens
     group = example(config.method, arguments.short_tokens - response, arguments.long_tokens - response, response)
     machine = replace(machine, gpus_per_node=arguments.gpus_per_node or machine.gpus_per_node)
+    if arguments.host_memory is not None:
+        if not 0 < arguments.host_memory < math.inf:
+            raise UserError("option-value", f"--host-memory {arguments.host_memory:g}: must be above 0")
+        machine = machine.with_host_memory(arguments.host_memory)
+    if uses_host(config):
+        machine.host_share()  # or its error
     return Request(hf_config, config, group, arguments.gpus, int((memory - arguments.reserve) * GIB), machine)
 
 
@@ -228,17 +238,27 @@ def _layouts(request: Request, result: Plan, seconds: float) -> list[str]:
     ]
 
 
+def _on_device(candidate: Candidate) -> float:
+    return candidate.peak.total
+
+
+def _on_host(candidate: Candidate) -> float:
+    return candidate.host
+
+
 def _reasons(request: Request, result: Plan) -> list[str]:
     """Says why the others are not in the table, those alike in a line."""
     short: dict[str, list[Candidate]] = defaultdict(list)
-    over = [candidate for candidate in result.best if candidate.peak.total > request.limit]
+    over = [candidate for candidate in result.best if not candidate.fits(request)]
     for candidate in (*over, *(one for one in result.searched.others if not one.outcomes)):
-        short[max(candidate.peak.held, key=candidate.peak.held.__getitem__)].append(candidate)
+        on_device = candidate.peak.total > request.limit
+        short[max(candidate.peak.held, key=candidate.peak.held.__getitem__) if on_device else ""].append(candidate)
     lines = []
     for kind, candidates in short.items():
-        nearest = min(candidates, key=lambda candidate: candidate.peak.total)
-        missing = (nearest.peak.total - request.limit) / GIB
-        lines.append(f"  {len(candidates):,} lack {missing:.1f} GiB and more, most of it {kind}; least: {nearest.name}")
+        size = _on_device if kind else _on_host
+        nearest = min(candidates, key=size)
+        most = f", most of it {kind}" if kind else f", of a GPU's {request.host_limit / GIB:.0f}"
+        lines.append(f"  {len(candidates):,} lack {nearest.lacks(request)} and more{most}; least: {nearest.name}")
     refused = [f"  {count:,}: {message}" for message, count in result.searched.refused.most_common()]
     return [
         *(["", "do not fit (estimated where not rehearsed)", *lines] if lines else []),
@@ -252,6 +272,13 @@ def nothing_fits(request: Request, result: Plan) -> UserError:
         message, _ = result.searched.refused.most_common(1)[0]
         return UserError("plan-nothing-fits", f"training refuses every layout of {request.gpus} GPUs: {message}")
     nearest = result.nearest
+    if nearest.peak.total <= request.limit:
+        return UserError(
+            "plan-nothing-fits",
+            f"no layout fits {request.gpus} GPUs with {request.host_limit / GIB:.4g} GiB of main memory each: the "
+            f"nearest ({nearest.name}) lacks {nearest.lacks(request)}; use --host-memory of a larger node, or more "
+            "--gpus",
+        )
     held = nearest.peak.held
     of_model = sum(held[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER, LOG_PROBS))
     of_tokens = nearest.peak.total - of_model - held[INPUTS]
@@ -263,7 +290,7 @@ def nothing_fits(request: Request, result: Plan) -> UserError:
     return UserError(
         "plan-nothing-fits",
         f"no layout fits {request.gpus} GPUs of {request.limit / GIB:.4g} GiB: the nearest ({nearest.name}) lacks "
-        f"{(nearest.peak.total - request.limit) / GIB:.1f} GiB; {remedy}, or use GPUs with more memory",
+        f"{nearest.lacks(request)}; {remedy}, or use GPUs with more memory",
     )
 
 
@@ -280,24 +307,32 @@ def facts_of(request: Request, candidate: Candidate) -> list[str]:
         f"{candidate.step.high:.1f} s, {candidate.step.tokens_per_second:,.0f} tokens/s; "
         + ", ".join(f"{name} {part:.1f} s" for name, part in parts if part >= candidate.step.seconds / 50),
         *host_memory(request, candidate),
+        *_conditions(candidate.config),
     ]
+
+
+def _conditions(config: Config) -> list[str]:
+    """Says what the optimizer of a plan costs beside memory and time."""
+    training = config.training
+    lines = []
+    if "bf16" in (training.exp_avg_dtype, training.exp_avg_sq_dtype):
+        lines.append("Adam's moments are rounded to bfloat16 once a step; --exp-avg-dtype fp32 plans without that")
+    if training.optimizer_cpu_offload:
+        lines.append(
+            "the host's cores update the weights: set OMP_NUM_THREADS to a process's share of them, torchrun sets 1"
+        )
+    return lines
 
 
 def host_memory(request: Request, candidate: Candidate) -> list[str]:
     """Describes the main memory of a node, as far as it is counted: processes, what the GPUs keep there (rehearsed),
-    and what a save copies.
-
-    From a GPU a process first copies what it writes: its share of the optimizer's state, and of the weights as many as
-    each of the processes that hold them.
-    """
-    process = candidate.process
-    each = [standing(process, stage) for stage in process.key_stages]
-    copied = max(held[OPTIMIZER] + held[WEIGHTS] / process.copies for held in each) / GIB
+    and what a save copies."""
     count = min(request.gpus, request.machine.gpus_per_node)
-    away = max(outcome.host for outcome in candidate.outcomes) / GIB
-    offloaded = f", {count * away:.0f} GiB of optimizer state and activations" if away >= 0.1 else ""
+    away, copied = candidate.kept_on_host / GIB, candidate.saved / GIB
+    offloaded = f", {count * away:.0f} GiB of states and activations" if away >= 0.1 else ""
+    of_node = f", of {count * request.host_limit / GIB:.0f} GiB" if request.machine.host is not None else ""
     return [
-        f"host memory of a node with {count} processes: {count * PROCESS_GIB:.0f} GiB of libraries "
+        f"host memory of a node with {count} processes{of_node}: {count * PROCESS_GIB:.0f} GiB of libraries "
         f"(assumed){offloaded} and, while a checkpoint is saved, {count * copied:.0f} GiB (each process copies "
         f"{copied:.1f} GiB from its GPU)",
         "not counted: the page cache of the token store and of checkpoints, and data loading before the first step",

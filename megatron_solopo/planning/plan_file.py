@@ -13,7 +13,9 @@ from megatron_solopo.config import OWNER, SECTIONS, Config, names_of
 
 PLANNED = (
     *("hf_path", "bf16", "train_data", "seq_length", "global_batch_size", "micro_batch_size", "train_epochs", "save"),
-    *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "recompute_keep"),
+    *("mlp_tiles", "activation_offload", "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype"),
+    "optimizer_cpu_offload",
     *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size"),
     *("num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),

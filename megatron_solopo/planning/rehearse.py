@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
-from megatron_solopo.losses.solopo import needs_reference, policy_scores
+from megatron_solopo.losses.solopo import needs_reference, policy_scores, reference_context
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.planning import fake
 from megatron_solopo.planning.counts import Counts, Work
@@ -28,6 +28,7 @@ from megatron_solopo.planning.memory import (
     GRADIENTS,
     INPUTS,
     OPTIMIZER,
+    SCORE,
     UPDATE,
     WEIGHTS,
     Ledger,
@@ -89,6 +90,7 @@ def rehearse(
     with fake.rehearsal(device, rank, world) as rehearsal:
         # behind the start of the platform, as in training/run.py
         from megatron_solopo.training import engine as engines
+        from megatron_solopo.training import resident
         from megatron_solopo.training.step import train_step
 
         engines.initialize_parallel(config)
@@ -105,19 +107,23 @@ def rehearse(
             engines.update(optimizer, 1.0)  # Adam makes its moments in its first step
             engine.train()
             gc.collect()
-        work = _work(engine, config, groups, packs)
+        work, counts = _work(engine, config, groups, packs), Counts(device)
+        if config.method.reference == "resident" and needs_reference(config.method):
+            with rehearsal.mode, host, ledger, ledger.making(WEIGHTS):
+                reference = _reference(engine, config.method, groups, counts)
+            work = resident.scored(reference, work, config)
+            del reference
         tokens = work.packs[0].tokens
         rehearsal.stage.hidden = _hidden(work.packs[0].pack.tokens.numel(), hf_config, config)
         arguments: Any = (
             SimpleNamespace(groups=[*groups] * packs),
             SimpleNamespace(examples=1, global_batch_size=1, total=1),
-            SimpleNamespace(take=lambda step, work=work: work),
+            SimpleNamespace(take=lambda step, work=work: _in_phases(work, ledger)),
             0,
             config,
             # Asked for the peak between backward and the update.
             SimpleNamespace(on_this_rank=lambda: ledger.enter(UPDATE) or 0.0),
         )
-        counts = Counts()
         with rehearsal.mode, counts, host, ledger, followed(ledger, engine.models), counts.following(engine):
             ledger.mark(fake.fakes([work]), INPUTS)
             standing = dict(ledger.held)
@@ -150,6 +156,40 @@ def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int)
     each = [pack] + [pack.to(torch.device("cpu")) for _ in range(packs - 1)]
     inputs = step_inputs(each, reference, config.method, engine.platform.device)
     return StepWork(indices * packs, plan, sent(engine, each), inputs)
+
+
+def _reference(engine: Any, method: MethodConfig, groups: Sequence[TokenGroup], counts: Counts) -> Any:
+    """Returns the resident reference, which scores the same examples, and whose exchanges are counted as such."""
+    from megatron_solopo.training.resident import ResidentReference
+
+    those = [_for_reference(group, method) for group in groups]
+    reference: Any = ResidentReference(engine, cast(Any, SimpleNamespace(groups=those)))
+    reference._exchange = counts.exchanging_weights(reference._exchange)
+    return reference
+
+
+def _in_phases(work: Any, ledger: Ledger) -> Any:
+    """Returns the work whose scoring by the reference is a phase of the ledger."""
+    if work.score is None:
+        return work
+
+    def score() -> Any:
+        ledger.enter(SCORE)
+        inputs = work.score()
+        ledger.enter(FORWARD)
+        return inputs
+
+    return replace(work, score=score)
+
+
+def _for_reference(group: TokenGroup, method: MethodConfig) -> TokenGroup:
+    """Returns the group as the reference scores it; where the policy does not score the context, with a longer prompt
+    than the reference's."""
+    prompts: dict[Context, Prompt] = {}
+    for prompt in sorted(group.prompts, key=lambda it: it.context != reference_context(it.context, method)):
+        context = reference_context(prompt.context, method)
+        prompts.setdefault(context, replace(prompt, context=context))
+    return TokenGroup(group.id, tuple(prompts[context] for context in sorted(prompts)))
 
 
 def example(

@@ -6,129 +6,25 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-
-from transformers import PretrainedConfig
+from dataclasses import dataclass
 
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.config_checks import check, check_on_cuda
-from megatron_solopo.data.tokenized.batches import pieces_multiple_of, prompts_multiple_of
-from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import context
-from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
-from megatron_solopo.planning.cost import seconds_of_step
-from megatron_solopo.planning.estimate import Process, Shape, Work, peak
-from megatron_solopo.planning.forecast import Forecast, forecast
-from megatron_solopo.planning.machines import Machine
-from megatron_solopo.planning.memory import Moment
-from megatron_solopo.planning.rehearse import Outcome
+from megatron_solopo.parallel.topology import data_parallel_size
+from megatron_solopo.planning.candidate import Candidate, Request
+from megatron_solopo.planning.choices import Choices
+from megatron_solopo.planning.forecast import forecast
 from megatron_solopo.planning.table import tasks_of
 from megatron_solopo.planning.workers import Rehearsals, Task
 from megatron_solopo.training.preflight import check_cut
-
-MARGIN = 1.02
-"""The least recomputation whose estimate, this many times, fits is chosen."""
 
 MOST_GROUPS = 8
 """Largest --micro-batch-size that is tried."""
 
 NEAREST = 4
 """Layouts that are rehearsed where none fits by its estimate."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a plan is made for.
-
-    Attributes:
-        config: of the run, not resolved for a layout; what is explicit in it is not varied.
-        group: the longest example.
-        limit: bytes that a process may hold.
-    """
-
-    hf_config: PretrainedConfig
-    config: Config
-    group: TokenGroup
-    gpus: int
-    limit: int
-    machine: Machine
-
-    def fixed(self, name: str) -> bool:
-        return name in self.config.explicit
-
-
-@dataclass
-class Candidate:
-    """A layout that training would accept, with --micro-batch-size and recomputation.
-
-    Attributes:
-        groups: of a pack; packs: of a process and step.
-        estimated: the largest peak of `table.stages_that_matter`, in closed form.
-        seconds: of a step, in closed form.
-        outcomes: of the rehearsed stages; forecast: of a step, from them.
-    """
-
-    config: Config
-    groups: int
-    packs: int
-    process: Process
-    estimated: Moment
-    seconds: float
-    outcomes: list[Outcome] = field(default_factory=list)
-    forecast: Forecast | None = None
-
-    @property
-    def step(self) -> Forecast:
-        """The forecast of a layout that was rehearsed."""
-        assert self.forecast is not None
-        return self.forecast
-
-    @property
-    def peak(self) -> Moment:
-        """The largest moment of all rehearsed stages; the estimated one of a layout that was not rehearsed."""
-        return max((outcome.peak for outcome in self.outcomes), key=lambda it: it.total, default=self.estimated)
-
-    @property
-    def name(self) -> str:
-        """``tp4 sp cp2 pp2 dp4``, as `parallel.layouts` reads it, then what no such name has."""
-        parallel, model = self.config.parallel, self.config.model
-        first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-        recomputed = model.recompute_granularity or "none"
-        if model.recompute_granularity and model.recompute_method == "block":
-            recomputed = f"block {model.recompute_num_layers}"
-        recomputed += f" {model.recompute_modules}" if model.recompute_modules else ""
-        recomputed += f" keeping {model.recompute_keep}" if model.recompute_keep else ""
-        recomputed += " offloaded" if model.activation_offload else ""
-        return (
-            layout_name(parallel, self.process.copies // self.process.context)
-            + (f" (stages of {', '.join(map(str, self.process.sizes))})" if first or last else "")
-            + f", micro-batch {self.groups}, recompute {recomputed}"
-        )
-
-    @property
-    def error(self) -> float:
-        """How far the estimated peak is from the rehearsed one, relative to it."""
-        return self.estimated.total / self.peak.total - 1
-
-
-def layout_name(parallel: ParallelConfig, copies: int) -> str:
-    """Returns the name of a layout with ``copies`` of the model; see `parallel.layouts`."""
-    tensor = parallel.tensor_model_parallel_size
-    expert_tensor = parallel.expert_tensor_parallel_size
-    parts = [
-        ("tp", tensor),
-        ("sp", "" if parallel.sequence_parallel else 1),
-        ("cp", parallel.context_parallel_size),
-        ("pp", parallel.pipeline_model_parallel_size),
-        ("vpp", parallel.num_virtual_stages_per_pipeline_rank),
-        ("dp", copies),
-        ("ep", parallel.expert_model_parallel_size),
-    ]
-    words = [f"{kind}{size}" for kind, size in parts if size != 1]
-    if expert_tensor is not None and expert_tensor != tensor:
-        words.append(f"etp{expert_tensor}")
-    return " ".join(words) or "1"
 
 
 def layouts(request: Request) -> Iterator[ParallelConfig]:
@@ -208,17 +104,19 @@ class SearchResult:
         refused: training's message -> layouts that it refuses.
         fitting: by the estimate, the cheapest first.
         others: the least memory first.
+        choices: of the layouts.
     """
 
     layouts: int
     refused: Counter[str]
     fitting: list[Candidate]
     others: list[Candidate]
+    choices: Choices
 
 
 def search(request: Request) -> SearchResult:
     """Refuses or estimates every layout; rehearses nothing."""
-    shape = Shape.of(request.hf_config, request.config.model.make_vocab_size_divisible_by)
+    choices = Choices(request)
     refused: Counter[str] = Counter()
     fitting: list[Candidate] = []
     others: list[Candidate] = []
@@ -234,12 +132,11 @@ def search(request: Request) -> SearchResult:
             refused[error.message] += 1
             continue
         for groups in _micro_batches(request, parallel):
-            candidate = _least_recomputed(request, shape, config, groups)
-            fits = candidate.estimated.total <= request.limit
-            (fitting if fits else others).append(candidate)
+            candidate = choices.cheapest(config, groups, packs_of_step(config, groups, request.gpus))
+            (fitting if candidate.fits(request) else others).append(candidate)
     fitting.sort(key=lambda candidate: candidate.seconds)
     others.sort(key=lambda candidate: candidate.estimated.total)
-    return SearchResult(number, refused, fitting, others)
+    return SearchResult(number, refused, fitting, others, choices)
 
 
 def _micro_batches(request: Request, parallel: ParallelConfig) -> list[int]:
@@ -257,46 +154,6 @@ def packs_of_step(config: Config, groups: int, gpus: int) -> int:
     packs = math.ceil(share / groups)
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     return packs + (-packs % parallel.pipeline_model_parallel_size if interleaved else 0)
-
-
-def _least_recomputed(request: Request, shape: Shape, config: Config, groups: int) -> Candidate:
-    """Returns the candidate with the least recomputation that fits, or with all where none does."""
-    multiples = pieces_multiple_of(config), prompts_multiple_of(config, "cuda")
-    packs = packs_of_step(config, groups, request.gpus)
-    work = Work.of(request.group, groups, packs, config.data.share_prompts, *multiples)
-    options = _recomputations(request, config)
-    low, high = 0, len(options) - 1
-    while low < high:  # memory falls from one option to the next
-        middle = (low + high) // 2
-        candidate = _candidate(request, shape, config, options[middle], groups, work)
-        low, high = (low, middle) if candidate.estimated.total * MARGIN <= request.limit else (middle + 1, high)
-    return _candidate(request, shape, config, options[low], groups, work)
-
-
-def _recomputations(request: Request, config: Config) -> list[dict[str, object]]:
-    """Returns the options of recomputation, none first, all layers last."""
-    names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
-    if any(request.fixed(name) for name in names):
-        return [{}]
-    sizes = stage_sizes(request.hf_config.num_hidden_layers, config.parallel)
-    assert sizes is not None
-    chunk = max(sizes) // config.parallel.num_virtual_stages_per_pipeline_rank
-    blocks = [dict[str, object](zip(names, ("full", "block", layers), strict=True)) for layers in range(1, chunk)]
-    return [{}, *blocks, {"recompute_granularity": "full"}]
-
-
-def _candidate(
-    request: Request, shape: Shape, config: Config, recompute: dict[str, object], groups: int, work: Work
-) -> Candidate:
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **recompute),
-        training=dataclasses.replace(config.training, micro_batch_size=groups),
-    )
-    process = Process(shape, config, work, request.gpus)
-    moments = [peak(process, stage) for stage in process.key_stages]
-    largest = max(moments, key=lambda moment: moment.total)
-    return Candidate(config, groups, work.packs, process, largest, seconds_of_step(process, request.machine))
 
 
 @dataclass
@@ -330,8 +187,25 @@ def plan(request: Request, top: int, rehearsals: Rehearsals, searched: SearchRes
     searched = searched or search(request)
     best = searched.fitting[:top] or searched.others[:NEAREST]
     rehearsed(request, best, rehearsals)
-    fitting = [candidate for candidate in best if candidate.peak.total <= request.limit]
+    best = _chosen_again(request, searched, best, rehearsals)
+    fitting = [candidate for candidate in best if candidate.fits(request)]
     return Plan(searched, best, sorted(fitting, key=lambda candidate: candidate.step.seconds))
+
+
+def _chosen_again(
+    request: Request, searched: SearchResult, candidates: Sequence[Candidate], rehearsals: Rehearsals
+) -> list[Candidate]:
+    """Chooses and rehearses again those whose estimate fits and whose rehearsal does not, by the estimate's error."""
+    others: dict[int, Candidate] = {}
+    for candidate in candidates:
+        if candidate.estimated.total <= request.limit < candidate.peak.total:
+            limit = request.limit * candidate.estimated.total / candidate.peak.total
+            config = dataclasses.replace(request.config, parallel=candidate.config.parallel)
+            other = searched.choices.cheapest(config, candidate.groups, candidate.packs, limit)
+            if other.estimated.total <= limit and other.config != candidate.config:
+                others[id(candidate)] = other
+    rehearsed(request, list(others.values()), rehearsals)
+    return [others.get(id(candidate), candidate) for candidate in candidates]
 
 
 def rehearsed(request: Request, candidates: Sequence[Candidate], rehearsals: Rehearsals) -> None:

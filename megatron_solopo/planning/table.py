@@ -65,18 +65,20 @@ def not_rehearsed(config: Config) -> str | None:
 def calculated(config: Config, hf_config: PretrainedConfig, world: int) -> list[str]:
     """Returns a line for each stage of `stages_that_matter`: memory besides activations of a run that cannot be
     rehearsed."""
-    from megatron_solopo.planning import estimate  # which imports this module
+    from megatron_solopo.planning.estimate import on_host  # which imports this module
+    from megatron_solopo.planning.process import Process, Shape, Work
+    from megatron_solopo.planning.states import fp8_copies, standing
 
-    shape = estimate.Shape.of(hf_config, config.model.make_vocab_size_divisible_by)
-    process = estimate.Process(shape, config, estimate.Work(0, 0, 0, 0.0, 1), world)
+    shape = Shape.of(hf_config, config.model.make_vocab_size_divisible_by)
+    process = Process(shape, config, Work(0, 0, 0, 0.0, 1), world)
     lines = []
     for stage in stages_that_matter(hf_config.num_hidden_layers, config.parallel):
-        held = estimate.standing(process, stage)
+        held = standing(process, stage)
         parts = [f"{kind} {held[kind] / UNITS['GiB']:.2f}" for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)]
-        if on_host := estimate.on_host(process, stage):
-            parts.append(f"on the host {on_host / UNITS['GiB']:.2f}")
+        if host := on_host(process, stage):
+            parts.append(f"on the host {host / UNITS['GiB']:.2f}")
         if config.model.fp8_format is not None:
-            copies = estimate.fp8_copies(process, stage) / UNITS["GiB"]
+            copies = fp8_copies(process, stage) / UNITS["GiB"]
             parts.append(f"FP8 copies of weights {copies:.2f}")
         lines.append(f"calculated: a process of stage {stage} holds, besides activations, GiB: {', '.join(parts)}")
     return lines

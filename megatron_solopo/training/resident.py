@@ -126,9 +126,12 @@ class _Scored:
 
 def scored_work(reference: ResidentReference, dataset: TokenDataset, indices: list[int], config: Config) -> StepWork:
     """Makes the work of a training step that first scores its examples with the resident reference."""
-    engine, method = reference.engine, config.method
-    work = step_work(engine, dataset, indices, config, None)
-    packs = work.packs
+    return scored(reference, step_work(reference.engine, dataset, indices, config, None), config)
+
+
+def scored(reference: ResidentReference, work: StepWork, config: Config) -> StepWork:
+    """Returns a step's work with the scoring of its examples by the resident reference before it."""
+    engine, method, packs = reference.engine, config.method, work.packs
     if reference_scores(method) != policy_scores(method):  # fewer or shorter sequences, which fit where the policy's do
         plan = work.plan
         multiples = plan.of_packs, plan.of_pieces, plan.of_prompts

@@ -605,7 +605,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "planning/estimate.py",
+        "planning/states.py",
         "tests/unit/test_rehearsal.py -k calculated",
         ("FP8 copies without their transposes", "return 2 * matrices * layers", "return matrices * layers"),
     ),
@@ -890,6 +890,9 @@ MUTANTS: list[Mutant] = [
             "sequences, heads, queries, _ = query.shape",
             "sequences, heads, queries, _ = *key.shape[:2], *query.shape[2:]",
         ),
+        ("products as slow as the sums that they are added to", "if kind in (PRODUCTS, EXPERTS):", "if False:"),
+        ("the host's Adam computed by the GPU", 'places == {"cpu"}', "places == set()"),
+        ("copies to the host at the GPU's bandwidth", "if len(places) > 1 and", "if False and"),
     ),
     *within(
         "planning/counts.py",
@@ -899,8 +902,9 @@ MUTANTS: list[Mutant] = [
             "self._update if kind == DATA else self._part()",
             "self._part()",
         ),
-        ("recomputation counted as forward", "else self._backward if in_backward() else", "else"),
-        ("packs counted together", "self._forward * (1 / packs)", "self._forward"),
+        ("recomputation counted as forward", "return self._backward if in_backward() else", "return"),
+        ("a reference's pass counted as training", "else self._score if self._scores else", "else"),
+        ("packs counted together", "part * (1 / packs) for part", "part for part"),
         (
             "the update counted as part of packs",
             "            self._in_pack = False\n            return",
@@ -915,12 +919,18 @@ MUTANTS: list[Mutant] = [
         ("a network as fast as links of a node", "bandwidth = min(bandwidth, here * machine.network_gb_per_s)", "pass"),
         ("bytes of products forgotten", "return max(moving, operation.flops", "return max(0, operation.flops"),
         ("the fastest stage forecast", "return max(steps, key", "return min(steps, key"),
+        (
+            "copies that computing hides forecast",
+            "_beyond(self.on_link(tally), sum(computing.values()))",
+            "self.on_link(tally)",
+        ),
     ),
     *within(
         "planning/machines.py",
         STEP_FORECAST,
         ("a range upside down", "len(value) != 2 or value[0] > value[1]", "len(value) != 2"),
         ("percentages for fractions", "if value[1] > LARGEST_SHARE:", "if False:"),
+        ("a node's main memory for each GPU", "value / self.gpus_per_node for", "value for"),
     ),
     *within(
         "planning/calibration.py",
@@ -971,6 +981,11 @@ MUTANTS: list[Mutant] = [
         ("no fused Adam", "if adam is None and not HAVE_APEX_OR_TE", "if False"),
         ("a second Adam fused", "if adam is None and not HAVE_APEX_OR_TE", "if adam is None"),
         ("groups of gloo on CUDA", "create_gloo_process_groups=False", "create_gloo_process_groups=True"),
+    ),
+    *within(
+        "parallel/cpu_shim.py",
+        EXCHANGE,
+        ("copies of a process for itself", "**options) if group.size() > 1 else None", "**options)"),
     ),
     *within(
         "parallel/cpu_shim.py",
@@ -1026,7 +1041,7 @@ MUTANTS: list[Mutant] = [
         ("a first step without moments", "engines.update(optimizer, 1.0)", "pass"),
     ),
     *within(
-        "planning/estimate.py",
+        "planning/process.py",
         PLAN,
         (
             "copies of sequences that context parallelism shares",
@@ -1034,6 +1049,10 @@ MUTANTS: list[Mutant] = [
             ")\n        self.s =",
         ),
         ("no packs in flight but one", "return min(self.work.packs, self.stages - stage)", "return 1"),
+    ),
+    *within(
+        "planning/estimate.py",
+        PLAN,
         ("MLPs kept in tiles too", "return 0.0 if process.tiles else mlp_results", "return mlp_results"),
         ("experts as wide as the MLP", "rows + process.s * 20 * shape.experts", "process.s * 20 * shape.experts"),
     ),
@@ -1050,8 +1069,24 @@ MUTANTS: list[Mutant] = [
             "            check_cut(request.hf_config",
             "            (request.hf_config",
         ),
+    ),
+    *within(
+        "planning/candidate.py",
+        PLAN,
         ("an option that was set is varied", "return name in self.config.explicit", "return False"),
-        ("more recomputed than is needed", "(low, middle) if candidate", "(low, middle) if not candidate"),
+        ("a save's copies take no memory", "+ self.kept_on_host + self.saved", "+ self.kept_on_host"),
+    ),
+    *within(
+        "planning/choices.py",
+        PLAN,
+        ("more recomputed than is needed", "(low, middle) if self._fits", "(low, middle) if not self._fits"),
+        ("choices beyond the host's memory", "<= limit and self._host", "<= limit or self._host"),
+        (
+            "the first choice that fits, not the cheapest",
+            "if way is not None and",
+            "if best is None and way is not None and",
+        ),
+        ("choices that training refuses", "self._accepted[key] = not options", "self._accepted[key] = True"),
     ),
     *within(
         "planning/plan_file.py",

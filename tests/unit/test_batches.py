@@ -17,7 +17,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.model.cost import width_of_cost
 from megatron_solopo.planning import cost
-from megatron_solopo.planning.estimate import Process, Shape, Work
+from megatron_solopo.planning.process import Process, Shape, Work
 
 
 @pytest.mark.parametrize("seed", range(20))

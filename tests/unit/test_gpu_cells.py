@@ -141,7 +141,8 @@ def test_the_estimate_of_the_longest_context_is_the_planners(tmp_path: Path) -> 
     from gpu.steps import SOLO
 
     from megatron_solopo import config_load
-    from megatron_solopo.planning.estimate import Process, Shape, Work, peak
+    from megatron_solopo.planning.estimate import peak
+    from megatron_solopo.planning.process import Process, Shape, Work
     from megatron_solopo.planning.rehearse import example
 
     hf_config_of(QWEN_3B).save_pretrained(tmp_path)

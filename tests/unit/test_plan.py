@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -17,12 +20,16 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.parallel.layouts import parse_layout
 from megatron_solopo.parallel.topology import data_parallel_size
-from megatron_solopo.planning.cost import operators
+from megatron_solopo.planning.candidate import Candidate, Request, layout_name
+from megatron_solopo.planning.choices import MARGIN, WORTH, Choices, ladders, optimizers, with_options
+from megatron_solopo.planning.cost import operators, seconds_of_step
 from megatron_solopo.planning.estimate import activations_on_host
 from megatron_solopo.planning.machines import load_machine
-from megatron_solopo.planning.plan import main, read_options, request_of
+from megatron_solopo.planning.memory import Moment
+from megatron_solopo.planning.plan import main, nothing_fits, read_options, request_of
 from megatron_solopo.planning.plan_file import write_plan
-from megatron_solopo.planning.search import Candidate, Request, layout_name, packs_of_step, rehearsed, search
+from megatron_solopo.planning.process import Process
+from megatron_solopo.planning.search import Plan, SearchResult, packs_of_step, plan, rehearsed, search
 from megatron_solopo.planning.workers import Rehearsals
 
 WIDE = SHAPE | dict(
@@ -54,6 +61,7 @@ def rehearsals() -> Iterator[Rehearsals]:
 
 FULL, BLOCK, TILES = "--recompute-granularity=full", "--recompute-method=block", "--mlp-tiles=auto"
 KEEP, OFFLOAD, SELECTIVE = "--recompute-keep=core_attn", "--activation-offload", "--recompute-granularity=selective"
+ROUNDED = ("--use-precision-aware-optimizer", "--exp-avg-dtype=bf16", "--exp-avg-sq-dtype=bf16")
 ESTIMATED = [
     (DENSE, "tp2 sp cp2 dp2", ()),
     (DENSE, "tp4", (FULL,)),
@@ -71,6 +79,9 @@ ESTIMATED = [
     (MOE, "dp8 ep8", ()),
     (MOE, "tp2 sp dp4 ep4", (FULL,)),
     (MOE, "tp2 sp cp2 dp2 ep4 etp1", (FULL,)),
+    (DENSE, "tp2 sp cp2 dp2", ("--reference=resident",)),
+    (DENSE, "tp4", (FULL, TILES, *ROUNDED)),
+    (DENSE, "dp2", (FULL, TILES, "--optimizer-cpu-offload")),
 ]
 
 
@@ -109,7 +120,7 @@ def test_the_estimate_is_near_the_rehearsal(
         if on_host:  # in blocks of 16 MiB, which these tensors fill by half or more
             assert on_host <= outcome.host <= 2 * on_host + 2**24
     work = one.outcomes[-1].work
-    started = work.forward.operators + work.backward.operators
+    started = work.score.operators + work.forward.operators + work.backward.operators
     assert operators(one.process, one.process.stages - 1) == pytest.approx(started, rel=0.2)
 
 
@@ -152,20 +163,96 @@ def test_stages_that_cannot_be_alike_have_fewer_layers_at_both_ends(tmp_path: Pa
     assert {tuple(one.process.key_stages) for one in searched.fitting} == {(0, 1, 3)}  # the second is the slowest
 
 
-def test_no_more_is_recomputed_than_memory_asks_for(tmp_path: Path) -> None:
-    """The number of recomputed layers rises as memory falls, and one layer less would not fit."""
+def every_choice(asked: Request, one: Candidate) -> list[Candidate]:
+    """Each combination of options that the planner may try with a layout."""
+    choices, candidates = Choices(asked), list[Candidate]()
+    layout = replace(asked.config, parallel=one.config.parallel)
+    ways = [way for ladder in ladders(asked, layout, choices.shape) for way in ladder if choices.accepts(layout, way)]
+    for way, states in itertools.product(ways, optimizers(asked)):
+        config = with_options(layout, way | states)
+        process = Process(choices.shape, config, one.process.work, asked.gpus)
+        candidates.append(Candidate(config, one.groups, process, seconds_of_step(process, asked.machine)))
+    return candidates
+
+
+@pytest.mark.parametrize("model", [DENSE, MOE])
+def test_no_more_is_done_than_memory_asks_for(tmp_path: Path, model: PretrainedConfig) -> None:
+    """As memory falls, a step takes longer; no combination of options that fits is more than a little cheaper."""
     one_pack = "--micro-batch-size=1"
-    [none] = search(request(tmp_path, DENSE, 1, 1000, one_pack)).fitting
-    [full] = search(request(tmp_path, DENSE, 1, 1000, one_pack, FULL)).fitting
-    most, least = none.estimated.total / 2**30, full.estimated.total / 2**30
-    assert none.config.model.recompute_granularity is None and least < 0.65 * most
-    layers = []
-    for memory in (1.03 * most, (most + least) / 2, 1.1 * least, 1.03 * least):
-        [one] = search(request(tmp_path, DENSE, 1, memory, one_pack)).fitting
-        model = one.config.model
-        recomputed = {None: 0, "full": 4}[model.recompute_granularity]
-        layers.append(model.recompute_num_layers if model.recompute_method == "block" else recomputed)
-    assert layers == sorted(layers) and layers[0] == 0 and len(set(layers)) > 2, layers
+    [plain] = search(request(tmp_path, model, 1, 1000, one_pack)).fitting
+    assert plain.name == "1, micro-batch 1, recompute none"
+    every = every_choice(request(tmp_path, model, 1, 1000, one_pack), plain)
+    most, least = plain.estimated.total, min(one.estimated.total for one in every)
+    assert least < 0.6 * most
+    names, before = set[str](), plain.seconds
+    for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.02):
+        asked = request(tmp_path, model, 1, 1.03 * (least + share * (most - least)) / 2**30, one_pack)
+        [one] = search(asked).fitting
+        fitting = [choice.seconds for choice in every if choice.estimated.total * MARGIN <= asked.limit]
+        assert WORTH * before <= one.seconds <= min(fitting) / WORTH, one.name
+        names.add(one.name)
+        before = one.seconds
+    assert len(names) > 3, names
+    with pytest.raises(ValueError, match="unpack"):
+        [one] = search(request(tmp_path, model, 1, 0.99 * least / 2**30, one_pack)).fitting
+
+
+def test_what_the_device_has_no_room_for_goes_to_the_host_as_far_as_that_has(tmp_path: Path) -> None:
+    """On one GPU the states alone do not fit; moments in bfloat16 take less of the host, and a save its part."""
+    device = ("--micro-batch-size=1", "--gpus-per-node=1")
+
+    def searched_with(*flags: str) -> tuple[Request, SearchResult]:
+        asked = request(tmp_path, DENSE, 1, 0.6, *device, *flags, long=1000)
+        return asked, search(asked)
+
+    _, searched = searched_with()
+    [one] = searched.fitting
+    assert one.config.training.optimizer_cpu_offload and one.config.training.exp_avg_dtype == "fp32"
+    assert one.name.endswith("Adam on host")
+    gib = one.host / 2**30
+    assert gib == pytest.approx(3 + (12 + 2) * 61.2e6 / 2**30, rel=0.02)
+    write_plan(tmp_path / "plan.yaml", one.config, [], [])
+    assert Config.load(tmp_path / "plan.yaml").training.optimizer_cpu_offload
+    _, searched = searched_with(f"--host-memory={gib - 0.1}")
+    [one] = searched.fitting
+    assert one.name.endswith("Adam on host moments in bf16")
+    asked, searched = searched_with(f"--host-memory={gib - 0.3}")
+    [one] = searched.others
+    assert not searched.fitting and one.estimated.total < asked.limit
+    refusal = nothing_fits(asked, Plan(searched, [one], []))
+    assert "main memory" in str(refusal) and "--host-memory" in str(refusal)
+    _, searched = searched_with("--no-optimizer-cpu-offload")
+    assert not searched.fitting
+
+
+def test_a_machine_without_a_host_keeps_nothing_there(tmp_path: Path) -> None:
+    asked = request(tmp_path, DENSE, 1, 0.6, "--micro-batch-size=1", long=1000)
+    searched = search(replace(asked, machine=replace(asked.machine, host=None)))
+    assert not searched.fitting and "host" not in searched.others[0].name
+    machine = replace(load_machine("h100"), host=None)
+    for flags in (("--reference=resident",), ("--optimizer-cpu-offload",), (FULL, OFFLOAD)):
+        words = ["--model", str(tmp_path), "--gpus", "1", "--long-tokens", "1000", *flags]
+        with refused("field-missing", "'host'"):
+            request_of(*read_options(words), machine)
+
+
+def test_a_choice_whose_rehearsal_exceeds_memory_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the error of its estimate."""
+    asked = request(tmp_path, DENSE, 1, 1.2, "--micro-batch-size=1", long=4000)
+    rounds: list[int] = []
+
+    def rehearse(request: Request, candidates: list[Any], rehearsals: Any) -> None:
+        rounds.append(len(candidates))
+        for one in candidates:
+            peak = Moment({"weights": int(1.06 * one.estimated.total)})
+            one.outcomes, one.forecast = [SimpleNamespace(peak=peak, host=0)], SimpleNamespace(seconds=one.seconds)
+
+    monkeypatch.setattr("megatron_solopo.planning.search.rehearsed", rehearse)
+    [first] = search(asked).fitting
+    assert 1.06 * first.estimated.total > asked.limit
+    result = plan(asked, 1, cast(Any, None))
+    [one] = result.fitting
+    assert rounds == [1, 1] and one.peak.total <= asked.limit and one.seconds > first.seconds
 
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2 vpp2 dp4", "tp2 sp dp3"])
@@ -204,6 +291,7 @@ WRONG = [
     ([*MODEL, "--gpu-memry", "8"], "option-unknown", "--gpu-memry", "--gpu-memory?"),
     ([*MODEL, "--gpu-memory", "3"], "option-value", "--gpu-memory 3", "--reserve 4"),
     ([*MODEL, "--gpu-memory", "nan"], "option-value", "--gpu-memory nan"),
+    ([*MODEL, "--host-memory", "0"], "option-value", "--host-memory 0", "above 0"),
     ([*MODEL, "--response-tokens", "1000"], "option-conflict", "--response-tokens 1000"),
     ([*MODEL, "--seq-length", "999"], "option-conflict", "--seq-length 999", "--long-tokens 1000"),
     (["--model", "m", "--gpus", "8", "--long-tokens", "5000"], "seq-length-beyond-positions", "--long-tokens 5000"),

@@ -15,6 +15,8 @@ from megatron_solopo.planning.operators import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
     EXPERTS,
+    LINK,
+    ON_HOST,
     PRODUCTS,
     blocked_pairs,
     causal_pairs,
@@ -90,9 +92,9 @@ def test_operations_are_those_of_the_closed_form(rehearsals: Rehearsals) -> None
         assert outcome.work.update.flops() == 0
         dtype = "bfloat16" if device == "cuda" else "float32"
         assert outcome.work.forward.flops(PRODUCTS, dtype=dtype) == forward
+        assert outcome.work.backward.flops(PRODUCTS, dtype=dtype) == backward  # though gradients are float32 sums
         # the update reads and writes weights, gradients, masters and moments of each parameter
-        parameters = LAYERS * (MATRICES + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
-        assert outcome.work.update.moved > 28 * parameters
+        assert outcome.work.update.moved > 28 * PARAMETERS
 
 
 def test_recomputation_adds_one_forward_pass_of_the_layers(rehearsals: Rehearsals) -> None:
@@ -101,6 +103,44 @@ def test_recomputation_adds_one_forward_pass_of_the_layers(rehearsals: Rehearsal
     forward, attends, _ = counted(plain.work.forward)
     more = [one - other for one, other in zip(counted(full.work.backward), counted(plain.work.backward), strict=True)]
     assert more == [forward - 2 * TRAINED * VOCABULARY * HIDDEN, attends, 0]
+
+
+PARAMETERS = LAYERS * (MATRICES + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
+PADDING = 2**14
+"""Bytes: DDP's buffers end at a multiple of some elements."""
+
+
+def moved(tally: Tally, kind: str) -> float:
+    return sum(count * operation.bytes for operation, count in tally.operations.items() if operation.kind == kind)
+
+
+def test_a_resident_reference_scores_each_pack_and_changes_places_twice(rehearsals: Rehearsals) -> None:
+    resident = ("--reference", "resident")
+    of_short = (*resident, "--alignment-reference", "short")
+    tasks = [task("--bf16", *flags, device="cuda", packs=2) for flags in ((), resident, of_short)]
+    cached, same, short = rehearsals.each(tasks)
+    assert cached.work.score.flops() == 0
+    for outcome in (same, short):
+        assert counted(outcome.work.forward) == counted(cached.work.forward)
+        assert counted(outcome.work.backward) == counted(cached.work.backward)
+        assert 0 <= moved(outcome.work.update, LINK) - 4 * 2 * PARAMETERS <= 4 * PADDING  # twice, both ways
+        assert 0 <= outcome.host - cached.host - 2 * PARAMETERS <= PADDING
+        assert outcome.peaks["score"].total > sum(outcome.standing.values())
+    assert counted(same.work.score) == counted(cached.work.forward)
+    assert 0 < short.work.score.flops() < 0.5 * same.work.score.flops()  # without the long prompt
+    more = same.work.of_step(2).flops() - cached.work.of_step(2).flops()
+    assert more == 2 * cached.work.forward.flops()
+
+
+def test_an_optimizer_on_the_host_computes_there(rehearsals: Rehearsals) -> None:
+    """Gradients of 4 bytes come and weights of 2 go; Adam reads 16 bytes a parameter, writes 12, and rounds 4 to 2."""
+    plain, away = rehearsals.each(
+        [task("--bf16", *flags, device="cuda") for flags in ((), ("--optimizer-cpu-offload",))]
+    )
+    assert moved(plain.work.update, LINK) == 0 == moved(plain.work.forward, LINK)
+    assert moved(away.work.update, LINK) == 6 * PARAMETERS
+    assert 34 * PARAMETERS <= moved(away.work.update, ON_HOST) <= 34 * PARAMETERS + PADDING
+    assert away.work.update.moved < plain.work.update.moved - 28 * PARAMETERS
 
 
 def test_frozen_matrices_have_no_gradients(rehearsals: Rehearsals) -> None:
@@ -184,12 +224,11 @@ def test_collectives_of_context_data_and_pipeline_parallelism(rehearsals: Rehear
     gathered, reduced = (context.work.backward.traffic("cp", each) for each in ("all_gather", "reduce_scatter"))
     assert context.work.forward.traffic("cp", "all_gather").bytes == 2 * LAYERS * keys
     assert gathered.bytes == 2 * LAYERS * keys and reduced.bytes == 2 * gathered.bytes  # gradients in float32
-    parameters = LAYERS * (MATRICES + 2 * HIDDEN) + 2 * VOCABULARY * HIDDEN + HIDDEN
     for outcome, size in ((copies, 4), (buckets, 2)):
         of_gradients = outcome.work.update.traffic("dp", "reduce_scatter")
         of_parameters = outcome.work.update.traffic("dp", "all_gather")
         padding = of_gradients.number * 4 * 128
-        assert 0 <= of_gradients.bytes / 4 - parameters <= padding
+        assert 0 <= of_gradients.bytes / 4 - PARAMETERS <= padding
         assert of_parameters.bytes / size == of_gradients.bytes / 4
     assert copies.work.update.traffic("dp", "reduce_scatter").number == 1
     assert buckets.work.update.traffic("dp", "reduce_scatter").number > 1

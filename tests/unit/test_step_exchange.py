@@ -14,6 +14,7 @@ from refusals import refused
 from segment_names import only
 from test_step import GROUPS, METHODS, draw, reference_of
 from tiny_models import EXPERTS, SHAPE, write_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MixtralConfig
 
 from megatron_solopo.config import Config, ModelConfig, TrainingConfig
@@ -106,6 +107,37 @@ def test_a_step_reads_the_device_once(engine: Any, folders: dict[str, Path]) -> 
     assert line.keys() - NOT_OF_LOSSES == {*metric_names(SOLO)} - {"loss"}
     ours = [kind for kind in collectives if kind != "all_reduce"]  # megatron-core sums gradients
     assert ours == ["all_gather_into_tensor"], collectives
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_process_alone_copies_neither_gradients_nor_weights(
+    engine: Any, folders: dict[str, Path], model: str
+) -> None:
+    """gloo would, both of the complete model; and the step is what it is in the buffers."""
+    from megatron_solopo.training.engine import squared_gradient_norm, update
+
+    built, optimizer, _, config = trainer(engine, folders[model])
+    run = parts(built, config)
+    before = [parameter.detach().clone() for parameter in built.models[0].parameters()]
+    with Collectives() as seen:
+        run()
+        squared_gradient_norm(optimizer)
+        update(optimizer, 1.0)
+    assert not [name for name in seen.names if "gather" in name or "scatter" in name], seen.names
+    assert not all(map(torch.equal, before, built.models[0].parameters()))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -13,12 +13,14 @@ from refusals import refused
 from megatron_solopo.config import Config
 from megatron_solopo.planning.counts import Exchange, Tally, Traffic, Work
 from megatron_solopo.planning.forecast import PARTS, calibrated, forecast
-from megatron_solopo.planning.machines import Achieved, Machine, load_machine, names
+from megatron_solopo.planning.machines import Achieved, Host, Machine, load_machine, names
 from megatron_solopo.planning.operators import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
     EXPERTS,
+    LINK,
     MEMORY_BOUND,
+    ON_HOST,
     PRODUCTS,
     Operation,
 )
@@ -36,6 +38,7 @@ ROUND = Machine(
     achieved=Achieved(products=[0.5, 1.0], attention=[0.25, 0.5], memory=[0.5, 1.0], collectives=[0.5, 1.0]),
     collective_us=[1, 1],
     launch_us=[1, 1],
+    host=Host(memory_gib=400, memory_gb_per_s=80, link_gb_per_s=10, achieved=[0.5, 1.0]),
 )
 
 
@@ -79,6 +82,7 @@ def exchange(name: str, kind: str, ranks: Any, size: float, number: int = 0) -> 
         (exchange("all_gather", "cp", range(0, 8, 4), 10e9), "cp", 0.5, 1),  # one a node
         (exchange("all_to_all", "ep", range(8), 10e9), "ep", 0.5, 1),  # half of it leaves the node, by one's own
         (exchange("all_reduce", "tp", range(4), 0, 10**6), "tp", 1, 1),
+        (operation(LINK, size=10 * 10**9), "host", 1, 2),
     ],
 )
 def test_rates(work: Tally, part: str, low: float, high: float) -> None:
@@ -131,6 +135,30 @@ def test_overlap_of_gradients_and_parameters(
     assert result.tokens == 100 * 2 * 4
 
 
+def test_copies_of_activations_hide_behind_the_pass_that_they_belong_to() -> None:
+    """Of 1 to 2 seconds; a resident reference's pass hides none."""
+    computing, copies = operation(PRODUCTS, 100 * TERA), operation(LINK, size=30 * 10**9)
+    work = Work(computing + copies, computing + computing, Tally(), score=computing)
+    result = forecast([Outcome(0, {}, {}, 100, 1, work)], options(), 1, 2, ROUND)
+    assert (result.low, result.high) == pytest.approx((2 * (4 + 2), 2 * (8 + 4)))
+    assert result.parts == pytest.approx({"products": 12, "host": 6})
+
+
+@pytest.mark.parametrize(("overlaps", "low"), [(False, 3), (True, 2)])
+def test_the_update_on_the_host(overlaps: bool, low: float) -> None:
+    """A quarter of the node's bandwidth, and the link."""
+    training = Config().training
+    changed = dict(optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=overlaps)
+    config = replace(options(), training=replace(training, **changed))
+    update = operation(LINK, size=10 * 10**9) + operation(ON_HOST, size=40 * 10**9)
+    result = forecast([outcome(update=update)], config, 1, 8, ROUND)
+    assert (result.low, result.high) == pytest.approx((low, 2 * low))
+    without = replace(ROUND, host=None)
+    assert forecast([outcome(update=update)], config, 1, 8, without).low == 0  # on a CPU everything is there
+    with refused("field-missing", "round numbers", "'host'", "link_gb_per_s"):
+        forecast([replace(outcome(update=update), host=10**9)], config, 1, 8, without)
+
+
 def test_calibration_hits_the_measured_step() -> None:
     """Whatever bounds the step; the range becomes one value, and ratios between parts stay."""
     forward = operation(PRODUCTS, 100 * TERA) + operation(MEMORY_BOUND, size=TERA, count=3)
@@ -159,12 +187,15 @@ def test_machines_of_the_package() -> None:
     for name in names():
         machine = load_machine(name)
         assert machine.gpus_per_node == 8 and machine.node_gb_per_s > machine.network_gb_per_s
+        assert machine.host_share().memory_gib == 250 and machine.host_share().link_gb_per_s >= 32
         assert all(high <= 1 for _, high in vars(machine.achieved).values())
 
 
 def test_a_written_machine_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(ROUND.text())
     assert load_machine(str(tmp_path / "own.yaml")) == ROUND
+    (tmp_path / "small.yaml").write_text(replace(ROUND, host=None).text())
+    assert load_machine(str(tmp_path / "small.yaml")) == replace(ROUND, host=None)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +209,7 @@ def test_a_written_machine_is_read_again(tmp_path: Path) -> None:
         ({"launch_us": [5]}, "field-value", ("own.yaml", "launch_us", "[low, high]")),
         ({"launch_us": [5, 4]}, "field-value", ("own.yaml", "launch_us", "[low, high]")),
         ({"achieved": {"products": [55, 75]}}, "field-value", ("own.yaml", "achieved", "products", "fractions")),
+        ({"host": {"memory_gib": 0}}, "field-value", ("own.yaml", "host", "memory_gib")),
         ({"memroy_gib": 80}, "option-unknown", ("own.yaml:1", "memroy_gib", "memory_gib")),
     ],
 )

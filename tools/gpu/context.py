@@ -107,7 +107,8 @@ def planned(config: Any, shape: dict[str, Any], others: tuple[int, int], unit: i
         others: tokens of the short prompt and of each response; size: bytes.
     """
     from megatron_solopo.data.tokenized.batches import pieces_multiple_of, prompts_multiple_of
-    from megatron_solopo.planning.estimate import Process, Shape, Work, peak
+    from megatron_solopo.planning.estimate import peak
+    from megatron_solopo.planning.process import Process, Shape, Work
     from megatron_solopo.planning.rehearse import example
 
     short, response = others

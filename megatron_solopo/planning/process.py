@@ -1,0 +1,147 @@
+"""The sizes of a model, of a pack and of a process in a layout, that closed forms are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from megatron_solopo.config import Config
+from megatron_solopo.data.tokenized.batches import attention_cost
+from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import padded_vocab_size
+from megatron_solopo.model.tiles import tiles_of
+from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
+from megatron_solopo.planning.table import stages_that_matter
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model.
+
+    Attributes:
+        queries, keys: widths of queries and of keys (as of values), of all heads.
+        ffn: width of the MLP, or of one expert.
+        vocabulary: rows of the padded vocabulary.
+        experts, chosen: experts of a layer, and those of a token; 0 without experts.
+        biases: of queries, keys and values together.
+        head_norms: whether each head of queries and keys has a norm.
+        tied: whether the output weight is the embedding.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    queries: int
+    keys: int
+    ffn: int
+    vocabulary: int
+    experts: int
+    chosen: int
+    biases: int
+    head_norms: bool
+    head_dim: int
+    tied: bool
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
+        options, size = family_of(hf_config).transformer_options(hf_config), head_dim(hf_config)
+        queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
+        return cls(
+            layers=hf_config.num_hidden_layers,
+            hidden=hf_config.hidden_size,
+            heads=hf_config.num_attention_heads,
+            queries=queries,
+            keys=keys,
+            ffn=options.get("moe_ffn_hidden_size", hf_config.intermediate_size),
+            vocabulary=padded_vocab_size(hf_config, vocabulary_divisible_by),
+            experts=options.get("num_moe_experts", 0),
+            chosen=options.get("moe_router_topk", 0),
+            biases=queries + 2 * keys if options.get("add_qkv_bias") else 0,
+            head_norms=bool(options.get("qk_layernorm")),
+            head_dim=size,
+            tied=hf_config.tie_word_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A pack, of all context-parallel ranks, and how many a process computes in a step.
+
+    Attributes:
+        tokens: with padding.
+        key_rows: rows of keys that its pieces attend to: a shared prompt's again for each of its responses.
+        predicted: response tokens.
+        pairs: pairs of tokens that attend.
+    """
+
+    tokens: int
+    key_rows: int
+    predicted: int
+    pairs: float
+    packs: int
+
+    @classmethod
+    def of(cls, group: TokenGroup, groups: int, packs: int, share: bool, pieces: int, prompts: int) -> Work:
+        """Returns a pack of ``groups`` times the same group, whose pieces and prompts are padded as in a `StepPlan`."""
+        tokens, plain = group.tokens(share, pieces, prompts), group.tokens(share)
+        repeated = sum(len(prompt.ids) * len(prompt.completions) for prompt in group.prompts) if share else 0
+        return cls(
+            tokens=groups * tokens,
+            key_rows=groups * (tokens + repeated),
+            predicted=groups * sum(len(completion.ids) for _, completion in group.segments()),
+            pairs=groups * 6 * (attention_cost(group, 1, share) - plain),  # which divides by 6 widths
+            packs=packs,
+        )
+
+
+class Process:
+    """The numbers of a process in a layout.
+
+    Args:
+        world: processes.
+    """
+
+    def __init__(self, shape: Shape, config: Config, work: Work, world: int) -> None:
+        parallel = config.parallel
+        self.shape, self.config, self.work = shape, config, work
+        self.e = 2 if config.model.bf16 else 4
+        self.tensor, self.context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        self.stages, self.chunks = (
+            parallel.pipeline_model_parallel_size,
+            parallel.num_virtual_stages_per_pipeline_rank,
+        )
+        self.copies = data_parallel_size(parallel, world) * self.context
+        self.expert_tensor = parallel.expert_tensor_parallel_size or self.tensor
+        self.expert_parallel = parallel.expert_model_parallel_size
+        self.expert_copies = world // self.stages // self.expert_tensor // self.expert_parallel
+        sizes = stage_sizes(shape.layers, parallel)
+        assert sizes is not None  # `check_layout` refuses others
+        self.sizes = sizes
+        self.key_stages = stages_that_matter(shape.layers, parallel)
+        self.t = math.ceil(work.tokens / self.context)
+        self.s = self.t / self.tensor if parallel.sequence_parallel else self.t
+        self.rows = self.s * shape.chosen * self.expert_tensor  # of tokens, once for each of their experts
+        self.scores = config.method.reference == "resident"  # the reference's forward pass in each step
+        tiles = config.model.mlp_tiles
+        self.tiles = tiles_of(tiles, self.t, shape.hidden) if tiles else 0
+        # torch's kernel for float32 takes as many heads of keys as of queries (parallel/layout.py)
+        self.repeats_keys = self.e == 4 and shape.queries != shape.keys and self.context == 1
+
+    def in_flight(self, stage: int) -> int:
+        """Returns how many passes of packs through a chunk wait for their backward pass at most (schedules.py of
+        megatron-core: 1F1B, and get_pp_rank_microbatches of the interleaved schedule)."""
+        if self.chunks == 1:
+            return min(self.work.packs, self.stages - stage)
+        warm_up = 2 * (self.stages - stage - 1) + (self.chunks - 1) * self.stages
+        return min(self.work.packs * self.chunks, warm_up + 1)
+
+    def recomputed(self, stage: int) -> int:
+        """Returns the number of layers of a chunk whose inputs alone are kept."""
+        model, layers = self.config.model, self.sizes[stage] // self.chunks
+        if model.recompute_granularity != "full":
+            return 0
+        return layers if model.recompute_method == "uniform" else min(layers, model.recompute_num_layers)
