@@ -197,6 +197,19 @@ class DataConfig:
     )
     share_prompts: bool = option(True, "compute a prompt once for all its responses")
     shuffle: bool = option(True, "train on the examples in a new order each epoch; off: in the file's order")
+    stretch_positions: int | None = option(
+        None,
+        "LENGTH: in training, positions of long prompts (of conversations with --objective sft) jump at the boundaries "
+        "of their documents by random gaps, so that a prompt with its response spans between its own length and LENGTH "
+        "positions at the cost of its tokens; evaluation never stretches; the model must cover LENGTH",
+        minimum=2,
+    )
+    stretch_fraction: float = option(
+        1.0,
+        "share of the examples that --stretch-positions stretches, each with this probability, at most 1; the others "
+        "keep their positions",
+        minimum=0,
+    )
 
 
 @dataclass

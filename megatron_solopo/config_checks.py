@@ -28,6 +28,7 @@ def check(config: Config) -> None:
     _check_loss_options(config.method)
     _check_parallel(config)
     _check_training(config)
+    _check_stretch(config)
     _check_output(config)
 
 
@@ -299,6 +300,12 @@ def unused(config: Config) -> dict[str, str]:
             "needs --recompute-granularity full (else layers keep more than a host link moves while they compute)",
         ),
         ("recompute_modules", model.recompute_granularity == "selective", "needs --recompute-granularity selective"),
+        (
+            "stretch_positions",
+            config.method.objective == "sft" or config.method.context_mode != "short",
+            "needs --context-mode solo or long, or --objective sft (short contexts keep their positions)",
+        ),
+        ("stretch_fraction", config.data.stretch_positions is not None, "needs --stretch-positions"),
         ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
         ("eval_on_start", config.data.valid_data is not None, "needs --valid-data"),
         (
@@ -469,6 +476,13 @@ def _check_training(config: Config) -> None:
             "option-conflict",
             f"--max-tokens-per-rank {most}{times} is below --seq-length {longest}: "
             "one example might not fit; raise it or lower --seq-length",
+        )
+
+
+def _check_stretch(config: Config) -> None:
+    if config.data.stretch_fraction > 1:
+        raise UserError(
+            "option-value", f"--stretch-fraction {config.data.stretch_fraction}: is a share; set it from 0 to 1"
         )
 
 

@@ -2,7 +2,8 @@
 
 A pack is a list of pieces. A prompt is a piece that attends causally to itself; a completion is a piece that attends to
 its prompt and causally to itself. A prompt's tokens occur once, however many completions follow. Positions are
-explicit: a prompt counts from 0, each of its completions from the prompt's length.
+explicit: a prompt counts from 0 (with jumps where it is stretched, see data/tokenized/stretch.py), each of its
+completions from the position after the prompt's last.
 
 The last token of a completion is predicted and predicts nothing, so it is not in the pack.
 """

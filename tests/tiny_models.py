@@ -117,6 +117,14 @@ def preference_groups(count: int, seed: int = 0, long_is_short: bool = False) ->
     return records
 
 
+def in_paragraphs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Preference groups whose long contexts have a blank line after each fourth word."""
+    for record in records:
+        words = record["long_messages"][0]["content"].split()
+        record["long_messages"] = _chat("\n\n".join(" ".join(words[at : at + 4]) for at in range(0, len(words), 4)))
+    return records
+
+
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Conversations whose answer is the prompt's first word again: easy to learn."""
     draw = random.Random(seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, DataConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.families.fields import attention_window, head_dim
@@ -69,26 +69,34 @@ def check_attention_on_cuda(hf_config: PretrainedConfig, config: Config) -> None
         )
 
 
-def check_length(hf_config: PretrainedConfig, seq_length: int) -> None:
+def check_lengths(hf_config: PretrainedConfig, data: DataConfig) -> None:
+    """Refuses --seq-length and --stretch-positions beyond the model's positions or its sliding window; see
+    `check_length`."""
+    check_length(hf_config, data.seq_length)
+    if data.stretch_positions is not None:
+        check_length(hf_config, data.stretch_positions, "--stretch-positions")
+
+
+def check_length(hf_config: PretrainedConfig, length: int, option: str = "--seq-length") -> None:
     """Refuses sequences beyond the model's positions or its sliding window.
 
     Attention is always full here, which equals attention in a window while no sequence is longer than the window.
 
     Raises:
-        UserError: --seq-length is too large.
+        UserError: the option's length is too large.
     """
     covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
-    if seq_length > covered:
+    if length > covered:
         scaled = hf_config.rope_parameters["rope_type"] != "default"
         raise UserError(
             "seq-length-beyond-positions",
-            f"--seq-length {seq_length} is beyond the model's max_position_embeddings {covered} (config.json); "
+            f"{option} {length} is beyond the model's max_position_embeddings {covered} (config.json); "
             f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or use a longer model",
         )
     window = attention_window(hf_config)
-    if window is not None and seq_length > window:
+    if window is not None and length > window:
         raise UserError(
             "seq-length-beyond-window",
-            f"--seq-length {seq_length} is longer than the model's sliding_window {window} (config.json), and "
+            f"{option} {length} is longer than the model's sliding_window {window} (config.json), and "
             f"sliding-window attention is not supported; lower it to {window}, or use a model without a window",
         )

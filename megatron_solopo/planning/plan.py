@@ -19,7 +19,7 @@ from megatron_solopo.config import Config, flag
 from megatron_solopo.data.tokenized.batches import most_tokens_of_a_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.registry import family_of
-from megatron_solopo.model.hf_config import check_length, read_config_file, read_hf_config
+from megatron_solopo.model.hf_config import check_lengths, read_config_file, read_hf_config
 from megatron_solopo.planning.calibration import calibrate
 from megatron_solopo.planning.candidate import GIB, PROCESS_GIB, Candidate, Request
 from megatron_solopo.planning.forecast import uses_host
@@ -191,7 +191,7 @@ def _model(path: str, config: Config) -> PretrainedConfig:
     hf_config = read_config_file(Path(path), scaling) if is_file else read_hf_config(path, scaling, "--model")
     family_of(hf_config)
     try:
-        check_length(hf_config, config.data.seq_length)
+        check_lengths(hf_config, config.data)
     except UserError as error:
         if "seq_length" in config.explicit:
             raise

@@ -89,6 +89,7 @@ def _data(data: RunData, config: Config, device: str) -> list[str]:
         f"({tokens / separate:.2f} of laying every prompt out for each response), "
         f"longest {max(group.longest for group in train.groups):,}, dropped {len(train.dropped)}, "
         f"cut {len(train.report.cut)}",
+        *([f"positions: {train.stretch}"] if train.stretch else []),
         *([f"valid: {len(valid.groups):,} examples, dropped {len(valid.dropped)}"] if valid else []),
         *(f"warning: {split}: {above}" for split, above in crowded if above),
         f"scored responses: {names_of_scored(policy_scores(config.method))}"

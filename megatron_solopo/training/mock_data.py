@@ -6,6 +6,7 @@ memory or quality, for which there is ``solopo plan``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import tempfile
@@ -22,7 +23,7 @@ from megatron_solopo.config import Config, DataConfig, OutputConfig, ParallelCon
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import loads
-from megatron_solopo.model.hf_config import check_length, read_hf_config
+from megatron_solopo.model.hf_config import check_lengths, read_hf_config
 from megatron_solopo.parallel.topology import world_size
 
 WORDS = [f"w{number}" for number in range(200)]
@@ -35,6 +36,9 @@ TEMPLATE = (
 
 LONGEST = 512
 """Tokens that --seq-length is scaled down to."""
+
+PARAGRAPH = 32
+"""Words of a paragraph of the examples."""
 
 LAYERS, HIDDEN, HEAD, FFN, EXPERTS = 2, 64, 16, 128, 4
 EXAMPLES, STEPS = 8, 2
@@ -49,11 +53,11 @@ def mocked(config: Config) -> Iterator[Config]:
 
     Raises:
         UserError: there are several processes, or the folder of the model has no config.json, or its model does not
-            reach --seq-length.
+            reach --seq-length or --stretch-positions.
     """
     if world_size() > 1:
         raise UserError("option-conflict", f"--mock-data runs one process, and {world_size()} were started; start one")
-    check_length(read_hf_config(config.model.hf_path, config.model.rope_scaling), config.data.seq_length)
+    check_lengths(read_hf_config(config.model.hf_path, config.model.rope_scaling), config.data)
     with tempfile.TemporaryDirectory(prefix="solopo-mock-") as folder:
         place = Path(folder)
         _write_model(Path(config.model.hf_path) / "config.json", place / "model")
@@ -85,6 +89,8 @@ def mocked(config: Config) -> Iterator[Config]:
                 seq_length=seq_length,
                 data_cache=str(place / "cache"),
                 share_prompts=config.data.share_prompts,
+                stretch_positions=config.data.stretch_positions and max(config.data.stretch_positions, seq_length),
+                stretch_fraction=config.data.stretch_fraction,
             ),
             method=replace(config.method, reference_cache=None),
             parallel=ParallelConfig(device="cpu"),
@@ -136,7 +142,8 @@ def examples(
     draw = random.Random(seed)
 
     def words(count: int) -> str:
-        return " ".join(draw.choices(WORDS, k=count))
+        drawn = draw.choices(WORDS, k=count)
+        return "\n\n".join(" ".join(paragraph) for paragraph in itertools.batched(drawn, PARAGRAPH))
 
     for number in range(count):
         question = [{"role": "user", "content": words(long)}]

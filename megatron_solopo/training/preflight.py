@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -26,11 +27,12 @@ from megatron_solopo.data.options import TokenizerOptions
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.data.tokenized.batches import Schedule, make_schedule
 from megatron_solopo.data.tokenized.make_store import Job, cache_folder, cached_store, is_complete
+from megatron_solopo.data.tokenized.stretch import Stretch
 from megatron_solopo.data.tokenized.token_store import StoredTokens, is_store, open_tokens, read_manifest
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_scores, reference_scores
 from megatron_solopo.model.families.registry import family_of
-from megatron_solopo.model.hf_config import check_attention_on_cuda, check_length, padded_vocab_size
+from megatron_solopo.model.hf_config import check_attention_on_cuda, check_lengths, padded_vocab_size
 from megatron_solopo.model.recompute import check_modules
 from megatron_solopo.model.tiles import check_tiles
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
@@ -209,7 +211,7 @@ def check_model(config: Config, device: str) -> PretrainedConfig:
         device: ``cuda`` or ``cpu``.
 
     Raises:
-        UserError: no such folder, an unknown architecture, --seq-length beyond its positions, a layout that it cannot
+        UserError: no such folder, an unknown architecture, lengths beyond its positions, a layout that it cannot
             be cut into, no complete weights, or a broken generation_config.json.
     """
     if device == "cuda":
@@ -217,7 +219,7 @@ def check_model(config: Config, device: str) -> PretrainedConfig:
     hf_config = read_model(config)
     if device == "cuda":
         check_attention_on_cuda(hf_config, config)
-    check_length(hf_config, config.data.seq_length)
+    check_lengths(hf_config, config.data)
     check_cut(hf_config, config, world_size())
     if not config.model.random_init:
         padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
@@ -273,18 +275,15 @@ def load_data(config: Config) -> RunData:
         UserError: see `_store_of` and `open_tokens`; a process has other examples than rank 0.
     """
     tokenizer = dated_tokenizer(config)
-    wanted, data = all_scores(config.method), config.data
+    data = config.data
     facts = text_facts(config.model.hf_path, tokenizer)
     read: dict[str, StoredTokens] = {}
     for split, path in (("train", data.train_data), ("valid", data.valid_data)):
         if not path:
             continue
         folder = _store_of(path, config, tokenizer)
-        source = None if folder == Path(path) else path
-        tokens = agreed(
-            lambda: open_tokens(folder, facts, wanted, data.seq_length, data.overlong, source),  # noqa: B023
-            "data",
-        )
+        stretch = Stretch.of(config) if split == "train" else None
+        tokens = agreed(lambda: _open(path, folder, facts, config, stretch), "data")  # noqa: B023
         check_same(tokens.fingerprint, f"{path} is other data there than on rank 0; copy rank 0's")
         read[split] = tokens
     policy = {split: dataset.only(policy_scores(config.method)) for split, dataset in read.items()}
@@ -292,6 +291,13 @@ def load_data(config: Config) -> RunData:
     reference = {split: dataset.only(compared) for split, dataset in read.items()} if compared else {}
     template = chosen_template(config.model, tokenizer)
     return RunData(policy["train"], policy.get("valid"), reference, template, end_of_turn(tokenizer))
+
+
+def _open(path: str, folder: Path, facts: dict[str, Any], config: Config, stretch: Stretch | None) -> StoredTokens:
+    """Opens the token store of a data option, see `_store_of`."""
+    data, source = config.data, None if folder == Path(path) else path
+    tokens = open_tokens(folder, facts, all_scores(config.method), data.seq_length, data.overlong, source)
+    return tokens if stretch is None else tokens.stretched(stretch, path)
 
 
 def _store_of(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:

@@ -1,8 +1,9 @@
 """Reference log-probs, computed once through the training path and cached on disk for all epochs and restarts.
 
 A cache file has one number for each scored segment (segment_table.py). Its name is a key of everything that the
-numbers depend on: weights, token ids (and so data, tokenizer and template), the scored segments, and precision. A run
-with other inputs uses another file. A file is checked against its checksum and against a few recomputed examples.
+numbers depend on: weights, token ids (and so data, tokenizer and template), the scored segments, stretched positions,
+and precision. A run with other inputs uses another file. A file is checked against its checksum and against a few
+recomputed examples.
 
 Rank 0 reads the cache file and sends its table to the others, whose disks need not have it.
 
@@ -76,6 +77,8 @@ def cache_key(config: Config, dataset: TokenDataset, weights: str) -> str:
         "scored": sorted(reference_scores(config.method)),
         "dtype": "bfloat16" if config.model.bf16 else "float32",
     }
+    if dataset.stretch is not None:
+        facts["stretch"] = dataclasses.asdict(dataset.stretch)
     if tail_weight(config.method) != 1:
         facts["tail_weight"] = tail_weight(config.method)
     if config.model.rope_scaling is not None:

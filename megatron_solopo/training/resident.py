@@ -23,16 +23,15 @@ from torch import Tensor
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import Schedule
-from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
-from megatron_solopo.losses.solopo import policy_scores, reference_context, reference_scores, tail_weight
+from megatron_solopo.losses.solopo import policy_scores, reference_context, reference_scores
 from megatron_solopo.pack import Context, Pack
 from megatron_solopo.parallel.device_pack import DevicePack, on_device
 from megatron_solopo.training.ahead import Ahead
 from megatron_solopo.training.engine import Engine
 from megatron_solopo.training.objective import StepInputs
 from megatron_solopo.training.segment_table import rows_compared
-from megatron_solopo.training.step import StepWork, run_packs, sent, step_work
+from megatron_solopo.training.step import StepWork, planned_packs, run_packs, step_work
 
 PIECE = 2**26
 """Bytes that are exchanged at a time: the size of the buffer on the device, and a power of two, to which torch rounds
@@ -124,25 +123,22 @@ class _Scored:
         return dataclasses.replace(self.inputs, packs=each)
 
 
-def scored_work(reference: ResidentReference, dataset: TokenDataset, indices: list[int], config: Config) -> StepWork:
+def scored_work(
+    reference: ResidentReference,
+    dataset: TokenDataset,
+    indices: list[int],
+    config: Config,
+    epochs: list[int] | None = None,
+) -> StepWork:
     """Makes the work of a training step that first scores its examples with the resident reference."""
-    return scored(reference, step_work(reference.engine, dataset, indices, config, None), config)
+    return scored(reference, step_work(reference.engine, dataset, indices, config, None, epochs), config)
 
 
 def scored(reference: ResidentReference, work: StepWork, config: Config) -> StepWork:
     """Returns a step's work with the scoring of its examples by the resident reference before it."""
     engine, method, packs = reference.engine, config.method, work.packs
     if reference_scores(method) != policy_scores(method):  # fewer or shorter sequences, which fit where the policy's do
-        plan = work.plan
-        multiples = plan.of_packs, plan.of_pieces, plan.of_prompts
-        groups = [[reference.dataset.groups[i] for i in pack.groups] for pack in packs]
-        packs = sent(
-            engine,
-            [
-                build_pack(those, pack.groups, config.data.share_prompts, *multiples, tail_weight(method))
-                for those, pack in zip(groups, packs, strict=True)
-            ],
-        )
+        packs = planned_packs(engine, reference.dataset, work.plan, indices, config, epochs)
     contexts = [reference_context(context, method) for context in Context]
     rows = [
         on_device(rows_compared(pack.pack.scored, of.pack.scored, contexts), engine.platform.device)
@@ -156,7 +152,7 @@ def scored_training_work(
 ) -> Ahead[StepWork]:
     """Returns the work of the training steps, which are numbered from 0; see `step.training_work`."""
     return Ahead(
-        lambda step: scored_work(reference, dataset, schedule.step(step), config),
+        lambda step: scored_work(reference, dataset, schedule.step(step), config, schedule.epochs(step)),
         schedule.steps,
         reference.engine.platform.device,
     )

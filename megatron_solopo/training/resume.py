@@ -23,6 +23,7 @@ from megatron_solopo.conversion.manifest import (
 )
 from megatron_solopo.conversion.places import check_apart, check_target, holds_model, named_folder
 from megatron_solopo.data.tokenized.batches import Schedule
+from megatron_solopo.data.tokenized.stretch import reference_is_stretched
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.fields import mathematics
@@ -52,11 +53,16 @@ IDENTITY = frozenset(
         *("random_init", "bf16", "fp8_format", "fp8_recipe", "rope_scaling", "add_special_tokens"),
         *("lora_rank", "lora_alpha", "use_rslora", "lora_modules"),
         *("make_vocab_size_divisible_by", "shuffle", "global_batch_size", "seed"),
+        *("stretch_positions", "stretch_fraction"),
         *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),
         *("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"),
     }
 )
 """Options that are part of a run's identity, besides those of the method: see `identity`."""
+
+DRAWS = frozenset({"reference"})
+"""Options that are part of a run's identity where --stretch-positions changes what the reference scores: a cache has
+one draw of the positions, a resident reference that of each epoch."""
 
 LENGTH = frozenset({"train_iters", "train_epochs"})
 """Options that are compared by the resulting steps and examples."""
@@ -308,7 +314,7 @@ def progress_of(schedule: Schedule, train: TokenDataset, config: Config, hf_conf
         "tokens": train.fingerprint,
         "steps": schedule.steps,
         "total": schedule.total,
-        **{name: config.value(name) for name in sorted(identity() | EXAMPLES)},
+        **{name: config.value(name) for name in sorted(identity() | EXAMPLES | DRAWS)},
     }
 
 
@@ -332,9 +338,10 @@ def check_same_run(before: Progress, now: Progress, config: Config) -> None:
         also = f" (also {', '.join(map(flag, others))})" if others else ""
         return f"{flag(first)}: the checkpoint's run has {_shown(before[first])}, this one {_shown(now[first])}{also}"
 
+    same = identity() - SCHEDULE | (DRAWS if reference_is_stretched(config) else frozenset())
     remedy = "keep it as before, or start a new run with another --save"
     override = config.training.override_opt_param_scheduler
-    if differs := changed(identity() - SCHEDULE):
+    if differs := changed(same):
         raise UserError("checkpoint-other-run", f"{differs}; {remedy}")
     for name, value in now[MATHEMATICS].items():
         if (earlier := before.get(MATHEMATICS, {}).get(name, value)) != value:

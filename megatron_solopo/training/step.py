@@ -85,26 +85,48 @@ def step_work(
     indices: Sequence[int],
     config: Config,
     reference: ReferenceLogProbs | None,
+    epochs: Sequence[int] | None = None,
 ) -> StepWork:
-    """Makes the work of a training step on the examples ``indices``."""
-    plan, packs = _planned(engine, dataset, indices, config)
+    """Makes the work of a training step on the examples ``indices``; see `planned_packs` for ``epochs``."""
+    plan, packs = _planned(engine, dataset, indices, config, epochs)
     inputs = step_inputs([pack.pack for pack in packs], reference, config.method, engine.platform.device)
     return StepWork(indices, plan, packs, inputs)
 
 
 def _planned(
-    engine: Engine, dataset: TokenDataset, indices: Sequence[int], config: Config
+    engine: Engine,
+    dataset: TokenDataset,
+    indices: Sequence[int],
+    config: Config,
+    epochs: Sequence[int] | None = None,
 ) -> tuple[StepPlan, list[DevicePack]]:
-    """Returns the plan and this rank's packs of the examples ``indices``, on its device.
-
-    Every rank has the same number of packs; ranks that share a model replica get the same packs, each its part.
-    """
-    rank, ranks = data_parallel()
+    """Returns the plan of the examples ``indices``, and `planned_packs` of it."""
+    _, ranks = data_parallel()
     groups = [dataset.groups[i] for i in indices]
     plan = plan_step(groups, width_of_cost(engine.hf_config), ranks, config, engine.platform.name)
+    return plan, planned_packs(engine, dataset, plan, indices, config, epochs)
+
+
+def planned_packs(
+    engine: Engine,
+    dataset: TokenDataset,
+    plan: StepPlan,
+    indices: Sequence[int],
+    config: Config,
+    epochs: Sequence[int] | None = None,
+) -> list[DevicePack]:
+    """Returns this rank's packs of the examples ``indices``, on its device.
+
+    Every rank has the same number of packs; ranks that share a model replica get the same packs, each its part.
+
+    Args:
+        epochs: that of each example, which decides its positions where they are stretched; default: the first.
+    """
+    rank, _ = data_parallel()
+    of_examples = epochs or [0] * len(indices)
     packs = [
         build_pack(
-            [groups[place] for place in places],
+            [dataset.of_epoch(indices[place], of_examples[place]) for place in places],
             [indices[place] for place in places],
             config.data.share_prompts,
             plan.of_packs,
@@ -114,7 +136,7 @@ def _planned(
         )
         for places in plan.shares[rank]
     ]
-    return plan, sent(engine, packs)
+    return sent(engine, packs)
 
 
 def sent(engine: Engine, packs: Sequence[Pack]) -> list[DevicePack]:
@@ -136,7 +158,7 @@ def training_work(
 ) -> Ahead[StepWork]:
     """Returns the work of the training steps, which are numbered from 0."""
     return Ahead(
-        lambda step: step_work(engine, dataset, schedule.step(step), config, reference),
+        lambda step: step_work(engine, dataset, schedule.step(step), config, reference, schedule.epochs(step)),
         schedule.steps,
         engine.platform.device,
     )

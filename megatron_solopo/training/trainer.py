@@ -336,6 +336,8 @@ class Trainer:
             self.log.message(f"log-probs: {self.engine.head.chunk_size:,} response tokens at a time")
             if settings.num_moe_experts and settings.transformer_impl != transformer_engine.NAME:
                 self.log.message(describe_experts(settings, device))
+        if train.stretch is not None:
+            self.log.message(f"positions: {train.stretch}")
         for split, dataset in (("train", train), ("valid", self.data.valid)):
             if dataset is None:
                 continue

@@ -9,7 +9,17 @@ import oracle
 import pytest
 from launches import BATCHES, World, token_examples
 from methods import LONG, METHODS, SHORT, method_roles
-from tiny_models import EXPERTS, QWEN3_MOE, SHAPE, WIDE, conversations, preference_groups, write_lines, write_model
+from tiny_models import (
+    EXPERTS,
+    QWEN3_MOE,
+    SHAPE,
+    WIDE,
+    conversations,
+    in_paragraphs,
+    preference_groups,
+    write_lines,
+    write_model,
+)
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 
@@ -36,6 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_lines(folder / "valid.jsonl", preference_groups(5, seed=9))
     write_lines(folder / "same.jsonl", preference_groups(8, long_is_short=True))
     write_lines(folder / "chats.jsonl", conversations(11))
+    write_lines(folder / "paragraphs.jsonl", in_paragraphs(preference_groups(11)))
     return World(folder)
 
 

@@ -89,9 +89,13 @@ RESPONSES = [(1, 1), (2, 2), (3, 1), (1, 3), (1, 1), (2, 1), (1, 2)]
 """(chosen, rejected) responses of each example."""
 
 
+JUMPS = {"short": [], "long": [(3, 40), (11, 1), (19, 57)], "response": [(1, 60)]}
+"""Context -> (token, gap) of each jump of a stretched prompt."""
+
+
 def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any]]:
     """Random ids; lengths from one token to many, so that no two packs are alike. Of conversations and of second
-    responses, which have several turns, not all tokens are trained."""
+    responses, which have several turns, not all tokens are trained. Positions of every second prompt are stretched."""
     draw, examples = random.Random(5), []
 
     def ids(length: int) -> list[int]:
@@ -115,6 +119,7 @@ def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any
                 "prompts": [
                     {
                         "ids": prompts[context],
+                        "jumps": JUMPS[context] if number % 2 else [],
                         "completions": [
                             {
                                 "role": role,
@@ -243,12 +248,14 @@ SIX_STEPS = ["--train-iters", 6, "--global-batch-size", 5, "--lr", 1e-4, "--save
 
 def common_runs(world: World, out: Path) -> list[dict[str, Any]]:
     """Runs that every number of processes does: three steps of each method, with a last step that is smaller."""
+    data = {"sft": "chats", "stretched": "paragraphs"}
     return [
         training_run(
             world,
             out,
             f"three-{name}",
-            *method_flags(METHODS[name]),
+            *(("--preference-loss", "orpo", "--stretch-positions", 240) if name == "stretched" else ()),
+            *(method_flags(METHODS[name]) if name in METHODS else ()),
             "--lr",
             1e-4,
             "--global-batch-size",
@@ -257,9 +264,9 @@ def common_runs(world: World, out: Path) -> list[dict[str, Any]]:
             1,
             "--lr-warmup-fraction",
             0,
-            data="chats" if name == "sft" else "groups",
+            data=data.get(name, "groups"),
         )
-        for name in ("dpo", "simpo", "orpo", "sft")
+        for name in ("dpo", "simpo", "orpo", "sft", "stretched")
     ]
 
 

@@ -2,7 +2,7 @@
 
 Examples and methods are plain dicts, as the worker gets them:
 
-    {"id", "prompts": [{"ids", "completions": [{"role", "response", "ids", "loss_mask" (or null)}]}]}
+    {"id", "prompts": [{"ids", "jumps", "completions": [{"role", "response", "ids", "loss_mask" (or null)}]}]}
     {"objective", "preference_loss", "context_mode", "beta", "alignment_weight", ...}
 
 A loss depends on the model only through the log-prob sum of each completion. So the gradient of every sum is taken
@@ -27,6 +27,17 @@ def named(role: str, response: int) -> str:
     return f"{role}_{response}" if response else role
 
 
+def called(model: nn.Module, prompt: dict[str, Any], completion: list[int]) -> tuple[Tensor, Tensor]:
+    """[1, S] ids of a prompt and what follows it, and their logits; a jump (token, gap) moves all positions from a
+    token on."""
+    ids = torch.tensor([prompt["ids"] + completion])
+    positions = torch.arange(ids.shape[1])[None]
+    for token, gap in prompt["jumps"]:
+        positions[:, token:] += gap
+    # Without a mask transformers takes a jump for the start of another sequence (`find_packed_sequence_indices`).
+    return ids, model(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+
+
 def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Role -> summed log-prob of the trained tokens, and their number; one sequence at a time.
 
@@ -37,8 +48,8 @@ def log_probs(model: nn.Module, example: dict[str, Any]) -> tuple[dict[str, Tens
     trained = [sum(c["loss_mask"] or [1] * len(c["ids"])) for p in example["prompts"] for c in p["completions"]]
     for prompt in example["prompts"]:
         for completion in prompt["completions"]:
-            ids = torch.tensor([prompt["ids"] + completion["ids"]])
-            scores = model(ids).logits[0, :-1].log_softmax(-1)
+            ids, logits = called(model, prompt, completion["ids"])
+            scores = logits[0, :-1].log_softmax(-1)
             picked = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]][len(prompt["ids"]) - 1 :]
             loss_mask = torch.tensor(completion["loss_mask"] or [True] * len(completion["ids"]))
             role = named(completion["role"], completion.get("response", 0))
@@ -99,7 +110,7 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
     for prompt in (prompt for example in examples for prompt in example["prompts"]):
         for place, completion in enumerate(prompt["completions"]):
             first = len(prompt["ids"]) if place else 0
-            model(torch.tensor([prompt["ids"] + completion["ids"][:-1]]))
+            called(model, prompt, completion["ids"][:-1])
     for hook in hooks:
         hook.remove()
     total = torch.zeros((), dtype=torch.float64)

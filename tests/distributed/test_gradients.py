@@ -135,7 +135,7 @@ def test_the_oracle_obeys_the_step_zero_laws(world: World) -> None:
     """At policy = reference DPO's loss is ln 2, IPO's (1 / (2 beta))^2; with x_long = x_short the alignment is 0."""
     examples = token_examples(SHORT + LONG)[:2]
     for example in examples:
-        example["prompts"][1]["ids"] = example["prompts"][0]["ids"]
+        example["prompts"][1] |= {name: example["prompts"][0][name] for name in ("ids", "jumps")}
     table = oracle.reference_table(world.model("llama"), examples)
     scores = oracle.scores(world.model("llama"), examples)
     for method, loss in (("dpo", math.log(2)), ("ipo solo both l2 per_context", (1 / 0.4) ** 2)):

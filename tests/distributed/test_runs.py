@@ -91,7 +91,7 @@ def test_every_run_ends_well(one: Launch, two: Launch) -> None:
         assert runs and set(runs.values()) == {"done"}, runs
 
 
-@pytest.mark.parametrize("method", ["dpo", "simpo", "orpo", "sft"])
+@pytest.mark.parametrize("method", ["dpo", "simpo", "orpo", "sft", "stretched"])
 def test_three_steps_of_one_process_equal_two(one: Launch, two: Launch, world: World, method: str) -> None:
     ours, theirs = (launch.metrics(f"three-{method}") for launch in (one, two))
     assert [line["groups"] for line in ours] == [5, 5, 1]  # 11 examples in steps of 5

@@ -26,6 +26,7 @@ def token_dataset(path: str) -> Any:
     """The examples of a JSON file; see oracle.py for their form."""
     from segment_names import SEGMENTS, completion
 
+    from megatron_solopo.data.tokenized.stretch import Jump
     from megatron_solopo.data.tokenized.tokens import Prompt, TokenDataset, TokenGroup
 
     groups = [
@@ -38,6 +39,7 @@ def token_dataset(path: str) -> Any:
                     tuple(
                         completion(c["role"], c["ids"], c["loss_mask"], c["response"]) for c in prompt["completions"]
                     ),
+                    jumps=tuple(Jump(*jump) for jump in prompt["jumps"]),
                 )
                 for prompt in example["prompts"]
             ),

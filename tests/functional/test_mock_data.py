@@ -28,7 +28,11 @@ RUNS = [
         "--train-epochs=1 --seq-length=32768 --bf16 --tensor-model-parallel-size=4 --sequence-parallel "
         "--expert-model-parallel-size=8 --recompute-granularity=full",
     ),
-    ("Qwen2.5-7B-Instruct", "--train-iters=9 --preference-loss=orpo --seq-length=131072 --rope-scaling=yarn:4:32768"),
+    (
+        "Qwen2.5-7B-Instruct",
+        "--train-iters=9 --preference-loss=orpo --seq-length=131072 --rope-scaling=yarn:4:32768 "
+        "--stretch-positions=131072",
+    ),
     ("Llama-3.1-8B-Instruct", "--train-iters=9 --objective=sft --no-share-prompts --context-parallel-size=8"),
 ]
 

@@ -49,8 +49,77 @@ RECOMPUTE = "tests/unit/test_recompute.py"
 ADAM = "tests/unit/test_adam.py"
 LORA = "tests/distributed/test_lora.py -k 'pefts and not 4-'"
 LORA_RUNS = "tests/functional/test_lora.py"
+STRETCH = "tests/unit/test_stretch.py"
+STRETCHED_RUNS = "tests/functional/test_stretched_runs.py"
 
 MUTANTS: list[Mutant] = [
+    *within(
+        "data/tokenized/stretch.py",
+        STRETCH,
+        ("one draw for all epochs", "epoch if self.by_epoch else 0, *words", "0, *words"),
+        ("one draw for all examples", "*words.tolist()])", "])"),
+        ("a draw without the run's seed", "default_rng([self.seed, epoch", "default_rng([epoch"),
+        ("positions beyond the stretched length", "* (spare + 1))", "* (spare + 2))"),
+        ("responses left out of the stretched length", " - max(len(completion.ids)", " - 0 * max(len(completion.ids)"),
+        ("short prompts stretched", "return context == Context.LONG or side == Side.PLAIN", "return True"),
+        ("another draw in each epoch with a cache", "not one_draw)", "True)"),
+        ("the last gap left out", "astype(np.int64), total])", "astype(np.int64), 0])"),
+    ),
+    *within(
+        "data/tokenized/tokens.py",
+        STRETCH,
+        ("responses at the positions of an unstretched prompt", " + sum(jump.gap for jump in self.jumps)", ""),
+        ("a jump a token too late", "positions[token:] += gap", "positions[token + 1 :] += gap"),
+    ),
+    *within(
+        "data/tokenized/token_store.py",
+        STRETCH,
+        (
+            "other boundaries with the same fingerprint",
+            "self.fingerprint.encode() + boundaries",
+            "b'' + boundaries[:0]",
+        ),
+        ("examples beyond the stretched length", "if longest.max() > stretch.length:", "if False:"),
+        ("stretched segments forgotten by a selection", "else stored._with(self.stretch)", "else stored"),
+    ),
+    *within(
+        "data/text/chat.py",
+        STRETCH,
+        (
+            "places of a message counted from the prompt's start",
+            "bisect_right(ends, start + place)",
+            "bisect_right(ends, place)",
+        ),
+    ),
+    *within(
+        "training/reference.py",
+        STRETCHED_RUNS,
+        ("one reference for all stretched positions", "if dataset.stretch is not None:", "if False:"),
+    ),
+    *within(
+        "training/preflight.py",
+        STRETCHED_RUNS,
+        ("evaluation at stretched positions", 'Stretch.of(config) if split == "train" else None', "Stretch.of(config)"),
+    ),
+    *within(
+        "training/step.py",
+        STRETCHED_RUNS,
+        ("every epoch at the positions of the first", "of_examples = epochs or", "of_examples ="),
+    ),
+    *within(
+        "training/resume.py",
+        STRETCHED_RUNS,
+        (
+            "resumed with another draw of positions",
+            "(DRAWS if reference_is_stretched(config) else",
+            "(frozenset() if True else",
+        ),
+    ),
+    *within(
+        "model/hf_config.py",
+        STRETCHED_RUNS,
+        ("positions beyond RoPE", "if data.stretch_positions is not None:", "if False:"),
+    ),
     *within(
         "losses/dpo.py",
         LOSSES,
@@ -227,10 +296,10 @@ MUTANTS: list[Mutant] = [
         PACKS,
         (
             "position of a completion off by one",
-            "first=len(prompt), prompt=piece)",
-            "first=len(prompt) + 1, prompt=piece)",
+            "first=prompt.end, prompt=piece)",
+            "first=prompt.end + 1, prompt=piece)",
         ),
-        ("positions restart at a completion", "ids[:-1], first=len(prompt), prompt", "ids[:-1], first=0, prompt"),
+        ("positions restart at a completion", "ids[:-1], first=prompt.end, prompt", "ids[:-1], first=0, prompt"),
         (
             "labels not shifted",
             "np.arange(self.size - 1, self.size - 1 + len(ids))",
@@ -843,7 +912,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "model/hf_config.py",
         FAMILIES,
-        ("a sequence one token longer than the window", "seq_length > window:", "seq_length > window + 1:"),
+        ("a sequence one token longer than the window", "and length > window:", "and length > window + 1:"),
     ),
     *within(
         "model/rope.py",

@@ -29,6 +29,9 @@ def test_every_example_once_an_epoch(seed, shuffle):
     steps = [schedule.step(number) for number in range(schedule.steps)]
     order = [example for step in steps for example in step]
     assert len(order) == examples * epochs == schedule.total
+    assert [epoch for n in range(schedule.steps) for epoch in schedule.epochs(n)] == [
+        place // examples for place in range(schedule.total)
+    ]
     for epoch in range(epochs):
         assert sorted(order[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
     assert {len(step) for step in steps[:-1]} <= {batch}

@@ -36,6 +36,11 @@ WRONG_OPTIONS = [
     ("--context-mode both", "option-value", "--context-mode", "'both'", "solo, short, long"),
     ("--device CUDA", "option-value", "--device", "'CUDA'", "auto, cuda, cpu"),
     ("--train-epochs 1", "option-conflict", "--train-iters", "--train-epochs"),
+    ("--stretch-positions 1", "option-value", "--stretch-positions", "at least 2", "found 1"),
+    *(
+        (f"--stretch-positions 99 --stretch-fraction {share}", "option-value", "--stretch-fraction", words)
+        for share, words in (("1.5", "from 0 to 1"), ("-0.5", "at least 0"))
+    ),
     ("--transformer-impl transformer_engine", "option-conflict", "--transformer-impl transformer_engine", "--bf16"),
     (f"{TE} --device cpu", "option-conflict", "--transformer-impl transformer_engine", "--device cpu"),
     ("--rope-scaling yarn:4", "option-value", "--rope-scaling yarn:4", "yarn:4:32768"),
@@ -214,6 +219,8 @@ UNUSED_OPTIONS = [
     ("--no-gradient-accumulation-fusion", "--gradient-accumulation-fusion", "--bf16"),
     ("--bf16 --device cpu --no-gradient-accumulation-fusion", "--gradient-accumulation-fusion", "CUDA device"),
     ("--simpo-gamma 1", "--simpo-gamma", "--preference-loss simpo"),
+    ("--stretch-fraction 0.5", "--stretch-fraction", "--stretch-positions"),
+    ("--context-mode short --stretch-positions 99", "--stretch-positions", "--context-mode solo or long"),
     ("--preference-loss orpo --beta 1", "--beta", "--orpo-lambda"),
     ("--preference-loss simpo --orpo-lambda 1", "--orpo-lambda", "--preference-loss orpo"),
     (

@@ -18,6 +18,7 @@ from transformers import (
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.stretch import Jump
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Side
 
@@ -70,7 +71,7 @@ CONFIGS = {
 
 
 def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
-    """Prompts of random ids with completions of these lengths."""
+    """Prompts of random ids with completions of these lengths; positions of the second one are stretched."""
     g = torch.Generator().manual_seed(seed)
 
     def ids(n):
@@ -79,7 +80,12 @@ def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
     return TokenGroup(
         f"g{seed}",
         tuple(
-            Prompt(context, ids(p), tuple(Completion(side, ids(c)) for side, c in zip(Side, cs, strict=False)))
+            Prompt(
+                context,
+                ids(p),
+                tuple(Completion(side, ids(c)) for side, c in zip(Side, cs, strict=False)),
+                jumps=(Jump(5, 130), Jump(30, 250)) if context == Context.LONG else (),
+            )
             for context, (p, cs) in zip(Context, prompts, strict=False)
         ),
     )
@@ -122,7 +128,12 @@ def transformers_log_probs(hf, group):
     for prompt in group.prompts:
         for completion in prompt.completions:
             ids = torch.tensor([list(prompt.ids) + list(completion.ids)])
-            log_probs = hf(ids).logits[0, :-1].log_softmax(-1)
+            positions = torch.arange(ids.shape[1])[None]
+            for token, gap in prompt.jumps:
+                positions[:, token:] += gap
+            # Without a mask transformers takes a jump for the start of another sequence.
+            logits = hf(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+            log_probs = logits[0, :-1].log_softmax(-1)
             picked = log_probs.gather(1, ids[0, 1:, None])[len(prompt.ids) - 1 :, 0]
             sums.append(picked.sum())
     return torch.stack(sums)

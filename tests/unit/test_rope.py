@@ -124,13 +124,17 @@ def test_notes_of_published_configs_pass() -> None:
 
 
 def test_a_published_yarn_config_reaches_as_far_as_it_was_extended() -> None:
-    from megatron_solopo.model.hf_config import check_length
+    from megatron_solopo.config import DataConfig
+    from megatron_solopo.model.hf_config import check_length, check_lengths
 
     hf_config = LlamaConfig(**(LONG | {"max_position_embeddings": 2048}), rope_parameters=dict(YARN))
     assert reach(2048, hf_config.rope_parameters) == 8192
     check_length(hf_config, 8192)
     with refused("seq-length-beyond-positions", "--seq-length 8193 ", "max_position_embeddings 8192 "):
         check_length(hf_config, 8193)
+    check_lengths(hf_config, DataConfig(seq_length=100, stretch_positions=8192))
+    with refused("seq-length-beyond-positions", "--stretch-positions 8193 ", "max_position_embeddings 8192 "):
+        check_lengths(hf_config, DataConfig(seq_length=100, stretch_positions=8193))
 
 
 @pytest.mark.parametrize("text", ["yarn:4:32768", "linear:2.5:4096"])

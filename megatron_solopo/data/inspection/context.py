@@ -17,6 +17,7 @@ from megatron_solopo.data.inspection.rendered import Rendered, render
 from megatron_solopo.data.schema import DocumentSpan, Message
 from megatron_solopo.data.text.chat import prompt_length, prompt_starts
 from megatron_solopo.data.text.tokenizer import encode
+from megatron_solopo.data.tokenized.stretch import Jump
 
 # Where documents are not known, this many characters stay around an answer and at both ends.
 _AROUND = 240
@@ -28,6 +29,8 @@ _REWRITTEN = 400
 _HINT, _MOST_HINTS = 50, 3
 """Characters on either side of an answer in a folded distractor, and how many such distractors a terminal shows."""
 _STRIP_WIDTH = 60
+_MOST_JUMPS = 6
+"""Jumps of stretched positions that are listed."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class ContextView:
         answers_in: numbers of the documents in which an answer is found, 0 for the last message where documents are not
             known; None where no answer is searched for in documents.
         full: whether nothing is folded or cut.
+        jumps: of its positions, where they are stretched.
     """
 
     name: str
@@ -96,6 +100,7 @@ class ContextView:
     depths: list[float]
     answers_in: list[int] | None
     full: bool = field(default=False)
+    jumps: tuple[Jump, ...] = ()
 
     def section(self) -> Block:
         """Returns what is shown of it."""
@@ -105,6 +110,8 @@ class ContextView:
             parts: list[Text | Block] = [_strip(self.documents, self.depths)]
         else:
             parts = [Text("the places of its documents are not recorded", "soft")]
+        if self.jumps:
+            parts.append(Text(self._stretched(), "soft"))
         frames = [frame[: len(frame) - frame.plain.endswith("\n")] for frame in self.rendered.frames]
         if self.rendered.shown:
             for frame, message in zip(frames[:-2], self.rendered.shown, strict=False):
@@ -115,6 +122,13 @@ class ContextView:
             frame = frames[0] if self.full else _shortened(frames[0])
             parts += [Text(hint, "soft"), frame, Text(f"[{self.role}]", "soft"), *self.pieces]
         return Block(f"{self.name} context", parts, f"{note}, {self._answers()}")
+
+    def _stretched(self) -> str:
+        """Its jumps, in words."""
+        last = self.tokens - 1 + sum(jump.gap for jump in self.jumps)
+        listed = ", ".join(f"{jump.gap:,} at token {jump.token:,}" for jump in self.jumps[:_MOST_JUMPS])
+        more = ", ..." if len(self.jumps) > _MOST_JUMPS else ""
+        return f"stretched to position {last:,} by {many(len(self.jumps), 'jump')}: {listed}{more}"
 
     def _answers(self) -> str:
         """In which documents an answer is found, in words."""
@@ -192,8 +206,14 @@ def _shortened(text: Text) -> Text:
 class _Ruler:
     """Counts the tokens of stretches of a chat's last message, as they are in the whole prompt."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], rendered: Rendered) -> None:
-        self._tokenizer, self._content = tokenizer, messages[-1]["content"]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: list[Message],
+        rendered: Rendered,
+        jumps: Sequence[Jump],
+    ) -> None:
+        self._tokenizer, self._content, self._jumps = tokenizer, messages[-1]["content"], jumps
         self._starts: list[int] | None = None
         if rendered.content is None or not tokenizer.is_fast:  # a template that rewrites; then each is counted alone
             self.total = prompt_length(tokenizer, messages)
@@ -204,7 +224,10 @@ class _Ruler:
 
     def first(self, start: int) -> int | None:
         """Returns the position of the token that starts at a character, or the next one."""
-        return None if self._starts is None else bisect_left(self._starts, start)
+        if self._starts is None:
+            return None
+        token = bisect_left(self._starts, start)
+        return token + sum(jump.gap for jump in self._jumps if jump.token <= token)
 
     def tokens(self, start: int, end: int) -> int:
         if self._starts is None:
@@ -212,11 +235,17 @@ class _Ruler:
         return bisect_left(self._starts, end) - bisect_left(self._starts, start)
 
 
-def make_context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase, full: bool = False) -> ContextView:
-    """Splits a prompt of an example into the parts that are shown."""
+def make_context(
+    example: Example,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    full: bool = False,
+    jumps: tuple[Jump, ...] = (),
+) -> ContextView:
+    """Splits a prompt of an example, whose positions jump, into the parts that are shown."""
     messages, spans = example.chats[name], example.spans[name]
     rendered = render(tokenizer, messages)
-    ruler = _Ruler(tokenizer, messages, rendered)
+    ruler = _Ruler(tokenizer, messages, rendered, jumps)
     content, depth = Text(visible(example.content(name))), depths(spans)
     starts = [start for start, _, _ in spans] or [0]
     for offset, places in zip(starts, example.answer_places[name], strict=True):
@@ -245,6 +274,7 @@ def make_context(example: Example, name: str, tokenizer: PreTrainedTokenizerBase
         depth,
         answers_in if stated_golds(example.answers) else None,
         full,
+        jumps,
     )
 
 

@@ -25,6 +25,7 @@ from megatron_solopo.data.inspection.page import Source, write_page
 from megatron_solopo.data.inspection.statistics import Statistics
 from megatron_solopo.data.inspection.view import make_view
 from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options, check_outputs, files_of
+from megatron_solopo.data.tokenized.stretch import Stretch
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import all_scores
 from megatron_solopo.progress import ProgressBar
@@ -36,8 +37,10 @@ METHOD_OPTIONS = (
     "alignment_reference",
     "alignment_stop_short_gradient",
     "sft_weight",
+    "stretch_positions",
+    "stretch_fraction",
 )
-"""Options of training that decide which responses are scored on which context, and what they enter."""
+"""Options of training that decide which responses are scored on which context, what they enter, and positions."""
 
 TOKENIZER = ("chat_template", "chat_template_kwargs", "chat_template_date", "add_special_tokens", "eos_token")
 """Options of training that decide the tokens."""
@@ -94,7 +97,8 @@ def build_parser() -> Parser:
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         else:
             form = "|".join(spec.metadata["choices"] or "X")
-            group.add_argument(flag(name), metavar=form, help=f"{text} (default: {default})")
+            text += "" if default is None else f" (default: {default})"
+            group.add_argument(flag(name), metavar=form, help=text)
     return parser
 
 
@@ -196,7 +200,8 @@ def _page(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, confi
     shown = sample(counted(), options.samples or 50, seed)
     if not statistics.examples:
         raise UserError("data-empty", f"--data {options.data}: holds no record")
-    views = [make_view(one, tokenizer, method or Config().method, limit, options.full) for one in shown]
+    stretch = Stretch.of(config) if config else None
+    views = [make_view(one, tokenizer, method or Config().method, limit, options.full, stretch) for one in shown]
     kind = "contexts" if method is None else "groups"
     source = Source(Path(options.data).name, kind, options.tokenizer, method, seed, options.full, limit)
     size = write_page(Path(options.output), source, statistics, views)
@@ -226,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = TokenizerOptions.of(options).load(of_data=first_field(options.data, template_kwargs.DATE))
     if not options.output or options.id is not None or options.index is not None or options.random:
         method = (config or Config()).method
-        view = make_view(find(options), tokenizer, method, _seq_length(config), options.full)
+        stretch = Stretch.of(config) if config else None
+        view = make_view(find(options), tokenizer, method, _seq_length(config), options.full, stretch)
         console().print(*view.printed(options.data), sep="\n")
     if options.output:
         _page(options, tokenizer, config)

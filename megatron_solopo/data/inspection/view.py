@@ -20,6 +20,7 @@ from megatron_solopo.data.inspection.examples import Example
 from megatron_solopo.data.inspection.facts import FLAGS, Facts, measure, token_group
 from megatron_solopo.data.schema import text_of
 from megatron_solopo.data.tokenized.packs import build_pack
+from megatron_solopo.data.tokenized.stretch import Stretch
 from megatron_solopo.losses.registry import loss_class
 from megatron_solopo.losses.solopo import (
     adds_likelihood,
@@ -187,18 +188,25 @@ def make_view(
     method: MethodConfig,
     seq_length: int | None = None,
     full: bool = False,
+    stretch: Stretch | None = None,
 ) -> View:
     """Takes an example apart; the token ids are those that training makes of it with ``method``.
 
     Args:
         full: fold and cut nothing.
+        stretch: how training stretches positions, which are shown as in its first epoch.
     """
     scored = all_scores(method) if example.group else frozenset()
     facts = measure(example, tokenizer, scored, seq_length)
-    view = View(example, facts, method, [make_context(example, name, tokenizer, full) for name in example.chats])
-    if example.group is None or facts.refused is not None:
+    tokens = None
+    if example.group is not None and facts.refused is None:
+        tokens = token_group(example.group, tokenizer, scored)
+        tokens = stretch.of_group(tokens, 0) if stretch else tokens
+    jumps = {prompt.context.name.lower(): prompt.jumps for prompt in tokens.prompts} if tokens else {}
+    contexts = [make_context(example, name, tokenizer, full, jumps.get(name, ())) for name in example.chats]
+    view = View(example, facts, method, contexts)
+    if tokens is None:
         return view
-    tokens = token_group(example.group, tokenizer, scored)
     pack = build_pack([tokens], [0])
     completions = [(prompt, one) for prompt in tokens.prompts for one in prompt.completions]
     for number, (prompt, completion) in enumerate(completions):
@@ -210,7 +218,7 @@ def make_view(
                 completion.response,
                 len(prompt.ids),
                 [
-                    Token(i, token_text(tokenizer, i), len(prompt.ids) + k, loss_mask[k], i == tokenizer.eos_token_id)
+                    Token(i, token_text(tokenizer, i), prompt.end + k, loss_mask[k], i == tokenizer.eos_token_id)
                     for k, i in enumerate(completion.ids)
                 ],
                 _runs(pack.predictors[pack.segments == number].tolist()),

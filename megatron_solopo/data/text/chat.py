@@ -8,7 +8,8 @@ The ids of a prompt never depend on the response. Only the template writes contr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,26 @@ class _Chat:
     def ids(self, *texts: str) -> list[list[int]]:
         return [tokens if isinstance(tokens, list) else tokens.ids for tokens in self.encode_batch(texts)]
 
-    def starts(self, text: str) -> list[int]:
-        """Returns the character at which each token of a text starts; the tokenizer must have a Rust backend."""
+    def ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """Returns the token ids of a text and the characters of each, (start, end); None for a tokenizer without a Rust
+        backend."""
         if self._reader is None:
-            encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            return [start for start, _ in encoding["offset_mapping"]]
-        (tokens,) = self._reader.encode_batch([self._reader.exchange(text)])
-        return [start for start, _ in tokens.offsets]
+            (tokens,) = parse_batch(self._tokenizer, [text], offsets=True)
+        else:
+            (tokens,) = self._reader.encode_batch([self._reader.exchange(text)])
+        return (tokens, None) if isinstance(tokens, list) else (tokens.ids, tokens.offsets)
+
+    def ids_and_places(self, text: str, content: str, places: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Returns the token ids of a rendered prompt, and which of them has each of these characters of its last
+        message's ``content``, or is the next one; no place where the template rewrites the message, or for a tokenizer
+        without a Rust backend."""
+        ids, offsets = self.ids_and_offsets(text)
+        start = text.rfind(content.strip())
+        if offsets is None or start < 0:
+            return ids, []
+        start -= len(content) - len(content.lstrip())
+        ends = [end for _, end in offsets]  # not starts: a word's token may begin with the space before it
+        return ids, [bisect_right(ends, start + place) for place in places]
 
     def ids_after(self, before: str, text: str) -> list[int]:
         """Returns the token ids of a text that follows another one.
@@ -276,7 +290,18 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 def prompt_starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """Returns the character of `render_prompt` at which each id of `prompt_ids` starts; needs a Rust backend."""
     chat = _Chat(tokenizer, messages)
-    return chat.starts(chat.render(add_generation_prompt=True))
+    _, offsets = chat.ids_and_offsets(chat.render(add_generation_prompt=True))
+    assert offsets is not None
+    return [start for start, _ in offsets]
+
+
+def prompt_and_places(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], places: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Returns `prompt_ids`, and which of them has each of these characters of the last message, see
+    `_Chat.ids_and_places`."""
+    chat = _Chat(tokenizer, messages)
+    return chat.ids_and_places(chat.render(add_generation_prompt=True), chat.messages[-1]["content"], places)
 
 
 def open_thought(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -338,7 +363,7 @@ def turns_ids(
 ) -> tuple[list[int], list[bool]]:
     """Returns the token ids of a response of several turns to ``messages``, and its loss mask, true for the
     assistant's tokens; see `conversation_ids`."""
-    _, ids, loss_mask = conversation_ids(tokenizer, [*messages, *turns], len(messages))
+    _, _, ids, loss_mask = _turns(_Chat(tokenizer, [*messages, *turns]), tokenizer, len(messages))
     return ids, loss_mask
 
 
@@ -353,8 +378,26 @@ def conversation_ids(
     Raises:
         UserError: the template rewrites earlier turns, or as `response_ids`.
     """
+    chat = _Chat(tokenizer, messages)
+    prompt, _, ids, loss_mask = _turns(chat, tokenizer, start)
+    return chat.ids(prompt)[0], ids, loss_mask
+
+
+def conversation_and_places(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], places_in: Callable[[str], Sequence[int]]
+) -> tuple[list[int], list[int], list[int], list[bool]]:
+    """Returns `conversation_ids`, and behind the prompt ids which of them has each character that ``places_in`` returns
+    of the prompt's last message, see `_Chat.ids_and_places`."""
+    chat = _Chat(tokenizer, messages)
+    prompt, content, ids, loss_mask = _turns(chat, tokenizer, 0)
+    return *chat.ids_and_places(prompt, content, places_in(content)), ids, loss_mask
+
+
+def _turns(chat: _Chat, tokenizer: PreTrainedTokenizerBase, start: int) -> tuple[str, str, list[int], list[bool]]:
+    """Returns the rendered prompt of `conversation_ids`, its last message, the completion ids and their loss mask."""
+    messages = chat.messages
     turns = [index for index, message in enumerate(messages) if index >= start and message["role"] == "assistant"]
-    chat, end = _Chat(tokenizer, messages), end_of_turn(tokenizer)
+    end = end_of_turn(tokenizer)
     prompt = rendered = chat.render(turns[0], add_generation_prompt=True)
     ids: list[int] = []
     loss_mask: list[bool] = []
@@ -375,4 +418,4 @@ def conversation_ids(
         ids += [*between, *response]
         loss_mask += [False] * len(between) + [True] * len(response)
         rendered = before + answer
-    return chat.ids(prompt)[0], ids, loss_mask
+    return prompt, messages[turns[0] - 1]["content"] or "", ids, loss_mask

@@ -186,12 +186,15 @@ Tokens = Encoding | list[int]
 """The tokens of a text: ids, or the Rust tokenizer's encoding, which makes its ids on access."""
 
 
-def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Tokens]:
+def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], offsets: bool = False) -> Sequence[Tokens]:
     """Returns the tokens of each rendered chat. Control tokens in it count; no special tokens are added.
 
     The Rust tokenizer is called directly: transformers builds ids, masks and offsets as Python objects for every
     text, which takes longer than the tokenization. A batch runs on all cores (RAYON_NUM_THREADS sets how many).
     Tokenizers without a Rust backend are called through transformers.
+
+    Args:
+        offsets: whether encodings know the characters of their tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -199,7 +202,8 @@ def parse_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Seq
     # A tokenizer.json may carry both; transformers switches them off on each call.
     backend.no_truncation()
     backend.no_padding()
-    return backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    return encode(list(texts), add_special_tokens=False)
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[Tokens]:

@@ -43,8 +43,15 @@ class Schedule:
 
     def step(self, number: int) -> list[int]:
         """Returns the examples of step 0, 1, ...; each example once an epoch."""
+        return [self._example(place) for place in self._places(number)]
+
+    def epochs(self, number: int) -> list[int]:
+        """Returns the epoch of each example of a step, from 0."""
+        return [place // self.examples for place in self._places(number)]
+
+    def _places(self, number: int) -> range:
         first = number * self.global_batch_size
-        return [self._example(place) for place in range(first, min(first + self.global_batch_size, self.total))]
+        return range(first, min(first + self.global_batch_size, self.total))
 
     def _example(self, place: int) -> int:
         epoch, within = divmod(place, self.examples)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_solopo.data.tokenized.tokens import Completion, TokenGroup
+from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.pack import Context, Pack, Piece, Segments
 
 
@@ -36,14 +36,14 @@ def build_pack(
     for number, group in enumerate(groups):
         builder.shortest = group.shortest_response if tail_weight != 1 else 0
         for prompt in group.prompts:
-            ids = np.asarray(prompt.ids)
-            piece = builder.add_piece(ids) if share_prompts else None
+            ids, positions = np.asarray(prompt.ids), prompt.positions()
+            piece = builder.add_piece(ids, positions=positions) if share_prompts else None
             for completion in prompt.completions:
                 segment = builder.add_segment(number, prompt.context, completion)
                 if piece is not None:
-                    builder.add_completion(ids, completion, piece, segment)
+                    builder.add_completion(prompt, completion, piece, segment)
                 else:
-                    builder.add_joined(ids, completion, segment)
+                    builder.add_joined(ids, positions, completion, segment)
     at_the_end = (-builder.size) % multiple_of if builder.size else multiple_of
     if at_the_end:
         builder.add_padding(at_the_end)
@@ -64,11 +64,19 @@ class _Builder:
         self.pieces: list[Piece] = []
         self.scored: list[tuple[int, int, int, int, int]] = []
 
-    def add_piece(self, *ids: np.ndarray, first: int = 0, prompt: int | None = None) -> int:
-        """Returns the number of a piece of these ids one behind the other, whose positions start at ``first``."""
+    def add_piece(
+        self, *ids: np.ndarray, positions: np.ndarray = _NONE, first: int = 0, prompt: int | None = None
+    ) -> int:
+        """Returns the number of a piece of these ids one behind the other.
+
+        Args:
+            positions: of the first ids; those behind count on from the last of them, or from ``first`` without any.
+        """
         length = sum(map(len, ids))
         padding = -length % (self.prompt_multiple_of if prompt is None else self.piece_multiple_of)
-        self._add(Piece(self.size, length, prompt, padding), [*ids, np.zeros(padding, np.int32)], first)
+        after = int(positions[-1]) + 1 if len(positions) else first
+        self.positions.append(positions)
+        self._add(Piece(self.size, length, prompt, padding), [*ids, np.zeros(padding, np.int32)], after, len(positions))
         return len(self.pieces) - 1
 
     def add_padding(self, count: int) -> None:
@@ -77,10 +85,11 @@ class _Builder:
         tokens = np.resize(np.concatenate(self.tokens), count) if self.size else np.zeros(count, np.int32)
         self._add(Piece(self.size, 0, None, count), [tokens], 0)
 
-    def _add(self, piece: Piece, tokens: list[np.ndarray], first: int) -> None:
+    def _add(self, piece: Piece, tokens: list[np.ndarray], first: int, placed: int = 0) -> None:
+        """Adds a piece; positions of its tokens behind the ``placed`` first ones count from ``first``."""
         self.pieces.append(piece)
         self.tokens += tokens
-        self.positions.append(np.arange(first, first + piece.slot))
+        self.positions.append(np.arange(first, first + piece.slot - placed))
         self.padding += piece.padding
         self.size += piece.slot
 
@@ -90,19 +99,19 @@ class _Builder:
         self.scored.append((group, context, side, response, completion.trained_tokens))
         return len(self.scored) - 1
 
-    def add_completion(self, prompt: np.ndarray, completion: Completion, piece: int, segment: int) -> None:
+    def add_completion(self, prompt: Prompt, completion: Completion, piece: int, segment: int) -> None:
         """A completion of the prompt that is this piece."""
-        ids, prompt_end = np.asarray(completion.ids), self.pieces[piece].start + len(prompt) - 1
+        ids, prompt_end = np.asarray(completion.ids), self.pieces[piece].start + len(prompt.ids) - 1
         predictors = np.arange(self.size - 1, self.size - 1 + len(ids))
         predictors[0] = prompt_end
         if len(ids) > 1:
-            self.add_piece(ids[:-1], first=len(prompt), prompt=piece)
+            self.add_piece(ids[:-1], first=prompt.end, prompt=piece)
         self._predict(completion, ids, predictors, segment)
 
-    def add_joined(self, prompt: np.ndarray, completion: Completion, segment: int) -> None:
-        """A prompt and its completion as one piece."""
+    def add_joined(self, prompt: np.ndarray, positions: np.ndarray, completion: Completion, segment: int) -> None:
+        """A prompt, with its positions, and its completion as one piece."""
         ids, start = np.asarray(completion.ids), self.size + len(prompt)
-        self.add_piece(prompt, ids[:-1])
+        self.add_piece(prompt, ids[:-1], positions=positions)
         self._predict(completion, ids, np.arange(start - 1, start - 1 + len(ids)), segment)
 
     def _predict(self, completion: Completion, ids: np.ndarray, predictors: np.ndarray, segment: int) -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from torch import Tensor
 from megatron_solopo import template_kwargs
 from megatron_solopo.data.files.inputs import holds_data
 from megatron_solopo.data.text.text_facts import TEXT_FACTS, text_differences
-from megatron_solopo.data.tokenized.token_table import COLUMNS, TokenTable
+from megatron_solopo.data.tokenized.stretch import Stretch, stretched_scores
+from megatron_solopo.data.tokenized.token_table import BOUNDARIES, COLUMNS, TokenTable
 from megatron_solopo.data.tokenized.tokens import (
     CONVERSATION,
     NO_LONG_CONTEXT,
@@ -37,7 +39,7 @@ from megatron_solopo.data.tokenized.tokens import (
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side, names_of_scored
 
-FORMAT = 4
+FORMAT = 5
 """Raised when the meaning of a file changes."""
 
 MANIFEST = "manifest.json"
@@ -83,7 +85,7 @@ class StoredTokens(TokenDataset):
     @classmethod
     def of(cls, groups: _StoredGroups, report: Report, largest_token: tuple[int, str]) -> StoredTokens:
         fingerprint = groups.table.fingerprint(groups.rows, groups.scored)
-        return cls(groups, report.dropped, fingerprint, report, largest_token)
+        return cls(groups, report.dropped, fingerprint, report, largest_token=largest_token)
 
     def segment_counts(self) -> Tensor:
         groups: _StoredGroups = self.groups
@@ -111,7 +113,47 @@ class StoredTokens(TokenDataset):
         kept = self.groups.scored & scored
         if kept == self.groups.scored:
             return self
-        return self.of(replace(self.groups, scored=kept), self.report, self.largest_token)
+        stored = self.of(replace(self.groups, scored=kept), self.report, self.largest_token)
+        return stored if self.stretch is None else stored._with(self.stretch)
+
+    def stretched(self, stretch: Stretch, where: str | Path) -> StoredTokens:
+        """Returns the same examples with stretched positions.
+
+        Args:
+            where: the data, for messages.
+
+        Raises:
+            UserError: an example is longer than all its positions may span, or none has a place to jump at.
+        """
+        groups: _StoredGroups = self.groups
+        table, rows = groups.table, groups.rows
+        longest = _longest(table, stretched_scores(groups.scored), where)[rows]
+        if longest.max() > stretch.length:
+            row = int(longest.argmax())
+            raise UserError(
+                "stretch-too-short",
+                f"{where}: example {table.id(int(rows[row]))!r} has {longest[row]} tokens, above --stretch-positions "
+                f"{stretch.length}, which prompt and response are stretched to; raise it, or leave longer examples out "
+                f"with --seq-length {stretch.length} --overlong drop",
+            )
+        without = rows[table.counts[BOUNDARIES[table.objective]][rows] == 0]
+        if len(without) == len(rows):
+            raise UserError(
+                "stretch-without-boundaries",
+                f"{where}: no example has a document or paragraph at which --stretch-positions could jump; record the "
+                "documents in long_spans (build-pairs does), separate paragraphs by blank lines, or leave it out",
+            )
+        report = replace(self.report, without_boundary=[table.id(int(row)) for row in without])
+        return replace(self, report=report)._with(stretch)
+
+    def _with(self, stretch: Stretch) -> StoredTokens:
+        """Returns the same examples with stretched positions, where these segments have any."""
+        groups: _StoredGroups = self.groups
+        if not stretched_scores(groups.scored):
+            return self
+        boundaries = groups.table.digests[BOUNDARIES[groups.table.objective]][groups.rows]
+        fingerprint = hashlib.sha256(self.fingerprint.encode() + boundaries.tobytes()).hexdigest()
+        return replace(self, stretch=stretch, fingerprint=fingerprint)
 
 
 def is_store(path: str | Path) -> bool:

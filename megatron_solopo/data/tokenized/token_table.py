@@ -34,11 +34,12 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "long_chosen": _RESPONSES,
         "long_rejected": _RESPONSES,
         **dict.fromkeys(("chosen_mask", "rejected_mask", "long_chosen_mask", "long_rejected_mask"), _MASKS),
+        "long_boundaries": _IDS,
     },
-    "sft": {"prompt": _IDS, "response": _IDS, "loss_mask": _MASK},
+    "sft": {"prompt": _IDS, "response": _IDS, "loss_mask": _MASK, "boundaries": _IDS},
 }
 """Objective -> its columns. A mask marks the trained tokens of a response; it is empty where all are, and the
-cell is null where all masks of a row are empty."""
+cell is null where all masks of a row are empty. Boundaries are those of `Prompt`, null where there is none."""
 
 SCHEMAS = {
     objective: pa.schema(
@@ -55,6 +56,10 @@ def _mask_column(responses: str) -> str:
 
 
 _OF_MASKS = frozenset(name for columns in COLUMNS.values() for name in columns if name.endswith("mask"))
+
+
+BOUNDARIES = {"preference": "long_boundaries", "sft": "boundaries"}
+"""Objective -> the column of boundaries."""
 
 
 def _prompt_column(context: Context, objective: str) -> str:
@@ -86,6 +91,8 @@ def _cells(group: TokenGroup, objective: str) -> dict[str, list[Sequence[Any]]]:
     row: dict[str, list[Sequence[Any]]] = {}
     for prompt in group.prompts:
         row[_prompt_column(prompt.context, objective)] = [prompt.ids]
+        if len(prompt.boundaries):
+            row[BOUNDARIES[objective]] = [prompt.boundaries]
         for completion in sorted(prompt.completions, key=lambda one: one.response):
             responses = row.setdefault(_response_column(prompt.context, completion.side), [])
             if completion.response != len(responses):
@@ -190,7 +197,7 @@ class TokenTable:
     @property
     def tokens(self) -> int:
         """All ids of the file."""
-        names = COLUMNS[self.objective].keys() - _OF_MASKS
+        names = COLUMNS[self.objective].keys() - _OF_MASKS - {BOUNDARIES[self.objective]}
         values = [chunk.values for name in names for chunk in self.rows[name].chunks]
         return sum(len(one.values if pa.types.is_list(one.type) else one) for one in values)
 
@@ -230,8 +237,13 @@ class TokenTable:
             completions = tuple(one for side in sides for one in self._responses(row, context, side))
             if completions:
                 ids = _Stored(self, _prompt_column(context, self.objective), row)
-                prompts.append(Prompt(context, ids, completions))
+                prompts.append(Prompt(context, ids, completions, self._boundaries(row, context)))
         return TokenGroup(self.id(row), tuple(prompts))
+
+    def _boundaries(self, row: int, context: Context) -> Sequence[int]:
+        name = BOUNDARIES[self.objective]
+        of_context = self.objective == "sft" or context == Context.LONG
+        return _Stored(self, name, row) if of_context and self.counts[name][row] else ()
 
     def _responses(self, row: int, context: Context, side: Side) -> Iterator[Completion]:
         name = _response_column(context, side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_solopo.data.schema import Conversation, Message, PreferenceGroup
-from megatron_solopo.data.text.chat import conversation_ids, open_thought, prompt_ids, response_ids, turns_ids
+from megatron_solopo.data.schema import Conversation, DocumentSpan, Message, PreferenceGroup
+from megatron_solopo.data.text.chat import (
+    conversation_and_places,
+    open_thought,
+    prompt_and_places,
+    prompt_ids,
+    prompt_length,
+    response_ids,
+    turns_ids,
+)
 from megatron_solopo.data.text.control import control_tokens
 from megatron_solopo.data.text.tokenizer import encode_batch
-from megatron_solopo.data.tokenized.overlong import cut_context
+from megatron_solopo.data.tokenized.overlong import Cut, cut_context
+from megatron_solopo.data.tokenized.stretch import Jump, Stretch, boundary_places
 from megatron_solopo.data.validation import Answer
 from megatron_solopo.errors import UserError
 from megatron_solopo.pack import Context, Scored, Side
@@ -49,11 +58,31 @@ class Completion:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's token ids and the completions that are scored after it."""
+    """A prompt's token ids and the completions that are scored after it.
+
+    Attributes:
+        boundaries: tokens, not the first, at which positions may jump: each begins a document or paragraph; of long
+            prompts and those of conversations alone.
+        jumps: where positions do jump, in order.
+    """
 
     context: Context
     ids: Sequence[int]
     completions: tuple[Completion, ...]
+    boundaries: Sequence[int] = ()
+    jumps: tuple[Jump, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The position of a completion's first token."""
+        return len(self.ids) + sum(jump.gap for jump in self.jumps)
+
+    def positions(self) -> np.ndarray:
+        """Returns [tokens] int64."""
+        positions = np.arange(len(self.ids))
+        for token, gap in self.jumps:
+            positions[token:] += gap
+        return positions
 
 
 @dataclass(frozen=True)
@@ -140,6 +169,7 @@ class Report:
         ids_mismatched: responses whose token ids are not this tokenizer's for their text, which was tokenized instead.
         spelled: ids of the examples whose texts spell control tokens, which were tokenized as text.
         open: ids of the examples with a response that does not close the thought which the chat template opens.
+        without_boundary: ids of the examples whose positions cannot be stretched; of a run with --stretch-positions.
     """
 
     dropped: list[Dropped] = field(default_factory=list)
@@ -148,6 +178,7 @@ class Report:
     ids_mismatched: int = 0
     spelled: list[str] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
+    without_boundary: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Report:
@@ -198,7 +229,17 @@ class Report:
                 "are trained inside it; for answers without thoughts set a template that opens none: "
                 + _first_ten(self.open)
             )
+        if self.without_boundary:
+            lines.append(
+                f"{len(self.without_boundary)} examples have no document or paragraph at which positions could jump, "
+                "and keep theirs: " + _first_ten(self.without_boundary)
+            )
         return lines
+
+
+def _within(places: Iterable[int], tokens: int) -> Sequence[int]:
+    """Returns the places behind the first token of a prompt, in order and each once."""
+    return tuple(sorted({place for place in places if 0 < place < tokens}))
 
 
 def _first_ten(names: Sequence[str]) -> str:
@@ -215,12 +256,19 @@ class TokenDataset:
         dropped: those beyond the length limit.
         fingerprint: sha256 over all ids and what they are; equal data, tokenizer and template have equal fingerprints.
         report: what else became of the examples.
+        stretch: how training stretches the positions of long prompts; None: it does not.
     """
 
     groups: Sequence[TokenGroup]
     dropped: list[Dropped]
     fingerprint: str
     report: Report = field(default_factory=Report, compare=False)
+    stretch: Stretch | None = None
+
+    def of_epoch(self, index: int, epoch: int) -> TokenGroup:
+        """Returns an example as an epoch trains on it."""
+        group = self.groups[index]
+        return group if self.stretch is None else self.stretch.of_group(group, epoch)
 
     def chosen_rejected_lengths(self) -> list[tuple[int, int]]:
         """Returns the tokens of the chosen and the rejected answer of every pair on one context of its group."""
@@ -340,9 +388,12 @@ class Encoder:
 
     def _conversation(self, conversation: Conversation) -> TokenGroup:
         """Returns the first turns as the prompt, everything after as one completion."""
-        prompt, ids, loss_mask = conversation_ids(self.tokenizer, conversation.messages)
+        prompt, places, ids, loss_mask = conversation_and_places(
+            self.tokenizer, conversation.messages, lambda content: boundary_places(content, ())
+        )
         completion = Completion(Side.PLAIN, array("i", ids), None if all(loss_mask) else loss_mask)
-        return TokenGroup(conversation.id, (Prompt(Context.SHORT, array("i", prompt), (completion,)),))
+        boundaries = _within(places, len(prompt))
+        return TokenGroup(conversation.id, (Prompt(Context.SHORT, array("i", prompt), (completion,), boundaries),))
 
     def _preference(
         self,
@@ -377,15 +428,16 @@ class Encoder:
                 for number, one in enumerate(responses[side])
             ]
             _check_distinct(completions)
-            ids = self._prompt(messages)
+            ids, boundaries = self._prompt(context, messages, getattr(group, f"{name}_spans"))
             if self.overlong == "cut" and self.seq_length is not None:
                 limit = self.seq_length - max(len(completion.ids) for completion in completions)
                 if len(ids) > limit:
                     shorter = self._cut(group, name, limit, whys)
                     if shorter is not None:
-                        cut.append(Shortened(group.id, name, len(ids), len(shorter)))
-                        ids = shorter
-            prompts.append(Prompt(context, array("i", ids), tuple(completions)))
+                        before = len(ids)
+                        ids, boundaries = self._prompt(context, shorter.messages, shorter.spans)
+                        cut.append(Shortened(group.id, name, before, len(ids)))
+            prompts.append(Prompt(context, array("i", ids), tuple(completions), boundaries))
         return TokenGroup(group.id, tuple(prompts))
 
     def _completion(
@@ -407,11 +459,17 @@ class Encoder:
         ids, loss_mask = turns_ids(self.tokenizer, messages, response)
         return Completion(side, array("i", ids), None if all(loss_mask) else loss_mask, number)
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
-        return prompt_ids(self.tokenizer, messages)
+    def _prompt(
+        self, context: Context, messages: list[Message], spans: Sequence[DocumentSpan]
+    ) -> tuple[list[int], Sequence[int]]:
+        """Returns a prompt's token ids and the boundaries of a long one."""
+        if context != Context.LONG:
+            return prompt_ids(self.tokenizer, messages), ()
+        ids, places = prompt_and_places(self.tokenizer, messages, boundary_places(messages[-1]["content"], spans))
+        return ids, _within(places, len(ids))
 
-    def _cut(self, group: PreferenceGroup, context: str, limit: int, whys: list[str]) -> list[int] | None:
-        """Token ids of the shortened prompt, or None, and why is noted."""
+    def _cut(self, group: PreferenceGroup, context: str, limit: int, whys: list[str]) -> Cut | None:
+        """Returns the shortened context, or None, and why is noted."""
         spans = getattr(group, f"{context}_spans")
         if not spans:
             whys.append(f"no {context}_spans mark its documents")
@@ -420,13 +478,12 @@ class Encoder:
             getattr(group, f"{context}_messages"),
             spans,
             limit,
-            lambda messages: len(self._prompt(messages)),
+            lambda messages: prompt_length(self.tokenizer, messages),
             lambda texts: [len(tokens) for tokens in encode_batch(self.tokenizer, texts)],
         )
         if cut is None:
             whys.append(f"the distractors of its {context} context are not enough")
-            return None
-        return self._prompt(cut.messages)
+        return cut
 
     def _sampled(self, text: Answer, ids: Sequence[int] | None) -> list[int] | None:
         """Returns the ids a response was sampled as, its end of turn once; None where they are not this tokenizer's."""
