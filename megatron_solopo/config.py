@@ -83,6 +83,12 @@ class ModelConfig:
         "NAME,NAME,...: projections with adapters, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and "
         "down_proj; default: all of them, of a model with experts those of attention",
     )
+    lora_dropout: float = option(
+        0.0,
+        "share of an adapter's inputs that are zeroed in training steps, below 1; drawn by --seed for each pack and "
+        "projection",
+        minimum=0,
+    )
     lora_path: str | None = option(
         None, "PEFT folder (adapter_config.json, adapter_model.safetensors) of the adapters to start from"
     )

@@ -238,6 +238,8 @@ def _check_lora(config: Config) -> None:
     modules_of(model)
     if model.lora_alpha == 0:
         raise UserError("option-value", "--lora-alpha 0: adapters would have no effect; set it above 0")
+    if model.lora_dropout >= 1:
+        raise UserError("option-value", f"--lora-dropout {model.lora_dropout}: must be below 1")
     if model.transformer_impl == "transformer_engine":
         raise UserError(
             "option-conflict",
@@ -349,8 +351,10 @@ def unused(config: Config) -> dict[str, str]:
         ),
         ("save_retain_interval", output.save_interval > 0, "needs --save-interval"),
         ("async_save", output.save_interval > 0, "needs --save-interval (the last save is always waited for)"),
-        *((name, model.lora_rank is not None, "needs --lora-rank or --lora-path") for name in OF_FOLDER),
-        ("lora_export", model.lora_rank is not None, "needs --lora-rank or --lora-path"),
+        *(
+            (name, model.lora_rank is not None, "needs --lora-rank or --lora-path")
+            for name in (*OF_FOLDER, "lora_dropout", "lora_export")
+        ),
         ("lora_export", output.save_hf is not None, "needs --save-hf"),
         ("wandb_exp_name", output.wandb_project is not None, "needs --wandb-project"),
         ("wandb_save_dir", output.wandb_project is not None, "needs --wandb-project"),

@@ -8,8 +8,6 @@ _PACKED = (
 )
 
 REFUSED = {
-    "lora_dropout": "the log-probs of the policy would be random and those of the reference not, and a run resumes bit "
-    "for bit because nothing is drawn in a step; leave it out: use a lower --lora-rank or --lr",
     "tp_comm_overlap": "Transformer Engine's buffers for it (initialize_ub) hold one fixed number of tokens, and packs "
     "differ in length; leave it out",
     "fp8_param_gather": "weights would exist in FP8 alone, and so would what the reference is scored with and what "

@@ -208,7 +208,7 @@ def _folder_config(options: ModelConfig, tensors: Iterable[str]) -> dict[str, An
         "r": options.lora_rank,
         "lora_alpha": alpha_of(options),
         "use_rslora": options.use_rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": options.lora_dropout or 0.0,  # an older run has none
         "bias": "none",
         "target_modules": [name for name in PROJECTIONS if name in modules],
         "inference_mode": True,

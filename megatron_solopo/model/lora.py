@@ -12,6 +12,9 @@ or 1/t of A's columns where it is cut by columns (row parallel), with all of B. 
   gathered instead of x, and A's gradient is of these tokens, so it is summed over ranks as that of a norm.
 - Row parallel: A x is a sum over ranks; with sequence parallelism each keeps its tokens of it, and B's gradient is of
   these tokens.
+
+With --lora-dropout A's input is dropped out, of each projection anew, as in PEFT, in training alone. The generators are
+those that megatron-core's recomputation sets back; `training.engine.seed_pack` seeds them.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    random,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
@@ -92,6 +97,7 @@ class Adapter(nn.Module):
         inputs: width of the matrix's input on this rank.
         rank: r, of each projection.
         scale: see `lora_scale`.
+        dropout: --lora-dropout.
 
     Attributes:
         enabled: False where the model is computed without adapters.
@@ -105,10 +111,16 @@ class Adapter(nn.Module):
         inputs: int,
         rank: int,
         scale: float,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.projections, self.column, self.rank, self.scale = projections, column, rank, scale
         self.sequence_parallel, self.enabled = settings.sequence_parallel, True
+        # Of the same input every tensor-parallel rank draws the same.
+        self.dropout, self.draws_apart = (
+            dropout,
+            settings.tensor_model_parallel_size > 1 and (settings.sequence_parallel or not column),
+        )
         device = None if settings.use_cpu_initialization else torch.cuda.current_device()
         for name, rows in projections.items():
             for part, shape in (("a", (rank, inputs)), ("b", (rows.groups * rows.size, rank))):
@@ -128,16 +140,23 @@ class Adapter(nn.Module):
         if not self.enabled:
             return output
         if self.column:
-            inner = _product(x, torch.cat(self.matrices("a")))  # [..., r of all projections]
+            inner = self.inner(x)
             into = gather_from_sequence_parallel_region if self.sequence_parallel else _copied
             return _AddLowRank.apply(output, into(inner), self.scale, [*self.projections.values()], *self.matrices("b"))
         return output + self.added(x)
 
     def added(self, x: Tensor) -> Tensor:
         """Returns what the adapter of a matrix cut by columns adds to its output, for its input x [..., in]."""
-        (a,), (b,) = self.matrices("a"), self.matrices("b")
+        (b,) = self.matrices("b")
         into = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else _summed
-        return _product(into(_product(x, a)), b) * self.scale
+        return _product(into(self.inner(x)), b) * self.scale
+
+    def inner(self, x: Tensor) -> Tensor:
+        """[..., in] -> A x of every projection, [..., r of all]; with dropout each of another x."""
+        if not self.training or not self.dropout:
+            return _product(x, torch.cat(self.matrices("a")))
+        with get_cuda_rng_tracker().fork() if self.draws_apart else contextlib.nullcontext():
+            return torch.cat([_product(F.dropout(x, self.dropout), a) for a in self.matrices("a")], -1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -219,7 +238,8 @@ def attach_adapters(model: GPTModel, options: ModelConfig) -> None:
             projections = {name: rows for name, rows in _rows(names, layer, matrix).items() if name in chosen}
             if projections:
                 column, inputs = len(names) > 1, matrix.weight.shape[1]
-                adapter = Adapter(settings, projections, column, inputs, options.lora_rank, lora_scale(options))
+                numbers = options.lora_rank, lora_scale(options), options.lora_dropout
+                adapter = Adapter(settings, projections, column, inputs, *numbers)
                 owner.register_module(matrix_name + SUFFIX, adapter)
                 matrix.register_forward_hook(_Adding(adapter))
     if settings.recompute_granularity is not None and model.pre_process:
@@ -278,3 +298,19 @@ def without_adapters(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for adapter in adapters(models):
             adapter.enabled = True
+
+
+def random_states(module: nn.Module) -> Any:
+    """Returns what `drawn_again` needs for a module whose adapters have dropout; None of another."""
+    return random._get_all_rng_states() if any(adapter.dropout for adapter in adapters([module])) else None
+
+
+@contextlib.contextmanager
+def drawn_again(states: Any) -> Iterator[None]:
+    """Draws what was drawn after `random_states`, inside the block, as megatron-core's recomputation does."""
+    if states is None:
+        yield
+        return
+    with random._fork_rng():
+        random._set_all_rng_states(*states)
+        yield

@@ -33,7 +33,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_solopo.model.lora import adapter_of
+from megatron_solopo.model.lora import adapter_of, drawn_again, random_states
 from megatron_solopo.model.repeated import save_input, saved_input
 from megatron_solopo.model.tiles import tiles_of
 from megatron_solopo.parallel.products import add_product, added_gradient
@@ -185,7 +185,7 @@ class _Sums:
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, mlp: TiledMLP, *parameters: Tensor) -> Tensor:
-        ctx.mlp = mlp
+        ctx.mlp, ctx.random = mlp, random_states(mlp)
         save_input(ctx, x)
         result, rows = torch.empty_like(x), mlp.rows(x)
         for tile, of_tile in zip(x.split(rows), result.split(rows), strict=True):
@@ -196,8 +196,9 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
         (x,), mlp = saved_input(ctx), ctx.mlp
         of_x, rows, sums = torch.empty_like(x), mlp.rows(x), _Sums(mlp.adds_to_main_grad())
-        for tile, of_result, of_tile in zip(x.split(rows), grad.split(rows), of_x.split(rows), strict=True):
-            of_tile.copy_(mlp.backward_of_tile(tile, of_result, sums))
+        with drawn_again(ctx.random):
+            for tile, of_result, of_tile in zip(x.split(rows), grad.split(rows), of_x.split(rows), strict=True):
+                of_tile.copy_(mlp.backward_of_tile(tile, of_result, sums))
         totals = (sums.total(parameter) if parameter.requires_grad else None for parameter in mlp.parameters())
         return of_x, None, *totals
 
@@ -207,6 +208,6 @@ class _Unread(_Tiled):
 
     @staticmethod
     def forward(ctx, x: Tensor, mlp: TiledMLP, *parameters: Tensor) -> Tensor:
-        ctx.mlp = mlp
+        ctx.mlp, ctx.random = mlp, random_states(mlp)
         save_input(ctx, x)
         return torch.full_like(x, torch.nan)

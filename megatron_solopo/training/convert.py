@@ -44,7 +44,7 @@ STAGES = (
 RUN_OPTIONS = (
     *("chat_template", "chat_template_kwargs", "chat_template_date", "eos_token"),
     *("rope_scaling", "add_special_tokens"),
-    *OF_FOLDER,
+    *(*OF_FOLDER, "lora_dropout"),
 )
 """Options of a run's config.yaml by which its model and tokenizer differ from those of --hf-path."""
 

@@ -155,6 +155,27 @@ def initialize_parallel(config: Config) -> None:
     model_parallel_cuda_manual_seed(config.training.seed)
 
 
+def seed_pack(seed: int, step: int, pack: int, chunk: int) -> None:
+    """Seeds the generators of --lora-dropout, before a chunk's forward pass of a pack.
+
+    So what is drawn follows from --seed, the step and the pack, and a resumed run draws what it would have drawn.
+    Copies of the model, context-parallel ranks and pipeline stages have seeds of their own; of tensor-parallel ranks
+    megatron-core's tracker has a generator for each, beside the one that they share.
+
+    Args:
+        step, pack: counted from 0; pack: in the step, of this rank; chunk: of the virtual stages.
+    """
+    place = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    drawn = np.random.SeedSequence([seed, step, pack, chunk, *place]).generate_state(1, np.uint64)
+    number = int(drawn[0] >> 2)  # to which megatron-core adds small numbers
+    torch.manual_seed(number)
+    model_parallel_cuda_manual_seed(number)
+
+
 def _chunks(parallel: ParallelConfig) -> int:
     return parallel.num_virtual_stages_per_pipeline_rank
 

@@ -51,7 +51,7 @@ IDENTITY = frozenset(
     SCHEDULE
     | {
         *("random_init", "bf16", "fp8_format", "fp8_recipe", "rope_scaling", "add_special_tokens"),
-        *("lora_rank", "lora_alpha", "use_rslora", "lora_modules"),
+        *("lora_rank", "lora_alpha", "use_rslora", "lora_modules", "lora_dropout"),
         *("make_vocab_size_divisible_by", "shuffle", "global_batch_size", "seed"),
         *("stretch_positions", "stretch_fraction"),
         *("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "moe_aux_loss_coeff"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,7 @@ from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.device_pack import DevicePack
 from megatron_solopo.training.ahead import Ahead
-from megatron_solopo.training.engine import Engine, data_parallel, squared_gradient_norm, total_norm, update
+from megatron_solopo.training.engine import Engine, data_parallel, seed_pack, squared_gradient_norm, total_norm, update
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.objective import (
     StepInputs,
@@ -170,21 +171,25 @@ def run_packs(
     loss: Callable[[Tensor, Pack], tuple[Tensor, dict]],
     forward_only: bool,
     squares: bool = False,
+    begin: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
     """Runs megatron-core's schedule; returns the dict that ``loss`` returned for each pack (last pipeline stage).
 
     Args:
         squares: see `segment_log_probs`.
+        begin: is called before each forward pass, with the numbers of its pack and of its model chunk.
     """
 
-    def forward_step(packs_left: Iterator[DevicePack], model: torch.nn.Module):
-        pack = next(packs_left)
+    def forward_step(packs_left: Iterator[tuple[int, DevicePack]], model: torch.nn.Module):
+        number, pack = next(packs_left)
+        if begin is not None:
+            begin(number, engine.chunks.index(cast(Any, model)))
         sums = segment_log_probs(model, pack, engine.head, engine.dtype, squares)
         return sums, lambda output: loss(output, pack.pack)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(packs) for _ in engine.chunks],  # every chunk computes every pack
+        data_iterator=[iter(enumerate(packs)) for _ in engine.chunks],  # every chunk computes every pack
         model=list[torch.nn.Module](engine.chunks),
         num_microbatches=len(packs),
         seq_length=1,  # the lengths are in the packs
@@ -240,6 +245,7 @@ def run_parts(
     method: MethodConfig,
     forward_only: bool = False,
     tokens_per_group: Tensor | None = None,
+    begin: Callable[[int, int], None] | None = None,
 ) -> StepParts:
     """Runs forward (and backward) of one step; afterwards the gradients are in the model's buffers.
 
@@ -250,6 +256,7 @@ def run_parts(
         inputs: loss inputs of the same packs.
         tokens_per_group: [] mean chosen length where the means are over more than this step, see
             `mean_chosen_length_of`; default: that of the step.
+        begin: see `run_packs`.
     """
     _, ranks = data_parallel()
     scale = len(packs) * ranks / total_groups
@@ -269,7 +276,7 @@ def run_parts(
         sums = {"loss": total.detach().clone()} | {name: value.sum() for name, value in result.metrics.items()}
         return total * scale, sums
 
-    parts = run_packs(engine, packs, loss, forward_only, needs_log_squares(method))
+    parts = run_packs(engine, packs, loss, forward_only, needs_log_squares(method), begin)
     reports = _reports()
     zero = torch.zeros((), dtype=torch.float64, device=device)
     scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in inputs.names}
@@ -375,7 +382,8 @@ def train_step(
             inputs = current.score()
     engine.zero_gradients()
     optimizer.zero_grad()
-    parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method)
+    begin = partial(seed_pack, config.training.seed, step) if config.model.lora_dropout else None
+    parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method, begin=begin)
     allocated = engine.platform.peak_allocated_gib()
     of_ranks = gather_from_all_ranks(
         parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},

@@ -44,6 +44,8 @@ FOUR = {
     "tensor context": (*LAYOUTS["sequence"], *LAYOUTS["context"]),
     "virtual stages": (*LAYOUTS["tensor"], *LAYOUTS["pipeline"], "--num-virtual-stages-per-pipeline-rank", 2),
 }
+DROPPED = ("--lora-dropout", 0.3, "--lora-modules", "q_proj,v_proj,gate_proj")
+"""Of inputs that tensor-parallel ranks have alike."""
 PLANS = [
     ("float64", "dpo", "wide-tied", "by-two", "seven"),
     ("float64", "simpo", "wide-qwen3", "recompute", "seven"),
@@ -134,7 +136,9 @@ def launches(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     out = tmp_path_factory.mktemp("lora")
     cut = (out / "one" / "whole", 2)
     one = [run(world, out / "one", "whole"), run(world, out / "one", "resumed", load=True, cut=cut)]
+    one.append(run(world, out / "one", "dropped", *DROPPED))
     two = [run(world, out / "two", f"six {layout}", *LAYOUTS[layout]) for layout in ("data", "sequence")]
+    two.append(run(world, out / "two", "dropped tensor", *DROPPED, *LAYOUTS["tensor"]))
     for layout in ("sequence", "pipeline"):
         two.append(run(world, out / "two", f"resumed {layout}", *LAYOUTS[layout], load=True, cut=cut))
     return {1: launch(1, out / "one", [], one), 2: launch(2, out / "two", [], two)}
@@ -159,13 +163,19 @@ def adapters(launched: Launch, name: str) -> dict[str, Tensor]:
     return load_file(launched.folder / f"{name}-hf" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["six data", "six sequence", "resumed sequence", "resumed pipeline"])
-def test_six_steps_equal_one_process_that_never_stopped(launches: dict[int, Launch], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        *((name, "whole") for name in ("six data", "six sequence", "resumed sequence", "resumed pipeline")),
+        ("dropped tensor", "dropped"),  # of one input the ranks drop the same
+    ],
+)
+def test_six_steps_equal_one_process_that_never_stopped(launches: dict[int, Launch], name: str, whole: str) -> None:
     assert launches[2].results[name] == "done"
-    for ours, theirs in zip(launches[2].metrics(name), launches[1].metrics("whole"), strict=True):
+    for ours, theirs in zip(launches[2].metrics(name), launches[1].metrics(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    ours, theirs = adapters(launches[2], name), adapters(launches[1], "whole")
+    ours, theirs = adapters(launches[2], name), adapters(launches[1], whole)
     assert largest_difference(ours, theirs) <= 1e-5 and min(tensor.norm() for tensor in theirs.values()) > 0
 
 

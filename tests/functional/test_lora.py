@@ -22,6 +22,7 @@ from megatron_solopo.training.run import main
 
 RANK, ALPHA = 3, 5.0
 LORA = ("--lora-rank", RANK, "--lora-alpha", ALPHA, "--lora-modules", "q_proj,v_proj,up_proj,down_proj", "--use-rslora")
+DROPOUT = ("--lora-dropout", 0.25)
 NAME = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 IDS = torch.arange(3, 43)[None]
 
@@ -30,7 +31,7 @@ IDS = torch.arange(3, 43)[None]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """With a run that trained adapters, ``runs/lora``, merged in ``merged``; and its adapters in ``adapters``."""
     home = furnish(tmp_path_factory.mktemp("home"))
-    flags = (*LORA, "--lr", 0.01, "--save-interval", 2, "--save-hf", home.folder / "merged")
+    flags = (*LORA, *DROPOUT, "--lr", 0.01, "--save-interval", 2, "--save-hf", home.folder / "merged")
     assert run(main, home.argv("runs/lora", *flags)) == 0
     assert to_hf(home, "adapters", "--lora-export", "adapter") == 0
     return home
@@ -115,8 +116,8 @@ def test_a_killed_run_resumes_with_the_same_bits(home: Home) -> None:
     shutil.copytree(home.folder / "runs/lora", folder)
     shutil.rmtree(folder / "iter_0000005")
     (folder / "latest_checkpointed_iteration.txt").write_text("4\n")
-    flags = (*LORA, "--lr", 0.01, "--load", folder, "--save-hf", home.folder / "resumed", "--lora-export", "adapter")
-    assert run(main, home.argv("runs/killed", *flags)) == 0
+    flags = (*LORA, *DROPOUT, "--lr", 0.01, "--load", folder, "--save-hf", home.folder / "resumed")
+    assert run(main, home.argv("runs/killed", *flags, "--lora-export", "adapter")) == 0
     assert all(torch.equal(tensor, adapters(home)[name]) for name, tensor in adapters(home, "resumed").items())
     killed, whole = (
         [(line["step"], line["loss"], line["grad_norm"]) for line in home.metrics(name)]
@@ -129,7 +130,7 @@ def test_the_reference_is_the_model_without_adapters(home: Home) -> None:
     """A run from trained adapters has the same cache file as full training, and its first loss is not ln 2."""
     assert run(main, home.argv("runs/full", "--train-iters", 1)) == 0
     files = sorted((home.folder / "runs/reference").iterdir())
-    flags = ("--lora-path", home.folder / "adapters", "--train-iters", 1, "--lr", 1e-9)
+    flags = ("--lora-path", home.folder / "adapters", *DROPOUT, "--train-iters", 1, "--lr", 1e-9)
     flags += ("--save-hf", home.folder / "same", "--lora-export", "adapter")
     assert run(main, home.argv("runs/more", *flags, "--no-shuffle")) == 0
     assert sorted((home.folder / "runs/reference").iterdir()) == files

@@ -51,6 +51,7 @@ LORA = "tests/distributed/test_lora.py -k 'pefts and not 4-'"
 LORA_RUNS = "tests/functional/test_lora.py"
 STRETCH = "tests/unit/test_stretch.py"
 STRETCHED_RUNS = "tests/functional/test_stretched_runs.py"
+DROPOUT = "tests/unit/test_lora_dropout.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -1244,6 +1245,26 @@ MUTANTS: list[Mutant] = [
             "gather_from_sequence_parallel_region(grad, group=self.tp_group) if self.gathers else grad",
             "grad.repeat(self.ranks, 1, 1) if self.gathers else grad",
         ),
+    ),
+    *within(
+        "model/lora.py",
+        DROPOUT,
+        ("inputs dropped out in evaluation", "if not self.training or not self.dropout:", "if not self.dropout:"),
+        (
+            "tensor-parallel ranks drop the same of other inputs",
+            "get_cuda_rng_tracker().fork() if self.draws_apart else",
+            "get_cuda_rng_tracker().fork() if False else",
+        ),
+    ),
+    *within(
+        "model/tiled_mlp.py",
+        DROPOUT,
+        ("a tile drops others backward than forward", "with drawn_again(ctx.random):", "if True:"),
+    ),
+    *within(
+        "training/engine.py",
+        DROPOUT,
+        ("every step drops the same", "SeedSequence([seed, step, pack,", "SeedSequence([seed, 0, pack,"),
     ),
     *within("model/lora.py", LORA_RUNS, ("the reference has the adapters", "adapter.enabled = False", "pass")),
     *within(

@@ -140,7 +140,7 @@ NEEDED_FOR = {
         ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"), ["--bf16", "--optimizer-cpu-offload"]
     ),
     "cp_comm_type": [*ENGINE, "--context-parallel-size", "2", "--no-share-prompts"],
-    **dict.fromkeys(("lora_alpha", "use_rslora", "lora_modules", "lora_export"), ["--lora-rank", "8"]),
+    **dict.fromkeys(("lora_alpha", "use_rslora", "lora_modules", "lora_dropout", "lora_export"), ["--lora-rank", "8"]),
     "ckpt_step": ["--load", "run"],
     "override_opt_param_scheduler": ["--auto-resume"],
     "simpo_gamma": ["--preference-loss", "simpo"],

@@ -194,6 +194,7 @@ WRONG_OPTIONS = [
     ("--config absent.yaml", "file-missing", "--config absent.yaml"),
     ("--lora-rank 8 --lora-modules q_proj,fc1", "option-value", "--lora-modules q_proj,fc1", "'fc1'", "q_proj, k_proj"),
     ("--lora-rank 8 --lora-alpha 0", "option-value", "--lora-alpha 0"),
+    ("--lora-rank 8 --lora-dropout 1", "option-value", "--lora-dropout 1.0", "below 1"),
     (f"{TE} --lora-rank 8", "option-conflict", "--lora-rank", "use portable"),
     ("--lora-rank 8 --preference-loss dpo --reference resident", "option-conflict", "--lora-rank", "use cached"),
     ("--lora-rank 8 --add-special-tokens <a>", "option-conflict", "--lora-rank", "--add-special-tokens"),
@@ -206,6 +207,7 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 UNUSED_OPTIONS = [
     ("--lora-alpha 8", "--lora-alpha", "--lora-rank"),
     ("--use-rslora", "--use-rslora", "--lora-rank"),
+    ("--lora-dropout 0.1", "--lora-dropout", "--lora-rank"),
     ("--save-hf out --lora-export adapter", "--lora-export", "--lora-rank"),
     ("--lora-rank 8 --lora-export adapter", "--lora-export", "--save-hf"),
     ("--attention-backend flash", "--attention-backend", "--bf16"),

@@ -55,8 +55,10 @@ def offloading(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def gradients(model: Any, name: str) -> dict[str, Tensor]:
     """Of the weighted log-probs of two packs, computed forward one after the other and backward in reverse order."""
-    packs = [build_pack([random_group(seed)], [0]) for seed in (1, 2)]
-    sums = [run_pack(CONFIGS[name], model, pack, torch.float64) for pack in packs]
+    sums = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # of --lora-dropout
+        sums.append(run_pack(CONFIGS[name], model, build_pack([random_group(seed)], [0]), torch.float64))
     for part in reversed(sums):
         (part * torch.arange(1, len(part) + 1)).sum().backward()
     return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -79,11 +81,17 @@ WITH_ADAPTERS = [
     *(("qwen3", selective(part)) for part in ("core_attn", "mlp", "core_attn,mlp")),
     *(("mixtral", flags) for flags in (KEEP, selective("moe"))),
 ]
+DROPPED = (*LORA, "--lora-dropout", 0.3)
+WITH_DROPOUT = [("qwen3", flags) for flags in (FULL, (*KEEP, "--recompute-num-layers", 2), selective("core_attn,mlp"))]
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "lora"),
-    [*((*case, ()) for case in CASES), *((*case, LORA) for case in WITH_ADAPTERS)],
+    [
+        *((*case, ()) for case in CASES),
+        *((*case, LORA) for case in WITH_ADAPTERS),
+        *((*case, DROPPED) for case in WITH_DROPOUT),
+    ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
 def test_gradients_have_the_bits_of_those_without_it(
