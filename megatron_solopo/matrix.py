@@ -165,8 +165,9 @@ def _holds(output: str, path: str) -> bool:
 
 def _read_by(stage: Stage) -> Iterator[str]:
     """Yields what may be paths in a stage's options: a text, @FILE or LABEL=PATH."""
+    other = {*OUTPUTS, *stage.of_choices()}
     for name, value in stage.checked()[1].items():
-        if name in OUTPUTS:
+        if name in other:
             continue
         for text in value if isinstance(value, list | tuple) else [value]:
             if isinstance(text, str) and text:

@@ -97,6 +97,17 @@ class Stage:
             raise UserError(error.code, self._placed(error.message)) from None
         return words, {name: values[name] for name in sorted(parser.explicit)}
 
+    def of_choices(self) -> set[str]:
+        """Returns the options whose values are words of a list, and so no files: ``context_mode: solo``."""
+        if self.script is not None:
+            return set()
+        if self.command == "train":  # whose parser checks them itself
+            from megatron_solopo.config import OWNER
+
+            return {name for name, owner in OWNER.items() if owner.spec.metadata["choices"]}
+        parser: Parser = importlib.import_module(COMMANDS[self.command]).build_parser()
+        return {action.dest for action in parser._actions if action.choices is not None}
+
     def _placed(self, message: str) -> str:
         """Returns a message of the command's parser, with the recipe's line of the option that it starts with."""
         option = re.match(r"--(?:no-)?([\w-]+)(: )?", message)

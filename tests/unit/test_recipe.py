@@ -119,6 +119,7 @@ def test_the_experiments_pass_every_check_and_their_results_are_of_these_options
     for seed in recipe.matrix.seeds:
         for variant in recipe.matrix.variants:
             run = run_of(recipe, recipe.matrix, seed, variant)
+            assert not {"solo", "short-po", "long-po"} & {stage.name for stage in run.stages}  # the demo's trainings
             file = recipe.matrix.results / f"{variant}-seed-{seed}.json"
             assert not file.exists() or json.loads(file.read_text())["stages"] == identity(run), file
 
