@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config, MethodConfig
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
-from megatron_solopo.losses.solopo import needs_reference, policy_scores, reference_context
+from megatron_solopo.losses.solopo import needs_reference, policy_scores, reference_context, tail_weight
 from megatron_solopo.pack import Context, Side
 from megatron_solopo.planning import fake
 from megatron_solopo.planning.counts import Counts, Work
@@ -111,8 +111,9 @@ def rehearse(
         if config.method.reference == "resident" and needs_reference(config.method):
             with rehearsal.mode, host, ledger, ledger.making(WEIGHTS):
                 reference = _reference(engine, config.method, groups, counts)
-            work = resident.scored(reference, work, config)
-            del reference
+            packs_of_reference = _packs(engine, config, reference.dataset.groups, work.plan, packs)
+            work = resident.scored(reference, work, packs_of_reference, config)
+            del reference, packs_of_reference
         tokens = work.packs[0].tokens
         rehearsal.stage.hidden = _hidden(work.packs[0].pack.tokens.numel(), hf_config, config)
         arguments: Any = (
@@ -141,21 +142,28 @@ def rehearse(
 def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int) -> Any:
     """Returns the work of a step as `step.step_work` makes it, of packs that are all alike."""
     from megatron_solopo.data.tokenized.batches import plan_step
-    from megatron_solopo.data.tokenized.packs import build_pack
     from megatron_solopo.model.cost import width_of_cost
     from megatron_solopo.training.objective import step_inputs
-    from megatron_solopo.training.step import StepWork, sent
+    from megatron_solopo.training.step import StepWork
 
     plan = plan_step(groups, width_of_cost(engine.hf_config), 1, config, engine.platform.name)
-    indices = list(range(len(groups)))
-    share = config.data.share_prompts
-    pack = build_pack(groups, indices, share, plan.of_packs, plan.of_pieces, plan.of_prompts)
+    packs_of_step = _packs(engine, config, groups, plan, packs)
     # what the reference says is a number a segment
     zeros = SimpleNamespace(of_pack=lambda pack, contexts: torch.zeros(len(pack.scored), dtype=torch.float64))
     reference = cast(Any, zeros) if needs_reference(config.method) else None
-    each = [pack] + [pack.to(torch.device("cpu")) for _ in range(packs - 1)]
+    each = [pack.pack for pack in packs_of_step]
     inputs = step_inputs(each, reference, config.method, engine.platform.device)
-    return StepWork(indices * packs, plan, sent(engine, each), inputs)
+    return StepWork(list(range(len(groups))) * packs, plan, packs_of_step, inputs)
+
+
+def _packs(engine: Any, config: Config, groups: Sequence[TokenGroup], plan: Any, count: int) -> Any:
+    """Returns ``count`` equal packs, each of all the groups."""
+    from megatron_solopo.data.tokenized.packs import build_pack
+    from megatron_solopo.training.step import sent
+
+    multiples = plan.of_packs, plan.of_pieces, plan.of_prompts
+    pack = build_pack(groups, range(len(groups)), config.data.share_prompts, *multiples, tail_weight(config.method))
+    return sent(engine, [pack] + [pack.to(torch.device("cpu")) for _ in range(count - 1)])
 
 
 def _reference(engine: Any, method: MethodConfig, groups: Sequence[TokenGroup], counts: Counts) -> Any:

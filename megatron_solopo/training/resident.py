@@ -131,14 +131,21 @@ def scored_work(
     epochs: list[int] | None = None,
 ) -> StepWork:
     """Makes the work of a training step that first scores its examples with the resident reference."""
-    return scored(reference, step_work(reference.engine, dataset, indices, config, None, epochs), config)
-
-
-def scored(reference: ResidentReference, work: StepWork, config: Config) -> StepWork:
-    """Returns a step's work with the scoring of its examples by the resident reference before it."""
-    engine, method, packs = reference.engine, config.method, work.packs
+    engine, method = reference.engine, config.method
+    work = step_work(engine, dataset, indices, config, None, epochs)
+    packs = work.packs
     if reference_scores(method) != policy_scores(method):  # fewer or shorter sequences, which fit where the policy's do
         packs = planned_packs(engine, reference.dataset, work.plan, indices, config, epochs)
+    return scored(reference, work, packs, config)
+
+
+def scored(reference: ResidentReference, work: StepWork, packs: list[DevicePack], config: Config) -> StepWork:
+    """Returns a step's work with the scoring of its examples by the resident reference before it.
+
+    Args:
+        packs: what the reference scores: for each of the work's packs one with the same examples.
+    """
+    engine, method = reference.engine, config.method
     contexts = [reference_context(context, method) for context in Context]
     rows = [
         on_device(rows_compared(pack.pack.scored, of.pack.scored, contexts), engine.platform.device)
