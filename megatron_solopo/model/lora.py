@@ -155,7 +155,8 @@ class Adapter(nn.Module):
         """[..., in] -> A x of every projection, [..., r of all]; with dropout each of another x."""
         if not self.training or not self.dropout:
             return _product(x, torch.cat(self.matrices("a")))
-        with get_cuda_rng_tracker().fork() if self.draws_apart else contextlib.nullcontext():
+        tracker: Any = get_cuda_rng_tracker()
+        with tracker.fork() if self.draws_apart else contextlib.nullcontext():
             return torch.cat([_product(F.dropout(x, self.dropout), a) for a in self.matrices("a")], -1)
 
     def sharded_state_dict(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ def load_data(config: Config) -> RunData:
             continue
         folder = _store_of(path, config, tokenizer)
         stretch = Stretch.of(config) if split == "train" else None
-        tokens = agreed(lambda: _open(path, folder, facts, config, stretch), "data")  # noqa: B023
+        tokens = agreed(partial(_open, path, folder, facts, config, stretch), "data")
         check_same(tokens.fingerprint, f"{path} is other data there than on rank 0; copy rank 0's")
         read[split] = tokens
     policy = {split: dataset.only(policy_scores(config.method)) for split, dataset in read.items()}

@@ -49,8 +49,9 @@ LAYOUTS: dict[str, list[Any]] = {
     "tiles": ["--micro-batch-size", 2, "--mlp-tiles", 3],
     "tiles-recompute": ["--micro-batch-size", 2, "--mlp-tiles", "auto", "--recompute-granularity", "full"],
 }
-BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4], "four": [5, 0, 3, 1]}
-"""Seven and three do not divide by two processes; with one, the second process has an empty pack."""
+BATCHES = {"seven": [0, 1, 2, 3, 4, 5, 6], "one": [3], "three": [6, 2, 4], "four": [5, 0, 3, 1], "many": [7, 0]}
+"""Seven and three do not divide by two processes; with one, the second process has an empty pack; many has a group of
+twelve responses."""
 
 LAID_OUT = (
     "dpo",
@@ -72,6 +73,9 @@ PLANS = [
     *(("float32", "dpo", "llama", layout, "seven") for layout in ("one-by-one", "recompute")),
     *(("float32", "dpo", "llama", "one-by-one", batch) for batch in ("one", "three")),
     ("float32", "orpo", "qwen2", "by-two", "seven"),
+    *(("float64", "dpo", "llama", layout, "many") for layout in ("packed", "separate", "padded", "small-chunks")),
+    *(("float64", method, "llama", "by-tokens", "many") for method in ("orpo", "dpo long")),
+    ("float64", "dpo solo both l1 short alignment stop short gradient", "llama", "recompute", "many"),
 ]
 """(dtype, method, model, layout, batch) of every gradient that is computed by one process and by two."""
 
@@ -85,7 +89,7 @@ def case_name(plan: tuple[str, ...]) -> str:
     return " ".join(plan)
 
 
-RESPONSES = [(1, 1), (2, 2), (3, 1), (1, 3), (1, 1), (2, 1), (1, 2)]
+RESPONSES = [(1, 1), (2, 2), (3, 1), (1, 3), (1, 1), (2, 1), (1, 2), (4, 8)]
 """(chosen, rejected) responses of each example."""
 
 
@@ -93,7 +97,7 @@ JUMPS = {"short": [], "long": [(3, 40), (11, 1), (19, 57)], "response": [(1, 60)
 """Context -> (token, gap) of each jump of a stretched prompt."""
 
 
-def token_examples(roles: tuple[str, ...], count: int = 7) -> list[dict[str, Any]]:
+def token_examples(roles: tuple[str, ...], count: int = len(RESPONSES)) -> list[dict[str, Any]]:
     """Random ids; lengths from one token to many, so that no two packs are alike. Of conversations and of second
     responses, which have several turns, not all tokens are trained. Positions of every second prompt are stretched."""
     draw, examples = random.Random(5), []

@@ -16,7 +16,7 @@ from megatron_solopo.losses import solopo_loss
 from megatron_solopo.losses.solopo import aligned_sides, pair_context, reference_context
 from megatron_solopo.pack import Segments, segment_name
 
-COUNTS = [(2, 3), (1, 2), (3, 1), (1, 1)]
+COUNTS = [(2, 3), (1, 2), (3, 1), (1, 1), (4, 8)]
 """(chosen, rejected) responses of each group."""
 
 

@@ -23,6 +23,7 @@ PLANS = [
     ("float64", "dpo", "llama", "one-by-one", "one"),
     ("float64", "ipo solo 0.8 token", "llama", "by-two", "seven"),
     ("float64", "longpo long token", "llama", "by-two", "seven"),
+    ("float64", "orpo", "llama", "by-two", "many"),
     ("float64", "orpo", "qwen2", "by-two", "seven"),  # tied embeddings, biases
     ("float32", "dpo", "llama", "by-two", "seven"),
     ("float32", "orpo", "qwen2", "by-two", "seven"),
