@@ -5,7 +5,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 WORKERS := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs errors-page figure recipes memory-figure benchmark benchmark-full lock clean
+.PHONY: help setup lint demo test test-distributed test-all test-transformers4 mutation-test docs errors-page families-page figure recipes memory-figure benchmark benchmark-full lock clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -63,6 +63,9 @@ docs: setup .venv/docs ## the documentation as a site, build/site/index.html (th
 
 errors-page: setup ## docs/errors.md, every error code with its messages, from the code
 	$(PYTHON_IN_VENV) tools/errors_page.py
+
+families-page: setup ## docs/families.md, every model family with measured distances from transformers
+	$(PYTHON_IN_VENV) tools/families_page.py
 
 figure: setup ## the README's figure from the recorded results in docs/method.md
 	$(PYTHON_IN_VENV) tools/demo_figure.py

@@ -122,6 +122,32 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The windows of a model's layers.
+
+    Attributes:
+        size: tokens that a token attends to at most, itself and those before it, in a layer with a window.
+        share: of the layers that have one.
+    """
+
+    size: int = 0
+    share: float = 0.0
+
+    def pairs(self, length: float, before: float) -> float:
+        """Returns the pairs of tokens that attend, of ``length`` tokens behind ``before`` that they attend to, a token
+        and itself being half a pair; the mean over the layers."""
+
+        def up_to(tokens: float) -> float:
+            """Pairs of the first tokens of a sequence, with a window."""
+            return min(tokens, self.size) ** 2 / 2 + max(0, tokens - self.size) * self.size
+
+        full = length * before + length * length / 2
+        if not self.share:
+            return full
+        return (1 - self.share) * full + self.share * (up_to(before + length) - up_to(before))
+
+
+@dataclass(frozen=True)
 class Piece:
     """A prompt or a completion in a pack.
 
@@ -176,6 +202,12 @@ class Pack:
         """Returns the pack with its tensors on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: a prompt, or a prompt and one of its completions."""
+        prompts = (0 if piece.prompt is None else self.pieces[piece.prompt].length for piece in self.pieces)
+        return max(before + piece.length for before, piece in zip(prompts, self.pieces, strict=True))
 
     def is_padding(self) -> Tensor:
         """Returns [S] bool, true for tokens that belong to no group."""

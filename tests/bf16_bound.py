@@ -67,7 +67,7 @@ def plain_swiglu(x: Tensor) -> Tensor:
 def fused_swiglu(x: Tensor) -> Tensor:
     from megatron_solopo.model.swiglu import SwiGLU
 
-    settings: Any = SimpleNamespace()
+    settings: Any = SimpleNamespace(activation_func=F.silu)
     return SwiGLU(settings)(x)
 
 

@@ -31,13 +31,21 @@ def draw_pack(seed: int, size: int, share: bool = True) -> Pack:
     return build_pack(groups, range(len(groups)), share, 6 * size, 2 * size)
 
 
-def visible(pack: Pack) -> np.ndarray:
-    """[S, S] what each row of the pack attends to; of rows of padding only themselves and earlier ones."""
+def visible(pack: Pack, window: int | None = None) -> np.ndarray:
+    """[S, S] what each row of the pack attends to; of rows of padding only themselves and earlier ones.
+
+    ``window``: tokens that a row attends to at most, itself and those before it in its sequence.
+    """
     seen = np.zeros((len(pack.tokens), len(pack.tokens)), dtype=bool)
     for piece in pack.pieces:
-        span = slice(piece.start, piece.start + piece.slot)
-        seen[span, span] = np.tril(np.ones((piece.slot, piece.slot), dtype=bool))
+        span, before = slice(piece.start, piece.start + piece.slot), 0
         if piece.prompt is not None:
             prompt = pack.pieces[piece.prompt]
-            seen[span, prompt.start : prompt.start + prompt.length] = True
+            before = prompt.length
+        places = before + np.arange(piece.slot)
+        distances = places[:, None] - np.arange(before + piece.slot)
+        reached = (distances >= 0) & (distances < (window or len(pack.tokens)))
+        seen[span, span] = reached[:, before:]
+        if before:
+            seen[span, prompt.start : prompt.start + before] = reached[:, :before]
     return seen

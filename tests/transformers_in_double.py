@@ -24,6 +24,8 @@ def load(folder: Path) -> nn.Module:
 
 
 def _norm(self: nn.Module, x: Tensor) -> Tensor:
+    if hasattr(self, "eps"):  # Gemma's, whose factor is 1 + weight
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from megatron_solopo.model.families.fields import attention_window, windowed_layers
 from megatron_solopo.pack import Pack
+from megatron_solopo.planning.operators import causal_pairs, windowed_pairs
 from megatron_solopo.planning.process import Shape
 
 FLOPS_COUNTED = (
     "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
-    "pairs once) and each of its channels and layers; output layer: 2 a weight and predicted token; padding is not "
-    "counted; backward = 2 x forward, recomputing is not counted"
+    "pairs once, those in a layer's window) and each of its channels and layers; output layer: 2 a weight and "
+    "predicted token; padding is not counted; backward = 2 x forward, recomputing is not counted"
 )
 
 
@@ -44,12 +46,14 @@ def flops_of(hf_config: PretrainedConfig, pieces: Iterable[tuple[int, int]], pre
     shape = Shape.of(hf_config, 1)
     chosen = shape.chosen or 1
     layer = shape.hidden * (2 * shape.queries + 2 * shape.keys + shape.experts) + 3 * shape.hidden * shape.ffn * chosen
+    windowed, window = sum(windowed_layers(hf_config)), attention_window(hf_config) or 0
     tokens = pairs = 0
     for length, before in pieces:
         tokens += length
-        pairs += length * before + length * (length + 1) // 2
+        pairs += (shape.layers - windowed) * causal_pairs(length, before + length)
+        pairs += windowed * windowed_pairs(length, before + length, window)
     products = 2 * shape.layers * layer * tokens + 2 * hf_config.vocab_size * shape.hidden * predicted
-    return Flops(3.0 * products, 3.0 * 4 * shape.layers * pairs * shape.queries)
+    return Flops(3.0 * products, 3.0 * 4 * pairs * shape.queries)
 
 
 def flops_of_packs(hf_config: PretrainedConfig, packs: Sequence[Pack]) -> Flops:

@@ -30,7 +30,7 @@ from megatron_solopo.conversion.hf_weights import stored_shapes
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.errors import UserError
 from megatron_solopo.lora_options import CONFIG, MLP, PROJECTIONS, WEIGHTS, alpha_of, modules_of
-from megatron_solopo.model.families.operators import Entry, Rename
+from megatron_solopo.model.families.operators import Entry, FusedGateUp, FusedQKV, Rename
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale
 
@@ -57,9 +57,19 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     """Refuses adapters that this model cannot have, and a folder of --lora-path with others than its config says.
 
     Raises:
-        UserError: the model has experts, which have no adapters; or a tensor is missing, left over or of another shape.
+        UserError: the model has experts, which have no adapters, or fused projections; or a tensor is missing, left
+            over or of another shape.
     """
-    experts = family_of(hf_config).transformer_options(hf_config).get("num_moe_experts")
+    family = family_of(hf_config)
+    if options.lora_rank is not None:
+        operators = [entry.operator for entry in family.table(hf_config, hf_config.vocab_size)]
+        if any(isinstance(one, FusedQKV | FusedGateUp) or getattr(one, "paired", 0) for one in operators):
+            raise UserError(
+                "adapter-unsupported",
+                f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
+                "order, for which PEFT's adapters are neither read nor written; train all weights",
+            )
+    experts = family.transformer_options(hf_config).get("num_moe_experts")
     if experts and options.lora_modules is not None and (wrong := sorted({*modules_of(options)} & {*MLP})):
         raise UserError(
             "adapter-of-experts",

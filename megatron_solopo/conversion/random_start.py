@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.conversion.hf import local_part, named_entries
+from megatron_solopo.model.families.registry import family_of
 
 PIECE = 2**16
 """Numbers drawn at a time on CUDA: 256 blocks of 256 threads."""
@@ -20,7 +21,7 @@ PIECE = 2**16
 @torch.no_grad()
 def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: int) -> None:
     """Initialises the chunks of a model as transformers does: matrices from a normal distribution with the config's
-    ``initializer_range``, norms 1, biases 0; padding rows of the vocabulary 0.
+    ``initializer_range``, norms 1 (0 where the factor is 1 + weight), biases 0; padding rows of the vocabulary 0.
 
     Each Hugging Face tensor has a random generator, seeded by ``seed`` and the tensor's name. Every process that
     holds a part of a tensor draws all of it, in float32, so weights depend neither on the layout nor on the order, and
@@ -28,6 +29,7 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
     on CUDA differ, so the same seed produces different weights on the two platforms.
     """
     std = getattr(hf_config, "initializer_range", 0.02)
+    zero_centered = family_of(hf_config).transformer_options(hf_config).get("layernorm_zero_centered_gamma", False)
     for model in models:
         for entry, names, parameter in named_entries(model, hf_config):
             rank, size, dimension = local_part(entry, parameter)
@@ -36,15 +38,18 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
                 unsplit[dimension] *= size
             shapes = [tensor.shape for tensor in entry.operator.to_hf(torch.empty(unsplit, device="meta"))]
             device = parameter.device
-            tensors = [_drawn(name, shape, std, seed, device) for name, shape in zip(names, shapes, strict=True)]
+            tensors = [
+                _drawn(name, shape, std, seed, device, 1.0 - zero_centered)
+                for name, shape in zip(names, shapes, strict=True)
+            ]
             entry.operator.fill(parameter, tensors, rank, size, dimension)
 
 
-def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.device) -> Tensor:
+def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.device, norm: float) -> Tensor:
     if name.endswith(".bias"):
         return torch.zeros(shape, device=device)
     if len(shape) == 1:  # a norm
-        return torch.ones(shape, device=device)
+        return torch.full(shape, norm, device=device)
     # A hash, because users choose neighbouring seeds.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     if device.type == "cpu":

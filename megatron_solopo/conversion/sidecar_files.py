@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.conversion.tokenizer_files import complete_tokenizer, write_chat_template
@@ -138,8 +139,7 @@ def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dt
         if name in document:
             document[older] = document[name]
     document |= dict.fromkeys(names or DTYPES, dtype_name(dtype))
-    words = hf_config.model_type.split("_")
-    document.setdefault("architectures", ["".join(word.capitalize() for word in words) + "ForCausalLM"])
+    document.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]])
     return text if document == json.loads(text) else json.dumps(document, indent=2) + "\n"
 
 

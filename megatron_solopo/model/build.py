@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,16 +26,17 @@ from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.model import recompute, transformer_engine
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.experts import Experts
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.family import Norms
+from megatron_solopo.model.families.fields import head_dim, window_options
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.lora import attach_adapters
-from megatron_solopo.model.norm import RMSNorm
+from megatron_solopo.model.norm import RMSNorm, SandwichLayer
 from megatron_solopo.model.offload import Offload
 from megatron_solopo.model.repeated import ColumnParallel, RowParallel
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import Router
-from megatron_solopo.model.swiglu import SwiGLU
+from megatron_solopo.model.swiglu import ACTIVATIONS, SwiGLU
 from megatron_solopo.model.tiled_mlp import TiledMLP
 
 
@@ -47,6 +48,9 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     if first is not None and parallel.pipeline_model_parallel_size == 2:
         last = None  # follows from the first; transformer_layer.py:157 divides by the number of stages between them
+    windows = window_options(hf_config)
+    if engine and windows and windows["window_size"][0] + 1 >= config.data.seq_length:
+        windows = {}  # they hide nothing, and Transformer Engine's ring refuses them
     choices: dict[str, Any] = {  # texts that mcore annotates as literals
         "transformer_impl": "local" if model.transformer_impl == "portable" else model.transformer_impl,
         "attention_backend": AttnBackend[_backend(config)],
@@ -77,7 +81,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         kv_channels=head_dim(hf_config),
         ffn_hidden_size=hf_config.intermediate_size,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[family_of(hf_config).activation],
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
         add_bias_linear=False,
@@ -120,6 +124,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
         **recompute.megatron_settings(model),
         **choices,
+        **windows,
         **family_of(hf_config).transformer_options(hf_config),
     )
 
@@ -135,7 +140,12 @@ def _backend(config: Config) -> str:
 
 
 def layer_spec(
-    settings: TransformerConfig, te_activation: bool, mlp_tiles: str | None = None, repeat_activation: bool = False
+    settings: TransformerConfig,
+    te_activation: bool,
+    mlp_tiles: str | None = None,
+    repeat_activation: bool = False,
+    norms: Norms = Norms.BEFORE,
+    width_norms: bool = False,
 ) -> tuple[ModuleSpec, type]:
     """Returns the spec of a layer, and the type of the final norm.
 
@@ -147,6 +157,8 @@ def layer_spec(
         mlp_tiles: --mlp-tiles, without experts.
         repeat_activation: the product of SwiGLU, in portable layers without experts, is not kept for backward but
             computed again.
+        norms: where the norms of a layer are.
+        width_norms: whether queries and keys have a norm over all heads together.
     """
     if settings.transformer_impl == transformer_engine.NAME:
         from megatron_solopo.model import te_layers  # imports Transformer Engine, which is optional
@@ -155,6 +167,13 @@ def layer_spec(
     else:
         spec, final_norm = _portable_layer_spec(settings), RMSNorm
     submodules = cast(TransformerLayerSubmodules, spec.submodules)
+    if norms is not Norms.BEFORE:
+        spec.module = SandwichLayer
+    if norms is Norms.AFTER:
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
+    if width_norms:
+        attention: Any = submodules.self_attention  # a ModuleSpec
+        attention.submodules.core_attention = partial(PackedAttention, width_norms=True)
     mlp: Any = submodules.mlp  # a functools.partial
     if repeat_activation:
         mlp.keywords["submodules"].linear_fc2 = RowParallel
@@ -202,9 +221,14 @@ def build_model(
     settings = transformer_config(hf_config, config, dtype)
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
-    repeat_activation = "mlp_act" in recomputed_modules(config.model)
+    repeat_activation, family = "mlp_act" in recomputed_modules(config.model), family_of(hf_config)
     layer, final_norm = layer_spec(
-        settings, config.model.use_te_activation_func, config.model.mlp_tiles, repeat_activation
+        settings,
+        config.model.use_te_activation_func,
+        config.model.mlp_tiles,
+        repeat_activation,
+        family.norms,
+        family.width_norms,
     )
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm
@@ -220,6 +244,8 @@ def build_model(
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         vp_stage=vp_stage,
     )
+    if model.pre_process and (scale := family.embedding_scale(hf_config)) != 1:
+        model.embedding.register_forward_hook(_scaling(torch.tensor(scale, dtype=dtype, device="cpu").item()))
     for module in model.modules():
         if isinstance(module, PackedAttention):
             module.keeps = config.model.recompute_keep is not None
@@ -231,6 +257,11 @@ def build_model(
     if config.model.lora_rank is not None:
         attach_adapters(model, config.model)
     return model.cuda(torch.cuda.current_device())
+
+
+def _scaling(scale: float) -> Callable[..., torch.Tensor]:
+    """Returns a hook that multiplies embeddings by a number, which transformers rounds to their dtype."""
+    return lambda module, inputs, output: output * scale
 
 
 def offload_activations(models: Sequence[GPTModel]) -> Offload:

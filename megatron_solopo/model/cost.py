@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.fields import attention_window, head_dim, windowed_layers
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.pack import Windows
 
 
 def width_of_cost(hf_config: PretrainedConfig) -> float:
@@ -21,3 +22,9 @@ def width_of_cost(hf_config: PretrainedConfig) -> float:
     ffn = options.get("moe_ffn_hidden_size", hf_config.intermediate_size) * options.get("moe_router_topk", 1)
     weights = 2 * hidden * (queries + size * hf_config.num_key_value_heads) + 3 * hidden * ffn
     return weights / (14 * queries)
+
+
+def windows_of(hf_config: PretrainedConfig) -> Windows:
+    """Returns the windows of a model's layers."""
+    layers = windowed_layers(hf_config)
+    return Windows(attention_window(hf_config) or 0, sum(layers) / len(layers))

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from megatron_solopo.model.attention import attention_kernels, pack_layout
+from megatron_solopo.model.attention import attention_kernels, pack_layout, window_of
 from megatron_solopo.model.log_probs import response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import padding_mask
@@ -52,7 +52,8 @@ def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -
     assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(group.size(), settings.cp_comm_type)
     kernels = attention_kernels(settings, device)
-    return on_device(cut(pack, method, kernels, group.rank(), group.size(), group), device)
+    part = cut(pack, method, kernels, group.rank(), group.size(), group, window_of(settings))
+    return on_device(part, device)
 
 
 def segment_log_probs(
@@ -70,6 +71,9 @@ def segment_log_probs(
     """
     part, context = pack.pack, parallel_state.get_context_parallel_group()
     settings = get_model_config(model)
+    layout = pack_layout(
+        pack.layout, part.positions, head.frequencies, dtype, settings.apply_rope_fusion, pack.windowed
+    )
     sequence_parallel, fused = settings.sequence_parallel, settings.gradient_accumulation_fusion
 
     def process(
@@ -96,7 +100,7 @@ def segment_log_probs(
         input_ids=part.tokens[None],
         position_ids=None,  # positions enter through the layout's RoPE
         attention_mask=None,
-        packed_seq_params=pack_layout(pack.layout, part.positions, head.frequencies, dtype, settings.apply_rope_fusion),
+        packed_seq_params=layout,
         padding_mask=padding_mask(model, pack.is_padding),
         output_processor=process,
     )

@@ -10,9 +10,11 @@ from megatron_solopo.config import Config, DataConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.families.fields import attention_window, head_dim
-from megatron_solopo.model.rope import reach
+from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.rope import reach, rope_of
 from megatron_solopo.model.rope_scaling import extended
 from megatron_solopo.model_folder import check_is_folder, seen_in
+from megatron_solopo.parallel.context import DEFAULT
 from megatron_solopo.parallel.kernels import HEAD_DIMS
 
 
@@ -55,11 +57,14 @@ def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
 
 
 def check_attention_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
-    """Refuses a model whose heads torch's flash kernel does not take in 16 bits; Transformer Engine checks its own.
+    """Refuses a model whose attention no kernel of CUDA computes with these options; Transformer Engine checks the
+    sizes of heads itself.
 
     Raises:
-        UserError: head_dim is no multiple of 8, or above 256.
+        UserError: head_dim is no multiple of 8, or above 256; or layers have windows or sinks, and the kernels that the
+            options name have none.
     """
+    _check_windows_on_cuda(hf_config, config)
     size = head_dim(hf_config)
     if config.model.bf16 and config.model.transformer_impl == "portable" and size not in HEAD_DIMS:
         raise UserError(
@@ -69,34 +74,46 @@ def check_attention_on_cuda(hf_config: PretrainedConfig, config: Config) -> None
         )
 
 
+def _check_windows_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
+    """Refuses windows that hide something, and sinks, with kernels that have none.
+
+    Windows are the flash kernel's, or without context parallelism Transformer Engine's; sinks are computed behind the
+    flash kernel.
+    """
+    window, model = attention_window(hf_config), config.model
+    sinks = family_of(hf_config).transformer_options(hf_config).get("softmax_type") == "learnable"
+    if not sinks and (window is None or window >= config.data.seq_length):
+        return
+    what = "attention sinks" if sinks else f"sliding_window {window} (config.json)"
+    if not model.bf16:
+        remedy = "with --device cuda it needs --bf16: the flash kernel takes 16 bits"
+    elif model.attention_backend == "fused" and (sinks or model.transformer_impl == "portable"):
+        remedy = "--attention-backend fused has no kernel for it; use flash or auto"
+    elif config.parallel.context_parallel_size > 1 and config.parallel.cp_comm_type != DEFAULT:
+        remedy = f"--cp-comm-type {config.parallel.cp_comm_type} does not compute it; use {DEFAULT}"
+    else:
+        return
+    raise UserError("attention-unsupported", f"{what}: {remedy}")
+
+
 def check_lengths(hf_config: PretrainedConfig, data: DataConfig) -> None:
-    """Refuses --seq-length and --stretch-positions beyond the model's positions or its sliding window; see
-    `check_length`."""
+    """Refuses --seq-length and --stretch-positions beyond the model's positions; see `check_length`."""
     check_length(hf_config, data.seq_length)
     if data.stretch_positions is not None:
         check_length(hf_config, data.stretch_positions, "--stretch-positions")
 
 
 def check_length(hf_config: PretrainedConfig, length: int, option: str = "--seq-length") -> None:
-    """Refuses sequences beyond the model's positions or its sliding window.
-
-    Attention is always full here, which equals attention in a window while no sequence is longer than the window.
+    """Refuses sequences beyond the model's positions.
 
     Raises:
         UserError: the option's length is too large.
     """
-    covered = reach(hf_config.max_position_embeddings, hf_config.rope_parameters)
+    covered = reach(hf_config.max_position_embeddings, rope_of(hf_config))
     if length > covered:
-        scaled = hf_config.rope_parameters["rope_type"] != "default"
+        scaled = rope_of(hf_config)["rope_type"] != "default"
         raise UserError(
             "seq-length-beyond-positions",
             f"{option} {length} is beyond the model's max_position_embeddings {covered} (config.json); "
             f"lower it, {'' if scaled else 'extend the model with --rope-scaling, '}or use a longer model",
-        )
-    window = attention_window(hf_config)
-    if window is not None and length > window:
-        raise UserError(
-            "seq-length-beyond-window",
-            f"{option} {length} is longer than the model's sliding_window {window} (config.json), and "
-            f"sliding-window attention is not supported; lower it to {window}, or use a model without a window",
         )

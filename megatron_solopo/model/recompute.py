@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import ModelConfig
 from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.family import Norms
 from megatron_solopo.model.families.registry import family_of
 
 OF_LAYERS = {"mlp": "moe", "mlp_act": "moe_act"}
@@ -38,13 +39,20 @@ def check_modules(hf_config: PretrainedConfig, model: ModelConfig) -> None:
     Raises:
         UserError: the layers have experts and no MLP, or the reverse, or no norm of their own.
     """
-    has_experts = bool(family_of(hf_config).transformer_options(hf_config).get("num_moe_experts"))
+    family = family_of(hf_config)
+    has_experts = bool(family.transformer_options(hf_config).get("num_moe_experts"))
     for part in recomputed_modules(model):
         wrong = part in (OF_LAYERS if has_experts else OF_LAYERS.values())
         if wrong:
             other = next(pair[has_experts] for pair in OF_LAYERS.items() if part in pair)
             kind = "experts" if has_experts else "an MLP without experts"
             raise UserError("option-unused", f"--recompute-modules {part}: the model's layers have {kind}; use {other}")
+        if part == "layernorm" and family.norms is Norms.AFTER:
+            raise UserError(
+                "option-unused",
+                "--recompute-modules layernorm: the model's norms are behind attention and MLP, and keep none of their "
+                "results; leave it out",
+            )
         if part == "layernorm" and model.transformer_impl == "transformer_engine" and not has_experts:
             raise UserError(
                 "option-unused",

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.rope import has_rope_by_layer
 
 FORM = "TYPE:FACTOR:ORIGINAL"
 TYPES = ("yarn", "linear")
@@ -66,6 +67,12 @@ def extended(hf_config: PretrainedConfig, text: str) -> PretrainedConfig:
             result is no longer than the model.
     """
     scaling = parse(text)
+    if has_rope_by_layer(hf_config):
+        raise UserError(
+            "rope-scaling-by-layer",
+            f"--rope-scaling {text}: config.json has a RoPE for each kind of layer; set the rope_type of "
+            "full_attention in its rope_parameters",
+        )
     before, positions = hf_config.rope_parameters, hf_config.max_position_embeddings
     if before.get("rope_type", "default") != "default":
         raise UserError(
@@ -105,6 +112,8 @@ def write(document: dict[str, Any], hf_config: PretrainedConfig) -> None:
     document["rope_parameters"] = _of(hf_config)
     scaling = _of(hf_config)
     document["rope_theta"] = scaling.pop("rope_theta")
+    if (partial := scaling.pop("partial_rotary_factor", None)) is not None:
+        document["partial_rotary_factor"] = partial
     document["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     if scaling.get("rope_type") == "yarn" and getattr(hf_config, "head_dim", 0) is None:
         document["head_dim"] = head_dim(hf_config)  # transformers 5.17's yarn takes Mixtral's None as a number
@@ -112,6 +121,8 @@ def write(document: dict[str, Any], hf_config: PretrainedConfig) -> None:
 
 def is_read_alike(document: dict[str, Any], hf_config: PretrainedConfig) -> bool:
     """Whether transformers 4 reads the positions of ``hf_config`` from config.json too, and no field disagrees."""
+    if has_rope_by_layer(hf_config):  # nothing changes it
+        return True
     scaling, trained = document.get("rope_scaling"), _of(hf_config)
     if document.get("rope_parameters") is not None:
         if document["rope_parameters"] != hf_config.rope_parameters or "rope_theta" not in document:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_solopo.model.attention import PackedAttention, PackLayout
+from megatron_solopo.model.attention import PackedAttention, PackLayout, has_sinks, is_windowed, layout_of
 from megatron_solopo.model.router import Router
 from megatron_solopo.model.swiglu import SwiGLU
 from megatron_solopo.parallel.context import method_of
@@ -43,8 +43,11 @@ class TEPackedAttention(TEDotProductAttention):
         **ignored: object,
     ) -> Tensor:
         """query [S, heads, head_dim], key and value [S, kv_heads, head_dim] before RoPE -> [S, heads x head_dim]."""
-        layout = packed_seq_params
-        query, key = layout.rotate(query), layout.rotate(key)
+        # The window itself is Transformer Engine's: megatron-core gives it the layer's.
+        layout = layout_of(packed_seq_params, is_windowed(self.config, self.layer_number))
+        without_rope: Any = self.config.no_rope_freq
+        if not (without_rope and without_rope[self.layer_number - 1]):
+            query, key = layout.rotate_query(query), layout.rotate(key)
         sequences = layout.attention
         assert isinstance(sequences, SequenceLayout)
         # megatron-core's forward has no bottom-right mask for packed sequences.
@@ -78,7 +81,8 @@ def layer_spec(settings: TransformerConfig, te_activation: bool) -> ModuleSpec:
     )
     assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(settings.context_parallel_size, settings.cp_comm_type)
-    attention = TEPackedAttention if method.kernels_of_layers else PackedAttention
+    # Sinks are computed behind the flash kernel, which returns log-sum-exps.
+    attention = TEPackedAttention if method.kernels_of_layers and not has_sinks(settings) else PackedAttention
     # megatron-core declares these parts of a layer as any builder.
     submodules.self_attention.submodules.core_attention = attention  # pyright: ignore[reportAttributeAccessIssue]
     mlp: Any = submodules.mlp  # a functools.partial

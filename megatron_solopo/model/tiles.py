@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.family import Norms
 from megatron_solopo.model.families.registry import family_of
 
 AUTO = "auto"
@@ -27,14 +28,21 @@ def tiles_of(tiles: str, tokens: int, hidden: int) -> int:
 
 
 def check_tiles(hf_config: PretrainedConfig, config: Config) -> None:
-    """Refuses --mlp-tiles for a model with experts.
+    """Refuses --mlp-tiles for a model with experts, or with a norm of the MLP's result.
 
     Raises:
         UserError: it has some.
     """
-    if config.model.mlp_tiles is not None and family_of(hf_config).transformer_options(hf_config).get(
-        "num_moe_experts"
-    ):
+    if config.model.mlp_tiles is None:
+        return
+    family = family_of(hf_config)
+    if family.norms is not Norms.BEFORE:  # it reads in backward what a recomputed tile leaves out
+        raise UserError(
+            "option-conflict",
+            f"--mlp-tiles: the layers of {hf_config.model_type} have a norm of the MLP's result, for which tiles are "
+            "not made; leave it out, and use --recompute-granularity full",
+        )
+    if family.transformer_options(hf_config).get("num_moe_experts"):
         raise UserError(
             "option-conflict",
             "--mlp-tiles: the model's layers have experts, each of which computes some of the tokens already; leave it "

@@ -13,7 +13,9 @@ from transformers import PretrainedConfig
 from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.family import Norms
 from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 
 NAME = "transformer_engine"
@@ -40,9 +42,17 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     """Refuses a model whose matrices or heads the chosen kernels do not support.
 
     Raises:
-        UserError: a width is no multiple of what the FP8 recipe needs, or the heads do not divide.
+        UserError: the model's layers are portable only, a width is no multiple of what the FP8 recipe needs, or the
+            heads do not divide.
     """
     model, parallel = config.model, config.parallel
+    family = family_of(hf_config)
+    if model.transformer_impl == NAME and (family.norms is not Norms.BEFORE or family.activation != "silu"):
+        raise UserError(
+            "model-portable-only",
+            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have norms behind attention and MLP, "
+            "which are portable layers' only; use portable",
+        )
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     heads = {
         "num_attention_heads": hf_config.num_attention_heads // tensor,

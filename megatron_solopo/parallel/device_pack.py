@@ -23,6 +23,7 @@ class DevicePack:
     Attributes:
         pack: tokens, positions and predictions of this rank; pieces, segments and groups of the complete pack.
         layout: attention layout of those tokens.
+        windowed: that of layers with a window; None where it hides nothing.
         is_padding: [S / cp] bool, the tokens that belong to no group.
         tokens: number of tokens of the complete pack.
     """
@@ -31,6 +32,7 @@ class DevicePack:
     layout: RankLayout
     is_padding: Tensor
     tokens: int
+    windowed: RankLayout | None = None
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -45,12 +47,14 @@ def cut(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    window: int | None = None,
 ) -> DevicePack:
     """Returns a rank's part of a pack, on the CPU like the pack.
 
     Args:
         kernels: those of the layers for a pack that is not sharded.
         group: the group of the ``size`` context-parallel ranks.
+        window: of the layers that have one, in tokens.
     """
     rows = torch.from_numpy(method.rows(pack.pieces, rank, size))
     place = torch.full_like(pack.tokens, -1)
@@ -66,8 +70,10 @@ def cut(
         segments=pack.segments[on_rank],
         weights=None if pack.weights is None else pack.weights[on_rank],
     )
-    layout = method.layout(pack.pieces, rank, size, group, kernels)
-    return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel())
+    layout, windowed = method.layout(pack.pieces, rank, size, group, kernels), None
+    if window is not None and pack.longest > window:
+        windowed = method.layout(pack.pieces, rank, size, group, kernels, window)
+    return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel(), windowed)
 
 
 def on_device[Value](value: Value, device: torch.device) -> Value:

@@ -38,12 +38,20 @@ class EngineMethod(ContextMethod):
             )
 
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
+        self,
+        pieces: Sequence[Piece],
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        kernels: Kernels,
+        window: int | None = None,
     ) -> RankLayout:
         """Returns the layout of the complete pack: Transformer Engine divides the lengths itself."""
         from megatron_solopo.parallel.sequences import sequence_layout
 
         layout = sequence_layout(pieces)
+        if window is not None:
+            raise ValueError("windows are refused with this method (`hf_config.check_attention_on_cuda`)")
         if layout.keys is not None:
             raise ValueError("Transformer Engine's context parallelism has no shared prompts")
         return layout

@@ -1,7 +1,7 @@
 """torch's flash kernel over packed sequences on CUDA, in one call.
 
 Functions take the layout of the sequences (`sequences.SequenceLayout`). Where a sequence has more keys than queries,
-the queries are its last positions (bottom right).
+the queries are its last positions (bottom right). A window counts the keys before a query's own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def forward(query: Tensor, keys: Tensor, values: Tensor, layout: SequenceLayout,
     float64; keys and values are [K, kv_heads, head_dim] of all sequences."""
     return torch.ops.aten._flash_attention_forward(
         query, keys, values, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
-        0.0, True, False, scale=scale,
+        0.0, True, False, scale=scale, **_window(layout),
     )[:2]  # fmt: skip
 
 
@@ -60,5 +60,9 @@ def backward(
     dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # state of its generator: there is none
     return torch.ops.aten._flash_attention_backward(
         grad, query, keys, values, output, log_sums, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q,
-        layout.max_seqlen_kv, 0.0, True, dropout, dropout[:0], scale=scale,
+        layout.max_seqlen_kv, 0.0, True, dropout, dropout[:0], scale=scale, **_window(layout),
     )  # fmt: skip
+
+
+def _window(layout: SequenceLayout) -> dict[str, int]:
+    return {} if layout.window is None else {"window_size_left": layout.window - 1, "window_size_right": 0}

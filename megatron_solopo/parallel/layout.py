@@ -25,9 +25,16 @@ from megatron_solopo.pack import Piece
 class RankLayout:
     """The attention layout of a rank: a dataclass of tensors and numbers, which `device_pack.on_device` moves."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Computes attention of query [S / cp, heads, head_dim] over key and value [S / cp, kv_heads, head_dim], all
-        rotated; the result has the shape of query."""
+        rotated; the result has the shape of query.
+
+        Args:
+            sinks: [heads], a score that is in each query's softmax beside those of its keys. Only layouts whose
+                kernels return log-sum-exps take it (`sequences.GatheredLayout`).
+        """
         raise NotImplementedError(f"{type(self).__name__} is for the kernels of the layers")
 
 
@@ -62,7 +69,10 @@ class BlockLayout(RankLayout):
     keys: Tensor | None
     order: Tensor | None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        assert sinks is None
         query_rows = [block.count * block.queries for block in self.blocks]
         key_rows = [block.count * block.keys for block in self.blocks]
         # One gather and one split: slicing block by block would cost a pack-sized gradient for each block.

@@ -70,11 +70,19 @@ class ContextMethod(ABC):
 
     @abstractmethod
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
+        self,
+        pieces: Sequence[Piece],
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        kernels: Kernels,
+        window: int | None = None,
     ) -> RankLayout:
         """Makes a rank's attention layout of a pack, with tensors on the CPU.
 
         Args:
             group: the group of the context-parallel ranks.
             kernels: those of the layers for a pack that is not sharded.
+            window: tokens that a query attends to at most, itself and those before it; given for models with windows
+                only.
         """

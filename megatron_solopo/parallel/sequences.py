@@ -2,9 +2,9 @@
 
 A sequence is a run of adjacent queries with the keys that its last query attends to; causal, with the queries the last
 of the keys (bottom right). A completion's keys are its prompt's and its own; a chunk of a context-parallel rank
-(`parallel.zigzag`) has those up to its end. Keys and values of all context-parallel ranks are gathered for one layer
-at a time, in forward and again in backward, and their gradients are summed in float32; queries, outputs and what is
-saved for backward are this rank's alone.
+(`parallel.zigzag`) has those up to its end; with a window both have the keys that it reaches. Keys and
+values of all context-parallel ranks are gathered for one layer at a time, in forward and again in backward, and their
+gradients are summed in float32; queries, outputs and what is saved for backward are this rank's alone.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ class GatheredLayout(RankLayout):
     keys: Tensor | None
     group: dist.ProcessGroup | None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Collective over ``group``."""
-        return _Attention.apply(query, key, value, self, query.shape[-1] ** -0.5 if scale is None else scale)
+        return _Attention.apply(query, key, value, sinks, self, query.shape[-1] ** -0.5 if scale is None else scale)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Returns the output in the shape of query, [Q, heads, head_dim], and its log-sum-exps in float32 or float64,
@@ -51,6 +53,10 @@ class GatheredLayout(RankLayout):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the gradients of query, keys and values, from that of the output; see `forward`."""
         raise NotImplementedError
+
+    def by_query(self, log_sums: Tensor) -> Tensor:
+        """Returns the kernel's log-sum-exps as [Q, heads], and those as the kernel has them."""
+        return log_sums
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the keys or values that the kernel takes, from this rank's rows."""
@@ -75,21 +81,39 @@ class GatheredLayout(RankLayout):
 
 
 class _Attention(torch.autograd.Function):
+    """Attention, and with sinks a key more for every query, whose score is the head's sink and whose value is 0.
+
+    With the log-sum-exp l of a query's scores and the sink s, the output is that without it times exp(l - m), where
+    m = log(exp(l) + exp(s)). As for keys in several calls (`parallel.cpu_attention`) the kernel's backward gets this
+    output and m; the sink's own gradient is -exp(s - m) (gradient . output), summed over queries.
+    """
+
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: GatheredLayout, scale: float) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, layout: GatheredLayout, scale: float
+    ) -> Tensor:
         output, log_sums = layout.forward(query, layout.seen(key), layout.seen(value), scale)
-        ctx.save_for_backward(query, key, value, output, log_sums)
+        if sinks is not None:
+            without = layout.by_query(log_sums)
+            together = torch.logaddexp(without, sinks.to(without.dtype))
+            output = (output * torch.exp(without - together)[..., None]).to(output.dtype)
+            log_sums = layout.by_query(together).contiguous()
+        ctx.save_for_backward(query, key, value, sinks, output, log_sums)
         ctx.settings = layout, scale
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
-        query, key, value, output, log_sums = ctx.saved_tensors
+        query, key, value, sinks, output, log_sums = ctx.saved_tensors
         layout, scale = ctx.settings
+        of_sinks = None
+        if sinks is not None:
+            shares = torch.exp(sinks.to(log_sums.dtype) - layout.by_query(log_sums))
+            of_sinks = -(shares * (grad * output.to(shares.dtype)).sum(-1)).sum(0).to(sinks.dtype)
         of_query, of_keys, of_values = layout.backward(
             grad, query, layout.seen(key), layout.seen(value), output, log_sums, scale
         )
-        return of_query, layout.sum_to_rows(of_keys, key), layout.sum_to_rows(of_values, value), None, None
+        return of_query, layout.sum_to_rows(of_keys, key), layout.sum_to_rows(of_values, value), of_sinks, None, None
 
 
 @dataclass(frozen=True)
@@ -99,12 +123,14 @@ class SequenceLayout(GatheredLayout):
     Attributes:
         query_lengths, key_lengths: queries and keys of each sequence.
         cu_seqlens_q, cu_seqlens_kv: [sequences + 1] int32, the first query and key of each sequence, and the total.
+        window: tokens that a query attends to at most, itself and those before it; None: all.
     """
 
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     cu_seqlens_q: Tensor
     cu_seqlens_kv: Tensor
+    window: int | None = None
 
     @property
     def max_seqlen_q(self) -> int:
@@ -113,6 +139,9 @@ class SequenceLayout(GatheredLayout):
     @property
     def max_seqlen_kv(self) -> int:
         return max(self.key_lengths)
+
+    def by_query(self, log_sums: Tensor) -> Tensor:
+        return log_sums.t()
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return flash.forward(query, keys, values, self, scale)
@@ -129,12 +158,15 @@ def sequence_layout(
     size: int = 1,
     group: dist.ProcessGroup | None = None,
     queries: Callable[[Piece], bool] = lambda piece: True,
+    window: int | None = None,
 ) -> SequenceLayout:
     """Makes the layout of a rank's part of a pack.
 
     Args:
         group: the group of the ``size`` context-parallel ranks.
         queries: the pieces whose queries are among the sequences; keys can be those of any piece.
+        window: tokens that a query attends to at most, itself and those before it, in a completion also those of its
+            prompt; None: all.
     """
     whole = ((piece, piece.start, piece.slot) for piece in pieces)
     query_lengths, key_lengths, keys = [], [], []
@@ -144,9 +176,12 @@ def sequence_layout(
             if piece.prompt is not None:
                 prompt = pieces[piece.prompt]
                 seen.insert(0, np.arange(prompt.start, prompt.start + prompt.length))
+            reached = np.concatenate(seen)
+            if window is not None:  # by the first query; no further
+                reached = reached[-(length + window - 1) :]
             query_lengths.append(length)
-            key_lengths.append(sum(map(len, seen)))
-            keys += seen
+            key_lengths.append(len(reached))
+            keys.append(reached)
     rows, total = np.concatenate(keys), sum(piece.slot for piece in pieces)
     if size > 1:
         gathered = np.concatenate([rows_of(pieces, other, size) for other in range(size)])
@@ -158,6 +193,7 @@ def sequence_layout(
         tuple(key_lengths),
         _cumulated(query_lengths),
         _cumulated(key_lengths),
+        window,
     )
 
 
@@ -181,7 +217,10 @@ class PromptLayout(RankLayout):
     completions: SequenceLayout | None
     cudnn_only: bool
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        assert sinks is None
         # Splits, since the gradient of each slice would be as large as the pack.
         queries, keys, values = (x.split(self.runs) for x in (query, key, value))
         rest: list[Tensor] = []

@@ -13,7 +13,7 @@ from megatron_solopo.data.tokenized.batches import attention_cost, plan_step
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.results import Row, finite, read_run
-from megatron_solopo.model.cost import width_of_cost
+from megatron_solopo.model.cost import width_of_cost, windows_of
 from megatron_solopo.parallel.topology import data_parallel_size
 from megatron_solopo.planning.forecast import calibrated
 from megatron_solopo.planning.machines import Machine, load_machine, names
@@ -76,11 +76,12 @@ def _typical_pack(
     config: Config, hf_config: PretrainedConfig, groups: Sequence[TokenGroup], world: int, device: str
 ) -> tuple[list[TokenGroup], int]:
     """Returns the groups of the pack of mean cost, of the process with the most work, and how many packs it has."""
-    plan = plan_step(groups, width_of_cost(hf_config), data_parallel_size(config.parallel, world), config, device)
+    width, windows, copies = width_of_cost(hf_config), windows_of(hf_config), data_parallel_size(config.parallel, world)
+    plan = plan_step(groups, width, copies, config, device, windows)
     share = plan.shares[plan.loads.index(max(plan.loads))]
 
     def cost(pack: Sequence[int]) -> float:
-        return sum(attention_cost(groups[place], width_of_cost(hf_config), config.data.share_prompts) for place in pack)
+        return sum(attention_cost(groups[place], width, config.data.share_prompts, windows) for place in pack)
 
     mean = sum(map(cost, share)) / len(share)
     pack = min((pack for pack in share if pack), key=lambda pack: abs(cost(pack) - mean))

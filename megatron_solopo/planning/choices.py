@@ -17,6 +17,7 @@ from megatron_solopo.config import OWNER, Config
 from megatron_solopo.config_checks import check
 from megatron_solopo.data.tokenized.batches import pieces_multiple_of, prompts_multiple_of
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.cost import windows_of
 from megatron_solopo.model.tiles import check_tiles
 from megatron_solopo.parallel.topology import stage_sizes
 from megatron_solopo.planning.candidate import GIB, PROCESS_GIB, Candidate, Request
@@ -172,7 +173,8 @@ class _Layout:
     def __init__(self, choices: Choices, config: Config, groups: int, packs: int) -> None:
         self.choices, self.request, self.config = choices, choices.request, config
         multiples = pieces_multiple_of(config), prompts_multiple_of(config, "cuda")
-        self.work = Work.of(self.request.group, groups, packs, config.data.share_prompts, *multiples)
+        windows = windows_of(self.request.hf_config)
+        self.work = Work.of(self.request.group, groups, packs, config.data.share_prompts, *multiples, windows)
         self._ways: dict[tuple[tuple[str, Any], ...], _Way] = {}
 
     def choose(self, limit: float) -> tuple[_Way, _States]:

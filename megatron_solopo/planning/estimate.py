@@ -54,15 +54,19 @@ def mlp_kept(process: Process) -> float:
 
 
 def results(process: Process) -> float:
-    """Returns the bytes that the forward pass of a layer writes for backward; of each of its two norms the input, and
-    the result, which is that of the next matrix."""
-    return 4 * process.e * process.shape.hidden * process.s + attention_kept(process) + mlp_results(process)
+    """Returns the bytes that the forward pass of a layer writes for backward; of each of its norms the input, and the
+    result, which is that of the next matrix or of the residual stream."""
+    return (
+        2 * process.shape.norms * process.e * process.shape.hidden * process.s
+        + attention_kept(process)
+        + mlp_results(process)
+    )
 
 
 def kept(process: Process) -> float:
     """Returns the bytes of `results` that are kept without recomputation: of norms not their results, which are
-    computed again (model/repeated.py), except that of which experts are chosen."""
-    repeated = (1 if process.shape.experts else 2) * process.e * process.shape.hidden * process.s
+    computed again (model/repeated.py) or are added, except that of which experts are chosen."""
+    repeated = (process.shape.norms - bool(process.shape.experts)) * process.e * process.shape.hidden * process.s
     return results(process) - repeated - (mlp_results(process) - mlp_kept(process))
 
 

@@ -144,6 +144,10 @@ def _pairs(packet: Any, named: dict[str, Any]) -> int:
         # Packed sequences [tokens, heads, head_dim]; `fake.rehearsal` keeps the values of what is sent to the device.
         with _disable_current_modes():
             lengths = [named[name].host_values.diff().tolist() for name in ("cum_seq_q", "cum_seq_k")]
+        if named.get("window_size_left") is not None:
+            return query.shape[1] * sum(
+                windowed_pairs(*each, named["window_size_left"] + 1) for each in zip(*lengths, strict=True)
+            )
         return query.shape[1] * sum(map(causal_pairs if causal else mul, *lengths))
     sequences, heads, queries, _ = query.shape
     keys = key.shape[2]
@@ -158,6 +162,13 @@ def causal_pairs(queries: int, keys: int) -> int:
     """Counts the pairs of queries that are the last positions of ``keys``. What a kernel computes beyond them in the
     tiles of the diagonal counts as part of its efficiency."""
     return queries * keys - queries * (queries - 1) // 2
+
+
+def windowed_pairs(queries: int, keys: int, window: int) -> int:
+    """`causal_pairs` where each query attends to the last ``window`` keys up to its own."""
+    hidden = max(0, keys - window)  # of the last query; of each query before it one less
+    rows = min(queries, hidden)
+    return causal_pairs(queries, keys) - rows * hidden + rows * (rows - 1) // 2
 
 
 def blocked_pairs(queries: int, keys: int) -> int:

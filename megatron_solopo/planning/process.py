@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
-from megatron_solopo.data.tokenized.batches import attention_cost
+from megatron_solopo.data.tokenized.batches import FULL_ATTENTION, attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.model.families.family import Norms
 from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.tiles import tiles_of
+from megatron_solopo.pack import Windows
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes
 from megatron_solopo.planning.table import stages_that_matter
 
@@ -28,6 +30,7 @@ class Shape:
         vocabulary: rows of the padded vocabulary.
         experts, chosen: experts of a layer, and those of a token; 0 without experts.
         biases: of queries, keys and values together.
+        norms: of a layer, over the residual stream's width.
         head_norms: whether each head of queries and keys has a norm.
         tied: whether the output weight is the embedding.
     """
@@ -45,10 +48,12 @@ class Shape:
     head_norms: bool
     head_dim: int
     tied: bool
+    norms: int = 2
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
-        options, size = family_of(hf_config).transformer_options(hf_config), head_dim(hf_config)
+        family, size = family_of(hf_config), head_dim(hf_config)
+        options = family.transformer_options(hf_config)
         queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
         return cls(
             layers=hf_config.num_hidden_layers,
@@ -64,6 +69,7 @@ class Shape:
             head_norms=bool(options.get("qk_layernorm")),
             head_dim=size,
             tied=hf_config.tie_word_embeddings,
+            norms=4 if family.norms is Norms.BOTH else 2,
         )
 
 
@@ -75,7 +81,7 @@ class Work:
         tokens: with padding.
         key_rows: rows of keys that its pieces attend to: a shared prompt's again for each of its responses.
         predicted: response tokens.
-        pairs: pairs of tokens that attend.
+        pairs: pairs of tokens that attend, the mean over the layers.
     """
 
     tokens: int
@@ -85,7 +91,16 @@ class Work:
     packs: int
 
     @classmethod
-    def of(cls, group: TokenGroup, groups: int, packs: int, share: bool, pieces: int, prompts: int) -> Work:
+    def of(
+        cls,
+        group: TokenGroup,
+        groups: int,
+        packs: int,
+        share: bool,
+        pieces: int,
+        prompts: int,
+        windows: Windows = FULL_ATTENTION,
+    ) -> Work:
         """Returns a pack of ``groups`` times the same group, whose pieces and prompts are padded as in a `StepPlan`."""
         tokens, plain = group.tokens(share, pieces, prompts), group.tokens(share)
         repeated = sum(len(prompt.ids) * len(prompt.completions) for prompt in group.prompts) if share else 0
@@ -93,7 +108,7 @@ class Work:
             tokens=groups * tokens,
             key_rows=groups * (tokens + repeated),
             predicted=groups * sum(len(completion.ids) for _, completion in group.segments()),
-            pairs=groups * 6 * (attention_cost(group, 1, share) - plain),  # which divides by 6 widths
+            pairs=groups * 6 * (attention_cost(group, 1, share, windows) - plain),  # which divides by 6 widths
             packs=packs,
         )
 

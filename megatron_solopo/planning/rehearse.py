@@ -142,11 +142,12 @@ def rehearse(
 def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int) -> Any:
     """Returns the work of a step as `step.step_work` makes it, of packs that are all alike."""
     from megatron_solopo.data.tokenized.batches import plan_step
-    from megatron_solopo.model.cost import width_of_cost
+    from megatron_solopo.model.cost import width_of_cost, windows_of
     from megatron_solopo.training.objective import step_inputs
     from megatron_solopo.training.step import StepWork
 
-    plan = plan_step(groups, width_of_cost(engine.hf_config), 1, config, engine.platform.name)
+    width, windows = width_of_cost(engine.hf_config), windows_of(engine.hf_config)
+    plan = plan_step(groups, width, 1, config, engine.platform.name, windows)
     packs_of_step = _packs(engine, config, groups, plan, packs)
     # what the reference says is a number a segment
     zeros = SimpleNamespace(of_pack=lambda pack, contexts: torch.zeros(len(pack.scored), dtype=torch.float64))

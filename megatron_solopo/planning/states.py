@@ -18,7 +18,7 @@ def attention_parameters(shape: Shape) -> int:
 def layer_parameters(process: Process) -> tuple[int, int]:
     """Counts the parameters of a layer on a process: (without experts, of experts)."""
     shape = process.shape
-    h, norms = shape.hidden, 2 * shape.hidden + (2 * shape.head_dim if shape.head_norms else 0)
+    h, norms = shape.hidden, shape.norms * shape.hidden + (2 * shape.head_dim if shape.head_norms else 0)
     attention = attention_parameters(shape) // process.tensor
     if not shape.experts:
         return attention + norms + 3 * h * shape.ffn // process.tensor, 0

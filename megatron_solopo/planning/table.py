@@ -10,7 +10,7 @@ from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.tokenized.batches import plan_step
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import system_reason
-from megatron_solopo.model.cost import width_of_cost
+from megatron_solopo.model.cost import width_of_cost, windows_of
 from megatron_solopo.parallel.topology import data_parallel_size, stage_sizes, world_size
 from megatron_solopo.planning.memory import GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.rehearse import Outcome
@@ -124,11 +124,15 @@ def packs_that_matter(packs: int, parallel: ParallelConfig) -> int:
 def largest_pack(config: Config, inputs: RunInputs, world: int, device: str) -> tuple[list[TokenGroup], int]:
     """Returns the groups of the pack with the most tokens in the run's first steps, and the packs of a process then."""
     groups, copies = inputs.data.train.groups, data_parallel_size(config.parallel, world)
-    share_prompts = config.data.share_prompts
+    share_prompts, width, windows = (
+        config.data.share_prompts,
+        width_of_cost(inputs.hf_config),
+        windows_of(inputs.hf_config),
+    )
     most, pack, packs = -1, list[TokenGroup](), 1
     for number in range(min(inputs.schedule.steps, MOST_STEPS)):
         step = [groups[index] for index in inputs.schedule.step(number)]
-        plan = plan_step(step, width_of_cost(inputs.hf_config), copies, config, device)
+        plan = plan_step(step, width, copies, config, device, windows)
         for share in plan.shares:
             for places in share:
                 rank_groups = [step[place] for place in places]

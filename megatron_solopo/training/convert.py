@@ -13,6 +13,7 @@ from typing import Any
 from megatron_solopo.arguments import Parser
 from megatron_solopo.config import MAX_SHARD_SIZE, OWNER, Config, flag
 from megatron_solopo.config_load import read_model_options
+from megatron_solopo.conversion.doctor import diagnose
 from megatron_solopo.conversion.manifest import mistaken
 from megatron_solopo.conversion.places import check_apart, check_target, named_folder, restore
 from megatron_solopo.data.text.tokenizer import read_tokenizer
@@ -105,12 +106,22 @@ def build_parser() -> Parser:
         type=float,
         help="largest difference of a log-prob, nats (default: 1e-3 in float32, else none)",
     )
+    text = "reports which fields of config.json and which weights are not understood, and the nearest family"
+    doctor = commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".")
+    doctor.add_argument("model", metavar="MODEL", help="Hugging Face folder, with or without weights")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound."""
-    return _run(build_parser().parse_args(argv))
+    """Runs the command; see ``--help``. ``verify`` returns 1 where a difference is above its bound, ``doctor`` where
+    the folder cannot be loaded."""
+    options = build_parser().parse_args(argv)
+    if options.command == "doctor":
+        diagnosis = diagnose(options.model)
+        for line in diagnosis.lines:
+            print(line)
+        return int(not diagnosis.understood)
+    return _run(options)
 
 
 def _command(

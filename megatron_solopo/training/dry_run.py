@@ -11,9 +11,9 @@ from megatron_solopo.config import Config, OutputConfig, ParallelConfig
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, checkpoint_folder
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.losses.solopo import policy_scores, reference_scores
-from megatron_solopo.model.families.fields import attention_window
+from megatron_solopo.model.families.fields import attention_window, windowed_layers
 from megatron_solopo.model.hf_config import padded_vocab_size
-from megatron_solopo.model.rope import reach
+from megatron_solopo.model.rope import reach, rope_of
 from megatron_solopo.pack import names_of_scored
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.platform import resolve
@@ -64,14 +64,14 @@ def describe(config: Config, memory: Callable[[Preflight, str], list[str]] | Non
 
 def _model(hf_config: PretrainedConfig, config: Config) -> list[str]:
     counts, window = parameter_count(hf_config), attention_window(hf_config)
+    windowed, rope = windowed_layers(hf_config), rope_of(hf_config)
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     return [
         f"{hf_config.model_type}: {counts['total']:,} parameters ({counts['embedding']:,} in the embedding), "
         f"vocabulary {hf_config.vocab_size:,} padded to {padded:,}",
         describe_parameters(hf_config, config.model),
-        f"positions: {reach(hf_config.max_position_embeddings, hf_config.rope_parameters):,} "
-        f"(RoPE {hf_config.rope_parameters['rope_type']})"
-        + (f", sliding window {window:,}, which --seq-length stays within" if window else ""),
+        f"positions: {reach(hf_config.max_position_embeddings, rope):,} (RoPE {rope['rope_type']})"
+        + (f", sliding window {window:,} in {sum(windowed)} of {len(windowed)} layers" if window else ""),
     ]
 
 

@@ -24,7 +24,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import Diverged
 from megatron_solopo.losses.solopo import needs_log_squares, needs_mean_chosen_length, tail_weight
-from megatron_solopo.model.cost import width_of_cost
+from megatron_solopo.model.cost import width_of_cost, windows_of
 from megatron_solopo.model.forward import device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
@@ -104,7 +104,8 @@ def _planned(
     """Returns the plan of the examples ``indices``, and `planned_packs` of it."""
     _, ranks = data_parallel()
     groups = [dataset.groups[i] for i in indices]
-    plan = plan_step(groups, width_of_cost(engine.hf_config), ranks, config, engine.platform.name)
+    width, windows = width_of_cost(engine.hf_config), windows_of(engine.hf_config)
+    plan = plan_step(groups, width, ranks, config, engine.platform.name, windows)
     return plan, planned_packs(engine, dataset, plan, indices, config, epochs)
 
 

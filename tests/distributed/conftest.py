@@ -20,7 +20,18 @@ from tiny_models import (
     write_lines,
     write_model,
 )
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +46,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "wide-mistral", mistral, seed=7)
     write_model(folder / "mixtral", MixtralConfig(**SHAPE, **EXPERTS), seed=4)
     write_model(folder / "qwen3_moe", Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE), seed=5)
+    by_layer = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"])
+    gemma3 = Gemma3TextConfig(**SHAPE, **by_layer, head_dim=16, query_pre_attn_scalar=20, pad_token_id=None)
+    write_model(folder / "gemma3", gemma3, seed=8)
+    write_model(folder / "glm4", Glm4Config(**SHAPE, head_dim=16, pad_token_id=None), seed=9)
+    write_model(folder / "phi3", Phi3Config(**SHAPE, sliding_window=7, pad_token_id=None), seed=10)
+    olmo3 = Olmo3Config(**SHAPE, **by_layer, pad_token_id=None)
+    write_model(folder / "olmo3", olmo3, seed=11)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

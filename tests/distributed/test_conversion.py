@@ -10,7 +10,18 @@ import convert_worker
 import pytest
 from forked_runs import ForkedRun
 from tiny_models import EXPERTS, QWEN3_MOE, WIDE, write_model
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 DENSE = ["dp4", "tp2", "tp4 sp", "pp2", "pp4", "pp2 vpp2", "tp2 pp2", "tp2 sp pp2 vpp2"]
 WITH_EXPERTS = ["ep2", "ep4", "tp2 sp", "pp2 vpp2", "tp2 sp ep2", "tp2 sp etp1 ep2", "pp2 ep2", "tp2 sp pp2 etp1 ep2"]
@@ -20,6 +31,10 @@ DENSE_MODELS: dict[str, Any] = {
     "mistral": MistralConfig(**SHAPE, sliding_window=None, tie_word_embeddings=False),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
     "qwen2-tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "gemma3": Gemma3TextConfig(**SHAPE, head_dim=16, pad_token_id=0),
+    "glm4": Glm4Config(**SHAPE, head_dim=16, pad_token_id=0),
+    "olmo3": Olmo3Config(**SHAPE, pad_token_id=0),
+    "phi3": Phi3Config(**SHAPE, pad_token_id=0),
 }
 EXPERT_MODELS: dict[str, Any] = {
     "mixtral": MixtralConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),

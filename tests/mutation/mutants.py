@@ -509,6 +509,41 @@ MUTANTS: list[Mutant] = [
         ("keys of another rank's rows", "np.argsort(gathered)[rows]", "gathered[rows]"),
         ("gradients of keys summed in 16 bits", "torch.promote_types(grad.dtype, torch.float32)", "grad.dtype"),
         ("gradients of keys not summed", "rows.index_add_(0,", "rows.index_copy_(0,"),
+        ("a window's keys cut too short", "-(length + window - 1) :", "-(length + window - 2) :"),
+        ("a sink that no query shares", "torch.logaddexp(without, sinks", "torch.maximum(without, sinks"),
+        ("a sink's gradient of the other sign", "of_sinks = -(shares", "of_sinks = (shares"),
+    ),
+    *within(
+        "parallel/flash.py",
+        CONTEXT,
+        ("the flash kernel without the window", "if layout.window is None else {", "if True else {"),
+    ),
+    *within(
+        "model/attention.py",
+        "tests/unit/test_model_parity.py -k gradients",
+        ("windows of no layer", "packed.windowed if windowed and", "packed.windowed if False and"),
+        ("windows of every layer", "packed.windowed if windowed and", "packed.windowed if True and"),
+        ("RoPE in every layer", "self.rotates = not (", "self.rotates = True or not ("),
+        ("queries not scaled by position", "rotated if self.query_scale is None else", "rotated if True else"),
+    ),
+    *within(
+        "model/rope.py",
+        "tests/unit/test_model_parity.py -k gradients",
+        (
+            "one RoPE for all layers",
+            'rope_parameters["sliding_attention" if windowed else',
+            'rope_parameters["sliding_attention" if False else',
+        ),
+    ),
+    *within(
+        "model/norm.py",
+        "tests/distributed/test_model_parallel.py -k olmo3",
+        ("a norm over the heads of one rank", "squares = _Summed.apply(squares, group)", "pass"),
+    ),
+    *within(
+        "planning/operators.py",
+        CONTEXT,
+        ("the planner counts pairs outside the window", 'if named.get("window_size_left") is not None:', "if False:"),
     ),
     *within(
         "parallel/products.py",
@@ -548,7 +583,11 @@ MUTANTS: list[Mutant] = [
     *within(
         "model/swiglu.py",
         FUSED,
-        ("SwiGLU's gradient of up without its gate", "torch.mul(grad, F.silu(gate), out=of_up)", "of_up.copy_(grad)"),
+        (
+            "SwiGLU's gradient of up without its gate",
+            "torch.mul(grad, _activated(gate, ctx.gelu), out=of_up)",
+            "of_up.copy_(grad)",
+        ),
     ),
     *within(
         "model/norm.py",
@@ -629,8 +668,8 @@ MUTANTS: list[Mutant] = [
         RECOMPUTE,
         (
             "the kept attention of another layer",
-            "(results := layout.kept.pop(self.layer_number, None))",
-            "(results := layout.kept.pop(min(layout.kept, default=0), None))",
+            "(results := kept.pop(self.layer_number, None))",
+            "(results := kept.pop(min(kept, default=0), None))",
         ),
     ),
     *within(
@@ -682,8 +721,11 @@ MUTANTS: list[Mutant] = [
     *within(
         "parallel/cpu_attention.py",
         CONTEXT,
-        ("completions see the padding of their prompt", "keys.length].append", "keys.slot].append"),
-        ("earlier chunks unseen on the CPU", "if begin > piece.start:", "if False:"),
+        ("completions see the padding of their prompt", "keys.length - common].append", "keys.slot - common].append"),
+        ("earlier chunks unseen on the CPU", "run.piece.start, range(before))", "run.piece.start, range(0))"),
+        ("a window one token too long on the CPU", "start + 1 - window), min(", "start - window), min("),
+        ("keys of a window in the pack's order", "return x.flip(2) if self.seen is Seen.LATER else x", "return x"),
+        ("a completion's window ends at its prompt", "keys.start, range(common))", "keys.start, range(0))"),
         ("keys of another rank's rows on the CPU", "np.argsort(gathered), gathered", "gathered, gathered"),
         ("parts merged with equal weights", "output * first + more * second", "(output + more) / 2"),
         ("the log-sum-exp of one part", "more * second, together", "more * second, log_sums"),
@@ -903,7 +945,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "model/families/fields.py",
         FAMILIES,
-        ("an unknown field of config.json accepted", "if not _is_off(value):", "if False:"),
+        ("an unknown field of config.json accepted", "and not _is_off(value)", "and False"),
         (
             "a window of a part of the layers overlooked",
             'return window if "sliding_attention" in kinds else None',
@@ -913,7 +955,7 @@ MUTANTS: list[Mutant] = [
     *within(
         "model/hf_config.py",
         FAMILIES,
-        ("a sequence one token longer than the window", "and length > window:", "and length > window + 1:"),
+        ("a window refused that hides nothing", "window >= config.data.seq_length", "window > config.data.seq_length"),
     ),
     *within(
         "model/rope.py",
@@ -1206,8 +1248,25 @@ MUTANTS: list[Mutant] = [
     *within(
         "benchmark/flops.py",
         "tests/functional/test_gpu_suite.py -k operations_are",
-        ("attention without its causal half", "length * (length + 1) // 2", "length * length"),
-        ("responses that do not see their prompt", "pairs += length * before + ", "pairs += "),
+        (
+            "attention without its causal half",
+            "* causal_pairs(length, before + length)",
+            "* length * (before + length)",
+        ),
+        (
+            "responses that do not see their prompt",
+            "causal_pairs(length, before + length)",
+            "causal_pairs(length, length)",
+        ),
+    ),
+    *within(
+        "benchmark/flops.py",
+        "tests/unit/test_batches.py -k windows",
+        (
+            "operations outside the windows counted",
+            "windowed_pairs(length, before + length, window)",
+            "causal_pairs(length, before + length + 0)",
+        ),
     ),
     *within("benchmark/longest.py", BENCHMARK, ("a search that ends early", "WITHIN = 0.03", "WITHIN = 0.3")),
     *within(

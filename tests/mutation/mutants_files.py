@@ -53,8 +53,8 @@ CONVERSION = [
         TABLES,
         (
             "the second norm for the first",
-            '(hf + "input_layernorm.weight",)',
-            '(hf + "post_attention_layernorm.weight",)',
+            '"input_layernorm": "input_layernorm"',
+            '"input_layernorm": "post_attention_layernorm"',
         ),
         ("an output layer tied to the embedding", '("lm_head.weight",)', '("model.embed_tokens.weight",)'),
     ),

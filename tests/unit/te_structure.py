@@ -221,7 +221,7 @@ def compare_attention(here: Any, folder: Path) -> dict[str, float]:
     engine = engine_of(here, folder, "transformer_engine")
     attention = engine.models[0].decoder.layers[0].self_attention.core_attention
     attention.softmax_scale = 0.3
-    portable = PackedAttention(None, 1, None, "self", softmax_scale=0.3)
+    portable = PackedAttention(engine.models[0].config, 1, None, "self", softmax_scale=0.3)
     frequencies = RotaryFrequencies(engine.hf_config)
     prompts = tuple(
         Prompt(

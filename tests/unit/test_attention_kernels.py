@@ -47,8 +47,12 @@ PIECES = (Piece(0, 128), Piece(128, 9, 0), Piece(137, 5, 0), Piece(142, 128))
 )
 def test_kernels_of_an_option(arguments: Any, kernels: Kernels, layout: type[RankLayout]) -> None:
     assert kernels_for(*arguments) is kernels
-    result = method_of(1, "all_gather").layout(PIECES, 0, 1, None, kernels)
+    method = method_of(1, "all_gather")
+    result = method.layout(PIECES, 0, 1, None, kernels)
     assert type(result) is layout
+    if kernels not in (Kernels.CPU, Kernels.BLOCKS):  # a window in 32 bits on CUDA is refused
+        windowed = method.layout(PIECES, 0, 1, None, kernels, window=4)
+        assert isinstance(windowed, SequenceLayout) and windowed.window == 4
     if isinstance(result, PromptLayout):
         assert result.runs == (128, 14, 128) and result.cudnn_only == (kernels is Kernels.CUDNN)
         assert result.completions is not None and result.completions.query_lengths == (9, 5)
@@ -128,6 +132,8 @@ def test_a_broken_wheel_stops_no_run(wheel: Path) -> None:
         ({}, SDPBackend.CUDNN_ATTENTION, "prompts on cuDNN "),
         ({}, SDPBackend.FLASH_ATTENTION, "prompts on torch's flash kernel (FA2), all responses of a pack in one call"),
         ({"attention_backend": "flash"}, None, "torch's flash kernel (FA2), one call for all sequences"),
+        ({"softmax_type": "learnable"}, None, "torch's flash kernel (FA2), one call for all sequences"),
+        ({"window_size": (7, 0)}, SDPBackend.CUDNN_ATTENTION, "layers with a window in one call of torch's flash"),
         ({"context_parallel_size": 2}, None, "torch's flash kernel (FA2), one call for all sequences"),
         ({"params_dtype": torch.float32}, None, "memory-efficient"),
         ({"transformer_impl": "transformer_engine", "attention_backend": "fused"}, None, "Transformer Engine, fused"),
@@ -142,7 +148,7 @@ def test_the_log_names_the_kernels(
 
         settings = dict(attention_backend="auto", transformer_impl="local", params_dtype=torch.bfloat16)
         settings |= dict(deterministic_mode=False, context_parallel_size=1, cp_comm_type="all_gather", kv_channels=128)
-        settings |= dict(num_attention_heads=28, num_query_groups=4) | change
+        settings |= dict(num_attention_heads=28, num_query_groups=4, window_size=None, softmax_type="vanilla") | change
         settings["attention_backend"] = SimpleNamespace(name=settings["attention_backend"])
 
         def choose(query: torch.Tensor, key: torch.Tensor, *rest: Any, **more: Any) -> int:

@@ -9,14 +9,17 @@ from types import SimpleNamespace
 import pytest
 from segment_names import prompt_of
 from tiny_models import SHAPE
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
+from megatron_solopo.benchmark.flops import flops_of
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import _order, attention_cost, make_schedule, plan
 from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import TokenGroup
-from megatron_solopo.model.cost import width_of_cost
+from megatron_solopo.model.cost import width_of_cost, windows_of
+from megatron_solopo.pack import Windows
 from megatron_solopo.planning import cost
+from megatron_solopo.planning.operators import windowed_pairs
 from megatron_solopo.planning.process import Process, Shape, Work
 
 
@@ -189,3 +192,27 @@ def test_pairs_and_tokens_cost_as_in_the_planners_forecast(model):
     )
     a_token, a_pair = seconds(1000, 0) / 1000, (seconds(1000, 10**6) - seconds(1000, 0)) / 10**6
     assert a_token / a_pair == pytest.approx(6 * width_of_cost(hf_config))
+
+
+def test_a_window_bounds_the_pairs_that_cost():
+    """Packs are balanced by pairs inside the windows, the planner's operations are counted by them."""
+    windows = Windows(size=8, share=0.25)
+    for length, before in ((5, 0), (5, 4), (5, 40), (30, 0), (30, 3), (30, 40)):
+        pairs = sum(min(before + place + 1, 8) for place in range(length))
+        assert windowed_pairs(length, before + length, 8) == pairs
+        full = length * before + length**2 / 2
+        inside = windows.pairs(length, before)
+        # of the first tokens of a sequence each has half a pair less, those in a full window none
+        half = sum(before + place < 8 for place in range(length)) / 2
+        assert inside == pytest.approx(0.75 * full + 0.25 * (pairs - half))
+        assert Windows().pairs(length, before) == full
+
+
+def test_a_models_windows_are_a_share_of_its_layers():
+    shape = SHAPE | dict(num_hidden_layers=4)
+    hf_config = Qwen2Config(**shape, use_sliding_window=True, sliding_window=32, max_window_layers=1)
+    assert windows_of(hf_config) == Windows(32, 0.75) and windows_of(Qwen2Config(**shape)) == Windows(0, 0.0)
+    attention = flops_of(hf_config, [(100, 0), (10, 100)], 0).attention
+    full = flops_of(Qwen2Config(**shape), [(100, 0), (10, 100)], 0).attention
+    inside, all_pairs = sum(min(i + 1, 32) for i in range(110)), 110 * 111 // 2
+    assert attention / full == (inside * 3 + all_pairs) / (4 * all_pairs)

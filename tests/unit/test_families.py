@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +14,41 @@ import torch
 from refusals import refused
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
-    MistralForCausalLM,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
-from megatron_solopo.model.families.fields import HARMLESS, HARMLESS_ENDINGS, READ, attention_window
-from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.config import Config, ModelConfig, ParallelConfig
+from megatron_solopo.model.families.fields import HARMLESS, HARMLESS_ENDINGS, READ, attention_window, windowed_layers
+from megatron_solopo.model.families.registry import FAMILIES, family_of
+from megatron_solopo.model.rope import rope_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
+    *(Gemma3TextConfig, GlmConfig, Glm4Config, LlamaConfig, MinistralConfig, Ministral3Config, MistralConfig),
+    *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
 )
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
     experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind is MixtralConfig else {}
-    return kind(**(SHAPE | experts | fields))
+    return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
 REFUSED = {
@@ -59,19 +68,26 @@ REFUSED = {
     "mlp_bias": True,
 }
 UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
-"""Fields of `REFUSED` that every family knows, in one value; Llama knows mlp_bias too."""
+"""Fields of `REFUSED` that every family knows, in one value; Llama and SmolLM3 know mlp_bias too."""
+SUPPORTED = {
+    "partial_rotary_factor": (GlmConfig, Glm4Config, Phi3Config),
+    "no_rope_layers": (SmolLM3Config,),
+}
+"""Fields of `REFUSED` that some families have."""
 
 
 def code_of(kind: type[PretrainedConfig], field: str) -> str:
     if field == "quantization_config":
         return "model-quantized"
-    supported = field in UNSUPPORTED or (field == "mlp_bias" and kind is LlamaConfig)
+    supported = field in UNSUPPORTED or (field == "mlp_bias" and kind in (LlamaConfig, SmolLM3Config))
     return "model-field-unsupported" if supported else "model-field-unknown"
 
 
 @pytest.mark.parametrize("field", REFUSED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_field_that_changes_the_mathematics_is_refused_by_name(kind: type[PretrainedConfig], field: str) -> None:
+    if kind in SUPPORTED.get(field, ()):
+        return
     with refused(code_of(kind, field), f"config.json: {field} "):
         family_of(small(kind, **{field: REFUSED[field]}))
 
@@ -135,6 +151,10 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (Qwen3MoeConfig, "moe_intermediate_size", -1, ["moe_intermediate_size = -1 ", "at least 1"]),
         (LlamaConfig, "num_key_value_heads", 3, ["num_attention_heads = 4 ", "num_key_value_heads = 3"]),
         (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, ["rope_theta = None "]),
+        (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
+        (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
+        (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
+        (GlmConfig, "partial_rotary_factor", 2.0, ["partial_rotary_factor = 2.0 of head_dim 128", "at most all"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(
@@ -183,10 +203,14 @@ def test_fields_of_published_configs_pass(kind: type[PretrainedConfig], tmp_path
 
     document = small(kind).to_dict() | {"rope_theta": 500000} | IN_THE_WILD
     document.pop("rope_parameters")
+    by_layer = kind in (Gemma3TextConfig, MinistralConfig, Olmo3Config)
+    if by_layer:  # which have no such field
+        document.pop("use_sliding_window")
     (tmp_path / "config.json").write_text(json.dumps(document))
     hf_config = read_hf_config(tmp_path)
     assert family_of(hf_config).model_type == kind.model_type
-    assert attention_window(hf_config) is None and hf_config.rope_parameters["rope_theta"] == 500000
+    assert attention_window(hf_config) == (4096 if by_layer else None)
+    assert rope_of(hf_config)["rope_theta"] == (1e6 if kind is Ministral3Config else 500000)  # it has another default
     check_length(hf_config, SHAPE["max_position_embeddings"])
 
 
@@ -196,6 +220,8 @@ def test_every_field_of_transformers_is_classified(kind: type[PretrainedConfig])
     known = READ | HARMLESS | family_of(small(kind)).fields
     # Refused unless their value means "none of this".
     refused = {"attention_bias", "mlp_bias", "attention_dropout", "router_jitter_noise", "mlp_only_layers"}
+    refused |= {"embd_pdrop", "resid_pdrop"}  # Phi3's
+    refused |= {"attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"}  # Gemma3's
     of_base = {field.name for field in dataclasses.fields(PretrainedConfig)}
     declared = {field.name for field in dataclasses.fields(kind)} - of_base
     assert {name for name in declared if not name.endswith(HARMLESS_ENDINGS)} <= known | refused
@@ -205,49 +231,96 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     from megatron_solopo.model.hf_config import read_hf_config
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with refused("model-type-unsupported", "'gpt2'", "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"):
+    with refused("model-type-unsupported", "'gpt2'", ", ".join(sorted(FAMILIES))):
         family_of(read_hf_config(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama99"}))
     with refused("model-config-unreadable", "config.json", "llama99"):
         read_hf_config(tmp_path)
 
 
-WINDOWS: list[tuple[PretrainedConfig, int | None]] = [
-    (small(MistralConfig, sliding_window=64), 64),
-    (small(MistralConfig, sliding_window=None), None),
-    (small(MistralConfig, sliding_window=4096, use_sliding_window=False), None),
-    (small(MixtralConfig, sliding_window=64), 64),
-    (small(MixtralConfig), None),
-    (small(Qwen2Config, sliding_window=64), None),
-    (small(Qwen2Config, use_sliding_window=True, sliding_window=64, max_window_layers=1), 64),
-    (small(Qwen2Config, use_sliding_window=True, sliding_window=64, max_window_layers=2), None),
-    (small(Qwen3Config, use_sliding_window=True, sliding_window=64, max_window_layers=0), 64),
-    (small(Qwen3MoeConfig, use_sliding_window=True, sliding_window=64), 64),
-    (small(Qwen3MoeConfig, sliding_window=64), None),
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS: list[tuple[PretrainedConfig, int | None, list[bool]]] = [
+    (small(MistralConfig, sliding_window=64), 64, [True, True]),
+    (small(MistralConfig, sliding_window=None), None, [False, False]),
+    (small(MistralConfig, sliding_window=4096, use_sliding_window=False), None, [False, False]),
+    (small(MixtralConfig, sliding_window=64), 64, [True, True]),
+    (small(MixtralConfig), None, [False, False]),
+    (small(Qwen2Config, sliding_window=64), None, [False, False]),
+    (small(Qwen2Config, use_sliding_window=True, sliding_window=64, max_window_layers=1), 64, [False, True]),
+    (small(Qwen2Config, use_sliding_window=True, sliding_window=64, max_window_layers=2), None, [False, False]),
+    (small(Qwen3Config, use_sliding_window=True, sliding_window=64, max_window_layers=0), 64, [True, True]),
+    (small(Qwen3MoeConfig, use_sliding_window=True, sliding_window=64), 64, [True, True]),
+    (small(Qwen3MoeConfig, sliding_window=64), None, [False, False]),
+    (small(MinistralConfig, sliding_window=64, layer_types=[SLIDING, FULL]), 64, [True, False]),
+    (small(Gemma3TextConfig, sliding_window=64, sliding_window_pattern=2), 64, [True, False]),
+    (small(Phi3Config, sliding_window=64), 64, [True, True]),
+    (
+        small(SmolLM3Config, use_sliding_window=True, sliding_window=64, no_rope_layers=[1, 0]),
+        64,
+        [False, True],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("hf_config", "window"), WINDOWS)
-def test_a_window_bounds_the_length_of_sequences(hf_config: PretrainedConfig, window: int | None) -> None:
+@pytest.mark.parametrize(("hf_config", "window", "layers"), WINDOWS)
+def test_which_layers_have_a_window(hf_config: PretrainedConfig, window: int | None, layers: list[bool]) -> None:
     from megatron_solopo.model.hf_config import check_length
 
     family_of(hf_config)
-    assert attention_window(hf_config) == window
-    check_length(hf_config, window or 256)
-    if window is not None:
-        with refused("seq-length-beyond-window", "--seq-length 65 ", "sliding_window 64 ", "to 64,"):
-            check_length(hf_config, window + 1)
+    assert attention_window(hf_config) == window and windowed_layers(hf_config) == layers
+    check_length(hf_config, 256)  # it bounds no length
 
 
-def test_a_window_as_long_as_the_sequence_hides_nothing_and_one_shorter_does() -> None:
-    """The bound is exact: what `check_length` accepts is full attention in transformers, what it refuses is not."""
-    ids, outputs = torch.arange(40)[None], []
-    for window in (None, 40, 39):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            outputs.append(MistralForCausalLM(small(MistralConfig, sliding_window=window)).eval()(ids).logits)
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)
-    assert (outputs[0] - outputs[2]).abs().max() > 1e-4
+ON_CUDA: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    (dict(), dict(), ["needs --bf16"]),
+    (dict(bf16=True, attention_backend="fused"), dict(), ["--attention-backend fused ", "flash or auto"]),
+    (
+        dict(bf16=True, transformer_impl="transformer_engine"),
+        dict(context_parallel_size=2, cp_comm_type="p2p"),
+        ["--cp-comm-type p2p ", "use all_gather"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "parallel", "named"), ON_CUDA)
+def test_a_window_that_no_kernel_of_cuda_computes_is_refused(
+    model: dict[str, Any], parallel: dict[str, Any], named: list[str]
+) -> None:
+    from megatron_solopo.model.hf_config import check_attention_on_cuda
+
+    config = Config(model=ModelConfig(**model), parallel=ParallelConfig(**parallel))
+    config.data.seq_length = 64
+    hf_config = small(MistralConfig, sliding_window=64)
+    check_attention_on_cuda(hf_config, config)  # it hides nothing
+    config.data.seq_length = 65
+    with refused("attention-unsupported", "sliding_window 64 (config.json): ", *named):
+        check_attention_on_cuda(hf_config, config)
+
+
+@pytest.mark.parametrize("kind", [Glm4Config, Gemma3TextConfig, Olmo2Config])
+def test_norms_behind_the_parts_are_portable_and_untiled(kind: type[PretrainedConfig]) -> None:
+    from megatron_solopo.model.tiles import check_tiles
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", kind.model_type, "use portable"):
+        check_widths(small(kind), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+    with refused("option-conflict", "--mlp-tiles: ", kind.model_type):
+        check_tiles(small(kind), Config(model=ModelConfig(mlp_tiles="2")))
+
+
+@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config])
+def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
+    from megatron_solopo.conversion.adapters import check_adapters
+
+    with refused("adapter-unsupported", "--lora-rank: ", kind.model_type):
+        check_adapters(ModelConfig(lora_rank=4), small(kind))
+
+
+def test_rope_by_layer_is_not_extended_by_an_option() -> None:
+    from megatron_solopo.model.rope_scaling import extended
+
+    with refused("rope-scaling-by-layer", "--rope-scaling yarn:4:256: ", "full_attention"):
+        extended(small(Gemma3TextConfig), "yarn:4:256")
 
 
 @pytest.mark.parametrize("kinds", [["chunked_attention", "full_attention"], ["sliding_attention", "full_attention"]])
@@ -270,16 +343,28 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name: str, tmp_path: Path) -> None:
-    """Ours and transformers' model, on the meta device: every shape, no memory."""
-    from megatron_solopo.config import Config
-    from megatron_solopo.conversion.hf import named_entries
-    from megatron_solopo.model.build import build_model
     from megatron_solopo.model.hf_config import read_hf_config
-    from megatron_solopo.training.parameters import parameter_count
 
     text = (solopo_data / "model_configs" / f"{name}.config.json").read_text()
     (tmp_path / "config.json").write_text(text)
-    hf_config = read_hf_config(tmp_path)
+    check_parameters(read_hf_config(tmp_path), PARAMETERS[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "billions"),
+    [(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None), (Olmo3Config, None)],
+)
+def test_shapes_of_transformers_defaults(engine: Any, kind: type[PretrainedConfig], billions: float | None) -> None:
+    """Those of SmolLM3-3B, Phi-3-mini and GLM-4-9B-0414, whose figures are published."""
+    check_parameters(kind(), billions)
+
+
+def check_parameters(hf_config: PretrainedConfig, billions: float | None) -> None:
+    """Ours and transformers' model, on the meta device: every shape, no memory."""
+    from megatron_solopo.conversion.hf import named_entries
+    from megatron_solopo.model.build import build_model
+    from megatron_solopo.training.parameters import parameter_count
+
     with torch.device("meta"):
         model = build_model(hf_config, Config(), torch.bfloat16)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -287,5 +372,26 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
     matrices = 1 if hf_config.tie_word_embeddings else 2
     count -= matrices * (model.vocab_size - hf_config.vocab_size) * hf_config.hidden_size
     assert count == parameter_count(hf_config)["total"]
-    assert round(count / 1e9, 3) == PARAMETERS[name]
+    assert billions is None or round(count / 1e9, 3) == billions
     assert sum(1 for _ in named_entries(model, hf_config)) == len(list(model.parameters()))
+
+
+def test_the_page_of_families_has_a_row_for_each() -> None:
+    """Its figures are measured by `make families-page`; rows, configurations and lines of the files are current."""
+    from families_page import PAGE, source_of
+    from test_model_parity import CONFIGS
+
+    rows = {
+        cells[1]: cells
+        for cells in ([cell.strip() for cell in line.split("|")] for line in PAGE.read_text().splitlines())
+        if len(cells) > 9
+    }
+    rows = {name: cells for name, cells in rows.items() if name in FAMILIES}
+    assert rows.keys() == FAMILIES.keys()
+    for name, cells in rows.items():
+        assert int(cells[2]) == sum(config.model_type == name for config in CONFIGS.values())
+        source = source_of(name)
+        assert cells[9] == f"`{source.name}` {len(source.read_text().splitlines())}"
+        assert cells[7] == "bit-equal" and all(
+            float(cell) <= bound for cell, bound in zip(cells[3:7], (1e-5, 1e-10, 1e-10, 1e-10), strict=True)
+        )

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from megatron_solopo.planning import fake
 
-SETTINGS: Any = SimpleNamespace(sequence_parallel=False, params_dtype=torch.bfloat16)
+SETTINGS: Any = SimpleNamespace(
+    sequence_parallel=False, params_dtype=torch.bfloat16, activation_func=F.silu, layernorm_zero_centered_gamma=False
+)
+
+
+def in_double(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**vars(SETTINGS) | dict(params_dtype=torch.float64) | changes)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -45,10 +51,35 @@ def test_swiglus_gradient() -> None:
     assert torch.autograd.gradcheck(SwiGLU(SETTINGS), (x,))
 
 
+def test_geglu_and_its_gradient() -> None:
+    from megatron_solopo.model.swiglu import ACTIVATIONS, SwiGLU
+
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    geglu: Any = SwiGLU(in_double(activation_func=ACTIVATIONS["gelu_pytorch_tanh"]))  # pyright: ignore
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(geglu(x), F.gelu(gate, approximate="tanh") * up, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(geglu, (x,))
+
+
+def test_a_norm_around_zero() -> None:
+    """Gemma's, whose factor is 1 + weight; its product is rounded alone, so that 16 bits keep the weight's digits."""
+    from megatron_solopo.model.norm import RMSNorm
+
+    norm = RMSNorm(in_double(layernorm_zero_centered_gamma=True), 24, 1e-3)  # pyright: ignore
+    assert not norm.weight.any()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), 1 + norm.weight, 1e-3), rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(norm, (x,))
+    low, inputs = norm.to(torch.bfloat16), x.detach().to(torch.bfloat16)
+    exact = F.rms_norm(inputs.float(), (24,), 1 + low.weight.float(), 1e-3)
+    assert torch.equal(low(inputs), exact.to(torch.bfloat16))
+
+
 def test_the_fused_norm_is_the_norm() -> None:
     from megatron_solopo.model.norm import RMSNorm
 
-    norm = RMSNorm(SimpleNamespace(sequence_parallel=False, params_dtype=torch.float64), 24, 1e-3)  # pyright: ignore
+    norm = RMSNorm(in_double(), 24, 1e-3)  # pyright: ignore
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 24, dtype=torch.float64)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-3), rtol=1e-13, atol=1e-13)
@@ -57,7 +88,7 @@ def test_the_fused_norm_is_the_norm() -> None:
 def test_a_norm_keeps_its_input_alone() -> None:
     from megatron_solopo.model.norm import RMSNorm
 
-    norm = RMSNorm(SimpleNamespace(sequence_parallel=False, params_dtype=torch.float64), 6, 1e-3)  # pyright: ignore
+    norm = RMSNorm(in_double(), 6, 1e-3)  # pyright: ignore
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, weight: norm(x), (x, norm.weight))

@@ -8,12 +8,21 @@ import transformers_in_double
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from megatron_solopo.config import Config
@@ -34,6 +43,11 @@ SMALL = dict(
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 QWEN3_MOE = SMALL | EXPERTS | dict(moe_intermediate_size=40, head_dim=24)
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+SLIDING, FULL = "sliding_attention", "full_attention"
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+GEMMA3 = dict(
+    pad_token_id=None, head_dim=24, query_pre_attn_scalar=20, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING]
+)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -61,6 +75,41 @@ CONFIGS = {
     "mistral": MistralConfig(**SMALL, head_dim=24, sliding_window=None, tie_word_embeddings=False),
     # As long as the longest sequence of these tests, which it must not touch.
     "mistral-window": MistralConfig(**SMALL, sliding_window=101, tie_word_embeddings=False),
+    "mistral-short-window": MistralConfig(**SMALL, sliding_window=7, tie_word_embeddings=False),
+    "mistral-window-of-1": MistralConfig(**SMALL, sliding_window=1, tie_word_embeddings=False),
+    "qwen2-short-window": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=23, max_window_layers=1, tie_word_embeddings=False
+    ),
+    "qwen3-moe-short-window": Qwen3MoeConfig(
+        **QWEN3_MOE, norm_topk_prob=True, use_sliding_window=True, sliding_window=17
+    ),
+    "ministral": MinistralConfig(**SMALL, head_dim=24, sliding_window=13, layer_types=[SLIDING, FULL, SLIDING]),
+    "ministral3": Ministral3Config(
+        pad_token_id=None,
+        **SMALL,
+        head_dim=24,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1], pad_token_id=None),
+    "smollm3-window-without-rope": SmolLM3Config(
+        **SMALL, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=11, pad_token_id=None
+    ),
+    "phi3": Phi3Config(**SMALL, sliding_window=15, pad_token_id=None),
+    "phi3-partial": Phi3Config(**SMALL, rope_parameters=PARTIAL, pad_token_id=None, tie_word_embeddings=True),
+    "glm": GlmConfig(**SMALL, head_dim=24, pad_token_id=None),
+    "glm4": Glm4Config(**SMALL, head_dim=24, pad_token_id=None),
+    "gemma3": Gemma3TextConfig(**SMALL, **GEMMA3),
+    "gemma3-untied-linear": Gemma3TextConfig(
+        **SMALL,
+        **GEMMA3,
+        tie_word_embeddings=False,
+        rope_parameters={
+            FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "olmo2": Olmo2Config(**SMALL, pad_token_id=None),
+    "olmo3": Olmo3Config(**SMALL, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=None),
     "mistral-linear": MistralConfig(
         **SMALL, sliding_window=None, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     ),
@@ -93,14 +142,18 @@ def random_group(seed: int, prompts=((37, (5, 3)), (61, (5,)))) -> TokenGroup:
 
 @pytest.fixture
 def hf_folder(request, tmp_path):
+    return random_folder(request.param, tmp_path)
+
+
+def random_folder(name, folder):
     """A Hugging Face folder of random weights, norms and biases included."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "hf")
-    return tmp_path / "hf"
+    model.save_pretrained(folder / "hf")
+    return folder / "hf"
 
 
 def megatron_model(folder, dtype):
@@ -171,9 +224,17 @@ def test_greedy_tokens_equal_transformers(engine, hf_folder):
 
 
 NEW_IN_DOUBLE = ["qwen3", "qwen3-tied-yarn", "mistral", "mistral-window", "mistral-linear"]
+WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-window"]
+LATER_FAMILIES = [
+    *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
+    *("glm", "glm4", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
+]
 
 
-@pytest.mark.parametrize("hf_folder", ["llama", "qwen2-tied", *NEW_IN_DOUBLE, *WITH_EXPERTS], indirect=True)
+IN_DOUBLE = ["llama", "qwen2-tied", *NEW_IN_DOUBLE, *WITH_EXPERTS, *WITH_WINDOWS, *LATER_FAMILIES]
+
+
+@pytest.mark.parametrize("hf_folder", IN_DOUBLE, indirect=True)
 def test_gradients_equal_transformers_in_double(engine, hf_folder):
     """Chunked head, shared prompts and padded vocabulary have transformers' gradient, tensor by tensor."""
     from megatron_solopo.conversion.hf import named_entries

@@ -9,7 +9,16 @@ import pytest
 import torch
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers_in_double import by_file_name
 
 from megatron_solopo.config import Config
@@ -19,6 +28,8 @@ MODELS = {
     "llama": LlamaConfig(**SHAPE, initializer_range=STD, tie_word_embeddings=False),
     "qwen2": Qwen2Config(**SHAPE, initializer_range=STD, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, initializer_range=STD, head_dim=16, tie_word_embeddings=False),
+    "gemma3": Gemma3TextConfig(**SHAPE, initializer_range=STD, head_dim=16, pad_token_id=None),
+    "glm4": Glm4Config(**SHAPE, initializer_range=STD, head_dim=16, pad_token_id=None),
     "qwen3_moe": Qwen3MoeConfig(**SHAPE | EXPERTS | QWEN3_MOE, initializer_range=STD, tie_word_embeddings=True),
 }
 

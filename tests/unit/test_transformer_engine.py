@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
 from refusals import refused
 from tiny_models import EXPERTS, SHAPE
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,7 +109,8 @@ def test_sequences_attend_to_what_pieces_attend_to(share: bool, multiple: int) -
     query, key, value = (
         torch.randn(pack.tokens.numel(), heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
     )
-    portable = PackedAttention(None, 1, None, "self", softmax_scale=0.4)
+    settings = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
+    portable = PackedAttention(settings, 1, None, "self", softmax_scale=0.4)
     blocks = pack_layout(block_layout(pack.pieces), pack.positions, frequencies, torch.float64)
     expected = portable(query, key, value, None, packed_seq_params=blocks)
     torch.testing.assert_close(attend(query, key, value, sequences, 0.4), expected, rtol=0, atol=1e-13)

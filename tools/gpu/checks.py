@@ -85,6 +85,7 @@ def attention_layouts(out: Recorder) -> tuple[Callable[..., Any], Callable[..., 
 def packed(out: Recorder) -> None:
     """Packed attention with shared prompts, and with a prompt for each response, against float64 attention over each
     sequence alone."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers import LlamaConfig
 
     from megatron_solopo.data.tokenized.packs import build_pack
@@ -105,7 +106,8 @@ def packed(out: Recorder) -> None:
     group = TokenGroup("g", prompts)
     device = torch.device(out.device)
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads)).to(device)
-    attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
+    settings = TransformerConfig(num_layers=1, hidden_size=heads * size, num_attention_heads=heads)
+    attention = PackedAttention(settings, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     prompts, sequences = attention_layouts(out)
     times = {}
@@ -163,6 +165,7 @@ def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 def context(out: Recorder) -> None:
     """Each rank's part of context-parallel attention, output and gradients, against the inputs pack's attention."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers import LlamaConfig
 
     from megatron_solopo.data.tokenized.packs import build_pack
@@ -181,7 +184,8 @@ def context(out: Recorder) -> None:
     rope = RotaryFrequencies(LlamaConfig(hidden_size=heads * size, num_attention_heads=heads))
     prompts, sequences = attention_layouts(out)
     layout = pack_layout(on_device(prompts(pack.pieces), device), pack.positions, rope, dtype)
-    attention = PackedAttention(None, 1, None, "self", softmax_scale=size**-0.5)
+    settings = TransformerConfig(num_layers=1, hidden_size=heads * size, num_attention_heads=heads)
+    attention = PackedAttention(settings, 1, None, "self", softmax_scale=size**-0.5)
     generator = torch.Generator().manual_seed(0)
     shapes = ((pack.tokens.numel(), count, size) for count in (heads, kv_heads, kv_heads))
     inputs = [torch.randn(*s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]

@@ -16,7 +16,10 @@ import numpy as np
 from megatron_solopo.config import FP8_MULTIPLES, Config
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.errors import UserError
+from megatron_solopo.pack import Windows
 from megatron_solopo.parallel.context import method_of
+
+FULL_ATTENTION = Windows()
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,17 @@ def make_schedule(
     return Schedule(examples, global_batch_size, total, seed, shuffle)
 
 
-def attention_cost(group: TokenGroup, width: float, share_prompts: bool = True) -> float:
+def attention_cost(
+    group: TokenGroup, width: float, share_prompts: bool = True, windows: Windows = FULL_ATTENTION
+) -> float:
     """Relative compute of a group, in tokens: linear layers grow with its tokens, attention with pairs of tokens that
     attend, of which 6 ``width`` cost as much as a token (`model.cost.width_of_cost`)."""
     pairs = 0
     for prompt in group.prompts:
         p = len(prompt.ids)
-        prompt_pairs = p * p / 2
+        prompt_pairs = windows.pairs(p, 0)
         pairs += prompt_pairs if share_prompts else prompt_pairs * len(prompt.completions)
-        pairs += sum(len(c.ids) * (p + len(c.ids) / 2) for c in prompt.completions)
+        pairs += sum(windows.pairs(len(c.ids), p) for c in prompt.completions)
     return group.tokens(share_prompts) + pairs / (6 * width)
 
 
@@ -108,17 +113,25 @@ class StepPlan:
         return max(self.loads) / mean - 1 if mean else 0.0
 
 
-def plan_step(groups: Sequence[TokenGroup], width: float, ranks: int, config: Config, device: str = "cpu") -> StepPlan:
+def plan_step(
+    groups: Sequence[TokenGroup],
+    width: float,
+    ranks: int,
+    config: Config,
+    device: str = "cpu",
+    windows: Windows = FULL_ATTENTION,
+) -> StepPlan:
     """Returns the plan of a step's groups over ``ranks`` data-parallel processes, the same on every process.
 
     Args:
         width: see `attention_cost`.
         device: ``cuda`` or ``cpu``, where the packs are computed.
+        windows: of the model's layers.
     """
     training, share_prompts, parallel = config.training, config.data.share_prompts, config.parallel
     context = parallel.context_parallel_size
     of_pieces, of_prompts = pieces_multiple_of(config), prompts_multiple_of(config, device)
-    costs = [attention_cost(group, width, share_prompts) for group in groups]
+    costs = [attention_cost(group, width, share_prompts, windows) for group in groups]
     shares = plan(
         costs,
         [group.tokens(share_prompts, of_pieces, of_prompts) for group in groups],

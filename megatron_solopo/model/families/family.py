@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.operators import Entry
+
+
+class Norms(Enum):
+    """Where the norms of a layer are, of its attention and of its MLP."""
+
+    BEFORE = auto()
+    """Of what each of them reads."""
+    BOTH = auto()
+    """And of what each of them adds to the residual stream."""
+    AFTER = auto()
+    """Of what each of them adds alone."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,11 @@ class Family:
             all families.
         transformer_options: returns the TransformerConfig fields beyond the common ones.
         fields: fields of config.json that only this family reads or checks; see families/fields.py.
+        rope_fields: fields of rope_parameters that only some families have.
+        activation: of the gated MLP, by transformers' name.
+        norms: where the norms of a layer are.
+        width_norms: whether queries and keys have a norm over all heads together.
+        embedding_scale: returns the factor on the embeddings of tokens.
     """
 
     model_type: str
@@ -30,6 +47,11 @@ class Family:
     check: Callable[[PretrainedConfig], None] = lambda hf_config: None
     transformer_options: Callable[[PretrainedConfig], dict[str, Any]] = lambda hf_config: {}
     fields: frozenset[str] = frozenset()
+    rope_fields: frozenset[str] = frozenset()
+    activation: str = "silu"
+    norms: Norms = Norms.BEFORE
+    width_norms: bool = False
+    embedding_scale: Callable[[PretrainedConfig], float] = lambda hf_config: 1.0
 
 
 def refuse(hf_config: PretrainedConfig, **allowed: object) -> None:

@@ -9,6 +9,7 @@ refused until a family reads it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
@@ -34,11 +35,10 @@ READ = frozenset(
         "sliding_window",
         "use_sliding_window",
         "layer_types",
-        # Which layers have the window; the shortest window of any layer bounds the length, whichever they are.
-        "max_window_layers",
+        "max_window_layers",  # of which transformers makes layer_types
     }
 )
-"""Read or checked for every family: by model/build.py, model/rope.py, the tables and `attention_window`."""
+"""Read or checked for every family: by model/build.py, model/rope.py, the tables and `windowed_layers`."""
 
 HARMLESS = frozenset(
     {
@@ -78,46 +78,57 @@ def refuse_unknown(hf_config: PretrainedConfig, family_fields: frozenset[str]) -
         family_fields: fields that the family reads or checks beside `READ`.
 
     Raises:
-        UserError: a field is unknown, layers differ, or the weights are quantized.
+        UserError: a field is unknown, or the weights are quantized.
     """
-    if getattr(hf_config, "is_heterogeneous", False):
-        raise UserError(
-            "model-field-unsupported", "config.json: per_layer_config is set; layers that differ are not supported"
-        )
-    supported = READ | HARMLESS | family_fields | GenerationConfig().to_dict().keys()
-    for name, value in vars(hf_config).items():
-        # transformers keeps private fields on the object; the base class's fields do not affect a decoder.
-        if name in supported or name.startswith("_") or name.endswith(HARMLESS_ENDINGS):
-            continue
-        if hasattr(PretrainedConfig, name):
-            continue
-        if name == "quantization_config" and value is not None:
+    for name, value in unknown_fields(vars(hf_config), family_fields).items():
+        if name == "quantization_config":
             raise UserError(
                 "model-quantized",
                 "config.json: quantization_config is set; use the folder of the unquantized weights",
             )
-        if not _is_off(value):
-            raise UserError(
-                "model-field-unknown",
-                f"config.json: {name} = {value!r} is not known for {hf_config.model_type} and might change its "
-                "mathematics; remove the field if it does not",
-            )
+        raise UserError(
+            "model-field-unknown",
+            f"config.json: {name} = {value!r} is not known for {hf_config.model_type} and might change its "
+            "mathematics; remove the field if it does not",
+        )
+
+
+def unknown_fields(values: Mapping[str, object], family_fields: frozenset[str]) -> dict[str, object]:
+    """Returns the fields that are neither supported nor switched off, with their values."""
+    supported = READ | HARMLESS | family_fields | GenerationConfig().to_dict().keys()
+    return {
+        name: value
+        for name, value in values.items()
+        # transformers keeps private fields on the object; the base class's fields do not affect a decoder.
+        if name not in supported
+        and not name.startswith("_")
+        and not name.endswith(HARMLESS_ENDINGS)
+        and not hasattr(PretrainedConfig, name)
+        and not _is_off(value)
+    }
 
 
 def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields of a config that change what a layer computes but not necessarily a parameter's shape."""
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
-    experts = ("num_experts_per_tok", "norm_topk_prob")
+    others = ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
     rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
-    return {name: getattr(hf_config, name) for name in (*names, *experts) if hasattr(hf_config, name)} | rope
+    windows = {}
+    if (window := attention_window(hf_config)) is not None:
+        windows = {"sliding_window": window, "layer_types": windowed_layers(hf_config)}
+    return {name: getattr(hf_config, name) for name in (*names, *others) if hasattr(hf_config, name)} | rope | windows
 
 
 def check_shape(hf_config: PretrainedConfig) -> None:
     """Refuses a decoder that cannot be built.
 
     Raises:
-        UserError: a field has an invalid value.
+        UserError: layers differ, or a field has an invalid value.
     """
+    if getattr(hf_config, "is_heterogeneous", False):
+        raise UserError(
+            "model-field-unsupported", "config.json: per_layer_config is set; layers that differ are not supported"
+        )
     check_sizes(hf_config, *SIZES, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
     check_number("rms_norm_eps", hf_config.rms_norm_eps)
     if hf_config.initializer_range is not None:
@@ -168,9 +179,7 @@ def head_dim(hf_config: PretrainedConfig) -> int:
 
 
 def attention_window(hf_config: PretrainedConfig) -> int | None:
-    """Returns the shortest sliding window of any layer in tokens: a token sees itself and the window - 1 before it.
-
-    In a sequence that is no longer than the window it hides nothing; see `model.hf_config.check_length`.
+    """Returns the window of the layers that have one, in tokens: a token sees itself and the window - 1 before it.
 
     Raises:
         UserError: a layer's attention is neither full nor sliding, or the window is not a whole number of at least 1.
@@ -191,3 +200,27 @@ def attention_window(hf_config: PretrainedConfig) -> int | None:
                 f"config.json: layer_types has {kind!r} with sliding_window = {window}: not supported",
             )
     return window if "sliding_attention" in kinds else None
+
+
+def windowed_layers(hf_config: PretrainedConfig) -> list[bool]:
+    """Returns whether each layer has a window.
+
+    Raises:
+        UserError: see `attention_window`.
+    """
+    layers, window = hf_config.num_hidden_layers, attention_window(hf_config)
+    kinds = getattr(hf_config, "layer_types", None)
+    if window is None or kinds is None:
+        return [window is not None] * layers
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def window_options(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Returns megatron-core's TransformerConfig fields of the windows."""
+    window = attention_window(hf_config)
+    if window is None:
+        return {}
+    return {
+        "window_size": (window - 1, 0),  # tokens before and after
+        "window_attn_skip_freq": [int(windowed) for windowed in windowed_layers(hf_config)],
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig
 
 from megatron_solopo.model.families.family import Family, refuse
@@ -9,29 +11,49 @@ from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV, PadRows, Rename, StackGateUp
 
 MEGATRON_LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+"""The norms of a layer: megatron-core's name -> Hugging Face's. `norm.SandwichLayer` has two more."""
 
 
-def table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
+def table(hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[str, str] = NORMS) -> tuple[Entry, ...]:
     """Returns every parameter of the Llama layout; families with the same layout add to it."""
     gate_up = (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")
     return (
-        *table_without_mlp(hf_config, padded_vocab_size),
+        *table_without_mlp(hf_config, padded_vocab_size, norms),
         Entry(MEGATRON_LAYER + "mlp.linear_fc1.weight", gate_up, StackGateUp()),
-        Entry(MEGATRON_LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), Rename()),
+        down_entry(),
     )
 
 
-def table_without_mlp(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
+def table_without_mlp(
+    hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[str, str] = NORMS
+) -> tuple[Entry, ...]:
     """Returns vocabulary, norms and attention, which families with another MLP share."""
-    qkv = InterleaveQKV(hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config))
+    qkv = InterleaveQKV(*head_sizes(hf_config))
+    entry = Entry(MEGATRON_LAYER + "self_attention.linear_qkv.weight", qkv_names(HF_LAYER, "weight"), qkv)
+    return (*table_without_qkv(hf_config, padded_vocab_size, norms), entry)
+
+
+def head_sizes(hf_config: PretrainedConfig) -> tuple[int, int, int]:
+    """Returns query heads, key-value heads and head_dim."""
+    return hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config)
+
+
+def down_entry() -> Entry:
+    """Returns the MLP's last matrix."""
+    return Entry(MEGATRON_LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), Rename())
+
+
+def table_without_qkv(
+    hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[str, str] = NORMS
+) -> tuple[Entry, ...]:
+    """Returns vocabulary, norms and the matrix behind attention, which families with fused projections share."""
     vocabulary = PadRows(hf_config.vocab_size, padded_vocab_size)
     megatron, hf = MEGATRON_LAYER, HF_LAYER
     entries = (
         Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
-        Entry(megatron + "input_layernorm.weight", (hf + "input_layernorm.weight",), Rename()),
-        Entry(megatron + "self_attention.linear_qkv.weight", qkv_names(hf, "weight"), qkv),
+        *(Entry(f"{megatron}{ours}.weight", (f"{hf}{theirs}.weight",), Rename()) for ours, theirs in norms.items()),
         Entry(megatron + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), Rename()),
-        Entry(megatron + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), Rename()),
         Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Rename()),
     )
     if not hf_config.tie_word_embeddings:

@@ -1,4 +1,5 @@
-"""Mistral 7B v0.1 to v0.3: Llama's layout; v0.1 has a sliding window, which `attention_window` reads."""
+"""Mistral 7B to Mistral Small 3, Ministral and Ministral 3: Llama's layout; windows of all layers, of some, or none,
+and in Ministral 3 queries that are scaled by position (`RotaryFrequencies.query_scale`)."""
 
 from __future__ import annotations
 
@@ -6,3 +7,5 @@ from megatron_solopo.model.families import llama
 from megatron_solopo.model.families.family import Family
 
 MISTRAL = Family("mistral", llama.table)
+MINISTRAL = Family("ministral", llama.table)
+MINISTRAL3 = Family("ministral3", llama.table, rope_fields=frozenset({"llama_4_scaling_beta"}))

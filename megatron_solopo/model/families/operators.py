@@ -93,29 +93,67 @@ class PadRows(Rename):
 
 @dataclass(frozen=True)
 class InterleaveQKV(Operator):
-    """Interleaves q, k and v to rows grouped by key-value head: its query heads, its key head, its value head."""
+    """Interleaves q, k and v to rows grouped by key-value head: its query heads, its key head, its value head.
+
+    Attributes:
+        paired: the first channels of each head of q and k, of which RoPE rotates adjacent pairs in Hugging Face's
+            order; here their halves are pairs, as in Llama. 0 where Hugging Face has Llama's order.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
+    paired: int = 0
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        query, key, value = (t.reshape(self.kv_heads, -1, *t.shape[1:]) for t in tensors)
+        query, key, value = (t.reshape(self.kv_heads, -1, *t.shape[1:]) for t in self._in_halves(tensors))
         return torch.cat((query, key, value), dim=1).flatten(0, 1)
 
     def to_hf(self, parameter: Tensor) -> list[Tensor]:
         groups = parameter.reshape(self.kv_heads, -1, *parameter.shape[1:])
-        return [part.flatten(0, 1) for part in groups.split(self._group_rows, dim=1)]
+        query, key, value = (part.flatten(0, 1) for part in groups.split(self._group_rows, dim=1))
+        half = self.paired // 2
+        return [self._reordered(query, 2, half), self._reordered(key, 2, half), value]
 
     def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
         groups = parameter.view(self.kv_heads // size, -1, *parameter.shape[1:])
-        for target, tensor in zip(groups.split(self._group_rows, dim=1), tensors, strict=True):
+        for target, tensor in zip(groups.split(self._group_rows, dim=1), self._in_halves(tensors), strict=True):
             _copy(target, tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]).chunk(size)[rank])
+
+    def _in_halves(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = tensors
+        half = self.paired // 2
+        return self._reordered(query, half, 2), self._reordered(key, half, 2), value
+
+    def _reordered(self, tensor: Tensor, rows: int, columns: int) -> Tensor:
+        """Transposes the paired channels of each head as a matrix [rows, columns]."""
+        if not self.paired:
+            return tensor
+        heads = tensor.reshape(-1, self.head_dim, *tensor.shape[1:])
+        pairs = heads[:, : self.paired].unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
+        return torch.cat((pairs, heads[:, self.paired :]), dim=1).flatten(0, 1)
 
     @property
     def _group_rows(self) -> tuple[int, int, int]:
         """Rows of query, key and value in the group of one key-value head."""
         return self.heads // self.kv_heads * self.head_dim, self.head_dim, self.head_dim
+
+
+@dataclass(frozen=True)
+class FusedQKV(InterleaveQKV):
+    """`InterleaveQKV` of one tensor: q above k above v."""
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        return super().to_megatron(self._split(*tensors))
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        return [torch.cat(super().to_hf(parameter))]
+
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        super().fill(parameter, self._split(*tensors), rank, size, dimension)
+
+    def _split(self, tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.split([heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)])
 
 
 @dataclass(frozen=True)
@@ -141,6 +179,22 @@ class StackGateUp(Operator):
     def join(self, parts: Sequence[Tensor], dimension: int | None) -> Tensor:
         halves = zip(*(part.chunk(2) for part in parts), strict=True)
         return torch.cat([torch.cat(half) for half in halves])
+
+
+@dataclass(frozen=True)
+class FusedGateUp(StackGateUp):
+    """`StackGateUp` of one tensor: the gate above the up projection."""
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        (tensor,) = tensors
+        return tensor
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        return [parameter]
+
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        (tensor,) = tensors
+        super().fill(parameter, tensor.chunk(2), rank, size, dimension)
 
 
 @dataclass(frozen=True)

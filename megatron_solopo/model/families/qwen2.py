@@ -6,12 +6,11 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.model.families import llama
 from megatron_solopo.model.families.family import Family
-from megatron_solopo.model.families.fields import head_dim
 from megatron_solopo.model.families.operators import Entry, InterleaveQKV
 
 
 def _table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, ...]:
-    qkv = InterleaveQKV(hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config))
+    qkv = InterleaveQKV(*llama.head_sizes(hf_config))
     bias = Entry(
         "decoder.layers.{layer}.self_attention.linear_qkv.bias", llama.qkv_names("model.layers.{layer}.", "bias"), qkv
     )

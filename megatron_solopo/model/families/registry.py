@@ -6,16 +6,27 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Family, refuse
-from megatron_solopo.model.families.fields import attention_window, check_shape, refuse_unknown
+from megatron_solopo.model.families.fields import check_shape, refuse_unknown, windowed_layers
+from megatron_solopo.model.families.gemma3 import GEMMA3
+from megatron_solopo.model.families.glm4 import GLM, GLM4
 from megatron_solopo.model.families.llama import LLAMA
-from megatron_solopo.model.families.mistral import MISTRAL
+from megatron_solopo.model.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from megatron_solopo.model.families.mixtral import MIXTRAL
+from megatron_solopo.model.families.olmo import OLMO2, OLMO3
+from megatron_solopo.model.families.phi3 import PHI3
 from megatron_solopo.model.families.qwen2 import QWEN2
 from megatron_solopo.model.families.qwen3 import QWEN3
 from megatron_solopo.model.families.qwen3_moe import QWEN3_MOE
+from megatron_solopo.model.families.smollm3 import SMOLLM3
 from megatron_solopo.model.rope import check_rope
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(GEMMA3, GLM, GLM4, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
+        *(MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
+    )
+}
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
@@ -31,10 +42,10 @@ def family_of(hf_config: PretrainedConfig) -> Family:
             f"supported are {', '.join(sorted(FAMILIES))}",
         )
     family = FAMILIES[hf_config.model_type]
-    refuse(hf_config, hidden_act="silu", attention_dropout=0.0)
-    family.check(hf_config)
-    check_rope(hf_config)
-    attention_window(hf_config)
-    refuse_unknown(hf_config, family.fields)
+    refuse(hf_config, hidden_act=family.activation, hidden_activation=family.activation, attention_dropout=0.0)
     check_shape(hf_config)
+    family.check(hf_config)
+    check_rope(hf_config, family.rope_fields)
+    windowed_layers(hf_config)
+    refuse_unknown(hf_config, family.fields)
     return family

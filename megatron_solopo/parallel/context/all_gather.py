@@ -29,15 +29,21 @@ class AllGather(ContextMethod):
             )
 
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
+        self,
+        pieces: Sequence[Piece],
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        kernels: Kernels,
+        window: int | None = None,
     ) -> RankLayout:
         from megatron_solopo.parallel.cpu_attention import cpu_layout
         from megatron_solopo.parallel.kernels import Kernels
         from megatron_solopo.parallel.sequences import sequence_layout
 
         if kernels is Kernels.CPU:
-            return cpu_layout(pieces, rank, size, group)
-        return sequence_layout(pieces, rank, size, group)
+            return cpu_layout(pieces, rank, size, group, window)
+        return sequence_layout(pieces, rank, size, group, window=window)
 
     def check_on_cuda(self, config: Config) -> None:
         if not config.model.bf16:

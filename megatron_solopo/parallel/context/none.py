@@ -49,19 +49,25 @@ class Whole(ContextMethod):
         return "each sequence whole"
 
     def layout(
-        self, pieces: Sequence[Piece], rank: int, size: int, group: dist.ProcessGroup | None, kernels: Kernels
+        self,
+        pieces: Sequence[Piece],
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        kernels: Kernels,
+        window: int | None = None,
     ) -> RankLayout:
         from megatron_solopo.parallel.cpu_attention import cpu_layout
         from megatron_solopo.parallel.layout import block_layout
         from megatron_solopo.parallel.sequences import prompt_layout, sequence_layout
 
         if kernels is Kernels.CPU:
-            return cpu_layout(pieces)
+            return cpu_layout(pieces, window=window)
         if kernels is Kernels.BLOCKS:
             return block_layout(pieces)
-        if kernels in PLANNED:
+        if kernels in PLANNED and window is None:
             return prompt_layout(pieces, kernels is Kernels.CUDNN)
-        return sequence_layout(pieces)
+        return sequence_layout(pieces, window=window)
 
 
 METHOD = Whole()

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""docs/families.md: every model family with measured distances from transformers (`make families-page`).
+
+The tiny models are those of tests/unit/test_model_parity.py: random weights, norms and biases; each figure is the
+largest of a family's configurations.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "families.md"
+for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "unit"):
+    sys.path.insert(0, str(folder))
+
+ABOUT = """\
+# Model families
+
+`make families-page` generates this page: it builds the tiny models of `tests/unit/test_model_parity.py` (random
+weights, norms and biases, 211 rows of vocabulary), and compares them with transformers on a CPU. A figure is the
+largest of a family's configurations.
+
+- *log-probs*: largest difference of a response's summed log-prob from transformers', nats, in float32 and in float64;
+- *gradients*: largest distance of a tensor's gradient from transformers', relative to its norm (at least 1e-3),
+  in float64;
+- *shared*: largest difference between prompts that responses share and a prompt for each response, nats, in float64;
+- *export*: whether every tensor of the exported folder has the bits of the folder that was loaded;
+- *layouts*: tp, sp, pp and cp in two processes, or more ways on two to eight, have the oracle's gradient
+  (`tests/distributed`); *as another*: every kind of its parameters is one of a family that is compared.
+
+| family | configurations | log-probs float32 | log-probs float64 | gradients | shared | export | layouts | lines |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+class Row(NamedTuple):
+    """The measured figures of a configuration."""
+
+    float32: float
+    float64: float
+    gradients: float
+    shared: float
+    export: bool
+
+
+def measure(name: str, folder: Path) -> Row:
+    """Measures one of test_model_parity's configurations."""
+    import test_model_parity as parity
+    import torch
+    import transformers_in_double
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from megatron_solopo.conversion.hf import named_entries, save_folder
+    from megatron_solopo.data.tokenized.packs import build_pack
+
+    hf_folder = parity.random_folder(name, folder)
+    groups = [parity.random_group(seed) for seed in (1, 2)] + [parity.random_group(3, ((90, (4, 11)),))]
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return (one.double() - other.double()).abs().max().item()
+
+    def ours(model: Any, hf_config: Any, dtype: torch.dtype, share: bool = True) -> torch.Tensor:
+        return parity.run_pack(hf_config, model, build_pack(groups, range(3), share), dtype)
+
+    hf_config, model = parity.megatron_model(hf_folder, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = torch.cat([parity.transformers_log_probs(theirs, group) for group in groups])
+        float32 = distance(ours(model, hf_config, torch.float32), expected)
+    save_folder([model], hf_config, hf_folder, folder / "back")
+    before, after = (load_file(each / "model.safetensors") for each in (hf_folder, folder / "back"))
+    export = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    hf_config, model = parity.megatron_model(hf_folder, torch.float64)
+    theirs = transformers_in_double.load(hf_folder)
+    sums = ours(model, hf_config, torch.float64)
+    expected = torch.cat([parity.transformers_log_probs(theirs, group) for group in groups])
+    with torch.no_grad():
+        shared = distance(sums, ours(model, hf_config, torch.float64, share=False))
+    weights = torch.arange(1, len(sums) + 1)
+    (sums * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    gradients = transformers_in_double.by_file_name(theirs, gradients)
+    worst = 0.0
+    for entry, names, parameter in named_entries(model, hf_config):
+        for key, gradient in zip(names, entry.operator.to_hf(parameter.grad), strict=True):
+            worst = max(worst, ((gradient - gradients[key]).norm() / gradients[key].norm().clamp(min=1e-3)).item())
+    return Row(float32, distance(sums.detach(), expected.detach()), worst, shared, export)
+
+
+def layouts_of(model_type: str) -> str:
+    """Names the tests of tests/distributed that have a model of this type."""
+    sources = [(ROOT / "tests" / "distributed" / name).read_text() for name in ("conftest.py", "test_experts.py")]
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type].__name__
+    return "oracle" if any(f"{kind}(**" in source for source in sources) else "as another"
+
+
+def source_of(model_type: str) -> Path:
+    """Returns the file that declares a family."""
+    files = sorted((ROOT / "megatron_solopo" / "model" / "families").glob("*.py"))
+    return next(file for file in files if file.name != "__init__.py" and f'"{model_type}"' in file.read_text())
+
+
+def rows() -> Iterator[str]:
+    """Yields the table's rows, a family each."""
+    import test_model_parity as parity
+
+    from megatron_solopo.model.families.registry import FAMILIES
+    from megatron_solopo.parallel import platform
+
+    here = platform.start("cpu")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+    for model_type in sorted(FAMILIES):
+        measured = []
+        for name, config in parity.CONFIGS.items():
+            if config.model_type == model_type:
+                with tempfile.TemporaryDirectory() as folder:
+                    measured.append(measure(name, Path(folder)))
+        columns = [max(column) for column in list(zip(*measured, strict=True))[:4]]
+        source = source_of(model_type)
+        lines = len(source.read_text().splitlines())
+        yield (
+            f"| {model_type} | {len(measured)} | {' | '.join(f'{value:.0e}' for value in columns)} | "
+            f"{'bit-equal' if all(row.export for row in measured) else 'differs'} | {layouts_of(model_type)} | "
+            f"`{source.name}` {lines} |"
+        )
+    platform.stop(here)
+
+
+def page() -> str:
+    """Returns the page's text."""
+    return ABOUT + "\n".join(rows()) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
