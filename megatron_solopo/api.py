@@ -32,6 +32,7 @@ from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.errors import UserError, files_explained, system_reason
 from megatron_solopo.evaluation import evaluate as evaluation
 from megatron_solopo.parallel.platform import choose, first_error
+from megatron_solopo.training.best import stopped_early
 from megatron_solopo.training.run import started
 from megatron_solopo.yaml_options import as_options
 
@@ -43,7 +44,8 @@ class TrainResult:
     Attributes:
         save: the run folder.
         step: steps that are done and saved.
-        finished: whether they are all; False where a signal or --exit-duration-in-mins stopped the run.
+        finished: whether they are all, or --early-stop ended the run; False where a signal or
+            --exit-duration-in-mins stopped it.
         checkpoint: the folder of the last complete checkpoint, which a later run resumes; None where there is none.
         hf_folder: the trained model in Hugging Face format, where --save-hf asked for it and the run is finished.
         metrics: the last step's, by their names in metrics.jsonl.
@@ -105,7 +107,7 @@ def train(config: Config) -> TrainResult:
 
 def evaluate(
     model: str | Path,
-    questions: str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]],
+    questions: str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | None = None,
     *,
     context_documents: Sequence[int] | None = None,
     context_tokens: Sequence[int] | None = None,
@@ -117,7 +119,8 @@ def evaluate(
     It computes in this process alone: under torchrun, call it on one of them.
 
     Args:
-        questions: files, or records as they hold them (MuSiQue's, or those of ``source``).
+        questions: files, or records as they hold them (MuSiQue's, or those of ``source``); None where ``tasks`` names
+            tasks of benchmarks, as ``tasks=["ruler_vt", "niah_plus_single=dev-v2.0.json"]``.
         context_documents, context_tokens: the lengths; one of the two.
         output: file for the results, with the predictions beside it; answers that it holds of an unfinished call are
             not generated again. Default: no file stays.
@@ -127,14 +130,14 @@ def evaluate(
         UserError: an option is unknown or cannot be, a file is missing or wrong, or no question can be asked.
     """
     with _as_library(), tempfile.TemporaryDirectory() as folder:
-        files = [questions] if isinstance(questions, str | os.PathLike) else list(questions)
+        files = [questions] if isinstance(questions, str | os.PathLike) else list(questions or [])
         if records := [record for record in files if isinstance(record, Mapping)]:
             files = [Path(folder) / "questions.jsonl"]
             write_jsonl(files[0], records)
         lengths = {"context_documents": context_documents, "context_tokens": context_tokens}
         named = {
             "model": model,
-            "data": files,
+            **({"data": files} if files else {}),
             "output": output or Path(folder) / "results.json",
             **{name: ",".join(map(str, sizes)) for name, sizes in lengths.items() if sizes is not None},
             **options,
@@ -206,7 +209,8 @@ def _result(config: Config) -> TrainResult:
     """Returns what the run folder holds; for the first process, at the end of a run."""
     save, step = Path(config.output.save), latest_iteration(config.output.save)
     checkpoint = None if step is None else checkpoint_folder(save, step)
-    finished = checkpoint is not None and read_manifest(checkpoint)["progress"]["steps"] == step
+    all_done = checkpoint is not None and read_manifest(checkpoint)["progress"]["steps"] == step
+    finished = all_done or (step is not None and stopped_early(save) == step)
     last: dict[str, dict[str, Any]] = {"train": {}, "valid": {}}
     for text in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # a full disk cuts a line

@@ -189,6 +189,11 @@ class DataConfig:
         "tokenize-data",
     )
     valid_data: str | None = option(None, "data of evaluations during training, in the same forms as --train-data")
+    eval_generate: str | None = option(
+        None,
+        "contexts file of prepare-data with held-out questions, which evaluations during training answer on their "
+        "short and long contexts",
+    )
     seq_length: int = option(8192, "largest length of a prompt plus response, in tokens", minimum=2)
     overlong: str = option(
         "refuse",
@@ -451,10 +456,15 @@ class TrainingConfig:
     )
     seed: int = option(1234, "random seed of the order of the examples and of --random-init", minimum=0)
     eval_interval: int = option(
-        0, "steps between evaluations on --valid-data; 0: only before the first step and after the last", minimum=0
+        0,
+        "steps between evaluations on --valid-data and --eval-generate; 0: only before the first step and after the "
+        "last",
+        minimum=0,
     )
-    eval_on_start: bool = option(
-        True, "evaluate on --valid-data before the first step too, so that a run shows what it changed"
+    eval_on_start: bool = option(True, "evaluate before the first step too, so that a run shows what it changed")
+    eval_max_new_tokens: int = option(64, "an answer of --eval-generate is cut after so many tokens", minimum=1)
+    early_stop: int | None = option(
+        None, "end the run after so many evaluations in a row without a better --save-best", minimum=1
     )
 
     @property
@@ -476,6 +486,11 @@ class OutputConfig:
     save_interval: int = option(0, "steps between checkpoints; 0: only after the last step", minimum=0)
     keep_last: int | None = option(
         None, "complete checkpoints to keep; older ones are deleted once a new one is complete", minimum=1
+    )
+    save_best: str | None = option(
+        None,
+        "metric of evaluations, such as accuracy or sub_em_long: the checkpoint of its best step is saved too and "
+        "always kept, and best.json of the run folder names it",
     )
     save_retain_interval: int | None = option(
         None, "checkpoints at multiples of this are kept; without --keep-last only the last other one is", minimum=1

@@ -281,6 +281,8 @@ def _check_tiles(model: ModelConfig) -> None:
 
 PROFILE = ("use_pytorch_profiler", "profile_step_start", "profile_step_end", "profile_ranks")
 
+EVALUATED = ("eval_interval", "eval_on_start", "save_best")
+
 Rule = tuple[str, bool, str]
 """(option, whether the run reads it, what it needs)."""
 
@@ -291,6 +293,7 @@ def unused(config: Config) -> dict[str, str]:
     staged = config.parallel.pipeline_model_parallel_size > 1, "needs --pipeline-model-parallel-size above 1"
     overlapped = config.parallel.overlap_grad_reduce, "needs --overlap-grad-reduce"
     stops = output.exit_signal_handler or output.exit_duration_in_mins is not None
+    evaluated = config.data.valid_data is not None or config.data.eval_generate is not None
     rules = [
         *_method_rules(config.method),
         ("recompute_method", model.recompute_granularity == "full", "needs --recompute-granularity full"),
@@ -308,8 +311,9 @@ def unused(config: Config) -> dict[str, str]:
             "needs --context-mode solo or long, or --objective sft (short contexts keep their positions)",
         ),
         ("stretch_fraction", config.data.stretch_positions is not None, "needs --stretch-positions"),
-        ("eval_interval", config.data.valid_data is not None, "needs --valid-data"),
-        ("eval_on_start", config.data.valid_data is not None, "needs --valid-data"),
+        *((name, evaluated, "needs --valid-data or --eval-generate") for name in EVALUATED),
+        ("eval_max_new_tokens", config.data.eval_generate is not None, "needs --eval-generate"),
+        ("early_stop", output.save_best is not None, "needs --save-best"),
         (
             "sequence_parallel",
             config.parallel.tensor_model_parallel_size > 1,
@@ -346,8 +350,9 @@ def unused(config: Config) -> dict[str, str]:
         ),
         (
             "keep_last",
-            output.save_interval > 0 or stops,
-            "needs --save-interval, --exit-signal-handler or --exit-duration-in-mins (else there is one checkpoint)",
+            output.save_interval > 0 or stops or output.save_best is not None,
+            "needs --save-interval, --save-best, --exit-signal-handler or --exit-duration-in-mins (else there is one "
+            "checkpoint)",
         ),
         ("save_retain_interval", output.save_interval > 0, "needs --save-interval"),
         ("async_save", output.save_interval > 0, "needs --save-interval (the last save is always waited for)"),

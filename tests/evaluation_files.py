@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_solopo.evaluation import results
+from megatron_solopo.evaluation.intervals import wilson_interval
 
 
 def write_evaluation(path, scores, count=100, model="runs/model", unit="documents", data="questions.jsonl", **settings):
@@ -10,7 +10,7 @@ def write_evaluation(path, scores, count=100, model="runs/model", unit="document
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics = {}
     for length, score in scores.items():
-        interval = list(results.wilson_interval(score, count))
+        interval = list(wilson_interval(score, count))
         metrics[f"{length} {unit}"] = {
             "sub_em": score,
             "em": score,

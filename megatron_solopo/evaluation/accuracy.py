@@ -11,10 +11,16 @@ import pandas
 
 from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.depth import depth_parts
+from megatron_solopo.evaluation.intervals import intervals_text
+from megatron_solopo.evaluation.paired import paired_parts
 from megatron_solopo.evaluation.plots import Look, draw_accuracy
-from megatron_solopo.evaluation.results import Evaluation, LengthResult, accuracy_by_length, intervals_text, labels_of
+from megatron_solopo.evaluation.results import Evaluation, LengthResult, accuracy_by_length, labels_of
 from megatron_solopo.evaluation.tables import markdown_table
 from megatron_solopo.metrics import metric_of
+
+DEFAULT_METRIC = "sub_em"
+"""The metric that is drawn unless --metric names another; tasks of a benchmark show the benchmark's own."""
 
 
 def accuracy_section(
@@ -22,67 +28,78 @@ def accuracy_section(
 ) -> list[str]:
     """Returns the section's parts; what is drawn is added to ``figures``.
 
+    Args:
+        metric: drawn where it was measured, else the first metric of a task.
+
     Raises:
         UserError: no evaluation has ``metric``.
     """
     names = dict.fromkeys(name for one in evaluations for result in one.results for name in result.means)
     measured = list(dict.fromkeys([*(name for name in SCORERS if name in names), *names]))  # ours in their order
-    if metric not in measured:
+    only_tasks = all(result.task for one in evaluations for result in one.results)
+    if metric not in measured and not (only_tasks and metric == DEFAULT_METRIC):
         raise UserError("metric-unknown", f"--metric {metric}: no evaluation has it; set one of {', '.join(measured)}")
-    title = metric_of(metric).label
     parts = ["## Accuracy by context length"]
-    units = list(dict.fromkeys(result.unit for evaluation in evaluations for result in evaluation.results))
-    for unit in units:
+    asked = list(dict.fromkeys((result.task, result.unit) for one in evaluations for result in one.results))
+    for task, unit in asked:
+        results = [(one.label, result) for one in evaluations for result in one.results]
+        results = [(label, result) for label, result in results if (result.task, result.unit) == (task, unit)]
+        of_task = [name for name in measured if any(name in result.means for _, result in results)]
+        wanted = metric in of_task and not (task and metric == DEFAULT_METRIC)
+        drawn = metric if wanted else next(iter(results[0][1].means))
         labels = labels_of(evaluations)
-        series = {label: points for label in labels if (points := accuracy_by_length(evaluations, label, unit, metric))}
+        series = {one: points for one in labels if (points := accuracy_by_length(evaluations, one, unit, drawn, task))}
         if not series:
             continue
-        results = [(one.label, result) for one in evaluations for result in one.results if result.unit == unit]
-        tokens: dict[float, list[float]] = defaultdict(list)
-        for _, result in results:
-            tokens[result.length].append(result.mean_prompt_tokens)
-        figure = output.with_name(f"{output.stem}-accuracy{'' if len(units) == 1 else '-' + unit}.png")
-        draw_accuracy(figure, series, looks, title, unit, {length: fmean(of) for length, of in tokens.items()})
-        figures.append(figure)
-        seeds = [point.seeds for points in series.values() for point in points]
-        caption = f"{title} by context length; {_questions(results)}. {_spread(seeds, _method(results, metric))}."
-        parts += [
-            f"![{title} by context length in {unit}]({figure.name})",
-            f"*{caption}*",
-            accuracy_table(evaluations, unit, metric),
-        ]
-        if others := [other for other in measured if other != metric]:
-            parts.append(_by_length(evaluations, unit, others, "{0.mean:.2f}"))
+        if task:
+            parts.append(f"### {task}")
+        named = f"-{task}" if task else "" if len(asked) == 1 else f"-{unit}"
+        if len({result.length for _, result in results}) > 1 or not task:
+            tokens: dict[float, list[float]] = defaultdict(list)
+            for _, result in results:
+                tokens[result.length].append(result.mean_prompt_tokens)
+            figure = output.with_name(f"{output.stem}-accuracy{named}.png")
+            title = metric_of(drawn).label
+            draw_accuracy(figure, series, looks, title, unit, {length: fmean(of) for length, of in tokens.items()})
+            figures.append(figure)
+            seeds = [point.seeds for points in series.values() for point in points]
+            caption = f"{title} by context length; {_questions(results)}. {_spread(seeds, _method(results, drawn))}."
+            parts += [f"![{title} by context length in {unit}]({figure.name})", f"*{caption}*"]
+        parts.append(accuracy_table(evaluations, unit, drawn, task))
+        if others := [other for other in of_task if other != drawn]:
+            parts.append(_by_length(evaluations, unit, others, "{0.mean:.2f}", task))
         if cut := _cut_answers(results):
             parts.append(cut)
+        parts += depth_parts(output.with_name(f"{output.stem}-depth{named}.png"), results, drawn, figures)
+        parts += paired_parts(evaluations, task, unit, drawn)
     return [*parts, "Where the numbers come from:", _sources(evaluations)]
 
 
-def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "sub_em") -> str:
+def accuracy_table(evaluations: Sequence[Evaluation], unit: str, metric: str = "sub_em", task: str = "") -> str:
     """Returns a Markdown table, one row a label and one column a context length in ``unit``.
 
     A cell is ``mean [low, high]``: the 95 % interval of a single evaluation, lowest and highest of several.
     """
-    return _by_length(evaluations, unit, [metric], "{0.mean:.2f} [{0.low:.2f}, {0.high:.2f}]")
+    return _by_length(evaluations, unit, [metric], "{0.mean:.2f} [{0.low:.2f}, {0.high:.2f}]", task)
 
 
-def _by_length(evaluations: Sequence[Evaluation], unit: str, metrics: list[str], cell: str) -> str:
+def _by_length(evaluations: Sequence[Evaluation], unit: str, metrics: list[str], cell: str, task: str) -> str:
     """Returns a row a label; a cell holds each metric's point as ``cell`` formats it, "-" where there is none."""
     points = {
         (label, point.x, metric): cell.format(point)
         for label in labels_of(evaluations)
         for metric in metrics
-        for point in accuracy_by_length(evaluations, label, unit, metric)
+        for point in accuracy_by_length(evaluations, label, unit, metric, task)
     }
-    lengths = sorted({result.length for one in evaluations for result in one.results if result.unit == unit})
+    lengths = sorted({label_and_length[1] for label_and_length in points})
     labels = list(dict.fromkeys(label for label, _, _ in points))
 
-    def text(label: str, length: int) -> str:
+    def text(label: str, length: float) -> str:
         cells = [points.get((label, length, metric), "-") for metric in metrics]
         return " / ".join(cells) if any(one != "-" for one in cells) else "-"
 
     columns = {" / ".join(metric_of(metric).label for metric in metrics): labels}
-    columns |= {f"{length:,} {unit}": [text(label, length) for label in labels] for length in lengths}
+    columns |= {f"{length:,.0f} {unit}": [text(label, length) for label in labels] for length in lengths}
     return markdown_table(pandas.DataFrame(columns))
 
 
@@ -135,7 +152,7 @@ def _sources(evaluations: Sequence[Evaluation]) -> str:
             "label": one.label,
             "model": f"`{_shown(one.model)}`",
             "questions": f"`{', '.join(map(_shown, one.data.split(', ')))}`",
-            **{head: str(one.settings.get(key, "-")) for key, head in keys.items()},
+            **{head: str("-" if (value := one.settings.get(key)) is None else value) for key, head in keys.items()},
         }
         for one in evaluations
     ]

@@ -16,8 +16,8 @@ from megatron_solopo.data.schema import Paragraph
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.prompt import PromptFormat
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluation.evaluate import add_generation_options
 from megatron_solopo.evaluation.generation import generate
+from megatron_solopo.evaluation.options import add_generation_options
 from megatron_solopo.evaluation.results import folder_names
 
 

@@ -110,6 +110,71 @@ def generate(
     return [responses[index] for index in range(len(prompts))]
 
 
+@torch.inference_mode()
+def choose(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: str = "choosing",
+    chosen: Mapping[int, int] | None = None,
+    add: Callable[[dict[int, int]], None] | None = None,
+) -> list[int]:
+    """Returns for each prompt the index of the choice with the highest log-prob after it; the first of equal ones.
+
+    Args:
+        prompts, choices: token ids; the log-prob of a choice is the sum of its tokens'.
+        batch_tokens: rows x longest row of a batch stays within this number.
+        chosen, add: indices of an earlier call, and what is called with those of each batch; see `generate`.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model.
+    """
+    used = [token for ids in (*prompts, *(one for of in choices for one in of)) for token in ids]
+    check_rows(model, used, "--model")
+    answers = dict(chosen or {})
+    left = [index for index in range(len(prompts)) if index not in answers]
+    rows: dict[tuple[int, tuple[int, ...]], None] = {}  # choices of one token share the row of their prompt
+    for index in left:
+        rows |= {(index, tuple(one[:-1])): None for one in choices[index]}
+    keys, scores = list(rows), dict[tuple[int, int], float]()
+    lengths = [len(prompts[index]) + len(before) for index, before in keys]
+    kept = max((len(before) for _, before in keys), default=0) + 1
+    with ProgressBar(total=len(prompts), initial=len(answers), desc=progress, unit=" questions", leave=False) as bar:
+        for batch in batches_by_length(lengths, 0, batch_tokens):
+            log_probs = _last_log_probs(model, [[*prompts[keys[row][0]], *keys[row][1]] for row in batch], kept)
+            for row, of_row in zip(batch, log_probs, strict=True):
+                index, before = keys[row]
+                for number, one in enumerate(choices[index]):
+                    if tuple(one[:-1]) == before:
+                        picked = of_row[len(of_row) - len(one) :].gather(1, torch.tensor(one)[:, None])
+                        scores[index, number] = float(picked.sum())
+            answered = {}
+            for index in dict.fromkeys(keys[row][0] for row in batch):
+                numbers = range(len(choices[index]))
+                if all((index, number) in scores for number in numbers):  # its rows may be in several batches
+                    answered[index] = max(numbers, key=lambda number, index=index: scores[index, number])
+            answers |= answered
+            bar.update(len(answered))
+            if add is not None and answered:
+                add(answered)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _last_log_probs(model: PreTrainedModel, rows: Sequence[Sequence[int]], kept: int) -> torch.Tensor:
+    """Returns [rows, kept, vocabulary] float32 log-probs after the last tokens of each row, on the CPU."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[number, longest - len(row) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask, positions = (one.to(model.device) for one in (ids, mask, positions))
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
+    return logits.float().log_softmax(-1).cpu()
+
+
 class _Steps(StoppingCriteria):
     """Never stops: counts a batch's ``tokens`` evenly over the steps that it may take, for a batch takes minutes."""
 

@@ -19,6 +19,7 @@ from megatron_solopo.evaluation.results import (
     read_evaluations,
     read_runs,
 )
+from megatron_solopo.evaluation.scorers import BENCHMARK_SCORERS
 
 
 def write_report(
@@ -36,7 +37,7 @@ def write_report(
 
     Args:
         text, closing: Markdown put after the title and at the end.
-        metric: the one that is drawn, a key of `SCORERS`.
+        metric: the one that is drawn, a key of `SCORERS` or `BENCHMARK_SCORERS`.
 
     Raises:
         UserError: nothing to report, or a package of the extra "report" is missing.
@@ -91,7 +92,10 @@ def build_parser() -> Parser:
     )
     outputs.add_argument("--title", default="Report", help="first line of the report (default: %(default)s)")
     outputs.add_argument(
-        "--metric", choices=list(SCORERS), default="sub_em", help="the metric that is drawn (default: %(default)s)"
+        "--metric",
+        choices=[*SCORERS, *BENCHMARK_SCORERS],
+        default="sub_em",
+        help="the metric that is drawn (default: %(default)s; of a task its benchmark's)",
     )
     return parser
 

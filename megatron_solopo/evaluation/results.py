@@ -15,77 +15,24 @@ from pydantic import TypeAdapter
 from megatron_solopo.data.files.records import Record, read_jsonl, read_text
 from megatron_solopo.data.validation import Number, Whole, missing, validated
 from megatron_solopo.errors import UserError
-from megatron_solopo.metrics import LABELS, Metric, from_json, metric_of
+from megatron_solopo.metrics import LABELS, Metric, from_json
 
 if TYPE_CHECKING:
     import pandas
-
-Z_95 = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
-
-
-def wilson_interval(mean: float, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion of ``count`` yes-or-no outcomes (Wilson 1927); honest near 0 and 1 too."""
-    if count == 0:
-        return 0.0, 1.0
-    shrink = 1 + Z_95**2 / count
-    centre = (mean + Z_95**2 / (2 * count)) / shrink
-    half = Z_95 / shrink * math.sqrt(mean * (1 - mean) / count + Z_95**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-INTERVAL_METHODS = {
-    "wilson": "Wilson score interval",
-    "wilson_bound": "Wilson score interval, an upper bound of the width",
-    "normal": "normal approximation",
-}
-"""How an interval was computed: its name in an evaluation file -> its name for people."""
-
-ENOUGH_FOR_NORMAL = 30
-"""Values from which on the spread among them is trusted."""
-
-
-def mean_interval(metric: str, values: Sequence[float]) -> tuple[tuple[float, float], str]:
-    """95 % interval of the mean of a metric over questions, and how it was computed (`INTERVAL_METHODS`).
-
-    sub-EM and EM are 0 or 1 for each question (`Metric.binary`): Wilson's interval. F1 lies between, and has the
-    normal approximation. Below `ENOUGH_FOR_NORMAL` questions that is too narrow (with one question it has no width), so
-    it has Wilson's interval of its mean there: values in [0, 1] vary at most as zeros and ones of the same mean do.
-
-    Args:
-        values: one a question, in [0, 1].
-    """
-    count = len(values)
-    mean = sum(values) / count if count else 0.0
-    if metric_of(metric).binary:
-        return wilson_interval(mean, count), "wilson"
-    if count < ENOUGH_FOR_NORMAL:
-        return wilson_interval(mean, count), "wilson_bound"
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    half = Z_95 * math.sqrt(variance / count)
-    return (max(0.0, mean - half), min(1.0, mean + half)), "normal"
-
-
-def intervals_text(methods: Iterable[dict[str, str]]) -> str:
-    """Returns how the intervals of several results were computed, each by metric: "sub-EM, EM: Wilson score interval;
-    ..."."""
-    of_metric: dict[str, dict[str, None]] = {}
-    for one in methods:
-        for metric, method in one.items():
-            of_metric.setdefault(metric, {})[INTERVAL_METHODS.get(method, method)] = None
-    metrics_of: dict[str, list[str]] = {}
-    for metric, names in of_metric.items():
-        metrics_of.setdefault(" or ".join(names), []).append(metric_of(metric).label)
-    return "; ".join(f"{', '.join(labels)}: {names}" for names, labels in metrics_of.items())
-
 
 NOT_SHARED = ("seed", "context_documents", "context_tokens", "left_out")
 """Settings in which the evaluations of one label may differ: seed, lengths, and what these left out."""
 
 
-def length_label(length: int, unit: str) -> str:
-    """Returns the key of a context length in an evaluation file: ``8 documents``, ``4096 tokens``."""
-    return f"{length} {unit}"
+def length_label(length: int, unit: str, task: str = "") -> str:
+    """Returns the key of a context length in an evaluation file: ``8 documents``, ``ruler_vt: 4096 tokens``."""
+    return f"{task}: {length} {unit}" if task else f"{length} {unit}"
+
+
+def predictions_path(output: str | Path) -> Path:
+    """Returns where the predictions of a results file are: ``results.json`` -> ``results.predictions.jsonl``."""
+    path = Path(output)
+    return path.parent / f"{path.stem}.predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -93,12 +40,15 @@ class LengthResult:
     """Scores at one context length.
 
     Attributes:
-        length, unit: the length asked for and what it counts (``documents`` or ``tokens``).
+        length, unit: the length asked for and what it counts (``documents``, ``tokens``; of multiple-choice questions
+            ``choices``).
         means, intervals: by metric, those that the file has; intervals are 95 % over questions.
         count: number of questions.
         mean_prompt_tokens: tokens of a whole prompt, on average.
         methods: by metric, how its interval was computed (`INTERVAL_METHODS`); {} in older files.
         cut: answers that did not end within --max-new-tokens; None in older files.
+        task: of --tasks; "" of --data.
+        depths: by metric, the mean at each depth of --depths; {} without that option.
     """
 
     length: int
@@ -109,11 +59,13 @@ class LengthResult:
     mean_prompt_tokens: float
     methods: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
+    task: str = ""
+    depths: dict[str, dict[float, float]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """Its key in an evaluation file."""
-        return length_label(self.length, self.unit)
+        return length_label(self.length, self.unit, self.task)
 
     def record(self) -> Record:
         """Returns what an evaluation file holds of it; `read_evaluation` reads it."""
@@ -124,6 +76,7 @@ class LengthResult:
             "mean_prompt_tokens": self.mean_prompt_tokens,
             "interval": {name: list(interval) for name, interval in self.intervals.items()},
             "interval_method": self.methods,
+            **({"depths": self.depths} if self.depths else {}),
         }
 
 
@@ -312,13 +265,14 @@ class _AtLength:
     mean_prompt_tokens: Number
     interval_method: dict[str, str] = field(default_factory=dict)
     cut: Whole | None = None
+    depths: dict[str, dict[str, Number]] = field(default_factory=dict)
 
 
 _FILE, _AT_LENGTH, _NUMBERS = TypeAdapter(_File), TypeAdapter(_AtLength), TypeAdapter(dict[str, Number])
 
 
 def _at_length(key: str, values: dict[str, object], where: str) -> LengthResult:
-    match = re.fullmatch(r"(\d+) (\w+)", key)
+    match = re.fullmatch(r"(?:(\S+): )?(\d+) (\w+)", key)
     if not match:
         raise UserError("field-value", f"{where}: a context length is written like '8 documents' or '4096 tokens'")
     read = validated(_AT_LENGTH, values, where)
@@ -333,7 +287,16 @@ def _at_length(key: str, values: dict[str, object], where: str) -> LengthResult:
     if absent := intervals.keys() - means.keys():
         raise UserError("field-missing", missing(values, min(absent), where))
     return LengthResult(
-        int(match[1]), match[2], means, intervals, read.count, read.mean_prompt_tokens, read.interval_method, read.cut
+        int(match[2]),
+        match[3],
+        means,
+        intervals,
+        read.count,
+        read.mean_prompt_tokens,
+        read.interval_method,
+        read.cut,
+        match[1] or "",
+        {metric: {float(depth): mean for depth, mean in of.items()} for metric, of in read.depths.items()},
     )
 
 
@@ -404,12 +367,14 @@ def labels_of(*groups: Iterable[Evaluation | Run]) -> list[str]:
     return list(dict.fromkeys(item.label for group in groups for item in group))
 
 
-def accuracy_by_length(evaluations: Iterable[Evaluation], label: str, unit: str, metric: str) -> list[Point]:
+def accuracy_by_length(
+    evaluations: Iterable[Evaluation], label: str, unit: str, metric: str, task: str = ""
+) -> list[Point]:
     """Returns the scores of one label by context length, shortest first, averaged over its evaluations."""
     import pandas  # of the extra "report"
 
     results = [one for evaluation in evaluations if evaluation.label == label for one in evaluation.results]
-    results = [one for one in results if one.unit == unit and metric in one.means]
+    results = [one for one in results if (one.task, one.unit) == (task, unit) and metric in one.means]
     frame = pandas.DataFrame({"x": [one.length for one in results], "value": [one.means[metric] for one in results]})
     points = _points(frame)
     interval: dict[float, tuple[float, float]] = {one.length: one.intervals[metric] for one in results}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +18,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_solopo.model.attention import attention_kernels, pack_layout, window_of
-from megatron_solopo.model.log_probs import response_log_probs, segment_sums
+from megatron_solopo.model.log_probs import most_likely, response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import padding_mask
 from megatron_solopo.pack import Pack
@@ -69,12 +70,55 @@ def segment_log_probs(
         `Pack.weights`, nats, float32 or float64 ([2, N] with ``squares``); on the others the hidden states for the next
         stage.
     """
+    part, fused = pack.pack, get_model_config(model).gradient_accumulation_fusion
+
+    def sums(states: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        log_probs = response_log_probs(
+            states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused, squares
+        )
+        if part.weights is not None:
+            log_probs = log_probs * part.weights.to(log_probs.dtype)
+        return segment_sums(log_probs, part.segments, len(part.scored))
+
+    return _of_predictors(model, pack, head, dtype, sums)
+
+
+def greedy_tokens(model: nn.Module, pack: DevicePack, head: LogProbHead, dtype: torch.dtype) -> Tensor:
+    """Runs a pack whose ``segments`` number its R predicted tokens through a GPTModel (or its DDP wrapper).
+
+    Returns:
+        On the last pipeline stage [R] float64, the most likely token at each place, on every rank that shares the pack;
+        on the others the hidden states for the next stage.
+    """
+    part = pack.pack
+
+    def likeliest(states: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        tokens = most_likely(states, weight, head.vocab_size, head.chunk_size, group)
+        places = torch.zeros(pack.predicted, dtype=torch.float64, device=tokens.device)
+        return places.index_copy(0, part.segments, tokens.double())
+
+    return _of_predictors(model, pack, head, dtype, likeliest)
+
+
+def _of_predictors(
+    model: nn.Module,
+    pack: DevicePack,
+    head: LogProbHead,
+    dtype: torch.dtype,
+    compute: Callable[[Tensor, Tensor, dist.ProcessGroup | None], Tensor],
+) -> Tensor:
+    """Runs a pack; on the last stage returns what ``compute`` makes of the predictors' states, added over the
+    context-parallel ranks.
+
+    Args:
+        compute: ([R, H] states of this rank's predictors, [V / tp, H] output weight, tensor-parallel group or None).
+    """
     part, context = pack.pack, parallel_state.get_context_parallel_group()
     settings = get_model_config(model)
     layout = pack_layout(
         pack.layout, part.positions, head.frequencies, dtype, settings.apply_rope_fusion, pack.windowed
     )
-    sequence_parallel, fused = settings.sequence_parallel, settings.gradient_accumulation_fusion
+    sequence_parallel = settings.sequence_parallel
 
     def process(
         hidden_states: Tensor, output_layer: nn.Module, output_weight: Tensor | None, **ignored: object
@@ -87,14 +131,8 @@ def segment_log_probs(
         states = hidden_states[:, 0].index_select(0, part.predictors)  # [S, 1, H] -> [R, H]
         parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()) if parallel else None
-        log_probs = response_log_probs(
-            states, weight, part.targets, head.vocab_size, head.chunk_size, group, fused, squares
-        )
-        if part.weights is not None:
-            log_probs = log_probs * part.weights.to(log_probs.dtype)
-        sums = segment_sums(log_probs, part.segments, len(part.scored))
         # Every context-parallel rank continues with the total sums, and its gradient is that of its own tokens.
-        return reduce_from_tensor_model_parallel_region(sums, context)
+        return reduce_from_tensor_model_parallel_region(compute(states, weight, group), context)
 
     return model(
         input_ids=part.tokens[None],

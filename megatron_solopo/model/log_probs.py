@@ -231,3 +231,31 @@ def response_log_probs(
 def segment_sums(log_probs: Tensor, segments: Tensor, count: int) -> Tensor:
     """Sums [..., R] log-probs by segment to [..., count]; in order on the CPU, on CUDA with --deterministic-mode."""
     return log_probs.new_zeros(*log_probs.shape[:-1], count).index_add(-1, segments, log_probs)
+
+
+@torch.no_grad()
+def most_likely(
+    hidden: Tensor, weight: Tensor, vocab_size: int, chunk_size: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Returns [R] int64, the token with the largest logit for each row of [R, H] ``hidden``; the lowest of equal ones.
+
+    Args:
+        weight, vocab_size, chunk_size, group: see `response_log_probs`.
+    """
+    first_row = 0 if group is None else dist.get_rank(group) * weight.shape[0]
+    real_rows = max(0, min(weight.shape[0], vocab_size - first_row))
+    total = torch.promote_types(hidden.dtype, torch.float32)
+    tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    for begin in range(0, len(hidden), chunk_size):
+        part = slice(begin, begin + chunk_size)
+        logits = logits_of(hidden[part], weight, total)
+        logits[:, real_rows:].fill_(float("-inf"))
+        largest, places = logits.max(dim=-1)
+        places += first_row
+        if group is not None:
+            local = largest.clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            places = torch.where(local == largest, places, torch.iinfo(torch.int64).max)
+            dist.all_reduce(places, op=dist.ReduceOp.MIN, group=group)
+        tokens[part] = places
+    return tokens

@@ -23,15 +23,17 @@ class DevicePack:
     Attributes:
         pack: tokens, positions and predictions of this rank; pieces, segments and groups of the complete pack.
         layout: attention layout of those tokens.
-        windowed: that of layers with a window; None where it hides nothing.
         is_padding: [S / cp] bool, the tokens that belong to no group.
         tokens: number of tokens of the complete pack.
+        predicted: number of predicted tokens of the complete pack.
+        windowed: layout of layers with a window; None where it hides nothing.
     """
 
     pack: Pack
     layout: RankLayout
     is_padding: Tensor
     tokens: int
+    predicted: int
     windowed: RankLayout | None = None
 
     @property
@@ -73,7 +75,7 @@ def cut(
     layout, windowed = method.layout(pack.pieces, rank, size, group, kernels), None
     if window is not None and pack.longest > window:
         windowed = method.layout(pack.pieces, rank, size, group, kernels, window)
-    return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel(), windowed)
+    return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel(), pack.targets.numel(), windowed)
 
 
 def on_device[Value](value: Value, device: torch.device) -> Value:

@@ -91,6 +91,8 @@ class Checkpoints:
         )
         self.unsaved: str | None = None
         """Why the newest save failed, or None."""
+        self.best = 0
+        """Iteration of --save-best, whose checkpoint is kept; 0: none."""
         if dist.get_rank() == 0:
             retention.delete_unfinished(self._folder)
         dist.barrier()
@@ -168,9 +170,8 @@ class Checkpoints:
         rename(writing.aside, target)
         write_latest(self._folder, writing.iteration)
         output = self._output
-        retention.delete(
-            retention.surplus(self._folder, writing.iteration, output.keep_last, output.save_retain_interval)
-        )
+        kept = output.keep_last, output.save_retain_interval, self.best
+        retention.delete(retention.surplus(self._folder, writing.iteration, *kept))
 
     def _failed(self, iteration: int, aside: Path, error: str) -> None:
         if dist.get_rank() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import yaml
 from transformers import PretrainedConfig
@@ -24,6 +25,8 @@ from megatron_solopo.parallel.topology import (
     place_of,
     world_size,
 )
+from megatron_solopo.training.answers import answers_file
+from megatron_solopo.training.best import FILE as BEST
 from megatron_solopo.training.parameters import describe_parameters, parameter_count
 from megatron_solopo.training.preflight import Preflight, RunData, preflight
 from megatron_solopo.training.reference import cache_folder, has_cache
@@ -91,6 +94,7 @@ def _data(data: RunData, config: Config, device: str) -> list[str]:
         f"cut {len(train.report.cut)}",
         *([f"positions: {train.stretch}"] if train.stretch else []),
         *([f"valid: {len(valid.groups):,} examples, dropped {len(valid.dropped)}"] if valid else []),
+        *([f"held out: {len(data.held_out.prompts):,} prompts to answer"] if data.held_out else []),
         *(f"warning: {split}: {above}" for split, above in crowded if above),
         f"scored responses: {names_of_scored(policy_scores(config.method))}"
         + (f"; by the reference: {names_of_scored(reference_scores(config.method))}" if data.reference else ""),
@@ -118,6 +122,10 @@ def _files(steps: int, config: Config) -> list[str]:
         + (f" (also every {output.save_interval} steps)" if output.save_interval else "")
         + _kept(output),
     ]
+    if config.data.eval_generate is not None:
+        lines.append(f"{answers_file(Path(output.save), steps).parent}/: answers to the held-out questions, by step")
+    if output.save_best is not None:
+        lines.append(f"{output.save}/{BEST}: the step with the best {output.save_best}, whose checkpoint is kept")
     if has_cache(config.method):
         lines.append(f"{cache_folder(config)}/: reference log-probs")
     if output.wandb_project:

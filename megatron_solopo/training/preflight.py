@@ -40,7 +40,9 @@ from megatron_solopo.model.transformer_engine import check_machine, check_widths
 from megatron_solopo.parallel.platform import agreed, check_same, choose, first_of_node, resolve
 from megatron_solopo.parallel.topology import check_layout, world_size
 from megatron_solopo.training import resume
-from megatron_solopo.training.objective import check_loss
+from megatron_solopo.training.answers import ANSWER_METRICS, HeldOut, read_held_out
+from megatron_solopo.training.best import check_metric
+from megatron_solopo.training.objective import check_loss, metric_names
 from megatron_solopo.training.reference import shared, starting_weights
 from megatron_solopo.training.run_folder import recorded_budget
 
@@ -53,6 +55,7 @@ class RunData:
         reference: split -> the same examples with what the reference model scores; nothing without a reference.
         chat_template: the text of --chat-template, if set; at the end of a run the file may be gone.
         end_of_turn: the id that ends a turn.
+        held_out: the questions of --eval-generate, if set.
     """
 
     train: StoredTokens
@@ -60,6 +63,7 @@ class RunData:
     reference: dict[str, StoredTokens]
     chat_template: str | None
     end_of_turn: int
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,9 @@ def check_run_inputs(config: Config, refuse_machine: bool = True) -> RunInputs:
             raise
         unfit = str(error)
     data = load_data(config)
+    if config.output.save_best is not None:
+        measured = metric_names(config.method) if config.data.valid_data is not None else ()
+        check_metric(config.output.save_best, (*measured, *(ANSWER_METRICS if data.held_out is not None else ())))
     check_vocabulary(data, hf_config.vocab_size)
     return RunInputs(hf_config, data, run_schedule(config, data), unfit)
 
@@ -291,7 +298,12 @@ def load_data(config: Config) -> RunData:
     compared = reference_scores(config.method)
     reference = {split: dataset.only(compared) for split, dataset in read.items()} if compared else {}
     template = chosen_template(config.model, tokenizer)
-    return RunData(policy["train"], policy.get("valid"), reference, template, end_of_turn(tokenizer))
+    held_out = None
+    if data.eval_generate is not None:
+        held_out = agreed(lambda: read_held_out(config, tokenizer), "data")
+        differ = f"--eval-generate {data.eval_generate} is other data there than on rank 0; copy rank 0's"
+        check_same(held_out.fingerprint, differ)
+    return RunData(policy["train"], policy.get("valid"), reference, template, end_of_turn(tokenizer), held_out)
 
 
 def _open(path: str, folder: Path, facts: dict[str, Any], config: Config, stretch: Stretch | None) -> StoredTokens:

@@ -94,6 +94,7 @@ FREE = frozenset(
         "data_cache",
         # Validation, monitoring, and the handling of a failed step.
         *("valid_data", "eval_interval", "eval_on_start", "on_nonfinite", "spike_factor"),
+        *("eval_generate", "eval_max_new_tokens", "early_stop"),
         "override_opt_param_scheduler",
     }
 )
@@ -166,6 +167,7 @@ APART = (
     "chat_template",
     "train_data",
     "valid_data",
+    "eval_generate",
     "tensorboard_dir",
     "wandb_save_dir",
 )

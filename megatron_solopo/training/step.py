@@ -25,7 +25,7 @@ from megatron_solopo.data.tokenized.tokens import TokenDataset
 from megatron_solopo.errors import Diverged
 from megatron_solopo.losses.solopo import needs_log_squares, needs_mean_chosen_length, tail_weight
 from megatron_solopo.model.cost import width_of_cost, windows_of
-from megatron_solopo.model.forward import device_pack, segment_log_probs
+from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
 from megatron_solopo.model.router import take_aux_loss
 from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.device_pack import DevicePack
@@ -166,6 +166,10 @@ def training_work(
     )
 
 
+Forward = Callable[[torch.nn.Module, DevicePack, LogProbHead, torch.dtype], Tensor]
+"""(model, pack, head, dtype) -> what the last pipeline stage computes of a pack; see `segment_log_probs`."""
+
+
 def run_packs(
     engine: Engine,
     packs: list[DevicePack],
@@ -173,20 +177,23 @@ def run_packs(
     forward_only: bool,
     squares: bool = False,
     begin: Callable[[int, int], None] | None = None,
+    forward: Forward | None = None,
 ) -> list[dict]:
     """Runs megatron-core's schedule; returns the dict that ``loss`` returned for each pack (last pipeline stage).
 
     Args:
         squares: see `segment_log_probs`.
         begin: is called before each forward pass, with the numbers of its pack and of its model chunk.
+        forward: runs a pack; default: `segment_log_probs`.
     """
+    forward = forward or partial(segment_log_probs, squares=squares)
 
     def forward_step(packs_left: Iterator[tuple[int, DevicePack]], model: torch.nn.Module):
         number, pack = next(packs_left)
         if begin is not None:
             begin(number, engine.chunks.index(cast(Any, model)))
-        sums = segment_log_probs(model, pack, engine.head, engine.dtype, squares)
-        return sums, lambda output: loss(output, pack.pack)
+        result = forward(model, pack, engine.head, engine.dtype)
+        return result, lambda output: loss(output, pack.pack)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,

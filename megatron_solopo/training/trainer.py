@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
+from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
 from megatron_solopo.losses.solopo import needs_reference
@@ -21,13 +22,15 @@ from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import describe_kernels
 from megatron_solopo.model.experts import describe_experts
 from megatron_solopo.model.lora import without_adapters
-from megatron_solopo.parallel.platform import Platform
+from megatron_solopo.parallel.platform import Platform, first_error, run_on_rank0
 from megatron_solopo.terminal import write_line
+from megatron_solopo.training import answers, export, profiling, resume, step
 from megatron_solopo.training import engine as engines
-from megatron_solopo.training import export, profiling, resume, step
+from megatron_solopo.training.answers import HeldOut
+from megatron_solopo.training.best import FILE, Best
 from megatron_solopo.training.checkpoint import Checkpoints, load_checkpoint
 from megatron_solopo.training.exits import StopRequests, note_sudden_death, report_to_launcher
-from megatron_solopo.training.log import RunLog
+from megatron_solopo.training.log import Line, RunLog
 from megatron_solopo.training.memory import PeakMemory
 from megatron_solopo.training.monitoring import Watch, length_bias, no_transfer
 from megatron_solopo.training.parameters import describe_parameters
@@ -69,6 +72,8 @@ class Trainer:
     Attributes:
         done: number of steps whose update is in the weights.
         reason: why the run stops before its last step, or None.
+        drafts: the last answer to each question of --eval-generate, see answers.py.
+        best: the best evaluation so far, with --save-best.
     """
 
     def __init__(self, platform: Platform, config: Config, plan: Preflight, stop: StopRequests) -> None:
@@ -78,6 +83,8 @@ class Trainer:
         self.reason: str | None = None
         self.reference: dict[str, ReferenceLogProbs | None] = {"train": None, "valid": None}
         self.resident: ResidentReference | None = None
+        self.drafts: dict[int, list[int]] = {}
+        self.best = Best(config.output.save_best, config.training.early_stop) if config.output.save_best else None
         engines.initialize_parallel(config)
         self.engine = engines.build_engine(platform, plan.inputs.hf_config, config)
         self.profiler = profiling.Profiler(config.output, platform.name == "cuda")
@@ -113,18 +120,17 @@ class Trainer:
         output, steps = self.config.output, self.schedule.steps
         if self.config.training.eval_on_start and self.plan.source is None and not self.reason:
             self.validate()
-        while self.done < steps and not self.reason:
+        while self.done < steps and not self.reason and not self.stops_early:
             self.train_step()
             last = self.done == steps
             failed_before = self.checkpoints.unsaved
             self.checkpoints.poll()
             evaluates = last or _is_due(self.done, self.config.training.eval_interval)
-            if evaluates:
-                self.validate()
+            is_best = evaluates and self.validate()
             saves, exports = (
                 not last and _is_due(self.done, n) for n in (output.save_interval, output.save_hf_interval)
             )
-            self.save(saves, exports, failed_before)
+            self.save(saves or (is_best and not last), exports, failed_before)
             if last:
                 self.reason = None
             elif evaluates or saves or exports:  # a request may arrive during such a pause
@@ -181,7 +187,13 @@ class Trainer:
         self.not_finite_at_start = engines.weights_not_finite(self.engine)
         self.watch = Watch(training.spike_factor)
         # On every rank, because too many skipped steps end the run; only rank 0 has the log.
-        self.watch.replay(shared(lambda: self.log.earlier))
+        earlier = shared(lambda: self.log.earlier)
+        self.watch.replay(earlier)
+        if self.best is not None:
+            self.best.replay(earlier)
+            self.checkpoints.best = self.best.step or 0
+            if self.best.step is not None:
+                self._write_best()
         self.engine.train()
         self.reason = self.stop.agreed(self.platform.device)
         self.memory = PeakMemory(self.platform)
@@ -224,11 +236,50 @@ class Trainer:
         self.done += 1
         self._profiled(self.profiler.after_step(self.done))
 
-    def validate(self) -> None:
-        """Evaluates on --valid-data, if set."""
+    @property
+    def stops_early(self) -> bool:
+        """Whether --early-stop ends the run here."""
+        return self.best is not None and self.best.exhausted
+
+    def validate(self) -> bool:
+        """Evaluates on --valid-data and --eval-generate, where they are set; returns whether --save-best has a new
+        best step."""
+        lines: list[Line] = []
         if self.data.valid is not None:
             means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"])
-            self.log.step({"step": self.done, "split": "valid"} | means)
+            lines.append({"step": self.done, "split": "valid"} | means)
+            self.log.step(lines[-1])
+        if self.data.held_out is not None:
+            lines.append({"step": self.done, "split": answers.SPLIT} | self._answer(self.data.held_out))
+            self.log.step(lines[-1])
+        if self.best is None or not any([self.best.read(line) for line in lines]):
+            return False
+        self.checkpoints.best = self.done
+        self.log.message(f"best so far: {self.best.describe()}")
+        self._write_best()
+        return True
+
+    def _answer(self, held_out: HeldOut) -> dict[str, float]:
+        """Answers the held-out questions, writes the answers to the run folder, and returns the means of their
+        scores."""
+        start, most = time.perf_counter(), self.config.training.eval_max_new_tokens
+        self.engine.eval()
+        replies = answers.greedy_answers(self.engine, held_out.prompts, held_out.stops, most, self.config, self.drafts)
+        self.engine.train()
+        self.drafts = dict(enumerate(replies))
+        means, records = answers.scored_answers(held_out, replies)
+        path = answers.answers_file(Path(self.config.output.save), self.done)
+        if error := first_error(run_on_rank0(lambda: write_jsonl(path, records))):
+            self.log.message(f"warning: {path} cannot be written ({error})")
+        cut = sum(not record["finished"] for record in records)
+        seconds = round(time.perf_counter() - start, 4)
+        return means | {"answers": len(records), "answers_cut": cut, "seconds": seconds}
+
+    def _write_best(self, stopped: int | None = None) -> None:
+        """Writes best.json of the run folder."""
+        best, folder = self.best, Path(self.config.output.save)
+        if best is not None and (error := first_error(run_on_rank0(lambda: best.write(folder, stopped)))):
+            self.log.message(f"warning: {folder / FILE} cannot be written ({error})")
 
     def save(self, saves: bool, exports: bool, failed_before: str | None) -> None:
         """Saves the checkpoint and the Hugging Face folder that are due after a step; a failure is a warning.
@@ -264,6 +315,10 @@ class Trainer:
         for line in self.watch.at_end(self.done):
             self.log.message(line)
         stopped = f"stopped by {self.reason} after step {self.done} of {steps}" if self.reason else None
+        if self.stops_early and self.best is not None:
+            self._write_best(self.done)
+            waited = f"no better one in {self.config.training.early_stop} evaluations"
+            self.log.message(f"early stop after step {self.done} of {steps}: best is {self.best.describe()}, {waited}")
         if stopped and not self.checkpoints.unsaved:
             self.log.message(f"{stopped}; " + (f"saved in {output.save}" if self.done else "nothing was done yet"))
             report_to_launcher(stopped)

@@ -52,6 +52,8 @@ LORA_RUNS = "tests/functional/test_lora.py"
 STRETCH = "tests/unit/test_stretch.py"
 STRETCHED_RUNS = "tests/functional/test_stretched_runs.py"
 DROPOUT = "tests/unit/test_lora_dropout.py"
+TASKS = "tests/unit/test_evaluation_tasks.py"
+ANSWERS = "tests/unit/test_answers.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -369,6 +371,7 @@ MUTANTS: list[Mutant] = [
         "model/log_probs.py",
         LOG_PROBS,
         ("padding rows of the vocabulary counted", 'logits[:, real_rows:] = float("-inf")', "pass"),
+        ("padding chosen as a token", 'logits[:, real_rows:].fill_(float("-inf"))', "pass"),
         ("padding rows of the vocabulary moved", "computed = real_rows if", "computed = len(weight) if"),
         ("gradient of one block only", "addmm(grad_hidden, rows", "addmm(grad_hidden.zero_(), rows"),
         ("logits always computed again", "keeps = differentiable and", "keeps = False and"),
@@ -810,8 +813,8 @@ MUTANTS: list[Mutant] = [
         CONTEXT_RUNS,
         (
             "each context-parallel rank a part of the loss",
-            "return reduce_from_tensor_model_parallel_region(sums, context)",
-            "return sums",
+            "return reduce_from_tensor_model_parallel_region(compute(states, weight, group), context)",
+            "return compute(states, weight, group)",
         ),
     ),
     *within(
@@ -1336,5 +1339,72 @@ MUTANTS: list[Mutant] = [
         "training/preflight.py",
         LORA_RUNS,
         ("adapters resumed beside another model", " or config.model.lora_rank is not None", ""),
+    ),
+    *within(
+        "evaluation/scorers.py",
+        TASKS,
+        ("RULER's recall as a match of any answer", "return sum(matches) / len(matches)", "return float(any(matches))"),
+        (
+            "LongBench's F1 of folded spellings",
+            "gold = Counter(normalise(answer, fold=False)",
+            "gold = Counter(normalise(answer)",
+        ),
+        ("a choice without brackets read first", "(match for match in matches if match[1])", "iter(matches)"),
+    ),
+    *within(
+        "evaluation/tasks/_task.py",
+        TASKS,
+        ("no tokens left for the response", "size - self.max_new_tokens)", "size)"),
+    ),
+    *within(
+        "evaluation/tasks/ruler_needles.py",
+        TASKS,
+        ("a needle at a random depth", "if depth is None else [depth]", "if True else [depth]"),
+    ),
+    *within(
+        "evaluation/intervals.py",
+        "tests/unit/test_evaluation_intervals.py",
+        ("McNemar's test one-sided", "min(1.0, 2 * tail / 2**discordant)", "min(1.0, tail / 2**discordant)"),
+        ("the wrong model better", "other[question] - baseline[question]", "baseline[question] - other[question]"),
+    ),
+    *within(
+        "evaluation/scored.py",
+        TASKS,
+        ("a question counted once for each depth", "count=len(questions),", "count=len(answered),"),
+    ),
+    *within(
+        "evaluation/contamination.py",
+        TASKS,
+        ("only whole prompts of the training data compared", "prompts += texts", "pass"),
+    ),
+    *within(
+        "training/answers.py",
+        ANSWERS,
+        (
+            "a draft's token kept unverified",
+            "right = number < len(guess) and guess[number] == token",
+            "right = number < len(guess)",
+        ),
+        ("no draft after a changed token", "return answer, guess[number + 1 :]", "return answer, guess[:0]"),
+    ),
+    *within(
+        "training/best.py",
+        ANSWERS,
+        ("the highest loss is best", "sign = 1 if metric_of(self.metric).higher_is_better else -1", "sign = 1"),
+        ("patience not reset", "self.step, self.value, self._without =", "self.step, self.value, _ ="),
+    ),
+    *within(
+        "training/retention.py",
+        ANSWERS,
+        ("the best checkpoint deleted", "kept = {best, *newest,", "kept = {*newest,"),
+    ),
+    *within(
+        "model/log_probs.py",
+        "tests/distributed/test_answers.py",
+        (
+            "each tensor-parallel rank its own most likely token",
+            "dist.all_reduce(places, op=dist.ReduceOp.MIN, group=group)",
+            "pass",
+        ),
     ),
 ]

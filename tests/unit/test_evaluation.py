@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.scoring import score, sub_em
 from megatron_solopo.data.text.prompt import PromptFormat
-from megatron_solopo.evaluation import ask, evaluate
+from megatron_solopo.evaluation import ask, evaluate, items, scored
 from megatron_solopo.evaluation.generation import Response
 from megatron_solopo.evaluation.results import read_evaluation
 
@@ -88,10 +88,10 @@ def test_evaluate_folds_spellings_by_choice(normalisation, expected):
 
 
 def test_scores_of_known_responses(tmp_path):
-    items = [evaluate.Item(str(index), "?", ["The red fox", "fox"], [[1] * (index + 1)]) for index in range(4)]
+    asked = [items.Item(str(index), "?", ["The red fox", "fox"], [[1] * (index + 1)]) for index in range(4)]
     texts = ["Answer: red fox.", "the red fox", "wolf", "a red wolf"]
     responses = [Response(text, finished=text != "wolf") for text in texts]
-    result, records = evaluate.score_responses(items, 0, 8, "documents", responses)
+    result, records = scored.score_responses(asked, 0, 8, "documents", responses)
     means = result.means
     assert (means["sub_em"], means["em"], result.count, result.mean_prompt_tokens) == (0.5, 0.25, 4, 2.5)
     assert means["f1"] == pytest.approx((4 / 5 + 1 + 0 + 1 / 2) / 4)  # words in common: 2 of 3 + 2, all, 0, 1 of 2 + 2
@@ -101,7 +101,7 @@ def test_scores_of_known_responses(tmp_path):
     # Wilson's interval of 2 out of 4 is centred on 1/2, its half width z / (2 sqrt(n + z^2)).
     half = 1.959964 / (2 * (4 + 1.959964**2) ** 0.5)
     assert result.intervals["sub_em"] == pytest.approx([0.5 - half, 0.5 + half])
-    assert re.search(r"8 documents +4 +1 +2\.5 +0\.500 \[0\.150, 0\.850\]", evaluate.table_lines([result])[1])
+    assert re.search(r"8 documents +4 +1 +2\.5 +0\.500 \[0\.150, 0\.850\]", scored.table_lines([result])[1])
     written = {"model": "m", "data": "d", "metrics": {result.label: result.record()}}
     (tmp_path / "e.json").write_text(json.dumps(written))
     assert read_evaluation(str(tmp_path / "e.json")).results == (result,)
@@ -134,10 +134,10 @@ def test_predictions_are_the_models_responses_to_each_length(folder, questions, 
         document_template="{text}", document_separator=" ", prompt_template="{documents} {question}"
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    items, left_out = evaluate.build_items([questions], [2, 4, 8], "documents", tokenizer, prompt_format)
+    asked, left_out = items.build_items([questions], [2, 4, 8], "documents", tokenizer, prompt_format)
     assert not left_out
     for index, size in enumerate((2, 4, 8)):
-        expected, _ = one_by_one(folder, [item.prompts[index] for item in items], 6)
+        expected, _ = one_by_one(folder, [item.prompts[index] for item in asked], 6)
         assert [row["prediction"] for row in rows if row["length"] == f"{size} documents"] == expected
     # The same seed writes the same file, with one prompt a batch too.
     run_evaluate(folder, questions, tmp_path / "again.json", "--batch-tokens", "1")

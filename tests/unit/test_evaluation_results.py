@@ -1,8 +1,6 @@
 """Reading results and runs back: intervals, averages over seeds, and labels that distinguish models."""
 
 import json
-import math
-import random
 import re
 import runpy
 from pathlib import Path
@@ -13,38 +11,7 @@ from refusals import refused
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation import accuracy, report, results
-
-
-@pytest.mark.parametrize(("mean", "count"), [(0.5, 10), (0.9, 512), (0.0, 20), (1.0, 20), (0.17, 300)])
-def test_the_wilson_interval_inverts_the_score_test(mean, count):
-    """Each end p solves |mean - p| = z sqrt(p (1 - p) / n), unless it is 0 or 1."""
-    low, high = results.wilson_interval(mean, count)
-    assert low <= mean <= high
-    for p in (low, high):
-        if 0 < p < 1:
-            assert abs(mean - p) == pytest.approx(results.Z_95 * math.sqrt(p * (1 - p) / count), abs=1e-12)
-
-
-def test_interval_of_scores_that_are_not_yes_or_no():
-    rng = random.Random(0)
-    covered = 0
-    for _ in range(400):
-        (low, high), method = results.mean_interval("f1", [rng.random() for _ in range(50)])
-        covered += low <= 0.5 <= high
-    assert 0.92 <= covered / 400 <= 0.98 and method == "normal"
-    assert results.mean_interval("em", [1.0, 0.0, 1.0, 1.0]) == (results.wilson_interval(0.75, 4), "wilson")
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 10, 20])
-def test_the_interval_of_few_f1_scores_covers_their_mean_at_least_at_its_nominal_rate(count):
-    """The normal approximation does not: of one score it has no width at all."""
-    rng = random.Random(count)
-    covered = 0
-    for _ in range(400):
-        (low, high), method = results.mean_interval("f1", [rng.choice([0.0, 0.4, 0.8, 1.0]) for _ in range(count)])
-        covered += low <= 0.55 <= high
-    assert method == "wilson_bound" and covered / 400 >= 0.95
-    assert results.mean_interval("f1", [0.5] * count)[0] == results.wilson_interval(0.5, count)
+from megatron_solopo.evaluation.intervals import wilson_interval
 
 
 def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
@@ -60,7 +27,7 @@ def test_seeds_of_one_label_are_averaged_with_their_spread(tmp_path):
     assert (first.x, first.low, first.high, first.seeds) == (8, 0.8, 1.0, 3) and first.mean == pytest.approx(0.9)
     assert second.mean == pytest.approx(0.8)
     [single] = results.accuracy_by_length(evaluations, "base", "documents", "sub_em")
-    assert (single.low, single.high) == results.wilson_interval(0.5, 100)
+    assert (single.low, single.high) == wilson_interval(0.5, 100)
     table = accuracy.accuracy_table(evaluations, "documents").splitlines()
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["SoLoPO", "0.90 [0.80, 1.00]", "0.80 [0.70, 0.90]"]
     assert [cell.strip() for cell in table[3].split("|")[1:-1]] == ["base", "0.50 [0.40, 0.60]", "-"]

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_solopo.model.log_probs import chunk_size, response_log_probs, segment_sums
+from megatron_solopo.model.log_probs import chunk_size, most_likely, response_log_probs, segment_sums
 from megatron_solopo.planning import fake
 from megatron_solopo.planning.memory import Ledger
 
@@ -226,3 +226,16 @@ def test_segment_sums():
     assert segment_sums(log_probs, segments, 4).tolist() == [-3.0, 0.0, -12.0, 0.0]
     assert torch.autograd.gradcheck(lambda x: segment_sums(x, segments, 4), (log_probs,))
     assert segment_sums(log_probs[:0], segments[:0], 0).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_the_most_likely_token_is_none_of_the_padding_and_the_first_of_equal_ones(chunk: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 5, generator=draw), torch.randn(16, 5, generator=draw)
+    weight[12:] *= 100  # rows of padding
+    weight[3] *= 10
+    weight[7] = weight[3]
+    tokens = most_likely(hidden, weight, 12, chunk)
+    assert torch.equal(tokens, (hidden @ weight[:12].t()).argmax(-1)) and not (tokens == 7).any()
+    assert (most_likely(weight[3:4], weight, 12, chunk) == 3).all()
+    assert most_likely(hidden[:0], weight, 12, chunk).shape == (0,)
