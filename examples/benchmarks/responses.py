@@ -20,7 +20,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.evaluation.tables import markdown_table
 from megatron_solopo.planning.rehearse import example
 
-COUNTS = ((1, 1), (2, 2), (4, 4), (4, 8), (8, 8))
+COUNTS = ((1, 1), (2, 2), (1, 7), (4, 4), (4, 8))
 """(chosen, rejected) responses of a group."""
 
 
