@@ -81,7 +81,8 @@ class ModelConfig:
     lora_modules: str | None = option(
         None,
         "NAME,NAME,...: projections with adapters, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and "
-        "down_proj; default: all of them, of a model with experts those of attention",
+        "down_proj; default: all of them, of a model with experts those of attention (its experts have adapters where "
+        "gate_proj,up_proj or down_proj are named)",
     )
     lora_dropout: float = option(
         0.0,

@@ -12,6 +12,8 @@ from megatron_solopo.errors import UserError
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = (*ATTENTION, *MLP)
+MIXTRALS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Mixtral's names of an expert's projections -> ours."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of a PEFT folder."""
@@ -50,6 +52,11 @@ def modules_of(model: ModelConfig) -> tuple[str, ...]:
             f"--lora-modules {model.lora_modules}: {wrong!r} is no projection; use names of {', '.join(PROJECTIONS)}",
         )
     return tuple(name for name in PROJECTIONS if name in names)
+
+
+def adapts_experts(model: ModelConfig) -> bool:
+    """Whether the experts of a model that has some have adapters: --lora-modules must name their projections."""
+    return model.lora_modules is not None and not {*MLP}.isdisjoint(modules_of(model))
 
 
 def read_folder_options(model: ModelConfig, explicit: set[str]) -> None:
@@ -91,6 +98,7 @@ def _folder_options(folder: Path, where: str) -> dict[str, Any]:
             f"{path}: init_lora_weights is {document['init_lora_weights']!r}, which changed the model's matrices too; "
             "convert the adapters with PEFT (path_initial_model_for_weight_conversion)",
         )
+    modules = [MIXTRALS.get(str(name), str(name)) for name in modules] if isinstance(modules, list) else modules
     others = sorted({*modules} - {*PROJECTIONS}) if isinstance(modules, list) else [modules]
     if others or not modules:
         raise UserError(

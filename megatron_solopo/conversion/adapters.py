@@ -29,10 +29,19 @@ from megatron_solopo.conversion.hf import Entered, hf_tensors, local_part, named
 from megatron_solopo.conversion.hf_weights import stored_shapes
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.errors import UserError
-from megatron_solopo.lora_options import CONFIG, MLP, PROJECTIONS, WEIGHTS, alpha_of, modules_of
+from megatron_solopo.lora_options import (
+    CONFIG,
+    MIXTRALS,
+    MLP,
+    PROJECTIONS,
+    WEIGHTS,
+    adapts_experts,
+    alpha_of,
+    modules_of,
+)
 from megatron_solopo.model.families.operators import Entry, FusedGateUp, FusedQKV, Rename
 from megatron_solopo.model.families.registry import family_of
-from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale
+from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale, owners
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 OWNERS = {"self_attention": "self_attn", "mlp": "mlp"}
@@ -41,24 +50,40 @@ OWNERS = {"self_attention": "self_attn", "mlp": "mlp"}
 
 def adapter_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
     """Yields (entry, its PEFT name, the parameter on this process) for every parameter of a model's adapters."""
+    experts = expert_modules(hf_config)
     for local, layer in enumerate(model.decoder.layers):
         for path in PARTS:
-            owner, matrix = path.split(".")
-            adapter = getattr(getattr(layer, owner), matrix + SUFFIX, None)
-            for projection in () if adapter is None else adapter.projections:
-                module = f"{PREFIX}model.layers.{layer.layer_number - 1}.{OWNERS[owner]}.{projection}"
-                for part, ending in (("a", A), ("b", B)):
-                    name = f"{projection}_{part}"
-                    entry = Entry(f"decoder.layers.{local}.{path}{SUFFIX}.{name}", (module + ending,), Rename())
-                    yield entry, entry.hf, getattr(adapter, name)
+            of_layer, matrix = path.split(".")
+            for owner, expert in owners(layer, path):
+                adapter = getattr(owner, matrix + SUFFIX, None)
+                for projection in () if adapter is None else adapter.projections:
+                    module = f"model.layers.{{layer}}.{OWNERS[of_layer]}.{projection}"
+                    if expert is not None:
+                        module = experts[projection]
+                    module = PREFIX + module.format(layer=layer.layer_number - 1, expert=expert)
+                    place = path if expert is None else f"mlp.experts.local_experts.{{expert}}.{matrix}"
+                    for part, ending in (("a", A), ("b", B)):
+                        name = f"{projection}_{part}"
+                        entry = Entry(f"decoder.layers.{local}.{place}{SUFFIX}.{name}", (module + ending,), Rename())
+                        yield entry, entry.hf, getattr(adapter, name)
+
+
+def expert_modules(hf_config: PretrainedConfig) -> dict[str, str]:
+    """Projection -> Hugging Face's name of it in an expert, with ``{layer}`` and ``{expert}``; {} without experts."""
+    modules: dict[str, str] = {}
+    for entry in family_of(hf_config).table(hf_config, hf_config.vocab_size):
+        if entry.of_experts:
+            projections = PARTS["mlp." + entry.megatron.split(".")[-2]]
+            modules |= zip(projections, (name.removesuffix(".weight") for name in entry.hf), strict=True)
+    return modules
 
 
 def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     """Refuses adapters that this model cannot have, and a folder of --lora-path with others than its config says.
 
     Raises:
-        UserError: the model has experts, which have no adapters, or fused projections; or a tensor is missing, left
-            over or of another shape.
+        UserError: PEFT would not read adapters of experts as they are, or projections are fused; or a tensor is
+            missing, left over or of another shape.
     """
     family = family_of(hf_config)
     if options.lora_rank is not None:
@@ -69,13 +94,8 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
                 "order, for which PEFT's adapters are neither read nor written; train all weights",
             )
-    experts = family.transformer_options(hf_config).get("num_moe_experts")
-    if experts and options.lora_modules is not None and (wrong := sorted({*modules_of(options)} & {*MLP})):
-        raise UserError(
-            "adapter-of-experts",
-            f"--lora-modules {options.lora_modules}: {wrong[0]} of a model with experts has no adapter (transformers "
-            "holds the experts of a layer in one tensor, for which a PEFT folder has no names by expert); leave it out",
-        )
+    if expert_modules(hf_config) and adapts_experts(options):
+        _check_experts(options)
     if options.lora_path is None:
         return
     path, expected = Path(options.lora_path) / WEIGHTS, adapter_shapes(options, hf_config)
@@ -93,13 +113,39 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                 )
 
 
+def _check_experts(options: ModelConfig) -> None:
+    """Refuses adapters of experts that PEFT would not read as they are: on transformers 5 it puts gate and up of an
+    expert together, with twice the rank and twice alpha (peft/utils/transformers_weight_conversion.py)."""
+    of_experts = {*MLP} & {*modules_of(options)}
+    if of_experts not in ({*MLP}, {"down_proj"}):
+        raise UserError(
+            "adapter-of-experts",
+            f"--lora-modules {options.lora_modules}: PEFT reads adapters of gate_proj, up_proj and down_proj of "
+            "experts together, or those of down_proj; name these",
+        )
+    if len(of_experts) > 1 and options.use_rslora:
+        raise UserError(
+            "adapter-of-experts",
+            "--use-rslora with adapters of gate_proj and up_proj of experts: PEFT puts both into one of twice the rank "
+            "and would scale it by sqrt(2) too much; leave it out",
+        )
+    if options.lora_dropout:
+        raise UserError(
+            "adapter-of-experts",
+            "--lora-dropout with adapters of experts: PEFT has none there; leave one of them out",
+        )
+
+
 def adapter_shapes(options: ModelConfig, hf_config: PretrainedConfig) -> dict[str, tuple[int, int]]:
     """Returns PEFT's name -> shape of every tensor of the adapters of --lora-rank."""
     assert options.lora_rank is not None
     shapes: dict[str, tuple[int, int]] = {}
     for name, shape in stored_shapes(hf_config).items():
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in modules_of(options) and ".experts." not in module and len(shape) == 2:
+        projection = module.rpartition(".")[2]
+        expert = ".experts." in module
+        projection = MIXTRALS.get(projection, projection) if expert else projection
+        if projection in modules_of(options) and (adapts_experts(options) or not expert) and len(shape) == 2:
             shapes[f"{PREFIX}{module}{A}"] = options.lora_rank, shape[1]
             shapes[f"{PREFIX}{module}{B}"] = shape[0], options.lora_rank
     return shapes
@@ -220,6 +266,6 @@ def _folder_config(options: ModelConfig, tensors: Iterable[str]) -> dict[str, An
         "use_rslora": options.use_rslora,
         "lora_dropout": options.lora_dropout or 0.0,  # an older run has none
         "bias": "none",
-        "target_modules": [name for name in PROJECTIONS if name in modules],
+        "target_modules": [name for name in (*PROJECTIONS, *MIXTRALS) if name in modules],
         "inference_mode": True,
     }

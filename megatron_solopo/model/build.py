@@ -249,13 +249,13 @@ def build_model(
     for module in model.modules():
         if isinstance(module, PackedAttention):
             module.keeps = config.model.recompute_keep is not None
+    if config.model.lora_rank is not None:
+        attach_adapters(model, config.model)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # mcore sets it only where experts are sharded unlike the other layers, and a checkpoint would then hold one
             # optimizer under some layouts and two under others.
             setattr(parameter, "allreduce", False)
-    if config.model.lora_rank is not None:
-        attach_adapters(model, config.model)
     return model.cuda(torch.cuda.current_device())
 
 

@@ -13,27 +13,39 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_solopo.model.lora import Adapter, adapter_of
 from megatron_solopo.parallel.device_pack import on_device
-from megatron_solopo.parallel.products import add_product, added_gradient, weight_of
+from megatron_solopo.parallel.products import add_product, added_gradient, wait_for, weight_of
 
 ALIGNED = 8
 """`F.grouped_mm` takes matrices whose rows begin at multiples of 16 bytes, of which an expert may have any number."""
 
 
-def grouped(settings: TransformerConfig, device: torch.device) -> bool:
-    """Whether a layer's experts are computed together: on CUDA in bfloat16, where torch 2.11 has a kernel for it."""
+def grouped(settings: TransformerConfig, device: torch.device, rank: int = ALIGNED) -> bool:
+    """Whether a layer's experts are computed together: on CUDA in bfloat16, where torch 2.11 has a kernel for it.
+
+    Args:
+        rank: of the experts' adapters.
+    """
     if device.type != "cuda" or settings.params_dtype != torch.bfloat16:
         return False
     inner = settings.moe_ffn_hidden_size or settings.ffn_hidden_size or 0
     widths = settings.hidden_size, inner // (settings.expert_tensor_parallel_size or 1)
-    return not any(width % ALIGNED for width in widths)
+    return not any(width % ALIGNED for width in (*widths, rank))
 
 
-def describe_experts(settings: TransformerConfig, device: torch.device) -> str:
-    """Describes in words, for the log, how portable layers compute experts on a CUDA device."""
-    if grouped(settings, device):
+def describe_experts(settings: TransformerConfig, device: torch.device, rank: int = ALIGNED) -> str:
+    """Describes in words, for the log, how portable layers compute experts on a CUDA device.
+
+    Args:
+        rank: see `grouped`.
+    """
+    if grouped(settings, device, rank):
         return "experts: one product for all experts of a process"
-    return f"experts: one after another; together they need --bf16 and widths that are multiples of {ALIGNED}"
+    return (
+        f"experts: one after another; together they need --bf16, and widths and ranks of adapters that are multiples "
+        f"of {ALIGNED}"
+    )
 
 
 class Experts(SequentialMLP):
@@ -58,7 +70,9 @@ class Experts(SequentialMLP):
             [S, H], and no bias.
         """
         x, counts = permuted_local_hidden_states, tokens_per_expert.tolist()
-        if len(counts) == 1 or not x.shape[0] or not grouped(self.config, x.device):
+        adapter = next((one for one in self.modules() if isinstance(one, Adapter)), None)
+        rank = ALIGNED if adapter is None else adapter.rank
+        if len(counts) == 1 or not x.shape[0] or not grouped(self.config, x.device, rank):
             return super().forward(x, tokens_per_expert, permuted_probs)
         return self.together(x, counts, permuted_probs), None
 
@@ -67,11 +81,33 @@ class Experts(SequentialMLP):
         experts = [cast(MLP, expert) for expert in self.local_experts]
         ends = on_device(torch.tensor([*accumulate(counts)], dtype=torch.int32), x.device)
         fused = self.config.gradient_accumulation_fusion
-        first = [weight_of(cast(Any, expert.linear_fc1)) for expert in experts]
-        second = [weight_of(cast(Any, expert.linear_fc2)) for expert in experts]
-        inner = cast(Any, experts[0].activation_func)(GroupedProduct.apply(x, ends, counts, fused, *first))
+
+        def product(rows: Tensor, matrices: Sequence[Any]) -> Tensor:
+            weights = [weight_of(matrix) for matrix in matrices]
+            result = cast(Tensor, GroupedProduct.apply(rows, ends, counts, fused, *weights))
+            adapters = [adapter for matrix in matrices if (adapter := adapter_of(matrix)) is not None]
+            return _adapted(adapters, rows, result, ends, counts)
+
+        inner = cast(Any, experts[0].activation_func)(product(x, [expert.linear_fc1 for expert in experts]))
         inner = (inner * probs[:, None]).to(x.dtype)
-        return cast(Tensor, GroupedProduct.apply(inner, ends, counts, fused, *second))
+        return product(inner, [expert.linear_fc2 for expert in experts])
+
+
+def _adapted(adapters: Sequence[Adapter], x: Tensor, output: Tensor, ends: Tensor, counts: Sequence[int]) -> Tensor:
+    """Returns the ``output`` of a matrix of all experts with what its adapters add, see `Adapter.forward`."""
+    if not adapters or not adapters[0].enabled:
+        return output
+    for adapter in adapters:
+        wait_for(adapter)
+    down = [torch.cat(adapter.matrices("a")) for adapter in adapters]
+    inner = cast(Tensor, GroupedProduct.apply(x, ends, counts, False, *down))
+    up = zip(*(adapter.matrices("b") for adapter in adapters), strict=True)  # of each projection all experts' B
+    parts = [
+        cast(Tensor, GroupedProduct.apply(z.contiguous(), ends, counts, False, *each))
+        for z, each in zip(inner.split(adapters[0].rank, -1), up, strict=True)
+    ]
+    added = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    return torch.add(output, added, alpha=adapters[0].scale)
 
 
 class GroupedProduct(torch.autograd.Function):

@@ -13,6 +13,9 @@ or 1/t of A's columns where it is cut by columns (row parallel), with all of B. 
 - Row parallel: A x is a sum over ranks; with sequence parallelism each keeps its tokens of it, and B's gradient is of
   these tokens.
 
+An expert's matrices have adapters of their own too. Its tokens are gathered before the first matrix and summed behind
+the second by megatron-core's dispatcher, so only gradients of what each of its ranks has whole are summed here.
+
 With --lora-dropout A's input is dropped out, of each projection anew, as in PEFT, in training alone. The generators are
 those that megatron-core's recomputation sets back; `training.engine.seed_pack` seeds them.
 """
@@ -44,7 +47,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_solopo.config import ModelConfig
-from megatron_solopo.lora_options import alpha_of, modules_of
+from megatron_solopo.lora_options import adapts_experts, alpha_of, modules_of
 
 SUFFIX = "_lora"
 """Name of the adapters of a matrix: that of the matrix and this."""
@@ -92,6 +95,8 @@ class Adapter(nn.Module):
     Parameters are ``q_proj_a`` [r, in] and ``q_proj_b`` [out, r] of each projection, cut as the module's text says.
 
     Args:
+        group: the ranks that share the matrix.
+        expert: whether it is one of an expert.
         projections: name -> its rows in the matrix, on this rank.
         column: whether the matrix is cut by rows (column parallel), else by columns.
         inputs: width of the matrix's input on this rank.
@@ -106,6 +111,8 @@ class Adapter(nn.Module):
     def __init__(
         self,
         settings: TransformerConfig,
+        group: dist.ProcessGroup,
+        expert: bool,
         projections: dict[str, Rows],
         column: bool,
         inputs: int,
@@ -115,12 +122,11 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.projections, self.column, self.rank, self.scale = projections, column, rank, scale
-        self.sequence_parallel, self.enabled = settings.sequence_parallel, True
+        self.group, self.expert, self.enabled = group, expert, True
+        self.sequence_parallel = settings.sequence_parallel and not expert
         # Of the same input every tensor-parallel rank draws the same.
-        self.dropout, self.draws_apart = (
-            dropout,
-            settings.tensor_model_parallel_size > 1 and (settings.sequence_parallel or not column),
-        )
+        self.dropout = dropout
+        self.draws_apart = group.size() > 1 and (self.sequence_parallel or not column)
         device = None if settings.use_cpu_initialization else torch.cuda.current_device()
         for name, rows in projections.items():
             for part, shape in (("a", (rank, inputs)), ("b", (rows.groups * rows.size, rank))):
@@ -128,12 +134,15 @@ class Adapter(nn.Module):
                 if (part == "b") == column:
                     set_tensor_model_parallel_attributes(parameter, True, 0 if column else 1, 1)
                 else:
-                    setattr(parameter, "sequence_parallel", settings.sequence_parallel)
+                    setattr(parameter, "sequence_parallel", self.sequence_parallel)
                 self.register_parameter(f"{name}_{part}", parameter)
 
     def matrices(self, part: str) -> list[Tensor]:
-        """Returns A or B of every projection."""
-        return [cast(Tensor, getattr(self, f"{name}_{part}")) for name in self.projections]
+        """Returns A or B of every projection; of an expert what its ranks have whole sums its gradient over them."""
+        each = [cast(Tensor, getattr(self, f"{name}_{part}")) for name in self.projections]
+        if self.expert and (part == "a") == self.column:
+            return [copy_to_tensor_model_parallel_region(one, group=self.group) for one in each]
+        return each
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Returns the matrix's ``output`` [..., out] for its input x [..., in] with what the adapters add."""
@@ -141,7 +150,7 @@ class Adapter(nn.Module):
             return output
         if self.column:
             inner = self.inner(x)
-            into = gather_from_sequence_parallel_region if self.sequence_parallel else _copied
+            into = _same if self.expert else gather_from_sequence_parallel_region if self.sequence_parallel else _copied
             return _AddLowRank.apply(output, into(inner), self.scale, [*self.projections.values()], *self.matrices("b"))
         return output + self.added(x)
 
@@ -149,6 +158,7 @@ class Adapter(nn.Module):
         """Returns what the adapter of a matrix cut by columns adds to its output, for its input x [..., in]."""
         (b,) = self.matrices("b")
         into = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else _summed
+        into = _same if self.expert else into
         return _product(into(self.inner(x)), b) * self.scale
 
     def inner(self, x: Tensor) -> Tensor:
@@ -169,7 +179,7 @@ class Adapter(nn.Module):
             prefix,
             {f"{name}_{part}": dimension for name in self.projections},
             sharded_offsets,
-            tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
+            tp_group=self.group,
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
 
@@ -178,6 +188,10 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """[..., in] -> [..., out]. Of more dimensions than two torch would round otherwise without gradients, as in the
     first pass of a recomputed layer, than with them (`should_fold` of its matmul)."""
     return F.linear(x.flatten(0, -2), matrix).view(*x.shape[:-1], len(matrix))
+
+
+def _same(inner: Tensor) -> Tensor:
+    return inner
 
 
 def _copied(inner: Tensor) -> Tensor:
@@ -214,7 +228,7 @@ class _AddLowRank(torch.autograd.Function):
         z = inner.flatten(0, -2)
         parts, of_bs = [], []
         for rows, part, b in zip(ctx.places, z.chunk(len(bs), -1), bs, strict=True):
-            of_rows = rows.of(grad).reshape(len(z), -1)
+            of_rows = rows.of(grad).reshape(len(z), rows.groups * rows.size)  # an expert may have no token
             parts.append((of_rows @ b).mul_(ctx.scale))
             of_bs.append((of_rows.t() @ part).mul_(ctx.scale))
         return grad, torch.cat(parts, -1).view(inner.shape), None, None, *of_bs
@@ -229,22 +243,34 @@ def attach_adapters(model: GPTModel, options: ModelConfig) -> None:
     assert options.lora_rank is not None
     model.requires_grad_(False)
     chosen, settings = modules_of(options), model.config
+    of_all = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+    of_experts = cast(dist.ProcessGroup, parallel_state.get_expert_tensor_parallel_group())
     for layer in model.decoder.layers:
         for path, names in PARTS.items():
-            owner_name, matrix_name = path.split(".")
-            owner = getattr(layer, owner_name)
-            matrix: Any = getattr(owner, matrix_name, None)
-            if matrix is None:  # in a layer with experts
-                continue
-            projections = {name: rows for name, rows in _rows(names, layer, matrix).items() if name in chosen}
-            if projections:
+            matrix_name = path.split(".")[1]
+            for owner, number in owners(layer, path):
+                matrix, expert = getattr(owner, matrix_name), number is not None
+                projections = {name: rows for name, rows in _rows(names, layer, matrix).items() if name in chosen}
+                if not projections or (expert and not adapts_experts(options)):
+                    continue
+                place = of_experts if expert else of_all, expert
                 column, inputs = len(names) > 1, matrix.weight.shape[1]
                 numbers = options.lora_rank, lora_scale(options), options.lora_dropout
-                adapter = Adapter(settings, projections, column, inputs, *numbers)
+                adapter = Adapter(settings, *place, projections, column, inputs, *numbers)
                 owner.register_module(matrix_name + SUFFIX, adapter)
                 matrix.register_forward_hook(_Adding(adapter))
     if settings.recompute_granularity is not None and model.pre_process:
         model.embedding.register_forward_hook(_with_gradient)
+
+
+def owners(layer: Any, path: str) -> Iterator[tuple[Any, int | None]]:
+    """Yields (the module that has a matrix of `PARTS`, None) of a layer; with experts each of this process and its
+    number in the model."""
+    owner = getattr(layer, path.split(".")[0])
+    if (experts := getattr(owner, "experts", None)) is None:
+        yield owner, None
+    else:
+        yield from zip(experts.local_experts, owner.local_expert_indices, strict=True)
 
 
 def _rows(names: Sequence[str], layer: Any, matrix: Any) -> dict[str, Rows]:

@@ -43,8 +43,13 @@ def added_gradient(weight: Tensor) -> Tensor:
     return main_grad.view(weight.dtype).view(-1)[: weight.numel()].view(weight.shape)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """Returns the weight of a layer whose forward does not run, once its overlapped parameter gather is done."""
+def wait_for(layer: nn.Module) -> None:
+    """Waits for the overlapped gather of the parameters of a layer whose forward does not run."""
     for hook in layer._forward_pre_hooks.values():
         hook(layer, ())
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Returns the weight of a layer whose forward does not run, once its overlapped parameter gather is done."""
+    wait_for(layer)
     return cast(Tensor, layer.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_solopo.lora_options import MLP, modules_of
+from megatron_solopo.lora_options import MLP, adapts_experts, modules_of
 from megatron_solopo.planning.memory import GRADIENTS, INPUTS, OPTIMIZER, WEIGHTS
 from megatron_solopo.planning.process import Process, Shape
 
@@ -36,24 +36,28 @@ def stage_parameters(process: Process, stage: int) -> tuple[int, int]:
     return layers * dense + matrices * matrix + last * process.shape.hidden, layers * experts
 
 
-def adapter_parameters(process: Process, stage: int) -> int:
-    """Counts the parameters of LoRA's adapters of a pipeline stage on a process (model/lora.py)."""
-    shape, model, tensor = process.shape, process.config.model, process.tensor
+def adapter_parameters(process: Process, stage: int) -> tuple[int, int]:
+    """Counts the parameters of LoRA's adapters of a pipeline stage on a process (model/lora.py): (without experts, of
+    experts)."""
+    shape, model = process.shape, process.config.model
     if model.lora_rank is None:
-        return 0
+        return 0, 0
     widths = dict(q_proj=shape.queries, k_proj=shape.keys, v_proj=shape.keys, gate_proj=shape.ffn, up_proj=shape.ffn)
-    rows = dict(o_proj=shape.queries, down_proj=shape.ffn)
-    of_layer = 0
+    widths |= dict(o_proj=shape.queries, down_proj=shape.ffn)
+    dense = experts = 0
     for name in modules_of(model):
         if not (shape.experts and name in MLP):
-            of_layer += shape.hidden + (widths | rows)[name] // tensor
-    return process.sizes[stage] * model.lora_rank * of_layer
+            dense += shape.hidden + widths[name] // process.tensor
+        elif adapts_experts(model):
+            experts += shape.experts // process.expert_parallel * (shape.hidden + widths[name] // process.expert_tensor)
+    layers = process.sizes[stage] * model.lora_rank
+    return layers * dense, layers * experts
 
 
 def trained_parameters(process: Process, stage: int) -> tuple[int, int]:
     """Counts the parameters of a pipeline stage on a process that have gradients: (without experts, of experts)."""
     if process.config.model.lora_rank is not None:
-        return adapter_parameters(process, stage), 0
+        return adapter_parameters(process, stage)
     return stage_parameters(process, stage)
 
 
@@ -100,14 +104,14 @@ def saved(process: Process, stage: int) -> float:
     device, _ = optimizer_bytes(process)
     if has_remainders(process):
         device += 2 * (1 - offloaded(process))
-    weights = sum(stage_parameters(process, stage)) + adapter_parameters(process, stage)
+    weights = sum((*stage_parameters(process, stage), *adapter_parameters(process, stage)))
     return device * share(process, stage) + process.e * weights / process.copies
 
 
 def standing(process: Process, stage: int) -> dict[str, float]:
     """Returns the bytes held between steps: DDP's buffers of gradients, and the distributed optimizer's share."""
     dense, experts = trained_parameters(process, stage)
-    weights = sum(stage_parameters(process, stage)) + adapter_parameters(process, stage)
+    weights = sum((*stage_parameters(process, stage), *adapter_parameters(process, stage)))
     of_gradient = SIZES[process.config.training.main_grads_dtype]
     t, work = process.t, process.work
     return {

@@ -17,6 +17,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
+from megatron_solopo.lora_options import adapts_experts
 from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import describe_kernels
@@ -390,7 +391,8 @@ class Trainer:
             self.log.message(describe_kernels(settings, device))
             self.log.message(f"log-probs: {self.engine.head.chunk_size:,} response tokens at a time")
             if settings.num_moe_experts and settings.transformer_impl != transformer_engine.NAME:
-                self.log.message(describe_experts(settings, device))
+                rank = self.config.model.lora_rank if adapts_experts(self.config.model) else None
+                self.log.message(describe_experts(settings, device, *([] if rank is None else [rank])))
         if train.stretch is not None:
             self.log.message(f"positions: {train.stretch}")
         for split, dataset in (("train", train), ("valid", self.data.valid)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from comparisons import BOUND, differences, largest_difference
 from launches import BATCHES, SIX_STEPS, Launch, World, case_name, gradient_cases, launch, token_examples, training_run
 from methods import LONG, METHODS, SHORT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_models import EXPERTS
 from torch import Tensor, nn
-from transformers_in_double import load
+from transformers_in_double import by_file_name, load
 
 peft = pytest.importorskip("peft")
 
@@ -25,9 +27,10 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 SETTINGS: dict[str, dict[str, Any]] = {
     "wide-tied": {"r": 3, "lora_alpha": 5, "target_modules": ALL},
     "wide-qwen3": {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "up_proj", "down_proj"], "use_rslora": True},
-    "qwen3_moe": {"r": 2, "lora_alpha": 3, "target_modules": ALL[:4]},
+    "qwen3_moe": {"r": 2, "lora_alpha": 3, "target_modules": ALL},
+    "mixtral": {"r": 2, "lora_alpha": 5, "target_modules": ["v_proj", "w1", "w2", "w3"]},
 }
-"""Model -> PEFT's settings of its adapters: of all projections; of some, rank-stabilised; beside experts."""
+"""Model -> PEFT's settings of its adapters: of all projections; of some, rank-stabilised; of experts."""
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     "data": (),
     "tensor": ("--tensor-model-parallel-size", 2),
@@ -38,6 +41,8 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
 }
 WITH_EXPERTS: dict[str, tuple[Any, ...]] = {
     "experts": ("--expert-model-parallel-size", 2),
+    "experts tensor": ("--expert-tensor-parallel-size", 2),
+    "experts gathered": LAYOUTS["sequence"],
     "experts sequence": (*LAYOUTS["sequence"], "--expert-tensor-parallel-size", 1, "--expert-model-parallel-size", 2),
 }
 FOUR = {
@@ -53,20 +58,27 @@ PLANS = [
     ("float64", "dpo", "wide-tied", "tiles", "seven"),
     ("float64", "orpo", "wide-qwen3", "tiles-recompute", "seven"),
 ]
-MOE = ("float64", "dpo", "qwen3_moe", "by-two", "seven")
+MOES = [
+    ("float64", "dpo", "qwen3_moe", "by-two", "seven"),
+    ("float64", "orpo", "mixtral", "recompute-offload", "seven"),
+]
 CASES = [
     *((2, layout, plan) for layout in LAYOUTS for plan in PLANS),
-    *((2, layout, MOE) for layout in WITH_EXPERTS),
+    *((2, layout, plan) for layout in WITH_EXPERTS for plan in MOES),
     *((4, layout, plan) for layout in FOUR for plan in (*PLANS[:2], PLANS[-1])),
 ]
 
 
 @pytest.fixture(scope="module")
 def folders(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model -> a folder of adapters that PEFT wrote, none of them zero."""
+    """Model -> a folder of adapters that PEFT wrote, none of them zero; those of experts in the form that PEFT reads
+    with transformers 5 and does not write."""
     folders: dict[str, Path] = {}
     for name, settings in SETTINGS.items():
         torch.manual_seed(3)
+        if not name.startswith("wide"):
+            folders[name] = folder_of_experts(world, tmp_path_factory.mktemp("adapters") / name, name, settings)
+            continue
         model = peft.get_peft_model(load(world.model(name)), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -74,6 +86,42 @@ def folders(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         folders[name] = tmp_path_factory.mktemp("adapters") / name
         model.save_pretrained(folders[name])
     return folders
+
+
+def folder_of_experts(world: World, folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    """A folder with adapters of each expert, as PEFT wrote it with transformers 4."""
+    tensors: dict[str, Tensor] = {}
+    for key, matrix in load_file(world.model(name) / "model.safetensors").items():
+        module = key.removesuffix(".weight")
+        if module.rpartition(".")[2] in settings["target_modules"]:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = 0.1 * torch.randn(settings["r"], matrix.shape[1])
+            tensors[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(matrix.shape[0], settings["r"])
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+EXPERT = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.lora_([AB])\.weight")
+
+
+def of_experts(names: Any, theirs: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Tensors by our names, from those of PEFT's model, which has A [experts x rank, in] and B [out, rank x experts]
+    for all experts of a layer, and gate and up in one of twice the rank."""
+    found = {name: match for name in names if (match := EXPERT.fullmatch(name))}
+    ours = {name: tensor for name, tensor in theirs.items() if ".experts." not in name}
+    for name, match in found.items():
+        layer, expert, projection, part = match.groups()
+        place = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}.get(projection)
+        base, together = ("", 1) if place is None else ("base_layer.", 2)
+        whole = theirs[f"{layer}.mlp.experts.{base}lora_{part}.weight"]
+        if part == "A":
+            ours[name] = whole.view(experts, -1, whole.shape[1])[int(expert)].chunk(together)[place or 0]
+        else:
+            each = whole.view(len(whole), -1, experts)[..., int(expert)]
+            ours[name] = each.chunk(together)[place or 0].chunk(together, 1)[place or 0]
+    return ours
 
 
 def with_adapters(world: World, folders: dict[str, Path], name: str) -> nn.Module:
@@ -106,9 +154,9 @@ def adapted(world: World, folders: dict[str, Path], reference: list) -> Any:
     return of
 
 
-def run(world: World, out: Path, name: str, *flags: Any, **more: Any) -> dict[str, Any]:
+def run(world: World, out: Path, name: str, *flags: Any, model: str = "wide-tied", **more: Any) -> dict[str, Any]:
     options = ("--preference-loss", "orpo", "--lora-rank", 4, "--lora-export", "adapter")
-    return training_run(world, out, name, *SIX_STEPS[:-2], *options, *flags, model="wide-tied", **more)
+    return training_run(world, out, name, *SIX_STEPS[:-2], *options, *flags, model=model, **more)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +187,11 @@ def launches(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     one.append(run(world, out / "one", "dropped", *DROPPED))
     two = [run(world, out / "two", f"six {layout}", *LAYOUTS[layout]) for layout in ("data", "sequence")]
     two.append(run(world, out / "two", "dropped tensor", *DROPPED, *LAYOUTS["tensor"]))
+    of_experts = ("--lora-modules", ",".join(ALL))
+    one.append(run(world, out / "one", "mixture", *of_experts, model="mixtral"))
+    cut_mixture, parallel = (out / "one" / "mixture", 2), WITH_EXPERTS["experts sequence"]
+    more: dict[str, Any] = dict(model="mixtral", load=True, cut=cut_mixture)
+    two.append(run(world, out / "two", "resumed mixture", *of_experts, *parallel, **more))
     for layout in ("sequence", "pipeline"):
         two.append(run(world, out / "two", f"resumed {layout}", *LAYOUTS[layout], load=True, cut=cut))
     return {1: launch(1, out / "one", [], one), 2: launch(2, out / "two", [], two)}
@@ -154,6 +207,7 @@ def test_gradients_are_pefts(
     dtype, method, model, _, batch = plan
     losses, gradient = adapted(model, method, batch)
     assert launched.results[name]["means"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=BOUND[dtype])
+    gradient = of_experts(launched.gradients[name], gradient, EXPERTS["num_local_experts"])
     worst = differences(launched.gradients[name], gradient)
     assert max(worst.values()) <= BOUND[dtype], max(worst, key=worst.get)
     assert min(tensor.norm() for tensor in gradient.values()) > 0
@@ -168,6 +222,7 @@ def adapters(launched: Launch, name: str) -> dict[str, Tensor]:
     [
         *((name, "whole") for name in ("six data", "six sequence", "resumed sequence", "resumed pipeline")),
         ("dropped tensor", "dropped"),  # of one input the ranks drop the same
+        ("resumed mixture", "mixture"),
     ],
 )
 def test_six_steps_equal_one_process_that_never_stopped(launches: dict[int, Launch], name: str, whole: str) -> None:
@@ -183,6 +238,23 @@ def test_a_resumed_run_has_the_same_bits(launches: dict[int, Launch]) -> None:
     whole, resumed = (adapters(launches[1], name) for name in ("whole", "resumed"))
     assert launches[1].results["resumed"] == "done"
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["wide-tied", "mixtral", "qwen3_moe"])
+def test_merged_matrices_are_pefts(world: World, folders: dict[str, Path], name: str) -> None:
+    from megatron_solopo.conversion.adapters import merged
+
+    model: Any = with_adapters(world, folders, name)
+    model = model.merge_and_unload()
+    theirs = by_file_name(model, dict(model.state_dict()))
+    tensors = [(key, one.double()) for key, one in load_file(world.model(name) / "model.safetensors").items()]
+    scale = SETTINGS[name]["lora_alpha"] / SETTINGS[name]["r"]
+    ours = dict(merged(tensors, load_file(folders[name] / "adapter_model.safetensors"), scale))
+    changed = 0
+    for key, before in tensors:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-10, atol=1e-10)
+        changed += int(not torch.equal(ours[key], before))
+    assert changed == len(load_file(folders[name] / "adapter_model.safetensors")) // 2
 
 
 def test_peft_loads_what_a_run_wrote(launches: dict[int, Launch], world: World) -> None:

@@ -574,8 +574,8 @@ MUTANTS: list[Mutant] = [
         ("rows of other experts", "[*accumulate(counts)]", "[*accumulate(counts[::-1])]"),
         (
             "parameters of experts before they are gathered",
-            "first = [weight_of(cast(Any, expert.linear_fc1))",
-            "first = [cast(Any, expert.linear_fc1.weight)",
+            "weights = [weight_of(matrix) for",
+            "weights = [matrix.weight for",
         ),
     ),
     *within(
@@ -1281,11 +1281,16 @@ MUTANTS: list[Mutant] = [
         "model/lora.py",
         LORA,
         ("LoRA's alpha left out of the scale", "alpha_of(model) / (sqrt", "1.0 / (sqrt"),
+        (
+            "gradients of an expert's replicated adapters not summed over its ranks",
+            'if self.expert and (part == "a") == self.column:',
+            "if False:",
+        ),
         ("rank-stabilised scale left out", "if model.use_rslora else", "if False else"),
         ("adapters of k and v exchanged", '("q_proj", "k_proj", "v_proj")', '("q_proj", "v_proj", "k_proj")'),
         (
             "a replicated adapter's gradient not summed over ranks of sequence parallelism",
-            '"sequence_parallel", settings.sequence_parallel)',
+            '"sequence_parallel", self.sequence_parallel)',
             '"sequence_parallel", False)',
         ),
         (
@@ -1314,8 +1319,8 @@ MUTANTS: list[Mutant] = [
         ("inputs dropped out in evaluation", "if not self.training or not self.dropout:", "if not self.dropout:"),
         (
             "tensor-parallel ranks drop the same of other inputs",
-            "get_cuda_rng_tracker().fork() if self.draws_apart else",
-            "get_cuda_rng_tracker().fork() if False else",
+            "tracker.fork() if self.draws_apart else",
+            "tracker.fork() if False else",
         ),
     ),
     *within(

@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from refusals import refused
 from test_context_parallel import Calls
 from test_model_parity import CONFIGS
+from test_recompute import options
 from torch import Tensor
 
 from megatron_solopo.planning import fake
@@ -16,12 +18,11 @@ from megatron_solopo.planning import fake
 COUNTS = [5, 0, 9, 3]
 
 
-def experts(dtype: torch.dtype) -> Any:
+def experts(dtype: torch.dtype, *flags: Any) -> Any:
     """The experts of the first layer of Mixtral, with drawn weights."""
-    from megatron_solopo.config import Config
     from megatron_solopo.model.build import build_model
 
-    layers = cast(Any, build_model(CONFIGS["mixtral"], Config(), dtype).decoder).layers
+    layers = cast(Any, build_model(CONFIGS["mixtral"], options(*flags), dtype).decoder).layers
     generator = torch.Generator().manual_seed(0)
     for parameter in layers[0].mlp.experts.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1, generator=generator)
@@ -72,6 +73,42 @@ def test_together_they_compute_the_same_bits(engine: None, dtype: torch.dtype) -
         assert together.dtype == one_by_one.dtype and together.norm() > 0 or one_by_one.norm() == 0
 
 
+OF_EXPERTS = ("--lora-rank", 8, "--lora-modules", "gate_proj,up_proj,down_proj")
+
+
+@pytest.mark.parametrize("flags", [OF_EXPERTS, (*OF_EXPERTS[:3], "down_proj")], ids=["all", "down"])
+def test_together_their_adapters_compute_the_same(engine: None, flags: tuple[Any, ...]) -> None:
+    """And matrices are frozen, also where an expert has no token."""
+    layer = experts(torch.float32, *flags)
+    rows, weights, grad = inputs(torch.float32)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    assert len(trained) == len(COUNTS) * 2 * len(flags[3].split(","))
+    results = []
+    for output in (layer.together(rows, COUNTS, weights), layer(rows, torch.tensor(COUNTS), weights)[0]):
+        results.append([output, *torch.autograd.grad(output, [rows, weights, *trained], grad)])
+    for together, one_by_one in zip(*results, strict=True):
+        torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
+    plain = experts(torch.float32).together(rows, COUNTS, weights)
+    assert (plain - results[0][0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--lora-modules", "q_proj,gate_proj,down_proj"), "--lora-modules q_proj,gate_proj,down_proj"),
+        (("--lora-modules", "gate_proj,up_proj"), "--lora-modules gate_proj,up_proj"),
+        ((*OF_EXPERTS[2:], "--use-rslora"), "--use-rslora"),
+        (("--lora-modules", "down_proj", "--lora-dropout", 0.1), "--lora-dropout"),
+    ],
+)
+def test_adapters_of_experts_that_peft_would_read_otherwise_are_refused(flags: tuple[Any, ...], named: str) -> None:
+    from megatron_solopo.conversion.adapters import check_adapters
+
+    with refused("adapter-of-experts", named, "PEFT"):
+        check_adapters(options("--lora-rank", 8, *flags).model, CONFIGS["mixtral"])
+    check_adapters(options("--lora-rank", 8, *flags).model, CONFIGS["qwen3"])  # which has no experts
+
+
 def test_together_they_add_to_ddps_sums_and_wait_for_their_parameters(engine: None) -> None:
     layer = experts(torch.bfloat16)
     rows, weights, grad = inputs(torch.bfloat16)
@@ -92,20 +129,21 @@ def test_together_they_add_to_ddps_sums_and_wait_for_their_parameters(engine: No
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "inner", "expected"),
+    ("device", "dtype", "inner", "rank", "expected"),
     [
-        ("cuda", torch.bfloat16, 96, True),
-        ("cuda", torch.bfloat16, 100, False),
-        ("cuda", torch.float32, 96, False),
-        ("cpu", torch.bfloat16, 96, False),
+        ("cuda", torch.bfloat16, 96, 8, True),
+        ("cuda", torch.bfloat16, 100, 8, False),
+        ("cuda", torch.bfloat16, 96, 12, False),
+        ("cuda", torch.float32, 96, 8, False),
+        ("cpu", torch.bfloat16, 96, 8, False),
     ],
 )
 def test_they_are_computed_together_where_torch_has_a_kernel(
-    device: str, dtype: torch.dtype, inner: int, expected: bool
+    device: str, dtype: torch.dtype, inner: int, rank: int, expected: bool
 ) -> None:
     from megatron_solopo.model.experts import describe_experts, grouped
 
     settings: Any = SimpleNamespace(params_dtype=dtype, hidden_size=64, moe_ffn_hidden_size=inner)
     settings.expert_tensor_parallel_size = 1
-    assert grouped(settings, torch.device(device)) == expected
-    assert ("one after another" in describe_experts(settings, torch.device(device))) != expected
+    assert grouped(settings, torch.device(device), rank) == expected
+    assert ("one after another" in describe_experts(settings, torch.device(device), rank)) != expected

@@ -140,6 +140,22 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer(rehearsals: Rehears
     assert estimated[WEIGHTS] == 2 * (parameters(cut) + adapters)
 
 
+@pytest.mark.parametrize(("layout", "parts", "cut"), [("1", 1, 1), ("dp2 ep2", 2, 1), ("tp2 sp", 1, 2)])
+def test_adapters_of_experts_are_what_arithmetic_says(
+    rehearsals: Rehearsals, layout: str, parts: int, cut: int
+) -> None:
+    rank = 8
+    flags = ("--bf16", "--lora-rank", rank, "--lora-modules", "q_proj,gate_proj,up_proj,down_proj")
+    [outcome] = rehearsals.each([task(*flags, layout=layout, model=MOE, packs=2)])
+    of_experts = LAYERS * rank * 8 // parts * 3 * (HIDDEN + 32 // cut)
+    adapters = of_experts + LAYERS * rank * (HIDDEN + 64 // cut)
+    assert 0 <= outcome.standing[GRADIENTS] - 4 * adapters <= 4 * 64 * 128
+    config = options(*flags, layout=layout)
+    work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
+    estimated = closed_form(Process(Shape.of(MOE, 128), config, work, parse_layout(layout).processes), 0)
+    assert estimated[GRADIENTS] == 4 * adapters
+
+
 SMALL = ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")
 
 
