@@ -196,7 +196,7 @@ def _official(name, prediction, answers):
 
 def _generated_answers(name, count=200):
     rng = random.Random(name)
-    words = "The a an red fox Fox, fox. no yes Yes! 12 1,200 O'Brien café Paris paris-on-sea the".split()
+    words = "The a an red fox Fox, fox. no yes Yes! 12 1,200 O'Brien O\u2019Brien café Paris paris-on-sea the".split()
     for _ in range(count):
         answers = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(rng.randint(1, 4))]
         prediction = rng.choice(["", "\x07", "\n\t"]) + " ".join(rng.choices([*words, *answers], k=rng.randint(0, 6)))
