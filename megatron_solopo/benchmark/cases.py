@@ -183,6 +183,7 @@ SUITES: dict[str, tuple[Table, ...]] = {
             "Long-PO against TRL, d512 / L8, vocabulary of 151,936, 2K",
             replace(_LARGE, vocab_size=151_936, long=2048, short=256),
             _BOTH,
+            rounds=2,
             judged=True,
         ),
         Table(
@@ -190,6 +191,7 @@ SUITES: dict[str, tuple[Table, ...]] = {
             "Long-PO against TRL, both as shipped, d384 / L6, 2K",
             Setting("d384-l6", long=2048, short=256, pairs=4),
             AS_SHIPPED,
+            rounds=2,
         ),
         Table(
             "longest",
