@@ -75,9 +75,15 @@ def measure(case: str, count: int) -> list[float]:
     optimizer, scheduler = engines.build_optimizer(engine, config.training, count + 1)
     engine.train()
     config.training.global_batch_size = config.training.micro_batch_size = 1
-    data: Any = SimpleNamespace(groups=[group_of(case, config)])
+    group = group_of(case, config)
+    data: Any = SimpleNamespace(groups=[group], of_epoch=lambda index, epoch: group)
     schedule: Any = SimpleNamespace(
-        steps=count + 1, step=lambda number: [0], examples=1, global_batch_size=1, total=count + 1
+        steps=count + 1,
+        step=lambda number: [0],
+        epochs=lambda number: [0],
+        examples=1,
+        global_batch_size=1,
+        total=count + 1,
     )
     memory: Any = SimpleNamespace(on_this_rank=lambda: 0.0)
     seconds = []

@@ -134,11 +134,17 @@ def measured_step(config: Config, hf_config: PretrainedConfig, groups: Sequence[
         engine = engines.build_engine(here, hf_config, config)
         optimizer, scheduler = engines.build_optimizer(engine, config.training, 2)
         engine.train()
-        data: Any = SimpleNamespace(groups=[*groups] * engines.data_parallel()[1])
-        count = len(data.groups)
+        examples = [*groups] * engines.data_parallel()[1]
+        data: Any = SimpleNamespace(groups=examples, of_epoch=lambda index, epoch: examples[index])
+        count = len(examples)
         config.training.global_batch_size, config.training.micro_batch_size = count, 1
         schedule: Any = SimpleNamespace(
-            steps=2, step=lambda number: list(range(count)), examples=1, global_batch_size=1, total=1
+            steps=2,
+            step=lambda number: list(range(count)),
+            epochs=lambda number: [0] * count,
+            examples=1,
+            global_batch_size=1,
+            total=1,
         )
         memory: Any = SimpleNamespace(on_this_rank=lambda: 0.0)
         with steps.training_work(engine, data, schedule, config, None) as work:

@@ -55,7 +55,7 @@ def test_the_forecast_of_a_run_is_its_median_step(home: Home, monkeypatch: pytes
     assert result.low == result.high == pytest.approx(seconds)
     assert (world, packs) == (2, 2)  # four groups a step, one a pack
     tokens = [line["tokens"] for line in home.metrics("run")]
-    assert min(tokens) * 0.8 < result.tokens < max(tokens) * 1.2
+    assert min(tokens) / 2 < result.tokens < max(tokens) * 2  # one pack of one example stands for all four
     assert str(home.folder / "run") in machine.name
 
 

@@ -41,7 +41,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the package with the model and the data that the page names."""
     shutil.copytree(ROOT / "megatron_solopo", tmp_path / "megatron_solopo", ignore=shutil.ignore_patterns("*.pyc"))
     write_model(tmp_path / "MODEL")
-    write_model(tmp_path / "MINISTRAL", AutoConfig.for_model("ministral", **SHAPE, head_dim=8))
+    write_model(tmp_path / "CWM", AutoConfig.for_model("cwm", **SHAPE, head_dim=8, sliding_window=8))
     write_lines(tmp_path / "groups.jsonl", preference_groups(6))
     return tmp_path
 

@@ -218,7 +218,7 @@ WRONG: dict[str, tuple[Callable[[Home], dict[str, Any]], str, list[str]]] = {
     "unknown architecture": (
         _unknown_architecture,
         "model-type-unsupported",
-        ["'gpt2'", "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"],
+        ["'gpt2'", "supported are gemma3_text, ", "mixtral, ", "smollm3"],
     ),
     "no chat template": (_no_template, "", ["chat template", "--chat-template"]),
     "token beyond the vocabulary": (_small_vocabulary, "token-beyond-vocabulary", ["example 'g", "token id ", " 40;"]),

@@ -163,6 +163,9 @@ NEEDED_FOR = {
     "profile_step_end": ["--profile"],
     "profile_ranks": ["--profile"],
     "recompute_modules": ["--recompute-granularity", "selective"],
+    "stretch_fraction": ["--stretch-positions", "9000"],
+    "eval_max_new_tokens": ["--eval-generate", "questions.jsonl"],
+    "early_stop": ["--save-best", "loss"],
 }
 
 
