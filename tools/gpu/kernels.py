@@ -203,7 +203,7 @@ def norm(out: Recorder, x: Tensor) -> None:
 
     from megatron_solopo.model.norm import RMSNorm
 
-    settings = SimpleNamespace(sequence_parallel=False, params_dtype=x.dtype)
+    settings = SimpleNamespace(sequence_parallel=False, params_dtype=x.dtype, layernorm_zero_centered_gamma=False)
     ours = RMSNorm(settings, x.shape[-1], 1e-6).to(x.device, x.dtype)
     weight = ours.weight
     wide = x.double()
@@ -229,7 +229,7 @@ def swiglu(out: Recorder, x: Tensor) -> None:
 
     from megatron_solopo.model.swiglu import SwiGLU
 
-    _passes(out, "swiglu/today", SwiGLU(SimpleNamespace()), x)
+    _passes(out, "swiglu/today", SwiGLU(SimpleNamespace(activation_func=F.silu)), x)
     _passes(out, "swiglu/steps", _swiglu, x)
     with out.part("swiglu/compiled"):
         out.need_size()
