@@ -154,7 +154,7 @@ def test_longpo_compares_the_long_context_with_a_reference_on_the_short_one(two:
                 {"role": f"{context}_{answer}", "ids": ids(group[answer] + " <end>"), "loss_mask": None}
                 for answer in ("chosen", "rejected")
             ]
-            prompts.append({"ids": prompt, "completions": completions})
+            prompts.append({"ids": prompt, "completions": completions, "jumps": []})
         examples.append({"id": group["id"], "prompts": prompts})
     rows = oracle.reference_table(world.model("llama"), examples)
     (cache,) = (two.folder / "longpo-reference").iterdir()
