@@ -132,7 +132,7 @@ def draw_cost(path: Path, points: Mapping[str, tuple[float, Point]], looks: Mapp
         axes.errorbar(
             operations / 1e12, point.mean, yerr=bars, label=label, **looks[label], elinewidth=1.1, clip_on=False
         )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max(operations for operations, _ in points.values()) / 1e12)
     axes.set_ylim(0, 1)
     axes.set_xlabel("Operations of training (10^12)")
     axes.set_ylabel(f"Accuracy ({accuracy})")
