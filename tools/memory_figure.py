@@ -76,7 +76,7 @@ def draw(path: Path, layouts: dict[str, list[Moment]]) -> None:
         axes.set_xlabel("Long context, tokens")
     figure.supylabel("Peak of a process in a step, GiB (dashed: 80)", fontsize=9)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    panels[0, 0].legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, fontsize=8)
+    panels[0, 1].legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, fontsize=8, ncols=2)
     figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
