@@ -36,7 +36,7 @@ from megatron_solopo.data.tokenized.packs import build_pack
 from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.metrics import Metric, metric_of, register
-from megatron_solopo.model.cost import width_of_cost
+from megatron_solopo.model.cost import width_of_cost, windows_of
 from megatron_solopo.model.forward import greedy_tokens
 from megatron_solopo.pack import Context, Pack, Side
 from megatron_solopo.progress import ProgressBar
@@ -184,7 +184,8 @@ def _pass(engine: Engine, sequences: Sequence[tuple[Sequence[int], Sequence[int]
         for prompt, answer in sequences
     ]
     rank, ranks = data_parallel()
-    plan = plan_step(groups, width_of_cost(engine.hf_config), ranks, config, engine.platform.name)
+    width, windows = width_of_cost(engine.hf_config), windows_of(engine.hf_config)
+    plan = plan_step(groups, width, ranks, config, engine.platform.name, windows)
     packs = []
     for places in plan.shares[rank]:
         of_pack = [groups[place] for place in places]

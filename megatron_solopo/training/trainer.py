@@ -21,7 +21,7 @@ from megatron_solopo.lora_options import adapts_experts
 from megatron_solopo.losses.solopo import needs_reference
 from megatron_solopo.model import transformer_engine
 from megatron_solopo.model.attention import describe_kernels
-from megatron_solopo.model.experts import describe_experts
+from megatron_solopo.model.experts import ALIGNED, describe_experts
 from megatron_solopo.model.lora import without_adapters
 from megatron_solopo.parallel.platform import Platform, first_error, run_on_rank0
 from megatron_solopo.terminal import write_line
@@ -392,7 +392,7 @@ class Trainer:
             self.log.message(f"log-probs: {self.engine.head.chunk_size:,} response tokens at a time")
             if settings.num_moe_experts and settings.transformer_impl != transformer_engine.NAME:
                 rank = self.config.model.lora_rank if adapts_experts(self.config.model) else None
-                self.log.message(describe_experts(settings, device, *([] if rank is None else [rank])))
+                self.log.message(describe_experts(settings, device, rank or ALIGNED))
         if train.stretch is not None:
             self.log.message(f"positions: {train.stretch}")
         for split, dataset in (("train", train), ("valid", self.data.valid)):
