@@ -255,7 +255,7 @@ def test_the_tables_are_those_of_the_results_that_are_kept(monkeypatch: pytest.M
     baselines = {path.stem for path in gpu_report.BASELINES.glob("*.json")}
     assert {
         name for name in baselines if not name.startswith("cpu-")
-    } == machines.keys()  # CPUs' are solopo benchmark's
+    } == machines.keys()  # solopo benchmark has CPUs'
     for name, records in machines.items():
         assert (gpu_report.BASELINES / f"{name}.json").read_text(encoding="utf-8") == gpu_report.baseline(name, records)
 
