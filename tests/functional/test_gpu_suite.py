@@ -253,9 +253,7 @@ def test_the_tables_are_those_of_the_results_that_are_kept(monkeypatch: pytest.M
     text = gpu_report.PAGE.read_text(encoding="utf-8")
     assert gpu_report.page(text, machines) == text, "run tools/gpu_report.py"
     baselines = {path.stem for path in gpu_report.BASELINES.glob("*.json")}
-    assert {
-        name for name in baselines if not name.startswith("cpu-")
-    } == machines.keys()  # solopo benchmark has CPUs'
+    assert {name for name in baselines if not name.startswith("cpu-")} == machines.keys()  # solopo benchmark has CPUs'
     for name, records in machines.items():
         assert (gpu_report.BASELINES / f"{name}.json").read_text(encoding="utf-8") == gpu_report.baseline(name, records)
 
