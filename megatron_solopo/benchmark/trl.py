@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,11 @@ def trainer_of(
 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=ATTENTION)
+    # Without a model DPOTrainer loads the reference from a folder, and random weights have none.
+    reference = None if options.get("precompute_ref_log_probs") else deepcopy(model)
     return DPOTrainer(
         model,
+        ref_model=reference,
         args=DPOConfig(**options),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

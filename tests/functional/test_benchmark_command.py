@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_solopo.benchmark.cases import AS_SHIPPED, Setting
+from megatron_solopo.benchmark.jobs import Job
 from megatron_solopo.benchmark.phases import PACKS, PHASES
 from megatron_solopo.cli import dispatch, run
 
@@ -47,6 +51,16 @@ def test_both_sides_train_on_the_same_tokens(output: Path) -> None:
     assert table["cases"][0]["memory_gib"]["weights"] == pytest.approx(4 * ours["parameters"] / 2**30, rel=0.01)
     names = [ratio["name"] for ratio in document["ratios"]]
     assert names == ["table: long dpo, separate, over TRL"]
+
+
+def test_trl_as_shipped_computes_its_reference_in_every_step(tmp_path: Path) -> None:
+    setting = Setting("d64-l2", vocab_size=256, long=96, short=32, response=16)
+    job = Job(setting, AS_SHIPPED[-1], str(tmp_path / "job"), steps=1)
+    job.write(tmp_path / "job.json")
+    command = [sys.executable, "-m", "megatron_solopo.benchmark.jobs", tmp_path / "job.json", tmp_path / "result.json"]
+    subprocess.run(command, check=True, timeout=120)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert "precompute_ref_log_probs" not in result["options"] and len(result["seconds"]) == 1
 
 
 def test_the_files_beside_it_and_the_page_have_the_table(output: Path) -> None:
