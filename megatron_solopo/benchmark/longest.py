@@ -40,11 +40,11 @@ def longest(
 
     Args:
         peak: returns the bytes of a step at a length.
-        start: the first length; the second is twice as long.
+        start: the first length; where it is too long, half of it, and so on down to `UNIT`.
         known: peaks that were measured already.
 
     Raises:
-        UserError: the first length is beyond the limit already.
+        UserError: `UNIT` tokens are beyond the limit.
     """
     peaks = dict(known)
 
@@ -53,13 +53,16 @@ def longest(
             peaks[length] = peak(length)
         return peaks[length] <= limit
 
-    if not fits(start):
-        raise UserError(
-            "memory-limit",
-            f"--memory-limit: a step of {start:,} tokens takes {peaks[start] / 2**30:.3f} GiB, the limit is "
-            f"{limit / 2**30:.3f}; raise it, or shorten --long-tokens",
-        )
-    fits(start + max(UNIT, start // 2 // UNIT * UNIT))
+    while not fits(start):
+        if start <= UNIT:
+            raise UserError(
+                "memory-limit",
+                f"--memory-limit: a step of {start:,} tokens takes {peaks[start] / 2**30:.3f} GiB, the limit is "
+                f"{limit / 2**30:.3f}; raise it",
+            )
+        start = max(UNIT, start // 2 // UNIT * UNIT)
+    if len(peaks) == 1:
+        fits(start + max(UNIT, start // 2 // UNIT * UNIT))
     good, bad = _bounds(peaks, limit)
     while len(peaks) < MOST_TRIES and (bad is None or bad - good > max(UNIT, WITHIN * good)):
         fits(_next(peaks, limit, start, good, bad))

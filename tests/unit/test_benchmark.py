@@ -17,7 +17,7 @@ from megatron_solopo.benchmark import measure
 from megatron_solopo.benchmark.cases import LONGEST, PLAIN, SUITES, TRL, Case, Setting, Table, against_trl
 from megatron_solopo.benchmark.command import build_parser, tables_of
 from megatron_solopo.benchmark.jobs import Job, options_of, write_inputs
-from megatron_solopo.benchmark.longest import longest
+from megatron_solopo.benchmark.longest import Search, longest
 from megatron_solopo.benchmark.measure import as_json, kept
 from megatron_solopo.benchmark.ratios import Ratio, compared, ratios_of, read_baseline, write_baseline
 from megatron_solopo.benchmark.report import END, START, write_page
@@ -172,8 +172,19 @@ def test_the_longest_context_is_found_without_steps_far_beyond_the_limit(
     assert all(length % 64 == 0 for length in tried)
 
 
-def test_a_first_step_beyond_the_limit_is_refused() -> None:
-    with refused("memory-limit", "--memory-limit", "1,024 tokens", "--long-tokens"):
+def test_shorter_contexts_are_tried_where_the_first_does_not_fit() -> None:
+    tried: list[int] = []
+
+    def peak(length: int) -> float:
+        tried.append(length)
+        return 20 * length
+
+    assert longest(peak, 10_000, 1024) == Search(448, 512) and tried[:3] == [1024, 512, 256]
+    assert max(tried[2:]) < 512
+
+
+def test_a_limit_below_the_shortest_step_is_refused() -> None:
+    with refused("memory-limit", "--memory-limit", "64 tokens", "raise it"):
         longest(lambda length: 2**30, 2**29, 1024)
 
 
