@@ -15,7 +15,7 @@ from megatron_solopo.conversion.hf import local_part, named_entries
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.operators import Entry, PadRows
+from megatron_solopo.model.families.operators import Entry, PadRows, part_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.progress import ProgressBar
@@ -122,10 +122,11 @@ def _is_embedding(reader: TensorReader, name: str) -> bool:
 
 
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """Returns the Hugging Face names of an entry in all layers and experts."""
+    """Returns the names of an entry's tensors in the files, of all layers and experts."""
     experts = range(hf_config.num_experts if entry.of_experts else 1)
     layers = range(hf_config.num_hidden_layers)
-    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
+    names = {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
+    return {part_of(name)[0] for name in names}
 
 
 def stored_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:

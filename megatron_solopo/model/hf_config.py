@@ -96,6 +96,22 @@ def _check_windows_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
     raise UserError("attention-unsupported", f"{what}: {remedy}")
 
 
+def check_biased_experts(hf_config: PretrainedConfig, config: Config) -> None:
+    """Refuses expert tensor parallelism of experts with biases, which each of its ranks would add.
+
+    Raises:
+        UserError: the layout has it.
+    """
+    parallel, options = config.parallel, family_of(hf_config).transformer_options(hf_config)
+    size = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    if size > 1 and options.get("num_moe_experts") and options.get("add_bias_linear"):
+        raise UserError(
+            "layout-biased-experts",
+            f"--expert-tensor-parallel-size {size}: the experts of {hf_config.model_type} have biases, which every "
+            "rank would add; use 1, and --expert-model-parallel-size to distribute the experts",
+        )
+
+
 def check_lengths(hf_config: PretrainedConfig, data: DataConfig) -> None:
     """Refuses --seq-length and --stretch-positions beyond the model's positions; see `check_length`."""
     check_length(hf_config, data.seq_length)
