@@ -88,7 +88,10 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     family = family_of(hf_config)
     if options.lora_rank is not None:
         operators = [entry.operator for entry in family.table(hf_config, hf_config.vocab_size)]
-        if any(isinstance(one, FusedQKV | FusedGateUp | AlternatingGateUp) or getattr(one, "paired", 0) for one in operators):
+        if any(
+            isinstance(one, FusedQKV | FusedGateUp | AlternatingGateUp) or getattr(one, "paired", 0)
+            for one in operators
+        ):
             raise UserError(
                 "adapter-unsupported",
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "

@@ -19,9 +19,10 @@ from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
-from megatron_solopo.conversion.sidecar_files import SidecarFiles, dtype_name
+from megatron_solopo.conversion.sidecar_files import STACKED, SidecarFiles, dtype_name
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
+from megatron_solopo.model.families.moe import are_in_one_tensor
 from megatron_solopo.model.families.operators import part_of
 from megatron_solopo.model_folder import seen_in
 
@@ -46,8 +47,9 @@ class _Header:
     def part(self, place: int) -> _Header:
         """Returns the entry of one of the tensors that are stacked in this one."""
         shape = self.shape[1:]
-        size = shape.numel() * next((dtype.itemsize for dtype, code in CODES.items() if code == self.dtype), 1)
-        return _Header(shape, self.dtype, self.start + place * size)
+        # of others than weights' codes (quantized.py) bytes
+        size = next((dtype.itemsize for dtype, code in CODES.items() if code == self.dtype), 1)
+        return _Header(shape, self.dtype, self.start + place * shape.numel() * size)
 
 
 class TensorReader:
@@ -116,7 +118,7 @@ class TensorReader:
             UserError: they have several dtypes, or see `dtype_of`.
         """
         names: dict[torch.dtype, str] = {}
-        for name in sorted(self._file_of):
+        for name in sorted(self.names()):
             names.setdefault(self.dtype_of(name), name)
         if len(names) > 1:
             several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in names.items())
@@ -153,7 +155,11 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file, or see `dtype_of`.
         """
-        dtype, header, file = self.dtype_of(name), self._header(name), self.file_of(name)
+        return self._read(name, self.dtype_of(name))
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        header = self._header(name)
+        file = self._file_of[part_of(name)[0]]
         if file.endswith(".bin"):
             whole, place = part_of(name)
             return self._bin(file)[whole] if place is None else self._bin(file)[whole][place]
@@ -216,6 +222,17 @@ class TensorReader:
                 self._bins.clear()
             self._bins[file] = tensors
         return self._bins[file]
+
+
+def has_stacked_experts(source: str | Path) -> bool:
+    """Whether a Hugging Face folder, or the one that a Megatron folder was converted from, has the experts of each
+    layer in one tensor; not where its weights cannot be read any more."""
+    try:
+        if json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get(STACKED):
+            return True
+        return are_in_one_tensor(TensorReader(source).names())
+    except (UserError, OSError, ValueError):
+        return False
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -60,7 +60,7 @@ class Experts(SequentialMLP):
         super().__init__(*arguments, **settings)
         if self.config.add_bias_linear:  # where expert tensor parallelism is 1
             for expert in self.local_experts:
-                # Without the sum over one rank, whose result is a view that mcore may not add the bias to (mlp.py:352).
+                # Without the sum over one rank, whose result is a view that mcore may not add the bias to (mlp.py:354).
                 cast(Any, expert).linear_fc2.explicit_expert_comm = True
 
     def forward(
@@ -91,7 +91,7 @@ class Experts(SequentialMLP):
 
         biased = self.config.add_bias_linear
         # [S, experts]: its product with the biases is each row's, and backward's the sum over an expert's rows
-        chosen = F.one_hot(_expert_of_rows(counts, x.device), len(counts)).to(x.dtype) if biased else None
+        chosen = _choices(ends, x) if biased else None
 
         def product(rows: Tensor, matrices: Sequence[Any], scale: Tensor | None = None) -> Tensor:
             weights = [weight_of(matrix) for matrix in matrices]
@@ -107,9 +107,10 @@ class Experts(SequentialMLP):
         return product(inner, [expert.linear_fc2 for expert in experts], probs)
 
 
-def _expert_of_rows(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Returns [S] int64, the expert of each row."""
-    return on_device(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), device)
+def _choices(ends: Tensor, x: Tensor) -> Tensor:
+    """Returns [S, experts] in the dtype of ``x``, 1 for the expert of each row; its rows end at [experts] ``ends``."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return ((rows < ends) & (rows >= F.pad(ends[:-1], (1, 0)))).to(x.dtype)
 
 
 def _adapted(adapters: Sequence[Adapter], x: Tensor, output: Tensor, ends: Tensor, counts: Sequence[int]) -> Tensor:
