@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ def load(folder: Path) -> nn.Module:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = _norm.__get__(module)
-        elif type(module).__name__.endswith("TopKRouter"):
+        # gpt-oss's has a bias, and keeps the model's dtype
+        elif type(module).__name__.endswith("TopKRouter") and not hasattr(module, "bias"):
             module.forward = _router.__get__(module)
     return model
 
@@ -38,5 +40,14 @@ def _router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_file_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter, such as gradients, as `save_pretrained` names and splits the parameters: one an expert."""
-    return revert_weight_conversion(model, tensors)
+    """Tensors by parameter, such as gradients, as `save_pretrained` names and splits the parameters: one an expert.
+
+    Experts that it saves in one tensor a layer are numbered: NAME[0], NAME[1], ...
+    """
+    named = {}
+    for name, tensor in revert_weight_conversion(model, tensors).items():
+        if ".experts." in name and not re.search(r"\.experts\.\d", name):
+            named |= {f"{name}[{place}]": part for place, part in enumerate(tensor)}
+        else:
+            named[name] = tensor
+    return named

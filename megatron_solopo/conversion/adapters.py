@@ -39,7 +39,7 @@ from megatron_solopo.lora_options import (
     alpha_of,
     modules_of,
 )
-from megatron_solopo.model.families.operators import Entry, FusedGateUp, FusedQKV, Rename
+from megatron_solopo.model.families.operators import AlternatingGateUp, Entry, FusedGateUp, FusedQKV, Rename
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale, owners
 
@@ -88,13 +88,16 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     family = family_of(hf_config)
     if options.lora_rank is not None:
         operators = [entry.operator for entry in family.table(hf_config, hf_config.vocab_size)]
-        if any(isinstance(one, FusedQKV | FusedGateUp) or getattr(one, "paired", 0) for one in operators):
+        if any(
+            isinstance(one, FusedQKV | FusedGateUp | AlternatingGateUp) or getattr(one, "paired", 0)
+            for one in operators
+        ):
             raise UserError(
                 "adapter-unsupported",
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
                 "order, for which PEFT's adapters are neither read nor written; train all weights",
             )
-    if expert_modules(hf_config) and adapts_experts(options):
+    if options.lora_rank is not None and adapts_experts(options) and expert_modules(hf_config):
         _check_experts(options)
     if options.lora_path is None:
         return

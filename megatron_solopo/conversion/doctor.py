@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING
 
-from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.families.fields import unknown_fields
+from megatron_solopo.model.families.moe import are_in_one_tensor, in_one_tensor
 from megatron_solopo.model.families.registry import FAMILIES, family_of
 from megatron_solopo.model.hf_config import read_config_file
 from megatron_solopo.model_folder import check_is_folder
@@ -64,7 +65,7 @@ def diagnose(folder: str | Path) -> Diagnosis:
     lines += [f"config.json: {field} = {value!r} is read by no code of {name}" for field, value in fields.items()]
     if refusal is not None and not any(f"config.json: {field} = " in refusal for field in fields):
         lines.append(refusal)
-    expected = _kinds_of(name, bool(document.get("tie_word_embeddings")))
+    expected = _kinds_of(name, bool(document.get("tie_word_embeddings")), are_in_one_tensor(kinds))
     if kinds:
         both = len(kinds & expected)
         lines += [f"the weights {one} are in no table of {name}" for one in sorted(kinds - expected)]
@@ -81,7 +82,7 @@ def diagnose(folder: str | Path) -> Diagnosis:
 def _kinds_of_folder(folder: Path) -> set[str]:
     """Returns the names of a folder's tensors with placeholders for the numbers of layers and experts."""
     try:
-        names = TensorReader(folder).names()
+        names = WeightReader(folder).names()
     except UserError as error:
         if error.code != "weights-missing":
             raise
@@ -95,16 +96,19 @@ def _kind(name: str) -> str:
     return name
 
 
-def _kinds_of(family: str, tied: bool) -> set[str]:
+def _kinds_of(family: str, tied: bool, stacked: bool) -> set[str]:
     hf_config = CONFIG_MAPPING[family](tie_word_embeddings=tied)
-    return {name for entry in FAMILIES[family].table(hf_config, hf_config.vocab_size) for name in entry.hf}
+    table = FAMILIES[family].table(hf_config, hf_config.vocab_size)
+    names = (name for entry in (in_one_tensor(table) if stacked else table) for name in entry.hf)
+    return {name.removesuffix("[{expert}]") for name in names}
 
 
 def _nearest(document: dict[str, Any], kinds: set[str]) -> str:
     """Returns the family with most of a folder's tensors, or without weights with most fields, for its own number."""
 
     def likeness(family: str) -> float:
-        own, theirs = kinds, _kinds_of(family, bool(document.get("tie_word_embeddings")))
+        tied = bool(document.get("tie_word_embeddings"))
+        own, theirs = kinds, _kinds_of(family, tied, are_in_one_tensor(kinds))
         if not kinds:
             own, theirs = {*document}, {*CONFIG_MAPPING[family]().to_dict()}
         return len(own & theirs) / len(own | theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import MAX_SHARD_SIZE
-from megatron_solopo.conversion.hf_folder import write_folder
+from megatron_solopo.conversion.hf_folder import has_stacked_experts, write_folder
 from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.moe import in_one_tensor
 from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.lora import is_adapter
@@ -32,15 +34,19 @@ type Entered = Iterator[tuple[Entry, tuple[str, ...], torch.nn.Parameter]]
 """Parameters of a chunk with their entries and names, as `named_entries` yields them."""
 
 
-def named_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
+def named_entries(model: GPTModel, hf_config: PretrainedConfig, stacked: bool = False) -> Entered:
     """Yields (entry, its Hugging Face names, the parameter on this process) for every parameter of the model but those
     of LoRA's adapters.
+
+    Args:
+        stacked: the folder has the experts of each layer in one tensor, see `in_one_tensor`.
 
     Raises:
         UserError: a parameter has no entry, or an entry has no parameter.
     """
     parameters = {portable_name(name): value for name, value in model.named_parameters() if not is_adapter(name)}
-    for entry in family_of(hf_config).table(hf_config, model.vocab_size):
+    table = family_of(hf_config).table(hf_config, model.vocab_size)
+    for entry in in_one_tensor(table) if stacked else table:
         if "{layer}" not in entry.megatron:
             # Only the first and the last pipeline stage hold parameters outside layers.
             if entry.megatron in parameters:
@@ -84,14 +90,14 @@ def local_part(entry: Entry, parameter: torch.nn.Parameter) -> tuple[int, int, i
     return (0, 1, None) if dimension is None else (tensor_group(entry).rank(), tensor_group(entry).size(), dimension)
 
 
-def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> dict[str, torch.Size]:
+def hf_shapes(chunks: Sequence[GPTModel], hf_config: PretrainedConfig, stacked: bool = False) -> dict[str, torch.Size]:
     """Hugging Face name -> shape of every tensor of the model; all tensors on rank 0.
 
     No tensor is read. Collective over the expert-parallel and pipeline groups.
     """
     shapes: dict[str, torch.Size] = {}
     for chunk in chunks:
-        for entry, names, parameter in named_entries(chunk, hf_config):
+        for entry, names, parameter in named_entries(chunk, hf_config, stacked):
             dimension = _split_dimension(parameter)
             count = 1 if dimension is None else tensor_group(entry).size()
             joined = entry.operator.join([torch.empty_like(parameter, device="meta")] * count, dimension)
@@ -242,8 +248,12 @@ def save_folder(
     Raises:
         UserError: see `write_folder`.
     """
-    shapes = hf_shapes(chunks, hf_config)
-    tensors = hf_tensors(chunks, hf_config, stored)
+    # Adapters are added by the names of single experts. Rank 0 alone need have the source.
+    decided = [dist.get_rank() == 0 and change is None and has_stacked_experts(source)]
+    dist.broadcast_object_list(decided)
+    (stacked,) = decided
+    shapes = hf_shapes(chunks, hf_config, stacked)
+    tensors = hf_tensors(chunks, hf_config, stored, partial(named_entries, stacked=stacked))
     if dist.get_rank() != 0:
         for _ in tensors:
             pass

@@ -19,9 +19,11 @@ from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
-from megatron_solopo.conversion.sidecar_files import SidecarFiles, dtype_name
+from megatron_solopo.conversion.sidecar_files import STACKED, SidecarFiles, dtype_name
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
+from megatron_solopo.model.families.moe import are_in_one_tensor
+from megatron_solopo.model.families.operators import part_of
 from megatron_solopo.model_folder import seen_in
 
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -42,9 +44,16 @@ class _Header:
     dtype: str
     start: int = 0
 
+    def part(self, place: int) -> _Header:
+        """Returns the entry of one of the tensors that are stacked in this one."""
+        shape = self.shape[1:]
+        # of others than weights' codes (quantized.py) bytes
+        size = next((dtype.itemsize for dtype, code in CODES.items() if code == self.dtype), 1)
+        return _Header(shape, self.dtype, self.start + place * shape.numel() * size)
+
 
 class TensorReader:
-    """The weights in a folder's files, sharded or not, each read on request.
+    """The weights in a folder's files, sharded or not, each read on request, or a part of one (`part_of`).
 
     Reads safetensors files, else ``pytorch_model.bin`` of older folders, of which it loads only tensors and refuses a
     pickle that would run code.
@@ -109,7 +118,7 @@ class TensorReader:
             UserError: they have several dtypes, or see `dtype_of`.
         """
         names: dict[torch.dtype, str] = {}
-        for name in sorted(self._file_of):
+        for name in sorted(self.names()):
             names.setdefault(self.dtype_of(name), name)
         if len(names) > 1:
             several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in names.items())
@@ -135,7 +144,7 @@ class TensorReader:
 
     def file_of(self, name: str) -> str:
         """Returns the name of the file that holds a tensor; "" if there is no such tensor."""
-        return self._file_of.get(name, "")
+        return self._file_of.get(part_of(name)[0], "")
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype.
@@ -146,9 +155,14 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file, or see `dtype_of`.
         """
-        dtype, header, file = self.dtype_of(name), self._header(name), self._file_of[name]
+        return self._read(name, self.dtype_of(name))
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        header = self._header(name)
+        file = self._file_of[part_of(name)[0]]
         if file.endswith(".bin"):
-            return self._bin(file)[name]
+            whole, place = part_of(name)
+            return self._bin(file)[whole] if place is None else self._bin(file)[whole][place]
         if not (size := header.shape.numel() * dtype.itemsize):
             return torch.empty(header.shape, dtype=dtype)
         if file not in self._files:
@@ -168,6 +182,7 @@ class TensorReader:
         return self._header(name).shape
 
     def _header(self, name: str) -> _Header:
+        name, place = part_of(name)
         if name not in self._file_of:
             raise UserError(
                 "tensor-missing",
@@ -181,7 +196,8 @@ class TensorReader:
                 "tensor-missing",
                 f"{self.folder / file}: the tensor {name!r} is missing there; copy or download the folder again",
             )
-        return self._headers[file][name]
+        header = self._headers[file][name]
+        return header if place is None else header.part(place)
 
     def _headers_in(self, file: str) -> dict[str, _Header]:
         _refuse_pointer(self.folder / file)
@@ -206,6 +222,17 @@ class TensorReader:
                 self._bins.clear()
             self._bins[file] = tensors
         return self._bins[file]
+
+
+def has_stacked_experts(source: str | Path) -> bool:
+    """Whether a Hugging Face folder, or the one that a Megatron folder was converted from, has the experts of each
+    layer in one tensor; not where its weights cannot be read any more."""
+    try:
+        if json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get(STACKED):
+            return True
+        return are_in_one_tensor(TensorReader(source).names())
+    except (UserError, OSError, ValueError):
+        return False
 
 
 def _read_index(path: Path) -> dict[str, str]:

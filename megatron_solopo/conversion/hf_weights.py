@@ -14,8 +14,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_solopo.conversion.hf import local_part, named_entries
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.new_tokens import NewRows
+from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.operators import Entry, PadRows
+from megatron_solopo.model.families.moe import are_in_one_tensor, in_one_tensor
+from megatron_solopo.model.families.operators import Entry, PadRows, part_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.progress import ProgressBar
@@ -43,12 +45,13 @@ class HfWeights:
         hf_config: PretrainedConfig,
         new_rows: NewRows | None = None,
     ) -> None:
-        self._reader, self._new_rows = TensorReader(folder), new_rows
+        self._reader, self._new_rows = WeightReader(folder), new_rows
         check_tensors(self._reader, hf_config, models[0].vocab_size)
         self._sources: dict[int, tuple[Entry, tuple[str, ...]]] = {}
         self._parameters = []
+        stacked = are_in_one_tensor(self._reader.names())
         for model in models:
-            for entry, names, parameter in named_entries(model, hf_config):
+            for entry, names, parameter in named_entries(model, hf_config, stacked):
                 self._sources[id(parameter)] = entry, names
                 self._parameters.append(parameter)
         self._parameters.sort(key=self._files)
@@ -86,6 +89,9 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
             matrix would be lost.
     """
     table = family_of(hf_config).table(hf_config, padded_vocab_size)
+    stacked = are_in_one_tensor(reader.names())
+    if stacked:
+        table = in_one_tensor(table)
     expected = {name for entry in table for name in _all_names(entry, hf_config)}
     if missing := expected - reader.names():
         reader.shape(min(missing))  # raises
@@ -104,7 +110,7 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
             f"{reader.folder}: the tensor {min(left_over)!r} is not part of {hf_config.model_type} "
             f"({len(left_over)} such); training would lose it",
         )
-    shapes = stored_shapes(read_hf_config(reader.folder))
+    shapes = stored_shapes(read_hf_config(reader.folder), stacked)
     for name in sorted(expected):
         reader.dtype_of(name)  # raises for an unsupported one
         if reader.shape(name) != shapes[name]:
@@ -122,17 +128,25 @@ def _is_embedding(reader: TensorReader, name: str) -> bool:
 
 
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """Returns the Hugging Face names of an entry in all layers and experts."""
+    """Returns the names of an entry's tensors in the files, of all layers and experts."""
     experts = range(hf_config.num_experts if entry.of_experts else 1)
     layers = range(hf_config.num_hidden_layers)
-    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
+    names = {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
+    return {part_of(name)[0] for name in names}
 
 
-def stored_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
+def stored_shapes(hf_config: PretrainedConfig, stacked: bool = False) -> dict[str, torch.Size]:
     """Name -> shape of every tensor that transformers writes for this model.
 
-    The model is built on the meta device. transformers reverts its conversions, which stack experts on loading.
+    The model is built on the meta device. transformers reverts its conversions, which stack experts on loading, unless
+    it is asked not to.
+
+    Args:
+        stacked: it was asked so.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    return {name: tensor.shape for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
+    tensors = model.state_dict()
+    if not stacked:
+        tensors = revert_weight_conversion(model, tensors)
+    return {name: tensor.shape for name, tensor in tensors.items()}

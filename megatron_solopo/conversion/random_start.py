@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.conversion.hf import local_part, named_entries
+from megatron_solopo.model.families.operators import part_of
 from megatron_solopo.model.families.registry import family_of
 
 PIECE = 2**16
@@ -21,7 +22,8 @@ PIECE = 2**16
 @torch.no_grad()
 def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: int) -> None:
     """Initialises the chunks of a model as transformers does: matrices from a normal distribution with the config's
-    ``initializer_range``, norms 1 (0 where the factor is 1 + weight), biases 0; padding rows of the vocabulary 0.
+    ``initializer_range``, and sinks and biases of routers; norms 1 (0 where the factor is 1 + weight), other biases 0;
+    padding rows of the vocabulary 0.
 
     Each Hugging Face tensor has a random generator, seeded by ``seed`` and the tensor's name. Every process that
     holds a part of a tensor draws all of it, in float32, so weights depend neither on the layout nor on the order, and
@@ -46,10 +48,12 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
 
 
 def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.device, norm: float) -> Tensor:
-    if name.endswith(".bias"):
-        return torch.zeros(shape, device=device)
-    if len(shape) == 1:  # a norm
-        return torch.full(shape, norm, device=device)
+    whole, _ = part_of(name)
+    if not whole.endswith(("router.bias", ".sinks")):
+        if whole.endswith("bias"):
+            return torch.zeros(shape, device=device)
+        if len(shape) == 1:  # a norm
+            return torch.full(shape, norm, device=device)
     # A hash, because users choose neighbouring seeds.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     if device.type == "cpu":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_solopo.conversion.pieces import write_in_pieces
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.operators import part_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -50,25 +51,28 @@ class Shards:
 
     Args:
         folder: created; an existing one is deleted.
-        shapes: of every tensor, in the order of the files.
+        shapes: of every tensor, in the order of the files; parts of one (`part_of`) are written into it.
         dtype: of the files.
         limit: bytes of a file, which a single larger tensor may exceed.
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, limit: int) -> None:
-        self.folder, self._shapes, self._dtype = folder, shapes, dtype
+        self.folder, self._parts, self._dtype = folder, shapes, dtype
+        self._shapes = whole_shapes(shapes)
         self._error: OSError | None = None
         self._open: dict[int, BinaryIO] = {}
         self._closing: list[Future[None]] = []
         self._closer = ThreadPoolExecutor(1)
         self._files = self._cut(limit)
-        self._left = [set(tensors) for tensors in self._files]
         self._names = [
             SINGLE if len(self._files) == 1 else f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
             for number in range(1, len(self._files) + 1)
         ]
-        self._headers = [_header(tensors, shapes, dtype) for tensors in self._files]
+        self._headers = [_header(tensors, self._shapes, dtype) for tensors in self._files]
         self._file_of = {name: number for number, tensors in enumerate(self._files) for name in tensors}
+        self._left: list[set[str]] = [set() for _ in self._files]
+        for name in shapes:
+            self._left[self._file_of[part_of(name)[0]]].add(name)
         shutil.rmtree(folder, ignore_errors=True)
         self._try(lambda: folder.mkdir(parents=True))
 
@@ -93,10 +97,10 @@ class Shards:
                 self._error = error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor, of any dtype, and closes its file after the last missing one."""
-        if tensor.shape != self._shapes[name]:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
-        number = self._file_of[name]
+        """Writes a tensor or part of one, of any dtype, and closes its file after the last missing one."""
+        if tensor.shape != self._parts[name]:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self._parts[name])}")
+        number = self._file_of[part_of(name)[0]]
         self._left[number].remove(name)
         self._try(lambda: self._write(number, name, tensor.to(self._dtype).contiguous()))
         if not self._left[number] and number in self._open:
@@ -106,8 +110,9 @@ class Shards:
         if number not in self._open:
             self._open[number] = (self.folder / self._names[number]).open("wb", buffering=0)
             write_in_pieces(self._open[number], self._headers[number])
-        file = self._open[number]
-        file.seek(len(self._headers[number]) + self._files[number][name])
+        file, (whole, place) = self._open[number], part_of(name)
+        start = (place or 0) * tensor.numel() * tensor.itemsize
+        file.seek(len(self._headers[number]) + self._files[number][whole] + start)
         write_in_pieces(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
@@ -131,6 +136,18 @@ class Shards:
             files = {name: self._names[number] for name, number in sorted(self._file_of.items())}
             document = {"metadata": {"total_size": total}, "weight_map": files}
             (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def whole_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Returns the shapes of tensors as files have them: of parts (`part_of`) that of the tensor that they make up."""
+    wholes: dict[str, torch.Size] = {}
+    for name, shape in shapes.items():
+        whole, place = part_of(name)
+        if place is not None:
+            count = max(place + 1, wholes[whole][0] if whole in wholes else 0)
+            shape = torch.Size((count, *shape))
+        wholes[whole] = shape
+    return wholes
 
 
 def _header(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:

@@ -42,6 +42,10 @@ DTYPES = ("torch_dtype", "dtype")
 OLDER_NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 """model_type -> {name that transformers 5 writes: name that transformers 4 reads}; transformers 5 reads both."""
 
+STACKED = "_experts_in_one_tensor"
+"""Field of a Megatron folder's config.json: the folder that it was converted from has the experts of each layer in one
+tensor."""
+
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json that transformers reads if there is no generation_config.json."""
 
@@ -139,6 +143,8 @@ def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dt
         if name in document:
             document[older] = document[name]
     document |= dict.fromkeys(names or DTYPES, dtype_name(dtype))
+    for name in ("quantization_config", STACKED):  # of weights that are dequantised; of a Megatron folder
+        document.pop(name, None)
     document.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]])
     return text if document == json.loads(text) else json.dumps(document, indent=2) + "\n"
 

@@ -16,6 +16,7 @@ from megatron_solopo.conversion.hf_weights import HfWeights, check_tensors
 from megatron_solopo.conversion.manifest import LATEST, MANIFEST, find_checkpoint
 from megatron_solopo.conversion.megatron_folder import load_weights_from
 from megatron_solopo.conversion.new_tokens import new_rows
+from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.hf_config import read_hf_config
 
@@ -54,7 +55,7 @@ def check_weights(folder: str | Path, hf_config: PretrainedConfig, padded_vocab_
     if is_megatron_folder(folder):
         find_checkpoint(folder, None, "--hf-path")
     else:
-        check_tensors(TensorReader(folder), hf_config, padded_vocab_size)
+        check_tensors(WeightReader(folder), hf_config, padded_vocab_size)
 
 
 def weights_fingerprint(folder: str | Path) -> str:

@@ -57,6 +57,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         "fp8": model.fp8_format,
         "fp8_recipe": model.fp8_recipe,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "add_bias_linear": False,
     }
     return TransformerConfig(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -84,7 +85,6 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         activation_func=ACTIVATIONS[family_of(hf_config).activation],
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
-        add_bias_linear=False,
         # mcore's defaults are 0.1; a dropped-out policy is not comparable with its reference.
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -123,9 +123,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         # Routing is a choice: bfloat16 logits would often choose by their rounding.
         moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
         **recompute.megatron_settings(model),
-        **choices,
-        **windows,
-        **family_of(hf_config).transformer_options(hf_config),
+        **(choices | windows | family_of(hf_config).transformer_options(hf_config)),
     )
 
 
@@ -256,6 +254,8 @@ def build_model(
             # mcore sets it only where experts are sharded unlike the other layers, and a checkpoint would then hold one
             # optimizer under some layouts and two under others.
             setattr(parameter, "allreduce", False)
+            # mcore sets it for biases of experts too (layers.py:1413), and would add those of several ranks' experts.
+            setattr(parameter, "sequence_parallel", False)
     return model.cuda(torch.cuda.current_device())
 
 

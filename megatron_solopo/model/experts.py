@@ -56,6 +56,13 @@ class Experts(SequentialMLP):
     which adds it to DDP's sum in float32.
     """
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if self.config.add_bias_linear:  # where expert tensor parallelism is 1
+            for expert in self.local_experts:
+                # Without the sum over one rank, whose result is a view that mcore may not add the bias to (mlp.py:354).
+                cast(Any, expert).linear_fc2.explicit_expert_comm = True
+
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Any, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -82,15 +89,28 @@ class Experts(SequentialMLP):
         ends = on_device(torch.tensor([*accumulate(counts)], dtype=torch.int32), x.device)
         fused = self.config.gradient_accumulation_fusion
 
-        def product(rows: Tensor, matrices: Sequence[Any]) -> Tensor:
+        biased = self.config.add_bias_linear
+        # [S, experts]: its product with the biases is each row's, and backward's the sum over an expert's rows
+        chosen = _choices(ends, x) if biased else None
+
+        def product(rows: Tensor, matrices: Sequence[Any], scale: Tensor | None = None) -> Tensor:
             weights = [weight_of(matrix) for matrix in matrices]
             result = cast(Tensor, GroupedProduct.apply(rows, ends, counts, fused, *weights))
+            if chosen is not None:
+                added = chosen @ torch.stack([matrix.bias for matrix in matrices])
+                result = result + (added if scale is None else (added * scale[:, None]).to(added.dtype))
             adapters = [adapter for matrix in matrices if (adapter := adapter_of(matrix)) is not None]
             return _adapted(adapters, rows, result, ends, counts)
 
         inner = cast(Any, experts[0].activation_func)(product(x, [expert.linear_fc1 for expert in experts]))
         inner = (inner * probs[:, None]).to(x.dtype)
-        return product(inner, [expert.linear_fc2 for expert in experts])
+        return product(inner, [expert.linear_fc2 for expert in experts], probs)
+
+
+def _choices(ends: Tensor, x: Tensor) -> Tensor:
+    """Returns [S, experts] in the dtype of ``x``, 1 for the expert of each row; its rows end at [experts] ``ends``."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return ((rows < ends) & (rows >= F.pad(ends[:-1], (1, 0)))).to(x.dtype)
 
 
 def _adapted(adapters: Sequence[Adapter], x: Tensor, output: Tensor, ends: Tensor, counts: Sequence[int]) -> Tensor:

@@ -48,7 +48,23 @@ def read_config_file(path: Path, rope_scaling: str | None = None) -> PretrainedC
         first, *others = str(error).splitlines() or [type(error).__name__]
         reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
         raise UserError("model-config-unreadable", f"{path}: not readable ({reason})") from None
+    if _is_dequantized(hf_config):
+        del hf_config.quantization_config
     return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
+
+
+FP8_BLOCK = 128
+"""Rows and columns of a block of FP8 weights, the only size that `conversion.quantized` reads."""
+
+
+def _is_dequantized(hf_config: PretrainedConfig) -> bool:
+    """Whether a folder's weights are quantised in one of the ways that `conversion.quantized` reads; `family_of`
+    refuses others."""
+    quantization = getattr(hf_config, "quantization_config", None)
+    kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if kind == "mxfp4":
+        return hf_config.model_type == "gpt_oss"
+    return kind == "fp8" and quantization.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:
@@ -94,6 +110,22 @@ def _check_windows_on_cuda(hf_config: PretrainedConfig, config: Config) -> None:
     else:
         return
     raise UserError("attention-unsupported", f"{what}: {remedy}")
+
+
+def check_biased_experts(hf_config: PretrainedConfig, config: Config) -> None:
+    """Refuses expert tensor parallelism of experts with biases, which each of its ranks would add.
+
+    Raises:
+        UserError: the layout has it.
+    """
+    parallel, options = config.parallel, family_of(hf_config).transformer_options(hf_config)
+    size = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    if size > 1 and options.get("num_moe_experts") and options.get("add_bias_linear"):
+        raise UserError(
+            "layout-biased-experts",
+            f"--expert-tensor-parallel-size {size}: the experts of {hf_config.model_type} have biases, which every "
+            "rank would add; use 1, and --expert-model-parallel-size to distribute the experts",
+        )
 
 
 def check_lengths(hf_config: PretrainedConfig, data: DataConfig) -> None:

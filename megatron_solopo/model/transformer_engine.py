@@ -47,12 +47,18 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     """
     model, parallel = config.model, config.parallel
     family = family_of(hf_config)
-    if model.transformer_impl == NAME and (family.norms is not Norms.BEFORE or family.activation != "silu"):
-        raise UserError(
-            "model-portable-only",
-            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have norms behind attention and MLP, "
-            "which are portable layers' only; use portable",
-        )
+    if model.transformer_impl == NAME:
+        part = None
+        if family.norms is not Norms.BEFORE or family.activation != "silu":
+            part = "norms behind attention and MLP"
+        elif family.transformer_options(hf_config).get("add_bias_linear"):
+            part = "biases of experts"
+        if part is not None:
+            raise UserError(
+                "model-portable-only",
+                f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have {part}, which are portable "
+                "layers' only; use portable",
+            )
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     heads = {
         "num_attention_heads": hf_config.num_attention_heads // tensor,

@@ -29,7 +29,8 @@ class Shape:
         ffn: width of the MLP, or of one expert.
         vocabulary: rows of the padded vocabulary.
         experts, chosen: experts of a layer, and those of a token; 0 without experts.
-        biases: of queries, keys and values together.
+        biases: of queries, keys and values together, of what attention adds, and sinks.
+        experts_biases: of one expert.
         norms: of a layer, over the residual stream's width.
         head_norms: whether each head of queries and keys has a norm.
         tied: whether the output weight is the embedding.
@@ -49,11 +50,13 @@ class Shape:
     head_dim: int
     tied: bool
     norms: int = 2
+    experts_biases: int = 0
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
         family, size = family_of(hf_config), head_dim(hf_config)
         options = family.transformer_options(hf_config)
+        ffn = options.get("moe_ffn_hidden_size", hf_config.intermediate_size)
         queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
         return cls(
             layers=hf_config.num_hidden_layers,
@@ -61,15 +64,18 @@ class Shape:
             heads=hf_config.num_attention_heads,
             queries=queries,
             keys=keys,
-            ffn=options.get("moe_ffn_hidden_size", hf_config.intermediate_size),
+            ffn=ffn,
             vocabulary=padded_vocab_size(hf_config, vocabulary_divisible_by),
             experts=options.get("num_moe_experts", 0),
             chosen=options.get("moe_router_topk", 0),
-            biases=queries + 2 * keys if options.get("add_qkv_bias") else 0,
+            biases=(queries + 2 * keys) * bool(options.get("add_qkv_bias"))
+            + hf_config.hidden_size * bool(options.get("add_bias_linear"))
+            + hf_config.num_attention_heads * (options.get("softmax_type") == "learnable"),
             head_norms=bool(options.get("qk_layernorm")),
             head_dim=size,
             tied=hf_config.tie_word_embeddings,
             norms=4 if family.norms is Norms.BOTH else 2,
+            experts_biases=(2 * ffn + hf_config.hidden_size) * bool(options.get("add_bias_linear")),
         )
 
 

@@ -22,8 +22,9 @@ def layer_parameters(process: Process) -> tuple[int, int]:
     attention = attention_parameters(shape) // process.tensor
     if not shape.experts:
         return attention + norms + 3 * h * shape.ffn // process.tensor, 0
-    experts = shape.experts // process.expert_parallel * 3 * h * shape.ffn // process.expert_tensor
-    return attention + norms + shape.experts * h, experts
+    expert = 3 * h * shape.ffn // process.expert_tensor + shape.experts_biases
+    router = shape.experts * (h + bool(shape.experts_biases))
+    return attention + norms + router, shape.experts // process.expert_parallel * expert
 
 
 def stage_parameters(process: Process, stage: int) -> tuple[int, int]:

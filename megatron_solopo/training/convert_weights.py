@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.conversion.adapters import merging, save_adapters
 from megatron_solopo.conversion.compare import compare, read_prompts, report
 from megatron_solopo.conversion.hf import save_folder
-from megatron_solopo.conversion.hf_folder import TensorReader
+from megatron_solopo.conversion.hf_folder import has_stacked_experts
 from megatron_solopo.conversion.manifest import find_checkpoint
 from megatron_solopo.conversion.megatron_folder import (
     load_weights_from,
@@ -21,8 +22,9 @@ from megatron_solopo.conversion.megatron_folder import (
     stored_dtype,
     stored_weights,
 )
+from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.conversion.shards import parse_size
-from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json, dtype_name, generation_config
+from megatron_solopo.conversion.sidecar_files import STACKED, SidecarFiles, config_json, dtype_name, generation_config
 from megatron_solopo.conversion.start import check_weights, is_megatron_folder, load_start, open_hf_weights
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.hf_config import padded_vocab_size
@@ -54,11 +56,13 @@ def _dtype(name: str) -> torch.dtype:
 def _to_megatron(options: argparse.Namespace, config: Config, hf_config: PretrainedConfig) -> int:
     if is_megatron_folder(options.hf_path):
         raise UserError("folder-is-megatron", f"--hf-path {options.hf_path}: holds Megatron's weights already")
-    dtype = _dtype(options.dtype) if options.dtype else TensorReader(options.hf_path).dtype()
+    dtype = _dtype(options.dtype) if options.dtype else WeightReader(options.hf_path).dtype()
     models = build_chunks(hf_config, config, dtype)
     added = config.model.add_special_tokens
     weights = open_hf_weights(models, hf_config, options.hf_path, added)
     document = config_json(options.hf_path, hf_config, dtype)
+    if has_stacked_experts(options.hf_path):
+        document = json.dumps(json.loads(document) | {STACKED: True}, indent=2) + "\n"
     sidecar_files = SidecarFiles(Path(options.hf_path), document, added_tokens=added)
     save_megatron_folder(models, sidecar_files, Path(options.save), weights)
     if dist.get_rank() == 0:

@@ -33,7 +33,12 @@ from megatron_solopo.data.tokenized.token_store import StoredTokens, is_store, o
 from megatron_solopo.errors import UserError
 from megatron_solopo.losses.solopo import all_scores, needs_reference, policy_scores, reference_scores
 from megatron_solopo.model.families.registry import family_of
-from megatron_solopo.model.hf_config import check_attention_on_cuda, check_lengths, padded_vocab_size
+from megatron_solopo.model.hf_config import (
+    check_attention_on_cuda,
+    check_biased_experts,
+    check_lengths,
+    padded_vocab_size,
+)
 from megatron_solopo.model.recompute import check_modules
 from megatron_solopo.model.tiles import check_tiles
 from megatron_solopo.model.transformer_engine import check_machine, check_widths
@@ -253,10 +258,11 @@ def check_cut(hf_config: PretrainedConfig, config: Config, processes: int) -> No
     """Refuses a layout that this model cannot be cut into.
 
     Raises:
-        UserError: see `check_layout`, `check_widths` and `check_tiles`.
+        UserError: see `check_layout`, `check_biased_experts`, `check_widths` and `check_tiles`.
     """
     padded = padded_vocab_size(hf_config, config.model.make_vocab_size_divisible_by)
     check_layout(hf_config, config, padded, processes)
+    check_biased_experts(hf_config, config)
     check_widths(hf_config, config)
     check_modules(hf_config, config.model)
     check_tiles(hf_config, config)

@@ -23,6 +23,7 @@ from tiny_models import (
 from transformers import (
     Gemma3TextConfig,
     Glm4Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -53,6 +54,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "phi3", Phi3Config(**SHAPE, sliding_window=7, pad_token_id=None), seed=10)
     olmo3 = Olmo3Config(**SHAPE, **by_layer, pad_token_id=None)
     write_model(folder / "olmo3", olmo3, seed=11)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = dict(rope_parameters=yarn | {"truncate": False})
+    gpt_oss = GptOssConfig(**SHAPE, **EXPERTS, **by_layer, **rope, head_dim=16, pad_token_id=None)
+    write_model(folder / "gpt_oss", gpt_oss, seed=12)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shlex
 import shutil
 import subprocess
@@ -14,9 +15,9 @@ import pytest
 import torch
 from refusals import check_refusal
 from safetensors.torch import load_file, save_file
-from tiny_models import SHAPE, write_model
+from tiny_models import EXPERTS, SHAPE, write_model
 from training_home import ENVIRONMENT, Home, as_a_user, furnish
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
 
 from megatron_solopo.cli import run
 from megatron_solopo.conversion.hf_folder import TensorReader
@@ -361,3 +362,18 @@ def test_an_untied_output_matrix_is_kept(home: Home, tmp_path: Path) -> None:
     status, _, err = convert("hf-to-megatron", "--hf-path", folder, "--save", tmp_path / "new")
     assert status == 2 and err.count("\n") == 1 and not (tmp_path / "new").exists()
     check_refusal(err, "tensor-not-tied", "lm_head.weight", '"tie_word_embeddings": false')
+
+
+def test_a_megatron_folder_remembers_experts_in_one_tensor(tmp_path: Path) -> None:
+    """Its exports are like the folder that it was converted from, also when that is gone."""
+    source, stacked = write_model(tmp_path / "hf", MixtralConfig(**SHAPE, **EXPERTS)), tmp_path / "stacked"
+    shutil.copytree(source, stacked)
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(stacked, save_original_format=False)
+    succeed("hf-to-megatron", "--hf-path", stacked, "--save", tmp_path / "megatron")
+    before, config = load_file(stacked / "model.safetensors"), (stacked / "config.json").read_text()
+    shutil.rmtree(stacked)
+    succeed("megatron-to-hf", "--load", tmp_path / "megatron", "--save-hf", tmp_path / "back")
+    after = load_file(tmp_path / "back" / "model.safetensors")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in after and before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(config)

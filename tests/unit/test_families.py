@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -40,14 +43,15 @@ from megatron_solopo.model.rope import rope_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
-    *(Gemma3TextConfig, GlmConfig, Glm4Config, LlamaConfig, MinistralConfig, Ministral3Config, MistralConfig),
+    *(Gemma3TextConfig, GlmConfig, Glm4Config, GptOssConfig, LlamaConfig, MinistralConfig, Ministral3Config),
+    MistralConfig,
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
 )
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
-    experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind is MixtralConfig else {}
+    experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind in (GptOssConfig, MixtralConfig) else {}
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -308,7 +312,33 @@ def test_norms_behind_the_parts_are_portable_and_untiled(kind: type[PretrainedCo
         check_tiles(small(kind), Config(model=ModelConfig(mlp_tiles="2")))
 
 
-@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config])
+def test_biases_of_experts_are_portable_and_not_cut() -> None:
+    from megatron_solopo.model.hf_config import check_biased_experts
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    hf_config = small(GptOssConfig)
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", "gpt_oss", "use portable"):
+        check_widths(hf_config, Config(model=ModelConfig(transformer_impl="transformer_engine")))
+    for parallel in (
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        ParallelConfig(expert_tensor_parallel_size=2),
+    ):
+        with refused("layout-biased-experts", "--expert-tensor-parallel-size 2: ", "gpt_oss"):
+            check_biased_experts(hf_config, Config(parallel=parallel))
+        check_biased_experts(small(MixtralConfig), Config(parallel=parallel))
+    two = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=1)
+    check_biased_experts(hf_config, Config(parallel=two))
+
+
+@pytest.mark.parametrize("field", [{"swiglu_limit": 10.0}, {"experts_per_token": 3}, {"attention_bias": False}])
+def test_fields_that_transformers_does_not_read_have_one_value(field: dict[str, Any]) -> None:
+    (name,) = field
+    with refused("model-field-unsupported", f"config.json: {name} = "):
+        family_of(small(GptOssConfig, **field))
+    family_of(small(GptOssConfig, swiglu_limit=7.0, experts_per_token=2, initial_context_length=4096))
+
+
+@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, GptOssConfig])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
 
@@ -352,10 +382,15 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
 
 @pytest.mark.parametrize(
     ("kind", "billions"),
-    [(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None), (Olmo3Config, None)],
+    [
+        *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None)],
+        *[(Olmo3Config, None), (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915)],
+    ],
 )
-def test_shapes_of_transformers_defaults(engine: Any, kind: type[PretrainedConfig], billions: float | None) -> None:
-    """Those of SmolLM3-3B, Phi-3-mini and GLM-4-9B-0414, whose figures are published."""
+def test_shapes_of_transformers_defaults(
+    engine: Any, kind: Callable[[], PretrainedConfig], billions: float | None
+) -> None:
+    """Those of SmolLM3-3B, Phi-3-mini, GLM-4-9B-0414 and gpt-oss-20b, whose figures are published."""
     check_parameters(kind(), billions)
 
 

@@ -18,11 +18,11 @@ from megatron_solopo.planning import fake
 COUNTS = [5, 0, 9, 3]
 
 
-def experts(dtype: torch.dtype, *flags: Any) -> Any:
-    """The experts of the first layer of Mixtral, with drawn weights."""
+def experts(dtype: torch.dtype, *flags: Any, model: str = "mixtral") -> Any:
+    """The experts of the first layer of a model, with drawn weights."""
     from megatron_solopo.model.build import build_model
 
-    layers = cast(Any, build_model(CONFIGS["mixtral"], options(*flags), dtype).decoder).layers
+    layers = cast(Any, build_model(CONFIGS[model], options(*flags), dtype).decoder).layers
     generator = torch.Generator().manual_seed(0)
     for parameter in layers[0].mlp.experts.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1, generator=generator)
@@ -71,6 +71,18 @@ def test_together_they_compute_the_same_bits(engine: None, dtype: torch.dtype) -
     for together, one_by_one in zip(*results, strict=True):
         assert torch.equal(together, one_by_one)
         assert together.dtype == one_by_one.dtype and together.norm() > 0 or one_by_one.norm() == 0
+
+
+def test_together_they_add_their_biases(engine: None) -> None:
+    """gpt-oss's, of both matrices; the sums over rows have another order."""
+    layer = experts(torch.float32, model="gpt-oss")
+    rows, weights, grad = inputs(torch.float32)
+    results = []
+    for output in (layer.together(rows, COUNTS, weights), layer(rows, torch.tensor(COUNTS), weights)[0]):
+        results.append([output, *torch.autograd.grad(output, [rows, weights, *layer.parameters()], grad)])
+    assert sum(parameter.dim() == 1 for parameter in layer.parameters()) == 2 * len(COUNTS)
+    for together, one_by_one in zip(*results, strict=True):
+        torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 OF_EXPERTS = ("--lora-rank", 8, "--lora-modules", "gate_proj,up_proj,down_proj")

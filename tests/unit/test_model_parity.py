@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -48,6 +49,8 @@ PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor
 GEMMA3 = dict(
     pad_token_id=None, head_dim=24, query_pre_attn_scalar=20, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING]
 )
+# Windows shorter than a response, and gate and up beyond their limit of 7.
+GPT_OSS = dict(head_dim=24, sliding_window=5, pad_token_id=None, rope_parameters=YARN | {"truncate": False})
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -110,6 +113,10 @@ CONFIGS = {
     ),
     "olmo2": Olmo2Config(**SMALL, pad_token_id=None),
     "olmo3": Olmo3Config(**SMALL, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=None),
+    "gpt-oss": GptOssConfig(**SMALL, **EXPERTS, **GPT_OSS),
+    "gpt-oss-default-rope": GptOssConfig(
+        **SMALL, **EXPERTS, **GPT_OSS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    ),
     "mistral-linear": MistralConfig(
         **SMALL, sliding_window=None, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     ),
@@ -227,7 +234,7 @@ NEW_IN_DOUBLE = ["qwen3", "qwen3-tied-yarn", "mistral", "mistral-window", "mistr
 WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-window"]
 LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
-    *("glm", "glm4", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
+    *("glm", "glm4", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3", "gpt-oss", "gpt-oss-default-rope"),
 ]
 
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     Glm4Config,
+    GptOssConfig,
     LlamaConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -30,6 +31,13 @@ MODELS = {
     "qwen3": Qwen3Config(**SHAPE, initializer_range=STD, head_dim=16, tie_word_embeddings=False),
     "gemma3": Gemma3TextConfig(**SHAPE, initializer_range=STD, head_dim=16, pad_token_id=None),
     "glm4": Glm4Config(**SHAPE, initializer_range=STD, head_dim=16, pad_token_id=None),
+    # As many heads and experts as a sample of numbers needs: sinks and the routers' biases are drawn too.
+    "gpt_oss": GptOssConfig(
+        **SHAPE | dict(num_attention_heads=64, num_local_experts=64, num_experts_per_tok=2),
+        initializer_range=STD,
+        head_dim=16,
+        pad_token_id=None,
+    ),
     "qwen3_moe": Qwen3MoeConfig(**SHAPE | EXPERTS | QWEN3_MOE, initializer_range=STD, tie_word_embeddings=True),
 }
 

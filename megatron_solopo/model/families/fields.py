@@ -82,9 +82,11 @@ def refuse_unknown(hf_config: PretrainedConfig, family_fields: frozenset[str]) -
     """
     for name, value in unknown_fields(vars(hf_config), family_fields).items():
         if name == "quantization_config":
+            kind = value.get("quant_method") if isinstance(value, Mapping) else None
             raise UserError(
                 "model-quantized",
-                "config.json: quantization_config is set; use the folder of the unquantized weights",
+                f"config.json: quantization_config has quant_method {kind!r}; gpt-oss's mxfp4 and fp8 in blocks of "
+                "128 x 128 are dequantised, nothing else is; use the folder of the unquantized weights",
             )
         raise UserError(
             "model-field-unknown",

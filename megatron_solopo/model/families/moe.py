@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -10,7 +12,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import refuse
 from megatron_solopo.model.families.fields import check_sizes
 from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
-from megatron_solopo.model.families.operators import Entry, Rename, StackGateUp
+from megatron_solopo.model.families.operators import Entry, FusedGateUp, Rename, StackGateUp, part_of
 
 FIELDS = frozenset(
     {
@@ -24,12 +26,14 @@ FIELDS = frozenset(
 )
 """Fields of config.json that every family with experts reads."""
 
+GATE_UP = "experts.gate_up_proj"
+
 
 def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
     """Returns the entries of router and experts of every layer.
 
     transformers 5 holds a layer's experts in one tensor; its files have one tensor for each expert and projection, as
-    the original models do.
+    the original models do, unless it was asked to save them as they are: then see `in_one_tensor`.
 
     Args:
         hf_block: a layer's name of its block of experts.
@@ -42,6 +46,25 @@ def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry,
         Entry(experts + "linear_fc1.weight", (gate, up), StackGateUp()),
         Entry(experts + "linear_fc2.weight", (down,), Rename()),
     )
+
+
+def in_one_tensor(table: Sequence[Entry]) -> tuple[Entry, ...]:
+    """Returns the table of a folder that has the experts of each layer in one tensor, as transformers 5 holds and on
+    request saves them, under its names; gate is above up in each."""
+    return tuple(_in_one_tensor(entry) for entry in table)
+
+
+def _in_one_tensor(entry: Entry) -> Entry:
+    if not entry.of_experts or part_of(entry.hf[0].format(layer=0, expert=0))[1] is not None:
+        return replace(entry, hf=tuple(name.replace(".block_sparse_moe.", ".mlp.") for name in entry.hf))
+    if isinstance(entry.operator, StackGateUp):
+        return replace(entry, hf=(f"{HF_LAYER}mlp.{GATE_UP}[{{expert}}]",), operator=FusedGateUp())
+    return replace(entry, hf=(f"{HF_LAYER}mlp.experts.down_proj[{{expert}}]",))
+
+
+def are_in_one_tensor(names: Iterable[str]) -> bool:
+    """Whether a folder with these tensors has the experts of each layer in one."""
+    return any(name.endswith(GATE_UP) for name in names)
 
 
 def expert_options(hf_config: PretrainedConfig, ffn_hidden_size: int, renormalize: bool) -> dict[str, Any]:

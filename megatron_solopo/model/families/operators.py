@@ -6,6 +6,7 @@ sharded in each half. ``dimension`` None means that the parameter is replicated 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,8 +199,54 @@ class FusedGateUp(StackGateUp):
 
 
 @dataclass(frozen=True)
+class Transpose(Operator):
+    """Transposes a matrix that Hugging Face holds as [in, out]."""
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        (tensor,) = tensors
+        return tensor.t()
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        return [parameter.t()]
+
+
+@dataclass(frozen=True)
+class AlternatingGateUp(StackGateUp):
+    """`StackGateUp` of one tensor whose last dimension has gate and up in turn: a matrix [in, 2 x inner], or its
+    bias."""
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        return super().to_megatron(self._halves(*tensors))
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        gate, up = parameter.chunk(2)
+        rows = torch.stack((gate, up), 1).flatten(0, 1)
+        return [rows.t() if rows.dim() == 2 else rows]
+
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        super().fill(parameter, self._halves(*tensors), rank, size, dimension)
+
+    def _halves(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        rows = tensor.t() if tensor.dim() == 2 else tensor
+        return rows[::2], rows[1::2]
+
+
+def part_of(name: str) -> tuple[str, int | None]:
+    """Splits the name of an expert's tensor, of those that a folder holds stacked in one.
+
+    Returns:
+        ``("experts.down_proj", 3)`` of ``experts.down_proj[3]``; (name, None) of a tensor that is not a part.
+    """
+    match = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter (``{layer}`` and ``{expert}`` are placeholders of numbers) and its tensors."""
+    """One Megatron parameter and its tensors; ``{layer}`` and ``{expert}`` are placeholders of numbers.
+
+    A Hugging Face name that ends in ``[{expert}]`` is a part of a tensor, see `part_of`.
+    """
 
     megatron: str
     hf: tuple[str, ...]
