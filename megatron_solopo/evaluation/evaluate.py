@@ -1,4 +1,4 @@
-"""``solopo evaluate``: scores of a Hugging Face folder by context length, on questions of files or of benchmarks."""
+"""``solopo evaluate``: scores of a model by context length, on questions of files or of benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-import torch
 import transformers
 
 from megatron_solopo import __version__, template_kwargs
@@ -19,15 +18,24 @@ from megatron_solopo.data.building.sources import load_source
 from megatron_solopo.data.files.inputs import fingerprint, place
 from megatron_solopo.data.files.jobs import Jobs
 from megatron_solopo.data.files.records import Record, write_jsonl
-from megatron_solopo.data.hf_model import check_device, check_reach, load_model, weight_facts
+from megatron_solopo.data.hf_model import check_reach
 from megatron_solopo.data.options import TokenizerOptions, check_outputs, files_of, prompt_format_of
+from megatron_solopo.data.sampling.server_options import check_server_options, set_defaults
 from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.data.text.text_facts import text_facts
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.backends import Backend, InProcess
 from megatron_solopo.evaluation.contamination import TrainedQuestions
-from megatron_solopo.evaluation.generation import Response, choose, generate
+from megatron_solopo.evaluation.generation import Response
 from megatron_solopo.evaluation.items import Depths, Item, build_items, check_some
-from megatron_solopo.evaluation.options import MAX_NEW_TOKENS, build_parser, depths_option, lengths_option
+from megatron_solopo.evaluation.options import (
+    IN_PROCESS,
+    MAX_NEW_TOKENS,
+    OF_SERVER,
+    build_parser,
+    depths_option,
+    lengths_option,
+)
 from megatron_solopo.evaluation.results import LengthResult, length_label, predictions_path
 from megatron_solopo.evaluation.scored import score_responses, table_lines
 from megatron_solopo.evaluation.tasks import Chosen, Setting, chosen_tasks, tasks
@@ -77,6 +85,8 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Record], Record, li
     Raises:
         UserError: an option or a file that cannot be, or a length that no question can be asked at.
     """
+    set_defaults(options, IN_PROCESS, OF_SERVER)
+    check_server_options(options)
     for name in ("limit", "max_new_tokens", "batch_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -145,6 +155,13 @@ def _part_of(options: argparse.Namespace, chosen: Chosen, sizes: list[int], dept
     return _Part(task.name, [0], "choices", task.metrics, max_new_tokens, build)
 
 
+def _check_reach(options: argparse.Namespace, prompt_tokens: int, max_new_tokens: int, where: str) -> None:
+    """See `check_reach`; with --server, by the folder of the tokenizer where that has the model's config."""
+    folder = options.model if not options.server else options.tokenizer or options.model
+    if not options.server or (Path(folder) / "config.json").is_file():
+        check_reach(folder, prompt_tokens, max_new_tokens, where)
+
+
 def _asked(
     options: argparse.Namespace, parts: Sequence[_Part], tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[list[tuple[_Part, list[Item]]], Counter[str]]:
@@ -159,7 +176,7 @@ def _asked(
         for index, size in enumerate(part.sizes):
             longest = max(len(item.prompts[index]) for item in items)
             where = f"--context-{part.unit} {size}" if part.unit != "choices" else f"--tasks {part.task}"
-            check_reach(options.model, longest, part.max_new_tokens, where)
+            _check_reach(options, longest, part.max_new_tokens, where)
         named = f"{part.task}: " if part.task else ""
         at_depths = len(items) // len({item.id for item in items})
         deep = f" and at {at_depths} depths" if at_depths > 1 else ""
@@ -181,18 +198,23 @@ def _evaluate(
     for part in parts:  # known before a minute is spent on building contexts
         for size in part.sizes if part.unit == "tokens" else ():
             new_tokens = 0 if part.task else part.max_new_tokens  # a task's size may include the response
-            check_reach(options.model, size, new_tokens, f"--context-tokens {size}")
-    check_device(options.device)
+            _check_reach(options, size, new_tokens, f"--context-tokens {size}")
+    if options.server:  # its client is an optional package
+        from megatron_solopo.evaluation.server import FromServer
+
+        backend: Backend = FromServer(options, tokenizer)
+        model = str(options.model)
+    else:
+        backend, model = InProcess(options, tokenizer), _full(options.model)
     asked, left_out = _asked(options, parts, tokenizer)
-    model = load_model(options.model, options.device, options.dtype)
+    backend.prepare({f"--tasks {part.task}" if part.task else "--data": items for part, items in asked})
     files = {"tasks": [one.file for one in chosen if one.file]}
     files |= {name: getattr(options, name) for name in ("data", "pool", "training_data")}
     jobs.begin(
         {
             "version": __version__,
-            "model": _full(options.model),
-            "weights": weight_facts(options.model),
-            "dtype": str(model.dtype),
+            "model": model,
+            **backend.settings,
             **text_facts(named.folder, tokenizer),
             **{name: fingerprint(of_name) for name, of_name in files.items()},
             **{name: getattr(options, name) for name in ("source", "limit", "max_new_tokens", "seed", "depths")},
@@ -211,61 +233,56 @@ def _evaluate(
         print(f"resuming: {sum(map(len, generated.values()))} of {every} answers were generated before")
     results: list[LengthResult] = []
     records: list[Record] = []
+    start = time.monotonic()
     for part, items in asked:
         for index, size in enumerate(part.sizes):
             size = size or len(items[0].choices)
-            responses = _responses(options, part, items, index, part.label(size), model, tokenizer, generated, jobs)
+            label = part.label(size)
+            responses = _responses(backend, part, items, index, label, generated.get(label, {}), jobs)
             result, predictions = score_responses(
                 items, index, size, part.unit, responses, options.normalisation, part.metrics, part.task
             )
             results.append(result)
             records += predictions
+    new, seconds = len(records) - sum(map(len, generated.values())), time.monotonic() - start
+    print(f"{new} answers in {seconds:.1f} s, {new / max(seconds, 1e-9):.2f} a second")
     print("\n".join(table_lines(results)))
     write_jsonl(predictions_path(output), records)
     metrics = {result.label: result.record() for result in results}
+    unread = {"model", "data", "output", *(IN_PROCESS if options.server else ("server", *OF_SERVER))}
     settings: Record = {
-        **{name: value for name, value in vars(options).items() if name not in ("model", "data", "output")},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        **{name: value for name, value in vars(options).items() if name not in unread},
+        **backend.notes,
         "left_out": dict(left_out),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
     read = [
         *map(_full, options.data),
         *(f"{one.task.name}={_full(one.file)}" if one.file else one.task.name for one in chosen),
     ]
-    file = {"model": _full(options.model), "data": ", ".join(read), "metrics": metrics, "settings": settings}
+    file = {"model": model, "data": ", ".join(read), "metrics": metrics, "settings": settings}
     write_text(output, json.dumps(file, indent=2, ensure_ascii=False) + "\n")
     jobs.remove()
     return metrics, settings, records
 
 
 def _responses(
-    options: argparse.Namespace,
+    backend: Backend,
     part: _Part,
     items: Sequence[Item],
     index: int,
     label: str,
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    generated: dict[str, dict[int, Response]],
+    before: dict[int, Response],
     jobs: Jobs,
 ) -> list[Response]:
-    """Returns the response to each item at one length, of which those in ``generated`` were made before."""
+    """Returns the response to each item at one length, of which those of ``before`` were made before."""
 
     def add(answered: dict[int, Response]) -> None:
         jobs.add([label, *answered], {"answers": [astuple(answer) for answer in answered.values()]})
 
-    prompts, before = [item.prompts[index] for item in items], generated.get(label, {})
-    if not items[0].choices:
-        batch_tokens = options.batch_tokens
-        return generate(model, tokenizer, prompts, part.max_new_tokens, batch_tokens, label, before, add)
-
     def add_letters(answered: dict[int, int]) -> None:
         add({number: Response(LETTERS[place], True) for number, place in answered.items()})
 
+    if not items[0].choices:
+        return backend.generate(items, index, part.max_new_tokens, label, before, add)
     chosen = {number: LETTERS.index(response.text) for number, response in before.items()}
-    choices = [item.choices for item in items]
-    places = choose(model, prompts, choices, options.batch_tokens, label, chosen, add_letters)
-    return [Response(LETTERS[place], True) for place in places]
+    return [Response(LETTERS[place], True) for place in backend.choose(items, index, label, chosen, add_letters)]

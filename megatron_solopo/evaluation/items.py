@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from megatron_solopo.data.building.contexts import build_contexts
 from megatron_solopo.data.building.pool import DistractorPool
 from megatron_solopo.data.building.selection import CannotBuild
 from megatron_solopo.data.building.sources import DEFAULT, LeftOut, read_pool, read_questions
-from megatron_solopo.data.schema import Paragraph, Question
+from megatron_solopo.data.schema import Message, Paragraph, Question
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.counting import TokenCounter
 from megatron_solopo.data.text.prompt import PromptFormat
@@ -29,6 +29,7 @@ class Item:
         depth: share of the distractors before the evidence, in [0, 1]; None: random places. A question has one item
             for each depth of --depths.
         choices: token ids of the answers to choose from; (): the model writes its answer.
+        chats: the messages of each prompt; []: prompts that are more than a chat's, or none.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Item:
     prompts: list[list[int]]
     depth: float | None = None
     choices: tuple[list[int], ...] = ()
+    chats: list[list[Message]] = field(default_factory=list)
 
 
 Depths = tuple[float | None, ...]
@@ -122,8 +124,9 @@ def items_of(
             counts[str(reason)] += 1
             continue
         for depth, contexts in zip(depths, of_question, strict=True):
-            prompts = [prompt_ids(tokenizer, context.messages) for context in contexts]
-            items.append(Item(question.id, question.question, list(question.answers), prompts, depth))
+            chats = [context.messages for context in contexts]
+            prompts = [prompt_ids(tokenizer, chat) for chat in chats]
+            items.append(Item(question.id, question.question, list(question.answers), prompts, depth, chats=chats))
     check_some(items, counts)
     return items
 

@@ -8,6 +8,7 @@ from megatron_solopo.arguments import Parser
 from megatron_solopo.data.building.sources import add_source_option
 from megatron_solopo.data.hf_model import DTYPES
 from megatron_solopo.data.options import add_normalisation_option, add_prompt_options, add_tokenizer_options
+from megatron_solopo.data.sampling.server_options import SERVER, TITLE, add_server_options
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation.generation import DEFAULT_BATCH_TOKENS
 from megatron_solopo.evaluation.items import Depths
@@ -15,6 +16,9 @@ from megatron_solopo.evaluation.tasks import tasks
 
 MAX_NEW_TOKENS = 256
 """Default of --max-new-tokens; a task has the benchmark's."""
+IN_PROCESS = {"device": "auto", "dtype": "auto", "batch_tokens": DEFAULT_BATCH_TOKENS}
+OF_SERVER = {**SERVER, "server_api": "completions"}
+"""Options that only one of the two back ends has, and their defaults."""
 
 
 def lengths_option(flag: str, value: str) -> list[int]:
@@ -40,7 +44,12 @@ def build_parser() -> Parser:
         description="Ask a model the same questions at several context lengths and score its answers.",
     )
     group = parser.add_argument_group("input and output")
-    group.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder (a training run's --save-hf)")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|NAME",
+        help="Hugging Face folder (a training run's --save-hf); with --server the name of the model on the server",
+    )
     asked = group.add_mutually_exclusive_group(required=True)
     asked.add_argument("--data", nargs="+", default=[], metavar="FILE", help="question files")
     asked.add_argument(
@@ -99,14 +108,15 @@ def build_parser() -> Parser:
     add_prompt_options(parser)
     group = parser.add_argument_group("generation (the most likely token each time)")
     add_generation_options(group, "256; of a task its benchmark's")
-    parser.set_defaults(max_new_tokens=None)
     group.add_argument(
         "--batch-tokens",
         type=int,
-        default=DEFAULT_BATCH_TOKENS,
         metavar="N",
-        help="tokens in a batch, padding and responses included; lower it when memory runs out (default: %(default)s)",
+        help="tokens in a batch, padding and responses included; lower it when memory runs out "
+        f"(default: {DEFAULT_BATCH_TOKENS})",
     )
+    parser.set_defaults(max_new_tokens=None, dtype=None, device=None)
+    add_server_options(parser.add_argument_group(TITLE), "completions")
     group = parser.add_argument_group(
         "scoring",
         "sub_em finds short gold answers (yes, no, one short word, a number) as whole words of a response's answer "
@@ -142,13 +152,13 @@ def add_generation_options(group: argparse._ArgumentGroup, new_tokens: str = "%(
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="type of the weights; auto: the checkpoint's on a GPU, float32 on a CPU (default: %(default)s)",
+        help="type of the weights; auto: the checkpoint's on a GPU, float32 on a CPU (default)",
     )
     group.add_argument(
         "--device",
         choices=["auto", "cuda", "cpu"],
         default="auto",
-        help="device of the model; auto: a GPU if there is one (default: %(default)s)",
+        help="device of the model; auto: a GPU if there is one (default)",
     )
 
 

@@ -54,6 +54,7 @@ STRETCHED_RUNS = "tests/functional/test_stretched_runs.py"
 DROPOUT = "tests/unit/test_lora_dropout.py"
 TASKS = "tests/unit/test_evaluation_tasks.py"
 ANSWERS = "tests/unit/test_answers.py"
+SERVED = "tests/unit/test_evaluation_server.py"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -1365,6 +1366,24 @@ MUTANTS: list[Mutant] = [
         "evaluation/tasks/ruler_needles.py",
         TASKS,
         ("a needle at a random depth", "if depth is None else [depth]", "if True else [depth]"),
+    ),
+    *within(
+        "evaluation/server.py",
+        SERVED,
+        (
+            "log-probs of the tokens before a choice",
+            "read[length - count : length]",
+            "read[length - count - 1 : length - 1]",
+        ),
+        ("answers on disk asked for again", "range(len(items)) if number not in before]", "range(len(items))]"),
+        ("the worst choice", "best = max(sorted(of_item)", "best = min(sorted(of_item)"),
+        ("messages of another length", "prompt = item.chats[index] if", "prompt = item.chats[0] if"),
+    ),
+    *within(
+        "data/sampling/client.py",
+        SERVED,
+        ("one request at a time", "range(self._options.concurrency)", "range(1)"),
+        ("requests after a failure", "                if failures:\n                    return\n", ""),
     ),
     *within(
         "evaluation/intervals.py",

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,22 +20,20 @@ from megatron_solopo.data.options import TokenizerOptions, add_tokenizer_options
 from megatron_solopo.data.sampling.prompts import Prompt, Prompts
 from megatron_solopo.data.sampling.responses import SampledJobs, check_output, output_settings
 from megatron_solopo.data.sampling.sampled import Statistics
+from megatron_solopo.data.sampling.server_options import (
+    SERVER,
+    TITLE,
+    add_server_options,
+    check_server_options,
+    set_defaults,
+)
 from megatron_solopo.data.text.chat import prompt_ids
 from megatron_solopo.data.text.text_facts import text_facts
-from megatron_solopo.errors import UserError, require
-from megatron_solopo.model_folder import download
+from megatron_solopo.errors import UserError
 from megatron_solopo.progress import ProgressBar
 
 IN_PROCESS = {"device": "auto", "dtype": "auto", "batch_size": 64}
-SERVER = {
-    "server_api": "chat",
-    "server_kind": "auto",
-    "concurrency": 32,
-    "samples_per_request": None,
-    "request_timeout": 600.0,
-    "max_retries": 8,
-    "api_key_env": None,
-}
+OF_SERVER = {**SERVER, "server_api": "chat", "samples_per_request": None}
 """Options that only one of the two backends has, and their defaults."""
 
 
@@ -99,39 +96,15 @@ def build_parser() -> Parser:
         help="type of the weights; auto: the checkpoint's on a GPU, float32 on a CPU (default)",
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="sequences decoded at once (default: 64)")
-    _add_server_options(parser.add_argument_group("from a server (vLLM, SGLang, llama.cpp, transformers serve, ...)"))
-    return parser
-
-
-def _add_server_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--server", metavar="URL", help="base URL, such as http://localhost:8000/v1")
-    group.add_argument(
-        "--server-api",
-        choices=("chat", "completions"),
-        help="chat: the server applies its chat template (default); completions: it receives the prompt's tokens",
-    )
-    group.add_argument(
-        "--server-kind",
-        choices=("auto", "vllm", "sglang", "llama.cpp", "transformers", "other"),
-        help="determines which fields beyond OpenAI's are sent; auto: detected from the server (default)",
-    )
-    group.add_argument("--concurrency", type=int, metavar="N", help="requests in flight (default: 32)")
+    group = parser.add_argument_group(TITLE)
+    add_server_options(group, "chat")
     group.add_argument(
         "--samples-per-request",
         type=int,
         metavar="N",
         help="responses per request (default: 8; 1 at temperature 0 and where the server returns only one)",
     )
-    group.add_argument("--request-timeout", type=float, metavar="S", help="seconds a request may take (default: 600)")
-    group.add_argument(
-        "--max-retries",
-        type=int,
-        metavar="N",
-        help="times a failed request is repeated, after 0.5 s, 1 s, 2 s and so on up to 8 s (default: 8)",
-    )
-    group.add_argument(
-        "--api-key-env", metavar="NAME", help="environment variable that holds the API key (default: no key)"
-    )
+    return parser
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -140,33 +113,18 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         UserError: a value is wrong, or an option would have no effect.
     """
-    unread, needed = (IN_PROCESS, "leave --server out") if options.server else (SERVER, "needs --server")
-    for name in unread:
-        if getattr(options, name) is not None:
-            raise UserError("option-unused", f"--{name.replace('_', '-')} would have no effect: {needed}")
-    for name, default in (SERVER if options.server else IN_PROCESS).items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
+    set_defaults(options, IN_PROCESS, OF_SERVER)
     for name, low in (
         ("samples", 1),
         ("max_new_tokens", 1),
         ("batch_size", 1),
         ("limit", 1),
-        ("concurrency", 1),
         ("samples_per_request", 1),
-        ("max_retries", 0),
     ):
         value = getattr(options, name)
         if value is not None and value < low:
             raise UserError("option-value", f"--{name.replace('_', '-')} {value}: set a number of at least {low}")
-    if (options.concurrency or 1) > 1000:
-        raise UserError(
-            "option-value", f"--concurrency {options.concurrency}: the client has 1000 connections; set at most 1000"
-        )
-    if options.request_timeout is not None and not options.request_timeout > 0:
-        raise UserError(
-            "option-value", f"--request-timeout {options.request_timeout}: set a positive number of seconds"
-        )
+    check_server_options(options)
     if not options.temperature >= 0:
         raise UserError(
             "option-value", f"--temperature {options.temperature}: set 0 (most probable token) or a positive number"
@@ -179,28 +137,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--samples-per-request {options.samples_per_request} with --temperature 0: servers answer such a request "
             "with one response; leave it out",
         )
-    if options.server:
-        require("--server", "openai", "server")
-    if options.server and not _is_url(options.server):
-        raise UserError(
-            "option-value", f"--server {options.server}: not a URL; set one such as http://localhost:8000/v1"
-        )
-    if options.server and options.tokenizer is None and not Path(options.model).is_dir():
-        raise UserError(
-            "option-missing",
-            f"--tokenizer is missing: --model {options.model} is a name on the server; set the Hugging Face folder of "
-            "its tokenizer" + (f" ({hub})" if (hub := download(options.model)) else ""),
-        )
     check_outputs([("--output", options.output)], [("--contexts", options.contexts), *files_of(options)])
     check_jsonl("--output", options.output)
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        return False
 
 
 def _prompts(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:

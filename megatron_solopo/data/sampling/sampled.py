@@ -32,6 +32,17 @@ class Statistics:
     mismatches: int = 0
 
 
+def body_of(ids: Sequence[int], finished: bool, stop_ids: Collection[int]) -> list[int]:
+    """Returns the ids of a response without its end of turn, which servers return or not."""
+    return list(ids[:-1]) if finished and ids and ids[-1] in stop_ids else list(ids)
+
+
+def until_end(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool) -> tuple[str, bool]:
+    """Returns a response's text up to an end of turn that a server left in it, and whether it ended."""
+    text, mark, _ = text.partition(end_of_turn(tokenizer))
+    return text, finished or bool(mark)
+
+
 def from_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
@@ -49,10 +60,7 @@ def from_ids(
         sampled: the ids of each response, with or without its end of turn.
         finished: which of them ended by themselves; their last id is dropped if it is one of ``stop_ids``.
     """
-    bodies = [
-        list(ids[:-1]) if end and ids and ids[-1] in stop_ids else list(ids)
-        for ids, end in zip(sampled, finished, strict=True)
-    ]
+    bodies = [body_of(ids, end, stop_ids) for ids, end in zip(sampled, finished, strict=True)]
     texts = tokenizer.batch_decode(bodies, skip_special_tokens=True)
     kept = [
         body if text.strip() and _training_ids(tokenizer, prompt, text) != body else None
@@ -76,9 +84,8 @@ def from_texts(
         tokens: sampled tokens as the server reports them, ends of turn included; None if it does not. Servers may
             count only the first of several responses: a count nearer to the first one's than to the sum is ignored.
     """
-    parts = [text.partition(end_of_turn(tokenizer)) for text in texts]
-    texts = [text for text, _, _ in parts]
-    finished = [end or bool(mark) for end, (_, mark, _) in zip(finished, parts, strict=True)]
+    parts = [until_end(tokenizer, text, end) for text, end in zip(texts, finished, strict=True)]
+    texts, finished = [text for text, _ in parts], [end for _, end in parts]
     counts = [len(_training_ids(tokenizer, prompt, text)) + end for text, end in zip(texts, finished, strict=True)]
     total = sum(counts)
     if tokens is None or (len(counts) > 1 and abs(tokens - counts[0]) <= abs(tokens - total)):

@@ -37,10 +37,14 @@ class Setting:
     max_new_tokens: int
     system_prompt: str | None = None
 
-    def ids(self, content: str, prefix: str = "") -> list[int]:
-        """Returns the token ids of a chat with one message of the user, and of the start of the response."""
+    def chat(self, content: str) -> list[Message]:
+        """Returns a chat with one message of the user."""
         chat: list[Message] = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        ids = prompt_ids(self.tokenizer, [*chat, {"role": "user", "content": content}])
+        return [*chat, {"role": "user", "content": content}]
+
+    def ids(self, content: str, prefix: str = "") -> list[int]:
+        """Returns the token ids of `chat`, and of the start of the response."""
+        ids = prompt_ids(self.tokenizer, self.chat(content))
         return ids + encode(self.tokenizer, prefix) if prefix else ids
 
     def prompts(

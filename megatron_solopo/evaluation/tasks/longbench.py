@@ -87,8 +87,8 @@ class _RecordV2:
 _RECORD, _RECORD_V2 = TypeAdapter(_Record), TypeAdapter(_RecordV2)
 
 
-def cut_in_the_middle(setting: Setting, content: str, most: int) -> list[int]:
-    """Returns the prompt of a message; of one beyond ``most`` tokens the middle is left out.
+def cut_in_the_middle(setting: Setting, content: str, most: int) -> tuple[str, list[int]]:
+    """Returns a message and its prompt; where that is beyond ``most`` tokens, the middle is left out.
 
     Raises:
         CannotBuild: the chat template alone is as long.
@@ -101,11 +101,10 @@ def cut_in_the_middle(setting: Setting, content: str, most: int) -> list[int]:
         if half < 1:
             raise CannotBuild(f"no text fits into {most} tokens")
         start, end = tokens[:half], tokens[-half:]
-        ids = setting.ids(
-            "".join(str(setting.tokenizer.decode(part, skip_special_tokens=True)) for part in (start, end))
-        )
+        content = "".join(str(setting.tokenizer.decode(part, skip_special_tokens=True)) for part in (start, end))
+        ids = setting.ids(content)
         kept -= max(2, len(ids) - most)
-    return ids
+    return content, ids
 
 
 def _asked(setting: Setting, entries: list[tuple[str, str, list[str], str]], counts: Counter[str]) -> list[Item]:
@@ -113,11 +112,12 @@ def _asked(setting: Setting, entries: list[tuple[str, str, list[str], str]], cou
     items = []
     for name, question, answers, content in entries[: setting.limit]:
         try:
-            prompts = [cut_in_the_middle(setting, content, size) for size in setting.sizes]
+            asked = [cut_in_the_middle(setting, content, size) for size in setting.sizes]
         except CannotBuild as reason:
             counts[str(reason)] += 1
             continue
-        items.append(Item(name, question, answers, prompts))
+        chats = [setting.chat(content) for content, _ in asked]
+        items.append(Item(name, question, answers, [ids for _, ids in asked], chats=chats))
     check_some(items, counts, "--tasks: ")
     return items
 
