@@ -46,7 +46,7 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
 
 
 def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.device, norm: float) -> Tensor:
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return torch.zeros(shape, device=device)
     if len(shape) == 1:  # a norm
         return torch.full(shape, norm, device=device)

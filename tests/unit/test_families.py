@@ -16,6 +16,7 @@ from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import (
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     LlamaConfig,
     Ministral3Config,
@@ -40,14 +41,23 @@ from megatron_solopo.model.rope import rope_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
-    *(Gemma3TextConfig, GlmConfig, Glm4Config, LlamaConfig, MinistralConfig, Ministral3Config, MistralConfig),
+    *(
+        Gemma3TextConfig,
+        GlmConfig,
+        Glm4Config,
+        Glm4MoeConfig,
+        LlamaConfig,
+        MinistralConfig,
+        Ministral3Config,
+        MistralConfig,
+    ),
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
 )
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
-    experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind is MixtralConfig else {}
+    experts = EXPERT_FIELDS if kind in (Qwen3MoeConfig, Glm4MoeConfig) else EXPERTS if kind is MixtralConfig else {}
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -70,7 +80,7 @@ REFUSED = {
 UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
 """Fields of `REFUSED` that every family knows, in one value; Llama and SmolLM3 know mlp_bias too."""
 SUPPORTED = {
-    "partial_rotary_factor": (GlmConfig, Glm4Config, Phi3Config),
+    "partial_rotary_factor": (GlmConfig, Glm4Config, Glm4MoeConfig, Phi3Config),
     "no_rope_layers": (SmolLM3Config,),
 }
 """Fields of `REFUSED` that some families have."""
@@ -145,7 +155,7 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
 @pytest.mark.parametrize(
     ("kind", "field", "value", "named"),
     [
-        (MixtralConfig, "num_local_experts", 0, ["num_experts = 0 ", "at least 1"]),
+        (MixtralConfig, "num_local_experts", 0, ["num_local_experts = 0 ", "at least 1"]),
         (Qwen3MoeConfig, "num_experts_per_tok", 0, ["num_experts_per_tok = 0 ", "at least 1"]),
         (MixtralConfig, "num_experts_per_tok", 5, ["num_experts_per_tok = 5 ", "4 experts"]),
         (Qwen3MoeConfig, "moe_intermediate_size", -1, ["moe_intermediate_size = -1 ", "at least 1"]),
@@ -153,6 +163,13 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, ["rope_theta = None "]),
         (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
         (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
+        (Glm4MoeConfig, "n_routed_experts", 0, ["n_routed_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "n_group", 3, ["n_group = 3 ", "4 experts"]),
+        (Glm4MoeConfig, "n_group", 4, ["n_group = 4 ", "at least 2"]),
+        (Glm4MoeConfig, "topk_group", 2, ["topk_group = 2 of 1 groups"]),
+        (Glm4MoeConfig, "first_k_dense_replace", 2, ["first_k_dense_replace = 2 ", "num_hidden_layers = 2"]),
+        (Glm4MoeConfig, "n_shared_experts", 0, ["n_shared_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "routed_scaling_factor", math.inf, ["routed_scaling_factor = inf ", "finite"]),
         (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
         (GlmConfig, "partial_rotary_factor", 2.0, ["partial_rotary_factor = 2.0 of head_dim 128", "at most all"]),
     ],
@@ -308,6 +325,14 @@ def test_norms_behind_the_parts_are_portable_and_untiled(kind: type[PretrainedCo
         check_tiles(small(kind), Config(model=ModelConfig(mlp_tiles="2")))
 
 
+def test_adapters_of_shared_experts_are_refused() -> None:
+    from megatron_solopo.conversion.adapters import check_adapters
+
+    with refused("adapter-unsupported", "--lora-modules: ", "shared experts", "name q_proj,k_proj,v_proj,o_proj"):
+        check_adapters(ModelConfig(lora_rank=4), small(Glm4MoeConfig))
+    check_adapters(ModelConfig(lora_rank=4, lora_modules="q_proj,v_proj"), small(Glm4MoeConfig))
+
+
 @pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
@@ -352,7 +377,14 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
 
 @pytest.mark.parametrize(
     ("kind", "billions"),
-    [(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None), (Olmo3Config, None)],
+    [
+        (SmolLM3Config, 3.075),
+        (Phi3Config, 3.821),
+        (Glm4Config, 9.4),
+        (Glm4MoeConfig, None),
+        (Gemma3TextConfig, None),
+        (Olmo3Config, None),
+    ],
 )
 def test_shapes_of_transformers_defaults(engine: Any, kind: type[PretrainedConfig], billions: float | None) -> None:
     """Those of SmolLM3-3B, Phi-3-mini and GLM-4-9B-0414, whose figures are published."""

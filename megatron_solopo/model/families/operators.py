@@ -199,11 +199,18 @@ class FusedGateUp(StackGateUp):
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter (``{layer}`` and ``{expert}`` are placeholders of numbers) and its tensors."""
+    """One Megatron parameter (``{layer}`` and ``{expert}`` are placeholders of numbers) and its tensors.
+
+    Attributes:
+        layers: the layers that have it, counted from 0; None: all.
+        dtype: of the parameter and of its tensors in files, whatever the model's; None: the model's.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     operator: Operator
+    layers: range | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def of_experts(self) -> bool:
