@@ -19,6 +19,8 @@ def load(folder: Path) -> nn.Module:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = _norm.__get__(module)
+        elif type(module).__name__ == "Glm4MoeTopkRouter":
+            module.forward = _sigmoid_router.__get__(module)
         # gpt-oss's has a bias, and keeps the model's dtype
         elif type(module).__name__.endswith("TopKRouter") and not hasattr(module, "bias"):
             module.forward = _router.__get__(module)
@@ -37,6 +39,23 @@ def _router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if getattr(self, "norm_topk_prob", True):  # Mixtral always does
         weights = weights / weights.sum(-1, keepdim=True)
     return logits, weights, experts
+
+
+def _sigmoid_router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 13 to 16 of arXiv 2412.19437, written out a token at a time, with transformers' choice of groups."""
+    logits = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
+    scores, size = logits.sigmoid(), self.num_experts // self.num_group
+    chosen = []
+    for of_token in (scores.detach() + self.e_score_correction_bias).tolist():
+        groups = [sum(sorted(of_token[at : at + size])[-2:]) for at in range(0, self.num_experts, size)]
+        best = sorted(range(self.num_group), key=groups.__getitem__)[-self.topk_group :]
+        allowed = [expert for expert in range(self.num_experts) if expert // size in best]
+        chosen.append(sorted(allowed, key=of_token.__getitem__)[-self.top_k :])
+    experts = torch.tensor(chosen)
+    weights = scores.gather(1, experts)
+    if self.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights * self.routed_scaling_factor, experts
 
 
 def by_file_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
+from megatron_solopo.conversion.carried import Names
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.conversion.sidecar_files import STACKED, SidecarFiles, dtype_name
@@ -53,7 +54,8 @@ class _Header:
 
 
 class TensorReader:
-    """The weights in a folder's files, sharded or not, each read on request, or a part of one (`part_of`).
+    """The weights in a folder's files, sharded or not, each read on request by its name in the families' tables, or a
+    part of one (`part_of`).
 
     Reads safetensors files, else ``pytorch_model.bin`` of older folders, of which it loads only tensors and refuses a
     pickle that would run code.
@@ -81,6 +83,7 @@ class TensorReader:
                 + (seen_in(folder) or "use a folder with weights, or start with --random-init"),
             )
         self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(NEVER_WEIGHTS)}
+        self._naming = Names.of(self._file_of)
         if not self._file_of:
             raise UserError("weights-missing", f"{folder}: its weight files hold no weights; copy or download it again")
         for name in sorted(set(self._file_of.values())):
@@ -104,21 +107,37 @@ class TensorReader:
             ) from None
 
     def names(self) -> set[str]:
-        """Returns the names of all weights."""
-        return set(self._file_of)
+        """Returns the names of the weights of the language model."""
+        return {plain for name in self._stored_names() if (plain := self._naming.plain(name)) is not None}
+
+    def others(self) -> set[str]:
+        """Returns the folder's names of the tensors outside the language model, see `carried`."""
+        return {name for name in self._stored_names() if self._naming.plain(name) is None}
+
+    def _stored_names(self) -> Collection[str]:
+        return self._file_of.keys()
+
+    def stored(self, name: str) -> str:
+        """Returns the folder's name of a tensor."""
+        return self._naming.stored(name)
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the language model is part of another."""
+        return bool(self._naming.form)
 
     def files(self) -> list[Path]:
         """Returns the weight files, in a fixed order."""
         return [self.folder / name for name in sorted(set(self._file_of.values()))]
 
-    def dtype(self) -> torch.dtype:
-        """Returns the dtype of all weights; no tensor is read.
+    def dtype(self, without: Collection[str] = ()) -> torch.dtype:
+        """Returns the dtype of all weights but some; no tensor is read.
 
         Raises:
             UserError: they have several dtypes, or see `dtype_of`.
         """
         names: dict[torch.dtype, str] = {}
-        for name in sorted(self.names()):
+        for name in sorted(self.names() - {*without}):
             names.setdefault(self.dtype_of(name), name)
         if len(names) > 1:
             several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in names.items())
@@ -133,6 +152,9 @@ class TensorReader:
         Raises:
             UserError: it is not a dtype of weights, or see `shape`.
         """
+        return self._stored_dtype(self.stored(name))
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
         code = self._header(name).dtype
         if code not in CODES.values():
             raise UserError(
@@ -144,6 +166,9 @@ class TensorReader:
 
     def file_of(self, name: str) -> str:
         """Returns the name of the file that holds a tensor; "" if there is no such tensor."""
+        return self._stored_file(self.stored(name))
+
+    def _stored_file(self, name: str) -> str:
         return self._file_of.get(part_of(name)[0], "")
 
     def get(self, name: str) -> Tensor:
@@ -155,11 +180,14 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file, or see `dtype_of`.
         """
-        return self._read(name, self.dtype_of(name))
+        return self.get_stored(self.stored(name))
+
+    def get_stored(self, name: str) -> Tensor:
+        """`get` by the folder's name, which tensors outside the language model have alone."""
+        return self._read(name, self._stored_dtype(name))
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        header = self._header(name)
-        file = self._file_of[part_of(name)[0]]
+        header, file = self._header(name), self._file_of[part_of(name)[0]]
         if file.endswith(".bin"):
             whole, place = part_of(name)
             return self._bin(file)[whole] if place is None else self._bin(file)[whole][place]
@@ -179,7 +207,14 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
+        return self._stored_shape(self.stored(name))
+
+    def _stored_shape(self, name: str) -> torch.Size:
         return self._header(name).shape
+
+    def form_of(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Returns (shape, dtype) of a tensor by the folder's name."""
+        return self._stored_shape(name), self._stored_dtype(name)
 
     def _header(self, name: str) -> _Header:
         name, place = part_of(name)
@@ -297,6 +332,7 @@ def write_folder(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: str = MAX_SHARD_SIZE,
     force: bool = False,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Writes config, tokenizer files and weights, beside the folder first, and renames them at the end.
 
@@ -306,6 +342,7 @@ def write_folder(
     Args:
         shapes: of every tensor, in the order of the files.
         dtype: of the files.
+        dtypes: of tensors that have another.
         max_shard_size: "5GB", "500MB", ...; decimal units as in the names of the hub.
 
     Raises:
@@ -319,7 +356,7 @@ def write_folder(
             pass
         raise error if isinstance(error, UserError) else _not_written(folder, error) from None
     aside = folder_aside(folder)
-    shards = Shards(aside, shapes, dtype, parse_size(max_shard_size))
+    shards = Shards(aside, shapes, dtype, parse_size(max_shard_size), dtypes)
     for name, tensor in tensors:
         shards.add(name, tensor)
     try:

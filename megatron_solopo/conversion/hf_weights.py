@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_solopo.conversion.hf import local_part, named_entries
+from megatron_solopo.conversion.carried import carried_names
+from megatron_solopo.conversion.hf import all_names, local_part, named_entries
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.moe import are_in_one_tensor, in_one_tensor
-from megatron_solopo.model.families.operators import Entry, PadRows, part_of
+from megatron_solopo.model.families.operators import Entry, PadRows
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import read_hf_config
 from megatron_solopo.progress import ProgressBar
@@ -92,10 +93,11 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
     stacked = are_in_one_tensor(reader.names())
     if stacked:
         table = in_one_tensor(table)
-    expected = {name for entry in table for name in _all_names(entry, hf_config)}
+    expected = {name for entry in table for name in all_names(entry, hf_config)}
     if missing := expected - reader.names():
         reader.shape(min(missing))  # raises
-    left_over = reader.names() - expected
+    beginnings = family_of(hf_config).carried(hf_config)
+    left_over = {name for name in reader.names() - expected if not name.startswith(beginnings)}
     if hf_config.tie_word_embeddings and OUTPUT in left_over and _is_embedding(reader, OUTPUT):
         left_over.remove(OUTPUT)
     if left_over == {OUTPUT}:
@@ -111,6 +113,8 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
             f"({len(left_over)} such); training would lose it",
         )
     shapes = stored_shapes(read_hf_config(reader.folder), stacked)
+    for name in carried_names(reader, hf_config):
+        reader.form_of(name)  # raises where an export could not write it
     for name in sorted(expected):
         reader.dtype_of(name)  # raises for an unsupported one
         if reader.shape(name) != shapes[name]:
@@ -125,14 +129,6 @@ def _is_embedding(reader: TensorReader, name: str) -> bool:
     """Whether a tensor equals the embedding; like transformers 5, which ties only equal tensors."""
     output, embedding = reader.get(name), reader.get("model.embed_tokens.weight")
     return output.dtype == embedding.dtype and torch.equal(output, embedding)
-
-
-def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """Returns the names of an entry's tensors in the files, of all layers and experts."""
-    experts = range(hf_config.num_experts if entry.of_experts else 1)
-    layers = range(hf_config.num_hidden_layers)
-    names = {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
-    return {part_of(name)[0] for name in names}
 
 
 def stored_shapes(hf_config: PretrainedConfig, stacked: bool = False) -> dict[str, torch.Size]:

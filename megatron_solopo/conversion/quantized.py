@@ -10,6 +10,7 @@ FP8 in blocks (DeepSeek-V3, arXiv 2412.19437, section 3.3) is ``NAME`` float8_e4
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -69,61 +70,58 @@ class WeightReader(TensorReader):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
-        stored = super().names()
+        stored = super()._stored_names()
         self._packed = {name.removesuffix(BLOCKS) for name in stored if name.endswith(BLOCKS)}
         self._scaled = {name.removesuffix(FACTORS) for name in stored if name.endswith(FACTORS)}
         self._names = {name for name in stored if not name.endswith((BLOCKS, SCALES, FACTORS))} | self._packed
         for name in self._packed:
-            self._check(name + SCALES, super().shape(name + BLOCKS)[:-1])
+            self._check(name + SCALES, super()._stored_shape(name + BLOCKS)[:-1])
         for name in self._scaled:
-            *stacked, out, inner = super().shape(name)
+            *stacked, out, inner = super()._stored_shape(name)
             self._check(name + FACTORS, torch.Size((*stacked, -(-out // FP8_BLOCK), -(-inner // FP8_BLOCK))))
 
     def _check(self, name: str, expected: torch.Size) -> None:
-        if (shape := super().shape(name)) != expected:
+        if (shape := super()._stored_shape(name)) != expected:
             raise UserError(
                 "tensor-shape",
                 f"{self.folder}: the tensor {name!r} has the shape {tuple(shape)}, its weight makes it "
                 f"{tuple(expected)}; the copy is damaged, or its blocks have another size",
             )
 
-    def names(self) -> set[str]:
-        """Returns the names of all weights."""
+    def _stored_names(self) -> Collection[str]:
         return self._names
 
-    def file_of(self, name: str) -> str:
-        """Returns the name of the file that holds a tensor, or its blocks; "" if there is no such tensor."""
+    def _stored_file(self, name: str) -> str:
         whole, _ = part_of(name)
-        return super().file_of(whole + BLOCKS if whole in self._packed else whole)
+        return super()._stored_file(whole + BLOCKS if whole in self._packed else whole)
 
-    def shape(self, name: str) -> torch.Size:
-        """Returns the shape of a tensor; see `TensorReader.shape`."""
+    def _stored_shape(self, name: str) -> torch.Size:
         whole, place = part_of(name)
         if whole not in self._packed:
-            return super().shape(name)
-        experts, out, blocks, size = super().shape(whole + BLOCKS)
+            return super()._stored_shape(name)
+        experts, out, blocks, size = super()._stored_shape(whole + BLOCKS)
         shape = experts, 2 * blocks * size, out
         return torch.Size(shape if place is None else shape[1:])
 
-    def dtype_of(self, name: str) -> torch.dtype:
+    def _stored_dtype(self, name: str) -> torch.dtype:
         """Returns the dtype of a tensor; bfloat16 of a quantised one."""
         whole, _ = part_of(name)
-        return torch.bfloat16 if whole in self._packed | self._scaled else super().dtype_of(name)
+        return torch.bfloat16 if whole in self._packed | self._scaled else super()._stored_dtype(name)
 
-    def get(self, name: str) -> Tensor:
+    def get_stored(self, name: str) -> Tensor:
         """One tensor on the CPU, see `TensorReader.get`; FP8 in float32, which the model's dtype rounds once."""
         whole, place = part_of(name)
         part = "" if place is None else f"[{place}]"
         if whole in self._scaled:
-            return fp8(self._stored(name), self._stored(whole + FACTORS + part))
+            return fp8(self._quantized(name), self._quantized(whole + FACTORS + part))
         if whole not in self._packed:
-            return super().get(name)
-        blocks, scales = self._stored(whole + BLOCKS + part), self._stored(whole + SCALES + part)
+            return super().get_stored(name)
+        blocks, scales = self._quantized(whole + BLOCKS + part), self._quantized(whole + SCALES + part)
         if place is not None:
             return mxfp4(blocks, scales)
         return torch.stack([mxfp4(*each) for each in zip(blocks, scales, strict=True)])
 
-    def _stored(self, name: str) -> Tensor:
+    def _quantized(self, name: str) -> Tensor:
         code: Any = self._header(name).dtype
         if code not in STORED:
             raise UserError(

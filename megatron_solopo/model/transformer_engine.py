@@ -14,7 +14,7 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.fields import expert_count, head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 
@@ -68,7 +68,7 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     if model.fp8_format is None:
         return
     size = head_dim(hf_config)
-    experts = getattr(hf_config, "num_experts", None)
+    experts = expert_count(hf_config)
     expert_tensor = parallel.expert_tensor_parallel_size or tensor
     inner = getattr(hf_config, "moe_intermediate_size", None) if experts else None
     widths = {

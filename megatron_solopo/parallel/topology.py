@@ -154,11 +154,14 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     parallel = config.parallel
     data_parallel_size(parallel, world)
     _check_stages(hf_config.num_hidden_layers, parallel)
-    experts = getattr(hf_config, "num_experts", None)
+    experts = getattr(hf_config, "num_local_experts", None)
+    has_mlp = not experts or getattr(hf_config, "first_k_dense_replace", 0)
+    shared = getattr(hf_config, "n_shared_experts", None)
     matrices = {
         "model's num_attention_heads": hf_config.num_attention_heads,
         "model's num_key_value_heads": hf_config.num_key_value_heads,
-        **({} if experts else {"model's intermediate_size": hf_config.intermediate_size}),
+        **({"model's intermediate_size": hf_config.intermediate_size} if has_mlp else {}),
+        **({"shared experts' intermediate size": shared * hf_config.moe_intermediate_size} if shared else {}),
         "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
     }
     _check_divides("tensor_model_parallel_size", parallel.tensor_model_parallel_size, matrices)
@@ -201,7 +204,8 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     note = "" if parallel.expert_tensor_parallel_size else " (that of --tensor-model-parallel-size)"
     processes = "processes of a pipeline stage"
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
-    numbers = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
+    experts = hf_config.num_local_experts
+    numbers = {"number of experts": experts, f"{processes} / expert tensor parallel": stage // tensor}
     _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, numbers)
     _check_dispatcher(parallel, tensor * parallel.expert_model_parallel_size)
 

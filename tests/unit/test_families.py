@@ -18,6 +18,7 @@ from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import (
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GptOssConfig,
     LlamaConfig,
@@ -43,15 +44,16 @@ from megatron_solopo.model.rope import rope_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
-    *(Gemma3TextConfig, GlmConfig, Glm4Config, GptOssConfig, LlamaConfig, MinistralConfig, Ministral3Config),
-    MistralConfig,
+    *(Gemma3TextConfig, GlmConfig, Glm4Config, Glm4MoeConfig, GptOssConfig, LlamaConfig),
+    *(MinistralConfig, Ministral3Config, MistralConfig),
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
 )
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
-    experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind in (GptOssConfig, MixtralConfig) else {}
+    experts = EXPERT_FIELDS if kind in (Qwen3MoeConfig, Glm4MoeConfig) else {}
+    experts = EXPERTS if kind in (GptOssConfig, MixtralConfig) else experts
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -74,7 +76,7 @@ REFUSED = {
 UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
 """Fields of `REFUSED` that every family knows, in one value; Llama and SmolLM3 know mlp_bias too."""
 SUPPORTED = {
-    "partial_rotary_factor": (GlmConfig, Glm4Config, Phi3Config),
+    "partial_rotary_factor": (GlmConfig, Glm4Config, Glm4MoeConfig, Phi3Config),
     "no_rope_layers": (SmolLM3Config,),
 }
 """Fields of `REFUSED` that some families have."""
@@ -149,7 +151,7 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
 @pytest.mark.parametrize(
     ("kind", "field", "value", "named"),
     [
-        (MixtralConfig, "num_local_experts", 0, ["num_experts = 0 ", "at least 1"]),
+        (MixtralConfig, "num_local_experts", 0, ["num_local_experts = 0 ", "at least 1"]),
         (Qwen3MoeConfig, "num_experts_per_tok", 0, ["num_experts_per_tok = 0 ", "at least 1"]),
         (MixtralConfig, "num_experts_per_tok", 5, ["num_experts_per_tok = 5 ", "4 experts"]),
         (Qwen3MoeConfig, "moe_intermediate_size", -1, ["moe_intermediate_size = -1 ", "at least 1"]),
@@ -157,6 +159,13 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, ["rope_theta = None "]),
         (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
         (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
+        (Glm4MoeConfig, "n_routed_experts", 0, ["n_routed_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "n_group", 3, ["n_group = 3 ", "4 experts"]),
+        (Glm4MoeConfig, "n_group", 4, ["n_group = 4 ", "at least 2"]),
+        (Glm4MoeConfig, "topk_group", 2, ["topk_group = 2 of 1 groups"]),
+        (Glm4MoeConfig, "first_k_dense_replace", 2, ["first_k_dense_replace = 2 ", "num_hidden_layers = 2"]),
+        (Glm4MoeConfig, "n_shared_experts", 0, ["n_shared_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "routed_scaling_factor", math.inf, ["routed_scaling_factor = inf ", "finite"]),
         (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
         (GlmConfig, "partial_rotary_factor", 2.0, ["partial_rotary_factor = 2.0 of head_dim 128", "at most all"]),
     ],
@@ -338,6 +347,14 @@ def test_fields_that_transformers_does_not_read_have_one_value(field: dict[str, 
     family_of(small(GptOssConfig, swiglu_limit=7.0, experts_per_token=2, initial_context_length=4096))
 
 
+def test_adapters_of_shared_experts_are_refused() -> None:
+    from megatron_solopo.conversion.adapters import check_adapters
+
+    with refused("adapter-unsupported", "--lora-modules: ", "shared experts", "name q_proj,k_proj,v_proj,o_proj"):
+        check_adapters(ModelConfig(lora_rank=4), small(Glm4MoeConfig))
+    check_adapters(ModelConfig(lora_rank=4, lora_modules="q_proj,v_proj"), small(Glm4MoeConfig))
+
+
 @pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, GptOssConfig])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
@@ -383,8 +400,9 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
 @pytest.mark.parametrize(
     ("kind", "billions"),
     [
-        *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None)],
-        *[(Olmo3Config, None), (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915)],
+        *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Glm4MoeConfig, None)],
+        *[(Gemma3TextConfig, None), (Olmo3Config, None)],
+        (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915),
     ],
 )
 def test_shapes_of_transformers_defaults(

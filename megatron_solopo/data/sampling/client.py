@@ -364,7 +364,7 @@ def _choice(choice: object) -> Choice:
     finished, ids = FINISHED[choice["finish_reason"]], choice.get("token_ids")
     if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
         raise BadAnswer("token_ids is not a list of numbers")
-    message = choice.get("message")
+    message: Any = choice.get("message")
     chat = isinstance(message, dict)
     text = message.get("content") if chat else choice.get("text")
     if chat and any(message.get(key) for key in PARSED_OUT):

@@ -114,6 +114,7 @@ def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields of a config that change what a layer computes but not necessarily a parameter's shape."""
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     others = ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
+    others += ("routed_scaling_factor", "n_group", "topk_group")
     rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
     windows = {}
     if (window := attention_window(hf_config)) is not None:
@@ -173,6 +174,11 @@ def check_number(name: str, value: object, zero: bool = False) -> None:
 
 def _is_off(value: object) -> bool:
     return any(type(value) is type(off) and value == off for off in (*OFF, 0.0))
+
+
+def expert_count(hf_config: PretrainedConfig) -> int:
+    """Returns the number of experts of a layer, 0 without; transformers has one name for all families' fields."""
+    return getattr(hf_config, "num_local_experts", None) or 0
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:

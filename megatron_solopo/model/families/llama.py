@@ -17,11 +17,15 @@ NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attent
 
 def table(hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[str, str] = NORMS) -> tuple[Entry, ...]:
     """Returns every parameter of the Llama layout; families with the same layout add to it."""
-    gate_up = (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")
+    return (*table_without_mlp(hf_config, padded_vocab_size, norms), *mlp_entries())
+
+
+def mlp_entries(name: str = "mlp", layers: range | None = None) -> tuple[Entry, ...]:
+    """Returns an MLP of the layers that have it, by its name in a layer, which is both sides'."""
+    gate_up = (f"{HF_LAYER}{name}.gate_proj.weight", f"{HF_LAYER}{name}.up_proj.weight")
     return (
-        *table_without_mlp(hf_config, padded_vocab_size, norms),
-        Entry(MEGATRON_LAYER + "mlp.linear_fc1.weight", gate_up, StackGateUp()),
-        down_entry(),
+        Entry(f"{MEGATRON_LAYER}{name}.linear_fc1.weight", gate_up, StackGateUp(), layers),
+        Entry(f"{MEGATRON_LAYER}{name}.linear_fc2.weight", (f"{HF_LAYER}{name}.down_proj.weight",), Rename(), layers),
     )
 
 

@@ -243,14 +243,20 @@ def part_of(name: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter and its tensors; ``{layer}`` and ``{expert}`` are placeholders of numbers.
+    """One Megatron parameter (``{layer}`` and ``{expert}`` are placeholders of numbers) and its tensors.
 
     A Hugging Face name that ends in ``[{expert}]`` is a part of a tensor, see `part_of`.
+
+    Attributes:
+        layers: the layers that have it, counted from 0; None: all.
+        dtype: of the parameter and of its tensors in files, whatever the model's; None: the model's.
     """
 
     megatron: str
     hf: tuple[str, ...]
     operator: Operator
+    layers: range | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def of_experts(self) -> bool:

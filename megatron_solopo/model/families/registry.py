@@ -9,6 +9,7 @@ from megatron_solopo.model.families.family import Family, refuse
 from megatron_solopo.model.families.fields import check_shape, refuse_unknown, windowed_layers
 from megatron_solopo.model.families.gemma3 import GEMMA3
 from megatron_solopo.model.families.glm4 import GLM, GLM4
+from megatron_solopo.model.families.glm4_moe import GLM4_MOE
 from megatron_solopo.model.families.gpt_oss import GPT_OSS
 from megatron_solopo.model.families.llama import LLAMA
 from megatron_solopo.model.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
@@ -24,10 +25,13 @@ from megatron_solopo.model.rope import check_rope
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(GEMMA3, GLM, GLM4, GPT_OSS, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
+        *(GEMMA3, GLM, GLM4, GLM4_MOE, GPT_OSS, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
         *(MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
     )
 }
+
+MULTIMODAL = frozenset({"gemma3", "mistral3"})
+"""Models that also read images, whose ``text_config`` is of a family; their language model alone is trained."""
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
