@@ -383,7 +383,10 @@ class Trainer:
             + "; values of a step are means over its examples"
         )
         if dist.get_rank() == 0:  # which alone prints
-            self.log.message(describe_parameters(self.plan.inputs.hf_config, self.config.model))
+            hf_config, model = self.plan.inputs.hf_config, self.config.model
+            self.log.message(describe_parameters(hf_config, model))
+            if carried := describe_carried(model.hf_path, hf_config):
+                self.log.message(carried)
         if self.plan.budget:
             self.log.message(self.plan.budget)
         if self.platform.name == "cuda":

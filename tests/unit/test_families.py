@@ -14,7 +14,9 @@ import torch
 from refusals import refused
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import (
+    Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
@@ -245,6 +247,14 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama99"}))
     with refused("model-config-unreadable", "config.json", "llama99"):
         read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Gemma2Config, "attn_logit_softcapping"), (Gemma4TextConfig, "512 channels")]
+)
+def test_a_known_architecture_is_refused_with_its_reason(kind: type[PretrainedConfig], reason: str) -> None:
+    with refused("model-type-unsupported", f"{kind.model_type!r} is not supported, because ", reason):
+        family_of(kind())
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
