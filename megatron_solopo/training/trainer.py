@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
+from megatron_solopo.conversion.hf import describe_carried
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError

@@ -335,6 +335,13 @@ def test_adapters_of_shared_experts_are_refused() -> None:
     check_adapters(ModelConfig(lora_rank=4, lora_modules="q_proj,v_proj"), small(Glm4MoeConfig))
 
 
+def test_shared_experts_are_portable() -> None:
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", "glm4_moe have shared experts"):
+        check_widths(small(Glm4MoeConfig), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+
+
 @pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
