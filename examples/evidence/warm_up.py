@@ -1,4 +1,4 @@
-"""Conversations for `--objective sft`: each short context with its gold answer, in the form that the prompt asks for."""
+"""Conversations for `--objective sft`: each short context with its gold answer, in the form the prompt asks for."""
 
 from __future__ import annotations
 

@@ -250,6 +250,14 @@ def beside_of(folder: str | Path, hf_config: PretrainedConfig) -> tuple[TensorRe
     return reader, carried_names(reader, hf_config)
 
 
+def describe_carried(folder: str | Path, hf_config: PretrainedConfig) -> str | None:
+    """Describes in words, for the log, which tensors of a folder are carried through; None if there are none."""
+    names = beside[1] if (beside := beside_of(folder, hf_config)) is not None else ()
+    if not names:
+        return None
+    return f"{len(names)} tensors of {folder} are not trained, such as {names[0]}; an export has them as they are"
+
+
 def save_folder(
     chunks: Sequence[GPTModel],
     hf_config: PretrainedConfig,

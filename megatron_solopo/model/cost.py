@@ -20,6 +20,7 @@ def width_of_cost(hf_config: PretrainedConfig) -> float:
     options, size = family_of(hf_config).transformer_options(hf_config), head_dim(hf_config)
     hidden, queries = hf_config.hidden_size, size * hf_config.num_attention_heads
     ffn = options.get("moe_ffn_hidden_size", hf_config.intermediate_size) * options.get("moe_router_topk", 1)
+    ffn += options.get("moe_shared_expert_intermediate_size", 0)
     weights = 2 * hidden * (queries + size * hf_config.num_key_value_heads) + 3 * hidden * ffn
     return weights / (14 * queries)
 

@@ -90,8 +90,6 @@ def layer_spec(settings: TransformerConfig, te_activation: bool, experts: int | 
     parts = mlp.keywords["submodules"]
     if experts:
         parts.router = Router
-        if not te_activation:
-            parts.shared_experts.keywords["submodules"].activation_func = SwiGLU
         parts = parts.experts.keywords["submodules"]
     if not te_activation:
         parts.activation_func = SwiGLU

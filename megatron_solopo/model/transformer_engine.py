@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.family import Norms
+from megatron_solopo.model.families.family import Family, Norms
 from megatron_solopo.model.families.fields import expert_count, head_dim
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
@@ -47,18 +47,12 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     """
     model, parallel = config.model, config.parallel
     family = family_of(hf_config)
-    if model.transformer_impl == NAME:
-        part = None
-        if family.norms is not Norms.BEFORE or family.activation != "silu":
-            part = "norms behind attention and MLP"
-        elif family.transformer_options(hf_config).get("add_bias_linear"):
-            part = "biases of experts"
-        if part is not None:
-            raise UserError(
-                "model-portable-only",
-                f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have {part}, which are portable "
-                "layers' only; use portable",
-            )
+    if model.transformer_impl == NAME and (part := _portable_part(family, hf_config)):
+        raise UserError(
+            "model-portable-only",
+            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have {part}, which are portable layers' "
+            "only; use portable",
+        )
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     heads = {
         "num_attention_heads": hf_config.num_attention_heads // tensor,
@@ -85,6 +79,15 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
                 f"{flag('fp8_recipe')} {model.fp8_recipe}: the model's {name} on a rank, {width}, is no multiple of "
                 f"{multiple}; leave --fp8-format out, or change the recipe or --tensor-model-parallel-size",
             )
+
+
+def _portable_part(family: Family, hf_config: PretrainedConfig) -> str | None:
+    if family.norms is not Norms.BEFORE or family.activation != "silu":
+        return "norms behind attention and MLP"
+    options = family.transformer_options(hf_config)
+    if options.get("add_bias_linear"):
+        return "biases of experts"
+    return "shared experts" if "moe_shared_expert_intermediate_size" in options else None
 
 
 def check_machine(config: Config, platform: str) -> None:

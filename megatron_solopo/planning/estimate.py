@@ -45,7 +45,7 @@ def mlp_results(process: Process) -> float:
     if not shape.experts:
         return process.t * 3 * e * shape.ffn / process.tensor
     rows = process.rows * (e * shape.hidden + 4 * e * shape.ffn / process.expert_tensor)
-    return rows + process.s * 20 * shape.experts
+    return rows + process.s * 20 * shape.experts + process.t * 3 * e * shape.shared / process.tensor
 
 
 def mlp_kept(process: Process) -> float:

@@ -27,6 +27,9 @@ class Shape:
     Attributes:
         queries, keys: widths of queries and of keys (as of values), of all heads.
         ffn: width of the MLP, or of one expert.
+        shared: width of the experts that compute every token; 0 without.
+        first, first_ffn: number of first layers without experts in a model with some, and the width of their MLPs.
+            Their parameters are counted; times and activations are those of the other layers.
         vocabulary: rows of the padded vocabulary.
         experts, chosen: experts of a layer, and those of a token; 0 without experts.
         biases: of queries, keys and values together, of what attention adds, and sinks.
@@ -51,6 +54,9 @@ class Shape:
     tied: bool
     norms: int = 2
     experts_biases: int = 0
+    shared: int = 0
+    first: int = 0
+    first_ffn: int = 0
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
@@ -76,6 +82,9 @@ class Shape:
             tied=hf_config.tie_word_embeddings,
             norms=4 if family.norms is Norms.BOTH else 2,
             experts_biases=(2 * ffn + hf_config.hidden_size) * bool(options.get("add_bias_linear")),
+            shared=options.get("moe_shared_expert_intermediate_size", 0),
+            first=options.get("moe_layer_freq", [1]).count(0),
+            first_ffn=hf_config.intermediate_size,
         )
 
 

@@ -16,7 +16,9 @@ import torch
 from refusals import refused
 from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
 from transformers import (
+    Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
@@ -159,7 +161,7 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, ["rope_theta = None "]),
         (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
         (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
-        (Glm4MoeConfig, "n_routed_experts", 0, ["n_routed_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "num_local_experts", 0, ["n_routed_experts = 0 ", "at least 1"]),
         (Glm4MoeConfig, "n_group", 3, ["n_group = 3 ", "4 experts"]),
         (Glm4MoeConfig, "n_group", 4, ["n_group = 4 ", "at least 2"]),
         (Glm4MoeConfig, "topk_group", 2, ["topk_group = 2 of 1 groups"]),
@@ -249,6 +251,14 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama99"}))
     with refused("model-config-unreadable", "config.json", "llama99"):
         read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Gemma2Config, "attn_logit_softcapping"), (Gemma4TextConfig, "512 channels")]
+)
+def test_a_known_architecture_is_refused_with_its_reason(kind: type[PretrainedConfig], reason: str) -> None:
+    with refused("model-type-unsupported", f"{kind.model_type!r} is not supported, because ", reason):
+        family_of(kind())
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -355,6 +365,13 @@ def test_adapters_of_shared_experts_are_refused() -> None:
     check_adapters(ModelConfig(lora_rank=4, lora_modules="q_proj,v_proj"), small(Glm4MoeConfig))
 
 
+def test_shared_experts_are_portable() -> None:
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", "glm4_moe have shared experts"):
+        check_widths(small(Glm4MoeConfig), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+
+
 @pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, GptOssConfig])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
@@ -400,9 +417,8 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
 @pytest.mark.parametrize(
     ("kind", "billions"),
     [
-        *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Glm4MoeConfig, None)],
-        *[(Gemma3TextConfig, None), (Olmo3Config, None)],
-        (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915),
+        *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None)],
+        *[(Olmo3Config, None), (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915)],
     ],
 )
 def test_shapes_of_transformers_defaults(
@@ -410,6 +426,11 @@ def test_shapes_of_transformers_defaults(
 ) -> None:
     """Those of SmolLM3-3B, Phi-3-mini, GLM-4-9B-0414 and gpt-oss-20b, whose figures are published."""
     check_parameters(kind(), billions)
+
+
+def test_the_shape_of_glm_4_5_air(engine: Any) -> None:
+    """Of the published 106 B, without the layer of multi-token prediction."""
+    check_parameters(Glm4MoeConfig(head_dim=128, attention_bias=True), 106.852)
 
 
 def check_parameters(hf_config: PretrainedConfig, billions: float | None) -> None:
@@ -421,7 +442,7 @@ def check_parameters(hf_config: PretrainedConfig, billions: float | None) -> Non
     with torch.device("meta"):
         model = build_model(hf_config, Config(), torch.bfloat16)
     assert all(parameter.is_meta for parameter in model.parameters())
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = 1 if hf_config.tie_word_embeddings else 2
     count -= matrices * (model.vocab_size - hf_config.vocab_size) * hf_config.hidden_size
     assert count == parameter_count(hf_config)["total"]

@@ -33,6 +33,16 @@ FAMILIES = {
 MULTIMODAL = frozenset({"gemma3", "mistral3"})
 """Models that also read images, whose ``text_config`` is of a family; their language model alone is trained."""
 
+UNSUPPORTED = {
+    "gemma2": "its attention caps scores (attn_logit_softcapping), which torch's attention kernels do not compute",
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        "its layers have heads of two sizes, of which those with 512 channels are beyond torch's flash kernel on CUDA, "
+        "keys as values, or embeddings for each layer",
+    ),
+}
+"""Reasons why no family has a model_type that others would be taken for."""
+
 
 def family_of(hf_config: PretrainedConfig) -> Family:
     """Checks a config and returns its family.
@@ -43,8 +53,9 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     if hf_config.model_type not in FAMILIES:
         raise UserError(
             "model-type-unsupported",
-            f"config.json: model_type {hf_config.model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}",
+            f"config.json: model_type {hf_config.model_type!r} is not supported"
+            + (f", because {reason}" if (reason := UNSUPPORTED.get(hf_config.model_type)) else "")
+            + f"; supported are {', '.join(sorted(FAMILIES))}",
         )
     family = FAMILIES[hf_config.model_type]
     refuse(hf_config, hidden_act=family.activation, hidden_activation=family.activation, attention_dropout=0.0)
