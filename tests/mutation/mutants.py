@@ -541,6 +541,25 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
+        "model/swiglu.py",
+        "tests/unit/test_grouped_experts.py -k clamped",
+        ("gate not clamped", "gate.clamp(max=ctx.limit)", "gate.clone()"),
+        ("up clamped on one side", "up.clamp(-ctx.limit, ctx.limit)", "up.clamp(max=ctx.limit)"),
+        ("a gradient beyond the limit", "of_up.masked_fill_(up.abs() > ctx.limit, 0)", "pass"),
+        ("the offset of up left out", ".add_(ctx.offset)", ""),
+    ),
+    *within(
+        "model/experts.py",
+        "tests/unit/test_grouped_experts.py -k biases",
+        ("biases without a row's weight", "added if scale is None else", "added if True else"),
+        ("the biases of other experts", "F.pad(ends[:-1], (1, 0))", "F.pad(ends[:-1], (1, 0)) * 0"),
+    ),
+    *within(
+        "model/build.py",
+        "tests/distributed/test_gpt_oss.py",
+        ("biases of different experts added", 'setattr(parameter, "sequence_parallel", False)', "pass"),
+    ),
+    *within(
         "model/norm.py",
         "tests/distributed/test_model_parallel.py -k olmo3",
         ("a norm over the heads of one rank", "squares = _Summed.apply(squares, group)", "pass"),

@@ -7,6 +7,7 @@ from mutants import TABLES
 
 CUTS = "tests/unit/test_hf_folder.py -k 'filled or joined or interleaved'"
 ROUND_TRIP = "tests/unit/test_model_parity.py -k round_trip"
+QUANTIZED = "tests/unit/test_quantized.py"
 TOKENIZERS = "tests/unit/test_tokenizer.py"
 TWO_VERSIONS = "tests/unit/test_portable_export.py"
 NEW_TOKENS = "tests/functional/test_special_tokens.py"
@@ -47,6 +48,33 @@ CONVERSION = [
             "parameter.chunk(size)[rank]",
         ),
         ("gate and up joined as one", "torch.cat([torch.cat(half) for half in halves])", "torch.cat(list(parts))"),
+    ),
+    *within(
+        "model/families/operators.py",
+        "tests/unit/test_hf_folder.py",
+        ("gate and up in turn taken for halves", "return rows[::2], rows[1::2]", "return rows.chunk(2)"),
+    ),
+    *within(
+        "conversion/quantized.py",
+        QUANTIZED,
+        (
+            "the upper half of a byte first",
+            "(signed.repeat(16), signed.repeat_interleave(16))",
+            "(signed.repeat_interleave(16), signed.repeat(16))",
+        ),
+        ("another base of the exponents", "- 127)", "- 128)"),
+        ("the factors of other blocks", "repeat_interleave(FP8_BLOCK, -2)", "repeat(FP8_BLOCK, 1)"),
+        ("scales of any shape", "!= expected:", "!= shape:"),
+    ),
+    *within(
+        "conversion/shards.py",
+        QUANTIZED,
+        ("every expert written at the first place", "start = (place or 0) *", "start = 0 *"),
+    ),
+    *within(
+        "conversion/hf_folder.py",
+        QUANTIZED,
+        ("the first expert for every one", "self.start + place * shape.numel() * size", "self.start"),
     ),
     *within(
         "model/families/llama.py",

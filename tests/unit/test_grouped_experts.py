@@ -12,6 +12,7 @@ from test_context_parallel import Calls
 from test_model_parity import CONFIGS
 from test_recompute import options
 from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from megatron_solopo.planning import fake
 
@@ -71,6 +72,20 @@ def test_together_they_compute_the_same_bits(engine: None, dtype: torch.dtype) -
     for together, one_by_one in zip(*results, strict=True):
         assert torch.equal(together, one_by_one)
         assert together.dtype == one_by_one.dtype and together.norm() > 0 or one_by_one.norm() == 0
+
+
+def test_the_clamped_activation_is_transformers(engine: None) -> None:
+    """Value and gradient of gpt-oss's, far beyond the limits of gate and of up."""
+    experts_of_gpt_oss = GptOssExperts(CONFIGS["gpt-oss"])
+    generator = torch.Generator().manual_seed(2)
+    x = (10 * torch.randn(7, 40, generator=generator, dtype=torch.float64)).requires_grad_()
+    grad = torch.randn(7, 20, generator=generator, dtype=torch.float64)
+    assert (x > 7).any() and (x < -7).any()
+    ours = experts(torch.float64, model="gpt-oss").local_experts[0].activation_func(x)
+    theirs = experts_of_gpt_oss._apply_gate(torch.stack(x.chunk(2, -1), -1).flatten(-2))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(result, x, grad)[0] for result in (ours, theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_together_they_add_their_biases(engine: None) -> None:

@@ -17,7 +17,15 @@ from megatron_solopo.conversion import hf_folder
 from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
 from megatron_solopo.conversion.shards import parse_size
 from megatron_solopo.conversion.sidecar_files import SidecarFiles
-from megatron_solopo.model.families.operators import InterleaveQKV, Operator, PadRows, Rename, StackGateUp
+from megatron_solopo.model.families.operators import (
+    AlternatingGateUp,
+    InterleaveQKV,
+    Operator,
+    PadRows,
+    Rename,
+    StackGateUp,
+    Transpose,
+)
 
 
 def write(folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]], **options: Any) -> None:
@@ -217,6 +225,9 @@ OPERATORS: list[tuple[Operator, list, int | None]] = [
     (InterleaveQKV(8, 4, 6), [(48, 5), (24, 5), (24, 5)], 0),
     (InterleaveQKV(8, 4, 6), [(48,), (24,), (24,)], 0),
     (StackGateUp(), [(16, 3), (16, 3)], 0),
+    (AlternatingGateUp(), [(3, 32)], 0),
+    (AlternatingGateUp(), [(32,)], 0),
+    (Transpose(), [(16, 3)], 1),
 ]
 
 
@@ -264,3 +275,4 @@ def test_interleaved_heads_are_ordered_by_group() -> None:
     tensors = [torch.arange(count, dtype=torch.float) + 10 * place for place, count in enumerate(rows.values())]
     assert InterleaveQKV(4, 2, 1).to_megatron(tensors).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     assert StackGateUp().to_megatron([torch.tensor([1.0, 2]), torch.tensor([3.0, 4])]).tolist() == [1, 2, 3, 4]
+    assert AlternatingGateUp().to_megatron([torch.tensor([1.0, 3, 2, 4])]).tolist() == [1, 2, 3, 4]
