@@ -42,6 +42,7 @@ from megatron_solopo.lora_options import (
 )
 from megatron_solopo.model.families.operators import AlternatingGateUp, Entry, FusedGateUp, FusedQKV, Rename
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale, owners
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -99,7 +100,7 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
                 "order, for which PEFT's adapters are neither read nor written; train all weights",
             )
-        if (whole := getattr(hf_config, "_part_of", None)) is not None:
+        if (whole := outer_model_type(hf_config)) is not None:
             raise UserError(
                 "adapter-unsupported",
                 f"--lora-rank: the model is the language model of {whole}, in which PEFT names its projections "

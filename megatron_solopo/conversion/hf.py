@@ -26,6 +26,7 @@ from megatron_solopo.model.families.fields import expert_count
 from megatron_solopo.model.families.moe import in_one_tensor
 from megatron_solopo.model.families.operators import Entry, part_of
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import is_adapter
 from megatron_solopo.model.transformer_engine import portable_name
 from megatron_solopo.progress import ProgressBar
@@ -240,12 +241,22 @@ def all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
 
 def beside_of(folder: str | Path, hf_config: PretrainedConfig) -> tuple[TensorReader, list[str]] | None:
     """Returns (a folder's weights, names of those that are carried through); None for a folder without weights, from
-    which a run with --random-init may start, and for a Megatron folder, which is made of none with such tensors."""
+    which a run with --random-init may start, and for a Megatron folder, which is made of none with such tensors.
+
+    Raises:
+        UserError: the language model is part of another, whose weights are not there, or a file is damaged.
+    """
     try:
         reader = WeightReader(folder)
     except UserError as error:
         if error.code != "weights-missing":
             raise
+        if (whole := outer_model_type(hf_config)) is not None:
+            raise UserError(
+                "weights-missing",
+                f"{folder}: holds no weights, of which an export carries those of {whole} beside its language model; "
+                "copy or download them",
+            ) from None
         return None
     return reader, carried_names(reader, hf_config)
 
@@ -310,7 +321,7 @@ def save_folder(
     try:
         beside = beside_of(source, hf_config)
     except UserError:
-        for _ in tensors:
+        for _ in tensors:  # other processes send them
             pass
         raise
     if beside is not None:

@@ -19,6 +19,9 @@ from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.parallel.context import DEFAULT
 from megatron_solopo.parallel.kernels import HEAD_DIMS
 
+OUTER = "_outer_model_type"
+"""Private, as transformers' own additions to a config are."""
+
 
 def read_hf_config(folder: str | Path, rope_scaling: str | None = None, option: str = "--hf-path") -> PretrainedConfig:
     """Reads config.json of a Hugging Face folder and extends it by --rope-scaling; every model's config is made here.
@@ -79,10 +82,15 @@ def language_model(whole: PretrainedConfig, path: Path) -> PretrainedConfig:
         return whole
     hf_config, document = whole.get_text_config(decoder=True), json.loads(path.read_text(encoding="utf-8-sig"))
     hf_config.tie_word_embeddings = document.get("tie_word_embeddings", hf_config.tie_word_embeddings)
-    setattr(hf_config, "_part_of", whole.model_type)
+    setattr(hf_config, OUTER, whole.model_type)
     if "quantization_config" in document:
         hf_config.quantization_config = document["quantization_config"]
     return hf_config
+
+
+def outer_model_type(hf_config: PretrainedConfig) -> str | None:
+    """Returns the model_type of the model that a language model is part of; None for a model of its own."""
+    return getattr(hf_config, OUTER, None)
 
 
 def whole_config(folder: str | Path, hf_config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:

@@ -114,6 +114,17 @@ def test_a_longer_model_is_written_into_the_text_config(tmp_path: Path) -> None:
     assert not {"rope_theta", "max_position_embeddings", "rope_parameters"} & after.keys()
 
 
+def test_an_export_needs_the_tensors_that_it_carries(tmp_path: Path) -> None:
+    from megatron_solopo.conversion.hf import beside_of
+    from megatron_solopo.model.hf_config import read_hf_config
+
+    CONFIGS["gemma3"].save_pretrained(tmp_path / "nested")
+    with refused("weights-missing", f"{tmp_path / 'nested'}: ", "gemma3"):
+        beside_of(tmp_path / "nested", read_hf_config(tmp_path / "nested"))
+    CONFIGS["gemma3"].text_config.save_pretrained(tmp_path / "alone")
+    assert beside_of(tmp_path / "alone", read_hf_config(tmp_path / "alone")) is None
+
+
 def mtp_folder(folder: Path) -> dict[str, torch.Tensor]:
     """A GLM-4.5 folder with a layer of multi-token prediction behind the model's; returns that layer's tensors."""
     config = Glm4MoeConfig(
