@@ -1,4 +1,4 @@
-"""Pairs sampled through a real `transformers serve`, killed at random requests (SOLOPO_KILLS=10: 10 times, not 2)."""
+"""Pairs and evaluations through a real `transformers serve`; sampling is killed at random (SOLOPO_KILLS=10: 10 times)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from megatron_solopo.data.sampling.responses import read_responses
 from megatron_solopo.data.schema import read_groups
 from megatron_solopo.data.text.chat import load_tokenizer, prompt_ids, response_ids
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluation.evaluate import main as evaluate
 
 sample = last_wins_in(sample_responses.main)
 
@@ -68,6 +69,10 @@ def train_a_little(folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Serving:
@@ -211,6 +216,34 @@ def test_greedy_responses_are_those_of_the_model_in_process(serving: Serving, tm
     assert [(tmp_path / f"{name}.jsonl").read_bytes() == expected for name in names] == [True] * 3
     finished = [end for record in read_responses(tmp_path / "local.jsonl") for end in record.finished]
     assert any(finished)
+
+
+def test_an_evaluation_through_the_server_is_that_of_the_folder(serving: Serving, tmp_path: Path) -> None:
+    """The server renders the messages itself."""
+    records = []
+    for number in range(4):
+        words = random.Random(number).sample(WORDS, 6)
+        texts = [
+            {"idx": n, "title": "w0", "paragraph_text": " ".join(words[n:]), "is_supporting": n == 0} for n in (0, 1)
+        ]
+        records.append({"id": f"q{number}", "question": words[1], "answer": words[0], "paragraphs": texts})
+    write_lines(tmp_path / "asked.jsonl", records)
+    prompt = (
+        "--document-template",
+        "{text}",
+        "--document-separator",
+        " ",
+        "--prompt-template",
+        "{documents} {question}",
+    )
+    asked = [*f"--model {serving.folder} --data {tmp_path}/asked.jsonl --context-documents 1,2".split(), *prompt]
+    asked += ["--max-new-tokens", "6"]
+    evaluate([*asked, "--output", str(tmp_path / "here.json")])
+    server = ["--server", serving.url, "--server-api", "chat", "--concurrency", "2"]
+    evaluate([*asked, "--output", str(tmp_path / "there.json"), *server])
+    here, there = (read_lines(tmp_path / f"{name}.predictions.jsonl") for name in ("here", "there"))
+    assert [one["prediction"] for one in here] == [one["prediction"] for one in there] and len(here) == 8
+    assert json.loads((tmp_path / "there.json").read_text())["settings"]["server_kind"] == "transformers"
 
 
 def test_samples_follow_the_temperature_not_the_checkpoints_defaults(serving: Serving, tmp_path: Path) -> None:

@@ -1413,7 +1413,7 @@ MUTANTS: list[Mutant] = [
             "read[length - count : length]",
             "read[length - count - 1 : length - 1]",
         ),
-        ("answers on disk asked for again", "range(len(items)) if number not in before]", "range(len(items))]"),
+        ("answers on disk asked for again", " if number not in before], answer)", "], answer)"),
         ("the worst choice", "best = max(sorted(of_item)", "best = min(sorted(of_item)"),
         ("messages of another length", "prompt = item.chats[index] if", "prompt = item.chats[0] if"),
     ),
@@ -1421,7 +1421,6 @@ MUTANTS: list[Mutant] = [
         "data/sampling/client.py",
         SERVED,
         ("one request at a time", "range(self._options.concurrency)", "range(1)"),
-        ("requests after a failure", "                if failures:\n                    return\n", ""),
     ),
     *within(
         "evaluation/intervals.py",
