@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import itertools
@@ -142,6 +143,7 @@ def start(device: str, timeout_minutes: float = 30.0, split_layers: bool = False
 
         platform = Platform(name, torch.device("cuda", local_rank), "nccl", undo)
     else:
+        return_freed_blocks()
         platform = Platform(name, torch.device("cpu"), "gloo", cpu_shim.install())
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
@@ -177,6 +179,29 @@ def expand_segments() -> None:
     """
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+MAPPED = 2**20
+"""Bytes from which glibc gives a block on the CPU pages of its own, see `return_freed_blocks`."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's malloc.h."""
+
+
+def return_freed_blocks() -> bool:
+    """Makes glibc return a tensor's memory to the system when it is freed, unless the user configured glibc's malloc;
+    returns whether it does.
+
+    By default glibc raises its threshold for blocks with pages of their own to the largest block that was freed, up to
+    32 MiB (mallopt(3), M_MMAP_THRESHOLD): tensors of a forward pass then lie side by side in one heap, where kept
+    activations break the space of freed ones into pieces that no tensor fits into. Blocks below `MAPPED` stay in the
+    heap, whose free end is returned above 64 MiB, the most that glibc's own rule reaches.
+    """
+    chosen = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"}
+    if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, 2**26))
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
