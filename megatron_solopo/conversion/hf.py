@@ -50,6 +50,8 @@ def named_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
             continue
         for local, layer in enumerate(model.decoder.layers):
             number = layer.layer_number - 1  # mcore counts from 1, over all pipeline stages
+            if entry.layers is not None and number not in entry.layers:
+                continue
             # This process's experts, by their number in the model.
             for place, expert in enumerate(layer.mlp.local_expert_indices if entry.of_experts else (0,)):
                 name = entry.megatron.format(layer=local, expert=place)

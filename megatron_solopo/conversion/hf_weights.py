@@ -124,7 +124,7 @@ def _is_embedding(reader: TensorReader, name: str) -> bool:
 def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
     """Returns the Hugging Face names of an entry in all layers and experts."""
     experts = range(hf_config.num_experts if entry.of_experts else 1)
-    layers = range(hf_config.num_hidden_layers)
+    layers = range(hf_config.num_hidden_layers) if entry.layers is None else entry.layers
     return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -12,22 +13,27 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import RowParallelLinear, layers
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.model import recompute, transformer_engine
-from megatron_solopo.model.attention import PackedAttention
+from megatron_solopo.model.attention import GatedSelfAttention, PackedAttention
+from megatron_solopo.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, window_options
+from megatron_solopo.model.families.fields import head_dim, linear_layers, window_options
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.lora import attach_adapters
@@ -189,6 +195,8 @@ def _portable_layer_spec(settings: TransformerConfig) -> ModuleSpec:
     attention: Any = submodules.self_attention.submodules  # mcore annotates it as an object
     attention.core_attention = PackedAttention
     attention.linear_qkv = ColumnParallel
+    if settings.attention_output_gate:
+        submodules.self_attention.module = GatedSelfAttention
     if settings.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp: Any = submodules.mlp  # a functools.partial
@@ -203,6 +211,14 @@ def _portable_layer_spec(settings: TransformerConfig) -> ModuleSpec:
         parts.activation_func = SwiGLU
         parts.linear_fc1 = ColumnParallel
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def recurrent_layer_spec(layer: ModuleSpec) -> ModuleSpec:
+    """Returns the spec of a portable layer with Gated DeltaNet in the place of its attention."""
+    matrices = DeltaNetSubmodules(in_proj=ColumnParallel, out_proj=RowParallelLinear)
+    attention = ModuleSpec(module=GatedDeltaNet, submodules=matrices)
+    submodules = replace(cast(TransformerLayerSubmodules, layer.submodules), self_attention=attention)
+    return ModuleSpec(module=layer.module, submodules=submodules)
 
 
 def build_model(
@@ -230,9 +246,11 @@ def build_model(
         family.norms,
         family.width_norms,
     )
-    block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(settings, vp_stage), layer_norm=final_norm
-    )
+    specs = [layer] * get_num_layers_to_build(settings, vp_stage)
+    if any(linear := linear_layers(hf_config)):
+        first, recurrent = get_transformer_layer_offset(settings, vp_stage), recurrent_layer_spec(layer)
+        specs = [recurrent if is_linear else layer for is_linear in linear[first : first + len(specs)]]
+    block = TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
     model = GPTModel(
         settings,
         block,  # pyright: ignore[reportArgumentType]  # mcore takes both kinds and annotates one

@@ -20,6 +20,7 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -47,6 +48,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 GEMMA3 = dict(
     pad_token_id=None, head_dim=24, query_pre_attn_scalar=20, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING]
+)
+LINEAR = dict(
+    head_dim=24,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=12,
+    linear_value_head_dim=20,
+    layer_types=["linear_attention", FULL, "linear_attention"],
+    rope_parameters=PARTIAL,
 )
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
@@ -112,6 +122,10 @@ CONFIGS = {
     "olmo3": Olmo3Config(**SMALL, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=None),
     "mistral-linear": MistralConfig(
         **SMALL, sliding_window=None, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "qwen3-5": Qwen3_5TextConfig(**SMALL, **LINEAR),
+    "qwen3-5-tied": Qwen3_5TextConfig(
+        **SMALL | LINEAR | dict(linear_num_value_heads=2, linear_conv_kernel_dim=3), tie_word_embeddings=True
     ),
     "mixtral": MixtralConfig(**SMALL, **EXPERTS),
     "qwen3-moe": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
@@ -227,7 +241,7 @@ NEW_IN_DOUBLE = ["qwen3", "qwen3-tied-yarn", "mistral", "mistral-window", "mistr
 WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-window"]
 LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
-    *("glm", "glm4", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
+    *("glm", "glm4", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3", "qwen3-5", "qwen3-5-tied"),
 ]
 
 
