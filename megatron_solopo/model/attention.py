@@ -28,6 +28,7 @@ from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.kernels import Kernels, kernels_for
 from megatron_solopo.parallel.layout import RankLayout, backends_of
+from megatron_solopo.parallel.recurrence import RecurrentLayout
 
 
 @dataclass

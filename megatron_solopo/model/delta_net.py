@@ -4,10 +4,10 @@ megatron-core 0.19.2 has such a module (ssm/gated_delta_net), which cannot be bu
 sequences that each begin anew, and so no response that continues a shared prompt. Here a pack's layout
 (parallel/recurrence.py) says where convolution and state of a response come from.
 
-The rows of ``in_proj``, and the channels of the convolution, are ordered by key head: its query, key, values, gates, and
-of each of its value heads beta and alpha. Tensor and context parallelism each give a rank adjacent key heads. Of c
-context-parallel ranks each has some tokens; they exchange them for the heads that they compute (all-to-all), so a head's
-tokens are all on one rank, and back.
+The rows of ``in_proj``, and the channels of the convolution, are ordered by key head: its query, key, values, gates,
+and of each of its value heads beta and alpha. Tensor and context parallelism each give a rank adjacent key heads.
+Context-parallel ranks have some tokens each; they exchange them for the heads that they compute (all-to-all), so that
+all tokens of a head are on one rank, and back.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class GatedDeltaNet(MegatronModule):
         self.dt_bias = parameter(self.groups * self.values)
         self.A_log = parameter(self.groups * self.values)
         self.norm_weight = parameter(self.value_width, sharded=False)
-        self.repeats = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.repeats = config.recompute_granularity == "selective" and "core_attn" in (config.recompute_modules or ())
 
     def forward(
         self,

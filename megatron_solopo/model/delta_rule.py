@@ -1,13 +1,13 @@
 """The gated delta rule (arXiv 2412.06464, equation 10) over a pack, in chunks of tokens, in pure PyTorch.
 
-Of each head a state S [dk, dv] is decayed, what it holds under a token's key is corrected towards the token's value, and
-the token's query reads it:
+Of each head a state S [dk, dv] is decayed, what it holds under a token's key is corrected towards the token's value,
+and the token's query reads it:
 
     S_t = exp(g_t) S_{t-1} + b_t k_t (v_t - exp(g_t) k_t^T S_{t-1})^T,    o_t = q_t^T S_t
 
 Within a chunk, with G the sum of g up to a token, the corrections of all tokens solve a triangular system (section 3.3
-there): (I + tril(b_i k_i k_j exp(G_i - G_j), -1)) [U, W] = [b v, b exp(G) k], and behind a state S they are U - W S. So only
-two small products a chunk follow each other; the others are of all chunks at once.
+there): (I + tril(b_i k_i k_j exp(G_i - G_j), -1)) [U, W] = [b v, b exp(G) k], and behind a state S they are U - W S. So
+the products with S alone follow each other chunk by chunk; the others are of all chunks at once.
 
 A response starts from the state of its prompt. The gradients of that state are summed over the prompt's responses.
 """
@@ -149,8 +149,8 @@ def _steps(steps: Sequence[int]) -> list[tuple[slice, int]]:
 
 
 def uses_fla(x: Tensor, deterministic: bool) -> bool:
-    """Whether `fla_rule` computes the rule of a layer whose tensors are like ``x``: on CUDA in 16 bits where the package
-    is installed. Its sums have no fixed order."""
+    """Whether `fla_rule` computes the rule of a layer whose tensors are like ``x``: on CUDA in 16 bits where fla is
+    installed. Its sums have no fixed order."""
     return x.is_cuda and x.dtype.itemsize == 2 and not deterministic and _fla() is not None
 
 

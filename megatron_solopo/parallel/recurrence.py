@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -76,44 +77,45 @@ def recurrent_layout(
         group: of these ranks, where there are several.
     """
     # Padding behind all groups is a sequence too: a pack may hold nothing else.
-    lengths = {number: piece.length or piece.slot for number, piece in enumerate(pieces)}
-    prompts = _longest_first([n for n, piece in enumerate(pieces) if piece.prompt is None and lengths[n]], lengths)
-    responses = _longest_first([n for n, piece in enumerate(pieces) if piece.prompt is not None], lengths)
-    place_of = {number: place for place, number in enumerate(prompts)}
-    rows, steps = [], []
-    for sequences in (prompts, responses):
-        counts = [-(-lengths[number] // CHUNK) for number in sequences]
-        steps.append(tuple(sum(count > step for count in counts) for step in range(max(counts, default=0))))
-        rows += [_chunk(pieces, number, lengths[number], step, taps) for step, many in enumerate(steps[-1])
-                 for number in sequences[:many]]  # fmt: skip
-    of_chunks = np.stack(rows)
-    joined = np.concatenate([np.arange(pieces[n].start, pieces[n].start + lengths[n]) for n in (*prompts, *responses)])
-    # Rows of the pack -> rows as ranks hold them
-    held = np.concatenate(list(order))
+    lengths = [piece.length or piece.slot for piece in pieces]
+    forked = [piece.prompt is not None for piece in pieces]
+    longest_first = sorted((n for n, length in enumerate(lengths) if length), key=lambda n: -lengths[n])
+    passes = [[n for n in longest_first if forked[n] == responses] for responses in (False, True)]
+    counts = [[-(-lengths[n] // CHUNK) for n in sequences] for sequences in passes]
+    steps = [tuple(sum(count > step for count in each) for step in range(max(each, default=0))) for each in counts]
+    of_chunks = np.stack(
+        [
+            _chunk(pieces, n, lengths[n], step, taps)
+            for sequences, many in zip(passes, steps, strict=True)
+            for step, count in enumerate(many)
+            for n in sequences[:count]
+        ]
+    )
+    held = np.concatenate(list(order))  # rows of the pack, in the order of the ranks
     number_of = np.empty(len(held), np.int64)
     number_of[held] = np.arange(len(held))
     place = _inverse(of_chunks[:, taps - 1 :].reshape(-1), len(held))
-    ends = [np.cumsum([0, *(lengths[n] for n in sequences)]) for sequences in (prompts, responses)]
+    joined = np.concatenate([pieces[n].start + np.arange(lengths[n]) for sequences in passes for n in sequences])
+    prompt_ends, response_ends = (np.cumsum([0, *(lengths[n] for n in sequences)]) for sequences in passes)
+    prompts = {n: place for place, n in enumerate(passes[0])}
     return RecurrentLayout(
-        torch.from_numpy(np.where(of_chunks < 0, 0, number_of[of_chunks])),
-        torch.from_numpy(of_chunks >= 0),
-        torch.from_numpy(place[held]),
-        *steps,
-        torch.tensor([place_of[pieces[number].prompt or 0] for number in responses], dtype=torch.int64),
-        torch.from_numpy(place[joined]),
-        *(torch.from_numpy(each.astype(np.int64)) for each in ends),
-        torch.from_numpy(_inverse(joined, len(held))[held]),
-        sum(lengths[number] for number in responses),
-        group,
+        rows=torch.from_numpy(np.where(of_chunks < 0, 0, number_of[of_chunks])),
+        present=torch.from_numpy(of_chunks >= 0),
+        places=torch.from_numpy(place[held]),
+        prompts=steps[0],
+        responses=steps[1],
+        forks=torch.tensor([prompts[cast(int, pieces[n].prompt)] for n in passes[1]], dtype=torch.int64),
+        sequences=torch.from_numpy(place[joined]),
+        prompt_ends=torch.from_numpy(prompt_ends),
+        response_ends=torch.from_numpy(response_ends),
+        behind=torch.from_numpy(_inverse(joined, len(held))[held]),
+        response_tokens=int(response_ends[-1]),
+        group=group,
     )
 
 
-def _longest_first(numbers: Sequence[int], lengths: dict[int, int]) -> list[int]:
-    return sorted(numbers, key=lambda number: -lengths[number])
-
-
 def _chunk(pieces: Sequence[Piece], number: int, length: int, step: int, taps: int) -> np.ndarray:
-    """Returns [taps - 1 + CHUNK] int64, the rows of a sequence's chunk and of the tokens before it; -1 where none is."""
+    """Returns [taps - 1 + CHUNK] int64, the rows of a sequence's chunk and of the tokens before; -1 for none."""
     piece = pieces[number]
     tokens = np.arange(step * CHUNK - (taps - 1), (step + 1) * CHUNK)
     rows = np.where((tokens >= 0) & (tokens < length), piece.start + tokens, -1)

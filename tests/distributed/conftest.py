@@ -12,6 +12,7 @@ from methods import LONG, METHODS, SHORT, method_roles
 from tiny_models import (
     EXPERTS,
     QWEN3_MOE,
+    RECURRENT,
     SHAPE,
     WIDE,
     conversations,
@@ -29,6 +30,7 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -53,6 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "phi3", Phi3Config(**SHAPE, sliding_window=7, pad_token_id=None), seed=10)
     olmo3 = Olmo3Config(**SHAPE, **by_layer, pad_token_id=None)
     write_model(folder / "olmo3", olmo3, seed=11)
+    write_model(folder / "qwen3_5", Qwen3_5TextConfig(**SHAPE, **RECURRENT), seed=12)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

@@ -28,7 +28,7 @@ def attention_entries(hf_config: PretrainedConfig, fused: bool) -> tuple[Entry, 
     """Returns the entries of the layers' attention, of both kinds.
 
     Args:
-        fused: Hugging Face holds query, key, values and gates of each key head in one matrix, beta and alpha in another.
+        fused: Hugging Face holds query, key, values and gates of a key head in one matrix, beta and alpha in another.
     """
     ours, theirs = MEGATRON_LAYER + "self_attention.", HF_LAYER + "linear_attn."
     linear = linear_layers(hf_config)

@@ -7,7 +7,7 @@ sharded in each half. ``dimension`` None means that the parameter is replicated 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -266,13 +266,13 @@ class Entry:
     """One Megatron parameter (``{layer}`` and ``{expert}`` are placeholders of numbers) and its tensors.
 
     Attributes:
-        layers: numbers of the layers that have it, from 0; None: all.
+        layers: the layers that have it, counted from 0; None: all.
     """
 
     megatron: str
     hf: tuple[str, ...]
     operator: Operator
-    layers: frozenset[int] | None = None
+    layers: Collection[int] | None = None
 
     @property
     def of_experts(self) -> bool:
