@@ -29,6 +29,14 @@ SHAPE: dict[str, Any] = dict(
 )
 EXPERTS: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=2)
 QWEN3_MOE: dict[str, Any] = dict(moe_intermediate_size=24, head_dim=16, norm_topk_prob=True)
+RECURRENT: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=12,
+    linear_value_head_dim=20,
+)
 
 QWEN2_WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

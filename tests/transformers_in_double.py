@@ -24,6 +24,8 @@ def load(folder: Path) -> nn.Module:
         # gpt-oss's has a bias, and keeps the model's dtype
         elif type(module).__name__.endswith("TopKRouter") and not hasattr(module, "bias"):
             module.forward = _router.__get__(module)
+        elif type(module).__name__.endswith("GatedDeltaNet"):
+            module.forward = _delta_net.__get__(module)
     return model
 
 
@@ -56,6 +58,35 @@ def _sigmoid_router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     if self.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     return logits, weights * self.routed_scaling_factor, experts
+
+
+def _delta_net(self: nn.Module, hidden_states: Tensor, **ignored: object) -> Tensor:
+    """The gated delta rule token by token (arXiv 2412.06464, equation 10)."""
+    keys, values, width = self.num_k_heads, self.num_v_heads, self.head_v_dim
+    (x,) = hidden_states
+    if hasattr(self, "in_proj_ba"):  # Qwen3-Next: by key head
+        parts = self.fix_query_key_value_ordering(self.in_proj_qkvz(x)[None], self.in_proj_ba(x)[None])
+        query, key, value, gate, b, a = (part[0] for part in parts)
+        mixed = torch.cat([part.flatten(1) for part in (query, key, value)], -1)
+    else:
+        mixed, gate, b, a = self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+    padded = F.pad(mixed.T, (self.conv_kernel_size - 1, 0))
+    mixed = F.silu(F.conv1d(padded[None], self.conv1d.weight, groups=len(padded))[0].T)
+    query, key, value = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
+    query, key = (part.unflatten(-1, (keys, -1)) for part in (query, key))
+    query, key = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (query, key))
+    query, key = (part.repeat_interleave(values // keys, 1) for part in (query / query.shape[-1] ** 0.5, key))
+    value, beta = value.unflatten(-1, (values, -1)), b.sigmoid()
+    decay = torch.exp(-self.A_log.exp() * F.softplus(a + self.dt_bias))
+    state, outputs = x.new_zeros(values, key.shape[-1], width), []
+    for q, k, v, rate, kept in zip(query, key, value, beta, decay, strict=True):
+        state = state * kept[:, None, None]
+        correction = rate[:, None] * (v - torch.einsum("hkv,hk->hv", state, k))
+        state = state + torch.einsum("hk,hv->hkv", k, correction)
+        outputs.append(torch.einsum("hkv,hk->hv", state, q))
+    output = torch.stack(outputs)
+    output = output / (output.square().mean(-1, keepdim=True) + self.layer_norm_epsilon).sqrt() * self.norm.weight
+    return self.out_proj((output * F.silu(gate.reshape(output.shape))).flatten(1))[None]
 
 
 def by_file_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
@@ -27,6 +28,7 @@ from megatron_solopo.model.rope import RotaryFrequencies, rotate
 from megatron_solopo.parallel.context import method_of
 from megatron_solopo.parallel.kernels import Kernels, kernels_for
 from megatron_solopo.parallel.layout import RankLayout, backends_of
+from megatron_solopo.parallel.recurrence import RecurrentLayout
 
 
 @dataclass
@@ -41,6 +43,7 @@ class PackLayout(PackedSeqParams):
         query_scale: [S / cp, 1, 1] factor on the queries of each position; None: 1.
         kept: number of a layer -> what its attention kernels returned, until the layer is recomputed.
         windowed: the layout of layers with a window; None: it is this one.
+        recurrent: the layout of layers with a recurrent state.
     """
 
     attention: RankLayout = field(kw_only=True)
@@ -51,6 +54,7 @@ class PackLayout(PackedSeqParams):
     query_scale: Tensor | None = None
     kept: dict[int, Results] = field(default_factory=dict)
     windowed: PackLayout | None = None
+    recurrent: RecurrentLayout | None = None
 
     def rotate_query(self, x: Tensor) -> Tensor:
         """`rotate` for queries, which some models scale by position."""
@@ -74,12 +78,14 @@ def pack_layout(
     dtype: torch.dtype,
     rope_fusion: bool = False,
     windowed: RankLayout | None = None,
+    recurrent: RecurrentLayout | None = None,
 ) -> PackLayout:
     """Makes the layout of a pack's rows, [S / cp] ``positions``, on their device.
 
     Args:
         rope_fusion: Transformer Engine's kernel rotates queries and keys.
         windowed: the layout of layers with a window; None where it hides nothing.
+        recurrent: the layout of layers with a recurrent state.
     """
     cos, sin = frequencies(positions, dtype)
     angles = frequencies.angles(positions)[:, None, None] if rope_fusion else None
@@ -91,6 +97,7 @@ def pack_layout(
         angles=angles,
         scaling=frequencies.attention_scaling,
         query_scale=frequencies.query_scale(positions, dtype),
+        recurrent=recurrent,
     )
     if frequencies.windowed is not None:
         layout.windowed = pack_layout(windowed or attention, positions, frequencies.windowed, dtype, rope_fusion)
@@ -235,6 +242,14 @@ class PackedAttention(nn.Module):
             tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
+
+
+class GatedSelfAttention(SelfAttention):
+    """megatron-core's attention with an output gate, in the dtype of the layer; its own gate is compiled, and rounds
+    float64 to float32."""
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * gate.reshape(x.shape).sigmoid()
 
 
 def layout_of(packed: PackLayout, windowed: bool) -> PackLayout:

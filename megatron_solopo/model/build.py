@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import RowParallelLinear, layers
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,10 +29,11 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config
 from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.model import recompute, transformer_engine
-from megatron_solopo.model.attention import PackedAttention
+from megatron_solopo.model.attention import GatedSelfAttention, PackedAttention
+from megatron_solopo.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, window_options
+from megatron_solopo.model.families.fields import head_dim, linear_layers, window_options
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.lora import attach_adapters
@@ -194,6 +196,8 @@ def _portable_layer_spec(settings: TransformerConfig, experts: int | None) -> Mo
     attention: Any = submodules.self_attention.submodules  # mcore annotates it as an object
     attention.core_attention = PackedAttention
     attention.linear_qkv = ColumnParallel
+    if settings.attention_output_gate:
+        submodules.self_attention.module = GatedSelfAttention
     if settings.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp: Any = submodules.mlp  # a functools.partial
@@ -210,6 +214,14 @@ def _portable_layer_spec(settings: TransformerConfig, experts: int | None) -> Mo
         parts.activation_func = SwiGLU
         parts.linear_fc1 = ColumnParallel
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def recurrent_layer_spec(layer: ModuleSpec) -> ModuleSpec:
+    """Returns the spec of a portable layer with Gated DeltaNet in the place of its attention."""
+    matrices = DeltaNetSubmodules(in_proj=ColumnParallel, out_proj=RowParallelLinear)
+    attention = ModuleSpec(module=GatedDeltaNet, submodules=matrices)
+    submodules = replace(cast(TransformerLayerSubmodules, layer.submodules), self_attention=attention)
+    return ModuleSpec(module=layer.module, submodules=submodules)
 
 
 def build_model(
@@ -243,10 +255,10 @@ def build_model(
     )
     first, count = get_transformer_layer_offset(settings, vp_stage), get_num_layers_to_build(settings, vp_stage)
     kinds = settings.moe_layer_freq if isinstance(settings.moe_layer_freq, list) else [1] * settings.num_layers
-    block = TransformerBlockSubmodules(
-        layer_specs=[layer if has_experts else dense for has_experts in kinds[first : first + count]],
-        layer_norm=final_norm,
-    )
+    specs = [layer if has_experts else dense for has_experts in kinds[first : first + count]]
+    linear = linear_layers(hf_config)[first : first + count]
+    specs = [recurrent_layer_spec(spec) if is_linear else spec for spec, is_linear in zip(specs, linear, strict=True)]
+    block = TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
     model = GPTModel(
         settings,
         block,  # pyright: ignore[reportArgumentType]  # mcore takes both kinds and annotates one

@@ -18,6 +18,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_solopo.model.attention import attention_kernels, pack_layout, window_of
+from megatron_solopo.model.delta_net import taps_of
 from megatron_solopo.model.log_probs import most_likely, response_log_probs, segment_sums
 from megatron_solopo.model.rope import RotaryFrequencies
 from megatron_solopo.model.router import padding_mask
@@ -53,7 +54,7 @@ def device_pack(pack: Pack, settings: TransformerConfig, device: torch.device) -
     assert isinstance(settings.cp_comm_type, str)  # one for all layers
     method = method_of(group.size(), settings.cp_comm_type)
     kernels = attention_kernels(settings, device)
-    part = cut(pack, method, kernels, group.rank(), group.size(), group, window_of(settings))
+    part = cut(pack, method, kernels, group.rank(), group.size(), group, window_of(settings), taps_of(settings))
     return on_device(part, device)
 
 
@@ -116,7 +117,7 @@ def _of_predictors(
     part, context = pack.pack, parallel_state.get_context_parallel_group()
     settings = get_model_config(model)
     layout = pack_layout(
-        pack.layout, part.positions, head.frequencies, dtype, settings.apply_rope_fusion, pack.windowed
+        pack.layout, part.positions, head.frequencies, dtype, settings.apply_rope_fusion, pack.windowed, pack.recurrent
     )
     sequence_parallel = settings.sequence_parallel
 

@@ -32,7 +32,9 @@ ROPE_FIELDS = {
 SWITCHED_OFF_BY_0 = {"mscale", "mscale_all_dim"}
 """transformers takes yarn's usual factor on cos and sin where one of them is 0."""
 
-INERT_FIELDS = {"original_max_position_embeddings", "max_position_embeddings", "finetuned"}
+INERT_FIELDS = {"original_max_position_embeddings", "max_position_embeddings", "finetuned"} | {
+    *("mrope_section", "mrope_interleaved")  # which of an image's three positions turns a channel; a text has one
+}
 """Fields of published configs that nothing reads."""
 
 

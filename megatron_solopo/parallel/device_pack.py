@@ -14,6 +14,7 @@ from megatron_solopo.pack import Pack
 from megatron_solopo.parallel.kernels import Kernels
 from megatron_solopo.parallel.layout import RankLayout
 from megatron_solopo.parallel.method import ContextMethod
+from megatron_solopo.parallel.recurrence import RecurrentLayout, recurrent_layout
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class DevicePack:
         tokens: number of tokens of the complete pack.
         predicted: number of predicted tokens of the complete pack.
         windowed: layout of layers with a window; None where it hides nothing.
+        recurrent: layout of layers with a recurrent state; None for a model without any.
     """
 
     pack: Pack
@@ -35,6 +37,7 @@ class DevicePack:
     tokens: int
     predicted: int
     windowed: RankLayout | None = None
+    recurrent: RecurrentLayout | None = None
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -50,6 +53,7 @@ def cut(
     size: int = 1,
     group: dist.ProcessGroup | None = None,
     window: int | None = None,
+    taps: int | None = None,
 ) -> DevicePack:
     """Returns a rank's part of a pack, on the CPU like the pack.
 
@@ -57,6 +61,7 @@ def cut(
         kernels: those of the layers for a pack that is not sharded.
         group: the group of the ``size`` context-parallel ranks.
         window: of the layers that have one, in tokens.
+        taps: of the convolution in the layers that have a recurrent state.
     """
     rows = torch.from_numpy(method.rows(pack.pieces, rank, size))
     place = torch.full_like(pack.tokens, -1)
@@ -75,7 +80,12 @@ def cut(
     layout, windowed = method.layout(pack.pieces, rank, size, group, kernels), None
     if window is not None and pack.longest > window:
         windowed = method.layout(pack.pieces, rank, size, group, kernels, window)
-    return DevicePack(part, layout, pack.is_padding()[rows], pack.tokens.numel(), pack.targets.numel(), windowed)
+    recurrent = None
+    if taps is not None:
+        of_ranks = [method.rows(pack.pieces, each, size) for each in range(size)]
+        recurrent = recurrent_layout(pack.pieces, taps, of_ranks, group if size > 1 else None)
+    padding, tokens, predicted = pack.is_padding()[rows], pack.tokens.numel(), pack.targets.numel()
+    return DevicePack(part, layout, padding, tokens, predicted, windowed, recurrent)
 
 
 def on_device[Value](value: Value, device: torch.device) -> Value:

@@ -12,6 +12,7 @@ from methods import LONG, METHODS, SHORT, method_roles
 from tiny_models import (
     EXPERTS,
     QWEN3_MOE,
+    RECURRENT,
     SHAPE,
     WIDE,
     conversations,
@@ -31,6 +32,7 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -64,6 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     rope = dict(rope_parameters=yarn | {"truncate": False})
     gpt_oss = GptOssConfig(**SHAPE, **EXPERTS, **by_layer, **rope, head_dim=16, pad_token_id=None)
     write_model(folder / "gpt_oss", gpt_oss, seed=12)
+    write_model(folder / "qwen3_5", Qwen3_5TextConfig(**SHAPE, **RECURRENT), seed=13)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)

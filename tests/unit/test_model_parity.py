@@ -22,6 +22,7 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -54,6 +55,15 @@ GEMMA3 = dict(
 GPT_OSS = dict(head_dim=24, sliding_window=5, pad_token_id=None, rope_parameters=YARN | {"truncate": False})
 GLM4_MOE = SMALL | dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, head_dim=24, pad_token_id=None
+)
+LINEAR = dict(
+    head_dim=24,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=12,
+    linear_value_head_dim=20,
+    layer_types=["linear_attention", FULL, "linear_attention"],
+    rope_parameters=PARTIAL,
 )
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
@@ -132,6 +142,10 @@ CONFIGS = {
     ),
     "mistral-linear": MistralConfig(
         **SMALL, sliding_window=None, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "qwen3-5": Qwen3_5TextConfig(**SMALL, **LINEAR),
+    "qwen3-5-tied": Qwen3_5TextConfig(
+        **SMALL | LINEAR | dict(linear_num_value_heads=2, linear_conv_kernel_dim=3), tie_word_embeddings=True
     ),
     "mixtral": MixtralConfig(**SMALL, **EXPERTS),
     "qwen3-moe": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
@@ -248,7 +262,7 @@ WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-w
 LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
     *("glm", "glm4", "glm4-moe", "glm4-moe-groups-and-biases", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
-    *("gpt-oss", "gpt-oss-default-rope"),
+    *("gpt-oss", "gpt-oss-default-rope", "qwen3-5", "qwen3-5-tied"),
 ]
 
 

@@ -68,6 +68,12 @@ SIZES = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
 
+LINEAR = "linear_attention"
+"""The entry of ``layer_types`` for a layer with a recurrent state in the place of attention."""
+
+LINEAR_SIZES = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+"""Fields of such a layer, behind ``linear_``."""
+
 OFF = (None, False, 0, "", [], {})
 
 
@@ -115,6 +121,8 @@ def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     others = ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
     others += ("routed_scaling_factor", "n_group", "topk_group")
+    if any(linear_layers(hf_config)):
+        others += ("layer_types", *(f"linear_{name}" for name in LINEAR_SIZES))
     rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
     windows = {}
     if (window := attention_window(hf_config)) is not None:
@@ -201,6 +209,8 @@ def attention_window(hf_config: PretrainedConfig) -> int | None:
     if kinds is None:
         return window
     supported = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
+    if hasattr(hf_config, "linear_num_key_heads"):
+        supported.add(LINEAR)
     for kind in kinds:
         if kind not in supported:
             raise UserError(
@@ -221,6 +231,12 @@ def windowed_layers(hf_config: PretrainedConfig) -> list[bool]:
     if window is None or kinds is None:
         return [window is not None] * layers
     return [kind == "sliding_attention" for kind in kinds]
+
+
+def linear_layers(hf_config: PretrainedConfig) -> list[bool]:
+    """Returns whether each layer has a recurrent state in the place of attention."""
+    kinds = getattr(hf_config, "layer_types", None) or [""] * hf_config.num_hidden_layers
+    return [kind == LINEAR for kind in kinds]
 
 
 def window_options(hf_config: PretrainedConfig) -> dict[str, Any]:

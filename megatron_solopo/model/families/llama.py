@@ -52,12 +52,20 @@ def table_without_qkv(
     hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[str, str] = NORMS
 ) -> tuple[Entry, ...]:
     """Returns vocabulary, norms and the matrix behind attention, which families with fused projections share."""
+    proj = (HF_LAYER + "self_attn.o_proj.weight",)
+    entry = Entry(MEGATRON_LAYER + "self_attention.linear_proj.weight", proj, Rename())
+    return (*table_without_attention(hf_config, padded_vocab_size, norms), entry)
+
+
+def table_without_attention(
+    hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[str, str] = NORMS
+) -> tuple[Entry, ...]:
+    """Returns vocabulary and norms, which families with another attention share."""
     vocabulary = PadRows(hf_config.vocab_size, padded_vocab_size)
     megatron, hf = MEGATRON_LAYER, HF_LAYER
     entries = (
         Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
         *(Entry(f"{megatron}{ours}.weight", (f"{hf}{theirs}.weight",), Rename()) for ours, theirs in norms.items()),
-        Entry(megatron + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), Rename()),
         Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Rename()),
     )
     if not hf_config.tie_word_embeddings:

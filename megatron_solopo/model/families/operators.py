@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,70 @@ class FusedQKV(InterleaveQKV):
 
 
 @dataclass(frozen=True)
+class GatedQKV(InterleaveQKV):
+    """`InterleaveQKV` whose query tensor holds each head's query above its gate; here the gates of a group follow its
+    queries."""
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        return super().to_megatron(self._apart(tensors))
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        both, key, value = super().to_hf(parameter)
+        return [self._exchanged(both, 2, self.heads // self.kv_heads), key, value]
+
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        super().fill(parameter, self._apart(tensors), rank, size, dimension)
+
+    def _apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        both, key, value = tensors
+        return [self._exchanged(both, self.heads // self.kv_heads, 2), key, value]
+
+    def _exchanged(self, both: Tensor, first: int, second: int) -> Tensor:
+        """Transposes the heads of each group as a matrix [first, second]."""
+        heads = both.reshape(self.kv_heads, first, second, self.head_dim, *both.shape[1:])
+        return heads.transpose(1, 2).flatten(0, 3)
+
+    @property
+    def _group_rows(self) -> tuple[int, int, int]:
+        query, key, value = super()._group_rows
+        return 2 * query, key, value
+
+
+@dataclass(frozen=True)
+class Grouped(Operator):
+    """Groups the rows of several tensors by head: the first head's rows of each, then the second's.
+
+    Attributes:
+        groups: heads.
+        sections: of each tensor the rows of a head; several where the tensor holds one part of all heads above another.
+    """
+
+    groups: int
+    sections: tuple[tuple[int, ...], ...]
+
+    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in self._parts(tensors)], 1).flatten(0, 1)
+
+    def to_hf(self, parameter: Tensor) -> list[Tensor]:
+        rows = [row for section in self.sections for row in section]
+        parts = iter(parameter.unflatten(0, (self.groups, -1)).split(rows, 1))
+        return [torch.cat([next(parts).flatten(0, 1) for _ in section]) for section in self.sections]
+
+    def fill(self, parameter: Tensor, tensors: Sequence[Tensor], rank: int, size: int, dimension: int | None) -> None:
+        rows = [row for section in self.sections for row in section]
+        targets = parameter.unflatten(0, (self.groups // size, -1)).split(rows, 1)
+        for target, part in zip(targets, self._parts(tensors), strict=True):
+            _copy(target, part.unflatten(0, (self.groups, -1)).chunk(size)[rank])
+
+    def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            part
+            for tensor, section in zip(tensors, self.sections, strict=True)
+            for part in tensor.split([self.groups * row for row in section])
+        ]
+
+
+@dataclass(frozen=True)
 class StackGateUp(Operator):
     """Stacks the gate above the up projection; each half is sharded separately."""
 
@@ -255,7 +319,7 @@ class Entry:
     megatron: str
     hf: tuple[str, ...]
     operator: Operator
-    layers: range | None = None
+    layers: Collection[int] | None = None
     dtype: torch.dtype | None = None
 
     @property
