@@ -207,7 +207,7 @@ def test_fields_of_published_configs_pass(kind: type[PretrainedConfig], tmp_path
 
     document = small(kind).to_dict() | {"rope_theta": 500000} | IN_THE_WILD
     document.pop("rope_parameters")
-    by_layer = kind in (Gemma3TextConfig, MinistralConfig, Olmo3Config)
+    by_layer = kind in (Gemma3TextConfig, GptOssConfig, MinistralConfig, Olmo3Config)
     if by_layer:  # which have no such field
         document.pop("use_sliding_window")
     (tmp_path / "config.json").write_text(json.dumps(document))
