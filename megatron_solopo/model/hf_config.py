@@ -54,7 +54,7 @@ def read_config_file(path: Path, rope_scaling: str | None = None) -> PretrainedC
         reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
         raise UserError("model-config-unreadable", f"{path}: not readable ({reason})") from None
     if _is_dequantized(hf_config):
-        del hf_config.quantization_config
+        delattr(hf_config, "quantization_config")
     return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
 
 
@@ -65,8 +65,10 @@ FP8_BLOCK = 128
 def _is_dequantized(hf_config: PretrainedConfig) -> bool:
     """Whether a folder's weights are quantised in one of the ways that `conversion.quantized` reads; `family_of`
     refuses others."""
-    quantization: Any = getattr(hf_config, "quantization_config", None)
-    kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    quantization = getattr(hf_config, "quantization_config", None)
+    if not isinstance(quantization, dict):
+        return False
+    kind = quantization.get("quant_method")
     if kind == "mxfp4":
         return hf_config.model_type == "gpt_oss"
     return kind == "fp8" and quantization.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]
