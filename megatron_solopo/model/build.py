@@ -33,7 +33,7 @@ from megatron_solopo.model.attention import GatedSelfAttention, PackedAttention
 from megatron_solopo.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, window_options
+from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width, window_options
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.lora import attach_adapters
@@ -85,7 +85,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         num_attention_heads=hf_config.num_attention_heads,
         num_query_groups=hf_config.num_key_value_heads,
         kv_channels=head_dim(hf_config),
-        ffn_hidden_size=hf_config.intermediate_size,
+        ffn_hidden_size=mlp_width(hf_config),
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[family_of(hf_config).activation],
         normalization="RMSNorm",
@@ -203,6 +203,8 @@ def _portable_layer_spec(settings: TransformerConfig) -> ModuleSpec:
     parts = mlp.keywords["submodules"]
     if settings.num_moe_experts:
         parts.router = Router
+        shared = parts.shared_experts.keywords["submodules"]
+        shared.activation_func, shared.linear_fc1 = SwiGLU, ColumnParallel
         parts.experts = partial(Experts, **parts.experts.keywords)
         parts.experts.keywords["submodules"].activation_func = SwiGLU
         # mcore's checkpoints would name it as in dense layers; Transformer Engine's layers with experts do not.

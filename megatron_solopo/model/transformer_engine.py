@@ -14,7 +14,7 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 
@@ -53,6 +53,12 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
             f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have norms behind attention and MLP, "
             "which are portable layers' only; use portable",
         )
+    if model.transformer_impl == NAME and any(linear_layers(hf_config)):
+        raise UserError(
+            "model-portable-only",
+            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} with a recurrent state are portable "
+            "layers' only; use portable",
+        )
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     heads = {
         "num_attention_heads": hf_config.num_attention_heads // tensor,
@@ -69,7 +75,7 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
         "hidden_size": hf_config.hidden_size,
         "attention width": size * heads["num_attention_heads"],
         "width of queries, keys and values": size * sum(heads.values()) + size * heads["num_key_value_heads"],
-        "MLP width": (inner or hf_config.intermediate_size) // (expert_tensor if experts else tensor),
+        "MLP width": (inner or mlp_width(hf_config)) // (expert_tensor if experts else tensor),
     }
     multiple = FP8_MULTIPLES[model.fp8_recipe]
     for name, width in widths.items():

@@ -162,6 +162,11 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
         "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
     }
     _check_divides("tensor_model_parallel_size", parallel.tensor_model_parallel_size, matrices)
+    if keys := getattr(hf_config, "linear_num_key_heads", None):
+        tensor = parallel.tensor_model_parallel_size
+        _check_divides("tensor_model_parallel_size", tensor, {"model's linear_num_key_heads": keys})
+        heads = {"model's linear_num_key_heads on a tensor-parallel rank": keys // tensor}
+        _check_divides("context_parallel_size", parallel.context_parallel_size, heads)
     if experts:
         _check_experts(hf_config, config, world)
     else:

@@ -11,7 +11,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import FULL_ATTENTION, attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.fields import head_dim, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.tiles import tiles_of
@@ -61,7 +61,7 @@ class Shape:
             heads=hf_config.num_attention_heads,
             queries=queries,
             keys=keys,
-            ffn=options.get("moe_ffn_hidden_size", hf_config.intermediate_size),
+            ffn=options.get("moe_ffn_hidden_size", mlp_width(hf_config)),
             vocabulary=padded_vocab_size(hf_config, vocabulary_divisible_by),
             experts=options.get("num_moe_experts", 0),
             chosen=options.get("moe_router_topk", 0),

@@ -44,6 +44,17 @@ def expert_entries(hf_block: str, gate: str, up: str, down: str) -> tuple[Entry,
     )
 
 
+def shared_expert_entries(hf_block: str) -> tuple[Entry, ...]:
+    """Returns the entries of the expert of every token, whose output is weighted by a gate of its own."""
+    ours, theirs = MEGATRON_LAYER + "mlp.shared_experts.", f"{HF_LAYER}{hf_block}.shared_expert"
+    gate_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+    return (
+        Entry(ours + "linear_fc1.weight", gate_up, StackGateUp()),
+        Entry(ours + "linear_fc2.weight", (f"{theirs}.down_proj.weight",), Rename()),
+        Entry(ours + "gate_weight", (f"{theirs}_gate.weight",), Rename()),
+    )
+
+
 def expert_options(hf_config: PretrainedConfig, ffn_hidden_size: int, renormalize: bool) -> dict[str, Any]:
     """Returns the TransformerConfig fields of the experts.
 
