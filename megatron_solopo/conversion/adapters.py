@@ -40,12 +40,21 @@ from megatron_solopo.lora_options import (
     alpha_of,
     modules_of,
 )
-from megatron_solopo.model.families.operators import AlternatingGateUp, Entry, FusedGateUp, FusedQKV, Rename
+from megatron_solopo.model.families.operators import (
+    AlternatingGateUp,
+    Entry,
+    FusedGateUp,
+    FusedQKV,
+    GatedQKV,
+    Grouped,
+    Rename,
+)
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale, owners
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+FUSED = (AlternatingGateUp, FusedQKV, FusedGateUp, GatedQKV, Grouped)
 OWNERS = {"self_attention": "self_attn", "mlp": "mlp"}
 """Parts of a layer: megatron-core's name -> Hugging Face's, in all families."""
 
@@ -90,11 +99,7 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     family = family_of(hf_config)
     if options.lora_rank is not None:
         table = family.table(hf_config, hf_config.vocab_size)
-        if any(
-            isinstance(entry.operator, FusedQKV | FusedGateUp | AlternatingGateUp)
-            or getattr(entry.operator, "paired", 0)
-            for entry in table
-        ):
+        if any(isinstance(entry.operator, FUSED) or getattr(entry.operator, "paired", 0) for entry in table):
             raise UserError(
                 "adapter-unsupported",
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "

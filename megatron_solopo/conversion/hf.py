@@ -22,13 +22,13 @@ from megatron_solopo.conversion.quantized import WeightReader
 from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.fields import expert_count
 from megatron_solopo.model.families.moe import in_one_tensor
 from megatron_solopo.model.families.operators import Entry, part_of
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import outer_model_type
 from megatron_solopo.model.lora import is_adapter
 from megatron_solopo.model.transformer_engine import portable_name
+from megatron_solopo.parallel.topology import expert_count
 from megatron_solopo.progress import ProgressBar
 
 EMBEDDING, TIED_COPY = "embedding.word_embeddings.weight", "output_layer.weight"

@@ -15,6 +15,9 @@ from megatron_solopo.conversion.hf import local_part, named_entries
 from megatron_solopo.model.families.operators import part_of
 from megatron_solopo.model.families.registry import family_of
 
+ONES = (".dt_bias", ".linear_attn.norm.weight")
+"""How names of tensors end that begin at 1 in every family."""
+
 PIECE = 2**16
 """Numbers drawn at a time on CUDA: 256 blocks of 256 threads."""
 
@@ -23,7 +26,7 @@ PIECE = 2**16
 def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: int) -> None:
     """Initialises the chunks of a model as transformers does: matrices from a normal distribution with the config's
     ``initializer_range``, and sinks and biases of routers; norms 1 (0 where the factor is 1 + weight), other biases 0;
-    padding rows of the vocabulary 0.
+    rates of decay as Gated DeltaNet does; padding rows of the vocabulary 0.
 
     Each Hugging Face tensor has a random generator, seeded by ``seed`` and the tensor's name. Every process that
     holds a part of a tensor draws all of it, in float32, so weights depend neither on the layout nor on the order, and
@@ -49,13 +52,18 @@ def draw_start(models: Sequence[GPTModel], hf_config: PretrainedConfig, seed: in
 
 def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.device, norm: float) -> Tensor:
     whole, _ = part_of(name)
+    if whole.endswith(ONES):
+        return torch.ones(shape, device=device)
+    # A hash, because users choose neighbouring seeds.
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    if whole.endswith(".A_log"):  # rates of decay from 0.01 to 16
+        drawn = np.random.default_rng(int.from_bytes(digest)).uniform(0.01, 16, tuple(shape))
+        return torch.from_numpy(np.log(drawn)).float().to(device)
     if not whole.endswith(("router.bias", ".sinks")):
         if whole.endswith("bias"):
             return torch.zeros(shape, device=device)
         if len(shape) == 1:  # a norm
             return torch.full(shape, norm, device=device)
-    # A hash, because users choose neighbouring seeds.
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     if device.type == "cpu":
         generator = np.random.default_rng(int.from_bytes(digest))
         return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32)) * std

@@ -33,7 +33,7 @@ from megatron_solopo.model.attention import GatedSelfAttention, PackedAttention
 from megatron_solopo.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_solopo.model.experts import Experts
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, window_options
+from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width, window_options
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.lora import attach_adapters
@@ -86,7 +86,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config, dtype: torch
         num_attention_heads=hf_config.num_attention_heads,
         num_query_groups=hf_config.num_key_value_heads,
         kv_channels=head_dim(hf_config),
-        ffn_hidden_size=hf_config.intermediate_size,
+        ffn_hidden_size=mlp_width(hf_config),
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[family_of(hf_config).activation],
         normalization="RMSNorm",

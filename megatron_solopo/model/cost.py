@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families.fields import attention_window, head_dim, windowed_layers
+from megatron_solopo.model.families.fields import attention_window, head_dim, mlp_width, windowed_layers
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.pack import Windows
 
@@ -19,7 +19,7 @@ def width_of_cost(hf_config: PretrainedConfig) -> float:
     """
     options, size = family_of(hf_config).transformer_options(hf_config), head_dim(hf_config)
     hidden, queries = hf_config.hidden_size, size * hf_config.num_attention_heads
-    ffn = options.get("moe_ffn_hidden_size", hf_config.intermediate_size) * options.get("moe_router_topk", 1)
+    ffn = options.get("moe_ffn_hidden_size", mlp_width(hf_config)) * options.get("moe_router_topk", 1)
     ffn += options.get("moe_shared_expert_intermediate_size", 0)
     weights = 2 * hidden * (queries + size * hf_config.num_key_value_heads) + 3 * hidden * ffn
     return weights / (14 * queries)

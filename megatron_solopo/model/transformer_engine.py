@@ -14,9 +14,10 @@ from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import Family, Norms
-from megatron_solopo.model.families.fields import expert_count, head_dim
+from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
+from megatron_solopo.parallel.topology import expert_count
 
 NAME = "transformer_engine"
 
@@ -69,7 +70,7 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
         "hidden_size": hf_config.hidden_size,
         "attention width": size * heads["num_attention_heads"],
         "width of queries, keys and values": size * sum(heads.values()) + size * heads["num_key_value_heads"],
-        "MLP width": (inner or hf_config.intermediate_size) // (expert_tensor if experts else tensor),
+        "MLP width": (inner or mlp_width(hf_config)) // (expert_tensor if experts else tensor),
     }
     multiple = FP8_MULTIPLES[model.fp8_recipe]
     for name, width in widths.items():
@@ -84,6 +85,8 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
 def _portable_part(family: Family, hf_config: PretrainedConfig) -> str | None:
     if family.norms is not Norms.BEFORE or family.activation != "silu":
         return "norms behind attention and MLP"
+    if any(linear_layers(hf_config)):
+        return "recurrent states"
     options = family.transformer_options(hf_config)
     if options.get("add_bias_linear"):
         return "biases of experts"

@@ -145,6 +145,15 @@ def expert_place(rank: int, parallel: ParallelConfig) -> int:
     return rank // tensor % parallel.expert_model_parallel_size
 
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts")
+"""Names that transformers has for families' fields of the number of experts."""
+
+
+def expert_count(hf_config: PretrainedConfig) -> int:
+    """Returns the number of experts of a layer, 0 without."""
+    return next((count for name in EXPERT_COUNTS if (count := getattr(hf_config, name, None))), 0)
+
+
 def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size: int, world: int) -> None:
     """Refuses a layout that this model cannot be sharded by.
 
@@ -154,17 +163,24 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     parallel = config.parallel
     data_parallel_size(parallel, world)
     _check_stages(hf_config.num_hidden_layers, parallel)
-    experts = getattr(hf_config, "num_local_experts", None)
+    experts = expert_count(hf_config)
     has_mlp = not experts or getattr(hf_config, "first_k_dense_replace", 0)
-    shared = getattr(hf_config, "n_shared_experts", None)
+    shared = getattr(hf_config, "shared_expert_intermediate_size", 0)
+    if count := getattr(hf_config, "n_shared_experts", None):
+        shared = count * hf_config.moe_intermediate_size
     matrices = {
         "model's num_attention_heads": hf_config.num_attention_heads,
         "model's num_key_value_heads": hf_config.num_key_value_heads,
         **({"model's intermediate_size": hf_config.intermediate_size} if has_mlp else {}),
-        **({"shared experts' intermediate size": shared * hf_config.moe_intermediate_size} if shared else {}),
+        **({"shared experts' intermediate size": shared} if shared else {}),
         "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
     }
     _check_divides("tensor_model_parallel_size", parallel.tensor_model_parallel_size, matrices)
+    if keys := getattr(hf_config, "linear_num_key_heads", None):
+        tensor = parallel.tensor_model_parallel_size
+        _check_divides("tensor_model_parallel_size", tensor, {"model's linear_num_key_heads": keys})
+        heads = {"model's linear_num_key_heads on a tensor-parallel rank": keys // tensor}
+        _check_divides("context_parallel_size", parallel.context_parallel_size, heads)
     if experts:
         _check_experts(hf_config, config, world)
     else:
@@ -204,8 +220,7 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     note = "" if parallel.expert_tensor_parallel_size else " (that of --tensor-model-parallel-size)"
     processes = "processes of a pipeline stage"
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
-    experts = hf_config.num_local_experts
-    numbers = {"number of experts": experts, f"{processes} / expert tensor parallel": stage // tensor}
+    numbers = {"number of experts": expert_count(hf_config), f"{processes} / expert tensor parallel": stage // tensor}
     _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, numbers)
     _check_dispatcher(parallel, tensor * parallel.expert_model_parallel_size)
 

@@ -11,7 +11,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import FULL_ATTENTION, attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim
+from megatron_solopo.model.families.fields import head_dim, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.tiles import tiles_of
@@ -62,7 +62,7 @@ class Shape:
     def of(cls, hf_config: PretrainedConfig, vocabulary_divisible_by: int) -> Shape:
         family, size = family_of(hf_config), head_dim(hf_config)
         options = family.transformer_options(hf_config)
-        ffn = options.get("moe_ffn_hidden_size", hf_config.intermediate_size)
+        ffn = options.get("moe_ffn_hidden_size", mlp_width(hf_config))
         queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
         return cls(
             layers=hf_config.num_hidden_layers,
@@ -84,7 +84,7 @@ class Shape:
             experts_biases=(2 * ffn + hf_config.hidden_size) * bool(options.get("add_bias_linear")),
             shared=options.get("moe_shared_expert_intermediate_size", 0),
             first=options.get("moe_layer_freq", [1]).count(0),
-            first_ffn=hf_config.intermediate_size,
+            first_ffn=mlp_width(hf_config),
         )
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.config_checks import check, check_on_cuda
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.fields import expert_count
 from megatron_solopo.parallel import context
-from megatron_solopo.parallel.topology import data_parallel_size
+from megatron_solopo.parallel.topology import data_parallel_size, expert_count
 from megatron_solopo.planning.candidate import Candidate, Request
 from megatron_solopo.planning.choices import Choices
 from megatron_solopo.planning.forecast import forecast

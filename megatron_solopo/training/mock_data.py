@@ -112,6 +112,12 @@ def _write_model(config_file: Path, folder: Path) -> None:
             fields[name] = min(fields[name], most)
     if "moe_intermediate_size" in fields:
         fields["moe_intermediate_size"] = FFN // 2
+    if "linear_num_key_heads" in fields:
+        repeats = max(1, fields["linear_num_value_heads"] // fields["linear_num_key_heads"])
+        fields |= dict(linear_num_key_heads=2, linear_num_value_heads=2 * repeats)
+        fields |= dict(linear_key_head_dim=HEAD, linear_value_head_dim=HEAD, full_attention_interval=LAYERS)
+    if "shared_expert_intermediate_size" in fields:
+        fields["shared_expert_intermediate_size"] = FFN // 2
     for name in ("layer_types", "bos_token_id", "eos_token_id", "pad_token_id"):
         fields.pop(name, None)
     folder.mkdir(parents=True)

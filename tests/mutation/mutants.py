@@ -979,8 +979,8 @@ MUTANTS: list[Mutant] = [
         ("queries taken for keys", 'for part in "qkv")', 'for part in "kqv")'),
         (
             "gate and up swapped",
-            '(f"{HF_LAYER}{name}.gate_proj.weight", f"{HF_LAYER}{name}.up_proj.weight")',
-            '(f"{HF_LAYER}{name}.up_proj.weight", f"{HF_LAYER}{name}.gate_proj.weight")',
+            '(f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")',
+            '(f"{theirs}.up_proj.weight", f"{theirs}.gate_proj.weight")',
         ),
         ("the queries' norm on the keys", 'self_attn.{x}_norm.weight"', 'self_attn.{"qk"[x == "q"]}_norm.weight"'),
     ),

@@ -22,9 +22,11 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -65,6 +67,8 @@ LINEAR = dict(
     layer_types=["linear_attention", FULL, "linear_attention"],
     rope_parameters=PARTIAL,
 )
+LINEAR_MOE = SMALL | LINEAR | dict(moe_intermediate_size=40, shared_expert_intermediate_size=56)
+LINEAR_MOE |= dict(num_experts=4, num_experts_per_tok=2)
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, head_dim=24, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -147,6 +151,8 @@ CONFIGS = {
     "qwen3-5-tied": Qwen3_5TextConfig(
         **SMALL | LINEAR | dict(linear_num_value_heads=2, linear_conv_kernel_dim=3), tie_word_embeddings=True
     ),
+    "qwen3-5-moe": Qwen3_5MoeTextConfig(**LINEAR_MOE),
+    "qwen3-next": Qwen3NextConfig(**LINEAR_MOE | dict(norm_topk_prob=False)),
     "mixtral": MixtralConfig(**SMALL, **EXPERTS),
     "qwen3-moe": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
     "qwen3-moe-softmax-over-all": Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=False, tie_word_embeddings=True),
@@ -262,7 +268,7 @@ WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-w
 LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
     *("glm", "glm4", "glm4-moe", "glm4-moe-groups-and-biases", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
-    *("gpt-oss", "gpt-oss-default-rope", "qwen3-5", "qwen3-5-tied"),
+    *("gpt-oss", "gpt-oss-default-rope", "qwen3-5", "qwen3-5-tied", "qwen3-5-moe", "qwen3-next"),
 ]
 
 

@@ -140,7 +140,8 @@ def check_shape(hf_config: PretrainedConfig) -> None:
         raise UserError(
             "model-field-unsupported", "config.json: per_layer_config is set; layers that differ are not supported"
         )
-    check_sizes(hf_config, *SIZES, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
+    sizes = (name for name in SIZES if name != "intermediate_size" or hasattr(hf_config, name))
+    check_sizes(hf_config, *sizes, *(("head_dim",) if getattr(hf_config, "head_dim", None) is not None else ()))
     check_number("rms_norm_eps", hf_config.rms_norm_eps)
     if hf_config.initializer_range is not None:
         check_number("initializer_range", hf_config.initializer_range, zero=True)
@@ -184,9 +185,10 @@ def _is_off(value: object) -> bool:
     return any(type(value) is type(off) and value == off for off in (*OFF, 0.0))
 
 
-def expert_count(hf_config: PretrainedConfig) -> int:
-    """Returns the number of experts of a layer, 0 without; transformers has one name for all families' fields."""
-    return getattr(hf_config, "num_local_experts", None) or 0
+def mlp_width(hf_config: PretrainedConfig) -> int:
+    """Returns the intermediate size of the MLP; of models whose layers all have experts, which have no such field, that
+    of an expert."""
+    return getattr(hf_config, "intermediate_size", None) or hf_config.moe_intermediate_size
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:

@@ -28,7 +28,7 @@ def _table(hf_config: PretrainedConfig, padded_vocab_size: int) -> tuple[Entry, 
         *llama.mlp_entries(layers=range(first)),
         *moe.expert_entries("mlp", gate="gate_proj", up="up_proj", down="down_proj", layers=with_experts),
         moe.router_bias_entry("mlp", with_experts),
-        *llama.mlp_entries("mlp.shared_experts", with_experts),
+        *llama.mlp_entries("mlp.shared_experts", layers=with_experts),
     )
 
 

@@ -20,12 +20,18 @@ def table(hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[st
     return (*table_without_mlp(hf_config, padded_vocab_size, norms), *mlp_entries())
 
 
-def mlp_entries(name: str = "mlp", layers: range | None = None) -> tuple[Entry, ...]:
-    """Returns an MLP of the layers that have it, by its name in a layer, which is both sides'."""
-    gate_up = (f"{HF_LAYER}{name}.gate_proj.weight", f"{HF_LAYER}{name}.up_proj.weight")
+def mlp_entries(name: str = "mlp", hf_name: str | None = None, layers: range | None = None) -> tuple[Entry, ...]:
+    """Returns an MLP of the layers that have it.
+
+    Args:
+        name: in a layer.
+        hf_name: in a layer of Hugging Face's; default the same.
+    """
+    theirs = HF_LAYER + (hf_name or name)
+    gate_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
     return (
         Entry(f"{MEGATRON_LAYER}{name}.linear_fc1.weight", gate_up, StackGateUp(), layers),
-        Entry(f"{MEGATRON_LAYER}{name}.linear_fc2.weight", (f"{HF_LAYER}{name}.down_proj.weight",), Rename(), layers),
+        Entry(f"{MEGATRON_LAYER}{name}.linear_fc2.weight", (f"{theirs}.down_proj.weight",), Rename(), layers),
     )
 
 

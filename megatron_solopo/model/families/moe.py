@@ -11,9 +11,10 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.families.family import refuse
-from megatron_solopo.model.families.fields import check_sizes, expert_count
-from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
+from megatron_solopo.model.families.fields import check_sizes
+from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER, mlp_entries
 from megatron_solopo.model.families.operators import Entry, FusedGateUp, Rename, StackGateUp, part_of
+from megatron_solopo.parallel.topology import EXPERT_COUNTS, expert_count
 
 FIELDS = frozenset(
     {
@@ -48,6 +49,16 @@ def expert_entries(hf_block: str, gate: str, up: str, down: str, layers: range |
         Entry(experts + "linear_fc1.weight", (gate, up), StackGateUp(), layers),
         Entry(experts + "linear_fc2.weight", (down,), Rename(), layers),
     )
+
+
+def shared_expert_entries(hf_block: str) -> tuple[Entry, ...]:
+    """Returns the entries of the expert of every token, whose output is weighted by a gate of its own."""
+    gate = Entry(
+        MEGATRON_LAYER + "mlp.shared_experts.gate_weight",
+        (f"{HF_LAYER}{hf_block}.shared_expert_gate.weight",),
+        Rename(),
+    )
+    return (*mlp_entries("mlp.shared_experts", f"{hf_block}.shared_expert"), gate)
 
 
 def router_bias_entry(hf_block: str, layers: range) -> Entry:
@@ -97,7 +108,8 @@ def check_experts(hf_config: PretrainedConfig, renormalize: bool) -> None:
     Raises:
         UserError: a field has an invalid or unsupported value.
     """
-    check_sizes(hf_config, hf_config.attribute_map.get("num_local_experts", "num_local_experts"), "num_experts_per_tok")
+    field = next(name for name in EXPERT_COUNTS if hasattr(hf_config, name))
+    check_sizes(hf_config, hf_config.attribute_map.get(field, field), "num_experts_per_tok")
     if hf_config.num_experts_per_tok > expert_count(hf_config):
         raise UserError(
             "model-field-value",

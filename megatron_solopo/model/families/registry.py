@@ -18,7 +18,7 @@ from megatron_solopo.model.families.olmo import OLMO2, OLMO3
 from megatron_solopo.model.families.phi3 import PHI3
 from megatron_solopo.model.families.qwen2 import QWEN2
 from megatron_solopo.model.families.qwen3 import QWEN3
-from megatron_solopo.model.families.qwen3_5 import QWEN3_5
+from megatron_solopo.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from megatron_solopo.model.families.qwen3_moe import QWEN3_MOE
 from megatron_solopo.model.families.smollm3 import SMOLLM3
 from megatron_solopo.model.rope import check_rope
@@ -27,7 +27,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(GEMMA3, GLM, GLM4, GLM4_MOE, GPT_OSS, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
-        *(MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_5, QWEN3_MOE, SMOLLM3),
+        *(MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SMOLLM3),
     )
 }
 
