@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
-from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
+from tiny_models import EXPERTS, QWEN3_MOE, RECURRENT, SHAPE, SHARED_EXPERT
 from transformers import (
     Gemma3TextConfig,
     Glm4Config,
@@ -27,8 +27,11 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -42,12 +45,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 KINDS: tuple[type[PretrainedConfig], ...] = (
     *(Gemma3TextConfig, GlmConfig, Glm4Config, LlamaConfig, MinistralConfig, Ministral3Config, MistralConfig),
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
+    *(Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig),
 )
+RECURRENT_KINDS = (Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig)
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
     experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind is MixtralConfig else {}
+    if kind in RECURRENT_KINDS:
+        experts = RECURRENT | ({} if kind is Qwen3_5TextConfig else SHARED_EXPERT)
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -70,7 +77,7 @@ REFUSED = {
 UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
 """Fields of `REFUSED` that every family knows, in one value; Llama and SmolLM3 know mlp_bias too."""
 SUPPORTED = {
-    "partial_rotary_factor": (GlmConfig, Glm4Config, Phi3Config),
+    "partial_rotary_factor": (GlmConfig, Glm4Config, Phi3Config, *RECURRENT_KINDS),
     "no_rope_layers": (SmolLM3Config,),
 }
 """Fields of `REFUSED` that some families have."""
@@ -154,6 +161,8 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
         (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
         (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
+        (Qwen3_5TextConfig, "linear_num_key_heads", 3, ["linear_num_value_heads = 4 ", "linear_num_key_heads = 3"]),
+        (Qwen3NextConfig, "linear_conv_kernel_dim", 0, ["linear_conv_kernel_dim = 0 ", "at least 1"]),
         (GlmConfig, "partial_rotary_factor", 2.0, ["partial_rotary_factor = 2.0 of head_dim 128", "at most all"]),
     ],
 )
@@ -308,7 +317,31 @@ def test_norms_behind_the_parts_are_portable_and_untiled(kind: type[PretrainedCo
         check_tiles(small(kind), Config(model=ModelConfig(mlp_tiles="2")))
 
 
-@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config])
+@pytest.mark.parametrize("kind", RECURRENT_KINDS)
+def test_recurrent_layers_are_portable(kind: type[PretrainedConfig]) -> None:
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", kind.model_type, "use portable"):
+        check_widths(small(kind), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "option"),
+    [
+        (ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True), "--tensor-model-parallel-size 4: "),
+        (ParallelConfig(context_parallel_size=4), "--context-parallel-size 4: "),
+        (ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2), "--context-parallel-size 2: "),
+    ],
+)
+def test_key_heads_that_ranks_cannot_share_are_refused(parallel: ParallelConfig, option: str) -> None:
+    from megatron_solopo.parallel.topology import check_layout
+
+    hf_config = small(Qwen3_5TextConfig, num_attention_heads=8, num_key_value_heads=4)
+    with refused("layout-not-divisible", option, "linear_num_key_heads"):
+        check_layout(hf_config, Config(parallel=parallel), 64, 4)
+
+
+@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, *RECURRENT_KINDS])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
 
@@ -352,7 +385,16 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
 
 @pytest.mark.parametrize(
     ("kind", "billions"),
-    [(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None), (Olmo3Config, None)],
+    [
+        *(
+            (SmolLM3Config, 3.075),
+            (Phi3Config, 3.821),
+            (Glm4Config, 9.4),
+            (Gemma3TextConfig, None),
+            (Olmo3Config, None),
+        ),
+        *((Qwen3_5TextConfig, None), (Qwen3_5MoeTextConfig, None), (Qwen3NextConfig, None)),
+    ],
 )
 def test_shapes_of_transformers_defaults(engine: Any, kind: type[PretrainedConfig], billions: float | None) -> None:
     """Those of SmolLM3-3B, Phi-3-mini and GLM-4-9B-0414, whose figures are published."""
