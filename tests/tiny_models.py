@@ -37,6 +37,9 @@ RECURRENT: dict[str, Any] = dict(
     linear_key_head_dim=12,
     linear_value_head_dim=20,
 )
+SHARED_EXPERT: dict[str, Any] = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
+)
 
 QWEN2_WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

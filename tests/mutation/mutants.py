@@ -56,6 +56,8 @@ DROPOUT = "tests/unit/test_lora_dropout.py"
 TASKS = "tests/unit/test_evaluation_tasks.py"
 ANSWERS = "tests/unit/test_answers.py"
 SERVED = "tests/unit/test_evaluation_server.py"
+DELTA = "tests/unit/test_delta_rule.py"
+RECURRENT = "tests/distributed/test_recurrent_layers.py -k oracles"
 
 MUTANTS: list[Mutant] = [
     *within(
@@ -1466,6 +1468,48 @@ MUTANTS: list[Mutant] = [
             "each tensor-parallel rank its own most likely token",
             "dist.all_reduce(places, op=dist.ReduceOp.MIN, group=group)",
             "pass",
+        ),
+    ),
+    *within(
+        "parallel/recurrence.py",
+        DELTA,
+        ("every response from the first prompt's state", "prompts[cast(int, pieces[n].prompt)]", "0"),
+        (
+            "the convolution of a response begins with zeros",
+            "before = (tokens < 0) & (tokens >= -prompt.length)",
+            "before = tokens < -len(tokens)",
+        ),
+        (
+            "the prompt's padding before a response",
+            "prompt.start + prompt.length + tokens",
+            "prompt.start + prompt.slot + tokens",
+        ),
+    ),
+    *within(
+        "model/delta_rule.py",
+        DELTA,
+        (
+            "a response from a state of zeros",
+            "Scan.apply(layout.responses, states.index_select(0, layout.forks)",
+            "Scan.apply(layout.responses, 0 * states[layout.forks]",
+        ),
+        ("the gradient of a state that is read", "of_state += query[chunks]", "of_state += 0 * query[chunks]"),
+        ("the state of a sequence that ended", "last[following:count] = state[following:]", "last[:count] = state"),
+        ("the diagonal of a token's own scores", ".triu(1)", ".triu(0)"),
+        ("a chunk's decay at its first token", "total[..., -1].exp()", "total[..., 0].exp()"),
+    ),
+    *within(
+        "model/delta_net.py",
+        RECURRENT,
+        (
+            "the norm's gradient of one rank's heads",
+            "weight = copy_to_tensor_model_parallel_region(self.norm_weight)",
+            "weight = self.norm_weight",
+        ),
+        (
+            "the first heads' parameters on every context-parallel rank",
+            "x.chunk(group.size())[group.rank()]",
+            "x.chunk(group.size())[0]",
         ),
     ),
 ]

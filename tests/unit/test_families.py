@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
-from tiny_models import EXPERTS, QWEN3_MOE, SHAPE
+from tiny_models import EXPERTS, QWEN3_MOE, RECURRENT, SHAPE, SHARED_EXPERT
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -33,8 +33,11 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -49,13 +52,17 @@ KINDS: tuple[type[PretrainedConfig], ...] = (
     *(Gemma3TextConfig, GlmConfig, Glm4Config, Glm4MoeConfig, GptOssConfig, LlamaConfig),
     *(MinistralConfig, Ministral3Config, MistralConfig),
     *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
+    *(Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig),
 )
+RECURRENT_KINDS = (Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig)
 EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
     experts = EXPERT_FIELDS if kind in (Qwen3MoeConfig, Glm4MoeConfig) else {}
     experts = EXPERTS if kind in (GptOssConfig, MixtralConfig) else experts
+    if kind in RECURRENT_KINDS:
+        experts = RECURRENT | ({} if kind is Qwen3_5TextConfig else SHARED_EXPERT)
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
 
 
@@ -78,7 +85,7 @@ REFUSED = {
 UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
 """Fields of `REFUSED` that every family knows, in one value; Llama and SmolLM3 know mlp_bias too."""
 SUPPORTED = {
-    "partial_rotary_factor": (GlmConfig, Glm4Config, Glm4MoeConfig, Phi3Config),
+    "partial_rotary_factor": (GlmConfig, Glm4Config, Glm4MoeConfig, Phi3Config, *RECURRENT_KINDS),
     "no_rope_layers": (SmolLM3Config,),
 }
 """Fields of `REFUSED` that some families have."""
@@ -169,6 +176,8 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (Glm4MoeConfig, "n_shared_experts", 0, ["n_shared_experts = 0 ", "at least 1"]),
         (Glm4MoeConfig, "routed_scaling_factor", math.inf, ["routed_scaling_factor = inf ", "finite"]),
         (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
+        (Qwen3_5TextConfig, "linear_num_key_heads", 3, ["linear_num_value_heads = 4 ", "linear_num_key_heads = 3"]),
+        (Qwen3NextConfig, "linear_conv_kernel_dim", 0, ["linear_conv_kernel_dim = 0 ", "at least 1"]),
         (GlmConfig, "partial_rotary_factor", 2.0, ["partial_rotary_factor = 2.0 of head_dim 128", "at most all"]),
     ],
 )
@@ -372,7 +381,31 @@ def test_shared_experts_are_portable() -> None:
         check_widths(small(Glm4MoeConfig), Config(model=ModelConfig(transformer_impl="transformer_engine")))
 
 
-@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, GptOssConfig])
+@pytest.mark.parametrize("kind", RECURRENT_KINDS)
+def test_recurrent_layers_are_portable(kind: type[PretrainedConfig]) -> None:
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", kind.model_type, "use portable"):
+        check_widths(small(kind), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "option"),
+    [
+        (ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True), "--tensor-model-parallel-size 4: "),
+        (ParallelConfig(context_parallel_size=4), "--context-parallel-size 4: "),
+        (ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2), "--context-parallel-size 2: "),
+    ],
+)
+def test_key_heads_that_ranks_cannot_share_are_refused(parallel: ParallelConfig, option: str) -> None:
+    from megatron_solopo.parallel.topology import check_layout
+
+    hf_config = small(Qwen3_5TextConfig, num_attention_heads=8, num_key_value_heads=4)
+    with refused("layout-not-divisible", option, "linear_num_key_heads"):
+        check_layout(hf_config, Config(parallel=parallel), 64, 4)
+
+
+@pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, GptOssConfig, *RECURRENT_KINDS])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
 
@@ -419,6 +452,7 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
     [
         *[(SmolLM3Config, 3.075), (Phi3Config, 3.821), (Glm4Config, 9.4), (Gemma3TextConfig, None)],
         *[(Olmo3Config, None), (partial(GptOssConfig, num_hidden_layers=24, num_local_experts=32), 20.915)],
+        *[(Qwen3_5TextConfig, None), (Qwen3_5MoeTextConfig, None), (Qwen3NextConfig, None)],
     ],
 )
 def test_shapes_of_transformers_defaults(
