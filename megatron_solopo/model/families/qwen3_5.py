@@ -57,8 +57,24 @@ EXPERT_FIELDS = (
     | {"moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob", "decoder_sparse_step"}
 )
 
-QWEN3_5 = Family("qwen3_5_text", _table, delta_net.check, delta_net.options, delta_net.FIELDS, PARTIAL)
+QWEN3_5 = Family(
+    "qwen3_5_text",
+    _table,
+    delta_net.check,
+    delta_net.options,
+    delta_net.FIELDS,
+    rope_fields=PARTIAL,
+    carried=delta_net.carried,
+)
 QWEN3_5_MOE, QWEN3_NEXT = (
-    Family(model_type, _table_with_experts, _check_with_experts, _options_with_experts, EXPERT_FIELDS, PARTIAL)
+    Family(
+        model_type,
+        _table_with_experts,
+        _check_with_experts,
+        _options_with_experts,
+        EXPERT_FIELDS,
+        rope_fields=PARTIAL,
+        carried=delta_net.carried,
+    )
     for model_type in ("qwen3_5_moe_text", "qwen3_next")
 )

@@ -31,7 +31,7 @@ FAMILIES = {
     )
 }
 
-MULTIMODAL = frozenset({"gemma3", "mistral3"})
+MULTIMODAL = frozenset({"gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"})
 """Models that also read images, whose ``text_config`` is of a family; their language model alone is trained."""
 
 UNSUPPORTED = {
