@@ -18,6 +18,8 @@ def load(folder: Path) -> nn.Module:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = _norm.__get__(module)
+        elif type(module).__name__ == "Glm4MoeTopkRouter":
+            module.forward = _sigmoid_router.__get__(module)
         elif type(module).__name__.endswith("TopKRouter"):
             module.forward = _router.__get__(module)
         elif type(module).__name__.endswith("GatedDeltaNet"):
@@ -66,6 +68,23 @@ def _delta_net(self: nn.Module, hidden_states: Tensor, **ignored: object) -> Ten
     output = torch.stack(outputs)
     output = output / (output.square().mean(-1, keepdim=True) + self.layer_norm_epsilon).sqrt() * self.norm.weight
     return self.out_proj((output * F.silu(gate.reshape(output.shape))).flatten(1))[None]
+
+
+def _sigmoid_router(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 13 to 16 of arXiv 2412.19437, written out a token at a time, with transformers' choice of groups."""
+    logits = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
+    scores, size = logits.sigmoid(), self.num_experts // self.num_group
+    chosen = []
+    for of_token in (scores.detach() + self.e_score_correction_bias).tolist():
+        groups = [sum(sorted(of_token[at : at + size])[-2:]) for at in range(0, self.num_experts, size)]
+        best = sorted(range(self.num_group), key=groups.__getitem__)[-self.topk_group :]
+        allowed = [expert for expert in range(self.num_experts) if expert // size in best]
+        chosen.append(sorted(allowed, key=of_token.__getitem__)[-self.top_k :])
+    experts = torch.tensor(chosen)
+    weights = scores.gather(1, experts)
+    if self.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights * self.routed_scaling_factor, experts
 
 
 def by_file_name(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def measure(name: str, folder: Path) -> Row:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from megatron_solopo.conversion.hf import named_entries, save_folder
+    from megatron_solopo.conversion.adapters import trained_entries
+    from megatron_solopo.conversion.hf import save_folder
     from megatron_solopo.data.tokenized.packs import build_pack
 
     hf_folder = parity.random_folder(name, folder)
@@ -88,7 +89,7 @@ def measure(name: str, folder: Path) -> Row:
     gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
     gradients = transformers_in_double.by_file_name(theirs, gradients)
     worst = 0.0
-    for entry, names, parameter in named_entries(model, hf_config):
+    for entry, names, parameter in trained_entries(model, hf_config):
         for key, gradient in zip(names, entry.operator.to_hf(parameter.grad), strict=True):
             worst = max(worst, ((gradient - gradients[key]).norm() / gradients[key].norm().clamp(min=1e-3)).item())
     return Row(float32, distance(sums.detach(), expected.detach()), worst, shared, export)

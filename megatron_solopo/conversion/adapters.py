@@ -30,6 +30,7 @@ from megatron_solopo.conversion.hf_weights import stored_shapes
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.errors import UserError
 from megatron_solopo.lora_options import (
+    ATTENTION,
     CONFIG,
     MIXTRALS,
     MLP,
@@ -41,6 +42,7 @@ from megatron_solopo.lora_options import (
 )
 from megatron_solopo.model.families.operators import Entry, FusedGateUp, FusedQKV, GatedQKV, Grouped, Rename
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import part_of
 from megatron_solopo.model.lora import PARTS, SUFFIX, has_adapters, lora_scale, owners
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -88,12 +90,25 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
     """
     family = family_of(hf_config)
     if options.lora_rank is not None:
-        operators = [entry.operator for entry in family.table(hf_config, hf_config.vocab_size)]
+        table = family.table(hf_config, hf_config.vocab_size)
+        operators = [entry.operator for entry in table]
         if any(isinstance(one, FUSED) or getattr(one, "paired", 0) for one in operators):
             raise UserError(
                 "adapter-unsupported",
                 f"--lora-rank: checkpoints of {hf_config.model_type} hold projections in one matrix or rows in another "
                 "order, for which PEFT's adapters are neither read nor written; train all weights",
+            )
+        if (whole := part_of(hf_config)) is not None:
+            raise UserError(
+                "adapter-unsupported",
+                f"--lora-rank: the model is the language model of {whole}, in which PEFT names its projections "
+                "otherwise; train all weights, or a folder of the language model alone",
+            )
+        if any(".shared_experts." in entry.megatron for entry in table) and not {*MLP}.isdisjoint(modules_of(options)):
+            raise UserError(
+                "adapter-unsupported",
+                f"--lora-modules: PEFT finds gate_proj, up_proj and down_proj of {hf_config.model_type} in experts, "
+                f"shared experts and MLPs alike, which have no adapters together; name {','.join(ATTENTION)}",
             )
     if expert_modules(hf_config) and adapts_experts(options):
         _check_experts(options)
@@ -164,8 +179,10 @@ def _opened(path: Path) -> safe_open:
 
 
 def trained_entries(model: GPTModel, hf_config: PretrainedConfig) -> Entered:
-    """Yields the entries of the parameters that are trained: of the adapters, where a model has them, else of all."""
-    return (adapter_entries if has_adapters([model]) else named_entries)(model, hf_config)
+    """Yields the entries of the parameters that are trained: of the adapters, where a model has them, else of all but
+    a router's bias."""
+    entries = (adapter_entries if has_adapters([model]) else named_entries)(model, hf_config)
+    return (each for each in entries if each[2].requires_grad)
 
 
 @torch.no_grad()

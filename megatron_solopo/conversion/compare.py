@@ -16,7 +16,7 @@ import transformers
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_solopo.data.files.records import read_text
 from megatron_solopo.data.text.tokenizer import read_tokenizer
@@ -25,6 +25,7 @@ from megatron_solopo.data.tokenized.tokens import Completion, Prompt, TokenGroup
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import rotary_frequencies
 from megatron_solopo.model.forward import LogProbHead, device_pack, segment_log_probs
+from megatron_solopo.model.hf_config import whole_config
 from megatron_solopo.pack import Context, Segments, Side
 from megatron_solopo.progress import ProgressBar, reporting
 
@@ -126,9 +127,8 @@ def compare(
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         with reporting(f"loading {folder}"):
-            theirs = AutoModelForCausalLM.from_pretrained(
-                str(folder), config=hf_config, local_files_only=True, dtype=parameter.dtype
-            )
+            kind, whole = whole_config(folder, hf_config)
+            theirs = kind.from_pretrained(str(folder), config=whole, local_files_only=True, dtype=parameter.dtype)
         theirs = theirs.eval().to(parameter.device)
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config).to(parameter.device))
     model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_solopo.config import MAX_SHARD_SIZE
-from megatron_solopo.conversion.hf_folder import write_folder
+from megatron_solopo.conversion.carried import carried_names, carried_tensors
+from megatron_solopo.conversion.hf_folder import TensorReader, write_folder
 from megatron_solopo.conversion.sidecar_files import SidecarFiles, config_json
 from megatron_solopo.conversion.stored import StoredWeights
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.fields import expert_count
 from megatron_solopo.model.families.operators import Entry
 from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.hf_config import part_of
 from megatron_solopo.model.lora import is_adapter
 from megatron_solopo.model.transformer_engine import portable_name
 from megatron_solopo.progress import ProgressBar
@@ -213,6 +217,50 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts
 
 
+def kept_dtypes(hf_config: PretrainedConfig) -> dict[str, torch.dtype]:
+    """Hugging Face name -> dtype of the tensors that have their own."""
+    table = family_of(hf_config).table(hf_config, hf_config.vocab_size)
+    kept = [entry for entry in table if entry.dtype is not None]
+    return {name: entry.dtype for entry in kept for name in all_names(entry, hf_config) if entry.dtype is not None}
+
+
+def all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
+    """Returns the Hugging Face names of an entry in all layers and experts."""
+    experts = range(expert_count(hf_config) if entry.of_experts else 1)
+    layers = range(hf_config.num_hidden_layers) if entry.layers is None else entry.layers
+    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
+
+
+def beside_of(folder: str | Path, hf_config: PretrainedConfig) -> tuple[TensorReader, list[str]] | None:
+    """Returns (a folder's weights, names of those that are carried through); None for a folder without weights, from
+    which a run with --random-init may start, and for a Megatron folder, which is made of none with such tensors.
+
+    Raises:
+        UserError: the language model is part of another, whose weights are not there, or a file is damaged.
+    """
+    try:
+        reader = TensorReader(folder)
+    except UserError as error:
+        if error.code != "weights-missing":
+            raise
+        if (whole := part_of(hf_config)) is not None:
+            raise UserError(
+                "weights-missing",
+                f"{folder}: holds no weights, of which an export carries those of {whole} beside its language model; "
+                "copy or download them",
+            ) from None
+        return None
+    return reader, carried_names(reader, hf_config)
+
+
+def describe_carried(folder: str | Path, hf_config: PretrainedConfig) -> str | None:
+    """Describes in words, for the log, which tensors of a folder are carried through; None if there are none."""
+    names = beside[1] if (beside := beside_of(folder, hf_config)) is not None else ()
+    if not names:
+        return None
+    return f"{len(names)} tensors of {folder} are not trained, such as {names[0]}; an export has them as they are"
+
+
 def save_folder(
     chunks: Sequence[GPTModel],
     hf_config: PretrainedConfig,
@@ -230,7 +278,7 @@ def save_folder(
     change: Callable[[Iterator[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]] | None = None,
 ) -> None:
     """Writes the model as a Hugging Face folder, with the config and tokenizer files of ``source``, adapted to the
-    training options.
+    training options, and its tensors beside the trained model as they are (`carried`).
 
     Collective; rank 0 writes.
 
@@ -245,6 +293,7 @@ def save_folder(
         UserError: see `write_folder`.
     """
     shapes = hf_shapes(chunks, hf_config)
+    dtypes = kept_dtypes(hf_config)
     tensors = hf_tensors(chunks, hf_config, stored)
     if dist.get_rank() != 0:
         for _ in tensors:
@@ -257,5 +306,21 @@ def save_folder(
     )
     if change is not None:
         tensors = change(tensors)
+    try:
+        beside = beside_of(source, hf_config)
+    except UserError:
+        for _ in tensors:  # other processes send them
+            pass
+        raise
+    if beside is not None:
+        reader, carried = beside
+        forms = {name: reader.form_of(name) for name in carried}
+        shapes = {reader.stored(name): shape for name, shape in shapes.items()}
+        shapes |= {name: shape for name, (shape, _) in forms.items()}
+        dtypes = {reader.stored(name): kept for name, kept in dtypes.items()}
+        dtypes |= {name: of_source for name, (_, of_source) in forms.items()}
+        tensors = chain(((reader.stored(name), x) for name, x in tensors), carried_tensors(reader, carried))
     tensors = ProgressBar(tensors, desc=f"writing {target}", total=len(shapes), unit="tensor", leave=False)
-    write_folder(Path(target), sidecar_files, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force)
+    write_folder(
+        Path(target), sidecar_files, shapes, dtype, tensors, max_shard_size=max_shard_size, force=force, dtypes=dtypes
+    )

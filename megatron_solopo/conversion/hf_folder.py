@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_solopo.atomic import folder_aside
 from megatron_solopo.config import MAX_SHARD_SIZE
+from megatron_solopo.conversion.carried import Names
 from megatron_solopo.conversion.places import check_target, put_in_place, restore
 from megatron_solopo.conversion.shards import CODES, INDEX, SINGLE, Shards, parse_size
 from megatron_solopo.conversion.sidecar_files import SidecarFiles, dtype_name
@@ -44,10 +45,13 @@ class _Header:
 
 
 class TensorReader:
-    """The weights in a folder's files, sharded or not, each read on request.
+    """The weights in a folder's files, sharded or not, each read on request by its name in the families' tables.
 
     Reads safetensors files, else ``pytorch_model.bin`` of older folders, of which it loads only tensors and refuses a
     pickle that would run code.
+
+    Attributes:
+        others: the folder's names of the tensors outside the language model, see `carried`.
 
     Raises:
         UserError: there are no weights, or a file is missing or damaged.
@@ -72,6 +76,8 @@ class TensorReader:
                 + (seen_in(folder) or "use a folder with weights, or start with --random-init"),
             )
         self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(NEVER_WEIGHTS)}
+        self._naming = Names.of(self._file_of)
+        self.others = frozenset(name for name in self._file_of if self._naming.plain(name) is None)
         if not self._file_of:
             raise UserError("weights-missing", f"{folder}: its weight files hold no weights; copy or download it again")
         for name in sorted(set(self._file_of.values())):
@@ -95,21 +101,30 @@ class TensorReader:
             ) from None
 
     def names(self) -> set[str]:
-        """Returns the names of all weights."""
-        return set(self._file_of)
+        """Returns the names of the weights of the language model."""
+        return {plain for name in self._file_of if (plain := self._naming.plain(name)) is not None}
+
+    def stored(self, name: str) -> str:
+        """Returns the folder's name of a tensor."""
+        return self._naming.stored(name)
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the language model is part of another."""
+        return bool(self._naming.form)
 
     def files(self) -> list[Path]:
         """Returns the weight files, in a fixed order."""
         return [self.folder / name for name in sorted(set(self._file_of.values()))]
 
-    def dtype(self) -> torch.dtype:
-        """Returns the dtype of all weights; no tensor is read.
+    def dtype(self, without: Collection[str] = ()) -> torch.dtype:
+        """Returns the dtype of all weights but some; no tensor is read.
 
         Raises:
             UserError: they have several dtypes, or see `dtype_of`.
         """
         names: dict[torch.dtype, str] = {}
-        for name in sorted(self._file_of):
+        for name in sorted(self.names() - {*without}):
             names.setdefault(self.dtype_of(name), name)
         if len(names) > 1:
             several = ", ".join(f"{dtype_name(dtype)} ({name})" for dtype, name in names.items())
@@ -124,6 +139,9 @@ class TensorReader:
         Raises:
             UserError: it is not a dtype of weights, or see `shape`.
         """
+        return self._dtype_of(self.stored(name))
+
+    def _dtype_of(self, name: str) -> torch.dtype:
         code = self._header(name).dtype
         if code not in CODES.values():
             raise UserError(
@@ -135,7 +153,7 @@ class TensorReader:
 
     def file_of(self, name: str) -> str:
         """Returns the name of the file that holds a tensor; "" if there is no such tensor."""
-        return self._file_of.get(name, "")
+        return self._file_of.get(self.stored(name), "")
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype.
@@ -146,7 +164,11 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file, or see `dtype_of`.
         """
-        dtype, header, file = self.dtype_of(name), self._header(name), self._file_of[name]
+        return self.get_stored(self.stored(name))
+
+    def get_stored(self, name: str) -> Tensor:
+        """`get` by the folder's name, which tensors outside the language model have alone."""
+        dtype, header, file = self._dtype_of(name), self._header(name), self._file_of[name]
         if file.endswith(".bin"):
             return self._bin(file)[name]
         if not (size := header.shape.numel() * dtype.itemsize):
@@ -165,7 +187,11 @@ class TensorReader:
         Raises:
             UserError: the tensor is not in its file.
         """
-        return self._header(name).shape
+        return self._header(self.stored(name)).shape
+
+    def form_of(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Returns (shape, dtype) of a tensor by the folder's name."""
+        return self._header(name).shape, self._dtype_of(name)
 
     def _header(self, name: str) -> _Header:
         if name not in self._file_of:
@@ -270,6 +296,7 @@ def write_folder(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: str = MAX_SHARD_SIZE,
     force: bool = False,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Writes config, tokenizer files and weights, beside the folder first, and renames them at the end.
 
@@ -279,6 +306,7 @@ def write_folder(
     Args:
         shapes: of every tensor, in the order of the files.
         dtype: of the files.
+        dtypes: of tensors that have another.
         max_shard_size: "5GB", "500MB", ...; decimal units as in the names of the hub.
 
     Raises:
@@ -292,7 +320,7 @@ def write_folder(
             pass
         raise error if isinstance(error, UserError) else _not_written(folder, error) from None
     aside = folder_aside(folder)
-    shards = Shards(aside, shapes, dtype, parse_size(max_shard_size))
+    shards = Shards(aside, shapes, dtype, parse_size(max_shard_size), dtypes)
     for name, tensor in tensors:
         shards.add(name, tensor)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_solopo.conversion.hf import local_part, named_entries
+from megatron_solopo.conversion.hf import all_names, local_part, named_entries
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.new_tokens import NewRows
 from megatron_solopo.errors import UserError
@@ -86,10 +86,11 @@ def check_tensors(reader: TensorReader, hf_config: PretrainedConfig, padded_voca
             matrix would be lost.
     """
     table = family_of(hf_config).table(hf_config, padded_vocab_size)
-    expected = {name for entry in table for name in _all_names(entry, hf_config)}
+    expected = {name for entry in table for name in all_names(entry, hf_config)}
     if missing := expected - reader.names():
         reader.shape(min(missing))  # raises
-    left_over = reader.names() - expected
+    beginnings = family_of(hf_config).carried(hf_config)
+    left_over = {name for name in reader.names() - expected if not name.startswith(beginnings)}
     if hf_config.tie_word_embeddings and OUTPUT in left_over and _is_embedding(reader, OUTPUT):
         left_over.remove(OUTPUT)
     if left_over == {OUTPUT}:
@@ -119,13 +120,6 @@ def _is_embedding(reader: TensorReader, name: str) -> bool:
     """Whether a tensor equals the embedding; like transformers 5, which ties only equal tensors."""
     output, embedding = reader.get(name), reader.get("model.embed_tokens.weight")
     return output.dtype == embedding.dtype and torch.equal(output, embedding)
-
-
-def _all_names(entry: Entry, hf_config: PretrainedConfig) -> set[str]:
-    """Returns the Hugging Face names of an entry in all layers and experts."""
-    experts = range(hf_config.num_experts if entry.of_experts else 1)
-    layers = range(hf_config.num_hidden_layers) if entry.layers is None else entry.layers
-    return {name.format(layer=layer, expert=expert) for name in entry.hf for layer in layers for expert in experts}
 
 
 def stored_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:

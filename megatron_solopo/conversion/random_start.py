@@ -57,7 +57,7 @@ def _drawn(name: str, shape: torch.Size, std: float, seed: int, device: torch.de
     if name.endswith(".A_log"):  # rates of decay from 0.01 to 16
         drawn = np.random.default_rng(int.from_bytes(digest)).uniform(0.01, 16, tuple(shape))
         return torch.from_numpy(np.log(drawn)).float().to(device)
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return torch.zeros(shape, device=device)
     if len(shape) == 1:  # a norm
         return torch.full(shape, norm, device=device)

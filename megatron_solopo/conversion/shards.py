@@ -53,10 +53,19 @@ class Shards:
         shapes: of every tensor, in the order of the files.
         dtype: of the files.
         limit: bytes of a file, which a single larger tensor may exceed.
+        dtypes: of tensors that have another than the files.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, limit: int) -> None:
-        self.folder, self._shapes, self._dtype = folder, shapes, dtype
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, torch.Size],
+        dtype: torch.dtype,
+        limit: int,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self.folder, self._shapes = folder, shapes
+        self._dtypes = dict.fromkeys(shapes, dtype) | {**(dtypes or {})}
         self._error: OSError | None = None
         self._open: dict[int, BinaryIO] = {}
         self._closing: list[Future[None]] = []
@@ -67,7 +76,7 @@ class Shards:
             SINGLE if len(self._files) == 1 else f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
             for number in range(1, len(self._files) + 1)
         ]
-        self._headers = [_header(tensors, shapes, dtype) for tensors in self._files]
+        self._headers = [_header(tensors, shapes, self._dtypes) for tensors in self._files]
         self._file_of = {name: number for number, tensors in enumerate(self._files) for name in tensors}
         shutil.rmtree(folder, ignore_errors=True)
         self._try(lambda: folder.mkdir(parents=True))
@@ -77,7 +86,7 @@ class Shards:
         files: list[dict[str, int]] = [{}]
         end = 0
         for name, shape in self._shapes.items():
-            size = shape.numel() * self._dtype.itemsize
+            size = shape.numel() * self._dtypes[name].itemsize
             if files[-1] and end + size > limit:
                 files.append({})
                 end = 0
@@ -98,7 +107,7 @@ class Shards:
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
         number = self._file_of[name]
         self._left[number].remove(name)
-        self._try(lambda: self._write(number, name, tensor.to(self._dtype).contiguous()))
+        self._try(lambda: self._write(number, name, tensor.to(self._dtypes[name]).contiguous()))
         if not self._left[number] and number in self._open:
             self._closing.append(self._closer.submit(_to_the_disk, self._open.pop(number)))
 
@@ -127,19 +136,19 @@ class Shards:
         if missing is not None:
             raise ValueError(f"{missing} was not written")
         if len(self._files) > 1:
-            total = sum(shape.numel() for shape in self._shapes.values()) * self._dtype.itemsize
+            total = sum(shape.numel() * self._dtypes[name].itemsize for name, shape in self._shapes.items())
             files = {name: self._names[number] for name, number in sorted(self._file_of.items())}
             document = {"metadata": {"total_size": total}, "weight_map": files}
             (self.folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _header(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
+def _header(tensors: Mapping[str, int], shapes: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]) -> bytes:
     """Returns the length and the JSON header of a file, padded so that the tensors start at a multiple of eight
     bytes."""
     document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, start in tensors.items():
-        end = start + shapes[name].numel() * dtype.itemsize
-        document[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+        end = start + shapes[name].numel() * dtypes[name].itemsize
+        document[name] = {"dtype": CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from megatron_solopo import template_kwargs
 from megatron_solopo.conversion.tokenizer_files import complete_tokenizer, write_chat_template
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model import rope_scaling
+from megatron_solopo.model.families.registry import MULTIMODAL
 from megatron_solopo.model.hf_config import read_hf_config
 
 CARRIED = (
@@ -32,6 +36,8 @@ CARRIED = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 """Files that are copied from the folder that training started from. Mistral names SentencePiece models
 ``tokenizer.model.v3``."""
@@ -128,8 +134,9 @@ def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dt
         dtype: of the weights.
     """
     text = (Path(source) / "config.json").read_text(encoding="utf-8")
-    document = json.loads(text)
-    names = [name for name in DTYPES if name in document]
+    whole = json.loads(text)
+    document = whole.setdefault("text_config", {}) if whole.get("model_type") in MULTIMODAL else whole
+    names = [name for name in DTYPES if name in whole]
     if not rope_scaling.is_read_alike(document, hf_config):
         names = DTYPES
         rope_scaling.write(document, hf_config)
@@ -138,9 +145,10 @@ def config_json(source: str | Path, hf_config: PretrainedConfig, dtype: torch.dt
     for name, older in OLDER_NAMES.get(hf_config.model_type, {}).items():
         if name in document:
             document[older] = document[name]
-    document |= dict.fromkeys(names or DTYPES, dtype_name(dtype))
-    document.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]])
-    return text if document == json.loads(text) else json.dumps(document, indent=2) + "\n"
+    whole |= dict.fromkeys(names or DTYPES, dtype_name(dtype))
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if document is whole else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    whole.setdefault("architectures", [classes[whole["model_type"]]])
+    return text if whole == json.loads(text) else json.dumps(whole, indent=2) + "\n"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from megatron_solopo.data.text.control import end_of_turn_id
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
+from megatron_solopo.model.hf_config import auto_class
 from megatron_solopo.model.rope import reach as reach_of
 from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.progress import reporting
@@ -53,7 +54,7 @@ def load_model(folder: str | Path, device: str, dtype: str, flag: str = "--model
     torch_dtype = DTYPES.get(dtype) or ("auto" if device == "cuda" else torch.float32)
     try:
         with reporting(f"loading {folder}"):
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded = auto_class(folder).from_pretrained(
                 folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

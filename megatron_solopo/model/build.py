@@ -152,6 +152,7 @@ def layer_spec(
     repeat_activation: bool = False,
     norms: Norms = Norms.BEFORE,
     width_norms: bool = False,
+    experts: bool = True,
 ) -> tuple[ModuleSpec, type]:
     """Returns the spec of a layer, and the type of the final norm.
 
@@ -165,13 +166,15 @@ def layer_spec(
             computed again.
         norms: where the norms of a layer are.
         width_norms: whether queries and keys have a norm over all heads together.
+        experts: whether the layer has the model's experts, if it has some.
     """
+    number = settings.num_moe_experts if experts else None
     if settings.transformer_impl == transformer_engine.NAME:
         from megatron_solopo.model import te_layers  # imports Transformer Engine, which is optional
 
-        spec, final_norm = te_layers.layer_spec(settings, te_activation), te_layers.FINAL_NORM
+        spec, final_norm = te_layers.layer_spec(settings, te_activation, number), te_layers.FINAL_NORM
     else:
-        spec, final_norm = _portable_layer_spec(settings), RMSNorm
+        spec, final_norm = _portable_layer_spec(settings, number), RMSNorm
     submodules = cast(TransformerLayerSubmodules, spec.submodules)
     if norms is not Norms.BEFORE:
         spec.module = SandwichLayer
@@ -181,15 +184,15 @@ def layer_spec(
         attention: Any = submodules.self_attention  # a ModuleSpec
         attention.submodules.core_attention = partial(PackedAttention, width_norms=True)
     mlp: Any = submodules.mlp  # a functools.partial
-    if repeat_activation:
+    if repeat_activation and not number:
         mlp.keywords["submodules"].linear_fc2 = RowParallel
-    if mlp_tiles is not None:
+    if mlp_tiles is not None and not number:
         submodules.mlp = partial(TiledMLP.as_mlp_submodule, tiles=mlp_tiles, **mlp.keywords)
     return spec, final_norm
 
 
-def _portable_layer_spec(settings: TransformerConfig) -> ModuleSpec:
-    submodules = get_gpt_layer_local_submodules(num_experts=settings.num_moe_experts, normalization="RMSNorm")
+def _portable_layer_spec(settings: TransformerConfig, experts: int | None) -> ModuleSpec:
+    submodules = get_gpt_layer_local_submodules(num_experts=experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
     attention: Any = submodules.self_attention.submodules  # mcore annotates it as an object
@@ -201,7 +204,7 @@ def _portable_layer_spec(settings: TransformerConfig) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp: Any = submodules.mlp  # a functools.partial
     parts = mlp.keywords["submodules"]
-    if settings.num_moe_experts:
+    if experts:
         parts.router = Router
         shared = parts.shared_experts.keywords["submodules"]
         shared.activation_func, shared.linear_fc1 = SwiGLU, ColumnParallel
@@ -240,18 +243,24 @@ def build_model(
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)  # GPTModel sets them by the option, and refuses those of an earlier model
     repeat_activation, family = "mlp_act" in recomputed_modules(config.model), family_of(hf_config)
-    layer, final_norm = layer_spec(
-        settings,
-        config.model.use_te_activation_func,
-        config.model.mlp_tiles,
-        repeat_activation,
-        family.norms,
-        family.width_norms,
+    (layer, final_norm), (dense, _) = (
+        layer_spec(
+            settings,
+            config.model.use_te_activation_func,
+            config.model.mlp_tiles,
+            repeat_activation,
+            family.norms,
+            family.width_norms,
+            experts,
+        )
+        for experts in (True, False)
     )
-    specs = [layer] * get_num_layers_to_build(settings, vp_stage)
+    first, count = get_transformer_layer_offset(settings, vp_stage), get_num_layers_to_build(settings, vp_stage)
+    kinds = settings.moe_layer_freq if isinstance(settings.moe_layer_freq, list) else [1] * settings.num_layers
+    specs = [layer if has_experts else dense for has_experts in kinds[first : first + count]]
     if any(linear := linear_layers(hf_config)):
-        first, recurrent = get_transformer_layer_offset(settings, vp_stage), recurrent_layer_spec(layer)
-        specs = [recurrent if is_linear else layer for is_linear in linear[first : first + len(specs)]]
+        here = zip(specs, linear[first : first + count], strict=True)
+        specs = [recurrent_layer_spec(spec) if is_linear else spec for spec, is_linear in here]
     block = TransformerBlockSubmodules(layer_specs=specs, layer_norm=final_norm)
     model = GPTModel(
         settings,

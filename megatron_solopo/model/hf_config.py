@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from megatron_solopo.config import Config, DataConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.json_text import check_json
 from megatron_solopo.model.families.fields import attention_window, head_dim
-from megatron_solopo.model.families.registry import family_of
+from megatron_solopo.model.families.registry import MULTIMODAL, family_of
 from megatron_solopo.model.rope import reach, rope_of
 from megatron_solopo.model.rope_scaling import extended
 from megatron_solopo.model_folder import check_is_folder, seen_in
 from megatron_solopo.parallel.context import DEFAULT
 from megatron_solopo.parallel.kernels import HEAD_DIMS
+
+PART_OF = "_part_of"
+"""Private, as transformers' own additions to a config are."""
 
 
 def read_hf_config(folder: str | Path, rope_scaling: str | None = None, option: str = "--hf-path") -> PretrainedConfig:
@@ -43,12 +48,49 @@ def read_config_file(path: Path, rope_scaling: str | None = None) -> PretrainedC
     """
     check_json(path)
     try:
-        hf_config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        hf_config = language_model(AutoConfig.from_pretrained(str(path), local_files_only=True), path)
     except Exception as error:  # transformers raises many kinds; the first line says what is wrong, or its kind:
         first, *others = str(error).splitlines() or [type(error).__name__]
         reason = " ".join((first, others[0].strip())) if first.endswith(":") and others else first
         raise UserError("model-config-unreadable", f"{path}: not readable ({reason})") from None
     return hf_config if rope_scaling is None else extended(hf_config, rope_scaling)
+
+
+def language_model(whole: PretrainedConfig, path: Path) -> PretrainedConfig:
+    """Returns the config of the language model in that of a model of `MULTIMODAL`; others as they are.
+
+    Whether embeddings are tied is a field of both, of which transformers reads the outer one, and takes its default for
+    no decision: it ties equal tensors alone.
+    """
+    if whole.model_type not in MULTIMODAL:
+        return whole
+    hf_config, document = whole.get_text_config(decoder=True), json.loads(path.read_text(encoding="utf-8-sig"))
+    hf_config.tie_word_embeddings = document.get("tie_word_embeddings", hf_config.tie_word_embeddings)
+    setattr(hf_config, PART_OF, whole.model_type)
+    if "quantization_config" in document:
+        hf_config.quantization_config = document["quantization_config"]
+    return hf_config
+
+
+def part_of(hf_config: PretrainedConfig) -> str | None:
+    """Returns the model_type of the model that a language model is part of; None for a model of its own."""
+    return getattr(hf_config, PART_OF, None)
+
+
+def whole_config(folder: str | Path, hf_config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
+    """Returns transformers' class for the model of a folder, and its config with ``hf_config`` as its language model's,
+    or as itself."""
+    whole, kind = AutoConfig.from_pretrained(str(folder), local_files_only=True), auto_class(folder)
+    if kind is AutoModelForCausalLM:
+        return kind, hf_config
+    whole.text_config, whole.tie_word_embeddings = hf_config, hf_config.tie_word_embeddings
+    return kind, whole
+
+
+def auto_class(folder: str | Path) -> Any:
+    """Returns transformers' class for the model of a folder with config.json."""
+    kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig")).get("model_type")
+    return AutoModelForImageTextToText if kind in MULTIMODAL else AutoModelForCausalLM
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, divisible_by: int) -> int:

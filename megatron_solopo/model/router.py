@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,6 +16,10 @@ from torch import Tensor, nn
 class Router(TopKRouter):
     """Routes each token to its most probable experts.
 
+    With ``moe_router_score_function`` sigmoid, as in DeepSeek-V3 (arXiv 2412.19437, equations 13 to 16) and GLM-4.5,
+    each expert has a score of its own. A bias of each expert is added where experts are chosen, not in their weights;
+    with several groups of experts they come from the groups whose two best experts have the largest sum.
+
     megatron-core's router computes the softmax in float32 whatever the model's dtype (moe_utils.py:841, 936, version
     0.19.2), and divides by 0 where a micro-batch is all padding (:138). This one keeps float64, and counts padding in
     neither the load nor the probabilities. Padding does pass through the experts: no token is dropped in favour of
@@ -21,9 +27,16 @@ class Router(TopKRouter):
 
     Attributes:
         aux_loss: sum of the auxiliary loss of this rank's tokens since `take_aux_loss`, without coefficient.
+        expert_bias: [experts] float32, of sigmoid routers; it has no gradient, and training leaves it as it is.
     """
 
     aux_loss: Tensor | float = 0.0
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if self.config.moe_router_score_function == "sigmoid":
+            zeros = torch.zeros(self.config.num_moe_experts or 0, dtype=torch.float32)
+            self.expert_bias = nn.Parameter(zeros, requires_grad=False)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes the weight of each expert in each token's output, and which experts are chosen.
@@ -36,10 +49,18 @@ class Router(TopKRouter):
             [S, experts] in the dtype of ``logits``, 0 where not chosen; [S, experts] bool.
         """
         logits = logits.flatten(0, 1)
-        probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        top, experts = probs.topk(self.topk, dim=-1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if self.config.moe_router_score_function == "sigmoid":
+            scores = logits.to(wide).sigmoid()
+            experts = self._chosen_with_bias(scores.detach())
+            top, probs = scores.gather(1, experts), scores / scores.sum(-1, keepdim=True)
+        else:
+            probs = logits.softmax(-1, dtype=wide)
+            top, experts = probs.topk(self.topk, dim=-1)
         if not self.config.moe_router_pre_softmax:
             top = top / top.sum(-1, keepdim=True)
+        if self.config.moe_router_topk_scaling_factor is not None:
+            top = top * self.config.moe_router_topk_scaling_factor
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, experts, True)
         weights = torch.zeros_like(probs).scatter(1, experts, top).to(logits.dtype)
         if self.config.moe_aux_loss_coeff and self.training and torch.is_grad_enabled():
@@ -48,11 +69,24 @@ class Router(TopKRouter):
             weights = MoEAuxLossAutoScaler.apply(weights, self.config.moe_aux_loss_coeff * loss)
         return weights, chosen
 
+    def _chosen_with_bias(self, scores: Tensor) -> Tensor:
+        """[S, experts] -> [S, k], the experts of each token."""
+        assert self.expert_bias is not None
+        scores = scores + self.expert_bias
+        groups, chosen = self.config.moe_router_num_groups or 1, self.config.moe_router_group_topk or 1
+        if chosen < groups:
+            of_groups = scores.unflatten(1, (groups, -1))
+            best = of_groups.topk(2, dim=-1).values.sum(-1).topk(chosen, dim=-1).indices
+            left_out = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+            scores = of_groups.masked_fill(left_out[..., None], float("-inf")).flatten(1)
+        return scores.topk(self.topk, dim=-1).indices
+
     def _load_balancing_loss(self, probs: Tensor, chosen: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Computes Switch Transformers' loss (arXiv 2101.03961, equations 4 to 6) over T tokens for the top k.
 
         It is E sum_i f_i P_i with E experts, f_i the fraction of the k T choices of expert i, and P_i its mean
-        probability; 1 where balanced. Where ranks share a micro-batch, each returns its tokens' part of the sum.
+        probability, of sigmoid scores its share in their sum (arXiv 2412.19437, equation 19); 1 where balanced. Where
+        ranks share a micro-batch, each returns its tokens' part of the sum.
         """
         if padding_mask is not None:
             real = ~padding_mask.reshape(-1, 1)

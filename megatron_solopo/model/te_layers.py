@@ -67,14 +67,15 @@ class TEPackedAttention(TEDotProductAttention):
         )
 
 
-def layer_spec(settings: TransformerConfig, te_activation: bool) -> ModuleSpec:
+def layer_spec(settings: TransformerConfig, te_activation: bool, experts: int | None) -> ModuleSpec:
     """Returns megatron-core's Transformer Engine layer with attention over packs and this package's router.
 
     Args:
         te_activation: SwiGLU is Transformer Engine's kernel, otherwise this package's function.
+        experts: of the layer; None: it has an MLP.
     """
     submodules = get_gpt_layer_with_transformer_engine_submodules(
-        num_experts=settings.num_moe_experts,
+        num_experts=experts,
         moe_grouped_gemm=settings.moe_grouped_gemm,
         qk_layernorm=settings.qk_layernorm,
         use_te_activation_func=te_activation,
@@ -87,7 +88,7 @@ def layer_spec(settings: TransformerConfig, te_activation: bool) -> ModuleSpec:
     submodules.self_attention.submodules.core_attention = attention  # pyright: ignore[reportAttributeAccessIssue]
     mlp: Any = submodules.mlp  # a functools.partial
     parts = mlp.keywords["submodules"]
-    if settings.num_moe_experts:
+    if experts:
         parts.router = Router
         parts = parts.experts.keywords["submodules"]
     if not te_activation:

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 from megatron_solopo import environment
 from megatron_solopo.config import FP8_MULTIPLES, Config, flag
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
+from megatron_solopo.model.families.family import Family, Norms
+from megatron_solopo.model.families.fields import expert_count, head_dim, linear_layers, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.parallel.context import method_of
 
@@ -47,17 +47,11 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     """
     model, parallel = config.model, config.parallel
     family = family_of(hf_config)
-    if model.transformer_impl == NAME and (family.norms is not Norms.BEFORE or family.activation != "silu"):
+    if model.transformer_impl == NAME and (part := _portable_part(family, hf_config)):
         raise UserError(
             "model-portable-only",
-            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have norms behind attention and MLP, "
-            "which are portable layers' only; use portable",
-        )
-    if model.transformer_impl == NAME and any(linear_layers(hf_config)):
-        raise UserError(
-            "model-portable-only",
-            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} with a recurrent state are portable "
-            "layers' only; use portable",
+            f"--transformer-impl {NAME}: the layers of {hf_config.model_type} have {part}, which are portable layers' "
+            "only; use portable",
         )
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     heads = {
@@ -68,7 +62,7 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
     if model.fp8_format is None:
         return
     size = head_dim(hf_config)
-    experts = getattr(hf_config, "num_experts", None)
+    experts = expert_count(hf_config)
     expert_tensor = parallel.expert_tensor_parallel_size or tensor
     inner = getattr(hf_config, "moe_intermediate_size", None) if experts else None
     widths = {
@@ -85,6 +79,15 @@ def check_widths(hf_config: PretrainedConfig, config: Config) -> None:
                 f"{flag('fp8_recipe')} {model.fp8_recipe}: the model's {name} on a rank, {width}, is no multiple of "
                 f"{multiple}; leave --fp8-format out, or change the recipe or --tensor-model-parallel-size",
             )
+
+
+def _portable_part(family: Family, hf_config: PretrainedConfig) -> str | None:
+    if family.norms is not Norms.BEFORE or family.activation != "silu":
+        return "norms behind attention and MLP"
+    if any(linear_layers(hf_config)):
+        return "recurrent states"
+    shared = family.transformer_options(hf_config).get("moe_shared_expert_intermediate_size")
+    return None if shared is None else "shared experts"
 
 
 def check_machine(config: Config, platform: str) -> None:

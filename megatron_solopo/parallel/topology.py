@@ -154,11 +154,16 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
     parallel = config.parallel
     data_parallel_size(parallel, world)
     _check_stages(hf_config.num_hidden_layers, parallel)
-    experts = getattr(hf_config, "num_experts", None)
+    experts = getattr(hf_config, "num_local_experts", None) or getattr(hf_config, "num_experts", None)
+    has_mlp = not experts or getattr(hf_config, "first_k_dense_replace", 0)
+    shared = getattr(hf_config, "shared_expert_intermediate_size", None)
+    if number := getattr(hf_config, "n_shared_experts", None):
+        shared = number * hf_config.moe_intermediate_size
     matrices = {
         "model's num_attention_heads": hf_config.num_attention_heads,
         "model's num_key_value_heads": hf_config.num_key_value_heads,
-        **({} if experts else {"model's intermediate_size": hf_config.intermediate_size}),
+        **({"model's intermediate_size": hf_config.intermediate_size} if has_mlp else {}),
+        **({"shared experts' intermediate size": shared} if shared else {}),
         "padded vocabulary (--make-vocab-size-divisible-by)": padded_vocab_size,
     }
     _check_divides("tensor_model_parallel_size", parallel.tensor_model_parallel_size, matrices)
@@ -168,7 +173,7 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
         heads = {"model's linear_num_key_heads on a tensor-parallel rank": keys // tensor}
         _check_divides("context_parallel_size", parallel.context_parallel_size, heads)
     if experts:
-        _check_experts(hf_config, config, world)
+        _check_experts(hf_config, config, world, experts)
     else:
         _check_dense(hf_config, config)
 
@@ -191,7 +196,7 @@ def _check_dense(hf_config: PretrainedConfig, config: Config) -> None:
             raise UserError("model-without-experts", f"{shown}: {hf_config.model_type} has no experts; leave it out")
 
 
-def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> None:
+def _check_experts(hf_config: PretrainedConfig, config: Config, world: int, experts: int) -> None:
     """Each stage's ranks have a second layout for experts: replicas x expert parallel x expert tensor parallel."""
     parallel = config.parallel
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
@@ -206,7 +211,7 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     note = "" if parallel.expert_tensor_parallel_size else " (that of --tensor-model-parallel-size)"
     processes = "processes of a pipeline stage"
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
-    numbers = {"number of experts": hf_config.num_experts, f"{processes} / expert tensor parallel": stage // tensor}
+    numbers = {"number of experts": experts, f"{processes} / expert tensor parallel": stage // tensor}
     _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, numbers)
     _check_dispatcher(parallel, tensor * parallel.expert_model_parallel_size)
 

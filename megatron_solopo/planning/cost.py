@@ -63,6 +63,7 @@ def _pack(process: Process, machine: Machine, stage: int) -> float:
     weights = process.t * attention_parameters(shape) / process.tensor * (passes + again)
     if shape.experts:
         weights += process.rows * 3 * shape.hidden * shape.ffn / process.expert_tensor * (passes + again)
+        weights += process.t * 3 * shape.hidden * shape.shared / process.tensor * (passes + again)
     else:  # a tile computes gate and up again, and no layer the whole MLP
         of_mlp = passes + (process.scores + 2 / 3 if process.tiles else again)
         weights += process.t * 3 * shape.hidden * shape.ffn / process.tensor * of_mlp

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.config_checks import check, check_on_cuda
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.families.fields import expert_count
 from megatron_solopo.parallel import context
 from megatron_solopo.parallel.topology import data_parallel_size
 from megatron_solopo.planning.candidate import Candidate, Request
@@ -30,7 +31,7 @@ NEAREST = 4
 def layouts(request: Request) -> Iterator[ParallelConfig]:
     """Yields every layout of the GPUs whose tensor-parallel ranks are on one node; training may refuse it."""
     base, hf_config, gpus = request.config.parallel, request.hf_config, request.gpus
-    layers, experts = hf_config.num_hidden_layers, getattr(hf_config, "num_experts", None)
+    layers, experts = hf_config.num_hidden_layers, expert_count(hf_config)
 
     def sizes(name: str, of: int, most: int) -> list[int]:
         if request.fixed(name):
@@ -79,7 +80,7 @@ def _ends(request: Request, stages: int) -> dict[str, int]:
     return dict(zip(options, (left // 2, left - left // 2), strict=True)) if left >= 2 else {}
 
 
-def _experts(request: Request, ranks: int, tensor: int, experts: int | None) -> Iterator[tuple[int | None, int]]:
+def _experts(request: Request, ranks: int, tensor: int, experts: int) -> Iterator[tuple[int | None, int]]:
     """Yields (expert tensor parallel size, expert parallel size) on ``ranks`` processes of a stage."""
     base = request.config.parallel
     if not experts:

@@ -12,7 +12,7 @@ SIZES = {"fp32": 4, "bf16": 2}
 
 def attention_parameters(shape: Shape) -> int:
     """Counts the parameters of a layer's attention: queries, keys, values and output, with biases."""
-    return shape.hidden * (2 * shape.queries + 2 * shape.keys) + shape.biases
+    return shape.attention + shape.biases
 
 
 def layer_parameters(process: Process) -> tuple[int, int]:
@@ -23,17 +23,22 @@ def layer_parameters(process: Process) -> tuple[int, int]:
     if not shape.experts:
         return attention + norms + 3 * h * shape.ffn // process.tensor, 0
     experts = shape.experts // process.expert_parallel * 3 * h * shape.ffn // process.expert_tensor
-    return attention + norms + shape.experts * h, experts
+    return attention + norms + shape.experts * h + 3 * h * shape.shared // process.tensor, experts
 
 
 def stage_parameters(process: Process, stage: int) -> tuple[int, int]:
     """Counts the parameters of a pipeline stage on a process: (without experts, of experts)."""
     dense, experts = layer_parameters(process)
+    shape, before = process.shape, sum(process.sizes[:stage])
+    # layers of this stage that have an MLP instead of experts; interleaved stages are counted as if they were not
+    first = min(max(shape.first - before, 0), process.sizes[stage])
+    mlp = 3 * shape.hidden * (shape.first_ffn - shape.shared) // process.tensor - shape.experts * shape.hidden
     last = stage == process.stages - 1
     matrix = process.shape.vocabulary * process.shape.hidden // process.tensor
     matrices = (stage == 0) + last - (process.shape.tied and process.stages == 1)
     layers = process.sizes[stage]
-    return layers * dense + matrices * matrix + last * process.shape.hidden, layers * experts
+    of_mlps = first * mlp if first else 0
+    return layers * dense + of_mlps + matrices * matrix + last * shape.hidden, (layers - first) * experts
 
 
 def adapter_parameters(process: Process, stage: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.adapters import merging, save_adapters
+from megatron_solopo.conversion.carried import carried_names
 from megatron_solopo.conversion.compare import compare, read_prompts, report
-from megatron_solopo.conversion.hf import save_folder
+from megatron_solopo.conversion.hf import kept_dtypes, save_folder
 from megatron_solopo.conversion.hf_folder import TensorReader
 from megatron_solopo.conversion.manifest import find_checkpoint
 from megatron_solopo.conversion.megatron_folder import (
@@ -54,7 +55,8 @@ def _dtype(name: str) -> torch.dtype:
 def _to_megatron(options: argparse.Namespace, config: Config, hf_config: PretrainedConfig) -> int:
     if is_megatron_folder(options.hf_path):
         raise UserError("folder-is-megatron", f"--hf-path {options.hf_path}: holds Megatron's weights already")
-    dtype = _dtype(options.dtype) if options.dtype else TensorReader(options.hf_path).dtype()
+    reader = all_trained(options.hf_path, hf_config)
+    dtype = _dtype(options.dtype) if options.dtype else reader.dtype(kept_dtypes(hf_config))
     models = build_chunks(hf_config, config, dtype)
     added = config.model.add_special_tokens
     weights = open_hf_weights(models, hf_config, options.hf_path, added)
@@ -64,6 +66,22 @@ def _to_megatron(options: argparse.Namespace, config: Config, hf_config: Pretrai
     if dist.get_rank() == 0:
         print(f"wrote {options.save} ({dtype_name(dtype)}); train from it with --hf-path {options.save}")
     return 0
+
+
+def all_trained(folder: str, hf_config: PretrainedConfig) -> TensorReader:
+    """Returns the weights of a folder that are the trained model's all.
+
+    Raises:
+        UserError: the folder holds others beside it.
+    """
+    reader = TensorReader(folder)
+    if reader.is_nested or carried_names(reader, hf_config):
+        raise UserError(
+            "folder-carries",
+            f"--hf-path {folder}: holds tensors beside the trained model, such as an image encoder or layers of "
+            "multi-token prediction, which a Megatron folder does not carry; start training from this folder itself",
+        )
+    return reader
 
 
 def _chat_format(load: Path, config: Config) -> tuple[str | None, int | None]:

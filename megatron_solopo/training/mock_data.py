@@ -105,7 +105,9 @@ def _write_model(config_file: Path, folder: Path) -> None:
     groups = max(1, fields["num_attention_heads"] // fields.get("num_key_value_heads", fields["num_attention_heads"]))
     fields |= dict(num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=FFN, vocab_size=len(SPECIAL + WORDS))
     fields |= dict(num_attention_heads=2 * groups, num_key_value_heads=2, head_dim=HEAD, max_window_layers=LAYERS)
-    for name, most in (("num_experts", EXPERTS), ("num_local_experts", EXPERTS), ("num_experts_per_tok", 2)):
+    experts = {name: EXPERTS for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    ones = dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1)
+    for name, most in (experts | ones | {"num_experts_per_tok": 2}).items():
         if name in fields:
             fields[name] = min(fields[name], most)
     if "moe_intermediate_size" in fields:

@@ -21,6 +21,7 @@ from megatron_solopo import template_kwargs
 from megatron_solopo.config import AUTO, Config, ModelConfig, OutputConfig
 from megatron_solopo.config_checks import check_on_cuda, profiled_ranks
 from megatron_solopo.conversion.adapters import check_adapters
+from megatron_solopo.conversion.hf import beside_of
 from megatron_solopo.conversion.sidecar_files import generation_config
 from megatron_solopo.conversion.start import check_weights, model_config
 from megatron_solopo.data.files.inputs import first_field
@@ -235,6 +236,7 @@ def check_model(config: Config, device: str) -> PretrainedConfig:
     check_adapters(config.model, hf_config)
     if config.output.save_hf is not None:
         generation_config(Path(config.model.hf_path))  # which an export changes
+        beside_of(config.model.hf_path, hf_config)
     return hf_config
 
 

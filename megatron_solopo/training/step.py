@@ -290,9 +290,10 @@ def run_parts(
     scalars = {name: sum((part[name].double() for part in parts if reports), zero) for name in inputs.names}
     settings = engine.models[0].config
     if settings.num_moe_experts and settings.moe_aux_loss_coeff and not forward_only:
-        # Each layer of each part of each pack is on one rank; the mean is over all layers and packs.
-        aux_loss = sum(take_aux_loss(model) for model in engine.models)
-        scalars["moe_aux_loss"] = (zero + aux_loss) * (total_groups / (settings.num_layers * len(packs) * ranks))
+        # Each layer of each part of each pack is on one rank; the mean is over all layers with experts and packs.
+        aux_loss, kinds = sum(take_aux_loss(model) for model in engine.models), settings.moe_layer_freq
+        layers = sum(kinds) if isinstance(kinds, list) else settings.num_layers
+        scalars["moe_aux_loss"] = (zero + aux_loss) * (total_groups / (layers * len(packs) * ranks))
     numbers: dict[str, float] = {
         "tokens": reports * sum(pack.tokens for pack in packs),
         "padding": reports * sum(pack.pack.padding for pack in packs),

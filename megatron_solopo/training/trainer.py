@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
+from megatron_solopo.conversion.hf import describe_carried
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
@@ -383,7 +384,10 @@ class Trainer:
             + "; values of a step are means over its examples"
         )
         if dist.get_rank() == 0:  # which alone prints
-            self.log.message(describe_parameters(self.plan.inputs.hf_config, self.config.model))
+            hf_config, model = self.plan.inputs.hf_config, self.config.model
+            self.log.message(describe_parameters(hf_config, model))
+            if carried := describe_carried(model.hf_path, hf_config):
+                self.log.message(carried)
         if self.plan.budget:
             self.log.message(self.plan.budget)
         if self.platform.name == "cuda":

@@ -24,6 +24,7 @@ from tiny_models import (
 from transformers import (
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -48,6 +49,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_model(folder / "wide-mistral", mistral, seed=7)
     write_model(folder / "mixtral", MixtralConfig(**SHAPE, **EXPERTS), seed=4)
     write_model(folder / "qwen3_moe", Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE), seed=5)
+    glm4_moe = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, n_group=2)
+    glm4_moe |= dict(attention_bias=True, use_qk_norm=True, routed_scaling_factor=2.5, pad_token_id=None)
+    write_model(folder / "glm4_moe", Glm4MoeConfig(**SHAPE, **glm4_moe), seed=12)
+    windows = dict(use_sliding_window=True, sliding_window=9)
+    write_model(folder / "windows_moe", Qwen3MoeConfig(**SHAPE, **EXPERTS, **QWEN3_MOE, **windows), seed=13)
     by_layer = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"])
     gemma3 = Gemma3TextConfig(**SHAPE, **by_layer, head_dim=16, query_pre_attn_scalar=20, pad_token_id=None)
     write_model(folder / "gemma3", gemma3, seed=8)

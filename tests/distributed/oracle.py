@@ -100,11 +100,11 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
     A layer's: experts x sum over experts of (share of all choices x mean probability), over the tokens that are
     computed: each prompt once, and each completion without its last token.
     """
-    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-    outputs: dict[nn.Module, list[Tensor]] = {router: [] for router in routers}
+    routers = _routers(model)
+    outputs: dict[nn.Module, list[tuple[Tensor, ...]]] = {router: [] for router in routers}
     first = 0
     hooks = [
-        router.register_forward_hook(lambda module, _, output: outputs[module].append(output[0][first:]))
+        router.register_forward_hook(lambda module, _, output: outputs[module].append(tuple(x[first:] for x in output)))
         for router in routers
     ]
     for prompt in (prompt for example in examples for prompt in example["prompts"]):
@@ -115,10 +115,22 @@ def load_balancing(model: nn.Module, examples: list[dict[str, Any]]) -> Tensor:
         hook.remove()
     total = torch.zeros((), dtype=torch.float64)
     for router, parts in outputs.items():
-        probs = torch.cat(parts).softmax(-1)
-        choices = torch.zeros_like(probs).scatter(1, probs.topk(router.top_k).indices, 1.0)
+        logits, _, chosen = map(torch.cat, zip(*parts, strict=True))
+        probs = logits.softmax(-1)
+        if hasattr(router, "e_score_correction_bias"):  # a sigmoid router, whose scores are normalised
+            probs = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+        choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)
         total = total + probs.shape[1] * (choices.sum(0) / choices.sum() * probs.mean(0)).sum()
     return total
+
+
+def _routers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+
+
+def layers_with_experts(model: nn.Module) -> int:
+    """The number of layers that have a router."""
+    return len(_routers(model))
 
 
 def logistic(margin: Tensor) -> Tensor:

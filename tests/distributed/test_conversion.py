@@ -13,6 +13,7 @@ from tiny_models import EXPERTS, QWEN3_MOE, WIDE, write_model
 from transformers import (
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -36,7 +37,9 @@ DENSE_MODELS: dict[str, Any] = {
     "olmo3": Olmo3Config(**SHAPE, pad_token_id=0),
     "phi3": Phi3Config(**SHAPE, pad_token_id=0),
 }
+GLM4_MOE = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=2)
 EXPERT_MODELS: dict[str, Any] = {
+    "glm4_moe": Glm4MoeConfig(**SHAPE, **GLM4_MOE, head_dim=16, use_qk_norm=True, pad_token_id=0),
     "mixtral": MixtralConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
     "qwen3_moe": Qwen3MoeConfig(**SHAPE, **QWEN3_MOE, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=True),
 }

@@ -36,6 +36,7 @@ BENCHMARK = "tests/unit/test_benchmark.py"
 API = "tests/functional/test_python_api.py -k 'training or stopped or again'"
 TABLES = "tests/unit/test_model_parity.py -k log_probs_equal"
 ROPE = "tests/unit/test_rope.py"
+MULTIMODAL = "tests/unit/test_multimodal.py"
 LONGER = "tests/functional/test_rope_scaling.py"
 DRAWN = "tests/unit/test_random_start.py"
 SHARDS = "tests/distributed/test_checkpoint_shards.py"
@@ -824,6 +825,14 @@ MUTANTS: list[Mutant] = [
         PARITY,
         ("a float64 model's router in float32", "torch.promote_types(logits.dtype, torch.float32)", "torch.float32"),
         ("the chosen experts' weights not renormalised", "if not self.config.moe_router_pre_softmax:", "if False:"),
+        (
+            "a router's bias in the weights",
+            "scores.gather(1, experts)",
+            "(scores + self.expert_bias).gather(1, experts)",
+        ),
+        ("experts chosen without the bias", "scores = scores + self.expert_bias", "scores = scores + 0"),
+        ("groups compared by their best expert", "of_groups.topk(2, dim=-1)", "of_groups.topk(1, dim=-1)"),
+        ("no factor on weights", "if self.config.moe_router_topk_scaling_factor is not None:", "if False:"),
     ),
     *within(
         "model/router.py",
@@ -831,6 +840,16 @@ MUTANTS: list[Mutant] = [
         ("padding counts as load", "chosen = probs * real, chosen & real", "chosen = probs * real, chosen"),
         ("the load of a part of the tokens", "if self.tp_cp_group.size() > 1:", "if False:"),
         ("padding not cut on later stages", 'get_attr_wrapped_model(model, "pre_process")', "True"),
+    ),
+    *within(
+        "conversion/hf.py",
+        MULTIMODAL,
+        ("carried tensors in the model's dtype", "dtypes |= {name: of_source for", "_ = {name: of_source for"),
+        (
+            "a router's bias in the model's dtype",
+            "kept = [entry for entry in table if",
+            "kept = [entry for entry in () if",
+        ),
     ),
     *within(
         "conversion/hf.py",
@@ -1438,7 +1457,6 @@ MUTANTS: list[Mutant] = [
             "Scan.apply(layout.responses, 0 * states[layout.forks]",
         ),
         ("the gradient of a state that is read", "of_state += query[chunks]", "of_state += 0 * query[chunks]"),
-        ("the state of a sequence that ended", "last[following:count] = state[following:]", "last[:count] = state"),
         ("the diagonal of a token's own scores", ".triu(1)", ".triu(0)"),
         ("a chunk's decay at its first token", "total[..., -1].exp()", "total[..., 0].exp()"),
     ),

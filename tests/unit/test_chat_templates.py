@@ -53,6 +53,14 @@ MOVED = (  # writes the answer before the question
     "<|head|>{{ messages[0].content }}<|tail|>"
 )
 
+GLM45 = (  # no token ends a turn; an empty thought in every answer without one
+    "<|tail|>{% for m in messages %}<|head|>{{ m.role }}\n{% set c = m.content %}{% if m.role == 'assistant' %}"
+    "{% if '</think>' in c %}<think>{{ c.split('</think>')[0].split('<think>')[-1].strip() }}</think>\n"
+    "{{ c.split('</think>')[-1].strip() }}{% else %}<think></think>\n{{ c.strip() }}{% endif %}"
+    "{% else %}{{ c }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|head|>assistant\n"
+    "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
 THOUGHT = "France has one.\n</think>\n\nAnswer: Paris"
 BOTH = f"<think>\n{THOUGHT}"
 TABLE = [
@@ -81,6 +89,8 @@ TABLE = [
     (ALWAYS, None, " I think. </think> room 0", " I think. </think> room 0"),
     (ALWAYS, None, "room 0", "room 0"),
     (HARMONY, None, "room 0", "<|tail|>final<|endoftext|>room 0"),
+    (GLM45, None, BOTH, BOTH),
+    (GLM45, '{"enable_thinking": false}', "room 0", "\nroom 0"),
     (MOVED, None, "room 0", "room 0"),
 ]
 

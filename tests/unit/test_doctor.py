@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from test_multimodal import mtp_folder, nested_folder
 from tiny_models import SHAPE, write_model
 from transformers import Glm4Config, LlamaConfig
 
@@ -61,6 +62,18 @@ def test_an_unknown_model_type_has_a_nearest_family(
 def test_a_value_that_is_refused_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_model(tmp_path / "hf", LlamaConfig(**SHAPE, tie_word_embeddings=False))
     assert any("mlp_bias = True" in line for line in report(changed(folder, mlp_bias=True), capsys, 1))
+
+
+def test_what_is_carried_through_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers of multi-token prediction, and an image encoder around a model that itself is understood."""
+    mtp_folder(tmp_path / "glm")
+    lines = report(tmp_path / "glm", capsys, 0)
+    assert "weights: 3 beside the trained model are carried through, such as model.layers.2.eh_proj.weight" in lines
+    assert lines[-1] == "all fields are understood: glm4_moe"
+    lines = report(nested_folder("gemma3", tmp_path / "gemma3"), capsys, 0)
+    assert lines[0] == "model_type 'gemma3': its text_config is that of the trained model"
+    assert any("multi_modal_projector.mm_input_projection_weight" in line for line in lines)
+    assert lines[-1] == "all fields are understood: gemma3_text"
 
 
 def test_a_path_that_is_no_model(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ import torch
 from refusals import refused
 from tiny_models import EXPERTS, QWEN3_MOE, RECURRENT, SHAPE, SHARED_EXPERT
 from transformers import (
+    Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     LlamaConfig,
     Ministral3Config,
@@ -43,8 +46,9 @@ from megatron_solopo.model.rope import rope_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 KINDS: tuple[type[PretrainedConfig], ...] = (
-    *(Gemma3TextConfig, GlmConfig, Glm4Config, LlamaConfig, MinistralConfig, Ministral3Config, MistralConfig),
-    *(MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, SmolLM3Config),
+    *(Gemma3TextConfig, GlmConfig, Glm4Config, Glm4MoeConfig, LlamaConfig, MinistralConfig, Ministral3Config),
+    *(MistralConfig, MixtralConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig),
+    SmolLM3Config,
     *(Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig),
 )
 RECURRENT_KINDS = (Qwen3_5TextConfig, Qwen3_5MoeTextConfig, Qwen3NextConfig)
@@ -52,7 +56,7 @@ EXPERT_FIELDS = EXPERTS | QWEN3_MOE
 
 
 def small(kind: type[PretrainedConfig], **fields: Any) -> PretrainedConfig:
-    experts = EXPERT_FIELDS if kind is Qwen3MoeConfig else EXPERTS if kind is MixtralConfig else {}
+    experts = EXPERT_FIELDS if kind in (Qwen3MoeConfig, Glm4MoeConfig) else EXPERTS if kind is MixtralConfig else {}
     if kind in RECURRENT_KINDS:
         experts = RECURRENT | ({} if kind is Qwen3_5TextConfig else SHARED_EXPERT)
     return kind(**(SHAPE | experts | {"pad_token_id": 0} | fields))
@@ -77,7 +81,7 @@ REFUSED = {
 UNSUPPORTED = {"hidden_act", "attention_dropout", "per_layer_config"}
 """Fields of `REFUSED` that every family knows, in one value; Llama and SmolLM3 know mlp_bias too."""
 SUPPORTED = {
-    "partial_rotary_factor": (GlmConfig, Glm4Config, Phi3Config, *RECURRENT_KINDS),
+    "partial_rotary_factor": (GlmConfig, Glm4Config, Glm4MoeConfig, Phi3Config, *RECURRENT_KINDS),
     "no_rope_layers": (SmolLM3Config,),
 }
 """Fields of `REFUSED` that some families have."""
@@ -152,7 +156,7 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
 @pytest.mark.parametrize(
     ("kind", "field", "value", "named"),
     [
-        (MixtralConfig, "num_local_experts", 0, ["num_experts = 0 ", "at least 1"]),
+        (MixtralConfig, "num_local_experts", 0, ["num_local_experts = 0 ", "at least 1"]),
         (Qwen3MoeConfig, "num_experts_per_tok", 0, ["num_experts_per_tok = 0 ", "at least 1"]),
         (MixtralConfig, "num_experts_per_tok", 5, ["num_experts_per_tok = 5 ", "4 experts"]),
         (Qwen3MoeConfig, "moe_intermediate_size", -1, ["moe_intermediate_size = -1 ", "at least 1"]),
@@ -160,6 +164,13 @@ def test_other_numbers_that_mean_nothing_are_refused_by_name(field: str, value: 
         (LlamaConfig, "rope_parameters", {"rope_type": "default", "rope_theta": None}, ["rope_theta = None "]),
         (SmolLM3Config, "no_rope_layers", [1, 2], ["no_rope_layers = [1, 2] "]),
         (Gemma3TextConfig, "query_pre_attn_scalar", 0, ["query_pre_attn_scalar = 0 ", "above 0"]),
+        (Glm4MoeConfig, "num_local_experts", 0, ["n_routed_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "n_group", 3, ["n_group = 3 ", "4 experts"]),
+        (Glm4MoeConfig, "n_group", 4, ["n_group = 4 ", "at least 2"]),
+        (Glm4MoeConfig, "topk_group", 2, ["topk_group = 2 of 1 groups"]),
+        (Glm4MoeConfig, "first_k_dense_replace", 2, ["first_k_dense_replace = 2 ", "num_hidden_layers = 2"]),
+        (Glm4MoeConfig, "n_shared_experts", 0, ["n_shared_experts = 0 ", "at least 1"]),
+        (Glm4MoeConfig, "routed_scaling_factor", math.inf, ["routed_scaling_factor = inf ", "finite"]),
         (GlmConfig, "partial_rotary_factor", 0.29, ["partial_rotary_factor = 0.29 of head_dim 128", "even number"]),
         (Qwen3_5TextConfig, "linear_num_key_heads", 3, ["linear_num_value_heads = 4 ", "linear_num_key_heads = 3"]),
         (Qwen3NextConfig, "linear_conv_kernel_dim", 0, ["linear_conv_kernel_dim = 0 ", "at least 1"]),
@@ -245,6 +256,14 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama99"}))
     with refused("model-config-unreadable", "config.json", "llama99"):
         read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Gemma2Config, "attn_logit_softcapping"), (Gemma4TextConfig, "512 channels")]
+)
+def test_a_known_architecture_is_refused_with_its_reason(kind: type[PretrainedConfig], reason: str) -> None:
+    with refused("model-type-unsupported", f"{kind.model_type!r} is not supported, because ", reason):
+        family_of(kind())
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -341,6 +360,21 @@ def test_key_heads_that_ranks_cannot_share_are_refused(parallel: ParallelConfig,
         check_layout(hf_config, Config(parallel=parallel), 64, 4)
 
 
+def test_adapters_of_shared_experts_are_refused() -> None:
+    from megatron_solopo.conversion.adapters import check_adapters
+
+    with refused("adapter-unsupported", "--lora-modules: ", "shared experts", "name q_proj,k_proj,v_proj,o_proj"):
+        check_adapters(ModelConfig(lora_rank=4), small(Glm4MoeConfig))
+    check_adapters(ModelConfig(lora_rank=4, lora_modules="q_proj,v_proj"), small(Glm4MoeConfig))
+
+
+def test_shared_experts_are_portable() -> None:
+    from megatron_solopo.model.transformer_engine import check_widths
+
+    with refused("model-portable-only", "--transformer-impl transformer_engine: ", "glm4_moe have shared experts"):
+        check_widths(small(Glm4MoeConfig), Config(model=ModelConfig(transformer_impl="transformer_engine")))
+
+
 @pytest.mark.parametrize("kind", [Phi3Config, GlmConfig, Glm4Config, *RECURRENT_KINDS])
 def test_adapters_of_fused_projections_are_refused(kind: type[PretrainedConfig]) -> None:
     from megatron_solopo.conversion.adapters import check_adapters
@@ -386,19 +420,22 @@ def test_real_shapes_have_their_parameters(engine: Any, solopo_data: Path, name:
 @pytest.mark.parametrize(
     ("kind", "billions"),
     [
-        *(
-            (SmolLM3Config, 3.075),
-            (Phi3Config, 3.821),
-            (Glm4Config, 9.4),
-            (Gemma3TextConfig, None),
-            (Olmo3Config, None),
-        ),
+        (SmolLM3Config, 3.075),
+        (Phi3Config, 3.821),
+        (Glm4Config, 9.4),
+        (Gemma3TextConfig, None),
+        (Olmo3Config, None),
         *((Qwen3_5TextConfig, None), (Qwen3_5MoeTextConfig, None), (Qwen3NextConfig, None)),
     ],
 )
 def test_shapes_of_transformers_defaults(engine: Any, kind: type[PretrainedConfig], billions: float | None) -> None:
     """Those of SmolLM3-3B, Phi-3-mini and GLM-4-9B-0414, whose figures are published."""
     check_parameters(kind(), billions)
+
+
+def test_the_shape_of_glm_4_5_air(engine: Any) -> None:
+    """Of the published 106 B, without the layer of multi-token prediction."""
+    check_parameters(Glm4MoeConfig(head_dim=128, attention_bias=True), 106.852)
 
 
 def check_parameters(hf_config: PretrainedConfig, billions: float | None) -> None:
@@ -410,7 +447,7 @@ def check_parameters(hf_config: PretrainedConfig, billions: float | None) -> Non
     with torch.device("meta"):
         model = build_model(hf_config, Config(), torch.bfloat16)
     assert all(parameter.is_meta for parameter in model.parameters())
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = 1 if hf_config.tie_word_embeddings else 2
     count -= matrices * (model.vocab_size - hf_config.vocab_size) * hf_config.hidden_size
     assert count == parameter_count(hf_config)["total"]

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     LlamaConfig,
     Ministral3Config,
@@ -50,6 +51,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 GEMMA3 = dict(
     pad_token_id=None, head_dim=24, query_pre_attn_scalar=20, sliding_window=9, layer_types=[SLIDING, FULL, SLIDING]
+)
+GLM4_MOE = SMALL | dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, head_dim=24, pad_token_id=None
 )
 LINEAR = dict(
     head_dim=24,
@@ -112,6 +116,15 @@ CONFIGS = {
     "phi3-partial": Phi3Config(**SMALL, rope_parameters=PARTIAL, pad_token_id=None, tie_word_embeddings=True),
     "glm": GlmConfig(**SMALL, head_dim=24, pad_token_id=None),
     "glm4": Glm4Config(**SMALL, head_dim=24, pad_token_id=None),
+    "glm4-moe": Glm4MoeConfig(**GLM4_MOE, use_qk_norm=True, routed_scaling_factor=2.5),
+    "glm4-moe-groups-and-biases": Glm4MoeConfig(
+        **GLM4_MOE | dict(first_k_dense_replace=2, n_shared_experts=2),
+        attention_bias=True,
+        n_group=2,
+        topk_group=1,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+    ),
     "gemma3": Gemma3TextConfig(**SMALL, **GEMMA3),
     "gemma3-untied-linear": Gemma3TextConfig(
         **SMALL,
@@ -170,7 +183,7 @@ def random_folder(name, folder):
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *(x for name, x in model.named_buffers() if name.endswith("bias"))):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder / "hf")
     return folder / "hf"
@@ -247,7 +260,7 @@ NEW_IN_DOUBLE = ["qwen3", "qwen3-tied-yarn", "mistral", "mistral-window", "mistr
 WITH_WINDOWS = ["mistral-short-window", "qwen2-short-window", "qwen3-moe-short-window"]
 LATER_FAMILIES = [
     *("ministral", "ministral3", "smollm3", "smollm3-window-without-rope", "phi3", "phi3-partial"),
-    *("glm", "glm4", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
+    *("glm", "glm4", "glm4-moe", "glm4-moe-groups-and-biases", "gemma3", "gemma3-untied-linear", "olmo2", "olmo3"),
     *("qwen3-5", "qwen3-5-tied", "qwen3-5-moe", "qwen3-next"),
 ]
 
@@ -258,7 +271,7 @@ IN_DOUBLE = ["llama", "qwen2-tied", *NEW_IN_DOUBLE, *WITH_EXPERTS, *WITH_WINDOWS
 @pytest.mark.parametrize("hf_folder", IN_DOUBLE, indirect=True)
 def test_gradients_equal_transformers_in_double(engine, hf_folder):
     """Chunked head, shared prompts and padded vocabulary have transformers' gradient, tensor by tensor."""
-    from megatron_solopo.conversion.hf import named_entries
+    from megatron_solopo.conversion.adapters import trained_entries
 
     hf_config, model = megatron_model(hf_folder, torch.float64)
     hf = transformers_in_double.load(hf_folder)
@@ -272,7 +285,7 @@ def test_gradients_equal_transformers_in_double(engine, hf_folder):
     gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
     gradients = transformers_in_double.by_file_name(hf, gradients)
     seen = set()
-    for entry, names, parameter in named_entries(model, hf_config):
+    for entry, names, parameter in trained_entries(model, hf_config):
         for name, gradient in zip(names, entry.operator.to_hf(parameter.grad), strict=True):
             assert 0 < gradients[name].norm() and (gradient - gradients[name]).norm() <= 1e-10 * gradients[name].norm()
             seen.add(name)

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from tiny_models import SHAPE
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import Glm4MoeConfig, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_solopo import config_load
 from megatron_solopo.config import Config, flag
@@ -154,6 +154,41 @@ def test_adapters_of_experts_are_what_arithmetic_says(
     work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
     estimated = closed_form(Process(Shape.of(MOE, 128), config, work, parse_layout(layout).processes), 0)
     assert estimated[GRADIENTS] == 4 * adapters
+
+
+MIXED = Glm4MoeConfig(
+    **SHAPE
+    | dict(hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, head_dim=8)
+    | dict(num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=4096, pad_token_id=0)
+    | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=2),
+    first_k_dense_replace=1,
+)
+"""A first layer without experts; shared ones, and a router's bias, in the others."""
+
+
+@pytest.mark.parametrize(("layout", "rank"), [("1", 0), ("pp2", 0), ("pp2", 1), ("tp2 sp ep2 etp1", 1)])
+def test_layers_with_and_without_experts_are_counted(rehearsals: Rehearsals, layout: str, rank: int) -> None:
+    [outcome] = rehearsals.each([task("--bf16", layout=layout, model=MIXED, rank=rank, packs=2)])
+    parallel = options(layout=layout).parallel
+    cut, stages, ranks = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    attention = 3 * 64 * 64 // cut + 2 * HIDDEN  # query, keys and values, output; norms
+    mlp, experts = 3 * 64 * 96 // cut, 8 * HIDDEN + 3 * 64 * 2 * 32 // cut + 8 // ranks * 3 * 64 * 32
+    with_experts = 3 if stages == 1 else 2 - (rank == 0)
+    layers = 4 // stages
+    count = layers * attention + (layers - with_experts) * mlp + with_experts * experts
+    count += (2 if stages == 1 else 1) * 1024 * HIDDEN // cut + (HIDDEN if rank or stages == 1 else 0)
+    biases = with_experts * 8 * 4
+    room = 60 * 512
+    assert 0 <= outcome.standing[WEIGHTS] - 2 * count - biases <= room
+    assert 0 <= outcome.standing[GRADIENTS] - 4 * count <= 2 * room
+    config = options("--bf16", layout=layout)
+    work = Work.of(example(config.method, 30, 200, 12), 1, 2, True, 1, 1)
+    process = Process(Shape.of(MIXED, 128), config, work, parse_layout(layout).processes)
+    assert closed_form(process, rank if stages > 1 else 0)[GRADIENTS] == 4 * count
 
 
 SMALL = ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16")

@@ -40,6 +40,7 @@ class Family:
         norms: where the norms of a layer are.
         width_norms: whether queries and keys have a norm over all heads together.
         embedding_scale: returns the factor on the embeddings of tokens.
+        carried: returns how names begin of tensors that a folder may have, and that an export has as they were.
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class Family:
     norms: Norms = Norms.BEFORE
     width_norms: bool = False
     embedding_scale: Callable[[PretrainedConfig], float] = lambda hf_config: 1.0
+    carried: Callable[[PretrainedConfig], tuple[str, ...]] = lambda hf_config: ()
 
 
 def refuse(hf_config: PretrainedConfig, **allowed: object) -> None:

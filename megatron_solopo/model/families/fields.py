@@ -118,6 +118,7 @@ def mathematics(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields of a config that change what a layer computes but not necessarily a parameter's shape."""
     names = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     others = ("num_experts_per_tok", "norm_topk_prob", "no_rope_layers", "query_pre_attn_scalar")
+    others += ("routed_scaling_factor", "n_group", "topk_group")
     if any(linear_layers(hf_config)):
         others += ("layer_types", *(f"linear_{name}" for name in LINEAR_SIZES))
     rope = {f"rope_parameters.{name}": value for name, value in hf_config.rope_parameters.items() if name != "type"}
@@ -186,6 +187,11 @@ def mlp_width(hf_config: PretrainedConfig) -> int:
     """Returns the intermediate size of the MLP; of models whose layers all have experts, which have no such field, that
     of an expert."""
     return getattr(hf_config, "intermediate_size", None) or hf_config.moe_intermediate_size
+
+
+def expert_count(hf_config: PretrainedConfig) -> int:
+    """Returns the number of experts of a layer, 0 without; transformers has one name for most families' fields."""
+    return getattr(hf_config, "num_local_experts", None) or getattr(hf_config, "num_experts", None) or 0
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:

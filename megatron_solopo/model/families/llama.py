@@ -20,10 +20,13 @@ def table(hf_config: PretrainedConfig, padded_vocab_size: int, norms: Mapping[st
     return (*table_without_mlp(hf_config, padded_vocab_size, norms), *mlp_entries())
 
 
-def mlp_entries() -> tuple[Entry, ...]:
-    """Returns the MLP's matrices."""
-    gate_up = (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")
-    return Entry(MEGATRON_LAYER + "mlp.linear_fc1.weight", gate_up, StackGateUp()), down_entry()
+def mlp_entries(name: str = "mlp", layers: range | None = None) -> tuple[Entry, ...]:
+    """Returns an MLP of the layers that have it, by its name in a layer, which is both sides'."""
+    gate_up = (f"{HF_LAYER}{name}.gate_proj.weight", f"{HF_LAYER}{name}.up_proj.weight")
+    return (
+        Entry(f"{MEGATRON_LAYER}{name}.linear_fc1.weight", gate_up, StackGateUp(), layers),
+        Entry(f"{MEGATRON_LAYER}{name}.linear_fc2.weight", (f"{HF_LAYER}{name}.down_proj.weight",), Rename(), layers),
+    )
 
 
 def table_without_mlp(

@@ -267,12 +267,14 @@ class Entry:
 
     Attributes:
         layers: the layers that have it, counted from 0; None: all.
+        dtype: of the parameter and of its tensors in files, whatever the model's; None: the model's.
     """
 
     megatron: str
     hf: tuple[str, ...]
     operator: Operator
     layers: Collection[int] | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def of_experts(self) -> bool:

@@ -9,6 +9,7 @@ from megatron_solopo.model.families.family import Family, refuse
 from megatron_solopo.model.families.fields import check_shape, refuse_unknown, windowed_layers
 from megatron_solopo.model.families.gemma3 import GEMMA3
 from megatron_solopo.model.families.glm4 import GLM, GLM4
+from megatron_solopo.model.families.glm4_moe import GLM4_MOE
 from megatron_solopo.model.families.llama import LLAMA
 from megatron_solopo.model.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from megatron_solopo.model.families.mixtral import MIXTRAL
@@ -24,10 +25,23 @@ from megatron_solopo.model.rope import check_rope
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(GEMMA3, GLM, GLM4, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
+        *(GEMMA3, GLM, GLM4, GLM4_MOE, LLAMA, MINISTRAL, MINISTRAL3, MISTRAL),
         *(MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SMOLLM3),
     )
 }
+
+MULTIMODAL = frozenset({"gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"})
+"""Models that also read images, whose ``text_config`` is of a family; their language model alone is trained."""
+
+UNSUPPORTED = {
+    "gemma2": "its attention caps scores (attn_logit_softcapping), which torch's attention kernels do not compute",
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        "its layers have heads of two sizes, of which those with 512 channels are beyond torch's flash kernel on CUDA, "
+        "keys as values, or embeddings for each layer",
+    ),
+}
+"""Reasons why no family has a model_type that others would be taken for."""
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
@@ -39,8 +53,9 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     if hf_config.model_type not in FAMILIES:
         raise UserError(
             "model-type-unsupported",
-            f"config.json: model_type {hf_config.model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}",
+            f"config.json: model_type {hf_config.model_type!r} is not supported"
+            + (f", because {reason}" if (reason := UNSUPPORTED.get(hf_config.model_type)) else "")
+            + f"; supported are {', '.join(sorted(FAMILIES))}",
         )
     family = FAMILIES[hf_config.model_type]
     refuse(hf_config, hidden_act=family.activation, hidden_activation=family.activation, attention_dropout=0.0)
