@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families.fields import attention_window, windowed_layers
+from megatron_solopo.model.cost import rule_operations
+from megatron_solopo.model.families.fields import attention_window, linear_layers, windowed_layers
 from megatron_solopo.pack import Pack
 from megatron_solopo.planning.operators import causal_pairs, windowed_pairs
 from megatron_solopo.planning.process import Shape
 
 FLOPS_COUNTED = (
     "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
-    "pairs once, those in a layer's window) and each of its channels and layers; output layer: 2 a weight and "
-    "predicted token; padding is not counted; backward = 2 x forward, recomputing is not counted"
+    "pairs once, those in a layer's window) and each of its channels and layers; recurrent layers: 6 a token and number "
+    "of a state; output layer: 2 a weight and predicted token; padding is not counted; backward = 2 x forward, "
+    "recomputing is not counted"
 )
 
 
@@ -45,15 +47,17 @@ def flops_of(hf_config: PretrainedConfig, pieces: Iterable[tuple[int, int]], pre
     """
     shape = Shape.of(hf_config, 1)
     chosen = shape.chosen or 1
-    layer = shape.hidden * (2 * shape.queries + 2 * shape.keys + shape.experts) + 3 * shape.hidden * shape.ffn * chosen
+    layer = shape.attention + shape.hidden * (shape.experts + 3 * (shape.ffn * chosen + shape.shared))
     windowed, window = sum(windowed_layers(hf_config)), attention_window(hf_config) or 0
+    recurrent = sum(linear_layers(hf_config))
     tokens = pairs = 0
     for length, before in pieces:
         tokens += length
-        pairs += (shape.layers - windowed) * causal_pairs(length, before + length)
+        pairs += (shape.layers - windowed - recurrent) * causal_pairs(length, before + length)
         pairs += windowed * windowed_pairs(length, before + length, window)
     products = 2 * shape.layers * layer * tokens + 2 * hf_config.vocab_size * shape.hidden * predicted
-    return Flops(3.0 * products, 3.0 * 4 * pairs * shape.queries)
+    rules = recurrent * tokens * rule_operations(hf_config)
+    return Flops(3.0 * products, 3.0 * (4 * pairs * shape.queries + rules))
 
 
 def flops_of_packs(hf_config: PretrainedConfig, packs: Sequence[Pack]) -> Flops:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_solopo.model.families.fields import attention_window, head_dim, mlp_width, windowed_layers
+from megatron_solopo.model.families.fields import (
+    attention_window,
+    head_dim,
+    linear_layers,
+    mlp_width,
+    windowed_layers,
+)
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.pack import Windows
 
@@ -21,11 +27,43 @@ def width_of_cost(hf_config: PretrainedConfig) -> float:
     hidden, queries = hf_config.hidden_size, size * hf_config.num_attention_heads
     ffn = options.get("moe_ffn_hidden_size", mlp_width(hf_config)) * options.get("moe_router_topk", 1)
     ffn += options.get("moe_shared_expert_intermediate_size", 0)
-    weights = 2 * hidden * (queries + size * hf_config.num_key_value_heads) + 3 * hidden * ffn
-    return weights / (14 * queries)
+    return (attention_weights(hf_config) + 3 * hidden * ffn) / (14 * queries)
+
+
+def attention_weights(hf_config: PretrainedConfig) -> int:
+    """Returns the weights of the matrices of a layer's attention, the mean over the layers of both kinds."""
+    options, size, hidden = (
+        family_of(hf_config).transformer_options(hf_config),
+        head_dim(hf_config),
+        hf_config.hidden_size,
+    )
+    gates = 1 + bool(options.get("attention_output_gate"))
+    queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
+    full = hidden * ((1 + gates) * queries + 2 * keys)
+    if not any(linear := linear_layers(hf_config)):
+        return full
+    keys = hf_config.linear_num_key_heads * hf_config.linear_key_head_dim
+    values = hf_config.linear_num_value_heads * hf_config.linear_value_head_dim
+    recurrent = hidden * (2 * keys + 3 * values + 2 * hf_config.linear_num_value_heads)
+    return (sum(linear) * recurrent + (len(linear) - sum(linear)) * full) // len(linear)
+
+
+def rule_operations(hf_config: PretrainedConfig) -> int:
+    """Returns the operations of the gated delta rule for a token of a recurrent layer, forward: the product of a state
+    with a key, its update, and the product with a query, of each value head; 0 for a model without such layers."""
+    if not any(linear_layers(hf_config)):
+        return 0
+    return 6 * hf_config.linear_num_value_heads * hf_config.linear_key_head_dim * hf_config.linear_value_head_dim
 
 
 def windows_of(hf_config: PretrainedConfig) -> Windows:
-    """Returns the windows of a model's layers."""
+    """Returns the windows of a model's layers; a recurrent layer has the window in which attention would cost as much.
+
+    Chunks of tokens cost it about half as much again as `rule_operations` (model/delta_rule.py); attention computes 4
+    operations for a pair and width of the queries.
+    """
+    if any(linear := linear_layers(hf_config)):
+        queries = head_dim(hf_config) * hf_config.num_attention_heads
+        return Windows(round(1.5 * rule_operations(hf_config) / (4 * queries)), sum(linear) / len(linear))
     layers = windowed_layers(hf_config)
     return Windows(attention_window(hf_config) or 0, sum(layers) / len(layers))

@@ -182,7 +182,7 @@ def check_layout(hf_config: PretrainedConfig, config: Config, padded_vocab_size:
         heads = {"model's linear_num_key_heads on a tensor-parallel rank": keys // tensor}
         _check_divides("context_parallel_size", parallel.context_parallel_size, heads)
     if experts:
-        _check_experts(hf_config, config, world)
+        _check_experts(hf_config, config, world, experts)
     else:
         _check_dense(hf_config, config)
 
@@ -205,7 +205,7 @@ def _check_dense(hf_config: PretrainedConfig, config: Config) -> None:
             raise UserError("model-without-experts", f"{shown}: {hf_config.model_type} has no experts; leave it out")
 
 
-def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> None:
+def _check_experts(hf_config: PretrainedConfig, config: Config, world: int, experts: int) -> None:
     """Each stage's ranks have a second layout for experts: replicas x expert parallel x expert tensor parallel."""
     parallel = config.parallel
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
@@ -220,7 +220,7 @@ def _check_experts(hf_config: PretrainedConfig, config: Config, world: int) -> N
     note = "" if parallel.expert_tensor_parallel_size else " (that of --tensor-model-parallel-size)"
     processes = "processes of a pipeline stage"
     _check_divides("expert_tensor_parallel_size", tensor, {"expert's intermediate size": width, processes: stage}, note)
-    numbers = {"number of experts": expert_count(hf_config), f"{processes} / expert tensor parallel": stage // tensor}
+    numbers = {"number of experts": experts, f"{processes} / expert tensor parallel": stage // tensor}
     _check_divides("expert_model_parallel_size", parallel.expert_model_parallel_size, numbers)
     _check_dispatcher(parallel, tensor * parallel.expert_model_parallel_size)
 

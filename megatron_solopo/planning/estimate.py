@@ -15,9 +15,13 @@ from typing import Any
 
 from megatron_solopo.config_checks import recomputed_modules
 from megatron_solopo.model.log_probs import block_size, chunk_size, is_kept
+from megatron_solopo.parallel.recurrence import CHUNK
 from megatron_solopo.planning.memory import ACTIVATIONS, COMMUNICATION, KINDS, LOG_PROBS, WORKING, Moment
 from megatron_solopo.planning.process import Process
 from megatron_solopo.planning.states import standing, states_on_host, trained_parameters
+
+KEPT_WIDTHS, KEPT_CHUNKS = 12, 5
+"""See `recurrent_kept`; counted in a rehearsal."""
 
 
 def attention_kept(process: Process) -> float:
@@ -31,7 +35,16 @@ def attention_kept(process: Process) -> float:
         kept += t * e * (shape.queries + shape.keys) / tensor
     if process.repeats_keys:
         kept += 2 * e * process.work.key_rows * shape.queries / tensor
-    return kept
+    return (1 - shape.recurrent) * kept + shape.recurrent * recurrent_kept(process)
+
+
+def recurrent_kept(process: Process) -> float:
+    """Returns the bytes that a layer with a recurrent state keeps for backward, in float32: of each value head of a
+    token `KEPT_WIDTHS` times its width, `KEPT_CHUNKS` rows of matrices of a chunk, and its part of the chunk's state
+    (model/delta_rule.py)."""
+    shape = process.shape
+    width = KEPT_WIDTHS * shape.state_width + KEPT_CHUNKS * CHUNK + shape.state_width**2 / CHUNK
+    return 4 * process.t * shape.recurrent_heads * width / process.tensor
 
 
 def mlp_results(process: Process) -> float:

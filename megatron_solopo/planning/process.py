@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config
 from megatron_solopo.data.tokenized.batches import FULL_ATTENTION, attention_cost
 from megatron_solopo.data.tokenized.tokens import TokenGroup
+from megatron_solopo.model.cost import attention_weights
 from megatron_solopo.model.families.family import Norms
-from megatron_solopo.model.families.fields import head_dim, mlp_width
+from megatron_solopo.model.families.fields import head_dim, linear_layers, mlp_width
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import padded_vocab_size
 from megatron_solopo.model.tiles import tiles_of
@@ -26,6 +27,9 @@ class Shape:
 
     Attributes:
         queries, keys: widths of queries and of keys (as of values), of all heads.
+        attention: weights of the matrices of a layer's attention, the mean over the layers.
+        recurrent: share of the layers that have a recurrent state, and `recurrent_heads` such states each of
+            `state_width` keys and values.
         ffn: width of the MLP, or of one expert.
         shared: width of the experts that compute every token; 0 without.
         first, first_ffn: number of first layers without experts in a model with some, and the width of their MLPs.
@@ -54,6 +58,10 @@ class Shape:
     tied: bool
     norms: int = 2
     experts_biases: int = 0
+    attention: int = 0
+    recurrent: float = 0.0
+    recurrent_heads: int = 0
+    state_width: int = 0
     shared: int = 0
     first: int = 0
     first_ffn: int = 0
@@ -63,6 +71,7 @@ class Shape:
         family, size = family_of(hf_config), head_dim(hf_config)
         options = family.transformer_options(hf_config)
         ffn = options.get("moe_ffn_hidden_size", mlp_width(hf_config))
+        linear = linear_layers(hf_config)
         queries, keys = size * hf_config.num_attention_heads, size * hf_config.num_key_value_heads
         return cls(
             layers=hf_config.num_hidden_layers,
@@ -80,6 +89,10 @@ class Shape:
             head_norms=bool(options.get("qk_layernorm")),
             head_dim=size,
             tied=hf_config.tie_word_embeddings,
+            attention=attention_weights(hf_config),
+            recurrent=sum(linear) / len(linear),
+            recurrent_heads=getattr(hf_config, "linear_num_value_heads", 0),
+            state_width=getattr(hf_config, "linear_value_head_dim", 0),
             norms=4 if family.norms is Norms.BOTH else 2,
             experts_biases=(2 * ffn + hf_config.hidden_size) * bool(options.get("add_bias_linear")),
             shared=options.get("moe_shared_expert_intermediate_size", 0),

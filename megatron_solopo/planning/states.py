@@ -12,7 +12,7 @@ SIZES = {"fp32": 4, "bf16": 2}
 
 def attention_parameters(shape: Shape) -> int:
     """Counts the parameters of a layer's attention: queries, keys, values and output, with biases."""
-    return shape.hidden * (2 * shape.queries + 2 * shape.keys) + shape.biases
+    return shape.attention + shape.biases
 
 
 def layer_parameters(process: Process) -> tuple[int, int]:

@@ -1494,7 +1494,6 @@ MUTANTS: list[Mutant] = [
             "Scan.apply(layout.responses, 0 * states[layout.forks]",
         ),
         ("the gradient of a state that is read", "of_state += query[chunks]", "of_state += 0 * query[chunks]"),
-        ("the state of a sequence that ended", "last[following:count] = state[following:]", "last[:count] = state"),
         ("the diagonal of a token's own scores", ".triu(1)", ".triu(0)"),
         ("a chunk's decay at its first token", "total[..., -1].exp()", "total[..., 0].exp()"),
     ),

@@ -13,13 +13,16 @@ from megatron_solopo.model.families.fields import LINEAR_SIZES, check_sizes, lin
 from megatron_solopo.model.families.llama import HF_LAYER, MEGATRON_LAYER
 from megatron_solopo.model.families.operators import Entry, GatedQKV, Grouped, Rename
 
+CARRIED = ("mtp.",)
+"""How names begin of layers of multi-token prediction, which are beside the model."""
+
 FIELDS = frozenset(
     {
         *(f"linear_{name}" for name in LINEAR_SIZES),
         "full_attention_interval",  # of which transformers makes layer_types
         "attn_output_gate",
+        *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),  # of `CARRIED`
         "mamba_ssm_dtype",  # of A_log and the state: float32 here for every dtype of the model
-        *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),  # of tensors that are carried through
     }
 )
 """Fields of config.json that these families read or check."""
@@ -59,11 +62,6 @@ def attention_entries(hf_config: PretrainedConfig, fused: bool) -> tuple[Entry, 
     )
     entries = [(entry, full) for entry in of_full] + [(entry, recurrent) for entry in of_recurrent]
     return tuple(Entry(entry.megatron, entry.hf, entry.operator, layers) for entry, layers in entries)
-
-
-def carried(hf_config: PretrainedConfig) -> tuple[str, ...]:
-    """Returns how the names of multi-token prediction's tensors begin."""
-    return ("mtp.",)
 
 
 def check(hf_config: PretrainedConfig) -> None:

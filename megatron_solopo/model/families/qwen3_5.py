@@ -57,24 +57,19 @@ EXPERT_FIELDS = (
     | {"moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob", "decoder_sparse_step"}
 )
 
-QWEN3_5 = Family(
-    "qwen3_5_text",
-    _table,
-    delta_net.check,
-    delta_net.options,
-    delta_net.FIELDS,
-    rope_fields=PARTIAL,
-    carried=delta_net.carried,
-)
-QWEN3_5_MOE, QWEN3_NEXT = (
-    Family(
+
+def _family(model_type: str, with_experts: bool) -> Family:
+    return Family(
         model_type,
-        _table_with_experts,
-        _check_with_experts,
-        _options_with_experts,
-        EXPERT_FIELDS,
-        rope_fields=PARTIAL,
-        carried=delta_net.carried,
+        _table_with_experts if with_experts else _table,
+        _check_with_experts if with_experts else delta_net.check,
+        _options_with_experts if with_experts else delta_net.options,
+        EXPERT_FIELDS if with_experts else delta_net.FIELDS,
+        PARTIAL,
+        carried=lambda hf_config: delta_net.CARRIED,
     )
-    for model_type in ("qwen3_5_moe_text", "qwen3_next")
-)
+
+
+QWEN3_5 = _family("qwen3_5_text", with_experts=False)
+QWEN3_5_MOE = _family("qwen3_5_moe_text", with_experts=True)
+QWEN3_NEXT = _family("qwen3_next", with_experts=True)
