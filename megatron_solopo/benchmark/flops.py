@@ -15,9 +15,9 @@ from megatron_solopo.planning.process import Shape
 
 FLOPS_COUNTED = (
     "products of the layers: 2 operations a weight and token; attention: 4 for each pair of tokens that attend (causal "
-    "pairs once, those in a layer's window) and each of its channels and layers; recurrent layers: 6 a token and "
-    "number of a state; output layer: 2 a weight and predicted token; padding is not counted; backward = 2 x forward, "
-    "recomputing is not counted"
+    "pairs once, those in a layer's window) and each of its channels and layers; recurrent layers: 6 a token "
+    "and number of a state; output layer: 2 a weight and predicted token; padding is not counted; "
+    "backward = 2 x forward, recomputing is not counted"
 )
 
 

@@ -17,24 +17,26 @@ CUTS: dict[str, tuple[Any, ...]] = {
     "context": ("--context-parallel-size", 2),
 }
 PLANS = [
-    ("float64", "dpo", "qwen3_5", "by-two", "seven"),
     ("float64", "orpo", "qwen3_5", "separate", "seven"),
     ("float64", "dpo", "qwen3_5", "recompute-keep", "seven"),
     ("float64", "dpo", "qwen3_5", "one-by-one", "one"),  # of two processes one has an empty pack
     ("float32", "dpo", "qwen3_5", "by-two", "seven"),
 ]
+RESUMED = ("data", "sequence", "pipeline", "context")
 STEPS = ["--train-iters", 4, "--global-batch-size", 5, "--lr", 1e-4, "--save-interval", 2, "--adam-eps", 1e-4]
 
 
 @pytest.fixture(scope="module")
 def cut(world: World, reference: list, tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Two processes in each of the ways; from the checkpoint of two copies the others resume."""
+    """Two processes in each of the ways; from the checkpoint of two copies those of `RESUMED` resume."""
     out = tmp_path_factory.mktemp("recurrent")
     cases, runs = [], []
     for name, flags in CUTS.items():
         cases += [
             case | {"name": f"{name} {case['name']}"} for case in gradient_cases(world, reference, out, PLANS, flags)
         ]
+        if name not in RESUMED:
+            continue
         start = {} if name == "data" else {"load": True, "cut": (out / "data", 2)}
         options = (*method_flags(METHODS["orpo"]), *STEPS, *flags)
         runs.append(training_run(world, out, name, *options, model="qwen3_5", **start))
@@ -49,7 +51,7 @@ def test_recurrent_layers_have_the_oracles_gradient(
     check(cut, expected, plan, f"{name} {case_name(plan)}")
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_resumes_in_another_layout(cut: Launch, name: str) -> None:
     assert cut.results[name] == "done"
     for ours, theirs in zip(cut.metrics(name), cut.metrics("data"), strict=True):
