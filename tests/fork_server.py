@@ -15,8 +15,8 @@ _context = multiprocessing.get_context("forkserver")
 _started = False
 
 
-def process(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
-    """A process that will call ``work(*arguments)``, not started yet."""
+def start() -> None:
+    """Starts the server. Commands in this process then fork theirs from it too, as rehearsals do."""
     global _started
     if not _started:
         # A command under test may have started a server, which has fewer modules; there is one for each process.
@@ -26,6 +26,11 @@ def process(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
             forkserver.ensure_running()
         _started = True
+
+
+def process(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A process that will call ``work(*arguments)``, not started yet."""
+    start()
     return _context.Process(target=_begin, args=(work, arguments))
 
 

@@ -14,6 +14,7 @@ import megatron_solopo.data.sampling.sample_responses  # noqa: E402
 import megatron_solopo.data.sampling.server  # noqa: E402
 import megatron_solopo.data.tokenized.tokenize_data  # noqa: E402
 import megatron_solopo.losses.solopo  # noqa: E402
+import megatron_solopo.planning.workers  # noqa: E402
 import megatron_solopo.training.checkpoint  # noqa: E402
 import megatron_solopo.training.convert_weights  # noqa: E402
 import megatron_solopo.training.engine  # noqa: E402

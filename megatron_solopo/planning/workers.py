@@ -1,7 +1,8 @@
 """Rehearsals in processes of their own.
 
 A rehearsal makes the process that it runs in a rank of something else, with megatron-core imported beside a hidden
-Transformer Engine; and several at once use several cores.
+Transformer Engine; and several at once use several cores. The imports, which take longer than most rehearsals, happen
+once, in a fork server (`preloaded`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from transformers import PretrainedConfig
 from megatron_solopo.config import Config, load_loss
 from megatron_solopo.data.tokenized.tokens import TokenGroup
 from megatron_solopo.planning.rehearse import Outcome, rehearse
+
+PRELOADED = "megatron_solopo.planning.preloaded"
+"""The module that the fork server imports."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Rehearsals:
 
     def __init__(self, processes: int | None = None) -> None:
         count = processes or len(os.sched_getaffinity(0))
-        spawn = multiprocessing.get_context("spawn")  # of a process with threads of torch, forks may hang
-        self._pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin)
+        context = multiprocessing.get_context("forkserver")  # of a process with threads of torch, forks may hang
+        context.set_forkserver_preload([PRELOADED])
+        self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=begin)
 
     def run(self, work: Callable[[Task], Outcome], task: Task) -> Future[Outcome]:
         """Starts `outcome_of`, or a function that calls it, in one of the processes."""
@@ -69,7 +74,8 @@ def outcome_of(task: Task) -> Outcome:
     return rehearse(task.config, task.hf_config, task.groups, task.packs, task.rank, task.world, task.device)
 
 
-def _begin() -> None:
+def begin() -> None:
+    """Prepares a process that rehearses: no warnings of imports, one thread."""
     import torch
 
     from megatron_solopo.cli import quiet

@@ -17,6 +17,7 @@ CONTRIBUTING.md's sessions are followed by test_contributing.py.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -25,10 +26,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
+import fork_server
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -131,6 +133,7 @@ def documented() -> list[pytest.param]:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages name: models, data, a run's file, a user's loss, a recipe; the examples."""
+    fork_server.start()  # each dry run rehearses in a process of its own
     folder = tmp_path_factory.mktemp("documented")
     model = LlamaConfig(**SHAPE | {"max_position_embeddings": 16384}, tie_word_embeddings=False)
     write_model(folder / "MODEL", model)
@@ -235,7 +238,10 @@ def train(monkeypatch: pytest.MonkeyPatch, argv: list[str], processes: int) -> N
         load(argv + [word for name, value in needed.items() if name not in argv for word in (name, value)])
     elif {"--hf-path", "--config"} & set(argv):
         argv += [] if "--device" in argv else ["--device", "cpu"]
-        assert run(dispatch, ["train", *argv, "--dry-run"]) == 0
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            assert run(dispatch, ["train", *argv, "--dry-run"]) == 0
+        assert "rehearsal failed" not in printed.getvalue(), printed.getvalue()
     else:
         raise AssertionError("neither --config nor --hf-path; write ... where options are left out")
 
