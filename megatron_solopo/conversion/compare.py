@@ -130,6 +130,8 @@ def compare(
             kind, whole = whole_config(folder, hf_config)
             theirs = kind.from_pretrained(str(folder), config=whole, local_files_only=True, dtype=parameter.dtype)
         theirs = theirs.eval().to(parameter.device)
+        if parameter.dtype == torch.float32:
+            theirs.float()  # transformers dequantises MXFP4 in bfloat16, which holds it exactly
     head = LogProbHead(hf_config.vocab_size, 256, rotary_frequencies(hf_config).to(parameter.device))
     model.eval()
     comparison, layers = Comparison(), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,15 @@ def outer_model_type(hf_config: PretrainedConfig) -> str | None:
 
 def whole_config(folder: str | Path, hf_config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     """Returns transformers' class for the model of a folder, and its config with ``hf_config`` as its language model's,
-    or as itself."""
+    or as itself; quantised weights are to be dequantised, as here."""
     whole, kind = AutoConfig.from_pretrained(str(folder), local_files_only=True), auto_class(folder)
+    quantization = getattr(whole, "quantization_config", None)
     if kind is AutoModelForCausalLM:
-        return kind, hf_config
-    whole.text_config, whole.tie_word_embeddings = hf_config, hf_config.tie_word_embeddings
+        whole = copy.deepcopy(hf_config)
+    else:
+        whole.text_config, whole.tie_word_embeddings = hf_config, hf_config.tie_word_embeddings
+    if quantization is not None:
+        setattr(whole, "quantization_config", quantization | {"dequantize": True})
     return kind, whole
 
 

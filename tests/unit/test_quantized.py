@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from megatron_solopo.conversion.compare import compare
 from megatron_solopo.conversion.quantized import WeightReader, fp8, mxfp4
 from megatron_solopo.model.families.registry import family_of
 from megatron_solopo.model.hf_config import read_hf_config
@@ -95,6 +96,14 @@ def test_a_quantized_folder_is_what_transformers_dequantizes(engine: Any, tmp_pa
         assert ours[name].dtype == torch.bfloat16 and torch.equal(ours[name], tensor.bfloat16()), name
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert all(torch.equal(again[name].bfloat16(), ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("quantized", [quantized_gpt_oss, quantized_llama])
+def test_a_quantized_folder_is_verified_against_its_weights(engine: Any, tmp_path: Path, quantized: Any) -> None:
+    source = quantized(tmp_path)
+    hf_config, model = megatron_model(source, torch.float32)
+    comparison = compare(model, hf_config, source, [list(range(3, 40))])
+    assert comparison is not None and comparison.largest < 1e-3
 
 
 @pytest.mark.parametrize(
