@@ -1,4 +1,4 @@
-"""Pairs and evaluations through a real `transformers serve`; sampling is killed at random (SOLOPO_KILLS=10: 10x)."""
+"""Pairs and evaluations through a real `transformers serve`, killed at random requests (SOLOPO_KILLS=10: 10 times)."""
 
 from __future__ import annotations
 
