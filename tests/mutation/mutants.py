@@ -961,8 +961,8 @@ MUTANTS: list[Mutant] = [
         ("queries taken for keys", 'for part in "qkv")', 'for part in "kqv")'),
         (
             "gate and up swapped",
-            '(HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight")',
-            '(HF_LAYER + "mlp.up_proj.weight", HF_LAYER + "mlp.gate_proj.weight")',
+            '(f"{HF_LAYER}{name}.gate_proj.weight", f"{HF_LAYER}{name}.up_proj.weight")',
+            '(f"{HF_LAYER}{name}.up_proj.weight", f"{HF_LAYER}{name}.gate_proj.weight")',
         ),
         ("the queries' norm on the keys", 'self_attn.{x}_norm.weight"', 'self_attn.{"qk"[x == "q"]}_norm.weight"'),
     ),
