@@ -20,8 +20,8 @@ from megatron_solopo.planning.memory import ACTIVATIONS, COMMUNICATION, KINDS, L
 from megatron_solopo.planning.process import Process
 from megatron_solopo.planning.states import standing, states_on_host, trained_parameters
 
-KEPT_WIDTHS, KEPT_CHUNKS = 12, 5
-"""See `recurrent_kept`; counted in a rehearsal."""
+KEPT_WIDTHS, KEPT_CHUNKS = 18, 5
+"""See `recurrent_kept`; fitted to a rehearsal of a Qwen3.5 shape, six such layers with 16 heads of 128, at 16K tokens."""
 
 
 def attention_kept(process: Process) -> float:
