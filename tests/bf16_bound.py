@@ -67,7 +67,7 @@ def plain_swiglu(x: Tensor) -> Tensor:
 def fused_swiglu(x: Tensor) -> Tensor:
     from megatron_solopo.model.swiglu import SwiGLU
 
-    settings: Any = SimpleNamespace(activation_func=F.silu)
+    settings: Any = SimpleNamespace(activation_func=F.silu, activation_func_clamp_value=None, glu_linear_offset=0.0)
     return SwiGLU(settings)(x)
 
 

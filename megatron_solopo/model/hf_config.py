@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from megatron_solopo.config import Config, DataConfig
 from megatron_solopo.errors import UserError
@@ -99,19 +99,21 @@ def outer_model_type(hf_config: PretrainedConfig) -> str | None:
 def whole_config(folder: str | Path, hf_config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     """Returns transformers' class for the model of a folder, and its config with ``hf_config`` as its language model's,
     or as itself; quantised weights are to be dequantised, as here."""
-    whole, kind = AutoConfig.from_pretrained(str(folder), local_files_only=True), auto_class(folder)
+    whole = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     quantization = getattr(whole, "quantization_config", None)
-    if kind is AutoModelForCausalLM:
-        whole = copy.deepcopy(hf_config)
-    else:
+    if whole.model_type in MULTIMODAL:
         whole.text_config, whole.tie_word_embeddings = hf_config, hf_config.tie_word_embeddings
+    else:
+        whole = copy.deepcopy(hf_config)
     if quantization is not None:
         setattr(whole, "quantization_config", quantization | {"dequantize": True})
-    return kind, whole
+    return auto_class(folder), whole
 
 
 def auto_class(folder: str | Path) -> Any:
     """Returns transformers' class for the model of a folder with config.json."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # which import torch._dynamo
+
     kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig")).get("model_type")
     return AutoModelForImageTextToText if kind in MULTIMODAL else AutoModelForCausalLM
 

@@ -366,9 +366,9 @@ def imported_modules() -> set[str]:
 
 
 def test_imports_of_the_package_are_its_requirements() -> None:
-    module_of = {"megatron-core": "megatron", "pyyaml": "yaml"}
+    module_of = {"megatron-core": "megatron", "pyyaml": "yaml", "flash-linear-attention": "fla"}
     required = {module_of.get(name, name) for name in names(described()["dependencies"])}
-    optional = {name.replace("-", "_") for name in names(sum(extras().values(), []))}
+    optional = {module_of.get(name, name.replace("-", "_")) for name in names(sum(extras().values(), []))}
     imported = imported_modules()
     assert imported - required - optional == set(), "imported, but not in pyproject.toml"
     assert required - imported == set(), "in pyproject.toml, but not imported"

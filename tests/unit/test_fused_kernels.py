@@ -14,7 +14,12 @@ from torch import Tensor
 from megatron_solopo.planning import fake
 
 SETTINGS: Any = SimpleNamespace(
-    sequence_parallel=False, params_dtype=torch.bfloat16, activation_func=F.silu, layernorm_zero_centered_gamma=False
+    sequence_parallel=False,
+    params_dtype=torch.bfloat16,
+    activation_func=F.silu,
+    activation_func_clamp_value=None,
+    glu_linear_offset=0.0,
+    layernorm_zero_centered_gamma=False,
 )
 
 

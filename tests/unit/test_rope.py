@@ -92,7 +92,7 @@ def test_yarn_of_a_config_without_head_dim() -> None:
         ),
         ({"rope_type": "ntk", "factor": 2.0}, "rope-type-unsupported", ["rope_type 'ntk' ", "default, linear, llama"]),
         (YARN | {"partial_rotary_factor": 0.5}, "model-field-unknown", ["partial_rotary_factor = 0.5"]),
-        ({"rope_type": "default", "mrope_section": [2, 1, 1]}, "model-field-unknown", ["mrope_section = "]),
+        ({"rope_type": "default", "rotary_base": 1e4}, "model-field-unknown", ["rotary_base = "]),
         (LINEAR | {"beta_fast": 16}, "model-field-unknown", ["beta_fast = 16 ", "'linear'"]),
         (LLAMA3 | {"attention_factor": 1.1}, "model-field-unknown", ["attention_factor = 1.1 ", "'llama3'"]),
         (LINEAR | {"factor": 0.5}, "model-field-value", ["factor = 0.5 ", "'linear'", "at least 1"]),

@@ -229,7 +229,8 @@ def swiglu(out: Recorder, x: Tensor) -> None:
 
     from megatron_solopo.model.swiglu import SwiGLU
 
-    _passes(out, "swiglu/today", SwiGLU(SimpleNamespace(activation_func=F.silu)), x)
+    settings = SimpleNamespace(activation_func=F.silu, activation_func_clamp_value=None, glu_linear_offset=0.0)
+    _passes(out, "swiglu/today", SwiGLU(settings), x)
     _passes(out, "swiglu/steps", _swiglu, x)
     with out.part("swiglu/compiled"):
         out.need_size()
