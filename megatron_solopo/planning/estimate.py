@@ -21,7 +21,7 @@ from megatron_solopo.planning.process import Process
 from megatron_solopo.planning.states import standing, states_on_host, trained_parameters
 
 KEPT_WIDTHS, KEPT_CHUNKS = 18, 5
-"""See `recurrent_kept`; fitted to a rehearsal of a Qwen3.5 shape, six such layers with 16 heads of 128, at 16K tokens."""
+"""See `recurrent_kept`; fitted to a rehearsal of a Qwen3.5 shape: six such layers, 16 heads of 128, 16K tokens."""
 
 
 def attention_kept(process: Process) -> float:

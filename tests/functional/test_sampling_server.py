@@ -224,7 +224,7 @@ def test_an_evaluation_through_the_server_is_that_of_the_folder(serving: Serving
     for number in range(4):
         words = random.Random(number).sample(WORDS, 6)
         texts = [
-            {"idx": n, "title": "w0", "paragraph_text": " ".join(words[n:]), "is_supporting": n == 0} for n in (0, 1)
+            {"idx": n, "title": f"t{n}", "paragraph_text": " ".join(words[n:]), "is_supporting": n == 0} for n in (0, 1)
         ]
         records.append({"id": f"q{number}", "question": words[1], "answer": words[0], "paragraphs": texts})
     write_lines(tmp_path / "asked.jsonl", records)
