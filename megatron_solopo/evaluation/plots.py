@@ -8,7 +8,10 @@ from typing import Literal, TypedDict
 
 import matplotlib
 import pandas
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -60,10 +63,15 @@ class Look(TypedDict):
 
 
 def look(labels: Sequence[str]) -> dict[str, Look]:
-    """Colour, marker and dash of every label, by its place in the list; dashes change when the colours are used up."""
+    """Colour, marker and dash of every label, by its place in the list; where the colours are used up, they come again
+    with other dashes and other markers."""
     count = len(COLOURS)
     return {
-        label: Look(color=COLOURS[i % count], marker=MARKERS[i % count], linestyle=DASHES[i // count % len(DASHES)])
+        label: Look(
+            color=COLOURS[i % count],
+            marker=MARKERS[(i + i // count) % count],
+            linestyle=DASHES[i // count % len(DASHES)],
+        )
         for i, label in enumerate(labels)
     }
 
@@ -113,7 +121,7 @@ def draw_accuracy(
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_xlabel(f"Context length in {unit}" + ("" if unit == "tokens" else " (mean prompt tokens)"))
     axes.set_ylabel(f"Accuracy ({metric})")
-    figure.legend(loc="outside upper center", ncols=min(len(series), 4))
+    _legend(figure, *axes.get_legend_handles_labels())
     save_figure(figure, path)
 
 
@@ -136,7 +144,7 @@ def draw_cost(path: Path, points: Mapping[str, tuple[float, Point]], looks: Mapp
     axes.set_ylim(0, 1)
     axes.set_xlabel("Operations of training (10^12)")
     axes.set_ylabel(f"Accuracy ({accuracy})")
-    figure.legend(loc="outside upper center", ncols=min(len(points), 4))
+    _legend(figure, *axes.get_legend_handles_labels())
     save_figure(figure, path)
 
 
@@ -186,8 +194,19 @@ def draw_curves(
     if validated:
         keys["training"] = Line2D([], [], color="#777777")
         keys["validation"] = Line2D([], [], color="#777777", marker="o", linewidth=0.6)
-    figure.legend([*keys.values()], [*keys], loc="outside upper center", ncols=min(len(keys), 4))
+    _legend(figure, [*keys.values()], [*keys])
     save_figure(figure, path)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist | Container], labels: Sequence[str]) -> None:
+    """Puts a legend above the axes, in at most 4 columns, fewer where the figure is narrower, and makes room for it."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(len(labels), 4), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + 0.19 * max(0, -(-len(labels) // columns) - 2))
+            return
+        legend.remove()
 
 
 def _limit(axes: Axes, metric: Metric, points: pandas.DataFrame) -> None:

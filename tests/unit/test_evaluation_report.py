@@ -256,7 +256,22 @@ def test_a_legend_names_every_label_once(tmp_path, monkeypatch):
 
 def test_every_label_looks_different():
     looks = look([f"label {index}" for index in range(21)])
-    assert len({(one["color"], one["linestyle"]) for one in looks.values()}) == 21
+    for style in ("linestyle", "marker"):  # points alone show no line
+        assert len({(one["color"], one[style]) for one in looks.values()}) == 21
+
+
+def test_a_legend_of_many_long_labels_is_within_its_figure(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    for count in (2, 19):
+        labels = [f"a label of many words, the {number}th" for number in range(count)]
+        points = {label: (1e12, results.Point(8, 0.5, 0.4, 0.6, 1)) for label in labels}
+        plots.draw_cost(tmp_path / "cost.png", points, look(labels), "sub-EM")
+    for figure in figures:
+        figure.canvas.draw()
+        legend = figure.legends[0].get_window_extent()
+        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width and legend.y0 >= figure.axes[0].bbox.y1
+        assert figure.axes[0].bbox.height > 150
 
 
 def test_a_report_does_not_replace_what_it_reads(tmp_path):
