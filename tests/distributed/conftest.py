@@ -35,6 +35,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 
@@ -67,6 +68,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     gpt_oss = GptOssConfig(**SHAPE, **EXPERTS, **by_layer, **rope, head_dim=16, pad_token_id=None)
     write_model(folder / "gpt_oss", gpt_oss, seed=12)
     write_model(folder / "qwen3_5", Qwen3_5TextConfig(**SHAPE, **RECURRENT), seed=13)
+    shared = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+    write_model(folder / "qwen3_next", Qwen3NextConfig(**SHAPE, **RECURRENT, **shared), seed=14)
     write_model(folder / "reference", LlamaConfig(**SHAPE, tie_word_embeddings=False), seed=3)
     deep = SHAPE | {"num_hidden_layers": 4}
     write_model(folder / "llama-4", LlamaConfig(**deep, tie_word_embeddings=False), seed=4)
