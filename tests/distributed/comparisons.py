@@ -33,5 +33,5 @@ def check(launched: Launch, expected: Any, plan: tuple[str, ...], name: str | No
     mean = sum(losses) / len(losses)
     assert abs(launched.results[name]["means"]["loss"] - mean) <= BOUND[dtype] * max(1, abs(mean))
     worst = differences(launched.gradients[name], gradient)
-    assert max(worst.values()) <= BOUND[dtype], max(worst, key=worst.get)
+    assert max(worst.values()) <= BOUND[dtype], (max(worst, key=worst.get), max(worst.values()))
     assert min(tensor.norm() for tensor in gradient.values()) > 0
