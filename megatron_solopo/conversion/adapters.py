@@ -117,8 +117,8 @@ def check_adapters(options: ModelConfig, hf_config: PretrainedConfig) -> None:
                 f"--lora-modules: PEFT finds gate_proj, up_proj and down_proj of {hf_config.model_type} in experts, "
                 f"shared experts and MLPs alike, which have no adapters together; name {','.join(ATTENTION)}",
             )
-    if options.lora_rank is not None and adapts_experts(options) and expert_modules(hf_config):
-        _check_experts(options)
+        if adapts_experts(options) and expert_modules(hf_config):
+            _check_experts(options)
     if options.lora_path is None:
         return
     path, expected = Path(options.lora_path) / WEIGHTS, adapter_shapes(options, hf_config)

@@ -88,12 +88,12 @@ class ClampedGLU(Repeatable):
     def forward(ctx, x: Tensor, limit: float, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limit, ctx.offset = limit, offset
-        return ClampedGLU.repeat(ctx, x)
+        return ClampedGLU._product(ctx, x)
 
     @staticmethod
-    def repeat(ctx, x: Tensor | None = None) -> Tensor:
-        steep, up = ClampedGLU._clamped(ctx, ctx.saved_tensors[0] if x is None else x)
-        return F.silu(steep).mul_(up).div_(ClampedGLU.SLOPE)
+    def repeat(ctx) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return ClampedGLU._product(ctx, x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] (one output, one gradient)
@@ -107,6 +107,11 @@ class ClampedGLU(Repeatable):
         of_gate.masked_fill_(gate > ctx.limit, 0)
         of_up.masked_fill_(up.abs() > ctx.limit, 0)
         return grads, None, None
+
+    @staticmethod
+    def _product(ctx, x: Tensor) -> Tensor:
+        steep, up = ClampedGLU._clamped(ctx, x)
+        return F.silu(steep).mul_(up).div_(ClampedGLU.SLOPE)
 
     @staticmethod
     def _clamped(ctx, x: Tensor) -> tuple[Tensor, Tensor]:

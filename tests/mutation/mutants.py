@@ -558,7 +558,7 @@ MUTANTS: list[Mutant] = [
     ),
     *within(
         "model/build.py",
-        "tests/distributed/test_gpt_oss.py",
+        "tests/distributed/test_families_with_experts.py",
         ("biases of different experts added", 'setattr(parameter, "sequence_parallel", False)', "pass"),
     ),
     *within(

@@ -27,7 +27,6 @@ print((resident() - before) / 2**10)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_a_process_holds_what_its_tensors_hold() -> None:
     """48 MiB of tensors; with glibc's default the process grows by 75 to 220."""
     done = subprocess.run([sys.executable, "-c", KEEPS_HALF], capture_output=True, text=True, timeout=300)
