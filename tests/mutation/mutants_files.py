@@ -385,7 +385,7 @@ DATA = [
         ),
     ),
     *within(
-        "data/tokenized/tokens.py",
+        "data/tokenized/encoder.py",
         "tests/unit/test_tokens.py",
         ("sampled ids of another text", "if text in texts:", "if True:"),
     ),

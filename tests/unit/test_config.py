@@ -10,8 +10,8 @@ import yaml
 from option_lines import argv, last_wins
 
 from megatron_solopo.config import OWNER, Config, flag
-from megatron_solopo.config_checks import unused
 from megatron_solopo.config_load import build_parser, load
+from megatron_solopo.config_unused import unused
 from megatron_solopo.losses.registry import preference_loss
 from megatron_solopo.training.run_folder import effective, write_settings
 
