@@ -140,7 +140,7 @@ def rehearse(
 
 
 def _work(engine: Any, config: Config, groups: Sequence[TokenGroup], packs: int) -> Any:
-    """Returns the work of a step as `step.step_work` makes it, of packs that are all alike."""
+    """Returns the work of a step as `step_work.step_work` makes it, of packs that are all alike."""
     from megatron_solopo.data.tokenized.batches import plan_step
     from megatron_solopo.model.cost import width_of_cost, windows_of
     from megatron_solopo.training.objective import step_inputs
