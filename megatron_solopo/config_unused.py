@@ -88,6 +88,8 @@ def unused(config: Config) -> dict[str, str]:
             for name in (*OF_FOLDER, "lora_dropout", "lora_export")
         ),
         ("lora_export", output.save_hf is not None, "needs --save-hf"),
+        ("tensorboard_log_interval", output.tensorboard_dir is not None, "needs --tensorboard-dir"),
+        ("tensorboard_queue_size", output.tensorboard_dir is not None, "needs --tensorboard-dir"),
         ("wandb_exp_name", output.wandb_project is not None, "needs --wandb-project"),
         ("wandb_save_dir", output.wandb_project is not None, "needs --wandb-project"),
         ("save_hf_interval", output.save_hf is not None, "needs --save-hf"),

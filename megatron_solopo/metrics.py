@@ -150,6 +150,10 @@ register(
             ("memory_gib", "peak memory", "GiB", ""),
             ("memory_allocated_gib", "peak memory allocated by torch", "GiB", ""),
             ("seconds", "seconds a step", "", "{:.3g} s/step"),
+            ("data_seconds", "seconds waited for data", "", "data {:.2g} s"),
+            ("data_rank", "rank that waited longest for data", "", ""),
+            ("slowest_ratio", "time of the slowest copy of the model", "of the others' median", ""),
+            ("slowest_seconds", "seconds a step lost to it", "", ""),
         )
     ),
 )

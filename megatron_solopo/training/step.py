@@ -264,6 +264,7 @@ def train_step(
     memory: PeakMemory,
     stop: Callable[[], int] = lambda: 0,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    counted: Callable[[Sequence[float]], AbstractContextManager[None]] = lambda loads: nullcontext(),
 ) -> tuple[dict[str, Any], int]:
     """Runs one optimizer step; returns its line of the log, and the largest ``stop`` of all ranks.
 
@@ -276,6 +277,7 @@ def train_step(
         memory: peak memory of the run.
         stop: returns a number above 0 where this rank requests the run to stop, see `StopRequests.on_this_rank`.
         phase: names a part of the step in profiles, see `Profiler.phase`.
+        counted: times the passes of the step, given the loads of the data-parallel ranks, see `RankTimes.counted`.
 
     Raises:
         Diverged: the loss or the gradient is not finite and --on-nonfinite is stop; the weights are unchanged.
@@ -283,6 +285,7 @@ def train_step(
     start = time.perf_counter()
     with phase("data"):
         current = work.take(step)
+    waited = time.perf_counter() - start
     inputs = current.inputs
     if current.score is not None:
         with phase("reference"):
@@ -290,13 +293,16 @@ def train_step(
     engine.zero_gradients()
     optimizer.zero_grad()
     begin = partial(seed_pack, config.training.seed, step) if config.model.lora_dropout else None
-    parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method, begin=begin)
+    with counted(current.plan.loads):
+        parts = run_parts(engine, current.packs, inputs, len(current.indices), config.method, begin=begin)
     allocated = engine.platform.peak_allocated_gib()
     of_ranks = gather_from_all_ranks(
         parts.scalars | {"squared_norm": squared_gradient_norm(optimizer)},
-        parts.numbers | {"stop": stop(), "memory": memory.on_this_rank(), "allocated": allocated or 0.0},
+        parts.numbers
+        | {"stop": stop(), "memory": memory.on_this_rank(), "allocated": allocated or 0.0, "waited": waited},
         engine.platform.device,
     )
+    longest_wait = max(of_ranks["waited"])
     sums, grad_norm = parts.sums(of_ranks), total_norm(of_ranks["squared_norm"])
     agreed = int(max(of_ranks["stop"]))
     scheduler.step(1)  # before the optimizer, see build_optimizer; a skipped step counts too
@@ -327,6 +333,8 @@ def train_step(
         "memory_gib": round(max(of_ranks["memory"]), 3),
         **({} if allocated is None else {"memory_allocated_gib": round(max(of_ranks["allocated"]), 3)}),
         "seconds": round(seconds, 4),
+        "data_seconds": round(longest_wait, 4),
+        "data_rank": of_ranks["waited"].index(longest_wait),
     }
     return line, agreed
 
@@ -346,9 +354,17 @@ def _divergence(sums: StepSums, grad_norm: float, dataset: TokenDataset, indices
 
 
 def evaluate(
-    engine: Engine, dataset: TokenDataset, config: Config, reference: ReferenceLogProbs | None
-) -> dict[str, float]:
-    """Returns the means of the loss and its metrics over all validation examples, and their number, ``groups``."""
+    engine: Engine,
+    dataset: TokenDataset,
+    config: Config,
+    reference: ReferenceLogProbs | None,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Returns the means of the loss and its metrics over all validation examples, and their number, ``groups``.
+
+    Args:
+        must_stop: called before each batch; where it returns True, the same on every rank, the result is None.
+    """
     engine.eval()
     length = mean_chosen_length_of(dataset, config.method, engine.platform.device)
     totals: dict[str, float] = {}
@@ -360,6 +376,9 @@ def evaluate(
 
     with torch.no_grad(), Ahead(work, len(batches), engine.platform.device) as ahead:
         for number, indices in enumerate(batches):
+            if must_stop():
+                engine.train()
+                return None
             sums = run_step(engine, ahead.take(number), len(indices), config.method, reference, True, length)
             for name, value in sums.values.items():
                 totals[name] = totals.get(name, 0.0) + value

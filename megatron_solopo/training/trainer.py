@@ -8,13 +8,14 @@ order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
 from megatron_solopo.conversion.hf import describe_carried
+from megatron_solopo.conversion.manifest import checkpoint_folder
 from megatron_solopo.data.files.records import write_jsonl
 from megatron_solopo.data.tokenized.batches import above_the_token_limit
 from megatron_solopo.errors import Diverged, UserError
@@ -42,6 +43,7 @@ from megatron_solopo.training.resident import ResidentReference, scored_training
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
 from megatron_solopo.training.step_work import training_work
+from megatron_solopo.training.stragglers import RankTimes
 
 
 def train(platform: Platform, config: Config) -> None:
@@ -93,6 +95,7 @@ class Trainer:
         self.profiler = profiling.Profiler(config.output, platform.name == "cuda")
         if config.output.nvtx:
             profiling.name_phases(self.engine)
+        self.ranks = RankTimes(self.engine)
         first = dist.get_rank() == 0
         self.log = RunLog(config.output, self.schedule.steps, plan.resumed, first, effective(config))
         self._announce()
@@ -121,23 +124,36 @@ class Trainer:
     def _steps(self) -> None:
         """Trains to the last step, or until the run is requested to stop."""
         output, steps = self.config.output, self.schedule.steps
-        if self.config.training.eval_on_start and self.plan.source is None and not self.reason:
+        if self.plan.source is not None:
+            self._do_what_a_stop_left_out()
+        elif self.config.training.eval_on_start and not self.reason:
             self.validate()
         while self.done < steps and not self.reason and not self.stops_early:
             self.train_step()
             last = self.done == steps
             failed_before = self.checkpoints.unsaved
             self.checkpoints.poll()
-            evaluates = last or _is_due(self.done, self.config.training.eval_interval)
+            # Between a signal and the kill there is time for the save alone: a resumed run makes up for the rest.
+            evaluates = last or (_is_due(self.done, self.config.training.eval_interval) and not self.reason)
             is_best = evaluates and self.validate()
-            saves, exports = (
-                not last and _is_due(self.done, n) for n in (output.save_interval, output.save_hf_interval)
-            )
+            saves = not last and _is_due(self.done, output.save_interval)
+            exports = not last and _is_due(self.done, output.save_hf_interval) and not self.reason
             self.save(saves or (is_best and not last), exports, failed_before)
             if last:
                 self.reason = None
             elif evaluates or saves or exports:  # a request may arrive during such a pause
                 self.reason = self.reason or self.stop.agreed(self.platform.device)
+
+    def _do_what_a_stop_left_out(self) -> None:
+        """Evaluates and exports after the step of the checkpoint, where that was due and the run had to stop."""
+        if self.reason or self.done == self.schedule.steps or self.evaluated is None:
+            return
+        if _is_due(self.done, self.config.training.eval_interval):
+            self.validate(leave_out=self.evaluated)
+        if _is_due(self.done, self.config.output.save_hf_interval):
+            folder = checkpoint_folder(resume.export_folder(self.config), self.done)
+            if not self.reason and not shared(folder.is_dir, "folders"):
+                self.save(False, True, self.checkpoints.unsaved)
 
     def score_reference(self) -> bool:
         """Computes the reference log-probs of all examples, before a checkpoint replaces the reference's weights;
@@ -192,6 +208,7 @@ class Trainer:
         # On every rank, because too many skipped steps end the run; only rank 0 has the log.
         earlier = shared(lambda: self.log.earlier)
         self.watch.replay(earlier)
+        self.evaluated = {line["split"] for line in earlier if line["step"] == self.done} if in_this_folder else None
         if self.best is not None:
             self.best.replay(earlier)
             self.checkpoints.best = self.best.step or 0
@@ -233,7 +250,10 @@ class Trainer:
             self.memory,
             self.stop.on_this_rank,
             self.profiler.phase,
+            self.ranks.counted,
         )
+        if _is_due(self.done + 1, self.config.output.log_interval):
+            line |= self.ranks.compared()
         self.reason = self.stop.reason(requested)
         self.log.step(line, self.watch.read(line))
         self.done += 1
@@ -244,16 +264,24 @@ class Trainer:
         """Whether --early-stop ends the run here."""
         return self.best is not None and self.best.exhausted
 
-    def validate(self) -> bool:
+    def validate(self, leave_out: Collection[str] = ()) -> bool:
         """Evaluates on --valid-data and --eval-generate, where they are set; returns whether --save-best has a new
-        best step."""
+        best step.
+
+        Args:
+            leave_out: splits that were evaluated after this step already.
+        """
         lines: list[Line] = []
-        if self.data.valid is not None:
-            means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"])
+        if self.data.valid is not None and "valid" not in leave_out:
+            means = step.evaluate(self.engine, self.data.valid, self.config, self.reference["valid"], self._must_stop)
+            if means is None:
+                return False
             lines.append({"step": self.done, "split": "valid"} | means)
             self.log.step(lines[-1])
-        if self.data.held_out is not None:
-            lines.append({"step": self.done, "split": answers.SPLIT} | self._answer(self.data.held_out))
+        if self.data.held_out is not None and answers.SPLIT not in leave_out:
+            if (means := self._answer(self.data.held_out)) is None:
+                return False
+            lines.append({"step": self.done, "split": answers.SPLIT} | means)
             self.log.step(lines[-1])
         if self.best is None or not any([self.best.read(line) for line in lines]):
             return False
@@ -262,13 +290,27 @@ class Trainer:
         self._write_best()
         return True
 
-    def _answer(self, held_out: HeldOut) -> dict[str, float]:
+    def _must_stop(self) -> bool:
+        """Whether an evaluation ends here, without a result; a resumed run makes it. Collective.
+
+        That after the last step is made to its end: no run would make it later.
+        """
+        if self.done == self.schedule.steps:
+            return False
+        self.reason = self.reason or self.stop.agreed(self.platform.device)
+        return self.reason is not None
+
+    def _answer(self, held_out: HeldOut) -> dict[str, float] | None:
         """Answers the held-out questions, writes the answers to the run folder, and returns the means of their
-        scores."""
+        scores; None where the run must stop meanwhile."""
         start, most = time.perf_counter(), self.config.training.eval_max_new_tokens
         self.engine.eval()
-        replies = answers.greedy_answers(self.engine, held_out.prompts, held_out.stops, most, self.config, self.drafts)
+        replies = answers.greedy_answers(
+            self.engine, held_out.prompts, held_out.stops, most, self.config, self.drafts, self._must_stop
+        )
         self.engine.train()
+        if replies is None:
+            return None
         self.drafts = dict(enumerate(replies))
         means, records = answers.scored_answers(held_out, replies)
         path = answers.answers_file(Path(self.config.output.save), self.done)
@@ -308,12 +350,16 @@ class Trainer:
             UserError: the model could not be saved or exported.
         """
         output, steps = self.config.output, self.schedule.steps
+        start, since = time.perf_counter(), None
         if self.done:
             self._check_weights()
             failed_before = self.checkpoints.unsaved
             if not self.checkpoints.has(self.done):  # waits for an asynchronous save
                 self._warn_if_unsaved(failed_before)
                 self._timed("save", lambda: self.checkpoints.save_last(self.done))
+        saving = time.perf_counter() - start
+        if self.reason:
+            since = self.stop.seconds_since(self.platform.device)
         self._profiled(self.profiler.close(self.done))
         for line in self.watch.at_end(self.done):
             self.log.message(line)
@@ -323,7 +369,9 @@ class Trainer:
             waited = f"no better one in {self.config.training.early_stop} evaluations"
             self.log.message(f"early stop after step {self.done} of {steps}: best is {self.best.describe()}, {waited}")
         if stopped and not self.checkpoints.unsaved:
-            self.log.message(f"{stopped}; " + (f"saved in {output.save}" if self.done else "nothing was done yet"))
+            notice = "" if since is None else f", {since:.1f} s after the signal, of which the save took {saving:.1f} s"
+            saved = f"saved in {output.save}{notice}" if self.done else "nothing was done yet"
+            self.log.message(f"{stopped}; {saved}")
             report_to_launcher(stopped)
         unfinished = None
         if output.save_hf and not stopped:
@@ -384,6 +432,8 @@ class Trainer:
             + (f", last step {rest}" if rest else "")
             + "; values of a step are means over its examples"
         )
+        if dist.get_world_size() > 1:
+            self.log.message(f"{dist.get_world_size()} processes: {self.ranks.hosts}")
         if dist.get_rank() == 0:  # which alone prints
             hf_config, model = self.plan.inputs.hf_config, self.config.model
             self.log.message(describe_parameters(hf_config, model))
