@@ -448,7 +448,7 @@ DATA = [
         ("a result kept whatever its options", "is not None and before == stages:", "is not None:"),
         (
             "a seed of the recipe kept",
-            "for stage in reversed(with_seed(stages, seed)):",
+            "for stage in (one.with_seed(seed) for one in reversed(stages)):",
             "for stage in reversed(stages):",
         ),
         ("another variant's stages before its own", "dataclasses.replace(stage, reads=())", "stage"),
