@@ -194,11 +194,11 @@ CONVERSION = [
     *within(
         "conversion/stored.py",
         "tests/functional/test_convert.py",
-        ("another model's weights accepted", "if problem:", "if False:"),
+        ("another model's weights accepted", "if tuple(tensor.size)[", "if False and tuple(tensor.size)["),
         (
             "another padding refused",
-            "stored.size[int(part.allow_shape_mismatch) :] != part.global_shape[int(part.allow_shape_mismatch) :]",
-            "stored.size != part.global_shape",
+            "tuple(tensor.size)[int(part.allow_shape_mismatch) :] != place.whole[int(part.allow_shape_mismatch) :]",
+            "tuple(tensor.size) != place.whole",
         ),
     ),
     *within(
@@ -440,8 +440,8 @@ DATA = [
             "list(work.outputs)",
         ),
         ("a file elsewhere deleted", " and folder in path.absolute().resolve().parents]", "]"),
-        ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None"),
     ),
+    *within("stage_process.py", PIPELINE, ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None")),
     *within(
         "matrix.py",
         MATRIX,

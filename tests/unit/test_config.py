@@ -149,6 +149,8 @@ NEEDED_FOR = {
     "ld_alpha": ["--preference-loss", "ld_dpo"],
     "label_smoothing_form": ["--label-smoothing", "0.1"],
     "sft_normalization": ["--sft-weight", "1"],
+    "tensorboard_log_interval": ["--tensorboard-dir", "events"],
+    "tensorboard_queue_size": ["--tensorboard-dir", "events"],
     "wandb_exp_name": ["--wandb-project", "p"],
     "wandb_save_dir": ["--wandb-project", "p"],
     "alignment_huber_delta": ["--alignment-distance", "huber"],
