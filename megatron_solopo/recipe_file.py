@@ -142,12 +142,11 @@ def _rounds(file: OptionFile, line: Entry, before: Rounds | None) -> Rounds:
 
 def _serving(file: OptionFile, line: Entry) -> Serving:
     parts = _needed(file, line, OF_SERVING, ("url",))
-    command: object = ()
+    command: list[str] = []
     if "command" in parts:
-        command = file.value(parts["command"].node)
-        command = _relative_to(
-            file.path.parent.absolute(), command if isinstance(command, list) else shlex.split(str(command))
-        )
+        value = file.value(parts["command"].node)
+        words = value if isinstance(value, list) else shlex.split(str(value))
+        command = [str(_relative_to(file.path.parent.absolute(), word)) for word in words]
     reload = {
         path: None if file.is_empty(node) else file.value(node) for path, _, node in _mapping(file, parts.get("reload"))
     }

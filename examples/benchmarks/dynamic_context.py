@@ -13,17 +13,17 @@ no wait   as if these cost no communication and left no rank idle: the most that
 mcore     megatron-core's BalancedCPScheduler: sequences are separate and run one by one, each on as many ranks as it
           needs; its own schedule of these lengths, timed by the same closed form
 
-No step is run: `--check` rehearses one pack of each kind and prints the difference from the closed form.
+No step is run, and nothing here was compared with a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,8 +53,9 @@ MIXES: dict[str, tuple[tuple[int, int] | None, int]] = {
     "1K / 8K, 8 of 64 long": ((1024, 8192), 8),
 }
 """Name -> tokens of short and long contexts, None for those of the questions; how many have --long-tokens instead."""
-LAYOUTS = {"cp8, 8 GPUs": (8, 1), "cp8 dp8, 64 GPUs": (8, 8), "cp16 dp4, 64 GPUs": (16, 4)}
-"""Name -> context-parallel size, copies of the model. A node has 8 GPUs."""
+GPUS = 64
+LAYOUTS = ((8, 1), (8, 8), (16, 4), (32, 2), (64, 1))
+"""(context-parallel size, copies of the model). A node has 8 GPUs."""
 
 
 def lengths_of(data: Path, tokenizer: str, count: int) -> list[tuple[int, int]]:
@@ -83,10 +84,14 @@ class Times:
         self.config, _ = config_load.load(argv)
         self.shape = Shape.of(hf_config, self.config.model.make_vocab_size_divisible_by)
         self.machine, self.width = machine, width_of_cost(hf_config)
+        self._configs: dict[int, Config] = {}
 
     def of_pack(self, groups: Iterable[TokenGroup], context: int, share: bool = True) -> float:
         """Returns the seconds of a pack that ``context`` ranks share."""
-        config = _with_context(self.config, context)
+        if context not in self._configs:
+            self._configs[context] = deepcopy(self.config)
+            self._configs[context].parallel.context_parallel_size = context
+        config = self._configs[context]
         multiple, each = pieces_multiple_of(config), []
         for group in groups:
             each.append(Work.of(group, 1, 1, share, multiple, multiple))
@@ -111,19 +116,6 @@ class Times:
 
     def cost(self, group: TokenGroup) -> float:
         return attention_cost(group, self.width)
-
-
-@cache
-def _contexts() -> dict[tuple[int, int], Config]:
-    return {}
-
-
-def _with_context(config: Config, context: int) -> Config:
-    known = _contexts()
-    if (id(config), context) not in known:
-        known[id(config), context] = changed = deepcopy(config)
-        changed.parallel.context_parallel_size = context
-    return known[id(config), context]
 
 
 def of_mcore(times: Times, groups: Sequence[TokenGroup], ranks: int, most_tokens: int) -> float:
@@ -165,34 +157,49 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(lengths)} questions: {means[0]:,.0f} tokens of supporting paragraphs, {means[1]:,.0f} of all")
     columns = ("full", "local", "no wait", "mcore")
     print("| layout | mix | tokens a step | short tokens | " + " | ".join(columns) + " |\n" + "|---" * 8 + "|")
-    for layout, (context, copies) in LAYOUTS.items():
+    best: dict[str, dict[str, tuple[float, str]]] = {mix: {} for mix in MIXES}
+    for context, copies in LAYOUTS:
+        layout = f"cp{context}" + (f" dp{copies}" if copies > 1 else "")
         # a rank holds its part of the longest example, and packs of others as large
-        most_tokens = 2 * options.long_tokens // context
-        times = Times(hf_config, machine, context, most_tokens)
-        for mix, (both, count) in MIXES.items():
-            is_long = random.Random(0).sample(range(EXAMPLES), count)
-            groups = []
-            for number, of_question in enumerate(lengths):
-                short, long = both or of_question
-                long = options.long_tokens if number in is_long else long
-                groups.append(example(times.config.method, short, long, RESPONSE))
+        times = Times(hf_config, machine, context, 2 * options.long_tokens // context)
+        for mix in MIXES:
+            groups = groups_of(mix, lengths, options.long_tokens, times.config)
             plan = plan_step(groups, times.width, copies, times.config)
             of_copies = [
                 times.of_share([[groups[n] for n in pack] for pack in packs], context, options.local_tokens)
                 for packs in plan.shares
             ]
             seconds = {name: max(one[name] for one in of_copies) for name in columns[:3]}
-            seconds["mcore"] = of_mcore(
-                times, groups, context * copies, -(-(options.long_tokens + RESPONSE) // context)
-            )
+            most = -(-(options.long_tokens + RESPONSE) // context)
+            seconds["mcore"] = of_mcore(times, groups, context * copies, most)
+            if context * copies == GPUS:
+                for name in columns:
+                    best[mix][name] = min(best[mix].get(name, (math.inf, "")), (seconds[name], layout))
             tokens = [group.tokens(True) for group in groups]
             few = sum(n for n in tokens if n <= options.local_tokens) / sum(tokens)
-            shown = " | ".join(
-                f"{seconds[name]:.2f} s" + (f" ({seconds[name] / seconds['full'] - 1:+.1%})" if name != "full" else "")
-                for name in columns
-            )
-            print(f"| {layout} | {mix} | {sum(tokens):,} | {few:.0%} | {shown} |")
+            shown = [f"{seconds[name]:.2f} s" + change(seconds[name], seconds["full"]) for name in columns]
+            print(f"| {layout} | {mix} | {sum(tokens):,} | {few:.0%} | " + " | ".join(shown) + " |")
+    print(f"\n{GPUS} GPUs, the fastest of the layouts above for each way:\n")
+    print("| mix | " + " | ".join(columns) + " |\n" + "|---" * 5 + "|")
+    for mix, of_mix in best.items():
+        shown = [f"{of_mix[n][0]:.2f} s, {of_mix[n][1]}" + change(of_mix[n][0], of_mix["full"][0]) for n in columns]
+        print(f"| {mix} | " + " | ".join(shown) + " |")
     return 0
+
+
+def groups_of(mix: str, lengths: Sequence[tuple[int, int]], long_tokens: int, config: Config) -> list[TokenGroup]:
+    """Returns the examples of a step."""
+    both, count = MIXES[mix]
+    is_long = random.Random(0).sample(range(EXAMPLES), count)
+    groups = []
+    for number, of_question in enumerate(lengths):
+        short, long = both or of_question
+        groups.append(example(config.method, short, long_tokens if number in is_long else long, RESPONSE))
+    return groups
+
+
+def change(seconds: float, of_full: float) -> str:
+    return "" if seconds == of_full else f" ({seconds / of_full - 1:+.1%})"
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def measure(folder: Path, options: argparse.Namespace, context: int) -> dict[str
         trainer.log.close()
         trainer.engine.close()
         del trainer
-    return {"seconds": own.tolist(), **lines[-1]}
+    return {**lines[-1], "cpu": own.tolist()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             "| examples | CPU s a step, all processes | tokens with padding | padding | loss |\n|---|---|---|---|---|"
         )
         for context, name in ((size, f"divided over {size} ranks"), (1, "whole, on one rank each")):
-            seconds = [second for one in results[context] for second in one["seconds"]]
+            seconds = [second for one in results[context] for second in one["cpu"]]
             last = results[context][-1]
             spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
             print(f"| {name} | {spread} | {last['tokens']:,} | {last['padding_share']:.2%} | {last['loss']:.6f} |")

@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Rehearses the loss of a node on one machine, as root: two network namespaces joined by a virtual cable stand for two
-# nodes, each with its own host name, home, cache and working folder. They train by torchrun_c10d.sh. After the second
-# checkpoint node 1 is lost for good: first its cable, so that no connection is closed, then its processes. Node 0 goes
-# on with its ranks alone, from the last checkpoint.
+# Rehearses the loss of a node on one machine, as root: two network namespaces joined by a virtual cable are two nodes,
+# each with its own host name, home, cache and folder for temporary files. They train by torchrun_c10d.sh. After the
+# second checkpoint node 1 is lost for good: first its cable, so that no connection is closed, then its processes. Node 0
+# continues with its ranks alone, from the last checkpoint.
 #
-#     examples/launch/two_nodes_here.sh FOLDER --config run.yaml --save /shared/runs/two
+#     FOLDER=/tmp/two examples/launch/two_nodes_here.sh --config run.yaml --save runs/two --save-interval 5
 #
-# FOLDER holds what each node has for itself: node0 and node1. What follows is pretrain_solopo.py's, with paths from the
-# root, as both nodes see them. Variables: GPUS_PER_NODE (processes of a node, here 2), PYTHON, MAX_RESTARTS, RDZV_TIMEOUT.
+# Arguments are pretrain_solopo.py's. FOLDER holds what each node has for itself: node0 and node1. Other variables:
+# GPUS_PER_NODE (processes of a node, here 2), and those of torchrun_c10d.sh but NNODES, NODE_RANK and MASTER_ADDR.
 set -u
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 2
-folder=$(mkdir -p "${1:?FOLDER, then the options of a run}" && cd "$1" && pwd) || exit 2
-shift
+folder=$(mkdir -p "${FOLDER:?a folder for what each node has for itself}" && cd "$FOLDER" && pwd) || exit 2
 for ((i = 1; i <= $#; i++)); do
     [[ "${!i}" == --save ]] && next=$((i + 1)) && save=${!next}
     [[ "${!i}" == --save=* ]] && save=${!i#--save=}
 done
-if [[ "${save:-}" != /* ]]; then
-    echo "error: --save: name a folder from the root, which both nodes see" >&2
+if [[ -z "${save:-}" ]]; then
+    echo "error: --save: name the run folder here, not in a file" >&2
     exit 2
 fi
 names=(solopo-node0 solopo-node1)
@@ -39,18 +38,18 @@ for node in 0 1; do
     ip -n "${names[node]}" address add "10.231.0.$((node + 1))/24" dev "solopo$node"
     ip -n "${names[node]}" link set "solopo$node" up
     ip -n "${names[node]}" link set lo up
-    mkdir -p "$folder/node$node/home"
+    mkdir -p "$folder/node$node/home" "$folder/node$node/tmp"
 done
 
-# Node $1 with the rest of the arguments as options of the run.
+# Becomes node $1; the rest of the arguments are options of the run.
 start() {
     local node=$1
     shift
-    cd "$folder/node$node" || exit 2
+    export HOME="$folder/node$node/home" TMPDIR="$folder/node$node/tmp" NNODES=1:2 NODE_RANK=$node
+    export MASTER_ADDR=10.231.0.1 PET_LOCAL_ADDR=10.231.0.$((node + 1)) GPUS_PER_NODE=${GPUS_PER_NODE:-2}
+    export GLOO_SOCKET_IFNAME=solopo$node NCCL_SOCKET_IFNAME=solopo$node
     # shellcheck disable=SC2016 # the inner shell's
-    HOME="$folder/node$node/home" NNODES=1:2 NODE_RANK=$node MASTER_ADDR=10.231.0.1 PET_LOCAL_ADDR=10.231.0.$((node + 1)) \
-        GLOO_SOCKET_IFNAME=solopo$node NCCL_SOCKET_IFNAME=solopo$node GPUS_PER_NODE=${GPUS_PER_NODE:-2} \
-        exec ip netns exec "${names[node]}" unshare --uts bash -c 'hostname "$1" && exec bash "${@:2}"' \
+    exec ip netns exec "${names[node]}" unshare --uts bash -c 'hostname "$1" && exec bash "${@:2}"' \
         node "node$node" "$here/torchrun_c10d.sh" "$@"
 }
 
