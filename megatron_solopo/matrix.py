@@ -24,15 +24,16 @@ import datetime
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError
-from megatron_solopo.pipeline import OUTPUTS, Note, Work, run_stages
-from megatron_solopo.recipe import Matrix, Recipe, Stage, with_seed
+from megatron_solopo.pipeline import Note, Work, run_stages
+from megatron_solopo.recipe import OUTPUTS, Matrix, Recipe, Stage
+from megatron_solopo.variables import filled, filled_stage
 
 LABEL = "label"
 """The variable of a variant that is its name in tables; default: the variant's name."""
@@ -93,18 +94,20 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
         UserError: a mistake of a stage; a needed stage has an unknown variable; no stage writes the result.
     """
     variables: dict[str, object] = {"variant": variant}
-    variables |= {name: _filled(value, variables)[0] for name, value in matrix.variants[variant].items()}
-    unknown: dict[str, str] = {}
-    stages = [*recipe.stages, *(_of_variant(stage, variant, variables, unknown) for stage in matrix.stages)]
+    variables |= {name: filled(value, variables)[0] for name, value in matrix.variants[variant].items()}
+    of_variant = [
+        filled_stage(stage, f"{variant}.{stage.name}", f"the variant '{variant}'", variables) for stage in matrix.stages
+    ]
+    unknown = {stage.name: problem for stage, problem in of_variant if problem}
+    stages = [*recipe.stages, *(stage for stage, _ in of_variant)]
     needed: list[Stage] = []
     wanted = {_result_file(matrix, variant): {""}}
     """Path -> names of the stages that read it; "" is the matrix."""
-    for stage in reversed(with_seed(stages, seed)):
-        outputs = [value for name, (value, _) in stage.options.items() if name in OUTPUTS and isinstance(value, str)]
+    for stage in (one.with_seed(seed) for one in reversed(stages)):
         readers = {
             reader
             for path, names in wanted.items()
-            if any(_holds(output, path) for output in outputs)
+            if any(_holds(output, path) for output in stage.outputs)
             for reader in names
         }
         if not readers:
@@ -127,36 +130,6 @@ def _result_file(matrix: Matrix, variant: str) -> str:
     return os.path.normpath(Template(matrix.result).safe_substitute(variant=variant))
 
 
-def _of_variant(stage: Stage, variant: str, variables: Mapping[str, object], unknown: dict[str, str]) -> Stage:
-    """Returns a stage of the matrix under a name of its own, with the values of the variables; an option whose value is
-    null is left out. ``unknown`` gets the message about a variable that the variant does not have."""
-    name, options = f"{variant}.{stage.name}", {}
-    for option, (value, where) in stage.options.items():
-        filled, missing = _filled(value, variables)
-        if missing:
-            unknown[name] = (
-                f"{where}: ${missing[0]}: the variant '{variant}' has no such variable; it has {', '.join(variables)}"
-            )
-        if filled is not None:
-            options[option] = (filled, where)
-    return dataclasses.replace(stage, name=name, options=options)
-
-
-def _filled(value: object, variables: Mapping[str, object]) -> tuple[object, list[str]]:
-    """Returns a value with its variables replaced, and the names of those that are unknown. ``$NAME`` alone becomes
-    the variable's value of any type, ``$$`` a dollar."""
-    if isinstance(value, list):
-        parts = [_filled(one, variables) for one in value]
-        return [part for part, _ in parts], [name for _, names in parts for name in names]
-    if not isinstance(value, str):
-        return value, []
-    template = Template(value)
-    names = template.get_identifiers() if template.is_valid() else []
-    if len(names) == 1 and names[0] in variables and value in (f"${names[0]}", f"${{{names[0]}}}"):
-        return variables[names[0]], []
-    return template.safe_substitute(variables), [name for name in names if name not in variables]
-
-
 def _holds(output: str, path: str) -> bool:
     """Whether a path is an output, or a file in it."""
     output = os.path.normpath(output)
@@ -165,6 +138,8 @@ def _holds(output: str, path: str) -> bool:
 
 def _read_by(stage: Stage) -> Iterator[str]:
     """Yields what may be paths in a stage's options: a text, @FILE or LABEL=PATH."""
+    if stage.served is not None:
+        yield os.path.normpath(stage.served)
     other = {*OUTPUTS, *stage.of_choices()}
     for name, value in stage.checked()[1].items():
         if name in other:

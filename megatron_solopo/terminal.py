@@ -32,9 +32,11 @@ def name_lines() -> None:
 
     Where the variable with torchrun's prefix is set, torchrun names them (``--tee``).
     """
-    named = isinstance(sys.stderr, NamedLines) or "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE" in os.environ
-    if os.environ.get("RANK", "0") != "0" and sys.stderr is not None and not named:
-        sys.stderr = NamedLines(sys.stderr, f"[{rank_and_host()}] ")
+    stream: TextIO | NamedLines | None = sys.stderr
+    if stream is None or isinstance(stream, NamedLines) or "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE" in os.environ:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        sys.stderr = NamedLines(stream, f"[{rank_and_host()}] ")
 
 
 class NamedLines:

@@ -41,7 +41,8 @@ from megatron_solopo.model.forward import greedy_tokens
 from megatron_solopo.pack import Context, Pack, Side
 from megatron_solopo.progress import ProgressBar
 from megatron_solopo.training.engine import Engine, data_parallel
-from megatron_solopo.training.step import reduce_to_all_ranks, run_packs, sent
+from megatron_solopo.training.step import reduce_to_all_ranks, run_packs
+from megatron_solopo.training.step_work import sent
 
 SPLIT = "generate"
 """The ``split`` of these evaluations in metrics.jsonl."""

@@ -42,6 +42,7 @@ from megatron_solopo.training.reference import has_cache, reference_log_probs, s
 from megatron_solopo.training.resident import ResidentReference, scored_training_work
 from megatron_solopo.training.run_folder import effective, write_metric_labels, write_overlong, write_settings
 from megatron_solopo.training.segment_table import ReferenceLogProbs
+from megatron_solopo.training.step_work import training_work
 from megatron_solopo.training.stragglers import RankTimes
 
 
@@ -218,7 +219,7 @@ class Trainer:
         self.memory = PeakMemory(self.platform)
         train, schedule = self.data.train, self.schedule
         if self.resident is None:
-            self.work = step.training_work(self.engine, train, schedule, self.config, self.reference["train"])
+            self.work = training_work(self.engine, train, schedule, self.config, self.reference["train"])
         else:
             self.work = scored_training_work(self.resident, train, schedule, self.config)
 

@@ -109,7 +109,7 @@ MUTANTS: list[Mutant] = [
         ("evaluation at stretched positions", 'Stretch.of(config) if split == "train" else None', "Stretch.of(config)"),
     ),
     *within(
-        "training/step.py",
+        "training/step_work.py",
         STRETCHED_RUNS,
         ("every epoch at the positions of the first", "of_examples = epochs or", "of_examples ="),
     ),
@@ -177,6 +177,10 @@ MUTANTS: list[Mutant] = [
             "return min(completion.trained_tokens",
             "return max(completion.trained_tokens",
         ),
+    ),
+    *within(
+        "data/tokenized/encoder.py",
+        SEVERAL,
         ("several turns trained whole", "None if all(loss_mask) else loss_mask, number)", "None, number)"),
     ),
     *within(
@@ -400,7 +404,7 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *within(
-        "config_checks.py",
+        "config_unused.py",
         CONFIG,
         (
             "an unused option accepted",

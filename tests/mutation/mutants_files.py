@@ -194,11 +194,11 @@ CONVERSION = [
     *within(
         "conversion/stored.py",
         "tests/functional/test_convert.py",
-        ("another model's weights accepted", "if problem:", "if False:"),
+        ("another model's weights accepted", "if tuple(tensor.size)[", "if False and tuple(tensor.size)["),
         (
             "another padding refused",
-            "stored.size[int(part.allow_shape_mismatch) :] != part.global_shape[int(part.allow_shape_mismatch) :]",
-            "stored.size != part.global_shape",
+            "tuple(tensor.size)[int(part.allow_shape_mismatch) :] != place.whole[int(part.allow_shape_mismatch) :]",
+            "tuple(tensor.size) != place.whole",
         ),
     ),
     *within(
@@ -385,7 +385,7 @@ DATA = [
         ),
     ),
     *within(
-        "data/tokenized/tokens.py",
+        "data/tokenized/encoder.py",
         "tests/unit/test_tokens.py",
         ("sampled ids of another text", "if text in texts:", "if True:"),
     ),
@@ -440,15 +440,15 @@ DATA = [
             "list(work.outputs)",
         ),
         ("a file elsewhere deleted", " and folder in path.absolute().resolve().parents]", "]"),
-        ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None"),
     ),
+    *within("stage_process.py", PIPELINE, ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None")),
     *within(
         "matrix.py",
         MATRIX,
         ("a result kept whatever its options", "is not None and before == stages:", "is not None:"),
         (
             "a seed of the recipe kept",
-            "for stage in reversed(with_seed(stages, seed)):",
+            "for stage in (one.with_seed(seed) for one in reversed(stages)):",
             "for stage in reversed(stages):",
         ),
         ("another variant's stages before its own", "dataclasses.replace(stage, reads=())", "stage"),

@@ -28,9 +28,14 @@ def test_report_of_runs_and_evaluations(tmp_path, capsys):
             for label, score in (("base", 0.2), ("short-PO", 0.3), ("SoLoPO", 0.95))
         ),
     ]
+    counts = {"sampled": 40, "paired": 10, "all_right": 4, "all_wrong": 20, "responses": 320, "right_responses": 80}
+    (tmp_path / "c.json").write_text(json.dumps(counts | {"groups": 12, "scorer": "sub_em"}))
+    arguments += ["--counts", f"one={tmp_path / 'c.json'}"]
     assert report.main(arguments) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("# Three methods\n")
+    [sampled] = rows_of(text, r"\| label +\| +questions")[2:]
+    assert sampled == ["one", "40", "320", "25.0%", "10.0%", "50.0%", "25.0%", "12"]
     for name in ("report-accuracy.png", "report-training.png", "report-supervised.png"):
         assert f"]({name})" in text
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
@@ -48,6 +53,13 @@ def test_report_of_runs_and_evaluations(tmp_path, capsys):
     ]
     assert "6,000" in row and " 0.5 " in row and " 1.60 " in row  # 60 x 100 tokens, 60 x 0.5 s, memory at the last step
     assert "3 figures" in capsys.readouterr().out
+
+
+def test_counts_of_another_kind_are_refused(tmp_path):
+    (tmp_path / "c.json").write_text("{}")
+    for name, code in (("c.json", "field-missing"), ("d.json", "file-missing")):
+        with refused(code, f"--counts {tmp_path / name}: "):
+            report.main(["--output", str(tmp_path / "r.md"), "--counts", str(tmp_path / name)])
 
 
 SOLO = {"po_loss": 0.6, "alignment_loss": 0.2, "reward_chosen": 0.1, "reward_rejected": -0.1, "logp_chosen": -9.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.arguments import Parser
+from megatron_solopo.atomic import write_text
 from megatron_solopo.data.building.contexts import ContextPair, read_contexts
 from megatron_solopo.data.files.records import write_records
 from megatron_solopo.data.options import add_normalisation_option, check_outputs, files_of
@@ -250,6 +252,11 @@ def build_parser() -> Parser:
     group.add_argument(
         "--output", required=True, metavar="FILE", help="preference groups: Parquet if it ends in .parquet, else JSONL"
     )
+    group.add_argument(
+        "--counts-output",
+        metavar="FILE",
+        help="JSON of the counts of questions and responses, for solopo report --counts (default: none)",
+    )
     group = parser.add_argument_group("scoring")
     group.add_argument(
         "--scorer",
@@ -393,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     sampled = None if options.responses == GOLD else options.responses
     read = [("--contexts", options.contexts), ("--responses", sampled), *files_of(options)]
-    check_outputs([("--output", options.output)], read)
+    check_outputs([("--output", options.output), ("--counts-output", options.counts_output)], read)
     _check(options)
     scorer = load_scorer(options.scorer, options.normalisation)
     counts, source = Counts(options.scorer), None
@@ -406,6 +413,8 @@ def main(argv: list[str] | None = None) -> int:
             source = InStep(options.responses)
             groups = build_groups(read_contexts(options.contexts), source, how, counts)
         written = write_records(options.output, _checked(groups, counts, source, options))
+    if options.counts_output is not None:
+        write_text(options.counts_output, json.dumps(counts.record(), indent=1) + "\n")
     print("\n".join(counts.lines()))
     print(f"wrote {written} preference groups to {options.output}")
     return 0
