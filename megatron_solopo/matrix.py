@@ -24,7 +24,6 @@ import datetime
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError
 from megatron_solopo.pipeline import Note, Work, run_stages
-from megatron_solopo.recipe import OUTPUTS, Matrix, Recipe, Stage
+from megatron_solopo.recipe import Matrix, Recipe, Stage, holds
 from megatron_solopo.variables import filled, filled_stage
 
 LABEL = "label"
@@ -104,12 +103,7 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
     wanted = {_result_file(matrix, variant): {""}}
     """Path -> names of the stages that read it; "" is the matrix."""
     for stage in (one.with_seed(seed) for one in reversed(stages)):
-        readers = {
-            reader
-            for path, names in wanted.items()
-            if any(_holds(output, path) for output in stage.outputs)
-            for reader in names
-        }
+        readers = {reader for path, names in wanted.items() if holds(stage.outputs, path) for reader in names}
         if not readers:
             continue
         if stage.name in unknown:
@@ -119,7 +113,7 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
             for one in needed
         ]
         needed.insert(0, dataclasses.replace(stage, reads=()))
-        for path in _read_by(stage):
+        for path in stage.paths_read():
             wanted.setdefault(path, set()).update({stage.name, *(readers - {""})})
     if not needed:
         raise UserError("recipe-value", f"{matrix.where}: matrix: result: {matrix.result}: no stage writes it")
@@ -128,25 +122,6 @@ def run_of(recipe: Recipe, matrix: Matrix, seed: int, variant: str) -> Recipe:
 
 def _result_file(matrix: Matrix, variant: str) -> str:
     return os.path.normpath(Template(matrix.result).safe_substitute(variant=variant))
-
-
-def _holds(output: str, path: str) -> bool:
-    """Whether a path is an output, or a file in it."""
-    output = os.path.normpath(output)
-    return path == output or path.startswith(output + os.sep)
-
-
-def _read_by(stage: Stage) -> Iterator[str]:
-    """Yields what may be paths in a stage's options: a text, @FILE or LABEL=PATH."""
-    if stage.served is not None:
-        yield os.path.normpath(stage.served)
-    other = {*OUTPUTS, *stage.of_choices()}
-    for name, value in stage.checked()[1].items():
-        if name in other:
-            continue
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and text:
-                yield from map(os.path.normpath, (text, text.removeprefix("@"), text.partition("=")[2]))
 
 
 def identity(run: Recipe) -> dict[str, object]:

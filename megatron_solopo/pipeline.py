@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_solopo.arguments import Parser
 from megatron_solopo.atomic import write_text
 from megatron_solopo.errors import UserError, nearest
-from megatron_solopo.recipe import OUTPUTS, Recipe, Stage, readable
+from megatron_solopo.recipe import OUTPUTS, Recipe, Stage, holds, readable
 from megatron_solopo.recipe_file import read_recipe
 from megatron_solopo.serving import Server
 from megatron_solopo.stage_process import STOPPED, Locks, call
@@ -114,6 +114,8 @@ class Work:
     Attributes:
         number: "2/9".
         values: the value of each explicit option.
+        reads: see `Stage`; in a recipe with rounds the stages whose outputs it needs, so that another report of the
+            first round restarts no later round.
         later: outputs of this stage and of those after it.
     """
 
@@ -121,6 +123,7 @@ class Work:
     number: str
     words: list[str]
     values: dict[str, object]
+    reads: tuple[str, ...] | None = None
     later: set[Path] = dataclasses.field(default_factory=set)
 
     def __str__(self) -> str:
@@ -128,7 +131,7 @@ class Work:
 
     @property
     def outputs(self) -> list[str]:
-        return [value for name, value in self.values.items() if name in OUTPUTS and isinstance(value, str)]
+        return self.stage.written()
 
     @property
     def note(self) -> Path:
@@ -158,12 +161,24 @@ class Work:
         }
 
 
+def _dependencies(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
+    """Returns the names of the stages whose outputs each stage needs, directly or through others."""
+    needs: dict[str, tuple[str, ...]] = {}
+    for number, stage in enumerate(stages):
+        paths = list(stage.paths_read())
+        direct = [one.name for one in stages[:number] if any(holds(one.written(), path) for path in paths)]
+        needs[stage.name] = tuple(dict.fromkeys(name for one in direct for name in (*needs[one], one)))
+    return needs
+
+
 def _works(recipe: Recipe) -> list[Work]:
     """Returns all stages, checked before the first one starts."""
     writers: dict[str, str] = {}
     works = []
+    needs = {} if recipe.rounds is None else _dependencies(recipe.stages)
     for number, stage in enumerate(recipe.stages, 1):
-        work = Work(stage, f"{number}/{len(recipe.stages)}", *stage.checked())
+        reads = needs.get(stage.name, stage.reads)
+        work = Work(stage, f"{number}/{len(recipe.stages)}", *stage.checked(), reads)
         for output in work.outputs:
             other = writers.setdefault(os.path.normpath(output), stage.name)
             if other != stage.name:
@@ -240,7 +255,7 @@ def _states(
     before, chosen = "", not (start or only)
     options_of: dict[str, list[object]] = {}
     for work in works:
-        options, reads = work.options(), work.stage.reads
+        options, reads = work.options(), work.reads
         earlier = before if reads is None else _digest([options_of[name] for name in reads])
         inputs = _digest([earlier, work.inputs()])
         before, options_of[work.stage.name] = _digest([before, options]), options
@@ -323,11 +338,12 @@ def _cpu_of_stages() -> float:
 
 
 def _print_plan(recipe: Recipe, works: Sequence[Work], start: str | None, only: str | None) -> None:
-    changed = False
+    changed: set[str] = set()
     for work, state, _, noted in _states(works, start, only):
-        if state == DONE and changed:  # its inputs will change
-            state = RUNS
-        changed = changed or (state in (RESUMES, RUNS) and bool(work.outputs))
+        if state == DONE and (changed if work.reads is None else changed.intersection(work.reads)):
+            state = RUNS  # its inputs will change
+        if state in (RESUMES, RUNS) and work.outputs:
+            changed.add(work.stage.name)
         command = f": {readable(work.stage.command_line(work.words))}" if state in (RESUMES, RUNS) else ""
         print(f"{work} {state}{command}")
         if command and recipe.serving is not None and work.stage.served is not None:

@@ -24,10 +24,13 @@ server that they ask (`serving.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,8 +100,24 @@ class Stage:
 
     @property
     def outputs(self) -> list[str]:
-        """What it writes, as its options name it."""
+        """What it writes, as the recipe names it."""
         return [value for name, (value, _) in self.options.items() if name in OUTPUTS and isinstance(value, str)]
+
+    def written(self) -> list[str]:
+        """Returns what it writes, those of a file of options included; see `checked`."""
+        return [value for name, value in self.checked()[1].items() if name in OUTPUTS and isinstance(value, str)]
+
+    def paths_read(self) -> Iterator[str]:
+        """Yields what may be paths in its options: a text, @FILE or LABEL=PATH; and the folder that is served."""
+        if self.served is not None:
+            yield os.path.normpath(self.served)
+        other = {*OUTPUTS, *self.of_choices()}
+        for name, value in self.checked()[1].items():
+            if name in other:
+                continue
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and text:
+                    yield from map(os.path.normpath, (text, text.removeprefix("@"), text.partition("=")[2]))
 
     def with_seed(self, seed: int) -> Stage:
         """Returns the stage with another seed where it has one."""
@@ -112,6 +131,10 @@ class Stage:
         Raises:
             UserError: a mistake that the command itself would report, with the line of the recipe.
         """
+        return self._checked
+
+    @functools.cached_property
+    def _checked(self) -> tuple[list[str], dict[str, object]]:
         if self.script is not None:
             if not self.script.is_file():
                 raise UserError("file-missing", f"{self.where}: stage '{self.name}': {self.script}: no such file")
@@ -154,6 +177,12 @@ class Stage:
             launch = ["-m", "megatron_solopo.launch", "--standalone", "--nproc_per_node", str(self.processes)]
             program = [*launch, *program]
         return [sys.executable, *program]
+
+
+def holds(outputs: Iterable[str], path: str) -> bool:
+    """Whether a path is an output, or in one."""
+    places = map(os.path.normpath, outputs)
+    return any(path == output or path.startswith(output + os.sep) for output in places)
 
 
 def readable(command_line: list[str]) -> str:

@@ -14,6 +14,7 @@ from megatron_solopo.errors import UserError, nearest
 from megatron_solopo.recipe import ASKING, COMMANDS, SCRIPT, SEVERAL, Matrix, Recipe, Stage
 from megatron_solopo.rounds import Rounds
 from megatron_solopo.serving import Serving
+from megatron_solopo.variables import filled
 from megatron_solopo.yaml_options import Entry, OptionFile
 
 TOP = ("base", "output", "environment", "stages", "matrix", "rounds", "serving")
@@ -132,7 +133,7 @@ def _rounds(file: OptionFile, line: Entry, before: Rounds | None) -> Rounds:
     if "model" in parts:
         values["model"] = str(_relative_to(file.path.parent.absolute(), _text(file, parts["model"])))
     if "result" in parts:
-        values["result"] = _text(file, parts["result"])
+        values["result"] = str(_relative_to(file.path.parent.absolute(), _text(file, parts["result"])))
     stages = {stage.name: stage for stage in before.stages} if before else {}
     for part in _mapping(file, parts.get("stages")):
         stages[part.name] = _stage(file, part, stages.get(part.name))
@@ -142,11 +143,11 @@ def _rounds(file: OptionFile, line: Entry, before: Rounds | None) -> Rounds:
 
 def _serving(file: OptionFile, line: Entry) -> Serving:
     parts = _needed(file, line, OF_SERVING, ("url",))
-    command: list[str] = []
-    if "command" in parts:
+    value: object = []
+    if "command" in parts and not file.is_empty(parts["command"].node):
         value = file.value(parts["command"].node)
-        words = value if isinstance(value, list) else shlex.split(str(value))
-        command = [str(_relative_to(file.path.parent.absolute(), word)) for word in words]
+    words = value if isinstance(value, list) else shlex.split(str(value))
+    command = [str(_relative_to(file.path.parent.absolute(), str(word))) for word in words]
     reload = {
         path: None if file.is_empty(node) else file.value(node) for path, _, node in _mapping(file, parts.get("reload"))
     }
@@ -155,7 +156,19 @@ def _serving(file: OptionFile, line: Entry) -> Serving:
             "recipe-incomplete",
             f"{line.where}: serving: command: missing; without it reload: must make the running server load a folder",
         )
-    serving = Serving(line.where, _text(file, parts["url"]), command, reload=reload)
+    url = _text(file, parts["url"])
+    if not re.match(r"https?://[^/]", url):
+        raise UserError(
+            "recipe-value", f"{parts['url'].where}: url: must be like http://127.0.0.1:8000/v1, found {url!r}"
+        )
+    for name, part in (("command", command), ("reload", reload)):
+        there, none = filled(part, {"model": "a"}), filled(part, {"model": "b"})
+        if there[1] or (part and there == none):
+            raise UserError(
+                "recipe-variable",
+                f"{parts[name].where}: {name}: must hold $model, the folder for the server, and no other variable",
+            )
+    serving = Serving(line.where, url, command, reload=reload)
     if "ready" in parts:
         serving = dataclasses.replace(serving, ready=_text(file, parts["ready"]))
     if "timeout" in parts:

@@ -15,6 +15,7 @@
           report: {runs: [round-$each=round-$each/run], output: round-$round/report.md}
 
 The stages of all rounds follow those of ``stages:``, so that the run resumes, skips and restarts them like any other.
+Each depends on the stages alone whose outputs it reads.
 """
 
 from __future__ import annotations

@@ -157,16 +157,13 @@ class Server:
     def _reload(self, serving: Serving, folder: str) -> None:
         started = time.monotonic()
         for path, body in serving.reload.items():
-            body = serving.with_model(body, _absolute(folder))
-            try:
-                _post(serving.place(path), body, serving.timeout)
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"{error.code}: {_text(error)}" if isinstance(error, urllib.error.HTTPError) else error
+            reason = _post(serving.place(path), serving.with_model(body, _absolute(folder)), serving.timeout)
+            if reason:
                 raise UserError(
                     "server-reload",
-                    f"{serving.where}: serving: reload: POST {serving.place(path)} failed ({reason}); correct it, or "
-                    "leave reload: out to restart the server",
-                ) from None
+                    f"{serving.where}: serving: reload: POST {serving.place(path)} failed ({reason}){self.ending()}; "
+                    "correct it, or leave reload: out to restart the server",
+                )
         print(f"server: loaded {folder} in {time.monotonic() - started:.1f} s", flush=True)
 
     def _end(self) -> None:
@@ -193,13 +190,27 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _post(url: str, body: object, timeout: float) -> None:
+def _post(url: str, body: object, timeout: float) -> str:
+    """Makes a request.
+
+    Returns:
+        Why it failed; "" where it did not. vLLM's /reset_prefix_cache fails with status 200 and ``"success": false``.
+    """
     data = b"" if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        answer.read()
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = _short(answer.read())
+    except urllib.error.HTTPError as error:
+        return f"{error.code}: {_short(error.read()) or error.reason}"
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    with contextlib.suppress(ValueError):
+        read = json.loads(text)
+        return text if isinstance(read, dict) and read.get("success") is False else ""
+    return ""
 
 
-def _text(error: urllib.error.HTTPError, most: int = 200) -> str:
-    text = " ".join(error.read().decode(errors="replace").split()) or error.reason
+def _short(body: bytes, most: int = 200) -> str:
+    text = " ".join(body.decode(errors="replace").split())
     return text if len(text) <= most else text[:most] + " ..."

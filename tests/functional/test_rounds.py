@@ -172,6 +172,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         global model
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/busy":
+            return self.answer(200, '{"success": false}')
         if self.path != "/load":
             return self.answer(404, "no such path")
         model = json.loads(body)["folder"]
@@ -268,7 +270,12 @@ def test_a_server_is_started_with_each_rounds_model_and_ended_for_the_training(
     assert served.asked() == served.models
     assert served.events() == [f"started with {model}" for model in served.models]  # not again for what is done
     assert not served.listens() and "server: ready after " in capfd.readouterr().out
+    served.recipe["rounds"]["stages"]["note"] = {"script": "ask.py", "options": {"output": "note-$round"}}
+    capfd.readouterr()
     assert served.run() == 0 and len(served.events()) == 2
+    names = ("ask", "train", "note")
+    expected = {f"round-{n}.{name}": "runs" if name == "note" else "done before" for n in (1, 2) for name in names}
+    assert states(capfd) == expected
 
 
 def test_a_running_server_loads_the_next_model(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
@@ -318,6 +325,6 @@ def test_a_server_that_does_not_start_is_one_line(served: Served, capfd: pytest.
     served.recipe["serving"]["command"] += " broken"
     assert served.run() == 2
     check_refusal(capfd.readouterr().err, "server-start", "r.yaml:", "ended with status 3", "target/server.log")
-    served.recipe["serving"] |= {"ready": "/nowhere", "timeout": "1", "command": f"{sys.executable} -c 'while True: 0'"}
+    served.recipe["serving"] |= {"ready": "/nowhere", "timeout": "1", "command": "sh -c 'sleep 60' $model"}
     assert served.run() == 2
     check_refusal(capfd.readouterr().err, "server-start", "did not answer at", "/nowhere in 1 s")

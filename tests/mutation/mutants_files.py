@@ -443,6 +443,18 @@ DATA = [
     ),
     *within("stage_process.py", PIPELINE, ("Ctrl-C not passed on", "os.killpg(process.pid, signal.SIGINT)", "None")),
     *within(
+        "rounds.py",
+        "tests/unit/test_recipe.py",
+        ("each round from the first model", "            previous = model\n", ""),
+        ("one seed of all rounds", "stage.with_seed(seed + number - 1)", "stage.with_seed(seed)"),
+    ),
+    *within(
+        "serving.py",
+        "tests/functional/test_rounds.py -k server",
+        ("a server left with the model before", "if folder == self._folder and (", "if self._folder and ("),
+        ("a failed reload overlooked", "            if reason:\n", "            if False:\n"),
+    ),
+    *within(
         "matrix.py",
         MATRIX,
         ("a result kept whatever its options", "is not None and before == stages:", "is not None:"),

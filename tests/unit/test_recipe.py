@@ -271,6 +271,18 @@ WRONG |= {
         "serving:",
     ),
     "served report": (stage("    served: a\n    report: {}"), "recipe-key", "r.yaml:4: served: ", "report", "evaluate"),
+    "server without a model": (
+        "serving:\n  url: http://localhost:1/v1\n  command: serve\n" + ITERATED,
+        "recipe-variable",
+        "r.yaml:3: command: ",
+        "$model",
+    ),
+    "server's URL": (
+        "serving: {url: localhost, command: serve $model}\n" + ITERATED,
+        "recipe-value",
+        "r.yaml:1: url: ",
+        "'localhost'",
+    ),
     "server of nobody": (
         "serving: {url: http://localhost:1/v1}\n" + ITERATED,
         "recipe-incomplete",
