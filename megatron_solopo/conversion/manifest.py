@@ -201,7 +201,7 @@ def mistaken(folder: Path) -> str | None:
     """Returns what a folder is that may be mistaken for a run folder, and what to do; None if nothing is recognised."""
     folder = folder.resolve()
     number = "0" if folder.name == RELEASE else folder.name.removeprefix("iter_")
-    if is_marked(folder) and number.isdecimal():
+    if (is_marked(folder) or (folder / ".metadata").is_file()) and number.isdecimal():
         return f"it is one checkpoint: use the folder of its run, {folder.parent}, and --ckpt-step {int(number)}"
     if (folder / "config.json").is_file():
         return "it is a Hugging Face folder: pass it as --hf-path"

@@ -184,6 +184,6 @@ class StoredWeights:
         )
 
     def release(self, parameter: torch.nn.Parameter) -> None:
-        """Frees a parameter's memory; it is empty afterwards."""
-        del self._parts[id(parameter)]  # views of its memory
+        """Frees a parameter's memory; it is empty afterwards, and may be released again."""
+        self._parts.pop(id(parameter), None)  # views of its memory
         parameter.data = parameter.data.new_empty(0)

@@ -65,6 +65,12 @@ def build_parser() -> Parser:
         flag("add_special_tokens"), metavar="TOKENS", help=OWNER["add_special_tokens"][1].metadata["help"]
     )
 
+    to_megatron.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what this conversion and the way back would read, write and hold in memory, by config.json alone",
+    )
+
     again = _command(
         commands,
         "megatron-to-megatron",
@@ -182,6 +188,9 @@ def _run(options: argparse.Namespace) -> int:
     config = _config(options)
     if options.command != "verify":
         _check_target(options, config)
+    if getattr(options, "dry_run", False):
+        print(_plan(options, config))
+        return 0
     started = platform.start(options.device)
     try:
         # After the start of the platform, see run.py.
@@ -191,6 +200,14 @@ def _run(options: argparse.Namespace) -> int:
             return convert(options, config)
     finally:
         platform.stop(started)
+
+
+def _plan(options: argparse.Namespace, config: Config) -> str:
+    """Returns what a conversion would read, write and hold; one process stands for those of the layout."""
+    from megatron_solopo.planning.conversion import describe  # planning builds on training
+    from megatron_solopo.training.preflight import read_model
+
+    return describe(Path(options.save), config, read_model(config), options.dtype)
 
 
 def _config(options: argparse.Namespace) -> Config:
