@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -91,8 +90,9 @@ class Forks:
         process.start()
         while process.is_alive():
             if self.killed_at.exists():
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             process.join(0.005)
+        assert process.exitcode is not None
         return process.exitcode, False
 
 
